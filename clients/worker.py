@@ -1,0 +1,120 @@
+"""Serves train messages: trains the clients that a message names, and finds who failed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from flwr.app import RecordDict
+
+from fedraclora.cohort import CohortTrainer, Trial
+from fedraclora.method import Adapter, Downlink, Frozen, Trained
+from fedraclora.replica import Replica
+from fedraclora.tree import Layout
+from fedraclora.wire import Order, pack_trial, unpack_downlink
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Outcome:
+    """Trials of the parts of a chunk that succeeded, and the clients that failed."""
+
+    places: list[int] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+class Worker:
+    """Trains clients on one replica.
+
+    Args:
+        trainer: Trains a chunk as one batch.
+        replica: The base weights.
+    """
+
+    def __init__(self, trainer: CohortTrainer, replica: Replica) -> None:
+        self.trainer, self.replica = trainer, replica
+
+    def train(self, content: RecordDict) -> RecordDict:
+        """Answer one train message.
+
+        A chunk that raises is cut in halves until the clients at fault stand alone: they are
+        reported by id, the others' results are used.
+        """
+        downlink, order = unpack_downlink(content)
+        base = self.replica.at(order.version, order.round_)
+        outcome = Outcome()
+
+        def attempt(places: list[int]) -> None:
+            index = torch.tensor(places)
+            part = cut(downlink, index) if len(places) < len(order.clients) else downlink
+            try:
+                trial = self.trainer.train(
+                    base,
+                    part,
+                    order.clients[index],
+                    round_=order.round_,
+                    factor=order.factor,
+                )
+            except Exception as error:  # whatever a model or data set raises is the client's
+                if len(places) > 1:
+                    attempt(places[: len(places) // 2])
+                    attempt(places[len(places) // 2 :])
+                    return
+                client = int(order.clients[places[0]])
+                log.warning("round %d: client %d failed", order.round_, client, exc_info=True)
+                outcome.failures[client] = f"{type(error).__name__}: {error}"
+                return
+            outcome.places += places
+            outcome.trials.append(trial)
+
+        attempt(list(range(len(order.clients))))
+        return self._reply(downlink, order, outcome)
+
+    @staticmethod
+    def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:
+        layout = Layout(tuple((n, s.shape) for n, s in downlink.uploaded().items()))
+        clients = order.clients[torch.tensor(outcome.places, dtype=torch.int64)]
+        notes = []
+        if len(outcome.trials) > 1:
+            notes.append(f"round {order.round_}: a chunk was cut because clients failed in it")
+        return pack_trial(
+            join(outcome.trials), order, clients, layout, outcome.failures, notes
+        )
+
+
+def join(trials: list[Trial]) -> Trial | None:
+    """Put the trials of a chunk's parts together, in order."""
+    if len(trials) < 2:
+        return trials[0] if trials else None
+    take: Callable[[Callable[[Trial], torch.Tensor]], torch.Tensor] = lambda get: torch.cat(  # noqa: E731
+        [get(t) for t in trials]
+    )
+    return Trial(
+        {name: torch.cat([t.trained[name] for t in trials]) for name in trials[0].trained},
+        take(lambda t: t.losses),
+        take(lambda t: t.steps),
+        take(lambda t: t.samples),
+    )
+
+
+def cut(downlink: Downlink, places: torch.Tensor) -> Downlink:
+    """Keep the per-client values of the clients at ``places`` only."""
+
+    def part(factor: object) -> object:
+        if isinstance(factor, Frozen) and factor.value.dim() == 3:
+            return Frozen(factor.value[places])
+        if isinstance(factor, Trained) and factor.start is not None:
+            if factor.start.dim() > len(factor.shape):
+                return replace(factor, start=factor.start[places])
+        return factor
+
+    adapters = {
+        w: Adapter({k: part(f) for k, f in a.factors.items()}, a.scale)  # type: ignore[misc]
+        for w, a in downlink.adapters.items()
+    }
+    dense = {n: part(s) for n, s in downlink.dense.items()}
+    return replace(downlink, adapters=adapters, dense=dense)  # type: ignore[arg-type]

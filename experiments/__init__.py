@@ -1,0 +1,1 @@
+"""Entry points: each module runs as `python -m experiments.<name>` and may import everything."""

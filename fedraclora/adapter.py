@@ -1,0 +1,140 @@
+"""Which parameters a run trains, and at which rank: one policy for all methods.
+
+`head` and `bias` decide GLUE comparisons as much as the method does, and public repositories all
+treat them differently, so they are set once for every method of a comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.layers import find_targets, is_head, layer_kind, layer_view, matches
+from fedraclora.method import Plan
+
+HEAD_POLICIES = ("adapt", "average", "frozen")
+BIAS_POLICIES = ("average", "frozen")
+
+
+def make_plan(
+    model: nn.Module,
+    head: tuple[str, ...],
+    *,
+    targets: str = "all-linear",
+    head_policy: str = "average",
+    bias_policy: str = "frozen",
+    dense: str | None = None,
+) -> Plan:
+    """Decide what is adapted and what is trained in full.
+
+    Args:
+        model: The network.
+        head: Name prefixes of its final layer.
+        targets: Pattern of adapted layers (`fedraclora.layers.find_targets`).
+        head_policy: ``adapt`` (the head's weights are adapted like any target), ``average``
+            (weights and biases of the head trained in full and averaged), ``frozen``.
+        bias_policy: ``average`` (biases of adapted layers trained in full) or ``frozen``.
+        dense: Comma-separated patterns of further layers trained in full (convolutions, norms).
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: For an unknown policy, or a pattern that matches nothing.
+    """
+    if head_policy not in HEAD_POLICIES:
+        raise unknown("head", head_policy, HEAD_POLICIES)
+    if bias_policy not in BIAS_POLICIES:
+        raise unknown("bias", bias_policy, BIAS_POLICIES)
+    modules = dict(model.named_modules())
+    parameters = [n for n, _ in model.named_parameters()]
+    views = find_targets(model, targets, head)
+    if head_policy == "adapt":
+        heads = {n: m for n, m in modules.items() if is_head(n, head) and layer_kind(m)}
+        views |= {f"{n}.weight": layer_view(m) for n, m in heads.items()}
+    full = {n for n in parameters if head_policy == "average" and is_head(n, head)}
+    if bias_policy == "average":
+        full |= {n for n in parameters if n.endswith(".bias") and f"{n[:-5]}.weight" in views}
+    if dense:
+        full |= _matching_parameters(parameters, dense)
+    views = {n: views[n] for n in parameters if n in views and n not in full}
+    weights = [
+        n
+        for n in parameters
+        if n not in full and not n.endswith("bias") and not (is_head(n, head) and n not in views)
+    ]
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    return Plan(views, tuple(n for n in parameters if n in full), tuple(weights), shapes)
+
+
+def _matching_parameters(parameters: list[str], patterns: str) -> set[str]:
+    """Find the parameters of the layers that comma-separated patterns name."""
+    found: set[str] = set()
+    for part in (p.strip() for p in patterns.split(",")):
+        hits = {n for n in parameters if matches(n.rpartition(".")[0], part) or matches(n, part)}
+        if not hits:
+            layers = sorted({n.rpartition(".")[0] for n in parameters})
+            raise ConfigError(f"dense={patterns}: {unknown('layer', part, layers)}")
+        found |= hits
+    return found
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The rank of one layer, and a note if it is not the one that was asked for."""
+
+    value: int
+    note: str | None = None
+
+
+def resolve_rank(rank: int | float, dim: int, name: str, *, cap: bool) -> Rank:
+    """Turn ``method.rank`` into the rank of one layer.
+
+    Args:
+        rank: An integer, or a fraction in (0, 1] of the drawn side's dimension (a float).
+        dim: The drawn side's dimension (n for a right sketch, m for a left one).
+        name: The layer, for messages.
+        cap: Cut an integer rank at ``dim`` with a note, rather than refuse it.
+
+    Returns:
+        The rank, at least 1 and at most ``dim``.
+
+    Raises:
+        ConfigError: If the rank is not positive, or above ``dim`` where no cap is wanted.
+
+    Example:
+        >>> resolve_rank(112, 784, "fc1", cap=True).value, resolve_rank(0.25, 10, "fc2", cap=True).value
+        (112, 2)
+    """
+    if isinstance(rank, bool) or not math.isfinite(rank) or rank <= 0:
+        raise ConfigError(f"method.rank is {rank}; a positive integer or a fraction is wanted")
+    if isinstance(rank, float):
+        if rank > 1:
+            raise ConfigError(
+                f"method.rank is {rank}; a fraction lies in (0, 1], a rank is written without a dot"
+            )
+        return Rank(max(1, round(rank * dim)))
+    if rank > dim and not cap:
+        raise ConfigError(
+            f"method.rank is {rank}, but {name} has only {dim} on the drawn side; "
+            f"lower the rank or set method.cap=true"
+        )
+    if rank > dim:
+        return Rank(dim, f"rank of {name} capped at {dim} (asked: {rank})")
+    return Rank(rank)
+
+
+def resolve_scale(alpha: float | str, rank: int) -> float:
+    """Give ``s = alpha / rank``; 1 for ``alpha="auto"``.
+
+    Raises:
+        ConfigError: If alpha is not positive and finite.
+    """
+    if alpha == "auto":
+        return 1.0
+    if isinstance(alpha, str) or not math.isfinite(alpha) or alpha <= 0:
+        raise ConfigError(f"method.alpha is {alpha}; a positive finite number or auto is wanted")
+    return alpha / rank

@@ -1,0 +1,177 @@
+"""Exact aggregation: float64 sums in client order, in fixed summation blocks.
+
+A float sum depends on its order, even in float64. So clients are summed in ascending order of id,
+`SUM_BLOCK` at a time: inside a block one after another, then the blocks one after another. The
+result depends on the cohort alone: not on the order of replies, the size of chunks or the number
+of workers (a worker that holds whole blocks may send their sums instead of their clients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fedraclora.errors import ClientError, ShapeError
+from fedraclora.tree import Layout, Tree
+
+SUM_BLOCK = 32
+
+
+def block_sums(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum ``weights[k] * stacked[k]`` inside each block of `SUM_BLOCK` clients.
+
+    Elementwise operations only, so that the bits do not depend on a library's reduction order;
+    the loop runs over the places of a block, not over clients.
+
+    Args:
+        stacked: [K, P], any floating dtype.
+        weights: float64 [K].
+
+    Returns:
+        float64 [ceil(K / SUM_BLOCK), P].
+    """
+    K, P = stacked.shape
+    num_blocks = -(-K // SUM_BLOCK)
+    sums = torch.zeros(num_blocks, P, dtype=torch.float64, device=stacked.device)
+    column = weights.to(stacked.device, torch.float64)[:, None]
+    for place in range(min(SUM_BLOCK, K)):
+        part = stacked[place::SUM_BLOCK].to(torch.float64) * column[place::SUM_BLOCK]
+        sums[: part.shape[0]] += part
+    return sums
+
+
+def weighted_sum(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Give ``sum_k weights[k] * stacked[k]`` in float64 [P], in the order of this module."""
+    blocks = block_sums(stacked, weights)
+    total = blocks[0].clone()
+    for block in blocks[1:]:
+        total += block
+    return total
+
+
+@dataclass(frozen=True)
+class Uplinks:
+    """What a cohort sent: stacked, or (where sums are enough) already summed.
+
+    Attributes:
+        clients: Client ids in ascending order, int64 [K].
+        weights: Aggregation weights, float64 [K], not normalised.
+        layout: Names and shapes of what each client sent.
+        stacked: [K, P], one packed row per client, or None if only the sum is known.
+        summed: float64 [P], ``sum_k weights[k] * row_k``, or None if not yet formed.
+        versions: Base version each client trained from, int64 [K].
+    """
+
+    clients: torch.Tensor
+    weights: torch.Tensor
+    layout: Layout
+    stacked: torch.Tensor | None = None
+    summed: torch.Tensor | None = None
+    versions: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    @property
+    def total(self) -> float:
+        """Sum of the aggregation weights, added in client order."""
+        return float(weighted_sum(torch.ones(len(self.weights), 1), self.weights))
+
+    def mean(self) -> Tree:
+        """Weighted mean of everything that was sent, float64, by name."""
+        summed = self.summed
+        if summed is None:
+            if self.stacked is None:
+                raise ShapeError("these uplinks hold neither clients nor their sum")
+            summed = weighted_sum(self.stacked, self.weights)
+        return self.layout.unpack(summed / self.total)
+
+    def stack(self) -> Tree:
+        """Everything that was sent, by name, [K, ...].
+
+        Raises:
+            ShapeError: If only the sum is known (a pre-reduced or secure aggregation).
+        """
+        if self.stacked is None:
+            raise ShapeError("this method needs each client's own update, but only the sum came")
+        return self.layout.unpack(self.stacked)
+
+    @property
+    def has_individuals(self) -> bool:
+        """Whether each client's own tensors are here."""
+        return self.stacked is not None
+
+
+Aggregator = Callable[[Uplinks], Uplinks]
+"""Turns checked, stacked uplinks into what the method sees (robust rules, noise, sums)."""
+
+
+def mean_aggregator(got: Uplinks) -> Uplinks:
+    """Plain weighted averaging: nothing to do before the method takes the mean."""
+    return got
+
+
+def sum_aggregator(got: Uplinks) -> Uplinks:
+    """Hand over the weighted sum only, as secure aggregation would."""
+    if got.stacked is None:
+        return got
+    return Uplinks(
+        got.clients,
+        got.weights,
+        got.layout,
+        summed=weighted_sum(got.stacked, got.weights),
+        versions=got.versions,
+    )
+
+
+AGGREGATORS: dict[str, Aggregator] = {"mean": mean_aggregator, "sum": sum_aggregator}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A client whose reply was not used, and why."""
+
+    client: int
+    reason: str
+
+
+def check_rows(
+    clients: torch.Tensor, weights: torch.Tensor, losses: torch.Tensor, stacked: torch.Tensor
+) -> list[Refusal]:
+    """Check each client's row before any sum: finite numbers, a usable weight, a finite loss.
+
+    Args:
+        clients: int64 [K].
+        weights: float64 [K].
+        losses: Mean training loss of each client [K].
+        stacked: [K, P].
+
+    Returns:
+        One refusal per client that fails; empty if all pass.
+    """
+    finite_rows = torch.isfinite(stacked).all(dim=1).cpu()
+    refused = []
+    for k in torch.nonzero(
+        ~(finite_rows & torch.isfinite(losses) & torch.isfinite(weights) & (weights > 0))
+    ).flatten().tolist():
+        if not torch.isfinite(losses[k]):
+            reason = f"its training loss is {float(losses[k])}; lower local.lr or set local.clip"
+        elif not finite_rows[k]:
+            reason = "its update has a NaN or an infinity; lower local.lr or set local.clip"
+        else:
+            reason = f"its weight is {float(weights[k])}; a positive finite number is wanted"
+        refused.append(Refusal(int(clients[k]), reason))
+    return refused
+
+
+def too_many(refused: Sequence[Refusal], round_: int, allowed: int) -> ClientError:
+    """Build the error for a round that lost more clients than ``max_failures`` allows."""
+    lines = "; ".join(f"client {r.client}: {r.reason}" for r in refused[:5])
+    more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
+    return ClientError(
+        f"round {round_}: {len(refused)} client(s) failed, max_failures={allowed}. {lines}{more}"
+    )
+
+
+def rows_of(tree: Mapping[str, torch.Tensor], layout: Layout) -> torch.Tensor:
+    """Pack a cohort's tensors [K, ...] into rows [K, P]."""
+    return layout.pack(tree, lead=1)

@@ -1,0 +1,241 @@
+"""Checkpoints: what the next round needs, in one file that is either whole or not there.
+
+A checkpoint is one safetensors file: tensors, and beside them in the file's header the meta data
+as JSON, the order of the tensors and a SHA-256 of all of it. It is written under a temporary
+name, flushed to the disk and renamed, so a process that is killed at any moment leaves the old
+checkpoint or the new one. The chain is a folder of such files, one for each round's link.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedraclora.errors import CheckpointError
+from fedraclora.tree import Tree
+
+FILE = "checkpoint.safetensors"
+_ABSENT = "(absent)"
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """Give a temporary name beside ``path``; at the end the file written there takes its place.
+
+    Args:
+        path: The file to replace or to make; its folder is made where it is missing.
+        sync: Flush file and folder to the disk, so that a power failure does no harm either.
+
+    Yields:
+        The temporary name. If the body raises, it is removed and ``path`` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        if sync:
+            _flush(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if sync:
+        _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        return  # only POSIX systems open a folder to flush its entries
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(folder: Path, tensors: Tree, meta: dict[str, object]) -> None:
+    """Write ``folder/checkpoint.safetensors`` in the place of the one before.
+
+    Args:
+        folder: The checkpoint folder of a run; made where it is missing.
+        tensors: Any names, shapes, dtypes, devices and memory layouts.
+        meta: JSON values (round, config digest, versions, ...). Tuples come back as lists.
+
+    Raises:
+        CheckpointError: If ``meta`` is not JSON.
+    """
+    _save(folder / FILE, tensors, meta, sync=True)
+
+
+def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, object]]:
+    """Read what `save_checkpoint` wrote, and verify it.
+
+    Returns:
+        The tensors (on the CPU, in the order in which they were given), and the meta data.
+
+    Raises:
+        CheckpointError: If the file is missing, cut short or changed.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"there is no checkpoint {path}: give resume the folder of a run that has one, "
+            "or start anew without resume"
+        )
+    return _load(path, "restore the file from a copy, or start the run anew without resume")
+
+
+def append_link(
+    folder: Path, round_: int, tensors: Tree, meta: dict[str, object], *, sync: bool = True
+) -> Path:
+    """Write the link of one round to the chain, for example ``chain/000012.safetensors``.
+
+    Args:
+        folder: The chain's folder.
+        round_: The round that made the link; a link of that round that is there is replaced.
+        tensors: The link's tensors.
+        meta: JSON values; ``round`` is added.
+        sync: Flush to the disk before returning.
+
+    Returns:
+        The file.
+    """
+    path = folder / f"{round_:06d}.safetensors"
+    _save(path, tensors, {**meta, "round": round_}, sync=sync)
+    return path
+
+
+def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, object]]]:
+    """Read the chain, link by link, in ascending order of rounds.
+
+    Yields:
+        Round, tensors and meta data of each link; nothing where there is no folder.
+
+    Raises:
+        CheckpointError: If a link is damaged, or is under the name of another round.
+    """
+    for round_, path in _links(folder):
+        tensors, meta = _load(path, "restore the file from a copy: later weights need it")
+        if meta.get("round") != round_:
+            raise CheckpointError(
+                f"{path} holds the link of round {meta.get('round')}; it has been renamed"
+            )
+        yield round_, tensors, meta
+
+
+def cut_links(folder: Path, round_: int) -> None:
+    """Remove the links of all rounds after ``round_``, the last one first."""
+    for found, path in reversed(_links(folder)):
+        if found > round_:
+            path.unlink()
+
+
+def _links(folder: Path) -> list[tuple[int, Path]]:
+    paths = folder.glob("*.safetensors")
+    return sorted((int(p.stem), p) for p in paths if p.stem.isdecimal())
+
+
+def _save(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync: bool) -> None:
+    try:
+        text = json.dumps(meta)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the meta data of {path} must be JSON values: {error}") from error
+    own = _own(tensors)
+    header = {"meta": text, "names": json.dumps(list(own)), "sha256": _digest(own, text)}
+    with replacing(path, sync=sync) as partial:
+        save_file(own, partial, metadata=header)
+
+
+def _load(path: Path, advice: str) -> tuple[Tree, dict[str, object]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            # safetensors sorts tensors by dtype; packing order is the order they came in.
+            tensors = {name: file.get_tensor(name) for name in json.loads(header["names"])}
+            stored = set(file.keys())
+        if stored != set(tensors) or _digest(tensors, header["meta"]) != header["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its digest does not fit; {advice}")
+        meta: dict[str, object] = json.loads(header["meta"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint ({error}); {advice}"
+        ) from error
+    return tensors, meta
+
+
+def _own(tensors: Tree) -> Tree:
+    """Bring tensors to the CPU, contiguous, each in memory of its own; copy only if needed."""
+    own: Tree = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        host = tensor.detach().cpu().contiguous()
+        storage = host.untyped_storage()
+        if storage.nbytes() != host.nbytes or storage.data_ptr() in taken:
+            host = host.clone()
+        taken.add(host.untyped_storage().data_ptr())
+        own[name] = host
+    return own
+
+
+def _digest(tensors: Tree, meta: str) -> str:
+    """SHA-256 over meta data, names, dtypes, shapes and bytes, in order; any dtype."""
+    h = hashlib.sha256(meta.encode())
+    for name, tensor in tensors.items():
+        h.update(f"\0{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        # Raw bytes: numpy knows neither bfloat16 nor the 8-bit floats.
+        h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def config_digest(plain: Mapping[str, object]) -> str:
+    """Hash a resolved config (SHA-256 of its JSON with sorted keys, hexadecimal).
+
+    Example:
+        >>> config_digest({"a": 1, "b": {"c": 2}}) == config_digest({"b": {"c": 2}, "a": 1})
+        True
+    """
+    return hashlib.sha256(_canonical(plain).encode()).hexdigest()
+
+
+def difference(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    """Say how two nested configs differ, one line per key; none where the digests are equal.
+
+    Example:
+        >>> difference({"method": {"rank": 4}, "seed": 0}, {"method": {"rank": 8}})
+        ['method.rank: 4 -> 8', 'seed: 0 -> (absent)']
+    """
+    left, right = flatten(old), flatten(new)
+    lines = []
+    for key in sorted({*left, *right}):
+        texts = [_canonical(side[key]) if key in side else _ABSENT for side in (left, right)]
+        if texts[0] != texts[1]:
+            lines.append(f"{key}: {texts[0]} -> {texts[1]}")
+    return lines
+
+
+def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Write a nested config as dotted keys; lists and empty mappings are values.
+
+    Example:
+        >>> flatten({"method": {"name": "fedavg"}, "seed": 0})
+        {'method.name': 'fedavg', 'seed': 0}
+    """
+    flat: dict[str, object] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)

@@ -1,0 +1,252 @@
+"""Layers that serve many clients in one batch.
+
+The batch is [K * b, ...], client after client. A frozen weight is shared: one large product over
+the whole batch. What a client trains carries the axis K and enters as a batched product. Any
+model whose samples do not interact works unmodified once the layers that hold trained tensors
+are replaced by the classes here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedraclora.rng import cohort_bits, hash_key
+from fedraclora.tree import Tree
+
+
+@dataclass
+class CohortContext:
+    """What the replaced layers read during one forward pass.
+
+    Attributes:
+        active: Number of clients in the batch.
+        dense: Tensors that clients train in full, [K, ...] by parameter name.
+        factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
+        scales: Scale of each low-rank term.
+        clients: Ids of the clients in the batch, for dropout masks.
+        step: The local step, for dropout masks.
+        seed, round_: For dropout masks.
+    """
+
+    active: int = 0
+    dense: Tree = field(default_factory=dict)
+    factors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    clients: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    step: int = 0
+    seed: int = 0
+    round_: int = 0
+
+
+def times(x: torch.Tensor, factor: torch.Tensor, K: int) -> torch.Tensor:
+    """Apply a factor from the right: ``x @ factor.T`` per sample.
+
+    Args:
+        x: [K * b, ..., n].
+        factor: [r, n], shared, or [K, r, n].
+        K: Clients in the batch.
+
+    Returns:
+        [K * b, ..., r].
+    """
+    if factor.dim() == 2:
+        return F.linear(x, factor)
+    wide = torch.bmm(x.reshape(K, -1, x.shape[-1]), factor.mT)
+    return wide.reshape(*x.shape[:-1], factor.shape[1])
+
+
+def add_low_rank(
+    out: torch.Tensor, x: torch.Tensor, factors: list[torch.Tensor], scale: float, K: int
+) -> torch.Tensor:
+    """Add ``scale * x (F_1 F_2 ...)^T`` to ``out``, in place where the last factor is batched."""
+    for factor in reversed(factors[1:]):
+        x = times(x, factor, K)
+    last = factors[0]
+    if last.dim() == 2:
+        return out.add_(F.linear(x, last), alpha=scale)
+    rows = out.reshape(K, -1, out.shape[-1])
+    rows = rows.baddbmm_(x.reshape(K, -1, x.shape[-1]), last.mT, alpha=scale)
+    return rows.reshape(out.shape)
+
+
+class CohortLayer(nn.Module):
+    """Base of the replaced layers: the original layer, its name and the shared context."""
+
+    def __init__(self, inner: nn.Module, name: str, context: CohortContext) -> None:
+        super().__init__()
+        self.inner, self.layer, self.context = inner, name, context
+
+    def per_client(self, leaf: str) -> torch.Tensor | None:
+        """Give the trained tensor ``<layer>.<leaf>`` [K, ...], or None if it is frozen."""
+        return self.context.dense.get(f"{self.layer}.{leaf}")
+
+    def low_rank(self) -> tuple[list[torch.Tensor], float] | None:
+        """Give factors and scale of the low-rank term on the weight, or None."""
+        name = f"{self.layer}.weight"
+        factors = self.context.factors.get(name)
+        return None if factors is None else (factors, self.context.scales[name])
+
+
+class CohortLinear(CohortLayer):
+    """`torch.nn.Linear` (out, in) or Hugging Face's Conv1D (in, out)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [K * b, ..., in] to [K * b, ..., out]."""
+        K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")
+        transposed = not isinstance(self.inner, nn.Linear)
+        if weight is None:
+            shared: torch.Tensor = self.inner.weight  # type: ignore[assignment]
+            frozen_bias = self.inner.bias if bias is None else None
+            out = F.linear(x, shared.mT if transposed else shared, frozen_bias)  # type: ignore[arg-type]
+        else:
+            out = times(x, weight.mT if transposed else weight, K)
+            if bias is None and self.inner.bias is not None:
+                out = out + self.inner.bias
+        if (term := self.low_rank()) is not None:
+            out = add_low_rank(out, x, *term, K)
+        if bias is not None:
+            rows = out.reshape(K, -1, out.shape[-1])
+            out = (rows + bias[:, None]).reshape(out.shape)
+        return out
+
+
+class CohortConv2d(CohortLayer):
+    """`torch.nn.Conv2d`: full weights as a grouped convolution, low-rank terms as two small ones."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [K * b, C, H, W] to [K * b, out, H', W']."""
+        K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")
+        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
+        if weight is None:
+            out = self._convolve(x, inner.weight)
+        else:
+            out = self._grouped(x, weight, K)
+        if (term := self.low_rank()) is not None:
+            factors, scale = term
+            out = out + scale * self._low_rank(x, factors, K)
+        if bias is not None:
+            per_sample = bias.repeat_interleave(x.shape[0] // K, dim=0)
+            out = out + per_sample[:, :, None, None]
+        elif inner.bias is not None:
+            out = out + inner.bias[:, None, None]
+        return out
+
+    def _convolve(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
+        return F.conv2d(
+            x, weight, None, inner.stride, inner.padding, inner.dilation, inner.groups
+        )
+
+    def _grouped(self, x: torch.Tensor, weight: torch.Tensor, K: int) -> torch.Tensor:
+        """Convolve each client's samples with its own kernel [K, out, in/groups, k, k]."""
+        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
+        b = x.shape[0] // K
+        side = x.reshape(K, b, *x.shape[1:]).transpose(0, 1).reshape(b, -1, *x.shape[2:])
+        out = F.conv2d(
+            side,
+            weight.reshape(-1, *weight.shape[2:]),
+            None,
+            inner.stride,
+            inner.padding,
+            inner.dilation,
+            K * inner.groups,
+        )
+        out = out.reshape(b, K, -1, *out.shape[2:]).transpose(0, 1)
+        return out.reshape(x.shape[0], -1, *out.shape[3:])
+
+    def _low_rank(self, x: torch.Tensor, factors: list[torch.Tensor], K: int) -> torch.Tensor:
+        """Convolve with the last factor seen as kernels, then mix channels by the others."""
+        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
+        kernel, last = inner.weight.shape[1:], factors[-1]
+        if last.dim() == 2:
+            z = self._convolve(x, last.reshape(-1, *kernel))
+        else:
+            z = self._grouped(x, last.reshape(K, -1, *kernel), K)
+        for factor in reversed(factors[:-1]):
+            flat = z.reshape(K, -1, z.shape[1], z.shape[2] * z.shape[3])
+            mix = factor if factor.dim() == 2 else factor[:, None]
+            flat = torch.matmul(mix, flat)
+            z = flat.reshape(z.shape[0], -1, *z.shape[2:])
+        return z
+
+
+class CohortLayerNorm(CohortLayer):
+    """`torch.nn.LayerNorm` with a gain and a shift per client."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise [K * b, ..., *normalised_shape]."""
+        inner: nn.LayerNorm = self.inner  # type: ignore[assignment]
+        K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")
+        out = F.layer_norm(x, inner.normalized_shape, None, None, inner.eps)
+        rows = out.reshape(K, -1, *inner.normalized_shape)
+        gain = inner.weight if weight is None else weight[:, None]
+        shift = inner.bias if bias is None else bias[:, None]
+        rows = rows if gain is None else rows * gain
+        return (rows if shift is None else rows + shift).reshape(x.shape)
+
+
+class CohortEmbedding(CohortLayer):
+    """`torch.nn.Embedding` with a table, or a low-rank term on it, per client."""
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        """Look up int64 [K * b, ...] -> [K * b, ..., width]."""
+        inner: nn.Embedding = self.inner  # type: ignore[assignment]
+        K, weight = self.context.active, self.per_client("weight")
+        if weight is None:
+            out = F.embedding(index, inner.weight, inner.padding_idx)
+        else:
+            out = self._look_up(index, weight, K)
+        if (term := self.low_rank()) is not None:
+            factors, scale = term
+            rows = factors[0]
+            z = F.embedding(index, rows) if rows.dim() == 2 else self._look_up(index, rows, K)
+            for factor in factors[1:]:
+                z = times(z, factor.mT, K)
+            out = out + scale * z
+        return out
+
+    def _look_up(self, index: torch.Tensor, tables: torch.Tensor, K: int) -> torch.Tensor:
+        """Look up each client's rows in its own table [K, tokens, width]."""
+        inner: nn.Embedding = self.inner  # type: ignore[assignment]
+        shift = torch.arange(K, device=index.device) * tables.shape[1]
+        rows = index.reshape(K, -1) + shift[:, None]
+        out = F.embedding(rows, tables.reshape(-1, tables.shape[2]))
+        if inner.padding_idx is not None:  # the padding row is never trained, as in torch
+            fixed = (index.reshape(K, -1) == inner.padding_idx)[..., None]
+            out = torch.where(fixed, out.detach(), out)
+        return out.reshape(*index.shape, tables.shape[2])
+
+
+class CohortDropout(CohortLayer):
+    """Dropout whose mask is a function of (seed, round, layer, client, step)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Zero a share p of [K * b, ...] and scale the rest by 1 / (1 - p)."""
+        p = float(self.inner.p)  # type: ignore[arg-type]
+        if p == 0:
+            return x
+        context = self.context
+        key = hash_key(context.seed, "dropout", context.round_, self.layer)
+        bits = cohort_bits(key, context.clients, x[0].numel() * (x.shape[0] // context.active),
+                           stream=context.step)
+        keep = bits >= int(p * 2**32)
+        return x * keep.reshape(x.shape).to(x.dtype) / (1 - p)
+
+
+COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
+    nn.Linear: CohortLinear,
+    nn.Conv2d: CohortConv2d,
+    nn.LayerNorm: CohortLayerNorm,
+    nn.Embedding: CohortEmbedding,
+}
+
+
+def cohort_layer(module: nn.Module) -> type[CohortLayer] | None:
+    """Give the class that serves a module with trained tensors, or None if there is none."""
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return CohortLinear
+    return next((c for kind, c in COHORT_LAYERS.items() if type(module) is kind), None)

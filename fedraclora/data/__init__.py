@@ -1,0 +1,23 @@
+"""Data sets, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedraclora.data.dataset import DataSet, hold_out, select_labels
+from fedraclora.data.digits import load_digits
+from fedraclora.data.mnist import load_mnist, load_mnist_5k
+from fedraclora.data.partition import PARTITIONS, make_partition
+from fedraclora.data.synthetic import least_squares, logistic_regression
+from fedraclora.data.text import load_text
+
+__all__ = ["DATASETS", "PARTITIONS", "DataSet", "hold_out", "make_partition", "select_labels"]
+
+DATASETS: dict[str, Callable[..., DataSet]] = {
+    "digits": load_digits,
+    "mnist_5k": load_mnist_5k,
+    "mnist": load_mnist,
+    "least_squares": least_squares,
+    "logistic_regression": logistic_regression,
+    "text": load_text,
+}

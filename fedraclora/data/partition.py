@@ -1,0 +1,111 @@
+"""The table of partitions, and the one function that divides a data set among clients."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fedraclora.data.checks import check_choice, check_count
+from fedraclora.data.dataset import DataSet, Rows
+from fedraclora.data.partitioners import (
+    dirichlet,
+    fedslop,
+    given,
+    iid,
+    natural,
+    pathological,
+    shards,
+)
+from fedraclora.errors import ConfigError, unknown
+
+PARTITIONS: dict[str, Callable[..., list[Rows]]] = {
+    "iid": iid,
+    "dirichlet": dirichlet,
+    "pathological": pathological,
+    "shards": shards,
+    "natural": natural,
+    "fedslop": fedslop,
+    "given": given,
+}
+
+
+def make_partition(
+    data: DataSet,
+    *,
+    name: str,
+    clients: int | None,
+    seed: int,
+    empty: str = "error",
+    **args: Any,
+) -> tuple[list[Rows], dict[str, object]]:
+    """Divide the training rows of a data set among clients.
+
+    Args:
+        data: The data set.
+        name: A key of `PARTITIONS`.
+        clients: Number of clients; None where the data decide (``natural``, ``given``).
+        seed: The seed of the run.
+        empty: ``drop`` removes clients without samples, ``error`` refuses them.
+        **args: Arguments of the partition.
+
+    Returns:
+        Rows of each client (ascending, int64), and facts for the summary: clients asked for,
+        kept and dropped, least, median and largest number of samples, rows left out.
+
+    Raises:
+        ConfigError: If the name or an argument is wrong or the division is impossible, naming
+            the key, or if clients are empty and ``empty`` is ``error``.
+    """
+    if name not in PARTITIONS:
+        raise unknown("partition", name, PARTITIONS)
+    check_choice("partition.empty", empty, ("drop", "error"))
+    _check_arguments(name, args)
+    if clients is not None or name not in {"natural", "given"}:
+        check_count("clients", clients)
+    try:
+        parts = PARTITIONS[name](data, clients=clients, seed=seed, **args)
+    except ValueError as error:  # flwr-datasets: the division does not exist
+        told = "".join(f", partition.{key}={value}" for key, value in args.items())
+        raise ConfigError(
+            f"partition={name}, clients={clients}{told} cannot divide {len(data.train)} "
+            f"samples: {error}"
+        ) from error
+    empties = [client for client, part in enumerate(parts) if not len(part)]
+    if empties and (empty == "error" or len(empties) == len(parts)):
+        shown = ", ".join(map(str, empties[:10])) + (", ..." if len(empties) > 10 else "")
+        raise ConfigError(
+            f"partition={name} leaves {len(empties)} of {len(parts)} clients without samples "
+            f"({shown}): set partition.empty=drop, or take fewer clients"
+            + (" or a larger partition.alpha" if "alpha" in args else "")
+        )
+    kept = [part for part in parts if len(part)]
+    sizes = np.array([len(part) for part in kept])
+    return kept, {
+        "partition": name,
+        "clients_asked": clients if clients is not None else len(parts),
+        "clients": len(kept),
+        "clients_dropped": len(empties),
+        "samples_min": int(sizes.min()),
+        "samples_median": float(np.median(sizes)),
+        "samples_max": int(sizes.max()),
+        "rows_left_out": len(data.train) - int(sizes.sum()),
+    }
+
+
+def _check_arguments(name: str, args: dict[str, Any]) -> None:
+    """Refuse arguments that the partition does not have, and miss none that it needs."""
+    known = {
+        key: parameter
+        for key, parameter in inspect.signature(PARTITIONS[name]).parameters.items()
+        if key not in {"data", "clients", "seed"}
+    }
+    for key in args:
+        if key not in known:
+            error = unknown("argument", key, [*known, "empty"])
+            raise ConfigError(f"partition.{key}: partition={name}: {error}")
+    for key, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and args.get(key) is None:
+            raise ConfigError(f"partition.{key} is not set, and partition={name} needs it")

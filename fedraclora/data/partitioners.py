@@ -1,0 +1,242 @@
+"""The ways to divide training rows among clients.
+
+Most are those of flwr-datasets. Rows are shuffled first, from the seed tree: its partitioners
+cut blocks of neighbouring rows, and neighbours may be alike (one writer, one film).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fedraclora.data.checks import check_count, check_number
+from fedraclora.data.dataset import Column, DataSet, Rows
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.rng import generator, hash_key
+
+
+def iid(data: DataSet, *, clients: int, seed: int) -> list[Rows]:
+    """Divide rows evenly at random; sizes differ by one at most."""
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return _divide(data, IidPartitioner(clients), "row", seed)
+
+
+def dirichlet(
+    data: DataSet, *, clients: int, seed: int, alpha: float, min_size: int = 1
+) -> list[Rows]:
+    """Divide each class by proportions drawn from a Dirichlet distribution.
+
+    Args:
+        data: The data set.
+        clients: Number of clients.
+        seed: The seed of the run.
+        alpha: Concentration: small is skewed, large is even.
+        min_size: Least samples of a client; the draw is repeated up to ten times to reach it.
+
+    Returns:
+        Rows of each client.
+
+    References:
+        Yurochkin et al., *Bayesian nonparametric federated learning of neural networks*,
+        ICML 2019, arXiv:1905.12022.
+    """
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    check_number("partition.alpha", alpha, 0.0, above=True)
+    check_count("partition.min_size", min_size, 0)
+    partitioner = DirichletPartitioner(
+        clients, "label", float(alpha), min_size, seed=hash_key(seed, "partition")
+    )
+    return _divide(data, partitioner, "label", seed)
+
+
+def pathological(data: DataSet, *, clients: int, seed: int, classes_per_client: int) -> list[Rows]:
+    """Give each client samples of a few classes only.
+
+    Client k has class k (modulo the number of classes) and others drawn at random, so that no
+    class is lost where there are as many clients as classes.
+
+    Args:
+        data: The data set.
+        clients: Number of clients.
+        seed: The seed of the run.
+        classes_per_client: Classes of each client.
+
+    Returns:
+        Rows of each client.
+
+    References:
+        McMahan et al., *Communication-efficient learning of deep networks from decentralized
+        data*, AISTATS 2017, arXiv:1602.05629 (the pathological non-IID partition).
+    """
+    from flwr_datasets.partitioner import PathologicalPartitioner
+
+    check_count("partition.classes_per_client", classes_per_client)
+    partitioner = PathologicalPartitioner(
+        clients,
+        "label",
+        classes_per_client,
+        "first-deterministic",
+        seed=hash_key(seed, "partition"),
+    )
+    return _divide(data, partitioner, "label", seed)
+
+
+def shards(
+    data: DataSet,
+    *,
+    clients: int,
+    seed: int,
+    shards_per_client: int | None = None,
+    shard_size: int | None = None,
+) -> list[Rows]:
+    """Sort rows by class, cut them into shards and deal the shards out.
+
+    Args:
+        data: The data set.
+        clients: Number of clients.
+        seed: The seed of the run.
+        shards_per_client: Shards of each client; None deals out all shards of ``shard_size``.
+        shard_size: Samples of a shard; None for the largest that gives everyone its shards.
+
+    Returns:
+        Rows of each client. Rows that fill no shard are left out.
+
+    References:
+        McMahan et al., AISTATS 2017, arXiv:1602.05629 (two shards per client).
+    """
+    from flwr_datasets.partitioner import ShardPartitioner
+
+    if shards_per_client is None and shard_size is None:
+        raise ConfigError("set partition.shards_per_client or partition.shard_size, or both")
+    for key, value in (("shards_per_client", shards_per_client), ("shard_size", shard_size)):
+        if value is not None:
+            check_count(f"partition.{key}", value)
+    partitioner = ShardPartitioner(
+        clients,
+        "label",
+        shards_per_client,
+        shard_size,
+        keep_incomplete_shard=shards_per_client is None,
+        seed=hash_key(seed, "partition"),
+    )
+    return _divide(data, partitioner, "label", seed)
+
+
+def natural(data: DataSet, *, clients: int | None, seed: int, column: str = "client") -> list[Rows]:
+    """Make one client of each value of a column (a film, a source), in sorted order.
+
+    Args:
+        data: The data set.
+        clients: None, or the number of values that are found.
+        seed: Not used: nothing is drawn.
+        column: The column.
+
+    Returns:
+        Rows of each client.
+    """
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    if str(column) not in data.columns:
+        error = unknown("column", column, data.columns)
+        raise ConfigError(f"partition.column: {error} (set data.client for a natural client)")
+    parts = _divide(data, NaturalIdPartitioner(str(column)), str(column), seed)
+    _require_number(clients, len(parts), f"partition.column={column} has {len(parts)} values")
+    return parts
+
+
+def fedslop(data: DataSet, *, clients: int, seed: int, alpha: float) -> list[Rows]:
+    """Cut each class at ``int(cumsum(p) * count)`` with p from a Dirichlet distribution.
+
+    There is no least size, so clients may be empty: use it with ``partition.empty=drop``.
+
+    Args:
+        data: The data set.
+        clients: Number of clients.
+        seed: The seed of the run.
+        alpha: Concentration: small is skewed, large is even.
+
+    Returns:
+        Rows of each client.
+
+    References:
+        FedSLoP, arXiv:2604.24012 (the partition of its MNIST experiment).
+    """
+    check_number("partition.alpha", alpha, 0.0, above=True)
+    labels = _labels(data)
+    rng = generator(seed, "partition")
+    owner = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        shares = rng.dirichlet(np.full(clients, float(alpha)))
+        cuts = (np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
+        sizes = np.diff(cuts, prepend=0, append=len(rows))
+        owner[rows] = np.repeat(np.arange(clients), sizes)
+    return [np.flatnonzero(owner == client) for client in range(clients)]
+
+
+def given(data: DataSet, *, clients: int | None, seed: int) -> list[Rows]:
+    """Take the division that the data set brings.
+
+    Args:
+        data: The data set.
+        clients: None, or the number of clients of the data set.
+        seed: Not used: nothing is drawn.
+
+    Returns:
+        Rows of each client.
+    """
+    del seed
+    if data.parts is None:
+        raise ConfigError("partition=given: this data set brings no division; use partition=iid")
+    _require_number(clients, len(data.parts), f"the data set has {len(data.parts)} clients")
+    return [np.sort(part) for part in data.parts]
+
+
+def _require_number(clients: int | None, found: int, why: str) -> None:
+    if clients is not None and clients != found:
+        raise ConfigError(f"clients={clients}, but {why}: set clients=null or clients={found}")
+
+
+def _labels(data: DataSet) -> Column:
+    if "label" not in data.columns:
+        raise ConfigError(
+            "this partition divides by class, and the data set has no classes: use partition=iid, "
+            "or natural where it has a client column"
+        )
+    return data.columns["label"]
+
+
+def _divide(data: DataSet, partitioner: Any, column: str, seed: int) -> list[Rows]:
+    """Run a partitioner of flwr-datasets over shuffled rows; give the rows of each client."""
+    from datasets import Dataset
+
+    order = generator(seed, "partition", "order").permutation(len(data.train))
+    columns = {"row": order}
+    if column != "row":
+        columns[column] = (_labels(data) if column == "label" else data.columns[column])[order]
+    with _quiet():
+        partitioner.dataset = Dataset.from_dict(columns)
+        partitioner.load_partition(0)
+        # All partitioners but one hold a table of the rows of each client: a hundred times
+        # faster to read than a Dataset per client, which is the public way.
+        table = getattr(partitioner, "_partition_id_to_indices", None)
+        clients = range(partitioner.num_partitions)
+        if isinstance(table, dict) and set(table) == set(clients):
+            rows = np.asarray(partitioner.dataset.with_format("numpy")["row"][:])
+            return [np.sort(rows[np.asarray(table[k], dtype=np.int64)]) for k in clients]
+        return [np.sort(np.asarray(partitioner.load_partition(k)["row"][:])) for k in clients]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence progress bars and warnings; what they tell is checked or reported here."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,87 @@
+"""Rows of text tables: TSV without quoting, CSV with it, plain or packed (.gz, .bz2)."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from fedraclora.errors import ConfigError, DataError, unknown
+
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
+_DELIMITERS = {".tsv": "\t", ".csv": ","}
+
+
+def read_columns(
+    path: Path, columns: Sequence[tuple[str, str | int]], *, header: bool
+) -> list[list[str]]:
+    """Read some columns of a table as strings.
+
+    A TSV is read with quoting off, for sentences hold lone quotes. A byte-order mark is skipped.
+
+    Args:
+        path: A file whose name ends in .tsv or .csv, with .gz or .bz2 after that or not.
+        columns: Pairs of the configuration key (for messages) and a column: its name in the
+            header, or its number from 0.
+        header: Whether the first row holds names; without it columns are numbers.
+
+    Returns:
+        One list per column, all of the same length.
+
+    Raises:
+        ConfigError: If the kind of file or a column is not known.
+        DataError: If the file cannot be read or a row is too short, with its line.
+    """
+    suffixes = path.suffixes
+    packed = suffixes[-1] if suffixes and suffixes[-1] in _OPENERS else ""
+    kind = path.name.removesuffix(packed)[-4:]
+    if kind not in _DELIMITERS:
+        raise ConfigError(
+            f"{path}: want a name that ends in .tsv or .csv (with .gz or .bz2 or not)"
+        )
+    opener = _OPENERS.get(packed, open)
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:  # type: ignore[operator]
+            return _read(file, _DELIMITERS[kind], path, columns, header)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as a table: {error}") from error
+
+
+def _read(
+    file: TextIO,
+    delimiter: str,
+    path: Path,
+    columns: Sequence[tuple[str, str | int]],
+    header: bool,
+) -> list[list[str]]:
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
+    names = next(reader, []) if header else []
+    places = [_place(key, column, names, header) for key, column in columns]
+    found: list[list[str]] = [[] for _ in columns]
+    for row in reader:
+        if not row:  # a blank line, as at the end of a file
+            continue
+        for place, values in zip(places, found, strict=True):
+            if place >= len(row):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(row)} fields, column {place} is wanted"
+                )
+            values.append(row[place])
+    return found
+
+
+def _place(key: str, column: str | int, names: list[str], header: bool) -> int:
+    """Turn a column's name or number into its number."""
+    if header and str(column) in names:
+        return names.index(str(column))
+    if isinstance(column, int) and not isinstance(column, bool) and column >= 0:
+        if header and column >= len(names):
+            raise ConfigError(f"{key}={column}: the table has {len(names)} columns, from 0")
+        return column
+    if not header:
+        raise ConfigError(f"{key}={column}: a table without header has columns 0, 1, 2, ...")
+    raise ConfigError(f"{key}: {unknown('column', column, names)}")

@@ -1,0 +1,1 @@
+"""Engines: where the clients of a cohort run. Each is a Flower `Grid`."""

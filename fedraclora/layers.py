@@ -1,0 +1,139 @@
+"""Layer kinds and their one canonical view, a matrix (out, in).
+
+torch.nn.Linear stores (out, in); Hugging Face's Conv1D stores (in, out); a convolution stores
+(out, in / groups, k, k), viewed as out x (in k k); an embedding stores (tokens, width), viewed
+as it is.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedraclora.errors import ConfigError, ModelError, unknown
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """How a stored weight is seen as a matrix of shape (out, in)."""
+
+    kind: str  # linear | conv1d | conv | embedding
+    shape: tuple[int, int]
+
+    def matrix(self, stored: torch.Tensor) -> torch.Tensor:
+        """View a stored weight as (out, in)."""
+        if self.kind == "conv1d":
+            return stored.mT
+        return stored.reshape(self.shape)
+
+    def stored(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Bring a matrix (out, in) back to the layout of ``like``."""
+        if self.kind == "conv1d":
+            return matrix.mT.contiguous()
+        return matrix.reshape(like.shape)
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """Name the kind of a module whose weight can be adapted, or None."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv2d):
+        return "conv"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    # transformers' Conv1D, known by name: the core must work without transformers installed.
+    return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
+
+
+def layer_view(module: nn.Module) -> LayerView:
+    """Give the matrix view of a module's weight.
+
+    Raises:
+        ModelError: If the module has no weight that can be adapted.
+    """
+    kind = layer_kind(module)
+    if kind is None:
+        raise ModelError(f"a {type(module).__name__} cannot be adapted")
+    shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+    if kind == "conv1d":
+        return LayerView(kind, (shape[1], shape[0]))
+    rows = shape[0]
+    return LayerView(kind, (rows, int(torch.Size(shape[1:]).numel())))
+
+
+def is_head(name: str, head: tuple[str, ...]) -> bool:
+    """Tell whether a parameter or module name lies in the head."""
+    return any(name == h or name.startswith(f"{h}.") for h in head)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Match a dotted module name against one pattern, as PEFT does.
+
+    A pattern is a shell pattern over the whole name, or the last part(s) of the name:
+    ``query`` matches ``encoder.0.attention.query``.
+
+    Example:
+        >>> matches("layer.0.attention.query", "query")
+        True
+        >>> matches("layer.0.attention.query", "layer.*.query")
+        True
+        >>> matches("layer.0.key", "query")
+        False
+    """
+    return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
+
+
+def find_targets(model: nn.Module, pattern: str, head: tuple[str, ...]) -> dict[str, LayerView]:
+    """Find the matrices to adapt.
+
+    Args:
+        model: The network.
+        pattern: ``all-linear`` (every Linear and Conv1D outside the head), ``all`` (also
+            convolutions), or comma-separated patterns (see `matches`).
+        head: Name prefixes of the head, left out here; the head policy decides on it.
+
+    Returns:
+        Weight names in model order with their views.
+
+    Raises:
+        ConfigError: If a pattern matches no adaptable layer.
+        ModelError: If a target's weight is tied to another layer.
+    """
+    named = {n: m for n, m in model.named_modules() if layer_kind(m) and not is_head(n, head)}
+    wide = {"all-linear": {"linear", "conv1d"}, "all": {"linear", "conv1d", "conv"}}
+    if pattern in wide:
+        chosen = {n: m for n, m in named.items() if layer_kind(m) in wide[pattern]}
+        if not chosen and not any(layer_kind(m) for m in model.modules()):
+            raise ModelError(f"targets={pattern}: the model has no layer that can be adapted")
+    else:
+        chosen = {}
+        for part in (p.strip() for p in pattern.split(",")):
+            found = {n for n in named if matches(n, part)}
+            if not found:
+                error = unknown("target layer", part, named)
+                raise ConfigError(f"targets={pattern}: {error}")
+            chosen |= {n: named[n] for n in named if n in found}
+        chosen = {n: m for n, m in named.items() if n in chosen}
+    refuse_tied(model, [f"{n}.weight" for n in chosen])
+    return {f"{n}.weight": layer_view(m) for n, m in chosen.items()}
+
+
+def refuse_tied(model: nn.Module, names: list[str]) -> None:
+    """Refuse to train a weight that another layer shares.
+
+    Raises:
+        ModelError: Naming both layers.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for group in owners.values():
+        tied = [n for n in names if n in group]
+        if tied and len(group) > 1:
+            raise ModelError(
+                f"{tied[0]} is tied to {', '.join(n for n in group if n != tied[0])}: "
+                "an adapter on it would untie them; leave it out of the targets"
+            )

@@ -1,0 +1,201 @@
+"""The ledger: one line of JSON per round, append-only; every table and plot is made from it.
+
+A writer that is killed leaves at most one unfinished last line, which every reader leaves out.
+Columns that no seed can fix (`NONDETERMINISTIC`) are not part of the ledger's digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedraclora.checkpoint import replacing
+from fedraclora.errors import CheckpointError
+
+Row = dict[str, object]
+
+NONDETERMINISTIC = frozenset({"seconds", "peak_memory_bytes", "timestamp"})
+
+
+class Ledger:
+    """The rows of a run, in memory and in a file.
+
+    An existing file is continued: its rows are read, and an unfinished last line is removed.
+
+    Args:
+        path: The file, or None to keep the rows in memory only.
+
+    Attributes:
+        rows: All rows so far, exactly as a reader of the file gets them.
+
+    Raises:
+        CheckpointError: If the file exists and is damaged elsewhere than in its last line.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        if path is not None and path.exists():
+            data = path.read_bytes()
+            self.rows = _parse(data, path)
+            if data and not data.endswith(b"\n"):
+                self._rewrite()
+
+    def append(self, row: Mapping[str, object], *, sync: bool = True) -> None:
+        """Add the row of one round and write it.
+
+        Args:
+            row: Column names to JSON values, numpy or torch numbers and arrays. NaN and
+                infinities become null. Key order is kept: the first metric is the headline.
+            sync: Flush to the disk before returning (else only to the operating system).
+
+        Raises:
+            CheckpointError: If ``row["round"]`` is not an integer above the last row's, or a
+                value cannot be written.
+        """
+        round_, last = row.get("round"), self.rows[-1]["round"] if self.rows else None
+        if not isinstance(round_, int) or (isinstance(last, int) and round_ <= last):
+            raise CheckpointError(
+                f"{self._where()}: the round of a row must be an integer above {last}, "
+                f"got {round_!r}; to write a round again, cut the ledger first"
+            )
+        plain = {str(key): _plain(value, str(key)) for key, value in row.items()}
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(_line(plain))
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        self.rows.append(plain)
+
+    def cut(self, round_: int) -> None:
+        """Drop the rows of all rounds after ``round_``, so that the run can go on from there."""
+        kept = [row for row in self.rows if _round(row) <= round_]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            self._rewrite()
+
+    def digest(self) -> str:
+        """Hash the deterministic columns of all rows; see `digest_rows`."""
+        return digest_rows(self.rows)
+
+    def _rewrite(self) -> None:
+        if self.path is not None:
+            with replacing(self.path) as partial:
+                partial.write_bytes(b"".join(map(_line, self.rows)))
+
+    def _where(self) -> str:
+        return "ledger" if self.path is None else f"ledger {self.path}"
+
+
+def read_ledger(path: Path) -> list[Row]:
+    """Read the rows of a ledger file; an unfinished last line is left out.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged; the message names file and line.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no ledger {path}; is {path.parent} the folder of a run?")
+    return _parse(path.read_bytes(), path)
+
+
+def digest_rows(rows: Iterable[Mapping[str, object]]) -> str:
+    """Hash rows without their `NONDETERMINISTIC` columns (SHA-256, hexadecimal).
+
+    Example:
+        >>> fast, slow = {"round": 1, "seconds": 0.1}, {"round": 1, "seconds": 9.0}
+        >>> digest_rows([fast]) == digest_rows([slow])
+        True
+        >>> digest_rows([fast]) == digest_rows([{"round": 2, "seconds": 0.1}])
+        False
+    """
+    h = hashlib.sha256()
+    for row in rows:
+        fixed = {key: value for key, value in row.items() if key not in NONDETERMINISTIC}
+        h.update(json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    return h.hexdigest()
+
+
+def number(row: Mapping[str, object], *path: str) -> float:
+    """Read one number of a row; NaN where it is absent, null or not a number.
+
+    Example:
+        >>> number({"round": 1, "metrics": {"accuracy": 0.5}}, "metrics", "accuracy")
+        0.5
+    """
+    value: object = row
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def column(rows: Sequence[Mapping[str, object]], *path: str) -> list[float]:
+    """Read one number of every row; see `number`."""
+    return [number(row, *path) for row in rows]
+
+
+def headline(rows: Sequence[Mapping[str, object]]) -> str | None:
+    """Name the first metric of the first evaluated row, or None.
+
+    Example:
+        >>> headline([{"round": 1}, {"round": 2, "metrics": {"f1": 0.5, "loss": 1.0}}])
+        'f1'
+    """
+    for row in rows:
+        metrics = row.get("metrics")
+        if isinstance(metrics, Mapping) and metrics:
+            return str(next(iter(metrics)))
+    return None
+
+
+def _parse(data: bytes, path: Path) -> list[Row]:
+    rows: list[Row] = []
+    lines = data.split(b"\n")
+    for index, line in enumerate(lines):
+        last = index == len(lines) - 1
+        try:
+            row = json.loads(line)
+            wanted = _round(rows[-1]) + 1 if rows else 0
+            if not isinstance(row, dict) or _round(row) < wanted:
+                raise ValueError(f"a row must be a mapping with a round from {wanted} on")
+        except ValueError as error:
+            if last:
+                break  # what follows the last newline: nothing, or the torn line of a killed run
+            raise CheckpointError(
+                f"{path}, line {index + 1} is damaged ({error}); restore the file from a copy, "
+                "or cut the run back to an earlier checkpoint"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def _round(row: Mapping[str, object]) -> int:
+    value = row.get("round")
+    return value if isinstance(value, int) else -1
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: object, where: str) -> object:
+    """Bring a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part, f"{where}.{key}") for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part, where) for part in value]
+    raise CheckpointError(f"the ledger cannot hold a {type(value).__name__} (column {where})")

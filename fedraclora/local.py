@@ -1,0 +1,172 @@
+"""Local training of one client, written to be read: the oracle of the tests.
+
+Dense effective weights, ``torch.optim``, autograd through everything. No batching of clients, no
+closed forms: the proximal term is the penalty itself, clipping is torch's own.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from fedraclora.cohort_layers import CohortContext, CohortDropout
+from fedraclora.method import Downlink, Frozen, Plan, Sketched
+from fedraclora.optimiser import LocalConfig
+from fedraclora.rng import cohort_permutations, hash_key
+from fedraclora.samples import Samples
+from fedraclora.task import LOSSES, Task
+from fedraclora.tree import Tree
+from fedraclora.vmapped import effective_weights
+
+
+def train_one(
+    task: Task,
+    plan: Plan,
+    local: LocalConfig,
+    base: Tree,
+    downlink: Downlink,
+    *,
+    client: int,
+    place: int,
+    round_: int,
+    seed: int,
+    factor: float = 1.0,
+) -> tuple[Tree, float]:
+    """Train one client.
+
+    Args:
+        task: Model, loss and client data.
+        plan: Views of the adapted matrices.
+        local: Local settings.
+        base: Global weights.
+        downlink: What to train; the client's own row of per-client values is ``place``.
+        client: Its id.
+        place: Its place in the cohort.
+        round_: From 1.
+        seed: Of the run.
+        factor: Of the step sizes.
+
+    Returns:
+        The trained tensors, and the mean loss over the local steps.
+    """
+    frozen: Tree = {}
+    values: Tree = {}
+    for weight, adapter in downlink.adapters.items():
+        for label, part in adapter.factors.items():
+            name = f"{weight}/{label}"
+            if isinstance(part, Sketched):
+                frozen[name] = part.spec.draw().to(base[weight].dtype)
+            elif isinstance(part, Frozen):
+                own = part.value[place] if part.value.dim() == 3 else part.value
+                frozen[name] = own.to(base[weight].dtype)
+    for name, slot in downlink.trained().items():
+        start = slot.start
+        if start is None:
+            start = base.get(name, torch.zeros(slot.shape, dtype=next(iter(base.values())).dtype))
+        own = start[place] if start.dim() > len(slot.shape) else start
+        values[name] = own.clone().requires_grad_()
+
+    model, context = with_seeded_dropout(task.model, client, seed, round_)
+    optimiser = make_optimiser(local, downlink, values, factor)
+    start_weights = effective_weights(base, downlink, plan, values, frozen)
+    start_weights = {n: w.detach().clone() for n, w in start_weights.items()}
+    samples = task.train.gather(
+        torch.tensor([client]), torch.arange(int(task.train.sizes(torch.tensor([client]))))[None]
+    )
+    losses = []
+    for step, rows in enumerate(batches(len(samples), client, local, seed, round_)):
+        context.step = step
+        weights = effective_weights(base, downlink, plan, values, frozen)
+        loss = mean_loss(model, weights, samples.take(rows), task.loss)
+        losses.append(float(loss.detach()))
+        if local.prox:
+            gap = [weights[n] - w for n, w in start_weights.items()]
+            loss = loss + local.prox / 2 * torch.stack([g.square().sum() for g in gap]).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        if local.precondition:
+            precondition(values, frozen)
+        if local.clip is not None:
+            nn.utils.clip_grad_norm_(list(values.values()), local.clip)
+        optimiser.step()
+    trained = {name: value.detach() for name, value in values.items()}
+    return trained, sum(losses) / max(1, len(losses))
+
+
+def mean_loss(model: nn.Module, weights: Tree, batch: Samples, loss: str) -> torch.Tensor:
+    """Mean loss of a batch under the given weights."""
+    plain = set(batch.inputs) == {"x"}
+    output = functional_call(
+        model, weights, (batch.inputs["x"],) if plain else (), None if plain else batch.inputs
+    )
+    losses, counts = LOSSES[loss](getattr(output, "logits", output), batch.target)
+    return losses.sum() / counts.sum().clamp(min=1)
+
+
+def batches(
+    size: int, client: int, local: LocalConfig, seed: int, round_: int
+) -> list[torch.Tensor]:
+    """Row numbers of every local step: epochs in turn, each reshuffled, the last batch short."""
+    width = local.batch_size or size
+    key = hash_key(seed, "shuffle", round_)
+    steps: list[torch.Tensor] = []
+    wanted = local.steps if local.steps is not None else local.epochs * -(-size // width)
+    epoch = 0
+    while len(steps) < wanted:
+        rows = torch.arange(size)
+        if local.shuffle:
+            rows = cohort_permutations(key, torch.tensor([client]), torch.tensor([size]), epoch)[0]
+        steps.extend(rows.split(width))
+        epoch += 1
+    return steps[:wanted]
+
+
+def make_optimiser(
+    local: LocalConfig, downlink: Downlink, values: Tree, factor: float
+) -> torch.optim.Optimizer:
+    """Build the torch optimiser, with one step size for the method's own and one beside it."""
+    slots = downlink.trained()
+    groups = [{"params": [v], "lr": local.rate(slots[n].main, factor)} for n, v in values.items()]
+    if local.optimiser == "sgd":
+        return torch.optim.SGD(
+            groups,
+            momentum=local.momentum,
+            nesterov=local.nesterov,
+            weight_decay=local.weight_decay,
+        )
+    return torch.optim.AdamW(
+        groups,
+        betas=(local.beta1, local.beta2),
+        eps=local.eps,
+        weight_decay=local.weight_decay,
+    )
+
+
+def precondition(values: Tree, frozen: Tree) -> None:
+    """Multiply each factor's gradient by the pseudo-inverse of its frozen partner's Gram matrix."""
+    for name, value in values.items():
+        weight, _, label = name.rpartition("/")
+        if value.grad is None:
+            continue
+        if label == "B" and f"{weight}/A" in frozen:
+            A = frozen[f"{weight}/A"]
+            value.grad = value.grad @ torch.linalg.pinv(A @ A.T)
+        elif label == "A" and f"{weight}/B" in frozen:
+            B = frozen[f"{weight}/B"]
+            value.grad = torch.linalg.pinv(B.T @ B) @ value.grad
+
+
+def with_seeded_dropout(
+    model: nn.Module, client: int, seed: int, round_: int
+) -> tuple[nn.Module, CohortContext]:
+    """Copy a model with its dropout replaced by the seeded one, for a batch of one client."""
+    context = CohortContext(active=1, clients=torch.tensor([client]), seed=seed, round_=round_)
+    copied = copy.deepcopy(model).eval()
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, nn.Dropout):
+            parent, _, leaf = name.rpartition(".")
+            setattr(copied.get_submodule(parent), leaf, CohortDropout(module, name, context))
+    return copied, context

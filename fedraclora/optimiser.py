@@ -1,0 +1,181 @@
+"""Local optimisers on a whole cohort at once, and the settings of local training.
+
+State tensors carry the client axis [K, ...] and live for one round: moments refer to the sketch
+of the round and would be meaningless under the next one (algorithm notes: axolotl PR 1414 shows
+what a reset that silently does nothing costs).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.tree import Tree
+
+SCHEDULES = ("constant", "cosine", "linear", "step")
+OPTIMISERS = ("sgd", "adamw")
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """Settings of local training (config group ``local``).
+
+    Attributes:
+        optimiser: ``sgd`` or ``adamw``; state starts at zero in every round.
+        lr: Step size of what the method trains.
+        dense_lr: Step size of head and biases trained in full beside it; None = ``lr``.
+        epochs: Local epochs, if ``steps`` is None.
+        steps: Local steps, or None.
+        batch_size: Samples of a step; 0 = all samples of the client.
+        shuffle: Reshuffle each epoch (random reshuffling); False keeps the stored order.
+        momentum: Heavy-ball momentum of ``sgd``.
+        nesterov: Nesterov momentum.
+        weight_decay: L2 term of ``sgd``, decoupled decay of ``adamw``.
+        beta1, beta2, eps: Constants of ``adamw``.
+        clip: Largest global gradient norm per client, or None.
+        prox: FedProx constant mu, a pull of the effective weights to the round's start.
+        precondition: Right preconditioner (A A^T)^+ (left: (B^T B)^+): projected SGD.
+        schedule: Step size over rounds: constant, cosine, linear, step.
+        warmup: Rounds of linear warm-up.
+        final: Factor of the step size that cosine and linear end at.
+        step_every, step_factor: Schedule ``step``: multiply by the factor every so many rounds.
+    """
+
+    optimiser: str = "sgd"
+    lr: float = 0.1
+    dense_lr: float | None = None
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int = 32
+    shuffle: bool = True
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float | None = None
+    prox: float = 0.0
+    precondition: bool = False
+    schedule: str = "constant"
+    warmup: int = 0
+    final: float = 0.0
+    step_every: int = 50
+    step_factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot train."""
+        if self.optimiser not in OPTIMISERS:
+            raise unknown("local.optimiser", self.optimiser, OPTIMISERS)
+        if self.schedule not in SCHEDULES:
+            raise unknown("local.schedule", self.schedule, SCHEDULES)
+        positive = {"lr": self.lr, "dense_lr": self.dense_lr, "clip": self.clip, "eps": self.eps}
+        for key, value in positive.items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"local.{key} is {value}; a positive finite number is wanted")
+        for key, number in {"epochs": self.epochs, "steps": self.steps}.items():
+            if number is not None and number < 0:
+                raise ConfigError(f"local.{key} is {number}; 0 or more is wanted")
+        if self.batch_size < 0:
+            raise ConfigError(f"local.batch_size is {self.batch_size}; 0 (all) or more is wanted")
+        if self.prox < 0 or self.weight_decay < 0:
+            raise ConfigError("local.prox and local.weight_decay must not be negative")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"local.momentum is {self.momentum}; it must lie in [0, 1)")
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("local.nesterov=true needs local.momentum above 0")
+
+    def factor(self, round_: int, rounds: int) -> float:
+        """Factor of the step sizes in round ``round_`` (from 1) of ``rounds``."""
+        if round_ <= self.warmup:
+            return round_ / (self.warmup + 1)
+        if self.schedule == "step":
+            return float(self.step_factor ** ((round_ - 1) // self.step_every))
+        if self.schedule == "constant":
+            return 1.0
+        done = (round_ - 1 - self.warmup) / max(1, rounds - self.warmup)
+        shape = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
+        return self.final + (1 - self.final) * shape
+
+    def rate(self, main: bool, factor: float) -> float:
+        """Step size of a trained tensor: ``lr`` for the method's own, ``dense_lr`` beside it."""
+        return factor * (self.lr if main or self.dense_lr is None else self.dense_lr)
+
+
+class CohortOptimiser:
+    """SGD or AdamW on tensors [K, ...], with the update rules of ``torch.optim``.
+
+    Args:
+        config: Local settings.
+        values: The tensors that are trained, [K, ...]; updated in place by `step`.
+        rates: Step size of each.
+    """
+
+    def __init__(self, config: LocalConfig, values: Tree, rates: dict[str, float]) -> None:
+        self.config, self.values, self.rates = config, values, rates
+        self.count = 0
+        self.first: Tree = {}
+        self.second: Tree = {}
+
+    def step(self, gradients: Tree) -> None:
+        """Take one step for the clients that still train: the first rows of each tensor.
+
+        Args:
+            gradients: [active, ...] for each trained tensor.
+        """
+        self.count += 1
+        for name, gradient in gradients.items():
+            active = gradient.shape[0]
+            value = self.values[name][:active]
+            if self.config.optimiser == "sgd":
+                self._sgd(name, value, gradient)
+            else:
+                self._adamw(name, value, gradient)
+
+    def _sgd(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        config = self.config
+        if config.weight_decay:
+            gradient = gradient.add(value, alpha=config.weight_decay)
+        if config.momentum:
+            if name not in self.first:
+                self.first[name] = torch.zeros_like(self.values[name])
+            buffer = self.first[name][: gradient.shape[0]]
+            buffer.mul_(config.momentum).add_(gradient)
+            gradient = gradient.add(buffer, alpha=config.momentum) if config.nesterov else buffer
+        value.add_(gradient, alpha=-self.rates[name])
+
+    def _adamw(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        config, rate = self.config, self.rates[name]
+        if name not in self.first:
+            self.first[name] = torch.zeros_like(self.values[name])
+            self.second[name] = torch.zeros_like(self.values[name])
+        active = gradient.shape[0]
+        first, second = self.first[name][:active], self.second[name][:active]
+        value.mul_(1 - rate * config.weight_decay)
+        first.lerp_(gradient, 1 - config.beta1)
+        second.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+        # All clients that still train have taken the same number of steps.
+        correction1 = 1 - config.beta1**self.count
+        correction2 = 1 - config.beta2**self.count
+        scale = (second.sqrt() / math.sqrt(correction2)).add_(config.eps)
+        value.addcdiv_(first, scale, value=-rate / correction1)
+
+
+def clip_per_client(gradients: Tree, largest: float) -> Tree:
+    """Scale each client's gradients so that their global norm is at most ``largest``.
+
+    Args:
+        gradients: [K, ...] by name.
+        largest: The norm; the small constant of torch's ``clip_grad_norm_`` is kept.
+
+    Returns:
+        New tensors.
+    """
+    squares = sum(g.reshape(g.shape[0], -1).square().sum(dim=1) for g in gradients.values())
+    if not isinstance(squares, torch.Tensor):
+        return gradients
+    factor = (largest / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    return {n: g * factor.reshape(-1, *[1] * (g.dim() - 1)) for n, g in gradients.items()}

@@ -1,0 +1,270 @@
+"""Figures of runs, made from ledger rows; the only module that knows matplotlib.
+
+Figures are built with matplotlib's object interface: no pyplot, no window, no global state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from fedraclora.errors import ShapeError
+from fedraclora.ledger import Row, column, headline
+
+Vector = npt.NDArray[np.float64]
+
+MEGABYTE = 1e6
+# Okabe and Ito's colours, told apart by all kinds of colour vision; yellow is too pale for a line.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_DASHES = ("-", "--", ":", "-.")
+_POSITIONS = (
+    "round",
+    "uplink of all clients so far (MB)",
+    "uplink + downlink with catch-up so far (MB)",
+    "seconds so far",
+)
+_STATIONS = ("sample", "open", "train", "close", "evaluate")
+_MAX_BARS = 40  # clients or classes that stacked bars can show; beyond, a heat map
+_MAX_PIXELS = 2000  # rows of a heat map; more would not be seen
+
+
+def curves(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Draw one run: metric and losses, metric against bytes, bytes, seconds, diagnostics.
+
+    Args:
+        rows: The run's ledger rows; columns that are absent leave their panel empty.
+        path: The PNG to write; its folder is made where it is missing.
+        title: Title of the figure.
+    """
+    figure = _figure(14, 7.5)
+    figure.suptitle(title, fontsize=14)
+    panels = figure.subplots(2, 3).ravel()
+    metric = headline(rows) or "metric"
+    rounds, sent = _values(rows, "round"), _values(rows, "uplink_total") / MEGABYTE
+    measured = _values(rows, "metrics", metric)
+    losses = {"training": _values(rows, "train_loss"), "test": _values(rows, "metrics", "loss")}
+    traffic = {
+        "uplink": sent,
+        "downlink with catch-up": _values(rows, "downlink_total") / MEGABYTE,
+        "catch-up": np.nancumsum(_values(rows, "catchup_bytes")) / MEGABYTE,
+    }
+    _lines(panels[0], ("round", metric), rounds, {metric: measured})
+    _lines(panels[1], ("round", "loss"), rounds, losses)
+    _lines(panels[2], ("uplink so far (MB)", metric), sent, {metric: measured}, log="x")
+    _lines(panels[3], ("round", "payload so far (MB)"), rounds, traffic, log="y")
+    _seconds(panels[4], rows, rounds)
+    name, values = "aggregation error (relative)", _values(rows, "report", "aggregation_error")
+    if not np.isfinite(values).any():
+        name, values = "effective step", _values(rows, "effective_step")
+    _lines(panels[5], ("round", name), rounds, {name: values}, log="y")
+    _save(figure, path)
+
+
+def compare_figure(groups: Mapping[str, Sequence[Sequence[Row]]], metric: str, path: Path) -> None:
+    """Draw a metric against rounds, uplink, all traffic and seconds, one line per group.
+
+    A line is the mean over the group's ledgers (seeds) at the rounds that all of them
+    evaluated; the band runs from the least to the greatest of them.
+
+    Args:
+        groups: Label -> ledgers.
+        metric: Key of the rows' ``metrics``.
+        path: The PNG to write.
+    """
+    labels = [fill(label, 120) for label in groups]
+    legend_columns = max(1, min(len(groups), 150 // (max(map(len, labels), default=0) + 8)))
+    legend_rows = math.ceil(len("\n".join(labels).splitlines()) / legend_columns)
+    figure = _figure(12, 8.5 + 0.24 * legend_rows)
+    figure.suptitle(f"{metric}: mean over seeds, band from least to greatest", fontsize=13)
+    panels = figure.subplots(2, 2, sharey=True).ravel()
+    for index, ledgers in enumerate(groups.values()):
+        seeds = _on_common_rounds(ledgers, metric)
+        y, colour = seeds[:, :, -1], _COLOURS[index % len(_COLOURS)]
+        dash = _DASHES[index // len(_COLOURS) % len(_DASHES)]
+        for panel, x in zip(panels, seeds[:, :, :-1].mean(axis=0).T, strict=True):
+            panel.plot(x, y.mean(axis=0), dash, color=colour, marker=_marker(x), markersize=4)
+            if len(seeds) > 1:
+                low, high = y.min(axis=0), y.max(axis=0)
+                panel.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    for panel, name in zip(panels, _POSITIONS, strict=True):
+        _finish(panel, name, metric if panel in panels[::2] else "")
+        if "MB" in name:
+            _logarithmic(panel, "x")
+    figure.legend(
+        panels[0].get_lines(), labels, loc="outside lower center", ncols=legend_columns,
+        frameon=False, fontsize=11,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+def label_distribution(counts: npt.NDArray[np.int64], path: Path) -> None:
+    """Draw which labels each client holds, and how many samples.
+
+    Up to 40 clients and 20 classes: stacked bars of counts. Beyond that: a heat map of each
+    client's shares, clients sorted by their commonest class, beside their numbers of samples.
+
+    Args:
+        counts: Samples of each class at each client, [clients, classes].
+        path: The PNG to write.
+
+    Raises:
+        ShapeError: If ``counts`` is not a matrix with at least one row and one column.
+    """
+    if counts.ndim != 2 or 0 in counts.shape:
+        raise ShapeError(f"counts must be [clients, classes], got {counts.shape}")
+    small = counts.shape[0] <= _MAX_BARS and counts.shape[1] <= _MAX_BARS // 2
+    figure = _bars(counts) if small else _heat_map(counts)
+    _save(figure, path)
+
+
+def _bars(counts: npt.NDArray[np.int64]) -> Figure:
+    clients, classes = counts.shape
+    figure = _figure(10, 2.2 + 0.26 * clients)
+    panel = figure.subplots()
+    names = np.arange(clients)
+    palette = colormaps["tab10" if classes <= 10 else "tab20"]
+    left = np.zeros(clients)
+    for label in range(classes):
+        panel.barh(names, counts[:, label], left=left, color=palette(label), label=str(label))
+        left += counts[:, label]
+    _finish(panel, "samples", "client")
+    panel.yaxis.set_major_locator(MaxNLocator(nbins=20, integer=True))
+    panel.set(xlim=(0, 1.03 * max(left.max(), 1)), ylim=(clients - 0.5, -0.5))
+    panel.grid(visible=False, axis="y")
+    figure.legend(title="class", loc="outside right upper", frameon=False)
+    return figure
+
+
+def _heat_map(counts: npt.NDArray[np.int64]) -> Figure:
+    totals = counts.sum(axis=1)
+    share = counts / np.maximum(totals, 1)[:, None]
+    commonest = share.argmax(axis=1)
+    order = np.lexsort((-share.max(axis=1), commonest))
+    shown = order[np.linspace(0, len(order) - 1, min(len(order), _MAX_PIXELS)).astype(int)]
+    figure = _figure(11, 8)
+    left, right = figure.subplots(1, 2, width_ratios=[4, 1])
+    image = left.imshow(
+        share[shown], aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0,
+        extent=(-0.5, counts.shape[1] - 0.5, len(shown), 0),
+    )  # fmt: skip
+    figure.colorbar(image, ax=left, label="share of the client's samples", pad=0.01)
+    which = f"{len(counts):,} clients" if len(shown) == len(counts) else (
+        f"{len(shown):,} of {len(counts):,} clients, evenly taken"
+    )  # fmt: skip
+    _finish(left, "class", f"{which}, sorted by their commonest class")
+    left.grid(visible=False)
+    left.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True))
+    right.hist(totals, bins=min(40, max(5, len(totals) // 10)), color=_COLOURS[0])
+    _finish(right, "samples of a client", "clients")
+    right.yaxis.tick_right()
+    right.yaxis.set_label_position("right")
+    right.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    return figure
+
+
+def _lines(
+    panel: Axes, labels: tuple[str, str], x: Vector, series: Mapping[str, Vector], log: str = ""
+) -> None:
+    """Plot named curves, with a legend above the panel where there are several."""
+    drawn = 0
+    for index, (name, y) in enumerate(series.items()):
+        known = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (log != "y"))
+        if known.any():
+            drawn += 1
+            dash, mark = _DASHES[index % len(_DASHES)], _marker(x[known])
+            panel.plot(x[known], y[known], dash, color=_COLOURS[index], marker=mark, label=name)
+    _finish(panel, *labels)
+    if log:
+        _logarithmic(panel, log)
+    if not drawn:
+        panel.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=panel.transAxes)
+        panel.set(xticks=[], yticks=[])
+    if drawn > 1:
+        _legend_above(panel)
+
+
+def _seconds(panel: Axes, rows: Sequence[Row], rounds: Vector) -> None:
+    """Stack the seconds of each station of a round."""
+    parts = {name: np.nan_to_num(_values(rows, "seconds", name)) for name in _STATIONS}
+    total = np.nan_to_num(_values(rows, "seconds", "total"))
+    parts["other"] = np.maximum(total - sum(parts.values()), 0.0)
+    shown = {name: values for name, values in parts.items() if np.any(values > 0)}
+    if not shown:
+        _lines(panel, ("round", "seconds per round"), rounds, {})
+        return
+    # Two points for each round, so that every round is a bar, and one round alone is visible.
+    edges = np.stack([rounds - 0.5, rounds + 0.5], axis=1).ravel()
+    bars = [np.repeat(values, 2) for values in shown.values()]
+    panel.stackplot(edges, *bars, labels=list(shown), colors=_COLOURS)
+    _finish(panel, "round", "seconds per round")
+    _legend_above(panel)
+
+
+def _on_common_rounds(ledgers: Sequence[Sequence[Row]], metric: str) -> Vector:
+    """The rounds that all ledgers evaluated: [ledgers, rounds, `_POSITIONS` and the metric]."""
+    tables = []
+    for rows in ledgers:
+        up, down = (_values(rows, f"{way}_total") / MEGABYTE for way in ("uplink", "downlink"))
+        seconds = np.nancumsum(_values(rows, "seconds", "total"))
+        where = (_values(rows, "round"), up, up + down, seconds)
+        table = np.stack([*where, _values(rows, "metrics", metric)], axis=1)
+        tables.append(table[np.isfinite(table).all(axis=1)])
+    common = set.intersection(*(set(table[:, 0]) for table in tables))
+    return np.stack([table[np.isin(table[:, 0], list(common))] for table in tables])
+
+
+def _values(rows: Sequence[Row], *path: str) -> Vector:
+    return np.array(column(rows, *path))
+
+
+def _marker(x: Vector) -> str:
+    return "o" if x.size <= 30 else ""
+
+
+def _logarithmic(panel: Axes, which: str) -> None:
+    """Make an axis logarithmic where its positive values span more than a factor of 2."""
+    lines = panel.get_lines()
+    data = [np.asarray(line.get_xdata() if which == "x" else line.get_ydata()) for line in lines]
+    values = np.concatenate([*data, np.empty(0)])
+    values = values[values > 0]
+    if values.size and values.max() > 2 * values.min():
+        axis = panel.xaxis if which == "x" else panel.yaxis
+        panel.set(**{f"{which}scale": "log"})
+        decades = math.log10(values.max() / values.min())
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=9))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _finish(panel: Axes, x_label: str, y_label: str) -> None:
+    panel.set_xlabel(x_label, fontsize=11)
+    panel.set_ylabel(y_label, fontsize=11)
+    panel.grid(visible=True, color="#DDDDDD", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    if x_label == "round":
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _legend_above(panel: Axes) -> None:
+    panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
+
+
+def _figure(width: float, height: float) -> Figure:
+    spaced = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    return Figure(figsize=(width, height), dpi=120, layout=spaced)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")

@@ -1,0 +1,52 @@
+"""FedProx on effective weights: the gradient of (mu/2) ||W_eff - W_start||^2 per trained tensor.
+
+For a low-rank term ``s B A`` the penalty is (mu s^2 / 2) ||B A - B_0 A_0||_F^2, so its gradients
+need only r x r Gram matrices and never an m x n product.
+"""
+
+from __future__ import annotations
+
+from fedraclora.errors import ConfigError
+from fedraclora.method import Downlink
+from fedraclora.tree import Tree
+
+
+def add_prox(
+    gradients: Tree, leaves: Tree, starts: Tree, frozen: Tree, downlink: Downlink, mu: float
+) -> None:
+    """Add the proximal gradient to ``gradients`` in place.
+
+    Args:
+        gradients: [active, ...] by trained name.
+        leaves: Current values, [active, ...].
+        starts: Values at the round's start, [1, ...] or [K, ...].
+        frozen: Frozen factors by "<weight>/<label>", 2-D or [K, ...].
+        downlink: Says which tensors form which term.
+        mu: Strength of the pull.
+
+    Raises:
+        ConfigError: For a term of three factors.
+
+    References:
+        Li et al., *Federated optimization in heterogeneous networks*, arXiv 1812.06127.
+    """
+    for name in downlink.dense:
+        active = leaves[name].shape[0]
+        gradients[name] = gradients[name] + mu * (leaves[name] - starts[name][:active])
+    for weight, adapter in downlink.adapters.items():
+        if tuple(adapter.factors) != ("B", "A"):
+            raise ConfigError(f"local.prox is not defined for the factors {list(adapter.factors)}")
+        nb, na = f"{weight}/B", f"{weight}/A"
+        active = leaves[nb if nb in leaves else na].shape[0]
+        B, A, B0, A0 = (
+            now.get(n, frozen.get(n)) for now, n in ((leaves, nb), (leaves, na), (starts, nb),
+                                                     (starts, na))
+        )
+        if B is None or A is None or B0 is None or A0 is None:
+            continue
+        B, A, B0, A0 = (f[:active] if f.dim() == 3 else f for f in (B, A, B0, A0))
+        pull = mu * adapter.scale**2
+        if nb in gradients:
+            gradients[nb] = gradients[nb] + pull * (B @ (A @ A.mT) - B0 @ (A0 @ A.mT))
+        if na in gradients:
+            gradients[na] = gradients[na] + pull * ((B.mT @ B) @ A - (B.mT @ B0) @ A0)

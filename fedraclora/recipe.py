@@ -1,0 +1,76 @@
+"""Recipes: what clients do beyond plain local steps, each named and tested by itself.
+
+A recipe is a bundle of hooks that both the vectorised trainer and the one-client oracle call at
+the same places. Gradients and values carry a leading client axis [K, ...] (K = 1 in the oracle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fedraclora.tree import Tree
+
+GradientHook = Callable[[Tree], Tree]
+
+
+def keep_gradient(gradients: Tree) -> Tree:
+    """Leave the gradients as they are."""
+    return gradients
+
+
+def no_hook(frozen: Tree) -> GradientHook:
+    """Plain local steps: whatever is frozen, gradients are kept."""
+    del frozen
+    return keep_gradient
+
+
+def projected(frozen: Tree) -> GradientHook:
+    """Precondition by the frozen factor's Gram matrix: g_B (A A^T)^+, or (B^T B)^+ g_A.
+
+    Plain SGD on the trained factor is then projected SGD on the weight, W - gamma G H_A with
+    gamma = lr s^2, for any sketch. A tensor with no frozen partner keeps its gradient.
+
+    Args:
+        frozen: Frozen factors by "<weight>/<label>": A [r, n] or [K, r, n], B [m, r] or [K, m, r].
+
+    Returns:
+        The hook for the round; the inverses are formed once, in float64.
+
+    References:
+        Zhang et al., *LoRA-FA*, arXiv 2308.03303; Malinovsky et al., arXiv 2410.08305, eq. (4).
+    """
+    inverses = {}
+    for name, factor in frozen.items():
+        weight, _, label = name.rpartition("/")
+        wide = factor.to(torch.float64)
+        gram = wide @ wide.mT if label == "A" else wide.mT @ wide
+        partner = f"{weight}/{'B' if label == 'A' else 'A'}"
+        inverses[partner] = torch.linalg.pinv(gram, hermitian=True).to(factor.dtype)
+
+    def hook(gradients: Tree) -> Tree:
+        out = dict(gradients)
+        for name in gradients.keys() & inverses.keys():
+            inverse = inverses[name]
+            if inverse.dim() == 3:  # one factor per client: those still training come first
+                inverse = inverse[: gradients[name].shape[0]]
+            gradient = gradients[name]
+            out[name] = gradient @ inverse if name.endswith("/B") else inverse @ gradient
+        return out
+
+    return hook
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hooks of one client behaviour; each is prepared once a round from the frozen factors."""
+
+    gradient: Callable[[Tree], GradientHook] = no_hook
+
+
+RECIPES: dict[str, Recipe] = {
+    "plain": Recipe(),
+    "projected": Recipe(gradient=projected),
+}

@@ -1,0 +1,131 @@
+"""What a run writes while it runs: ledger rows, links of the chain, checkpoints."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedraclora.chain import CatchUp, link_tensors
+from fedraclora.checkpoint import append_link, cut_links, load_checkpoint, save_checkpoint
+from fedraclora.errors import CheckpointError
+from fedraclora.ledger import Ledger
+from fedraclora.method import Link, Plan, State
+from fedraclora.tree import Tree, digest
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of the stations of a round."""
+
+    laps: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to station ``name``."""
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+class RunBook:
+    """The files of one run; without a folder, rows are kept in memory only.
+
+    Args:
+        folder: The run folder, or None.
+        config_digest: Stored in checkpoints; a resume under another one is refused.
+        every: Rounds between checkpoints.
+        sync: Flush to the disk with each row and link.
+        chain: Keep the links.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        config_digest: str = "",
+        every: int = 10,
+        sync: bool = True,
+        chain: bool = True,
+    ) -> None:
+        self.folder, self.config_digest, self.every = folder, config_digest, every
+        self.sync, self.keep_chain = sync, chain and folder is not None
+        self.ledger = Ledger(None if folder is None else folder / "ledger.jsonl")
+        self._totals = (0, 0)
+
+    def begin(self, state: State) -> None:
+        """Store the initial weights, from which the chain rebuilds all later ones."""
+        if self.folder is not None and self.keep_chain:
+            append_link(self.folder / "chain", 0, dict(state.base), {"initial": True})
+
+    def totals(self) -> tuple[int, int]:
+        """Bytes up and down (with catch-up) over all rounds so far."""
+        return self._totals
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Write a ledger row, with the peak memory of this process."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.ledger.append({**row, "peak_memory_bytes": peak}, sync=self.sync)
+        self._totals = (int(str(row["uplink_total"])), int(str(row["downlink_total"])))
+
+    def link(self, round_: int, link: Link | None) -> None:
+        """Append the link of a round to the chain."""
+        if self.folder is not None and self.keep_chain and link is not None:
+            tensors, meta = link_tensors(link)
+            append_link(self.folder / "chain", round_, tensors, meta)
+
+    def due(self, round_: int) -> bool:
+        """Whether a checkpoint is due after this round."""
+        return self.folder is not None and round_ % self.every == 0
+
+    def save(self, state: State, round_: int, catch_up: CatchUp) -> None:
+        """Write a checkpoint: what round ``round_ + 1`` needs."""
+        if self.folder is None:
+            return
+        tensors = {f"base/{n}": t for n, t in state.base.items()}
+        tensors |= {f"carried/{n}": t for n, t in state.carried.items()}
+        meta: dict[str, object] = {
+            "round": round_,
+            "memo": state.memo,
+            "config_digest": self.config_digest,
+            "base_digest": digest(state.base),
+        }
+        save_checkpoint(self.folder / "checkpoint", tensors | catch_up.state(), meta)
+
+    def restore(self, plan: Plan, catch_up: CatchUp) -> tuple[State, int]:
+        """Read the checkpoint back; ledger rows and links past it are cut.
+
+        Args:
+            plan: Of the run.
+            catch_up: Takes the clients' versions.
+
+        Returns:
+            The state, and the round that it closed.
+
+        Raises:
+            CheckpointError: If there is none, it is damaged, or it is of another configuration.
+        """
+        if self.folder is None:
+            raise CheckpointError("a run without a folder cannot be resumed")
+        tensors, meta = load_checkpoint(self.folder / "checkpoint")
+        if meta["config_digest"] != self.config_digest:
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint was written under another configuration"
+            )
+        round_ = int(str(meta["round"]))
+        self.ledger.cut(round_)
+        cut_links(self.folder / "chain", round_)
+        if self.ledger.rows:
+            last = self.ledger.rows[-1]
+            self._totals = (int(str(last["uplink_total"])), int(str(last["downlink_total"])))
+        catch_up.restore(tensors)
+
+        def part(prefix: str) -> Tree:
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+        memo = meta["memo"]
+        if not isinstance(memo, dict):
+            raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")
+        return State(part("base/"), plan, part("carried/"), memo), round_

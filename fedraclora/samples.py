@@ -1,0 +1,107 @@
+"""Samples, and their division among clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedraclora.errors import DataError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A table of samples held as tensors.
+
+    ``inputs`` maps the model's argument names to tensors [N, ...]; the single name ``"x"`` is
+    passed by position. ``target`` is [N] (classes, int64) or [N, ...] (regression, tokens).
+    """
+
+    inputs: dict[str, torch.Tensor]
+    target: torch.Tensor
+
+    def __len__(self) -> int:
+        return int(self.target.shape[0])
+
+    def take(self, rows: torch.Tensor) -> Samples:
+        """Select rows (int64 [n]) into a new table."""
+        return Samples({k: v[rows] for k, v in self.inputs.items()}, self.target[rows])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Samples:
+        """Move to a device; floating tensors take ``dtype`` when it is given."""
+
+        def move(t: torch.Tensor) -> torch.Tensor:
+            return t.to(device, dtype if t.is_floating_point() else None)
+
+        return Samples({k: move(v) for k, v in self.inputs.items()}, move(self.target))
+
+
+class ClientData(Protocol):
+    """The training data of all clients. Client ids are partition ids, 0..num_clients-1."""
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        ...
+
+    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
+        """Number of samples of each client: int64 [K] for ids [K]."""
+        ...
+
+    def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
+        """Take samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Partitioned:
+    """Client data as one table and a row index per client, held as one vector with offsets."""
+
+    samples: Samples
+    rows: torch.Tensor  # int64 [total], the rows of client 0, then of client 1, ...
+    offsets: torch.Tensor  # int64 [num_clients + 1]
+
+    @classmethod
+    def of(cls, samples: Samples, parts: list[npt.NDArray[np.int64]]) -> Partitioned:
+        """Build from one array of row numbers per client.
+
+        Raises:
+            DataError: If there are no clients or a row number lies outside the table.
+        """
+        if not parts:
+            raise DataError("a partition needs at least one client")
+        sizes = np.array([len(p) for p in parts], dtype=np.int64)
+        rows = np.concatenate([np.asarray(p, dtype=np.int64) for p in parts])
+        if rows.size and (rows.min() < 0 or rows.max() >= len(samples)):
+            raise DataError(f"partition rows must lie in 0..{len(samples) - 1}")
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        return cls(samples, torch.from_numpy(rows), torch.from_numpy(offsets))
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return int(self.offsets.shape[0]) - 1
+
+    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
+        """Number of samples of each client: int64 [K]."""
+        return self.offsets[clients + 1] - self.offsets[clients]
+
+    def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
+        """Take samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
+        index = self.offsets[clients][:, None] + positions
+        # A padded position may point past the last client; its sample is masked by the caller.
+        index = index.clamp_(max=self.rows.shape[0] - 1)
+        return self.samples.take(self.rows[index.reshape(-1)])
+
+    def client(self, client: int) -> Samples:
+        """All samples of one client, in stored order."""
+        return self.samples.take(self.rows[self.offsets[client] : self.offsets[client + 1]])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Partitioned:
+        """Move samples and indices to a device; floating samples take ``dtype`` when given."""
+        return Partitioned(
+            self.samples.to(device, dtype), self.rows.to(device), self.offsets.to(device)
+        )

@@ -1,0 +1,95 @@
+"""What is learnt: a model, an objective, client data and test data.
+
+The objective gives the loss **per sample**, so that a batch that holds many clients can be
+summed per client, and a padded sample can be masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedraclora.samples import ClientData, Samples
+
+# (output, target) -> (loss summed over the parts of each sample [N], number of parts [N])
+LossFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+IGNORED_TOKEN = -100  # target of a token that has no loss, as in torch's cross_entropy
+
+
+def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of logits [N, classes] against classes [N]."""
+    return F.cross_entropy(output, target, reduction="none"), torch.ones_like(target)
+
+
+def squared_error(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the squared error: output [N, d] or [N], target [N, d] or [N]; summed over d."""
+    gap = (output.reshape(target.shape) - target).reshape(target.shape[0], -1)
+    ones = torch.ones(target.shape[0], dtype=torch.int64, device=target.device)
+    return 0.5 * (gap * gap).sum(dim=1), ones
+
+
+def logistic(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logistic loss of a score [N, 1] or [N] against labels 0 and 1 [N]."""
+    score = output.reshape(target.shape)
+    loss = F.binary_cross_entropy_with_logits(score, target.to(score.dtype), reduction="none")
+    return loss, torch.ones(target.shape[0], dtype=torch.int64, device=target.device)
+
+
+def next_token(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the next token: logits [N, T, V], tokens [N, T] (-100 has no loss)."""
+    logits, wanted = output[:, :-1], target[:, 1:]
+    loss = F.cross_entropy(
+        logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED_TOKEN
+    )
+    return loss.sum(dim=1), (wanted != IGNORED_TOKEN).sum(dim=1)
+
+
+LOSSES: dict[str, LossFunction] = {
+    "cross_entropy": cross_entropy,
+    "squared_error": squared_error,
+    "logistic": logistic,
+    "next_token": next_token,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything a run learns from and is measured by.
+
+    Attributes:
+        model: The network; its weights are W^0. Never modified: weights are passed in.
+        head: Name prefixes of the final layer (``"fc2"`` or ``"classifier"``).
+        loss: A key of `LOSSES`.
+        metrics: Names of metrics of `fedraclora.evaluate.METRICS`; the first is the headline.
+        train: Client data.
+        test: Held-out samples.
+        validation: Samples held out of the training data, for tuning, or None.
+        targets: The default pattern of adapted layers, for example ``"all-linear"``.
+        optimum: The least value of the training objective where it is known (synthetic data).
+        info: Facts for the summary (split, partition, sizes).
+    """
+
+    model: nn.Module
+    head: tuple[str, ...]
+    loss: str
+    metrics: tuple[str, ...]
+    train: ClientData
+    test: Samples
+    validation: Samples | None = None
+    targets: str = "all-linear"
+    optimum: float | None = None
+    info: dict[str, object] = field(default_factory=dict)
+
+
+def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Call a plain module (input ``"x"``) or a Hugging Face model; give the output tensor."""
+    output = model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"the model gives {type(output).__name__}, not a tensor or .logits")
+    return logits

@@ -1,0 +1,74 @@
+"""The fall-back for models whose trained tensors cannot be folded into the batch: torch.func.vmap.
+
+Slower (every client has its own dense effective weight), but it serves any module: tied weights,
+bare parameters, layers of unknown kind.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+
+from fedraclora.method import Downlink, Plan
+from fedraclora.samples import Samples
+from fedraclora.task import LossFunction
+from fedraclora.tree import Tree
+
+
+def effective_weights(
+    base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree
+) -> Tree:
+    """Give the dense effective weights of one client.
+
+    Args:
+        base: The replica's weights.
+        downlink: Says which terms there are.
+        plan: Views of the adapted matrices.
+        values: Trained tensors of the client, without a client axis.
+        frozen: Frozen factors of the client, 2-D.
+
+    Returns:
+        Every parameter by name, in stored layout; differentiable in ``values``.
+    """
+    out = dict(base)
+    for weight, adapter in downlink.adapters.items():
+        names = [f"{weight}/{label}" for label in adapter.factors]
+        product = torch.linalg.multi_dot([values.get(n, frozen.get(n)) for n in names])
+        view = plan.targets[weight]
+        out[weight] = view.stored(view.matrix(base[weight]) + adapter.scale * product, base[weight])
+    return out | {name: values[name] for name in downlink.dense}
+
+
+def vmapped_losses(
+    model: nn.Module,
+    base: Tree,
+    downlink: Downlink,
+    plan: Plan,
+    leaves: Tree,
+    frozen: Tree,
+    batch: Samples,
+    loss: LossFunction,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and part counts of every sample, [K * b] each, one dense weight set per client."""
+    K = next(iter(leaves.values())).shape[0]
+
+    def split(t: torch.Tensor) -> torch.Tensor:
+        return t.reshape(K, -1, *t.shape[1:])
+
+    per_client = {n: f[:K] for n, f in frozen.items() if f.dim() == 3}
+    shared = {n: f for n, f in frozen.items() if f.dim() == 2}
+
+    def one(
+        values: Tree, own: Tree, inputs: Tree, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = effective_weights(base, downlink, plan, values, shared | own)
+        plain = set(inputs) == {"x"}
+        output = functional_call(
+            model, weights, (inputs["x"],) if plain else (), None if plain else inputs
+        )
+        return loss(getattr(output, "logits", output), target)
+
+    inputs = {n: split(v) for n, v in batch.inputs.items()}
+    losses, counts = vmap(one)(leaves, per_client, inputs, split(batch.target))
+    return losses.reshape(-1), counts.reshape(-1)

@@ -1,0 +1,257 @@
+"""Downlinks and uplinks as Flower records: one JSON header and one flat array a message.
+
+Small arrays are what a Flower deployment is slow at, so every tensor of a message lies in one
+array; bytes are counted here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedraclora.chain import SEED_BYTES
+from fedraclora.cohort import Trial
+from fedraclora.errors import WireError
+from fedraclora.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Layout, Tree, to_numpy
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a train message says beside the downlink.
+
+    Attributes:
+        round_: From 1.
+        version: Version of the base weights that the clients must hold.
+        factor: Of the step sizes in this round.
+        clients: Ids, int64 [k].
+        places: Places of these clients in the cohort, for per-client values, int64 [k].
+    """
+
+    round_: int
+    version: int
+    factor: float
+    clients: torch.Tensor
+
+
+def payload_bytes(downlink: Downlink, cohort: int, itemsize: int) -> int:
+    """Payload of a downlink to one client of a cohort: numbers that are sent, and 8 per seed."""
+    total = 0
+    for tensor in _sent(downlink).values():
+        per_client = tensor.numel() // cohort if _is_per_client(downlink, tensor) else tensor.numel()
+        total += per_client * itemsize
+    sketches = sum(
+        isinstance(f, Sketched) for a in downlink.adapters.values() for f in a.factors.values()
+    )
+    return total + SEED_BYTES * sketches
+
+
+def pack_downlink(downlink: Downlink, order: Order, places: slice, dtype: str) -> RecordDict:
+    """Write a downlink for the clients at ``places`` of the cohort.
+
+    Args:
+        downlink: What to train.
+        order: Round, version and clients.
+        places: The clients' places in the cohort; cuts per-client values.
+        dtype: Of the numbers on the wire: float32 or float64.
+
+    Returns:
+        The content of a train message.
+    """
+    sent = {
+        n: t[places] if _is_per_client(downlink, t) else t for n, t in _sent(downlink).items()
+    }
+    sent = {n: t.to(DTYPES[dtype]) for n, t in sent.items()}
+    layout = Layout.of(sent)
+    header = {
+        "round": order.round_,
+        "version": order.version,
+        "factor": order.factor,
+        "recipe": downlink.recipe,
+        "arguments": downlink.arguments,
+        "adapters": {
+            w: {"scale": a.scale, "factors": {k: _describe(f) for k, f in a.factors.items()}}
+            for w, a in downlink.adapters.items()
+        },
+        "dense": {n: _describe(slot) for n, slot in downlink.dense.items()},
+        "layout": layout.shapes,
+    }
+    return _records(header, layout.pack(sent), {"clients": order.clients})
+
+
+def unpack_downlink(content: RecordDict) -> tuple[Downlink, Order]:
+    """Read a train message back."""
+    header, flat, vectors = _read(content)
+    tensors = Layout(tuple((n, tuple(s)) for n, s in header["layout"])).unpack(flat)
+    adapters = {
+        w: Adapter(
+            {k: _factor(f, tensors.get(f"{w}/{k}")) for k, f in a["factors"].items()}, a["scale"]
+        )
+        for w, a in header["adapters"].items()
+    }
+    dense = {}
+    for name, described in header["dense"].items():
+        slot = _factor(described, tensors.get(name))
+        if not isinstance(slot, Trained):
+            raise WireError(f"dense tensor {name} is not trained")
+        dense[name] = slot
+    downlink = Downlink(adapters, dense, header["recipe"], header["arguments"])
+    order = Order(header["round"], header["version"], header["factor"], vectors["clients"])
+    return downlink, order
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a chunk sent back: the rows of the clients that succeeded, and who failed."""
+
+    round_: int
+    version: int
+    clients: torch.Tensor
+    losses: torch.Tensor
+    samples: torch.Tensor
+    steps: torch.Tensor
+    rows: torch.Tensor
+    failures: dict[int, str]
+    notes: list[str]
+
+
+def pack_trial(
+    trial: Trial | None,
+    order: Order,
+    clients: torch.Tensor,
+    layout: Layout,
+    failures: Mapping[int, str],
+    notes: list[str],
+) -> RecordDict:
+    """Write what a chunk brought back; ``clients`` are those that succeeded."""
+    header = {
+        "round": order.round_,
+        "version": order.version,
+        "failures": {str(c): r for c, r in failures.items()},
+        "notes": notes,
+        "layout": layout.shapes,
+    }
+    if trial is None:
+        return _records(header, torch.empty(0, layout.size), {"clients": clients})
+    rows = layout.pack({n: trial.trained[n] for n, _ in layout.shapes}, lead=1)
+    vectors = {
+        "clients": clients,
+        "losses": trial.losses,
+        "samples": trial.samples,
+        "steps": trial.steps,
+    }
+    return _records(header, rows, vectors)
+
+
+def unpack_trial(content: RecordDict, layout: Layout) -> Reply:
+    """Read a reply back and hold it against what was asked.
+
+    Raises:
+        WireError: If the layout is not the one that was asked for, or numbers are missing.
+    """
+    header, rows, vectors = _read(content)
+    sent = Layout(tuple((n, tuple(s)) for n, s in header["layout"]))
+    if sent != layout:
+        raise WireError(
+            f"round {header['round']}: clients {vectors['clients'].tolist()} sent "
+            f"{dict(sent.shapes)}, wanted {dict(layout.shapes)}"
+        )
+    count = len(vectors["clients"])
+    empty = torch.zeros(0, dtype=torch.int64)
+    if tuple(rows.shape) != (count, layout.size):
+        raise WireError(
+            f"round {header['round']}: rows {tuple(rows.shape)}, wanted {(count, layout.size)}"
+        )
+    return Reply(
+        header["round"],
+        header["version"],
+        vectors["clients"],
+        vectors.get("losses", empty.double()),
+        vectors.get("samples", empty),
+        vectors.get("steps", empty),
+        rows,
+        {int(c): r for c, r in header["failures"].items()},
+        header["notes"],
+    )
+
+
+def _sent(downlink: Downlink) -> Tree:
+    """Every tensor that a downlink carries, by name."""
+    sent: Tree = {}
+    for weight, adapter in downlink.adapters.items():
+        for label, factor in adapter.factors.items():
+            if isinstance(factor, Frozen):
+                sent[f"{weight}/{label}"] = factor.value
+    for name, slot in downlink.trained().items():
+        if slot.start is not None:
+            sent[name] = slot.start
+    return sent
+
+
+def _is_per_client(downlink: Downlink, tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor of the downlink has the cohort axis."""
+    if any(s.start is tensor and tensor.dim() > len(s.shape) for s in downlink.trained().values()):
+        return True
+    frozen = (f for a in downlink.adapters.values() for f in a.factors.values())
+    return any(isinstance(f, Frozen) and f.value is tensor and tensor.dim() == 3 for f in frozen)
+
+
+def _describe(factor: Factor) -> dict[str, object]:
+    """Describe a factor in plain JSON; its numbers travel in the flat array."""
+    if isinstance(factor, Sketched):
+        return {"role": "sketched", "spec": vars(factor.spec)}
+    if isinstance(factor, Frozen):
+        return {"role": "frozen"}
+    return {
+        "role": "trained",
+        "shape": factor.shape,
+        "main": factor.main,
+        "upload": factor.upload,
+        "started": factor.start is not None,
+    }
+
+
+def _factor(described: Mapping[str, object], value: torch.Tensor | None) -> Factor:
+    """Undo `_describe`."""
+    if described["role"] == "sketched":
+        return Sketched(SketchSpec(**described["spec"]))  # type: ignore[arg-type]
+    if described["role"] == "frozen":
+        if value is None:
+            raise WireError("a frozen factor came without its numbers")
+        return Frozen(value)
+    shape = tuple(described["shape"])  # type: ignore[arg-type]
+    start = value if described["started"] else None
+    return Trained(shape, start, bool(described["main"]), bool(described["upload"]))
+
+
+def _records(header: object, flat: torch.Tensor, vectors: Mapping[str, torch.Tensor]) -> RecordDict:
+    arrays = ArrayRecord()
+    arrays["flat"] = Array(to_numpy(flat))
+    side = ConfigRecord({"header": json.dumps(header)})
+    for name, vector in vectors.items():
+        array = to_numpy(vector)
+        side[name] = array.tobytes()
+    return RecordDict({"arrays": arrays, "config": side})
+
+
+def _read(content: RecordDict) -> tuple[dict[str, object] | object, torch.Tensor, Tree]:
+    config, arrays = content["config"], content["arrays"]
+    if not isinstance(config, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+        raise WireError(f"a message holds {list(content)}; wanted the records config and arrays")
+    header = json.loads(str(config["header"]))
+    flat = torch.from_numpy(arrays["flat"].numpy())
+    kinds = {"clients": np.int64, "samples": np.int64, "steps": np.int64, "losses": np.float64}
+    vectors = {
+        n: torch.from_numpy(np.frombuffer(config[n], kind).copy())  # type: ignore[call-overload]
+        for n, kind in kinds.items()
+        if n in config
+    }
+    return header, flat, vectors

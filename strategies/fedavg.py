@@ -1,0 +1,65 @@
+"""FedAvg on full weights, the yardstick of every low-rank method.
+
+    client k: W_k = W, local steps on every weight;   W <- sum_k p_k W_k
+
+- Uplink: m n numbers per matrix. Downlink: what the client missed, at most m n.
+- Aggregation: exact and linear.
+- Source: McMahan et al., *Communication-efficient learning of deep networks from decentralized
+  data*, AISTATS 2017, arXiv 1602.05629.
+- Departures: head and biases follow the run's policy (frozen biases stay frozen), so that a
+  comparison with adapters changes one thing only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+from typing_extensions import override
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.method import (
+    Cohort,
+    Downlink,
+    Draw,
+    Link,
+    Method,
+    Plan,
+    State,
+    Trained,
+    Traits,
+    apply_link,
+)
+from fedraclora.tree import Tree
+from strategies.common import dense_floats, dense_slots
+
+
+@dataclass(frozen=True)
+class FedAvg(Method):
+    """FedAvg has no hyperparameters of its own."""
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(exact=True, linear=True, merges=True)
+
+    @override
+    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        del draw
+        return State(base, plan)
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        del round_, cohort, draw
+        full = {n: Trained(tuple(state.base[n].shape)) for n in state.plan.weights}
+        return Downlink(dense=full | dense_slots(state))
+
+    @override
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        mean = got.mean()
+        link = Link(dense={n: mean[n].to(state.base[n].dtype) for n in sent.dense})
+        return replace(state, base=apply_link(state.base, link, state.plan), link=link, notes=())
+
+    @override
+    def floats(self, plan: Plan) -> tuple[int, int]:
+        return sum(prod(plan.shapes[n]) for n in plan.weights) + dense_floats(plan), 0

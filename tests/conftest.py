@@ -1,0 +1,82 @@
+"""What all tests share: one thread, reproducible examples, the data root, golden curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# One thread fixes the order of the sums inside a matrix product, and small tensors run faster.
+torch.set_num_threads(1)
+
+# The same examples in each run: a failure can be repeated, a timed limit would be luck.
+settings.register_profile("dev", max_examples=25, derandomize=True, deadline=None)
+settings.register_profile(
+    "ci", max_examples=100, derandomize=True, deadline=None, print_blob=True
+)
+settings.load_profile("dev")
+
+DATA_VARIABLE = "FEDRACLORA_DATA"
+GOLDEN_RTOL = 1e-6
+
+Golden = Callable[[str, Mapping[str, Sequence[float]]], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the switch of `make golden`."""
+    parser.addoption(
+        "--write-golden", action="store_true", help="write tests/golden/*.json instead of comparing"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of the larger data sets, from FEDRACLORA_DATA; the test is skipped when unset."""
+    root = os.environ.get(DATA_VARIABLE)
+    if not root:
+        pytest.skip(f"{DATA_VARIABLE} is not set: it names the folder of the larger data sets")
+    if not Path(root).is_dir():
+        pytest.fail(f"{DATA_VARIABLE}={root} is no folder")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Compare named curves with tests/golden/<name>.json, or write it under --write-golden.
+
+    The comparison is to rtol 1e-6: loose enough for another build of torch, tight enough that
+    a changed update rule cannot hide.
+    """
+    folder = Path(__file__).parent / "golden"
+    write = bool(request.config.getoption("--write-golden"))
+
+    def check(name: str, curves: Mapping[str, Sequence[float]]) -> None:
+        file = folder / f"{name}.json"
+        found = {key: [float(v) for v in values] for key, values in curves.items()}
+        assert all(math.isfinite(v) for values in found.values() for v in values)
+        if write:
+            file.write_text(json.dumps(found, indent=1) + "\n")
+            return
+        if not file.is_file():
+            pytest.fail(f"{file.name} is missing: write it with `make golden` and read it")
+        wanted = json.loads(file.read_text())
+        assert found.keys() == wanted.keys()
+        for key, values in found.items():
+            assert values == pytest.approx(wanted[key], rel=GOLDEN_RTOL), key
+
+    return check
