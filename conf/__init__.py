@@ -1,1 +1,1 @@
-"""Configuration files (YAML), one folder per group; packaged so that the console script finds them."""
+"""Configuration files, one folder per group; packaged, so that the console script finds them."""

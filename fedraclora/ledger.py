@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedraclora.checkpoint import replacing
@@ -137,9 +138,23 @@ def number(row: Mapping[str, object], *path: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def column(rows: Sequence[Mapping[str, object]], *path: str) -> list[float]:
-    """Read one number of every row; see `number`."""
-    return [number(row, *path) for row in rows]
+def column(rows: Sequence[Mapping[str, object]], *path: str) -> npt.NDArray[np.float64]:
+    """Read one number of every row, float64 [rows]; see `number`."""
+    return np.array([number(row, *path) for row in rows], dtype=np.float64)
+
+
+def round_seconds(row: Mapping[str, object]) -> float:
+    """Wall-clock seconds of a round: ``seconds.total``, or the sum of its stations.
+
+    Example:
+        >>> round_seconds({"round": 1, "seconds": {"open": 0.5, "train": 1.0}})
+        1.5
+    """
+    laps = row.get("seconds")
+    if not isinstance(laps, Mapping):
+        return 0.0
+    values = [number(laps, name) for name in (["total"] if "total" in laps else laps)]
+    return math.fsum(value for value in values if math.isfinite(value))
 
 
 def headline(rows: Sequence[Mapping[str, object]]) -> str | None:

@@ -19,7 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedraclora.errors import ShapeError
-from fedraclora.ledger import Row, column, headline
+from fedraclora.ledger import Row, column, headline, round_seconds
 
 Vector = npt.NDArray[np.float64]
 
@@ -33,7 +33,6 @@ _POSITIONS = (
     "uplink + downlink with catch-up so far (MB)",
     "seconds so far",
 )
-_STATIONS = ("sample", "open", "train", "close", "evaluate")
 _MAX_BARS = 40  # clients or classes that stacked bars can show; beyond, a heat map
 _MAX_PIXELS = 2000  # rows of a heat map; more would not be seen
 
@@ -50,22 +49,22 @@ def curves(rows: Sequence[Row], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=14)
     panels = figure.subplots(2, 3).ravel()
     metric = headline(rows) or "metric"
-    rounds, sent = _values(rows, "round"), _values(rows, "uplink_total") / MEGABYTE
-    measured = _values(rows, "metrics", metric)
-    losses = {"training": _values(rows, "train_loss"), "test": _values(rows, "metrics", "loss")}
+    rounds, sent = column(rows, "round"), column(rows, "uplink_total") / MEGABYTE
+    measured = column(rows, "metrics", metric)
+    losses = {"training": column(rows, "train_loss"), "test": column(rows, "metrics", "loss")}
     traffic = {
         "uplink": sent,
-        "downlink with catch-up": _values(rows, "downlink_total") / MEGABYTE,
-        "catch-up": np.nancumsum(_values(rows, "catchup_bytes")) / MEGABYTE,
+        "downlink with catch-up": column(rows, "downlink_total") / MEGABYTE,
+        "catch-up": np.nancumsum(column(rows, "catchup_bytes")) / MEGABYTE,
     }
     _lines(panels[0], ("round", metric), rounds, {metric: measured})
     _lines(panels[1], ("round", "loss"), rounds, losses)
     _lines(panels[2], ("uplink so far (MB)", metric), sent, {metric: measured}, log="x")
     _lines(panels[3], ("round", "payload so far (MB)"), rounds, traffic, log="y")
     _seconds(panels[4], rows, rounds)
-    name, values = "aggregation error (relative)", _values(rows, "report", "aggregation_error")
+    name, values = "aggregation error (relative)", column(rows, "report", "aggregation_error")
     if not np.isfinite(values).any():
-        name, values = "effective step", _values(rows, "effective_step")
+        name, values = "effective step", column(rows, "effective_step")
     _lines(panels[5], ("round", name), rounds, {name: values}, log="y")
     _save(figure, path)
 
@@ -91,19 +90,18 @@ def compare_figure(groups: Mapping[str, Sequence[Sequence[Row]]], metric: str, p
         seeds = _on_common_rounds(ledgers, metric)
         y, colour = seeds[:, :, -1], _COLOURS[index % len(_COLOURS)]
         dash = _DASHES[index // len(_COLOURS) % len(_DASHES)]
-        for panel, x in zip(panels, seeds[:, :, :-1].mean(axis=0).T, strict=True):
+        where = seeds[:, :, :-1].mean(axis=0)
+        where[:, 1:3][where[:, 1:3] <= 0] = np.nan  # no place on the logarithmic axes
+        for panel, x in zip(panels, where.T, strict=True):
             panel.plot(x, y.mean(axis=0), dash, color=colour, marker=_marker(x), markersize=4)
             if len(seeds) > 1:
-                low, high = y.min(axis=0), y.max(axis=0)
-                panel.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+                panel.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.18, linewidth=0)
     for panel, name in zip(panels, _POSITIONS, strict=True):
         _finish(panel, name, metric if panel in panels[::2] else "")
         if "MB" in name:
             _logarithmic(panel, "x")
-    figure.legend(
-        panels[0].get_lines(), labels, loc="outside lower center", ncols=legend_columns,
-        frameon=False, fontsize=11,
-    )  # fmt: skip
+    lines = panels[0].get_lines()
+    figure.legend(lines, labels, loc="outside lower center", ncols=legend_columns, frameon=False)
     _save(figure, path)
 
 
@@ -123,19 +121,19 @@ def label_distribution(counts: npt.NDArray[np.int64], path: Path) -> None:
     if counts.ndim != 2 or 0 in counts.shape:
         raise ShapeError(f"counts must be [clients, classes], got {counts.shape}")
     small = counts.shape[0] <= _MAX_BARS and counts.shape[1] <= _MAX_BARS // 2
-    figure = _bars(counts) if small else _heat_map(counts)
-    _save(figure, path)
+    _save(_bars(counts) if small else _heat_map(counts), path)
 
 
 def _bars(counts: npt.NDArray[np.int64]) -> Figure:
     clients, classes = counts.shape
     figure = _figure(10, 2.2 + 0.26 * clients)
     panel = figure.subplots()
-    names = np.arange(clients)
     palette = colormaps["tab10" if classes <= 10 else "tab20"]
     left = np.zeros(clients)
     for label in range(classes):
-        panel.barh(names, counts[:, label], left=left, color=palette(label), label=str(label))
+        panel.barh(
+            range(clients), counts[:, label], left=left, color=palette(label), label=str(label)
+        )
         left += counts[:, label]
     _finish(panel, "samples", "client")
     panel.yaxis.set_major_locator(MaxNLocator(nbins=20, integer=True))
@@ -148,26 +146,20 @@ def _bars(counts: npt.NDArray[np.int64]) -> Figure:
 def _heat_map(counts: npt.NDArray[np.int64]) -> Figure:
     totals = counts.sum(axis=1)
     share = counts / np.maximum(totals, 1)[:, None]
-    commonest = share.argmax(axis=1)
-    order = np.lexsort((-share.max(axis=1), commonest))
+    order = np.lexsort((-share.max(axis=1), share.argmax(axis=1)))
     shown = order[np.linspace(0, len(order) - 1, min(len(order), _MAX_PIXELS)).astype(int)]
     figure = _figure(11, 8)
     left, right = figure.subplots(1, 2, width_ratios=[4, 1])
-    image = left.imshow(
-        share[shown], aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0,
-        extent=(-0.5, counts.shape[1] - 0.5, len(shown), 0),
-    )  # fmt: skip
+    box = (-0.5, counts.shape[1] - 0.5, len(shown), 0)
+    image = left.imshow(share[shown], aspect="auto", interpolation="nearest", extent=box)
     figure.colorbar(image, ax=left, label="share of the client's samples", pad=0.01)
-    which = f"{len(counts):,} clients" if len(shown) == len(counts) else (
-        f"{len(shown):,} of {len(counts):,} clients, evenly taken"
-    )  # fmt: skip
+    which = f"{len(shown):,} of {len(counts):,} clients"
     _finish(left, "class", f"{which}, sorted by their commonest class")
     left.grid(visible=False)
-    left.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True))
+    left.locator_params(nbins=20, integer=True)
     right.hist(totals, bins=min(40, max(5, len(totals) // 10)), color=_COLOURS[0])
     _finish(right, "samples of a client", "clients")
-    right.yaxis.tick_right()
-    right.yaxis.set_label_position("right")
+    right.yaxis.set(label_position="right", ticks_position="right")
     right.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
     return figure
 
@@ -176,29 +168,28 @@ def _lines(
     panel: Axes, labels: tuple[str, str], x: Vector, series: Mapping[str, Vector], log: str = ""
 ) -> None:
     """Plot named curves, with a legend above the panel where there are several."""
-    drawn = 0
     for index, (name, y) in enumerate(series.items()):
-        known = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (log != "y"))
+        # Zero has no place on a logarithmic axis.
+        known = np.isfinite(x) & np.isfinite(y) & {"x": x > 0, "y": y > 0}.get(log, True)
         if known.any():
-            drawn += 1
             dash, mark = _DASHES[index % len(_DASHES)], _marker(x[known])
             panel.plot(x[known], y[known], dash, color=_COLOURS[index], marker=mark, label=name)
-    _finish(panel, *labels)
+    _finish(panel, *labels, legend=len(panel.get_lines()) > 1)
     if log:
         _logarithmic(panel, log)
-    if not drawn:
+    if not panel.get_lines():
         panel.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=panel.transAxes)
         panel.set(xticks=[], yticks=[])
-    if drawn > 1:
-        _legend_above(panel)
 
 
 def _seconds(panel: Axes, rows: Sequence[Row], rounds: Vector) -> None:
     """Stack the seconds of each station of a round."""
-    parts = {name: np.nan_to_num(_values(rows, "seconds", name)) for name in _STATIONS}
-    total = np.nan_to_num(_values(rows, "seconds", "total"))
+    laps = [lap for row in rows if isinstance(lap := row.get("seconds"), Mapping)]
+    names = dict.fromkeys(str(name) for lap in laps for name in lap if name != "total")
+    parts = {name: np.nan_to_num(column(rows, "seconds", name)) for name in names}
+    total = np.array([round_seconds(row) for row in rows])
     parts["other"] = np.maximum(total - sum(parts.values()), 0.0)
-    shown = {name: values for name, values in parts.items() if np.any(values > 0)}
+    shown = {name: values for name, values in parts.items() if np.any(values > 1e-6)}
     if not shown:
         _lines(panel, ("round", "seconds per round"), rounds, {})
         return
@@ -206,25 +197,20 @@ def _seconds(panel: Axes, rows: Sequence[Row], rounds: Vector) -> None:
     edges = np.stack([rounds - 0.5, rounds + 0.5], axis=1).ravel()
     bars = [np.repeat(values, 2) for values in shown.values()]
     panel.stackplot(edges, *bars, labels=list(shown), colors=_COLOURS)
-    _finish(panel, "round", "seconds per round")
-    _legend_above(panel)
+    _finish(panel, "round", "seconds per round", legend=True)
 
 
 def _on_common_rounds(ledgers: Sequence[Sequence[Row]], metric: str) -> Vector:
     """The rounds that all ledgers evaluated: [ledgers, rounds, `_POSITIONS` and the metric]."""
     tables = []
     for rows in ledgers:
-        up, down = (_values(rows, f"{way}_total") / MEGABYTE for way in ("uplink", "downlink"))
-        seconds = np.nancumsum(_values(rows, "seconds", "total"))
-        where = (_values(rows, "round"), up, up + down, seconds)
-        table = np.stack([*where, _values(rows, "metrics", metric)], axis=1)
+        up, down = (column(rows, f"{way}_total") / MEGABYTE for way in ("uplink", "downlink"))
+        seconds = np.cumsum([round_seconds(row) for row in rows])
+        where = (column(rows, "round"), up, up + down, seconds)
+        table = np.stack([*where, column(rows, "metrics", metric)], axis=1)
         tables.append(table[np.isfinite(table).all(axis=1)])
     common = set.intersection(*(set(table[:, 0]) for table in tables))
     return np.stack([table[np.isin(table[:, 0], list(common))] for table in tables])
-
-
-def _values(rows: Sequence[Row], *path: str) -> Vector:
-    return np.array(column(rows, *path))
 
 
 def _marker(x: Vector) -> str:
@@ -233,31 +219,25 @@ def _marker(x: Vector) -> str:
 
 def _logarithmic(panel: Axes, which: str) -> None:
     """Make an axis logarithmic where its positive values span more than a factor of 2."""
-    lines = panel.get_lines()
-    data = [np.asarray(line.get_xdata() if which == "x" else line.get_ydata()) for line in lines]
-    values = np.concatenate([*data, np.empty(0)])
-    values = values[values > 0]
-    if values.size and values.max() > 2 * values.min():
+    points = (line.get_data()["xy".index(which)] for line in panel.get_lines())
+    values = [float(v) for v in np.concatenate([[], *points]) if v > 0]
+    if values and max(values) > 2 * min(values):
         axis = panel.xaxis if which == "x" else panel.yaxis
         panel.set(**{f"{which}scale": "log"})
-        decades = math.log10(values.max() / values.min())
+        decades = math.log10(max(values) / min(values))
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=9))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.set_minor_formatter(NullFormatter())
 
 
-def _finish(panel: Axes, x_label: str, y_label: str) -> None:
-    panel.set_xlabel(x_label, fontsize=11)
-    panel.set_ylabel(y_label, fontsize=11)
+def _finish(panel: Axes, x_label: str, y_label: str, *, legend: bool = False) -> None:
+    panel.set(xlabel=x_label, ylabel=y_label, axisbelow=True)
     panel.grid(visible=True, color="#DDDDDD", linewidth=0.7)
-    panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     if x_label == "round":
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _legend_above(panel: Axes) -> None:
-    panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
+    if legend:  # above the panel, so that it covers no curve
+        panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -12,7 +12,7 @@ from fedraclora.chain import CatchUp, link_tensors
 from fedraclora.checkpoint import append_link, cut_links, load_checkpoint, save_checkpoint
 from fedraclora.errors import CheckpointError
 from fedraclora.ledger import Ledger
-from fedraclora.method import Link, Plan, State
+from fedraclora.method import Link, State
 from fedraclora.tree import Tree, digest
 
 
@@ -94,11 +94,11 @@ class RunBook:
         }
         save_checkpoint(self.folder / "checkpoint", tensors | catch_up.state(), meta)
 
-    def restore(self, plan: Plan, catch_up: CatchUp) -> tuple[State, int]:
+    def restore(self, start: State, catch_up: CatchUp) -> tuple[State, int]:
         """Read the checkpoint back; ledger rows and links past it are cut.
 
         Args:
-            plan: Of the run.
+            start: The state of round 0; gives the plan and the device.
             catch_up: Takes the clients' versions.
 
         Returns:
@@ -122,10 +122,13 @@ class RunBook:
             self._totals = (int(str(last["uplink_total"])), int(str(last["downlink_total"])))
         catch_up.restore(tensors)
 
+        device = next(iter(start.base.values())).device
+
         def part(prefix: str) -> Tree:
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            found = {n: t for n, t in tensors.items() if n.startswith(prefix)}
+            return {n.removeprefix(prefix): t.to(device) for n, t in found.items()}
 
         memo = meta["memo"]
         if not isinstance(memo, dict):
             raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")
-        return State(part("base/"), plan, part("carried/"), memo), round_
+        return State(part("base/"), start.plan, part("carried/"), memo), round_

@@ -53,7 +53,7 @@ class SketchSpec:
         blocks: ``independent`` draws, or ``cover``: consecutive blocks of rows of an endless
             sequence of independent orthonormal bases, so that dim / rank rounds reach every
             direction once. A block that ends one basis and begins the next is orthonormalised
-            and its span holds both parts.
+            and its span holds both parts. Above dim 1024, ``srht`` is much the faster cover.
         normalise: ``rows``: unit rows in expectation, ``E[A A^T] = I`` on the diagonal (exact
             for orthonormal kinds); ``identity``: ``E[A^T A] = I``, larger by sqrt(dim / rank);
             ``none``: as drawn.
@@ -63,7 +63,8 @@ class SketchSpec:
         ConfigError: On a name that does not exist or a number out of range.
 
     References:
-        Malinovsky et al., arXiv 2410.08305. Each kind's own source is in `sketch_kinds`.
+        Malinovsky et al., arXiv 2410.08305. Each kind's own source is in `sketch_kinds` or
+        `sketch_bases`.
 
     Example:
         >>> spec = SketchSpec("orthonormal", "right", rank=2, dim=5, seed=7, index=0)

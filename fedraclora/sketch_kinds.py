@@ -104,9 +104,8 @@ def kaiming_uniform(leaf: Leaf, size: Size) -> torch.Tensor:
     The default of PEFT and of torch.nn.Linear: kaiming_uniform with a = sqrt(5).
     """
     # 53 bits, as many as a float64 holds: both steps are exact, the product is rounded once.
-    unit = (words(generator(*leaf), size.rank, size.dim) >> np.uint64(11)).astype(
-        np.float64
-    ) * 2.0**-53
+    drawn = words(generator(*leaf), size.rank, size.dim) >> np.uint64(11)
+    unit = drawn.astype(np.float64) * 2.0**-53
     return torch.from_numpy((2.0 * unit - 1.0) * (1.0 / sqrt(size.dim)))
 
 

@@ -110,9 +110,9 @@ class FedStrategy(Strategy):
         self._cohort = Cohort(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
         self._exchange = Exchange(Downlink(), Layout(()))
 
-    def resume(self, state: State, done: int, catch_up: CatchUp) -> None:
-        """Go on after round ``done`` from a restored state."""
-        self.state, self.done, self.catch_up = state, done, catch_up
+    def resume(self, state: State, done: int) -> None:
+        """Go on after round ``done`` from a restored state (`catch_up` is restored in place)."""
+        self.state, self.done = state, done
 
     @override
     def start(  # type: ignore[override]

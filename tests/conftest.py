@@ -17,9 +17,7 @@ torch.set_num_threads(1)
 
 # The same examples in each run: a failure can be repeated, a timed limit would be luck.
 settings.register_profile("dev", max_examples=25, derandomize=True, deadline=None)
-settings.register_profile(
-    "ci", max_examples=100, derandomize=True, deadline=None, print_blob=True
-)
+settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("dev")
 
 DATA_VARIABLE = "FEDRACLORA_DATA"

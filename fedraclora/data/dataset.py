@@ -135,7 +135,7 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
     if len(wanted) < 2 or len(set(wanted)) < len(wanted):
         raise ConfigError(f"data.labels={wanted}: want two or more different classes")
     for samples, side in ((data.train, "training"), (data.test, "test")):
-        found = sorted({int(label) for label in samples.target.unique()})
+        found: list[int] = np.unique(samples.target.numpy()).tolist()
         missing = sorted(set(wanted) - set(found))
         if missing:
             raise ConfigError(

@@ -57,8 +57,10 @@ def _read(
     columns: Sequence[tuple[str, str | int]],
     header: bool,
 ) -> list[list[str]]:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
+    plain = delimiter == "\t"
+    reader = csv.reader(
+        file, delimiter=delimiter, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    )
     names = next(reader, []) if header else []
     places = [_place(key, column, names, header) for key, column in columns]
     found: list[list[str]] = [[] for _ in columns]

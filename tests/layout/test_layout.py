@@ -99,7 +99,9 @@ def test_packages_are_typed(package: str) -> None:
 
 
 def test_modules_are_short() -> None:
-    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in modules(*PACKAGES)}
+    lengths = {
+        str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in modules(*PACKAGES)
+    }
     long = {name: n for name, n in lengths.items() if n > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines, so it holds two ideas: {long}"
 
@@ -140,7 +142,9 @@ def test_files_name_no_machine_and_no_registry() -> None:
     assert not found
 
 
-@pytest.mark.parametrize("line", ["cd /wor" + "k/main", '"/roo' + 't/x"', "https://pyp" + "i.org/x"])
+@pytest.mark.parametrize(
+    "line", ["cd /wor" + "k/main", '"/roo' + 't/x"', "https://pyp" + "i.org/x"]
+)
 def test_machine_paths_and_registries_are_seen(line: str) -> None:
     assert any(re.search(pattern, line) for pattern in FORBIDDEN)
 

@@ -1,0 +1,128 @@
+"""Puts a run together: task, method, workers, grid and the one strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from clients.app import make_client_app
+from clients.worker import Worker
+from fedraclora.adapter import make_plan
+from fedraclora.aggregate import AGGREGATORS
+from fedraclora.build import BuiltTask, build_task, measured_samples
+from fedraclora.checkpoint import config_digest
+from fedraclora.chunking import resolve_chunk
+from fedraclora.cohort import CohortTrainer
+from fedraclora.config import RunConfig
+from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.evaluate import evaluate
+from fedraclora.method import Cohort, Draw, Plan
+from fedraclora.replica import Replica
+from fedraclora.runbook import RunBook
+from fedraclora.tree import Tree
+from strategies.base import FedStrategy, LoopConfig, Row
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A run that is ready to start: ``strategy.start(grid)``."""
+
+    config: RunConfig
+    built: BuiltTask
+    plan: Plan
+    strategy: FedStrategy
+    grid: InProcessGrid
+    chunk: int
+
+
+def assemble(
+    config: RunConfig,
+    folder: Path | None,
+    *,
+    resume: bool = False,
+    on_round: Callable[[Row], None] | None = None,
+) -> Assembled:
+    """Build every part of a run.
+
+    Args:
+        config: Checked settings.
+        folder: The run folder, which exists; None keeps the ledger in memory.
+        resume: Go on from the folder's checkpoint.
+        on_round: Called with each new ledger row.
+
+    Returns:
+        The parts.
+    """
+    limit_threads(config.engine.threads)
+    built = build_task(config)
+    task = built.task
+    plan = make_plan(
+        task.model,
+        task.head,
+        targets=config.targets or task.targets,
+        head_policy=config.head,
+        bias_policy=config.bias,
+        dense=config.dense,
+    )
+    base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    draw = Draw(config.seed)
+    state = config.method.init(base, plan, draw)
+    first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
+    downlink = config.method.open_round(state, 1, first, draw)
+    chunk = 1 if config.engine.name == "inline" else resolve_chunk(
+        config.engine.chunk, task, downlink, config.local, built.cohort
+    )
+    loop = LoopConfig(
+        rounds=config.rounds,
+        clients=built.clients,
+        cohort=built.cohort,
+        chunk=chunk,
+        seed=config.seed,
+        weights=config.weights,
+        dtype=str(next(iter(base.values())).dtype).removeprefix("torch."),
+        evaluate_every=config.evaluate.every,
+        max_failures=config.max_failures,
+    )
+    fixed = {**config.digested, "resolved": {"chunk": chunk, "device": built.device.type}}
+    book = RunBook(
+        folder,
+        config_digest=config_digest(fixed),
+        every=config.output.checkpoint_every,
+        sync=config.output.sync,
+        chain=config.output.chain,
+    )
+    samples = measured_samples(task, config.evaluate.split)
+
+    def measure(weights: Tree) -> dict[str, float]:
+        return evaluate(
+            task.model, weights, samples, task.loss, task.metrics, config.evaluate.batch_size
+        )
+
+    replica = Replica(base)
+    trainer = CohortTrainer(task, plan, config.local, seed=config.seed, device=built.device)
+    strategy = FedStrategy(
+        config.method,
+        state,
+        config.local,
+        loop,
+        replica=replica,
+        evaluate=measure,
+        book=book,
+        aggregator=AGGREGATORS[config.aggregator],
+        on_round=on_round,
+    )
+    if resume:
+        restored, done = book.restore(state, strategy.catch_up)
+        strategy.resume(restored, done)
+    grid = InProcessGrid(make_client_app(Worker(trainer, replica)))
+    return Assembled(config, built, plan, strategy, grid, chunk)
+
+
+def limit_threads(threads: int) -> None:
+    """Set the threads of torch and of every BLAS in the process: both change bits and speed."""
+    torch.set_num_threads(threads)
+    threadpool_limits(limits=threads)

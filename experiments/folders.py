@@ -1,0 +1,130 @@
+"""Run folders: where a run writes, when it goes on, and when it refuses to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from fedraclora.checkpoint import difference
+from fedraclora.config import NOT_IN_DIGEST, section
+from fedraclora.errors import CheckpointError
+
+STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
+Plain = dict[str, object]
+
+
+def run_folder(output: Mapping[str, object], sweep_job: str | None) -> Path:
+    """Choose the folder of a run.
+
+    Args:
+        output: The group ``output`` of the config.
+        sweep_job: The overrides of this job of a sweep, or None outside a sweep.
+
+    Returns:
+        ``output.dir``, or a dated folder; a job of a sweep has a folder of its own in it.
+    """
+    named = output.get("dir")
+    kind = "runs" if sweep_job is None else "multirun"
+    stamp = Path(kind) / f"{STARTED:%Y-%m-%d}" / f"{STARTED:%H-%M-%S}"
+    folder = stamp if named is None else Path(str(named)).expanduser()
+    return folder if sweep_job is None else folder / (sweep_job or "run")
+
+
+def read_config(folder: Path) -> Plain:
+    """Read the resolved config of a run.
+
+    Raises:
+        CheckpointError: If the folder has none.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no run folder: it has no config.yaml")
+    loaded = yaml.safe_load(path.read_text())
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} does not hold a config")
+    return loaded
+
+
+def is_finished(folder: Path) -> bool:
+    """Tell whether the run of a folder came to its end."""
+    return (folder / "summary.json").is_file()
+
+
+def begin(folder: Path, plain: Plain) -> None:
+    """Make a new run folder and write the config into it.
+
+    Raises:
+        CheckpointError: If a run is there already.
+    """
+    if (folder / "config.yaml").exists() or (folder / "ledger.jsonl").exists():
+        raise CheckpointError(
+            f"{folder} holds a run already; choose another output.dir, or go on with resume={folder}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "config.yaml.partial"
+    partial.write_text(yaml.safe_dump(plain, sort_keys=False))
+    partial.replace(folder / "config.yaml")
+
+
+def refuse_changes(folder: Path, stored: Plain, plain: Plain, keys: Sequence[str] | None) -> None:
+    """Refuse to go on with a run under another config.
+
+    Args:
+        folder: The run folder.
+        stored: Its config.
+        plain: The config that is asked for now.
+        keys: The keys that the user typed; None compares every key.
+
+    Raises:
+        CheckpointError: Naming each key that differs.
+    """
+    left = {k: v for k, v in stored.items() if k not in NOT_IN_DIGEST}
+    right = {k: v for k, v in plain.items() if k not in NOT_IN_DIGEST}
+    lines = difference(left, right)
+    if keys is not None:
+        typed = tuple(f"{k}.name" if isinstance(right.get(k), dict) else k for k in keys)
+        lines = [line for line in lines if line.startswith(tuple(f"{k}" for k in typed))]
+    if lines:
+        raise CheckpointError(
+            f"{folder} was run under another config; resume changes nothing:\n  "
+            + "\n  ".join(lines)
+        )
+
+
+def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
+    """Write summary.json in one move, with versions and revision."""
+    packages = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
+    found = {**summary, "versions": {p: version(p) for p in packages}, "git": git_revision()}
+    partial = folder / "summary.json.partial"
+    partial.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    partial.replace(folder / "summary.json")
+
+
+def git_revision() -> str | None:
+    """Give the revision of the checkout that runs, with a plus where files differ from it."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(here), *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.strip()
+
+    revision = git("rev-parse", "--short=12", "HEAD")
+    return f"{revision}{'+' if git('status', '--porcelain', '-uno') else ''}" if revision else None
+
+
+def method_label(plain: Plain) -> str:
+    """Name a run in one or two words."""
+    method = section(plain, "method")
+    rank = f" r={method['rank']}" if "rank" in method else ""
+    return f"{method['name']}{rank}"

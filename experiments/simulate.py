@@ -1,0 +1,166 @@
+"""``fedraclora simulate``: one federated run in this process (or a sweep of them with -m)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from experiments import folders
+from experiments.assemble import Assembled, assemble
+from experiments.progress import RunProgress
+from fedraclora import plots
+from fedraclora.config import RunConfig, from_plain
+from fedraclora.errors import CheckpointError, FedRacLoraError
+from fedraclora.ledger import headline, number
+from fedraclora.tree import digest
+from strategies import METHODS
+
+CONF = str(Path(__file__).resolve().parents[1] / "conf")
+Plain = dict[str, object]
+
+
+def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
+    """Run to the end and write everything that a run leaves behind.
+
+    Args:
+        plain: The resolved config.
+        folder: The run folder, with its config.yaml in it.
+        resume: Go on from its checkpoint.
+
+    Returns:
+        The summary.
+    """
+    began = time.perf_counter()
+    config = from_plain(plain, METHODS)
+    label = folders.method_label(plain)
+    with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
+        run = assemble(config, folder, resume=resume, on_round=progress.show)
+        run.strategy.start(run.grid)
+    summary = summarise(run, time.perf_counter() - began)
+    if config.output.plots:
+        draw(run, folder, label)
+    folders.write_summary(folder, summary)
+    return summary
+
+
+def summarise(run: Assembled, seconds: float) -> Plain:
+    """Collect the final figures of a run."""
+    strategy, ledger = run.strategy, run.strategy.book.ledger
+    measured = [r for r in ledger.rows if r.get("metrics")]
+    up, down = run.config.method.floats(run.plan)
+    return {
+        "rounds": strategy.done,
+        "metrics": measured[-1]["metrics"] if measured else {},
+        "weights_digest": digest(strategy.method.weights(strategy.state, strategy.draw)),
+        "ledger_digest": ledger.digest(),
+        "uplink_floats": up,
+        "downlink_floats": down,
+        "uplink_total": ledger.rows[-1]["uplink_total"],
+        "downlink_total": ledger.rows[-1]["downlink_total"],
+        "clients": run.built.clients,
+        "cohort": run.built.cohort,
+        "chunk": run.chunk,
+        "device": run.built.device.type,
+        "task": run.built.task.info,
+        "seconds": round(seconds, 3),
+    }
+
+
+def draw(run: Assembled, folder: Path, label: str) -> None:
+    """Draw the curves and, for a task with classes, the label distribution of the clients."""
+    plots.curves(run.strategy.book.ledger.rows, folder / "curves.png", title=label)
+    if run.built.counts is not None:
+        plots.label_distribution(run.built.counts, folder / "partition.png")
+
+
+def report(summary: Plain, folder: Path, config: RunConfig) -> None:
+    """Print the outcome of a run."""
+    table = Table(show_header=False, box=None)
+    metrics = summary["metrics"]
+    if isinstance(metrics, dict):
+        for name, value in metrics.items():
+            table.add_row(f"final {name}", f"{value:.4f}")
+    table.add_row("rounds", str(summary["rounds"]))
+    table.add_row("clients", f"{summary['clients']}, {summary['cohort']} a round")
+    table.add_row("uplink", f"{summary['uplink_floats']} floats a client and round")
+    table.add_row("uplink in all", f"{number(summary, 'uplink_total') / 1e6:.2f} MB")
+    table.add_row("downlink in all", f"{number(summary, 'downlink_total') / 1e6:.2f} MB")
+    table.add_row("seconds", f"{summary['seconds']}")
+    pictures = " (curves.png, partition.png, ledger.jsonl)" if config.output.plots else ""
+    table.add_row("written to", f"{folder}{pictures}")
+    Console().print(table)
+
+
+def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain, Path, bool]:
+    """Decide on folder and config: a new run, or one to go on with.
+
+    Returns:
+        The config, the folder, and whether to resume.
+
+    Raises:
+        CheckpointError: If a run is in the way, or differs from what is asked for.
+    """
+    wanted = plain.get("resume")
+    output = plain["output"] if isinstance(plain["output"], dict) else {}
+    if wanted not in {None, "auto"}:
+        folder = Path(str(wanted)).expanduser()
+        stored = folders.read_config(folder)
+        folders.refuse_changes(folder, stored, plain, typed)
+        return stored, folder, True
+    folder = folders.run_folder(output, sweep_job)
+    if wanted == "auto" and (folder / "config.yaml").is_file():
+        stored = folders.read_config(folder)
+        folders.refuse_changes(folder, stored, plain, None)
+        return stored, folder, True
+    from_plain(plain, METHODS)  # a config that cannot run leaves no folder behind
+    folders.begin(folder, plain)
+    return plain, folder, False
+
+
+def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
+    """Run, go on with, or skip one run; print and give its summary."""
+    plain, folder, resume = choose(plain, typed, sweep_job)
+    config = from_plain(plain, METHODS)
+    if resume and folders.is_finished(folder):
+        Console().print(f"{folder} is finished already")
+        loaded: Plain = json.loads((folder / "summary.json").read_text())
+        return loaded
+    if resume and not (folder / "checkpoint" / "checkpoint.safetensors").is_file():
+        if (folder / "ledger.jsonl").is_file():  # killed before its first checkpoint
+            (folder / "ledger.jsonl").unlink()
+        resume = False
+    summary = simulate(plain, folder, resume=resume)
+    report(summary, folder, config)
+    return summary
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """Run what Hydra composed; the headline metric is the value of a sweep's job."""
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if not isinstance(plain, dict):
+        raise CheckpointError("the config must be a mapping")
+    job = HydraConfig.get()
+    typed = [o.lstrip("+~").partition("=")[0] for o in job.overrides.task]
+    sweep = job.job.override_dirname if job.mode == RunMode.MULTIRUN else None
+    try:
+        summary = run_one({str(k): v for k, v in plain.items()}, typed, sweep)
+    except FedRacLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    metrics = summary["metrics"]
+    name = headline([summary])
+    return float(metrics[name]) if isinstance(metrics, dict) and name is not None else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""From checked settings to a task: data, partition, model, pretraining, device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedraclora.config import PretrainConfig, RunConfig, bind, checked_arguments, without
+from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
+from fedraclora.data.partition import make_partition
+from fedraclora.errors import ConfigError
+from fedraclora.models import MODELS
+from fedraclora.pretrain import pretrain
+from fedraclora.samples import Partitioned, Samples
+from fedraclora.sampling import check_cohort
+from fedraclora.task import Task
+
+COMMON_DATA_KEYS = ("labels", "validation")
+
+
+@dataclass(frozen=True)
+class BuiltTask:
+    """A task on its device, and what the loop must know of it.
+
+    Attributes:
+        task: The task.
+        clients: Size of the population, after empty clients are dropped.
+        cohort: Clients per round.
+        counts: Samples of each label per client [clients, classes], or None without classes.
+        device: Where training runs.
+    """
+
+    task: Task
+    clients: int
+    cohort: int
+    counts: npt.NDArray[np.int64] | None
+    device: torch.device
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: If CUDA is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but this PyTorch finds no GPU; use device=auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def build_task(config: RunConfig) -> BuiltTask:
+    """Load data, divide it, build the model and pretrain it where that is asked for.
+
+    Args:
+        config: Checked settings.
+
+    Returns:
+        The task and its sizes.
+
+    Raises:
+        FedRacLoraError: Whatever is wrong with data, partition, model or cohort.
+    """
+    device = pick_device(config.device)
+    common = {k: config.data.get(k) for k in COMMON_DATA_KEYS}
+    loader = bind(
+        "data",
+        DATASETS,
+        without(config.data, *COMMON_DATA_KEYS),
+        clients=config.clients,
+        seed=config.seed,
+    )
+    whole = loader()
+    data = whole if common["labels"] is None else select_labels(whole, _labels(common["labels"]))
+    data, validation = hold_out(data, float(str(common["validation"] or 0.0)), config.seed)
+    arguments = without(config.partition, "name")
+    parts, info = make_partition(
+        data,
+        name=str(config.partition.get("name")),
+        clients=config.clients,
+        seed=config.seed,
+        **arguments,  # type: ignore[arg-type]
+    )
+    built = bind(
+        "model",
+        MODELS,
+        config.model,
+        shape=data.sample_shape,
+        classes=data.classes,
+        seed=config.seed,
+    )()
+    dtype = _float_dtype(data.train)
+    model = built.model.to(dtype)
+    facts: dict[str, object] = {**data.info, "partition": info, "train": len(data.train)}
+    facts |= {"test": len(data.test), "validation": len(validation or ())}
+    if config.pretrain.epochs:
+        facts["pretrain"] = _pretrain(config.pretrain, whole, model, config.seed)
+    clients = len(parts)
+    cohort = config.cohort
+    size = max(1, int(cohort * clients)) if isinstance(cohort, float) else cohort
+    check_cohort(size, clients)
+    task = Task(
+        model=model.to(device),
+        head=built.head,
+        loss=data.loss,
+        metrics=data.metrics,
+        train=Partitioned.of(data.train, parts).to(device),
+        test=data.test.to(device),
+        validation=None if validation is None else validation.to(device),
+        targets=built.targets,
+        optimum=data.optimum,
+        info=facts,
+    )
+    return BuiltTask(task, clients, size, label_counts(data, parts), device)
+
+
+def _pretrain(
+    config: PretrainConfig, whole: DataSet, model: torch.nn.Module, seed: int
+) -> Mapping[str, float]:
+    """Pretrain on the labels that are asked for; give the accuracy on their test part."""
+    part = whole if config.labels is None else select_labels(whole, config.labels)
+    settings = without(vars(config), "labels")
+    checked_arguments("pretrain", PretrainConfig, settings)
+    return pretrain(
+        model,
+        part.train,
+        part.test,
+        part.loss,
+        part.metrics,
+        seed=seed,
+        epochs=config.epochs,
+        lr=config.lr,
+        batch_size=config.batch_size,
+    )
+
+
+def _labels(value: object) -> list[int]:
+    if not isinstance(value, list) or not all(isinstance(v, int) for v in value):
+        raise ConfigError(f"data.labels is {value!r}; a list of labels such as [5,6,7] is wanted")
+    return value
+
+
+def _float_dtype(samples: Samples) -> torch.dtype:
+    """Precision of the inputs, which the model takes; float32 for token ids."""
+    floats = (t.dtype for t in samples.inputs.values() if t.is_floating_point())
+    return next(floats, torch.float32)
+
+
+def label_counts(
+    data: DataSet, parts: list[npt.NDArray[np.int64]]
+) -> npt.NDArray[np.int64] | None:
+    """Count each label at each client [clients, classes]; None for a task without classes."""
+    if "label" not in data.columns or data.classes < 2:
+        return None
+    labels = np.asarray(data.columns["label"], dtype=np.int64)
+    return np.stack([np.bincount(labels[p], minlength=data.classes) for p in parts])
+
+
+def measured_samples(task: Task, split: str) -> Samples:
+    """Give the samples that the server evaluates on.
+
+    Raises:
+        ConfigError: If the validation split is asked for and there is none.
+    """
+    if split == "test":
+        return task.test
+    if task.validation is None:
+        raise ConfigError("evaluate.split is validation, but data.validation is 0; set it above 0")
+    return task.validation
+
+
+def with_model(task: Task, model: torch.nn.Module) -> Task:
+    """Give the task with another model (benchmarks, tests)."""
+    return replace(task, model=model)

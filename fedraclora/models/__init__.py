@@ -1,0 +1,21 @@
+"""Models, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedraclora.models.built import Built
+from fedraclora.models.cnn import build_cnn
+from fedraclora.models.hf import build_hf, build_transformer
+from fedraclora.models.linear import build_linear
+from fedraclora.models.mlp import build_mlp
+
+__all__ = ["MODELS", "Built"]
+
+MODELS: dict[str, Callable[..., Built]] = {
+    "linear": build_linear,
+    "mlp": build_mlp,
+    "cnn": build_cnn,
+    "hf": build_hf,
+    "transformer": build_transformer,
+}

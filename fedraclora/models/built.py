@@ -1,0 +1,100 @@
+"""What a model builder gives, and how initial weights are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from fedraclora.errors import ConfigError
+from fedraclora.rng import hash_key
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network and what the rest must know of it.
+
+    Attributes:
+        model: The network, float32, with its initial weights; in training mode.
+        head: Name prefixes of the final layer; empty where there is nothing but one layer.
+        targets: The default pattern of adapted layers (`fedraclora.layers.find_targets`).
+    """
+
+    model: nn.Module
+    head: tuple[str, ...]
+    targets: str
+
+
+@contextmanager
+def seeded(seed: int, purpose: str) -> Iterator[None]:
+    """Draw what torch modules draw at construction from a leaf of the seed tree.
+
+    Modules take their initial weights from torch's global generator; it is put back at the end.
+
+    Args:
+        seed: The seed of the run.
+        purpose: What is drawn, for example ``"model"``.
+
+    Example:
+        >>> def weights():
+        ...     with seeded(1, "model"):
+        ...         return torch.rand(3)
+        >>> bool((weights() == weights()).all())
+        True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(hash_key(seed, purpose) >> 65)
+        yield
+
+
+def require_dense(name: str, shape: tuple[int, ...], classes: int) -> int:
+    """Check that a model of dense inputs fits the data; give the numbers of one input.
+
+    Raises:
+        ConfigError: If the data are token ids, or there is nothing to predict.
+    """
+    if not shape:
+        raise ConfigError(
+            f"model={name} reads numbers, but this data set has token ids: "
+            "use model=transformer or model=hf"
+        )
+    require_counts("the number of outputs", [classes])
+    return prod(shape)
+
+
+def require_text(name: str, shape: tuple[int, ...], classes: int) -> None:
+    """Check that a model of token ids fits the data.
+
+    Raises:
+        ConfigError: If the data are dense, or there is nothing to predict.
+    """
+    if shape:
+        raise ConfigError(
+            f"model={name} reads token ids, but this data set has inputs of shape "
+            f"{tuple(shape)}: use model=mlp, model=cnn or model=linear"
+        )
+    require_counts("the number of outputs", [classes])
+
+
+def require_counts(key: str, values: list[int]) -> None:
+    """Check that all of a list are whole numbers of at least 1.
+
+    Raises:
+        ConfigError: If not, naming the key.
+    """
+    if any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
+        raise ConfigError(f"{key}={values}: want whole numbers, at least 1")
+
+
+def require_dropout(dropout: float) -> None:
+    """Check a dropout probability.
+
+    Raises:
+        ConfigError: If it is not in [0, 1).
+    """
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ConfigError(f"model.dropout={dropout}: want a probability, at least 0 and below 1")

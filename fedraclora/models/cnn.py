@@ -1,0 +1,89 @@
+"""A small convolutional network for small images."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+from math import isqrt
+
+from torch import nn
+
+from fedraclora.errors import ConfigError
+from fedraclora.models.built import (
+    Built,
+    require_counts,
+    require_dense,
+    require_dropout,
+    seeded,
+)
+
+
+def build_cnn(
+    *,
+    shape: tuple[int, ...],
+    classes: int,
+    seed: int,
+    channels: Sequence[int] = (16, 32),
+    hidden: int = 64,
+    dropout: float = 0.0,
+) -> Built:
+    """Build convolutions ``conv1``, ... and two linear layers, with ReLU between all.
+
+    Each convolution is 3 x 3 and is followed by pooling, which halves the image.
+
+    Args:
+        shape: (pixels,) of a square grey image, or (channels, height, width).
+        classes: Number of outputs.
+        seed: The seed of the run.
+        channels: Channels after each convolution.
+        hidden: Width of the linear layer ``fc1`` before the head ``fc2``.
+        dropout: Probability of dropping a unit of ``fc1``.
+
+    Returns:
+        The model, with torch's default initialisation; convolutions are among the targets.
+
+    Raises:
+        ConfigError: If the input is no image, is too small for so many convolutions, or an
+            argument is wrong.
+    """
+    image = _image(shape, classes)
+    require_counts("model.channels", list(channels))
+    require_counts("model.hidden", [hidden])
+    require_dropout(dropout)
+    factor = 2 ** len(channels)
+    height, width = image[1] // factor, image[2] // factor
+    if not channels or not height or not width:
+        raise ConfigError(
+            f"model.channels={list(channels)}: want at least one convolution, each halves the "
+            f"image, and an image of {image[1]} x {image[2]} must not vanish"
+        )
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if len(shape) == 1:
+        layers["image"] = nn.Unflatten(1, image)
+    with seeded(seed, "model"):
+        for index, (before, after) in enumerate(pairwise([image[0], *channels]), start=1):
+            layers[f"conv{index}"] = nn.Conv2d(before, after, kernel_size=3, padding=1)
+            layers[f"relu{index}"] = nn.ReLU()
+            layers[f"pool{index}"] = nn.MaxPool2d(2)
+        layers["flatten"] = nn.Flatten()
+        layers["fc1"] = nn.Linear(channels[-1] * height * width, hidden)
+        layers["relu"] = nn.ReLU()
+        if dropout:
+            layers["dropout"] = nn.Dropout(dropout)
+        layers["fc2"] = nn.Linear(hidden, classes)
+    return Built(nn.Sequential(layers), head=("fc2",), targets="all")
+
+
+def _image(shape: tuple[int, ...], classes: int) -> tuple[int, int, int]:
+    """Give (channels, height, width) of an input."""
+    numbers = require_dense("cnn", shape, classes)
+    side = isqrt(numbers)
+    if len(shape) == 1 and side * side == numbers:
+        return 1, side, side
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    raise ConfigError(
+        f"model=cnn reads images, (channels, height, width) or a square number of pixels; "
+        f"this data set has inputs of shape {tuple(shape)}: use model=mlp"
+    )

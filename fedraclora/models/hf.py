@@ -1,0 +1,229 @@
+"""Transformers of Hugging Face: pretrained, or a small BERT with random weights.
+
+The models are unmodified. Two things are set in their configuration: float32 weights, and no
+dropout of attention probabilities. Attention applies that dropout as a function, not as a
+module, where no mask can be keyed by client and step; hidden states are dropped by modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedraclora.data.locate import check_file, model_source
+from fedraclora.errors import ConfigError, DataError, ModelError
+from fedraclora.models.built import (
+    Built,
+    require_counts,
+    require_dropout,
+    require_text,
+    seeded,
+)
+
+ATTENTION = ("sdpa", "eager")
+
+# The names that architectures give to dropout in their configurations.
+_HIDDEN_DROPOUT = (
+    "hidden_dropout_prob",
+    "classifier_dropout",
+    "dropout",
+    "seq_classif_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "hidden_dropout",
+    "pooler_dropout",
+)
+_ATTENTION_DROPOUT = (
+    "attention_probs_dropout_prob",
+    "attention_dropout",
+    "attn_pdrop",
+)
+
+
+def build_hf(
+    *,
+    shape: tuple[int, ...],
+    classes: int,
+    seed: int,
+    path: str,
+    layers: int | None = None,
+    dropout: float = 0.0,
+    attention: str = "sdpa",
+    sha256: str | None = None,
+) -> Built:
+    """Load a pretrained model for sequence classification (or regression, with one output).
+
+    Args:
+        shape: Must be empty: the data are token ids.
+        classes: Number of outputs; a new head is drawn where the stored one has another number.
+        seed: The seed of the run; the new head is drawn from it.
+        path: A folder, ``package:NAME/path`` or ``hub:NAME``; only the last may download.
+        layers: Keep the first so many layers; None for all.
+        dropout: Dropout of hidden states.
+        attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
+        sha256: SHA-256 of ``model.safetensors`` in the folder, or None.
+
+    Returns:
+        The model. The head is what lies beside the encoder; the targets are query and value,
+        or all linear layers where none has that name.
+
+    Raises:
+        ConfigError: If a key is wrong, naming it.
+        DataError: If the model is missing or its weights are another file.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    require_text("hf", shape, classes)
+    require_dropout(dropout)
+    _require_attention(attention)
+    source, local = model_source(path, key="model.path")
+    if local and sha256 is not None:
+        weights = Path(source) / "model.safetensors"
+        if not weights.is_file():
+            raise DataError(f"model.path={path}: there is no {weights} to verify; sha256 is set")
+        check_file(weights, sha256)
+    try:
+        config = AutoConfig.from_pretrained(source, num_labels=classes, local_files_only=local)
+        _set_dropout(config, dropout)
+        _cut_layers(config, layers)
+        if config.pad_token_id is None:
+            config.pad_token_id = config.eos_token_id
+        with seeded(seed, "model"), _quiet():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                config=config,
+                local_files_only=local,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                ignore_mismatched_sizes=True,
+            )
+    except (OSError, ValueError) as error:
+        raise DataError(f"model.path={path} cannot be loaded: {error}") from error
+    return _built(model)
+
+
+def build_transformer(
+    *,
+    shape: tuple[int, ...],
+    classes: int,
+    seed: int,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    intermediate: int = 256,
+    vocab: int = 30522,
+    max_length: int = 128,
+    dropout: float = 0.0,
+    attention: str = "sdpa",
+) -> Built:
+    """Build a BERT for sequence classification with random weights; nothing is downloaded.
+
+    Args:
+        shape: Must be empty: the data are token ids.
+        classes: Number of outputs.
+        seed: The seed of the run.
+        hidden: Width, a multiple of ``heads``.
+        layers: Number of layers.
+        heads: Attention heads.
+        intermediate: Width of the feed-forward layers.
+        vocab: Number of token ids; at least the vocabulary of the tokenizer.
+        max_length: Longest input; at least ``data.max_length``.
+        dropout: Dropout of hidden states.
+        attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
+
+    Returns:
+        The model; head ``classifier``, targets query and value.
+
+    Raises:
+        ConfigError: If a key is wrong, naming it.
+
+    References:
+        Devlin et al., *BERT*, NAACL 2019, arXiv:1810.04805.
+    """
+    from transformers import BertConfig, BertForSequenceClassification
+
+    require_text("transformer", shape, classes)
+    sizes = {
+        "hidden": hidden,
+        "layers": layers,
+        "heads": heads,
+        "intermediate": intermediate,
+        "vocab": vocab,
+        "max_length": max_length,
+    }
+    for key, value in sizes.items():
+        require_counts(f"model.{key}", [value])
+    if hidden % heads:
+        raise ConfigError(f"model.hidden={hidden} is not a multiple of model.heads={heads}")
+    require_dropout(dropout)
+    _require_attention(attention)
+    config = BertConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=max_length,
+        num_labels=classes,
+        attn_implementation=attention,
+    )
+    _set_dropout(config, dropout)
+    with seeded(seed, "model"):
+        return _built(BertForSequenceClassification(config))
+
+
+def _built(model: Any) -> Built:
+    """Find the head (what lies beside the encoder and has weights) and the targets."""
+    head = tuple(
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    )
+    if not head:
+        raise ModelError(f"{type(model).__name__} has no head beside {model.base_model_prefix}")
+    network: nn.Module = model
+    names = [name.rpartition(".")[2] for name, _ in network.named_modules()]
+    targets = "query,value" if {"query", "value"} <= set(names) else "all-linear"
+    return Built(network.train(), head, targets)
+
+
+def _set_dropout(config: Any, dropout: float) -> None:
+    for names, value in ((_HIDDEN_DROPOUT, dropout), (_ATTENTION_DROPOUT, 0.0)):
+        for name in names:
+            if hasattr(config, name):
+                setattr(config, name, value)
+
+
+def _cut_layers(config: Any, layers: int | None) -> None:
+    if layers is None:
+        return
+    require_counts("model.layers", [layers])
+    if layers > config.num_hidden_layers:
+        raise ConfigError(f"model.layers={layers}: the model has {config.num_hidden_layers} layers")
+    config.num_hidden_layers = layers
+
+
+def _require_attention(attention: str) -> None:
+    if attention not in ATTENTION:
+        raise ConfigError(f"model.attention={attention}: want one of {', '.join(ATTENTION)}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the report of a new head and the progress bar; both are expected."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,62 @@
+"""A multi-layer perceptron."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from fedraclora.errors import ConfigError
+from fedraclora.models.built import (
+    Built,
+    require_counts,
+    require_dense,
+    require_dropout,
+    seeded,
+)
+
+
+def build_mlp(
+    *,
+    shape: tuple[int, ...],
+    classes: int,
+    seed: int,
+    hidden: Sequence[int] = (200, 200),
+    bias: bool = True,
+    dropout: float = 0.0,
+) -> Built:
+    """Build linear layers ``fc1``, ``fc2``, ... with ReLU between them.
+
+    Args:
+        shape: Shape of one input; it is flattened.
+        classes: Number of outputs.
+        seed: The seed of the run.
+        hidden: Widths of the hidden layers.
+        bias: Whether the layers have biases.
+        dropout: Probability of dropping a hidden unit.
+
+    Returns:
+        The model, with torch's default initialisation. The head is the last layer.
+
+    Raises:
+        ConfigError: If the data are token ids or an argument is wrong, naming the key.
+    """
+    features = require_dense("mlp", shape, classes)
+    widths = list(hidden)
+    if not widths:
+        raise ConfigError("model.hidden=[]: want one hidden layer at least, or use model=linear")
+    require_counts("model.hidden", widths)
+    require_dropout(dropout)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if len(shape) > 1:
+        layers["flatten"] = nn.Flatten()
+    with seeded(seed, "model"):
+        for index, (inputs, outputs) in enumerate(pairwise([features, *widths, classes]), start=1):
+            layers[f"fc{index}"] = nn.Linear(inputs, outputs, bias=bias)
+            if index <= len(widths):
+                layers[f"relu{index}"] = nn.ReLU()
+                if dropout:
+                    layers[f"dropout{index}"] = nn.Dropout(dropout)
+    return Built(nn.Sequential(layers), head=(f"fc{len(widths) + 1}",), targets="all-linear")

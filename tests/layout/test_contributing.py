@@ -1,0 +1,73 @@
+"""The recipe for a new method in CONTRIBUTING.md works as it is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.layers import LayerView
+from fedraclora.method import Cohort, Draw, Method, Plan, Sketched
+from fedraclora.rng import generator, torch_normal
+from fedraclora.tree import Layout
+
+TEXT = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+
+
+def block(language: str, holds: str) -> str:
+    """The first fenced block of a language that holds a word."""
+    blocks = re.findall(rf"^( *)```{language}\n(.*?)^\1```", TEXT, flags=re.MULTILINE | re.DOTALL)
+    return next(textwrap.dedent(body) for _, body in blocks if holds in body)
+
+
+@pytest.fixture
+def my_method(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
+    module = ModuleType("strategies.my_method")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look it up
+    exec(compile(block("python", "class MyMethod"), "CONTRIBUTING.md", "exec"), module.__dict__)
+    return module.__dict__["MyMethod"]
+
+
+def test_the_example_does_what_its_docstring_says(my_method: type[Method]) -> None:
+    m, n, K, rank, eta = 5, 7, 3, 2, 0.25
+    rng = generator(0, "test")
+    base = {"w": torch_normal(rng, m, n)}
+    plan = Plan({"w": LayerView("linear", (m, n))}, shapes={"w": (m, n)})
+    method = my_method(rank=rank, alpha=3.0, eta=eta)  # type: ignore[call-arg]
+    draw = Draw(seed=1)
+    cohort = Cohort(torch.arange(K), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+    state = method.init(base, plan, draw)
+    sent = method.open_round(state, 1, cohort, draw)
+    layout = Layout(tuple((name, slot.shape) for name, slot in sent.uploaded().items()))
+    rows = torch_normal(rng, K, layout.size)
+    got = Uplinks(cohort.clients, cohort.weights, layout, rows)
+    after = method.weights(method.close_round(state, sent, got), draw)
+
+    A = sent.adapters["w"].factors["A"]
+    assert isinstance(A, Sketched)
+    B = (cohort.weights / cohort.weights.sum()) @ rows
+    wanted = base["w"] + eta * (3.0 / rank) * B.reshape(m, rank) @ A.spec.draw()
+    torch.testing.assert_close(after["w"], wanted, rtol=1e-12, atol=1e-12)
+    assert method.floats(plan) == (layout.size, 0)
+
+
+def test_the_yaml_of_the_example_has_the_fields_as_keys(my_method: type[Method]) -> None:
+    text = block("yaml", "my_method")
+    keys = {str(key) for key in OmegaConf.create(text)} - {"name"}
+    assert dataclasses.is_dataclass(my_method)
+    assert keys == {f.name for f in dataclasses.fields(my_method)}
+    assert text.startswith("# ")
+
+
+def test_every_target_that_is_named_exists() -> None:
+    makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
+    named = set(re.findall(r"`?make ([a-z][a-z-]*)", TEXT))
+    assert named <= set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
