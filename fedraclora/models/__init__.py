@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedraclora.models.built import Built
+from fedraclora.models.built import Built, check_fit
 from fedraclora.models.cnn import build_cnn
 from fedraclora.models.hf import build_hf, build_transformer
 from fedraclora.models.linear import build_linear
 from fedraclora.models.mlp import build_mlp
 
-__all__ = ["MODELS", "Built"]
+__all__ = ["MODELS", "Built", "check_fit"]
 
 MODELS: dict[str, Callable[..., Built]] = {
     "linear": build_linear,

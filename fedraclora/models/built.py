@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -78,6 +78,36 @@ def require_text(name: str, shape: tuple[int, ...], classes: int) -> None:
             f"{tuple(shape)}: use model=mlp, model=cnn or model=linear"
         )
     require_counts("the number of outputs", [classes])
+
+
+def check_fit(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Check that a model of token ids knows all tokens of the data and is long enough.
+
+    Without the check, the error would be that of an index in an embedding.
+
+    Args:
+        model: A network; one without ``config`` passes.
+        inputs: Inputs of a data set; those without ``input_ids`` [N, length] pass.
+
+    Raises:
+        ConfigError: If a token id or the length is beyond the model's embeddings.
+    """
+    config, ids = getattr(model, "config", None), inputs.get("input_ids")
+    if config is None or ids is None:
+        return
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and int(ids.max()) >= vocabulary:
+        raise ConfigError(
+            f"the data have token id {int(ids.max())}, but the model knows {vocabulary} tokens: "
+            "set model.vocab to the size of the tokenizer's vocabulary, or use the model's own "
+            "tokenizer"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] > longest:
+        raise ConfigError(
+            f"data.max_length={ids.shape[1]}, but the model reads {longest} tokens at most: "
+            "lower data.max_length or raise model.max_length"
+        )
 
 
 def require_counts(key: str, values: list[int]) -> None:

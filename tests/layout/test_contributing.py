@@ -33,7 +33,8 @@ def my_method(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
     module = ModuleType("strategies.my_method")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look it up
     exec(compile(block("python", "class MyMethod"), "CONTRIBUTING.md", "exec"), module.__dict__)
-    return module.__dict__["MyMethod"]
+    found: type[Method] = module.__dict__["MyMethod"]
+    return found
 
 
 def test_the_example_does_what_its_docstring_says(my_method: type[Method]) -> None:

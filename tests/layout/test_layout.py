@@ -123,9 +123,9 @@ def test_undocumented_names_are_seen() -> None:
 def test_config_files_say_in_one_line_what_they_choose() -> None:
     silent = []
     for path in sorted((ROOT / "conf").rglob("*.yaml")):
-        first = path.read_text().partition("\n")[0]
-        # Hydra's own `# @package` header may follow, but is no description.
-        if not re.match(r"# ?[^@\s]", first):
+        # Hydra's own header (`# @package ...`) has to come first where there is one.
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("# @")]
+        if not re.match(r"# ?\w", "".join(lines[:1])):
             silent.append(str(path.relative_to(ROOT)))
     assert not silent, f"the first line must be a comment that says what the choice is: {silent}"
 

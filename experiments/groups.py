@@ -1,0 +1,116 @@
+"""Runs that belong together, and the shortest label that tells them from the others."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from experiments.reports import Run
+from fedraclora.errors import ConfigError, unknown
+
+_NAME = "method.name"
+_ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed."""
+
+    label: str
+    runs: list[Run]
+
+    @property
+    def seeds(self) -> list[str]:
+        """The different seeds."""
+        return list(dict.fromkeys(str(run.seed) for run in self.runs))
+
+    def mean(self, figure: Callable[[Run], float]) -> float:
+        """Mean of a figure over the runs that have it; NaN if none has."""
+        known = [x for x in map(figure, self.runs) if math.isfinite(x)]
+        return statistics.fmean(known) if known else math.nan
+
+
+def group_runs(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list[Group]:
+    """Part runs into groups, in order of appearance.
+
+    Args:
+        runs: Finished runs.
+        by: Config keys (in full, or their last part) that part the groups besides the method's
+            name; none: all keys that differ, but seed and output.
+        notes: Takes a line for each group that pools different configs.
+
+    Returns:
+        The groups; their labels are the method's name and the keys that differ.
+
+    Raises:
+        ConfigError: If a key of ``by`` does not exist, or may mean several.
+    """
+    shown = [_resolve(key, runs) for key in by] if by else _differing(runs)
+    whole = sorted({key for run in runs for key in run.keys})
+    parted: dict[str, list[Run]] = {}
+    for run in runs:
+        keys = [_NAME, *shown] if by else whole
+        parted.setdefault(json.dumps([_text(run, key) for key in keys]), []).append(run)
+    groups = [Group(_label(members[0], shown), members) for members in parted.values()]
+    for group in groups:
+        pooled = [key for key in whole if len(values(group.runs, key)) > 1]
+        if pooled:
+            notes.append(f"{group.label}: pools runs that differ in {', '.join(pooled)}")
+    return groups
+
+
+def _resolve(key: str, runs: Sequence[Run]) -> str:
+    """Find the dotted key that ``key`` means: itself, or the one that ends in it."""
+    known = {name for run in runs for name in run.keys}
+    found = [key] if key in known else sorted(n for n in known if n.endswith(f".{key}"))
+    if not found:
+        raise unknown("config key", key, known)
+    if len(found) > 1:
+        raise ConfigError(f"config key {key!r} may mean {' or '.join(found)}; write it in full")
+    return found[0]
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """The keys that tell the groups apart, besides the method's name.
+
+    A key of a named section (``method.rank``, ``data.labels``) that differs only because the
+    names differ says nothing that the name does not say; a hyperparameter that methods share
+    does.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.keys if key != _NAME)
+    shown = []
+    for key in keys:
+        name = f"{key.partition('.')[0]}.name"
+        if key == name or not any(name in run.keys for run in runs):
+            differs = len(values(runs, key)) > 1
+        else:
+            alike = [[r for r in runs if _text(r, name) == n] for n in values(runs, name)]
+            shared = name == _NAME and all(key in run.keys for run in runs)
+            differs = any(len(values(part, key)) > 1 for part in [*alike, *([runs] * shared)])
+        if differs:
+            shown.append(key)
+    return sorted(shown, key=lambda key: not key.startswith("method."))
+
+
+def values(runs: Iterable[Run], key: str) -> list[str]:
+    """Give the different values of a config key as text, in order of appearance."""
+    return list(dict.fromkeys(_text(run, key) for run in runs))
+
+
+def _text(run: Run, key: str) -> str:
+    if key not in run.keys:
+        return _ABSENT
+    value = run.keys[key]
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+def _label(run: Run, keys: Sequence[str]) -> str:
+    parts = [run.method]
+    for key in keys:
+        if key in run.keys and key != _NAME:
+            short = key.removeprefix("method.").removesuffix(".name")
+            parts.append(f"{short}={_text(run, key)}")
+    return " ".join(parts)

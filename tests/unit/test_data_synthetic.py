@@ -1,0 +1,127 @@
+"""The optimum of the synthetic problems is the optimum."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+
+from fedraclora.data import DATASETS, make_partition
+from fedraclora.data.synthetic import logistic_optimum
+from fedraclora.errors import ConfigError
+from fedraclora.task import LOSSES
+
+LEAST = {"clients": 5, "samples": 7, "features": 4, "outputs": 3, "dtype": "float64"}
+LOGIT = {"clients": 6, "samples": 30, "features": 3, "dtype": "float64"}
+
+
+def objective(data, weight: np.ndarray) -> float:
+    output = data.train.inputs["x"].double() @ torch.from_numpy(weight).T
+    target = data.train.target
+    loss, parts = LOSSES[data.loss](output, target.double() if data.classes > 1 else target)
+    return float(loss.sum() / parts.sum())
+
+
+def test_least_squares_optimum_is_below_every_neighbour():
+    data = DATASETS["least_squares"](**LEAST, heterogeneity=0.5)
+    x, y = data.train.inputs["x"].numpy(), data.train.target.numpy()
+    best = np.linalg.solve(x.T @ x, x.T @ y).T
+    assert objective(data, best) == pytest.approx(data.optimum, rel=1e-12)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert objective(data, best + 1e-3 * rng.standard_normal(best.shape)) > data.optimum
+
+
+def test_least_squares_optimum_is_that_of_the_stored_samples():
+    data = DATASETS["least_squares"](**LEAST | {"dtype": "float32"}, noise=0.0)
+    assert data.train.inputs["x"].dtype == torch.float32
+    assert 0 < data.optimum < 1e-12
+
+
+def test_curvature_bounds_the_objective():
+    data = DATASETS["least_squares"](**LEAST)
+    rng = np.random.default_rng(1)
+    x, y = data.train.inputs["x"].numpy(), data.train.target.numpy()
+    best = np.linalg.solve(x.T @ x, x.T @ y).T
+    for _ in range(20):
+        step = rng.standard_normal(best.shape)
+        rise = objective(data, best + step) - data.optimum
+        square = (step**2).sum() / 2
+        assert data.info["strong_convexity"] * square <= rise + 1e-12
+        assert rise <= data.info["smoothness"] * square + 1e-12
+
+
+def test_condition_is_the_condition_of_the_features():
+    data = DATASETS["least_squares"](clients=50, samples=400, features=6, condition=100.0)
+    curvature = data.info["smoothness"] / data.info["strong_convexity"]
+    assert 80 < curvature < 125
+
+
+def test_logistic_optimum_agrees_with_another_solver():
+    data = DATASETS["logistic_regression"](**LOGIT, heterogeneity=0.3)
+    found = minimize(lambda w: objective(data, w[None]), np.zeros(3), method="BFGS", tol=1e-9)
+    assert data.optimum == pytest.approx(found.fun, abs=1e-10)
+    assert data.optimum <= found.fun + 1e-13
+
+
+def test_without_heterogeneity_all_clients_have_the_same_weights():
+    data = DATASETS["least_squares"](**LEAST, noise=0.0)
+    assert data.optimum < 1e-25
+
+
+def test_clients_are_given_with_equal_sizes():
+    data = DATASETS["logistic_regression"](**LOGIT)
+    parts, info = make_partition(data, name="given", clients=None, seed=0)
+    assert [len(part) for part in parts] == [30] * 6
+    assert info["clients"] == 6
+    assert np.concatenate(parts).tolist() == list(range(180))
+    assert data.columns["client"][parts[4]].tolist() == [4] * 30
+    assert data.test is data.train
+    assert data.metrics == ("loss",)
+
+
+def test_the_problem_is_its_seed():
+    one, two, other = (DATASETS["least_squares"](**LEAST, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one.train.target, two.train.target)
+    assert not torch.equal(one.train.inputs["x"], other.train.inputs["x"])
+
+
+def test_a_thousand_clients_are_no_other_case():
+    data = DATASETS["least_squares"](clients=1000, samples=2, features=3)
+    assert data.parts is not None
+    assert len(data.parts) == 1000
+    assert len(data.train) == 2000
+
+
+SEPARABLE = (np.array([[1.0, 0.2], [2.0, -1.0], [-1.0, 0.5]]), np.array([1, 1, 0]))
+DEPENDENT = (np.array([[1.0, 2.0], [-1.0, -2.0], [1.0, 2.0]]), np.array([1, 1, 0]))
+# Sample 1 pulls the second weight to infinity, the others hold the first one.
+HALF_SEPARABLE = (np.array([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]]), np.array([1, 1, 0]))
+
+
+@pytest.mark.parametrize("case", [SEPARABLE, DEPENDENT, HALF_SEPARABLE])
+def test_a_loss_without_a_minimum_is_refused(case):
+    with pytest.raises(ConfigError, match=r"no finite minimum.*data.flip"):
+        logistic_optimum(*case)
+
+
+BAD = {
+    "clients": ("least_squares", {"clients": 0}, "data.clients=0"),
+    "samples": ("least_squares", {"samples": 1.5}, "data.samples=1.5"),
+    "features": ("logistic_regression", {"features": -1}, "data.features=-1"),
+    "outputs": ("least_squares", {"outputs": 0}, "data.outputs=0"),
+    "noise": ("least_squares", {"noise": -1.0}, "data.noise=-1.0"),
+    "heterogeneity": ("least_squares", {"heterogeneity": float("nan")}, "data.heterogeneity=nan"),
+    "condition": ("logistic_regression", {"condition": 0.5}, "data.condition=0.5.*at least 1"),
+    "flip": ("logistic_regression", {"flip": 0.5}, "data.flip=0.5"),
+    "dtype": ("least_squares", {"dtype": "bfloat16"}, "data.dtype=bfloat16.*float32, float64"),
+    "separable": ("logistic_regression", {"flip": 0.0}, "no finite minimum"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "words"), BAD.values(), ids=BAD)
+def test_bad_input_names_the_key(name, change, words):
+    base = LEAST if name == "least_squares" else LOGIT
+    with pytest.raises(ConfigError, match=words):
+        DATASETS[name](**base | change)

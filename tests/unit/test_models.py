@@ -1,0 +1,239 @@
+"""Models: shapes, heads, and weights that are a function of the seed."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.layers import find_targets, is_head
+from fedraclora.models import MODELS, check_fit
+from fedraclora.models.built import seeded
+from fedraclora.task import forward
+from fedraclora.tree import digest
+
+SMALL = {"hidden": 8, "layers": 2, "heads": 2, "intermediate": 12, "vocab": 20, "max_length": 9}
+CASES = {
+    "linear": ((6,), {"bias": False}),
+    "mlp": ((6,), {"hidden": [5, 4], "dropout": 0.1}),
+    "cnn": ((64,), {"channels": [3, 5], "hidden": 7, "dropout": 0.1}),
+    "transformer": ((), SMALL),
+}
+
+
+def build(name: str, seed: int = 0, **change):
+    shape, args = CASES[name]
+    return MODELS[name](**{"shape": shape, "classes": 3, "seed": seed, **args, **change})
+
+
+def batch(name: str) -> dict[str, torch.Tensor]:
+    if name == "transformer":
+        ids = torch.tensor([[2, 5, 7, 3], [2, 6, 3, 0]])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    return {"x": torch.rand(2, *CASES[name][0])}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_are_one_row_per_sample(name):
+    built = build(name)
+    assert built.model.training
+    assert tuple(forward(built.model, batch(name)).shape) == (2, 3)
+    assert all(p.dtype == torch.float32 for p in built.model.parameters())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_a_function_of_the_seed(name):
+    one, two, other = (digest(build(name, seed).model.state_dict()) for seed in (1, 1, 2))
+    assert one == two != other
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_building_leaves_the_global_generator_alone(name):
+    before = torch.random.get_rng_state()
+    build(name)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_targets_exist_and_leave_the_head_out(name):
+    built = build(name)
+    found = find_targets(built.model, built.targets, built.head)
+    assert found
+    assert not any(is_head(target, built.head) for target in found)
+    for head in built.head:
+        assert any(is_head(n, (head,)) for n, _ in built.model.named_parameters())
+
+
+def test_layers_have_the_names_and_shapes_that_are_documented():
+    shapes = {n: tuple(p.shape) for n, p in build("mlp").model.named_parameters()}
+    assert shapes == {
+        "fc1.weight": (5, 6),
+        "fc1.bias": (5,),
+        "fc2.weight": (4, 5),
+        "fc2.bias": (4,),
+        "fc3.weight": (3, 4),
+        "fc3.bias": (3,),
+    }
+    assert build("mlp").head == ("fc3",)
+    cnn = {n: tuple(p.shape) for n, p in build("cnn").model.named_parameters() if "weight" in n}
+    assert cnn == {
+        "conv1.weight": (3, 1, 3, 3),
+        "conv2.weight": (5, 3, 3, 3),
+        "fc1.weight": (7, 20),
+        "fc2.weight": (3, 7),
+    }
+    assert [n for n, _ in build("linear").model.named_parameters()] == ["fc1.weight"]
+
+
+def test_the_transfer_network_of_fedslop_has_its_parameters():
+    model = build("mlp", shape=(784,), classes=10, hidden=[128]).model
+    assert sum(p.numel() for p in model.parameters()) == 101_770
+
+
+def test_images_with_channels_are_taken_as_they_are():
+    built = build("cnn", shape=(2, 9, 12))
+    assert tuple(built.model(torch.rand(4, 2, 9, 12)).shape) == (4, 3)
+    flat = build("mlp", shape=(2, 3, 4))
+    assert tuple(flat.model(torch.rand(4, 2, 3, 4)).shape) == (4, 3)
+    assert tuple(build("linear", shape=(2, 3)).model(torch.rand(4, 2, 3)).shape) == (4, 3)
+
+
+def test_samples_do_not_interact():
+    for name in CASES:
+        model, inputs = build(name).model.eval(), batch(name)
+        alone = forward(model, {key: value[:1] for key, value in inputs.items()})
+        assert torch.allclose(forward(model, inputs)[:1], alone, atol=1e-6)
+
+
+def test_both_kinds_of_attention_agree():
+    fused, plain = (build("transformer", attention=kind).model for kind in ("sdpa", "eager"))
+    inputs = batch("transformer")
+    assert torch.allclose(forward(fused, inputs), forward(plain, inputs), atol=1e-6)
+
+
+def test_dropout_is_in_modules_only():
+    model = build("transformer", dropout=0.25).model
+    assert model.config.attention_probs_dropout_prob == 0.0
+    rates = {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates.pop("dropout") == 0.25
+    assert {rate for n, rate in rates.items() if "attention.self" in n} == {0.0}
+    assert {rate for n, rate in rates.items() if "attention.self" not in n} == {0.25}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("bert")
+    build("transformer", seed=5).model.save_pretrained(folder)
+    return str(folder)
+
+
+def load(path: str, **change):
+    return MODELS["hf"](**{"shape": (), "classes": 3, "seed": 0, "path": path, **change})
+
+
+def test_a_stored_model_is_loaded_as_it_is(stored, capfd):
+    built = load(stored)
+    assert digest(built.model.state_dict()) == digest(
+        build("transformer", seed=5).model.state_dict()
+    )
+    assert (built.head, built.targets) == (("classifier",), "query,value")
+    assert built.model.training
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_head_of_another_size_is_drawn_from_the_seed(stored, capfd):
+    one, two, other = (load(stored, classes=2, seed=seed).model for seed in (1, 1, 2))
+    assert digest(one.state_dict()) == digest(two.state_dict())
+    assert tuple(one.classifier.weight.shape) == (2, 8)
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+    assert torch.equal(one.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_only_the_first_layers_may_be_kept(stored):
+    short = load(stored, layers=1).model
+    whole = load(stored).model
+    assert len(short.bert.encoder.layer) == 1
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert torch.equal(short.state_dict()[name], whole.state_dict()[name])
+
+
+def test_half_precision_weights_become_float32_masters(stored, tmp_path):
+    load(stored).model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert {p.dtype for p in load(str(tmp_path)).model.parameters()} == {torch.float32}
+
+
+def test_dropout_of_a_stored_model_is_set(stored):
+    assert load(stored, dropout=0.3).model.config.hidden_dropout_prob == 0.3
+    assert load(stored).model.config.hidden_dropout_prob == 0.0
+
+
+def test_the_draws_of_two_purposes_differ():
+    draws = []
+    for seed, purpose in ((1, "model"), (1, "other"), (2, "model"), (1, "model")):
+        with seeded(seed, purpose):
+            draws.append(float(torch.rand(())))
+    assert draws[0] == draws[3]
+    assert len(set(draws)) == 3
+
+
+def test_tokens_and_lengths_beyond_the_model_are_refused():
+    model = build("transformer").model
+    check_fit(model, {"input_ids": torch.full((2, 9), 19)})
+    check_fit(build("mlp").model, {"x": torch.zeros(2, 6)})
+    with pytest.raises(ConfigError, match=r"token id 20.*knows 20 tokens.*model.vocab"):
+        check_fit(model, {"input_ids": torch.full((2, 9), 20)})
+    with pytest.raises(ConfigError, match=r"data.max_length=10.*9 tokens"):
+        check_fit(model, {"input_ids": torch.zeros(2, 10, dtype=torch.int64)})
+
+
+BAD = {
+    "linear on text": ("linear", {"shape": ()}, "model=linear.*model=transformer"),
+    "mlp on text": ("mlp", {"shape": ()}, "model=mlp.*token ids"),
+    "text on dense": ("transformer", {"shape": (6,)}, r"model=transformer.*\(6,\).*model=mlp"),
+    "classes": ("mlp", {"classes": 0}, "number of outputs"),
+    "hidden": ("mlp", {"hidden": [5, 0]}, r"model.hidden=\[5, 0\]"),
+    "no hidden": ("mlp", {"hidden": []}, "model=linear"),
+    "dropout": ("mlp", {"dropout": 1.0}, "model.dropout=1.0"),
+    "no image": ("cnn", {"shape": (60,)}, "square number of pixels"),
+    "small image": ("cnn", {"shape": (9,)}, "model.channels.*3 x 3 must not vanish"),
+    "no channels": ("cnn", {"channels": []}, "model.channels"),
+    "channels": ("cnn", {"channels": [0]}, r"model.channels=\[0\]"),
+    "cnn hidden": ("cnn", {"hidden": 0}, "model.hidden"),
+    "heads": ("transformer", {"heads": 3}, "model.hidden=8.*model.heads=3"),
+    "vocab": ("transformer", {"vocab": 0}, "model.vocab"),
+    "attention": ("transformer", {"attention": "flash"}, "model.attention=flash.*sdpa, eager"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "words"), BAD.values(), ids=BAD)
+def test_bad_input_names_the_key(name, change, words):
+    with pytest.raises(ConfigError, match=words):
+        build(name, **change)
+
+
+def test_a_stored_model_that_is_wrong_is_named(stored, tmp_path):
+    with pytest.raises(FedRacLoraError, match=r"model.path is not set"):
+        load("")
+    with pytest.raises(DataError, match=r"model.path=bert-base.*hub:NAME"):
+        load("bert-base")
+    with pytest.raises(DataError, match=r"cannot be loaded"):
+        load(str(tmp_path))
+    with pytest.raises(DataError, match=r"no .*model.safetensors to verify"):
+        load(str(tmp_path), sha256="00")
+    with pytest.raises(DataError, match=r"sha256"):
+        load(stored, sha256="00")
+    with pytest.raises(ConfigError, match=r"model.layers=3: the model has 2 layers"):
+        load(stored, layers=3)
+    with pytest.raises(ConfigError, match=r"model=hf reads token ids"):
+        load(stored, shape=(4,))
