@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,8 +11,7 @@ from flwr.app import RecordDict
 from fedraclora.cohort import CohortTrainer, Trial
 from fedraclora.method import Adapter, Downlink, Frozen, Trained
 from fedraclora.replica import Replica
-from fedraclora.tree import Layout
-from fedraclora.wire import Order, pack_trial, unpack_downlink
+from fedraclora.wire import Order, pack_trial, unpack_downlink, uplink_layout
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +74,12 @@ class Worker:
 
     @staticmethod
     def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:
-        layout = Layout(tuple((n, s.shape) for n, s in downlink.uploaded().items()))
         clients = order.clients[torch.tensor(outcome.places, dtype=torch.int64)]
         notes = []
         if len(outcome.trials) > 1:
             notes.append(f"round {order.round_}: a chunk was cut because clients failed in it")
         return pack_trial(
-            join(outcome.trials), order, clients, layout, outcome.failures, notes
+            join(outcome.trials), order, clients, uplink_layout(downlink), outcome.failures, notes
         )
 
 
@@ -90,14 +87,11 @@ def join(trials: list[Trial]) -> Trial | None:
     """Put the trials of a chunk's parts together, in order."""
     if len(trials) < 2:
         return trials[0] if trials else None
-    take: Callable[[Callable[[Trial], torch.Tensor]], torch.Tensor] = lambda get: torch.cat(  # noqa: E731
-        [get(t) for t in trials]
-    )
     return Trial(
         {name: torch.cat([t.trained[name] for t in trials]) for name in trials[0].trained},
-        take(lambda t: t.losses),
-        take(lambda t: t.steps),
-        take(lambda t: t.samples),
+        torch.cat([t.losses for t in trials]),
+        torch.cat([t.steps for t in trials]),
+        torch.cat([t.samples for t in trials]),
     )
 
 
@@ -105,11 +99,10 @@ def cut(downlink: Downlink, places: torch.Tensor) -> Downlink:
     """Keep the per-client values of the clients at ``places`` only."""
 
     def part(factor: object) -> object:
-        if isinstance(factor, Frozen) and factor.value.dim() == 3:
+        if isinstance(factor, Frozen) and factor.per_client:
             return Frozen(factor.value[places])
-        if isinstance(factor, Trained) and factor.start is not None:
-            if factor.start.dim() > len(factor.shape):
-                return replace(factor, start=factor.start[places])
+        if isinstance(factor, Trained) and factor.per_client and factor.start is not None:
+            return replace(factor, start=factor.start[places])
         return factor
 
     adapters = {

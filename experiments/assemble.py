@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from clients.app import make_client_app
 from clients.worker import Worker
 from fedraclora.adapter import make_plan
-from fedraclora.aggregate import AGGREGATORS
+from fedraclora.aggregator import AGGREGATORS
 from fedraclora.build import BuiltTask, build_task, measured_samples
 from fedraclora.checkpoint import config_digest
 from fedraclora.chunking import resolve_chunk
@@ -24,7 +24,8 @@ from fedraclora.method import Cohort, Draw, Plan
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook
 from fedraclora.tree import Tree
-from strategies.base import FedStrategy, LoopConfig, Row
+from strategies.base import FedStrategy
+from strategies.loop import LoopConfig, Row
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,10 @@ def assemble(
     state = config.method.init(base, plan, draw)
     first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
     downlink = config.method.open_round(state, 1, first, draw)
-    chunk = 1 if config.engine.name == "inline" else resolve_chunk(
-        config.engine.chunk, task, downlink, config.local, built.cohort
+    chunk = (
+        1
+        if config.engine.name == "inline"
+        else resolve_chunk(config.engine.chunk, task, downlink, config.local, built.cohort)
     )
     loop = LoopConfig(
         rounds=config.rounds,

@@ -21,7 +21,8 @@ def groups() -> dict[str, dict[str, str]]:
     """List the config groups: group -> choice -> the first comment line of its file."""
     found: dict[str, dict[str, str]] = {}
     for path in sorted(CONF.glob("*/*.yaml")):
-        first = path.read_text().splitlines()[0]
+        lines = path.read_text().splitlines()
+        first = next(text for text in lines if "@package" not in text)  # Hydra wants that on line 1
         found.setdefault(path.parent.name, {})[path.stem] = first.lstrip("# ").rstrip()
     return found
 

@@ -106,7 +106,7 @@ def _warn(runs: Sequence[Run], groups: Sequence[Group], notes: list[str]) -> Non
         shown = "; ".join(f"{key}: {', '.join(values(runs, key))}" for key in task)
         notes.append(f"warning: the runs are of different tasks ({shown})")
     notes += [
-        f"warning: {group.label}: {len(group.runs)} runs with {len(group.seeds)} seeds "
+        f"warning: {group.label}: {len(group.runs)} runs but {len(group.seeds)} different seeds "
         f"({', '.join(str(run.folder) for run in group.runs)}); the spread is not that of seeds"
         for group in groups
         if len(group.seeds) < len(group.runs)
@@ -185,7 +185,7 @@ def _cell(record: dict[str, object], keys: tuple[str, ...], runs: int) -> str:
     if keys[-1] == "target_reached" and second < runs:
         return f"{text} ({second:g} of {runs} runs)" if second else "not reached"
     if keys[-1] == "metric_std" and math.isfinite(second):
-        return f"{text} ± {_format(second)}"
+        return f"{text} ± {second:.2g}"
     return text
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import yaml
 
 from fedraclora.checkpoint import difference
-from fedraclora.config import NOT_IN_DIGEST, section
+from fedraclora.config import NOT_IN_DIGEST
 from fedraclora.errors import CheckpointError
+from fedraclora.schema import section
 
 STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
 Plain = dict[str, object]
@@ -64,7 +65,8 @@ def begin(folder: Path, plain: Plain) -> None:
     """
     if (folder / "config.yaml").exists() or (folder / "ledger.jsonl").exists():
         raise CheckpointError(
-            f"{folder} holds a run already; choose another output.dir, or go on with resume={folder}"
+            f"{folder} holds a run already; choose another output.dir, "
+            f"or go on with resume={folder}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "config.yaml.partial"

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePath, PureWindowsPath
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from fedraclora.checkpoint import flatten
 from fedraclora.errors import CheckpointError

@@ -76,7 +76,7 @@ class Study:
         """List the runs of one row in one phase."""
         section = self.tune if phase == "tune" else self.final
         seeds, extra = section["seeds"], section["overrides"]
-        common = [f"experiment={self.experiment}", *self.rows[row], *_list(extra)]
+        common = [f"experiment={self.experiment}", *self.rows[row], *map(str, _list(extra))]
         return [
             Job(phase, row, v, int(str(s)), (*common, f"{self.grid['key']}={v}", f"seed={s}"))
             for v in values
@@ -265,7 +265,9 @@ def main() -> None:
         for line in execute(tuning, done, path, arguments.jobs):
             print(line["key"], line["metrics"], flush=True)
         final = [
-            j for row in study.rows for j in study.jobs("final", row, [best_value(study, row, done)])
+            j
+            for row in study.rows
+            for j in study.jobs("final", row, [best_value(study, row, done)])
         ]
         for line in execute(final, done, path, arguments.jobs):
             print(line["key"], line["metrics"], flush=True)

@@ -106,8 +106,10 @@ def resolve_rank(rank: int | float, dim: int, name: str, *, cap: bool) -> Rank:
         ConfigError: If the rank is not positive, or above ``dim`` where no cap is wanted.
 
     Example:
-        >>> resolve_rank(112, 784, "fc1", cap=True).value, resolve_rank(0.25, 10, "fc2", cap=True).value
-        (112, 2)
+        >>> resolve_rank(112, 784, "fc1", cap=True).value
+        112
+        >>> resolve_rank(0.25, 10, "fc2", cap=True).value
+        2
     """
     if isinstance(rank, bool) or not math.isfinite(rank) or rank <= 0:
         raise ConfigError(f"method.rank is {rank}; a positive integer or a fraction is wanted")

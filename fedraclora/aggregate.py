@@ -8,7 +8,7 @@ of workers (a worker that holds whole blocks may send their sums instead of thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -101,31 +101,6 @@ class Uplinks:
         return self.stacked is not None
 
 
-Aggregator = Callable[[Uplinks], Uplinks]
-"""Turns checked, stacked uplinks into what the method sees (robust rules, noise, sums)."""
-
-
-def mean_aggregator(got: Uplinks) -> Uplinks:
-    """Plain weighted averaging: nothing to do before the method takes the mean."""
-    return got
-
-
-def sum_aggregator(got: Uplinks) -> Uplinks:
-    """Hand over the weighted sum only, as secure aggregation would."""
-    if got.stacked is None:
-        return got
-    return Uplinks(
-        got.clients,
-        got.weights,
-        got.layout,
-        summed=weighted_sum(got.stacked, got.weights),
-        versions=got.versions,
-    )
-
-
-AGGREGATORS: dict[str, Aggregator] = {"mean": mean_aggregator, "sum": sum_aggregator}
-
-
 @dataclass(frozen=True)
 class Refusal:
     """A client whose reply was not used, and why."""
@@ -150,9 +125,13 @@ def check_rows(
     """
     finite_rows = torch.isfinite(stacked).all(dim=1).cpu()
     refused = []
-    for k in torch.nonzero(
-        ~(finite_rows & torch.isfinite(losses) & torch.isfinite(weights) & (weights > 0))
-    ).flatten().tolist():
+    for k in (
+        torch.nonzero(
+            ~(finite_rows & torch.isfinite(losses) & torch.isfinite(weights) & (weights > 0))
+        )
+        .flatten()
+        .tolist()
+    ):
         if not torch.isfinite(losses[k]):
             reason = f"its training loss is {float(losses[k])}; lower local.lr or set local.clip"
         elif not finite_rows[k]:
@@ -170,8 +149,3 @@ def too_many(refused: Sequence[Refusal], round_: int, allowed: int) -> ClientErr
     return ClientError(
         f"round {round_}: {len(refused)} client(s) failed, max_failures={allowed}. {lines}{more}"
     )
-
-
-def rows_of(tree: Mapping[str, torch.Tensor], layout: Layout) -> torch.Tensor:
-    """Pack a cohort's tensors [K, ...] into rows [K, P]."""
-    return layout.pack(tree, lead=1)

@@ -9,14 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.config import PretrainConfig, RunConfig, bind, checked_arguments, without
+from fedraclora.config import PretrainConfig, RunConfig
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.partition import make_partition
 from fedraclora.errors import ConfigError
-from fedraclora.models import MODELS
+from fedraclora.models import MODELS, check_fit
 from fedraclora.pretrain import pretrain
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.sampling import check_cohort
+from fedraclora.schema import bind, without
 from fedraclora.task import Task
 
 COMMON_DATA_KEYS = ("labels", "validation")
@@ -94,6 +95,8 @@ def build_task(config: RunConfig) -> BuiltTask:
         classes=data.classes,
         seed=config.seed,
     )()
+    for part in (data.train, data.test):
+        check_fit(built.model, part.inputs)
     dtype = _float_dtype(data.train)
     model = built.model.to(dtype)
     facts: dict[str, object] = {**data.info, "partition": info, "train": len(data.train)}
@@ -124,8 +127,6 @@ def _pretrain(
 ) -> Mapping[str, float]:
     """Pretrain on the labels that are asked for; give the accuracy on their test part."""
     part = whole if config.labels is None else select_labels(whole, config.labels)
-    settings = without(vars(config), "labels")
-    checked_arguments("pretrain", PretrainConfig, settings)
     return pretrain(
         model,
         part.train,
@@ -151,9 +152,7 @@ def _float_dtype(samples: Samples) -> torch.dtype:
     return next(floats, torch.float32)
 
 
-def label_counts(
-    data: DataSet, parts: list[npt.NDArray[np.int64]]
-) -> npt.NDArray[np.int64] | None:
+def label_counts(data: DataSet, parts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64] | None:
     """Count each label at each client [clients, classes]; None for a task without classes."""
     if "label" not in data.columns or data.classes < 2:
         return None

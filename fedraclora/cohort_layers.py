@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from typing_extensions import override
 
 from fedraclora.rng import cohort_bits, hash_key
 from fedraclora.tree import Tree
@@ -94,6 +95,7 @@ class CohortLayer(nn.Module):
 class CohortLinear(CohortLayer):
     """`torch.nn.Linear` (out, in) or Hugging Face's Conv1D (in, out)."""
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [K * b, ..., in] to [K * b, ..., out]."""
         K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")
@@ -104,8 +106,8 @@ class CohortLinear(CohortLayer):
             out = F.linear(x, shared.mT if transposed else shared, frozen_bias)  # type: ignore[arg-type]
         else:
             out = times(x, weight.mT if transposed else weight, K)
-            if bias is None and self.inner.bias is not None:
-                out = out + self.inner.bias
+            frozen_bias = self.inner.bias if bias is None else None
+            out = out if frozen_bias is None else out + frozen_bias  # type: ignore[operator]
         if (term := self.low_rank()) is not None:
             out = add_low_rank(out, x, *term, K)
         if bias is not None:
@@ -114,69 +116,10 @@ class CohortLinear(CohortLayer):
         return out
 
 
-class CohortConv2d(CohortLayer):
-    """`torch.nn.Conv2d`: full weights as a grouped convolution, low-rank terms as two small ones."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [K * b, C, H, W] to [K * b, out, H', W']."""
-        K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")
-        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
-        if weight is None:
-            out = self._convolve(x, inner.weight)
-        else:
-            out = self._grouped(x, weight, K)
-        if (term := self.low_rank()) is not None:
-            factors, scale = term
-            out = out + scale * self._low_rank(x, factors, K)
-        if bias is not None:
-            per_sample = bias.repeat_interleave(x.shape[0] // K, dim=0)
-            out = out + per_sample[:, :, None, None]
-        elif inner.bias is not None:
-            out = out + inner.bias[:, None, None]
-        return out
-
-    def _convolve(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
-        return F.conv2d(
-            x, weight, None, inner.stride, inner.padding, inner.dilation, inner.groups
-        )
-
-    def _grouped(self, x: torch.Tensor, weight: torch.Tensor, K: int) -> torch.Tensor:
-        """Convolve each client's samples with its own kernel [K, out, in/groups, k, k]."""
-        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
-        b = x.shape[0] // K
-        side = x.reshape(K, b, *x.shape[1:]).transpose(0, 1).reshape(b, -1, *x.shape[2:])
-        out = F.conv2d(
-            side,
-            weight.reshape(-1, *weight.shape[2:]),
-            None,
-            inner.stride,
-            inner.padding,
-            inner.dilation,
-            K * inner.groups,
-        )
-        out = out.reshape(b, K, -1, *out.shape[2:]).transpose(0, 1)
-        return out.reshape(x.shape[0], -1, *out.shape[3:])
-
-    def _low_rank(self, x: torch.Tensor, factors: list[torch.Tensor], K: int) -> torch.Tensor:
-        """Convolve with the last factor seen as kernels, then mix channels by the others."""
-        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
-        kernel, last = inner.weight.shape[1:], factors[-1]
-        if last.dim() == 2:
-            z = self._convolve(x, last.reshape(-1, *kernel))
-        else:
-            z = self._grouped(x, last.reshape(K, -1, *kernel), K)
-        for factor in reversed(factors[:-1]):
-            flat = z.reshape(K, -1, z.shape[1], z.shape[2] * z.shape[3])
-            mix = factor if factor.dim() == 2 else factor[:, None]
-            flat = torch.matmul(mix, flat)
-            z = flat.reshape(z.shape[0], -1, *z.shape[2:])
-        return z
-
-
 class CohortLayerNorm(CohortLayer):
     """`torch.nn.LayerNorm` with a gain and a shift per client."""
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise [K * b, ..., *normalised_shape]."""
         inner: nn.LayerNorm = self.inner  # type: ignore[assignment]
@@ -192,6 +135,7 @@ class CohortLayerNorm(CohortLayer):
 class CohortEmbedding(CohortLayer):
     """`torch.nn.Embedding` with a table, or a low-rank term on it, per client."""
 
+    @override
     def forward(self, index: torch.Tensor) -> torch.Tensor:
         """Look up int64 [K * b, ...] -> [K * b, ..., width]."""
         inner: nn.Embedding = self.inner  # type: ignore[assignment]
@@ -224,6 +168,7 @@ class CohortEmbedding(CohortLayer):
 class CohortDropout(CohortLayer):
     """Dropout whose mask is a function of (seed, round, layer, client, step)."""
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Zero a share p of [K * b, ...] and scale the rest by 1 / (1 - p)."""
         p = float(self.inner.p)  # type: ignore[arg-type]
@@ -231,22 +176,8 @@ class CohortDropout(CohortLayer):
             return x
         context = self.context
         key = hash_key(context.seed, "dropout", context.round_, self.layer)
-        bits = cohort_bits(key, context.clients, x[0].numel() * (x.shape[0] // context.active),
-                           stream=context.step)
+        bits = cohort_bits(
+            key, context.clients, x[0].numel() * (x.shape[0] // context.active), stream=context.step
+        )
         keep = bits >= int(p * 2**32)
         return x * keep.reshape(x.shape).to(x.dtype) / (1 - p)
-
-
-COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
-    nn.Linear: CohortLinear,
-    nn.Conv2d: CohortConv2d,
-    nn.LayerNorm: CohortLayerNorm,
-    nn.Embedding: CohortEmbedding,
-}
-
-
-def cohort_layer(module: nn.Module) -> type[CohortLayer] | None:
-    """Give the class that serves a module with trained tensors, or None if there is none."""
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return CohortLinear
-    return next((c for kind, c in COHORT_LAYERS.items() if type(module) is kind), None)

@@ -57,7 +57,7 @@ def layer_view(module: nn.Module) -> LayerView:
     kind = layer_kind(module)
     if kind is None:
         raise ModelError(f"a {type(module).__name__} cannot be adapted")
-    shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+    shape = tuple(module.weight.shape)  # type: ignore[arg-type]
     if kind == "conv1d":
         return LayerView(kind, (shape[1], shape[0]))
     rows = shape[0]

@@ -11,17 +11,34 @@ the cohort or one per client (a leading axis K).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from fedraclora.aggregate import Uplinks
-from fedraclora.layers import LayerView
+from fedraclora.link import Link, Plan, Term, apply_link
 from fedraclora.rng import hash_key
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
+
+__all__ = [
+    "Adapter",
+    "Cohort",
+    "Downlink",
+    "Draw",
+    "Factor",
+    "Frozen",
+    "Link",
+    "Method",
+    "Plan",
+    "Sketched",
+    "State",
+    "Term",
+    "Trained",
+    "Traits",
+    "apply_link",
+]
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,11 @@ class Frozen:
 
     value: torch.Tensor
 
+    @property
+    def per_client(self) -> bool:
+        """Whether each client has its own."""
+        return self.value.dim() == 3
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -74,6 +96,11 @@ class Trained:
     start: torch.Tensor | None = None
     main: bool = True
     upload: bool = True
+
+    @property
+    def per_client(self) -> bool:
+        """Whether each client starts elsewhere."""
+        return self.start is not None and self.start.dim() > len(self.shape)
 
 
 Factor = Sketched | Frozen | Trained
@@ -131,42 +158,6 @@ class Cohort:
 
     def __len__(self) -> int:
         return int(self.clients.shape[0])
-
-
-@dataclass(frozen=True)
-class Term:
-    """A low-rank term of a link: the factors in order (a matrix, or a sketch by its seed)."""
-
-    factors: tuple[torch.Tensor | SketchSpec, ...]
-    scale: float
-
-
-@dataclass(frozen=True)
-class Link:
-    """How one round changed the base: low-rank terms that are added, dense values that replace.
-
-    The chain of links is the log from which a client that was away catches up.
-    """
-
-    terms: dict[str, Term] = field(default_factory=dict)
-    dense: Tree = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which parameters are adapted, which are trained in full beside them: one for all methods.
-
-    Attributes:
-        targets: Adapted matrices: weight name -> its (out, in) view.
-        dense: Parameters trained in full and averaged (biases, an averaged head, `dense`).
-        weights: Every weight that full fine-tuning trains, in model order, biases left out.
-        shapes: Stored shape of every parameter.
-    """
-
-    targets: dict[str, LayerView]
-    dense: tuple[str, ...] = ()
-    weights: tuple[str, ...] = ()
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,49 +219,14 @@ class Method(Protocol):
         """Turn what came back into the next state; the changed base goes with its link."""
         ...
 
-    def weights(self, state: State, draw: Draw, client: int | None = None) -> Tree:
-        """Effective dense weights, global or (where the method has them) personal."""
-        del draw, client
+    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        """Effective dense weights: global, or personal with what a client keeps (``own``)."""
+        del draw, own
         return state.base
 
-    def floats(self, plan: Plan) -> tuple[int, int]:
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         """Numbers (up, down) per client and round by the formula in the method's docstring.
 
         Catch-up of an absent client and the bytes of seeds and headers are not in it.
         """
         ...
-
-
-def matrices(term: Term) -> tuple[torch.Tensor, ...]:
-    """Draw what is sketched and give the factors of a term as float64 matrices."""
-    return tuple(
-        f.draw() if isinstance(f, SketchSpec) else f.to(torch.float64) for f in term.factors
-    )
-
-
-def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree:
-    """Fold a link into base weights: ``W + scale * product``, dense values replaced.
-
-    Server and replicas call this one function, so that they stay equal to the bit on one build.
-    The product is formed in float64 and rounded once, to the dtype of the base.
-
-    Args:
-        base: Weights in their stored layout. Not modified.
-        link: What to fold in.
-        plan: Gives each target's (out, in) view.
-
-    Returns:
-        A new tree; untouched tensors are shared with ``base``.
-    """
-    out = dict(base)
-    for name, term in link.terms.items():
-        view = plan.targets[name]
-        factors = matrices(term)
-        product = factors[0]
-        for factor in factors[1:]:
-            product = product @ factor
-        wide = view.matrix(base[name]).to(torch.float64).add(product, alpha=term.scale)
-        out[name] = view.stored(wide.to(base[name].dtype), base[name])
-    for name, value in link.dense.items():
-        out[name] = value.to(base[name].dtype)
-    return out

@@ -33,6 +33,7 @@ _POSITIONS = (
     "uplink + downlink with catch-up so far (MB)",
     "seconds so far",
 )
+_STEPS = ("lr", "gamma_min", "gamma_max")
 _MAX_BARS = 40  # clients or classes that stacked bars can show; beyond, a heat map
 _MAX_PIXELS = 2000  # rows of a heat map; more would not be seen
 
@@ -62,10 +63,10 @@ def curves(rows: Sequence[Row], path: Path, title: str) -> None:
     _lines(panels[2], ("uplink so far (MB)", metric), sent, {metric: measured}, log="x")
     _lines(panels[3], ("round", "payload so far (MB)"), rounds, traffic, log="y")
     _seconds(panels[4], rows, rounds)
-    name, values = "aggregation error (relative)", column(rows, "report", "aggregation_error")
-    if not np.isfinite(values).any():
-        name, values = "effective step", column(rows, "effective_step")
-    _lines(panels[5], ("round", name), rounds, {name: values}, log="y")
+    name, last = "aggregation error", {"error": column(rows, "report", "aggregation_error")}
+    if not np.isfinite(last["error"]).any():
+        name, last = "step", {key: column(rows, "effective_step", key) for key in _STEPS}
+    _lines(panels[5], ("round", name), rounds, last, log="y")
     _save(figure, path)
 
 
@@ -138,7 +139,6 @@ def _bars(counts: npt.NDArray[np.int64]) -> Figure:
     _finish(panel, "samples", "client")
     panel.yaxis.set_major_locator(MaxNLocator(nbins=20, integer=True))
     panel.set(xlim=(0, 1.03 * max(left.max(), 1)), ylim=(clients - 0.5, -0.5))
-    panel.grid(visible=False, axis="y")
     figure.legend(title="class", loc="outside right upper", frameon=False)
     return figure
 
@@ -155,8 +155,8 @@ def _heat_map(counts: npt.NDArray[np.int64]) -> Figure:
     figure.colorbar(image, ax=left, label="share of the client's samples", pad=0.01)
     which = f"{len(shown):,} of {len(counts):,} clients"
     _finish(left, "class", f"{which}, sorted by their commonest class")
-    left.grid(visible=False)
     left.locator_params(nbins=20, integer=True)
+    left.grid(visible=False)
     right.hist(totals, bins=min(40, max(5, len(totals) // 10)), color=_COLOURS[0])
     _finish(right, "samples of a client", "clients")
     right.yaxis.set(label_position="right", ticks_position="right")

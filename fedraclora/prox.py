@@ -39,8 +39,8 @@ def add_prox(
         nb, na = f"{weight}/B", f"{weight}/A"
         active = leaves[nb if nb in leaves else na].shape[0]
         B, A, B0, A0 = (
-            now.get(n, frozen.get(n)) for now, n in ((leaves, nb), (leaves, na), (starts, nb),
-                                                     (starts, na))
+            now.get(n, frozen.get(n))
+            for now, n in ((leaves, nb), (leaves, na), (starts, nb), (starts, na))
         )
         if B is None or A is None or B0 is None or A0 is None:
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,11 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree, to_numpy
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def uplink_layout(downlink: Downlink) -> Layout:
+    """Names and shapes of what each client sends back."""
+    return Layout(tuple((n, s.shape) for n, s in downlink.uploaded().items()))
 
 
 @dataclass(frozen=True)
@@ -44,14 +50,11 @@ class Order:
 
 def payload_bytes(downlink: Downlink, cohort: int, itemsize: int) -> int:
     """Payload of a downlink to one client of a cohort: numbers that are sent, and 8 per seed."""
-    total = 0
-    for tensor in _sent(downlink).values():
-        per_client = tensor.numel() // cohort if _is_per_client(downlink, tensor) else tensor.numel()
-        total += per_client * itemsize
+    numbers = sum(t.numel() // (cohort if own else 1) for t, own in _sent(downlink).values())
     sketches = sum(
         isinstance(f, Sketched) for a in downlink.adapters.values() for f in a.factors.values()
     )
-    return total + SEED_BYTES * sketches
+    return numbers * itemsize + SEED_BYTES * sketches
 
 
 def pack_downlink(downlink: Downlink, order: Order, places: slice, dtype: str) -> RecordDict:
@@ -67,9 +70,9 @@ def pack_downlink(downlink: Downlink, order: Order, places: slice, dtype: str) -
         The content of a train message.
     """
     sent = {
-        n: t[places] if _is_per_client(downlink, t) else t for n, t in _sent(downlink).items()
+        name: (tensor[places] if own else tensor).to(DTYPES[dtype])
+        for name, (tensor, own) in _sent(downlink).items()
     }
-    sent = {n: t.to(DTYPES[dtype]) for n, t in sent.items()}
     layout = Layout.of(sent)
     header = {
         "round": order.round_,
@@ -183,25 +186,17 @@ def unpack_trial(content: RecordDict, layout: Layout) -> Reply:
     )
 
 
-def _sent(downlink: Downlink) -> Tree:
-    """Every tensor that a downlink carries, by name."""
-    sent: Tree = {}
+def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
+    """Every tensor that a downlink carries, by name, and whether it is one per client."""
+    sent = {}
     for weight, adapter in downlink.adapters.items():
         for label, factor in adapter.factors.items():
             if isinstance(factor, Frozen):
-                sent[f"{weight}/{label}"] = factor.value
+                sent[f"{weight}/{label}"] = (factor.value, factor.per_client)
     for name, slot in downlink.trained().items():
         if slot.start is not None:
-            sent[name] = slot.start
+            sent[name] = (slot.start, slot.per_client)
     return sent
-
-
-def _is_per_client(downlink: Downlink, tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor of the downlink has the cohort axis."""
-    if any(s.start is tensor and tensor.dim() > len(s.shape) for s in downlink.trained().values()):
-        return True
-    frozen = (f for a in downlink.adapters.values() for f in a.factors.values())
-    return any(isinstance(f, Frozen) and f.value is tensor and tensor.dim() == 3 for f in frozen)
 
 
 def _describe(factor: Factor) -> dict[str, object]:
@@ -219,15 +214,15 @@ def _describe(factor: Factor) -> dict[str, object]:
     }
 
 
-def _factor(described: Mapping[str, object], value: torch.Tensor | None) -> Factor:
+def _factor(described: Mapping[str, Any], value: torch.Tensor | None) -> Factor:
     """Undo `_describe`."""
     if described["role"] == "sketched":
-        return Sketched(SketchSpec(**described["spec"]))  # type: ignore[arg-type]
+        return Sketched(SketchSpec(**described["spec"]))
     if described["role"] == "frozen":
         if value is None:
             raise WireError("a frozen factor came without its numbers")
         return Frozen(value)
-    shape = tuple(described["shape"])  # type: ignore[arg-type]
+    shape = tuple(described["shape"])
     start = value if described["started"] else None
     return Trained(shape, start, bool(described["main"]), bool(described["upload"]))
 
@@ -237,12 +232,11 @@ def _records(header: object, flat: torch.Tensor, vectors: Mapping[str, torch.Ten
     arrays["flat"] = Array(to_numpy(flat))
     side = ConfigRecord({"header": json.dumps(header)})
     for name, vector in vectors.items():
-        array = to_numpy(vector)
-        side[name] = array.tobytes()
+        side[name] = to_numpy(vector).tobytes()
     return RecordDict({"arrays": arrays, "config": side})
 
 
-def _read(content: RecordDict) -> tuple[dict[str, object] | object, torch.Tensor, Tree]:
+def _read(content: RecordDict) -> tuple[dict[str, Any], torch.Tensor, Tree]:
     config, arrays = content["config"], content["arrays"]
     if not isinstance(config, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise WireError(f"a message holds {list(content)}; wanted the records config and arrays")
@@ -250,7 +244,7 @@ def _read(content: RecordDict) -> tuple[dict[str, object] | object, torch.Tensor
     flat = torch.from_numpy(arrays["flat"].numpy())
     kinds = {"clients": np.int64, "samples": np.int64, "steps": np.int64, "losses": np.float64}
     vectors = {
-        n: torch.from_numpy(np.frombuffer(config[n], kind).copy())  # type: ignore[call-overload]
+        n: torch.from_numpy(np.frombuffer(config[n], kind).copy())  # type: ignore[arg-type]
         for n, kind in kinds.items()
         if n in config
     }

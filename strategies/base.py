@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,59 +17,22 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from typing_extensions import override
 
-from fedraclora.aggregate import Aggregator, Refusal, Uplinks, check_rows, mean_aggregator, too_many
+from fedraclora.aggregate import Uplinks
+from fedraclora.aggregator import Aggregator, Setting, mean
 from fedraclora.chain import CatchUp
 from fedraclora.errors import ClientError, WireError
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.optimiser import LocalConfig
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, Stopwatch
-from fedraclora.sampling import client_weights, draw_cohort
+from fedraclora.sampling import draw_cohort
 from fedraclora.steps import effective_step
-from fedraclora.tree import Layout, Tree
-from fedraclora.wire import Order, Reply, pack_downlink, payload_bytes, unpack_trial
+from fedraclora.tree import Tree
+from fedraclora.wire import Order, pack_downlink, uplink_layout
+from strategies.collect import Exchange
+from strategies.loop import LoopConfig, Moved, Row, ledger_row
 
 log = logging.getLogger(__name__)
-Row = dict[str, object]
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Settings of the round loop.
-
-    Attributes:
-        rounds: Rounds to run in all.
-        clients: Size of the population.
-        cohort: Clients per round.
-        chunk: Clients per train message.
-        seed: Of the run.
-        weights: ``examples`` or ``uniform``.
-        dtype: Of numbers on the wire, that of the base weights.
-        evaluate_every: Rounds between evaluations; the last round is always evaluated.
-        max_failures: Clients that may fail in a round before the run stops.
-        timeout: Seconds to wait for the replies of a round.
-    """
-
-    rounds: int
-    clients: int
-    cohort: int
-    chunk: int
-    seed: int
-    weights: str = "examples"
-    dtype: str = "float32"
-    evaluate_every: int = 1
-    max_failures: int = 0
-    timeout: float = 3600.0
-
-
-@dataclass
-class Exchange:
-    """One downlink and what came back."""
-
-    downlink: Downlink
-    layout: Layout
-    replies: list[Reply] = field(default_factory=list)
-    failures: list[Refusal] = field(default_factory=list)
 
 
 class FedStrategy(Strategy):
@@ -98,7 +60,7 @@ class FedStrategy(Strategy):
         replica: Replica,
         evaluate: Callable[[Tree], dict[str, float]] | None,
         book: RunBook,
-        aggregator: Aggregator = mean_aggregator,
+        aggregator: Aggregator = mean,
         on_round: Callable[[Row], None] | None = None,
     ) -> None:
         self.method, self.state, self.local, self.loop = method, state, local, loop
@@ -107,8 +69,7 @@ class FedStrategy(Strategy):
         self.draw = Draw(loop.seed)
         self.catch_up = CatchUp(state.base, loop.clients)
         self.done = 0
-        self._cohort = Cohort(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-        self._exchange = Exchange(Downlink(), Layout(()))
+        self._exchange: Exchange | None = None
 
     def resume(self, state: State, done: int) -> None:
         """Go on after round ``done`` from a restored state (`catch_up` is restored in place)."""
@@ -165,40 +126,56 @@ class FedStrategy(Strategy):
     def _round(self, grid: Grid, round_: int, timeout: float) -> MetricRecord:
         """Run one round: exchanges until the method closes it, then evaluate and write."""
         watch = Stopwatch()
-        version = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})
-        messages = list(self.configure_train(round_, version, ConfigRecord(), grid))
-        fetched = int(self.catch_up.fetch(self._cohort.clients).sum())
+        token = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})
+        messages: Iterable[Message] = self.configure_train(round_, token, ConfigRecord(), grid)
+        exchange = self._current()
+        fetched = int(self.catch_up.fetch(exchange.cohort.clients).sum())
         watch.lap("open")
-        up = down = 0
+        moved = Moved(fetched=fetched)
         while True:
             replies = grid.send_and_receive(messages, timeout=timeout)
             watch.lap("train")
-            got = self._collect(round_, replies)
-            sent = self._exchange.downlink
-            itemsize = torch.finfo(got.stacked.dtype).bits // 8 if got.stacked is not None else 0
-            up += self._exchange.layout.size * itemsize * len(got.clients)
-            down += payload_bytes(sent, len(self._cohort), itemsize) * len(self._cohort)
-            got = self.aggregator(got)
-            again = self.method.next_exchange(self.state, sent, got)
+            got = self._collect(replies)
+            moved.count(exchange, len(got.clients), self.loop.dtype)
+            again = self.method.next_exchange(self.state, exchange.downlink, got)
             if again is None:
                 break
-            messages = self._messages(again, round_, grid)
-        self.state = self.method.close_round(self.state, sent, got)
-        self.catch_up.add(self.state.link)
-        self.replica.publish(self.state.base, self.catch_up.version)
-        self.done = round_
+            messages = self._messages(again, exchange.cohort, round_, grid)
+            exchange = self._current()
+        self._close(round_, exchange, got)
         watch.lap("close")
         due = round_ % self.loop.evaluate_every == 0 or round_ == self.loop.rounds
         metrics = self._metrics() if due else {}
         watch.lap("evaluate")
-        row = self._row(round_, metrics, (up, down, fetched))
+        step = effective_step(exchange.downlink, self.local, self._factor(round_))
+        row = ledger_row(exchange, self.state, metrics, moved, self.book.totals())
         self.book.link(round_, self.state.link)
+        watch.lap("write")
+        self._publish_row(row | {"effective_step": step, "seconds": watch.laps})
+        # After the row: a checkpoint that is ahead of the ledger could not be resumed.
         if self.book.due(round_):
             self.book.save(self.state, round_, self.catch_up)
-        watch.lap("write")
-        row["seconds"] = watch.laps
-        self._publish_row(row)
-        return MetricRecord({"train-loss": float(str(row["train_loss"]))})
+        return MetricRecord({"train-loss": exchange.mean_loss})
+
+    def _current(self) -> Exchange:
+        if self._exchange is None:
+            raise WireError("replies came before a round was opened")
+        return self._exchange
+
+    def _collect(self, replies: Iterable[Message]) -> Uplinks:
+        exchange, loop = self._current(), self.loop
+        got = exchange.collect(replies, loop.weights, loop.max_failures)
+        return self.aggregator(got, Setting(exchange.downlink, exchange.round_, self.draw))
+
+    def _close(self, round_: int, exchange: Exchange, got: Uplinks) -> None:
+        """Let the method make the next state, and publish its weights."""
+        self.state = self.method.close_round(self.state, exchange.downlink, got)
+        self.catch_up.add(self.state.link)
+        self.replica.publish(self.state.base, self.catch_up.version)
+        self.done = round_
+
+    def _factor(self, round_: int) -> float:
+        return self.local.factor(round_, self.loop.rounds)
 
     def _metrics(self) -> dict[str, float]:
         if self.evaluate is None:
@@ -210,29 +187,6 @@ class FedStrategy(Strategy):
         if self.on_round is not None:
             self.on_round(row)
 
-    def _row(self, round_: int, metrics: dict[str, float], moved: tuple[int, int, int]) -> Row:
-        """Build the ledger row of a round; ``moved``: bytes up, down, and caught up."""
-        up, down, fetched = moved
-        replies, sent = self._exchange.replies, self._exchange.downlink
-        losses = torch.cat([r.losses for r in replies])
-        last = self.book.totals()
-        factor = self.local.factor(round_, self.loop.rounds)
-        return {
-            "round": round_,
-            "metrics": metrics,
-            "train_loss": float(losses.mean()),
-            "cohort": len(self._cohort),
-            "failures": [vars(f) for f in self._exchange.failures],
-            "uplink_bytes": up,
-            "downlink_bytes": down,
-            "catchup_bytes": fetched,
-            "uplink_total": last[0] + up,
-            "downlink_total": last[1] + down + fetched,
-            "effective_step": effective_step(sent, self.local, factor),
-            "report": self.state.report,
-            "notes": [*self.state.notes, *(n for r in replies for n in r.notes)],
-        }
-
     @override
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -241,21 +195,22 @@ class FedStrategy(Strategy):
         del arrays, config
         loop = self.loop
         clients = draw_cohort(loop.seed, server_round, loop.clients, loop.cohort)
-        self._cohort = Cohort(clients, torch.ones(len(clients), dtype=torch.float64))
-        downlink = self.method.open_round(self.state, server_round, self._cohort, self.draw)
-        return self._messages(downlink, server_round, grid)
+        cohort = Cohort(clients, torch.ones(len(clients), dtype=torch.float64))
+        downlink = self.method.open_round(self.state, server_round, cohort, self.draw)
+        return self._messages(downlink, cohort, server_round, grid)
 
-    def _messages(self, downlink: Downlink, round_: int, grid: Grid) -> list[Message]:
-        slots = downlink.uploaded()
-        layout = Layout(tuple((n, s.shape) for n, s in slots.items()))
-        self._exchange = Exchange(downlink, layout)
+    def _messages(
+        self, downlink: Downlink, cohort: Cohort, round_: int, grid: Grid
+    ) -> list[Message]:
+        """Open an exchange: one message per chunk of the cohort."""
+        version = self.catch_up.version
+        self._exchange = Exchange(downlink, uplink_layout(downlink), round_, version, cohort)
         nodes = list(grid.get_node_ids())
-        factor = self.local.factor(round_, self.loop.rounds)
+        factor = self._factor(round_)
         messages = []
-        for i, first in enumerate(range(0, len(self._cohort), self.loop.chunk)):
+        for i, first in enumerate(range(0, len(cohort), self.loop.chunk)):
             places = slice(first, first + self.loop.chunk)
-            clients = self._cohort.clients[places]
-            order = Order(round_, self.catch_up.version, factor, clients)
+            order = Order(round_, version, factor, cohort.clients[places])
             content = pack_downlink(downlink, order, places, self.loop.dtype)
             node = nodes[i % len(nodes)]
             messages.append(
@@ -263,64 +218,13 @@ class FedStrategy(Strategy):
             )
         return messages
 
-    def _collect(self, round_: int, replies: Iterable[Message]) -> Uplinks:
-        """Read, check and sort the replies of an exchange.
-
-        Raises:
-            ClientError: If more clients failed than allowed, or none is left.
-        """
-        exchange = self._exchange
-        for message in replies:
-            if message.has_error():
-                raise ClientError(f"round {round_}: a train message failed: {message.error.reason}")
-            reply = unpack_trial(message.content, exchange.layout)
-            if reply.round_ != round_:
-                raise WireError(f"a reply of round {reply.round_} came in round {round_}")
-            exchange.replies.append(reply)
-            exchange.failures += [Refusal(c, r) for c, r in reply.failures.items()]
-        exchange.replies.sort(key=lambda r: int(r.clients[0]) if len(r.clients) else -1)
-        parts = exchange.replies
-        clients = torch.cat([r.clients for r in parts])
-        rows, losses = torch.cat([r.rows for r in parts]), torch.cat([r.losses for r in parts])
-        weights = client_weights(self.loop.weights, torch.cat([r.samples for r in parts]))
-        self._check_ids(round_, clients)
-        refused = check_rows(clients, weights, losses, rows)
-        exchange.failures += refused
-        if len(exchange.failures) > self.loop.max_failures or len(refused) == len(clients):
-            raise too_many(exchange.failures, round_, self.loop.max_failures)
-        if refused:
-            bad = torch.tensor([r.client for r in refused])
-            keep = ~torch.isin(clients, bad)
-            clients, rows, weights = clients[keep], rows[keep], weights[keep]
-        versions = torch.full_like(clients, self.catch_up.version)
-        return Uplinks(clients, weights, exchange.layout, rows, versions=versions)
-
-    def _check_ids(self, round_: int, clients: torch.Tensor) -> None:
-        """Hold the clients that answered against the cohort: each once, none else, none silent."""
-        failed = torch.tensor([f.client for f in self._exchange.failures], dtype=torch.int64)
-        answered = torch.cat([clients, failed]).sort().values
-        if torch.equal(answered, self._cohort.clients):
-            return
-        missing = set(self._cohort.clients.tolist()) - set(answered.tolist())
-        if len(answered) != len(answered.unique()) or not torch.isin(
-            answered, self._cohort.clients
-        ).all():
-            raise WireError(
-                f"round {round_}: clients {answered.tolist()} answered, each of "
-                f"{self._cohort.clients.tolist()} was wanted once"
-            )
-        self._exchange.failures += [Refusal(c, "no reply in time") for c in sorted(missing)]
-
     @override
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Close a round that `configure_train` opened (Flower's own loop calls this)."""
-        got = self.aggregator(self._collect(server_round, replies))
-        self.state = self.method.close_round(self.state, self._exchange.downlink, got)
-        self.catch_up.add(self.state.link)
-        self.replica.publish(self.state.base, self.catch_up.version)
-        self.done = server_round
+        got = self._collect(replies)
+        self._close(server_round, self._current(), got)
         token = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})
         return token, MetricRecord({"clients": len(got.clients)})
 

@@ -10,9 +10,7 @@ from fedraclora.tree import Tree
 
 def dense_slots(state: State) -> dict[str, Trained]:
     """Head, biases and other tensors that the plan trains in full, from the replica's values."""
-    return {
-        name: Trained(tuple(state.base[name].shape), main=False) for name in state.plan.dense
-    }
+    return {name: Trained(tuple(state.base[name].shape), main=False) for name in state.plan.dense}
 
 
 def dense_means(state: State, mean: Tree) -> Tree:

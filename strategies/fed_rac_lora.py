@@ -35,6 +35,7 @@ from fedraclora.method import (
     Cohort,
     Downlink,
     Draw,
+    Factor,
     Link,
     Method,
     Plan,
@@ -95,9 +96,7 @@ class FedRacLora(Method):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(
-            exact=True, linear=True, merges=self.resample_every is not None, ranks=True
-        )
+        return Traits(exact=True, linear=True, merges=self.resample_every is not None, ranks=True)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -115,7 +114,7 @@ class FedRacLora(Method):
             m, n = view.shape
             shape = (m, spec.rank) if spec.side == "right" else (spec.rank, n)
             trained = Trained(shape, state.carried.get(name))
-            factors = (
+            factors: dict[str, Factor] = (
                 {"B": trained, "A": Sketched(spec)}
                 if spec.side == "right"
                 else {"B": Sketched(spec), "A": trained}
@@ -147,13 +146,11 @@ class FedRacLora(Method):
             link = Link(terms, dense)
             carried, memo = {}, {"sketch": state.memo["sketch"] + 1, "age": 0}
         base = apply_link(state.base, link, state.plan)
-        return replace(
-            state, base=base, carried=carried, memo=memo, link=link, report={}, notes=()
-        )
+        return replace(state, base=base, carried=carried, memo=memo, link=link, report={}, notes=())
 
     @override
-    def weights(self, state: State, draw: Draw, client: int | None = None) -> Tree:
-        del client
+    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        del own
         if not state.carried:
             return state.base
         terms = {}
@@ -164,7 +161,8 @@ class FedRacLora(Method):
         return apply_link(state.base, Link(terms), state.plan)
 
     @override
-    def floats(self, plan: Plan) -> tuple[int, int]:
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        del round_
         trained = 0
         for name, view in plan.targets.items():
             rank = resolve_rank(self.rank, self._dim(plan, name), name, cap=self.cap).value

@@ -61,5 +61,6 @@ class FedAvg(Method):
         return replace(state, base=apply_link(state.base, link, state.plan), link=link, notes=())
 
     @override
-    def floats(self, plan: Plan) -> tuple[int, int]:
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        del round_
         return sum(prod(plan.shapes[n]) for n in plan.weights) + dense_floats(plan), 0

@@ -102,8 +102,8 @@ class FedAvgLora(Method):
         return replace(state, base=base, carried=carried, link=link, report=report, notes=())
 
     @override
-    def weights(self, state: State, draw: Draw, client: int | None = None) -> Tree:
-        del client, draw
+    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        del draw, own
         terms = {
             name: Term(
                 (state.carried[f"{name}/B"], state.carried[f"{name}/A"]), self._scale(state, name)
@@ -113,7 +113,8 @@ class FedAvgLora(Method):
         return apply_link(state.base, Link(terms), state.plan)
 
     @override
-    def floats(self, plan: Plan) -> tuple[int, int]:
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        del round_
         factors = 0
         for name, view in plan.targets.items():
             m, n = view.shape

@@ -224,8 +224,8 @@ def _divide(data: DataSet, partitioner: Any, column: str, seed: int) -> list[Row
     with _quiet():
         partitioner.dataset = Dataset.from_dict(columns)
         partitioner.load_partition(0)
-        # All partitioners but one hold a table of the rows of each client: a hundred times
-        # faster to read than a Dataset per client, which is the public way.
+        # Most partitioners hold a table of the rows of each client, which is much faster to
+        # read than a Dataset per client, the public way.
         table = getattr(partitioner, "_partition_id_to_indices", None)
         clients = range(partitioner.num_partitions)
         if isinstance(table, dict) and set(table) == set(clients):

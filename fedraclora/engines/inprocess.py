@@ -8,10 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.typing import Run
 from flwr.serverapp import Grid
 from typing_extensions import override
+
+from fedraclora.errors import WireError
 
 NODE_ID = 2  # 1 is the SuperLink's own id in Flower
 
@@ -50,19 +53,21 @@ class InProcessGrid(Grid):
         )
         self._ids = itertools.count(1)
         self._replies: dict[str, Message] = {}
-        self._run: object = None
+        self._run: Run | None = None
 
     @override
-    def set_run(self, run: object) -> None:  # type: ignore[override]
+    def set_run(self, run: Run) -> None:
         self._run = run
 
     @property
     @override
-    def run(self) -> object:  # type: ignore[override]
+    def run(self) -> Run:
+        if self._run is None:
+            raise WireError("this grid serves no Flower run")
         return self._run
 
     @override
-    def create_message(  # type: ignore[override]
+    def create_message(
         self,
         content: RecordDict,
         message_type: str,
@@ -106,9 +111,3 @@ class InProcessGrid(Grid):
         if not isinstance(reply, Message):
             return Message(Error(2, f"the ClientApp returned {type(reply)}"), reply_to=message)
         return reply
-
-
-def header(message: Message) -> str:
-    """Give the JSON header of a message, for log lines and tests."""
-    record = message.content["config"]
-    return str(record["header"]) if isinstance(record, ConfigRecord) else ""

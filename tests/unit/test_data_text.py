@@ -44,9 +44,12 @@ def tokenizer(tmp_path_factory) -> str:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]"
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
-    fast.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     folder = tmp_path_factory.mktemp("tokenizer")
     fast.save_pretrained(folder)
     return str(folder)

@@ -1,0 +1,123 @@
+"""A model rewritten so that one batch can hold many clients."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedraclora.cohort_conv import CohortConv2d
+from fedraclora.cohort_layers import (
+    CohortContext,
+    CohortDropout,
+    CohortEmbedding,
+    CohortLayer,
+    CohortLayerNorm,
+    CohortLinear,
+)
+from fedraclora.errors import ModelError
+from fedraclora.method import Downlink
+from fedraclora.tree import Tree
+
+COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
+    nn.Linear: CohortLinear,
+    nn.Conv2d: CohortConv2d,
+    nn.LayerNorm: CohortLayerNorm,
+    nn.Embedding: CohortEmbedding,
+}
+
+
+def cohort_layer(module: nn.Module) -> type[CohortLayer] | None:
+    """Give the class that serves a module with trained tensors, or None if there is none."""
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return CohortLinear
+    return next((c for kind, c in COHORT_LAYERS.items() if type(module) is kind), None)
+
+
+@dataclass
+class Program:
+    """A copy of the model whose trained layers are cohort layers, or None to fall back to vmap."""
+
+    model: nn.Module | None
+    context: CohortContext
+    parameters: dict[str, nn.Parameter]
+    base: Tree
+
+    @classmethod
+    def build(cls, model: nn.Module, downlink: Downlink, device: torch.device) -> Program:
+        """Rewrite a copy of ``model`` for what ``downlink`` trains.
+
+        Raises:
+            ModelError: If a layer can be neither rewritten nor run under vmap.
+        """
+        copied = copy.deepcopy(model).to(device)
+        context = CohortContext()
+        trained = [*downlink.adapters, *downlink.dense]
+        owners = {name.rpartition(".")[0] for name in trained}
+        modules = dict(copied.named_modules())
+        foldable = not has_tied(copied, trained) and all(
+            owner and cohort_layer(modules[owner]) is not None for owner in owners
+        )
+        parameters = dict(copied.named_parameters())
+        dropouts = [n for n, m in modules.items() if isinstance(m, nn.Dropout) and m.p > 0]
+        if not foldable:
+            if dropouts and model.training:
+                raise ModelError(
+                    f"{dropouts[0]}: dropout cannot be used here, because a trained tensor outside "
+                    "Linear, Conv1D, Conv2d, LayerNorm and Embedding needs torch.func.vmap; "
+                    "set the model's dropout to 0"
+                )
+            return cls(None, context, parameters, {})
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        for owner in owners:
+            kind = cohort_layer(modules[owner])
+            if kind is not None:
+                replace(copied, owner, kind(modules[owner], owner, context))
+        for name in dropouts:
+            replace(copied, name, CohortDropout(modules[name], name, context))
+        # Functional dropout and the like stay off; CohortDropout is always on.
+        return cls(copied.eval(), context, parameters, {})
+
+    def load(self, base: Tree) -> None:
+        """Point the model's parameters at the replica's weights (no copy on one device)."""
+        self.base = base
+        if self.model is not None:
+            for name, parameter in self.parameters.items():
+                parameter.data = base[name]
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def has_tied(model: nn.Module, trained: list[str]) -> bool:
+    """Tell whether a trained parameter is shared by two layers."""
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    unique = {n for n, _ in model.named_parameters()}
+    if len(names) == len(unique):
+        return False
+    owner = dict(model.named_parameters(remove_duplicate=False))
+    counts: dict[int, int] = {}
+    for parameter in owner.values():
+        counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return any(counts[id(owner[n])] > 1 for n in trained)
+
+
+def refuse_mixing(model: nn.Module) -> None:
+    """Refuse layers that mix the samples of a batch, for then a client is not a row of it.
+
+    Raises:
+        ModelError: Naming the layer.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:  # noqa: SLF001
+            raise ModelError(
+                f"layer {name!r} ({type(module).__name__}) mixes the samples of a batch in "
+                "training mode, so clients cannot share a batch: freeze it with .eval(), or use "
+                "GroupNorm or LayerNorm"
+            )

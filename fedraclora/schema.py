@@ -1,0 +1,112 @@
+"""Signatures as the schema of the config: names, keys and types are held against them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+
+from fedraclora.errors import ConfigError, unknown
+
+Plain = Mapping[str, object]
+
+
+def section(plain: Plain, key: str) -> dict[str, object]:
+    """Give one group of the config as a dict.
+
+    Raises:
+        ConfigError: If it is missing or not a group.
+    """
+    value = plain.get(key)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"the config needs a group {key}, but has {value!r}")
+    return dict(value)
+
+
+def without(group: Plain, *keys: str) -> dict[str, object]:
+    """Copy a group without some keys."""
+    return {k: v for k, v in group.items() if k not in keys}
+
+
+T = typing.TypeVar("T")
+
+
+def bind(
+    kind: str, table: Mapping[str, Callable[..., T]], group: Plain, **given: object
+) -> Callable[[], T]:
+    """Look a group's ``name`` up in a table and bind its other keys as arguments.
+
+    Args:
+        kind: The group's key, for messages.
+        table: Callables by name.
+        group: The group.
+        **given: Arguments that the config does not set; they win over nothing in the group.
+
+    Returns:
+        The call, ready to be made.
+
+    Raises:
+        ConfigError: For an unknown name or key, or a value of the wrong type.
+    """
+    name = group.get("name")
+    if name not in table:
+        raise unknown(kind, name, table)
+    target = table[str(name)]
+    arguments = checked_arguments(kind, target, without(group, "name"))
+    wanted = inspect.signature(target).parameters
+    given = {k: v for k, v in given.items() if k in wanted and k not in arguments}
+    return functools.partial(target, **arguments, **given)
+
+
+def build(kind: str, target: Callable[..., T], group: Plain) -> T:
+    """Call ``target`` with the keys of a group, checked."""
+    return target(**checked_arguments(kind, target, group))
+
+
+def checked_arguments(kind: str, target: Callable[..., object], group: Plain) -> dict[str, object]:
+    """Hold a group's keys and types against a signature."""
+    parameters = inspect.signature(target).parameters
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    arguments = {}
+    for key, value in group.items():
+        if key not in parameters:
+            raise unknown("key", f"{kind}.{key}", [f"{kind}.{p}" for p in parameters])
+        arguments[key] = coerce(f"{kind}.{key}", value, hints.get(key, object))
+    return arguments
+
+
+def coerce(key: str, value: object, hint: object) -> object:
+    """Check a plain value against a type hint; an int may stand for a float.
+
+    Raises:
+        ConfigError: Naming the key, the value and the wanted type.
+
+    Example:
+        >>> coerce("local.lr", 1, float)
+        1.0
+        >>> coerce("method.rank", "four", int)
+        Traceback (most recent call last):
+        ...
+        fedraclora.errors.ConfigError: method.rank is 'four'; int is wanted
+    """
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if option is object or (value is None and option is type(None)):
+            return value
+        if isinstance(origin, type) and isinstance(value, origin):
+            if isinstance(value, bool) and origin is not bool:
+                continue
+            return value
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    names = " or ".join(
+        "null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options
+    )
+    raise ConfigError(f"{key} is {value!r}; {names} is wanted")
+
+
+def _is_union(hint: object) -> bool:
+    return typing.get_origin(hint) in {typing.Union, types.UnionType}

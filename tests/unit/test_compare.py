@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.compare import compare, main, result_summary
+from experiments.reports import find_runs, read_run
+from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.ledger import Ledger, Row
+
+ROUNDS = 20
+COHORT = 5
+
+
+def ledger_rows(final: float, up: int, error: float | None, metric: str) -> list[Row]:
+    """Row 0, then a metric that rises linearly to ``final``, evaluated every second round."""
+    rows: list[Row] = [{"round": 0, "metrics": {metric: 0.0, "loss": 3.0}, "uplink_total": 0}]
+    rows[0]["downlink_total"] = 0
+    for round_ in range(1, ROUNDS + 1):
+        row: Row = {
+            "round": round_,
+            "metrics": {},
+            "train_loss": 1.0 / round_,
+            "cohort": COHORT,
+            "failures": [],
+            "uplink_bytes": up * COHORT,
+            "catchup_bytes": 10,
+            "uplink_total": up * COHORT * round_,
+            "downlink_total": 30 * round_,
+            "seconds": {"train": 0.25, "evaluate": 0.25},
+        }
+        if round_ % 2 == 0:
+            row["metrics"] = {metric: final * round_ / ROUNDS, "loss": 3.0 - round_ / ROUNDS}
+        if error is not None:
+            row["report"] = {"aggregation_error": error * round_}
+        rows.append(row)
+    return rows
+
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Write a run folder; more config by keyword, nested keys with two underscores."""
+
+    def write(
+        name: str,
+        method: dict[str, object],
+        seed: int = 0,
+        *,
+        final: float = 0.8,
+        up: int = 1000,
+        error: float | None = None,
+        metric: str = "accuracy",
+        **more: object,
+    ) -> Path:
+        folder = tmp_path / "sweep" / name
+        folder.mkdir(parents=True)
+        ledger = Ledger(folder / "ledger.jsonl")
+        for row in ledger_rows(final, up, error, metric):
+            ledger.append(row, sync=False)
+        config: dict[str, object] = {
+            "method": method,
+            "data": {"name": "mnist", "root": f"/home/{name}/data", "labels": [5, 6]},
+            "model": {"name": "mlp"},
+            "local": {"name": "sgd", "lr": 0.1},
+            "clients": 50,
+            "cohort": COHORT,
+            "rounds": ROUNDS,
+            "seed": seed,
+            "output": {"dir": str(folder)},
+            "resume": None,
+        }
+        for key, value in more.items():
+            section, _, inner = key.partition("__")
+            if inner:
+                config[section] = {**config[section], inner: value}  # type: ignore[dict-item]
+            else:
+                config[section] = value
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        summary = {
+            "rounds": ROUNDS,
+            "metrics": ledger.rows[-1]["metrics"],
+            "weights_digest": "w",
+            "ledger_digest": ledger.digest(),
+            "uplink_floats": up // 4,
+            "seconds": 10.0,
+            "versions": {"torch": "2"},
+            "git": "abc",
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return folder
+
+    return write
+
+
+def rac(rank: int = 4) -> dict[str, object]:
+    return {"name": "fed_rac_lora", "rank": rank, "alpha": "auto"}
+
+
+def test_seeds_are_joined_and_the_numbers_are_right(make: Make, tmp_path: Path) -> None:
+    finals = [0.7, 0.8, 0.95]
+    for seed, final in enumerate(finals):
+        make(f"rac/{seed}", rac(), seed, final=final, up=1000)
+        make(f"avg/{seed}", {"name": "fedavg"}, seed, final=0.4, up=50_000, error=1e-3)
+    table = compare([tmp_path / "sweep"], tmp_path / "out", None, target=0.72)
+    assert [r["label"] for r in table.records] == ["fedavg", "fed_rac_lora"]
+    record = table.records[1]
+    assert record["seeds"] == 3
+    assert record["rounds"] == ROUNDS
+    assert record["metric"] == "accuracy"
+    assert record["metric_mean"] == pytest.approx(statistics.fmean(finals))
+    assert record["metric_std"] == pytest.approx(statistics.stdev(finals))
+    assert record["uplink_mb_per_client_round"] == pytest.approx(0.001)
+    assert record["uplink_mb"] == pytest.approx(1000 * COHORT * ROUNDS / 1e6)
+    assert record["downlink_mb"] == pytest.approx(30 * ROUNDS / 1e6)
+    assert record["uplink_floats"] == 250
+    assert record["seconds"] == pytest.approx(0.5 * ROUNDS)
+    # 0.8 * 18 / 20 = 0.72 and 0.95 * 16 / 20 = 0.76; 0.7 never reaches it.
+    assert record["target_rounds"] == 17
+    assert record["target_uplink_mb"] == pytest.approx(1000 * COHORT * 17 / 1e6)
+    assert record["target_reached"] == 2
+    assert math.isnan(float(str(record["aggregation_error_last"])))
+    assert table.records[0]["aggregation_error_last"] == pytest.approx(1e-3 * ROUNDS)
+    assert table.records[0]["aggregation_error_mean"] == pytest.approx(1e-3 * (ROUNDS + 1) / 2)
+    assert table.notes == ()
+
+
+def test_the_files_hold_the_table(make: Make, tmp_path: Path) -> None:
+    for seed in range(2):
+        make(f"a{seed}", rac(), seed, final=0.5 + 0.1 * seed)
+    make("b", {"name": "fedavg"}, 0, final=0.1, local__name="a|b")
+    out = tmp_path / "out"
+    table = compare([tmp_path / "sweep"], out, "accuracy", target=0.55)
+    text = (out / "table.md").read_text()
+    assert text == table.markdown()
+    assert "| fed_rac_lora local=sgd | 2 | 20 | 0.55 ± 0.071 |" in text
+    assert "20 (1 of 2 runs)" in text
+    assert "not reached" in text
+    assert "local=a\\|b" in text
+    with (out / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["metric_mean"]) for r in rows] == pytest.approx([0.55, 0.1])
+    assert rows[1]["metric_std"] == ""
+    assert (out / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("runs", "labels"),
+    [
+        ([(rac(4), {}), (rac(8), {})], ["fed_rac_lora rank=4", "fed_rac_lora rank=8"]),
+        # What one method has and the other has not goes without saying.
+        ([(rac(4), {}), ({"name": "fedavg"}, {})], ["fed_rac_lora", "fedavg"]),
+        # A hyperparameter that methods share does not.
+        (
+            [(rac(4), {}), ({"name": "fedavg_lora", "rank": 8, "alpha": "auto"}, {})],
+            ["fed_rac_lora rank=4", "fedavg_lora rank=8"],
+        ),
+        (
+            [(rac(4), {}), (rac(4), {"local__lr": 0.01}), (rac(8), {"local__lr": 0.01})],
+            [
+                "fed_rac_lora rank=4 local.lr=0.1",
+                "fed_rac_lora rank=4 local.lr=0.01",
+                "fed_rac_lora rank=8 local.lr=0.01",
+            ],
+        ),
+        (
+            [(rac(), {}), (rac(), {"data": {"name": "digits", "split": 0.2}})],
+            ["fed_rac_lora data=mnist", "fed_rac_lora data=digits"],
+        ),
+        (
+            [(rac(), {}), (rac(), {"data__labels": [5]})],
+            ["fed_rac_lora data.labels=[5, 6]", "fed_rac_lora data.labels=[5]"],
+        ),
+    ],
+)
+def test_labels_are_built_from_what_differs(
+    make: Make,
+    tmp_path: Path,
+    runs: list[tuple[dict[str, object], dict[str, object]]],
+    labels: list[str],
+) -> None:
+    for index, (method, more) in enumerate(runs):
+        make(f"run{index}", method, **more)
+    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    assert [r["label"] for r in table.records] == labels
+
+
+def test_by_parts_the_groups_and_says_what_it_pools(make: Make, tmp_path: Path) -> None:
+    for index, (rank, lr) in enumerate([(4, 0.1), (4, 0.2), (8, 0.1)]):
+        make(f"run{index}", rac(rank), index, local__lr=lr)
+    table = compare([tmp_path / "sweep"], tmp_path / "out", by=["rank"])
+    assert [r["label"] for r in table.records] == ["fed_rac_lora rank=4", "fed_rac_lora rank=8"]
+    assert [r["seeds"] for r in table.records] == [2, 1]
+    assert table.notes == ("fed_rac_lora rank=4: pools runs that differ in local.lr",)
+    with pytest.raises(ConfigError, match=r"unknown config key 'rnk'.*method\.rank"):
+        compare([tmp_path / "sweep"], tmp_path / "out", by=["rnk"])
+    with pytest.raises(ConfigError, match="may mean"):
+        compare([tmp_path / "sweep"], tmp_path / "out", by=["name"])
+
+
+def test_a_loss_reaches_a_target_from_above(make: Make, tmp_path: Path) -> None:
+    make("a", rac())
+    table = compare([tmp_path / "sweep"], tmp_path / "out", "loss", target=2.5)
+    assert table.records[0]["target_rounds"] == 10
+
+
+def test_different_tasks_are_compared_with_a_warning(make: Make, tmp_path: Path) -> None:
+    make("a", rac())
+    make("b", rac(), metric="f1", data__name="digits")
+    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    assert len(table.records) == 2
+    assert any("different tasks (data.name: mnist, digits)" in note for note in table.notes)
+    assert any("sweep/b: accuracy is absent" in note for note in table.notes)
+
+
+def test_a_diverged_seed_is_not_averaged_away(make: Make, tmp_path: Path) -> None:
+    make("a", rac(), 0)
+    make("b", rac(), 1, final=math.nan)
+    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    assert math.isnan(float(str(table.records[0]["metric_mean"])))
+    assert any("sweep/b: accuracy is absent or not finite" in note for note in table.notes)
+
+
+def test_a_seed_that_comes_twice_is_told(make: Make, tmp_path: Path) -> None:
+    make("a", rac(), 3)
+    make("b", rac(), 3)
+    (note,) = compare([tmp_path / "sweep"], tmp_path / "out").notes
+    assert "2 runs but 1 different seeds" in note
+    assert "sweep/a" in note
+    assert "sweep/b" in note
+
+
+def spoil_nothing_left(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "config.yaml").write_text("a: 1")
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "unfinished": (lambda f: (f / "summary.json").unlink(), r"21 rows of 20 rounds.*resume="),
+    "no config": (lambda f: (f / "config.yaml").unlink(), r"cannot read config\.yaml"),
+    "bad yaml": (lambda f: (f / "config.yaml").write_text("a: [1"), r"cannot read config\.yaml"),
+    "no mapping": (lambda f: (f / "config.yaml").write_text("7"), r"config\.yaml is not a mapping"),
+    "bad json": (lambda f: (f / "summary.json").write_text("{"), r"cannot read summary\.json"),
+    "no ledger": (lambda f: (f / "ledger.jsonl").unlink(), r"no ledger .*ledger\.jsonl"),
+    "empty ledger": (lambda f: (f / "ledger.jsonl").write_text(""), "has no rows"),
+    "bad ledger": (lambda f: (f / "ledger.jsonl").write_text("x\n{}\n"), "line 1 is damaged"),
+    "goes on": (lambda f: Ledger(f / "ledger.jsonl").append({"round": 21}), "ends at round 21"),
+    "changed": (
+        lambda f: (f / "ledger.jsonl").write_text(
+            (f / "ledger.jsonl").read_text().replace('"cohort": 5', '"cohort": 6')
+        ),
+        "was changed after the run",
+    ),
+    "nothing left": (spoil_nothing_left, "no ledger"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_runs_are_named_and_left_out(make: Make, tmp_path: Path, case: str) -> None:
+    spoil, words = BAD[case]
+    make("good", rac())
+    bad = make("bad", rac(), 1)
+    spoil(bad)
+    with pytest.raises(CheckpointError, match=words):
+        read_run(bad)
+    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    assert [r["seeds"] for r in table.records] == [1]
+    (note,) = table.notes
+    assert str(bad) in note
+    assert note in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(CheckpointError, match=r"no finished run to compare\n.*sweep/bad"):
+        compare([bad], tmp_path / "out")
+
+
+def test_runs_are_found_below_a_folder_once(make: Make, tmp_path: Path) -> None:
+    a, b = make("x/a", rac()), make("x/deep/b", rac())
+    hydra = tmp_path / "sweep" / "x" / ".hydra"
+    hydra.mkdir()
+    (hydra / "config.yaml").write_text("a: 1")
+    (a / "checkpoint").mkdir()
+    assert find_runs([tmp_path / "sweep", a]) == [a, b]
+    with pytest.raises(CheckpointError, match="no run in"):
+        find_runs([a / "checkpoint"])
+    with pytest.raises(CheckpointError, match="not a folder"):
+        find_runs([tmp_path / "absent"])
+
+
+def test_a_run_that_was_never_evaluated_has_nothing_to_compare(make: Make, tmp_path: Path) -> None:
+    folder = make("a", rac())
+    (folder / "ledger.jsonl").unlink()
+    ledger = Ledger(folder / "ledger.jsonl")
+    ledger.append({"round": 1, "metrics": {}})
+    (folder / "summary.json").write_text('{"rounds": 1}')
+    with pytest.raises(CheckpointError, match="none of the runs was evaluated"):
+        compare([folder], tmp_path / "out")
+
+
+def test_an_unknown_metric_names_the_known_ones(make: Make, tmp_path: Path) -> None:
+    make("a", rac())
+    with pytest.raises(ConfigError, match=r"did you mean 'accuracy'\? There are: accuracy, loss"):
+        compare([tmp_path / "sweep"], tmp_path / "out", "acuracy")
+
+
+def test_the_command_prints_the_table_or_the_error(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in (4, 8):
+        make(f"rank{rank}", rac(rank))
+    out = str(tmp_path / "out")
+    words = [str(tmp_path / "sweep"), "--out", out, "--target", "0.4", "--by", "method.rank"]
+    assert main([*words, "--metric", "accuracy"]) == 0
+    printed = capsys.readouterr().out
+    assert "fed_rac_lora rank=8" in printed
+    assert "rounds to 0.4" in printed
+    assert main([str(tmp_path / "absent")]) == 1
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_result_is_small_json_without_the_machine(make: Make) -> None:
+    folder = make("a", rac(), 2, error=0.5)
+    result = result_summary(folder)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert "/home" not in json.dumps(result)
+    assert result["config"]["data"] == {"name": "mnist", "root": "data", "labels": [5, 6]}  # type: ignore[index]
+    assert "output" not in result["config"]  # type: ignore[operator]
+    assert result["metrics"] == {"accuracy": 0.8, "loss": 2.0}
+    assert result["rounds"] == ROUNDS
+    assert result["git"] == "abc"
+    assert result["totals"]["uplink_bytes"] == 1000 * COHORT * ROUNDS  # type: ignore[index]
+    assert result["totals"]["client_rounds"] == COHORT * ROUNDS  # type: ignore[index]
+    assert result["aggregation_error"] == {"last": 10.0, "mean": 5.25}
+    assert [row["round"] for row in result["curve"]] == [0, 10, 20]  # type: ignore[attr-defined]
+
+
+def test_the_last_evaluated_row_closes_the_curve(make: Make) -> None:
+    folder = make("a", rac())
+    ledger = Ledger(folder / "ledger.jsonl")
+    ledger.cut(14)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"rounds": 14, "ledger_digest": ledger.digest()}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    curve = result_summary(folder)["curve"]
+    assert [row["round"] for row in curve] == [0, 10, 14]  # type: ignore[attr-defined]

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedraclora import plots
+from fedraclora.errors import ShapeError
+from fedraclora.ledger import Row
+from fedraclora.plots import compare_figure, curves, label_distribution
+from fedraclora.rng import generator
+
+
+def rows(rounds: int, every: int = 1, *, up: int = 4000, error: float | None = None) -> list[Row]:
+    found: list[Row] = [{"round": 0, "metrics": {"accuracy": 0.1}, "uplink_total": 0}]
+    found[0]["downlink_total"] = 0
+    for round_ in range(1, rounds + 1):
+        row: Row = {
+            "round": round_,
+            "train_loss": math.exp(-round_ / 9),
+            "catchup_bytes": up,
+            "uplink_total": up * round_,
+            "downlink_total": 2 * up * round_,
+            "effective_step": {"lr": 0.5, "gamma_min": 0.1, "gamma_max": 0.3},
+            "seconds": {"open": 0.01, "train": 0.1, "evaluate": 0.02},
+        }
+        if round_ % every == 0:
+            row["metrics"] = {"accuracy": 1 - math.exp(-round_ / 9), "loss": 2.0 / round_}
+        if error is not None:
+            row["report"] = {"aggregation_error": error}
+        found.append(row)
+    return found
+
+
+def assert_picture(path: Path, least: int = 200) -> None:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert width >= least
+    assert height >= least
+    assert len(data) > 2000
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        rows(60, 10),
+        rows(12, error=0.1),
+        rows(3, error=0.0),
+        rows(1),
+        rows(0),
+        [],
+        [{"round": 1, "metrics": {"accuracy": None}, "train_loss": None, "seconds": None}],
+    ],
+)
+def test_curves_draw_any_run(tmp_path: Path, run: list[Row]) -> None:
+    curves(run, tmp_path / "new" / "curves.png", title="fed_rac_lora rank=4, seed 0")
+    assert_picture(tmp_path / "new" / "curves.png")
+
+
+def test_compare_draws_groups_of_seeds(tmp_path: Path) -> None:
+    groups = {
+        "fed_rac_lora rank=4": [rows(20), rows(20), rows(14)],
+        "fedavg": [rows(20, 5, up=90_000)],
+        "diverged": [[{"round": 1, "metrics": {"accuracy": None}}]],
+        "a long label " * 30: [rows(20)],
+    }
+    compare_figure(groups, "accuracy", tmp_path / "compare.png")
+    assert_picture(tmp_path / "compare.png")
+
+
+def test_many_groups_fit_into_the_legend(tmp_path: Path) -> None:
+    groups = {f"fed_rac_lora rank={i} local.lr=0.1": [rows(4)] for i in range(40)}
+    compare_figure(groups, "loss", tmp_path / "compare.png")
+    assert_picture(tmp_path / "compare.png")
+
+
+def test_seeds_are_joined_on_the_rounds_that_all_evaluated() -> None:
+    table = plots._on_common_rounds([rows(20, 2), rows(15, 3, up=8000)], "accuracy")
+    assert table[:, :, 0].tolist() == [[0.0, 6.0, 12.0]] * 2
+    assert table[:, 2, 1].tolist() == [0.048, 0.096]  # MB up
+    assert table[:, 2, 2].tolist() == pytest.approx([0.144, 0.288])  # MB both ways
+    assert table[0, 2, 3] == pytest.approx(12 * 0.13)  # seconds
+    assert table[0, 2, 4] == 1 - math.exp(-12 / 9)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (30, 10), (20, 100), (500, 10), (1, 1), (41, 1)])
+def test_label_distributions_of_all_sizes(tmp_path: Path, shape: tuple[int, int]) -> None:
+    counts = generator(0, "test plots").integers(0, 9, shape)
+    label_distribution(counts, tmp_path / "partition.png")
+    assert_picture(tmp_path / "partition.png")
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (60, 4)])
+def test_clients_without_samples_are_drawn(tmp_path: Path, shape: tuple[int, int]) -> None:
+    label_distribution(np.zeros(shape, dtype=np.int64), tmp_path / "partition.png")
+    assert_picture(tmp_path / "partition.png")
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 3), (3, 0), (2, 2, 2)])
+def test_counts_must_be_a_matrix(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match="clients, classes"):
+        label_distribution(np.zeros(shape, dtype=np.int64), tmp_path / "partition.png")
+
+
+def test_no_figure_goes_through_pyplot(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib\n"
+        "from fedraclora.plots import curves\n"
+        "curves([{'round': 1, 'train_loss': 2.0}], pathlib.Path(sys.argv[1]), 'run')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "curves.png")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
