@@ -77,13 +77,14 @@ def main(words: Sequence[str] | None = None) -> None:
                 return
             check_choices(rest)
         sys.argv = [f"fedraclora {command}", *rest]
-        importlib.import_module(f"experiments.{command}").main()
+        status = importlib.import_module(f"experiments.{command}").main()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except FedRacLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 if __name__ == "__main__":

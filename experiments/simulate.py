@@ -88,7 +88,7 @@ def report(summary: Plain, folder: Path, config: RunConfig) -> None:
     metrics = summary["metrics"]
     if isinstance(metrics, dict):
         for name, value in metrics.items():
-            table.add_row(f"final {name}", f"{value:.4f}")
+            table.add_row(f"final {name}", "not finite" if value is None else f"{value:.4f}")
     table.add_row("rounds", str(summary["rounds"]))
     table.add_row("clients", f"{summary['clients']}, {summary['cohort']} a round")
     table.add_row("uplink", f"{summary['uplink_floats']} floats a client and round")
@@ -157,9 +157,8 @@ def main(cfg: DictConfig) -> float | None:
     except FedRacLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    metrics = summary["metrics"]
     name = headline([summary])
-    return float(metrics[name]) if isinstance(metrics, dict) and name is not None else None
+    return None if name is None else number(summary, "metrics", name)
 
 
 if __name__ == "__main__":

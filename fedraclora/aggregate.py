@@ -8,6 +8,7 @@ of workers (a worker that holds whole blocks may send their sums instead of thei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -73,8 +74,8 @@ class Uplinks:
 
     @property
     def total(self) -> float:
-        """Sum of the aggregation weights, added in client order."""
-        return float(weighted_sum(torch.ones(len(self.weights), 1), self.weights))
+        """Sum of the aggregation weights, exactly rounded, so in any order."""
+        return math.fsum(self.weights.tolist())
 
     def mean(self) -> Tree:
         """Weighted mean of everything that was sent, float64, by name."""
@@ -83,7 +84,8 @@ class Uplinks:
             if self.stacked is None:
                 raise ShapeError("these uplinks hold neither clients nor their sum")
             summed = weighted_sum(self.stacked, self.weights)
-        return self.layout.unpack(summed / self.total)
+        # Copies: views into one vector lie anywhere, and matrix products round by alignment.
+        return {n: t.clone() for n, t in self.layout.unpack(summed / self.total).items()}
 
     def stack(self) -> Tree:
         """Everything that was sent, by name, [K, ...].

@@ -158,8 +158,10 @@ def _load(path: Path, advice: str) -> tuple[Tree, dict[str, object]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
-            # safetensors sorts tensors by dtype; packing order is the order they came in.
-            tensors = {name: file.get_tensor(name) for name in json.loads(header["names"])}
+            # safetensors sorts tensors by dtype; packing order is the order they came in. Cloned,
+            # for they lie in the file's buffer, and matrix products round by alignment.
+            names = json.loads(header["names"])
+            tensors = {name: file.get_tensor(name).clone() for name in names}
             stored = set(file.keys())
         if stored != set(tensors) or _digest(tensors, header["meta"]) != header["sha256"]:
             raise CheckpointError(f"{path} is damaged: its digest does not fit; {advice}")

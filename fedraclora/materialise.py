@@ -25,7 +25,8 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
                 frozen[name] = factor.spec.draw().to(like.device, like.dtype)
             elif isinstance(factor, Frozen):
                 value = factor.value.to(like.device, like.dtype)
-                frozen[name] = value[order] if value.dim() == 3 else value
+                # A copy: views into a message lie anywhere, and products round by alignment.
+                frozen[name] = value[order] if factor.per_client else value.clone()
             else:
                 starts[name] = start_of(factor, torch.zeros(factor.shape).to(like), order)
     for name, slot in downlink.dense.items():

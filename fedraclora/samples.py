@@ -30,6 +30,14 @@ class Samples:
         """Select rows (int64 [n]) into a new table."""
         return Samples({k: v[rows] for k, v in self.inputs.items()}, self.target[rows])
 
+    def clone(self) -> Samples:
+        """Copy into memory of torch's own, whose alignment is always the same.
+
+        numpy's is not, and matrix products round by alignment: a metric could differ in its last
+        digit from one process to the next.
+        """
+        return Samples({k: v.clone() for k, v in self.inputs.items()}, self.target.clone())
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Samples:
         """Move to a device; floating tensors take ``dtype`` when it is given."""
 

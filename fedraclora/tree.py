@@ -97,5 +97,6 @@ def digest(tree: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tree):
         tensor = tree[name]
         h.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        h.update(to_numpy(tensor).tobytes())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # any dtype
+        h.update(raw.numpy().tobytes())
     return h.hexdigest()

@@ -1,7 +1,6 @@
-"""Downlinks and uplinks as Flower records: one JSON header and one flat array a message.
+"""Downlinks and uplinks as Flower records: a JSON header and one flat array a message.
 
-Small arrays are what a Flower deployment is slow at, so every tensor of a message lies in one
-array; bytes are counted here.
+Many small arrays are what a Flower deployment is slow at. Bytes are counted here, too.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.typing import Run
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run
 from typing_extensions import override
 
 from fedraclora.errors import WireError

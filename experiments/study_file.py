@@ -1,0 +1,84 @@
+"""A study as its YAML file says: a preset, rows to compare, a grid to tune on, seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from fedraclora.errors import ConfigError, unknown
+
+KEYS = {"experiment", "metric", "grid", "tune", "final", "rows"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    phase: str  # tune | final
+    row: str
+    value: float
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Names the run in runs.jsonl."""
+        return f"{self.phase}|{self.row}|{self.value}|{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its YAML file says."""
+
+    experiment: str
+    metric: str
+    grid: Mapping[str, object]
+    tune: Mapping[str, object]
+    final: Mapping[str, object]
+    rows: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def read(cls, path: Path) -> Study:
+        """Read a study.
+
+        Raises:
+            ConfigError: If keys are missing or unknown.
+        """
+        if not path.is_file():
+            raise ConfigError(f"there is no study {path}; see experiments/studies")
+        loaded = yaml.safe_load(path.read_text())
+        for key in loaded:
+            if key not in KEYS:
+                raise unknown("study key", key, KEYS)
+        if KEYS - set(loaded):
+            raise ConfigError(f"{path} lacks {', '.join(sorted(KEYS - set(loaded)))}")
+        return cls(**loaded)
+
+    def jobs(self, phase: str, row: str, values: Sequence[float]) -> list[Job]:
+        """List the runs of one row in one phase."""
+        section = self.tune if phase == "tune" else self.final
+        seeds, extra = section["seeds"], section["overrides"]
+        common = [f"experiment={self.experiment}", *self.rows[row], *map(str, _list(extra))]
+        return [
+            Job(phase, row, v, int(str(s)), (*common, f"{self.grid['key']}={v}", f"seed={s}"))
+            for v in values
+            for s in _list(seeds)
+        ]
+
+    @property
+    def values(self) -> list[float]:
+        """The coarse grid."""
+        return [float(str(v)) for v in _list(self.grid["values"])]
+
+    def refined(self, best: float) -> list[float]:
+        """The values around the best of the coarse grid that are tried next."""
+        return [round(best * float(str(f)), 6) for f in _list(self.grid.get("refine", []))]
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise ConfigError(f"a study wants a list, but has {value!r}")
+    return value

@@ -1,0 +1,116 @@
+"""Tables and figures of a study, always from the lines of its runs.jsonl."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments.study_file import Study
+
+Plain = dict[str, object]
+
+
+def score(line: Plain, metric: str) -> float:
+    """Final metric of a run; minus infinity if it diverged."""
+    metrics = line["metrics"]
+    return float(metrics[metric]) if isinstance(metrics, dict) and metrics else float("-inf")
+
+
+def mean_score(study: Study, row: str, value: float, done: Mapping[str, Plain]) -> float:
+    """Mean validation metric of one grid value over the tuning seeds."""
+    jobs = study.jobs("tune", row, [value])
+    return statistics.mean(score(done[job.key], study.metric) for job in jobs)
+
+
+def best_value(study: Study, row: str, values: list[float], done: Mapping[str, Plain]) -> float:
+    """Give the value with the best mean validation metric (the smaller one in a tie)."""
+    return max(values, key=lambda v: (mean_score(study, row, v, done), -v))
+
+
+def tuned_value(study: Study, row: str, done: Mapping[str, Plain]) -> float:
+    """Give the value that the coarse grid and its refinement chose."""
+    coarse = best_value(study, row, study.values, done)
+    return best_value(study, row, [*study.values, *study.refined(coarse)], done)
+
+
+def is_tuned(study: Study, row: str, done: Mapping[str, Plain]) -> bool:
+    """Tell whether all tuning runs of a row are there."""
+    if not all(j.key in done for j in study.jobs("tune", row, study.values)):
+        return False
+    refined = study.refined(best_value(study, row, study.values, done))
+    return all(j.key in done for j in study.jobs("tune", row, refined))
+
+
+def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
+    """Make the table of the rows whose final runs are all there."""
+    found = []
+    for row in study.rows:
+        if not is_tuned(study, row, done):
+            continue
+        value = tuned_value(study, row, done)
+        keys = [j.key for j in study.jobs("final", row, [value])]
+        lines = [done[k] for k in keys if k in done]
+        if len(lines) < len(keys):
+            continue
+        scores = [score(line, study.metric) for line in lines]
+        tried = [*study.values, *study.refined(best_value(study, row, study.values, done))]
+        edge = value in {min(tried), max(tried)}
+        found.append(
+            {
+                "method": row,
+                str(study.grid["key"]): f"{value:g}{' (edge of the grid)' if edge else ''}",
+                "seeds": len(lines),
+                study.metric: round(statistics.mean(scores), 4),
+                "std": round(statistics.stdev(scores), 4) if len(scores) > 1 else 0.0,
+                "uplink floats": lines[0]["uplink_floats"],
+                "uplink MB": round(float(str(lines[0]["uplink_total"])) / 1e6, 2),
+                "downlink MB with catch-up": round(
+                    statistics.mean(float(str(x["downlink_total"])) for x in lines) / 1e6, 2
+                ),
+                "aggregation error": round(
+                    statistics.mean(float(str(x["aggregation_error"])) for x in lines), 4
+                ),
+            }
+        )
+    return found
+
+
+def write_table(rows: list[dict[str, object]], out: Path) -> None:
+    """Write table.md and table.csv."""
+    if not rows:
+        return
+    names = list(rows[0])
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    lines += [f"| {' | '.join(str(row[n]) for n in names)} |" for row in rows]
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    with (out / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(study: Study, done: Mapping[str, Plain], out: Path) -> None:
+    """Draw the final runs: metric against rounds and bytes."""
+    from fedraclora.plots import compare_figure
+
+    groups = {}
+    for row in table(study, done):
+        value = float(str(row[str(study.grid["key"])]).split()[0])
+        lines = [done[j.key] for j in study.jobs("final", str(row["method"]), [value])]
+        groups[str(row["method"])] = [
+            [
+                {
+                    "round": p["round"],
+                    "metrics": {study.metric: p[study.metric]},
+                    "uplink_total": p["uplink"],
+                    "downlink_total": p["downlink"],
+                    "seconds": {},
+                }
+                for p in line["curve"]  # type: ignore[attr-defined]
+            ]
+            for line in lines
+        ]
+    if groups:
+        compare_figure(groups, study.metric, out / "compare.png")

@@ -1,0 +1,150 @@
+"""Every byte that the ledger charges a method is held against the messages that moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from worlds import (
+    RAGGED,
+    Run,
+    World,
+    label,
+    make_method,
+    make_world,
+    run,
+    variants,
+)
+
+from fedraclora.chain import SEED_BYTES, read_link
+from fedraclora.checkpoint import read_links
+from fedraclora.link import Link
+from fedraclora.method import Sketched
+from fedraclora.sampling import draw_cohort
+from fedraclora.sketch import SketchSpec
+from fedraclora.wire import unpack_downlink
+
+Variant = tuple[str, dict[str, Any]]
+VARIANTS = list(variants())
+ITEM = 8  # bytes of a float64
+COHORT, ROUNDS = 3, 6
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=label)
+
+
+def finished(variant: Variant, chunk: int = 1, width: int = 1, folder: Path | None = None) -> Run:
+    method = make_method(variant[0], **variant[1])
+    world = make_world(width=width)
+    return run(world, method, RAGGED, rounds=ROUNDS, cohort=COHORT, chunk=chunk, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+def array_bytes(content: RecordDict) -> int:
+    """Bytes of the numbers in a message: the one flat array, without numpy's own header."""
+    record = content["arrays"]
+    assert isinstance(record, ArrayRecord)
+    assert list(record) == ["flat"]
+    array = record["flat"].numpy()
+    assert array.itemsize == ITEM or array.size == 0
+    return int(array.nbytes)
+
+
+def message_bytes(content: RecordDict) -> int:
+    """Bytes of a message by Flower's own count."""
+    total = 0
+    for record in content.values():
+        assert isinstance(record, ArrayRecord | ConfigRecord)
+        total += record.count_bytes()
+    return total
+
+
+def seeds(content: RecordDict) -> int:
+    downlink, _ = unpack_downlink(content)
+    factors = [f for a in downlink.adapters.values() for f in a.factors.values()]
+    return sum(isinstance(f, Sketched) for f in factors)
+
+
+@every_variant
+def test_the_uplink_of_the_ledger_is_the_formula_and_the_message(
+    variant: Variant, world: World
+) -> None:
+    done = finished(variant)
+    replies = [done.worker.answered[i : i + COHORT] for i in range(0, ROUNDS * COHORT, COHORT)]
+    total = 0
+    for round_, (row, contents) in enumerate(zip(done.rows, replies, strict=True), start=1):
+        up, _ = done.strategy.method.floats(world.plan, round_)
+        total += row["uplink_bytes"]
+        assert row["uplink_bytes"] == up * ITEM * COHORT
+        assert row["uplink_bytes"] == sum(array_bytes(c) for c in contents)
+        assert row["uplink_total"] == total
+
+
+@every_variant
+def test_the_downlink_of_the_ledger_is_the_message(variant: Variant, world: World) -> None:
+    done = finished(variant)
+    asked = [done.worker.asked[i : i + COHORT] for i in range(0, ROUNDS * COHORT, COHORT)]
+    total = most = 0
+    for round_, (row, contents) in enumerate(zip(done.rows, asked, strict=True), start=1):
+        _, down = done.strategy.method.floats(world.plan, round_)
+        numbers = sum(array_bytes(c) for c in contents)
+        charged = numbers + SEED_BYTES * sum(seeds(c) for c in contents)
+        total += row["downlink_bytes"] + row["catchup_bytes"]
+        assert row["downlink_bytes"] == charged
+        assert row["downlink_total"] == total
+        assert numbers <= down * ITEM * COHORT
+        most = max(most, numbers)
+        if round_ == ROUNDS:
+            assert most == down * ITEM * COHORT
+
+
+@every_variant
+def test_bytes_do_not_depend_on_the_chunk(variant: Variant) -> None:
+    """A chunk is a unit of work: each of its clients is charged as if it stood alone."""
+    columns = ("uplink_bytes", "downlink_bytes", "catchup_bytes", "downlink_total")
+    alone, together = finished(variant, chunk=1), finished(variant, chunk=3)
+    for left, right in zip(alone.rows, together.rows, strict=True):
+        assert [left[c] for c in columns] == [right[c] for c in columns]
+
+
+@every_variant
+def test_what_a_message_holds_beside_its_numbers_does_not_grow(variant: Variant) -> None:
+    small, large = finished(variant, width=1), finished(variant, width=8)
+    for kind in ("asked", "answered"):
+        pairs = zip(getattr(small.worker, kind), getattr(large.worker, kind), strict=True)
+        for few, many in pairs:
+            assert array_bytes(many) >= array_bytes(few)
+            extra = [message_bytes(c) - array_bytes(c) for c in (few, many)]
+            assert extra[0] < 6000
+            # Shapes and dims have a few digits more, and a larger plan the same names.
+            assert extra[1] - extra[0] < 100
+
+
+@every_variant
+def test_catch_up_is_the_links_a_client_missed_or_the_dense_weight(
+    variant: Variant, tmp_path: Path
+) -> None:
+    done = finished(variant, folder=tmp_path)
+    stored = list(read_links(tmp_path / "chain"))
+    dense = {n: t.numel() * ITEM for n, t in stored[0][1].items()}
+    links = [read_link(tensors, meta) for _, tensors, meta in stored[1:]]
+
+    def size(link: Link, name: str) -> int:
+        total = link.dense[name].numel() * ITEM if name in link.dense else 0
+        for factor in link.terms[name].factors if name in link.terms else ():
+            total += SEED_BYTES if isinstance(factor, SketchSpec) else factor.numel() * ITEM
+        return total
+
+    held: dict[int, int] = {}
+    for round_, row in enumerate(done.rows, start=1):
+        wanted = 0
+        for client in draw_cohort(1, round_, 5, COHORT).tolist():
+            missed = links[held.get(client, 0) : round_ - 1]
+            wanted += sum(min(sum(size(k, n) for k in missed), dense[n]) for n in dense)
+            held[client] = round_ - 1
+        assert row["catchup_bytes"] == wanted

@@ -1,0 +1,446 @@
+"""What every method promises, held against dense algebra; no method is named but by its fields.
+
+Replies are random numbers, so nothing here depends on training. The suite runs over the METHODS
+table and the YAML of each entry: a new method is tested with no new test.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from worlds import (
+    METHODS,
+    Played,
+    World,
+    assert_close_trees,
+    assert_equal_trees,
+    client_weights,
+    conv1d,
+    distance,
+    has_field,
+    label,
+    make_method,
+    make_world,
+    mean_weights,
+    play,
+    play_rounds,
+    random_replies,
+    some_cohort,
+    variants,
+    yaml_of,
+)
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.aggregator import AGGREGATORS, Setting
+from fedraclora.chain import replay
+from fedraclora.errors import ShapeError
+from fedraclora.link import apply_link
+from fedraclora.method import Draw, Method, Sketched, Trained
+from fedraclora.tree import Tree
+from fedraclora.wire import uplink_layout
+
+Variant = tuple[str, dict[str, Any]]
+LAYERS = {"linear": {}, "conv1d": {"layer": conv1d}}
+DRAW = Draw(seed=17)
+
+VARIANTS = list(variants())
+INEXACT = [v for v in VARIANTS if not make_method(v[0], **v[1]).traits.exact]
+RESAMPLED = [v for v in VARIANTS if has_field(make_method(v[0]), "resample_every")]
+NAMED_LIKE_CLASS = [n for n, c in METHODS.items() if c.__name__.lower() == n.replace("_", "")]
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=label)
+every_method = pytest.mark.parametrize("name", sorted(METHODS))
+
+
+@pytest.fixture(scope="module", params=list(LAYERS))
+def world(request: pytest.FixtureRequest) -> World:
+    """Three adapted matrices (one square), an averaged head and averaged biases, two layouts."""
+    return make_world(**LAYERS[request.param])
+
+
+@pytest.fixture(scope="module")
+def plain_world() -> World:
+    return make_world()
+
+
+def method_of(variant: Variant) -> Method:
+    return make_method(variant[0], **variant[1])
+
+
+def new_weights(method: Method, played: Played) -> Tree:
+    return method.weights(played.after, DRAW)
+
+
+# --- exactness -----------------------------------------------------------------------------------
+
+
+@every_variant
+def test_exact_methods_give_the_mean_of_the_clients_weights(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    for played in play_rounds(method, world, 4, DRAW):
+        found, wanted = new_weights(method, played), mean_weights(played)
+        if method.traits.exact:
+            assert_close_trees(found, wanted)
+        else:
+            targets = list(world.plan.targets)
+            assert distance(found, wanted, targets) > 1e-2 * distance(
+                wanted, played.before.base, targets
+            ), "the method equals the mean of its clients: say exact=True"
+
+
+@pytest.mark.parametrize("variant", INEXACT, ids=label)
+def test_inexact_methods_report_the_error_of_the_round(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    targets = list(world.plan.targets)
+    for played in play_rounds(method, world, 3, DRAW):
+        old = method.weights(played.before, DRAW)
+        wanted = mean_weights(played)
+        missed = distance(new_weights(method, played), wanted, targets)
+        change = distance(wanted, old, targets)
+        assert played.after.report["aggregation_error"] == pytest.approx(missed / change, rel=1e-9)
+
+
+@every_variant
+def test_a_cohort_of_one_gives_the_weights_of_that_client(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    for played in play_rounds(method, world, 4, DRAW, some_cohort((3.5,))):
+        assert_close_trees(new_weights(method, played), client_weights(played, 0))
+
+
+@every_variant
+def test_equal_replies_give_the_weights_of_one_of_them(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    played = play_rounds(method, world, 1, DRAW)[0]
+    stacked = played.got.stack()
+    layout = played.got.layout
+    row = layout.pack({n: t[0] for n, t in stacked.items()})
+    rows = row.expand(len(played.got.clients), -1)
+    got = replace(played.got, stacked=rows)
+    after = method.close_round(played.before, played.sent, got)
+    same = Played(played.before, played.sent, got, after)
+    assert_close_trees(method.weights(after, DRAW), client_weights(same, 2))
+
+
+# --- aggregation ---------------------------------------------------------------------------------
+
+
+@every_variant
+def test_the_scale_of_the_aggregation_weights_is_irrelevant(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    played = play_rounds(method, world, 1, DRAW)[0]
+    wanted = new_weights(method, played)
+    for scale in (2.0**-20, 1.0 / 3.0, 1e6):
+        got = replace(played.got, weights=played.got.weights * scale)
+        found = method.weights(method.close_round(played.before, played.sent, got), DRAW)
+        assert_close_trees(found, wanted)
+
+
+@every_variant
+def test_linear_methods_need_only_the_weighted_sum(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    played = play_rounds(method, world, 1, DRAW)[0]
+    summed = AGGREGATORS["sum"](played.got, Setting(played.sent, 1, DRAW))
+    assert summed.stacked is None
+    if not method.traits.linear:
+        with pytest.raises(ShapeError, match="each client's own update"):
+            method.close_round(played.before, played.sent, summed)
+        return
+    after = method.close_round(played.before, played.sent, summed)
+    assert_equal_trees(after.base, played.after.base)
+    assert_equal_trees(after.carried, played.after.carried)
+    assert after.memo == played.after.memo
+
+
+@every_variant
+def test_every_client_counts_by_its_weight(variant: Variant, plain_world: World) -> None:
+    """Two clients of weight w are one client of weight 2w: no count of clients hides anywhere."""
+    method = method_of(variant)
+    state = method.init(plain_world.base, plain_world.plan, DRAW)
+    sent = method.open_round(state, 1, some_cohort(), DRAW)
+    two = random_replies(sent, some_cohort((1.0, 3.0)), torch.float64)
+    assert two.stacked is not None
+    split = Uplinks(
+        torch.arange(3),
+        torch.tensor([1.0, 1.5, 1.5], dtype=torch.float64),
+        two.layout,
+        two.stacked[[0, 1, 1]],
+        versions=torch.zeros(3, dtype=torch.int64),
+    )
+    assert_close_trees(
+        method.weights(method.close_round(state, sent, split), DRAW),
+        method.weights(method.close_round(state, sent, two), DRAW),
+    )
+
+
+# --- state ---------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_a_run_starts_from_the_base_weights(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    state = method.init(world.base, world.plan, DRAW)
+    assert_close_trees(method.weights(state, DRAW), world.base)
+
+
+@every_variant
+def test_nothing_of_the_state_is_changed_in_place(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    state = method.init(world.base, world.plan, DRAW)
+    for round_ in range(1, 5):
+        tensors = state.base | {f"carried/{n}": t for n, t in state.carried.items()}
+        kept = {n: t.clone() for n, t in tensors.items()}
+        memo = dict(state.memo)
+        played = play(method, world, state, round_, some_cohort(), DRAW)
+        method.weights(played.after, DRAW)
+        assert_equal_trees(tensors, kept)
+        assert state.memo == memo
+        state = played.after
+
+
+@every_variant
+def test_a_method_is_a_pure_function(variant: Variant, plain_world: World) -> None:
+    method = method_of(variant)
+    states = []
+    for _ in range(2):
+        again = method_of(variant)
+        assert again == method
+        states.append(play_rounds(again, plain_world, 4, DRAW)[-1].after)
+    assert_equal_trees(states[0].base, states[1].base)
+    assert_equal_trees(states[0].carried, states[1].carried)
+    assert states[0].memo == states[1].memo
+
+
+@every_variant
+def test_replies_close_under_the_downlink_that_asked_for_them(
+    variant: Variant, plain_world: World
+) -> None:
+    """Sketches come from ``sent``: nothing is drawn anew from another seed when a round closes."""
+    method = method_of(variant)
+    played = play_rounds(method, plain_world, 1, DRAW)[0]
+    sketches = {
+        factor.spec
+        for adapter in played.sent.adapters.values()
+        for factor in adapter.factors.values()
+        if isinstance(factor, Sketched)
+    }
+    assert played.after.link is not None
+    in_link = {
+        factor
+        for term in played.after.link.terms.values()
+        for factor in term.factors
+        if not isinstance(factor, torch.Tensor)
+    }
+    assert in_link <= sketches
+
+
+@every_variant
+def test_the_base_of_a_target_changes_iff_the_method_merges(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    last = play_rounds(method, world, 6, DRAW)[-1].after
+    for name in world.plan.targets:
+        assert torch.equal(last.base[name], world.base[name]) != method.traits.merges, name
+
+
+@every_variant
+def test_the_links_rebuild_the_base_to_the_bit(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    links = []
+    for played in play_rounds(method, world, 6, DRAW):
+        if played.after.link is not None:
+            links.append(played.after.link)
+        assert_equal_trees(replay(world.base, links, world.plan), played.after.base)
+
+
+@every_variant
+def test_merging_rounds_once_from_float64(variant: Variant) -> None:
+    world = make_world(dtype=torch.float32)
+    method = method_of(variant)
+    for played in play_rounds(method, world, 4, DRAW):
+        link = played.after.link
+        assert link is not None
+        for name, old in played.before.base.items():
+            new = played.after.base[name]
+            assert new.dtype == torch.float32
+            if name in link.terms:
+                term = link.terms[name]
+                left, right = (
+                    f.double() if isinstance(f, torch.Tensor) else f.draw() for f in term.factors
+                )
+                wide = old.double() + term.scale * (left @ right)
+                assert torch.equal(new, wide.float()), name
+            elif name in link.dense:
+                assert torch.equal(new, link.dense[name]), name
+            else:
+                assert new is old, name
+
+
+@every_variant
+def test_averages_are_rounded_once_from_float64(variant: Variant) -> None:
+    """In float32, what a round makes of its replies is the float64 mean, rounded once."""
+    world = make_world(dtype=torch.float32)
+    method = method_of(variant)
+    if not method.traits.linear:
+        pytest.skip("not a mean")
+    for played in play_rounds(method, world, 3, DRAW):
+        assert played.got.stacked is not None
+        weights = played.got.weights[:, None]
+        mean = (weights * played.got.stacked.double()).sum(dim=0) / weights.sum()
+        wanted = played.got.layout.unpack(mean)
+        for name in played.sent.dense:
+            gap = (played.after.base[name].double() - wanted[name]).abs()
+            # Half a unit in the last place of float32, and the rounding of the float64 sum.
+            assert torch.all(gap <= wanted[name].abs() * 2.0**-24 * (1 + 1e-6)), name
+
+
+# --- sketches that live for several rounds -------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", RESAMPLED, ids=label)
+def test_a_merge_leaves_the_effective_weights_as_they_are(variant: Variant, world: World) -> None:
+    name, changes = variant
+    method = make_method(name, **changes | {"resample_every": 3})
+    never = make_method(name, **changes | {"resample_every": None})
+    for played in play_rounds(method, world, 7, DRAW):
+        merged = method.weights(played.after, DRAW)
+        unmerged = never.close_round(played.before, played.sent, played.got)
+        assert_close_trees(merged, never.weights(unmerged, DRAW))
+        due = played.after.memo["age"] == 0
+        assert due == (not played.after.carried)
+
+
+@pytest.mark.parametrize("variant", RESAMPLED, ids=label)
+def test_a_sketch_lives_for_as_many_rounds_as_it_says(variant: Variant, world: World) -> None:
+    name, changes = variant
+    for every, wanted in ((1, [0, 1, 2, 3, 4, 5]), (3, [0, 0, 0, 1, 1, 1]), (None, [0] * 6)):
+        method = make_method(name, **changes | {"resample_every": every})
+        indices = []
+        for played in play_rounds(method, world, 6, DRAW):
+            specs = [
+                f.spec
+                for a in played.sent.adapters.values()
+                for f in a.factors.values()
+                if isinstance(f, Sketched)
+            ]
+            assert len(specs) == len(world.plan.targets)
+            assert len({s.index for s in specs}) == 1
+            assert len({s.seed for s in specs}) == len(specs), "two layers share a sketch"
+            indices.append(specs[0].index)
+        assert indices == wanted
+
+
+# --- floats --------------------------------------------------------------------------------------
+
+
+def carried_down(played: Played) -> int:
+    """Numbers that a downlink carries to one client."""
+    trained = played.sent.trained().values()
+    total = 0
+    for slot in trained:
+        if slot.start is not None:
+            total += slot.start[0].numel() if slot.per_client else slot.start.numel()
+    for adapter in played.sent.adapters.values():
+        for factor in adapter.factors.values():
+            if not isinstance(factor, Trained | Sketched):
+                total += factor.value[0].numel() if factor.per_client else factor.value.numel()
+    return total
+
+
+@every_variant
+def test_floats_is_what_travels(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    most = 0
+    for round_, played in enumerate(play_rounds(method, world, 6, DRAW), start=1):
+        up, down = method.floats(world.plan, round_)
+        assert up == played.got.layout.size == uplink_layout(played.sent).size
+        # A factor that starts at zero does not travel: the formula is the most that does.
+        assert carried_down(played) <= down
+        most = max(most, carried_down(played))
+    assert most == down
+
+
+# --- form ----------------------------------------------------------------------------------------
+
+
+@every_method
+def test_the_fields_are_the_keys_of_the_yaml(name: str) -> None:
+    group = yaml_of(name)
+    target = METHODS[name]
+    assert is_dataclass(target)
+    assert set(group) - {"name"} == {f.name for f in fields(target)}
+    assert group["name"] == name
+
+
+@pytest.mark.parametrize("name", NAMED_LIKE_CLASS)
+def test_defaults_are_those_of_the_class_where_the_name_is_the_class(name: str) -> None:
+    """Presets of a class (ffa_lora) differ; the entry that is the class itself must not."""
+    group = yaml_of(name)
+    group.pop("name")
+    assert METHODS[name](**group) == METHODS[name]()
+
+
+@every_method
+def test_a_method_is_a_frozen_dataclass_that_subclasses_method(name: str) -> None:
+    target = METHODS[name]
+    assert Method in target.__mro__
+    method = make_method(name)
+    assert hash(method) == hash(make_method(name))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.anything = 1  # type: ignore[attr-defined]
+
+
+@every_method
+def test_the_docstring_says_what_a_reader_asks(name: str) -> None:
+    text = sys.modules[METHODS[name].__module__].__doc__ or ""
+    sections = ("- Uplink", "- Aggregation:", "- Source:", "- Departures:")
+    assert [s for s in sections if s not in text] == []
+    assert "arXiv" in text or "doi" in text, "the source has no number"
+    assert ("not exact" in text) == (not make_method(name).traits.exact)
+
+
+@every_method
+def test_every_hyperparameter_is_documented(name: str) -> None:
+    target = METHODS[name]
+    assert is_dataclass(target)
+    text = inspect.getdoc(target) or ""
+    undocumented = [f.name for f in fields(target) if f"{f.name}:" not in text]
+    assert not undocumented
+
+
+@every_method
+def test_a_method_file_imports_neither_flower_nor_the_loop(name: str) -> None:
+    source = inspect.getsource(sys.modules[METHODS[name].__module__])
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    bad = [m for m in imported if m.split(".")[0] in {"flwr", "ray", "hydra", "omegaconf"}]
+    bad += [m for m in imported if m in {"strategies.base", "fedraclora.wire", "fedraclora.cohort"}]
+    assert not bad
+
+
+def test_links_and_cohorts_of_this_suite_have_teeth(plain_world: World) -> None:
+    """The reference of the exactness law sees a forgotten scale and a forgotten transpose."""
+    world = make_world(conv1d)
+    method = make_method("fed_rac_lora")
+    played = play_rounds(method, world, 1, DRAW)[0]
+    link = played.after.link
+    assert link is not None
+    wanted = mean_weights(played)
+    right = apply_link(world.base, link, world.plan)
+    assert_close_trees(right, wanted)
+    unscaled = replace(link, terms={n: replace(t, scale=1.0) for n, t in link.terms.items()})
+    targets = list(world.plan.targets)
+    assert distance(apply_link(world.base, unscaled, world.plan), wanted, targets) > 0.1
+    square = "fc2.weight"
+    turned = dict(right)
+    turned[square] = world.base[square] + (right[square] - world.base[square]).T
+    assert distance(turned, wanted, [square]) > 0.1

@@ -1,0 +1,224 @@
+"""What every method promises of whole runs: messages, local training, files and all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+from worlds import (
+    FULL_BATCH,
+    METHODS,
+    RAGGED,
+    Run,
+    World,
+    assert_close_trees,
+    assert_equal_trees,
+    conv1d,
+    equal_clients,
+    has_field,
+    label,
+    least_squares,
+    make_method,
+    make_world,
+    run,
+    variants,
+)
+
+from fedraclora.aggregator import AGGREGATORS
+from fedraclora.chain import read_link, replay
+from fedraclora.checkpoint import read_links
+from fedraclora.method import Method
+from fedraclora.optimiser import LocalConfig
+
+Variant = tuple[str, dict[str, Any]]
+VARIANTS = list(variants())
+SKETCHING = sorted(n for n in METHODS if has_field(make_method(n), "sketch"))
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=label)
+every_method = pytest.mark.parametrize("name", sorted(METHODS))
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    """Five ragged clients (one has a single sample), averaged head and biases."""
+    return make_world()
+
+
+def method_of(variant: Variant) -> Method:
+    return make_method(variant[0], **variant[1])
+
+
+def assert_same_bits(left: Run, right: Run) -> None:
+    """Equal state, weights and deterministic ledger columns."""
+    assert_equal_trees(left.strategy.state.base, right.strategy.state.base)
+    assert_equal_trees(left.strategy.state.carried, right.strategy.state.carried)
+    assert left.strategy.state.memo == right.strategy.state.memo
+    assert_equal_trees(left.weights, right.weights)
+    assert left.strategy.book.ledger.digest() == right.strategy.book.ledger.digest()
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_no_local_steps_leave_the_effective_weights(variant: Variant, world: World) -> None:
+    done = run(world, method_of(variant), LocalConfig(steps=0), rounds=4)
+    assert_close_trees(done.weights, world.base)
+
+
+@every_variant
+def test_equal_clients_are_one_client(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    local = replace(FULL_BATCH, steps=3)
+    many = run(equal_clients(world, 4), method, local, rounds=4, chunk=3)
+    one = run(equal_clients(world, 1), method, local, rounds=4)
+    assert_close_trees(many.weights, one.weights, 1e-11)
+
+
+@every_method
+def test_the_loss_falls_on_a_quadratic(name: str) -> None:
+    world = least_squares()
+    method = make_method(name)
+    done = run(world, method, LocalConfig(lr=0.05, steps=2, batch_size=0), rounds=25, cohort=4)
+    losses = [row["metrics"]["loss"] for row in done.rows]
+    assert losses[0] < world.loss(world.base)
+    assert losses[-1] < 0.75 * world.loss(world.base)
+
+
+@every_variant
+def test_a_conv1d_trains_as_the_linear_layer_that_it_transposes(variant: Variant) -> None:
+    method = method_of(variant)
+    straight, turned = make_world(), make_world(conv1d)
+    found = run(turned, method, RAGGED, rounds=4, cohort=3).weights
+    wanted = run(straight, method, RAGGED, rounds=4, cohort=3).weights
+    moved = {n: t.T if n in straight.plan.targets else t for n, t in found.items()}
+    assert_close_trees(moved, wanted, 1e-11)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", SKETCHING)
+def test_an_orthonormal_sketch_of_full_rank_is_fedavg(
+    name: str, side: str, momentum: float, world: World
+) -> None:
+    method = make_method(name, rank=1.0, alpha="auto", sketch="orthonormal", side=side)
+    local = replace(RAGGED, momentum=momentum)
+    found = run(world, method, local, rounds=3, cohort=4)
+    wanted = run(world, make_method("fedavg"), local, rounds=3, cohort=4)
+    assert_close_trees(found.weights, wanted.weights, 1e-10)
+
+
+@pytest.mark.parametrize("sketch", ["gaussian", "kaiming_uniform", "srht"])
+@pytest.mark.parametrize("name", SKETCHING)
+def test_a_preconditioned_sketch_of_full_rank_is_fedavg(name: str, sketch: str) -> None:
+    """B (A A^T)^-1 A with a square A: any A that is surely invertible will do."""
+    world = make_world(bias="frozen", head="frozen")
+    method = make_method(name, rank=1.0, alpha="auto", sketch=sketch)
+    local = replace(RAGGED, precondition=True)
+    found = run(world, method, local, rounds=2, cohort=4)
+    wanted = run(world, make_method("fedavg"), RAGGED, rounds=2, cohort=4)
+    assert_close_trees(found.weights, wanted.weights, 1e-8)
+
+
+# --- determinism ---------------------------------------------------------------------------------
+
+
+def backwards(messages: list[Message]) -> list[Message]:
+    return messages[::-1]
+
+
+def rotated(messages: list[Message]) -> list[Message]:
+    return [*messages[2:], *messages[:2]]
+
+
+@every_variant
+@pytest.mark.parametrize("arrange", [backwards, rotated])
+def test_replies_may_come_in_any_order(
+    variant: Variant, arrange: Callable[[list[Message]], list[Message]], world: World
+) -> None:
+    wanted = run(world, method_of(variant), RAGGED, rounds=4, chunk=1)
+    found = run(world, method_of(variant), RAGGED, rounds=4, chunk=1, arrange=arrange)
+    assert_same_bits(found, wanted)
+
+
+@every_variant
+def test_the_same_seed_gives_the_same_bits(variant: Variant, world: World) -> None:
+    first = run(world, method_of(variant), RAGGED, rounds=4, cohort=3)
+    again = run(world, method_of(variant), RAGGED, rounds=4, cohort=3)
+    other = run(world, method_of(variant), RAGGED, rounds=4, cohort=3, seed=2)
+    assert_same_bits(first, again)
+    assert not torch.equal(first.weights["fc1.weight"], other.weights["fc1.weight"])
+
+
+@every_variant
+def test_a_linear_method_is_the_same_under_the_aggregator_sum(
+    variant: Variant, world: World
+) -> None:
+    method = method_of(variant)
+    if not method.traits.linear:
+        pytest.skip("needs each client's own update")
+    apart = run(world, method, RAGGED, rounds=4, cohort=3)
+    summed = run(world, method, RAGGED, rounds=4, cohort=3, aggregator=AGGREGATORS["sum"])
+    assert_equal_trees(summed.strategy.state.base, apart.strategy.state.base)
+    assert_equal_trees(summed.weights, apart.weights)
+
+
+@every_variant
+def test_uniform_weights_differ_from_examples_where_clients_do(
+    variant: Variant, world: World
+) -> None:
+    method = method_of(variant)
+    examples = run(world, method, RAGGED, rounds=1)
+    uniform = run(world, method, RAGGED, rounds=1, weights="uniform")
+    gap = (examples.weights["fc1.weight"] - uniform.weights["fc1.weight"]).abs().max()
+    assert float(gap) > 1e-6
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+@every_variant
+def test_a_run_that_is_resumed_ends_with_the_same_bits(
+    variant: Variant, stop: int, world: World, tmp_path: Path
+) -> None:
+    method, cohort = method_of(variant), 3
+    whole = run(world, method, RAGGED, rounds=5, cohort=cohort, folder=tmp_path / "whole")
+    part = tmp_path / "part"
+    run(world, method, RAGGED, rounds=stop, cohort=cohort, folder=part)
+    rest = run(world, method, RAGGED, rounds=5, cohort=cohort, folder=part, resume=True)
+    assert_same_bits(rest, whole)
+    assert torch.equal(
+        torch.from_numpy(rest.strategy.catch_up.versions),
+        torch.from_numpy(whole.strategy.catch_up.versions),
+    )
+    chains = [list(read_links(f / "chain")) for f in (part, tmp_path / "whole")]
+    assert [(r, meta) for r, _, meta in chains[0]] == [(r, meta) for r, _, meta in chains[1]]
+    for (_, left, _), (_, right, _) in zip(*chains, strict=True):
+        assert_equal_trees(left, right)
+
+
+@every_variant
+def test_the_chain_on_disk_rebuilds_the_base_to_the_bit(
+    variant: Variant, world: World, tmp_path: Path
+) -> None:
+    done = run(world, method_of(variant), RAGGED, rounds=5, cohort=3, folder=tmp_path)
+    stored = list(read_links(tmp_path / "chain"))
+    assert [round_ for round_, _, _ in stored] == [0, 1, 2, 3, 4, 5]
+    links = [read_link(tensors, meta) for _, tensors, meta in stored[1:]]
+    rebuilt = replay(stored[0][1], links, world.plan)
+    assert_equal_trees(rebuilt, done.strategy.state.base)
+
+
+@every_variant
+def test_the_initial_weights_of_a_world_are_never_written_to(variant: Variant) -> None:
+    fresh, used = make_world(), make_world()
+    run(used, method_of(variant), RAGGED, rounds=4)
+    assert_equal_trees(used.base, fresh.base)
+    parameters = {n: p.detach() for n, p in used.task.model.named_parameters()}
+    assert_equal_trees(parameters, fresh.base)

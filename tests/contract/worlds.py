@@ -1,0 +1,421 @@
+"""Small worlds in which every method of `strategies.METHODS` is held to its promises.
+
+Two ways to close a round: `play` injects random replies (algebra, no training), `run` goes the
+whole way through Flower messages and local training.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from flwr.app import Message, RecordDict
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from clients.app import make_client_app
+from clients.worker import Worker
+from fedraclora.adapter import make_plan
+from fedraclora.aggregate import Uplinks
+from fedraclora.aggregator import Aggregator, Setting, mean
+from fedraclora.cohort import CohortTrainer
+from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.link import Plan
+from fedraclora.method import Cohort, Downlink, Draw, Frozen, Method, Sketched, State, Trained
+from fedraclora.optimiser import LocalConfig
+from fedraclora.replica import Replica
+from fedraclora.rng import generator, torch_normal
+from fedraclora.runbook import RunBook
+from fedraclora.samples import Partitioned, Samples
+from fedraclora.task import LOSSES, Task
+from fedraclora.tree import Tree
+from fedraclora.wire import uplink_layout
+from strategies import METHODS
+from strategies.base import FedStrategy
+from strategies.loop import LoopConfig
+
+CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
+RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
+SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample
+FULL_BATCH = LocalConfig(lr=0.1, steps=1, batch_size=0, shuffle=False)
+RAGGED = LocalConfig(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
+
+
+# --- methods -------------------------------------------------------------------------------------
+
+
+def yaml_of(name: str) -> dict[str, Any]:
+    """The defaults that a user gets with ``method=<name>``."""
+    return dict(yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+
+
+def make_method(name: str, **changes: Any) -> Method:
+    """A method with its YAML's defaults, at rank 3 and alpha 5 where it has them."""
+    group = yaml_of(name)
+    table_key = group.pop("name")
+    wanted = {"rank": RANK, "alpha": ALPHA} | changes
+    return METHODS[table_key](**group | {k: v for k, v in wanted.items() if k in group})
+
+
+def variants() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every method, and the settings of each class that change what travels or is merged."""
+    seen = set()
+    for name in sorted(METHODS):
+        group = yaml_of(name)
+        yield name, {}
+        if METHODS[name] in seen:  # a preset of a class that has had its variants
+            continue
+        seen.add(METHODS[name])
+        if "side" in group:
+            yield name, {"side": "left"}
+            yield name, {"side": "auto"}
+        if isinstance(group.get("resample_every"), int):
+            yield name, {"resample_every": 3}
+        if "blocks" in group:
+            yield name, {"blocks": "cover"}
+        if "sketch" in group:
+            yield name, {"sketch": "gaussian", "normalise": "identity"}
+
+
+def label(variant: tuple[str, dict[str, Any]]) -> str:
+    """A variant's name in test ids."""
+    return "-".join([variant[0], *(f"{k}={v}" for k, v in variant[1].items())])
+
+
+def has_field(method: Method, name: str) -> bool:
+    """Whether a method has a hyperparameter of this name."""
+    return is_dataclass(method) and name in {f.name for f in fields(method)}
+
+
+# --- worlds --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """A task, its plan and its initial weights."""
+
+    task: Task
+    plan: Plan
+    base: Tree
+
+    @property
+    def clients(self) -> int:
+        """Size of the population."""
+        return self.task.train.num_clients
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return next(iter(self.base.values())).dtype
+
+    def loss(self, weights: Tree) -> float:
+        """Mean training loss over all samples."""
+        data = self.task.train
+        assert isinstance(data, Partitioned)
+        output = torch.func.functional_call(
+            self.task.model, weights, (data.samples.inputs["x"],), strict=True
+        )
+        losses, counts = LOSSES[self.task.loss](output, data.samples.target)
+        return float(losses.detach().sum() / counts.sum())
+
+
+def linear(out: int, in_: int) -> nn.Module:
+    """A Linear layer, weight (out, in)."""
+    return nn.Linear(in_, out)
+
+
+def conv1d(out: int, in_: int) -> nn.Module:
+    """Hugging Face's Conv1D, weight (in, out)."""
+    layer: nn.Module = Conv1D(out, in_)
+    return layer
+
+
+def make_model(layer: Callable[[int, int], nn.Module], width: int = 1) -> nn.Module:
+    """7 -> 6 -> 6 -> 5 with a Linear head to 4 classes; fc2 is square, on purpose."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    sizes = [(6, 7), (6, 6), (5, 6)]
+    for i, (out, in_) in enumerate(sizes, start=1):
+        parts[f"fc{i}"] = layer(out * width, in_ * width)
+        parts[f"act{i}"] = nn.Tanh()
+    parts["head"] = nn.Linear(5 * width, 4)
+    return nn.Sequential(parts)
+
+
+def fill(model: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
+    """Set all parameters: normals over the square root of the fan-in, in (out, in) order."""
+    model = model.to(dtype)
+    for name, module in model.named_modules():
+        if not hasattr(module, "weight"):
+            continue
+        transposed = isinstance(module, Conv1D)
+        weight: torch.Tensor = module.weight.data.mT if transposed else module.weight.data
+        drawn = torch_normal(generator(seed, "world", name), *weight.shape) / weight.shape[1] ** 0.5
+        weight.copy_(drawn)  # a Conv1D so holds the transpose of the Linear of the same name
+        if module.bias is not None:
+            module.bias.data.copy_(torch_normal(generator(seed, "bias", name), len(module.bias)))
+    return model
+
+
+def divide(samples: Samples, sizes: tuple[int, ...]) -> Partitioned:
+    """Hand out consecutive rows."""
+    cuts = np.cumsum([0, *sizes])
+    parts = [np.arange(a, b) for a, b in pairwise(cuts)]
+    return Partitioned.of(samples, parts)
+
+
+def make_world(
+    layer: Callable[[int, int], nn.Module] = linear,
+    *,
+    sizes: tuple[int, ...] = SIZES,
+    width: int = 1,
+    head: str = "average",
+    bias: str = "average",
+    dtype: torch.dtype = torch.float64,
+) -> World:
+    """A classifier of 4 classes with ragged clients."""
+    model = fill(make_model(layer, width), 3, dtype)
+    rng = generator(5, "samples")
+    total = sum(sizes)
+    x = torch_normal(rng, total, 7 * width).to(dtype)
+    samples = Samples({"x": x}, torch.from_numpy(rng.integers(0, 4, total)))
+    task = Task(model, ("head",), "cross_entropy", ("loss",), divide(samples, sizes), samples)
+    return world_of(task, head=head, bias=bias)
+
+
+def world_of(task: Task, *, head: str, bias: str) -> World:
+    """A world from a task under a policy for head and biases."""
+    plan = make_plan(task.model, task.head, head_policy=head, bias_policy=bias)
+    return World(task, plan, {n: p.detach().clone() for n, p in task.model.named_parameters()})
+
+
+def equal_clients(world: World, count: int) -> World:
+    """The same world where ``count`` clients all hold all of the samples."""
+    data = world.task.train
+    assert isinstance(data, Partitioned)
+    rows = np.arange(len(data.samples))
+    train = Partitioned.of(data.samples, [rows] * count)
+    task = Task(**vars(world.task) | {"train": train})
+    return World(task, world.plan, world.base)
+
+
+def least_squares(sizes: tuple[int, ...] = SIZES) -> World:
+    """y = W x without noise, one Linear layer (5, 7) without bias or head: a quadratic."""
+    model = fill(nn.Sequential(OrderedDict(fc1=nn.Linear(7, 5, bias=False))), 3, torch.float64)
+    rng = generator(5, "samples")
+    x = torch_normal(rng, sum(sizes), 7)
+    samples = Samples({"x": x}, x @ torch_normal(rng, 5, 7).T)
+    task = Task(model, (), "squared_error", ("loss",), divide(samples, sizes), samples)
+    return world_of(task, head="average", bias="frozen")
+
+
+# --- one round with injected replies -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Played:
+    """A round that was closed with random replies."""
+
+    before: State
+    sent: Downlink
+    got: Uplinks
+    after: State
+
+
+UNEQUAL = (1.0, 2.5, 4.0, 0.125)
+
+
+def some_cohort(weights: tuple[float, ...] = UNEQUAL) -> Cohort:
+    """Clients with gaps between their ids and unequal weights."""
+    clients = torch.arange(len(weights)) * 2 + 1
+    return Cohort(clients, torch.tensor(weights, dtype=torch.float64))
+
+
+def random_replies(sent: Downlink, cohort: Cohort, dtype: torch.dtype, *keys: int) -> Uplinks:
+    """What no training would give: independent normals for all that clients send."""
+    layout = uplink_layout(sent)
+    rows = torch_normal(generator(11, "replies", *keys), len(cohort), layout.size).to(dtype)
+    versions = torch.zeros(len(cohort), dtype=torch.int64)
+    return Uplinks(cohort.clients, cohort.weights, layout, rows, versions=versions)
+
+
+def play(
+    method: Method,
+    world: World,
+    state: State,
+    round_: int,
+    cohort: Cohort,
+    draw: Draw,
+    *,
+    aggregator: Aggregator = mean,
+) -> Played:
+    """Open a round, answer each of its exchanges at random, close it."""
+    sent = method.open_round(state, round_, cohort, draw)
+    exchange = 0
+    while True:
+        replies = random_replies(sent, cohort, world.dtype, round_, exchange)
+        got = aggregator(replies, Setting(sent, round_, draw))
+        again = method.next_exchange(state, sent, got)
+        if again is None:
+            return Played(state, sent, got, method.close_round(state, sent, got))
+        sent, exchange = again, exchange + 1
+
+
+def play_rounds(
+    method: Method, world: World, rounds: int, draw: Draw, cohort: Cohort | None = None
+) -> list[Played]:
+    """Several such rounds in a row."""
+    state = method.init(world.base, world.plan, draw)
+    played = []
+    for round_ in range(1, rounds + 1):
+        played.append(play(method, world, state, round_, cohort or some_cohort(), draw))
+        state = played[-1].after
+    return played
+
+
+def client_weights(played: Played, k: int) -> Tree:
+    """Dense effective weights of the client at place ``k``: W + scale F_1 F_2, written out.
+
+    Written without `fedraclora.link` and `LayerView`, so that it is a second opinion.
+    """
+    base, plan = played.before.base, played.before.plan
+    rows = played.got.stack()
+    out = dict(base)
+    for weight, adapter in played.sent.adapters.items():
+        product: torch.Tensor | None = None
+        for name, factor in adapter.factors.items():
+            if isinstance(factor, Sketched):
+                matrix = factor.spec.draw()
+            elif isinstance(factor, Frozen):
+                matrix = factor.value[k] if factor.per_client else factor.value
+            else:
+                assert isinstance(factor, Trained)
+                matrix = rows[f"{weight}/{name}"][k]
+            matrix = matrix.to(torch.float64)
+            product = matrix if product is None else product @ matrix
+        assert product is not None
+        transposed = plan.targets[weight].kind == "conv1d"
+        out[weight] = base[weight] + adapter.scale * (product.T if transposed else product)
+    return out | {name: rows[name][k] for name in played.sent.dense}
+
+
+def mean_weights(played: Played) -> Tree:
+    """Weighted mean of the clients' dense effective weights."""
+    shares = (played.got.weights / played.got.weights.sum()).tolist()
+    each = [client_weights(played, k) for k in range(len(shares))]
+    return {
+        name: torch.stack([p * w[name] for p, w in zip(shares, each, strict=True)]).sum(dim=0)
+        for name in played.before.base
+    }
+
+
+def distance(left: Tree, right: Tree, names: Iterator[str] | list[str]) -> float:
+    """Frobenius norm of the difference over some weights together."""
+    return float(sum((left[n] - right[n]).double().square().sum() for n in names)) ** 0.5
+
+
+def assert_equal_trees(left: Tree, right: Tree) -> None:
+    """Equal to the bit, names included."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+def assert_close_trees(left: Tree, right: Tree, tolerance: float = 1e-12) -> None:
+    """Equal up to rounding in float64, names included."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(
+            value, right[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+
+class RecordingWorker(Worker):
+    """Keeps every message that it is sent and every reply that it gives."""
+
+    def __init__(self, trainer: CohortTrainer, replica: Replica) -> None:
+        super().__init__(trainer, replica)
+        self.asked: list[RecordDict] = []
+        self.answered: list[RecordDict] = []
+
+    def train(self, content: RecordDict) -> RecordDict:
+        """Answer a message, and remember both."""
+        reply = super().train(content)
+        self.asked.append(content)
+        self.answered.append(reply)
+        return reply
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended."""
+
+    strategy: FedStrategy
+    worker: RecordingWorker
+
+    @property
+    def weights(self) -> Tree:
+        """Effective weights at the end."""
+        return self.strategy.method.weights(self.strategy.state, self.strategy.draw)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The ledger, without row 0."""
+        return list(self.strategy.book.ledger.rows[1:])
+
+
+def run(
+    world: World,
+    method: Method,
+    local: LocalConfig,
+    *,
+    rounds: int,
+    cohort: int | None = None,
+    chunk: int = 2,
+    seed: int = 1,
+    weights: str = "examples",
+    aggregator: Aggregator = mean,
+    arrange: Callable[[list[Message]], list[Message]] | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+) -> Run:
+    """Run a method from start to end as `fedraclora simulate` does, with its one strategy."""
+    draw = Draw(seed)
+    state = method.init(world.base, world.plan, draw)
+    loop = LoopConfig(
+        rounds=rounds,
+        clients=world.clients,
+        cohort=cohort or world.clients,
+        chunk=chunk,
+        seed=seed,
+        weights=weights,
+        dtype=str(world.dtype).removeprefix("torch."),
+    )
+    replica = Replica(world.base)
+    device = torch.device("cpu")
+    trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
+    worker = RecordingWorker(trainer, replica)
+    book = RunBook(folder, every=1, sync=False)
+    strategy = FedStrategy(
+        method,
+        state,
+        local,
+        loop,
+        replica=replica,
+        evaluate=lambda w: {"loss": world.loss(w)},
+        book=book,
+        aggregator=aggregator,
+    )
+    if resume:
+        strategy.resume(*book.restore(state, strategy.catch_up))
+    strategy.start(InProcessGrid(make_client_app(worker), arrange))
+    return Run(strategy, worker)

@@ -1,0 +1,342 @@
+"""The same seed gives the same bits: twice, in any order of replies, stopped and gone on with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Message
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from experiments.assemble import Assembled, assemble
+from experiments.simulate import run_one
+from fedraclora.aggregate import Uplinks
+from fedraclora.cohort import CohortTrainer, Trial
+from fedraclora.config import from_plain
+from fedraclora.errors import ClientError
+from fedraclora.ledger import NONDETERMINISTIC, read_ledger
+from fedraclora.method import Cohort
+from fedraclora.samples import Partitioned
+from fedraclora.sampling import draw_cohort
+from fedraclora.tree import Tree, digest
+from fedraclora.wire import uplink_layout
+from strategies import METHODS
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+ROUNDS, CLIENTS, COHORT = 6, 9, 5
+SMALL = [
+    "data=digits",
+    "data.labels=null",
+    "pretrain=none",
+    "partition=dirichlet",
+    "local=momentum",
+    "local.schedule=cosine",
+    "model.hidden=[6]",
+    "output=study",
+    "output.chain=true",
+    "engine.chunk=2",
+    f"clients={CLIENTS}",
+    f"cohort={COHORT}",
+    f"rounds={ROUNDS}",
+]
+# Every method, and sketches that live over the places where runs are cut.
+RUNS = {name: [f"method={name}"] for name in METHODS} | {
+    "carried": ["method=fed_rac_lora", "method.resample_every=4"],
+    "left cover": ["method=fed_rac_lora", "method.side=left", "method.blocks=cover"],
+    "adamw": ["method=fedavg_lora", "local=adamw", "local.batch_size=64"],
+}
+
+Plain = dict[str, object]
+Whole = Callable[[str], Assembled]
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would: no handler of errors sees it."""
+
+
+@pytest.fixture(scope="module")
+def configs() -> dict[str, Plain]:
+    found: dict[str, Plain] = {}
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        for name, words in RUNS.items():
+            rank = ["method.rank=2"] if name != "fedavg" else []
+            cfg = compose("config", overrides=[*words[:1], *SMALL, *rank, *words[1:]])
+            plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            assert isinstance(plain, dict)
+            found[name] = {str(k): v for k, v in plain.items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(configs: dict[str, Plain]) -> Whole:
+    """The run of a config that nothing ever stopped."""
+    return cache(lambda name: finished(configs[name]))
+
+
+def changed(plain: Plain, **values: object) -> Plain:
+    """The config with some keys set, ``__`` for the dot."""
+    new = copy.deepcopy(plain)
+    for key, value in values.items():
+        node = new
+        *groups, leaf = key.split("__")
+        for group in groups:
+            inner = node[group]
+            assert isinstance(inner, dict)
+            node = inner
+        assert leaf in node
+        node[leaf] = value
+    return new
+
+
+def prepared(plain: Plain, folder: Path | None = None, *, resume: bool = False) -> Assembled:
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+    return assemble(from_plain(plain, METHODS), folder, resume=resume)
+
+
+def finished(plain: Plain) -> Assembled:
+    run = prepared(plain)
+    run.strategy.start(run.grid)
+    return run
+
+
+def weights_of(run: Assembled) -> Tree:
+    return run.strategy.method.weights(run.strategy.state, run.strategy.draw)
+
+
+def digests(run: Assembled) -> tuple[str, str]:
+    return digest(weights_of(run)), run.strategy.book.ledger.digest()
+
+
+def fixed_rows(run: Assembled) -> list[Plain]:
+    rows = run.strategy.book.ledger.rows
+    return [{k: v for k, v in row.items() if k not in NONDETERMINISTIC} for row in rows]
+
+
+def assert_same(found: Assembled, wanted: Assembled) -> None:
+    """Equal to the bit: effective weights, base, carried tensors, and the ledger."""
+    for left, right in (
+        (weights_of(found), weights_of(wanted)),
+        (found.strategy.state.base, wanted.strategy.state.base),
+        (found.strategy.state.carried, wanted.strategy.state.carried),
+    ):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[n], right[n]) for n in left)
+    assert found.strategy.state.memo == wanted.strategy.state.memo
+    assert fixed_rows(found) == fixed_rows(wanted)
+    assert digests(found) == digests(wanted)
+
+
+# ---- The seed and nothing else ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_same_seed_gives_the_same_run(
+    configs: dict[str, Plain], whole: Whole, name: str
+) -> None:
+    assert_same(finished(configs[name]), whole(name))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_another_seed_gives_another_run(configs: dict[str, Plain], whole: Whole, name: str) -> None:
+    one, two = digests(whole(name)), digests(finished(changed(configs[name], seed=1)))
+    assert one[0] != two[0]
+    assert one[1] != two[1]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_order_of_replies_changes_no_bit(
+    configs: dict[str, Plain], whole: Whole, name: str
+) -> None:
+    orders = list(permutations(range(-(-COHORT // 2))))  # three messages a round, chunks of two
+
+    def shuffle(replies: list[Message]) -> list[Message]:
+        assert len(replies) == 3
+        orders.append(orders.pop(0))
+        return [replies[i] for i in orders[0]]
+
+    run = prepared(configs[name])
+    run.grid.arrange = shuffle
+    run.strategy.start(run.grid)
+    assert_same(run, whole(name))
+
+
+# ---- Stopped, and gone on with ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [3, 2])
+@pytest.mark.parametrize("name", RUNS)
+def test_three_rounds_and_three_more_are_six(
+    configs: dict[str, Plain], whole: Whole, name: str, every: int, tmp_path: Path
+) -> None:
+    plain = changed(configs[name], output__checkpoint_every=every)
+    first = prepared(plain, tmp_path / "run")
+    first.strategy.start(first.grid, num_rounds=3)
+    second = prepared(plain, tmp_path / "run", resume=True)
+    assert second.strategy.done == 3
+    second.strategy.start(second.grid)
+    assert_same(second, whole(name))
+
+
+@pytest.mark.parametrize("stop", range(1, ROUNDS + 1))
+@pytest.mark.parametrize("name", ["carried", "fedavg_lora"])
+def test_a_run_that_died_after_any_row_goes_on_from_its_last_checkpoint(
+    configs: dict[str, Plain], whole: Whole, name: str, stop: int, tmp_path: Path
+) -> None:
+    plain = changed(configs[name], output__checkpoint_every=2)
+    first = prepared(plain, tmp_path / "run")
+
+    def die(row: Plain) -> None:
+        if row["round"] == stop:
+            raise Killed
+
+    first.strategy.on_round = die
+    with pytest.raises(Killed):
+        first.strategy.start(first.grid)
+    if stop < 3:
+        assert not (tmp_path / "run" / "checkpoint").exists()
+        return
+    second = prepared(plain, tmp_path / "run", resume=True)
+    assert second.strategy.done == (stop - 1) // 2 * 2
+    second.strategy.start(second.grid)
+    assert_same(second, whole(name))
+
+
+def test_a_finished_run_is_not_run_again(configs: dict[str, Plain], tmp_path: Path) -> None:
+    plain = changed(configs["fed_rac_lora"], output__dir=str(tmp_path / "run"), resume="auto")
+    once = run_one(plain, [], None)
+    before = (tmp_path / "run" / "ledger.jsonl").read_bytes()
+    assert run_one(plain, [], None)["weights_digest"] == once["weights_digest"]
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == before
+
+
+# ---- Clients that fail --------------------------------------------------------------------------
+
+
+def break_client(monkeypatch: pytest.MonkeyPatch, client: int, round_: int) -> None:
+    """Let one client raise in one round, whoever shares its chunk."""
+    whole = CohortTrainer.train
+
+    def train(
+        self: CohortTrainer, base: Tree, downlink: object, clients: torch.Tensor, **rest: object
+    ) -> Trial:
+        if rest["round_"] == round_ and client in clients.tolist():
+            raise RuntimeError("its disk is full")
+        return whole(self, base, downlink, clients, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CohortTrainer, "train", train)
+
+
+def poison_client(run: Assembled, client: int) -> None:
+    """Put a NaN into one sample of a client."""
+    data = run.built.task.train
+    assert isinstance(data, Partitioned)
+    data.samples.inputs["x"][data.rows[data.offsets[client]]] = float("nan")
+
+
+def ledger_failures(run: Assembled, round_: int) -> list[Plain]:
+    failures = run.strategy.book.ledger.rows[round_]["failures"]
+    assert isinstance(failures, list)
+    return failures
+
+
+def someone(round_: int, *, not_in: tuple[int, ...] = ()) -> int:
+    """A client of the cohort of a round that is in no cohort of the rounds ``not_in``."""
+    others = {c for r in not_in for c in draw_cohort(0, r, CLIENTS, COHORT).tolist()}
+    cohort: list[int] = draw_cohort(0, round_, CLIENTS, COHORT).tolist()
+    return next(c for c in cohort if c not in others)
+
+
+def test_a_client_that_raises_is_named_with_its_round(
+    configs: dict[str, Plain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = someone(3)
+    break_client(monkeypatch, client, 3)
+    run = prepared(configs["fed_rac_lora"])
+    with pytest.raises(ClientError, match=rf"round 3: 1 client.*client {client}: .*disk is full"):
+        run.strategy.start(run.grid)
+    assert run.strategy.done == 2
+
+
+def test_a_nan_loss_is_named_with_its_client_and_round(configs: dict[str, Plain]) -> None:
+    run = prepared(changed(configs["fed_rac_lora"], seed=0))
+    client = someone(2, not_in=(1,))
+    poison_client(run, client)
+    with pytest.raises(ClientError, match=rf"round 2: 1 client.*client {client}: .*loss is nan"):
+        run.strategy.start(run.grid)
+    assert run.strategy.done == 1
+
+
+@pytest.mark.parametrize(("how", "weights"), [("raises", "examples"), ("nan", "uniform")])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
+    configs: dict[str, Plain],
+    name: str,
+    how: str,
+    weights: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = prepared(changed(configs[name], max_failures=1, weights=weights))
+    strategy, start = run.strategy, run.strategy.state
+    rest = draw_cohort(0, 1, CLIENTS, COHORT).tolist()
+    client = rest.pop(1)
+    clients = torch.tensor(rest)
+    sent = strategy.method.open_round(
+        start, 1, Cohort(clients, torch.ones(len(rest))), strategy.draw
+    )
+    trainer = CohortTrainer(
+        run.built.task, run.plan, run.config.local, seed=0, device=torch.device("cpu")
+    )
+    factor = run.config.local.factor(1, ROUNDS)
+    trial = trainer.train(start.base, sent, clients, round_=1, factor=factor)
+    layout = uplink_layout(sent)
+    rows = layout.pack({n: trial.trained[n] for n, _ in layout.shapes}, lead=1)
+    shares = trial.samples.double() if weights == "examples" else torch.ones(len(rest)).double()
+    closed = strategy.method.close_round(start, sent, Uplinks(clients, shares, layout, rows))
+    wanted = strategy.method.weights(closed, strategy.draw)
+
+    if how == "raises":
+        break_client(monkeypatch, client, 1)
+    else:
+        poison_client(run, client)
+    strategy.start(run.grid, num_rounds=1)
+    for name_, value in weights_of(run).items():
+        # To float32, for a chunk that was cut rounds its products in another way.
+        torch.testing.assert_close(value, wanted[name_], rtol=1e-5, atol=1e-6)
+    (failure,) = ledger_failures(run, 1)
+    assert failure["client"] == client
+    assert strategy.done == 1
+
+
+def test_a_tolerated_failure_leaves_the_train_loss_of_the_rest(configs: dict[str, Plain]) -> None:
+    run = prepared(changed(configs["fed_rac_lora"], max_failures=1))
+    poison_client(run, someone(1))
+    run.strategy.start(run.grid, num_rounds=1)
+    loss = run.strategy.book.ledger.rows[1]["train_loss"]
+    assert isinstance(loss, float)
+    assert 0 < loss < 5
+
+
+@pytest.mark.parametrize("round_", [1, 2, 4])
+@pytest.mark.parametrize("name", ["fed_rac_lora", "carried", "fedavg_lora"])
+def test_a_failing_run_leaves_a_checkpoint_that_resumes(
+    configs: dict[str, Plain], whole: Whole, name: str, round_: int, tmp_path: Path
+) -> None:
+    plain = changed(configs[name], output__checkpoint_every=10)
+    first = prepared(plain, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        break_client(patch, someone(round_), round_)
+        with pytest.raises(ClientError):
+            first.strategy.start(first.grid)
+    rows = read_ledger(tmp_path / "run" / "ledger.jsonl")
+    assert [row["round"] for row in rows] == list(range(round_))
+    second = prepared(plain, tmp_path / "run", resume=True)
+    assert second.strategy.done == round_ - 1
+    second.strategy.start(second.grid)
+    assert_same(second, whole(name))

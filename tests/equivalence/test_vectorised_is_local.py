@@ -1,0 +1,653 @@
+"""A chunk of clients trained as one batch comes to what the one-client loop gives each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+from typing_extensions import override
+
+from clients.worker import cut
+from fedraclora.adapter import make_plan
+from fedraclora.aggregate import Uplinks
+from fedraclora.cohort import CohortTrainer
+from fedraclora.errors import ConfigError, ModelError
+from fedraclora.layers import LayerView
+from fedraclora.local import train_one
+from fedraclora.method import (
+    Adapter,
+    Cohort,
+    Downlink,
+    Draw,
+    Factor,
+    Frozen,
+    Method,
+    Plan,
+    Sketched,
+    Trained,
+)
+from fedraclora.models.cnn import build_cnn
+from fedraclora.models.hf import build_transformer
+from fedraclora.models.mlp import build_mlp
+from fedraclora.optimiser import LocalConfig
+from fedraclora.program import Program
+from fedraclora.rng import generator, torch_normal
+from fedraclora.samples import Partitioned, Samples
+from fedraclora.sampling import draw_cohort
+from fedraclora.schema import bind
+from fedraclora.sketch import SketchSpec
+from fedraclora.task import IGNORED_TOKEN, Task
+from fedraclora.tree import Layout, Tree
+from strategies import METHODS
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+SEED = 11
+ATOL = 1e-10
+SIZES = (5, 1, 9, 3, 4, 7)  # with batches of 4: 2, 1, 3, 1, 1 and 2 steps an epoch
+WORDS, LENGTH = 20, 6
+LOCAL = LocalConfig(lr=0.2, dense_lr=0.1, batch_size=4, epochs=2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task and the policy under which it is trained."""
+
+    task: Task
+    targets: str = "all-linear"
+    head: str = "adapt"
+    bias: str = "average"
+    dense: str | None = None
+
+    def plan(self) -> Plan:
+        return make_plan(
+            self.task.model,
+            self.task.head,
+            targets=self.targets,
+            head_policy=self.head,
+            bias_policy=self.bias,
+            dense=self.dense,
+        )
+
+
+def normal(*shape: int, key: str = "x") -> torch.Tensor:
+    return torch_normal(generator(SEED, key, *shape), *shape)
+
+
+def task_of(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    target: torch.Tensor,
+    *,
+    head: tuple[str, ...] = (),
+    loss: str = "cross_entropy",
+    sizes: Sequence[int] = SIZES,
+) -> Task:
+    """A task in float64 whose weights are large enough for a wrong step to be seen."""
+    wide = model.double()
+    with torch.no_grad():
+        for name, parameter in wide.named_parameters():
+            shift = 1.0 if name.endswith("weight") and parameter.dim() == 1 else 0.0
+            parameter.copy_(shift + 0.4 * normal(*parameter.shape, key=name))
+    parts = list(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]))
+    samples = Samples(inputs, target)
+    data = Partitioned.of(samples, parts)
+    return Task(wide, head, loss, ("loss",), data, samples)
+
+
+def classes(count: int, total: int = sum(SIZES)) -> torch.Tensor:
+    return torch.from_numpy(generator(SEED, "classes").integers(0, count, total))
+
+
+def words(*, least: int = 0) -> torch.Tensor:
+    drawn = generator(SEED, "words").integers(least, WORDS, (sum(SIZES), LENGTH))
+    return torch.from_numpy(drawn)
+
+
+def mlp(dropout: float = 0.0, sizes: Sequence[int] = SIZES) -> Task:
+    built = build_mlp(shape=(7,), classes=3, seed=0, hidden=(6, 5), dropout=dropout)
+    inputs = {"x": normal(sum(sizes), 7)}
+    return task_of(built.model, inputs, classes(3, sum(sizes)), head=built.head, sizes=sizes)
+
+
+def cnn() -> Task:
+    built = build_cnn(shape=(2, 8, 8), classes=3, seed=0, channels=(3, 4), hidden=5)
+    return task_of(built.model, {"x": normal(sum(SIZES), 2, 8, 8)}, classes(3), head=built.head)
+
+
+def bert(dropout: float = 0.0, attention: str = "sdpa") -> Task:
+    built = build_transformer(
+        shape=(),
+        classes=3,
+        seed=0,
+        hidden=8,
+        layers=2,
+        heads=2,
+        intermediate=12,
+        vocab=WORDS,
+        max_length=LENGTH,
+        dropout=dropout,
+        attention=attention,
+    )
+    mask = torch.ones(sum(SIZES), LENGTH, dtype=torch.int64)
+    mask[::3, 4:] = 0
+    inputs = {"input_ids": words(least=1), "attention_mask": mask}
+    return task_of(built.model, inputs, classes(3), head=built.head)
+
+
+def gpt2() -> Task:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    config = GPT2Config(
+        vocab_size=WORDS,
+        n_positions=LENGTH,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        num_labels=3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    inputs = {"input_ids": words(least=2)}
+    return task_of(GPT2ForSequenceClassification(config), inputs, classes(3), head=("score",))
+
+
+class Reader(nn.Module):
+    """A language model of one hidden layer; its head may share the table of words."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 5)
+        self.norm = nn.LayerNorm(5)
+        self.mix = nn.Linear(5, 5)
+        self.head = nn.Linear(5, WORDS, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    @override
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        read: torch.Tensor = self.head(torch.tanh(self.mix(self.norm(self.words(index)))))
+        return read
+
+
+def reader(*, tied: bool = False) -> Task:
+    index = words()
+    target = index.clone()
+    target[::2, 3:] = IGNORED_TOKEN  # clients differ in words, not only in samples
+    return task_of(Reader(tied=tied), {"x": index}, target, head=("head",), loss="next_token")
+
+
+class Scaled(nn.Module):
+    """A linear layer between two bare parameters, which no layer kind serves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(6))
+        self.inner = nn.Linear(6, 4)
+        self.shift = nn.Parameter(torch.zeros(4))
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed: torch.Tensor = self.inner(torch.tanh(x * self.gain)) + self.shift
+        return mixed
+
+
+def scaled() -> Task:
+    target = normal(sum(SIZES), 4, key="target")
+    return task_of(Scaled(), {"x": normal(sum(SIZES), 6)}, target, loss="squared_error")
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "mlp": lambda: Case(mlp()),
+    "mlp-averaged-head": lambda: Case(mlp(), head="average", bias="frozen"),
+    "cnn-adapted": lambda: Case(cnn(), targets="all"),
+    "cnn-full": lambda: Case(cnn(), dense="conv*"),
+    "cnn-frozen": lambda: Case(cnn(), head="frozen"),
+    "bert-query-value": lambda: Case(bert(), targets="query,value"),
+    "bert-all-linear-norms": lambda: Case(bert(attention="eager"), dense="LayerNorm"),
+    "bert-words": lambda: Case(bert(), targets="value", head="average", dense="word_embeddings"),
+    "gpt2": lambda: Case(gpt2(), targets="c_attn,c_proj"),
+    "reader": lambda: Case(reader(), dense="norm"),
+}
+
+
+def method_of(name: str, **changes: object) -> Method:
+    """The method as its YAML has it, but with alpha apart from a rank that fits small layers."""
+    group = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+    wanted = {"rank": 3, "alpha": 2.0, **changes}
+    return bind("method", METHODS, group | {k: v for k, v in wanted.items() if k in group})()
+
+
+def base_of(task: Task) -> Tree:
+    return {n: p.detach().clone() for n, p in task.model.named_parameters()}
+
+
+def trainer_of(task: Task, plan: Plan, local: LocalConfig) -> CohortTrainer:
+    return CohortTrainer(task, plan, local, seed=SEED, device=torch.device("cpu"))
+
+
+def assert_agrees(
+    case: Case,
+    plan: Plan,
+    local: LocalConfig,
+    base: Tree,
+    downlink: Downlink,
+    clients: torch.Tensor,
+    *,
+    round_: int = 1,
+    factor: float = 1.0,
+    chunks: Sequence[int] = (1, 3, len(SIZES)),
+) -> Tree:
+    """Hold the trainer, at every chunk size, against the oracle; give the trained tensors."""
+    alone = [
+        train_one(
+            case.task,
+            plan,
+            local,
+            base,
+            downlink,
+            client=client,
+            place=place,
+            round_=round_,
+            seed=SEED,
+            factor=factor,
+        )
+        for place, client in enumerate(clients.tolist())
+    ]
+    wanted = {n: torch.stack([tree[n] for tree, _ in alone]) for n in downlink.trained()}
+    losses = torch.tensor([loss for _, loss in alone], dtype=torch.float64)
+    trainer = trainer_of(case.task, plan, local)
+    for size in chunks:
+        for places in torch.arange(len(clients)).split(size):
+            part = cut(downlink, places)
+            got = trainer.train(base, part, clients[places], round_=round_, factor=factor)
+            assert got.trained.keys() == wanted.keys()
+            for name, value in got.trained.items():
+                gap = float((value - wanted[name][places]).abs().max())
+                assert gap <= ATOL, f"{name} is off by {gap} in chunks of {size}"
+            torch.testing.assert_close(got.losses, losses[places], rtol=0, atol=ATOL)
+    return wanted
+
+
+def run(case: Case, method: Method, local: LocalConfig, rounds: int, check: set[int]) -> None:
+    """Run a method for some rounds and hold the rounds of ``check`` against the oracle."""
+    plan, draw = case.plan(), Draw(SEED)
+    state = method.init(base_of(case.task), plan, draw)
+    trainer = trainer_of(case.task, plan, local)
+    for round_ in range(1, rounds + 1):
+        clients = draw_cohort(SEED, round_, len(SIZES), 5)
+        sent = method.open_round(state, round_, Cohort(clients, torch.ones(5)), draw)
+        if round_ in check:
+            moved = assert_agrees(case, plan, local, state.base, sent, clients, round_=round_)
+            assert all(float(t.abs().max()) > 1e-4 for t in moved.values())
+        trial = trainer.train(state.base, sent, clients, round_=round_, factor=1.0)
+        layout = Layout(tuple((n, s.shape) for n, s in sent.uploaded().items()))
+        rows = layout.pack({n: trial.trained[n] for n, _ in layout.shapes}, lead=1)
+        state = method.close_round(
+            state, sent, Uplinks(clients, trial.samples.to(torch.float64), layout, rows)
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_on_every_model(name: str, case: str) -> None:
+    run(CASES[case](), method_of(name), LOCAL, rounds=3, check={1, 3})
+
+
+@pytest.mark.parametrize("side", ["left", "auto"])
+@pytest.mark.parametrize("model", ["mlp", "cnn-adapted", "bert-query-value"])
+def test_a_sketch_on_either_side(model: str, side: str) -> None:
+    method = method_of("fed_rac_lora", side=side, resample_every=2, sketch="gaussian")
+    run(CASES[model](), method, LOCAL, rounds=2, check={2})
+
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.8, "nesterov": True},
+    "decay": {"weight_decay": 0.05},
+    "momentum-decay-clip": {"momentum": 0.9, "weight_decay": 0.05, "clip": 0.3},
+    "clip": {"clip": 0.3},
+    "prox": {"prox": 0.7},
+    "prox-clip-momentum": {"prox": 0.7, "clip": 0.5, "momentum": 0.5},
+    "precondition": {"precondition": True},
+    "precondition-prox-clip": {"precondition": True, "prox": 0.7, "clip": 0.5},
+    "adamw": {"optimiser": "adamw", "lr": 0.01},
+    "adamw-decay-clip": {"optimiser": "adamw", "lr": 0.01, "weight_decay": 0.1, "clip": 0.5},
+    "steps": {"steps": 7},
+    "full-batch": {"batch_size": 0, "epochs": 3},
+    "full-batch-steps": {"batch_size": 0, "steps": 4},
+    "batch-of-one": {"batch_size": 1},
+    "stored-order": {"shuffle": False},
+    "one-rate": {"dense_lr": None},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_local_setting(name: str, setting: str) -> None:
+    local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
+    # A gaussian sketch: with orthonormal rows the preconditioner would be the identity.
+    run(CASES["mlp"](), method_of(name, sketch="gaussian"), local, rounds=2, check={2})
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_preconditioner_and_prox_on_either_side(side: str) -> None:
+    local = replace(LOCAL, precondition=True, prox=0.3)
+    method = method_of("fed_rac_lora", side=side, sketch="gaussian", resample_every=None)
+    run(CASES["cnn-adapted"](), method, local, rounds=2, check={2})
+
+
+def test_the_schedule_scales_both_rates() -> None:
+    case = CASES["mlp"]()
+    method, plan = method_of("fed_rac_lora"), case.plan()
+    state = method.init(base_of(case.task), plan, Draw(SEED))
+    clients = torch.arange(len(SIZES))
+    sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
+    slow = assert_agrees(case, plan, LOCAL, state.base, sent, clients, factor=0.25)
+    lower = replace(LOCAL, lr=0.25 * 0.2, dense_lr=0.25 * 0.1)
+    same = assert_agrees(case, plan, lower, state.base, sent, clients)
+    for name, value in slow.items():
+        torch.testing.assert_close(value, same[name], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("setting", [{"epochs": 0}, {"steps": 0}])
+def test_no_step_changes_nothing(setting: dict[str, int]) -> None:
+    case = CASES["mlp"]()
+    method, plan = method_of("fedavg_lora"), case.plan()
+    state = method.init(base_of(case.task), plan, Draw(SEED))
+    clients = torch.arange(len(SIZES))
+    sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
+    local = replace(LOCAL, **setting)  # type: ignore[arg-type]
+    kept = assert_agrees(case, plan, local, state.base, sent, clients)
+    assert torch.equal(kept["fc1.weight/A"][2], state.carried["fc1.weight/A"])
+
+
+@pytest.mark.parametrize("model", ["mlp", "bert"])
+@pytest.mark.parametrize("name", METHODS)
+def test_dropout_has_the_same_masks(name: str, model: str) -> None:
+    task = mlp(dropout=0.4) if model == "mlp" else bert(dropout=0.3)
+    case = Case(task, targets="all-linear" if model == "mlp" else "query,value")
+    run(case, method_of(name), LOCAL, rounds=2, check={2})
+
+
+def test_dropout_is_on() -> None:
+    plain, dropped = Case(mlp()), Case(mlp(dropout=0.4))
+    method, plan, clients = method_of("fed_rac_lora"), plain.plan(), torch.arange(len(SIZES))
+    state = method.init(base_of(plain.task), plan, Draw(SEED))
+    sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
+    with_, without = (
+        trainer_of(c.task, plan, LOCAL).train(state.base, sent, clients, round_=1, factor=1.0)
+        for c in (dropped, plain)
+    )
+    assert not torch.allclose(with_.losses, without.losses, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("sizes", [(1,), (9,), (1, 1, 1), (12, 1)])
+def test_one_client_and_clients_of_one_sample(sizes: tuple[int, ...], name: str) -> None:
+    case = Case(mlp(sizes=sizes))
+    method, plan = method_of(name), case.plan()
+    clients = torch.arange(len(sizes))
+    state = method.init(base_of(case.task), plan, Draw(SEED))
+    sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(sizes))), Draw(SEED))
+    assert_agrees(case, plan, LOCAL, state.base, sent, clients)
+
+
+def test_results_come_in_the_order_that_was_asked() -> None:
+    case = CASES["mlp"]()
+    method, plan = method_of("fedavg_lora"), case.plan()
+    state = method.init(base_of(case.task), plan, Draw(SEED))
+    clients = torch.tensor([4, 0, 5, 2, 1, 3])
+    sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
+    assert_agrees(case, plan, LOCAL, state.base, sent, clients)
+    trial = trainer_of(case.task, plan, LOCAL).train(
+        state.base, sent, clients, round_=1, factor=1.0
+    )
+    assert trial.samples.tolist() == [SIZES[c] for c in clients.tolist()]
+    assert trial.steps.tolist() == [2 * -(-SIZES[c] // 4) for c in clients.tolist()]
+
+
+# ---- Factors that no method of the table sends yet: per client, three of them -------------------
+
+
+def factor_of(form: str, *shape: int, key: str) -> Factor:
+    """A factor of one of the forms of the contract, shared or one per client."""
+    K = len(SIZES)
+    if form == "zero":
+        return Trained(shape)
+    if form == "start":
+        return Trained(shape, 0.4 * normal(*shape, key=key))
+    if form == "starts":
+        return Trained(shape, 0.4 * normal(K, *shape, key=key))
+    if form == "frozen":
+        return Frozen(0.4 * normal(*shape, key=key))
+    if form == "own":
+        return Frozen(0.4 * normal(K, *shape, key=key))
+    rank, dim = sorted(shape)
+    side = "right" if shape == (rank, dim) else "left"
+    return Sketched(SketchSpec("gaussian", side, rank, dim, 5, 0))
+
+
+FORMS = [
+    ("start", "sketched"),
+    ("starts", "sketched"),
+    ("starts", "own"),
+    ("start", "own"),
+    ("zero", "own"),
+    ("own", "starts"),
+    ("own", "start"),
+    ("frozen", "starts"),
+    ("sketched", "starts"),
+    ("starts", "starts"),
+    ("start", "starts"),
+    ("own", "zero", "own"),
+    ("own", "starts", "frozen"),
+    ("frozen", "start", "sketched"),
+    ("sketched", "starts", "own"),
+    ("starts", "own", "starts"),
+]
+LAYERS: dict[str, tuple[Callable[[], Task], tuple[str, ...]]] = {
+    "linear": (mlp, ("fc1.weight", "fc2.weight")),
+    "conv": (cnn, ("conv1.weight", "conv2.weight")),
+    "conv1d": (gpt2, ("transformer.h.0.attn.c_attn.weight", "transformer.h.1.mlp.c_proj.weight")),
+    "square conv1d": (gpt2, ("transformer.h.0.attn.c_proj.weight",)),
+    "embedding": (reader, ("words.weight",)),
+}
+
+
+def adapters_of(
+    forms: tuple[str, ...], names: tuple[str, ...], views: dict[str, LayerView]
+) -> dict[str, Adapter]:
+    labels = ("B", "A") if len(forms) == 2 else ("B", "M", "A")
+    adapters = {}
+    for name in names:
+        m, n = views[name].shape
+        edges = [m, 2, n] if len(forms) == 2 else [m, 2, 3, n]
+        factors = {
+            label: factor_of(form, edges[i], edges[i + 1], key=f"{name}/{label}")
+            for i, (label, form) in enumerate(zip(labels, forms, strict=True))
+        }
+        adapters[name] = Adapter(factors, 0.7)
+    return adapters
+
+
+@pytest.mark.parametrize("forms", FORMS, ids="-".join)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_factors_of_every_form(kind: str, forms: tuple[str, ...]) -> None:
+    make, names = LAYERS[kind]
+    case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="adapt")
+    plan = case.plan()
+    downlink = Downlink(adapters_of(forms, names, plan.targets))
+    clients = torch.arange(len(SIZES))
+    assert_agrees(case, plan, LOCAL, base_of(case.task), downlink, clients)
+
+
+@pytest.mark.parametrize("forms", [f for f in FORMS if len(f) == 2], ids="-".join)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_prox_and_preconditioner_with_factors_of_every_form(
+    kind: str, forms: tuple[str, ...]
+) -> None:
+    make, names = LAYERS[kind]
+    case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="average")
+    plan = case.plan()
+    dense = {n: Trained(plan.shapes[n], main=False) for n in plan.dense}
+    downlink = Downlink(adapters_of(forms, names, plan.targets), dense)
+    local = replace(LOCAL, lr=0.02, prox=0.4, precondition=True, momentum=0.5)
+    assert_agrees(case, plan, local, base_of(case.task), downlink, torch.arange(len(SIZES)))
+
+
+def test_dense_tensors_may_start_at_each_client() -> None:
+    case = Case(reader(), dense="norm")
+    plan, K = case.plan(), len(SIZES)
+    dense = {
+        name: Trained(shape, 0.4 * normal(K, *shape, key=name), main=False)
+        for name, shape in plan.shapes.items()
+    }
+    base, local = base_of(case.task), replace(LOCAL, prox=0.4)
+    assert_agrees(case, plan, local, base, Downlink(dense=dense), torch.arange(K))
+
+
+def test_prox_refuses_three_factors() -> None:
+    case = Case(mlp(), targets="fc1")
+    plan = case.plan()
+    downlink = Downlink(adapters_of(("own", "zero", "own"), ("fc1.weight",), plan.targets))
+    trainer = trainer_of(case.task, plan, replace(LOCAL, prox=0.1))
+    with pytest.raises(ConfigError, match=r"prox.*'M'"):
+        trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, factor=1.0)
+
+
+# ---- Convolutions of every shape ----------------------------------------------------------------
+
+
+def convolution(**arguments: object) -> Task:
+    settings = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, **arguments}
+    model = nn.Sequential(
+        nn.Conv2d(**settings),  # type: ignore[arg-type]
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    )
+    return task_of(model, {"x": normal(sum(SIZES), 4, 7, 6)}, classes(3), head=("4",))
+
+
+CONVOLUTIONS: dict[str, dict[str, object]] = {
+    "stride": {"stride": (2, 1), "padding": 1},
+    "oblong": {"kernel_size": (3, 2), "dilation": (1, 2), "padding": (0, 1)},
+    "same": {"padding": "same", "bias": False},
+    "point": {"kernel_size": 1},
+}
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS)
+@pytest.mark.parametrize("name", METHODS)
+def test_convolutions_of_every_shape(name: str, shape: str) -> None:
+    run(Case(convolution(**CONVOLUTIONS[shape]), targets="all"), method_of(name), LOCAL, 2, {2})
+
+
+def test_a_grouped_convolution_is_trained_in_full() -> None:
+    case = Case(convolution(groups=2), dense="0")
+    run(case, method_of("fed_rac_lora"), LOCAL, rounds=2, check={2})
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("rank", [3, 4])  # 4: two groups of 2, so that shapes fit by chance
+@pytest.mark.parametrize("unusual", [{"groups": 2}, {"padding": 1, "padding_mode": "circular"}])
+def test_an_unusual_convolution_is_right_or_refused(
+    unusual: dict[str, object], rank: int, name: str
+) -> None:
+    case = Case(convolution(**unusual), targets="all")
+    refused = ""
+    try:
+        run(case, method_of(name, rank=rank), LOCAL, rounds=1, check={1})
+    except ModelError as error:
+        refused = str(error)
+    assert not refused or "Conv2d" in refused
+
+
+# ---- What cannot be folded into a batch ---------------------------------------------------------
+
+
+def foldable(case: Case, downlink: Downlink) -> bool:
+    return Program.build(case.task.model, downlink, torch.device("cpu")).model is not None
+
+
+@pytest.mark.parametrize("local", [LOCAL, replace(LOCAL, prox=0.3, momentum=0.9, clip=0.5)])
+def test_tied_weights_fall_back_to_vmap(local: LocalConfig) -> None:
+    case, method = Case(reader(tied=True), targets="mix", dense="norm"), method_of("fedavg")
+    plan = case.plan()
+    state = method.init(base_of(case.task), plan, Draw(SEED))
+    cohort = Cohort(torch.arange(2), torch.ones(2))
+    assert not foldable(case, method.open_round(state, 1, cohort, Draw(SEED)))
+    run(case, method, local, rounds=2, check={2})
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "fedavg"])
+def test_tied_weights_that_stay_frozen_are_folded(name: str) -> None:
+    case, method = Case(reader(tied=True), targets="mix", dense="norm"), method_of(name)
+    plan = case.plan()
+    state = method.init(base_of(case.task), plan, Draw(SEED))
+    cohort = Cohort(torch.arange(2), torch.ones(2))
+    assert foldable(case, method.open_round(state, 1, cohort, Draw(SEED)))
+    run(case, method, LOCAL, rounds=2, check={2})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bare_parameters_fall_back_to_vmap(name: str) -> None:
+    case, method = Case(scaled(), targets="inner", dense="gain,shift"), method_of(name)
+    plan = case.plan()
+    state = method.init(base_of(case.task), plan, Draw(SEED))
+    cohort = Cohort(torch.arange(2), torch.ones(2))
+    assert not foldable(case, method.open_round(state, 1, cohort, Draw(SEED)))
+    run(case, method, replace(LOCAL, precondition=True), rounds=2, check={2})
+
+
+@pytest.mark.parametrize(
+    "forms", [("own", "starts"), ("starts", "sketched"), ("own", "zero", "own")]
+)
+def test_factors_of_each_client_under_vmap(forms: tuple[str, ...]) -> None:
+    case = Case(scaled(), targets="inner", dense="gain")
+    plan = case.plan()
+    dense = {"gain": Trained((6,), 1 + 0.1 * normal(len(SIZES), 6, key="gain"))}
+    downlink = Downlink(adapters_of(forms, ("inner.weight",), plan.targets), dense)
+    assert not foldable(case, downlink)
+    assert_agrees(case, plan, LOCAL, base_of(case.task), downlink, torch.arange(len(SIZES)))
+
+
+def test_dropout_under_vmap_is_refused_by_the_layer_s_name() -> None:
+    task = scaled()
+    model = nn.Sequential()
+    model.add_module("body", task.model)
+    model.add_module("hole", nn.Dropout(0.5))
+    case = Case(replace(task, model=model), targets="body.inner", dense="body.gain")
+    plan = case.plan()
+    downlink = Downlink(dense={"body.gain": Trained((6,))})
+    trainer = trainer_of(case.task, plan, LOCAL)
+    with pytest.raises(ModelError, match="hole"):
+        trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, factor=1.0)
+
+
+def test_batch_norm_is_refused_by_the_layer_s_name() -> None:
+    model = nn.Sequential()
+    model.add_module("fc1", nn.Linear(7, 6))
+    model.add_module("middle", nn.BatchNorm1d(6))
+    model.add_module("fc2", nn.Linear(6, 3))
+    task = task_of(model, {"x": normal(sum(SIZES), 7)}, classes(3), head=("fc2",))
+    plan = Case(task).plan()
+    with pytest.raises(ModelError, match=r"'middle' \(BatchNorm1d\)"):
+        trainer_of(task, plan, LOCAL)
+
+
+def test_batch_norm_with_fixed_statistics_is_served() -> None:
+    model = nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6).eval(), nn.Tanh(), nn.Linear(6, 3))
+    task = task_of(model, {"x": normal(sum(SIZES), 7)}, classes(3), head=("3",))
+    run(Case(task), method_of("fed_rac_lora"), LOCAL, rounds=2, check={2})

@@ -1,0 +1,241 @@
+"""Links, their merge, their bytes, and what an absent client has to fetch."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedraclora.chain import (
+    SEED_BYTES,
+    CatchUp,
+    link_tensors,
+    read_link,
+    replay,
+    term_bytes,
+)
+from fedraclora.layers import LayerView
+from fedraclora.link import Link, Plan, Term, apply_link, matrices
+from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Tree
+
+M, N, R, SCALE = 5, 7, 2, 1.5
+SPEC = SketchSpec("orthonormal", "right", R, N, seed=4, index=3)
+PLAN = Plan(
+    {
+        "lin": LayerView("linear", (M, N)),
+        "turned": LayerView("conv1d", (M, N)),
+        "conv": LayerView("conv", (4, 8)),
+    }
+)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch_normal(generator(seed, "chain", *shape), *shape)
+
+
+def weights(dtype: torch.dtype = torch.float64) -> Tree:
+    base = {"lin": normal(M, N), "turned": normal(N, M), "conv": normal(4, 2, 2, 2)}
+    return {n: t.to(dtype) for n, t in (base | {"bias": normal(M)}).items()}
+
+
+def some_link(seed: int = 0) -> Link:
+    B = normal(M, R, seed=seed)
+    return Link(
+        {
+            "lin": Term((B, SPEC), SCALE),
+            "turned": Term((B, normal(R, R), normal(R, N)), SCALE),
+            "conv": Term((normal(4, 1), normal(1, 8)), 0.5),
+        },
+        {"bias": normal(M, seed=7 + seed)},
+    )
+
+
+# --- merging -------------------------------------------------------------------------------------
+
+
+def test_a_merge_is_the_dense_sum_in_every_layout() -> None:
+    base, link = weights(), some_link()
+    new = apply_link(base, link, PLAN)
+    B = normal(M, R)
+    torch.testing.assert_close(new["lin"], base["lin"] + SCALE * B @ SPEC.draw())
+    core = SCALE * B @ normal(R, R) @ normal(R, N)
+    torch.testing.assert_close(new["turned"], base["turned"] + core.T, rtol=1e-12, atol=1e-12)
+    kernels = 0.5 * (normal(4, 1) @ normal(1, 8)).reshape(4, 2, 2, 2)
+    torch.testing.assert_close(new["conv"], base["conv"] + kernels, rtol=1e-12, atol=1e-12)
+    assert torch.equal(new["bias"], link.dense["bias"])
+    assert all(new[n].is_contiguous() for n in new)
+
+
+def test_a_merge_leaves_the_old_weights_and_shares_the_untouched() -> None:
+    base = weights()
+    kept = {n: t.clone() for n, t in base.items()}
+    new = apply_link(base, Link({"lin": Term((normal(M, R), SPEC), SCALE)}), PLAN)
+    assert all(torch.equal(base[n], t) for n, t in kept.items())
+    assert new["conv"] is base["conv"]
+    assert apply_link(base, Link(), PLAN) == base
+
+
+def test_a_merge_into_float32_is_rounded_once() -> None:
+    base, B = weights(torch.float32), normal(M, R).float()
+    new = apply_link(base, Link({"lin": Term((B, SPEC), SCALE)}), PLAN)
+    wide = base["lin"].double() + SCALE * (B.double() @ SPEC.draw())
+    assert torch.equal(new["lin"], wide.float())
+    assert new["lin"].dtype == torch.float32
+
+
+def test_a_hundred_merges_in_float32_lose_less_than_a_thousandth() -> None:
+    """Small links, as late in a run: a bfloat16 master would lose most of them."""
+    base = weights(torch.float32)
+    wide = {n: t.double() for n, t in base.items()}
+    current = base
+    for i in range(100):
+        B = 1e-4 * normal(M, R, seed=1 + i % 3)
+        link = Link({"lin": Term((B.float(), SPEC), SCALE)})
+        current, wide = apply_link(current, link, PLAN), apply_link(wide, link, PLAN)
+    change = torch.linalg.norm(wide["lin"] - base["lin"].double())
+    lost = torch.linalg.norm(current["lin"].double() - wide["lin"])
+    assert float(lost / change) < 1e-3
+
+
+def test_a_term_gives_float64_matrices() -> None:
+    left, right = matrices(Term((normal(M, R).float(), SPEC), 1.0))
+    assert left.dtype == right.dtype == torch.float64
+    assert torch.equal(right, SPEC.draw())
+
+
+def test_replaying_is_merging_link_by_link() -> None:
+    links = [some_link(seed) for seed in range(3)]
+    current = weights()
+    for link in links:
+        current = apply_link(current, link, PLAN)
+    rebuilt = replay(weights(), links, PLAN)
+    assert all(torch.equal(rebuilt[n], t) for n, t in current.items())
+    assert replay(weights(), [], PLAN).keys() == current.keys()
+
+
+# --- on disk -------------------------------------------------------------------------------------
+
+
+def test_a_link_comes_back_from_tensors_and_json() -> None:
+    link = some_link()
+    tensors, meta = link_tensors(link)
+    back = read_link(tensors, json.loads(json.dumps(meta)))
+    assert back.terms.keys() == link.terms.keys()
+    for name, term in link.terms.items():
+        assert back.terms[name].scale == term.scale
+        for found, wanted in zip(back.terms[name].factors, term.factors, strict=True):
+            if isinstance(wanted, SketchSpec):
+                assert found == wanted
+            else:
+                assert isinstance(found, torch.Tensor)
+                assert torch.equal(found, wanted)
+    assert back.dense.keys() == link.dense.keys()
+    assert torch.equal(back.dense["bias"], link.dense["bias"])
+    rebuilt, wanted_base = replay(weights(), [back], PLAN), replay(weights(), [link], PLAN)
+    assert all(torch.equal(rebuilt[n], t) for n, t in wanted_base.items())
+
+
+def test_an_empty_link_comes_back() -> None:
+    assert read_link(*link_tensors(Link())) == Link()
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+def test_a_term_costs_its_matrices_and_eight_bytes_per_seed() -> None:
+    assert SEED_BYTES == 8
+    assert term_bytes(Term((normal(M, R), SPEC), 1.0), 4) == M * R * 4 + 8
+    assert term_bytes(Term((normal(M, R), normal(R, N)), 1.0), 8) == (M + N) * R * 8
+    assert term_bytes(Term((SPEC, SPEC), 1.0), 8) == 16
+
+
+def test_catching_up_by_hand() -> None:
+    """5 x 7 float32 weight: 140 bytes dense, 48 a link; three links cost less, four do not."""
+    base = {"lin": torch.zeros(M, N), "bias": torch.zeros(M)}
+    catch_up = CatchUp(base, 4)
+    link = Link({"lin": Term((torch.zeros(M, R), SPEC), 1.0)})
+    everyone = torch.arange(4)
+    assert catch_up.fetch(everyone).tolist() == [0, 0, 0, 0]
+    catch_up.add(link)
+    assert catch_up.version == 1
+    assert catch_up.fetch(torch.tensor([0])).tolist() == [48]
+    catch_up.add(Link(dense={"bias": torch.zeros(M)}))
+    catch_up.add(link)
+    assert catch_up.fetch(torch.tensor([0, 1])).tolist() == [48 + 20, 96 + 20]
+    catch_up.add(None)
+    assert catch_up.version == 4
+    assert catch_up.fetch(torch.tensor([0, 1])).tolist() == [0, 0]
+    catch_up.add(link)
+    assert catch_up.fetch(torch.tensor([2, 3])).tolist() == [140 + 20, 140 + 20]
+    assert catch_up.fetch(everyone).tolist() == [48, 48, 0, 0]
+    assert catch_up.fetch(everyone).tolist() == [0, 0, 0, 0]
+
+
+events = st.lists(
+    st.one_of(
+        st.none(),
+        st.tuples(st.just("link"), st.integers(0, 3), st.booleans()),
+        st.tuples(st.just("fetch"), st.sets(st.integers(0, 4), min_size=1)),
+    ),
+    max_size=12,
+)
+
+
+@given(events)
+def test_a_client_fetches_the_links_it_missed_or_the_dense_weight(events: list[object]) -> None:
+    base = {"lin": torch.zeros(M, N), "bias": torch.zeros(M)}
+    catch_up = CatchUp(base, 5)
+    history: list[dict[str, int]] = []
+    held = dict.fromkeys(range(5), 0)
+    for event in events:
+        if event is None:
+            catch_up.add(None)
+            history.append({})
+        elif event[0] == "link":  # type: ignore[index]
+            _, rank, dense = event  # type: ignore[misc]
+            terms = {"lin": Term((torch.zeros(M, rank), SPEC), 1.0)} if rank else {}
+            values = {"bias": torch.zeros(M)} if dense else {}
+            catch_up.add(Link(terms, values))
+            history.append(
+                ({"lin": M * rank * 4 + 8} if rank else {}) | ({"bias": 20} if dense else {})
+            )
+        else:
+            clients = sorted(event[1])  # type: ignore[index]
+            wanted = []
+            for client in clients:
+                missed = history[held[client] :]
+                wanted.append(
+                    min(sum(h.get("lin", 0) for h in missed), M * N * 4)
+                    + min(sum(h.get("bias", 0) for h in missed), M * 4)
+                )
+                held[client] = len(history)
+            assert catch_up.fetch(torch.tensor(clients)).tolist() == wanted
+        assert catch_up.version == len(history)
+
+
+def test_what_was_caught_up_survives_a_checkpoint() -> None:
+    base = weights()
+    first = CatchUp(base, 3)
+    first.add(some_link())
+    first.fetch(torch.tensor([1]))
+    first.add(some_link(1))
+    second = CatchUp(base, 3)
+    stored = {n: t.clone() for n, t in first.state().items()}
+    second.restore(stored)
+    assert second.version == 2
+    assert second.fetch(torch.arange(3)).tolist() == first.fetch(torch.arange(3)).tolist()
+    assert torch.equal(stored["catch_up/versions"], torch.tensor([0, 1, 0], dtype=torch.int32))
+    np.testing.assert_array_equal(second.sums, first.sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_number_costs_what_the_base_stores(dtype: torch.dtype) -> None:
+    catch_up = CatchUp(weights(dtype), 1)
+    catch_up.add(Link({"lin": Term((normal(M, R), SPEC), 1.0)}))
+    assert catch_up.fetch(torch.tensor([0])).tolist() == [M * R * dtype.itemsize + 8]

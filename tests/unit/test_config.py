@@ -1,0 +1,328 @@
+"""From a plain dict to checked settings: what is refused, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedraclora.config import (
+    EngineConfig,
+    EvaluateConfig,
+    OutputConfig,
+    PretrainConfig,
+    RunConfig,
+    from_plain,
+)
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.method import Method
+from fedraclora.optimiser import LocalConfig
+from fedraclora.schema import bind, build, checked_arguments, coerce, section, without
+from strategies import METHODS
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+METHOD_TABLE: Mapping[str, type[Method]] = METHODS
+GROUPS = ("method", "data", "partition", "model", "local", "engine", "pretrain", "output")
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(path.read_text()))
+
+
+def plain(**changes: Any) -> dict[str, Any]:
+    """conf/config.yaml and the groups that it chooses, with dotted changes."""
+    top = read(CONF / "config.yaml")
+    chosen: dict[str, str] = {}
+    for entry in top.pop("defaults"):
+        if isinstance(entry, dict):
+            chosen |= entry
+    top.pop("hydra", None)
+    for group in GROUPS:
+        top[group] = read(CONF / group / f"{chosen[group]}.yaml") | top.get(group, {})
+    for dotted, value in changes.items():
+        place, keys = top, dotted.split("__")
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+    return top
+
+
+def refusal(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        from_plain(plain(**changes), METHOD_TABLE)
+    return str(caught.value)
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_a_run() -> None:
+    whole = plain()
+    config = from_plain(whole, METHOD_TABLE)
+    assert isinstance(config, RunConfig)
+    assert type(config.method) is METHODS["fed_rac_lora"]
+    assert config.local == LocalConfig(**without(whole["local"], "name"))  # type: ignore[arg-type]
+    assert config.plain is whole
+    assert config.clients == 200
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_of_the_table_is_read_from_its_yaml(name: str) -> None:
+    group = read(CONF / "method" / f"{name}.yaml")
+    config = from_plain(plain() | {"method": group}, METHOD_TABLE)
+    wanted = METHODS[name](**without(group, "name"))  # type: ignore[arg-type]
+    assert config.method == wanted
+
+
+def test_what_decides_the_result_is_digested_and_no_more() -> None:
+    config = from_plain(plain(), METHOD_TABLE)
+    assert set(config.plain) - set(config.digested) == {"output", "resume"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"method__name": "fed_rac_lorra"},
+            "unknown method 'fed_rac_lorra'; did you mean 'fed_rac",
+        ),
+        ({"method__rnak": 4}, "unknown key 'method.rnak'; did you mean 'method.rank'"),
+        ({"method__rank": "four"}, "method.rank is 'four'; int or float is wanted"),
+        ({"method__rank": 0}, "method.rank is 0; a positive integer"),
+        ({"method__rank": True}, "method.rank is True"),
+        ({"method__alpha": 0}, "method.alpha is 0"),
+        ({"method__alpha": float("nan")}, "method.alpha is nan"),
+        ({"method__alpha": None}, "method.alpha is None"),
+        ({"method__sketch": "gausian"}, "unknown sketch 'gausian'; did you mean 'gaussian'"),
+        ({"method__side": "lefty"}, "unknown method.side 'lefty'; did you mean 'left'"),
+        ({"method__resample_every": 0}, "method.resample_every is 0; 1 or more, or null"),
+        ({"method__density": 0.0}, "method.density is 0.0; it must lie in (0, 1]"),
+        ({"method__blocks": "covers"}, "did you mean 'cover'"),
+        ({"method__normalise": "row"}, "did you mean 'rows'"),
+        ({"data__name": "mnist5k"}, "unknown data 'mnist5k'; did you mean 'mnist_5k'"),
+        ({"model__name": "mpl"}, "unknown model 'mpl'; did you mean 'mlp'"),
+        ({"local__lr": "fast"}, "local.lr is 'fast'; float is wanted"),
+        ({"local__lr": -0.5}, "local.lr is -0.5"),
+        ({"local__momentun": 0.5}, "unknown key 'local.momentun'; did you mean 'local.momentum'"),
+        ({"local__epochs": 1.5}, "local.epochs is 1.5; int is wanted"),
+        ({"local__shuffle": "yes"}, "local.shuffle is 'yes'; bool is wanted"),
+        ({"local__shuffle": 1}, "local.shuffle is 1; bool is wanted"),
+        ({"local__clip": "none"}, "local.clip is 'none'; float or null is wanted"),
+        ({"engine__name": "vectorized"}, "unknown engine 'vectorized'; did you mean 'vectorised'"),
+        ({"engine__chunk": 0}, "engine.chunk is 0; 1 or more is wanted"),
+        (
+            {"engine__chunk": "automatic"},
+            "engine.chunk is 'automatic'; a number of clients or auto",
+        ),
+        ({"engine__threads": 0}, "engine.threads is 0"),
+        ({"evaluate__every": 0}, "evaluate.every"),
+        ({"evaluate__split": "tests"}, "unknown evaluate.split 'tests'; did you mean 'test'"),
+        ({"output__checkpoint_every": 0}, "output.checkpoint_every must be 1 or more"),
+        ({"output__sync": None}, "output.sync is None; bool is wanted"),
+        ({"rounds": -1}, "rounds is -1; 0 or more is wanted"),
+        ({"rounds": 1.0}, "rounds is 1.0; int is wanted"),
+        ({"clients": 0}, "clients is 0; 1 or more is wanted"),
+        ({"cohort": 0}, "cohort is 0; a number of clients, or a fraction"),
+        ({"cohort": -3}, "cohort is -3"),
+        ({"cohort": 1.5}, "cohort is 1.5"),
+        ({"cohort": float("nan")}, "cohort is nan"),
+        (
+            {"cohort": 201},
+            "cohort is 201, but there are only 200 clients; lower cohort or raise cl",
+        ),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"aggregator": "means"}, "unknown aggregator 'means'; did you mean 'mean'"),
+        ({"seed": "zero"}, "seed is 'zero'; int is wanted"),
+        ({"max_failures": None}, "max_failures is None; int is wanted"),
+        ({"local": None}, "the config needs a group local, but has None"),
+        ({"method": "fedavg"}, "the config needs a group method, but has 'fedavg'"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_its_key(changes: dict[str, Any], words: str) -> None:
+    assert words in refusal(**changes)
+
+
+def test_a_key_that_is_missing_is_named() -> None:
+    whole = plain()
+    del whole["cohort"]
+    with pytest.raises(ConfigError, match="the config has no key cohort; see conf"):
+        from_plain(whole, METHOD_TABLE)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"cohort": 1.0}, {"cohort": 1}, {"cohort": 200}, {"rounds": 0}]
+)
+def test_limits_are_part_of_what_is_allowed(changes: dict[str, Any]) -> None:
+    from_plain(plain(**changes), METHOD_TABLE)
+
+
+def test_the_data_may_bring_their_own_clients() -> None:
+    assert from_plain(plain(clients=None, cohort=50), METHOD_TABLE).clients is None
+
+
+# BUG (fails): these names and numbers are not looked at here. `weights` is refused after the
+# first round has trained, head and bias after the data were loaded and the run folder was made;
+# pretraining with a negative step size goes up the hill without a word.
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weights": "example"}, "weights"),
+        ({"head": "averaged"}, "head"),
+        ({"bias": "froze"}, "bias"),
+        ({"partition__name": "dirichlett"}, "partition"),
+        ({"max_failures": -1}, "max_failures"),
+        ({"pretrain__epochs": -1}, "pretrain.epochs"),
+        ({"pretrain__lr": -0.1}, "pretrain.lr"),
+        ({"pretrain__batch_size": 0}, "pretrain.batch_size"),
+        ({"pretrain__labels": ["five"]}, "pretrain.labels"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_runs(
+    changes: dict[str, Any], words: str
+) -> None:
+    assert words in refusal(**changes)
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (LocalConfig, "local/adamw"),
+        (EngineConfig, "engine/inline"),
+        (EngineConfig, "engine/vectorised"),
+        (OutputConfig, "output/run"),
+        (OutputConfig, "output/study"),
+        (PretrainConfig, "pretrain/none"),
+        (PretrainConfig, "pretrain/digits_0_4"),
+    ],
+)
+def test_a_group_sets_every_field_by_its_own_name(target: type[Any], path: str) -> None:
+    group = read(CONF / f"{path}.yaml")
+    keys = set(group) - ({"name"} if "name" not in target.__dataclass_fields__ else set())
+    assert keys == set(target.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum"])
+def test_sgd_leaves_out_the_constants_of_adamw_and_nothing_else(name: str) -> None:
+    keys = set(read(CONF / "local" / f"{name}.yaml")) - {"name"}
+    assert set(LocalConfig.__dataclass_fields__) - keys == {"beta1", "beta2", "eps"}
+    assert keys <= set(LocalConfig.__dataclass_fields__)
+
+
+def test_the_evaluation_is_set_in_the_run_itself() -> None:
+    assert set(plain()["evaluate"]) == set(EvaluateConfig.__dataclass_fields__)
+
+
+# --- signatures as the schema --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Something that is configured."""
+
+    size: int
+    share: float = 0.5
+    label: str | None = None
+    parts: list[int] | None = None
+    widths: Sequence[int] = ()
+
+
+def thing(*, size: int, seed: int = 0, extra: str = "") -> tuple[int, int, str]:
+    return size, seed, extra
+
+
+def test_a_group_is_called_with_its_keys() -> None:
+    assert build("thing", Thing, {"size": 3, "share": 1}) == Thing(3, 1.0)
+    assert isinstance(build("thing", Thing, {"size": 3, "share": 1}).share, float)
+
+
+def test_a_row_of_a_table_is_bound_with_what_it_asks_for() -> None:
+    call = bind("thing", {"a": thing}, {"name": "a", "size": 2}, seed=7, clients=5)
+    assert call() == (2, 7, "")
+    given = bind("thing", {"a": thing}, {"name": "a", "size": 2, "seed": 1}, seed=7)
+    assert given() == (2, 1, ""), "what the group sets is not overridden"
+
+
+def test_unknown_rows_and_keys_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown thing 'b'.*There are: a"):
+        bind("thing", {"a": thing}, {"name": "b"})
+    with pytest.raises(ConfigError, match="unknown thing 'None'"):
+        bind("thing", {"a": thing}, {})
+    with pytest.raises(ConfigError, match=r"unknown key 'thing.sise'; did you mean 'thing.size'"):
+        checked_arguments("thing", Thing, {"sise": 1})
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "wanted"),
+    [
+        (3, int, 3),
+        (3, float, 3.0),
+        (3, int | float, 3),
+        (0.5, int | float, 0.5),
+        (3, float | str, 3.0),
+        ("auto", float | str, "auto"),
+        (None, int | None, None),
+        (True, bool, True),
+        ([1, 2], list[int] | None, [1, 2]),
+        ([1, 2], Sequence[int], [1, 2]),
+        ({"a": 1}, object, {"a": 1}),
+        (None, object, None),
+    ],
+)
+def test_values_that_fit_pass(value: object, hint: object, wanted: object) -> None:
+    found = coerce("key", value, hint)
+    assert found == wanted
+    assert type(found) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "words"),
+    [
+        ("3", int, "key is '3'; int is wanted"),
+        (3.0, int, "key is 3.0; int is wanted"),
+        (True, int, "key is True; int is wanted"),
+        (True, float, "key is True; float is wanted"),
+        (None, int, "key is None; int is wanted"),
+        (1, bool, "key is 1; bool is wanted"),
+        (1, str | None, "key is 1; str or null is wanted"),
+        ("x", list[int], "key is 'x'; list"),
+        ([1], int | None, "key is [1]; int or null is wanted"),
+    ],
+)
+def test_values_that_do_not_fit_name_key_value_and_type(
+    value: object, hint: object, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        coerce("key", value, hint)
+    assert words in str(caught.value)
+
+
+# BUG (fails): only the container is checked, so a list of strings passes for a list of integers,
+# and a string for a sequence of them.
+@pytest.mark.parametrize(
+    ("value", "hint"), [(["a"], list[int]), ([1, None], list[int] | None), ("ab", Sequence[int])]
+)
+def test_the_elements_of_a_list_are_checked(value: object, hint: object) -> None:
+    with pytest.raises(ConfigError, match="key is"):
+        coerce("key", value, hint)
+
+
+def test_groups_are_copied_not_changed() -> None:
+    whole = {"group": {"name": "a", "x": 1}}
+    part = section(whole, "group")
+    part["x"] = 2
+    assert whole["group"]["x"] == 1
+    assert without(whole["group"], "name", "absent") == {"x": 1}
+
+
+def test_unknown_lists_every_name_sorted() -> None:
+    assert str(unknown("fruit", "zzz", ["pear", "apple"])) == (
+        "unknown fruit 'zzz'. There are: apple, pear"
+    )
+    assert "did you mean 'pear'" in str(unknown("fruit", "paer", ["pear", "apple"]))

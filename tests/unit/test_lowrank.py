@@ -1,0 +1,124 @@
+"""Low-rank algebra against dense algebra."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedraclora.errors import ShapeError
+from fedraclora.lowrank import effective_rank, product_norm, stack_products, truncated_product
+from fedraclora.rng import generator, torch_normal
+
+sizes = st.integers(1, 7)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch_normal(generator(seed, "lowrank", *shape), *shape)
+
+
+@given(sizes, sizes, sizes, sizes)
+def test_a_stack_of_products_is_the_dense_sum(K: int, m: int, r: int, n: int) -> None:
+    L, R, w = normal(K, m, r), normal(K, r, n, seed=1), normal(K, seed=2)
+    left, right = stack_products(L, R, w)
+    assert (left.shape, right.shape) == ((m, K * r), (K * r, n))
+    dense = torch.stack([w[k] * (L[k] @ R[k]) for k in range(K)]).sum(dim=0)
+    torch.testing.assert_close(left @ right, dense, rtol=1e-12, atol=1e-12)
+
+
+def test_stacking_works_in_float64() -> None:
+    left, right = stack_products(torch.ones(1, 2, 1), torch.ones(1, 1, 3), torch.ones(1))
+    assert left.dtype == right.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [((2, 3, 4), (3, 4, 5)), ((2, 3, 4), (2, 5, 4)), ((2, 4, 3), (2, 4, 5))]
+)
+def test_products_that_do_not_fit_are_refused(
+    left: tuple[int, ...], right: tuple[int, ...]
+) -> None:
+    with pytest.raises(ShapeError, match=r"need \[K, m, r\] and \[K, r, n\]") as caught:
+        stack_products(torch.zeros(left), torch.zeros(right), torch.zeros(2))
+    assert str(left) in str(caught.value)
+
+
+@given(sizes, sizes, sizes, st.integers(1, 9))
+def test_the_truncation_by_two_qrs_is_the_dense_svd(m: int, q: int, n: int, rank: int) -> None:
+    left, right = normal(m, q), normal(q, n, seed=1)
+    u, s, vt = truncated_product(left, right, rank)
+    k = min(rank, m, q, n)
+    assert (u.shape, s.shape, vt.shape) == ((m, k), (k,), (k, n))
+    U, S, Vt = torch.linalg.svd(left @ right, full_matrices=False)
+    torch.testing.assert_close(s, S[:k], rtol=1e-10, atol=1e-10)
+    best = U[:, :k] @ torch.diag(S[:k]) @ Vt[:k]
+    torch.testing.assert_close(u @ torch.diag(s) @ vt, best, rtol=1e-9, atol=1e-9)
+    eye = torch.eye(k, dtype=torch.float64)
+    torch.testing.assert_close(u.mT @ u, eye, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(vt @ vt.mT, eye, rtol=1e-10, atol=1e-10)
+
+
+def test_a_truncation_loses_the_tail() -> None:
+    left = torch.diag(torch.tensor([5.0, 4.0, 3.0, 0.0]))[:, :3]
+    u, s, vt = truncated_product(left, torch.eye(3), 1)
+    assert s.tolist() == pytest.approx([5.0])
+    error = torch.linalg.norm(left.double() - u @ torch.diag(s) @ vt)
+    assert float(error) == pytest.approx(5.0)  # sqrt(4^2 + 3^2)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "rank"), [((3, 2), (3, 4), 1), ((3, 2), (2, 4), 0), ((3, 2), (2, 4), -1)]
+)
+def test_an_impossible_truncation_is_refused(
+    left: tuple[int, ...], right: tuple[int, ...], rank: int
+) -> None:
+    with pytest.raises(ShapeError, match=f"to rank {rank}"):
+        truncated_product(torch.zeros(left), torch.zeros(right), rank)
+
+
+@given(sizes, sizes, sizes)
+def test_the_norm_of_a_product_is_that_of_the_dense_matrix(m: int, q: int, n: int) -> None:
+    left, right = normal(m, q), normal(q, n, seed=1)
+    wanted = float(torch.linalg.norm(left @ right))
+    assert product_norm(left, right) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_norm_of_a_tall_thin_product_needs_no_dense_matrix() -> None:
+    """Three times (3, 4) and (1, 0, 0, ..): the branch of two QRs, by hand."""
+    left, right = torch.zeros(50, 1), torch.zeros(1, 60)
+    left[0, 0], left[7, 0], right[0, 3] = 3.0, 4.0, 2.0
+    assert product_norm(left, right) == pytest.approx(10.0, rel=1e-14)
+
+
+def test_a_small_norm_is_not_lost_in_cancellation() -> None:
+    """[a, -a] [b'; b] with b' next to b: large factors of a small product."""
+    a, b = normal(40, 1), normal(1, 30, seed=1)
+    tiny = 1e-9 * normal(1, 30, seed=2)
+    left, right = torch.cat([a, -a], dim=1), torch.cat([b + tiny, b])
+    wanted = float(torch.linalg.norm(a @ tiny))
+    assert product_norm(left, right) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [([1.0, 1.0, 1.0], 3.0), ([2.0, 0.0, 0.0], 1.0), ([0.0, 0.0], 0.0), ([3.0, 3.0, 0.0], 2.0)],
+)
+def test_the_effective_rank_of_equal_singular_values_is_their_number(
+    values: list[float], wanted: float
+) -> None:
+    assert effective_rank(torch.diag(torch.tensor(values))) == pytest.approx(wanted)
+
+
+def test_the_effective_rank_is_the_exponential_of_the_entropy() -> None:
+    matrix = torch.diag(torch.tensor([3.0, 1.0]))[:, :2]
+    wanted = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert effective_rank(matrix) == pytest.approx(wanted)
+    assert effective_rank(7.0 * matrix) == pytest.approx(wanted)
+
+
+@given(sizes, sizes)
+def test_the_effective_rank_lies_between_one_and_the_rank(m: int, n: int) -> None:
+    found = effective_rank(normal(m, n))
+    assert 1.0 - 1e-12 <= found <= min(m, n) + 1e-12

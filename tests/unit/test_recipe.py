@@ -1,0 +1,79 @@
+"""Recipes: what they do to gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedraclora.recipe import RECIPES, projected
+from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SKETCHES, SketchSpec
+
+M, R, N = 5, 2, 7
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch_normal(generator(seed, "recipe", *shape), *shape)
+
+
+def test_the_plain_recipe_keeps_gradients() -> None:
+    gradients = {"w/B": normal(3, M, R)}
+    hook = RECIPES["plain"].gradient({"w/A": normal(R, N)})
+    assert hook(gradients) is gradients
+
+
+@pytest.mark.parametrize("kind", sorted(SKETCHES))
+@pytest.mark.parametrize("normalise", ["rows", "identity", "none"])
+def test_a_preconditioned_step_is_a_projected_step(kind: str, normalise: str) -> None:
+    """(s G A^T) (A A^T)^+ A s = s^2 G H with H = A^T (A A^T)^+ A, whatever the scale of A."""
+    spec = SketchSpec(kind, "right", R, N, seed=3, index=0, normalise=normalise)
+    A, G, s = spec.draw(), normal(M, N), 1.5
+    hook = RECIPES["projected"].gradient({"w/A": A})
+    step = s * hook({"w/B": (s * G @ A.mT)[None]})["w/B"][0] @ A
+    H = torch.linalg.pinv(A) @ A
+    torch.testing.assert_close(step, s**2 * G @ H, rtol=1e-12, atol=1e-12)
+
+
+def test_a_left_sketch_projects_from_the_left() -> None:
+    B, G = normal(M, R), normal(M, N)
+    gradient = projected({"w/B": B})({"w/A": (B.mT @ G)[None]})["w/A"][0]
+    torch.testing.assert_close(B @ gradient, B @ torch.linalg.pinv(B) @ G, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 3))
+def test_factors_of_their_own_are_cut_to_the_active_clients(active: int) -> None:
+    A, gradient = normal(3, R, N), normal(3, M, R)
+    found = projected({"w/A": A})({"w/B": gradient[:active]})["w/B"]
+    for k in range(active):
+        wanted = gradient[k] @ torch.linalg.inv(A[k] @ A[k].mT)
+        torch.testing.assert_close(found[k], wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_tensors_without_a_frozen_partner_keep_their_gradient() -> None:
+    gradients = {"v/B": normal(1, M, R), "bias": normal(1, M), "w/A": normal(1, R, N)}
+    kept = {n: g.clone() for n, g in gradients.items()}
+    found = projected({"w/A": normal(R, N)})(gradients)
+    assert list(found) == list(gradients)
+    for name, gradient in kept.items():
+        assert torch.equal(found[name], gradient)
+
+
+def test_gradients_are_not_changed_in_place() -> None:
+    gradients = {"w/B": normal(1, M, R)}
+    kept = gradients["w/B"].clone()
+    projected({"w/A": normal(R, N)})(gradients)
+    assert torch.equal(gradients["w/B"], kept)
+
+
+def test_a_sketch_that_lost_a_row_is_inverted_where_it_can_be() -> None:
+    """A A^T is singular: the pseudo-inverse leaves the lost direction alone."""
+    A = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    found = projected({"w/A": A})({"w/B": torch.ones(1, M, 2, dtype=torch.float64)})["w/B"]
+    assert found[0, 0].tolist() == [0.25, 0.0]
+
+
+def test_the_precision_of_the_factor_is_kept() -> None:
+    found = projected({"w/A": normal(R, N).float()})({"w/B": normal(1, M, R).float()})
+    assert found["w/B"].dtype == torch.float32

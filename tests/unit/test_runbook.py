@@ -1,0 +1,226 @@
+"""What a run writes, and that it can be read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedraclora.chain import CatchUp
+from fedraclora.checkpoint import load_checkpoint, read_links
+from fedraclora.errors import CheckpointError
+from fedraclora.ledger import read_ledger
+from fedraclora.link import Link, Plan, Term
+from fedraclora.method import State
+from fedraclora.rng import generator, torch_normal
+from fedraclora.runbook import RunBook, Stopwatch
+from fedraclora.sketch import SketchSpec
+
+SPEC = SketchSpec("coordinate", "right", 2, 7, seed=1, index=0)
+LINK = Link({"w": Term((torch.ones(5, 2), SPEC), 1.5)}, {"b": torch.ones(5)})
+
+
+@pytest.fixture(autouse=True)
+def flushes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count flushes to the disk, and save their time."""
+    calls: list[int] = []
+    monkeypatch.setattr("os.fsync", calls.append)
+    return calls
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch_normal(generator(0, "book", *shape), *shape)
+
+
+def state() -> State:
+    """Odd sizes and dtypes, so that nothing lies at a round address by chance."""
+    base = {"w": normal(5, 7), "b": normal(5), "odd": normal(3).float()}
+    return State(
+        base,
+        Plan({}),
+        carried={"w/B": normal(5, 2), "w": normal(2)},
+        memo={"sketch": 4, "age": 1},
+        link=LINK,
+        report={"x": 1.0},
+        notes=("capped",),
+    )
+
+
+def row(round_: int, up: int = 0, down: int = 0) -> dict[str, object]:
+    return {"round": round_, "uplink_total": up, "downlink_total": down}
+
+
+def caught_up(clients: int = 3) -> CatchUp:
+    catch_up = CatchUp(state().base, clients)
+    catch_up.add(LINK)
+    catch_up.fetch(torch.tensor([1]))
+    catch_up.add(None)
+    return catch_up
+
+
+def filled(folder: Path, rounds: int = 4, **settings: object) -> RunBook:
+    """A book of four rounds with a checkpoint after the second."""
+    book = RunBook(folder, config_digest="abc", every=2, **settings)  # type: ignore[arg-type]
+    book.begin(state())
+    book.append(row(0))
+    for round_ in range(1, rounds + 1):
+        book.link(round_, LINK)
+        book.append(row(round_, 10 * round_, 20 * round_))
+        if round_ == 2:
+            book.save(state(), round_, caught_up())
+    return book
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
+    filled(tmp_path)
+    wanted, start = state(), State({"w": torch.zeros(5, 7)}, Plan({"p": None}))  # type: ignore[dict-item]
+    catch_up = CatchUp(wanted.base, 3)
+    found, round_ = RunBook(tmp_path, config_digest="abc").restore(start, catch_up)
+    assert round_ == 2
+    assert found.plan is start.plan
+    assert found.memo == wanted.memo
+    assert list(found.base) == list(wanted.base)
+    assert list(found.carried) == list(wanted.carried)
+    for name, tensor in wanted.base.items():
+        assert torch.equal(found.base[name], tensor)
+        assert found.base[name].dtype == tensor.dtype
+    assert all(torch.equal(found.carried[n], t) for n, t in wanted.carried.items())
+    assert (found.link, found.report, found.notes) == (None, {}, ())
+    assert catch_up.version == 2
+    assert catch_up.versions.tolist() == [0, 1, 0]
+
+
+# A matrix product rounds differently at another alignment: where restored tensors lay in the
+# buffer of the file, most resumed runs drifted from the ones that were not stopped.
+def test_restored_tensors_are_aligned_as_torch_aligns_its_own(tmp_path: Path) -> None:
+    filled(tmp_path)
+    wanted = state()
+    found, _ = RunBook(tmp_path, config_digest="abc").restore(wanted, caught_up())
+    tensors = {**found.base, **{f"carried/{n}": t for n, t in found.carried.items()}}
+    assert {n: t.data_ptr() % 64 for n, t in tensors.items()} == dict.fromkeys(tensors, 0)
+
+
+def test_rows_and_links_past_the_checkpoint_are_cut(tmp_path: Path) -> None:
+    filled(tmp_path)
+    book = RunBook(tmp_path, config_digest="abc")
+    assert len(book.ledger.rows) == 5
+    book.restore(state(), caught_up())
+    assert [r["round"] for r in book.ledger.rows] == [0, 1, 2]
+    assert [r["round"] for r in read_ledger(tmp_path / "ledger.jsonl")] == [0, 1, 2]
+    assert [r for r, _, _ in read_links(tmp_path / "chain")] == [0, 1, 2]
+    assert book.totals() == (20, 40)
+    book.append(row(3, 30, 60))
+    assert book.totals() == (30, 60)
+
+
+def test_another_configuration_is_refused_and_nothing_is_cut(tmp_path: Path) -> None:
+    filled(tmp_path)
+    book = RunBook(tmp_path, config_digest="another")
+    with pytest.raises(CheckpointError, match="was written under another configuration"):
+        book.restore(state(), caught_up())
+    assert len(read_ledger(tmp_path / "ledger.jsonl")) == 5
+    assert len(list(read_links(tmp_path / "chain"))) == 5
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        RunBook(tmp_path).restore(state(), caught_up())
+
+
+def test_a_run_without_a_folder_cannot_be_resumed() -> None:
+    book = RunBook(None)
+    book.begin(state())
+    book.append(row(0))
+    book.link(1, LINK)
+    book.save(state(), 1, caught_up())
+    assert not book.due(10)
+    assert len(book.ledger.rows) == 1
+    with pytest.raises(CheckpointError, match="without a folder"):
+        book.restore(state(), caught_up())
+
+
+def test_a_memo_that_is_none_is_refused(tmp_path: Path) -> None:
+    book = RunBook(tmp_path)
+    broken = State(state().base, Plan({}), memo=[1])  # type: ignore[arg-type]
+    book.save(broken, 1, caught_up())
+    with pytest.raises(CheckpointError, match=r"memo is \[1\]"):
+        book.restore(state(), caught_up())
+
+
+def test_a_later_checkpoint_takes_the_place_of_the_earlier(tmp_path: Path) -> None:
+    book = filled(tmp_path)
+    book.save(state(), 4, caught_up())
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["checkpoint.safetensors"]
+    _, meta = load_checkpoint(tmp_path / "checkpoint")
+    assert meta["round"] == 4
+
+
+def test_a_checkpoint_is_due_every_so_many_rounds(tmp_path: Path) -> None:
+    book = RunBook(tmp_path, every=3)
+    assert [t for t in range(1, 10) if book.due(t)] == [3, 6, 9]
+
+
+# --- chain and ledger ----------------------------------------------------------------------------
+
+
+def test_the_chain_starts_with_the_initial_weights(tmp_path: Path) -> None:
+    filled(tmp_path)
+    (round_, tensors, meta), *links = list(read_links(tmp_path / "chain"))
+    assert (round_, meta["initial"]) == (0, True)
+    assert all(torch.equal(tensors[n], t) for n, t in state().base.items())
+    assert len(links) == 4
+
+
+def test_a_round_without_a_link_leaves_no_file(tmp_path: Path) -> None:
+    book = RunBook(tmp_path)
+    book.link(1, None)
+    assert not (tmp_path / "chain").exists()
+
+
+def test_the_chain_can_be_left_out(tmp_path: Path) -> None:
+    filled(tmp_path, chain=False)
+    assert not (tmp_path / "chain").exists()
+    assert len(read_ledger(tmp_path / "ledger.jsonl")) == 5
+
+
+def test_rows_hold_the_peak_memory(tmp_path: Path) -> None:
+    book = filled(tmp_path)
+    peak = book.ledger.rows[-1]["peak_memory_bytes"]
+    assert isinstance(peak, int)
+    assert peak > 1 << 20
+
+
+def test_rows_are_flushed_where_that_is_asked_for(tmp_path: Path, flushes: list[int]) -> None:
+    RunBook(tmp_path / "a", sync=True).append(row(0))
+    assert len(flushes) == 1
+    RunBook(tmp_path / "b", sync=False).append(row(0))
+    assert len(flushes) == 1
+
+
+def test_a_checkpoint_is_always_flushed(tmp_path: Path, flushes: list[int]) -> None:
+    RunBook(tmp_path, sync=False).save(state(), 1, caught_up())
+    assert len(flushes) == 2  # the file, and the folder that names it
+
+
+# BUG (fails): `RunBook.link` and `begin` do not hand `sync` on to `append_link`, so with
+# output.sync=false file and folder are still flushed in every round.
+def test_links_are_not_flushed_where_that_is_not_asked_for(
+    tmp_path: Path, flushes: list[int]
+) -> None:
+    book = RunBook(tmp_path, sync=False)
+    book.begin(state())
+    book.link(1, LINK)
+    assert flushes == []
+
+
+def test_a_stopwatch_adds_up_laps_of_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 11.0, 11.5, 14.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    watch = Stopwatch(_last=next(times))
+    for name in ("train", "write", "train"):
+        watch.lap(name)
+    assert watch.laps == {"train": 3.5, "write": 0.5}

@@ -1,0 +1,77 @@
+"""Samples and their division among clients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedraclora.errors import DataError
+from fedraclora.samples import Partitioned, Samples
+
+TABLE = Samples({"x": torch.arange(10.0).reshape(5, 2)}, torch.arange(5) * 10)
+# Client 0 holds rows 4 and 0, client 1 none, client 2 rows 2, 2 and 1 (a row may be shared).
+PARTS = [np.array([4, 0]), np.array([], dtype=np.int64), np.array([2, 2, 1])]
+
+
+def test_take_keeps_rows_together() -> None:
+    taken = TABLE.take(torch.tensor([3, 1]))
+    assert len(TABLE) == 5
+    assert len(taken) == 2
+    assert taken.inputs["x"].tolist() == [[6, 7], [2, 3]]
+    assert taken.target.tolist() == [30, 10]
+
+
+def test_moving_to_a_precision_leaves_integers_alone() -> None:
+    ids = torch.zeros(2, dtype=torch.int64)
+    table = Samples({"x": torch.zeros(2, 3), "ids": ids}, torch.ones(2))
+    moved = table.to("cpu", torch.float64)
+    assert moved.inputs["x"].dtype == torch.float64
+    assert moved.inputs["ids"].dtype == torch.int64
+    assert moved.target.dtype == torch.float64
+    assert table.to("cpu").inputs["x"].dtype == torch.float32
+
+
+def test_a_partition_knows_its_sizes() -> None:
+    data = Partitioned.of(TABLE, PARTS)
+    assert data.num_clients == 3
+    assert data.sizes(torch.tensor([2, 0, 1])).tolist() == [3, 2, 0]
+
+
+def test_gather_takes_positions_in_the_client() -> None:
+    data = Partitioned.of(TABLE, PARTS)
+    batch = data.gather(torch.tensor([2, 0]), torch.tensor([[2, 0], [1, 0]]))
+    assert batch.target.tolist() == [10, 20, 0, 40]
+    assert batch.inputs["x"][:, 0].tolist() == [2, 4, 0, 8]
+
+
+def test_gather_allows_padding_past_the_last_client() -> None:
+    data = Partitioned.of(TABLE, PARTS)
+    batch = data.gather(torch.tensor([2]), torch.tensor([[0, 7]]))
+    assert len(batch) == 2
+    assert batch.target[0] == 20
+
+
+def test_a_client_is_its_rows_in_stored_order() -> None:
+    data = Partitioned.of(TABLE, PARTS)
+    assert data.client(0).target.tolist() == [40, 0]
+    assert data.client(2).target.tolist() == [20, 20, 10]
+    assert len(data.client(1)) == 0
+
+
+def test_moving_a_partition_moves_its_samples() -> None:
+    data = Partitioned.of(TABLE, PARTS).to("cpu", torch.float64)
+    assert data.samples.inputs["x"].dtype == torch.float64
+    assert data.rows.dtype == torch.int64
+    assert data.client(0).inputs["x"].tolist() == [[8, 9], [0, 1]]
+
+
+@pytest.mark.parametrize("rows", [[5], [-1], [0, 99]])
+def test_a_row_outside_the_table_is_refused(rows: list[int]) -> None:
+    with pytest.raises(DataError, match=r"0\.\.4"):
+        Partitioned.of(TABLE, [np.array(rows)])
+
+
+def test_a_partition_needs_a_client() -> None:
+    with pytest.raises(DataError, match="at least one client"):
+        Partitioned.of(TABLE, [])

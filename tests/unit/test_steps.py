@@ -1,0 +1,62 @@
+"""The effective step of the ledger is the step that is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedraclora.method import Adapter, Downlink, Factor, Sketched, Trained
+from fedraclora.optimiser import LocalConfig
+from fedraclora.sketch import SketchSpec
+from fedraclora.steps import effective_step
+
+
+def sketched(scale: float, *, side: str = "right", **changes: object) -> Adapter:
+    settings = {"kind": "orthonormal", "side": side, "rank": 2, "dim": 8, "seed": 0, "index": 0}
+    spec = SketchSpec(**(settings | changes))  # type: ignore[arg-type]
+    factors: dict[str, Factor] = (
+        {"B": Trained((5, 2)), "A": Sketched(spec)}
+        if side == "right"
+        else {"B": Sketched(spec), "A": Trained((2, 5))}
+    )
+    return Adapter(factors, scale)
+
+
+LOCAL = LocalConfig(lr=0.2, dense_lr=0.01)
+
+
+def test_orthonormal_rows_take_lr_times_scale_squared() -> None:
+    found = effective_step(Downlink({"w": sketched(1.5)}), LOCAL, 0.5)
+    assert found == pytest.approx({"lr": 0.1, "gamma_min": 0.225, "gamma_max": 0.225})
+
+
+def test_the_sketchs_own_scale_counts_unless_it_is_divided_out() -> None:
+    wide = Downlink({"w": sketched(1.5, normalise="identity")})  # A A^T = 4 I
+    assert effective_step(wide, LOCAL, 1.0)["gamma_max"] == pytest.approx(0.2 * 2.25 * 4.0)
+    preconditioned = LocalConfig(lr=0.2, precondition=True)
+    assert effective_step(wide, preconditioned, 1.0)["gamma_max"] == pytest.approx(0.45)
+
+
+def test_layers_give_a_range_on_either_side() -> None:
+    downlink = Downlink({"v": sketched(1.0), "w": sketched(3.0, side="left")})
+    found = effective_step(downlink, LOCAL, 1.0)
+    assert (found["gamma_min"], found["gamma_max"]) == pytest.approx((0.2, 1.8))
+
+
+def test_without_sketches_there_is_only_the_learning_rate() -> None:
+    both: dict[str, Factor] = {"B": Trained((5, 2)), "A": Trained((2, 8))}
+    for downlink in (Downlink({"w": Adapter(both, 2.0)}), Downlink(dense={"w": Trained((5, 8))})):
+        assert effective_step(downlink, LOCAL, 0.5) == {"lr": 0.1}
+
+
+@pytest.mark.parametrize("normalise", ["rows", "identity"])
+def test_gamma_is_the_step_that_sgd_takes_inside_the_sketch(normalise: str) -> None:
+    """B <- -lr s G A^T moves W by s B A = -lr s^2 G A^T A: gamma along a direction of A's rows."""
+    adapter = sketched(1.5, normalise=normalise)
+    gamma = effective_step(Downlink({"w": adapter}), LOCAL, 1.0)["gamma_max"]
+    factor = adapter.factors["A"]
+    assert isinstance(factor, Sketched)
+    A = factor.spec.draw()
+    G = torch.ones(5, 2, dtype=torch.float64) @ A  # inside the row space
+    moved = -0.2 * 1.5 * (G @ A.mT) @ A * 1.5
+    torch.testing.assert_close(moved, -gamma * G, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,279 @@
+"""What goes into a message comes out of it, and nothing else is believed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedraclora.cohort import Trial
+from fedraclora.errors import WireError
+from fedraclora.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Layout, Tree
+from fedraclora.wire import (
+    Order,
+    pack_downlink,
+    pack_trial,
+    payload_bytes,
+    unpack_downlink,
+    unpack_trial,
+    uplink_layout,
+)
+
+K, M, R, N = 4, 5, 2, 7
+SPEC = SketchSpec("coordinate", "right", R, N, seed=2**62 + 3, index=5, blocks="cover")
+CLIENTS = torch.tensor([2, 3, 5, 2**33])
+ORDER = Order(9, 8, 1.0 / 3.0, CLIENTS)
+ALL = slice(0, K)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch_normal(generator(seed, "wire", *shape), *shape)
+
+
+def everything() -> Downlink:
+    """A downlink with each kind of factor, shared and per client."""
+    own: dict[str, Factor] = {
+        "B": Trained((M, R), normal(K, M, R)),
+        "R": Frozen(normal(K, R, R)),
+        "A": Frozen(normal(R, N)),
+    }
+    return Downlink(
+        adapters={
+            "w": Adapter({"B": Trained((M, R)), "A": Sketched(SPEC)}, 5.0 / 3.0),
+            "v": Adapter(own, 1e-300),
+        },
+        dense={
+            "head.weight": Trained((3, M), main=False),
+            "head.bias": Trained((3,), normal(3), main=False),
+            "private": Trained((2,), normal(K, 2), upload=False),
+        },
+        recipe="projected",
+        arguments={"tail": 0.1},
+    )
+
+
+def same_factor(left: Factor, right: Factor) -> bool:
+    if isinstance(left, Sketched) or isinstance(right, Sketched):
+        return left == right
+    if isinstance(left, Frozen) and isinstance(right, Frozen):
+        return torch.equal(left.value, right.value)
+    assert isinstance(left, Trained)
+    assert isinstance(right, Trained)
+    starts = (left.start is None) == (right.start is None)
+    if left.start is not None and right.start is not None:
+        starts = torch.equal(left.start, right.start)
+    return starts and replace(left, start=None) == replace(right, start=None)
+
+
+def assert_same(left: Downlink, right: Downlink) -> None:
+    assert (left.recipe, left.arguments) == (right.recipe, right.arguments)
+    assert list(left.adapters) == list(right.adapters)
+    for name, adapter in left.adapters.items():
+        other = right.adapters[name]
+        assert adapter.scale == other.scale
+        assert list(adapter.factors) == list(other.factors)
+        assert all(same_factor(f, other.factors[k]) for k, f in adapter.factors.items())
+    assert list(left.dense) == list(right.dense)
+    assert all(same_factor(s, right.dense[n]) for n, s in left.dense.items())
+
+
+# --- downlink ------------------------------------------------------------------------------------
+
+
+def test_a_downlink_comes_back_to_the_bit() -> None:
+    sent = everything()
+    got, order = unpack_downlink(pack_downlink(sent, ORDER, ALL, "float64"))
+    assert_same(got, sent)
+    assert list(got.trained()) == list(sent.trained())
+    assert (order.round_, order.version, order.factor) == (9, 8, 1.0 / 3.0)
+    assert torch.equal(order.clients, CLIENTS)
+
+
+@given(st.integers(0, K - 1), st.integers(1, K))
+def test_a_chunk_gets_its_own_rows_only(first: int, size: int) -> None:
+    sent, places = everything(), slice(first, first + size)
+    order = replace(ORDER, clients=CLIENTS[places])
+    got, _ = unpack_downlink(pack_downlink(sent, order, places, "float64"))
+    start, own = got.adapters["v"].factors["B"], sent.adapters["v"].factors["B"]
+    assert isinstance(start, Trained)
+    assert isinstance(own, Trained)
+    assert start.start is not None
+    assert own.start is not None
+    assert torch.equal(start.start, own.start[places])
+    core, shared = got.adapters["v"].factors["R"], got.adapters["v"].factors["A"]
+    assert isinstance(core, Frozen)
+    assert isinstance(shared, Frozen)
+    assert torch.equal(core.value, normal(K, R, R)[places])
+    assert torch.equal(shared.value, normal(R, N))
+
+
+def test_numbers_travel_in_the_precision_that_is_asked_for() -> None:
+    content = pack_downlink(everything(), ORDER, ALL, "float32")
+    got, order = unpack_downlink(content)
+    bias = got.dense["head.bias"].start
+    assert bias is not None
+    assert bias.dtype == torch.float32
+    assert torch.equal(bias, normal(3).float())
+    assert order.factor == 1.0 / 3.0
+    assert got.adapters["v"].scale == 1e-300
+
+
+def test_a_downlink_without_numbers_comes_back() -> None:
+    sent = Downlink({"w": Adapter({"B": Trained((M, R)), "A": Sketched(SPEC)}, 1.0)})
+    content = pack_downlink(sent, ORDER, ALL, "float32")
+    got, _ = unpack_downlink(content)
+    assert_same(got, sent)
+    array = content["arrays"]
+    assert isinstance(array, ArrayRecord)
+    assert array["flat"].numpy().size == 0
+    assert payload_bytes(sent, K, 4) == 8
+
+
+def test_the_payload_counts_numbers_of_one_client_and_seeds() -> None:
+    numbers = M * R + R * R + R * N + 3 + 2
+    assert payload_bytes(everything(), K, 4) == numbers * 4 + 8
+    assert payload_bytes(everything(), K, 8) == numbers * 8 + 8
+    assert payload_bytes(Downlink(), K, 8) == 0
+
+
+@pytest.mark.parametrize("place", range(K))
+def test_the_payload_is_the_array_of_a_message_to_one_client(place: int) -> None:
+    one = slice(place, place + 1)
+    content = pack_downlink(everything(), replace(ORDER, clients=CLIENTS[one]), one, "float64")
+    array = content["arrays"]
+    assert isinstance(array, ArrayRecord)
+    assert array["flat"].numpy().nbytes + 8 == payload_bytes(everything(), K, 8)
+
+
+def test_a_message_is_one_array_whatever_it_holds() -> None:
+    content = pack_downlink(everything(), ORDER, ALL, "float64")
+    arrays, config = content["arrays"], content["config"]
+    assert isinstance(arrays, ArrayRecord)
+    assert isinstance(config, ConfigRecord)
+    assert list(arrays) == ["flat"]
+    assert sorted(config) == ["clients", "header"]
+
+
+def edited(content: RecordDict, edit: dict[str, object]) -> RecordDict:
+    """The same message with another header."""
+    config = content["config"]
+    assert isinstance(config, ConfigRecord)
+    config["header"] = json.dumps(json.loads(str(config["header"])) | edit)
+    return content
+
+
+def test_a_message_without_its_records_is_refused() -> None:
+    wrong = RecordDict({"config": ArrayRecord({"x": Array(np.zeros(1))}), "arrays": ConfigRecord()})
+    with pytest.raises(WireError, match="wanted the records config and arrays"):
+        unpack_downlink(wrong)
+
+
+# BUG (fails): a message that lacks a record raises Flower's own KeyError, not a WireError that
+# says what was wanted: `_read` looks the records up before it checks them.
+@pytest.mark.parametrize("left", ["config", "arrays"])
+def test_a_message_that_lacks_a_record_is_refused(left: str) -> None:
+    content = pack_downlink(everything(), ORDER, ALL, "float64")
+    with pytest.raises(WireError, match="wanted the records config and arrays"):
+        unpack_downlink(RecordDict({left: content[left]}))
+
+
+def test_a_frozen_factor_without_its_numbers_is_refused() -> None:
+    adapters = {"w": {"scale": 1.0, "factors": {"A": {"role": "frozen"}}}}
+    content = pack_downlink(Downlink(), ORDER, ALL, "float64")
+    with pytest.raises(WireError, match="a frozen factor came without its numbers"):
+        unpack_downlink(edited(content, {"adapters": adapters}))
+
+
+def test_a_dense_tensor_has_to_be_trained() -> None:
+    described = {"role": "sketched", "spec": vars(SPEC)}
+    content = pack_downlink(Downlink(), ORDER, ALL, "float64")
+    with pytest.raises(WireError, match="dense tensor b is not trained"):
+        unpack_downlink(edited(content, {"dense": {"b": described}}))
+
+
+# --- uplink --------------------------------------------------------------------------------------
+
+LAYOUT = Layout((("w/B", (M, R)), ("b", (3,))))
+
+
+def trial(count: int, dtype: torch.dtype = torch.float64) -> Trial:
+    trained: Tree = {n: normal(count, *s).to(dtype) for n, s in LAYOUT.shapes}
+    trained["private"] = normal(count, 4)  # stays at the client
+    return Trial(trained, normal(count).abs(), torch.arange(count), torch.arange(count) + 1)
+
+
+@given(st.integers(1, K), st.sampled_from([torch.float32, torch.float64]))
+def test_a_reply_comes_back_to_the_bit(count: int, dtype: torch.dtype) -> None:
+    sent, clients = trial(count, dtype), CLIENTS[:count]
+    failures = {7: "it broke", 2**33 + 1: "so did it"}
+    content = pack_trial(sent, ORDER, clients, LAYOUT, failures, ["a note"])
+    reply = unpack_trial(content, LAYOUT)
+    assert (reply.round_, reply.version) == (9, 8)
+    assert torch.equal(reply.clients, clients)
+    assert torch.equal(reply.losses, sent.losses)
+    assert torch.equal(reply.samples, sent.samples)
+    assert torch.equal(reply.steps, sent.steps)
+    assert reply.failures == failures
+    assert reply.notes == ["a note"]
+    assert reply.rows.dtype == dtype
+    rows = LAYOUT.unpack(reply.rows)
+    assert all(torch.equal(rows[n], sent.trained[n]) for n, _ in LAYOUT.shapes)
+
+
+def test_what_is_not_uploaded_does_not_travel() -> None:
+    downlink = everything()
+    assert "private" not in dict(uplink_layout(downlink).shapes)
+    assert list(dict(uplink_layout(downlink).shapes)) == list(downlink.uploaded())
+    content = pack_trial(trial(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    assert unpack_trial(content, LAYOUT).rows.shape == (2, LAYOUT.size)
+
+
+def test_a_chunk_in_which_all_failed_still_says_who() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    reply = unpack_trial(pack_trial(None, ORDER, none, LAYOUT, {5: "x"}, []), LAYOUT)
+    assert reply.failures == {5: "x"}
+    assert reply.rows.shape == (0, LAYOUT.size)
+    for vector in (reply.clients, reply.losses, reply.samples, reply.steps):
+        assert len(vector) == 0
+    assert reply.losses.dtype == torch.float64
+
+
+def test_a_reply_of_another_layout_names_round_clients_and_shapes() -> None:
+    other = Layout((("w/B", (M, R + 1)), ("b", (3,))))
+    content = pack_trial(trial(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    with pytest.raises(WireError) as caught:
+        unpack_trial(content, other)
+    text = str(caught.value)
+    assert "round 9: clients [2, 3]" in text
+    assert "(5, 2)" in text
+    assert "(5, 3)" in text
+
+
+def test_a_reply_with_missing_rows_is_refused() -> None:
+    content = pack_trial(trial(2), ORDER, CLIENTS[:3], LAYOUT, {}, [])
+    with pytest.raises(WireError, match=r"round 9: rows \(2, 13\), wanted \(3, 13\)"):
+        unpack_trial(content, LAYOUT)
+
+
+# BUG (fails): only the rows are counted. With fewer samples, losses or steps than clients the
+# reply goes through; of two clients with one weight the second is then dropped in silence, since
+# the checks and the sum broadcast.
+@pytest.mark.parametrize("vector", ["losses", "samples", "steps"])
+def test_a_reply_with_missing_numbers_is_refused(vector: str) -> None:
+    content = pack_trial(trial(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
+    config = content["config"]
+    assert isinstance(config, ConfigRecord)
+    stored = config[vector]
+    assert isinstance(stored, bytes)
+    config[vector] = stored[:-8]
+    with pytest.raises(WireError, match="round 9"):
+        unpack_trial(content, LAYOUT)
