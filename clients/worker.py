@@ -23,6 +23,7 @@ class Outcome:
     places: list[int] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
+    cut: bool = False
 
 
 class Worker:
@@ -59,6 +60,7 @@ class Worker:
                 )
             except Exception as error:  # whatever a model or data set raises is the client's
                 if len(places) > 1:
+                    outcome.cut = True
                     attempt(places[: len(places) // 2])
                     attempt(places[len(places) // 2 :])
                     return
@@ -76,7 +78,7 @@ class Worker:
     def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:
         clients = order.clients[torch.tensor(outcome.places, dtype=torch.int64)]
         notes = []
-        if len(outcome.trials) > 1:
+        if outcome.cut:
             notes.append(f"round {order.round_}: a chunk was cut because clients failed in it")
         return pack_trial(
             join(outcome.trials), order, clients, uplink_layout(downlink), outcome.failures, notes

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.layers import find_targets, is_head, layer_kind, layer_view, matches
+from fedraclora.layers import (
+    find_targets,
+    is_head,
+    layer_kind,
+    layer_view,
+    matches,
+    refuse_tied,
+)
 from fedraclora.method import Plan
 
 HEAD_POLICIES = ("adapt", "average", "frozen")
@@ -44,6 +51,7 @@ def make_plan(
 
     Raises:
         ConfigError: For an unknown policy, or a pattern that matches nothing.
+        ModelError: If a target, or a head that is trained, is tied to another layer.
     """
     if head_policy not in HEAD_POLICIES:
         raise unknown("head", head_policy, HEAD_POLICIES)
@@ -55,6 +63,9 @@ def make_plan(
     if head_policy == "adapt":
         heads = {n: m for n, m in modules.items() if is_head(n, head) and layer_kind(m)}
         views |= {f"{n}.weight": layer_view(m) for n, m in heads.items()}
+    if head_policy != "frozen":
+        every = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+        refuse_tied(model, [n for n in every if is_head(n, head)])
     full = {n for n in parameters if head_policy == "average" and is_head(n, head)}
     if bias_policy == "average":
         full |= {n for n in parameters if n.endswith(".bias") and f"{n[:-5]}.weight" in views}

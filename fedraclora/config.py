@@ -8,16 +8,19 @@ name is refused here, with the names that exist and the nearest one.
 from __future__ import annotations
 
 import inspect
+import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from fedraclora.adapter import BIAS_POLICIES, HEAD_POLICIES
 from fedraclora.aggregator import AGGREGATORS
-from fedraclora.data import DATASETS
+from fedraclora.data import DATASETS, PARTITIONS
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import Method
 from fedraclora.models import MODELS
 from fedraclora.optimiser import LocalConfig
+from fedraclora.sampling import WEIGHTINGS
 from fedraclora.schema import Plain, bind, build, coerce, section, without
 
 ENGINES = ("vectorised", "inline")
@@ -90,6 +93,16 @@ class PretrainConfig:
     epochs: int = 0
     lr: float = 1e-3
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot train."""
+        if self.epochs < 0 or self.batch_size < 1:
+            raise ConfigError(
+                f"pretrain.epochs is {self.epochs} and pretrain.batch_size is {self.batch_size}; "
+                "0 or more and 1 or more are wanted"
+            )
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"pretrain.lr is {self.lr}; a positive finite number is wanted")
 
 
 @dataclass(frozen=True)
@@ -165,9 +178,14 @@ def from_plain(plain: Plain, methods: Mapping[str, type[Method]]) -> RunConfig:
         "pretrain": build("pretrain", PretrainConfig, without(section(plain, "pretrain"), "name")),
         "output": build("output", OutputConfig, without(section(plain, "output"), "name")),
     }
-    for kind, table in (("data", DATASETS), ("model", MODELS)):
+    tables: dict[str, Iterable[str]] = {
+        "data": DATASETS,
+        "model": MODELS,
+        "partition": PARTITIONS,
+    }
+    for kind, table in tables.items():
         name = section(plain, kind).get("name")
-        if name not in table:
+        if name not in [*table]:
             raise unknown(kind, name, table)
     hints = typing.get_type_hints(RunConfig)
     rest = {}
@@ -197,9 +215,17 @@ def _check(config: RunConfig) -> None:
             f"cohort is {config.cohort}, but there are only {config.clients} clients; "
             "lower cohort or raise clients"
         )
-    if config.device not in DEVICES:
-        raise unknown("device", config.device, DEVICES)
-    if config.aggregator not in AGGREGATORS:
-        raise unknown("aggregator", config.aggregator, AGGREGATORS)
+    if config.max_failures < 0:
+        raise ConfigError(f"max_failures is {config.max_failures}; 0 or more is wanted")
+    choices: dict[str, Iterable[str]] = {
+        "device": DEVICES,
+        "aggregator": AGGREGATORS,
+        "weights": WEIGHTINGS,
+        "head": HEAD_POLICIES,
+        "bias": BIAS_POLICIES,
+    }
+    for key, known in choices.items():
+        if getattr(config, key) not in known:
+            raise unknown(key, getattr(config, key), known)
     if config.output.checkpoint_every < 1:
         raise ConfigError("output.checkpoint_every must be 1 or more")

@@ -135,5 +135,6 @@ def refuse_tied(model: nn.Module, names: list[str]) -> None:
         if tied and len(group) > 1:
             raise ModelError(
                 f"{tied[0]} is tied to {', '.join(n for n in group if n != tied[0])}: "
-                "an adapter on it would untie them; leave it out of the targets"
+                "training it apart would untie them; leave it out of the targets, or set "
+                "head=frozen"
             )

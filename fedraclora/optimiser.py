@@ -74,17 +74,23 @@ class LocalConfig:
             raise unknown("local.schedule", self.schedule, SCHEDULES)
         positive = {"lr": self.lr, "dense_lr": self.dense_lr, "clip": self.clip, "eps": self.eps}
         for key, value in positive.items():
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"local.{key} is {value}; a positive finite number is wanted")
-        for key, number in {"epochs": self.epochs, "steps": self.steps}.items():
+        for key in ("epochs", "steps", "batch_size", "warmup"):
+            number = getattr(self, key)
             if number is not None and number < 0:
-                raise ConfigError(f"local.{key} is {number}; 0 or more is wanted")
-        if self.batch_size < 0:
-            raise ConfigError(f"local.batch_size is {self.batch_size}; 0 (all) or more is wanted")
-        if self.prox < 0 or self.weight_decay < 0:
-            raise ConfigError("local.prox and local.weight_decay must not be negative")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"local.momentum is {self.momentum}; it must lie in [0, 1)")
+                every = "0 (all) or more" if key == "batch_size" else "0 or more"
+                raise ConfigError(f"local.{key} is {number}; {every} is wanted")
+        for key in ("prox", "weight_decay", "final", "step_factor"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(
+                    f"local.{key} is {getattr(self, key)}; a finite number, 0 or more, is wanted"
+                )
+        for key in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, 1)")
+        if self.step_every < 1:
+            raise ConfigError(f"local.step_every is {self.step_every}; 1 or more is wanted")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("local.nesterov=true needs local.momentum above 0")
 

@@ -57,8 +57,8 @@ class RunBook:
 
     def begin(self, state: State) -> None:
         """Store the initial weights, from which the chain rebuilds all later ones."""
-        if self.folder is not None and self.keep_chain:
-            append_link(self.folder / "chain", 0, dict(state.base), {"initial": True})
+        if self.keep_chain:
+            self._append(0, dict(state.base), {"initial": True})
 
     def totals(self) -> tuple[int, int]:
         """Bytes up and down (with catch-up) over all rounds so far."""
@@ -72,9 +72,12 @@ class RunBook:
 
     def link(self, round_: int, link: Link | None) -> None:
         """Append the link of a round to the chain."""
-        if self.folder is not None and self.keep_chain and link is not None:
-            tensors, meta = link_tensors(link)
-            append_link(self.folder / "chain", round_, tensors, meta)
+        if self.keep_chain and link is not None:
+            self._append(round_, *link_tensors(link))
+
+    def _append(self, round_: int, tensors: Tree, meta: dict[str, object]) -> None:
+        if self.folder is not None:
+            append_link(self.folder / "chain", round_, tensors, meta, sync=self.sync)
 
     def due(self, round_: int) -> bool:
         """Whether a checkpoint is due after this round."""

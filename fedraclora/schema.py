@@ -99,13 +99,29 @@ def coerce(key: str, value: object, hint: object) -> object:
         if isinstance(origin, type) and isinstance(value, origin):
             if isinstance(value, bool) and origin is not bool:
                 continue
+            if isinstance(value, str) and origin is not str:
+                continue  # a text is a sequence of letters, but never a list
+            if isinstance(value, list) and not _fits_elements(value, option):
+                continue
             return value
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     names = " or ".join(
-        "null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options
+        "null" if o is type(None) else str(o) if typing.get_args(o) else getattr(o, "__name__", "")
+        for o in options
     )
     raise ConfigError(f"{key} is {value!r}; {names} is wanted")
+
+
+def _fits_elements(value: list[object], hint: object) -> bool:
+    """Check the elements of a list against the argument of its hint."""
+    for element in value:
+        for inner in typing.get_args(hint)[:1]:
+            try:
+                coerce("", element, inner)
+            except ConfigError:
+                return False
+    return True
 
 
 def _is_union(hint: object) -> bool:

@@ -55,7 +55,10 @@ class Layout:
             )
         if not self.shapes:
             return torch.empty(0)
-        parts = [t.reshape(*t.shape[:lead], -1) for t in tree.values()]
+        sizes = [prod(shape) for _, shape in self.shapes]
+        parts = [
+            t.reshape(*t.shape[:lead], size) for t, size in zip(tree.values(), sizes, strict=True)
+        ]
         return torch.cat(parts, dim=-1)
 
     def unpack(self, flat: torch.Tensor) -> Tree:
@@ -71,7 +74,7 @@ class Layout:
         parts = flat.split([prod(shape) for _, shape in self.shapes], dim=-1)
         lead = flat.shape[:-1]
         return {
-            name: part.reshape(*lead, *shape)
+            name: part.reshape((*lead, *shape))
             for (name, shape), part in zip(self.shapes, parts, strict=True)
         }
 

@@ -64,9 +64,6 @@ def pack_downlink(downlink: Downlink, order: Order, places: slice, dtype: str) -
         order: Round, version and clients.
         places: The clients' places in the cohort; cuts per-client values.
         dtype: Of the numbers on the wire: float32 or float64.
-
-    Returns:
-        The content of a train message.
     """
     sent = {
         name: (tensor[places] if own else tensor).to(DTYPES[dtype])
@@ -141,8 +138,9 @@ def pack_trial(
         "notes": notes,
         "layout": layout.shapes,
     }
-    if trial is None:
-        return _records(header, torch.empty(0, layout.size), {"clients": clients})
+    if trial is None:  # every client of the chunk failed
+        none = torch.zeros(0, dtype=torch.int64)
+        trial = Trial({n: torch.empty(0, *s) for n, s in layout.shapes}, none.double(), none, none)
     rows = layout.pack({n: trial.trained[n] for n, _ in layout.shapes}, lead=1)
     vectors = {
         "clients": clients,
@@ -167,18 +165,18 @@ def unpack_trial(content: RecordDict, layout: Layout) -> Reply:
             f"{dict(sent.shapes)}, wanted {dict(layout.shapes)}"
         )
     count = len(vectors["clients"])
-    empty = torch.zeros(0, dtype=torch.int64)
-    if tuple(rows.shape) != (count, layout.size):
+    if tuple(rows.shape) != (count, layout.size) or {len(v) for v in vectors.values()} != {count}:
         raise WireError(
-            f"round {header['round']}: rows {tuple(rows.shape)}, wanted {(count, layout.size)}"
+            f"round {header['round']}: rows {tuple(rows.shape)}, wanted {(count, layout.size)}, "
+            f"with as many ids, losses and sizes; {[len(v) for v in vectors.values()]} came"
         )
     return Reply(
         header["round"],
         header["version"],
         vectors["clients"],
-        vectors.get("losses", empty.double()),
-        vectors.get("samples", empty),
-        vectors.get("steps", empty),
+        vectors["losses"],
+        vectors["samples"],
+        vectors["steps"],
         rows,
         {int(c): r for c, r in header["failures"].items()},
         header["notes"],
@@ -236,7 +234,7 @@ def _records(header: object, flat: torch.Tensor, vectors: Mapping[str, torch.Ten
 
 
 def _read(content: RecordDict) -> tuple[dict[str, Any], torch.Tensor, Tree]:
-    config, arrays = content["config"], content["arrays"]
+    config, arrays = content.get("config"), content.get("arrays")
     if not isinstance(config, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise WireError(f"a message holds {list(content)}; wanted the records config and arrays")
     header = json.loads(str(config["header"]))

@@ -1,8 +1,7 @@
 """The one Flower `Strategy`: it drives any method over any grid.
 
-Flower's own loop starts at round 1, has no place for retries or checkpoints and goes on when
-clients fail, so `start` is overridden once; it uses public `Grid` calls only. What Flower passes
-around as ``arrays`` is a version token: weights live in the method's state and in replicas.
+Flower's own loop starts at round 1, has no place for checkpoints and goes on when clients fail, so
+`start` is overridden once. What Flower passes around as ``arrays`` is a version token.
 """
 
 from __future__ import annotations
@@ -88,9 +87,8 @@ class FedStrategy(Strategy):
 
         Args:
             grid: Where clients run.
-            initial_arrays: Ignored: the state holds the weights.
-            num_rounds: Last round; None = ``loop.rounds``.
-            timeout: Seconds per exchange; None = ``loop.timeout``.
+            initial_arrays: Ignored.
+            num_rounds, timeout: Instead of ``loop.rounds`` and ``loop.timeout``.
 
         Returns:
             Flower's result, with the effective weights as arrays.
@@ -98,12 +96,13 @@ class FedStrategy(Strategy):
         Raises:
             ClientError: If more clients failed than allowed; a checkpoint was written before.
         """
-        del initial_arrays
+        del initial_arrays  # the state holds the weights
         self.replica.publish(self.state.base, self.catch_up.version)
         result = Result()
-        if self.done == 0:
+        if not self.book.ledger.rows:
             self._initial_row()
-        for round_ in range(self.done + 1, (num_rounds or self.loop.rounds) + 1):
+        last = self.loop.rounds if num_rounds is None else num_rounds
+        for round_ in range(self.done + 1, last + 1):
             try:
                 metrics = self._round(grid, round_, timeout or self.loop.timeout)
             except (ClientError, WireError):
@@ -129,19 +128,20 @@ class FedStrategy(Strategy):
         token = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})
         messages: Iterable[Message] = self.configure_train(round_, token, ConfigRecord(), grid)
         exchange = self._current()
-        fetched = int(self.catch_up.fetch(exchange.cohort.clients).sum())
+        moved = Moved()
         watch.lap("open")
-        moved = Moved(fetched=fetched)
         while True:
             replies = grid.send_and_receive(messages, timeout=timeout)
             watch.lap("train")
             got = self._collect(replies)
-            moved.count(exchange, len(got.clients), self.loop.dtype)
+            moved.count(exchange, self.loop.dtype)
             again = self.method.next_exchange(self.state, exchange.downlink, got)
             if again is None:
                 break
             messages = self._messages(again, exchange.cohort, round_, grid)
             exchange = self._current()
+        # Only now: a round that fails must not count its clients as caught up.
+        moved.fetched = int(self.catch_up.fetch(exchange.cohort.clients).sum())
         self._close(round_, exchange, got)
         watch.lap("close")
         due = round_ % self.loop.evaluate_every == 0 or round_ == self.loop.rounds

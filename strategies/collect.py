@@ -28,6 +28,8 @@ class Exchange:
         cohort: Who was asked.
         replies: In ascending order of client, once collected.
         failures: Clients whose reply is not used.
+        received: Rows that came, those that were refused included.
+        mean_loss: Mean training loss over the clients whose replies are used.
     """
 
     downlink: Downlink
@@ -37,6 +39,8 @@ class Exchange:
     cohort: Cohort
     replies: list[Reply] = field(default_factory=list)
     failures: list[Refusal] = field(default_factory=list)
+    received: int = 0
+    mean_loss: float = float("nan")
 
     def collect(self, messages: Iterable[Message], weighting: str, allowed: int) -> Uplinks:
         """Read, check and sort the replies.
@@ -67,9 +71,12 @@ class Exchange:
         self.failures += refused
         if len(self.failures) > allowed or len(refused) == len(clients):
             raise too_many(self.failures, self.round_, allowed)
+        self.received = len(clients)
         if refused:
             keep = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
-            clients, rows, weights = clients[keep], rows[keep], weights[keep]
+            clients, rows = clients[keep], rows[keep]
+            weights, losses = weights[keep], losses[keep]
+        self.mean_loss = float(losses.mean())
         versions = torch.full_like(clients, self.version)
         return Uplinks(clients, weights, self.layout, rows, versions=versions)
 
@@ -100,11 +107,6 @@ class Exchange:
             )
         missing = sorted(set(wanted) - set(answered))
         self.failures += [Refusal(c, "no reply in time") for c in missing]
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean training loss over the clients that answered."""
-        return float(torch.cat([r.losses for r in self.replies]).mean())
 
     @property
     def notes(self) -> list[str]:

@@ -48,11 +48,11 @@ class Moved:
     down: int = 0
     fetched: int = 0
 
-    def count(self, exchange: Exchange, answered: int, dtype: str) -> None:
-        """Add an exchange: what each asked client was sent, what each that answered sent."""
+    def count(self, exchange: Exchange, dtype: str) -> None:
+        """Add an exchange: what each asked client was sent, and every row that came."""
         size = DTYPES[dtype].itemsize
         cohort = len(exchange.cohort)
-        self.up += exchange.layout.size * size * answered
+        self.up += exchange.layout.size * size * exchange.received
         self.down += payload_bytes(exchange.downlink, cohort, size) * cohort
 
 

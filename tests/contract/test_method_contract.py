@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from worlds import (
-    METHODS,
     Played,
     World,
     assert_close_trees,
@@ -26,6 +25,7 @@ from worlds import (
     distance,
     has_field,
     label,
+    linear,
     make_method,
     make_world,
     mean_weights,
@@ -45,9 +45,10 @@ from fedraclora.link import apply_link
 from fedraclora.method import Draw, Method, Sketched, Trained
 from fedraclora.tree import Tree
 from fedraclora.wire import uplink_layout
+from strategies import METHODS
 
 Variant = tuple[str, dict[str, Any]]
-LAYERS = {"linear": {}, "conv1d": {"layer": conv1d}}
+LAYERS = {"linear": linear, "conv1d": conv1d}
 DRAW = Draw(seed=17)
 
 VARIANTS = list(variants())
@@ -62,7 +63,7 @@ every_method = pytest.mark.parametrize("name", sorted(METHODS))
 @pytest.fixture(scope="module", params=list(LAYERS))
 def world(request: pytest.FixtureRequest) -> World:
     """Three adapted matrices (one square), an averaged head and averaged biases, two layouts."""
-    return make_world(**LAYERS[request.param])
+    return make_world(LAYERS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +356,7 @@ def carried_down(played: Played) -> int:
 @every_variant
 def test_floats_is_what_travels(variant: Variant, world: World) -> None:
     method = method_of(variant)
-    most = 0
+    most = down = 0
     for round_, played in enumerate(play_rounds(method, world, 6, DRAW), start=1):
         up, down = method.floats(world.plan, round_)
         assert up == played.got.layout.size == uplink_layout(played.sent).size

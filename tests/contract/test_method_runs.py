@@ -12,7 +12,6 @@ import torch
 from flwr.app import Message
 from worlds import (
     FULL_BATCH,
-    METHODS,
     RAGGED,
     Run,
     World,
@@ -34,6 +33,7 @@ from fedraclora.chain import read_link, replay
 from fedraclora.checkpoint import read_links
 from fedraclora.method import Method
 from fedraclora.optimiser import LocalConfig
+from strategies import METHODS
 
 Variant = tuple[str, dict[str, Any]]
 VARIANTS = list(variants())

@@ -98,7 +98,7 @@ def test_what_is_trained_in_full_is_not_adapted() -> None:
 )
 def test_a_name_that_does_not_exist_is_refused(changes: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        make_plan(network(), HEAD, **changes)  # type: ignore[arg-type]
+        make_plan(network(), HEAD, **changes)
     assert words in str(caught.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -177,45 +178,45 @@ def test_catching_up_by_hand() -> None:
     assert catch_up.fetch(everyone).tolist() == [0, 0, 0, 0]
 
 
-events = st.lists(
-    st.one_of(
-        st.none(),
-        st.tuples(st.just("link"), st.integers(0, 3), st.booleans()),
-        st.tuples(st.just("fetch"), st.sets(st.integers(0, 4), min_size=1)),
-    ),
-    max_size=12,
-)
+@dataclass(frozen=True)
+class Event:
+    """A round that closed with a link of this rank (0: none), or clients that fetch."""
+
+    rank: int = 0
+    dense: bool = False
+    fetching: frozenset[int] = frozenset()
+
+    @property
+    def link(self) -> Link | None:
+        """The link; None for a round that changed nothing."""
+        if not self.rank and not self.dense:
+            return None
+        terms = {"lin": Term((torch.zeros(M, self.rank), SPEC), 1.0)} if self.rank else {}
+        return Link(terms, {"bias": torch.zeros(M)} if self.dense else {})
 
 
-@given(events)
-def test_a_client_fetches_the_links_it_missed_or_the_dense_weight(events: list[object]) -> None:
-    base = {"lin": torch.zeros(M, N), "bias": torch.zeros(M)}
-    catch_up = CatchUp(base, 5)
-    history: list[dict[str, int]] = []
+rounds = st.builds(Event, rank=st.integers(0, 3), dense=st.booleans())
+fetches = st.builds(Event, fetching=st.frozensets(st.integers(0, 4), min_size=1))
+
+
+@given(st.lists(rounds | fetches, max_size=12))
+def test_a_client_fetches_the_links_it_missed_or_the_dense_weight(events: list[Event]) -> None:
+    catch_up = CatchUp({"lin": torch.zeros(M, N), "bias": torch.zeros(M)}, 5)
+    history: list[Event] = []
     held = dict.fromkeys(range(5), 0)
     for event in events:
-        if event is None:
-            catch_up.add(None)
-            history.append({})
-        elif event[0] == "link":  # type: ignore[index]
-            _, rank, dense = event  # type: ignore[misc]
-            terms = {"lin": Term((torch.zeros(M, rank), SPEC), 1.0)} if rank else {}
-            values = {"bias": torch.zeros(M)} if dense else {}
-            catch_up.add(Link(terms, values))
-            history.append(
-                ({"lin": M * rank * 4 + 8} if rank else {}) | ({"bias": 20} if dense else {})
-            )
-        else:
-            clients = sorted(event[1])  # type: ignore[index]
-            wanted = []
-            for client in clients:
-                missed = history[held[client] :]
-                wanted.append(
-                    min(sum(h.get("lin", 0) for h in missed), M * N * 4)
-                    + min(sum(h.get("bias", 0) for h in missed), M * 4)
-                )
-                held[client] = len(history)
-            assert catch_up.fetch(torch.tensor(clients)).tolist() == wanted
+        if not event.fetching:
+            catch_up.add(event.link)
+            history.append(event)
+            continue
+        wanted = []
+        for client in sorted(event.fetching):
+            missed = history[held[client] :]
+            lin = sum(M * e.rank * 4 + 8 for e in missed if e.rank)
+            bias = sum(M * 4 for e in missed if e.dense)
+            wanted.append(min(lin, M * N * 4) + min(bias, M * 4))
+            held[client] = len(history)
+        assert catch_up.fetch(torch.tensor(sorted(event.fetching))).tolist() == wanted
         assert catch_up.version == len(history)
 
 

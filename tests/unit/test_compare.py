@@ -69,7 +69,7 @@ def make(tmp_path: Path) -> Make:
             ledger.append(row, sync=False)
         config: dict[str, object] = {
             "method": method,
-            "data": {"name": "mnist", "root": f"/home/{name}/data", "labels": [5, 6]},
+            "data": {"name": "mnist", "root": f"/mnt/{name}/data", "labels": [5, 6]},
             "model": {"name": "mlp"},
             "local": {"name": "sgd", "lr": 0.1},
             "clients": 50,

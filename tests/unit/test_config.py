@@ -74,7 +74,7 @@ def test_the_defaults_are_a_run() -> None:
 def test_every_method_of_the_table_is_read_from_its_yaml(name: str) -> None:
     group = read(CONF / "method" / f"{name}.yaml")
     config = from_plain(plain() | {"method": group}, METHOD_TABLE)
-    wanted = METHODS[name](**without(group, "name"))  # type: ignore[arg-type]
+    wanted = METHODS[name](**without(group, "name"))
     assert config.method == wanted
 
 

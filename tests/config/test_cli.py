@@ -1,0 +1,369 @@
+"""Bad input ends in one clear message and a non-zero exit, never in a traceback."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from experiments.cli import main
+from fedraclora.sampling import draw_cohort
+
+SMALL = [
+    "data=digits",
+    "data.labels=null",
+    "pretrain=none",
+    "partition=iid",
+    "model.hidden=[6]",
+    "method.rank=2",
+    "clients=12",
+    "cohort=5",
+    "rounds=2",
+    "output=study",
+]
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def logs() -> Iterator[None]:
+    """Put the root logger back: Hydra gives it a handler on the stream of this test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, logs: None) -> Run:
+    """Call the console script in this process; give its exit status and what it wrote to stderr."""
+
+    def call(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fedraclora"])  # it hands Hydra its words this way
+        status: object = 0
+        try:
+            main(words)
+        except SystemExit as end:
+            status = end.code
+        assert status is None or isinstance(status, int)
+        return status or 0, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def simulate(command: Run, tmp_path: Path) -> Run:
+    """Run ``fedraclora simulate`` on a small job in ``run`` under the test's folder."""
+
+    def call(*words: str) -> tuple[int, str]:
+        return command("simulate", *SMALL, f"output.dir={tmp_path / 'run'}", *words)
+
+    return call
+
+
+def assert_refused(found: tuple[int, str], *said: str) -> None:
+    status, error = found
+    assert status != 0
+    assert "Traceback" not in error
+    assert error.startswith("error: "), error
+    missing = [part for part in said if part not in error]
+    assert not missing, f"{missing} not in: {error}"
+
+
+NAMES = "There are: "
+BAD: dict[str, tuple[list[str], list[str]]] = {
+    "method": (
+        ["method=fed_rac_lorra"],
+        ["'fed_rac_lorra'", "did you mean 'fed_rac_lora'?", NAMES],
+    ),
+    "method by key": (["method.name=fedavgg"], ["'fedavgg'", "did you mean 'fedavg'?", NAMES]),
+    "sketch": (["method.sketch=gausian"], ["'gausian'", "did you mean 'gaussian'?", NAMES]),
+    "data": (["data=mnst"], ["'mnst'", "did you mean 'mnist'?", NAMES]),
+    "data by key": (["data.name=digit"], ["'digit'", "did you mean 'digits'?", NAMES]),
+    "partition": (["partition=dirichlett"], ["did you mean 'dirichlet'?", NAMES]),
+    "model": (["model=mlpp"], ["did you mean 'mlp'?", NAMES]),
+    "engine": (["engine=vectorized"], ["did you mean 'vectorised'?", NAMES]),
+    "experiment": (["experiment=fedslop"], ["did you mean 'fedslop_mnist'?", NAMES]),
+    "optimiser": (["local.optimiser=sdg"], ["did you mean 'sgd'?", NAMES]),
+    "schedule": (["local.schedule=cosin"], ["did you mean 'cosine'?", NAMES]),
+    "side": (["method.side=rigt"], ["did you mean 'right'?", NAMES]),
+    "head": (["head=adpt"], ["did you mean 'adapt'?", NAMES]),
+    "weights": (["weights=exmples"], ["did you mean 'examples'?", NAMES]),
+    "device": (["device=gpu"], ["'gpu'", NAMES]),
+    "rank 0": (["method.rank=0"], ["method.rank is 0", "positive integer or a fraction"]),
+    "rank below 0": (["method.rank=-3"], ["method.rank is -3", "positive"]),
+    "rank with a dot": (["method.rank=1.5"], ["1.5", "(0, 1]", "without a dot"]),
+    "rank of words": (["method.rank=four"], ["method.rank is 'four'", "int or float is wanted"]),
+    "rank above the layer": (
+        ["method.rank=65", "method.cap=false"],
+        ["method.rank is 65", "fc1.weight has only 64", "lower the rank", "method.cap=true"],
+    ),
+    "rank above the layer, left": (
+        ["method.rank=7", "method.cap=false", "method.side=left"],
+        ["method.rank is 7", "fc1.weight has only 6", "lower the rank"],
+    ),
+    "rank above the layer, fedavg_lora": (
+        ["method=fedavg_lora", "method.rank=65", "method.cap=false"],
+        ["method.rank is 65", "fc1.weight has only 64", "lower the rank"],
+    ),
+    "cohort above the population": (["cohort=13"], ["cohort is 13", "12 clients", "lower cohort"]),
+    "cohort above what is left": (
+        [
+            "partition=fedslop",
+            "partition.alpha=0.01",
+            "partition.empty=drop",
+            "clients=60",
+            "cohort=59",
+        ],
+        ["cohort is 59", "clients (after empty ones are dropped)", "choose 1 to "],
+    ),
+    "cohort 0": (["cohort=0"], ["cohort is 0", "a fraction in (0, 1], is wanted"]),
+    "cohort of words": (["cohort=all"], ["cohort is 'all'", "is wanted"]),
+    "alpha 0": (["method.alpha=0"], ["method.alpha is 0", "positive finite number or auto"]),
+    "alpha below 0": (["method.alpha=-1"], ["method.alpha is -1", "positive finite number"]),
+    "alpha infinite": (["method.alpha=inf"], ["method.alpha is inf", "positive finite number"]),
+    "alpha nan": (["method.alpha=nan"], ["method.alpha is nan", "positive finite number"]),
+    "lr 0": (["local.lr=0"], ["local.lr is 0", "positive finite number"]),
+    "lr below 0": (["local.lr=-0.1"], ["local.lr is -0.1", "positive finite number"]),
+    "lr infinite": (["local.lr=inf"], ["local.lr is inf", "positive finite number"]),
+    "lr nan": (["local.lr=nan"], ["local.lr is nan", "positive finite number"]),
+    "dense lr": (["local.dense_lr=0"], ["local.dense_lr is 0", "positive finite number"]),
+    "targets": (["targets=fc9"], ["targets=fc9", "did you mean 'fc1'?", NAMES]),
+    "dense": (["dense=conv*"], ["dense=conv*", NAMES, "fc1"]),
+    "empty client": (
+        ["partition=fedslop", "partition.alpha=0.01", "clients=60"],
+        ["of 60 clients without samples", "partition.empty=drop", "fewer clients"],
+    ),
+    "more clients than samples": (["clients=5000"], ["clients=5000", "1346 samples"]),
+    "missing data": (["data=mnist"], ["data.root is not set", "Get the files with: npm pack"]),
+    "missing file": (
+        ["data=mnist", "data.root=nowhere"],
+        [
+            "there is no train-images-idx3-ubyte",
+            "nowhere/MNIST/raw",
+            "Get the files with: npm pack",
+        ],
+    ),
+    "missing table": (
+        ["data=text", "data.file=mine.tsv"],
+        ["there is no mine.tsv", "set data.root"],
+    ),
+    "model of another kind": (
+        ["model=transformer", "model.hidden=8", "model.heads=2"],
+        ["model=transformer reads token ids", "use model=mlp"],
+    ),
+    "no validation samples": (["evaluate.split=validation"], ["data.validation is 0", "above 0"]),
+    "resume from nowhere": (["resume=nowhere"], ["nowhere is no run folder", "config.yaml"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_what_to_do(simulate: Run, case: str) -> None:
+    words, said = BAD[case]
+    assert_refused(simulate(*words), *said)
+
+
+@pytest.mark.parametrize(
+    "case", ["method", "sketch", "rank above the layer", "targets", "empty client", "missing data"]
+)
+def test_a_config_that_cannot_run_leaves_no_folder_behind(
+    simulate: Run, case: str, tmp_path: Path
+) -> None:
+    # Else the same command, put right, would find a run in its way.
+    simulate(*BAD[case][0])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method.rnk=3"],
+        ["foo=1"],
+        ["method=fedavg"],  # the job sets method.rank, which FedAvg has not
+        ["method=null"],
+        ["rounds=-1"],
+        ["clients=0"],
+        ["max_failures=-1"],
+        ["seed=a"],
+        ["engine.chunk=0"],
+        ["local.schedule=step", "local.step_every=0"],
+        ["local.momentum=1"],
+        ["local.prox=nan"],
+        ["local.weight_decay=inf"],
+        ["local=adamw", "local.beta1=2"],
+        ["data.validation=some"],
+        ["data.validation=2"],
+        ["data.labels=[42]"],
+        ["data.test=1"],
+        ["model.dropout=1"],
+        ["model.hidden=[]"],
+        ["pretrain=digits_0_4", "pretrain.lr=-1"],
+        ["pretrain=digits_0_4", "pretrain.batch_size=0"],
+        ["pretrain=digits_0_4", "pretrain.epochs=-1"],
+        ["partition=given"],
+        ["partition.column=x"],
+        ["evaluate.every=0"],
+        ["output.checkpoint_every=0"],
+    ],
+    ids=" ".join,
+)
+def test_no_bad_value_ends_in_a_traceback(simulate: Run, words: list[str]) -> None:
+    status, error = simulate(*words)
+    assert status != 0
+    assert "Traceback" not in error
+    key = words[-1].partition("=")[0].rpartition(".")[2]
+    assert key in error or "rank" in error
+    assert "training loss" not in error  # refused before it trains
+
+
+# ---- A run that diverges ------------------------------------------------------------------------
+
+
+def test_a_nan_loss_names_clients_and_round(simulate: Run, tmp_path: Path) -> None:
+    found = simulate("local.lr=1e30")
+    assert_refused(
+        found, "round 1: 5 client(s) failed", "training loss is nan", "lower local.lr", "local.clip"
+    )
+    for client in draw_cohort(0, 1, 12, 5).tolist():
+        assert f"client {client}:" in found[1]
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+# ---- Run folders --------------------------------------------------------------------------------
+
+
+def test_a_run_folder_that_exists_is_not_written_over(simulate: Run, tmp_path: Path) -> None:
+    assert simulate()[0] == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert_refused(simulate(), "holds a run already", "another output.dir", f"resume={tmp_path}")
+    after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert after == before
+
+
+def unfinished(simulate: Run, folder: Path) -> Path:
+    """A run of two rounds, without the summary that would make it a finished one."""
+    assert simulate()[0] == 0
+    (folder / "run" / "summary.json").unlink()
+    return folder / "run"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "other", "empty"])
+def test_a_corrupt_checkpoint_is_refused(
+    simulate: Run, command: Run, damage: str, tmp_path: Path
+) -> None:
+    run = unfinished(simulate, tmp_path)
+    path = run / "checkpoint" / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    path.write_bytes(
+        {"cut": whole[:-40], "flipped": bytes(flipped), "other": b"hello", "empty": b""}[damage]
+    )
+    found = command("simulate", f"resume={run}")
+    assert_refused(found, str(path), "damaged", "restore the file from a copy", "without resume")
+
+
+def test_a_corrupt_ledger_is_refused(simulate: Run, command: Run, tmp_path: Path) -> None:
+    run = unfinished(simulate, tmp_path)
+    lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_text(lines[0] + "hello\n" + lines[2])
+    found = command("simulate", f"resume={run}")
+    assert_refused(found, "ledger.jsonl, line 2 is damaged", "restore the file from a copy")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_a_ledger_behind_its_checkpoint_is_refused(
+    simulate: Run, command: Run, rows: int, tmp_path: Path
+) -> None:
+    run = unfinished(simulate, tmp_path)
+    lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 3
+    (run / "ledger.jsonl").write_text("".join(lines[:rows]))
+    assert_refused(command("simulate", f"resume={run}"), "ledger")
+
+
+@pytest.mark.parametrize("text", ["", "method: 3\n", "method: [open"])
+def test_a_corrupt_config_is_refused(
+    simulate: Run, command: Run, text: str, tmp_path: Path
+) -> None:
+    run = unfinished(simulate, tmp_path)
+    (run / "config.yaml").write_text(text)
+    assert_refused(command("simulate", f"resume={run}"), "config")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method.rank=3"], "method.rank: 2 -> 3"),
+        (["seed=1"], "seed: 0 -> 1"),
+        (["local.lr=0.1"], "local.lr: 0.5 -> 0.1"),
+        (["model.hidden=[5]"], "model.hidden: [6] -> [5]"),
+        (["method=ffa_lora"], 'method.name: "fed_rac_lora" -> "ffa_lora"'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+@pytest.mark.parametrize("how", ["auto", "folder"])
+def test_resume_under_another_config_is_refused(
+    simulate: Run, command: Run, how: str, words: list[str], said: str, tmp_path: Path
+) -> None:
+    run = unfinished(simulate, tmp_path)
+    kept = (run / "ledger.jsonl").read_bytes()
+    if how == "auto":
+        found = simulate("resume=auto", *words)
+    else:
+        found = command("simulate", f"resume={run}", *words)
+    assert_refused(found, str(run), "under another config", said)
+    assert (run / "ledger.jsonl").read_bytes() == kept
+
+
+def test_resume_under_the_same_config_goes_on(simulate: Run, command: Run, tmp_path: Path) -> None:
+    run = unfinished(simulate, tmp_path)
+    assert command("simulate", f"resume={run}", "seed=0", "method.rank=2")[0] == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["rounds"] == 2
+
+
+# ---- The script itself --------------------------------------------------------------------------
+
+
+def test_an_unknown_command_is_refused(command: Run) -> None:
+    assert_refused(command("simulat"), "'simulat'", "did you mean 'simulate'?", "bench, compare")
+
+
+def test_help_lists_the_groups_with_one_line_each(
+    command: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ((), ("--help",), ("simulate", "--help")):
+        main(words)
+        printed = capsys.readouterr().out
+        assert "fed_rac_lora" in printed
+        assert "a fresh shared sketch each round" in printed
+        assert all(f"  {group}=" in printed for group in ("method", "data", "engine", "experiment"))
+
+
+def console(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    script = shutil.which("fedraclora", path=str(Path(sys.executable).parent))
+    assert script is not None, "the console script is not installed: run `make install`"
+    return subprocess.run([script, *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_installed_script_refuses_in_one_line(tmp_path: Path) -> None:
+    done = console("simulate", "method=fed_rac_lorra", folder=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: unknown method 'fed_rac_lorra'")
+
+
+def test_the_installed_script_ends_a_diverging_run(tmp_path: Path) -> None:
+    done = console("simulate", *SMALL, "output.dir=run", "local.lr=1e30", folder=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: round 1: 5 client(s) failed")
+    assert (tmp_path / "run" / "checkpoint" / "checkpoint.safetensors").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]

@@ -1,0 +1,161 @@
+"""Every YAML file of conf/ composes into settings, and what can run offline runs a round."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from experiments.assemble import assemble
+from experiments.cli import groups
+from fedraclora.config import (
+    EngineConfig,
+    EvaluateConfig,
+    OutputConfig,
+    PretrainConfig,
+    RunConfig,
+    from_plain,
+)
+from fedraclora.errors import DataError
+from fedraclora.optimiser import LocalConfig
+from strategies import METHODS
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+FILES = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
+GROUPS = {"engine": EngineConfig, "output": OutputConfig, "pretrain": PretrainConfig}
+
+TINY = ["rounds=1", "clients=10", "cohort=3"]
+DIGITS = ["data=digits", "pretrain=none", *TINY]  # digits 5-9, by the root's data.labels
+SYNTHETIC = ["partition=given", "model=linear", "model.bias=false", "pretrain=none", *TINY]
+# What a choice needs beside it to run a round; digits and the other defaults where it is absent.
+BESIDE = {
+    "config": TINY,
+    "data/digits": ["pretrain=none", *TINY],
+    "data/mnist_5k": ["pretrain=none", *TINY],
+    "data/least_squares": [*SYNTHETIC, "data.labels=null", "clients=null"],
+    "data/logistic_regression": [*SYNTHETIC, "data.labels=null", "clients=null"],
+    "partition/given": [
+        "data=least_squares",
+        "data.labels=null",
+        "model=linear",
+        "pretrain=none",
+        "rounds=1",
+        "clients=null",
+        "cohort=3",
+    ],
+    "partition/natural": [
+        "data=logistic_regression",
+        "data.labels=null",
+        "model=linear",
+        "pretrain=none",
+        "rounds=1",
+        "clients=null",
+        "cohort=3",
+    ],
+    "partition/fedslop": [*DIGITS, "partition.empty=drop"],
+    "pretrain/digits_0_4": ["data=digits", "pretrain.epochs=2", *TINY],
+    "experiment/fedslop_mnist": ["rounds=1"],
+}
+# Texts and large models: slow to load, or not here. They are composed only.
+COMPOSED = {
+    *(name for name in FILES if name.startswith("data/glue_")),
+    "data/mnist",
+    "data/rotten_tomatoes",
+    "data/text",
+    "model/hf",
+    "model/minilm",
+    "model/transformer",
+}
+
+
+def composed(name: str, beside: list[str]) -> dict[str, object]:
+    """The resolved config with one file chosen."""
+    group, _, choice = name.rpartition("/")
+    words = [f"{group}={choice}"] if group else []
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[*words, *beside])
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_composes_into_settings(name: str) -> None:
+    plain = composed(name, [])
+    config = from_plain(plain, METHODS)
+    assert set(plain) == set(inspect.signature(RunConfig).parameters) - {"plain"} | {"resume"}
+    group, _, choice = name.rpartition("/")
+    if group == "method":
+        assert isinstance(config.method, METHODS[choice])
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n not in COMPOSED])
+def test_what_is_here_runs_a_round(name: str) -> None:
+    config = from_plain(composed(name, BESIDE.get(name, DIGITS)), METHODS)
+    try:
+        run = assemble(config, None)
+    except DataError as error:
+        pytest.skip(f"composed only: {error}")
+    run.strategy.start(run.grid)
+    rows = run.strategy.book.ledger.rows
+    assert [row["round"] for row in rows] == [0, 1]
+    for row in rows:
+        metrics = row["metrics"]
+        assert isinstance(metrics, Mapping)
+        assert metrics
+        assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_the_lists_above_name_files_that_exist() -> None:
+    assert set(BESIDE) <= set(FILES)
+    assert set(FILES) >= COMPOSED
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.partition("/")[0] in GROUPS])
+def test_keys_are_the_fields(name: str) -> None:
+    group = name.partition("/")[0]
+    keys = set(yaml.safe_load(FILES[name].read_text()))
+    assert keys | {"name"} == set(inspect.signature(GROUPS[group]).parameters) | {"name"}
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("method/")])
+def test_keys_of_a_method_are_its_hyperparameters(name: str) -> None:
+    stored = yaml.safe_load(FILES[name].read_text())
+    method = METHODS[stored.pop("name")]
+    assert set(stored) == set(inspect.signature(method).parameters)
+
+
+def test_every_method_has_a_file_of_its_name() -> None:
+    assert {n.partition("/")[2] for n in FILES if n.startswith("method/")} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("local/")])
+def test_keys_of_local_are_fields(name: str) -> None:
+    stored = yaml.safe_load(FILES[name].read_text())
+    fields = set(inspect.signature(LocalConfig).parameters)
+    of_adamw = {"beta1", "beta2", "eps"}
+    assert set(stored) - {"name"} == fields - (
+        set() if stored["optimiser"] == "adamw" else of_adamw
+    )
+
+
+def test_keys_of_evaluate_are_the_fields() -> None:
+    stored = yaml.safe_load(FILES["config"].read_text())
+    assert set(stored["evaluate"]) == set(inspect.signature(EvaluateConfig).parameters)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_first_comment_says_what_the_choice_is(name: str) -> None:
+    lines = FILES[name].read_text().splitlines()
+    first = next(line for line in lines if "@package" not in line)
+    assert first.startswith("# ")
+    assert len(first) > 10
+    group, _, choice = name.rpartition("/")
+    if group:
+        assert groups()[group][choice] == first.removeprefix("# ")
