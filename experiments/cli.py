@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedraclora.errors import ConfigError, FedRacLoraError, unknown
+from fedraclora.errors import FedRacLoraError, unknown
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 COMMANDS = {
@@ -78,9 +78,6 @@ def main(words: Sequence[str] | None = None) -> None:
             check_choices(rest)
         sys.argv = [f"fedraclora {command}", *rest]
         status = importlib.import_module(f"experiments.{command}").main()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except FedRacLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -34,7 +34,18 @@ def run_folder(output: Mapping[str, object], sweep_job: str | None) -> Path:
     kind = "runs" if sweep_job is None else "multirun"
     stamp = Path(kind) / f"{STARTED:%Y-%m-%d}" / f"{STARTED:%H-%M-%S}"
     folder = stamp if named is None else Path(str(named)).expanduser()
-    return folder if sweep_job is None else folder / (sweep_job or "run")
+    return folder if sweep_job is None else folder / sweep_job
+
+
+def sweep_name(overrides: Sequence[str]) -> str:
+    """Name the folder of a sweep's job by what was typed, in the order of the keys.
+
+    Example:
+        >>> sweep_name(["seed=1", "output.dir=out", "method=fedavg"])
+        'method=fedavg,seed=1'
+    """
+    kept = sorted(o for o in overrides if not o.startswith(("output.", "resume=", "output=")))
+    return ",".join(kept).replace("/", "_") or "run"
 
 
 def read_config(folder: Path) -> Plain:

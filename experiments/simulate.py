@@ -151,7 +151,7 @@ def main(cfg: DictConfig) -> float | None:
         raise CheckpointError("the config must be a mapping")
     job = HydraConfig.get()
     typed = [o.lstrip("+~").partition("=")[0] for o in job.overrides.task]
-    sweep = job.job.override_dirname if job.mode == RunMode.MULTIRUN else None
+    sweep = folders.sweep_name(job.overrides.task) if job.mode == RunMode.MULTIRUN else None
     try:
         summary = run_one({str(k): v for k, v in plain.items()}, typed, sweep)
     except FedRacLoraError as error:

@@ -12,7 +12,7 @@ import torch
 from fedraclora.config import PretrainConfig, RunConfig
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.partition import make_partition
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.models import MODELS, check_fit
 from fedraclora.pretrain import pretrain
 from fedraclora.samples import Partitioned, Samples
@@ -126,7 +126,10 @@ def _pretrain(
     config: PretrainConfig, whole: DataSet, model: torch.nn.Module, seed: int
 ) -> Mapping[str, float]:
     """Pretrain on the labels that are asked for; give the accuracy on their test part."""
-    part = whole if config.labels is None else select_labels(whole, config.labels)
+    try:
+        part = whole if config.labels is None else select_labels(whole, config.labels)
+    except FedRacLoraError as error:
+        raise ConfigError(f"pretrain.labels: {error}; pretrain=none leaves it out") from error
     return pretrain(
         model,
         part.train,

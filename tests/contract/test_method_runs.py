@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
+from torch import nn
 from worlds import (
     FULL_BATCH,
     RAGGED,
@@ -22,6 +23,7 @@ from worlds import (
     has_field,
     label,
     least_squares,
+    linear,
     make_method,
     make_world,
     run,
@@ -69,6 +71,33 @@ def assert_same_bits(left: Run, right: Run) -> None:
 def test_no_local_steps_leave_the_effective_weights(variant: Variant, world: World) -> None:
     done = run(world, method_of(variant), LocalConfig(steps=0), rounds=4)
     assert_close_trees(done.weights, world.base)
+
+
+@every_variant
+def test_a_round_starts_from_the_weights_that_the_server_holds(
+    variant: Variant, world: World
+) -> None:
+    """The loss of a client's first step is the loss of the effective weights before the round."""
+    alone, seen = equal_clients(world, 1), [world.loss(world.base)]
+    done = run(alone, method_of(variant), FULL_BATCH, rounds=5)
+    seen += [row["metrics"]["loss"] for row in done.rows]
+    assert [row["train_loss"] for row in done.rows] == pytest.approx(seen[:-1], rel=1e-12)
+
+
+@pytest.mark.parametrize("layer", [linear, conv1d])
+@every_variant
+def test_the_server_ends_with_the_weights_that_a_client_trained_to(
+    variant: Variant, layer: Callable[[int, int], nn.Module]
+) -> None:
+    """After one step the server holds W_1; a client of two steps has seen the losses of W_0, W_1.
+
+    A scale or a layout that client and server do not share breaks the equation.
+    """
+    alone, method = equal_clients(make_world(layer), 1), method_of(variant)
+    one = run(alone, method, FULL_BATCH, rounds=1)
+    two = run(alone, method, replace(FULL_BATCH, steps=2), rounds=1)
+    wanted = (alone.loss(alone.base) + alone.loss(one.weights)) / 2
+    assert two.rows[0]["train_loss"] == pytest.approx(wanted, rel=1e-12)
 
 
 @every_variant

@@ -51,6 +51,7 @@ SEED = 11
 ATOL = 1e-10
 SIZES = (5, 1, 9, 3, 4, 7)  # with batches of 4: 2, 1, 3, 1, 1 and 2 steps an epoch
 WORDS, LENGTH = 20, 6
+KINDS = list({kind: name for name, kind in METHODS.items()}.values())  # one name of each class
 LOCAL = LocalConfig(lr=0.2, dense_lr=0.1, batch_size=4, epochs=2)
 
 
@@ -332,7 +333,7 @@ SETTINGS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_local_setting(name: str, setting: str) -> None:
     local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
     # A gaussian sketch: with orthonormal rows the preconditioner would be the identity.
@@ -549,7 +550,7 @@ CONVOLUTIONS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("shape", CONVOLUTIONS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", KINDS)
 def test_convolutions_of_every_shape(name: str, shape: str) -> None:
     run(Case(convolution(**CONVOLUTIONS[shape]), targets="all"), method_of(name), LOCAL, 2, {2})
 
@@ -559,7 +560,7 @@ def test_a_grouped_convolution_is_trained_in_full() -> None:
     run(case, method_of("fed_rac_lora"), LOCAL, rounds=2, check={2})
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("rank", [3, 4])  # 4: two groups of 2, so that shapes fit by chance
 @pytest.mark.parametrize("unusual", [{"groups": 2}, {"padding": 1, "padding_mode": "circular"}])
 def test_an_unusual_convolution_is_right_or_refused(
@@ -583,7 +584,8 @@ def foldable(case: Case, downlink: Downlink) -> bool:
 
 @pytest.mark.parametrize("local", [LOCAL, replace(LOCAL, prox=0.3, momentum=0.9, clip=0.5)])
 def test_tied_weights_fall_back_to_vmap(local: LocalConfig) -> None:
-    case, method = Case(reader(tied=True), targets="mix", dense="norm"), method_of("fedavg")
+    case = Case(reader(tied=True), targets="mix", head="frozen", dense="norm")
+    method = method_of("fedavg")
     plan = case.plan()
     state = method.init(base_of(case.task), plan, Draw(SEED))
     cohort = Cohort(torch.arange(2), torch.ones(2))
@@ -593,12 +595,18 @@ def test_tied_weights_fall_back_to_vmap(local: LocalConfig) -> None:
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "fedavg"])
 def test_tied_weights_that_stay_frozen_are_folded(name: str) -> None:
-    case, method = Case(reader(tied=True), targets="mix", dense="norm"), method_of(name)
+    case = Case(reader(tied=True), targets="mix", head="frozen", dense="norm")
+    method = method_of(name)
     plan = case.plan()
     state = method.init(base_of(case.task), plan, Draw(SEED))
     cohort = Cohort(torch.arange(2), torch.ones(2))
     assert foldable(case, method.open_round(state, 1, cohort, Draw(SEED)))
     run(case, method, LOCAL, rounds=2, check={2})
+
+
+def test_a_head_that_shares_the_table_of_words_is_not_trained_apart() -> None:
+    with pytest.raises(ModelError, match=r"head.weight is tied to words.weight.*head=frozen"):
+        Case(reader(tied=True), targets="mix").plan()
 
 
 @pytest.mark.parametrize("name", METHODS)
