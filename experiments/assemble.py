@@ -117,6 +117,7 @@ def assemble(
         book=book,
         aggregator=AGGREGATORS[config.aggregator],
         on_round=on_round,
+        sizes=lambda clients: task.train.sizes(clients.to(built.device)).cpu(),
     )
     if resume:
         restored, done = book.restore(state, strategy.catch_up)

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from fedraclora.checkpoint import load_checkpoint
 from fedraclora.errors import FedRacLoraError
+from fedraclora.ledger import digest_rows, read_ledger
 from fedraclora.rng import generator
 
 JOB = (
@@ -101,7 +102,7 @@ def launch(job: Sequence[str], folder: Path, *, resume: bool) -> subprocess.Pope
 
 
 def finish(process: subprocess.Popen[bytes], folder: Path) -> dict[str, str]:
-    """Wait for the end of a run and read its digests.
+    """Wait for the end of a run; read the digests of its weights, its ledger and the ledger's file.
 
     Raises:
         TrialError: If it ended with another status than 0.
@@ -111,7 +112,8 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> dict[str, str]:
         last = " / ".join(said[-3:])
         raise TrialError(f"status {process.returncode} from [{left_behind(folder)}]: {last}")
     summary = json.loads((folder / "summary.json").read_text())
-    return {name: summary[name] for name in DIGESTS}
+    found = {name: str(summary[name]) for name in DIGESTS}
+    return found | {"ledger.jsonl": digest_rows(read_ledger(folder / "ledger.jsonl"))}
 
 
 def kill_after(process: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -183,7 +185,7 @@ def trials(job: Sequence[str], times: int, *, seed: int, most: int, root: Path) 
     for number in range(1, times + 1):
         folder = root / f"trial{number}"
         trial, found = kill_and_resume(job, folder, number, wall, seed=seed, most=most)
-        differing = [name for name in DIGESTS if found and found[name] != wanted[name]]
+        differing = [name for name, value in found.items() if value != wanted[name]]
         if differing:
             trial.verdict = f"{' and '.join(differing)} differ"
         yield trial

@@ -51,7 +51,7 @@ class Link:
 def matrices(term: Term) -> tuple[torch.Tensor, ...]:
     """Draw what is sketched and give the factors of a term as float64 matrices."""
     return tuple(
-        f.draw() if isinstance(f, SketchSpec) else f.to(torch.float64) for f in term.factors
+        f.draw() if isinstance(f, SketchSpec) else f.to("cpu", torch.float64) for f in term.factors
     )
 
 
@@ -59,7 +59,8 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
     """Fold a link into base weights: ``W + scale * product``, dense values replaced.
 
     Server and replicas call this one function, so that they stay equal to the bit on one build.
-    The product is formed in float64 and rounded once, to the dtype of the base.
+    The product is formed in float64, on the CPU, where sketches are drawn, and rounded once, to
+    the dtype of the base.
 
     Args:
         base: Weights in their stored layout. Not modified.
@@ -76,8 +77,9 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
         product = factors[0]
         for factor in factors[1:]:
             product = product @ factor
-        wide = view.matrix(base[name]).to(torch.float64).add(product, alpha=term.scale)
+        wide = view.matrix(base[name]).to(torch.float64)
+        wide = wide.add(product.to(wide.device), alpha=term.scale)
         out[name] = view.stored(wide.to(base[name].dtype), base[name])
     for name, value in link.dense.items():
-        out[name] = value.to(base[name].dtype)
+        out[name] = value.to(base[name])
     return out

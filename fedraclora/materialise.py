@@ -43,7 +43,7 @@ def start_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch
     if slot.start is None:
         return default[None]
     start = slot.start.to(default.device, default.dtype)
-    return start[None] if start.dim() == len(slot.shape) else start[order]
+    return start[order] if slot.per_client else start[None].clone()
 
 
 def arrange(

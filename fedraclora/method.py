@@ -132,7 +132,7 @@ class Downlink:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     dense: dict[str, Trained] = field(default_factory=dict)
     recipe: str = "plain"
-    arguments: dict[str, float] = field(default_factory=dict)
+    arguments: dict[str, float | int] = field(default_factory=dict)
 
     def trained(self) -> dict[str, Trained]:
         """Everything that clients train, by its name on the uplink, in packing order."""
@@ -154,7 +154,7 @@ class Cohort:
     """The clients of one round, in ascending order of id, with their aggregation weights."""
 
     clients: torch.Tensor  # int64 [K]
-    weights: torch.Tensor  # float64 [K], not normalised
+    weights: torch.Tensor  # float64 [K], not normalised; ones where the server cannot know them
 
     def __len__(self) -> int:
         return int(self.clients.shape[0])

@@ -40,7 +40,7 @@ class LocalConfig:
         precondition: Right preconditioner (A A^T)^+ (left: (B^T B)^+): projected SGD.
         schedule: Step size over rounds: constant, cosine, linear, step.
         warmup: Rounds of linear warm-up.
-        final: Factor of the step size that cosine and linear end at.
+        final: Factor that cosine and linear fall to: the round after the last would have it.
         step_every, step_factor: Schedule ``step``: multiply by the factor every so many rounds.
     """
 

@@ -9,6 +9,7 @@ which process.
 from __future__ import annotations
 
 import hashlib
+from operator import index
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,8 @@ def hash_key(seed: int, purpose: str, *keys: int | str) -> int:
         >>> hash_key(0, "sketch", 2) == hash_key(2, "sketch", 0)
         False
     """
-    path = "/".join(repr(part) for part in (seed, purpose, *keys))
+    parts = (part if isinstance(part, str) else index(part) for part in (seed, purpose, *keys))
+    path = "/".join(map(repr, parts))
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=16).digest(), "big")
 
 

@@ -128,10 +128,10 @@ class RunBook:
         device = next(iter(start.base.values())).device
 
         def part(prefix: str) -> Tree:
-            found = {n: t for n, t in tensors.items() if n.startswith(prefix)}
-            return {n.removeprefix(prefix): t.to(device) for n, t in found.items()}
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
         memo = meta["memo"]
         if not isinstance(memo, dict):
             raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")
-        return State(part("base/"), start.plan, part("carried/"), memo), round_
+        base = {n: t.to(device) for n, t in part("base/").items()}
+        return State(base, start.plan, part("carried/"), memo), round_

@@ -22,6 +22,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree, to_numpy
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_VECTORS = {"clients": np.int64, "samples": np.int64, "steps": np.int64, "losses": np.float64}
 
 
 def uplink_layout(downlink: Downlink) -> Layout:
@@ -38,7 +39,6 @@ class Order:
         version: Version of the base weights that the clients must hold.
         factor: Of the step sizes in this round.
         clients: Ids, int64 [k].
-        places: Places of these clients in the cohort, for per-client values, int64 [k].
     """
 
     round_: int
@@ -164,6 +164,8 @@ def unpack_trial(content: RecordDict, layout: Layout) -> Reply:
             f"round {header['round']}: clients {vectors['clients'].tolist()} sent "
             f"{dict(sent.shapes)}, wanted {dict(layout.shapes)}"
         )
+    if vectors.keys() != _VECTORS.keys():
+        raise WireError(f"round {header['round']}: {[*vectors]} came, {[*_VECTORS]} were wanted")
     count = len(vectors["clients"])
     if tuple(rows.shape) != (count, layout.size) or {len(v) for v in vectors.values()} != {count}:
         raise WireError(
@@ -239,10 +241,9 @@ def _read(content: RecordDict) -> tuple[dict[str, Any], torch.Tensor, Tree]:
         raise WireError(f"a message holds {list(content)}; wanted the records config and arrays")
     header = json.loads(str(config["header"]))
     flat = torch.from_numpy(arrays["flat"].numpy())
-    kinds = {"clients": np.int64, "samples": np.int64, "steps": np.int64, "losses": np.float64}
     vectors = {
         n: torch.from_numpy(np.frombuffer(config[n], kind).copy())  # type: ignore[arg-type]
-        for n, kind in kinds.items()
+        for n, kind in _VECTORS.items()
         if n in config
     }
     return header, flat, vectors

@@ -24,7 +24,7 @@ from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.optimiser import LocalConfig
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, Stopwatch
-from fedraclora.sampling import draw_cohort
+from fedraclora.sampling import client_weights, draw_cohort
 from fedraclora.steps import effective_step
 from fedraclora.tree import Tree
 from fedraclora.wire import Order, pack_downlink, uplink_layout
@@ -47,6 +47,7 @@ class FedStrategy(Strategy):
         book: Ledger, chain and checkpoints.
         aggregator: What happens between the checks and the method.
         on_round: Called with each new ledger row.
+        sizes: Samples of clients [K], where the server knows them before they train.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class FedStrategy(Strategy):
         book: RunBook,
         aggregator: Aggregator = mean,
         on_round: Callable[[Row], None] | None = None,
+        sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
     ) -> None:
         self.method, self.state, self.local, self.loop = method, state, local, loop
         self.replica, self.evaluate, self.book = replica, evaluate, book
-        self.aggregator, self.on_round = aggregator, on_round
+        self.aggregator, self.on_round, self.sizes = aggregator, on_round, sizes
         self.draw = Draw(loop.seed)
         self.catch_up = CatchUp(state.base, loop.clients)
         self.done = 0
@@ -88,7 +90,8 @@ class FedStrategy(Strategy):
         Args:
             grid: Where clients run.
             initial_arrays: Ignored.
-            num_rounds, timeout: Instead of ``loop.rounds`` and ``loop.timeout``.
+            num_rounds: Instead of ``loop.rounds``.
+            timeout: Instead of ``loop.timeout``, in seconds.
 
         Returns:
             Flower's result, with the effective weights as arrays.
@@ -96,7 +99,7 @@ class FedStrategy(Strategy):
         Raises:
             ClientError: If more clients failed than allowed; a checkpoint was written before.
         """
-        del initial_arrays  # the state holds the weights
+        del initial_arrays
         self.replica.publish(self.state.base, self.catch_up.version)
         result = Result()
         if not self.book.ledger.rows:
@@ -147,7 +150,9 @@ class FedStrategy(Strategy):
         due = round_ % self.loop.evaluate_every == 0 or round_ == self.loop.rounds
         metrics = self._metrics() if due else {}
         watch.lap("evaluate")
-        step = effective_step(exchange.downlink, self.local, self._factor(round_))
+        step = effective_step(
+            exchange.downlink, self.local, self.local.factor(round_, self.loop.rounds)
+        )
         row = ledger_row(exchange, self.state, metrics, moved, self.book.totals())
         self.book.link(round_, self.state.link)
         watch.lap("write")
@@ -174,9 +179,6 @@ class FedStrategy(Strategy):
         self.replica.publish(self.state.base, self.catch_up.version)
         self.done = round_
 
-    def _factor(self, round_: int) -> float:
-        return self.local.factor(round_, self.loop.rounds)
-
     def _metrics(self) -> dict[str, float]:
         if self.evaluate is None:
             return {}
@@ -195,7 +197,7 @@ class FedStrategy(Strategy):
         del arrays, config
         loop = self.loop
         clients = draw_cohort(loop.seed, server_round, loop.clients, loop.cohort)
-        cohort = Cohort(clients, torch.ones(len(clients), dtype=torch.float64))
+        cohort = Cohort(clients, client_weights(loop.weights, self.sizes(clients)))
         downlink = self.method.open_round(self.state, server_round, cohort, self.draw)
         return self._messages(downlink, cohort, server_round, grid)
 
@@ -206,7 +208,7 @@ class FedStrategy(Strategy):
         version = self.catch_up.version
         self._exchange = Exchange(downlink, uplink_layout(downlink), round_, version, cohort)
         nodes = list(grid.get_node_ids())
-        factor = self._factor(round_)
+        factor = self.local.factor(round_, self.loop.rounds)
         messages = []
         for i, first in enumerate(range(0, len(cohort), self.loop.chunk)):
             places = slice(first, first + self.loop.chunk)

@@ -162,13 +162,13 @@ class FedRacLora(Method):
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        del round_
         trained = 0
         for name, view in plan.targets.items():
             rank = resolve_rank(self.rank, self._dim(plan, name), name, cap=self.cap).value
             trained += rank * view.shape[0 if self._right(plan, name) else 1]
         up = trained + dense_floats(plan)
-        return up, 0 if self.resample_every == 1 else trained
+        age = (round_ - 1) % self.resample_every if self.resample_every else round_ - 1
+        return up, trained if age else 0
 
     def spec(self, state: State, name: str, draw: Draw) -> SketchSpec:
         """Give the sketch of one layer that is in force in ``state``."""

@@ -77,8 +77,8 @@ class FedAvgLora(Method):
             rank = resolve_rank(self.rank, n, name, cap=self.cap)
             seed = draw.sketch_seed(name)
             spec = SketchSpec(self.initial, "right", rank.value, n, seed, 0, normalise="none")
-            carried[f"{name}/B"] = base[name].new_zeros(m, rank.value)
-            carried[f"{name}/A"] = spec.draw().to(base[name])
+            carried[f"{name}/B"] = torch.zeros(m, rank.value, dtype=base[name].dtype)
+            carried[f"{name}/A"] = spec.draw().to(base[name].dtype)
             notes += [rank.note] if rank.note else []
         return State(base, plan, carried, notes=tuple(notes))
 

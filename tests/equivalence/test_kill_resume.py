@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from experiments import kill_resume
 from experiments.simulate import run_one
 from fedraclora.checkpoint import read_links
+from fedraclora.ledger import digest_rows, read_ledger
 from fedraclora.rng import generator
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -128,7 +129,9 @@ def digests(folder: Path) -> tuple[object, ...]:
         (round_, meta, {n: t.tolist() for n, t in tensors.items()})
         for round_, tensors, meta in read_links(folder / "chain")
     ]
-    return summary["weights_digest"], summary["ledger_digest"], chain
+    rows = digest_rows(read_ledger(folder / "ledger.jsonl"))
+    assert rows == summary["ledger_digest"]
+    return summary["weights_digest"], rows, chain
 
 
 def killed_run(plain: Plain, reaper: Reaper) -> bool:

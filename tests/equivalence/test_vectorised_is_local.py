@@ -17,6 +17,7 @@ from clients.worker import cut
 from fedraclora.adapter import make_plan
 from fedraclora.aggregate import Uplinks
 from fedraclora.cohort import CohortTrainer
+from fedraclora.cohort_layers import CohortContext, CohortDropout
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.layers import LayerView
 from fedraclora.local import train_one
@@ -390,6 +391,20 @@ def test_dropout_is_on() -> None:
         for c in (dropped, plain)
     )
     assert not torch.allclose(with_.losses, without.losses, atol=1e-3)
+
+
+def test_masks_are_drawn_anew_for_each_client_step_round_layer_and_seed() -> None:
+    inner, ones = nn.Dropout(0.25), torch.ones(2 * 50, 40)
+    places: list[dict[str, int]] = [{}, {"step": 1}, {"round_": 1}, {"seed": 1}]
+    masks = []
+    for place in places:
+        context = CohortContext(active=2, clients=torch.tensor([3, 4]), **place)  # type: ignore[arg-type]
+        masks += [CohortDropout(inner, layer, context)(ones) for layer in ("a", "b")]
+    apart = [half for mask in masks for half in mask.chunk(2)]
+    for i, mask in enumerate(apart):
+        assert set(mask.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75))}
+        assert abs(float(mask.mean()) - 1) < 0.05
+        assert not any(torch.equal(mask, other) for other in apart[:i])
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -206,8 +206,6 @@ def test_a_checkpoint_is_always_flushed(tmp_path: Path, flushes: list[int]) -> N
     assert len(flushes) == 2  # the file, and the folder that names it
 
 
-# BUG (fails): `RunBook.link` and `begin` do not hand `sync` on to `append_link`, so with
-# output.sync=false file and folder are still flushed in every round.
 def test_links_are_not_flushed_where_that_is_not_asked_for(
     tmp_path: Path, flushes: list[int]
 ) -> None:
