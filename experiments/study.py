@@ -115,9 +115,12 @@ def main() -> None:
         coarse = {row: best_value(study, row, study.values, done) for row in study.rows}
         finer = [j for r, v in coarse.items() for j in study.jobs("tune", r, study.refined(v))]
         run_all(finer, done, path, arguments.jobs)
-        best = {row: tuned_value(study, row, done) for row in study.rows}
-        final = [j for row, value in best.items() for j in study.jobs("final", row, [value])]
-        run_all(final, done, path, arguments.jobs)
+        while True:  # once more for each value that turned out to be unstable
+            best = {row: tuned_value(study, row, done) for row in study.rows}
+            final = [j for row, value in best.items() for j in study.jobs("final", row, [value])]
+            if all(job.key in done for job in final):
+                break
+            run_all(final, done, path, arguments.jobs)
     write_table(table(study, done), out)
     draw(study, done, out)
     print((out / "table.md").read_text())

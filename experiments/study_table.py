@@ -30,9 +30,20 @@ def best_value(study: Study, row: str, values: list[float], done: Mapping[str, P
 
 
 def tuned_value(study: Study, row: str, done: Mapping[str, Plain]) -> float:
-    """Give the value that the coarse grid and its refinement chose."""
+    """Give the value that the coarse grid and its refinement chose.
+
+    A value at which a final run diverged is passed over for the next best one: validation seeds
+    cannot see every instability, and a mean with a diverged run in it says nothing.
+    """
     coarse = best_value(study, row, study.values, done)
-    return best_value(study, row, [*study.values, *study.refined(coarse)], done)
+    tried = [*study.values, *study.refined(coarse)]
+    stable = [v for v in tried if not diverged(study, row, v, done)]
+    return best_value(study, row, stable or tried, done)
+
+
+def diverged(study: Study, row: str, value: float, done: Mapping[str, Plain]) -> bool:
+    """Tell whether a final run of this value diverged."""
+    return any("diverged" in done.get(j.key, {}) for j in study.jobs("final", row, [value]))
 
 
 def is_tuned(study: Study, row: str, done: Mapping[str, Plain]) -> bool:
@@ -61,6 +72,7 @@ def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
             {
                 "method": row,
                 str(study.grid["key"]): f"{value:g}{' (edge of the grid)' if edge else ''}",
+                "passed over": ", ".join(f"{v:g}" for v in tried if diverged(study, row, v, done)),
                 "seeds": len(lines),
                 study.metric: round(statistics.mean(scores), 4),
                 "std": round(statistics.stdev(scores), 4) if len(scores) > 1 else 0.0,

@@ -1,7 +1,6 @@
 """The one Flower `Strategy`: it drives any method over any grid.
 
-Flower's own loop starts at round 1, has no place for checkpoints and goes on when clients fail, so
-`start` is overridden once. What Flower passes around as ``arrays`` is a version token.
+Flower's loop has no checkpoints and goes on when clients fail, so `start` is overridden once.
 """
 
 from __future__ import annotations
@@ -90,8 +89,8 @@ class FedStrategy(Strategy):
         Args:
             grid: Where clients run.
             initial_arrays: Ignored.
-            num_rounds: Instead of ``loop.rounds``.
-            timeout: Instead of ``loop.timeout``, in seconds.
+            num_rounds: Last round, instead of ``loop.rounds``.
+            timeout: Seconds per exchange, instead of ``loop.timeout``.
 
         Returns:
             Flower's result, with the effective weights as arrays.
@@ -122,8 +121,7 @@ class FedStrategy(Strategy):
         self.book.begin(self.state)
         metrics = self._metrics()
         row: Row = {"round": 0, "metrics": metrics, "uplink_total": 0, "downlink_total": 0}
-        row["notes"] = list(self.state.notes)
-        self._publish_row(row)
+        self._publish_row(row | {"notes": list(self.state.notes)})
 
     def _round(self, grid: Grid, round_: int, timeout: float) -> MetricRecord:
         """Run one round: exchanges until the method closes it, then evaluate and write."""
