@@ -143,6 +143,7 @@ class CohortTrainer:
                 self.task.model, program.base, downlink, self.plan, leaves, frozen, batch, self.loss
             )
         else:
+            context.rows = len(batch)
             context.factors, context.dense = arrange(downlink, leaves, frozen, len(rows))
             losses, counts = self.loss(forward(program.model, batch.inputs), batch.target)
         kept = valid.to(losses.dtype)

@@ -16,6 +16,7 @@ class CohortConv2d(CohortLayer):
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [K * b, C, H, W] to [K * b, out, H', W']."""
+        x = self.batched(x)
         K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")
         inner: nn.Conv2d = self.inner  # type: ignore[assignment]
         out = self._convolve(x, inner.weight) if weight is None else self._grouped(x, weight, K)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from typing_extensions import override
 
+from fedraclora.errors import ModelError
 from fedraclora.rng import cohort_bits, hash_key
 from fedraclora.tree import Tree
 
@@ -25,6 +26,7 @@ class CohortContext:
 
     Attributes:
         active: Number of clients in the batch.
+        rows: Samples in the batch, all clients together.
         dense: Tensors that clients train in full, [K, ...] by parameter name.
         factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
         scales: Scale of each low-rank term.
@@ -34,6 +36,7 @@ class CohortContext:
     """
 
     active: int = 0
+    rows: int = 0
     dense: Tree = field(default_factory=dict)
     factors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
@@ -81,6 +84,25 @@ class CohortLayer(nn.Module):
         super().__init__()
         self.inner, self.layer, self.context = inner, name, context
 
+    def batched(self, x: torch.Tensor) -> torch.Tensor:
+        """Give an input whose first axis is the batch; one row for all samples is expanded.
+
+        Transformers look positions up once for the whole batch ([1, T]); with a table per client
+        every sample needs its own.
+
+        Raises:
+            ModelError: If the first axis is not the batch: its clients cannot be told apart.
+        """
+        rows = self.context.rows
+        if x.shape[0] == rows:
+            return x
+        if x.shape[0] == 1:
+            return x.expand(rows, *x.shape[1:])
+        raise ModelError(
+            f"layer {self.layer!r} was given {tuple(x.shape)}; the first axis must be the batch of "
+            f"{rows} samples, or 1, for the layer to be trained per client"
+        )
+
     def per_client(self, leaf: str) -> torch.Tensor | None:
         """Give the trained tensor ``<layer>.<leaf>`` [K, ...], or None if it is frozen."""
         return self.context.dense.get(f"{self.layer}.{leaf}")
@@ -98,6 +120,7 @@ class CohortLinear(CohortLayer):
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [K * b, ..., in] to [K * b, ..., out]."""
+        x = self.batched(x)
         K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")
         transposed = not isinstance(self.inner, nn.Linear)
         if weight is None:
@@ -122,6 +145,7 @@ class CohortLayerNorm(CohortLayer):
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise [K * b, ..., *normalised_shape]."""
+        x = self.batched(x)
         inner: nn.LayerNorm = self.inner  # type: ignore[assignment]
         K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")
         out = F.layer_norm(x, inner.normalized_shape, None, None, inner.eps)
@@ -138,6 +162,7 @@ class CohortEmbedding(CohortLayer):
     @override
     def forward(self, index: torch.Tensor) -> torch.Tensor:
         """Look up int64 [K * b, ...] -> [K * b, ..., width]."""
+        index = self.batched(index)
         inner: nn.Embedding = self.inner  # type: ignore[assignment]
         K, weight = self.context.active, self.per_client("weight")
         if weight is None:
@@ -174,6 +199,7 @@ class CohortDropout(CohortLayer):
         p = float(self.inner.p)  # type: ignore[arg-type]
         if p == 0:
             return x
+        x = self.batched(x)
         context = self.context
         key = hash_key(context.seed, "dropout", context.round_, self.layer)
         bits = cohort_bits(

@@ -78,7 +78,7 @@ def train_one(
     )
     losses = []
     for step, rows in enumerate(batches(len(samples), client, local, seed, round_)):
-        context.step = step
+        context.step, context.rows = step, len(rows)
         weights = effective_weights(base, downlink, plan, values, frozen)
         loss = mean_loss(model, weights, samples.take(rows), task.loss)
         losses.append(float(loss.detach()))

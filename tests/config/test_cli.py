@@ -288,6 +288,18 @@ def test_a_ledger_behind_its_checkpoint_is_refused(
     assert_refused(command("simulate", f"resume={run}"), "ledger")
 
 
+def test_a_lost_checkpoint_does_not_cost_the_ledger(
+    simulate: Run, command: Run, tmp_path: Path
+) -> None:
+    assert simulate("output.checkpoint_every=1")[0] == 0
+    run = tmp_path / "run"
+    (run / "summary.json").unlink()
+    (run / "checkpoint" / "checkpoint.safetensors").unlink()
+    kept = (run / "ledger.jsonl").read_bytes()  # three rows: a kill leaves two at most
+    assert_refused(command("simulate", f"resume={run}"), "checkpoint")
+    assert (run / "ledger.jsonl").read_bytes() == kept
+
+
 @pytest.mark.parametrize("text", ["", "method: 3\n", "method: [open"])
 def test_a_corrupt_config_is_refused(
     simulate: Run, command: Run, text: str, tmp_path: Path

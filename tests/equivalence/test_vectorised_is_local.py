@@ -674,3 +674,67 @@ def test_batch_norm_with_fixed_statistics_is_served() -> None:
     model = nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6).eval(), nn.Tanh(), nn.Linear(6, 3))
     task = task_of(model, {"x": normal(sum(SIZES), 7)}, classes(3), head=("3",))
     run(Case(task), method_of("fed_rac_lora"), LOCAL, rounds=2, check={2})
+
+
+def test_batch_norm_without_statistics_of_its_own_is_refused() -> None:
+    # In evaluation mode too, it has nothing but the batch to normalise by.
+    layer = nn.BatchNorm1d(6, track_running_stats=False).eval()
+    model = nn.Sequential(nn.Linear(7, 6), layer, nn.Tanh(), nn.Linear(6, 3))
+    task = task_of(model, {"x": normal(sum(SIZES), 7)}, classes(3), head=("3",))
+    with pytest.raises(ModelError, match="BatchNorm1d"):
+        trainer_of(task, Case(task).plan(), LOCAL)
+
+
+class TimeFirst(nn.Module):
+    """Mixes along [time, samples, width]: the first axis is not that of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(5, 4)
+        self.head = nn.Linear(4, 3)
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = torch.tanh(self.mix(x.transpose(0, 1)))
+        read: torch.Tensor = self.head(mixed.mean(dim=0))
+        return read
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_layer_that_does_not_see_samples_first_is_right_or_refused(name: str) -> None:
+    task = task_of(TimeFirst(), {"x": normal(sum(SIZES), 6, 5)}, classes(3), head=("head",))
+    refused = ""
+    try:
+        run(Case(task), method_of(name), LOCAL, rounds=1, check={1})
+    except ModelError as error:
+        refused = str(error)
+    assert not refused or "mix" in refused
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout2d, nn.AlphaDropout])
+def test_dropout_of_another_kind_is_on_or_refused(layer: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), layer(0.9), nn.Flatten())
+    model.add_module("fc", nn.Linear(3 * 36, 3))
+    inputs = {"x": normal(sum(SIZES), 2, 8, 8)}
+    case = Case(task_of(model, inputs, classes(3), head=("fc",)), targets="all")
+    method, plan, clients = method_of("fed_rac_lora"), case.plan(), torch.arange(len(SIZES))
+    state = method.init(base_of(case.task), plan, Draw(SEED))
+    sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
+    refused, losses = "", []
+    try:
+        for training in (True, False):
+            trainer = trainer_of(replace(case.task, model=model.train(training)), plan, LOCAL)
+            trial = trainer.train(state.base, sent, clients, round_=1, factor=1.0)
+            losses.append(trial.losses)
+    except ModelError as error:
+        refused = str(error)
+    assert layer.__name__ in refused or not torch.allclose(losses[0], losses[1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_of_other_kinds_fall_back_to_vmap(name: str) -> None:
+    model = nn.Sequential(
+        nn.Conv1d(3, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    )
+    task = task_of(model, {"x": normal(sum(SIZES), 3, 5)}, classes(3), head=("4",))
+    run(Case(task, dense="0,1"), method_of(name), LOCAL, rounds=2, check={2})
