@@ -5,26 +5,15 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from experiments.choices import groups
 from fedraclora.errors import FedRacLoraError, unknown
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 COMMANDS = {
     "simulate": "run a federated experiment in this process; -m sweeps",
     "compare": "read run folders into one table and figures",
     "bench": "time whole rounds of the engines against the physical limit",
 }
-
-
-def groups() -> dict[str, dict[str, str]]:
-    """List the config groups: group -> choice -> the first comment line of its file."""
-    found: dict[str, dict[str, str]] = {}
-    for path in sorted(CONF.glob("*/*.yaml")):
-        lines = path.read_text().splitlines()
-        first = next(text for text in lines if "@package" not in text)  # Hydra wants that on line 1
-        found.setdefault(path.parent.name, {})[path.stem] = first.lstrip("# ").rstrip()
-    return found
 
 
 def usage() -> str:
@@ -45,22 +34,6 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def check_choices(words: Sequence[str]) -> None:
-    """Refuse a choice of a group that does not exist, before Hydra composes.
-
-    Raises:
-        ConfigError: With the choices that exist and the nearest one.
-    """
-    table = groups()
-    for word in words:
-        key, _, value = word.lstrip("+").partition("=")
-        if key not in table or not value or value == "null":
-            continue
-        for choice in value.split(","):
-            if choice not in table[key]:
-                raise unknown(key, choice, table[key])
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Run a subcommand; every error raised on purpose ends in one line and status 1."""
     words = sys.argv[1:] if words is None else list(words)
@@ -71,11 +44,9 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         if command not in COMMANDS:
             raise unknown("command", command, COMMANDS)
-        if command == "simulate":
-            if {"-h", "--help"} & set(rest):
-                print(usage())
-                return
-            check_choices(rest)
+        if command == "simulate" and {"-h", "--help"} & set(rest):
+            print(usage())
+            return
         sys.argv = [f"fedraclora {command}", *rest]
         status = importlib.import_module(f"experiments.{command}").main()
     except FedRacLoraError as error:

@@ -14,6 +14,7 @@ import yaml
 from fedraclora.checkpoint import difference
 from fedraclora.config import NOT_IN_DIGEST
 from fedraclora.errors import CheckpointError
+from fedraclora.ledger import number, read_ledger
 from fedraclora.schema import section
 
 STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
@@ -57,9 +58,12 @@ def read_config(folder: Path) -> Plain:
     path = folder / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no config.yaml")
-    loaded = yaml.safe_load(path.read_text())
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; restore the config file") from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} does not hold a config")
+        raise CheckpointError(f"{path} does not hold a config; restore the file from a copy")
     return loaded
 
 
@@ -68,8 +72,8 @@ def is_finished(folder: Path) -> bool:
     return (folder / "summary.json").is_file()
 
 
-def begin(folder: Path, plain: Plain) -> None:
-    """Make a new run folder and write the config into it.
+def refuse_existing(folder: Path) -> None:
+    """Refuse to write over a run.
 
     Raises:
         CheckpointError: If a run is there already.
@@ -79,10 +83,39 @@ def begin(folder: Path, plain: Plain) -> None:
             f"{folder} holds a run already; choose another output.dir, "
             f"or go on with resume={folder}"
         )
+
+
+def begin(folder: Path, plain: Plain) -> None:
+    """Make a new run folder and write the config into it."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "config.yaml.partial"
     partial.write_text(yaml.safe_dump(plain, sort_keys=False))
     partial.replace(folder / "config.yaml")
+
+
+def has_checkpoint(folder: Path, every: int) -> bool:
+    """Tell whether a run can go on, or was killed so early that it must start again.
+
+    A run that was killed before its first checkpoint is cleared, so that it can.
+
+    Args:
+        folder: The run folder.
+        every: Rounds between checkpoints.
+
+    Raises:
+        CheckpointError: If the ledger shows that there was a checkpoint, and it is gone.
+    """
+    if (folder / "checkpoint" / "checkpoint.safetensors").is_file():
+        return True
+    ledger = folder / "ledger.jsonl"
+    rows = read_ledger(ledger) if ledger.is_file() else []
+    if rows and number(rows[-1], "round") > every:
+        raise CheckpointError(
+            f"{folder} has no checkpoint, though its ledger reaches round {rows[-1]['round']}; "
+            "restore the checkpoint from a copy, or start anew in another folder"
+        )
+    ledger.unlink(missing_ok=True)
+    return False
 
 
 def refuse_changes(folder: Path, stored: Plain, plain: Plain, keys: Sequence[str] | None) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from experiments import folders
 from experiments.assemble import Assembled, assemble
+from experiments.choices import CONF, check_choices
 from experiments.progress import RunProgress
 from fedraclora import plots
 from fedraclora.config import RunConfig, from_plain
@@ -24,7 +25,6 @@ from fedraclora.ledger import headline, number
 from fedraclora.tree import digest
 from strategies import METHODS
 
-CONF = str(Path(__file__).resolve().parents[1] / "conf")
 Plain = dict[str, object]
 
 
@@ -33,8 +33,9 @@ def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
 
     Args:
         plain: The resolved config.
-        folder: The run folder, with its config.yaml in it.
-        resume: Go on from its checkpoint.
+        folder: The run folder; made once every part of the run has been built, so that a config
+            that cannot run leaves none behind.
+        resume: Go on with the run in the folder.
 
     Returns:
         The summary.
@@ -42,8 +43,11 @@ def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
     began = time.perf_counter()
     config = from_plain(plain, METHODS)
     label = folders.method_label(plain)
+    goes_on = resume and folders.has_checkpoint(folder, config.output.checkpoint_every)
     with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
-        run = assemble(config, folder, resume=resume, on_round=progress.show)
+        run = assemble(config, folder, resume=goes_on, on_round=progress.show)
+        if not resume:
+            folders.begin(folder, plain)
         run.strategy.start(run.grid)
     summary = summarise(run, time.perf_counter() - began)
     if config.output.plots:
@@ -121,8 +125,7 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
         stored = folders.read_config(folder)
         folders.refuse_changes(folder, stored, plain, None)
         return stored, folder, True
-    from_plain(plain, METHODS)  # a config that cannot run leaves no folder behind
-    folders.begin(folder, plain)
+    folders.refuse_existing(folder)
     return plain, folder, False
 
 
@@ -134,17 +137,23 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
         Console().print(f"{folder} is finished already")
         loaded: Plain = json.loads((folder / "summary.json").read_text())
         return loaded
-    if resume and not (folder / "checkpoint" / "checkpoint.safetensors").is_file():
-        if (folder / "ledger.jsonl").is_file():  # killed before its first checkpoint
-            (folder / "ledger.jsonl").unlink()
-        resume = False
     summary = simulate(plain, folder, resume=resume)
     report(summary, folder, config)
     return summary
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
-def main(cfg: DictConfig) -> float | None:
+def main() -> None:
+    """Run what the command line asks for."""
+    try:
+        check_choices(sys.argv[1:])
+    except FedRacLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    compose_and_run()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def compose_and_run(cfg: DictConfig) -> float | None:
     """Run what Hydra composed; the headline metric is the value of a sweep's job."""
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if not isinstance(plain, dict):

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from experiments.simulate import CONF
+from experiments.choices import CONF
 from experiments.study_file import Job, Study
 from experiments.study_table import best_value, draw, table, tuned_value, write_table
 from fedraclora.errors import ConfigError, FedRacLoraError
@@ -36,7 +36,7 @@ def run_job(job: Job) -> Plain:
     from strategies import METHODS
 
     began = time.perf_counter()
-    with initialize_config_dir(version_base="1.3", config_dir=CONF):
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         composed = compose("config", overrides=list(job.overrides))
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     if not isinstance(plain, dict):

@@ -21,7 +21,7 @@ def score(line: Plain, metric: str) -> float:
 def mean_score(study: Study, row: str, value: float, done: Mapping[str, Plain]) -> float:
     """Mean validation metric of one grid value over the tuning seeds."""
     jobs = study.jobs("tune", row, [value])
-    return statistics.mean(score(done[job.key], study.metric) for job in jobs)
+    return statistics.fmean(score(done[job.key], study.metric) for job in jobs)
 
 
 def best_value(study: Study, row: str, values: list[float], done: Mapping[str, Plain]) -> float:
@@ -63,9 +63,10 @@ def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
         value = tuned_value(study, row, done)
         keys = [j.key for j in study.jobs("final", row, [value])]
         lines = [done[k] for k in keys if k in done]
-        if len(lines) < len(keys):
+        if len(lines) < len(keys) or "uplink_floats" not in lines[0]:
             continue
         scores = [score(line, study.metric) for line in lines]
+        stable = len(scores) > 1 and not diverged(study, row, value, done)
         tried = [*study.values, *study.refined(best_value(study, row, study.values, done))]
         edge = value in {min(tried), max(tried)}
         found.append(
@@ -74,8 +75,8 @@ def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
                 str(study.grid["key"]): f"{value:g}{' (edge of the grid)' if edge else ''}",
                 "passed over": ", ".join(f"{v:g}" for v in tried if diverged(study, row, v, done)),
                 "seeds": len(lines),
-                study.metric: round(statistics.mean(scores), 4),
-                "std": round(statistics.stdev(scores), 4) if len(scores) > 1 else 0.0,
+                study.metric: round(statistics.fmean(scores), 4),
+                "std": round(statistics.stdev(scores), 4) if stable else float("nan"),
                 "uplink floats": lines[0]["uplink_floats"],
                 "uplink MB": round(float(str(lines[0]["uplink_total"])) / 1e6, 2),
                 "downlink MB with catch-up": round(

@@ -17,7 +17,7 @@ from fedraclora.models import MODELS, check_fit
 from fedraclora.pretrain import pretrain
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.sampling import check_cohort
-from fedraclora.schema import bind, without
+from fedraclora.schema import bind, coerce, without
 from fedraclora.task import Task
 
 COMMON_DATA_KEYS = ("labels", "validation")
@@ -68,7 +68,8 @@ def build_task(config: RunConfig) -> BuiltTask:
         FedRacLoraError: Whatever is wrong with data, partition, model or cohort.
     """
     device = pick_device(config.device)
-    common = {k: config.data.get(k) for k in COMMON_DATA_KEYS}
+    labels = coerce("data.labels", config.data.get("labels"), list[int] | None)
+    share = coerce("data.validation", config.data.get("validation", 0.0), float)
     loader = bind(
         "data",
         DATASETS,
@@ -77,8 +78,8 @@ def build_task(config: RunConfig) -> BuiltTask:
         seed=config.seed,
     )
     whole = loader()
-    data = whole if common["labels"] is None else select_labels(whole, _labels(common["labels"]))
-    data, validation = hold_out(data, float(str(common["validation"] or 0.0)), config.seed)
+    data = select_labels(whole, labels) if isinstance(labels, list) else whole
+    data, validation = hold_out(data, float(str(share)), config.seed)
     arguments = without(config.partition, "name")
     parts, info = make_partition(
         data,
@@ -141,12 +142,6 @@ def _pretrain(
         lr=config.lr,
         batch_size=config.batch_size,
     )
-
-
-def _labels(value: object) -> list[int]:
-    if not isinstance(value, list) or not all(isinstance(v, int) for v in value):
-        raise ConfigError(f"data.labels is {value!r}; a list of labels such as [5,6,7] is wanted")
-    return value
 
 
 def _float_dtype(samples: Samples) -> torch.dtype:

@@ -30,7 +30,12 @@ COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
 
 
 def cohort_layer(module: nn.Module) -> type[CohortLayer] | None:
-    """Give the class that serves a module with trained tensors, or None if there is none."""
+    """Give the class that serves a module with trained tensors, or None if there is none.
+
+    Convolutions with groups, or padded by other than zeros, are left to torch.func.vmap.
+    """
+    if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
+        return None
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return CohortLinear
     return next((c for kind, c in COHORT_LAYERS.items() if type(module) is kind), None)
@@ -109,15 +114,22 @@ def has_tied(model: nn.Module, trained: list[str]) -> bool:
 
 
 def refuse_mixing(model: nn.Module) -> None:
-    """Refuse layers that mix the samples of a batch, for then a client is not a row of it.
+    """Refuse layers that mix the samples of a batch, or whose randomness cannot be seeded.
 
     Raises:
         ModelError: Naming the layer.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:  # noqa: SLF001
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001
+        if norm and (module.training or module.running_mean is None):
             raise ModelError(
-                f"layer {name!r} ({type(module).__name__}) mixes the samples of a batch in "
-                "training mode, so clients cannot share a batch: freeze it with .eval(), or use "
-                "GroupNorm or LayerNorm"
+                f"layer {name!r} ({type(module).__name__}) mixes the samples of a batch, so "
+                "clients cannot share one: freeze its statistics with .eval(), or use GroupNorm or "
+                "LayerNorm"
+            )
+        other = isinstance(module, nn.modules.dropout._DropoutNd) and type(module) is not nn.Dropout  # noqa: SLF001
+        if other and module.p:
+            raise ModelError(
+                f"layer {name!r} ({type(module).__name__}) has no mask seeded by client and step; "
+                "use nn.Dropout, or set its p to 0"
             )

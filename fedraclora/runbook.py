@@ -120,9 +120,13 @@ class RunBook:
         round_ = int(str(meta["round"]))
         self.ledger.cut(round_)
         cut_links(self.folder / "chain", round_)
-        if self.ledger.rows:
-            last = self.ledger.rows[-1]
-            self._totals = (int(str(last["uplink_total"])), int(str(last["downlink_total"])))
+        last = self.ledger.rows[-1] if self.ledger.rows else {"round": None}
+        if last["round"] != round_:
+            raise CheckpointError(
+                f"{self.folder / 'ledger.jsonl'} ends before round {round_}, where the checkpoint "
+                "stands; restore the file from a copy, or start the run anew without resume"
+            )
+        self._totals = (int(str(last["uplink_total"])), int(str(last["downlink_total"])))
         catch_up.restore(tensors)
 
         device = next(iter(start.base.values())).device

@@ -67,7 +67,7 @@ def make_partition(
         check_count("clients", clients)
     try:
         parts = PARTITIONS[name](data, clients=clients, seed=seed, **args)
-    except ValueError as error:  # flwr-datasets: the division does not exist
+    except (ValueError, IndexError) as error:  # flwr-datasets: the division does not exist
         told = "".join(f", partition.{key}={value}" for key, value in args.items())
         raise ConfigError(
             f"partition={name}, clients={clients}{told} cannot divide {len(data.train)} "

@@ -398,7 +398,7 @@ def test_masks_are_drawn_anew_for_each_client_step_round_layer_and_seed() -> Non
     places: list[dict[str, int]] = [{}, {"step": 1}, {"round_": 1}, {"seed": 1}]
     masks = []
     for place in places:
-        context = CohortContext(active=2, clients=torch.tensor([3, 4]), **place)  # type: ignore[arg-type]
+        context = CohortContext(active=2, rows=100, clients=torch.tensor([3, 4]), **place)  # type: ignore[arg-type]
         masks += [CohortDropout(inner, layer, context)(ones) for layer in ("a", "b")]
     apart = [half for mask in masks for half in mask.chunk(2)]
     for i, mask in enumerate(apart):

@@ -1,0 +1,37 @@
+"""The choices of the config groups, read from the folder ``conf``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedraclora.errors import unknown
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+OPTIONAL = {"experiment"}
+
+
+def groups() -> dict[str, dict[str, str]]:
+    """List the config groups: group -> choice -> the first comment line of its file."""
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted(CONF.glob("*/*.yaml")):
+        lines = path.read_text().splitlines()
+        first = next(text for text in lines if "@package" not in text)  # Hydra wants that on line 1
+        found.setdefault(path.parent.name, {})[path.stem] = first.lstrip("# ").rstrip()
+    return found
+
+
+def check_choices(words: Sequence[str]) -> None:
+    """Refuse a choice of a group that does not exist, before Hydra composes.
+
+    Raises:
+        ConfigError: With the choices that exist and the nearest one.
+    """
+    table = groups()
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        if key not in table or not value or (value == "null" and key in OPTIONAL):
+            continue
+        for choice in value.split(","):
+            if choice not in table[key]:
+                raise unknown(key, choice, table[key])
