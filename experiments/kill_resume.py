@@ -31,6 +31,7 @@ JOB = (
     "data=digits",
     "data.labels=null",
     "pretrain=none",
+    "local.lr=0.1",
     "model.hidden=[24]",
     "clients=40",
     "cohort=8",

@@ -21,6 +21,7 @@ from experiments.choices import CONF
 from experiments.study_file import Job, Study
 from experiments.study_table import best_value, draw, table, tuned_value, write_table
 from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.ledger import Row, round_seconds
 
 Plain = dict[str, object]
 
@@ -50,14 +51,23 @@ def run_job(job: Job) -> Plain:
     rows = run.strategy.book.ledger.rows
     errors = [r["report"]["aggregation_error"] for r in rows if r.get("report")]  # type: ignore[index]
     line |= summarise(run, time.perf_counter() - began)
-    line["curve"] = [
-        {"round": r["round"], "uplink": r["uplink_total"], "downlink": r["downlink_total"]}
-        | dict(r["metrics"])  # type: ignore[call-overload]
-        for r in rows
-        if r.get("metrics")
-    ]
+    line["curve"] = curve(rows)
     line["aggregation_error"] = statistics.mean(errors) if errors else 0.0
     return line
+
+
+def curve(rows: list[Row]) -> list[Plain]:
+    """Keep of a ledger what a figure needs: one point per measured round, with the time it took."""
+    points: list[Plain] = []
+    seconds = 0.0
+    for row in rows:
+        seconds += round_seconds(row)
+        if row.get("metrics"):
+            point = {"round": row["round"], "metrics": row["metrics"], "seconds": round(seconds, 3)}
+            totals = {key: row[key] for key in ("uplink_total", "downlink_total")}
+            points.append(point | totals)
+            seconds = 0.0
+    return points
 
 
 def read_lines(path: Path) -> dict[str, Plain]:

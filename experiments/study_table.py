@@ -113,16 +113,7 @@ def draw(study: Study, done: Mapping[str, Plain], out: Path) -> None:
         value = float(str(row[str(study.grid["key"])]).split()[0])
         lines = [done[j.key] for j in study.jobs("final", str(row["method"]), [value])]
         groups[str(row["method"])] = [
-            [
-                {
-                    "round": p["round"],
-                    "metrics": {study.metric: p[study.metric]},
-                    "uplink_total": p["uplink"],
-                    "downlink_total": p["downlink"],
-                    "seconds": {},
-                }
-                for p in line["curve"]  # type: ignore[attr-defined]
-            ]
+            [p | {"seconds": {"total": p["seconds"]}} for p in line["curve"] if p["round"]]  # type: ignore[attr-defined]
             for line in lines
         ]
     if groups:

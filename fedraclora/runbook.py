@@ -117,6 +117,9 @@ class RunBook:
             raise CheckpointError(
                 f"{self.folder}: the checkpoint was written under another configuration"
             )
+        memo = meta["memo"]
+        if not isinstance(memo, dict):
+            raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")
         round_ = int(str(meta["round"]))
         self.ledger.cut(round_)
         cut_links(self.folder / "chain", round_)
@@ -134,8 +137,5 @@ class RunBook:
         def part(prefix: str) -> Tree:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-        memo = meta["memo"]
-        if not isinstance(memo, dict):
-            raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")
         base = {n: t.to(device) for n, t in part("base/").items()}
         return State(base, start.plan, part("carried/"), memo), round_

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.assemble import assemble
-from experiments.cli import groups
+from experiments.choices import groups
 from fedraclora.config import (
     EngineConfig,
     EvaluateConfig,
