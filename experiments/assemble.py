@@ -14,7 +14,6 @@ from clients.worker import Worker
 from fedraclora.adapter import make_plan
 from fedraclora.aggregator import AGGREGATORS
 from fedraclora.build import BuiltTask, build_task, measured_samples
-from fedraclora.checkpoint import config_digest
 from fedraclora.chunking import resolve_chunk
 from fedraclora.cohort import CohortTrainer
 from fedraclora.config import RunConfig
@@ -93,7 +92,7 @@ def assemble(
     fixed = {**config.digested, "resolved": {"chunk": chunk, "device": built.device.type}}
     book = RunBook(
         folder,
-        config_digest=config_digest(fixed),
+        fixed=fixed,
         every=config.output.checkpoint_every,
         sync=config.output.sync,
         chain=config.output.chain,

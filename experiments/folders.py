@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +15,7 @@ import yaml
 
 from fedraclora.checkpoint import difference
 from fedraclora.config import NOT_IN_DIGEST
-from fedraclora.errors import CheckpointError
+from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.ledger import number, read_ledger
 from fedraclora.schema import section
 
@@ -86,8 +88,17 @@ def refuse_existing(folder: Path) -> None:
 
 
 def begin(folder: Path, plain: Plain) -> None:
-    """Make a new run folder and write the config into it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make a new run folder and write the config into it.
+
+    Raises:
+        ConfigError: If the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output.dir: cannot make the folder {folder} ({error}); choose another one"
+        ) from error
     partial = folder / "config.yaml.partial"
     partial.write_text(yaml.safe_dump(plain, sort_keys=False))
     partial.replace(folder / "config.yaml")
@@ -141,6 +152,23 @@ def refuse_changes(folder: Path, stored: Plain, plain: Plain, keys: Sequence[str
             f"{folder} was run under another config; resume changes nothing:\n  "
             + "\n  ".join(lines)
         )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        CheckpointError: If another process runs in the folder.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another process is running in {folder}; wait for it, or choose another output.dir"
+            ) from error
+        yield
 
 
 def write_summary(folder: Path, summary: Mapping[str, object]) -> None:

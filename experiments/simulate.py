@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import hydra
@@ -43,11 +44,16 @@ def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
     began = time.perf_counter()
     config = from_plain(plain, METHODS)
     label = folders.method_label(plain)
-    goes_on = resume and folders.has_checkpoint(folder, config.output.checkpoint_every)
-    with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(folders.alone(folder))
+        goes_on = resume and folders.has_checkpoint(folder, config.output.checkpoint_every)
+        progress = RunProgress(config.rounds, shown=config.output.progress, label=label)
+        stack.enter_context(progress)
         run = assemble(config, folder, resume=goes_on, on_round=progress.show)
         if not resume:
             folders.begin(folder, plain)
+            stack.enter_context(folders.alone(folder))
         run.strategy.start(run.grid)
     summary = summarise(run, time.perf_counter() - began)
     if config.output.plots:

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedraclora.chain import CatchUp, link_tensors
-from fedraclora.checkpoint import append_link, cut_links, load_checkpoint, save_checkpoint
+from fedraclora.checkpoint import (
+    append_link,
+    cut_links,
+    difference,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fedraclora.errors import CheckpointError
 from fedraclora.ledger import Ledger
 from fedraclora.method import Link, State
@@ -35,7 +41,8 @@ class RunBook:
 
     Args:
         folder: The run folder, or None.
-        config_digest: Stored in checkpoints; a resume under another one is refused.
+        fixed: All that decides the bits of the run: the config, and what ``auto`` was resolved to.
+            Stored in checkpoints; a resume under other values is refused, key by key.
         every: Rounds between checkpoints.
         sync: Flush to the disk with each row and link.
         chain: Keep the links.
@@ -45,12 +52,12 @@ class RunBook:
         self,
         folder: Path | None,
         *,
-        config_digest: str = "",
+        fixed: Mapping[str, object] | None = None,
         every: int = 10,
         sync: bool = True,
         chain: bool = True,
     ) -> None:
-        self.folder, self.config_digest, self.every = folder, config_digest, every
+        self.folder, self.fixed, self.every = folder, dict(fixed or {}), every
         self.sync, self.keep_chain = sync, chain and folder is not None
         self.ledger = Ledger(None if folder is None else folder / "ledger.jsonl")
         self._totals = (0, 0)
@@ -92,7 +99,7 @@ class RunBook:
         meta: dict[str, object] = {
             "round": round_,
             "memo": state.memo,
-            "config_digest": self.config_digest,
+            "fixed": self.fixed,
             "base_digest": digest(state.base),
         }
         save_checkpoint(self.folder / "checkpoint", tensors | catch_up.state(), meta)
@@ -113,9 +120,12 @@ class RunBook:
         if self.folder is None:
             raise CheckpointError("a run without a folder cannot be resumed")
         tensors, meta = load_checkpoint(self.folder / "checkpoint")
-        if meta["config_digest"] != self.config_digest:
+        stored = meta.get("fixed")
+        changed = difference(stored, self.fixed) if isinstance(stored, dict) else ["fixed: unknown"]
+        if changed:
             raise CheckpointError(
-                f"{self.folder}: the checkpoint was written under another configuration"
+                f"{self.folder}: the checkpoint was written under another configuration "
+                f"({'; '.join(changed)}); set these keys back, or start the run anew without resume"
             )
         memo = meta["memo"]
         if not isinstance(memo, dict):

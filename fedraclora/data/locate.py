@@ -136,12 +136,13 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def check_file(path: Path, sha256: str | None) -> Path:
+def check_file(path: Path, sha256: str | None, get: str = "get it again") -> Path:
     """Verify a file's SHA-256 where one is known.
 
     Args:
         path: The file.
         sha256: What it should be, hexadecimal, or None for a file that is not pinned.
+        get: How to get the right one, for the message.
 
     Returns:
         The path.
@@ -152,12 +153,12 @@ def check_file(path: Path, sha256: str | None) -> Path:
     if sha256 is not None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        require_sha256(str(path), found, sha256)
+        require_sha256(str(path), found, sha256, get)
     return path
 
 
-def require_sha256(name: str, found: str, wanted: str) -> None:
-    """Compare two SHA-256.
+def require_sha256(name: str, found: str, wanted: str, get: str = "get it again") -> None:
+    """Compare two SHA-256; ``get`` says how to get the right file.
 
     Raises:
         DataError: If they differ.
@@ -165,5 +166,5 @@ def require_sha256(name: str, found: str, wanted: str) -> None:
     if found != wanted:
         raise DataError(
             f"{name} has sha256 {found}, not {wanted}: it is another file or a damaged one. "
-            "Remove it and get it again"
+            f"Remove it and {get}"
         )

