@@ -1,0 +1,60 @@
+"""The README's commands exist: make targets, subcommands, overrides that compose, files it links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from experiments.choices import check_choices
+from experiments.cli import COMMANDS
+from fedraclora.config import from_plain
+from strategies import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+LINES = [
+    line.partition("#")[0].strip()
+    for block in re.findall(r"```bash[^\n]*\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.partition("#")[0].strip()
+]
+SIMULATIONS = [line for line in LINES if line.startswith("fedraclora simulate")]
+
+
+def test_there_are_commands() -> None:
+    assert SIMULATIONS
+    assert any(line.startswith("make ") for line in LINES)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_each_command_exists(line: str) -> None:
+    program, word, *_ = shlex.split(line.replace("<", "").replace(">", ""))
+    if program == "make":
+        assert re.search(rf"^{word}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "python":
+        assert (ROOT / (shlex.split(line)[2].replace(".", "/") + ".py")).is_file()
+    else:
+        assert program == "fedraclora"
+        assert word in {*COMMANDS, "--help"}
+
+
+@pytest.mark.parametrize("line", SIMULATIONS)
+def test_each_simulation_composes(line: str) -> None:
+    words = [w for w in line.split()[2:] if "=" in w and "<" not in w]
+    check_choices(words)
+    keys = [w.partition("=") for w in words]
+    first = [f"{k}={v if v.startswith('[') else v.split(',')[0]}" for k, _, v in keys]
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        plain = OmegaConf.to_container(compose("config", overrides=first), resolve=True)
+    assert isinstance(plain, dict)
+    from_plain({str(k): v for k, v in plain.items()}, METHODS)
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
+def test_each_link_leads_somewhere(target: str) -> None:
+    assert (ROOT / target).exists()
