@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from flwr.app import RecordDict
 
+from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer, Trial
 from fedraclora.method import Adapter, Downlink, Frozen, Trained
 from fedraclora.replica import Replica
+from fedraclora.tree import Tree
 from fedraclora.wire import Order, pack_trial, unpack_downlink, uplink_layout
 
 log = logging.getLogger(__name__)
@@ -32,10 +34,14 @@ class Worker:
     Args:
         trainer: Trains a chunk as one batch.
         replica: The base weights.
+        store: What its clients keep between rounds.
     """
 
-    def __init__(self, trainer: CohortTrainer, replica: Replica) -> None:
+    def __init__(
+        self, trainer: CohortTrainer, replica: Replica, store: ClientStore | None = None
+    ) -> None:
         self.trainer, self.replica = trainer, replica
+        self.store = ClientStore() if store is None else store
 
     def train(self, content: RecordDict) -> RecordDict:
         """Answer one train message.
@@ -45,6 +51,7 @@ class Worker:
         """
         downlink, order = unpack_downlink(content)
         base = self.replica.at(order.version, order.round_)
+        downlink = self._with_own(downlink, order, base)
         outcome = Outcome()
 
         def attempt(places: list[int]) -> None:
@@ -68,11 +75,27 @@ class Worker:
                 log.warning("round %d: client %d failed", order.round_, client, exc_info=True)
                 outcome.failures[client] = f"{type(error).__name__}: {error}"
                 return
+            self._keep(part, order, order.clients[index], trial)
             outcome.places += places
             outcome.trials.append(trial)
 
         attempt(list(range(len(order.clients))))
         return self._reply(downlink, order, outcome)
+
+    def _with_own(self, downlink: Downlink, order: Order, base: Tree) -> Downlink:
+        """Start what stays at the clients from what each of them holds."""
+        kept = {n: s for n, s in downlink.dense.items() if not s.upload}
+        if not kept:
+            return downlink
+        default = {n: base[n] if s.start is None else s.start for n, s in kept.items()}
+        own = self.store.read(order.clients, order.round_, default)
+        started = {n: replace(slot, start=own[n]) for n, slot in kept.items()}
+        return replace(downlink, dense=downlink.dense | started)
+
+    def _keep(self, downlink: Downlink, order: Order, clients: torch.Tensor, trial: Trial) -> None:
+        kept = {n: trial.trained[n] for n, s in downlink.dense.items() if not s.upload}
+        if kept:
+            self.store.stage(clients, order.round_, kept)
 
     @staticmethod
     def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -15,11 +17,14 @@ from fedraclora.adapter import make_plan
 from fedraclora.aggregator import AGGREGATORS
 from fedraclora.build import BuiltTask, build_task, measured_samples
 from fedraclora.chunking import resolve_chunk
+from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer
 from fedraclora.config import RunConfig
 from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.errors import ConfigError
 from fedraclora.evaluate import evaluate
 from fedraclora.method import Cohort, Draw, Plan
+from fedraclora.personal import personal_accuracy
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook
 from fedraclora.tree import Tree
@@ -90,16 +95,24 @@ def assemble(
         max_failures=config.max_failures,
     )
     fixed = {**config.digested, "resolved": {"chunk": chunk, "device": built.device.type}}
+    store = ClientStore()
     book = RunBook(
         folder,
         fixed=fixed,
         every=config.output.checkpoint_every,
         sync=config.output.sync,
         chain=config.output.chain,
+        store=store,
     )
+    counts = no_counts(plan) if built.counts is None else built.counts
     samples = measured_samples(task, config.evaluate.split)
 
     def measure(weights: Tree) -> dict[str, float]:
+        if plan.local:
+            owned = store.latest(config.evaluate.clients)
+            return personal_accuracy(
+                task.model, weights, owned, samples, counts, config.evaluate.batch_size
+            )
         return evaluate(
             task.model, weights, samples, task.loss, task.metrics, config.evaluate.batch_size
         )
@@ -121,8 +134,19 @@ def assemble(
     if resume:
         restored, done = book.restore(state, strategy.catch_up)
         strategy.resume(restored, done)
-    grid = InProcessGrid(make_client_app(Worker(trainer, replica)))
+    grid = InProcessGrid(make_client_app(Worker(trainer, replica, store)))
     return Assembled(config, built, plan, strategy, grid, chunk)
+
+
+def no_counts(plan: Plan) -> npt.NDArray[np.int64]:
+    """Give no label counts, where nobody asks for them.
+
+    Raises:
+        ConfigError: If heads stay at the clients: they are measured by class.
+    """
+    if plan.local:
+        raise ConfigError("head is local, which is measured by class, but the data have no classes")
+    return np.zeros((0, 0), np.int64)
 
 
 def limit_threads(threads: int) -> None:

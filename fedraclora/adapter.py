@@ -22,7 +22,7 @@ from fedraclora.layers import (
 )
 from fedraclora.method import Plan
 
-HEAD_POLICIES = ("adapt", "average", "frozen")
+HEAD_POLICIES = ("adapt", "average", "frozen", "local")
 BIAS_POLICIES = ("average", "frozen")
 
 
@@ -42,7 +42,8 @@ def make_plan(
         head: Name prefixes of its final layer.
         targets: Pattern of adapted layers (`fedraclora.layers.find_targets`).
         head_policy: ``adapt`` (the head's weights are adapted like any target), ``average``
-            (weights and biases of the head trained in full and averaged), ``frozen``.
+            (weights and biases of the head trained in full and averaged), ``frozen``, ``local``
+            (trained in full, and kept by each client for itself).
         bias_policy: ``average`` (biases of adapted layers trained in full) or ``frozen``.
         dense: Comma-separated patterns of further layers trained in full (convolutions, norms).
 
@@ -66,11 +67,13 @@ def make_plan(
     if head_policy != "frozen":
         every = [n for n, _ in model.named_parameters(remove_duplicate=False)]
         refuse_tied(model, [n for n in every if is_head(n, head)])
-    full = {n for n in parameters if head_policy == "average" and is_head(n, head)}
+    heads_own = {n for n in parameters if is_head(n, head)}
+    local = heads_own if head_policy == "local" else set()
+    full = set(heads_own) if head_policy == "average" else set()
     if bias_policy == "average":
         full |= {n for n in parameters if n.endswith(".bias") and f"{n[:-5]}.weight" in views}
     if dense:
-        full |= _matching_parameters(parameters, dense)
+        full |= _matching_parameters(parameters, dense) - local
     views = {n: views[n] for n in parameters if n in views and n not in full}
     weights = [
         n
@@ -78,7 +81,13 @@ def make_plan(
         if n not in full and not n.endswith("bias") and not (is_head(n, head) and n not in views)
     ]
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    return Plan(views, tuple(n for n in parameters if n in full), tuple(weights), shapes)
+    return Plan(
+        targets=views,
+        dense=tuple(n for n in parameters if n in full),
+        local=tuple(n for n in parameters if n in local),
+        weights=tuple(weights),
+        shapes=shapes,
+    )
 
 
 def _matching_parameters(parameters: list[str], patterns: str) -> set[str]:

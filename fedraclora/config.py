@@ -71,16 +71,20 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """When and on what the server measures. ``split``: test or validation."""
+    """When and on what the server measures.
+
+    ``split``: test or validation. ``clients``: with a local head, how many clients' own models.
+    """
 
     every: int = 1
     batch_size: int = 1024
     split: str = "test"
+    clients: int = 20
 
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
-        if self.every < 1 or self.batch_size < 1:
-            raise ConfigError("evaluate.every and evaluate.batch_size must be 1 or more")
+        if min(self.every, self.batch_size, self.clients) < 1:
+            raise ConfigError("evaluate.every, batch_size and clients must be 1 or more")
         if self.split not in {"test", "validation"}:
             raise unknown("evaluate.split", self.split, ("test", "validation"))
 

@@ -19,12 +19,14 @@ class Plan:
     Attributes:
         targets: Adapted matrices: weight name -> its (out, in) view.
         dense: Parameters trained in full and averaged (biases, an averaged head, `dense`).
+        local: Parameters trained in full that stay at each client (a local head).
         weights: Every weight that full fine-tuning trains, in model order, biases left out.
         shapes: Stored shape of every parameter.
     """
 
     targets: dict[str, LayerView]
     dense: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 

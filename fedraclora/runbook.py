@@ -16,6 +16,7 @@ from fedraclora.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from fedraclora.clientstore import ClientStore
 from fedraclora.errors import CheckpointError
 from fedraclora.ledger import Ledger
 from fedraclora.method import Link, State
@@ -46,6 +47,7 @@ class RunBook:
         every: Rounds between checkpoints.
         sync: Flush to the disk with each row and link.
         chain: Keep the links.
+        store: What stays at simulated clients, part of the run's checkpoint.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class RunBook:
         every: int = 10,
         sync: bool = True,
         chain: bool = True,
+        store: ClientStore | None = None,
     ) -> None:
         self.folder, self.fixed, self.every = folder, dict(fixed or {}), every
         self.sync, self.keep_chain = sync, chain and folder is not None
+        self.store = ClientStore() if store is None else store
         self.ledger = Ledger(None if folder is None else folder / "ledger.jsonl")
         self._totals = (0, 0)
 
@@ -102,7 +106,8 @@ class RunBook:
             "fixed": self.fixed,
             "base_digest": digest(state.base),
         }
-        save_checkpoint(self.folder / "checkpoint", tensors | catch_up.state(), meta)
+        tensors |= catch_up.state() | self.store.state()
+        save_checkpoint(self.folder / "checkpoint", tensors, meta)
 
     def restore(self, start: State, catch_up: CatchUp) -> tuple[State, int]:
         """Read the checkpoint back; ledger rows and links past it are cut.
@@ -141,6 +146,7 @@ class RunBook:
             )
         self._totals = (int(str(last["uplink_total"])), int(str(last["downlink_total"])))
         catch_up.restore(tensors)
+        self.store.restore(tensors)
 
         device = next(iter(start.base.values())).device
 

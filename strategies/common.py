@@ -9,8 +9,10 @@ from fedraclora.tree import Tree
 
 
 def dense_slots(state: State) -> dict[str, Trained]:
-    """Head, biases and other tensors that the plan trains in full, from the replica's values."""
-    return {name: Trained(tuple(state.base[name].shape), main=False) for name in state.plan.dense}
+    """Head, biases and other tensors that the plan trains in full, averaged or kept by clients."""
+    plan, shapes = state.plan, state.plan.shapes
+    averaged = {name: Trained(shapes[name], main=False) for name in plan.dense}
+    return averaged | {name: Trained(shapes[name], main=False, upload=False) for name in plan.local}
 
 
 def dense_means(state: State, mean: Tree) -> Tree:

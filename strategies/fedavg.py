@@ -57,7 +57,7 @@ class FedAvg(Method):
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         mean = got.mean()
-        link = Link(dense={n: mean[n].to(state.base[n].dtype) for n in sent.dense})
+        link = Link(dense={n: mean[n].to(state.base[n].dtype) for n in sent.uploaded()})
         return replace(state, base=apply_link(state.base, link, state.plan), link=link, notes=())
 
     @override

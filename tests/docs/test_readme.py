@@ -1,4 +1,4 @@
-"""The README's commands exist: make targets, subcommands, overrides that compose, files it links."""
+"""The README's commands exist: targets, subcommands, overrides that compose, linked files."""
 
 from __future__ import annotations
 

@@ -1,0 +1,85 @@
+"""What stays at the clients between rounds, keyed by client and round, two generations deep.
+
+A round that fails, or a server that is restored from a checkpoint, asks a client to train a round
+again; the client then starts from what it had before that round, not from what it has tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fedraclora.tree import Layout, Tree
+
+GENERATIONS = 2
+
+
+class ClientStore:
+    """Tensors that clients keep, as one packed row per client and round."""
+
+    def __init__(self) -> None:
+        self._layout: Layout | None = None
+        self._kept: dict[int, list[tuple[int, torch.Tensor]]] = {}
+
+    def read(self, clients: torch.Tensor, round_: int, default: Tree) -> Tree:
+        """Give what each client held before a round.
+
+        Args:
+            clients: Ids, int64 [K].
+            round_: The round that starts.
+            default: For clients that hold nothing yet, without a client axis.
+
+        Returns:
+            Tensors [K, ...] by name.
+        """
+        layout = Layout.of(default)
+        first = layout.pack(default)
+        rows = [self._before(client, round_, first) for client in clients.tolist()]
+        return layout.unpack(torch.stack(rows))
+
+    def stage(self, clients: torch.Tensor, round_: int, values: Tree) -> None:
+        """Keep what clients hold after a round; older rounds than the one before it are dropped.
+
+        Args:
+            clients: Ids, int64 [K].
+            round_: The round that they trained.
+            values: Tensors [K, ...] by name.
+        """
+        self._layout = Layout.of(values, skip=1)
+        rows = self._layout.pack(values, lead=1).cpu()
+        for client, row in zip(clients.tolist(), rows, strict=True):
+            older = [(r, t) for r, t in self._kept.get(client, []) if r < round_]
+            self._kept[client] = [*older, (round_, row.clone())][-GENERATIONS:]
+
+    def latest(self, count: int) -> dict[int, Tree]:
+        """Give the tensors of the ``count`` clients that trained last (the smaller id in a tie)."""
+        if self._layout is None:
+            return {}
+        recent = sorted(self._kept.items(), key=lambda item: (-item[1][-1][0], item[0]))
+        return {c: self._layout.unpack(kept[-1][1]) for c, kept in recent[:count]}
+
+    def state(self) -> Tree:
+        """Tensors for a checkpoint."""
+        if self._layout is None:
+            return {}
+        entries = [(c, r, t) for c, kept in sorted(self._kept.items()) for r, t in kept]
+        names = self._layout.unpack(torch.stack([t for _, _, t in entries]))
+        keys = torch.tensor([(c, r) for c, r, _ in entries], dtype=torch.int64)
+        return {"store/keys": keys} | {f"store/values/{n}": t for n, t in names.items()}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the tensors of `state` back."""
+        prefix = "store/values/"
+        values = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        self._kept = {}
+        self._layout = Layout.of(values, skip=1) if values else None
+        if self._layout is None:
+            return
+        rows = self._layout.pack(values, lead=1)
+        for (client, round_), row in zip(tensors["store/keys"].tolist(), rows, strict=True):
+            self._kept.setdefault(client, []).append((round_, row.clone()))
+
+    def _before(self, client: int, round_: int, first: torch.Tensor) -> torch.Tensor:
+        held = [t for r, t in self._kept.get(client, []) if r < round_]
+        return held[-1].to(first.device) if held else first

@@ -1,0 +1,140 @@
+"""head=local: each client keeps its own head; nothing of it travels, and a resume rolls it back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+
+from experiments.assemble import Assembled, assemble
+from fedraclora.config import from_plain
+from fedraclora.errors import ClientError, ConfigError
+from fedraclora.personal import class_accuracies, personal_accuracy
+from fedraclora.samples import Samples
+from fedraclora.tree import digest
+from strategies import METHODS
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+JOB = [
+    "data=digits",
+    "pretrain=none",
+    "model.hidden=[12]",
+    "clients=12",
+    "cohort=4",
+    "head=local",
+    "local.lr=0.2",
+    "output=study",
+    "output.checkpoint_every=2",
+    "rounds=6",
+]
+
+
+def job(*words: str, folder: Path | None = None, resume: bool = False) -> Assembled:
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        plain = OmegaConf.to_container(compose("config", overrides=[*JOB, *words]), resolve=True)
+    assert isinstance(plain, dict)
+    config = from_plain({str(k): v for k, v in plain.items()}, METHODS)
+    return assemble(config, folder, resume=resume)
+
+
+def store_digest(run: Assembled) -> str:
+    return digest(run.strategy.book.store.state())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_stay_at_home_and_differ(method: str) -> None:
+    run = job(f"method={method}")
+    assert set(run.plan.local) == {"fc2.weight", "fc2.bias"}
+    before = {n: run.strategy.state.base[n].clone() for n in run.plan.local}
+    run.strategy.start(run.grid)
+    assert all(torch.equal(run.strategy.state.base[n], t) for n, t in before.items())
+    owned = run.strategy.book.store.latest(12)
+    heads = [own["fc2.weight"] for own in owned.values()]
+    assert len(heads) > 4
+    assert not any(torch.equal(heads[0], other) for other in heads[1:])
+    row = run.strategy.book.ledger.rows[-1]
+    assert row["uplink_bytes"] == 4 * 4 * run.config.method.floats(run.plan)[0]
+    accuracy: Any = row["metrics"]
+    assert 0.3 < accuracy["personal_accuracy"] <= 1
+
+
+def test_a_resumed_run_has_the_same_heads(tmp_path: Path) -> None:
+    whole = job("rounds=6", folder=tmp_path / "whole")
+    whole.strategy.start(whole.grid)
+    first = job("rounds=6", folder=tmp_path / "part")
+    first.strategy.start(first.grid, num_rounds=3)
+    rest = job("rounds=6", folder=tmp_path / "part", resume=True)
+    assert rest.strategy.done == 3
+    rest.strategy.start(rest.grid)
+    assert store_digest(rest) == store_digest(whole)
+    assert digest(rest.strategy.state.base) == digest(whole.strategy.state.base)
+    assert rest.strategy.book.ledger.digest() == whole.strategy.book.ledger.digest()
+
+
+def test_a_server_that_is_behind_its_clients_rolls_them_back(tmp_path: Path) -> None:
+    """The clients trained rounds 3 and 4 after the last checkpoint, of round 2; then the end."""
+    whole = job(folder=tmp_path / "whole")
+    whole.strategy.start(whole.grid)
+    run = job(folder=tmp_path / "part")
+    run.strategy.start(run.grid, num_rounds=2)
+    saved = (tmp_path / "part" / "checkpoint" / "checkpoint.safetensors").read_bytes()
+    run.strategy.start(run.grid, num_rounds=3)
+    (tmp_path / "part" / "checkpoint" / "checkpoint.safetensors").write_bytes(saved)
+    rest = job(folder=tmp_path / "part", resume=True)
+    assert rest.strategy.done == 2
+    rest.strategy.start(rest.grid)
+    assert store_digest(rest) == store_digest(whole)
+
+
+def test_a_failed_round_does_not_move_a_head() -> None:
+    run = job("rounds=3")
+    run.strategy.start(run.grid, num_rounds=2)
+    store = run.strategy.book.store
+    clients = torch.arange(12)
+    default = {n: run.strategy.state.base[n] for n in run.plan.local}
+    before = store.read(clients, 3, default)
+
+    def lose(messages: list[Any]) -> list[Any]:
+        return []
+
+    run.grid.arrange = lose
+    with pytest.raises(ClientError, match="no client replied"):
+        run.strategy.start(run.grid, num_rounds=3)
+    after = store.read(clients, 3, default)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_inline_and_vectorised_agree() -> None:
+    runs = [job(f"engine={engine}", "rounds=3") for engine in ("inline", "vectorised")]
+    for run in runs:
+        run.strategy.start(run.grid)
+    left, right = (run.strategy.book.store.state() for run in runs)
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_task_without_classes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the data have no classes"):
+        job("data=least_squares", "partition=given", "clients=null")
+
+
+# --- the measure ---------------------------------------------------------------------------------
+
+
+def test_each_class_counts_by_its_share_at_the_client() -> None:
+    """A model that always says class 0 is right for the share of class 0 at the client."""
+    model = nn.Linear(1, 2)
+    weights = {"weight": torch.zeros(2, 1), "bias": torch.tensor([1.0, 0.0])}
+    samples = Samples({"x": torch.zeros(10, 1)}, torch.tensor([0] * 3 + [1] * 7))
+    assert class_accuracies(model, weights, samples, 2, 4).tolist() == [1.0, 0.0]
+    counts = np.array([[1, 3], [5, 0]])
+    found = personal_accuracy(model, weights, {0: {}, 1: {}}, samples, counts, 4)
+    assert found == {"personal_accuracy": (0.25 + 1.0) / 2, "personal_clients": 2.0}
+    own = {1: {"bias": torch.tensor([0.0, 1.0])}}
+    assert personal_accuracy(model, weights, own, samples, counts, 4)["personal_accuracy"] == 0
