@@ -10,7 +10,8 @@ from flwr.app import RecordDict
 
 from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer, Trial
-from fedraclora.method import Adapter, Downlink, Frozen, Trained
+from fedraclora.errors import ConfigError, ModelError
+from fedraclora.method import Adapter, Downlink, Factor, Frozen, Trained
 from fedraclora.replica import Replica
 from fedraclora.tree import Tree
 from fedraclora.wire import Order, pack_trial, unpack_downlink, uplink_layout
@@ -57,6 +58,7 @@ class Worker:
         def attempt(places: list[int]) -> None:
             index = torch.tensor(places)
             part = cut(downlink, index) if len(places) < len(order.clients) else downlink
+            trial, failure = None, ""
             try:
                 trial = self.trainer.train(
                     base,
@@ -65,37 +67,59 @@ class Worker:
                     round_=order.round_,
                     factor=order.factor,
                 )
+            except (ConfigError, ModelError):  # nobody's fault but the run's
+                raise
             except Exception as error:  # whatever a model or data set raises is the client's
-                if len(places) > 1:
-                    outcome.cut = True
-                    attempt(places[: len(places) // 2])
-                    attempt(places[len(places) // 2 :])
-                    return
-                client = int(order.clients[places[0]])
-                log.warning("round %d: client %d failed", order.round_, client, exc_info=True)
-                outcome.failures[client] = f"{type(error).__name__}: {error}"
-                return
-            self._keep(part, order, order.clients[index], trial)
-            outcome.places += places
-            outcome.trials.append(trial)
+                failure = f"{type(error).__name__}: {error}"
+                log.warning("round %d: clients failed", order.round_, exc_info=True)
+            # Out of the handler: the error's traceback would keep the attempt's memory alive.
+            if trial is not None:
+                self._keep(part, order, order.clients[index], trial)
+                outcome.places += places
+                outcome.trials.append(trial)
+            elif len(places) > 1:
+                outcome.cut = True
+                attempt(places[: len(places) // 2])
+                attempt(places[len(places) // 2 :])
+            else:
+                outcome.failures[int(order.clients[places[0]])] = failure
 
         attempt(list(range(len(order.clients))))
         return self._reply(downlink, order, outcome)
 
     def _with_own(self, downlink: Downlink, order: Order, base: Tree) -> Downlink:
         """Start what stays at the clients from what each of them holds."""
-        kept = {n: s for n, s in downlink.dense.items() if not s.upload}
+        kept = {n: s for n, s in downlink.trained().items() if not s.upload}
         if not kept:
             return downlink
-        default = {n: base[n] if s.start is None else s.start for n, s in kept.items()}
+        dtype = next(iter(base.values())).dtype
+        default = {
+            n: base.get(n, torch.zeros(s.shape, dtype=dtype)) if s.start is None else s.start
+            for n, s in kept.items()
+        }
         own = self.store.read(order.clients, order.round_, default)
-        started = {n: replace(slot, start=own[n]) for n, slot in kept.items()}
-        return replace(downlink, dense=downlink.dense | started)
+
+        def start(name: str, factor: Factor) -> Factor:
+            kept = isinstance(factor, Trained) and name in own
+            return replace(factor, start=own[name]) if kept else factor  # type: ignore[arg-type]
+
+        adapters = {
+            w: Adapter({k: start(f"{w}/{k}", f) for k, f in a.factors.items()}, a.scale)
+            for w, a in downlink.adapters.items()
+        }
+        dense = {n: replace(s, start=own.get(n, s.start)) for n, s in downlink.dense.items()}
+        return replace(downlink, adapters=adapters, dense=dense)
 
     def _keep(self, downlink: Downlink, order: Order, clients: torch.Tensor, trial: Trial) -> None:
-        kept = {n: trial.trained[n] for n, s in downlink.dense.items() if not s.upload}
-        if kept:
-            self.store.stage(clients, order.round_, kept)
+        """Keep what stays; a client that diverged keeps what it had before."""
+        kept = {n: trial.trained[n].cpu() for n, s in downlink.trained().items() if not s.upload}
+        if not kept:
+            return
+        sound = torch.isfinite(trial.losses)
+        for tensor in kept.values():
+            sound &= torch.isfinite(tensor.flatten(1)).all(dim=1)
+        if sound.any():
+            self.store.stage(clients[sound], order.round_, {n: t[sound] for n, t in kept.items()})
 
     @staticmethod
     def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 from clients.app import make_client_app
 from clients.worker import Worker
 from fedraclora.adapter import make_plan
+from fedraclora.aggregate import SUM_BLOCK
 from fedraclora.aggregator import AGGREGATORS
 from fedraclora.build import BuiltTask, build_task, measured_samples
 from fedraclora.chunking import resolve_chunk
@@ -62,7 +63,7 @@ def assemble(
     Returns:
         The parts.
     """
-    limit_threads(config.engine.threads)
+    fix_bits(config.engine.threads)
     built = build_task(config)
     task = built.task
     plan = make_plan(
@@ -94,7 +95,9 @@ def assemble(
         evaluate_every=config.evaluate.every,
         max_failures=config.max_failures,
     )
-    fixed = {**config.digested, "resolved": {"chunk": chunk, "device": built.device.type}}
+    resolved = {"chunk": chunk, "device": built.device.type, "dtype": loop.dtype}
+    resolved["summation_block"] = SUM_BLOCK
+    fixed = {**config.digested, "resolved": resolved}
     store = ClientStore()
     book = RunBook(
         folder,
@@ -113,9 +116,12 @@ def assemble(
             return personal_accuracy(
                 task.model, weights, owned, samples, counts, config.evaluate.batch_size
             )
-        return evaluate(
+        found = evaluate(
             task.model, weights, samples, task.loss, task.metrics, config.evaluate.batch_size
         )
+        if task.optimum is not None and "loss" in found:
+            found["gap"] = found["loss"] - task.optimum
+        return found
 
     replica = Replica(base)
     trainer = CohortTrainer(task, plan, config.local, seed=config.seed, device=built.device)
@@ -149,7 +155,9 @@ def no_counts(plan: Plan) -> npt.NDArray[np.int64]:
     return np.zeros((0, 0), np.int64)
 
 
-def limit_threads(threads: int) -> None:
-    """Set the threads of torch and of every BLAS in the process: both change bits and speed."""
+def fix_bits(threads: int) -> None:
+    """Fix what changes bits: the threads of torch and of every BLAS, and cuDNN's free choices."""
     torch.set_num_threads(threads)
     threadpool_limits(limits=threads)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False

@@ -23,12 +23,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.assemble import limit_threads
+from experiments.assemble import fix_bits
 from experiments.central import central_round
 from experiments.folders import git_revision
 from experiments.workloads import WORKLOADS, Workload, make_runner
 from fedraclora.build import pick_device
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError, FedRacLoraError, unknown
 from fedraclora.schema import build
 
 BOUNDS = {  # (workload, figure): the largest value that is allowed, or the least for "faster"
@@ -148,9 +148,16 @@ def show(found: dict[str, Figures]) -> None:
 
 
 def main() -> int:
-    """Time the workloads; status 1 if ``check=true`` and a bound is broken."""
-    config = parse(sys.argv[1:])
-    limit_threads(config.threads)
+    """Time the workloads; status 1 if ``check=true`` and a bound is broken, or for bad input."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    try:
+        config = parse(sys.argv[1:])
+    except FedRacLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    fix_bits(config.threads)
     device = pick_device(config.device)
     chosen = WORKLOADS if config.size == "all" else {config.size: WORKLOADS[config.size]}
     found = {name: measure(workload, config, device) for name, workload in chosen.items()}

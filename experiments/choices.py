@@ -30,6 +30,8 @@ def check_choices(words: Sequence[str]) -> None:
     table = groups()
     for word in words:
         key, _, value = word.lstrip("+").partition("=")
+        if "(" in value:  # Hydra's own syntax for sweeps
+            continue
         if key not in table or not value or (value == "null" and key in OPTIONAL):
             continue
         for choice in value.split(","):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from fedraclora.checkpoint import difference
-from fedraclora.config import NOT_IN_DIGEST
+from fedraclora.checkpoint import difference, replacing
+from fedraclora.config import digested
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.ledger import number, read_ledger
 from fedraclora.schema import section
@@ -88,20 +88,14 @@ def refuse_existing(folder: Path) -> None:
 
 
 def begin(folder: Path, plain: Plain) -> None:
-    """Make a new run folder and write the config into it.
+    """Write the config of a new run into its folder.
 
     Raises:
-        ConfigError: If the folder cannot be made or written.
+        CheckpointError: If a run is there already.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output.dir: cannot make the folder {folder} ({error}); choose another one"
-        ) from error
-    partial = folder / "config.yaml.partial"
-    partial.write_text(yaml.safe_dump(plain, sort_keys=False))
-    partial.replace(folder / "config.yaml")
+    refuse_existing(folder)
+    with replacing(folder / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(plain, sort_keys=False))
 
 
 def has_checkpoint(folder: Path, every: int) -> bool:
@@ -141,12 +135,13 @@ def refuse_changes(folder: Path, stored: Plain, plain: Plain, keys: Sequence[str
     Raises:
         CheckpointError: Naming each key that differs.
     """
-    left = {k: v for k, v in stored.items() if k not in NOT_IN_DIGEST}
-    right = {k: v for k, v in plain.items() if k not in NOT_IN_DIGEST}
+    left, right = digested(stored), digested(plain)
     lines = difference(left, right)
     if keys is not None:
+        if "experiment" in keys:
+            lines.append("experiment: a preset cannot be laid over a run; leave it out")
         typed = tuple(f"{k}.name" if isinstance(right.get(k), dict) else k for k in keys)
-        lines = [line for line in lines if line.startswith(tuple(f"{k}" for k in typed))]
+        lines = [line for line in lines if line.startswith((*typed, "experiment:"))]
     if lines:
         raise CheckpointError(
             f"{folder} was run under another config; resume changes nothing:\n  "
@@ -156,11 +151,18 @@ def refuse_changes(folder: Path, stored: Plain, plain: Plain, keys: Sequence[str
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process; the lock goes with the process, however it ends.
+    """Make and hold a run folder for this process; the lock ends with the process, however it ends.
 
     Raises:
         CheckpointError: If another process runs in the folder.
+        ConfigError: If the folder cannot be made.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output.dir: cannot make the folder {folder} ({error}); choose another one"
+        ) from error
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,11 +175,15 @@ def alone(folder: Path) -> Iterator[None]:
 
 def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
     """Write summary.json in one move, with versions and revision."""
+    found = {**summary, **provenance()}
+    with replacing(folder / "summary.json") as partial:
+        partial.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
+def provenance() -> Plain:
+    """Name the versions and the revision that made a result."""
     packages = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
-    found = {**summary, "versions": {p: version(p) for p in packages}, "git": git_revision()}
-    partial = folder / "summary.json.partial"
-    partial.write_text(json.dumps(found, indent=1, default=str) + "\n")
-    partial.replace(folder / "summary.json")
+    return {"versions": {p: version(p) for p in packages}, "git": git_revision()}
 
 
 def git_revision() -> str | None:

@@ -27,6 +27,7 @@ from fedraclora.tree import digest
 from strategies import METHODS
 
 Plain = dict[str, object]
+FAILED: list[str] = []
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
@@ -52,8 +53,8 @@ def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
         stack.enter_context(progress)
         run = assemble(config, folder, resume=goes_on, on_round=progress.show)
         if not resume:
-            folders.begin(folder, plain)
             stack.enter_context(folders.alone(folder))
+            folders.begin(folder, plain)
         run.strategy.start(run.grid)
     summary = summarise(run, time.perf_counter() - began)
     if config.output.plots:
@@ -125,7 +126,7 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
         folder = Path(str(wanted)).expanduser()
         stored = folders.read_config(folder)
         folders.refuse_changes(folder, stored, plain, typed)
-        return stored, folder, True
+        return where_now(stored, plain, typed), folder, True
     folder = folders.run_folder(output, sweep_job)
     if wanted == "auto" and (folder / "config.yaml").is_file():
         stored = folders.read_config(folder)
@@ -133,6 +134,17 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
         return stored, folder, True
     folders.refuse_existing(folder)
     return plain, folder, False
+
+
+def where_now(stored: Plain, plain: Plain, typed: list[str]) -> Plain:
+    """Take from what was typed now what does not decide the result: output and data.root."""
+    found = json.loads(json.dumps(stored))
+    for key in typed:
+        group, _, leaf = key.partition(".")
+        new = plain.get(group)
+        if (group == "output" or key == "data.root") and isinstance(new, dict):
+            found[group] = {**found[group], **({leaf: new[leaf]} if leaf else new)}
+    return {str(k): v for k, v in found.items()}
 
 
 def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
@@ -150,12 +162,15 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
 
 def main() -> None:
     """Run what the command line asks for."""
+    FAILED.clear()
     try:
         check_choices(sys.argv[1:])
     except FedRacLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     compose_and_run()
+    if FAILED:
+        sys.exit(1)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -171,7 +186,8 @@ def compose_and_run(cfg: DictConfig) -> float | None:
         summary = run_one({str(k): v for k, v in plain.items()}, typed, sweep)
     except FedRacLoraError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        FAILED.append(sweep or "run")  # the other jobs of a sweep go on
+        return None
     name = headline([summary])
     return None if name is None else number(summary, "metrics", name)
 

@@ -32,6 +32,7 @@ def run_job(job: Job) -> Plain:
     from omegaconf import OmegaConf
 
     from experiments.assemble import assemble
+    from experiments.folders import provenance
     from experiments.simulate import summarise
     from fedraclora.config import from_plain
     from strategies import METHODS
@@ -42,8 +43,11 @@ def run_job(job: Job) -> Plain:
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     if not isinstance(plain, dict):
         raise ConfigError("the config must be a mapping")
+    config = from_plain({str(k): v for k, v in plain.items()}, METHODS)
     line: Plain = {**vars(job), "key": job.key}
-    run = assemble(from_plain({str(k): v for k, v in plain.items()}, METHODS), None)
+    if job.phase == "final":
+        line |= {"config": config.digested, **provenance()}
+    run = assemble(config, None)
     try:
         run.strategy.start(run.grid)
     except FedRacLoraError as error:  # a learning rate that diverges is a result, not a failure

@@ -56,6 +56,8 @@ def make_plan(
     """
     if head_policy not in HEAD_POLICIES:
         raise unknown("head", head_policy, HEAD_POLICIES)
+    if head_policy == "local" and not head:
+        raise ConfigError("head is local, but this model has no head; use head=adapt")
     if bias_policy not in BIAS_POLICIES:
         raise unknown("bias", bias_policy, BIAS_POLICIES)
     modules = dict(model.named_modules())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.partition import make_partition
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.models import MODELS, check_fit
+from fedraclora.models.built import seeded
 from fedraclora.pretrain import pretrain
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.sampling import check_cohort
@@ -131,17 +132,18 @@ def _pretrain(
         part = whole if config.labels is None else select_labels(whole, config.labels)
     except FedRacLoraError as error:
         raise ConfigError(f"pretrain.labels: {error}; pretrain=none leaves it out") from error
-    return pretrain(
-        model,
-        part.train,
-        part.test,
-        part.loss,
-        part.metrics,
-        seed=seed,
-        epochs=config.epochs,
-        lr=config.lr,
-        batch_size=config.batch_size,
-    )
+    with seeded(seed, "pretrain"):  # dropout draws from torch's global generator
+        return pretrain(
+            model,
+            part.train,
+            part.test,
+            part.loss,
+            part.metrics,
+            seed=seed,
+            epochs=config.epochs,
+            lr=config.lr,
+            batch_size=config.batch_size,
+        )
 
 
 def _float_dtype(samples: Samples) -> torch.dtype:
@@ -169,8 +171,3 @@ def measured_samples(task: Task, split: str) -> Samples:
     if task.validation is None:
         raise ConfigError("evaluate.split is validation, but data.validation is 0; set it above 0")
     return task.validation
-
-
-def with_model(task: Task, model: torch.nn.Module) -> Task:
-    """Give the task with another model (benchmarks, tests)."""
-    return replace(task, model=model)

@@ -16,7 +16,7 @@ from fedraclora.method import Downlink, Plan
 from fedraclora.optimiser import CohortOptimiser, LocalConfig, clip_per_client
 from fedraclora.program import Program, refuse_mixing
 from fedraclora.prox import add_prox
-from fedraclora.recipe import RECIPES
+from fedraclora.recipe import RECIPES, projected
 from fedraclora.rng import hash_key
 from fedraclora.samples import ClientData
 from fedraclora.schedule import Schedule
@@ -92,9 +92,9 @@ class CohortTrainer:
         slots = downlink.trained()
         rates = {n: self.local.rate(slots[n].main, factor) for n in slots}
         optimiser = CohortOptimiser(self.local, values, rates)
-        hooks = [RECIPES[downlink.recipe].gradient(frozen)]
+        hooks = [RECIPES[downlink.recipe].gradient(frozen, downlink.arguments)]
         if self.local.precondition:
-            hooks.append(RECIPES["projected"].gradient(frozen))
+            hooks.append(projected(frozen))
         steps = schedule.steps[order]
         alive = [int((steps > j).sum()) for j in range(int(steps.max()) if len(steps) else 0)]
         losses = torch.zeros(len(clients), dtype=torch.float64, device=self.device)

@@ -28,6 +28,14 @@ DEVICES = ("auto", "cpu", "cuda")
 NOT_IN_DIGEST = ("output", "resume")
 
 
+def digested(plain: Plain) -> dict[str, object]:
+    """The part of a config that decides the result: neither where data lie nor what is written."""
+    kept = {k: v for k, v in plain.items() if k not in NOT_IN_DIGEST}
+    if isinstance(data := kept.get("data"), Mapping):
+        kept["data"] = without(data, "root")
+    return kept
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Where clients run. ``chunk``: clients per batch or ``auto``; ``threads``: of torch."""
@@ -155,7 +163,7 @@ class RunConfig:
     @property
     def digested(self) -> dict[str, object]:
         """The part of the config that decides the result."""
-        return {k: v for k, v in self.plain.items() if k not in NOT_IN_DIGEST}
+        return digested(self.plain)
 
 
 def from_plain(plain: Plain, methods: Mapping[str, type[Method]]) -> RunConfig:

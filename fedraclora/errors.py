@@ -22,10 +22,6 @@ class ShapeError(FedRacLoraError):
     """Tensors do not fit together; the message gives the shapes."""
 
 
-class NonFiniteError(FedRacLoraError):
-    """A NaN or an infinity where a finite number is needed."""
-
-
 class DataError(FedRacLoraError):
     """A data file is missing or is not the file it should be; the message has the command."""
 

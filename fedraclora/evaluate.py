@@ -66,7 +66,7 @@ def evaluate(
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     _check_weights(model, weights)
     probe = _Pass(model, loss, {metric.needs for metric in chosen.values()}, batch_size)
-    with torch.no_grad(), _evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model):
         # One functional call for all batches: swapping the weights in costs as much as a batch
         # of a small model.
         tally = functional_call(probe, {f"model.{k}": v for k, v in weights.items()}, (samples,))
@@ -99,7 +99,7 @@ def _check_weights(model: nn.Module, weights: Tree) -> None:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set every module to evaluation, and back to its own flag (they may differ)."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

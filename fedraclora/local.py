@@ -15,6 +15,7 @@ from torch.func import functional_call
 from fedraclora.cohort_layers import CohortContext, CohortDropout
 from fedraclora.method import Downlink, Frozen, Plan, Sketched
 from fedraclora.optimiser import LocalConfig
+from fedraclora.recipe import RECIPES
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.samples import Samples
 from fedraclora.task import LOSSES, Task
@@ -69,6 +70,7 @@ def train_one(
         own = start[place] if start.dim() > len(slot.shape) else start
         values[name] = own.clone().requires_grad_()
 
+    hook = RECIPES[downlink.recipe].gradient(frozen, downlink.arguments)
     model, context = with_seeded_dropout(task.model, client, seed, round_)
     optimiser = make_optimiser(local, downlink, values, factor)
     start_weights = effective_weights(base, downlink, plan, values, frozen)
@@ -87,6 +89,9 @@ def train_one(
             loss = loss + local.prox / 2 * torch.stack([g.square().sum() for g in gap]).sum()
         optimiser.zero_grad()
         loss.backward()
+        gradients = {n: v.grad[None] for n, v in values.items() if v.grad is not None}
+        for name, gradient in hook(gradients).items():
+            values[name].grad = gradient[0]
         if local.precondition:
             precondition(values, frozen)
         if local.clip is not None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from typing_extensions import override
 
+from fedraclora.evaluate import evaluation_mode
 from fedraclora.samples import Samples
 from fedraclora.task import forward
 from fedraclora.tree import Tree
@@ -37,9 +38,9 @@ def class_accuracies(
     """Accuracy on the samples of each class [classes]; NaN for a class without samples."""
     right = torch.zeros(classes, dtype=torch.float64)
     total = torch.zeros(classes, dtype=torch.float64)
-    probe = _Forward(model).eval()
+    probe = _Forward(model)
     named = {f"model.{n}": w for n, w in weights.items()}
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(model):
         for rows in torch.arange(len(samples), device=samples.target.device).split(batch_size):
             batch = samples.take(rows)
             output = functional_call(probe, named, (batch.inputs,))
@@ -73,11 +74,10 @@ def personal_accuracy(
         batch_size: Samples per forward pass.
 
     Returns:
-        ``personal_accuracy`` and the number of clients behind it; nothing without clients.
+        ``personal_accuracy``; nothing without clients.
     """
     if not owned:
         return {}
-    training = model.training
     scores = []
     for client, own in owned.items():
         mine = weights | {n: t.to(weights[n].device) for n, t in own.items()}
@@ -85,5 +85,4 @@ def personal_accuracy(
         share = counts[client] / counts[client].sum()
         seen = (share > 0) & np.isfinite(accuracies)
         scores.append(float((accuracies[seen] * share[seen]).sum() / share[seen].sum()))
-    model.train(training)
-    return {"personal_accuracy": float(np.mean(scores)), "personal_clients": float(len(scores))}
+    return {"personal_accuracy": float(np.mean(scores))}

@@ -18,6 +18,7 @@ from fedraclora.cohort_layers import (
     CohortLinear,
 )
 from fedraclora.errors import ModelError
+from fedraclora.layers import layer_kind
 from fedraclora.method import Downlink
 from fedraclora.tree import Tree
 
@@ -36,7 +37,7 @@ def cohort_layer(module: nn.Module) -> type[CohortLayer] | None:
     """
     if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
         return None
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    if layer_kind(module) == "conv1d":
         return CohortLinear
     return next((c for kind, c in COHORT_LAYERS.items() if type(module) is kind), None)
 

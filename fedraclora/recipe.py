@@ -6,14 +6,17 @@ the same places. Gradients and values carry a leading client axis [K, ...] (K = 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
 from fedraclora.tree import Tree
 
 GradientHook = Callable[[Tree], Tree]
+Arguments = Mapping[str, float | int]
+NO_ARGUMENTS: Arguments = MappingProxyType({})
 
 
 def keep_gradient(gradients: Tree) -> Tree:
@@ -21,19 +24,20 @@ def keep_gradient(gradients: Tree) -> Tree:
     return gradients
 
 
-def no_hook(frozen: Tree) -> GradientHook:
+def no_hook(frozen: Tree, arguments: Arguments = NO_ARGUMENTS) -> GradientHook:
     """Plain local steps: whatever is frozen, gradients are kept."""
-    del frozen
+    del frozen, arguments
     return keep_gradient
 
 
-def projected(frozen: Tree) -> GradientHook:
+def projected(frozen: Tree, arguments: Arguments = NO_ARGUMENTS) -> GradientHook:
     """Precondition by the frozen factor's Gram matrix: g_B (A A^T)^+, or (B^T B)^+ g_A.
 
     Plain SGD on the trained factor is then projected SGD on the weight, W - gamma G H_A with
     gamma = lr s^2, for any sketch. A tensor with no frozen partner keeps its gradient.
 
     Args:
+        arguments: None are read.
         frozen: Frozen factors by "<weight>/<label>": A [r, n] or [K, r, n], B [m, r] or [K, m, r].
 
     Returns:
@@ -42,6 +46,7 @@ def projected(frozen: Tree) -> GradientHook:
     References:
         Zhang et al., *LoRA-FA*, arXiv 2308.03303; Malinovsky et al., arXiv 2410.08305, eq. (4).
     """
+    del arguments
     inverses = {}
     for name, factor in frozen.items():
         weight, _, label = name.rpartition("/")
@@ -65,9 +70,9 @@ def projected(frozen: Tree) -> GradientHook:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hooks of one client behaviour; each is prepared once a round from the frozen factors."""
+    """Hooks of one client behaviour, prepared once a round from frozen factors and arguments."""
 
-    gradient: Callable[[Tree], GradientHook] = no_hook
+    gradient: Callable[[Tree, Arguments], GradientHook] = no_hook
 
 
 RECIPES: dict[str, Recipe] = {

@@ -207,16 +207,16 @@ class FedStrategy(Strategy):
         self._exchange = Exchange(downlink, uplink_layout(downlink), round_, version, cohort)
         nodes = list(grid.get_node_ids())
         factor = self.local.factor(round_, self.loop.rounds)
-        messages = []
         for i, first in enumerate(range(0, len(cohort), self.loop.chunk)):
             places = slice(first, first + self.loop.chunk)
-            order = Order(round_, version, factor, cohort.clients[places])
-            content = pack_downlink(downlink, order, places, self.loop.dtype)
-            node = nodes[i % len(nodes)]
-            messages.append(
-                Message(content, node, "train.cohort", group_id=str(round_), ttl=self.loop.timeout)
+            clients = cohort.clients[places]
+            content = pack_downlink(
+                downlink, Order(round_, version, factor, clients), places, self.loop.dtype
             )
-        return messages
+            node, ttl = nodes[i % len(nodes)], self.loop.timeout
+            message = Message(content, node, "train.cohort", group_id=str(round_), ttl=ttl)
+            self._exchange.chunks.append((message, clients.tolist()))
+        return [message for message, _ in self._exchange.chunks]
 
     @override
     def aggregate_train(

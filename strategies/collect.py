@@ -29,6 +29,7 @@ class Exchange:
         replies: In ascending order of client, once collected.
         failures: Clients whose reply is not used.
         received: Rows that came, those that were refused included.
+        chunks: The messages that were sent, each with its clients.
         mean_loss: Mean training loss over the clients whose replies are used.
     """
 
@@ -40,6 +41,7 @@ class Exchange:
     replies: list[Reply] = field(default_factory=list)
     failures: list[Refusal] = field(default_factory=list)
     received: int = 0
+    chunks: list[tuple[Message, list[int]]] = field(default_factory=list)
     mean_loss: float = float("nan")
 
     def collect(self, messages: Iterable[Message], weighting: str, allowed: int) -> Uplinks:
@@ -59,6 +61,8 @@ class Exchange:
         """
         for message in messages:
             self._read(message)
+        if not self.replies and self.failures:
+            raise too_many(self.failures, self.round_, allowed)
         if not self.replies:
             raise ClientError(f"round {self.round_}: no client replied in time")
         self.replies.sort(key=lambda r: int(r.clients[0]) if len(r.clients) else -1)
@@ -82,9 +86,11 @@ class Exchange:
 
     def _read(self, message: Message) -> None:
         if message.has_error():
-            raise ClientError(
-                f"round {self.round_}: a train message failed: {message.error.reason}"
-            )
+            asked = message.metadata.reply_to_message_id
+            for sent, clients in self.chunks:
+                if sent.metadata.message_id == asked:
+                    self.failures += [Refusal(c, str(message.error.reason)) for c in clients]
+            return
         reply = unpack_trial(message.content, self.layout)
         if (reply.round_, reply.version) != (self.round_, self.version):
             raise WireError(
@@ -107,6 +113,11 @@ class Exchange:
             )
         missing = sorted(set(wanted) - set(answered))
         self.failures += [Refusal(c, "no reply in time") for c in missing]
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps over the clients that answered."""
+        return sum(int(reply.steps.sum()) for reply in self.replies)
 
     @property
     def notes(self) -> list[str]:

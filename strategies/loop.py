@@ -80,6 +80,7 @@ def ledger_row(
         "metrics": metrics,
         "train_loss": exchange.mean_loss,
         "cohort": len(exchange.cohort),
+        "local_steps": exchange.local_steps,
         "failures": [vars(f) for f in exchange.failures],
         "uplink_bytes": moved.up,
         "downlink_bytes": moved.down,
