@@ -19,6 +19,7 @@ from fedraclora.layers import (
     layer_view,
     matches,
     refuse_tied,
+    weight_name,
 )
 from fedraclora.method import Plan
 
@@ -65,7 +66,7 @@ def make_plan(
     views = find_targets(model, targets, head)
     if head_policy == "adapt":
         heads = {n: m for n, m in modules.items() if is_head(n, head) and layer_kind(m)}
-        views |= {f"{n}.weight": layer_view(m) for n, m in heads.items()}
+        views |= {weight_name(n): layer_view(m) for n, m in heads.items()}
     if head_policy != "frozen":
         every = [n for n, _ in model.named_parameters(remove_duplicate=False)]
         refuse_tied(model, [n for n in every if is_head(n, head)])
@@ -73,7 +74,7 @@ def make_plan(
     local = heads_own if head_policy == "local" else set()
     full = set(heads_own) if head_policy == "average" else set()
     if bias_policy == "average":
-        full |= {n for n in parameters if n.endswith(".bias") and f"{n[:-5]}.weight" in views}
+        full |= {n for n in parameters if n.endswith("bias") and f"{n[:-4]}weight" in views}
     if dense:
         full |= _matching_parameters(parameters, dense) - local
     views = {n: views[n] for n in parameters if n in views and n not in full}

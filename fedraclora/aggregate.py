@@ -3,7 +3,7 @@
 A float sum depends on its order, even in float64. So clients are summed in ascending order of id,
 `SUM_BLOCK` at a time: inside a block one after another, then the blocks one after another. The
 result depends on the cohort alone: not on the order of replies, the size of chunks or the number
-of workers (a worker that holds whole blocks may send their sums instead of their clients).
+of workers.
 """
 
 from __future__ import annotations

@@ -197,18 +197,8 @@ def _digest(tensors: Tree, meta: str) -> str:
     return h.hexdigest()
 
 
-def config_digest(plain: Mapping[str, object]) -> str:
-    """Hash a resolved config (SHA-256 of its JSON with sorted keys, hexadecimal).
-
-    Example:
-        >>> config_digest({"a": 1, "b": {"c": 2}}) == config_digest({"b": {"c": 2}, "a": 1})
-        True
-    """
-    return hashlib.sha256(_canonical(plain).encode()).hexdigest()
-
-
 def difference(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """Say how two nested configs differ, one line per key; none where the digests are equal.
+    """Say how two nested configs differ, one line per key.
 
     Example:
         >>> difference({"method": {"rank": 4}, "seed": 0}, {"method": {"rank": 8}})

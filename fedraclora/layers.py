@@ -117,8 +117,14 @@ def find_targets(model: nn.Module, pattern: str, head: tuple[str, ...]) -> dict[
                 raise ConfigError(f"targets={pattern}: {error}")
             chosen |= {n: named[n] for n in named if n in found}
         chosen = {n: m for n, m in named.items() if n in chosen}
-    refuse_tied(model, [f"{n}.weight" for n in chosen])
-    return {f"{n}.weight": layer_view(m) for n, m in chosen.items()}
+    views = {weight_name(n): layer_view(m) for n, m in chosen.items()}
+    refuse_tied(model, list(views))
+    return views
+
+
+def weight_name(module: str) -> str:
+    """Name the weight of a module; the model itself may be one layer, with the empty name."""
+    return f"{module}.weight" if module else "weight"
 
 
 def refuse_tied(model: nn.Module, names: list[str]) -> None:

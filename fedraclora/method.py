@@ -43,7 +43,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Traits:
-    """What a method promises; the contract suite holds it to each of these.
+    """What a method promises; the contract suite holds it to the first three.
 
     Attributes:
         exact: The new effective weights equal the weighted mean of the clients' own.

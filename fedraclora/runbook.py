@@ -8,18 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedraclora.chain import CatchUp, link_tensors
+from fedraclora.chain import CatchUp, link_tensors, read_link, replay
 from fedraclora.checkpoint import (
     append_link,
     cut_links,
     difference,
     load_checkpoint,
+    read_links,
     save_checkpoint,
 )
 from fedraclora.clientstore import ClientStore
 from fedraclora.errors import CheckpointError
 from fedraclora.ledger import Ledger
-from fedraclora.method import Link, State
+from fedraclora.method import Link, Plan, State
 from fedraclora.tree import Tree, digest
 
 
@@ -155,3 +156,25 @@ class RunBook:
 
         base = {n: t.to(device) for n, t in part("base/").items()}
         return State(base, start.plan, part("carried/"), memo), round_
+
+
+def weights_at(folder: Path, round_: int, plan: Plan) -> Tree:
+    """Rebuild the base weights after a round from the chain of a run.
+
+    Args:
+        folder: The run folder, written with ``output.chain=true``.
+        round_: 0 gives the initial weights.
+        plan: Of the run.
+
+    Returns:
+        The weights; bit for bit those of the run on the same build.
+
+    Raises:
+        CheckpointError: If the chain has no initial weights or does not reach the round.
+    """
+    stored = list(read_links(folder / "chain"))
+    if not stored or stored[0][0] != 0 or stored[-1][0] < round_:
+        reached = stored[-1][0] if stored else "no"
+        raise CheckpointError(f"{folder / 'chain'} reaches {reached} round, not round {round_}")
+    links = [read_link(tensors, meta) for number, tensors, meta in stored[1:] if number <= round_]
+    return replay(stored[0][1], links, plan)

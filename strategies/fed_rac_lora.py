@@ -96,7 +96,7 @@ class FedRacLora(Method):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=self.resample_every is not None, ranks=True)
+        return Traits(exact=True, linear=True, merges=self.resample_every is not None)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:

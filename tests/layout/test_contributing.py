@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import shutil
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -38,11 +41,11 @@ def my_method(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
 
 
 def test_the_example_does_what_its_docstring_says(my_method: type[Method]) -> None:
-    m, n, K, rank, eta = 5, 7, 3, 2, 0.25
+    m, n, K, rank = 5, 7, 3, 2
     rng = generator(0, "test")
     base = {"w": torch_normal(rng, m, n)}
     plan = Plan({"w": LayerView("linear", (m, n))}, shapes={"w": (m, n)})
-    method = my_method(rank=rank, alpha=3.0, eta=eta)  # type: ignore[call-arg]
+    method = my_method(rank=rank, alpha=3.0)  # type: ignore[call-arg]
     draw = Draw(seed=1)
     cohort = Cohort(torch.arange(K), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
     state = method.init(base, plan, draw)
@@ -55,9 +58,9 @@ def test_the_example_does_what_its_docstring_says(my_method: type[Method]) -> No
     A = sent.adapters["w"].factors["A"]
     assert isinstance(A, Sketched)
     B = (cohort.weights / cohort.weights.sum()) @ rows
-    wanted = base["w"] + eta * (3.0 / rank) * B.reshape(m, rank) @ A.spec.draw()
+    wanted = base["w"] + (3.0 / rank) * B.reshape(m, rank) @ A.spec.draw()
     torch.testing.assert_close(after["w"], wanted, rtol=1e-12, atol=1e-12)
-    assert method.floats(plan) == (layout.size, 0)
+    assert method.floats(plan, 1) == (layout.size, 0)
 
 
 def test_the_yaml_of_the_example_has_the_fields_as_keys(my_method: type[Method]) -> None:
@@ -66,6 +69,34 @@ def test_the_yaml_of_the_example_has_the_fields_as_keys(my_method: type[Method])
     assert dataclasses.is_dataclass(my_method)
     assert keys == {f.name for f in dataclasses.fields(my_method)}
     assert text.startswith("# ")
+
+
+def test_the_contract_suite_takes_the_example_as_it_is_printed(tmp_path: Path) -> None:
+    """The recipe on a copy: one file, one line, one YAML, and the suite, without a test written."""
+    root = Path(__file__).resolve().parents[2]
+    for name in ("fedraclora", "strategies", "clients", "conf", "experiments", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(root / name, tmp_path / name, ignore=ignored)
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    (tmp_path / "strategies/my_method.py").write_text(block("python", "class MyMethod"))
+    (tmp_path / "conf/method/my_method.yaml").write_text(block("yaml", "my_method"))
+    table = tmp_path / "strategies/__init__.py"
+    text = table.read_text().replace(
+        "METHODS: dict", "from strategies.my_method import MyMethod\n\nMETHODS: dict"
+    )
+    table.write_text(
+        text.replace('"fedavg": FedAvg,', '"fedavg": FedAvg,\n    "my_method": MyMethod,')
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/contract", "-k", "my_method"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 30
 
 
 def test_every_target_that_is_named_exists() -> None:

@@ -1,0 +1,93 @@
+"""Factors that stay at the clients, and clients that diverge while they hold something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import RecordDict
+from torch import nn
+
+from clients.worker import Worker
+from fedraclora.adapter import make_plan
+from fedraclora.cohort import CohortTrainer
+from fedraclora.errors import ConfigError
+from fedraclora.method import Adapter, Downlink, Frozen, Trained
+from fedraclora.optimiser import LocalConfig
+from fedraclora.replica import Replica
+from fedraclora.rng import generator, torch_normal
+from fedraclora.samples import Partitioned, Samples
+from fedraclora.task import Task
+from fedraclora.wire import Order, pack_downlink, unpack_trial, uplink_layout
+
+CLIENTS = torch.tensor([0, 1, 2])
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A worker over three clients of a linear model, and the downlink of a FedSA-like round."""
+
+    worker: Worker
+    downlink: Downlink
+
+    def round(self, number: int) -> RecordDict:
+        order = Order(number, 0, 1.0, CLIENTS)
+        return self.worker.train(pack_downlink(self.downlink, order, slice(0, 3), "float64"))
+
+    def held(self, round_: int) -> torch.Tensor:
+        default = {"weight/B": torch.zeros(2, 2, dtype=torch.float64)}
+        return self.worker.store.read(CLIENTS, round_, default)["weight/B"]
+
+
+def make_bench(poison: int | None = None, **local: float) -> Bench:
+    rng = generator(0, "test")
+    model = nn.Linear(5, 2, bias=False).double()
+    x, y = torch_normal(rng, 12, 5), torch_normal(rng, 12, 2)
+    if poison is not None:
+        x[4 * poison] = float("nan")
+    data = Partitioned.of(Samples({"x": x}, y), [np.arange(4 * k, 4 * k + 4) for k in range(3)])
+    task = Task(model, (), "squared_error", ("loss",), data, data.samples)
+    plan = make_plan(model, (), head_policy="adapt")
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    settings = LocalConfig(lr=0.1, batch_size=0, **local)  # type: ignore[arg-type]
+    trainer = CohortTrainer(task, plan, settings, seed=0, device=torch.device("cpu"))
+    factors = {"B": Trained((2, 2), upload=False), "A": Trained((2, 5), torch_normal(rng, 2, 5))}
+    downlink = Downlink({"weight": Adapter(dict(factors), 1.5)})
+    return Bench(Worker(trainer, Replica(base)), downlink)
+
+
+def test_a_factor_that_stays_goes_on_where_its_client_left_off() -> None:
+    bench = make_bench()
+    bench.round(1)
+    first = bench.held(2)
+    assert first.abs().max() > 0
+    assert not torch.equal(first[0], first[1])
+    bench.round(2)
+    assert not torch.equal(bench.held(3), first)
+    assert torch.equal(bench.held(2), first)
+
+
+def test_a_factor_that_stays_does_not_travel() -> None:
+    bench = make_bench()
+    reply = unpack_trial(bench.round(1), uplink_layout(bench.downlink))
+    assert tuple(reply.rows.shape) == (3, 10)
+
+
+def test_a_client_that_diverged_keeps_what_it_had() -> None:
+    bench = make_bench(poison=1)
+    bench.round(1)
+    held = bench.held(2)
+    assert torch.isfinite(held).all()
+    assert held[1].abs().max() == 0
+    assert held[0].abs().max() > 0
+
+
+def test_an_impossible_setting_is_nobodys_failure() -> None:
+    bench = make_bench(prox=0.5)
+    factors = dict(bench.downlink.adapters["weight"].factors)
+    core = {"B": factors["B"], "R": Frozen(torch.eye(2, dtype=torch.float64)), "A": factors["A"]}
+    three = replace(bench, downlink=Downlink({"weight": Adapter(core, 1.0)}))
+    with pytest.raises(ConfigError, match=r"local\.prox is not defined for the factors"):
+        three.round(1)
