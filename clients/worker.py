@@ -65,7 +65,7 @@ class Worker:
                     part,
                     order.clients[index],
                     round_=order.round_,
-                    factor=order.factor,
+                    rate_scale=order.rate_scale,
                 )
             except (ConfigError, ModelError):  # nobody's fault but the run's
                 raise

@@ -64,7 +64,13 @@ class CohortTrainer:
         self._programs: dict[tuple[str, ...], Program] = {}
 
     def train(
-        self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int, factor: float
+        self,
+        base: Tree,
+        downlink: Downlink,
+        clients: torch.Tensor,
+        *,
+        round_: int,
+        rate_scale: float,
     ) -> Trial:
         """Train a chunk of clients from the round's downlink.
 
@@ -73,7 +79,7 @@ class CohortTrainer:
             downlink: What to train. Per-client values are [K, ...] in the order of ``clients``.
             clients: Ids, int64 [K], each with at least one sample.
             round_: From 1; keys the shuffles.
-            factor: Of the step sizes (`LocalConfig.factor`).
+            rate_scale: Of the step sizes (`LocalConfig.rate_scale`).
 
         Returns:
             What came out, in the order of ``clients``.
@@ -90,7 +96,7 @@ class CohortTrainer:
         context.seed, context.round_ = self.seed, round_
         context.scales = {n: a.scale for n, a in downlink.adapters.items()}
         slots = downlink.trained()
-        rates = {n: self.local.rate(slots[n].main, factor) for n in slots}
+        rates = {n: self.local.rate(slots[n].main, rate_scale) for n in slots}
         optimiser = CohortOptimiser(self.local, values, rates)
         hooks = [RECIPES[downlink.recipe].gradient(frozen, downlink.arguments)]
         if self.local.precondition:

@@ -34,7 +34,7 @@ def train_one(
     place: int,
     round_: int,
     seed: int,
-    factor: float = 1.0,
+    rate_scale: float = 1.0,
 ) -> tuple[Tree, float]:
     """Train one client.
 
@@ -48,7 +48,7 @@ def train_one(
         place: Its place in the cohort.
         round_: From 1.
         seed: Of the run.
-        factor: Of the step sizes.
+        rate_scale: Of the step sizes.
 
     Returns:
         The trained tensors, and the mean loss over the local steps.
@@ -72,7 +72,7 @@ def train_one(
 
     hook = RECIPES[downlink.recipe].gradient(frozen, downlink.arguments)
     model, context = with_seeded_dropout(task.model, client, seed, round_)
-    optimiser = make_optimiser(local, downlink, values, factor)
+    optimiser = make_optimiser(local, downlink, values, rate_scale)
     start_weights = effective_weights(base, downlink, plan, values, frozen)
     start_weights = {n: w.detach().clone() for n, w in start_weights.items()}
     samples = task.train.gather(
@@ -130,11 +130,13 @@ def batches(
 
 
 def make_optimiser(
-    local: LocalConfig, downlink: Downlink, values: Tree, factor: float
+    local: LocalConfig, downlink: Downlink, values: Tree, rate_scale: float
 ) -> torch.optim.Optimizer:
     """Build the torch optimiser, with one step size for the method's own and one beside it."""
     slots = downlink.trained()
-    groups = [{"params": [v], "lr": local.rate(slots[n].main, factor)} for n, v in values.items()]
+    groups = [
+        {"params": [v], "lr": local.rate(slots[n].main, rate_scale)} for n, v in values.items()
+    ]
     if local.optimiser == "sgd":
         return torch.optim.SGD(
             groups,

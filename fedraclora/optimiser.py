@@ -94,7 +94,7 @@ class LocalConfig:
         if self.nesterov and self.momentum == 0:
             raise ConfigError("local.nesterov=true needs local.momentum above 0")
 
-    def factor(self, round_: int, rounds: int) -> float:
+    def rate_scale(self, round_: int, rounds: int) -> float:
         """Factor of the step sizes in round ``round_`` (from 1) of ``rounds``."""
         if round_ <= self.warmup:
             return round_ / (self.warmup + 1)
@@ -106,9 +106,9 @@ class LocalConfig:
         shape = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
         return self.final + (1 - self.final) * shape
 
-    def rate(self, main: bool, factor: float) -> float:
+    def rate(self, main: bool, rate_scale: float) -> float:
         """Step size of a trained tensor: ``lr`` for the method's own, ``dense_lr`` beside it."""
-        return factor * (self.lr if main or self.dense_lr is None else self.dense_lr)
+        return rate_scale * (self.lr if main or self.dense_lr is None else self.dense_lr)
 
 
 class CohortOptimiser:

@@ -6,7 +6,7 @@ from fedraclora.method import Downlink, Sketched
 from fedraclora.optimiser import LocalConfig
 
 
-def effective_step(downlink: Downlink, local: LocalConfig, factor: float) -> dict[str, float]:
+def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) -> dict[str, float]:
     """Give the step gamma inside the sketch, W <- W - gamma G H, over all sketched layers.
 
     gamma = lr s^2 c where A A^T is about c I; with the preconditioner c drops out. It compares
@@ -15,12 +15,12 @@ def effective_step(downlink: Downlink, local: LocalConfig, factor: float) -> dic
     Args:
         downlink: The round's.
         local: Gives the step size of the trained factor.
-        factor: Of the step sizes in this round.
+        rate_scale: Of the step sizes in this round.
 
     Returns:
         ``lr`` (of the trained factor), and the least and largest gamma where layers are sketched.
     """
-    rate = local.rate(main=True, factor=factor)
+    rate = local.rate(main=True, rate_scale=rate_scale)
     gammas = [
         rate * adapter.scale**2 * (1.0 if local.precondition else part.spec.gram_scale)
         for adapter in downlink.adapters.values()

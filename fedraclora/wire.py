@@ -37,13 +37,13 @@ class Order:
     Attributes:
         round_: From 1.
         version: Version of the base weights that the clients must hold.
-        factor: Of the step sizes in this round.
+        rate_scale: Of the step sizes in this round.
         clients: Ids, int64 [k].
     """
 
     round_: int
     version: int
-    factor: float
+    rate_scale: float
     clients: torch.Tensor
 
 
@@ -73,7 +73,7 @@ def pack_downlink(downlink: Downlink, order: Order, places: slice, dtype: str) -
     header = {
         "round": order.round_,
         "version": order.version,
-        "factor": order.factor,
+        "rate_scale": order.rate_scale,
         "recipe": downlink.recipe,
         "arguments": downlink.arguments,
         "adapters": {
@@ -103,7 +103,7 @@ def unpack_downlink(content: RecordDict) -> tuple[Downlink, Order]:
             raise WireError(f"dense tensor {name} is not trained")
         dense[name] = slot
     downlink = Downlink(adapters, dense, header["recipe"], header["arguments"])
-    order = Order(header["round"], header["version"], header["factor"], vectors["clients"])
+    order = Order(header["round"], header["version"], header["rate_scale"], vectors["clients"])
     return downlink, order
 
 

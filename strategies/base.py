@@ -149,7 +149,7 @@ class FedStrategy(Strategy):
         metrics = self._metrics() if due else {}
         watch.lap("evaluate")
         step = effective_step(
-            exchange.downlink, self.local, self.local.factor(round_, self.loop.rounds)
+            exchange.downlink, self.local, self.local.rate_scale(round_, self.loop.rounds)
         )
         row = ledger_row(exchange, self.state, metrics, moved, self.book.totals())
         self.book.link(round_, self.state.link)
@@ -206,12 +206,12 @@ class FedStrategy(Strategy):
         version = self.catch_up.version
         self._exchange = Exchange(downlink, uplink_layout(downlink), round_, version, cohort)
         nodes = list(grid.get_node_ids())
-        factor = self.local.factor(round_, self.loop.rounds)
+        rate_scale = self.local.rate_scale(round_, self.loop.rounds)
         for i, first in enumerate(range(0, len(cohort), self.loop.chunk)):
             places = slice(first, first + self.loop.chunk)
             clients = cohort.clients[places]
             content = pack_downlink(
-                downlink, Order(round_, version, factor, clients), places, self.loop.dtype
+                downlink, Order(round_, version, rate_scale, clients), places, self.loop.dtype
             )
             node, ttl = nodes[i % len(nodes)], self.loop.timeout
             message = Message(content, node, "train.cohort", group_id=str(round_), ttl=ttl)

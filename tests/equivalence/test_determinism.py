@@ -293,8 +293,8 @@ def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
     trainer = CohortTrainer(
         run.built.task, run.plan, run.config.local, seed=0, device=torch.device("cpu")
     )
-    factor = run.config.local.factor(1, ROUNDS)
-    trial = trainer.train(start.base, sent, clients, round_=1, factor=factor)
+    factor = run.config.local.rate_scale(1, ROUNDS)
+    trial = trainer.train(start.base, sent, clients, round_=1, rate_scale=factor)
     layout = uplink_layout(sent)
     rows = layout.pack({n: trial.trained[n] for n, _ in layout.shapes}, lead=1)
     shares = trial.samples.double() if weights == "examples" else torch.ones(len(rest)).double()

@@ -261,7 +261,7 @@ def assert_agrees(
             place=place,
             round_=round_,
             seed=SEED,
-            factor=factor,
+            rate_scale=factor,
         )
         for place, client in enumerate(clients.tolist())
     ]
@@ -271,7 +271,7 @@ def assert_agrees(
     for size in chunks:
         for places in torch.arange(len(clients)).split(size):
             part = cut(downlink, places)
-            got = trainer.train(base, part, clients[places], round_=round_, factor=factor)
+            got = trainer.train(base, part, clients[places], round_=round_, rate_scale=factor)
             assert got.trained.keys() == wanted.keys()
             for name, value in got.trained.items():
                 gap = float((value - wanted[name][places]).abs().max())
@@ -291,7 +291,7 @@ def run(case: Case, method: Method, local: LocalConfig, rounds: int, check: set[
         if round_ in check:
             moved = assert_agrees(case, plan, local, state.base, sent, clients, round_=round_)
             assert all(float(t.abs().max()) > 1e-4 for t in moved.values())
-        trial = trainer.train(state.base, sent, clients, round_=round_, factor=1.0)
+        trial = trainer.train(state.base, sent, clients, round_=round_, rate_scale=1.0)
         layout = Layout(tuple((n, s.shape) for n, s in sent.uploaded().items()))
         rows = layout.pack({n: trial.trained[n] for n, _ in layout.shapes}, lead=1)
         state = method.close_round(
@@ -354,7 +354,7 @@ def test_the_schedule_scales_both_rates() -> None:
     state = method.init(base_of(case.task), plan, Draw(SEED))
     clients = torch.arange(len(SIZES))
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
-    slow = assert_agrees(case, plan, LOCAL, state.base, sent, clients, factor=0.25)
+    slow = assert_agrees(case, plan, LOCAL, state.base, sent, clients, rate_scale=0.25)
     lower = replace(LOCAL, lr=0.25 * 0.2, dense_lr=0.25 * 0.1)
     same = assert_agrees(case, plan, lower, state.base, sent, clients)
     for name, value in slow.items():
@@ -387,7 +387,7 @@ def test_dropout_is_on() -> None:
     state = method.init(base_of(plain.task), plan, Draw(SEED))
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
     with_, without = (
-        trainer_of(c.task, plan, LOCAL).train(state.base, sent, clients, round_=1, factor=1.0)
+        trainer_of(c.task, plan, LOCAL).train(state.base, sent, clients, round_=1, rate_scale=1.0)
         for c in (dropped, plain)
     )
     assert not torch.allclose(with_.losses, without.losses, atol=1e-3)
@@ -426,7 +426,7 @@ def test_results_come_in_the_order_that_was_asked() -> None:
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
     assert_agrees(case, plan, LOCAL, state.base, sent, clients)
     trial = trainer_of(case.task, plan, LOCAL).train(
-        state.base, sent, clients, round_=1, factor=1.0
+        state.base, sent, clients, round_=1, rate_scale=1.0
     )
     assert trial.samples.tolist() == [SIZES[c] for c in clients.tolist()]
     assert trial.steps.tolist() == [2 * -(-SIZES[c] // 4) for c in clients.tolist()]
@@ -538,7 +538,7 @@ def test_prox_refuses_three_factors() -> None:
     downlink = Downlink(adapters_of(("own", "zero", "own"), ("fc1.weight",), plan.targets))
     trainer = trainer_of(case.task, plan, replace(LOCAL, prox=0.1))
     with pytest.raises(ConfigError, match=r"prox.*'M'"):
-        trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, factor=1.0)
+        trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, rate_scale=1.0)
 
 
 # ---- Convolutions of every shape ----------------------------------------------------------------
@@ -656,7 +656,7 @@ def test_dropout_under_vmap_is_refused_by_the_layer_s_name() -> None:
     downlink = Downlink(dense={"body.gain": Trained((6,))})
     trainer = trainer_of(case.task, plan, LOCAL)
     with pytest.raises(ModelError, match="hole"):
-        trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, factor=1.0)
+        trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, rate_scale=1.0)
 
 
 def test_batch_norm_is_refused_by_the_layer_s_name() -> None:
@@ -724,7 +724,7 @@ def test_dropout_of_another_kind_is_on_or_refused(layer: type[nn.Module]) -> Non
     try:
         for training in (True, False):
             trainer = trainer_of(replace(case.task, model=model.train(training)), plan, LOCAL)
-            trial = trainer.train(state.base, sent, clients, round_=1, factor=1.0)
+            trial = trainer.train(state.base, sent, clients, round_=1, rate_scale=1.0)
             losses.append(trial.losses)
     except ModelError as error:
         refused = str(error)

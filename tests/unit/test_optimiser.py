@@ -135,19 +135,19 @@ def test_clipping_leaves_zero_and_the_given_gradients_alone() -> None:
 )
 def test_the_schedule_over_five_rounds(changes: dict[str, Any], wanted: list[float]) -> None:
     config = LocalConfig(**changes)
-    assert [config.factor(t, 5) for t in range(1, 6)] == pytest.approx(wanted, abs=1e-7)
+    assert [config.rate_scale(t, 5) for t in range(1, 6)] == pytest.approx(wanted, abs=1e-7)
 
 
 def test_a_schedule_of_one_round_is_one() -> None:
     for schedule in ("constant", "cosine", "linear", "step"):
-        assert LocalConfig(schedule=schedule).factor(1, 1) == 1.0
+        assert LocalConfig(schedule=schedule).rate_scale(1, 1) == 1.0
 
 
 def test_dense_tensors_have_their_own_step_size() -> None:
     config = LocalConfig(lr=0.4, dense_lr=0.01)
-    assert config.rate(main=True, factor=0.5) == 0.2
-    assert config.rate(main=False, factor=0.5) == 0.005
-    assert LocalConfig(lr=0.4).rate(main=False, factor=1.0) == 0.4
+    assert config.rate(main=True, rate_scale=0.5) == 0.2
+    assert config.rate(main=False, rate_scale=0.5) == 0.005
+    assert LocalConfig(lr=0.4).rate(main=False, rate_scale=1.0) == 0.4
 
 
 NAN, INF = float("nan"), float("inf")

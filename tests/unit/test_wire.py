@@ -94,7 +94,7 @@ def test_a_downlink_comes_back_to_the_bit() -> None:
     got, order = unpack_downlink(pack_downlink(sent, ORDER, ALL, "float64"))
     assert_same(got, sent)
     assert list(got.trained()) == list(sent.trained())
-    assert (order.round_, order.version, order.factor) == (9, 8, 1.0 / 3.0)
+    assert (order.round_, order.version, order.rate_scale) == (9, 8, 1.0 / 3.0)
     assert torch.equal(order.clients, CLIENTS)
 
 
@@ -123,7 +123,7 @@ def test_numbers_travel_in_the_precision_that_is_asked_for() -> None:
     assert bias is not None
     assert bias.dtype == torch.float32
     assert torch.equal(bias, normal(3).float())
-    assert order.factor == 1.0 / 3.0
+    assert order.rate_scale == 1.0 / 3.0
     assert got.adapters["v"].scale == 1e-300
 
 
