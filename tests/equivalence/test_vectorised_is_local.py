@@ -246,7 +246,7 @@ def assert_agrees(
     clients: torch.Tensor,
     *,
     round_: int = 1,
-    factor: float = 1.0,
+    rate_scale: float = 1.0,
     chunks: Sequence[int] = (1, 3, len(SIZES)),
 ) -> Tree:
     """Hold the trainer, at every chunk size, against the oracle; give the trained tensors."""
@@ -261,7 +261,7 @@ def assert_agrees(
             place=place,
             round_=round_,
             seed=SEED,
-            rate_scale=factor,
+            rate_scale=rate_scale,
         )
         for place, client in enumerate(clients.tolist())
     ]
@@ -271,7 +271,7 @@ def assert_agrees(
     for size in chunks:
         for places in torch.arange(len(clients)).split(size):
             part = cut(downlink, places)
-            got = trainer.train(base, part, clients[places], round_=round_, rate_scale=factor)
+            got = trainer.train(base, part, clients[places], round_=round_, rate_scale=rate_scale)
             assert got.trained.keys() == wanted.keys()
             for name, value in got.trained.items():
                 gap = float((value - wanted[name][places]).abs().max())
