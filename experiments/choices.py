@@ -8,7 +8,6 @@ from pathlib import Path
 from fedraclora.errors import unknown
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-OPTIONAL = {"experiment"}
 
 
 def groups() -> dict[str, dict[str, str]]:
@@ -19,6 +18,24 @@ def groups() -> dict[str, dict[str, str]]:
         first = next(text for text in lines if "@package" not in text)  # Hydra wants that on line 1
         found.setdefault(path.parent.name, {})[path.stem] = first.lstrip("# ").rstrip()
     return found
+
+
+def composed(overrides: Sequence[str]) -> dict[str, object]:
+    """Compose the config as the command line would, as a plain, resolved dict.
+
+    Args:
+        overrides: Hydra's, for example ``["method=fedavg", "seed=1"]``.
+
+    Returns:
+        The config.
+    """
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = compose("config", overrides=list(overrides))
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return {str(key): value for key, value in dict(plain).items()}  # type: ignore[arg-type]
 
 
 def check_choices(words: Sequence[str]) -> None:
@@ -32,7 +49,7 @@ def check_choices(words: Sequence[str]) -> None:
         key, _, value = word.lstrip("+").partition("=")
         if "(" in value:  # Hydra's own syntax for sweeps
             continue
-        if key not in table or not value or (value == "null" and key in OPTIONAL):
+        if key not in table or not value:
             continue
         for choice in value.split(","):
             if choice not in table[key]:

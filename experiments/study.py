@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from experiments.choices import CONF
+from experiments.choices import composed
 from experiments.study_file import Job, Study
 from experiments.study_table import best_value, draw, table, tuned_value, write_table
-from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.errors import FedRacLoraError
 from fedraclora.ledger import Row, round_seconds
 
 Plain = dict[str, object]
@@ -28,9 +28,6 @@ Plain = dict[str, object]
 
 def run_job(job: Job) -> Plain:
     """Run one job in memory and give its line for runs.jsonl."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
     from experiments.assemble import assemble
     from experiments.folders import provenance
     from experiments.simulate import summarise
@@ -38,12 +35,7 @@ def run_job(job: Job) -> Plain:
     from strategies import METHODS
 
     began = time.perf_counter()
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        composed = compose("config", overrides=list(job.overrides))
-    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    if not isinstance(plain, dict):
-        raise ConfigError("the config must be a mapping")
-    config = from_plain({str(k): v for k, v in plain.items()}, METHODS)
+    config = from_plain(composed(job.overrides), METHODS)
     line: Plain = {**vars(job), "key": job.key}
     if job.phase == "final":
         line |= {"config": config.digested, **provenance()}

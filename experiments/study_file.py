@@ -33,7 +33,7 @@ class Job:
 class Study:
     """A study as its YAML file says."""
 
-    experiment: str
+    experiment: str | None
     metric: str
     grid: Mapping[str, object]
     tune: Mapping[str, object]
@@ -45,11 +45,14 @@ class Study:
         """Read a study.
 
         Raises:
-            ConfigError: If keys are missing or unknown.
+            ConfigError: If it is no YAML mapping, or keys are missing or unknown.
         """
         if not path.is_file():
             raise ConfigError(f"there is no study {path}; see experiments/studies")
-        loaded = yaml.safe_load(path.read_text())
+        try:
+            loaded = dict(yaml.safe_load(path.read_text()))
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} is not a study: {error}") from error
         for key in loaded:
             if key not in KEYS:
                 raise unknown("study key", key, KEYS)
@@ -61,7 +64,8 @@ class Study:
         """List the runs of one row in one phase."""
         section = self.tune if phase == "tune" else self.final
         seeds, extra = section["seeds"], section["overrides"]
-        common = [f"experiment={self.experiment}", *self.rows[row], *map(str, _list(extra))]
+        preset = [f"experiment={self.experiment}"] if self.experiment else []
+        common = [*preset, *self.rows[row], *map(str, _list(extra))]
         return [
             Job(phase, row, v, int(str(s)), (*common, f"{self.grid['key']}={v}", f"seed={s}"))
             for v in values

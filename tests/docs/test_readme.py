@@ -7,10 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from experiments.choices import check_choices
+from experiments.choices import check_choices, composed
 from experiments.cli import COMMANDS
 from fedraclora.config import from_plain
 from strategies import METHODS
@@ -49,10 +47,7 @@ def test_each_simulation_composes(line: str) -> None:
     check_choices(words)
     keys = [w.partition("=") for w in words]
     first = [f"{k}={v if v.startswith('[') else v.split(',')[0]}" for k, _, v in keys]
-    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        plain = OmegaConf.to_container(compose("config", overrides=first), resolve=True)
-    assert isinstance(plain, dict)
-    from_plain({str(k): v for k, v in plain.items()}, METHODS)
+    from_plain(composed(first), METHODS)
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from experiments.assemble import Assembled, assemble
+from experiments.choices import composed
 from fedraclora.config import from_plain
 from fedraclora.tree import digest
 from strategies import METHODS
 
 pytestmark = pytest.mark.gpu
-CONF = Path(__file__).resolve().parents[2] / "conf"
 JOB = [
     "data=digits",
     "pretrain=none",
@@ -29,10 +27,7 @@ JOB = [
 
 
 def job(*words: str, folder: Path | None = None, resume: bool = False) -> Assembled:
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        plain = OmegaConf.to_container(compose("config", overrides=[*JOB, *words]), resolve=True)
-    assert isinstance(plain, dict)
-    config = from_plain({str(k): v for k, v in plain.items()}, METHODS)
+    config = from_plain(composed([*JOB, *words]), METHODS)
     return assemble(config, folder, resume=resume)
 
 

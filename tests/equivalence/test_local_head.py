@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import nn
 
 from experiments.assemble import Assembled, assemble
+from experiments.choices import composed
 from fedraclora.config import from_plain
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.personal import class_accuracies, personal_accuracy
@@ -20,7 +19,6 @@ from fedraclora.samples import Samples
 from fedraclora.tree import digest
 from strategies import METHODS
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 JOB = [
     "data=digits",
     "pretrain=none",
@@ -36,10 +34,7 @@ JOB = [
 
 
 def job(*words: str, folder: Path | None = None, resume: bool = False) -> Assembled:
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        plain = OmegaConf.to_container(compose("config", overrides=[*JOB, *words]), resolve=True)
-    assert isinstance(plain, dict)
-    config = from_plain({str(k): v for k, v in plain.items()}, METHODS)
+    config = from_plain(composed([*JOB, *words]), METHODS)
     return assemble(config, folder, resume=resume)
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from experiments.assemble import assemble
+from experiments.choices import composed
 from fedraclora.config import from_plain
 from fedraclora.ledger import column
 from strategies import METHODS
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 JOB = [
     "data=least_squares",
     "data.dtype=float64",
@@ -40,11 +37,8 @@ def test_the_loss_takes_the_known_course(
     name: str, golden: Callable[[str, Mapping[str, Sequence[float]]], None]
 ) -> None:
     extra = [] if name == "fedavg" else ["method.rank=3", "method.alpha=4.0"]
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=[*JOB, f"method={name}", *extra])
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    run = assemble(from_plain({str(k): v for k, v in plain.items()}, METHODS), None)
+    plain = composed([*JOB, f"method={name}", *extra])
+    run = assemble(from_plain(plain, METHODS), None)
     run.strategy.start(run.grid)
     rows = run.strategy.book.ledger.rows
     curves = {

@@ -1,0 +1,131 @@
+"""Studies: what is run, what is chosen, what is passed over, and one real run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.study import main, read_lines, run_job
+from experiments.study_file import Study
+from experiments.study_table import draw, is_tuned, table, tuned_value, write_table
+from fedraclora.errors import ConfigError
+
+TEXT = """
+experiment: null
+metric: accuracy
+grid: {key: local.lr, values: [0.1, 0.4], refine: [0.5]}
+tune: {seeds: [7, 8], overrides: [data.validation=0.2, evaluate.split=validation]}
+final: {seeds: [0, 1], overrides: []}
+rows:
+  ours: [method=fed_rac_lora, method.rank=4]
+"""
+SMALL = """
+  small: [data=digits, pretrain=none, "model.hidden=[8]", clients=6, cohort=3,
+    rounds=2, output=study]
+"""
+
+
+def study(tmp_path: Path, text: str = TEXT) -> Study:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    return Study.read(path)
+
+
+def line(accuracy: float | None, **more: object) -> dict[str, Any]:
+    metrics = {} if accuracy is None else {"accuracy": accuracy}
+    point = {"round": 1, "metrics": metrics, "seconds": 0.5, "uplink_total": 8, "downlink_total": 9}
+    found = {"metrics": metrics, "curve": [{**point, "round": 0}, point], "uplink_floats": 3}
+    found |= {"uplink_total": 8, "downlink_total": 9, "aggregation_error": 0.0, **more}
+    return found | ({"diverged": "nan"} if accuracy is None else {})
+
+
+def tuned(plan: Study, scores: dict[float, float | None]) -> dict[str, dict[str, Any]]:
+    return {
+        j.key: line(score) for v, score in scores.items() for j in plan.jobs("tune", "ours", [v])
+    }
+
+
+def test_jobs_carry_preset_row_phase_value_and_seed(tmp_path: Path) -> None:
+    job = study(tmp_path).jobs("tune", "ours", [0.4])[1]
+    assert job.overrides == (
+        "method=fed_rac_lora",
+        "method.rank=4",
+        "data.validation=0.2",
+        "evaluate.split=validation",
+        "local.lr=0.4",
+        "seed=8",
+    )
+    assert job.key == "tune|ours|0.4|8"
+
+
+def test_the_best_of_the_grid_and_its_refinement_is_chosen(tmp_path: Path) -> None:
+    plan = study(tmp_path)
+    done = tuned(plan, {0.1: 0.5, 0.4: 0.7})
+    assert not is_tuned(plan, "ours", done)
+    done |= tuned(plan, {0.2: 0.8})
+    assert is_tuned(plan, "ours", done)
+    assert tuned_value(plan, "ours", done) == 0.2
+
+
+def test_a_value_that_diverged_in_a_final_run_is_passed_over(tmp_path: Path) -> None:
+    plan = study(tmp_path)
+    done = tuned(plan, {0.1: 0.5, 0.4: 0.7, 0.2: 0.8})
+    done["final|ours|0.2|1"] = line(None)
+    assert tuned_value(plan, "ours", done) == 0.4
+    done |= {j.key: line(0.6 + 0.1 * j.seed) for j in plan.jobs("final", "ours", [0.4])}
+    (row,) = table(plan, done)
+    assert row["passed over"] == "0.2"
+    assert row["accuracy"] == 0.65
+    write_table([row], tmp_path)
+    draw(plan, done, tmp_path)
+    assert "| ours |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps({"key": "a"}) + "\n" + '{"key": "b", "met')
+    assert list(read_lines(path)) == ["a"]
+
+
+def test_a_run_is_recorded_with_config_and_revision(tmp_path: Path) -> None:
+    plan = study(tmp_path, TEXT + SMALL)
+    found = json.loads(json.dumps(run_job(plan.jobs("final", "small", [0.1])[0]), default=str))
+    assert found["config"]["local"]["lr"] == 0.1
+    assert "output" not in found["config"]
+    assert found["versions"]["torch"]
+    assert [p["round"] for p in found["curve"]] == [0, 1, 2]
+    assert found["curve"][-1]["metrics"] == found["metrics"]
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
+    plan = study(tmp_path, TEXT + SMALL)
+    found = run_job(plan.jobs("final", "small", [1e30])[0])
+    assert "training loss" in str(found["diverged"])
+    assert found["metrics"] == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("metric: accuracy", "metrc: accuracy"), "did you mean 'metric'"),
+        (("metric: accuracy\n", ""), "lacks metric"),
+        (("seeds: [0, 1]", "seeds: [0, 1"), "is not a study"),
+    ],
+)
+def test_a_study_that_is_not_whole_is_refused(
+    tmp_path: Path, change: tuple[str, str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        study(tmp_path, TEXT.replace(*change))
+
+
+def test_a_study_that_does_not_exist_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.argv", ["study", str(tmp_path / "none.yaml")])
+    with pytest.raises(SystemExit, match="there is no study"):
+        main()
