@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.groups import Group, group_runs, values
-from experiments.reports import Run, find_runs, read_run, result_summary
+from experiments.reports import Run, find_runs, read_run
 from experiments.tables import Table
 from fedraclora.errors import CheckpointError, FedRacLoraError, unknown
 from fedraclora.ledger import number
 from fedraclora.metrics import higher_is_better
 from fedraclora.plots import MEGABYTE, compare_figure
 
-__all__ = ["Table", "compare", "main", "result_summary"]
+__all__ = ["Table", "compare", "main"]
 
 _TASK = ("data.", "model.", "pretrain.")
 

@@ -140,8 +140,8 @@ def refuse_changes(folder: Path, stored: Plain, plain: Plain, keys: Sequence[str
     if keys is not None:
         if "experiment" in keys:
             lines.append("experiment: a preset cannot be laid over a run; leave it out")
-        typed = tuple(f"{k}.name" if isinstance(right.get(k), dict) else k for k in keys)
-        lines = [line for line in lines if line.startswith((*typed, "experiment:"))]
+        typed = tuple(f"{k}.name:" if isinstance(right.get(k), dict) else f"{k}:" for k in keys)
+        lines = [line for line in lines if line.startswith(typed)]
     if lines:
         raise CheckpointError(
             f"{folder} was run under another config; resume changes nothing:\n  "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import yaml
@@ -18,7 +18,6 @@ from fedraclora.ledger import Row, column, digest_rows, number, read_ledger, rou
 
 RUN_FILES = ("config.yaml", "ledger.jsonl", "summary.json")
 NOT_THE_RUN = ("seed", "output", "resume", "data.root")  # where and which draw, not what
-_CURVE_STEP = 10
 
 
 @dataclass(frozen=True)
@@ -157,59 +156,6 @@ def _read_mapping(path: Path) -> dict[str, object]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path.parent} is broken: {path.name} is not a mapping")
     return found
-
-
-def result_summary(run_folder: Path) -> dict[str, object]:
-    """Condense a run to a small JSON value that a results folder can keep.
-
-    Output settings are left out of its config, and absolute paths keep their last part only, so
-    that nothing of the machine is in it.
-
-    Args:
-        run_folder: The folder of a finished run.
-
-    Returns:
-        Config, final metrics, totals, digests, versions, and a curve: the evaluated rows that
-        are 10 rounds or more apart, and the last.
-
-    Raises:
-        CheckpointError: See `read_run`.
-    """
-    run = read_run(run_folder)
-    last, mean = run.aggregation_error
-    kept = {k: v for k, v in run.config.items() if k not in {"output", "resume"}}
-    copied = ("uplink_floats", "weights_digest", "ledger_digest", "versions", "git")
-    return {
-        "config": _portable(kept),
-        "rounds": run.rows[-1]["round"],
-        "metrics": run.evaluated[-1]["metrics"] if run.evaluated else {},
-        "totals": {k: v if math.isfinite(v) else None for k, v in run.totals.items()},
-        **({"aggregation_error": {"last": last, "mean": mean}} if math.isfinite(last) else {}),
-        **{key: run.summary[key] for key in copied if key in run.summary},
-        "curve": _curve(run.evaluated),
-    }
-
-
-def _curve(rows: Sequence[Row]) -> list[Row]:
-    columns = ("round", "metrics", "train_loss", "uplink_total", "downlink_total")
-    kept: list[Row] = []
-    for row in rows:
-        due = not kept or number(row, "round") - number(kept[-1], "round") >= _CURVE_STEP
-        if due or row is rows[-1]:
-            kept.append({key: row[key] for key in columns if key in row})
-    return kept
-
-
-def _portable(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {str(k): _portable(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_portable(v) for v in value]
-    if isinstance(value, str) and (
-        PurePath(value).is_absolute() or PureWindowsPath(value).is_absolute()
-    ):
-        return PureWindowsPath(value).name  # reads both kinds of separator
-    return value
 
 
 def _items(value: object) -> list[object]:

@@ -131,7 +131,7 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
     if wanted == "auto" and (folder / "config.yaml").is_file():
         stored = folders.read_config(folder)
         folders.refuse_changes(folder, stored, plain, None)
-        return stored, folder, True
+        return where_now(stored, plain, typed), folder, True
     folders.refuse_existing(folder)
     return plain, folder, False
 

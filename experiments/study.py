@@ -129,7 +129,6 @@ def main() -> None:
             run_all(final, done, path, arguments.jobs)
     write_table(table(study, done), out)
     draw(study, done, out)
-    print((out / "table.md").read_text())
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.study_file import Study
+from experiments.tables import Table
 
 Plain = dict[str, object]
 
@@ -91,17 +91,14 @@ def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
 
 
 def write_table(rows: list[dict[str, object]], out: Path) -> None:
-    """Write table.md and table.csv."""
+    """Write table.md and table.csv, and show the table."""
     if not rows:
         return
-    names = list(rows[0])
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    lines += [f"| {' | '.join(str(row[n]) for n in names)} |" for row in rows]
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    with (out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    cells = tuple(tuple(str(value) for value in row.values()) for row in rows)
+    made = Table(tuple(rows[0]), cells, tuple(rows))
+    (out / "table.md").write_text(made.markdown())
+    made.write_csv(out / "table.csv")
+    made.print()
 
 
 def draw(study: Study, done: Mapping[str, Plain], out: Path) -> None:

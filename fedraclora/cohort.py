@@ -102,13 +102,12 @@ class CohortTrainer:
         if self.local.precondition:
             hooks.append(projected(frozen))
         steps = schedule.steps[order]
-        alive = [int((steps > j).sum()) for j in range(int(steps.max()) if len(steps) else 0)]
         losses = torch.zeros(len(clients), dtype=torch.float64, device=self.device)
-        for j, active in enumerate(alive):
+        for j, (active, width) in enumerate(schedule.plan()):
             rows = order[:active]
             leaves = {n: v[:active].detach().requires_grad_() for n, v in values.items()}
             context.active, context.clients, context.step = active, clients[rows], j
-            loss = self._losses(program, downlink, leaves, frozen, schedule, rows, j)
+            loss = self._losses(program, downlink, leaves, frozen, schedule, rows, (j, width))
             gradients = dict(
                 zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True)
             )
@@ -137,11 +136,10 @@ class CohortTrainer:
         frozen: Tree,
         schedule: Schedule,
         rows: torch.Tensor,
-        step: int,
+        place: tuple[int, int],
     ) -> torch.Tensor:
-        """Mean loss of each active client on its batch of this step, [active]."""
-        context = program.context
-        width = int(schedule.valid[rows, step].sum(dim=1).max())
+        """Mean loss of each active client on its batch, [active]; ``place``: step and width."""
+        context, (step, width) = program.context, place
         valid = schedule.valid[rows, step, :width]
         batch = self.data.gather(context.clients, schedule.positions[rows, step, :width])
         if program.model is None:

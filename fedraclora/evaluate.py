@@ -60,17 +60,44 @@ def evaluate(
         ShapeError: If a weight is not a parameter of the model, or has another shape.
     """
     chosen = _choose(metrics, loss)
+    needs = {metric.needs for metric in chosen.values()}
+    counted = tally(model, weights, samples, loss, needs, batch_size)
+    return {name: metric.compute(counted) for name, metric in chosen.items()}
+
+
+def tally(
+    model: nn.Module, weights: Tree, samples: Samples, loss: str, needs: set[str], batch_size: int
+) -> Tally:
+    """Pass all samples through a model once and count what metrics need; see `evaluate`.
+
+    Args:
+        model: The network.
+        weights: Parameters by name.
+        samples: What to measure on.
+        loss: A key of `fedraclora.task.LOSSES`.
+        needs: What to count (`fedraclora.metrics.Metric.needs`).
+        batch_size: Samples per forward pass.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ConfigError: If the batch size is not positive.
+        DataError: If there are no samples.
+        ShapeError: If a weight is not a parameter of the model, or has another shape.
+    """
     if len(samples) == 0:
         raise DataError("cannot evaluate: there are no samples; give the task a test set")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     _check_weights(model, weights)
-    probe = _Pass(model, loss, {metric.needs for metric in chosen.values()}, batch_size)
-    with torch.no_grad(), evaluation_mode(model):
+    probe = _Pass(model, loss, needs, batch_size)
+    with torch.no_grad(), _evaluation_mode(model):
         # One functional call for all batches: swapping the weights in costs as much as a batch
         # of a small model.
-        tally = functional_call(probe, {f"model.{k}": v for k, v in weights.items()}, (samples,))
-    return {name: metric.compute(tally) for name, metric in chosen.items()}
+        named = {f"model.{k}": v for k, v in weights.items()}
+        counted: Tally = functional_call(probe, named, (samples,))
+    return counted
 
 
 def _choose(metrics: tuple[str, ...], loss: str) -> dict[str, Metric]:
@@ -99,7 +126,7 @@ def _check_weights(model: nn.Module, weights: Tree) -> None:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set every module to evaluation, and back to its own flag (they may differ)."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

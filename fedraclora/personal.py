@@ -6,49 +6,24 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
-from torch.func import functional_call
-from typing_extensions import override
 
-from fedraclora.evaluate import evaluation_mode
+from fedraclora.evaluate import tally
 from fedraclora.samples import Samples
-from fedraclora.task import forward
 from fedraclora.tree import Tree
 
 Counts = npt.NDArray[np.int64]
-
-
-class _Forward(nn.Module):
-    """Calls a plain or a Hugging Face model by its inputs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    @override
-    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Give the output tensor."""
-        return forward(self.model, inputs)
 
 
 def class_accuracies(
     model: nn.Module, weights: Tree, samples: Samples, classes: int, batch_size: int
 ) -> npt.NDArray[np.float64]:
     """Accuracy on the samples of each class [classes]; NaN for a class without samples."""
-    right = torch.zeros(classes, dtype=torch.float64)
-    total = torch.zeros(classes, dtype=torch.float64)
-    probe = _Forward(model)
-    named = {f"model.{n}": w for n, w in weights.items()}
-    with torch.no_grad(), evaluation_mode(model):
-        for rows in torch.arange(len(samples), device=samples.target.device).split(batch_size):
-            batch = samples.take(rows)
-            output = functional_call(probe, named, (batch.inputs,))
-            hit = (output.argmax(dim=1) == batch.target).double().cpu()
-            target = batch.target.cpu()
-            right.index_add_(0, target, hit)
-            total.index_add_(0, target, torch.ones_like(hit))
-    return (right / total).numpy()
+    counted = tally(model, weights, samples, "cross_entropy", {"classes"}, batch_size)
+    predicted, wanted = counted.labels.astype(np.int64)
+    right = np.bincount(wanted[predicted == wanted], minlength=classes)
+    total = np.bincount(wanted, minlength=classes)
+    return np.where(total > 0, right / np.maximum(total, 1), np.nan)
 
 
 def personal_accuracy(

@@ -18,6 +18,15 @@ class Schedule:
     valid: torch.Tensor
     steps: torch.Tensor  # int64 [K]
 
+    def plan(self) -> list[tuple[int, int]]:
+        """Give clients that still train, and the widest of their batches, for every step.
+
+        Read off the device once a round: a look at it in every step would stall a GPU.
+        """
+        widths = self.valid.sum(dim=2)
+        alive = (widths > 0).sum(dim=0)
+        return list(zip(alive.tolist(), widths.amax(dim=0).tolist(), strict=True))
+
     @classmethod
     def of(
         cls, clients: torch.Tensor, sizes: torch.Tensor, local: LocalConfig, key: int

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.compare import compare, main, result_summary
+from experiments.compare import compare, main
 from experiments.reports import find_runs, read_run
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.ledger import Ledger, Row
@@ -324,30 +324,3 @@ def test_the_command_prints_the_table_or_the_error(
     assert "rounds to 0.4" in printed
     assert main([str(tmp_path / "absent")]) == 1
     assert "error: " in capsys.readouterr().err
-
-
-def test_a_result_is_small_json_without_the_machine(make: Make) -> None:
-    folder = make("a", rac(), 2, error=0.5)
-    result = result_summary(folder)
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert "/home" not in json.dumps(result)
-    assert result["config"]["data"] == {"name": "mnist", "root": "data", "labels": [5, 6]}  # type: ignore[index]
-    assert "output" not in result["config"]  # type: ignore[operator]
-    assert result["metrics"] == {"accuracy": 0.8, "loss": 2.0}
-    assert result["rounds"] == ROUNDS
-    assert result["git"] == "abc"
-    assert result["totals"]["uplink_bytes"] == 1000 * COHORT * ROUNDS  # type: ignore[index]
-    assert result["totals"]["client_rounds"] == COHORT * ROUNDS  # type: ignore[index]
-    assert result["aggregation_error"] == {"last": 10.0, "mean": 5.25}
-    assert [row["round"] for row in result["curve"]] == [0, 10, 20]  # type: ignore[attr-defined]
-
-
-def test_the_last_evaluated_row_closes_the_curve(make: Make) -> None:
-    folder = make("a", rac())
-    ledger = Ledger(folder / "ledger.jsonl")
-    ledger.cut(14)
-    summary = json.loads((folder / "summary.json").read_text())
-    summary |= {"rounds": 14, "ledger_digest": ledger.digest()}
-    (folder / "summary.json").write_text(json.dumps(summary))
-    curve = result_summary(folder)["curve"]
-    assert [row["round"] for row in curve] == [0, 10, 14]  # type: ignore[attr-defined]
