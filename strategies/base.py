@@ -139,10 +139,10 @@ class FedStrategy(Strategy):
             again = self.method.next_exchange(self.state, exchange.downlink, got)
             if again is None:
                 break
-            messages = self._messages(again, exchange.cohort, round_, grid)
+            messages = self._messages(again, exchange.survivors(), round_, grid, exchange)
             exchange = self._current()
         # Only now: a round that fails must not count its clients as caught up.
-        moved.fetched = int(self.catch_up.fetch(exchange.cohort.clients).sum())
+        moved.fetched = int(self.catch_up.fetch(exchange.first.cohort.clients).sum())
         self._close(round_, exchange, got)
         watch.lap("close")
         due = round_ % self.loop.evaluate_every == 0 or round_ == self.loop.rounds
@@ -197,14 +197,14 @@ class FedStrategy(Strategy):
         clients = draw_cohort(loop.seed, server_round, loop.clients, loop.cohort)
         cohort = Cohort(clients, client_weights(loop.weights, self.sizes(clients)))
         downlink = self.method.open_round(self.state, server_round, cohort, self.draw)
-        return self._messages(downlink, cohort, server_round, grid)
+        return self._messages(downlink, cohort, server_round, grid, None)
 
     def _messages(
-        self, downlink: Downlink, cohort: Cohort, round_: int, grid: Grid
+        self, downlink: Downlink, cohort: Cohort, round_: int, grid: Grid, before: Exchange | None
     ) -> list[Message]:
         """Open an exchange: one message per chunk of the cohort."""
-        version = self.catch_up.version
-        self._exchange = Exchange(downlink, uplink_layout(downlink), round_, version, cohort)
+        version, layout = self.catch_up.version, uplink_layout(downlink)
+        self._exchange = Exchange(downlink, layout, round_, version, cohort, before=before)
         nodes = list(grid.get_node_ids())
         rate_scale = self.local.rate_scale(round_, self.loop.rounds)
         for i, first in enumerate(range(0, len(cohort), self.loop.chunk)):

@@ -30,6 +30,7 @@ class Exchange:
         failures: Clients whose reply is not used.
         received: Rows that came, those that were refused included.
         chunks: The messages that were sent, each with its clients.
+        before: The exchange before this one in the same round.
         mean_loss: Mean training loss over the clients whose replies are used.
     """
 
@@ -42,6 +43,7 @@ class Exchange:
     failures: list[Refusal] = field(default_factory=list)
     received: int = 0
     chunks: list[tuple[Message, list[int]]] = field(default_factory=list)
+    before: Exchange | None = None
     mean_loss: float = float("nan")
 
     def collect(self, messages: Iterable[Message], weighting: str, allowed: int) -> Uplinks:
@@ -62,7 +64,7 @@ class Exchange:
         for message in messages:
             self._read(message)
         if not self.replies and self.failures:
-            raise too_many(self.failures, self.round_, allowed)
+            raise too_many(self.all_failures, self.round_, allowed)
         if not self.replies:
             raise ClientError(f"round {self.round_}: no client replied in time")
         self.replies.sort(key=lambda r: int(r.clients[0]) if len(r.clients) else -1)
@@ -73,8 +75,8 @@ class Exchange:
         self._check_ids(clients.tolist())
         refused = check_rows(clients, weights, losses, rows)
         self.failures += refused
-        if len(self.failures) > allowed or len(refused) == len(clients):
-            raise too_many(self.failures, self.round_, allowed)
+        if len(self.all_failures) > allowed or len(refused) == len(clients):
+            raise too_many(self.all_failures, self.round_, allowed)
         self.received = len(clients)
         if refused:
             keep = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
@@ -114,12 +116,31 @@ class Exchange:
         missing = sorted(set(wanted) - set(answered))
         self.failures += [Refusal(c, "no reply in time") for c in missing]
 
+    def survivors(self) -> Cohort:
+        """The clients whose replies were used: those whom the next exchange asks."""
+        failed = torch.tensor([f.client for f in self.failures], dtype=torch.int64)
+        kept = ~torch.isin(self.cohort.clients, failed)
+        return Cohort(self.cohort.clients[kept], self.cohort.weights[kept])
+
+    @property
+    def first(self) -> Exchange:
+        """The exchange that opened the round."""
+        return self if self.before is None else self.before.first
+
+    @property
+    def all_failures(self) -> list[Refusal]:
+        """Clients that failed in this round so far."""
+        earlier = [] if self.before is None else self.before.all_failures
+        return [*earlier, *self.failures]
+
     @property
     def local_steps(self) -> int:
-        """Local steps over the clients that answered."""
-        return sum(int(reply.steps.sum()) for reply in self.replies)
+        """Local steps of this round so far, over the clients that answered."""
+        earlier = 0 if self.before is None else self.before.local_steps
+        return earlier + sum(int(reply.steps.sum()) for reply in self.replies)
 
     @property
     def notes(self) -> list[str]:
-        """Notes of the workers."""
-        return [note for reply in self.replies for note in reply.notes]
+        """Notes of the workers in this round so far."""
+        earlier = [] if self.before is None else self.before.notes
+        return [*earlier, *(note for reply in self.replies for note in reply.notes)]
