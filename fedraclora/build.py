@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.config import PretrainConfig, RunConfig
+from fedraclora.config import TaskConfig
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.partition import make_partition
 from fedraclora.errors import ConfigError, FedRacLoraError
@@ -19,6 +19,7 @@ from fedraclora.pretrain import pretrain
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.sampling import check_cohort
 from fedraclora.schema import bind, coerce, without
+from fedraclora.settings import PretrainConfig
 from fedraclora.task import Task
 
 COMMON_DATA_KEYS = ("labels", "validation")
@@ -56,7 +57,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_task(config: RunConfig) -> BuiltTask:
+def build_task(config: TaskConfig) -> BuiltTask:
     """Load data, divide it, build the model and pretrain it where that is asked for.
 
     Args:

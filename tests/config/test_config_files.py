@@ -14,21 +14,15 @@ from omegaconf import OmegaConf
 
 from experiments.assemble import assemble
 from experiments.choices import groups
-from fedraclora.config import (
-    EngineConfig,
-    EvaluateConfig,
-    OutputConfig,
-    PretrainConfig,
-    RunConfig,
-    from_plain,
-)
+from fedraclora.config import RunConfig, from_plain
 from fedraclora.errors import DataError
 from fedraclora.optimiser import LocalConfig
+from fedraclora.settings import ENGINES, EvaluateConfig, OutputConfig, PretrainConfig
 from strategies import METHODS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 FILES = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
-GROUPS = {"engine": EngineConfig, "output": OutputConfig, "pretrain": PretrainConfig}
+GROUPS = {"output": OutputConfig, "pretrain": PretrainConfig}
 
 TINY = ["rounds=1", "clients=10", "cohort=3"]
 DIGITS = ["data=digits", "pretrain=none", *TINY]  # digits 5-9, by the root's data.labels
@@ -122,6 +116,13 @@ def test_keys_are_the_fields(name: str) -> None:
     group = name.partition("/")[0]
     keys = set(yaml.safe_load(FILES[name].read_text()))
     assert keys | {"name"} == set(inspect.signature(GROUPS[group]).parameters) | {"name"}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_has_a_file_whose_keys_are_its_fields(name: str) -> None:
+    stored = yaml.safe_load(FILES[f"engine/{name}"].read_text())
+    assert stored.pop("name") == name
+    assert set(stored) == set(inspect.signature(ENGINES[name]).parameters)
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("method/")])

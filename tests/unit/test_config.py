@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +11,18 @@ from typing import Any
 import pytest
 import yaml
 
-from fedraclora.config import (
-    EngineConfig,
-    EvaluateConfig,
-    OutputConfig,
-    PretrainConfig,
-    RunConfig,
-    from_plain,
-)
+from fedraclora.config import RunConfig, TaskConfig, from_plain, task_from_plain
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import Method
 from fedraclora.optimiser import LocalConfig
 from fedraclora.schema import bind, build, checked_arguments, coerce, section, without
+from fedraclora.settings import (
+    ENGINES,
+    EvaluateConfig,
+    OutputConfig,
+    PretrainConfig,
+    RayConfig,
+)
 from strategies import METHODS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -81,6 +82,24 @@ def test_every_method_of_the_table_is_read_from_its_yaml(name: str) -> None:
 def test_what_decides_the_result_is_digested_and_no_more() -> None:
     config = from_plain(plain(), METHOD_TABLE)
     assert set(config.plain) - set(config.digested) == {"output", "resume"}
+    there, here = config.plain["engine"], config.digested["engine"]
+    assert isinstance(there, dict)
+    assert here == {"chunk": there["chunk"], "threads": there["threads"]}
+
+
+def test_where_clients_run_does_not_decide_the_result() -> None:
+    groups = [read(CONF / "engine" / f"{name}.yaml") for name in ("vectorised", "ray")]
+    first, second = (from_plain(plain() | {"engine": g}, METHOD_TABLE) for g in groups)
+    assert first.digested == second.digested
+    assert isinstance(second.engine, RayConfig)
+
+
+def test_what_clients_need_is_read_without_a_method() -> None:
+    whole = {k: v for k, v in plain().items() if k not in {"method", "rounds", "output"}}
+    task = task_from_plain(whole)
+    run = from_plain(plain(), METHOD_TABLE)
+    same = set(TaskConfig.__dataclass_fields__) - {"plain"}
+    assert all(getattr(task, key) == getattr(run, key) for key in same)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +138,13 @@ def test_what_decides_the_result_is_digested_and_no_more() -> None:
             "engine.chunk is 'automatic'; a number of clients or auto",
         ),
         ({"engine__threads": 0}, "engine.threads is 0"),
+        ({"engine__name": "inline", "engine__chunk": 4}, "engine=inline trains one client"),
+        ({"engine__name": "ray", "engine__workers": 0}, "engine.workers is 0"),
+        ({"engine__name": "ray", "engine__gpus": -1}, "engine.gpus is -1"),
+        ({"engine__name": "ray", "engine__retries": -1}, "engine.retries is -1"),
+        ({"engine__name": "ray", "engine__timeout": 0}, "engine.timeout is 0"),
+        ({"engine__name": "flower", "engine__chunk": 1, "engine__workers": 0}, "workers is 0"),
+        ({"engine__workers": 2}, "unknown key 'engine.workers'"),
         ({"evaluate__every": 0}, "evaluate.every"),
         ({"evaluate__split": "tests"}, "unknown evaluate.split 'tests'; did you mean 'test'"),
         ({"output__checkpoint_every": 0}, "output.checkpoint_every must be 1 or more"),
@@ -192,8 +218,7 @@ def test_what_cannot_run_is_refused_before_anything_runs(
     ("target", "path"),
     [
         (LocalConfig, "local/adamw"),
-        (EngineConfig, "engine/inline"),
-        (EngineConfig, "engine/vectorised"),
+        *((kind, f"engine/{name}") for name, kind in ENGINES.items()),
         (OutputConfig, "output/run"),
         (OutputConfig, "output/study"),
         (PretrainConfig, "pretrain/none"),
@@ -202,8 +227,8 @@ def test_what_cannot_run_is_refused_before_anything_runs(
 )
 def test_a_group_sets_every_field_by_its_own_name(target: type[Any], path: str) -> None:
     group = read(CONF / f"{path}.yaml")
-    keys = set(group) - ({"name"} if "name" not in target.__dataclass_fields__ else set())
-    assert keys == set(target.__dataclass_fields__)
+    parameters = set(inspect.signature(target).parameters)
+    assert set(group) - ({"name"} - parameters) == parameters
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum"])

@@ -1,0 +1,170 @@
+"""Settings of a run, group by group: frozen dataclasses that refuse what cannot run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from typing_extensions import override
+
+from fedraclora.errors import ConfigError, unknown
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What every engine has. ``chunk``: clients per batch or ``auto``; ``threads``: of torch."""
+
+    name: ClassVar[str] = "vectorised"
+
+    chunk: int | str = "auto"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run."""
+        if isinstance(self.chunk, str) and self.chunk != "auto":
+            raise ConfigError(f"engine.chunk is {self.chunk!r}; a number of clients or auto")
+        if isinstance(self.chunk, int) and self.chunk < 1:
+            raise ConfigError(f"engine.chunk is {self.chunk}; 1 or more is wanted")
+        if self.threads < 1:
+            raise ConfigError(f"engine.threads is {self.threads}; 1 or more is wanted")
+
+
+@dataclass(frozen=True)
+class InlineConfig(EngineConfig):
+    """One client after another, in this process."""
+
+    name: ClassVar[str] = "inline"
+
+    chunk: int | str = 1
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk != 1:
+            raise ConfigError(
+                f"engine.chunk is {self.chunk!r}, but engine={self.name} trains one client at a "
+                "time: leave it out, or choose engine=vectorised"
+            )
+
+
+@dataclass(frozen=True)
+class RayConfig(EngineConfig):
+    """Chunks on resident Ray workers.
+
+    Attributes:
+        workers: Processes that train; None = one per free CPU (or GPU) of the cluster.
+        gpus: Share of a GPU for each worker; None = 1 where the device is cuda, else 0.
+        address: Of a cluster to join (``auto``, ``host:port``); None starts one on this machine.
+        retries: Workers that may die or hang in a round before the run stops.
+        timeout: Seconds after which a worker that has not answered for its chunk counts as hung.
+    """
+
+    name: ClassVar[str] = "ray"
+
+    workers: int | None = None
+    gpus: float | None = None
+    address: str | None = None
+    retries: int = 3
+    timeout: float = 3600.0
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"engine.workers is {self.workers}; 1 or more, or null, is wanted")
+        if self.gpus is not None and not 0 <= self.gpus < math.inf:
+            raise ConfigError(f"engine.gpus is {self.gpus}; 0 or more, or null, is wanted")
+        if self.retries < 0:
+            raise ConfigError(f"engine.retries is {self.retries}; 0 or more is wanted")
+        if not 0 < self.timeout < math.inf:
+            raise ConfigError(f"engine.timeout is {self.timeout}; seconds above 0 are wanted")
+
+
+@dataclass(frozen=True)
+class FlowerConfig(InlineConfig):
+    """Flower's simulation runtime on its Ray backend: one node per client.
+
+    Attributes:
+        workers: Client processes at a time; None = one per CPU.
+        timeout: Seconds to wait for the replies of a round.
+    """
+
+    name: ClassVar[str] = "flower"
+
+    workers: int | None = None
+    timeout: float = 3600.0
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"engine.workers is {self.workers}; 1 or more, or null, is wanted")
+        if not 0 < self.timeout < math.inf:
+            raise ConfigError(f"engine.timeout is {self.timeout}; seconds above 0 are wanted")
+
+
+ENGINES: dict[str, type[EngineConfig]] = {
+    kind.name: kind for kind in (EngineConfig, InlineConfig, RayConfig, FlowerConfig)
+}
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What a run leaves behind, and how carefully it is written.
+
+    Attributes:
+        dir: The run folder; None = runs/<date>/<time>.
+        checkpoint_every: Rounds between checkpoints.
+        chain: Keep the link of every round.
+        sync: Flush to the disk with each row.
+        progress: Show a progress bar.
+        plots: Draw curves.png and partition.png.
+    """
+
+    dir: str | None = None
+    checkpoint_every: int = 10
+    chain: bool = True
+    sync: bool = True
+    progress: bool = True
+    plots: bool = True
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """When and on what the server measures.
+
+    ``split``: test or validation. ``clients``: with a local head, how many clients' own models.
+    """
+
+    every: int = 1
+    batch_size: int = 1024
+    split: str = "test"
+    clients: int = 20
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        if min(self.every, self.batch_size, self.clients) < 1:
+            raise ConfigError("evaluate.every, batch_size and clients must be 1 or more")
+        if self.split not in {"test", "validation"}:
+            raise unknown("evaluate.split", self.split, ("test", "validation"))
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Central training of the initial weights on some labels, with AdamW; epochs 0 = none."""
+
+    labels: list[int] | None = None
+    epochs: int = 0
+    lr: float = 1e-3
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot train."""
+        if self.epochs < 0 or self.batch_size < 1:
+            raise ConfigError(
+                f"pretrain.epochs is {self.epochs} and pretrain.batch_size is {self.batch_size}; "
+                "0 or more and 1 or more are wanted"
+            )
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"pretrain.lr is {self.lr}; a positive finite number is wanted")
