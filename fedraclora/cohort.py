@@ -103,11 +103,14 @@ class CohortTrainer:
             hooks.append(projected(frozen))
         steps = schedule.steps[order]
         losses = torch.zeros(len(clients), dtype=torch.float64, device=self.device)
-        for j, (active, width) in enumerate(schedule.plan()):
+        lengths = self.data.lengths(clients, schedule.positions)
+        for j, (active, width, length) in enumerate(schedule.plan(lengths)):
             rows = order[:active]
             leaves = {n: v[:active].detach().requires_grad_() for n, v in values.items()}
             context.active, context.clients, context.step = active, clients[rows], j
-            loss = self._losses(program, downlink, leaves, frozen, schedule, rows, (j, width))
+            loss = self._losses(
+                program, downlink, leaves, frozen, schedule, rows, (j, width, length)
+            )
             gradients = dict(
                 zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True)
             )
@@ -136,12 +139,17 @@ class CohortTrainer:
         frozen: Tree,
         schedule: Schedule,
         rows: torch.Tensor,
-        place: tuple[int, int],
+        place: tuple[int, int, int],
     ) -> torch.Tensor:
-        """Mean loss of each active client on its batch, [active]; ``place``: step and width."""
-        context, (step, width) = program.context, place
+        """Mean loss of each active client on its batch, [active].
+
+        ``place``: the step, samples of a batch, and tokens that the longest sample has.
+        """
+        context, (step, width, length) = program.context, place
         valid = schedule.valid[rows, step, :width]
-        batch = self.data.gather(context.clients, schedule.positions[rows, step, :width])
+        whole = self.data.gather(context.clients, schedule.positions[rows, step, :width])
+        batch = whole.trim(length)
+        context.tokens, context.padded = batch.padded, whole.padded
         if program.model is None:
             losses, counts = vmapped_losses(
                 self.task.model, program.base, downlink, self.plan, leaves, frozen, batch, self.loss

@@ -9,6 +9,7 @@ are replaced by the classes here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ class CohortContext:
     Attributes:
         active: Number of clients in the batch.
         rows: Samples in the batch, all clients together.
+        tokens, padded: Tokens of a sample, and what they were before padding was trimmed, for
+            dropout masks; 0 where samples have no padding.
         dense: Tensors that clients train in full, [K, ...] by parameter name.
         factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
         scales: Scale of each low-rank term.
@@ -37,6 +40,8 @@ class CohortContext:
 
     active: int = 0
     rows: int = 0
+    tokens: int = 0
+    padded: int = 0
     dense: Tree = field(default_factory=dict)
     factors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
@@ -202,8 +207,13 @@ class CohortDropout(CohortLayer):
         x = self.batched(x)
         context = self.context
         key = hash_key(context.seed, "dropout", context.round_, self.layer)
-        bits = cohort_bits(
-            key, context.clients, x[0].numel() * (x.shape[0] // context.active), stream=context.step
-        )
+        # A token's mask must not depend on how far the batch was trimmed: drawn before the cut.
+        whole = list(x.shape)
+        if x.dim() > 2 and whole[1] == context.tokens:
+            whole[1] = context.padded
+        count = prod(whole) // context.active
+        bits = cohort_bits(key, context.clients, count, stream=context.step).reshape(whole)
         keep = bits >= int(p * 2**32)
-        return x * keep.reshape(x.shape).to(x.dtype) / (1 - p)
+        if whole != list(x.shape):
+            keep = keep[:, : x.shape[1]]
+        return x * keep.to(x.dtype) / (1 - p)

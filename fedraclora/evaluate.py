@@ -137,6 +137,25 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def batches(samples: Samples, size: int) -> Iterator[Samples]:
+    """Cut samples into batches: in stored order, or shortest first where they are padded.
+
+    Sorted by length, a batch needs little padding; what is left is trimmed.
+    """
+    lengths = samples.lengths
+    if lengths is None:
+        for start in range(0, len(samples), size):
+            rows = slice(start, start + size)
+            inputs = {name: value[rows] for name, value in samples.inputs.items()}
+            yield Samples(inputs, samples.target[rows])
+        return
+    order = torch.argsort(lengths, stable=True)
+    ascending: list[int] = lengths[order].tolist()
+    for start in range(0, len(samples), size):
+        end = min(start + size, len(samples))
+        yield samples.take(order[start:end]).trim(ascending[end - 1])
+
+
 class _Pass(nn.Module):
     """One pass over the samples, as a module so that `functional_call` reaches the model."""
 
@@ -154,10 +173,8 @@ class _Pass(nn.Module):
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
         classes = 0
-        for start in range(0, len(samples), self._batch_size):
-            rows = slice(start, start + self._batch_size)
-            inputs = {name: value[rows] for name, value in samples.inputs.items()}
-            batch = Samples(inputs, samples.target[rows]).to(device)
+        for batch in batches(samples, self._batch_size):
+            batch = batch.to(device)
             output = forward(self.model, batch.inputs)
             if "loss" in self._needs:
                 losses, parts = LOSSES[self._loss](output, batch.target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +30,42 @@ class Samples:
     def take(self, rows: torch.Tensor) -> Samples:
         """Select rows (int64 [n]) into a new table."""
         return Samples({k: v[rows] for k, v in self.inputs.items()}, self.target[rows])
+
+    @cached_property
+    def lengths(self) -> torch.Tensor | None:
+        """Length of each sample up to its last token that is no padding, int64 [N].
+
+        Read off ``attention_mask`` [N, T]; None where there is none, since nothing then says what
+        is padding.
+        """
+        mask = self.inputs.get("attention_mask")
+        if mask is None or mask.dim() != 2:
+            return None
+        place = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        return (place * (mask != 0)).amax(dim=1)
+
+    @property
+    def padded(self) -> int:
+        """Tokens of every sample with its padding; 0 where there is no ``attention_mask``."""
+        mask = self.inputs.get("attention_mask")
+        return 0 if mask is None or mask.dim() != 2 else mask.shape[1]
+
+    def trim(self, length: int) -> Samples:
+        """Cut every sample to its first ``length`` tokens (views, nothing is copied).
+
+        What the cut leaves out must be padding, or samples that the caller masks: then it changes
+        no output but by rounding, since attention gives padding a weight of exactly zero.
+        """
+        whole = self.padded
+        if not 0 < length < whole:
+            return self
+        inputs = {
+            k: v[:, :length] if v.dim() > 1 and v.shape[1] == whole else v
+            for k, v in self.inputs.items()
+        }
+        tokens = self.target.dim() == 2 and self.target.shape[1] == whole
+        tokens = tokens and not self.target.is_floating_point()
+        return Samples(inputs, self.target[:, :length] if tokens else self.target)
 
     def clone(self) -> Samples:
         """Copy into memory of torch's own, whose alignment is always the same.
@@ -61,6 +98,13 @@ class ClientData(Protocol):
 
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Take samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
+        ...
+
+    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """Tokens without padding: ids [K], positions [K, ...] -> int64 like ``positions``.
+
+        None where samples are not padded: then batches are taken as they are.
+        """
         ...
 
 
@@ -99,10 +143,18 @@ class Partitioned:
 
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Take samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
-        index = self.offsets[clients][:, None] + positions
+        return self.samples.take(self._table_rows(clients, positions).reshape(-1))
+
+    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """Tokens without padding: ids [K], positions [K, ...] -> int64 like ``positions``."""
+        lengths = self.samples.lengths
+        return None if lengths is None else lengths[self._table_rows(clients, positions)]
+
+    def _table_rows(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Rows of the table, int64 like ``positions`` [K, ...]."""
+        first = self.offsets[clients].reshape(-1, *[1] * (positions.dim() - 1))
         # A padded position may point past the last client; its sample is masked by the caller.
-        index = index.clamp_(max=self.rows.shape[0] - 1)
-        return self.samples.take(self.rows[index.reshape(-1)])
+        return self.rows[(first + positions).clamp_(max=self.rows.shape[0] - 1)]
 
     def client(self, client: int) -> Samples:
         """All samples of one client, in stored order."""

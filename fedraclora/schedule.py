@@ -18,14 +18,25 @@ class Schedule:
     valid: torch.Tensor
     steps: torch.Tensor  # int64 [K]
 
-    def plan(self) -> list[tuple[int, int]]:
-        """Give clients that still train, and the widest of their batches, for every step.
+    def plan(self, lengths: torch.Tensor | None) -> list[tuple[int, int, int]]:
+        """Give for every step the clients that still train, and how wide and long their batch is.
 
         Read off the device once a round: a look at it in every step would stall a GPU.
+
+        Args:
+            lengths: Tokens of the sample at each of the positions, or None.
+
+        Returns:
+            For each step: number of clients, samples of the widest of their batches, and tokens
+            of their longest sample (0 without ``lengths``).
         """
         widths = self.valid.sum(dim=2)
         alive = (widths > 0).sum(dim=0)
-        return list(zip(alive.tolist(), widths.amax(dim=0).tolist(), strict=True))
+        longest = torch.zeros_like(alive)
+        if lengths is not None:
+            longest = (lengths * self.valid).amax(dim=(0, 2))
+        table = torch.stack([alive, widths.amax(dim=0), longest], dim=1).tolist()
+        return [(clients, width, length) for clients, width, length in table]
 
     @classmethod
     def of(

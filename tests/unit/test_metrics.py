@@ -267,3 +267,32 @@ def test_cheap_metrics_import_no_statistics_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+class Words(nn.Module):
+    """Attends to words that are no padding; remembers the shape of each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch_normal(generator(0, "words"), 9, 3))
+        self.seen: list[tuple[int, int]] = []
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        rows, length = input_ids.shape
+        self.seen.append((rows, length))
+        return (self.table[input_ids] * attention_mask[..., None]).sum(dim=1)
+
+
+def test_padded_samples_are_measured_shortest_first_and_trimmed() -> None:
+    lengths = torch.tensor([4, 2, 5, 2, 3])
+    ids = torch.from_numpy(generator(1, "ids").integers(1, 9, (5, 7)))
+    mask = (torch.arange(7) < lengths[:, None]).long()
+    target = torch.tensor([0, 1, 2, 1, 0])
+    model = Words()
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    samples = Samples({"input_ids": ids, "attention_mask": mask}, target)
+    got = evaluate(model, weights, samples, "cross_entropy", ("accuracy", "loss"), batch_size=2)
+    assert model.seen == [(2, 2), (2, 4), (1, 5)]
+    logits = model(**samples.inputs)
+    assert got["loss"] == pytest.approx(F.cross_entropy(logits, target).item())
+    assert got["accuracy"] == (logits.argmax(dim=1) == target).double().mean().item()

@@ -75,3 +75,45 @@ def test_a_row_outside_the_table_is_refused(rows: list[int]) -> None:
 def test_a_partition_needs_a_client() -> None:
     with pytest.raises(DataError, match="at least one client"):
         Partitioned.of(TABLE, [])
+
+
+def padded(target: torch.Tensor) -> Samples:
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
+    ids = torch.arange(12).reshape(3, 4)
+    return Samples({"input_ids": ids, "attention_mask": mask, "genre": ids[:, 0]}, target)
+
+
+def test_lengths_end_at_the_last_token_that_is_read() -> None:
+    samples = padded(torch.zeros(3))
+    assert samples.lengths is not None
+    assert samples.lengths.tolist() == [2, 3, 0]
+    assert samples.padded == 4
+    assert TABLE.lengths is None
+    assert TABLE.padded == 0
+
+
+def test_trim_cuts_tokens_and_nothing_else() -> None:
+    classes = padded(torch.zeros(3)).trim(3)
+    assert {k: tuple(v.shape) for k, v in classes.inputs.items()} == {
+        "input_ids": (3, 3),
+        "attention_mask": (3, 3),
+        "genre": (3,),
+    }
+    assert padded(torch.zeros(3, 4, dtype=torch.int64)).trim(3).target.shape == (3, 3)
+    assert padded(torch.zeros(3, 4)).trim(3).target.shape == (3, 4)  # four scores, no tokens
+
+
+@pytest.mark.parametrize("length", [0, 4, 9])
+def test_trim_leaves_alone_what_cannot_be_cut(length: int) -> None:
+    samples = padded(torch.zeros(3))
+    assert samples.trim(length) is samples
+    assert TABLE.trim(length) is TABLE
+
+
+def test_a_partition_knows_the_lengths_of_its_samples() -> None:
+    data = Partitioned.of(padded(torch.zeros(3)), [np.array([2, 0]), np.array([1])])
+    clients, positions = torch.tensor([1, 0]), torch.tensor([[[0, 9]], [[1, 0]]])
+    lengths = data.lengths(clients, positions)
+    assert lengths is not None
+    assert lengths.tolist() == [[[3, 3]], [[2, 0]]]
+    assert Partitioned.of(TABLE, PARTS).lengths(clients, positions) is None
