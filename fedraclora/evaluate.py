@@ -173,8 +173,8 @@ class _Pass(nn.Module):
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
         classes = 0
-        for batch in batches(samples, self._batch_size):
-            batch = batch.to(device)
+        for stored in batches(samples, self._batch_size):
+            batch = stored.to(device)
             output = forward(self.model, batch.inputs)
             if "loss" in self._needs:
                 losses, parts = LOSSES[self._loss](output, batch.target)
