@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +12,7 @@ from flwr.app import RecordDict
 from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer, Trial
 from fedraclora.errors import ConfigError, ModelError
+from fedraclora.memory import is_out_of_memory
 from fedraclora.method import Adapter, Downlink, Factor, Frozen, Trained
 from fedraclora.replica import Replica
 from fedraclora.tree import Tree
@@ -26,7 +28,12 @@ class Outcome:
     places: list[int] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
-    cut: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Add a sentence for the ledger, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 class Worker:
@@ -36,6 +43,9 @@ class Worker:
         trainer: Trains a chunk as one batch.
         replica: The base weights.
         store: What its clients keep between rounds.
+
+    Attributes:
+        limit: The most clients a batch may hold, once memory ran out with more; None before.
     """
 
     def __init__(
@@ -43,49 +53,83 @@ class Worker:
     ) -> None:
         self.trainer, self.replica = trainer, replica
         self.store = ClientStore() if store is None else store
+        self.limit: int | None = None
 
     def train(self, content: RecordDict) -> RecordDict:
         """Answer one train message.
 
         A chunk that raises is cut in halves until the clients at fault stand alone: they are
-        reported by id, the others' results are used.
+        reported by id, the others' results are used. Where memory runs out nobody is at fault:
+        batches hold half as many clients from there on.
         """
         downlink, order = unpack_downlink(content)
         base = self.replica.at(order.version, order.round_)
         downlink = self._with_own(downlink, order, base)
         outcome = Outcome()
-
-        def attempt(places: list[int]) -> None:
-            index = torch.tensor(places)
-            part = cut(downlink, index) if len(places) < len(order.clients) else downlink
-            trial, failure = None, ""
-            try:
-                trial = self.trainer.train(
-                    base,
-                    part,
-                    order.clients[index],
-                    round_=order.round_,
-                    rate_scale=order.rate_scale,
-                )
-            except (ConfigError, ModelError):  # nobody's fault but the run's
-                raise
-            except Exception as error:  # whatever a model or data set raises is the client's
-                failure = f"{type(error).__name__}: {error}"
-                log.warning("round %d: clients failed", order.round_, exc_info=True)
-            # Out of the handler: the error's traceback would keep the attempt's memory alive.
-            if trial is not None:
-                self._keep(part, order, order.clients[index], trial)
-                outcome.places += places
-                outcome.trials.append(trial)
-            elif len(places) > 1:
-                outcome.cut = True
-                attempt(places[: len(places) // 2])
-                attempt(places[len(places) // 2 :])
-            else:
-                outcome.failures[int(order.clients[places[0]])] = failure
-
-        attempt(list(range(len(order.clients))))
+        waiting = [list(range(len(order.clients)))]
+        while waiting:
+            places = waiting.pop()
+            again = parts(places, self.limit)
+            if len(again) == 1:
+                again = self._attempt(base, downlink, order, places, outcome)
+            waiting += reversed(again)
         return self._reply(downlink, order, outcome)
+
+    def _attempt(
+        self, base: Tree, downlink: Downlink, order: Order, places: list[int], outcome: Outcome
+    ) -> list[list[int]]:
+        """Train the clients at ``places`` as one batch; give the parts that must be tried again."""
+        index = torch.tensor(places)
+        part = cut(downlink, index) if len(places) < len(order.clients) else downlink
+        trial, failure, starved = None, "", False
+        try:
+            trial = self.trainer.train(
+                base, part, order.clients[index], round_=order.round_, rate_scale=order.rate_scale
+            )
+        except (ConfigError, ModelError):  # nobody's fault but the run's
+            raise
+        except Exception as error:  # whatever a model or data set raises is the client's
+            failure, starved = f"{type(error).__name__}: {error}", is_out_of_memory(error)
+            if not starved:
+                log.warning("round %d: clients failed", order.round_, exc_info=True)
+        # Out of the handler: the error's traceback would keep the attempt's memory alive.
+        if trial is not None:
+            self._keep(part, order, order.clients[index], trial)
+            outcome.places += places
+            outcome.trials.append(trial)
+            return []
+        if starved:
+            return self._shrink(order, places, outcome, failure)
+        if len(places) == 1:
+            outcome.failures[int(order.clients[places[0]])] = failure
+            return []
+        outcome.note(f"round {order.round_}: a chunk was cut because clients failed in it")
+        return parts(places, -(-len(places) // 2))
+
+    def _shrink(
+        self, order: Order, places: list[int], outcome: Outcome, failure: str
+    ) -> list[list[int]]:
+        """Halve the largest batch, for the rest of the run, and cut these clients to it.
+
+        Raises:
+            ConfigError: If a single client is too many.
+        """
+        gc.collect()
+        torch.cuda.empty_cache()
+        if len(places) == 1:
+            raise ConfigError(
+                f"round {order.round_}: client {int(order.clients[places[0]])} alone needs more "
+                f"memory than there is ({failure}); lower local.batch_size, the size of a sample "
+                "(data.max_length) or the model, or set precision=bf16-mixed"
+            )
+        self.limit = len(places) // 2
+        text = (
+            f"round {order.round_}: out of memory with {len(places)} clients a batch; "
+            f"{self.limit} from here on; bits may differ from a run without"
+        )
+        log.warning("%s (%s)", text, failure)
+        outcome.note(text)
+        return parts(places, self.limit)
 
     def _with_own(self, downlink: Downlink, order: Order, base: Tree) -> Downlink:
         """Start what stays at the clients from what each of them holds."""
@@ -124,12 +168,20 @@ class Worker:
     @staticmethod
     def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:
         clients = order.clients[torch.tensor(outcome.places, dtype=torch.int64)]
-        notes = []
-        if outcome.cut:
-            notes.append(f"round {order.round_}: a chunk was cut because clients failed in it")
         return pack_trial(
-            join(outcome.trials), order, clients, uplink_layout(downlink), outcome.failures, notes
+            join(outcome.trials),
+            order,
+            clients,
+            uplink_layout(downlink),
+            outcome.failures,
+            outcome.notes,
         )
+
+
+def parts(places: list[int], size: int | None) -> list[list[int]]:
+    """Cut a list into parts of at most ``size`` places; None: one part."""
+    step = size or len(places)
+    return [places[i : i + step] for i in range(0, len(places), step)]
 
 
 def join(trials: list[Trial]) -> Trial | None:
