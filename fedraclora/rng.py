@@ -1,9 +1,9 @@
 """The seed tree: every random draw is a pure function of (seed, purpose, keys).
 
 Two kinds of draw. `generator` gives one numpy generator for one thing (a sketch, a partition).
-`cohort_bits` draws for all clients of a cohort at once from a counter, so that what a client
-gets depends on the client's id and not on who else is in the cohort, in which order, or in
-which process.
+`cohort_bits` and `position_bits` draw for all clients of a cohort at once from a counter, so that
+what a client gets depends on the client's id and not on who else is in the cohort, in which order,
+or in which process.
 """
 
 from __future__ import annotations
@@ -82,29 +82,54 @@ def cohort_bits(key: int, clients: torch.Tensor, count: int, stream: int = 0) ->
         >>> bool((a[1] == b[0]).all())
         True
     """
-    blocks = (count + 3) // 4
-    position = torch.arange(blocks, dtype=torch.int64, device=clients.device)
-    zero = torch.zeros(clients.shape[0], blocks, dtype=torch.int64, device=clients.device)
+    place = torch.arange((count + 3) // 4, dtype=torch.int64, device=clients.device)
+    words = position_bits(key, clients, place.expand(clients.shape[0], -1), stream)
+    return words.flatten(1)[:, :count]
+
+
+def position_bits(
+    key: int, clients: torch.Tensor, positions: torch.Tensor, stream: int = 0
+) -> torch.Tensor:
+    """Draw four words of 32 random bits for each given position of each client.
+
+    Position p has the words 4 p to 4 p + 3 of `cohort_bits`, so any of them can be had alone.
+
+    Args:
+        key: A key from `hash_key`.
+        clients: Client ids, int64 [K], on the device of the draw.
+        positions: In [0, 2^32), int64 [K, b].
+        stream: A further counter word.
+
+    Returns:
+        Integers in [0, 2^32) as int64 [K, b, 4].
+
+    Example:
+        >>> all_words = cohort_bits(7, torch.tensor([3]), 12).reshape(1, 3, 4)
+        >>> one = position_bits(7, torch.tensor([3]), torch.tensor([[2]]))
+        >>> bool((one[:, 0] == all_words[:, 2]).all())
+        True
+    """
+    zero = torch.zeros_like(positions, memory_format=torch.contiguous_format)
     words = [
-        zero + position,
+        zero + positions,
         zero + (stream & _LOW32),
         zero + (clients & _LOW32)[:, None],
         zero + ((clients >> 32) & _LOW32)[:, None],
     ]
-    words = _philox4x32(words, (key & _LOW32, (key >> 32) & _LOW32))
-    return torch.stack(words, dim=-1).reshape(clients.shape[0], -1)[:, :count]
+    return torch.stack(_philox4x32(words, (key & _LOW32, (key >> 32) & _LOW32)), dim=-1)
 
 
 def _philox4x32(words: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
-    """Ten rounds of Philox4x32 on four int64 tensors that hold 32-bit words."""
+    """Ten rounds of Philox4x32 on four int64 tensors that hold 32-bit words; overwrites them."""
     k0, k1 = key
     x0, x1, x2, x3 = words
     for _ in range(10):
         # int64 products wrap, but their low 64 bits are those of the unsigned product.
-        p0, p1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
-        high0, low0 = (p0 >> 32) & _LOW32, p0 & _LOW32
-        high1, low1 = (p1 >> 32) & _LOW32, p1 & _LOW32
-        x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
+        x0 *= _MULTIPLIERS[0]
+        x2 *= _MULTIPLIERS[1]
+        high0 = (x0 >> 32).bitwise_and_(_LOW32).bitwise_xor_(x3).bitwise_xor_(k1)
+        high1 = (x2 >> 32).bitwise_and_(_LOW32).bitwise_xor_(x1).bitwise_xor_(k0)
+        x0, x1, x2, x3 = high1, x2.bitwise_and_(_LOW32), high0, x0.bitwise_and_(_LOW32)
         k0, k1 = (k0 + _WEYL[0]) & _LOW32, (k1 + _WEYL[1]) & _LOW32
     return [x0, x1, x2, x3]
 

@@ -14,6 +14,7 @@ from fedraclora.rng import (
     cohort_permutations,
     generator,
     hash_key,
+    position_bits,
     torch_normal,
 )
 
@@ -106,6 +107,16 @@ def test_the_bits_of_a_client_do_not_depend_on_the_cohort(
     for row, client in zip(together, clients, strict=True):
         assert torch.equal(row, cohort_bits(key, torch.tensor([client]), count)[0])
         assert torch.equal(row[:1], cohort_bits(key, torch.tensor([client]), 1)[0])
+
+
+@given(seeds, st.lists(ids, min_size=1, max_size=4), st.integers(0, 3))
+def test_a_position_has_its_four_words_wherever_it_is_asked_for(
+    key: int, clients: list[int], stream: int
+) -> None:
+    everyone = torch.tensor(clients)
+    whole = cohort_bits(key, everyone, 24, stream).reshape(len(clients), 6, 4)
+    positions = torch.tensor([[5, 0, 3, 3]]).expand(len(clients), -1)
+    assert torch.equal(position_bits(key, everyone, positions, stream), whole[:, positions[0]])
 
 
 def test_clients_streams_and_keys_draw_apart() -> None:
