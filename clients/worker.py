@@ -211,4 +211,5 @@ def cut(downlink: Downlink, places: torch.Tensor) -> Downlink:
         for w, a in downlink.adapters.items()
     }
     dense = {n: part(s) for n, s in downlink.dense.items()}
-    return replace(downlink, adapters=adapters, dense=dense)  # type: ignore[arg-type]
+    ranks = None if downlink.ranks is None else downlink.ranks[places]
+    return replace(downlink, adapters=adapters, dense=dense, ranks=ranks)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from fedraclora.method import Downlink, Plan
 from fedraclora.optimiser import CohortOptimiser, LocalConfig, clip_per_client
 from fedraclora.program import Program, refuse_mixing
 from fedraclora.prox import add_prox
+from fedraclora.ranks import cut_gradients, hold, trainable
 from fedraclora.recipe import RECIPES, projected
 from fedraclora.rng import hash_key
 from fedraclora.samples import ClientData
@@ -98,9 +99,11 @@ class CohortTrainer:
         slots = downlink.trained()
         rates = {n: self.local.rate(slots[n].main, rate_scale) for n in slots}
         optimiser = CohortOptimiser(self.local, values, rates)
-        hooks = [RECIPES[downlink.recipe].gradient(frozen, downlink.arguments)]
+        ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
+        masks = trainable(downlink, ranks)
+        hooks = [RECIPES[downlink.recipe].gradient(frozen, downlink.arguments, ranks)]
         if self.local.precondition:
-            hooks.append(projected(frozen))
+            hooks.append(projected(frozen, ranks=ranks))
         steps = schedule.steps[order]
         losses = torch.zeros(len(clients), dtype=torch.float64, device=self.device)
         lengths = self.data.lengths(clients, schedule.positions)
@@ -120,9 +123,11 @@ class CohortTrainer:
                     add_prox(gradients, leaves, starts, frozen, downlink, self.local.prox)
                 for hook in hooks:
                     gradients = hook(gradients)
+                gradients = cut_gradients(gradients, masks)
                 if self.local.clip is not None:
                     gradients = clip_per_client(gradients, self.local.clip)
                 optimiser.step(gradients)
+                hold(values, starts, masks, active)
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)).to(order))
         return Trial(
             trained={name: value[back] for name, value in values.items()},

@@ -53,24 +53,14 @@ def train_one(
     Returns:
         The trained tensors, and the mean loss over the local steps.
     """
-    frozen: Tree = {}
-    values: Tree = {}
-    for weight, adapter in downlink.adapters.items():
-        for label, part in adapter.factors.items():
-            name = f"{weight}/{label}"
-            if isinstance(part, Sketched):
-                frozen[name] = part.spec.draw().to(base[weight].dtype)
-            elif isinstance(part, Frozen):
-                own = part.value[place] if part.value.dim() == 3 else part.value
-                frozen[name] = own.to(base[weight].dtype)
-    for name, slot in downlink.trained().items():
-        start = slot.start
-        if start is None:
-            start = base.get(name, torch.zeros(slot.shape, dtype=next(iter(base.values())).dtype))
-        own = start[place] if start.dim() > len(slot.shape) else start
-        values[name] = own.clone().requires_grad_()
+    starts, frozen = own_tensors(downlink, base, place)
+    values = starts
+    if downlink.ranks is not None:
+        rank = int(downlink.ranks[place])
+        base, values, frozen = within_budget(base, downlink, plan, values, frozen, rank)
+    values = {n: v.clone().requires_grad_() for n, v in values.items()}
 
-    hook = RECIPES[downlink.recipe].gradient(frozen, downlink.arguments)
+    hook = RECIPES[downlink.recipe].gradient(frozen, downlink.arguments, None)
     model, context = with_seeded_dropout(task.model, client, seed, round_)
     optimiser = make_optimiser(local, downlink, values, rate_scale)
     start_weights = effective_weights(base, downlink, plan, values, frozen)
@@ -97,8 +87,54 @@ def train_one(
         if local.clip is not None:
             nn.utils.clip_grad_norm_(list(values.values()), local.clip)
         optimiser.step()
-    trained = {name: value.detach() for name, value in values.items()}
+    trained = {name: start.clone() for name, start in starts.items()}
+    for name, value in values.items():
+        trained[name][tuple(slice(size) for size in value.shape)] = value.detach()
     return trained, sum(losses) / max(1, len(losses))
+
+
+def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]:
+    """Give one client's trained tensors at their start, and its frozen factors."""
+    frozen: Tree = {}
+    values: Tree = {}
+    for weight, adapter in downlink.adapters.items():
+        for label, part in adapter.factors.items():
+            name = f"{weight}/{label}"
+            if isinstance(part, Sketched):
+                frozen[name] = part.spec.draw().to(base[weight].dtype)
+            elif isinstance(part, Frozen):
+                own = part.value[place] if part.value.dim() == 3 else part.value
+                frozen[name] = own.to(base[weight].dtype)
+    for name, slot in downlink.trained().items():
+        start = slot.start
+        if start is None:
+            start = base.get(name, torch.zeros(slot.shape, dtype=next(iter(base.values())).dtype))
+        values[name] = start[place] if start.dim() > len(slot.shape) else start
+    return values, frozen
+
+
+def within_budget(
+    base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree, rank: int
+) -> tuple[Tree, Tree, Tree]:
+    """Cut factors to the first ``rank`` components; the rest of each term goes into the base."""
+
+    def cut(tensors: Tree) -> Tree:
+        out = dict(tensors)
+        for weight, adapter in downlink.adapters.items():
+            first, *_, last = adapter.factors
+            for label in adapter.factors:
+                name = f"{weight}/{label}"
+                if name in out and label != first:
+                    out[name] = out[name][:rank]
+                if name in out and label != last:
+                    out[name] = out[name][:, :rank]
+        return out
+
+    whole = effective_weights(base, downlink, plan, values, frozen)
+    values, frozen = cut(values), cut(frozen)
+    part = effective_weights(base, downlink, plan, values, frozen)
+    rest = {weight: base[weight] + (whole[weight] - part[weight]) for weight in downlink.adapters}
+    return base | rest, values, frozen
 
 
 def mean_loss(model: nn.Module, weights: Tree, batch: Samples, loss: str) -> torch.Tensor:

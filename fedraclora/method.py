@@ -3,10 +3,6 @@
 A method is a frozen dataclass of hyperparameters with a few pure functions. It never sees a
 client, a message or a data set: it says what the cohort trains (`Downlink`), is handed what
 came back (`Uplinks`), and says what the server holds next (`State`).
-
-Effective weight of an adapted matrix: ``W + scale * F_1 F_2 (F_3)``, where each factor is drawn
-from a seed (`Sketched`), sent and held fixed (`Frozen`) or trained (`Trained`), and is shared by
-the cohort or one per client (a leading axis K).
 """
 
 from __future__ import annotations
@@ -17,9 +13,10 @@ from typing import Protocol
 import torch
 
 from fedraclora.aggregate import Uplinks
+from fedraclora.downlink import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.errors import ConfigError
 from fedraclora.link import Link, Plan, Term, apply_link
 from fedraclora.rng import hash_key
-from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
 __all__ = [
@@ -50,7 +47,7 @@ class Traits:
         linear: Weighted sums of what clients send are enough (secure aggregation can serve it).
         merges: Updates are folded into the base weights, so absent clients must catch up.
         client_state: Something stays at the clients between rounds.
-        ranks: Clients may have different ranks.
+        ranks: Clients may have rank budgets (`Cohort.ranks`): the method hands them on.
     """
 
     exact: bool
@@ -58,106 +55,49 @@ class Traits:
     merges: bool
     client_state: bool = False
     ranks: bool = False
-
-
-@dataclass(frozen=True)
-class Sketched:
-    """A frozen factor that both ends draw from a seed."""
-
-    spec: SketchSpec
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """A frozen factor that is sent: [rows, cols], or [K, rows, cols] for one per client."""
-
-    value: torch.Tensor
-
-    @property
-    def per_client(self) -> bool:
-        """Whether each client has its own."""
-        return self.value.dim() == 3
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A tensor that clients train.
-
-    Attributes:
-        shape: Its shape, without the cohort axis.
-        start: Where it starts: None (zeros for a factor, the replica's value for a dense
-            tensor), a shared tensor, or [K, *shape].
-        main: True for what the method is about (step size ``local.lr``), False for the head
-            and biases beside it (``local.dense_lr``).
-        upload: False for what stays at the client (personalised methods).
-    """
-
-    shape: tuple[int, ...]
-    start: torch.Tensor | None = None
-    main: bool = True
-    upload: bool = True
-
-    @property
-    def per_client(self) -> bool:
-        """Whether each client starts elsewhere."""
-        return self.start is not None and self.start.dim() > len(self.shape)
-
-
-Factor = Sketched | Frozen | Trained
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A low-rank term on one matrix: ``scale * product of factors``, left to right.
-
-    The names of the factors ("B", "A") become part of the names of what is trained:
-    ``"<weight>/B"``.
-    """
-
-    factors: dict[str, Factor]
-    scale: float
-
-
-@dataclass(frozen=True)
-class Downlink:
-    """What one exchange asks of the cohort.
-
-    Attributes:
-        adapters: Low-rank terms by weight name.
-        dense: Tensors trained in full, by parameter name.
-        recipe: A key of `fedraclora.recipe.RECIPES`: what clients do beyond plain local steps.
-        arguments: Numbers for the recipe.
-    """
-
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    dense: dict[str, Trained] = field(default_factory=dict)
-    recipe: str = "plain"
-    arguments: dict[str, float | int] = field(default_factory=dict)
-
-    def trained(self) -> dict[str, Trained]:
-        """Everything that clients train, by its name on the uplink, in packing order."""
-        found = {
-            f"{weight}/{label}": factor
-            for weight, adapter in self.adapters.items()
-            for label, factor in adapter.factors.items()
-            if isinstance(factor, Trained)
-        }
-        return found | self.dense
-
-    def uploaded(self) -> dict[str, Trained]:
-        """What clients send back, in packing order."""
-        return {name: slot for name, slot in self.trained().items() if slot.upload}
+    looks_at_clients: bool = False
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """The clients of one round, in ascending order of id, with their aggregation weights."""
+    """The clients of one round, in ascending order of id.
 
-    clients: torch.Tensor  # int64 [K]
-    weights: torch.Tensor  # float64 [K], not normalised; ones where the server cannot know them
+    Attributes:
+        clients: Ids, int64 [K].
+        weights: Aggregation weights, float64 [K], not normalised; ones where the server cannot
+            know them.
+        ranks: Rank budgets, int64 [K], each 1 or more; None: no budgets.
+
+    Raises:
+        ConfigError: If a budget is below 1, or their number is not that of the clients.
+    """
+
+    clients: torch.Tensor
+    weights: torch.Tensor
+    ranks: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks is None:
+            return
+        if self.ranks.shape != self.clients.shape:
+            raise ConfigError(
+                f"{len(self)} clients came with rank budgets {tuple(self.ranks.shape)}; "
+                "one for each is wanted"
+            )
+        for client, rank in zip(self.clients.tolist(), self.ranks.tolist(), strict=True):
+            if rank < 1:
+                raise ConfigError(
+                    f"client {client} has the rank budget {rank}; 1 or more is wanted: raise it, "
+                    "or leave the client out"
+                )
 
     def __len__(self) -> int:
         return int(self.clients.shape[0])
+
+    def select(self, chosen: torch.Tensor) -> Cohort:
+        """Keep the clients of a mask, bool [K]."""
+        ranks = None if self.ranks is None else self.ranks[chosen]
+        return Cohort(self.clients[chosen], self.weights[chosen], ranks)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import torch
 
+from fedraclora.ranks import within
 from fedraclora.tree import Tree
 
 GradientHook = Callable[[Tree], Tree]
@@ -24,21 +25,27 @@ def keep_gradient(gradients: Tree) -> Tree:
     return gradients
 
 
-def no_hook(frozen: Tree, arguments: Arguments = NO_ARGUMENTS) -> GradientHook:
+def no_hook(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
     """Plain local steps: whatever is frozen, gradients are kept."""
-    del frozen, arguments
+    del frozen, arguments, ranks
     return keep_gradient
 
 
-def projected(frozen: Tree, arguments: Arguments = NO_ARGUMENTS) -> GradientHook:
+def projected(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
     """Precondition by the frozen factor's Gram matrix: g_B (A A^T)^+, or (B^T B)^+ g_A.
 
     Plain SGD on the trained factor is then projected SGD on the weight, W - gamma G H_A with
-    gamma = lr s^2, for any sketch. A tensor with no frozen partner keeps its gradient.
+    gamma = lr s^2, for any sketch. A tensor with no frozen partner keeps its gradient. A client
+    with a rank budget projects on the components that it trains.
 
     Args:
-        arguments: None are read.
         frozen: Frozen factors by "<weight>/<label>": A [r, n] or [K, r, n], B [m, r] or [K, m, r].
+        arguments: None are read.
+        ranks: Rank budgets of the clients, int64 [K], or None.
 
     Returns:
         The hook for the round; the inverses are formed once, in float64.
@@ -53,6 +60,10 @@ def projected(frozen: Tree, arguments: Arguments = NO_ARGUMENTS) -> GradientHook
         wide = factor.to(torch.float64)
         gram = wide @ wide.mT if label == "A" else wide.mT @ wide
         partner = f"{weight}/{'B' if label == 'A' else 'A'}"
+        if ranks is not None and bool((ranks < gram.shape[-1]).any()):
+            kept = within(ranks, gram.shape[-1]).to(gram)
+            # The pseudo-inverse of a padded block is the padded pseudo-inverse of the block.
+            gram = gram * kept[:, :, None] * kept[:, None, :]
         inverses[partner] = torch.linalg.pinv(gram, hermitian=True).to(factor.dtype)
 
     def hook(gradients: Tree) -> Tree:
@@ -70,9 +81,14 @@ def projected(frozen: Tree, arguments: Arguments = NO_ARGUMENTS) -> GradientHook
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hooks of one client behaviour, prepared once a round from frozen factors and arguments."""
+    """Hooks of one client behaviour, prepared once a round.
 
-    gradient: Callable[[Tree, Arguments], GradientHook] = no_hook
+    Attributes:
+        gradient: Makes the hook from the frozen factors, the recipe's arguments and the clients'
+            rank budgets.
+    """
+
+    gradient: Callable[[Tree, Arguments, torch.Tensor | None], GradientHook] = no_hook
 
 
 RECIPES: dict[str, Recipe] = {

@@ -11,6 +11,8 @@ factor for k rounds and merges it when the sketch is drawn anew; None never does
 - Uplink: r m numbers per matrix and client (left: r n). Downlink: a seed, and what the client
   missed: r m numbers per link, at most m n; plus the carried factor where k > 1.
 - Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
+- Rank budgets: client k trains the first r_k components and sends r_k m numbers (left: r_k n); the
+  rest of a carried factor, which it downloads whole, stays as it is (`fedraclora.ranks`). Exact.
 - Source: Malinovsky et al., *Randomized Asymmetric Chain of LoRA*, 2024, arXiv 2410.08305.
   FFA-LoRA: Sun et al., *Improving LoRA in privacy-preserving federated learning*, ICLR 2024,
   arXiv 2403.12313.
@@ -96,7 +98,8 @@ class FedRacLora(Method):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=self.resample_every is not None)
+        merges = self.resample_every is not None
+        return Traits(exact=True, linear=True, merges=merges, ranks=True)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -107,7 +110,7 @@ class FedRacLora(Method):
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        del round_, cohort
+        del round_
         adapters = {}
         for name, view in state.plan.targets.items():
             spec = self.spec(state, name, draw)
@@ -120,7 +123,7 @@ class FedRacLora(Method):
                 else {"B": Sketched(spec), "A": trained}
             )
             adapters[name] = Adapter(factors, resolve_scale(self.alpha, spec.rank))
-        return Downlink(adapters, dense_slots(state))
+        return Downlink(adapters, dense_slots(state), ranks=cohort.ranks)
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:

@@ -1,0 +1,107 @@
+"""What one exchange asks of the cohort: factors, adapters, and the downlink that names them.
+
+Effective weight of an adapted matrix: ``W + scale * F_1 F_2 (F_3)``, where each factor is drawn
+from a seed (`Sketched`), sent and held fixed (`Frozen`) or trained (`Trained`), and is shared by
+the cohort or one per client (a leading axis K).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fedraclora.sketch import SketchSpec
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """A frozen factor that both ends draw from a seed."""
+
+    spec: SketchSpec
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A frozen factor that is sent: [rows, cols], or [K, rows, cols] for one per client."""
+
+    value: torch.Tensor
+
+    @property
+    def per_client(self) -> bool:
+        """Whether each client has its own."""
+        return self.value.dim() == 3
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A tensor that clients train.
+
+    Attributes:
+        shape: Its shape, without the cohort axis.
+        start: Where it starts: None (zeros for a factor, the replica's value for a dense
+            tensor), a shared tensor, or [K, *shape].
+        main: True for what the method is about (step size ``local.lr``), False for the head
+            and biases beside it (``local.dense_lr``).
+        upload: False for what stays at the client (personalised methods).
+    """
+
+    shape: tuple[int, ...]
+    start: torch.Tensor | None = None
+    main: bool = True
+    upload: bool = True
+
+    @property
+    def per_client(self) -> bool:
+        """Whether each client starts elsewhere."""
+        return self.start is not None and self.start.dim() > len(self.shape)
+
+
+Factor = Sketched | Frozen | Trained
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank term on one matrix: ``scale * product of factors``, left to right.
+
+    The names of the factors ("B", "A") become part of the names of what is trained:
+    ``"<weight>/B"``.
+    """
+
+    factors: dict[str, Factor]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Downlink:
+    """What one exchange asks of the cohort.
+
+    Attributes:
+        adapters: Low-rank terms by weight name.
+        dense: Tensors trained in full, by parameter name.
+        recipe: A key of `fedraclora.recipe.RECIPES`: what clients do beyond plain local steps.
+        arguments: Numbers for the recipe.
+        ranks: Budget of each client, int64 [K]: it trains the first r_k components of every
+            adapter (all of an adapter of lower rank), and the others stay as they start
+            (`fedraclora.ranks`). None: no budgets.
+    """
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    dense: dict[str, Trained] = field(default_factory=dict)
+    recipe: str = "plain"
+    arguments: dict[str, float | int] = field(default_factory=dict)
+    ranks: torch.Tensor | None = None
+
+    def trained(self) -> dict[str, Trained]:
+        """Everything that clients train, by its name on the uplink, in packing order."""
+        found = {
+            f"{weight}/{label}": factor
+            for weight, adapter in self.adapters.items()
+            for label, factor in adapter.factors.items()
+            if isinstance(factor, Trained)
+        }
+        return found | self.dense
+
+    def uploaded(self) -> dict[str, Trained]:
+        """What clients send back, in packing order."""
+        return {name: slot for name, slot in self.trained().items() if slot.upload}

@@ -1,0 +1,139 @@
+"""Rank budgets: a client trains the first components of every adapter, and sums stay exact.
+
+    client k trains the first r_k columns of B under the first r_k rows of the shared A;
+    W <- W + s (sum_k p_k B_k) A, where column j > r_k of B_k is as it started
+
+The sketch and the scale ``s`` are common, so ``sum_k p_k (W + s B_k A)`` is that very merge: the
+zero-padded sum. Row j of A gets signal from the clients with ``r_k >= j`` alone.
+
+What is beyond a budget stays at its start and does not travel. That is zero under a fresh sketch.
+Where a sketch lives for several rounds it is the carried value, which the client then holds as a
+part of its frozen weights: to drop it instead would let every round with a small client shrink
+what the large ones have learnt.
+
+References:
+    Cho et al., *Heterogeneous LoRA for federated fine-tuning*, arXiv 2401.06432, truncate and pad
+    factors that are both trained, which is not exact; one shared sketch makes it so.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from fedraclora.errors import ConfigError
+from fedraclora.method import Adapter, Downlink, Method, Trained
+from fedraclora.tree import Tree
+
+
+def check_ranks(method: Method) -> None:
+    """Refuse rank budgets where a method cannot keep its promises under them.
+
+    Raises:
+        ConfigError: If the method does not claim `Traits.ranks`.
+    """
+    if not method.traits.ranks:
+        raise ConfigError(
+            f"clients have rank budgets, but {type(method).__name__} trains one rank everywhere; "
+            "take a method whose clients share a sketch (fed_rac_lora, ffa_lora), or no budgets"
+        )
+
+
+def rank_axes(adapter: Adapter, label: str) -> tuple[int, ...]:
+    """Give the axes of a factor that count components: where it meets the factors beside it.
+
+    Example:
+        >>> chain = Adapter({"B": Trained((5, 2)), "A": Trained((2, 7))}, scale=1.0)
+        >>> rank_axes(chain, "B"), rank_axes(chain, "A")
+        ((1,), (0,))
+    """
+    labels = list(adapter.factors)
+    return tuple(axis for axis, end in ((0, labels[0]), (1, labels[-1])) if label != end)
+
+
+def within(ranks: torch.Tensor, size: int) -> torch.Tensor:
+    """Tell which of ``size`` components each client has: bool [K, size] from ranks int64 [K]."""
+    return torch.arange(size, device=ranks.device) < ranks[:, None]
+
+
+def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
+    """Say what clients train of the factors that a budget cuts.
+
+    Args:
+        downlink: Says which factors are trained.
+        ranks: Budgets of the clients, int64 [K], or None.
+
+    Returns:
+        Masks by trained name, bool, [K, rows, cols] with 1 for an axis that is not cut. Factors
+        that every client trains as a whole are left out: they cost nothing.
+    """
+    masks: Tree = {}
+    if ranks is None:
+        return masks
+    for weight, adapter in downlink.adapters.items():
+        for label, factor in adapter.factors.items():
+            if not isinstance(factor, Trained):
+                continue
+            mask = torch.ones(len(ranks), 1, 1, dtype=torch.bool, device=ranks.device)
+            for axis in rank_axes(adapter, label):
+                kept = within(ranks, factor.shape[axis])
+                mask = mask & (kept[:, :, None] if axis == 0 else kept[:, None, :])
+            if not mask.all():
+                masks[f"{weight}/{label}"] = mask
+    return masks
+
+
+def hold(values: Tree, starts: Tree, masks: Tree, active: int) -> None:
+    """Put back, in place, what is beyond a budget: weight decay moves what has no gradient, too.
+
+    Args:
+        values: Trained tensors, [K, ...]; the first ``active`` clients have taken a step.
+        starts: Where they started, [1, ...] or [K, ...].
+        masks: Of `trainable`.
+        active: Clients that still train.
+    """
+    for name, mask in masks.items():
+        now = values[name][:active]
+        now.copy_(torch.where(mask[:active], now, starts[name][:active]))
+
+
+def cut_gradients(gradients: Tree, masks: Tree) -> Tree:
+    """Leave no gradient beyond a budget, a NaN neither; the order of names is kept."""
+    return {
+        name: gradient.masked_fill(~masks[name][: gradient.shape[0]], 0)
+        if name in masks
+        else gradient
+        for name, gradient in gradients.items()
+    }
+
+
+def uploaded_mask(downlink: Downlink) -> torch.Tensor | None:
+    """Say which numbers of its packed row each client sends.
+
+    Returns:
+        bool [K, P] over the uplink's packing order, or None if all are sent.
+    """
+    masks = trainable(downlink, downlink.ranks)
+    if downlink.ranks is None or not masks.keys() & downlink.uploaded().keys():
+        return None
+    K = len(downlink.ranks)
+    whole = torch.ones(1, dtype=torch.bool)
+    parts = [
+        masks.get(name, whole).expand(K, *slot.shape).reshape(K, -1)
+        for name, slot in downlink.uploaded().items()
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def uploaded_numbers(downlink: Downlink, cohort: int) -> torch.Tensor:
+    """Count the numbers that each client of a cohort sends back, int64 [K]."""
+    total = torch.zeros(cohort, dtype=torch.int64)
+    masks = trainable(downlink, downlink.ranks)
+    for name, slot in downlink.uploaded().items():
+        if name in masks:
+            mask = masks[name]
+            total += mask.sum(dim=(1, 2)) * prod(slot.shape) // prod(mask.shape[1:])
+        else:
+            total += prod(slot.shape)
+    return total
