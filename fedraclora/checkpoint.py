@@ -72,7 +72,7 @@ def save_checkpoint(folder: Path, tensors: Tree, meta: dict[str, object]) -> Non
     Raises:
         CheckpointError: If ``meta`` is not JSON.
     """
-    _save(folder / FILE, tensors, meta, sync=True)
+    save_tensors(folder / FILE, tensors, meta, sync=True)
 
 
 def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, object]]:
@@ -90,7 +90,7 @@ def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, object]]:
             f"there is no checkpoint {path}: give resume the folder of a run that has one, "
             "or start anew without resume"
         )
-    return _load(path, "restore the file from a copy, or start the run anew without resume")
+    return load_tensors(path, "restore the file from a copy, or start the run anew without resume")
 
 
 def append_link(
@@ -109,7 +109,7 @@ def append_link(
         The file.
     """
     path = folder / f"{round_:06d}.safetensors"
-    _save(path, tensors, {**meta, "round": round_}, sync=sync)
+    save_tensors(path, tensors, {**meta, "round": round_}, sync=sync)
     return path
 
 
@@ -123,7 +123,7 @@ def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, object]]]:
         CheckpointError: If a link is damaged, or is under the name of another round.
     """
     for round_, path in _links(folder):
-        tensors, meta = _load(path, "restore the file from a copy: later weights need it")
+        tensors, meta = load_tensors(path, "restore the file from a copy: later weights need it")
         if meta.get("round") != round_:
             raise CheckpointError(
                 f"{path} holds the link of round {meta.get('round')}; it has been renamed"
@@ -143,7 +143,12 @@ def _links(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(p.stem), p) for p in paths if p.stem.isdecimal())
 
 
-def _save(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync: bool) -> None:
+def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync: bool) -> None:
+    """Write tensors and JSON values to one file, in one move.
+
+    Raises:
+        CheckpointError: If ``meta`` is not JSON.
+    """
     try:
         text = json.dumps(meta)
     except (TypeError, ValueError) as error:
@@ -154,7 +159,19 @@ def _save(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync: bool) 
         save_file(own, partial, metadata=header)
 
 
-def _load(path: Path, advice: str) -> tuple[Tree, dict[str, object]]:
+def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, object]]:
+    """Read what `save_tensors` wrote, and verify it.
+
+    Args:
+        path: The file.
+        advice: What to do where it is damaged, for the message.
+
+    Returns:
+        The tensors (on the CPU, in the order in which they were given), and the meta data.
+
+    Raises:
+        CheckpointError: If the file is cut short or changed.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()

@@ -38,6 +38,10 @@ class CheckpointError(FedRacLoraError):
     """A run folder or a checkpoint is missing, damaged, or belongs to another configuration."""
 
 
+class EngineError(FedRacLoraError):
+    """Where clients run did not start, or broke; the message says why."""
+
+
 class ClientError(FedRacLoraError):
     """A client failed; the message names the client and the round."""
 

@@ -48,6 +48,18 @@ class InlineConfig(EngineConfig):
             )
 
 
+def check_workers(config: RayConfig | FlowerConfig) -> None:
+    """Refuse impossible numbers of processes, shares of GPUs, retries and seconds."""
+    if config.workers is not None and config.workers < 1:
+        raise ConfigError(f"engine.workers is {config.workers}; 1 or more, or null, is wanted")
+    if config.gpus is not None and not 0 <= config.gpus < math.inf:
+        raise ConfigError(f"engine.gpus is {config.gpus}; 0 or more, or null, is wanted")
+    if config.retries < 0:
+        raise ConfigError(f"engine.retries is {config.retries}; 0 or more is wanted")
+    if not 0 < config.timeout < math.inf:
+        raise ConfigError(f"engine.timeout is {config.timeout}; seconds above 0 are wanted")
+
+
 @dataclass(frozen=True)
 class RayConfig(EngineConfig):
     """Chunks on resident Ray workers.
@@ -71,14 +83,7 @@ class RayConfig(EngineConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"engine.workers is {self.workers}; 1 or more, or null, is wanted")
-        if self.gpus is not None and not 0 <= self.gpus < math.inf:
-            raise ConfigError(f"engine.gpus is {self.gpus}; 0 or more, or null, is wanted")
-        if self.retries < 0:
-            raise ConfigError(f"engine.retries is {self.retries}; 0 or more is wanted")
-        if not 0 < self.timeout < math.inf:
-            raise ConfigError(f"engine.timeout is {self.timeout}; seconds above 0 are wanted")
+        check_workers(self)
 
 
 @dataclass(frozen=True)
@@ -87,21 +92,23 @@ class FlowerConfig(InlineConfig):
 
     Attributes:
         workers: Client processes at a time; None = one per CPU.
+        gpus: Share of a GPU for each process; None = 1 where the device is cuda, else 0.
+        retries: Times that the work of a process that died is done again before it counts as a
+            failure of its client.
         timeout: Seconds to wait for the replies of a round.
     """
 
     name: ClassVar[str] = "flower"
 
     workers: int | None = None
+    gpus: float | None = None
+    retries: int = 3
     timeout: float = 3600.0
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"engine.workers is {self.workers}; 1 or more, or null, is wanted")
-        if not 0 < self.timeout < math.inf:
-            raise ConfigError(f"engine.timeout is {self.timeout}; seconds above 0 are wanted")
+        check_workers(self)
 
 
 ENGINES: dict[str, type[EngineConfig]] = {
