@@ -43,6 +43,14 @@ class Faulty:
         """Samples of each client."""
         return self.data.sizes(clients)
 
+    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """Nothing is padded."""
+        return self.data.lengths(clients, positions)
+
+    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """Tokens of each sample."""
+        return self.data.lengths(clients, positions)
+
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Samples by position, or an error."""
         bad = sorted(set(clients.tolist()) & set(self.raising))
