@@ -51,6 +51,19 @@ def test_factors_of_their_own_are_cut_to_the_active_clients(active: int) -> None
         torch.testing.assert_close(found[k], wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_budget_projects_on_its_own_rows(own: bool) -> None:
+    ranks = torch.tensor([1, 2, 5])
+    A = normal(*((3, R, N) if own else (R, N)))
+    gradient = normal(3, M, R)
+    found = projected({"w/A": A}, ranks=ranks)({"w/B": gradient})["w/B"]
+    for k, rank in enumerate(ranks.tolist()):
+        rows = (A[k] if own else A)[:rank]
+        wanted = gradient[k, :, :rank] @ torch.linalg.inv(rows @ rows.mT)
+        torch.testing.assert_close(found[k, :, :rank], wanted, rtol=1e-10, atol=1e-10)
+        assert torch.count_nonzero(found[k, :, rank:]) == 0
+
+
 def test_tensors_without_a_frozen_partner_keep_their_gradient() -> None:
     gradients = {"v/B": normal(1, M, R), "bias": normal(1, M), "w/A": normal(1, R, N)}
     kept = {n: g.clone() for n, g in gradients.items()}

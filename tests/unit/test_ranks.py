@@ -1,0 +1,136 @@
+"""Rank budgets: which numbers of a factor they leave, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedraclora.errors import ConfigError
+from fedraclora.method import Adapter, Cohort, Downlink, Frozen, Sketched, Trained
+from fedraclora.ranks import (
+    check_ranks,
+    cut_gradients,
+    hold,
+    rank_axes,
+    trainable,
+    uploaded_mask,
+    uploaded_numbers,
+)
+from fedraclora.sketch import SketchSpec
+from strategies.fed_rac_lora import FedRacLora
+from strategies.fedavg import FedAvg
+
+M, R, N = 5, 3, 7
+RANKS = torch.tensor([1, 3, 2, 9])
+A = Sketched(SketchSpec("gaussian", "right", R, N, 0, 0))
+
+
+def right(**settings: object) -> Downlink:
+    """Two adapters, one of a lower rank, and a head."""
+    low = Adapter({"B": Trained((M, 2)), "A": Frozen(torch.ones(2, N))}, 1.0)
+    return Downlink(
+        {"w": Adapter({"B": Trained((M, R)), "A": A}, 1.0), "low": low},
+        {"head": Trained((4, M))},
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def test_components_are_counted_where_factors_meet() -> None:
+    three = Adapter({"B": Trained((M, R)), "M": Trained((R, 2)), "A": Trained((2, N))}, 1.0)
+    assert [rank_axes(three, label) for label in "BMA"] == [(1,), (0, 1), (0,)]
+    assert rank_axes(Adapter({"D": Trained((M, N))}, 1.0), "D") == ()
+
+
+def test_a_budget_leaves_the_first_components() -> None:
+    masks = trainable(right(), RANKS)
+    assert masks["w/B"].tolist() == [
+        [[True, False, False]],
+        [[True, True, True]],
+        [[True, True, False]],
+        [[True, True, True]],
+    ]
+    assert masks["low/B"].squeeze(1).tolist() == [[True, False], *[[True, True]] * 3]
+    assert list(masks) == ["w/B", "low/B"]  # a head has no rank
+
+
+def test_the_middle_of_three_factors_is_cut_on_both_sides() -> None:
+    chain = {"B": Frozen(torch.ones(M, R)), "M": Trained((R, R)), "A": Frozen(torch.ones(R, N))}
+    masks = trainable(Downlink({"w": Adapter(dict(chain), 1.0)}), torch.tensor([2]))
+    wanted = torch.zeros(1, R, R, dtype=torch.bool)
+    wanted[:, :2, :2] = True
+    assert torch.equal(masks["w/M"], wanted)
+
+
+@pytest.mark.parametrize("ranks", [None, torch.tensor([3, 3]), torch.tensor([8, 3])])
+def test_nothing_is_masked_where_nothing_is_cut(ranks: torch.Tensor | None) -> None:
+    assert trainable(right(), ranks) == {}
+    assert uploaded_mask(right(ranks=ranks)) is None
+    assert uploaded_numbers(right(ranks=ranks), 2).tolist() == [M * R + M * 2 + 4 * M] * 2
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_a_client_sends_its_components_and_all_of_the_head(ranks: list[int]) -> None:
+    downlink = right(ranks=torch.tensor(ranks))
+    wanted = [M * min(r, R) + M * min(r, 2) + 4 * M for r in ranks]
+    assert uploaded_numbers(downlink, len(ranks)).tolist() == wanted
+    mask = uploaded_mask(downlink)
+    if mask is not None:
+        assert mask.shape == (len(ranks), M * R + M * 2 + 4 * M)
+        assert mask.sum(dim=1).tolist() == wanted
+        assert bool(mask[:, -4 * M :].all())
+
+
+def test_what_stays_at_the_client_is_not_counted() -> None:
+    chain = {"B": Trained((M, R), upload=False), "A": Trained((R, N))}
+    downlink = Downlink({"w": Adapter(dict(chain), 1.0)}, ranks=torch.tensor([1, 3]))
+    assert uploaded_numbers(downlink, 2).tolist() == [N, 3 * N]
+    mask = uploaded_mask(downlink)
+    assert mask is not None
+    assert mask.sum(dim=1).tolist() == [N, 3 * N]
+    assert bool(mask[0, :N].all())
+
+
+def test_a_cut_gradient_is_zero_even_where_it_was_not_a_number() -> None:
+    gradients = {"head": torch.ones(2, 4), "w/B": torch.full((2, M, R), torch.nan)}
+    found = cut_gradients(gradients, trainable(right(), RANKS))
+    assert list(found) == ["head", "w/B"]
+    assert found["head"] is gradients["head"]
+    assert torch.count_nonzero(found["w/B"][0, :, 1:]) == 0
+    assert bool(torch.isnan(found["w/B"][0, :, :1]).all())
+    assert bool(torch.isnan(gradients["w/B"]).all())
+
+
+def test_what_is_held_is_put_back_for_those_that_still_train() -> None:
+    masks = trainable(right(), RANKS)
+    starts = {"w/B": torch.full((1, M, R), 2.0), "low/B": torch.zeros(1, M, 2)}
+    values = {"w/B": torch.full((4, M, R), 3.0), "low/B": torch.ones(4, M, 2)}
+    hold(values, starts, masks, active=2)
+    assert values["w/B"][:, 0].tolist() == [[3, 2, 2], [3, 3, 3], [3, 3, 3], [3, 3, 3]]
+    assert values["low/B"][:, 0].tolist() == [[1, 0], [1, 1], [1, 1], [1, 1]]
+
+
+def test_budgets_below_one_and_too_few_of_them_are_refused() -> None:
+    clients, weights = torch.tensor([3, 8]), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="client 8 has the rank budget 0; 1 or more"):
+        Cohort(clients, weights, torch.tensor([1, 0]))
+    with pytest.raises(ConfigError, match=r"2 clients came with rank budgets \(3,\)"):
+        Cohort(clients, weights, torch.tensor([1, 1, 1]))
+
+
+def test_a_part_of_a_cohort_keeps_its_budgets() -> None:
+    cohort = Cohort(torch.tensor([3, 8, 9]), torch.arange(3.0), torch.tensor([1, 2, 4]))
+    part = cohort.select(torch.tensor([True, False, True]))
+    assert part.ranks is not None
+    assert (part.clients.tolist(), part.weights.tolist(), part.ranks.tolist()) == (
+        [3, 9],
+        [0.0, 2.0],
+        [1, 4],
+    )
+
+
+def test_methods_without_a_shared_sketch_refuse_budgets() -> None:
+    check_ranks(FedRacLora())
+    with pytest.raises(ConfigError, match=r"rank budgets, but FedAvg .* take a method"):
+        check_ranks(FedAvg())
