@@ -107,6 +107,10 @@ class ClientData(Protocol):
         """
         ...
 
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ClientData:
+        """Move to a device; floating samples take ``dtype`` when given."""
+        ...
+
 
 @dataclass(frozen=True)
 class Partitioned:

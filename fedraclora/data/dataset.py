@@ -13,10 +13,11 @@ import torch
 from fedraclora.data.checks import check_fraction
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator
-from fedraclora.samples import Samples
+from fedraclora.samples import ClientData, Samples
 
 Rows = npt.NDArray[np.int64]
 Column = npt.NDArray[Any]
+Division = list[Rows] | ClientData  # rows of each client, or clients made on demand
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class DataSet:
     """Training and test samples with what a model and a partition need to know of them.
 
     Attributes:
-        train: Training samples.
+        train: Training samples; beside ``parts`` that are made on demand, samples to pretrain on.
         test: Held-out samples; the object ``train`` itself where the figure of merit is the
             training objective (synthetic data).
         classes: Number of outputs: classes, or 1 for a scalar regression or a binary score.
@@ -33,7 +34,7 @@ class DataSet:
         columns: One value per training row, to partition by: ``"label"`` wherever there are
             classes, ``"client"`` and its own name for a natural client.
         sample_shape: Shape of one input ``"x"``; empty for token ids.
-        parts: Rows of each client where the data set brings its own division.
+        parts: The clients, where the data set brings its own division.
         optimum: Least value of the training objective, where it is known.
         info: Facts for the summary.
     """
@@ -45,7 +46,7 @@ class DataSet:
     metrics: tuple[str, ...]
     columns: dict[str, Column]
     sample_shape: tuple[int, ...]
-    parts: list[Rows] | None = None
+    parts: Division | None = None
     optimum: float | None = None
     info: dict[str, object] = field(default_factory=dict)
 
@@ -127,7 +128,7 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
 
     Raises:
         ConfigError: If the data set has no classes, fewer than two are asked for, one is asked
-            for twice, or one does not occur.
+            for twice, or one does not occur, or if the clients are made on demand.
     """
     if data.loss != "cross_entropy":
         raise ConfigError("data.labels is for data sets with classes; set data.labels=null")
@@ -159,6 +160,11 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
         columns=kept.columns | {"label": train.target.numpy()},
         info=kept.info | {"labels": wanted},
     )
+    if not isinstance(data.parts, list | None):
+        raise ConfigError(
+            "data.labels is for samples that are there, and these clients' are made on demand; "
+            "set data.labels=null"
+        )
 
 
 def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, Samples | None]:
@@ -194,7 +200,7 @@ def _keep(data: DataSet, rows: Rows) -> DataSet:
     place = np.full(len(data.train), -1, dtype=np.int64)
     place[rows] = np.arange(len(rows))
     parts = data.parts
-    if parts is not None:
+    if isinstance(parts, list):
         parts = [moved[moved >= 0] for moved in (place[part] for part in parts)]
     train = take(data.train, rows)
     return replace(
