@@ -16,7 +16,7 @@ from fedraclora.memory import is_out_of_memory
 from fedraclora.method import Adapter, Downlink, Factor, Frozen, Trained
 from fedraclora.replica import Replica
 from fedraclora.tree import Tree
-from fedraclora.wire import Order, pack_trial, unpack_downlink, uplink_layout
+from fedraclora.wire import Order, Reader, pack_trial, uplink_layout
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Worker:
         self.trainer, self.replica = trainer, replica
         self.store = ClientStore() if store is None else store
         self.limit: int | None = None
+        self._reader = Reader()
 
     def train(self, content: RecordDict) -> RecordDict:
         """Answer one train message.
@@ -62,7 +63,7 @@ class Worker:
         reported by id, the others' results are used. Where memory runs out nobody is at fault:
         batches hold half as many clients from there on.
         """
-        downlink, order = unpack_downlink(content)
+        downlink, order = self._reader.read(content)
         base = self.replica.at(order.version, order.round_)
         downlink = self._with_own(downlink, order, base)
         outcome = Outcome()

@@ -30,7 +30,8 @@ from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
-from strategies.loop import LoopConfig, Row
+from strategies.loop import LoopConfig
+from strategies.rows import Row
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ from fedraclora.tree import Layout, Tree
 SUM_BLOCK = 32
 
 
-def block_sums(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum ``weights[k] * stacked[k]`` inside each block of `SUM_BLOCK` clients.
+def block_sums(
+    stacked: torch.Tensor, weights: torch.Tensor, places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum ``weights[k] * stacked[k]`` inside each block of `SUM_BLOCK` places of the cohort.
 
     Elementwise operations only, so that the bits do not depend on a library's reduction order;
     the loop runs over the places of a block, not over clients.
@@ -29,23 +31,37 @@ def block_sums(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     Args:
         stacked: [K, P], any floating dtype.
         weights: float64 [K].
+        places: The clients' places in the cohort, ascending, int64 [K]; None = 0, 1, ..., K - 1.
+            A place that is missing (a client that failed) adds nothing.
 
     Returns:
-        float64 [ceil(K / SUM_BLOCK), P].
+        float64 [blocks up to the last place, P].
     """
     K, P = stacked.shape
-    num_blocks = -(-K // SUM_BLOCK)
-    sums = torch.zeros(num_blocks, P, dtype=torch.float64, device=stacked.device)
+    last = K - 1 if places is None else int(places[-1]) if K else -1
+    sums = torch.zeros(last // SUM_BLOCK + 1, P, dtype=torch.float64, device=stacked.device)
     column = weights.to(stacked.device, torch.float64)[:, None]
-    for place in range(min(SUM_BLOCK, K)):
-        part = stacked[place::SUM_BLOCK].to(torch.float64) * column[place::SUM_BLOCK]
-        sums[: part.shape[0]] += part
+    whole = last + 1 == K
+    for place in range(min(SUM_BLOCK, last + 1)):
+        if whole:
+            part = stacked[place::SUM_BLOCK].to(torch.float64) * column[place::SUM_BLOCK]
+            sums[: part.shape[0]] += part
+        elif places is not None:
+            rows = torch.nonzero(places % SUM_BLOCK == place).flatten()
+            part = stacked[rows].to(torch.float64) * column[rows]
+            sums[places[rows] // SUM_BLOCK] += part
     return sums
 
 
-def weighted_sum(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Give ``sum_k weights[k] * stacked[k]`` in float64 [P], in the order of this module."""
-    blocks = block_sums(stacked, weights)
+def weighted_sum(
+    stacked: torch.Tensor, weights: torch.Tensor, places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Give ``sum_k weights[k] * stacked[k]`` in float64 [P]; arguments as in `block_sums`."""
+    return sum_blocks(block_sums(stacked, weights, places))
+
+
+def sum_blocks(blocks: torch.Tensor) -> torch.Tensor:
+    """Add blocks [B, P] one after another; float64 [P]."""
     total = blocks[0].clone()
     for block in blocks[1:]:
         total += block
@@ -63,6 +79,7 @@ class Uplinks:
         stacked: [K, P], one packed row per client, or None if only the sum is known.
         summed: float64 [P], ``sum_k weights[k] * row_k``, or None if not yet formed.
         versions: Base version each client trained from, int64 [K].
+        places: Their places in the cohort, int64 [K], or None if nobody is missing.
     """
 
     clients: torch.Tensor
@@ -71,21 +88,26 @@ class Uplinks:
     stacked: torch.Tensor | None = None
     summed: torch.Tensor | None = None
     versions: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    places: torch.Tensor | None = None
 
     @property
     def total(self) -> float:
         """Sum of the aggregation weights, exactly rounded, so in any order."""
         return math.fsum(self.weights.tolist())
 
+    def sum(self) -> torch.Tensor:
+        """Give ``sum_k weights[k] * row_k`` in float64 [P], in the order of this module."""
+        if self.summed is not None:
+            return self.summed
+        if self.stacked is None:
+            raise ShapeError("these uplinks hold neither clients nor their sum")
+        return weighted_sum(self.stacked, self.weights, self.places)
+
     def mean(self) -> Tree:
         """Weighted mean of everything that was sent, float64, by name."""
-        summed = self.summed
-        if summed is None:
-            if self.stacked is None:
-                raise ShapeError("these uplinks hold neither clients nor their sum")
-            summed = weighted_sum(self.stacked, self.weights)
+        mean = self.sum() / self.total
         # Copies: views into one vector lie anywhere, and matrix products round by alignment.
-        return {n: t.clone() for n, t in self.layout.unpack(summed / self.total).items()}
+        return {n: t.clone() for n, t in self.layout.unpack(mean).items()}
 
     def stack(self) -> Tree:
         """Everything that was sent, by name, [K, ...].

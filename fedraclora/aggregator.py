@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fedraclora.aggregate import Uplinks, weighted_sum
+from fedraclora.aggregate import Uplinks
 from fedraclora.method import Downlink, Draw
 
 
@@ -37,7 +37,8 @@ def total(got: Uplinks, setting: Setting) -> Uplinks:
     del setting
     if got.stacked is None:
         return got
-    return replace(got, stacked=None, summed=weighted_sum(got.stacked, got.weights))
+    return replace(got, stacked=None, summed=got.sum())
 
 
 AGGREGATORS: dict[str, Aggregator] = {"mean": mean, "sum": total}
+SUMMING = (mean, total)  # those for which the sum of a cohort is enough

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
-from fedraclora.aggregator import Aggregator, Setting, mean
+from fedraclora.aggregator import SUMMING, Aggregator, Setting, mean
 from fedraclora.chain import CatchUp
 from fedraclora.errors import ClientError, WireError
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
@@ -26,9 +26,9 @@ from fedraclora.runbook import RunBook, Stopwatch
 from fedraclora.sampling import client_weights, draw_cohort
 from fedraclora.steps import effective_step
 from fedraclora.tree import Tree
-from fedraclora.wire import Order, pack_downlink, uplink_layout
-from strategies.collect import Exchange
-from strategies.loop import LoopConfig, Moved, Row, ledger_row
+from strategies.exchange import Exchange
+from strategies.loop import LoopConfig
+from strategies.rows import Moved, Row, ledger_row
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +166,8 @@ class FedStrategy(Strategy):
         return self._exchange
 
     def _collect(self, replies: Iterable[Message]) -> Uplinks:
-        exchange, loop = self._current(), self.loop
-        got = exchange.collect(replies, loop.weights, loop.max_failures)
+        exchange = self._current()
+        got = exchange.collect(replies)
         return self.aggregator(got, Setting(exchange.downlink, exchange.round_, self.draw))
 
     def _close(self, round_: int, exchange: Exchange, got: Uplinks) -> None:
@@ -203,20 +203,18 @@ class FedStrategy(Strategy):
         self, downlink: Downlink, cohort: Cohort, round_: int, grid: Grid, before: Exchange | None
     ) -> list[Message]:
         """Open an exchange: one message per chunk of the cohort."""
-        version, layout = self.catch_up.version, uplink_layout(downlink)
-        self._exchange = Exchange(downlink, layout, round_, version, cohort, before=before)
-        nodes = list(grid.get_node_ids())
-        rate_scale = self.local.rate_scale(round_, self.loop.rounds)
-        for i, first in enumerate(range(0, len(cohort), self.loop.chunk)):
-            places = slice(first, first + self.loop.chunk)
-            clients = cohort.clients[places]
-            content = pack_downlink(
-                downlink, Order(round_, version, rate_scale, clients), places, self.loop.dtype
-            )
-            node, ttl = nodes[i % len(nodes)], self.loop.timeout
-            message = Message(content, node, "train.cohort", group_id=str(round_), ttl=ttl)
-            self._exchange.chunks.append((message, clients.tolist()))
-        return [message for message, _ in self._exchange.chunks]
+        traits = self.method.traits
+        self._exchange = Exchange(
+            downlink,
+            round_,
+            self.catch_up.version,
+            cohort,
+            self.loop,
+            rate_scale=self.local.rate_scale(round_, self.loop.rounds),
+            reduce=traits.linear and not traits.looks_at_clients and self.aggregator in SUMMING,
+            before=before,
+        )
+        return self._exchange.messages(list(grid.get_node_ids()))
 
     @override
     def aggregate_train(

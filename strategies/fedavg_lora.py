@@ -66,7 +66,7 @@ class FedAvgLora(Method):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=False, linear=True, merges=False)
+        return Traits(exact=False, linear=True, merges=False, looks_at_clients=True)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:

@@ -34,7 +34,7 @@ class Bench:
 
     def round(self, number: int) -> RecordDict:
         order = Order(number, 0, 1.0, CLIENTS)
-        return self.worker.train(pack_downlink(self.downlink, order, slice(0, 3), "float64"))
+        return self.worker.train(pack_downlink(self.downlink, order, "float64"))
 
     def held(self, round_: int) -> torch.Tensor:
         default = {"weight/B": torch.zeros(2, 2, dtype=torch.float64)}
@@ -72,7 +72,7 @@ def test_a_factor_that_stays_goes_on_where_its_client_left_off() -> None:
 def test_a_factor_that_stays_does_not_travel() -> None:
     bench = make_bench()
     reply = unpack_trial(bench.round(1), uplink_layout(bench.downlink))
-    assert tuple(reply.rows.shape) == (3, 10)
+    assert tuple(reply.numbers.shape) == (3, 10)
 
 
 def test_a_client_that_diverged_keeps_what_it_had() -> None:

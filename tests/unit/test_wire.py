@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire import (
     Order,
+    Packed,
+    Reader,
     pack_downlink,
     pack_trial,
     payload_bytes,
@@ -32,7 +35,6 @@ K, M, R, N = 4, 5, 2, 7
 SPEC = SketchSpec("coordinate", "right", R, N, seed=2**62 + 3, index=5, blocks="cover")
 CLIENTS = torch.tensor([2, 3, 5, 2**33])
 ORDER = Order(9, 8, 1.0 / 3.0, CLIENTS)
-ALL = slice(0, K)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -91,7 +93,7 @@ def assert_same(left: Downlink, right: Downlink) -> None:
 
 def test_a_downlink_comes_back_to_the_bit() -> None:
     sent = everything()
-    got, order = unpack_downlink(pack_downlink(sent, ORDER, ALL, "float64"))
+    got, order = unpack_downlink(pack_downlink(sent, ORDER, "float64"))
     assert_same(got, sent)
     assert list(got.trained()) == list(sent.trained())
     assert (order.round_, order.version, order.rate_scale) == (9, 8, 1.0 / 3.0)
@@ -101,8 +103,8 @@ def test_a_downlink_comes_back_to_the_bit() -> None:
 @given(st.integers(0, K - 1), st.integers(1, K))
 def test_a_chunk_gets_its_own_rows_only(first: int, size: int) -> None:
     sent, places = everything(), slice(first, first + size)
-    order = replace(ORDER, clients=CLIENTS[places])
-    got, _ = unpack_downlink(pack_downlink(sent, order, places, "float64"))
+    order = replace(ORDER, clients=CLIENTS[places], first=first)
+    got, _ = unpack_downlink(pack_downlink(sent, order, "float64"))
     start, own = got.adapters["v"].factors["B"], sent.adapters["v"].factors["B"]
     assert isinstance(start, Trained)
     assert isinstance(own, Trained)
@@ -117,7 +119,7 @@ def test_a_chunk_gets_its_own_rows_only(first: int, size: int) -> None:
 
 
 def test_numbers_travel_in_the_precision_that_is_asked_for() -> None:
-    content = pack_downlink(everything(), ORDER, ALL, "float32")
+    content = pack_downlink(everything(), ORDER, "float32")
     got, order = unpack_downlink(content)
     bias = got.dense["head.bias"].start
     assert bias is not None
@@ -129,7 +131,7 @@ def test_numbers_travel_in_the_precision_that_is_asked_for() -> None:
 
 def test_a_downlink_without_numbers_comes_back() -> None:
     sent = Downlink({"w": Adapter({"B": Trained((M, R)), "A": Sketched(SPEC)}, 1.0)})
-    content = pack_downlink(sent, ORDER, ALL, "float32")
+    content = pack_downlink(sent, ORDER, "float32")
     got, _ = unpack_downlink(content)
     assert_same(got, sent)
     array = content["arrays"]
@@ -145,22 +147,41 @@ def test_the_payload_counts_numbers_of_one_client_and_seeds() -> None:
     assert payload_bytes(Downlink(), K, 8) == 0
 
 
+def arrays_of(content: RecordDict) -> list[Any]:
+    """Every array of a message."""
+    return [record["flat"].numpy() for record in content.array_records.values()]
+
+
 @pytest.mark.parametrize("place", range(K))
-def test_the_payload_is_the_array_of_a_message_to_one_client(place: int) -> None:
-    one = slice(place, place + 1)
-    content = pack_downlink(everything(), replace(ORDER, clients=CLIENTS[one]), one, "float64")
-    array = content["arrays"]
-    assert isinstance(array, ArrayRecord)
-    assert array["flat"].numpy().nbytes + 8 == payload_bytes(everything(), K, 8)
+def test_the_payload_is_the_arrays_of_a_message_to_one_client(place: int) -> None:
+    order = replace(ORDER, clients=CLIENTS[place : place + 1], first=place)
+    content = pack_downlink(everything(), order, "float64")
+    numbers = sum(array.nbytes for array in arrays_of(content))
+    assert numbers + 8 == payload_bytes(everything(), K, 8)
 
 
-def test_a_message_is_one_array_whatever_it_holds() -> None:
-    content = pack_downlink(everything(), ORDER, ALL, "float64")
-    arrays, config = content["arrays"], content["config"]
-    assert isinstance(arrays, ArrayRecord)
-    assert isinstance(config, ConfigRecord)
-    assert list(arrays) == ["flat"]
-    assert sorted(config) == ["clients", "header"]
+def test_what_a_cohort_shares_is_packed_and_read_once() -> None:
+    packed, reader = Packed(everything(), ORDER, "float64"), Reader()
+    first, second = packed.message(CLIENTS[:2], 0), packed.message(CLIENTS[2:], 2)
+    assert first["arrays"] is second["arrays"]
+    assert first["config"] is second["config"]
+    (one, order), (two, other) = reader.read(first), reader.read(second)
+    assert (order.first, other.first) == (0, 2)
+    left, right = (down.dense["head.bias"].start for down in (one, two))
+    assert left is not None
+    assert right is not None
+    assert left.data_ptr() == right.data_ptr()
+    plain = Packed(Downlink(), ORDER, "float64")
+    again = [reader.read(plain.message(CLIENTS[i : i + 1], i))[0] for i in range(2)]
+    assert again[0] is again[1]
+    assert again[0] == Downlink()
+
+
+def test_a_message_is_one_array_and_one_for_what_clients_do_not_share() -> None:
+    content = pack_downlink(everything(), ORDER, "float64")
+    assert sorted(content) == ["arrays", "chunk", "config", "own"]
+    assert all(len(record) == 1 for record in content.array_records.values())
+    assert "own" not in pack_downlink(Downlink(), ORDER, "float64")
 
 
 def edited(content: RecordDict, edit: dict[str, object]) -> RecordDict:
@@ -173,27 +194,30 @@ def edited(content: RecordDict, edit: dict[str, object]) -> RecordDict:
 
 def test_a_message_without_its_records_is_refused() -> None:
     wrong = RecordDict({"config": ArrayRecord({"x": Array(np.zeros(1))}), "arrays": ConfigRecord()})
-    with pytest.raises(WireError, match="wanted the records config and arrays"):
+    with pytest.raises(WireError, match="wanted the records config, arrays and chunk"):
         unpack_downlink(wrong)
 
 
-@pytest.mark.parametrize("left", ["config", "arrays"])
-def test_a_message_that_lacks_a_record_is_refused(left: str) -> None:
-    content = pack_downlink(everything(), ORDER, ALL, "float64")
-    with pytest.raises(WireError, match="wanted the records config and arrays"):
-        unpack_downlink(RecordDict({left: content[left]}))
+@pytest.mark.parametrize("gone", ["config", "arrays", "chunk", "own"])
+def test_a_message_that_lacks_a_record_is_refused(gone: str) -> None:
+    content = pack_downlink(everything(), ORDER, "float64")
+    del content[gone]
+    with pytest.raises(
+        WireError, match=rf"wanted the records config, arrays and chunk|{gone} is wanted"
+    ):
+        unpack_downlink(content)
 
 
 def test_a_frozen_factor_without_its_numbers_is_refused() -> None:
     adapters = {"w": {"scale": 1.0, "factors": {"A": {"role": "frozen"}}}}
-    content = pack_downlink(Downlink(), ORDER, ALL, "float64")
+    content = pack_downlink(Downlink(), ORDER, "float64")
     with pytest.raises(WireError, match="a frozen factor came without its numbers"):
         unpack_downlink(edited(content, {"adapters": adapters}))
 
 
 def test_a_dense_tensor_has_to_be_trained() -> None:
     described = {"role": "sketched", "spec": vars(SPEC)}
-    content = pack_downlink(Downlink(), ORDER, ALL, "float64")
+    content = pack_downlink(Downlink(), ORDER, "float64")
     with pytest.raises(WireError, match="dense tensor b is not trained"):
         unpack_downlink(edited(content, {"dense": {"b": described}}))
 
@@ -222,8 +246,8 @@ def test_a_reply_comes_back_to_the_bit(count: int, dtype: torch.dtype) -> None:
     assert torch.equal(reply.steps, sent.steps)
     assert reply.failures == failures
     assert reply.notes == ["a note"]
-    assert reply.rows.dtype == dtype
-    rows = LAYOUT.unpack(reply.rows)
+    assert reply.numbers.dtype == dtype
+    rows = LAYOUT.unpack(reply.numbers)
     assert all(torch.equal(rows[n], sent.trained[n]) for n, _ in LAYOUT.shapes)
 
 
@@ -232,14 +256,14 @@ def test_what_is_not_uploaded_does_not_travel() -> None:
     assert "private" not in dict(uplink_layout(downlink).shapes)
     assert list(dict(uplink_layout(downlink).shapes)) == list(downlink.uploaded())
     content = pack_trial(trial(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
-    assert unpack_trial(content, LAYOUT).rows.shape == (2, LAYOUT.size)
+    assert unpack_trial(content, LAYOUT).numbers.shape == (2, LAYOUT.size)
 
 
 def test_a_chunk_in_which_all_failed_still_says_who() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     reply = unpack_trial(pack_trial(None, ORDER, none, LAYOUT, {5: "x"}, []), LAYOUT)
     assert reply.failures == {5: "x"}
-    assert reply.rows.shape == (0, LAYOUT.size)
+    assert reply.numbers.shape == (0, LAYOUT.size)
     for vector in (reply.clients, reply.losses, reply.samples, reply.steps):
         assert len(vector) == 0
     assert reply.losses.dtype == torch.float64
@@ -266,7 +290,7 @@ def test_a_reply_with_missing_rows_is_refused() -> None:
 @pytest.mark.parametrize("vector", ["losses", "samples", "steps"])
 def test_a_reply_with_missing_numbers_is_refused(vector: str) -> None:
     content = pack_trial(trial(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
-    config = content["config"]
+    config = content["chunk"]
     assert isinstance(config, ConfigRecord)
     stored = config[vector]
     assert isinstance(stored, bytes)
@@ -279,7 +303,7 @@ def test_a_reply_with_missing_numbers_is_refused(vector: str) -> None:
 @pytest.mark.parametrize("vector", ["losses", "samples", "steps"])
 def test_a_reply_that_lacks_a_vector_is_refused(vector: str) -> None:
     content = pack_trial(trial(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
-    config = content["config"]
+    config = content["chunk"]
     assert isinstance(config, ConfigRecord)
     del config[vector]
     with pytest.raises(WireError, match="round 9"):

@@ -1,4 +1,4 @@
-"""From replies to uplinks: every check that runs before any sum."""
+"""One exchange with the cohort: what is asked, and every check of what comes back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from flwr.app import Message
 
-from fedraclora.aggregate import Refusal, Uplinks, check_rows, too_many
+from fedraclora.aggregate import Refusal, Uplinks, check_rows, sum_blocks, too_many
 from fedraclora.errors import ClientError, WireError
 from fedraclora.method import Cohort, Downlink
 from fedraclora.sampling import client_weights
-from fedraclora.tree import Layout
-from fedraclora.wire import Reply, unpack_trial
+from fedraclora.wire import Order, Packed, Reply, unpack_trial, uplink_layout
+from strategies.loop import LoopConfig
 
 
 @dataclass
@@ -21,38 +21,61 @@ class Exchange:
     """One downlink and what came back.
 
     Attributes:
-        downlink: What was asked.
-        layout: What each client must send.
+        downlink: What is asked.
         round_: From 1.
-        version: Of the base weights the clients trained from.
-        cohort: Who was asked.
+        version: Of the base weights the clients train from.
+        cohort: Who is asked.
+        loop: Settings of the round loop.
+        rate_scale: Of the step sizes.
+        reduce: Whether sums of clients are enough for what follows.
         replies: In ascending order of client, once collected.
         failures: Clients whose reply is not used.
-        received: Rows that came, those that were refused included.
+        received: Clients that sent something, those that were refused included.
         chunks: The messages that were sent, each with its clients.
         before: The exchange before this one in the same round.
         mean_loss: Mean training loss over the clients whose replies are used.
+        steps: Local steps of these clients.
     """
 
     downlink: Downlink
-    layout: Layout
     round_: int
     version: int
     cohort: Cohort
+    loop: LoopConfig
+    rate_scale: float = 1.0
+    reduce: bool = False
+    before: Exchange | None = None
     replies: list[Reply] = field(default_factory=list)
     failures: list[Refusal] = field(default_factory=list)
     received: int = 0
     chunks: list[tuple[Message, list[int]]] = field(default_factory=list)
-    before: Exchange | None = None
     mean_loss: float = float("nan")
+    steps: int = 0
 
-    def collect(self, messages: Iterable[Message], weighting: str, allowed: int) -> Uplinks:
+    def __post_init__(self) -> None:
+        """Fix the layout of the uplink."""
+        self.layout = uplink_layout(self.downlink)
+
+    def messages(self, nodes: Sequence[int]) -> list[Message]:
+        """Write one message per chunk of the cohort, to the nodes in turn."""
+        loop, clients = self.loop, self.cohort.clients
+        # Sums of blocks: only where no block lies in two chunks.
+        reduce = loop.weights if self.reduce and loop.whole_blocks(len(clients)) else None
+        order = Order(self.round_, self.version, self.rate_scale, clients, reduce=reduce)
+        packed = Packed(self.downlink, order, loop.dtype)
+        for i, first in enumerate(range(0, len(clients), loop.chunk)):
+            chunk = clients[first : first + loop.chunk]
+            content, node = packed.message(chunk, first), nodes[i % len(nodes)]
+            group, ttl = str(self.round_), loop.timeout
+            message = Message(content, node, "train.cohort", group_id=group, ttl=ttl)
+            self.chunks.append((message, chunk.tolist()))
+        return [message for message, _ in self.chunks]
+
+    def collect(self, messages: Iterable[Message]) -> Uplinks:
         """Read, check and sort the replies.
 
         Args:
             messages: Replies, in any order.
-            weighting: ``examples`` or ``uniform``.
-            allowed: Clients that may fail.
 
         Returns:
             The uplinks of the clients that passed, in ascending order of id.
@@ -63,28 +86,40 @@ class Exchange:
         """
         for message in messages:
             self._read(message)
+        allowed = self.loop.max_failures
         if not self.replies and self.failures:
             raise too_many(self.all_failures, self.round_, allowed)
         if not self.replies:
             raise ClientError(f"round {self.round_}: no client replied in time")
-        self.replies.sort(key=lambda r: int(r.clients[0]) if len(r.clients) else -1)
+        self.replies.sort(key=lambda r: r.first)
         clients = torch.cat([r.clients for r in self.replies])
-        rows = torch.cat([r.rows for r in self.replies])
         losses = torch.cat([r.losses for r in self.replies])
-        weights = client_weights(weighting, torch.cat([r.samples for r in self.replies]))
+        steps = torch.cat([r.steps for r in self.replies])
+        weights = client_weights(self.loop.weights, torch.cat([r.samples for r in self.replies]))
         self._check_ids(clients.tolist())
-        refused = check_rows(clients, weights, losses, rows)
+        places = torch.searchsorted(self.cohort.clients, clients)
+        reduced = self.replies[0].reduced
+        numbers = torch.cat([r.numbers for r in self.replies])
+        refused = [] if reduced else check_rows(clients, weights, losses, numbers)
+        self.received = len(clients) + sum(len(r.refused) for r in self.replies)
         self.failures += refused
+        self.failures.sort(key=lambda f: f.client)
         if len(self.all_failures) > allowed or len(refused) == len(clients):
             raise too_many(self.all_failures, self.round_, allowed)
-        self.received = len(clients)
         if refused:
             keep = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
-            clients, rows = clients[keep], rows[keep]
-            weights, losses = weights[keep], losses[keep]
-        self.mean_loss = float(losses.mean())
-        versions = torch.full_like(clients, self.version)
-        return Uplinks(clients, weights, self.layout, rows, versions=versions)
+            clients, numbers, places = clients[keep], numbers[keep], places[keep]
+            weights, losses, steps = weights[keep], losses[keep], steps[keep]
+        self.mean_loss, self.steps = float(losses.mean()), int(steps.sum())
+        return Uplinks(
+            clients,
+            weights,
+            self.layout,
+            stacked=None if reduced else numbers,
+            summed=sum_blocks(numbers) if reduced else None,
+            versions=torch.full_like(clients, self.version),
+            places=places,
+        )
 
     def _read(self, message: Message) -> None:
         if message.has_error():
@@ -100,7 +135,7 @@ class Exchange:
                 f"{reply.version}; round {self.round_} from version {self.version} was wanted"
             )
         self.replies.append(reply)
-        self.failures += [Refusal(c, r) for c, r in reply.failures.items()]
+        self.failures += [*(Refusal(c, r) for c, r in reply.failures.items()), *reply.refused]
 
     def _check_ids(self, clients: Sequence[int]) -> None:
         """Hold who answered against the cohort: each once and none else; note who is silent."""
@@ -135,9 +170,9 @@ class Exchange:
 
     @property
     def local_steps(self) -> int:
-        """Local steps of this round so far, over the clients that answered."""
+        """Local steps of this round so far."""
         earlier = 0 if self.before is None else self.before.local_steps
-        return earlier + sum(int(reply.steps.sum()) for reply in self.replies)
+        return earlier + self.steps
 
     @property
     def notes(self) -> list[str]:

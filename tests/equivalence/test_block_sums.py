@@ -1,0 +1,126 @@
+"""Sums that workers form of whole blocks of clients are, to the bit, the server's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from experiments.assemble import Assembled, assemble
+from experiments.choices import composed
+from fedraclora.config import from_plain
+from fedraclora.ledger import NONDETERMINISTIC
+from fedraclora.samples import Partitioned, Samples
+from fedraclora.tree import digest
+from fedraclora.wire import Reply, unpack_trial
+from strategies import METHODS
+from strategies import exchange as exchange_module
+from strategies.loop import LoopConfig
+
+WORDS = [
+    "data=digits",
+    "data.labels=null",
+    "pretrain=none",
+    "model.hidden=[6]",
+    "output=study",
+    "clients=80",
+    "cohort=80",
+    "rounds=3",
+    "max_failures=9",
+    "partition.alpha=5.0",
+]
+WHOLE = [32, 64, 80, 128]  # chunks that no block crosses
+
+
+def finished(*words: str) -> Assembled:
+    run = assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
+    run.strategy.start(run.grid)
+    return run
+
+
+def bits(run: Assembled) -> tuple[str, list[dict[str, object]]]:
+    """Weights, and every fixed column of the ledger."""
+    strategy = run.strategy
+    weights = strategy.method.weights(strategy.state, strategy.draw)
+    rows = [
+        {k: v for k, v in row.items() if k not in NONDETERMINISTIC}
+        for row in strategy.book.ledger.rows
+    ]
+    return digest(weights), rows
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some clients raise, some hold NaN: at the ends of blocks and in the middle."""
+    good = Partitioned.gather
+
+    def gather(self: Partitioned, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
+        if set(clients.tolist()) & {3, 40}:
+            raise OSError("the disk is gone")
+        batch = good(self, clients, positions)
+        bad = torch.isin(clients, torch.tensor([0, 35, 77])).repeat_interleave(positions.shape[1])
+        return Samples(
+            {"x": batch.inputs["x"].masked_fill(bad[:, None], float("nan"))}, batch.target
+        )
+
+    monkeypatch.setattr(Partitioned, "gather", gather)
+
+
+def replies_of(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
+    """Every reply that a strategy reads from now on."""
+    seen: list[Reply] = []
+
+    def read(*arguments: object) -> Reply:
+        seen.append(unpack_trial(*arguments))  # type: ignore[arg-type]
+        return seen[-1]
+
+    monkeypatch.setattr(exchange_module, "unpack_trial", read)
+    return seen
+
+
+def rows_again(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+    """The same run where the server gets every client's own row."""
+    monkeypatch.setattr(LoopConfig, "whole_blocks", lambda *_: False)
+    return bits(finished(*words))
+
+
+@pytest.mark.parametrize("chunk", WHOLE)
+@pytest.mark.parametrize("method", ["fed_rac_lora", "fedavg"])
+def test_sums_of_blocks_are_those_of_rows(
+    method: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"method={method}", f"engine.chunk={chunk}"]
+    words += ["method.rank=2"] if method != "fedavg" else []
+    seen = replies_of(monkeypatch)
+    summed = bits(finished(*words))
+    assert all(reply.reduced for reply in seen)
+    assert (
+        sum(len(reply.numbers) for reply in seen) == 3 * 3
+    )  # blocks of 32, 32 and 16; three rounds
+    seen.clear()
+    assert rows_again(monkeypatch, *words) == summed
+    assert not any(reply.reduced for reply in seen)
+
+
+@pytest.mark.parametrize(
+    "words", [["engine.chunk=31"], ["engine.chunk=1"], ["method=fedavg_lora", "engine.chunk=32"]]
+)
+def test_rows_come_where_a_block_is_cut_or_a_method_looks_at_clients(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = replies_of(monkeypatch)
+    finished(*words, "rounds=1")
+    assert [r.reduced for r in seen] == [False] * len(seen)
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize("weights", ["examples", "uniform"])
+@pytest.mark.parametrize("chunk", WHOLE)
+def test_failed_clients_leave_the_same_gaps(
+    chunk: int, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (f"engine.chunk={chunk}", f"weights={weights}")
+    seen = replies_of(monkeypatch)
+    summed = bits(finished(*words))
+    assert all(reply.reduced for reply in seen)
+    assert {f["client"] for f in summed[1][1]["failures"]} == {0, 3, 35, 40, 77}  # type: ignore[attr-defined]
+    assert rows_again(monkeypatch, *words) == summed
