@@ -178,7 +178,7 @@ def test_a_reply_of_another_round_is_refused() -> None:
 
 def test_a_reply_of_another_client_is_refused() -> None:
     def pretend(messages: list[Message]) -> list[Message]:
-        config = messages[0].content["config"]
+        config = messages[0].content["chunk"]
         assert isinstance(config, ConfigRecord)
         config["clients"] = torch.tensor([77]).numpy().tobytes()
         return messages
