@@ -36,6 +36,8 @@ class DataSet:
         sample_shape: Shape of one input ``"x"``; empty for token ids.
         parts: The clients, where the data set brings its own division.
         optimum: Least value of the training objective, where it is known.
+        held_by: A column whose values are held out whole, for test and validation alike; None
+            where rows are.
         info: Facts for the summary.
     """
 
@@ -48,6 +50,7 @@ class DataSet:
     sample_shape: tuple[int, ...]
     parts: Division | None = None
     optimum: float | None = None
+    held_by: str | None = None
     info: dict[str, object] = field(default_factory=dict)
 
 
@@ -93,6 +96,31 @@ def split_rows(
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
+def split_owners(
+    owners: Column, fraction: float, rng: np.random.Generator
+) -> tuple[Rows, Rows]:
+    """Choose owners whose rows are held out, in random order, until they fill the fraction.
+
+    Args:
+        owners: The owner of each row.
+        fraction: Fraction of the rows, in [0, 1); at least one owner is held out.
+        rng: Where the order is drawn from.
+
+    Returns:
+        Kept rows and held-out rows, both ascending.
+
+    Example:
+        >>> kept, held = split_owners(np.array(list("aabbcc")), 0.3, np.random.default_rng(0))
+        >>> len(kept), len(held)
+        (4, 2)
+    """
+    names, sizes = np.unique(owners, return_counts=True)
+    order = rng.permutation(len(names))
+    filled = int(np.searchsorted(np.cumsum(sizes[order]), fraction * len(owners)))
+    held = np.isin(owners, names[order[: filled + 1]])
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
 def train_test(samples: Samples, fraction: float, split_seed: int) -> tuple[Samples, Samples]:
     """Split classified samples into train and test, stratified by class.
 
@@ -132,6 +160,11 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
     """
     if data.loss != "cross_entropy":
         raise ConfigError("data.labels is for data sets with classes; set data.labels=null")
+    if not isinstance(data.parts, list | None):
+        raise ConfigError(
+            "data.labels is for samples that are there, and these clients' are made on demand; "
+            "set data.labels=null"
+        )
     wanted = [int(label) for label in labels]
     if len(wanted) < 2 or len(set(wanted)) < len(wanted):
         raise ConfigError(f"data.labels={wanted}: want two or more different classes")
@@ -160,15 +193,10 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
         columns=kept.columns | {"label": train.target.numpy()},
         info=kept.info | {"labels": wanted},
     )
-    if not isinstance(data.parts, list | None):
-        raise ConfigError(
-            "data.labels is for samples that are there, and these clients' are made on demand; "
-            "set data.labels=null"
-        )
 
 
 def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, Samples | None]:
-    """Take validation samples out of the training samples, stratified by class.
+    """Take validation samples out of the training samples: by class, or by `DataSet.held_by`.
 
     Args:
         data: The data set.
@@ -186,7 +214,10 @@ def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, Sample
     if fraction == 0:
         return data, None
     rng = generator(seed, "split", "validation")
-    kept, held = split_rows(len(data.train), fraction, rng, data.columns.get("label"))
+    if data.held_by is None:
+        kept, held = split_rows(len(data.train), fraction, rng, data.columns.get("label"))
+    else:
+        kept, held = split_owners(data.columns[data.held_by], fraction, rng)
     if not len(held) or not len(kept):
         raise ConfigError(
             f"data.validation={fraction} of {len(data.train)} samples leaves {len(kept)} to "

@@ -10,15 +10,8 @@ import numpy as np
 
 from fedraclora.data.checks import check_choice, check_count
 from fedraclora.data.dataset import DataSet, Rows
-from fedraclora.data.partitioners import (
-    dirichlet,
-    fedslop,
-    given,
-    iid,
-    natural,
-    pathological,
-    shards,
-)
+from fedraclora.data.owners import given, natural
+from fedraclora.data.partitioners import dirichlet, fedslop, iid, pathological, shards
 from fedraclora.errors import ConfigError, unknown
 
 PARTITIONS: dict[str, Callable[..., list[Rows]]] = {

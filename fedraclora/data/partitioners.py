@@ -16,7 +16,7 @@ import numpy as np
 
 from fedraclora.data.checks import check_count, check_number
 from fedraclora.data.dataset import Column, DataSet, Rows
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError
 from fedraclora.rng import generator, hash_key
 
 
@@ -129,28 +129,6 @@ def shards(
     return _divide(data, partitioner, "label", seed)
 
 
-def natural(data: DataSet, *, clients: int | None, seed: int, column: str = "client") -> list[Rows]:
-    """Make one client of each value of a column (a film, a source), in sorted order.
-
-    Args:
-        data: The data set.
-        clients: None, or the number of values that are found.
-        seed: Not used: nothing is drawn.
-        column: The column.
-
-    Returns:
-        Rows of each client.
-    """
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
-    if str(column) not in data.columns:
-        error = unknown("column", column, data.columns)
-        raise ConfigError(f"partition.column: {error} (set data.client for a natural client)")
-    parts = _divide(data, NaturalIdPartitioner(str(column)), str(column), seed)
-    _require_number(clients, len(parts), f"partition.column={column} has {len(parts)} values")
-    return parts
-
-
 def fedslop(data: DataSet, *, clients: int, seed: int, alpha: float) -> list[Rows]:
     """Cut each class at ``int(cumsum(p) * count)`` with p from a Dirichlet distribution.
 
@@ -169,7 +147,7 @@ def fedslop(data: DataSet, *, clients: int, seed: int, alpha: float) -> list[Row
         FedSLoP, arXiv:2604.24012 (the partition of its MNIST experiment).
     """
     check_number("partition.alpha", alpha, 0.0, above=True)
-    labels = _labels(data)
+    labels = class_labels(data)
     rng = generator(seed, "partition")
     owner = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
@@ -181,30 +159,12 @@ def fedslop(data: DataSet, *, clients: int, seed: int, alpha: float) -> list[Row
     return [np.flatnonzero(owner == client) for client in range(clients)]
 
 
-def given(data: DataSet, *, clients: int | None, seed: int) -> list[Rows]:
-    """Take the division that the data set brings.
+def class_labels(data: DataSet) -> Column:
+    """Give the class of each training row.
 
-    Args:
-        data: The data set.
-        clients: None, or the number of clients of the data set.
-        seed: Not used: nothing is drawn.
-
-    Returns:
-        Rows of each client.
+    Raises:
+        ConfigError: If the data set has no classes.
     """
-    del seed
-    if data.parts is None:
-        raise ConfigError("partition=given: this data set brings no division; use partition=iid")
-    _require_number(clients, len(data.parts), f"the data set has {len(data.parts)} clients")
-    return [np.sort(part) for part in data.parts]
-
-
-def _require_number(clients: int | None, found: int, why: str) -> None:
-    if clients is not None and clients != found:
-        raise ConfigError(f"clients={clients}, but {why}: set clients=null or clients={found}")
-
-
-def _labels(data: DataSet) -> Column:
     if "label" not in data.columns:
         raise ConfigError(
             "this partition divides by class, and the data set has no classes: use partition=iid, "
@@ -220,7 +180,7 @@ def _divide(data: DataSet, partitioner: Any, column: str, seed: int) -> list[Row
     order = generator(seed, "partition", "order").permutation(len(data.train))
     columns = {"row": order}
     if column != "row":
-        columns[column] = (_labels(data) if column == "label" else data.columns[column])[order]
+        columns[column] = (class_labels(data) if column == "label" else data.columns[column])[order]
     with _quiet():
         partitioner.dataset = Dataset.from_dict(columns)
         partitioner.load_partition(0)

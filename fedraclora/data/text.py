@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.checks import check_choice, check_count, check_fraction
-from fedraclora.data.dataset import Column, DataSet, Rows, split_rows
+from fedraclora.data.dataset import Column, DataSet, Rows, split_owners, split_rows
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.table import read_columns
 from fedraclora.data.tokens import make_encoder
@@ -79,7 +79,7 @@ def load_text(
         metrics: Names of metrics, the headline first; None for those usual for the task.
         max_length: Tokens per sample: shorter ones are padded, longer ones are cut.
         test: Fraction of the rows held out where there is no ``test_file``.
-        test_by_client: Hold out whole clients, not rows.
+        test_by_client: Hold out whole clients, not rows (for validation, too).
         split_seed: Seed of that split.
         sha256: SHA-256 of ``file``, or None.
         test_sha256: SHA-256 of ``test_file``, or None.
@@ -128,7 +128,8 @@ def load_text(
     if table.clients is None:
         return data
     owners: Column = np.array(table.clients)
-    return replace(data, columns={str(client): owners, "client": owners} | data.columns)
+    columns_ = {str(client): owners, "client": owners} | data.columns
+    return replace(data, columns=columns_, held_by="client" if test_by_client else None)
 
 
 def _clean(
@@ -155,13 +156,7 @@ def _split(
     rng = generator(split_seed, "split", "test")
     rows = len(table.labels)
     if by_client:
-        owners: Column = np.array(table.clients)
-        names, sizes = np.unique(owners, return_counts=True)
-        order = rng.permutation(len(names))
-        # Clients in random order, as many as fill the fraction.
-        held_names = names[order[: int(np.searchsorted(np.cumsum(sizes[order]), test * rows)) + 1]]
-        chosen = np.isin(owners, held_names)
-        kept, held = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+        kept, held = split_owners(np.array(table.clients), test, rng)
     else:
         labels = np.array(table.labels) if task == "classification" else None
         kept, held = split_rows(rows, test, rng, labels)

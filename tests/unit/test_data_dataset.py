@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,18 @@ def test_held_out_samples_leave_the_training_samples():
     assert all(x < 20 for x in rest.train.inputs["x"][rest.parts[0], 0].tolist())
     assert rest.test is data.test
     assert rest.optimum is None
+
+
+def test_whole_owners_are_held_out_where_the_test_set_has_owners_of_its_own():
+    owners = np.repeat(np.array(list("abcdef")), 4)
+    data = replace(data_set([0, 1, 2] * 8), held_by="owner")
+    data = replace(data, columns=data.columns | {"owner": owners})
+    rest, held = hold_out(data, 0.3, seed=3)
+    assert held is not None
+    assert len(held) == 8
+    gone = owners[(held.inputs["x"][:, 0] / 2).long().numpy()]
+    assert len(set(gone)) == 2
+    assert not set(gone) & set(rest.columns["owner"])
 
 
 def test_what_is_held_out_depends_on_the_seed_alone():

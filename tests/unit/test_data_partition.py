@@ -128,6 +128,16 @@ def test_natural_clients_are_the_values_in_sorted_order(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_small_natural_clients_are_left_out():
+    counts = np.unique(DATA.columns["film"], return_counts=True)[1]
+    least = int(np.median(counts))
+    parts, info = make_partition(
+        DATA, name="natural", clients=None, seed=0, column="film", least=least
+    )
+    assert [len(part) for part in parts] == counts[counts >= least].tolist()
+    assert info["rows_left_out"] == counts[counts < least].sum() > 0
+
+
 def test_fedslop_cuts_each_class_at_the_rounded_cumulative_shares():
     parts, _ = make_partition(DATA, name="fedslop", clients=4, seed=9, empty="drop", alpha=3.0)
     rng = generator(9, "partition")
@@ -177,6 +187,15 @@ BAD = {
         {"name": "natural", "column": "film", "clients": 4},
         "clients=4, but partition.column=film has 9 values.*clients=null",
     ),
+    "natural none": (
+        {"name": "natural", "column": "film", "least": 401, "clients": None},
+        "partition.least=401: none of the 9 values of film",
+    ),
+    "natural enough": (
+        {"name": "natural", "column": "film", "least": 2, "clients": 4},
+        "clients=4, but .* has 9 values, 9 with at least 2 samples",
+    ),
+    "least": ({"name": "natural", "column": "film", "least": 0}, "partition.least=0"),
     "given": ({"name": "given"}, "brings no division"),
     "argument": ({"name": "iid", "alpha": 1.0}, "partition.alpha: partition=iid.*unknown argument"),
 }
