@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from threadpoolctl import threadpool_limits
 
 from clients.app import make_client_app
 from clients.worker import Worker
-from fedraclora.adapter import make_plan
 from fedraclora.aggregate import SUM_BLOCK
 from fedraclora.aggregator import AGGREGATORS
-from fedraclora.build import BuiltTask, build_task, measured_samples
+from fedraclora.build import BuiltTask, build_task, fix_bits, measured_samples, plan_of
 from fedraclora.chunking import resolve_chunk
 from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer
@@ -67,14 +65,7 @@ def assemble(
     fix_bits(config.engine.threads)
     built = build_task(config)
     task = built.task
-    plan = make_plan(
-        task.model,
-        task.head,
-        targets=config.targets or task.targets,
-        head_policy=config.head,
-        bias_policy=config.bias,
-        dense=config.dense,
-    )
+    plan = plan_of(config, task)
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
     draw = Draw(config.seed)
     state = config.method.init(base, plan, draw)
@@ -154,11 +145,3 @@ def no_counts(plan: Plan) -> npt.NDArray[np.int64]:
     if plan.local:
         raise ConfigError("head is local, which is measured by class, but the data have no classes")
     return np.zeros((0, 0), np.int64)
-
-
-def fix_bits(threads: int) -> None:
-    """Fix what changes bits: the threads of torch and of every BLAS, and cuDNN's free choices."""
-    torch.set_num_threads(threads)
-    threadpool_limits(limits=threads)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from threadpoolctl import threadpool_limits
 
+from fedraclora.adapter import make_plan
 from fedraclora.config import TaskConfig
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.partition import make_partition
 from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.method import Plan
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.pretrain import pretrain
@@ -55,6 +58,26 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def fix_bits(threads: int) -> None:
+    """Fix what changes bits: the threads of torch and of every BLAS, and cuDNN's free choices."""
+    torch.set_num_threads(threads)
+    threadpool_limits(limits=threads)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def plan_of(config: TaskConfig, task: Task) -> Plan:
+    """Choose what is adapted and what is trained in full beside it."""
+    return make_plan(
+        task.model,
+        task.head,
+        targets=config.targets or task.targets,
+        head_policy=config.head,
+        bias_policy=config.bias,
+        dense=config.dense,
+    )
 
 
 def build_task(config: TaskConfig) -> BuiltTask:
