@@ -157,6 +157,24 @@ def cohort_permutations(
     return torch.argsort(padded, dim=1, stable=True)
 
 
+def cohort_uniforms(key: int, clients: torch.Tensor) -> torch.Tensor:
+    """Draw one uniform number for each client, from 52 of its bits (`cohort_bits`).
+
+    Args:
+        key: A key from `hash_key`.
+        clients: Client ids, int64 [K].
+
+    Returns:
+        float64 [K], in (0, 1) without its ends, so that every quantile is finite.
+
+    Example:
+        >>> cohort_uniforms(7, torch.tensor([3, 5]))[1] == cohort_uniforms(7, torch.tensor([5]))[0]
+        tensor(True)
+    """
+    high, low = cohort_bits(key, clients, 2).unbind(dim=1)
+    return ((high << 20 | low >> 12).to(torch.float64) + 0.5) * 2.0**-52
+
+
 def torch_normal(rng: np.random.Generator, *shape: int) -> torch.Tensor:
     """Draw standard normals as a float64 torch tensor of the given shape."""
     values: npt.NDArray[np.float64] = rng.standard_normal(shape)

@@ -61,14 +61,18 @@ def bind(
 
 
 def build(kind: str, target: Callable[..., T], group: Plain) -> T:
-    """Call ``target`` with the keys of a group, checked."""
-    return target(**checked_arguments(kind, target, group))
+    """Call ``target`` with the keys of a group, checked.
+
+    Raises:
+        ConfigError: For an unknown or missing key, or a value of the wrong type.
+    """
+    return target(**_all_arguments(kind, target, group))
 
 
 def checked_arguments(kind: str, target: Callable[..., object], group: Plain) -> dict[str, object]:
     """Hold a group's keys and types against a signature."""
     parameters = inspect.signature(target).parameters
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    hints = _hints(target)
     arguments = {}
     for key, value in group.items():
         if key not in parameters:
@@ -77,8 +81,26 @@ def checked_arguments(kind: str, target: Callable[..., object], group: Plain) ->
     return arguments
 
 
+def _all_arguments(kind: str, target: Callable[..., object], group: Plain) -> dict[str, object]:
+    """Give `checked_arguments`, and refuse a group that leaves out what has no default."""
+    arguments = checked_arguments(kind, target, group)
+    for key, parameter in inspect.signature(target).parameters.items():
+        if parameter.default is parameter.empty and key not in arguments:
+            raise ConfigError(f"{kind}.{key} is missing; {_shown(_hints(target)[key])} is wanted")
+    return arguments
+
+
+def _hints(target: Callable[..., object]) -> dict[str, object]:
+    called = target.__init__ if inspect.isclass(target) else target
+    return typing.get_type_hints(called)
+
+
 def coerce(key: str, value: object, hint: object) -> object:
     """Check a plain value against a type hint; an int may stand for a float.
+
+    A class whose ``rows()`` is a table stands for a nested group: its ``name`` is a row of the
+    table, its other keys are that row's arguments, and what the row makes is the value. A row does
+    not know where it is nested: what it refuses starts with its own key and gets the whole path.
 
     Raises:
         ConfigError: Naming the key, the value and the wanted type.
@@ -93,6 +115,8 @@ def coerce(key: str, value: object, hint: object) -> object:
     """
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     for option in options:
+        if (table := _table(option)) and isinstance(value, Mapping):
+            return _row(key, table, value)
         origin = typing.get_origin(option) or option
         if option is object or (value is None and option is type(None)):
             return value
@@ -106,11 +130,36 @@ def coerce(key: str, value: object, hint: object) -> object:
             return value
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    names = " or ".join(
-        "null" if o is type(None) else str(o) if typing.get_args(o) else getattr(o, "__name__", "")
-        for o in options
-    )
-    raise ConfigError(f"{key} is {value!r}; {names} is wanted")
+    raise ConfigError(f"{key} is {value!r}; {_shown(hint)} is wanted")
+
+
+def _row(key: str, table: Mapping[str, Callable[..., object]], group: Plain) -> object:
+    """Make what a nested group names."""
+    if (name := group.get("name")) not in table:
+        raise unknown(key, name, table)
+    row = table[str(name)]
+    arguments = _all_arguments(key, row, without(group, "name"))
+    try:
+        return row(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.{error}") from error
+
+
+def _table(hint: object) -> Mapping[str, Callable[..., object]]:
+    """The rows of a class that stands for a nested group; empty for other hints."""
+    rows = getattr(hint, "rows", None)
+    return rows() if callable(rows) else {}
+
+
+def _shown(hint: object) -> str:
+    """A hint in the words of a config file."""
+    if _is_union(hint):
+        return " or ".join(map(_shown, typing.get_args(hint)))
+    if table := _table(hint):
+        return f"a group with a name ({', '.join(table)})"
+    if hint is type(None):
+        return "null"
+    return str(hint) if typing.get_args(hint) else getattr(hint, "__name__", str(hint))
 
 
 def _fits_elements(value: list[object], hint: object) -> bool:

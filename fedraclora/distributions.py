@@ -1,0 +1,152 @@
+"""Named distributions of positive numbers: in what the devices of a fleet differ.
+
+A row of `DISTRIBUTIONS` is a quantile function: it maps one uniform number of a client to the
+client's value, so a draw for any clients is a draw for all, in any order. Only operations whose
+bits do not depend on the place in a tensor are used: ``torch.pow`` is not one of them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from typing_extensions import override
+
+from fedraclora.errors import ConfigError
+
+
+class Distribution(ABC):
+    """A distribution of positive numbers. Refusals start with the key: `schema` says where."""
+
+    @abstractmethod
+    def quantile(self, u: torch.Tensor) -> torch.Tensor:
+        """Map uniform numbers in (0, 1) to values, float64 of the same shape."""
+
+    @staticmethod
+    def rows() -> Mapping[str, type[Distribution]]:
+        """The table of names, for `schema`."""
+        return DISTRIBUTIONS
+
+
+def _positive(**values: float) -> None:
+    for key, value in values.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{key} is {value}; a finite number above 0 is wanted")
+
+
+@dataclass(frozen=True)
+class Constant(Distribution):
+    """The same ``value`` for every client."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is not positive."""
+        _positive(value=self.value)
+
+    @override
+    def quantile(self, u: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(u, self.value)
+
+
+@dataclass(frozen=True)
+class Uniform(Distribution):
+    """Uniform between ``low`` and ``high``."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        """Refuse an empty or negative range."""
+        _positive(low=self.low, high=self.high)
+        if self.high < self.low:
+            raise ConfigError(f"high is {self.high}; low ({self.low}) or more is wanted")
+
+    @override
+    def quantile(self, u: torch.Tensor) -> torch.Tensor:
+        return self.low + (self.high - self.low) * u
+
+
+@dataclass(frozen=True)
+class LogNormal(Distribution):
+    """``median * exp(sigma z)``, z standard normal: two thirds within a factor of exp(sigma)."""
+
+    median: float
+    sigma: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a spread around a positive median, or leaves float64."""
+        _positive(median=self.median)
+        if not 0 <= self.sigma <= 10:
+            raise ConfigError(f"sigma is {self.sigma}; a number in [0, 10] is wanted")
+
+    @override
+    def quantile(self, u: torch.Tensor) -> torch.Tensor:
+        return self.median * torch.exp(self.sigma * torch.special.ndtri(u))
+
+
+@dataclass(frozen=True)
+class Pareto(Distribution):
+    """``least`` or more, with P(X > x) = (least / x)^shape: a few clients far above the rest."""
+
+    least: float
+    shape: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is not positive, and tails that leave float64."""
+        _positive(least=self.least)
+        if not 0.1 <= self.shape < math.inf:
+            raise ConfigError(f"shape is {self.shape}; a finite number from 0.1 on is wanted")
+
+    @override
+    def quantile(self, u: torch.Tensor) -> torch.Tensor:
+        return self.least * torch.exp(-torch.log(1 - u) / self.shape)
+
+
+@dataclass(frozen=True)
+class Choice(Distribution):
+    """One of ``values``, with the ``probabilities`` of the same places; None = alike."""
+
+    values: list[float]
+    probabilities: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that are not positive and probabilities that are none."""
+        if not self.values:
+            raise ConfigError("values is empty; at least one number is wanted")
+        for value in self.values:
+            _positive(values=value)
+        if self.probabilities is None:
+            return
+        if len(self.probabilities) != len(self.values):
+            raise ConfigError(
+                f"probabilities has {len(self.probabilities)} numbers, but values has "
+                f"{len(self.values)}; one for each is wanted"
+            )
+        total = math.fsum(self.probabilities)
+        if not min(self.probabilities) >= 0 or not math.isclose(total, 1.0, abs_tol=1e-6):
+            raise ConfigError(
+                f"probabilities is {self.probabilities}, of sum {total:g}; numbers from 0 on that "
+                "add up to 1 are wanted"
+            )
+
+    @override
+    def quantile(self, u: torch.Tensor) -> torch.Tensor:
+        count = len(self.values)
+        shares = [1 / count] * count if self.probabilities is None else self.probabilities
+        bounds = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+        # The last bound is 1 but for rounding; a value of probability 0 has an empty interval.
+        place = torch.searchsorted(bounds / bounds[-1], u, right=True)
+        return torch.tensor(self.values, dtype=torch.float64)[place]
+
+
+DISTRIBUTIONS: dict[str, type[Distribution]] = {
+    "constant": Constant,
+    "uniform": Uniform,
+    "lognormal": LogNormal,
+    "pareto": Pareto,
+    "choice": Choice,
+}

@@ -1,0 +1,122 @@
+"""One round on a virtual clock: whose reply is used, who is dropped and why, how long it takes.
+
+A round ends with the first of: as many replies as are wanted; everyone has answered or gone; the
+deadline. The server sees at once when a client is gone (its connection is lost).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedraclora.aggregate import Refusal
+from fedraclora.errors import ClientError
+
+# How the reasons for a dropped client begin.
+REASONS = ("dropped out", "late", "not among the first")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a round asks of each client of a cohort.
+
+    Attributes:
+        passes: Samples x local epochs [K].
+        down, up: Payload bytes [K].
+    """
+
+    passes: torch.Tensor
+    down: torch.Tensor
+    up: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A round on the virtual clock.
+
+    Attributes:
+        kept: Places in the cohort whose reply is used, ascending, int64.
+        dropped: The other clients, each with its reason, in the order of the cohort.
+        seconds: Virtual duration of the round.
+        per_client: Virtual seconds until each client's reply, if nothing stops it, float64 [K].
+        notes: What the ledger should say besides.
+    """
+
+    kept: torch.Tensor
+    dropped: list[Refusal]
+    seconds: float
+    per_client: torch.Tensor
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Race:
+    """The clients of a round and when each would answer or vanish.
+
+    Attributes:
+        round_: From 1.
+        clients: Ids, int64 [K].
+        seconds: Virtual seconds until each client's reply, float64 [K].
+        gone: Virtual seconds until each client vanishes, inf where it stays, float64 [K].
+        ties: Orders clients of equal seconds, [K].
+        wanted: Replies that end the round.
+        deadline: Virtual seconds after which replies are late; inf = none.
+    """
+
+    round_: int
+    clients: torch.Tensor
+    seconds: torch.Tensor
+    gone: torch.Tensor
+    ties: torch.Tensor
+    wanted: int
+    deadline: float = math.inf
+
+    def run(self) -> Timeline:
+        """Find out who answers in time.
+
+        Raises:
+            ClientError: If nobody does.
+        """
+        stays = self.gone.isinf()
+        answers = torch.nonzero(stays & (self.seconds <= self.deadline)).flatten()
+        if not len(answers):
+            raise self._nobody(stays)
+        answers = answers[self.ties[answers].argsort()]
+        answers = answers[self.seconds[answers].argsort(stable=True)]
+        kept = answers[: self.wanted].sort().values
+        if len(kept) == self.wanted:
+            end = float(self.seconds[kept].max())
+        else:
+            end = min(self.deadline, float(torch.minimum(self.seconds, self.gone).max()))
+        left = torch.ones(len(self.clients), dtype=torch.bool)
+        left[kept] = False
+        columns = (column[left].tolist() for column in (self.clients, self.seconds, self.gone))
+        dropped = [Refusal(k, self._reason(s, g, end)) for k, s, g in zip(*columns, strict=True)]
+        notes = []
+        if len(self.clients) < self.wanted:
+            notes.append(f"asked {len(self.clients)} of {self.wanted} clients: no more available")
+        return Timeline(kept, dropped, end, self.seconds, notes)
+
+    def _reason(self, seconds: float, gone: float, end: float) -> str:
+        if gone <= end:
+            return f"{REASONS[0]} after {_shown(gone)}"
+        if seconds > self.deadline:
+            return f"{REASONS[1]}: {_shown(seconds)}, the deadline is {self.deadline:g} s"
+        return f"{REASONS[2]} {self.wanted} to answer"
+
+    def _nobody(self, stays: torch.Tensor) -> ClientError:
+        lost = len(stays) - int(stays.sum())
+        told = f"round {self.round_}: no client answered; {lost} of {len(stays)} dropped out"
+        if lost == len(stays):
+            return ClientError(f"{told}; lower system.drop_out, or raise cohort or over_select")
+        fastest = _shown(float(self.seconds[stays].min()))
+        return ClientError(
+            f"{told}, the fastest of the others takes {fastest} and the deadline is "
+            f"{self.deadline:g} s; raise system.deadline, or give clients less work"
+        )
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds >= 10 else f"{seconds:.3g} s"
