@@ -116,7 +116,14 @@ def assemble(
         return found
 
     replica = Replica(base)
-    trainer = CohortTrainer(task, plan, config.local, seed=config.seed, device=built.device)
+    trainer = CohortTrainer(
+        task,
+        plan,
+        config.local,
+        seed=config.seed,
+        device=built.device,
+        precision=config.precision,
+    )
     strategy = FedStrategy(
         config.method,
         state,

@@ -14,6 +14,7 @@ import torch
 from fedraclora.materialise import arrange, materialise
 from fedraclora.method import Downlink, Plan
 from fedraclora.optimiser import CohortOptimiser, LocalConfig, clip_per_client
+from fedraclora.precision import FLOAT32, check_precision, products_in
 from fedraclora.program import Program, refuse_mixing
 from fedraclora.prox import add_prox
 from fedraclora.ranks import cut_gradients, hold, trainable
@@ -23,7 +24,7 @@ from fedraclora.samples import ClientData
 from fedraclora.schedule import Schedule
 from fedraclora.task import LOSSES, Task, forward
 from fedraclora.tree import Tree
-from fedraclora.vmapped import vmapped_losses
+from fedraclora.vmapped import vmapped_forward
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,30 @@ class CohortTrainer:
         local: Local settings.
         seed: Of the run.
         device: Where to train.
+        precision: One of `fedraclora.precision.PRECISIONS`.
+
+    Raises:
+        ConfigError: If the model or the device does not have this precision.
+        ModelError: If a layer mixes the samples of a batch.
     """
 
     def __init__(
-        self, task: Task, plan: Plan, local: LocalConfig, *, seed: int, device: torch.device
+        self,
+        task: Task,
+        plan: Plan,
+        local: LocalConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        precision: str = FLOAT32,
     ) -> None:
         refuse_mixing(task.model)
+        check_precision(precision, task.model, device)
         self.task, self.plan, self.local, self.seed = task, plan, local, seed
-        self.device = device
+        self.device, self.precision = device, precision
         self.data: ClientData = task.train
         self.loss = LOSSES[task.loss]
+        self.dtype = next(task.model.parameters()).dtype
         self._programs: dict[tuple[str, ...], Program] = {}
 
     def train(
@@ -155,14 +170,18 @@ class CohortTrainer:
         whole = self.data.gather(context.clients, schedule.positions[rows, step, :width])
         batch = whole.trim(length)
         context.tokens, context.padded = batch.padded, whole.padded
+        products = products_in(self.precision, self.device)
         if program.model is None:
-            losses, counts = vmapped_losses(
-                self.task.model, program.base, downlink, self.plan, leaves, frozen, batch, self.loss
+            output = vmapped_forward(
+                self.task.model, program.base, downlink, self.plan, leaves, frozen, batch, products
             )
         else:
             context.rows = len(batch)
             context.factors, context.dense = arrange(downlink, leaves, frozen, len(rows))
-            losses, counts = self.loss(forward(program.model, batch.inputs), batch.target)
+            with products:
+                output = forward(program.model, batch.inputs)
+        # Outside, so that the loss is formed as precisely on any device.
+        losses, counts = self.loss(output.to(self.dtype), batch.target)
         kept = valid.to(losses.dtype)
         total = (losses.reshape(valid.shape) * kept).sum(dim=1)
         return total / (counts.reshape(valid.shape) * kept).sum(dim=1).clamp(min=1)

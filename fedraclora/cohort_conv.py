@@ -24,10 +24,10 @@ class CohortConv2d(CohortLayer):
             factors, scale = term
             out = out + scale * self._low_rank(x, factors, K)
         if bias is not None:
-            per_sample = bias.repeat_interleave(x.shape[0] // K, dim=0)
+            per_sample = bias.to(out.dtype).repeat_interleave(x.shape[0] // K, dim=0)
             out = out + per_sample[:, :, None, None]
         elif inner.bias is not None:
-            out = out + inner.bias[:, None, None]
+            out = out + inner.bias[:, None, None].to(out.dtype)
         return out
 
     def _convolve(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,8 @@ def add_low_rank(
     """Add ``scale * x (F_1 F_2 ...)^T`` to ``out``, in place where the last factor is batched."""
     for factor in reversed(factors[1:]):
         x = times(x, factor, K)
-    last = factors[0]
+    # Autocast knows no products in place: both sides take the precision that ``out`` came in.
+    last, x = factors[0].to(out.dtype), x.to(out.dtype)
     if last.dim() == 2:
         return out.add_(F.linear(x, last), alpha=scale)
     rows = out.reshape(K, -1, out.shape[-1])
@@ -135,12 +136,12 @@ class CohortLinear(CohortLayer):
         else:
             out = times(x, weight.mT if transposed else weight, K)
             frozen_bias = self.inner.bias if bias is None else None
-            out = out if frozen_bias is None else out + frozen_bias  # type: ignore[operator]
+            out = out if frozen_bias is None else out + frozen_bias.to(out.dtype)  # type: ignore[operator]
         if (term := self.low_rank()) is not None:
             out = add_low_rank(out, x, *term, K)
         if bias is not None:
             rows = out.reshape(K, -1, out.shape[-1])
-            out = (rows + bias[:, None]).reshape(out.shape)
+            out = (rows + bias[:, None].to(out.dtype)).reshape(out.shape)
         return out
 
 

@@ -19,6 +19,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import Method
 from fedraclora.models import MODELS
 from fedraclora.optimiser import LocalConfig
+from fedraclora.precision import PRECISIONS
 from fedraclora.sampling import WEIGHTINGS
 from fedraclora.schema import Plain, bind, build, coerce, section, without
 from fedraclora.settings import (
@@ -57,6 +58,7 @@ class TaskConfig:
         cohort: Clients per round; a fraction of them if below 1.
         seed: Of the run.
         device: auto, cpu or cuda.
+        precision: float32 or bf16-mixed.
         head, bias, targets, dense: The policy of `fedraclora.adapter.make_plan`.
     """
 
@@ -71,6 +73,7 @@ class TaskConfig:
     cohort: int | float
     seed: int
     device: str
+    precision: str
     head: str
     bias: str
     targets: str | None
@@ -180,6 +183,7 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f"max_failures is {config.max_failures}; 0 or more is wanted")
     choices: dict[str, Iterable[str]] = {
         "device": DEVICES,
+        "precision": PRECISIONS,
         "aggregator": AGGREGATORS,
         "weights": WEIGHTINGS,
         "head": HEAD_POLICIES,

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from fedraclora.cohort_layers import CohortContext, CohortDropout
 from fedraclora.method import Downlink, Frozen, Plan, Sketched
 from fedraclora.optimiser import LocalConfig
+from fedraclora.precision import FLOAT32, products_in
 from fedraclora.recipe import RECIPES
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.samples import Samples
@@ -35,6 +36,7 @@ def train_one(
     round_: int,
     seed: int,
     rate_scale: float = 1.0,
+    precision: str = FLOAT32,
 ) -> tuple[Tree, float]:
     """Train one client.
 
@@ -49,6 +51,7 @@ def train_one(
         round_: From 1.
         seed: Of the run.
         rate_scale: Of the step sizes.
+        precision: One of `fedraclora.precision.PRECISIONS`.
 
     Returns:
         The trained tensors, and the mean loss over the local steps.
@@ -72,7 +75,7 @@ def train_one(
     for step, rows in enumerate(batches(len(samples), client, local, seed, round_)):
         context.step, context.rows = step, len(rows)
         weights = effective_weights(base, downlink, plan, values, frozen)
-        loss = mean_loss(model, weights, samples.take(rows), task.loss)
+        loss = mean_loss(model, weights, samples.take(rows), task.loss, precision)
         losses.append(float(loss.detach()))
         if local.prox:
             gap = [weights[n] - w for n, w in start_weights.items()]
@@ -137,13 +140,18 @@ def within_budget(
     return base | rest, values, frozen
 
 
-def mean_loss(model: nn.Module, weights: Tree, batch: Samples, loss: str) -> torch.Tensor:
+def mean_loss(
+    model: nn.Module, weights: Tree, batch: Samples, loss: str, precision: str
+) -> torch.Tensor:
     """Mean loss of a batch under the given weights."""
     plain = set(batch.inputs) == {"x"}
-    output = functional_call(
-        model, weights, (batch.inputs["x"],) if plain else (), None if plain else batch.inputs
-    )
-    losses, counts = LOSSES[loss](getattr(output, "logits", output), batch.target)
+    own = next(iter(weights.values()))
+    with products_in(precision, own.device):
+        output = functional_call(
+            model, weights, (batch.inputs["x"],) if plain else (), None if plain else batch.inputs
+        )
+    logits = getattr(output, "logits", output).to(own.dtype)
+    losses, counts = LOSSES[loss](logits, batch.target)
     return losses.sum() / counts.sum().clamp(min=1)
 
 

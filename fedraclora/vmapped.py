@@ -12,7 +12,6 @@ from torch.func import functional_call, vmap
 
 from fedraclora.method import Downlink, Plan
 from fedraclora.samples import Samples
-from fedraclora.task import LossFunction
 from fedraclora.tree import Tree
 
 
@@ -40,7 +39,7 @@ def effective_weights(
     return out | {name: values[name] for name in downlink.dense}
 
 
-def vmapped_losses(
+def vmapped_forward(
     model: nn.Module,
     base: Tree,
     downlink: Downlink,
@@ -48,9 +47,12 @@ def vmapped_losses(
     leaves: Tree,
     frozen: Tree,
     batch: Samples,
-    loss: LossFunction,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and part counts of every sample, [K * b] each, one dense weight set per client."""
+    products: torch.autocast,
+) -> torch.Tensor:
+    """Give the outputs of all samples, [K * b, ...], with one dense weight set per client.
+
+    The weights are formed in their own precision, the forward pass in that of ``products``.
+    """
     K = next(iter(leaves.values())).shape[0]
 
     def split(t: torch.Tensor) -> torch.Tensor:
@@ -59,16 +61,15 @@ def vmapped_losses(
     per_client = {n: f[:K] for n, f in frozen.items() if f.dim() == 3}
     shared = {n: f for n, f in frozen.items() if f.dim() == 2}
 
-    def one(
-        values: Tree, own: Tree, inputs: Tree, target: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def one(values: Tree, own: Tree, inputs: Tree) -> torch.Tensor:
         weights = effective_weights(base, downlink, plan, values, shared | own)
         plain = set(inputs) == {"x"}
-        output = functional_call(
-            model, weights, (inputs["x"],) if plain else (), None if plain else inputs
-        )
-        return loss(getattr(output, "logits", output), target)
+        with products:
+            output = functional_call(
+                model, weights, (inputs["x"],) if plain else (), None if plain else inputs
+            )
+        logits: torch.Tensor = getattr(output, "logits", output)
+        return logits
 
     inputs = {n: split(v) for n, v in batch.inputs.items()}
-    losses, counts = vmap(one)(leaves, per_client, inputs, split(batch.target))
-    return losses.reshape(-1), counts.reshape(-1)
+    return vmap(one)(leaves, per_client, inputs).flatten(0, 1)

@@ -161,6 +161,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
             "cohort is 201, but there are only 200 clients; lower cohort or raise cl",
         ),
         ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"precision": "bf16"}, "unknown precision 'bf16'; did you mean 'bf16-mixed'"),
         ({"aggregator": "means"}, "unknown aggregator 'means'; did you mean 'mean'"),
         ({"seed": "zero"}, "seed is 'zero'; int is wanted"),
         ({"max_failures": None}, "max_failures is None; int is wanted"),
