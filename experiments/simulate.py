@@ -21,6 +21,7 @@ from experiments.choices import CONF, check_choices
 from experiments.progress import RunProgress
 from fedraclora import plots
 from fedraclora.config import RunConfig, from_plain
+from fedraclora.data.partition import spread_clients
 from fedraclora.errors import CheckpointError, FedRacLoraError
 from fedraclora.ledger import headline, number
 from fedraclora.tree import digest
@@ -28,6 +29,7 @@ from strategies import METHODS
 
 Plain = dict[str, object]
 FAILED: list[str] = []
+SHOWN = 1000  # clients in partition.png, spread over the population
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
@@ -87,10 +89,11 @@ def summarise(run: Assembled, seconds: float) -> Plain:
 
 
 def draw(run: Assembled, folder: Path, label: str) -> None:
-    """Draw the curves and, for a task with classes, the label distribution of the clients."""
+    """Draw the curves and, for a task with classes, the labels of up to 1000 clients."""
     plots.curves(run.strategy.book.ledger.rows, folder / "curves.png", title=label)
-    if run.built.counts is not None:
-        plots.label_distribution(run.built.counts, folder / "partition.png")
+    if run.built.classes:
+        shown = spread_clients(run.built.clients, SHOWN)
+        plots.label_distribution(run.built.label_counts(shown), folder / "partition.png")
 
 
 def report(summary: Plain, folder: Path, config: RunConfig) -> None:

@@ -45,7 +45,7 @@ def personal_accuracy(
         weights: What all share.
         owned: What stays at each client, by id.
         samples: Test samples with class targets.
-        counts: Training samples of each class per client [clients, classes].
+        counts: Training samples of each class at each of these clients [len(owned), classes].
         batch_size: Samples per forward pass.
 
     Returns:
@@ -54,10 +54,10 @@ def personal_accuracy(
     if not owned:
         return {}
     scores = []
-    for client, own in owned.items():
+    for own, count in zip(owned.values(), counts, strict=True):
         mine = weights | {n: t.to(weights[n].device) for n, t in own.items()}
         accuracies = class_accuracies(model, mine, samples, counts.shape[1], batch_size)
-        share = counts[client] / counts[client].sum()
+        share = count / count.sum()
         seen = (share > 0) & np.isfinite(accuracies)
         scores.append(float((accuracies[seen] * share[seen]).sum() / share[seen].sum()))
     return {"personal_accuracy": float(np.mean(scores))}

@@ -12,6 +12,8 @@ import torch
 
 from fedraclora.errors import DataError
 
+COUNTED_AT_ONCE = 16  # clients
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -169,3 +171,26 @@ class Partitioned:
         return Partitioned(
             self.samples.to(device, dtype), self.rows.to(device), self.offsets.to(device)
         )
+
+
+def count_labels(data: ClientData, clients: torch.Tensor, classes: int) -> npt.NDArray[np.int64]:
+    """Count the samples of each class at some clients.
+
+    Args:
+        data: Client data whose targets are classes.
+        clients: Ids, int64 [K].
+        classes: Number of classes.
+
+    Returns:
+        Counts [K, classes]. Samples are looked at a few clients at a time.
+    """
+    counts = torch.zeros(len(clients), classes, dtype=torch.int64)
+    for start in range(0, len(clients), COUNTED_AT_ONCE):
+        ids = clients[start : start + COUNTED_AT_ONCE]
+        sizes = data.sizes(ids)[:, None]
+        place = torch.arange(int(sizes.max()), device=ids.device).expand(len(ids), -1)
+        target = data.gather(ids, place).target.reshape(place.shape)
+        owner = torch.arange(len(ids), device=ids.device)[:, None]
+        found = (owner * classes + target)[place < sizes].bincount(minlength=len(ids) * classes)
+        counts[start : start + COUNTED_AT_ONCE] = found.reshape(-1, classes).cpu()
+    return counts.numpy()

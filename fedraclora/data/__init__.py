@@ -10,6 +10,7 @@ from fedraclora.data.mnist import load_mnist, load_mnist_5k
 from fedraclora.data.partition import PARTITIONS, make_partition
 from fedraclora.data.synthetic import least_squares, logistic_regression
 from fedraclora.data.text import load_text
+from fedraclora.data.virtual import virtual
 
 __all__ = ["DATASETS", "PARTITIONS", "DataSet", "hold_out", "make_partition", "select_labels"]
 
@@ -20,4 +21,5 @@ DATASETS: dict[str, Callable[..., DataSet]] = {
     "least_squares": least_squares,
     "logistic_regression": logistic_regression,
     "text": load_text,
+    "virtual": virtual,
 }

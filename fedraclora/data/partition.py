@@ -7,14 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedraclora.data.checks import check_choice, check_count
-from fedraclora.data.dataset import DataSet, Rows
+from fedraclora.data.dataset import DataSet, Division
 from fedraclora.data.owners import given, natural
 from fedraclora.data.partitioners import dirichlet, fedslop, iid, pathological, shards
+from fedraclora.data.virtual_clients import bootstrap
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.samples import ClientData
 
-PARTITIONS: dict[str, Callable[..., list[Rows]]] = {
+PARTITIONS: dict[str, Callable[..., Division]] = {
     "iid": iid,
     "dirichlet": dirichlet,
     "pathological": pathological,
@@ -22,7 +25,9 @@ PARTITIONS: dict[str, Callable[..., list[Rows]]] = {
     "natural": natural,
     "fedslop": fedslop,
     "given": given,
+    "bootstrap": bootstrap,
 }
+LOOKED_AT = 1000  # clients made on demand whose sizes the summary tells
 
 
 def make_partition(
@@ -33,7 +38,7 @@ def make_partition(
     seed: int,
     empty: str = "error",
     **args: Any,
-) -> tuple[list[Rows], dict[str, object]]:
+) -> tuple[Division, dict[str, object]]:
     """Divide the training rows of a data set among clients.
 
     Args:
@@ -45,8 +50,9 @@ def make_partition(
         **args: Arguments of the partition.
 
     Returns:
-        Rows of each client (ascending, int64), and facts for the summary: clients asked for,
-        kept and dropped, least, median and largest number of samples, rows left out.
+        Rows of each client (ascending, int64) or clients made on demand, and facts for the
+        summary: clients asked for, kept and dropped, least, median and largest number of samples
+        (of a thousand clients, where they are made on demand), rows left out.
 
     Raises:
         ConfigError: If the name or an argument is wrong or the division is impossible, naming
@@ -66,6 +72,8 @@ def make_partition(
             f"partition={name}, clients={clients}{told} cannot divide {len(data.train)} "
             f"samples: {error}"
         ) from error
+    if not isinstance(parts, list):
+        return parts, _facts_on_demand(name, parts)
     empties = [client for client, part in enumerate(parts) if not len(part)]
     if empties and (empty == "error" or len(empties) == len(parts)):
         shown = ", ".join(map(str, empties[:10])) + (", ..." if len(empties) > 10 else "")
@@ -86,6 +94,31 @@ def make_partition(
         "samples_max": int(sizes.max()),
         "rows_left_out": len(data.train) - int(sizes.sum()),
     }
+
+
+def _facts_on_demand(name: str, parts: ClientData) -> dict[str, object]:
+    """Tell of clients that are made on demand; none of them is empty."""
+    sizes = parts.sizes(spread_clients(parts.num_clients, LOOKED_AT))
+    return {
+        "partition": name,
+        "clients_asked": parts.num_clients,
+        "clients": parts.num_clients,
+        "clients_dropped": 0,
+        "samples_min": int(sizes.min()),
+        "samples_median": float(np.median(sizes)),
+        "samples_max": int(sizes.max()),
+    }
+
+
+def spread_clients(clients: int, most: int) -> torch.Tensor:
+    """Give all ids, or ``most`` of them spread evenly, int64.
+
+    Example:
+        >>> spread_clients(9, 3)
+        tensor([0, 4, 8])
+    """
+    count = min(clients, most)
+    return torch.arange(count) * (clients - 1) // max(1, count - 1)
 
 
 def _check_arguments(name: str, args: dict[str, Any]) -> None:

@@ -132,4 +132,4 @@ def test_each_class_counts_by_its_share_at_the_client() -> None:
     found = personal_accuracy(model, weights, {0: {}, 1: {}}, samples, counts, 4)
     assert found == {"personal_accuracy": (0.25 + 1.0) / 2}
     own = {1: {"bias": torch.tensor([0.0, 1.0])}}
-    assert personal_accuracy(model, weights, own, samples, counts, 4)["personal_accuracy"] == 0
+    assert personal_accuracy(model, weights, own, samples, counts[1:], 4)["personal_accuracy"] == 0

@@ -1,0 +1,173 @@
+"""A classification problem for any number of clients, whose samples are made when asked for.
+
+Each class is a few Gaussian clouds, so that no linear model separates them. Client k sees them
+through its own shift, in its own mix of classes, in its own number:
+
+    c ~ mix_k,    x = (centre[c, m] + noise e + shift s_k) / norm,    m one of the clouds of c
+
+with standard normal centres and s_k, e the sum of two rows of a shared table of normals, and
+``norm`` such that each feature has variance 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fedraclora.data.checks import check_choice, check_count, check_number
+from fedraclora.data.dataset import DataSet, classification
+from fedraclora.data.virtual_clients import ClientLaw, check_law, make_law, pick
+from fedraclora.rng import generator, hash_key
+from fedraclora.samples import Samples
+
+POOL_NUMBERS = 1 << 21  # in the table of normals, over all features
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Clients who draw from a mixture of Gaussian clouds.
+
+    Attributes:
+        law: Of sizes and classes.
+        centres: Of the clouds, class by class [classes * clouds, features].
+        clouds: Clouds of each class.
+        pool: Normals [P, features], of which the sum of two rows has variance 1 / norm^2.
+        noise, shift: Standard deviations of samples about their cloud and of clients' shifts.
+    """
+
+    law: ClientLaw
+    centres: torch.Tensor
+    clouds: int
+    pool: torch.Tensor
+    noise: float
+    shift: float
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return self.law.clients
+
+    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
+        """Number of samples of each client: int64 [K]."""
+        return self.law.sizes(clients)
+
+    def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
+        """Make samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
+        classes, words = self.law.draw(clients, positions)
+        cloud = classes * self.clouds + pick(words[..., 2], self.clouds)
+        x = self.centres[cloud]
+        # A product and then a sum, each rounded by itself: fused, they would round in another way
+        # at the end of a vector than inside it.
+        x += self._normals(words[..., :2]).mul_(self.noise)
+        x += self._normals(self.law.words(clients)[:, 2:]).mul_(self.shift)[:, None]
+        return Samples({"x": x.flatten(0, 1)}, classes.flatten())
+
+    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> None:
+        """Samples are not padded."""
+
+    def _normals(self, words: torch.Tensor) -> torch.Tensor:
+        """Sum two rows of the pool: words [..., 2] -> [..., features]."""
+        rows = pick(words, len(self.pool))
+        return self.pool[rows[..., 0]].add_(self.pool[rows[..., 1]])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Mixture:
+        """Move the tables to a device; floating ones take ``dtype`` when given."""
+        return replace(
+            self,
+            law=self.law.to(device),
+            centres=self.centres.to(device, dtype),
+            pool=self.pool.to(device, dtype),
+        )
+
+
+def virtual(
+    *,
+    clients: int,
+    samples: int = 50,
+    sizes: str = "lognormal",
+    spread: float = 0.5,
+    features: int = 32,
+    classes: int = 10,
+    clouds: int = 5,
+    noise: float = 1.0,
+    shift: float = 0.5,
+    alpha: float | None = 0.5,
+    held_out: int = 2000,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> DataSet:
+    """Make a population of clients whose samples are a function of (seed, client, position).
+
+    Use it with ``partition=given``. Training and test table hold one sample each of further
+    clients, who never train: the test table measures the population, and the training table is
+    for what is done before the first round (pretraining, validation), not for the clients.
+
+    Args:
+        clients: Number of clients; memory does not depend on it.
+        samples: Median number of samples of a client.
+        sizes: ``constant``, ``lognormal`` (``spread``: deviation of the logarithm) or ``pareto``
+            (``spread``: inverse of the tail's exponent).
+        spread: How unequal clients are.
+        features: Length of x.
+        classes: Number of classes.
+        clouds: Gaussian clouds of each class.
+        noise: Standard deviation of a sample about its cloud; centres have 1 in each feature.
+        shift: Standard deviation of the clients' shifts.
+        alpha: Concentration of the clients' mixes of classes: small is skewed, large is even;
+            None gives all clients all classes evenly.
+        held_out: Samples of the test table; the training table has as many.
+        seed: Seed of the problem; apart from the seed of the run.
+        dtype: ``float32`` or ``float64``.
+
+    Returns:
+        Inputs ``"x"`` [held_out, features] and classes; ``parts`` are the clients.
+
+    Raises:
+        ConfigError: If a number is out of range, naming the key.
+    """
+    check_law("data", clients=clients, alpha=alpha, samples=samples, sizes=sizes, spread=spread)
+    for key, value, least in (
+        ("features", features, 1),
+        ("classes", classes, 2),
+        ("clouds", clouds, 1),
+        ("held_out", held_out, 1),
+    ):
+        check_count(f"data.{key}", value, least)
+    check_number("data.noise", noise, 0.0)
+    check_number("data.shift", shift, 0.0)
+    check_choice("data.dtype", dtype, ("float32", "float64"))
+    law = make_law(
+        hash_key(seed, "virtual", "clients"),
+        generator(seed, "virtual", "mixes"),
+        clients=clients,
+        shares=np.full(classes, 1 / classes),
+        alpha=alpha,
+        samples=samples,
+        sizes=sizes,
+        spread=spread,
+    )
+    norm = math.sqrt(1 + noise**2 + shift**2)
+    rows = max(2, POOL_NUMBERS // features)
+    pool = generator(seed, "virtual", "pool").standard_normal((rows, features))
+    centres = generator(seed, "virtual", "centres").standard_normal((classes * clouds, features))
+    population = Mixture(
+        law,
+        torch.from_numpy(centres / norm),
+        clouds,
+        torch.from_numpy(pool / (norm * math.sqrt(2))),
+        noise,
+        shift,
+    ).to("cpu", {"float32": torch.float32, "float64": torch.float64}[dtype])
+    others = replace(population, law=replace(law, key=hash_key(seed, "virtual", "held out")))
+    ids = torch.arange(2 * held_out)
+    table = others.gather(ids, torch.zeros_like(ids)[:, None])
+    data = classification(
+        table.take(ids[:held_out]),
+        table.take(ids[held_out:]),
+        classes,
+        {"source": "synthetic mixture, clients made on demand"},
+    )
+    return replace(data, parts=population)
