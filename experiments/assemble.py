@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from clients.app import make_client_app
@@ -64,6 +62,8 @@ def assemble(
     fix_bits(config.engine.threads)
     built = build_task(config)
     task = built.task
+    if plan.local and not built.classes:
+        raise ConfigError("head is local, which is measured by class, but the data have no classes")
     plan = plan_of(config, task)
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
     draw = Draw(config.seed)
@@ -98,11 +98,11 @@ def assemble(
         chain=config.output.chain,
         store=store,
     )
-    counts = no_counts(plan) if built.counts is None else built.counts
     samples = measured_samples(task, config.evaluate.split)
 
     def measure(weights: Tree) -> dict[str, float]:
         if plan.local:
+            counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
             owned = store.latest(config.evaluate.clients)
             return personal_accuracy(
                 task.model, weights, owned, samples, counts, config.evaluate.batch_size
@@ -133,14 +133,3 @@ def assemble(
         strategy.resume(restored, done)
     grid = InProcessGrid(make_client_app(Worker(trainer, replica, store)))
     return Assembled(config, built, plan, strategy, grid, chunk)
-
-
-def no_counts(plan: Plan) -> npt.NDArray[np.int64]:
-    """Give no label counts, where nobody asks for them.
-
-    Raises:
-        ConfigError: If heads stay at the clients: they are measured by class.
-    """
-    if plan.local:
-        raise ConfigError("head is local, which is measured by class, but the data have no classes")
-    return np.zeros((0, 0), np.int64)

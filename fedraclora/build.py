@@ -20,7 +20,7 @@ from fedraclora.method import Plan
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.pretrain import pretrain
-from fedraclora.samples import Partitioned, Samples
+from fedraclora.samples import Partitioned, Samples, count_labels
 from fedraclora.sampling import check_cohort
 from fedraclora.schema import bind, coerce, without
 from fedraclora.settings import PretrainConfig
@@ -37,14 +37,14 @@ class BuiltTask:
         task: The task.
         clients: Size of the population, after empty clients are dropped.
         cohort: Clients per round.
-        counts: Samples of each label per client [clients, classes], or None without classes.
+        classes: Number of labels that samples have; 0 where they have none.
         device: Where training runs.
     """
 
     task: Task
     clients: int
     cohort: int
-    counts: npt.NDArray[np.int64] | None
+    classes: int
     device: torch.device
 
 
@@ -142,7 +142,8 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts |= {"test": len(data.test), "validation": len(validation or ())}
     if config.pretrain.epochs:
         facts["pretrain"] = _pretrain(config.pretrain, whole, model, config.seed)
-    clients = len(parts)
+    train = Partitioned.of(data.train, parts) if isinstance(parts, list) else parts
+    clients = train.num_clients
     cohort = config.cohort
     size = max(1, int(cohort * clients)) if isinstance(cohort, float) else cohort
     check_cohort(size, clients)
@@ -151,14 +152,15 @@ def build_task(config: TaskConfig) -> BuiltTask:
         head=built.head,
         loss=data.loss,
         metrics=data.metrics,
-        train=Partitioned.of(data.train, parts).to(device),
+        train=train.to(device),
         test=data.test.clone().to(device),
         validation=None if validation is None else validation.clone().to(device),
         targets=built.targets,
         optimum=data.optimum,
         info=facts,
     )
-    return BuiltTask(task, clients, size, label_counts(data, parts), device)
+    labelled = "label" in data.columns and data.classes > 1
+    return BuiltTask(task, clients, size, data.classes if labelled else 0, device)
 
 
 def _pretrain(
@@ -187,14 +189,6 @@ def _float_dtype(samples: Samples) -> torch.dtype:
     """Precision of the inputs, which the model takes; float32 for token ids."""
     floats = (t.dtype for t in samples.inputs.values() if t.is_floating_point())
     return next(floats, torch.float32)
-
-
-def label_counts(data: DataSet, parts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64] | None:
-    """Count each label at each client [clients, classes]; None for a task without classes."""
-    if "label" not in data.columns or data.classes < 2:
-        return None
-    labels = np.asarray(data.columns["label"], dtype=np.int64)
-    return np.stack([np.bincount(labels[p], minlength=data.classes) for p in parts])
 
 
 def measured_samples(task: Task, split: str) -> Samples:
