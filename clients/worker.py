@@ -14,6 +14,7 @@ from fedraclora.cohort import CohortTrainer, Trial
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.memory import is_out_of_memory
 from fedraclora.method import Adapter, Downlink, Factor, Frozen, Trained
+from fedraclora.ranks import uploaded_mask
 from fedraclora.replica import Replica
 from fedraclora.tree import Tree
 from fedraclora.wire import Order, Reader, pack_trial, uplink_layout
@@ -168,14 +169,15 @@ class Worker:
 
     @staticmethod
     def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:
-        clients = order.clients[torch.tensor(outcome.places, dtype=torch.int64)]
+        places = torch.tensor(outcome.places, dtype=torch.int64)
         return pack_trial(
             join(outcome.trials),
             order,
-            clients,
+            order.clients[places],
             uplink_layout(downlink),
             outcome.failures,
             outcome.notes,
+            uploaded_mask(downlink, places) if order.reduce is None else None,
         )
 
 

@@ -22,8 +22,8 @@ from math import prod
 
 import torch
 
-from fedraclora.errors import ConfigError
-from fedraclora.method import Adapter, Downlink, Method, Trained
+from fedraclora.errors import ConfigError, ShapeError, WireError
+from fedraclora.method import Adapter, Cohort, Downlink, Method, Trained
 from fedraclora.tree import Tree
 
 
@@ -37,6 +37,25 @@ def check_ranks(method: Method) -> None:
         raise ConfigError(
             f"clients have rank budgets, but {type(method).__name__} trains one rank everywhere; "
             "take a method whose clients share a sketch (fed_rac_lora, ffa_lora), or no budgets"
+        )
+
+
+def check_budgets(downlink: Downlink, cohort: Cohort) -> None:
+    """See that an exchange asks each client for its own budget.
+
+    Raises:
+        ConfigError: If the method forgot the budgets of the cohort.
+        ShapeError: If the budgets are not one for each client.
+    """
+    if cohort.ranks is not None and downlink.ranks is None:
+        raise ConfigError(
+            "clients have rank budgets, but the method did not hand them on: set Downlink.ranks "
+            "from Cohort.ranks, or run without budgets"
+        )
+    if downlink.ranks is not None and downlink.ranks.shape != cohort.clients.shape:
+        raise ShapeError(
+            f"a downlink to {len(cohort)} clients has rank budgets {tuple(downlink.ranks.shape)}; "
+            "one for each is wanted: a later exchange asks those that are left"
         )
 
 
@@ -108,22 +127,59 @@ def cut_gradients(gradients: Tree, masks: Tree) -> Tree:
     }
 
 
-def uploaded_mask(downlink: Downlink) -> torch.Tensor | None:
-    """Say which numbers of its packed row each client sends.
+def uploaded_mask(downlink: Downlink, places: torch.Tensor) -> torch.Tensor | None:
+    """Say which numbers of its row a client sends: what is beyond its budget stays at home.
+
+    Args:
+        downlink: What is asked.
+        places: The clients' places in the cohort of the downlink, int64 [k].
 
     Returns:
-        bool [K, P] over the uplink's packing order, or None if all are sent.
+        bool [k, P] over the uplink's packing order, or None without budgets.
     """
-    masks = trainable(downlink, downlink.ranks)
-    if downlink.ranks is None or not masks.keys() & downlink.uploaded().keys():
+    if downlink.ranks is None:
         return None
-    K = len(downlink.ranks)
+    masks = trainable(downlink, downlink.ranks[places])
     whole = torch.ones(1, dtype=torch.bool)
     parts = [
-        masks.get(name, whole).expand(K, *slot.shape).reshape(K, -1)
+        masks.get(name, whole).expand(len(places), *slot.shape).reshape(len(places), -1)
         for name, slot in downlink.uploaded().items()
     ]
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1) if parts else torch.zeros(len(places), 0, dtype=torch.bool)
+
+
+def widen(numbers: torch.Tensor, downlink: Downlink, places: torch.Tensor) -> torch.Tensor:
+    """Make rows of what clients sent under budgets: the rest is as it started.
+
+    Args:
+        numbers: What they sent, one client after another, [total].
+        downlink: What was asked. Without budgets ``numbers`` are rows, and are given back.
+        places: The clients' places in the cohort, int64 [k].
+
+    Returns:
+        [k, P] in the uplink's packing order.
+
+    Raises:
+        WireError: If there are not as many numbers as the budgets ask for.
+    """
+    mask = uploaded_mask(downlink, places)
+    if mask is None:
+        return numbers
+    if tuple(numbers.shape) != (int(mask.sum()),):
+        raise WireError(
+            f"{len(places)} clients sent numbers {tuple(numbers.shape)}, wanted "
+            f"{(int(mask.sum()),)} under the rank budgets {downlink.ranks}"
+        )
+    rows = numbers.new_zeros(mask.shape)
+    at = 0
+    for slot in downlink.uploaded().values():
+        size = prod(slot.shape)
+        if slot.start is not None:
+            start = slot.start[places] if slot.per_client else slot.start[None]
+            rows[:, at : at + size] = start.reshape(-1, size).to(rows)
+        at += size
+    rows[mask] = numbers
+    return rows
 
 
 def uploaded_numbers(downlink: Downlink, cohort: int) -> torch.Tensor:

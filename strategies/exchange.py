@@ -11,6 +11,7 @@ from flwr.app import Message
 from fedraclora.aggregate import Refusal, Uplinks, check_rows, sum_blocks, too_many
 from fedraclora.errors import ClientError, WireError
 from fedraclora.method import Cohort, Downlink
+from fedraclora.ranks import check_budgets, uploaded_numbers, widen
 from fedraclora.sampling import client_weights
 from fedraclora.wire import Order, Packed, Reply, unpack_trial, uplink_layout
 from strategies.loop import LoopConfig
@@ -30,7 +31,7 @@ class Exchange:
         reduce: Whether sums of clients are enough for what follows.
         replies: In ascending order of client, once collected.
         failures: Clients whose reply is not used.
-        received: Clients that sent something, those that were refused included.
+        received: Numbers that clients sent, those of refused clients included.
         chunks: The messages that were sent, each with its clients.
         before: The exchange before this one in the same round.
         mean_loss: Mean training loss over the clients whose replies are used.
@@ -53,7 +54,8 @@ class Exchange:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        """Fix the layout of the uplink."""
+        """Fix the layout of the uplink, and see that the method heeds the rank budgets."""
+        check_budgets(self.downlink, self.cohort)
         self.layout = uplink_layout(self.downlink)
 
     def messages(self, nodes: Sequence[int]) -> list[Message]:
@@ -100,8 +102,12 @@ class Exchange:
         places = torch.searchsorted(self.cohort.clients, clients)
         reduced = self.replies[0].reduced
         numbers = torch.cat([r.numbers for r in self.replies])
+        if not reduced:
+            numbers = widen(numbers, self.downlink, places)
         refused = [] if reduced else check_rows(clients, weights, losses, numbers)
-        self.received = len(clients) + sum(len(r.refused) for r in self.replies)
+        out = torch.tensor([f.client for r in self.replies for f in r.refused], dtype=torch.int64)
+        came = torch.searchsorted(self.cohort.clients, torch.cat([clients, out]))
+        self.received = int(uploaded_numbers(self.downlink, len(self.cohort))[came].sum())
         self.failures += refused
         self.failures.sort(key=lambda f: f.client)
         if len(self.all_failures) > allowed or len(refused) == len(clients):
@@ -128,7 +134,7 @@ class Exchange:
                 if sent.metadata.message_id == asked:
                     self.failures += [Refusal(c, str(message.error.reason)) for c in clients]
             return
-        reply = unpack_trial(message.content, self.layout)
+        reply = unpack_trial(message.content, self.layout, self.downlink.ranks)
         if (reply.round_, reply.version) != (self.round_, self.version):
             raise WireError(
                 f"clients {reply.clients.tolist()} answered for round {reply.round_} from version "
@@ -155,7 +161,7 @@ class Exchange:
         """The clients whose replies were used: those whom the next exchange asks."""
         failed = torch.tensor([f.client for f in self.failures], dtype=torch.int64)
         kept = ~torch.isin(self.cohort.clients, failed)
-        return Cohort(self.cohort.clients[kept], self.cohort.weights[kept])
+        return self.cohort.select(kept)
 
     @property
     def first(self) -> Exchange:

@@ -23,7 +23,7 @@ class Moved:
         """Add an exchange: what each asked client was sent, and every row that came."""
         size = DTYPES[dtype].itemsize
         cohort = len(exchange.cohort)
-        self.up += exchange.layout.size * size * exchange.received
+        self.up += exchange.received * size
         self.down += payload_bytes(exchange.downlink, cohort, size) * cohort
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,7 @@ class Packed:
         self.own = {n: t.to(DTYPES[dtype]) for n, (t, own) in sent.items() if own}
         layout = Layout.of(shared)
         self.own_layout = Layout.of(self.own, skip=1)
+        self.ranks = downlink.ranks
         header = {
             "round": order.round_,
             "version": order.version,
@@ -97,7 +98,10 @@ class Packed:
     def message(self, clients: torch.Tensor, first: int) -> RecordDict:
         """Write the content of a message to clients at the places ``first, first + 1, ...``."""
         places = slice(first, first + len(clients))
-        chunk = vector_record({"clients": clients})
+        vectors = {"clients": clients}
+        if self.ranks is not None:
+            vectors["ranks"] = self.ranks[places]
+        chunk = vector_record(vectors)
         chunk["first"] = first
         content = RecordDict({"config": self.config, "arrays": self.arrays, "chunk": chunk})
         if self.own:
@@ -136,12 +140,14 @@ class Reader:
         if header["own"]:
             own = read_layout(header["own"]).unpack(read_array(content, "own"))
             downlink = _downlink(header, self._tensors | own)
-        chunk = content["chunk"]
+        chunk, vectors = content["chunk"], read_vectors(content)
+        if "ranks" in vectors:
+            downlink = replace(downlink, ranks=vectors["ranks"])
         order = Order(
             header["round"],
             header["version"],
             header["rate_scale"],
-            read_vectors(content)["clients"],
+            vectors["clients"],
             int(str(chunk["first"])),
             header["reduce"],
         )

@@ -17,7 +17,13 @@ from fedraclora.errors import WireError
 from fedraclora.tree import Layout, Tree, to_numpy
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-VECTORS = {"clients": np.int64, "samples": np.int64, "steps": np.int64, "losses": np.float64}
+VECTORS = {
+    "clients": np.int64,
+    "ranks": np.int64,
+    "samples": np.int64,
+    "steps": np.int64,
+    "losses": np.float64,
+}
 
 
 def header_record(header: object) -> ConfigRecord:

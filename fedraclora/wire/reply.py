@@ -15,7 +15,6 @@ from fedraclora.sampling import client_weights
 from fedraclora.tree import Layout
 from fedraclora.wire.downlink import Order
 from fedraclora.wire.records import (
-    VECTORS,
     array_record,
     header_record,
     read_array,
@@ -24,6 +23,8 @@ from fedraclora.wire.records import (
     read_vectors,
     vector_record,
 )
+
+WANTED = {"clients", "losses", "samples", "steps"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Reply:
         first: Place of the chunk's first client in the cohort.
         clients: Ids of the clients whose work is here, int64 [k].
         losses, samples, steps: One value per client [k].
-        numbers: Their rows [k, P], or float64 sums of the chunk's blocks [blocks, P].
+        numbers: Their rows [k, P]; under rank budgets what is left of the rows, one after
+            another; or float64 sums of the chunk's blocks [blocks, P].
         reduced: Whether they are sums.
         failures: Why a client trained nothing, by id.
         refused: Clients that a sum leaves out, because their numbers cannot be used.
@@ -63,6 +65,7 @@ def pack_trial(
     layout: Layout,
     failures: Mapping[int, str],
     notes: list[str],
+    mask: torch.Tensor | None = None,
 ) -> RecordDict:
     """Write what a chunk brought back.
 
@@ -74,6 +77,7 @@ def pack_trial(
         layout: What each client sends.
         failures: Why a client trained nothing, by id.
         notes: Sentences for the ledger.
+        mask: Which numbers of its row each client sends, bool [k, P]; None: all.
     """
     if trial is None:  # every client of the chunk failed
         none = torch.zeros(0, dtype=torch.int64)
@@ -91,6 +95,8 @@ def pack_trial(
         numbers = torch.zeros(-(-len(order.clients) // SUM_BLOCK), layout.size).to(sums)
         numbers[: len(sums)] = sums
         vectors = {name: vector[kept] for name, vector in vectors.items()}
+    elif mask is not None:
+        numbers = numbers[mask.to(numbers.device)]
     header = {
         "round": order.round_,
         "version": order.version,
@@ -107,8 +113,14 @@ def pack_trial(
     )
 
 
-def unpack_trial(content: RecordDict, layout: Layout) -> Reply:
+def unpack_trial(content: RecordDict, layout: Layout, ranks: torch.Tensor | None = None) -> Reply:
     """Read a reply back and hold it against what was asked.
+
+    Args:
+        content: The reply.
+        layout: What a client sends, budgets aside.
+        ranks: The cohort's rank budgets, if it has any: then rows are cut, and their sizes are
+            left to `fedraclora.ranks.widen`.
 
     Raises:
         WireError: If the layout is not the one that was asked for, or numbers are missing.
@@ -121,11 +133,13 @@ def unpack_trial(content: RecordDict, layout: Layout) -> Reply:
             f"round {header['round']}: clients {vectors['clients'].tolist()} sent "
             f"{dict(sent.shapes)}, wanted {dict(layout.shapes)}"
         )
-    if vectors.keys() != VECTORS.keys():
-        raise WireError(f"round {header['round']}: {[*vectors]} came, {[*VECTORS]} were wanted")
+    if vectors.keys() != WANTED:
+        raise WireError(f"round {header['round']}: {[*vectors]} came, {[*WANTED]} were wanted")
     count = len(vectors["clients"])
     rows = len(numbers) if header["reduced"] else count
-    if tuple(numbers.shape) != (rows, layout.size) or {len(v) for v in vectors.values()} != {count}:
+    cut = ranks is not None and not header["reduced"]
+    fits = numbers.dim() == 1 if cut else tuple(numbers.shape) == (rows, layout.size)
+    if not fits or {len(v) for v in vectors.values()} != {count}:
         raise WireError(
             f"round {header['round']}: rows {tuple(numbers.shape)}, wanted {(rows, layout.size)}, "
             f"with {count} ids, losses and sizes; {[len(v) for v in vectors.values()]} came"

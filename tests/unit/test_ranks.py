@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, ShapeError, WireError
 from fedraclora.method import Adapter, Cohort, Downlink, Frozen, Sketched, Trained
 from fedraclora.ranks import (
+    check_budgets,
     check_ranks,
     cut_gradients,
     hold,
@@ -17,6 +18,7 @@ from fedraclora.ranks import (
     trainable,
     uploaded_mask,
     uploaded_numbers,
+    widen,
 )
 from fedraclora.sketch import SketchSpec
 from strategies.fed_rac_lora import FedRacLora
@@ -66,7 +68,8 @@ def test_the_middle_of_three_factors_is_cut_on_both_sides() -> None:
 @pytest.mark.parametrize("ranks", [None, torch.tensor([3, 3]), torch.tensor([8, 3])])
 def test_nothing_is_masked_where_nothing_is_cut(ranks: torch.Tensor | None) -> None:
     assert trainable(right(), ranks) == {}
-    assert uploaded_mask(right(ranks=ranks)) is None
+    mask = uploaded_mask(right(ranks=ranks), torch.arange(2))
+    assert mask is None if ranks is None else bool(mask.all())
     assert uploaded_numbers(right(ranks=ranks), 2).tolist() == [M * R + M * 2 + 4 * M] * 2
 
 
@@ -75,18 +78,57 @@ def test_a_client_sends_its_components_and_all_of_the_head(ranks: list[int]) -> 
     downlink = right(ranks=torch.tensor(ranks))
     wanted = [M * min(r, R) + M * min(r, 2) + 4 * M for r in ranks]
     assert uploaded_numbers(downlink, len(ranks)).tolist() == wanted
-    mask = uploaded_mask(downlink)
-    if mask is not None:
-        assert mask.shape == (len(ranks), M * R + M * 2 + 4 * M)
-        assert mask.sum(dim=1).tolist() == wanted
-        assert bool(mask[:, -4 * M :].all())
+    places = torch.arange(len(ranks)).flip(0)
+    mask = uploaded_mask(downlink, places)
+    assert mask is not None
+    assert mask.shape == (len(ranks), M * R + M * 2 + 4 * M)
+    assert mask.sum(dim=1).tolist() == wanted[::-1]
+    assert bool(mask[:, -4 * M :].all())
+
+
+@pytest.mark.parametrize("start", ["zero", "shared", "own"])
+def test_rows_are_widened_by_what_was_not_trained(start: str) -> None:
+    """Places are those of the cohort: a chunk of some clients gets its own starts."""
+    begin = {
+        "zero": None,
+        "shared": torch.arange(float(M * R)).reshape(M, R),
+        "own": torch.arange(float(4 * M * R)).reshape(4, M, R),
+    }[start]
+    chain = {"B": Trained((M, R), begin), "A": A}
+    head = {"head": Trained((2,), torch.tensor([7.0, 7.0]))}
+    downlink = Downlink({"w": Adapter(dict(chain), 1.0)}, head, ranks=RANKS)
+    places = torch.tensor([0, 2])
+    mask = uploaded_mask(downlink, places)
+    assert mask is not None
+    sent = -torch.arange(1.0, 1 + int(mask.sum()))
+    rows = widen(sent, downlink, places)
+    B, last = rows[:, : M * R].reshape(2, M, R), rows[:, M * R :]
+    assert B[0, :, 0].tolist() == [-1, -2, -3, -4, -5]
+    assert last[0].tolist() == [-6, -7]
+    assert B[1, :, :2].flatten().tolist() == [-8.0 - i for i in range(2 * M)]
+    assert last[1].tolist() == [-18, -19]
+    whole = torch.zeros(4, M, R) if begin is None else begin.expand(4, M, R)
+    assert torch.equal(B[0, :, 1:], whole[0, :, 1:])
+    assert torch.equal(B[1, :, 2:], whole[2, :, 2:])
+    with pytest.raises(WireError, match=r"2 clients sent numbers \(18,\), wanted \(19,\)"):
+        widen(sent[1:], downlink, places)
+
+
+def test_an_exchange_asks_every_client_for_its_own_budget() -> None:
+    clients, weights = torch.arange(4), torch.ones(4, dtype=torch.float64)
+    check_budgets(right(), Cohort(clients, weights))
+    check_budgets(right(ranks=RANKS), Cohort(clients, weights, RANKS))
+    with pytest.raises(ConfigError, match="did not hand them on"):
+        check_budgets(right(), Cohort(clients, weights, RANKS))
+    with pytest.raises(ShapeError, match=r"to 3 clients has rank budgets \(4,\)"):
+        check_budgets(right(ranks=RANKS), Cohort(clients[1:], weights[1:], RANKS[1:]))
 
 
 def test_what_stays_at_the_client_is_not_counted() -> None:
     chain = {"B": Trained((M, R), upload=False), "A": Trained((R, N))}
     downlink = Downlink({"w": Adapter(dict(chain), 1.0)}, ranks=torch.tensor([1, 3]))
     assert uploaded_numbers(downlink, 2).tolist() == [N, 3 * N]
-    mask = uploaded_mask(downlink)
+    mask = uploaded_mask(downlink, torch.arange(2))
     assert mask is not None
     assert mask.sum(dim=1).tolist() == [N, 3 * N]
     assert bool(mask[0, :N].all())

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fedraclora.cohort import Trial
 from fedraclora.errors import WireError
 from fedraclora.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.ranks import uploaded_mask, widen
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
@@ -257,6 +258,41 @@ def test_what_is_not_uploaded_does_not_travel() -> None:
     assert list(dict(uplink_layout(downlink).shapes)) == list(downlink.uploaded())
     content = pack_trial(trial(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
     assert unpack_trial(content, LAYOUT).numbers.shape == (2, LAYOUT.size)
+
+
+BUDGETS = Downlink(
+    {"w": Adapter({"B": Trained((M, R)), "A": Sketched(SPEC)}, 1.0)},
+    {"b": Trained((3,))},
+    ranks=torch.tensor([1, 2, 9, 1]),
+)
+
+
+def test_a_client_is_told_its_own_budget() -> None:
+    order = replace(ORDER, clients=CLIENTS[1:3], first=1)
+    got, _ = unpack_downlink(pack_downlink(BUDGETS, order, "float64"))
+    assert got.ranks is not None
+    assert got.ranks.tolist() == [2, 9]
+    assert unpack_downlink(pack_downlink(everything(), ORDER, "float64"))[0].ranks is None
+
+
+def test_what_is_beyond_a_budget_does_not_travel() -> None:
+    places = torch.tensor([0, 1, 3])
+    sent = trial(3)
+    mask = uploaded_mask(BUDGETS, places)
+    content = pack_trial(sent, ORDER, CLIENTS[places], LAYOUT, {}, [], mask)
+    numbers = unpack_trial(content, LAYOUT, BUDGETS.ranks).numbers
+    assert numbers.shape == (M + 3 + 2 * M + 3 + M + 3,)
+    rows = LAYOUT.unpack(widen(numbers, BUDGETS, places))
+    assert torch.equal(rows["b"], sent.trained["b"])
+    for k, rank in enumerate((1, 2, 1)):
+        assert torch.equal(rows["w/B"][k, :, :rank], sent.trained["w/B"][k, :, :rank])
+        assert torch.count_nonzero(rows["w/B"][k, :, rank:]) == 0
+
+
+def test_whole_rows_where_cut_ones_are_wanted_are_refused() -> None:
+    content = pack_trial(trial(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    with pytest.raises(WireError, match=r"round 9: rows \(2, 13\)"):
+        unpack_trial(content, LAYOUT, BUDGETS.ranks)
 
 
 def test_a_chunk_in_which_all_failed_still_says_who() -> None:
