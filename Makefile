@@ -14,6 +14,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := flower pfl fedlab fedjax
 
 # The number of threads fixes the order of sums inside matrix products, and so the last bits.
 export OMP_NUM_THREADS := 1
@@ -25,10 +26,10 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install simulate test test-all lint fmt golden bench clean
+.PHONY: help install simulate test test-all lint fmt golden bench bench-peers clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create .venv with the project, its tools and the small data packages
 
@@ -63,8 +64,16 @@ fmt: install ## Format the code and mend what ruff can mend
 golden: install ## Write the golden curves anew (the commit must say why they moved)
 	$(BIN)/python -m pytest tests/golden --write-golden $(ARGS)
 
-bench: install ## Time the engines against training one model (ARGS as for simulate)
+bench: install ## Time the engines, the physical limit and the peers (ARGS="size=A check=true")
 	$(BIN)/python -m experiments.bench $(ARGS)
+
+bench-peers: $(PEERS:%=.venv-peers/%/.installed) ## Install the peers of bench, each in .venv-peers/<name>
+
+# Their pins clash with ours and with each other; FedJAX's need Python 3.11 or 3.12.
+.venv-peers/%/.installed: experiments/bench/peers/requirements/%.txt
+	$(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/python -m pip install $(PIP_ARGS) --requirement $<
+	@touch $@
 
 clean: ## Remove caches and build outputs; .venv and runs/ stay
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

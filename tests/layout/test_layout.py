@@ -27,6 +27,7 @@ TARGETS = (
     "fmt",
     "golden",
     "bench",
+    "bench-peers",
     "clean",
 )
 # Written in two halves, so that this file does not hold what it forbids.

@@ -1,0 +1,103 @@
+"""What the benchmark holds its figures against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+SAME_LOSS = 1e-4  # relative: float32 sums of another order differ in the sixth digit
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A ratio of two rows of a workload, or one row alone, and how large it may or must be.
+
+    Attributes:
+        workload: Of both rows.
+        over: The row above the line.
+        under: The row below it; None takes ``over`` in seconds as it is.
+        most: The largest value that is allowed, or None.
+        least: The smallest, or None.
+        by: ``cpu_seconds``, which a busy machine hardly moves, or ``seconds``.
+    """
+
+    workload: str
+    over: str
+    under: str | None
+    most: float | None = None
+    least: float | None = None
+    by: str = "cpu_seconds"
+
+    def value(self, rows: Mapping[str, Mapping[str, object]]) -> float | None:
+        """The ratio; None where a row is missing."""
+        names = (self.over,) if self.under is None else (self.over, self.under)
+        if any(name not in rows for name in names):
+            return None
+        numbers = [float(str(rows[name][self.by])) for name in names]
+        return numbers[0] if self.under is None else numbers[0] / numbers[1]
+
+    @override
+    def __str__(self) -> str:
+        """Say what is wanted."""
+        what = self.over if self.under is None else f"{self.over} / {self.under}"
+        limit = f"at most {self.most:g}" if self.most is not None else f"at least {self.least:g}"
+        return f"{self.workload}: {what} in {self.by.replace('_', ' ')}, {limit} wanted"
+
+
+BOUNDS = (
+    Bound("B", "vectorised", "central", most=1.10),
+    Bound("minilm", "vectorised", "central", most=1.10),
+    Bound("A", "flower", "vectorised", least=60),
+    Bound("A", "pfl", "vectorised", least=15),
+    Bound("A", "fedjax", "vectorised", least=3.5),
+    Bound("B", "pfl", "vectorised", least=5),
+    Bound("C", "flower", "vectorised", least=100),
+    Bound("C", "pfl", "vectorised", least=20),
+    Bound("cohort", "cohort 10,000", "cohort 1,000", most=11),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What holding rows against the bounds gave, in lines for the reader.
+
+    Attributes:
+        kept: Bounds that hold, with their values.
+        broken: Bounds that do not.
+        open: Bounds that say nothing, since a row is missing.
+    """
+
+    kept: list[str]
+    broken: list[str]
+    open: list[str]
+
+
+def judge(workload: str, rows: Mapping[str, Mapping[str, object]]) -> Verdict:
+    """Hold the rows of a workload against the bounds."""
+    verdict = Verdict([], [], [])
+    for bound in BOUNDS:
+        if bound.workload != workload:
+            continue
+        value = bound.value(rows)
+        if value is None:
+            verdict.open.append(f"{bound}; a row is missing")
+            continue
+        high = bound.most is not None and value > bound.most
+        low = bound.least is not None and value < bound.least
+        (verdict.broken if high or low else verdict.kept).append(f"{bound}; it is {value:.4g}")
+    return verdict
+
+
+def disagreements(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Say which rows of one algorithm ended at another loss than the first of them."""
+    losses = {name: float(str(row["loss"])) for name, row in rows.items() if "loss" in row}
+    if not losses:
+        return []
+    first, wanted = next(iter(losses.items()))
+    return [
+        f"{name} ended at training loss {loss:.6g}, {first} at {wanted:.6g}: not the same work"
+        for name, loss in losses.items()
+        if not abs(loss - wanted) <= SAME_LOSS * abs(wanted)
+    ]

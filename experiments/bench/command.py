@@ -1,0 +1,131 @@
+"""``fedraclora bench``: whole rounds of every engine, of the physical limit and of the peers.
+
+Rows of ours are timed in turn in this process, so that a busy machine slows all of them; then
+each peer that is installed (`make bench-peers`) does the same work in a process of its own. Keys:
+
+  size=     A, B, C, minilm, cohort, several with commas, or all
+  rows=     names of rows, with commas, or all
+  rounds=   counted rounds of each row, instead of the workload's own number
+  device=   auto, cpu or cuda
+  out=      a folder: one JSON file per workload
+  check=true    fail when a ratio leaves its bound
+  profile=true  say where the time of a round goes, instead
+  table=    a folder of JSON files: print its tables in Markdown, instead
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from experiments.bench.bounds import disagreements, judge
+from experiments.bench.config import BenchConfig, parse
+from experiments.bench.launch import interpreter, run_peer
+from experiments.bench.report import Report, about
+from experiments.bench.rows import BUILDERS, Case
+from experiments.bench.stations import profile
+from experiments.bench.table import tables
+from experiments.bench.timing import Measured, interleaved, training_loss
+from experiments.bench.workloads import PEERS, WORKLOADS
+from fedraclora.build import fix_bits, pick_device
+from fedraclora.errors import FedRacLoraError
+
+
+def main() -> int:
+    """Time the workloads; status 1 for a broken bound under ``check=true`` and for bad input."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    try:
+        return run(parse(sys.argv[1:]))
+    except FedRacLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(config: BenchConfig) -> int:
+    """Do what the words ask for; the exit status."""
+    if config.table is not None:
+        print(tables(Path(config.table)))
+        return 0
+    fix_bits(config.threads)
+    device = pick_device(config.device)
+    wrong: list[str] = []
+    for name in config.sizes:
+        case = Case(WORKLOADS[name], device)
+        if config.profile:
+            print(f"{name}: {profile(case)}")
+            continue
+        report = measure(name, case, config)
+        show(report)
+        if config.out is not None:
+            report.write(Path(config.out))
+        wrong += disagreements(report.rows)
+        wrong += judged(report) if config.check else []
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def measure(name: str, case: Case, config: BenchConfig) -> Report:
+    """Time the rows of one workload: ours in turn, then the peers one by one."""
+    workload = case.workload
+    report = Report(name, about=about(case.device, config.threads))
+    rounds = workload.rounds if config.rounds is None else config.rounds
+    wanted = [row for row in workload.rows if config.wants(row)]
+
+    def loss(weights: dict[str, torch.Tensor]) -> float:
+        return training_loss(case.task, weights)
+
+    ours = {row: BUILDERS[row](case) for row in wanted if row in BUILDERS}
+    for row, found in interleaved(ours, rounds, loss).items():
+        report.rows[row] = found.plain()
+    for peer in wanted:
+        if peer not in PEERS:
+            continue
+        python = interpreter(Path(config.peers), peer)
+        if case.device.type != "cpu" or python is None:
+            report.missing[peer] = "peers are timed on the CPU only" if python else "not installed"
+            continue
+        try:
+            outcome = run_peer(peer, python, workload, case.task, rounds + 1, config.threads)
+        except FedRacLoraError as error:
+            report.missing[peer] = str(error)
+            continue
+        report.rows[peer] = Measured.of(
+            outcome.wall,
+            outcome.cpu,
+            outcome.peak,
+            loss(outcome.weights),
+            {"versions": outcome.versions},
+        ).plain()
+    return report
+
+
+def judged(report: Report) -> list[str]:
+    """Print how the bounds fare; give those that are broken."""
+    verdict = judge(report.workload, report.rows)
+    for line in verdict.kept:
+        print(f"kept: {line}")
+    for line in verdict.open:
+        print(f"open: {line}")
+    return verdict.broken
+
+
+def show(report: Report) -> None:
+    """Print the rows of one workload."""
+    table = Table(title=f"{report.workload}: {WORKLOADS[report.workload].what}")
+    table.add_column("row")
+    columns = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_bytes": 1e-6, "rounds": 1.0, "loss": 1.0}
+    for column in ("s a round", "CPU s", "peak MB", "rounds", "loss"):
+        table.add_column(column, justify="right")
+    for name, row in report.rows.items():
+        cells = [f"{float(str(row[c])) * f:.5g}" if c in row else "" for c, f in columns.items()]
+        table.add_row(name, *cells)
+    Console().print(table)
+    for name, why in report.missing.items():
+        print(f"missing: {name}: {why}")

@@ -1,0 +1,78 @@
+"""What to time: the ``key=value`` words of ``fedraclora bench``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experiments.bench.workloads import WORKLOADS
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.schema import build
+
+ROWS = tuple(dict.fromkeys(row for workload in WORKLOADS.values() for row in workload.rows))
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to time.
+
+    Attributes:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        size: A workload, several joined by commas, or ``all``.
+        rows: Names of rows joined by commas, or ``all``.
+        rounds: Counted rounds of each row; null: as the workload says.
+        threads: Of torch, in each process.
+        out: A folder; each workload writes one JSON file there.
+        peers: The folder with one virtual environment per peer (``make bench-peers``).
+        check: Fail when a ratio leaves its bound.
+        profile: Say where the time of a round goes, instead.
+        table: Print the tables of a folder of JSON files, instead.
+    """
+
+    device: str = "auto"
+    size: str = "all"
+    rows: str = "all"
+    rounds: int | None = None
+    threads: int = 1
+    out: str | None = None
+    peers: str = ".venv-peers"
+    check: bool = False
+    profile: bool = False
+    table: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        for size in self.sizes:
+            if size not in WORKLOADS:
+                raise unknown("size", size, [*WORKLOADS, "all"])
+        for row in () if self.rows == "all" else self.rows.split(","):
+            if row not in ROWS:
+                raise unknown("rows", row, [*ROWS, "all"])
+        if self.threads < 1 or (self.rounds is not None and self.rounds < 1):
+            raise ConfigError("rounds and threads must be 1 or more")
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """Names of the chosen workloads."""
+        return tuple(WORKLOADS) if self.size == "all" else tuple(self.size.split(","))
+
+    def wants(self, row: str) -> bool:
+        """Whether a row is asked for."""
+        return self.rows == "all" or row in self.rows.split(",")
+
+
+def parse(words: list[str]) -> BenchConfig:
+    """Read ``key=value`` words.
+
+    Raises:
+        ConfigError: If a word or a value is wrong, naming it.
+    """
+    group: dict[str, object] = {}
+    for word in words:
+        key, mark, text = word.partition("=")
+        if not mark:
+            raise ConfigError(f"{word!r} is not of the form key=value")
+        low = text.lower()
+        group[key] = (
+            int(text) if text.isdecimal() else low == "true" if low in {"true", "false"} else text
+        )
+    return build("bench", BenchConfig, group)

@@ -1,0 +1,84 @@
+"""The JSON file of a workload: rows, machine, versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from experiments.bench.workloads import WORKLOADS
+from experiments.folders import git_revision
+from fedraclora.errors import ConfigError
+
+PACKAGES = ("torch", "flwr", "ray", "numpy")
+Rows = Mapping[str, Mapping[str, object]]
+
+
+@dataclass
+class Report:
+    """What was found for one workload.
+
+    Attributes:
+        workload: Its name.
+        rows: Figures by name of the row.
+        missing: Rows that were wanted, and why they are not there.
+        about: Machine, versions, revision.
+    """
+
+    workload: str
+    rows: dict[str, Mapping[str, object]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    about: dict[str, object] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write ``<workload>.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"what": WORKLOADS[self.workload].what, **vars(self)}
+        text = json.dumps(found, indent=1, default=str)
+        (folder / f"{self.workload}.json").write_text(text + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read a file of `write` back.
+
+        Raises:
+            ConfigError: If it is no such file.
+        """
+        try:
+            found = json.loads(path.read_text())
+            return cls(found["workload"], found["rows"], found["missing"], found["about"])
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{path} holds no figures of the benchmark: {error}") from error
+
+
+def about(device: torch.device, threads: int) -> dict[str, object]:
+    """Name the machine, the versions and the revision."""
+    found: dict[str, object] = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "device": device.type,
+        "threads": threads,
+        "versions": {package: version(package) for package in PACKAGES},
+        "git": git_revision(),
+    }
+    if device.type == "cuda":
+        found["card"] = torch.cuda.get_device_name()
+    return found
+
+
+def processor() -> str:
+    """Name the processor as Linux does, or as Python does elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,121 @@
+"""Times rows against each other: in turn, so that a busy machine slows all of them."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from experiments.bench.runs import Row
+from experiments.bench.usage import Laps, peak, reset_peak, tree_peak
+from fedraclora.errors import ConfigError
+from fedraclora.evaluate import evaluate
+from fedraclora.samples import Partitioned
+from fedraclora.task import Task
+
+PATIENCE = 60.0  # seconds of counted rounds, after which a slow row stops early
+LEAST = 3  # counted rounds of a row, however slow
+BURST, SHORT = 5, 0.25  # rounds in a row, where one takes less than so many seconds
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a row came to.
+
+    Attributes:
+        seconds: Median wall seconds of a counted round.
+        cpu_seconds: Median CPU seconds of a counted round, over all processes of the row.
+        peak_bytes: Largest resident size in a round, summed over the processes of the row.
+        rounds: Counted rounds.
+        first_seconds: Wall seconds of the round that is not counted.
+        load: Load average when the row ended: above the row's own processes, distrust seconds.
+        loss: Training loss of the final weights where rows must agree on it.
+        facts: Whatever else the row says of itself.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    rounds: int
+    first_seconds: float
+    load: float
+    loss: float | None = None
+    facts: Mapping[str, object] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        wall: list[float],
+        cpu: list[float],
+        peak: int,
+        loss: float | None,
+        facts: Mapping[str, object],
+    ) -> Measured:
+        """Sum up rounds, the first of which is not counted."""
+        return cls(
+            seconds=statistics.median(wall[1:]),
+            cpu_seconds=statistics.median(cpu[1:]),
+            peak_bytes=peak,
+            rounds=len(wall) - 1,
+            first_seconds=wall[0],
+            load=os.getloadavg()[0],
+            loss=loss,
+            facts=facts,
+        )
+
+    def plain(self) -> dict[str, object]:
+        """Give the fields that say something, for JSON."""
+        return {k: v for k, v in asdict(self).items() if v is not None and v != {}}
+
+
+def interleaved(
+    rows: Mapping[str, Row], rounds: int, loss: Callable[[dict[str, torch.Tensor]], float]
+) -> dict[str, Measured]:
+    """Time each row for ``rounds`` rounds, in turn, after one round that does not count.
+
+    Args:
+        rows: Rows by name.
+        rounds: Counted rounds. A row that is held against others by its loss makes all of them;
+            any other stops once it has used up a minute.
+        loss: Training loss of weights.
+
+    Returns:
+        What each row came to.
+    """
+    laps = {name: Laps(children=row.children) for name, row in rows.items()}
+    peaks = dict.fromkeys(rows, 0)
+    while todo := [n for n, row in rows.items() if not done(laps[n], rounds, row)]:
+        for name in todo:
+            row, lap = rows[name], laps[name]
+            # Short rounds come in bursts: caches are warm in a run, which is what is timed.
+            burst = 1 if not lap.wall or lap.wall[-1] > SHORT else BURST
+            reset_peak()
+            for _ in range(min(burst, rounds + 1 - len(lap.wall))):
+                row.round(lap)
+            peaks[name] = max(peaks[name], tree_peak() if row.children else peak())
+    found = {}
+    for name, row in rows.items():
+        final = None if row.weights is None else loss(row.weights())
+        found[name] = Measured.of(laps[name].wall, laps[name].cpu, peaks[name], final, row.facts)
+        row.close()
+    return found
+
+
+def done(laps: Laps, rounds: int, row: Row) -> bool:
+    """Whether a row has made its rounds, or so slowly that some of them must do."""
+    counted = laps.wall[1:]
+    slow = len(counted) >= LEAST and sum(counted) > PATIENCE and row.weights is None
+    return slow or len(counted) >= rounds
+
+
+def training_loss(task: Task, weights: Mapping[str, torch.Tensor]) -> float:
+    """Mean loss of weights over the samples of all clients."""
+    owner = next(task.model.parameters())
+    held = {name: weight.to(owner) for name, weight in weights.items()}
+    if not isinstance(task.train, Partitioned):
+        raise ConfigError("the loss of virtual clients cannot be compared")
+    samples = task.train.samples
+    return evaluate(task.model, held, samples, task.loss, ("loss",), batch_size=8192)["loss"]

@@ -1,0 +1,275 @@
+"""The benchmark itself: its rows do the same work, its bounds bite, its tables are made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.bench.bounds import BOUNDS, disagreements, judge
+from experiments.bench.command import measure, run
+from experiments.bench.config import BenchConfig, parse
+from experiments.bench.launch import environment, interpreter, run_peer
+from experiments.bench.report import Report
+from experiments.bench.rows import BUILDERS, Case
+from experiments.bench.stations import profile
+from experiments.bench.table import BEGIN, END, replace_between_marks, tables
+from experiments.bench.timing import interleaved, training_loss
+from experiments.bench.usage import Laps
+from experiments.bench.workloads import PEERS, WORKLOADS, Workload, mlp, vectors
+from fedraclora.errors import ConfigError
+
+TINY = Workload(
+    "6 clients", 6, 2, mlp(7, 5, 3), vectors(7, 3), "fc2", ("fedavg", "loop"), samples=8, batch=4
+)
+CPU = torch.device("cpu")
+ROWS = {
+    "vectorised": {"seconds": 0.01, "cpu_seconds": 0.01, "peak_bytes": 3e8},
+    "central": {"seconds": 0.005, "cpu_seconds": 0.005, "peak_bytes": 3e8},
+    "flower": {
+        "seconds": 0.5,
+        "cpu_seconds": 1.5,
+        "peak_bytes": 2e9,
+        "facts": {"versions": {"flwr": "1.42.0", "ray": "2.55.1"}},
+    },
+    "pfl": {
+        "seconds": 0.1,
+        "cpu_seconds": 0.1,
+        "peak_bytes": 4e8,
+        "facts": {"versions": {"pfl": "0.6.0"}},
+    },
+}
+
+
+def weights_after(row: str, rounds: int) -> dict[str, torch.Tensor]:
+    run = BUILDERS[row](Case(TINY, CPU))
+    for _ in range(rounds):
+        run.round(Laps(children=False))
+    run.close()
+    assert run.weights is not None
+    return run.weights()
+
+
+def plain_fedavg(rounds: int) -> dict[str, torch.Tensor]:
+    """FedAvg written out: gradients of one client's batch at a time, in the order of the data."""
+    task = TINY.task(CPU)
+    samples, model = task.train.samples, task.model  # type: ignore[attr-defined]
+    held = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(rounds):
+        ends = []
+        for client in range(6):
+            own = {n: w.clone().requires_grad_() for n, w in held.items()}
+            for first in range(8 * client, 8 * client + 8, 4):
+                x, y = samples.inputs["x"][first : first + 4], samples.target[first : first + 4]
+                out = torch.func.functional_call(model, own, (x,))
+                loss = torch.nn.functional.cross_entropy(out, y)
+                grads = torch.autograd.grad(loss, list(own.values()))
+                own = {
+                    n: (w - 0.1 * g).detach().requires_grad_()
+                    for (n, w), g in zip(own.items(), grads, strict=True)
+                }
+            ends.append(own)
+        held = {n: torch.stack([e[n].detach() for e in ends]).mean(dim=0) for n in held}
+    return held
+
+
+@pytest.mark.parametrize("row", ["fedavg", "loop"])
+def test_rows_of_full_weights_are_fedavg(row: str) -> None:
+    task, wanted = TINY.task(CPU), plain_fedavg(3)
+    found = weights_after(row, 3)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    start = {n: p.detach() for n, p in task.model.named_parameters()}
+    assert training_loss(task, found) == pytest.approx(training_loss(task, wanted), rel=1e-5)
+    assert training_loss(task, found) < training_loss(task, start)
+
+
+@pytest.mark.parametrize("name", sorted(WORKLOADS))
+def test_every_row_of_a_workload_is_somebodys(name: str) -> None:
+    assert set(WORKLOADS[name].rows) <= {*BUILDERS, *PEERS}
+
+
+def test_every_bound_names_rows_that_its_workload_has() -> None:
+    for bound in BOUNDS:
+        rows = WORKLOADS[bound.workload].rows
+        assert bound.over in rows
+        assert bound.under is None or bound.under in rows
+        assert (bound.most is None) != (bound.least is None)
+
+
+def test_all_rows_make_the_rounds_they_should() -> None:
+    case = Case(TINY, CPU)
+    rows = {name: BUILDERS[name](case) for name in ("vectorised", "central", "inline", "idle")}
+    found = interleaved(rows, 2, lambda _: 0.0)
+    assert {row.rounds for row in found.values()} == {2}
+    assert all(row.seconds > 0 and row.peak_bytes > 0 for row in found.values())
+
+
+def test_a_report_is_read_back(tmp_path: Path) -> None:
+    config = BenchConfig(size="A", rows="fedavg,loop,pfl", rounds=1, peers=str(tmp_path))
+    report = measure("A", Case(TINY, CPU), config)
+    assert set(report.rows) == {"fedavg", "loop"}
+    report.missing["pfl"] = "not installed"
+    report.write(tmp_path)
+    again = Report.read(tmp_path / "A.json")
+    assert again.rows.keys() == report.rows.keys()
+    assert again.missing == report.missing
+    assert again.about["threads"] == 1
+    assert not disagreements(again.rows)
+
+
+def test_bounds_are_kept_broken_or_open() -> None:
+    verdict = judge("A", ROWS)
+    assert [line.split(" / ")[0] for line in verdict.kept] == ["A: flower"]
+    assert [line.split(" / ")[0] for line in verdict.broken] == ["A: pfl"]
+    assert "it is 10" in verdict.broken[0]
+    assert any("fedjax" in line for line in verdict.open)
+    most = judge("B", {"vectorised": {"cpu_seconds": 1.2}, "central": {"cpu_seconds": 1.0}})
+    assert any("at most 1.1" in line for line in most.broken)
+
+
+def test_a_peer_that_ends_elsewhere_is_seen() -> None:
+    rows: dict[str, dict[str, object]] = {"fedavg": {"loss": 1.5}, "pfl": {"loss": 1.50001}}
+    assert not disagreements(rows)
+    rows["flower"] = {"loss": 1.51}
+    assert "flower ended at training loss 1.51" in disagreements(rows)[0]
+    rows["flower"] = {"loss": float("nan")}
+    assert disagreements(rows)
+
+
+def test_the_table_names_versions_and_ratios(tmp_path: Path) -> None:
+    about = {"processor": "P", "cores": 2, "threads": 1, "versions": {"torch": "2"}, "git": "abc"}
+    Report("A", ROWS, {}, about).write(tmp_path)  # type: ignore[arg-type]
+    made = tables(tmp_path)
+    row = next(line for line in made.splitlines() if "Flower" in line)
+    assert row == "| Flower 1.42.0, Ray 2.55.1, 2 actors | 0.5 | 1.5 | 2000 | 300 | 150 |"
+    assert made.index("central") < made.index("`vectorised`") < made.index("pfl 0.6.0")
+    assert "P, 2 cores; torch 2, 1 thread a process; revision abc." in made
+    text = replace_between_marks(f"a\n{BEGIN}\nold\n{END}\nb", "new")
+    assert text == f"a\n{BEGIN}\nnew\n{END}\nb"
+    with pytest.raises(ConfigError, match="needs the lines"):
+        replace_between_marks("none", "new")
+    with pytest.raises(ConfigError, match="holds no figures"):
+        tables(tmp_path / "nowhere")
+
+
+def test_stored_results_make_tables_and_agree() -> None:
+    folder = Path(__file__).parents[2] / "experiments" / "results" / "bench"
+    for path in sorted(folder.glob("*.json")):
+        report = Report.read(path)
+        assert path.stem == report.workload
+        assert not disagreements(report.rows), path.name
+        assert f"{report.workload}: {WORKLOADS[report.workload].what}" in tables(folder)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("sise=A", "size"),
+        ("size=D", "unknown size 'D'"),
+        ("rows=vectorized", "did you mean 'vectorised'"),
+        ("rounds=0", "1 or more"),
+        ("size", "key=value"),
+    ],
+)
+def test_bad_words_are_named(word: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse([word])
+
+
+def test_the_command_prints_a_stored_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Report("A", ROWS, {}, {}).write(tmp_path)  # type: ignore[arg-type]
+    assert run(parse([f"table={tmp_path}"])) == 0
+    assert "| **`vectorised`** |" in capsys.readouterr().out
+
+
+def test_every_station_of_the_profile_is_passed() -> None:
+    found = profile(Case(TINY, CPU), seconds=0.0)
+    assert [name for name, _, calls in found.stations if calls == 0] == []
+    assert found.free > 0
+    assert "backward" in str(found)
+
+
+def test_laps_count_the_work_of_children() -> None:
+    burn = "import time\nwhile time.process_time() < 0.2: pass"
+    laps = Laps()
+    laps.begin()
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    laps.end()
+    assert laps.cpu[0] > 0.15
+    alone = Laps(children=False)
+    alone.begin()
+    time.sleep(0)
+    alone.end()
+    assert alone.cpu[0] < 0.15
+
+
+@pytest.fixture
+def peer_python(tmp_path: Path) -> Path:
+    """An environment whose Python runs a peer that does nothing but answer."""
+    home = tmp_path / "stub"
+    (home / "bin").mkdir(parents=True)
+    script = home / "bin" / "python"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/peer.py"\n')
+    script.chmod(0o755)
+    (home / ".installed").touch()
+    return script
+
+
+def test_a_peer_gets_the_work_and_gives_its_weights(tmp_path: Path, peer_python: Path) -> None:
+    (tmp_path / "peer.py").write_text(
+        "import sys\n"
+        "sys.path.insert(0, __import__('os').environ['PYTHONPATH'])\n"
+        "from experiments.bench.peers.work import Work\n"
+        "from experiments.bench.usage import Laps\n"
+        "work, laps = Work(), Laps()\n"
+        "assert work.x.shape == (6, 8, 7) and work.y.shape == (6, 8)\n"
+        "assert (work.rounds, work.batch, work.lr) == (3, 4, 0.1)\n"
+        "for _ in range(work.rounds):\n"
+        "    laps.begin(); laps.end()\n"
+        "work.report(laps, work.started().state_dict(), 'numpy')\n"
+    )
+    assert interpreter(tmp_path, "stub") == peer_python
+    task = TINY.task(CPU)
+    found = run_peer("stub", peer_python, TINY, task, 3, 1)
+    assert len(found.wall) == len(found.cpu) == 3
+    assert found.versions == {"numpy": np.__version__}
+    assert found.peak > 0
+    start = dict(task.model.named_parameters())
+    for name, value in found.weights.items():
+        torch.testing.assert_close(value, start[name].detach(), rtol=0, atol=0)
+
+
+def test_a_peer_that_fails_says_why(tmp_path: Path, peer_python: Path) -> None:
+    (tmp_path / "peer.py").write_text("raise SystemExit('no such library')")
+    with pytest.raises(ConfigError, match="peer stub ended with status 1:\nno such library"):
+        run_peer("stub", peer_python, TINY, TINY.task(CPU), 2, 1)
+    assert interpreter(tmp_path, "absent") is None
+
+
+def test_peers_see_this_checkout_and_send_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONHOME", "elsewhere")
+    seen = environment(tmp_path / "work.json", 1)
+    assert "PYTHONHOME" not in seen
+    assert seen["PYTHONPATH"] == os.fspath(Path(__file__).parents[2])
+    assert seen["FLWR_TELEMETRY_ENABLED"] == seen["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_workloads_fix_their_data() -> None:
+    first, again = TINY.task(CPU), replace(TINY).task(CPU)
+    a, b = first.train.samples, again.train.samples  # type: ignore[attr-defined]
+    assert torch.equal(a.inputs["x"], b.inputs["x"])
+    assert torch.equal(a.target, b.target)
+    means = a.inputs["x"].reshape(6, 8, 7).mean(dim=1)
+    assert means.std(dim=0).mean() > 1.5 * 8**-0.5 * 0.9  # shifted by client: not iid
