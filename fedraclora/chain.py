@@ -30,6 +30,9 @@ def term_bytes(term: Term, itemsize: int) -> int:
 class CatchUp:
     """Counts the bytes that each client must fetch before it can take part.
 
+    Four bytes a client are kept, its version; a round and a checkpoint touch only clients that
+    have taken part.
+
     Args:
         base: The initial weights (their sizes bound what a weight can cost).
         num_clients: Size of the population.
@@ -40,7 +43,7 @@ class CatchUp:
         self.place = {name: i for i, name in enumerate(self.names)}
         self.dense = np.array([t.numel() * t.element_size() for t in base.values()], np.int64)
         self.itemsize = {n: t.element_size() for n, t in base.items()}
-        self.sums = np.zeros((1, len(self.names)), np.int64)  # [version, name], cumulative
+        self.sums = [np.zeros(len(self.names), np.int64)]  # bytes of all links up to a version
         self.versions: npt.NDArray[np.int32] = np.zeros(num_clients, np.int32)
 
     @property
@@ -56,28 +59,31 @@ class CatchUp:
                 row[self.place[name]] += term_bytes(term, self.itemsize[name])
             for name, value in link.dense.items():
                 row[self.place[name]] += value.numel() * self.itemsize[name]
-        self.sums = np.concatenate([self.sums, self.sums[-1:] + row])
+        self.sums.append(self.sums[-1] + row)
 
     def fetch(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
         """Bring clients to the current version; give the bytes each of them fetched [K]."""
         ids = clients.numpy()
         held, inverse = np.unique(self.versions[ids], return_inverse=True)
-        missing = self.sums[-1] - self.sums[held]
+        missing = self.sums[-1] - np.stack([self.sums[v] for v in held])
         cost: npt.NDArray[np.int64] = np.minimum(missing, self.dense).sum(axis=1)[inverse]
         self.versions[ids] = self.version
         return cost
 
     def state(self) -> Tree:
         """Tensors for a checkpoint."""
+        seen = np.flatnonzero(self.versions)
         return {
-            "catch_up/sums": torch.from_numpy(self.sums),
-            "catch_up/versions": torch.from_numpy(self.versions),
+            "catch_up/sums": torch.from_numpy(np.stack(self.sums)),
+            "catch_up/clients": torch.from_numpy(seen),
+            "catch_up/versions": torch.from_numpy(self.versions[seen]),
         }
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the tensors of `state` back."""
-        self.sums = tensors["catch_up/sums"].numpy().copy()
-        self.versions = tensors["catch_up/versions"].numpy().copy()
+        self.sums = list(tensors["catch_up/sums"].numpy().copy())
+        self.versions = np.zeros_like(self.versions)
+        self.versions[tensors["catch_up/clients"].numpy()] = tensors["catch_up/versions"].numpy()
 
 
 def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:

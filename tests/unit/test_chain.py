@@ -231,8 +231,24 @@ def test_what_was_caught_up_survives_a_checkpoint() -> None:
     second.restore(stored)
     assert second.version == 2
     assert second.fetch(torch.arange(3)).tolist() == first.fetch(torch.arange(3)).tolist()
-    assert torch.equal(stored["catch_up/versions"], torch.tensor([0, 1, 0], dtype=torch.int32))
+    assert stored["catch_up/clients"].tolist() == [1]
+    assert stored["catch_up/versions"].tolist() == [1]
     np.testing.assert_array_equal(second.sums, first.sums)
+
+
+def test_a_checkpoint_holds_the_clients_that_took_part_and_no_others() -> None:
+    catch_up = CatchUp(weights(), 10**6)
+    for round_ in range(1, 4):
+        catch_up.add(some_link())
+        catch_up.fetch(torch.tensor([7, 10**6 - round_]))
+    assert sum(t.numel() for t in catch_up.state().values()) < 50
+    assert catch_up.versions.nbytes == 4 * 10**6
+    again = CatchUp(weights(), 10**6)
+    again.fetch(torch.tensor([3]))
+    again.add(some_link())
+    again.fetch(torch.tensor([0, 1]))
+    again.restore(catch_up.state())
+    np.testing.assert_array_equal(again.versions, catch_up.versions)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
