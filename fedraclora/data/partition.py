@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedraclora.data.bootstrap import bootstrap
 from fedraclora.data.checks import check_choice, check_count
 from fedraclora.data.dataset import DataSet, Division
 from fedraclora.data.owners import given, natural
 from fedraclora.data.partitioners import dirichlet, fedslop, iid, pathological, shards
-from fedraclora.data.virtual_clients import bootstrap
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.samples import ClientData
 

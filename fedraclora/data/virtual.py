@@ -56,13 +56,13 @@ class Mixture:
 
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Make samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
-        classes, words = self.law.draw(clients, positions)
+        classes, words, own = self.law.draw(clients, positions)
         cloud = classes * self.clouds + pick(words[..., 2], self.clouds)
         x = self.centres[cloud]
         # A product and then a sum, each rounded by itself: fused, they would round in another way
         # at the end of a vector than inside it.
         x += self._normals(words[..., :2]).mul_(self.noise)
-        x += self._normals(self.law.words(clients)[:, 2:]).mul_(self.shift)[:, None]
+        x += self._normals(own).mul_(self.shift)[:, None]
         return Samples({"x": x.flatten(0, 1)}, classes.flatten())
 
     def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> None:

@@ -16,13 +16,10 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.checks import check_choice, check_count, check_number
-from fedraclora.data.dataset import DataSet
-from fedraclora.data.partitioners import class_labels
-from fedraclora.rng import generator, hash_key, position_bits
-from fedraclora.samples import Samples
+from fedraclora.rng import position_bits
 
 SIZES = ("constant", "lognormal", "pareto")
-CLIENT, SAMPLE = 0, 1  # streams of random words: of a client, of a sample
+OWN = (1 << 32) - 1  # the position whose random words are of the client, not of a sample
 QUANTILES = 1024
 MIX_NUMBERS = 1 << 20  # in the table of mixes, over all classes
 
@@ -51,15 +48,12 @@ class ClientLaw:
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K]."""
-        return self.quantiles[pick(self.words(clients)[:, 0], len(self.quantiles))]
-
-    def words(self, clients: torch.Tensor) -> torch.Tensor:
-        """Four random words of each client [K, 4]: of its size, its mix, and two to spare."""
-        return position_bits(self.key, clients, torch.zeros_like(clients)[:, None], CLIENT)[:, 0]
+        own = position_bits(self.key, clients, torch.full_like(clients, OWN)[:, None])[:, 0]
+        return self.quantiles[pick(own[:, 0], len(self.quantiles))]
 
     def draw(
         self, clients: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draw the classes of samples.
 
         Args:
@@ -67,12 +61,15 @@ class ClientLaw:
             positions: Of samples in their client, int64 [K, b].
 
         Returns:
-            Classes, int64 [K, b], and three further random words of each sample [K, b, 3].
+            Classes, int64 [K, b]; three more random words of each sample [K, b, 3]; two more of
+            each client [K, 2].
         """
-        mixes = self.mixes[pick(self.words(clients)[:, 1], len(self.mixes))]
-        words = position_bits(self.key, clients, positions, SAMPLE)
+        places = torch.cat([positions, torch.full_like(clients, OWN)[:, None]], dim=1)
+        words = position_bits(self.key, clients, places)
+        words, own = words[:, :-1], words[:, -1]
+        mixes = self.mixes[pick(own[:, 1], len(self.mixes))]
         classes = torch.searchsorted(mixes, words[..., 0].contiguous(), right=True)
-        return classes, words[..., 1:]
+        return classes, words[..., 1:], own[:, 2:]
 
     def to(self, device: torch.device | str) -> ClientLaw:
         """Move the tables to a device."""
@@ -148,104 +145,3 @@ def _quantiles(samples: int, sizes: str, spread: float) -> npt.NDArray[np.int64]
     elif sizes == "pareto":
         factor = (2 * (1 - levels)) ** -spread
     return np.maximum(1, np.rint(samples * factor)).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Resampled:
-    """Clients whose samples are rows of one table, drawn with replacement.
-
-    Attributes:
-        law: Of sizes and classes.
-        samples: The table.
-        rows: Its row numbers, class by class, int64 [N].
-        offsets: Where each class starts in ``rows``, int64 [classes + 1].
-    """
-
-    law: ClientLaw
-    samples: Samples
-    rows: torch.Tensor
-    offsets: torch.Tensor
-
-    @property
-    def num_clients(self) -> int:
-        """Number of clients."""
-        return self.law.clients
-
-    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        """Number of samples of each client: int64 [K]."""
-        return self.law.sizes(clients)
-
-    def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
-        """Draw samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
-        return self.samples.take(self._table_rows(clients, positions).reshape(-1))
-
-    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Tokens without padding: ids [K], positions [K, ...] -> int64 like ``positions``."""
-        lengths = self.samples.lengths
-        if lengths is None:
-            return None
-        return lengths[self._table_rows(clients, positions.flatten(1))].reshape(positions.shape)
-
-    def _table_rows(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rows of the table, int64 [K, b]."""
-        classes, words = self.law.draw(clients, positions)
-        first = self.offsets[classes]
-        return self.rows[first + pick(words[..., 0], self.offsets[classes + 1] - first)]
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Resampled:
-        """Move tables to a device; floating samples take ``dtype`` when given."""
-        return Resampled(
-            self.law.to(device),
-            self.samples.to(device, dtype),
-            self.rows.to(device),
-            self.offsets.to(device),
-        )
-
-
-def bootstrap(
-    data: DataSet,
-    *,
-    clients: int,
-    seed: int,
-    samples: int,
-    alpha: float | None = None,
-    sizes: str = "constant",
-    spread: float = 0.0,
-) -> Resampled:
-    """Draw each client's rows with replacement, so that there can be any number of clients.
-
-    Args:
-        data: The data set; its classes, where it has any, are drawn by the client's mix.
-        clients: Number of clients.
-        seed: The seed of the run.
-        samples: Median number of samples of a client.
-        alpha: Skew of the clients' mixes of classes (`make_law`), or None.
-        sizes: ``constant``, ``lognormal`` or ``pareto``.
-        spread: How unequal clients are.
-
-    Returns:
-        Clients of which nothing is stored.
-
-    Raises:
-        ConfigError: If a number is out of range, or ``alpha`` is set and there are no classes.
-    """
-    check_law(
-        "partition", clients=clients, alpha=alpha, samples=samples, sizes=sizes, spread=spread
-    )
-    labels = np.zeros(len(data.train), dtype=np.int64)
-    if alpha is not None:
-        labels = np.asarray(class_labels(data))
-    counts = np.unique(labels, return_counts=True)[1]
-    law = make_law(
-        hash_key(seed, "partition", "bootstrap"),
-        generator(seed, "partition", "mixes"),
-        clients=clients,
-        shares=counts / counts.sum(),
-        alpha=alpha,
-        samples=samples,
-        sizes=sizes,
-        spread=spread,
-    )
-    rows = torch.from_numpy(np.argsort(labels, kind="stable"))
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
-    return Resampled(law, data.train, rows, offsets)
