@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from clients.app import make_client_app
+from clients.site import Site, SiteParts
 from clients.worker import Worker
 from fedraclora.aggregate import SUM_BLOCK
 from fedraclora.aggregator import AGGREGATORS
@@ -17,12 +18,14 @@ from fedraclora.chunking import resolve_chunk
 from fedraclora.clientstore import ClientStore
 from fedraclora.config import RunConfig
 from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.engines.local import LocalGrid
 from fedraclora.errors import ConfigError
 from fedraclora.evaluate import evaluate
 from fedraclora.method import Cohort, Draw, Plan
 from fedraclora.personal import personal_accuracy
-from fedraclora.replica import Replica
+from fedraclora.replica import Chronicle, Replica
 from fedraclora.runbook import RunBook
+from fedraclora.settings import RayConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.loop import LoopConfig
@@ -37,7 +40,7 @@ class Assembled:
     built: BuiltTask
     plan: Plan
     strategy: FedStrategy
-    grid: InProcessGrid
+    grid: LocalGrid
     chunk: int
 
 
@@ -62,9 +65,9 @@ def assemble(
     fix_bits(config.engine.threads)
     built = build_task(config)
     task = built.task
+    plan = plan_of(config, task)
     if plan.local and not built.classes:
         raise ConfigError("head is local, which is measured by class, but the data have no classes")
-    plan = plan_of(config, task)
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
     draw = Draw(config.seed)
     state = config.method.init(base, plan, draw)
@@ -102,8 +105,8 @@ def assemble(
 
     def measure(weights: Tree) -> dict[str, float]:
         if plan.local:
-            counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
             owned = store.latest(config.evaluate.clients)
+            counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
             return personal_accuracy(
                 task.model, weights, owned, samples, counts, config.evaluate.batch_size
             )
@@ -114,8 +117,7 @@ def assemble(
             found["gap"] = found["loss"] - task.optimum
         return found
 
-    replica = Replica(base)
-    trainer = trainer_of(config, built, plan)
+    replica = Chronicle() if isinstance(config.engine, RayConfig) else Replica(base)
     strategy = FedStrategy(
         config.method,
         state,
@@ -131,5 +133,28 @@ def assemble(
     if resume:
         restored, done = book.restore(state, strategy.catch_up)
         strategy.resume(restored, done)
-    grid = InProcessGrid(make_client_app(Worker(trainer, replica, store)))
+    grid = make_grid(config, built, plan, replica, store)
     return Assembled(config, built, plan, strategy, grid, chunk)
+
+
+def make_grid(
+    config: RunConfig, built: BuiltTask, plan: Plan, replica: Replica, store: ClientStore
+) -> LocalGrid:
+    """Start what runs clients.
+
+    Raises:
+        FedRacLoraError: If it does not start, or there is less than is asked for.
+    """
+    if isinstance(replica, Chronicle) and isinstance(config.engine, RayConfig):
+        from fedraclora.engines.ray import Cluster, RayGrid
+
+        return RayGrid(
+            Cluster(config.engine, built.device.type),
+            Site,
+            SiteParts(config, built, plan),
+            chronicle=replica,
+            store=store,
+            settings=config.engine,
+        )
+    worker = Worker(trainer_of(config, built, plan), replica, store)
+    return InProcessGrid(make_client_app(worker))

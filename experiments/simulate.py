@@ -54,6 +54,7 @@ def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
         progress = RunProgress(config.rounds, shown=config.output.progress, label=label)
         stack.enter_context(progress)
         run = assemble(config, folder, resume=goes_on, on_round=progress.show)
+        stack.callback(run.grid.close)
         if not resume:
             stack.enter_context(folders.alone(folder))
             folders.begin(folder, plain)

@@ -49,8 +49,7 @@ class ClientStore:
         self._layout = Layout.of(values, skip=1)
         rows = self._layout.pack(values, lead=1).cpu()
         for client, row in zip(clients.tolist(), rows, strict=True):
-            older = [(r, t) for r, t in self._kept.get(client, []) if r < round_]
-            self._kept[client] = [*older, (round_, row.clone())][-GENERATIONS:]
+            self._keep(client, round_, row.clone())
 
     def latest(self, count: int) -> dict[int, Tree]:
         """Give the tensors of the ``count`` clients that trained last (the smaller id in a tie)."""
@@ -61,12 +60,26 @@ class ClientStore:
 
     def state(self) -> Tree:
         """Tensors for a checkpoint."""
-        if self._layout is None:
-            return {}
+        return self._packed([(c, r, t) for c, kept in sorted(self._kept.items()) for r, t in kept])
+
+    def part(self, clients: list[int], round_: int) -> Tree:
+        """What clients held before a round, in the form of `state`: to train elsewhere."""
+        held = {c: [(r, t) for r, t in self._kept.get(c, []) if r < round_] for c in clients}
+        return self._packed([(c, *kept[-1]) for c, kept in held.items() if kept])
+
+    def absorb(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep what clients hold that trained elsewhere: the `state` of another store."""
+        other = ClientStore()
+        other.restore(tensors)
+        self._layout = other._layout or self._layout
+        for client, kept in other._kept.items():
+            for round_, row in kept:
+                self._keep(client, round_, row)
+
+    def since(self, round_: int) -> Tree:
+        """What was staged in a round or later, in the form of `state`."""
         entries = [(c, r, t) for c, kept in sorted(self._kept.items()) for r, t in kept]
-        names = self._layout.unpack(torch.stack([t for _, _, t in entries]))
-        keys = torch.tensor([(c, r) for c, r, _ in entries], dtype=torch.int64)
-        return {"store/keys": keys} | {f"store/values/{n}": t for n, t in names.items()}
+        return self._packed([entry for entry in entries if entry[1] >= round_])
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the tensors of `state` back."""
@@ -79,6 +92,17 @@ class ClientStore:
         rows = self._layout.pack(values, lead=1)
         for (client, round_), row in zip(tensors["store/keys"].tolist(), rows, strict=True):
             self._kept.setdefault(client, []).append((round_, row.clone()))
+
+    def _packed(self, entries: list[tuple[int, int, torch.Tensor]]) -> Tree:
+        if self._layout is None or not entries:
+            return {}
+        names = self._layout.unpack(torch.stack([t for _, _, t in entries]))
+        keys = torch.tensor([(c, r) for c, r, _ in entries], dtype=torch.int64)
+        return {"store/keys": keys} | {f"store/values/{n}": t for n, t in names.items()}
+
+    def _keep(self, client: int, round_: int, row: torch.Tensor) -> None:
+        older = [(r, t) for r, t in self._kept.get(client, []) if r < round_]
+        self._kept[client] = [*older, (round_, row)][-GENERATIONS:]
 
     def _before(self, client: int, round_: int, first: torch.Tensor) -> torch.Tensor:
         held = [t for r, t in self._kept.get(client, []) if r < round_]

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from typing_extensions import override
 
 from fedraclora.checkpoint import load_tensors, save_tensors
 from fedraclora.errors import CheckpointError, WireError
-from fedraclora.tree import Tree
+from fedraclora.link import Link, Plan, apply_link
+from fedraclora.tree import Tree, fingerprint, to_numpy
+
+Arrays = dict[str, npt.NDArray[np.generic]]
 
 
 @dataclass
@@ -24,8 +29,15 @@ class Replica:
     base: Tree
     version: int = 0
 
-    def publish(self, base: Tree, version: int) -> None:
-        """Replace the weights by those of a later version."""
+    def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
+        """Replace the weights by those of a later version.
+
+        Args:
+            base: The weights.
+            version: Their version.
+            link: How they follow from the version before; None if nothing changed.
+        """
+        del link  # for replicas that are elsewhere
         self.base, self.version = base, version
 
     def at(self, version: int, round_: int) -> Tree:
@@ -40,6 +52,105 @@ class Replica:
                 f"the server asks for {version}"
             )
         return self.base
+
+
+@dataclass(frozen=True)
+class News:
+    """How a replica gets to a version of the base weights.
+
+    Attributes:
+        version: Where to.
+        mark: Fingerprint of the weights at that version: the replica proves itself by it.
+        links: What has happened since the version it holds, or None where dense is smaller.
+        dense: The weights as arrays, or None.
+    """
+
+    version: int
+    mark: int
+    links: tuple[Link, ...] | None
+    dense: Arrays | None
+
+
+class Chronicle(Replica):
+    """The server's weights, with the links by which replicas elsewhere can follow.
+
+    Links are kept as long as they are together smaller than the weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({}, -1)
+        self._links: list[Link] = []
+        self._mark: int | None = None
+        self._arrays: Arrays | None = None
+
+    @override
+    def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
+        self._links = [*self._links, link or Link()] if version == self.version + 1 else []
+        if self.version < 0 or sum(map(numbers, self._links)) >= sum(
+            t.numel() for t in base.values()
+        ):
+            self._links = []
+        self._mark = self._arrays = None
+        super().publish(base, version)
+
+    @property
+    def oldest(self) -> int:
+        """The oldest version from which links lead here."""
+        return self.version - len(self._links)
+
+    def since(self, version: int | None) -> News:
+        """Give what a replica at ``version`` needs; None for one that holds nothing."""
+        if self._mark is None:
+            self._mark = fingerprint(self.base)
+        if version is not None and self.oldest <= version <= self.version:
+            links = tuple(self._links[version - self.oldest :])
+            return News(self.version, self._mark, links, None)
+        if self._arrays is None:
+            self._arrays = {n: to_numpy(t) for n, t in self.base.items()}
+        return News(self.version, self._mark, None, self._arrays)
+
+
+class Follower(Replica):
+    """A replica in another process, which follows a `Chronicle`.
+
+    Args:
+        plan: Of the run: how links are folded in.
+        device: Where the weights are kept.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        super().__init__({}, -1)
+        self.plan, self.device = plan, device
+
+    def follow(self, news: News) -> bool:
+        """Go to the version of ``news``; False if it needs the dense weights for that.
+
+        Raises:
+            WireError: If dense weights do not match their fingerprint.
+        """
+        if news.version == self.version:
+            return True
+        if news.dense is not None:
+            base = {n: torch.tensor(a).to(self.device) for n, a in news.dense.items()}
+        elif news.links is not None and self.version == news.version - len(news.links):
+            base = self.base
+            for link in news.links:
+                base = apply_link(base, link, self.plan)
+        else:
+            return False
+        if fingerprint(base) != news.mark:
+            if news.dense is None:  # another processor may round a product differently
+                return False
+            raise WireError(f"version {news.version} of the base weights came damaged")
+        self.publish(base, news.version)
+        return True
+
+
+def numbers(link: Link) -> int:
+    """Count the numbers of a link."""
+    factors = (f for term in link.terms.values() for f in term.factors)
+    drawn = sum(f.numel() for f in factors if isinstance(f, torch.Tensor))
+    return drawn + sum(t.numel() for t in link.dense.values())
 
 
 class FileReplica(Replica):
@@ -58,7 +169,7 @@ class FileReplica(Replica):
         self.folder, self.device = folder, device
 
     @override
-    def publish(self, base: Tree, version: int) -> None:
+    def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
         save_tensors(self._path(version), base, {"version": version}, sync=False)
         for path in self.folder.glob("*.safetensors"):
             if path != self._path(version):

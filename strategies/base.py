@@ -174,7 +174,7 @@ class FedStrategy(Strategy):
         """Let the method make the next state, and publish its weights."""
         self.state = self.method.close_round(self.state, exchange.downlink, got)
         self.catch_up.add(self.state.link)
-        self.replica.publish(self.state.base, self.catch_up.version)
+        self.replica.publish(self.state.base, self.catch_up.version, self.state.link)
         self.done = round_
 
     def _metrics(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from fedraclora.wire.downlink import (
     unpack_downlink,
     uplink_layout,
 )
-from fedraclora.wire.records import DTYPES
+from fedraclora.wire.records import DTYPES, clients_of, round_of
 from fedraclora.wire.reply import Reply, pack_trial, unpack_trial
 
 __all__ = [
@@ -20,9 +20,11 @@ __all__ = [
     "Packed",
     "Reader",
     "Reply",
+    "clients_of",
     "pack_downlink",
     "pack_trial",
     "payload_bytes",
+    "round_of",
     "unpack_downlink",
     "unpack_trial",
     "uplink_layout",

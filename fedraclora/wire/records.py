@@ -58,6 +58,17 @@ def read_header(content: RecordDict) -> dict[str, Any]:
     return header
 
 
+def round_of(content: RecordDict) -> int:
+    """Read the round of a message."""
+    return int(read_header(content)["round"])
+
+
+def clients_of(content: RecordDict) -> list[int]:
+    """Read the ids of the clients of a message."""
+    ids: list[int] = read_vectors(content)["clients"].tolist()
+    return ids
+
+
 def read_array(content: RecordDict, name: str) -> torch.Tensor:
     """Read the array of the record ``name``; the tensor may lie anywhere in memory."""
     record = content.get(name)

@@ -1,0 +1,49 @@
+"""What a resident worker of another process holds: model, data, base weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flwr.app import RecordDict
+
+from clients.worker import Worker
+from fedraclora.build import BuiltTask, fix_bits, trainer_of
+from fedraclora.clientstore import ClientStore
+from fedraclora.config import TaskConfig
+from fedraclora.method import Plan
+from fedraclora.replica import Follower
+from fedraclora.tree import Tree
+from fedraclora.wire import round_of
+
+
+@dataclass(frozen=True)
+class SiteParts:
+    """What a `Site` is made of; it travels once to each machine, data included."""
+
+    config: TaskConfig
+    built: BuiltTask
+    plan: Plan
+
+
+class Site:
+    """Trains clients on a replica that follows the server's."""
+
+    def __init__(self, parts: SiteParts) -> None:
+        fix_bits(parts.config.engine.threads)
+        self.replica = Follower(parts.plan, parts.built.device)
+        self.worker = Worker(trainer_of(parts.config, parts.built, parts.plan), self.replica)
+
+    def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
+        """Answer a train message.
+
+        Args:
+            content: The message.
+            kept: What its clients hold (`fedraclora.clientstore.ClientStore.part`).
+
+        Returns:
+            The reply, and what was kept in this round.
+        """
+        store = self.worker.store = ClientStore()
+        store.restore(kept)
+        reply = self.worker.train(content)
+        return reply, store.since(round_of(content))

@@ -1,0 +1,111 @@
+"""What grids that are no Flower runtime have in common: ids, replies, a run."""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterable
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from typing_extensions import override
+
+from fedraclora.errors import WireError
+
+NODE_ID = 2  # 1 is the SuperLink's own id in Flower
+APP_RAISED = 2  # Flower's code for a ClientApp that raised
+
+
+def become_a_task() -> None:
+    """Let `Message` be built outside a Flower runtime.
+
+    Flower 1.42 reads run and node id from a process-global that only its own runtime sets; this
+    is the one place that touches it.
+    """
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+
+
+def failed(message: Message, reason: str) -> Message:
+    """Give the reply that Flower itself would give for a client that failed."""
+    return Message(Error(APP_RAISED, reason), reply_to=message)
+
+
+class LocalGrid(Grid):
+    """A grid of one node; subclasses say how messages are answered.
+
+    Attributes:
+        incidents: What went wrong and was mended since the strategy last looked: sentences for
+            the ledger.
+    """
+
+    def __init__(self) -> None:
+        become_a_task()
+        self.incidents: list[str] = []
+        self._ids = itertools.count(1)
+        self._replies: dict[str, Message] = {}
+        self._run: Run | None = None
+
+    @abstractmethod
+    def answer(self, messages: list[Message], timeout: float | None) -> list[Message]:
+        """Have messages answered, each with its id set.
+
+        Args:
+            messages: Instructions.
+            timeout: Seconds for all of them, or None.
+
+        Returns:
+            Replies, in any order.
+        """
+
+    def close(self) -> None:
+        """End what the grid has started."""
+
+    @override
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    @override
+    def run(self) -> Run:
+        if self._run is None:
+            raise WireError("this grid serves no Flower run")
+        return self._run
+
+    @override
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    @override
+    def get_node_ids(self) -> Iterable[int]:
+        return [NODE_ID]
+
+    @override
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        pushed = list(messages)
+        for reply in self.send_and_receive(pushed):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in pushed]
+
+    @override
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+
+    @override
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        sent = list(messages)
+        for message in sent:
+            # The id that a SuperLink would give; Flower has no public setter.
+            message.metadata.__dict__["_message_id"] = str(next(self._ids))
+        return self.answer(sent, timeout)

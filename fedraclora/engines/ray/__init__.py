@@ -1,0 +1,8 @@
+"""Chunks of clients on resident Ray workers, on one machine or a cluster."""
+
+from __future__ import annotations
+
+from fedraclora.engines.ray.cluster import Cluster
+from fedraclora.engines.ray.grid import RayGrid, Site
+
+__all__ = ["Cluster", "RayGrid", "Site"]

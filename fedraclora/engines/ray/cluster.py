@@ -1,0 +1,101 @@
+"""A Ray cluster for one run: started here and ended here, or joined and left."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import ray
+
+from fedraclora.errors import ConfigError, EngineError
+from fedraclora.settings import RayConfig
+
+# No usage report; and Ray may not hide GPUs from workers that ask for none, nor say that it will.
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# The top of this checkout: workers import the code that the driver runs.
+CODE = str(Path(__file__).resolve().parents[3])
+
+
+class Cluster:
+    """The machines whose processes train.
+
+    Args:
+        settings: Workers, address, share of a GPU.
+        device: cpu or cuda.
+
+    Attributes:
+        workers: Processes to start.
+        gpus: Share of a GPU of each.
+
+    Raises:
+        ConfigError: If more is asked for than there is.
+        EngineError: If the cluster does not start, or cannot be reached.
+    """
+
+    def __init__(self, settings: RayConfig, device: str) -> None:
+        self.gpus = float(device == "cuda") if settings.gpus is None else settings.gpus
+        self.joined = ray.is_initialized()
+        os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+        if not self.joined:
+            self._start(settings)
+        try:
+            self.workers = self._count(settings)
+        except ConfigError:
+            self.close()
+            raise
+
+    def _start(self, settings: RayConfig) -> None:
+        alone = settings.address is None
+        try:
+            ray.init(
+                # Not from RAY_ADDRESS: which cluster is used stands in the config alone.
+                address="local" if settings.address is None else settings.address,
+                num_cpus=(settings.workers or _cpus()) if alone else None,
+                include_dashboard=False if alone else None,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                configure_logging=False,
+            )
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            where = "on this machine" if alone else f"at {settings.address}"
+            raise EngineError(
+                f"Ray cannot be reached or started {where}: {error}; check engine.address, and "
+                "that the cluster runs this version of Ray and Python "
+                f"({ray.__version__}, {sys.version.split()[0]})"
+            ) from error
+
+    def _count(self, settings: RayConfig) -> int:
+        there: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        cpus, cards = int(there.get("CPU", 0)), there.get("GPU", 0.0)
+        fit = min(cpus, int(cards / self.gpus)) if self.gpus else cpus
+        workers = fit if settings.workers is None else settings.workers
+        if not 1 <= workers <= fit:
+            raise ConfigError(
+                f"engine.workers is {settings.workers} with {self.gpus:g} GPU each, but the Ray "
+                f"cluster has {cpus} CPUs and {cards:g} GPUs, enough for {fit}; lower "
+                "engine.workers or engine.gpus"
+            )
+        return workers
+
+    def close(self) -> None:
+        """End what was started, leave what was joined."""
+        if not self.joined and ray.is_initialized():
+            ray.shutdown()
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """Give the environment of a worker: threads, and where the code of this process lies."""
+    path = [CODE, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
+        **{k: os.environ[k] for k in ("HF_HUB_OFFLINE", *ENVIRONMENT) if k in os.environ},
+    }
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,237 @@
+"""The Ray engine: a Flower `Grid` whose one node is a pool of resident workers."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+import torch
+from flwr.app import Message, RecordDict
+from typing_extensions import override
+
+from fedraclora.clientstore import ClientStore
+from fedraclora.engines.local import LocalGrid, failed
+from fedraclora.engines.ray.cluster import Cluster, worker_environment
+from fedraclora.engines.ray.pool import Pool, Seat
+from fedraclora.errors import ConfigError
+from fedraclora.replica import Chronicle, Follower, News
+from fedraclora.settings import RayConfig
+from fedraclora.tree import Tree
+from fedraclora.wire import clients_of
+
+SHARED = ("config", "arrays")  # records that all messages of an exchange have in common
+
+
+class Site(Protocol):
+    """What a worker holds between rounds."""
+
+    replica: Follower
+
+    def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
+        """Answer a train message; ``kept`` is what its clients hold, before and after."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One train message, and which of the call's messages it is."""
+
+    place: int
+    message: Message
+    clients: list[int]
+
+    @override
+    def __str__(self) -> str:
+        first, last = self.clients[0], self.clients[-1]
+        return f"clients {first} to {last} of round {self.message.metadata.group_id}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker gives back: the reply, or why there is none.
+
+    ``stale``: its base weights could not be brought to the version that was asked for.
+    """
+
+    content: RecordDict | None = None
+    kept: Tree | None = None
+    error: str = ""
+    stale: bool = False
+
+
+class Resident:
+    """The process of a worker: model, data and base weights stay from round to round."""
+
+    def __init__(self, build: Callable[[Any], Site], parts: list[Any]) -> None:
+        self.site = build(ray.get(parts[0]))
+        self._shared: tuple[str, dict[str, Any]] = ("", {})
+
+    def facts(self) -> dict[str, str]:
+        """Say what runs here."""
+        return {
+            "node": platform.node(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+
+    def train(
+        self, news: dict[str, Any], shared: list[Any], rest: dict[str, Any], kept: Tree
+    ) -> Answer:
+        """Bring the base weights up to date and answer a train message.
+
+        Args:
+            news: How; references in lists are fetched here.
+            shared: The reference of the records that all messages of the exchange share.
+            rest: The other records.
+            kept: What the clients hold.
+        """
+        if not self.site.replica.follow(fetched(news)):
+            return Answer(stale=True)
+        key = shared[0].hex()
+        if self._shared[0] != key:  # read once, so that the worker unpacks it once
+            self._shared = (key, ray.get(shared[0]))
+        try:
+            content, left = self.site.train(RecordDict({**self._shared[1], **rest}), kept)
+        except Exception as error:
+            return Answer(error=f"{type(error).__name__}: {error}")
+        return Answer(content, left)
+
+
+def fetched(news: dict[str, Any]) -> News:
+    """Fetch what news refer to."""
+    links, dense = news["links"], news["dense"]
+    return News(
+        news["version"],
+        news["mark"],
+        None if links is None else tuple(ray.get(links)),
+        None if dense is None else ray.get(dense[0]),
+    )
+
+
+class RayGrid(LocalGrid):
+    """Trains chunks on resident workers; bits do not depend on how many there are.
+
+    Args:
+        cluster: Where workers run; ended with the grid.
+        build: Makes a worker's site of ``parts``; importable on every node.
+        parts: What sites are made of: sent once, through the object store.
+        chronicle: The versions of the base weights, published by the strategy.
+        store: What clients keep between rounds; it travels with their messages.
+        settings: Workers, retries, time-outs, threads.
+
+    Raises:
+        EngineError: If a worker does not start.
+        ConfigError: If a node has other versions than this process.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        build: Callable[[Any], Site],
+        parts: object,
+        *,
+        chronicle: Chronicle,
+        store: ClientStore,
+        settings: RayConfig,
+    ) -> None:
+        super().__init__()
+        self.cluster, self.chronicle, self.store = cluster, chronicle, store
+        self._refs: dict[tuple[str, int], Any] = {}
+        held = ray.put(parts)
+        kind = ray.remote(Resident).options(
+            num_cpus=1,
+            num_gpus=cluster.gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": worker_environment(settings.threads)},
+        )
+        self.pool = Pool(
+            lambda: kind.remote(build, [held]),
+            cluster.workers,
+            settings.retries,
+            settings.timeout,
+        )
+        try:
+            self._check(self.pool.facts())
+        except Exception:
+            self.close()
+            raise
+
+    def _check(self, found: list[dict[str, str]]) -> None:
+        here = {"python": platform.python_version(), "torch": torch.__version__}
+        for facts in found:
+            if any(facts[k] != v for k, v in here.items()):
+                raise ConfigError(
+                    f"node {facts['node']} has Python {facts['python']} and torch "
+                    f"{facts['torch']}, this process {here['python']} and {here['torch']}: bits "
+                    "would depend on which worker trains; install the same versions"
+                )
+
+    @override
+    def answer(self, messages: list[Message], timeout: float | None) -> list[Message]:
+        replies, shared = [], {}
+        jobs = [Job(i, m, clients_of(m.content)) for i, m in enumerate(messages)]
+
+        def submit(seat: Seat, job: Job) -> Any:
+            content = job.message.content
+            key = id(content["arrays"])
+            if key not in shared:
+                shared[key] = ray.put({name: content[name] for name in SHARED})
+            rest = {n: r for n, r in content.items() if n not in SHARED}
+            kept = self.store.part(job.clients, int(job.message.metadata.group_id))
+            return seat.actor.train.remote(self._news(seat), [shared[key]], rest, kept)
+
+        while jobs:
+            again = []
+            for job, seat, answer in self.pool.run(jobs, submit, timeout):
+                if answer.stale:
+                    self.incidents.append(
+                        f"worker {seat.number} got the whole of version {self.chronicle.version}"
+                    )
+                    seat.version = None
+                    again.append(job)
+                    continue
+                seat.version = self.chronicle.version
+                if answer.content is None:
+                    replies.append(failed(job.message, answer.error))
+                else:
+                    self.store.absorb(answer.kept)
+                    replies.append(Message(answer.content, reply_to=job.message))
+            jobs = again
+        self.incidents += self.pool.incidents
+        self.pool.incidents = []
+        return replies
+
+    def _news(self, seat: Seat) -> dict[str, Any]:
+        """Say how a worker gets from its version of the base weights to the newest."""
+        news = self.chronicle.since(seat.version)
+        links = dense = None
+        if news.links is not None:
+            first = news.version - len(news.links) + 1
+            links = [self._put("link", first + i, link) for i, link in enumerate(news.links)]
+        else:
+            dense = [self._put("dense", news.version, news.dense)]
+        return {"version": news.version, "mark": news.mark, "links": links, "dense": dense}
+
+    def _put(self, kind: str, version: int, value: object) -> Any:
+        """Put a value into the object store, once; dense weights of old versions are let go."""
+        key = (kind, version)
+        if key not in self._refs:
+            oldest = self.chronicle.oldest
+            self._refs = {
+                (k, v): r
+                for (k, v), r in self._refs.items()
+                if v >= (oldest if k == "link" else version)
+            }
+            self._refs[key] = ray.put(value)
+        return self._refs[key]
+
+    @override
+    def close(self) -> None:
+        pool: Pool | None = getattr(self, "pool", None)
+        if pool is not None:
+            pool.close()
+        self._refs = {}
+        self.cluster.close()
