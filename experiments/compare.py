@@ -134,9 +134,12 @@ def _record(group: Group, metric: str, target: float | None) -> dict[str, object
         reached = {id(run): _reach(run, metric, target) for run in group.runs}
         record["target_rounds"] = group.mean(lambda run: reached[id(run)][0])
         record["target_uplink_mb"] = group.mean(lambda run: reached[id(run)][1])
-        record["target_reached"] = sum(math.isfinite(rounds) for rounds, _ in reached.values())
+        record["target_virtual_seconds"] = group.mean(lambda run: reached[id(run)][2])
+        record["target_reached"] = sum(math.isfinite(found[0]) for found in reached.values())
     record["aggregation_error_last"] = group.mean(lambda run: run.aggregation_error[0])
     record["aggregation_error_mean"] = group.mean(lambda run: run.aggregation_error[1])
+    record["virtual_seconds"] = group.mean(lambda run: number(run.rows[-1], "virtual_seconds"))
+    record["dropped_per_round"] = group.mean(lambda run: run.dropped_per_round)
     record["seconds"] = group.mean(lambda run: run.totals["seconds"])
     return record
 
@@ -146,19 +149,24 @@ def _per_client_round(run: Run) -> float:
     return run.totals["uplink_bytes"] / MEGABYTE / clients if clients else math.nan
 
 
-def _reach(run: Run, metric: str, target: float) -> tuple[float, float]:
-    """Round and uplink (MB) at which the metric first reached the target; NaN if never."""
+def _reach(run: Run, metric: str, target: float) -> tuple[float, float, float]:
+    """Round, uplink (MB) and virtual seconds when the metric reached the target; NaN if never."""
     sign = 1.0 if higher_is_better(metric) else -1.0
     for row in run.evaluated:
         if sign * number(row, "metrics", metric) >= sign * target:
-            return number(row, "round"), number(row, "uplink_total") / MEGABYTE
-    return math.nan, math.nan
+            megabytes = number(row, "uplink_total") / MEGABYTE
+            return number(row, "round"), megabytes, number(row, "virtual_seconds")
+    return math.nan, math.nan, math.nan
 
 
 def _columns(
     records: Sequence[dict[str, object]], metric: str, target: float | None
 ) -> dict[str, tuple[str, ...]]:
     """Titles of the columns, and the keys of the record that each shows."""
+
+    def measured(key: str) -> bool:
+        return any(math.isfinite(number(record, key)) for record in records)
+
     columns: dict[str, tuple[str, ...]] = {
         "group": ("label",),
         "seeds": ("seeds",),
@@ -172,9 +180,15 @@ def _columns(
     if target is not None:
         columns[f"rounds to {target:g}"] = ("target_rounds", "target_reached")
         columns[f"MB up to {target:g}"] = ("target_uplink_mb", "target_reached")
-    if any(math.isfinite(number(record, "aggregation_error_last")) for record in records):
-        columns["aggregation error, last"] = ("aggregation_error_last",)
-        columns["aggregation error, mean"] = ("aggregation_error_mean",)
+        if measured("virtual_seconds"):
+            columns[f"virtual seconds to {target:g}"] = ("target_virtual_seconds", "target_reached")
+    optional = {
+        "aggregation error, last": "aggregation_error_last",
+        "aggregation error, mean": "aggregation_error_mean",
+        "virtual seconds": "virtual_seconds",
+        "dropped per round": "dropped_per_round",
+    }
+    columns |= {title: (key,) for title, key in optional.items() if measured(key)}
     return columns | {"seconds": ("seconds",)}
 
 

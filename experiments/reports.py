@@ -80,6 +80,12 @@ class Run:
             "seconds": math.fsum(round_seconds(row) for row in self.rows),
         }
 
+    @property
+    def dropped_per_round(self) -> float:
+        """Mean number of clients that simulated devices lost in a round; NaN without devices."""
+        lost = [len(_items(row["dropped"])) for row in self.rows if "dropped" in row]
+        return math.fsum(lost) / len(lost) if lost else math.nan
+
     @cached_property
     def aggregation_error(self) -> tuple[float, float]:
         """Aggregation error at the last round that has it, and its mean; NaN where none has."""

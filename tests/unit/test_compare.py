@@ -19,7 +19,9 @@ ROUNDS = 20
 COHORT = 5
 
 
-def ledger_rows(final: float, up: int, error: float | None, metric: str) -> list[Row]:
+def ledger_rows(
+    final: float, up: int, error: float | None, metric: str, pace: float | None
+) -> list[Row]:
     """Row 0, then a metric that rises linearly to ``final``, evaluated every second round."""
     rows: list[Row] = [{"round": 0, "metrics": {metric: 0.0, "loss": 3.0}, "uplink_total": 0}]
     rows[0]["downlink_total"] = 0
@@ -40,6 +42,9 @@ def ledger_rows(final: float, up: int, error: float | None, metric: str) -> list
             row["metrics"] = {metric: final * round_ / ROUNDS, "loss": 3.0 - round_ / ROUNDS}
         if error is not None:
             row["report"] = {"aggregation_error": error * round_}
+        if pace is not None:
+            row["virtual_seconds"] = pace * round_
+            row["dropped"] = [{"client": k, "reason": "late: 9 s"} for k in range(round_ % 2)]
         rows.append(row)
     return rows
 
@@ -60,12 +65,13 @@ def make(tmp_path: Path) -> Make:
         up: int = 1000,
         error: float | None = None,
         metric: str = "accuracy",
+        pace: float | None = None,
         **more: object,
     ) -> Path:
         folder = tmp_path / "sweep" / name
         folder.mkdir(parents=True)
         ledger = Ledger(folder / "ledger.jsonl")
-        for row in ledger_rows(final, up, error, metric):
+        for row in ledger_rows(final, up, error, metric, pace):
             ledger.append(row, sync=False)
         config: dict[str, object] = {
             "method": method,
@@ -132,6 +138,33 @@ def test_seeds_are_joined_and_the_numbers_are_right(make: Make, tmp_path: Path) 
     assert table.records[0]["aggregation_error_last"] == pytest.approx(1e-3 * ROUNDS)
     assert table.records[0]["aggregation_error_mean"] == pytest.approx(1e-3 * (ROUNDS + 1) / 2)
     assert table.notes == ()
+
+
+def test_virtual_time_and_dropped_clients_get_columns(make: Make, tmp_path: Path) -> None:
+    for seed, pace in enumerate((30.0, 50.0)):
+        make(f"phones/{seed}", rac(), seed, pace=pace, system={"name": "phones"})
+    make("none", rac(), 0, final=0.1, system={"name": "none"})
+    table = compare([tmp_path / "sweep"], tmp_path / "out", target=0.72)
+    none, phones = table.records
+    assert [none["label"], phones["label"]] == [
+        "fed_rac_lora system=none",
+        "fed_rac_lora system=phones",
+    ]
+    assert phones["virtual_seconds"] == pytest.approx(40.0 * ROUNDS)
+    assert phones["dropped_per_round"] == pytest.approx(0.5)
+    assert phones["target_virtual_seconds"] == pytest.approx(40.0 * 18)  # 0.8 * 18 / 20 = 0.72
+    for key in ("virtual_seconds", "dropped_per_round", "target_virtual_seconds"):
+        assert math.isnan(float(str(none[key])))
+    shown = dict(zip(table.header, zip(*table.cells, strict=True), strict=True))
+    assert shown["virtual seconds"] == ("-", "800")
+    assert shown["virtual seconds to 0.72"] == ("not reached", "720")
+    assert shown["dropped per round"] == ("-", "0.5")
+
+
+def test_without_devices_there_is_no_column_of_theirs(make: Make, tmp_path: Path) -> None:
+    make("a", rac())
+    table = compare([tmp_path / "sweep"], tmp_path / "out", target=0.1)
+    assert not any("virtual" in title or "dropped" in title for title in table.header)
 
 
 def test_the_files_hold_the_table(make: Make, tmp_path: Path) -> None:

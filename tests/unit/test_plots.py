@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from fedraclora import plots
 from fedraclora.errors import ShapeError
 from fedraclora.ledger import Row
-from fedraclora.plots import compare_figure, curves, label_distribution
+from fedraclora.plots import compare_figure, comparison, curves, label_distribution, run
 from fedraclora.rng import generator
 
 
@@ -37,6 +37,16 @@ def rows(rounds: int, every: int = 1, *, up: int = 4000, error: float | None = N
     return found
 
 
+def on_devices(plain: list[Row], pace: float = 40.0) -> list[Row]:
+    """The same run with a virtual clock and dropped clients; row 0 has neither."""
+    reasons = ("late: 83.2 s, the deadline is 60 s", "dropped out after 12.1 s")
+    for row in plain[1:]:
+        t = int(str(row["round"]))
+        row["virtual_seconds"] = pace * t
+        row["dropped"] = [{"client": k, "reason": reasons[k % 2]} for k in range(t % 4)]
+    return plain
+
+
 def assert_picture(path: Path, least: int = 200) -> None:
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -47,7 +57,7 @@ def assert_picture(path: Path, least: int = 200) -> None:
 
 
 @pytest.mark.parametrize(
-    "run",
+    "found",
     [
         rows(60, 10),
         rows(12, error=0.1),
@@ -56,10 +66,14 @@ def assert_picture(path: Path, least: int = 200) -> None:
         rows(0),
         [],
         [{"round": 1, "metrics": {"accuracy": None}, "train_loss": None, "seconds": None}],
+        on_devices(rows(40, 5)),
+        on_devices(rows(1)),
+        [{"round": 1, "metrics": {"accuracy": 0.5}, "dropped": []}],
+        [{"round": 1, "metrics": {"accuracy": 0.5}, "virtual_seconds": None}],
     ],
 )
-def test_curves_draw_any_run(tmp_path: Path, run: list[Row]) -> None:
-    curves(run, tmp_path / "new" / "curves.png", title="fed_rac_lora rank=4, seed 0")
+def test_curves_draw_any_run(tmp_path: Path, found: list[Row]) -> None:
+    curves(found, tmp_path / "new" / "curves.png", title="fed_rac_lora rank=4, seed 0")
     assert_picture(tmp_path / "new" / "curves.png")
 
 
@@ -74,6 +88,16 @@ def test_compare_draws_groups_of_seeds(tmp_path: Path) -> None:
     assert_picture(tmp_path / "compare.png")
 
 
+def test_compare_draws_runs_on_devices_beside_others(tmp_path: Path) -> None:
+    groups = {
+        "phones": [on_devices(rows(20)), on_devices(rows(20), 55.0)],
+        "one lost its clock": [on_devices(rows(20)), rows(20)],
+        "none": [rows(20, 5), rows(20, 5)],
+    }
+    compare_figure(groups, "accuracy", tmp_path / "compare.png")
+    assert_picture(tmp_path / "compare.png")
+
+
 def test_many_groups_fit_into_the_legend(tmp_path: Path) -> None:
     groups = {f"fed_rac_lora rank={i} local.lr=0.1": [rows(4)] for i in range(40)}
     compare_figure(groups, "loss", tmp_path / "compare.png")
@@ -81,12 +105,48 @@ def test_many_groups_fit_into_the_legend(tmp_path: Path) -> None:
 
 
 def test_seeds_are_joined_on_the_rounds_that_all_evaluated() -> None:
-    table = plots._on_common_rounds([rows(20, 2), rows(15, 3, up=8000)], "accuracy")
+    table = comparison._on_common_rounds([rows(20, 2), rows(15, 3, up=8000)], "accuracy")
     assert table[:, :, 0].tolist() == [[0.0, 6.0, 12.0]] * 2
     assert table[:, 2, 1].tolist() == [0.048, 0.096]  # MB up
     assert table[:, 2, 2].tolist() == pytest.approx([0.144, 0.288])  # MB both ways
     assert table[0, 2, 3] == pytest.approx(12 * 0.13)  # seconds
-    assert table[0, 2, 4] == 1 - math.exp(-12 / 9)
+    assert np.isnan(table[:, :, 4]).all()  # no virtual clock
+    assert table[0, 2, 5] == 1 - math.exp(-12 / 9)
+
+
+def test_seeds_on_devices_have_their_own_virtual_seconds() -> None:
+    ledgers = [on_devices(rows(20, 2), 40.0), on_devices(rows(15, 3), 60.0)]
+    table = comparison._on_common_rounds(ledgers, "accuracy")
+    assert table[:, :, 0].tolist() == [[0.0, 6.0, 12.0]] * 2
+    assert np.isnan(table[:, 0, 4]).all()  # row 0 has no clock, and stays for the other panels
+    assert table[:, 1:, 4].tolist() == [[240.0, 480.0], [360.0, 720.0]]
+
+
+def test_dropped_clients_are_counted_by_reason() -> None:
+    found = run._dropped(on_devices(rows(5)))
+    assert list(found) == ["dropped out", "late", "not among the first"]
+    assert found["dropped out"].tolist() == [0, 0, 1, 1, 0, 0]
+    assert found["late"].tolist() == [0, 1, 1, 2, 0, 1]
+    assert found["not among the first"].tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("devices", [True, False])
+def test_metrics_are_drawn_against_virtual_time_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: bool
+) -> None:
+    figures: list[Figure] = []
+    for module in (run, comparison):
+        monkeypatch.setattr(module, "write_png", lambda figure, path: figures.append(figure))
+    found = on_devices(rows(6, 2)) if devices else rows(6, 2)
+    curves(found, tmp_path / "curves.png", "one")
+    compare_figure({"a": [found], "b": [rows(6)]}, "accuracy", tmp_path / "compare.png")
+    for figure in figures:
+        panels = {str(panel.get_xlabel()): panel for panel in figure.axes}
+        assert ("virtual seconds so far" in panels) == devices
+        if devices:
+            lines = panels["virtual seconds so far"].get_lines()
+            shown = np.asarray(lines[0].get_xdata(), dtype=float)
+            assert shown[np.isfinite(shown)].tolist() == [80.0, 160.0, 240.0]
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (30, 10), (20, 100), (500, 10), (1, 1), (41, 1)])

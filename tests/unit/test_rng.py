@@ -8,10 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedraclora import rng
 from fedraclora.rng import (
     _philox4x32,
     cohort_bits,
     cohort_permutations,
+    cohort_uniforms,
     generator,
     hash_key,
     position_bits,
@@ -164,3 +166,18 @@ def test_normals_are_float64_of_the_shape_that_is_asked_for() -> None:
     assert drawn.shape == (3, 4)
     assert drawn.dtype == torch.float64
     assert torch.equal(drawn, torch_normal(generator(0, "test"), 3, 4))
+
+
+def test_cohort_uniforms_are_the_bits_of_each_client() -> None:
+    clients = torch.tensor([0, 7, 2**40])
+    bits = cohort_bits(11, clients, 2).tolist()
+    wanted = [((high << 20) + (low >> 12) + 0.5) / 2**52 for high, low in bits]
+    assert cohort_uniforms(11, clients).tolist() == wanted
+
+
+@pytest.mark.parametrize(("bits", "end"), [(0, 2.0**-53), (FULL, 1 - 2.0**-53)])
+def test_cohort_uniforms_leave_out_their_ends(
+    monkeypatch: pytest.MonkeyPatch, bits: int, end: float
+) -> None:
+    monkeypatch.setattr(rng, "cohort_bits", lambda key, clients, n: torch.full((1, n), bits))
+    assert cohort_uniforms(0, torch.tensor([0])).tolist() == [end]

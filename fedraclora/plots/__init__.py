@@ -1,0 +1,10 @@
+"""Figures, made from ledger rows; the only package that knows matplotlib."""
+
+from __future__ import annotations
+
+from fedraclora.plots.axes import MEGABYTE
+from fedraclora.plots.comparison import compare_figure
+from fedraclora.plots.partition import label_distribution
+from fedraclora.plots.run import curves
+
+__all__ = ["MEGABYTE", "compare_figure", "curves", "label_distribution"]

@@ -1,0 +1,83 @@
+"""What all figures share: colours, axes, legends, files.
+
+Figures are built with matplotlib's object interface: no pyplot, no window, no global state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+Vector = npt.NDArray[np.float64]
+
+MEGABYTE = 1e6
+# Okabe and Ito's colours, told apart by all kinds of colour vision; yellow is too pale for a line.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", ":", "-.")
+
+
+def draw_lines(
+    panel: Axes, labels: tuple[str, str], x: Vector, series: Mapping[str, Vector], log: str = ""
+) -> None:
+    """Plot named curves, with a legend above the panel where there are several."""
+    for index, (name, y) in enumerate(series.items()):
+        # Zero has no place on a logarithmic axis.
+        known = np.isfinite(x) & np.isfinite(y) & {"x": x > 0, "y": y > 0}.get(log, True)
+        if known.any():
+            dash, mark = DASHES[index % len(DASHES)], marker(x[known])
+            panel.plot(x[known], y[known], dash, color=COLOURS[index], marker=mark, label=name)
+    label_axes(panel, *labels, legend=len(panel.get_lines()) > 1)
+    if log:
+        make_logarithmic(panel, log)
+    if not panel.get_lines():
+        panel.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=panel.transAxes)
+        panel.set(xticks=[], yticks=[])
+
+
+def marker(x: Vector) -> str:
+    """Mark points as long as there are few."""
+    return "o" if x.size <= 30 else ""
+
+
+def make_logarithmic(panel: Axes, which: str) -> None:
+    """Make an axis logarithmic where its positive values span more than a factor of 2."""
+    points = (line.get_data()["xy".index(which)] for line in panel.get_lines())
+    values = [float(v) for v in np.concatenate([[], *points]) if v > 0]
+    if values and max(values) > 2 * min(values):
+        axis = panel.xaxis if which == "x" else panel.yaxis
+        panel.set(**{f"{which}scale": "log"})
+        decades = math.log10(max(values) / min(values))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=9))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def label_axes(panel: Axes, x_label: str, y_label: str, *, legend: bool = False) -> None:
+    """Label a panel, give it a grid and, if asked, a legend above it."""
+    panel.set(xlabel=x_label, ylabel=y_label, axisbelow=True)
+    panel.grid(visible=True, color="#DDDDDD", linewidth=0.7)
+    panel.spines[["top", "right"]].set_visible(False)
+    if x_label == "round":
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if legend:  # above, so that it covers no curve
+        panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Make an empty figure; inches."""
+    spaced = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    return Figure(figsize=(width, height), dpi=120, layout=spaced)
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """Write a figure; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")

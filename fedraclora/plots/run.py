@@ -1,0 +1,94 @@
+"""Figure of one run: how it went, round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from fedraclora.ledger import Row, column, headline, round_seconds
+from fedraclora.plots.axes import (
+    COLOURS,
+    MEGABYTE,
+    Vector,
+    draw_lines,
+    label_axes,
+    new_figure,
+    write_png,
+)
+from fedraclora.timeline import REASONS
+
+_STEPS = ("lr", "gamma_min", "gamma_max")
+
+
+def curves(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Draw one run: metric and losses, metric against bytes, bytes, seconds, diagnostics.
+
+    A run on simulated devices gets two panels more: metric against virtual time, dropped clients.
+
+    Args:
+        rows: The run's ledger rows; columns that are absent leave their panel empty.
+        path: The PNG to write; its folder is made where it is missing.
+        title: Title of the figure.
+    """
+    devices = any("virtual_seconds" in row or "dropped" in row for row in rows)
+    figure = new_figure(18 if devices else 14, 7.5)
+    figure.suptitle(title, fontsize=14)
+    panels = figure.subplots(2, 4 if devices else 3).ravel()
+    metric = headline(rows) or "metric"
+    rounds, sent = column(rows, "round"), column(rows, "uplink_total") / MEGABYTE
+    measured = column(rows, "metrics", metric)
+    losses = {"training": column(rows, "train_loss"), "test": column(rows, "metrics", "loss")}
+    traffic = {
+        "uplink": sent,
+        "downlink with catch-up": column(rows, "downlink_total") / MEGABYTE,
+        "catch-up": np.nancumsum(column(rows, "catchup_bytes")) / MEGABYTE,
+    }
+    draw_lines(panels[0], ("round", metric), rounds, {metric: measured})
+    draw_lines(panels[1], ("round", "loss"), rounds, losses)
+    draw_lines(panels[2], ("uplink so far (MB)", metric), sent, {metric: measured}, log="x")
+    draw_lines(panels[3], ("round", "payload so far (MB)"), rounds, traffic, log="y")
+    _stack(panels[4], "seconds per round", rounds, _seconds(rows))
+    name, last = "aggregation error", {"error": column(rows, "report", "aggregation_error")}
+    if not np.isfinite(last["error"]).any():
+        name, last = "step", {key: column(rows, "effective_step", key) for key in _STEPS}
+    draw_lines(panels[5], ("round", name), rounds, last, log="y")
+    if devices:
+        clock = column(rows, "virtual_seconds")
+        draw_lines(panels[6], ("virtual seconds so far", metric), clock, {metric: measured})
+        _stack(panels[7], "clients dropped", rounds, _dropped(rows))
+    write_png(figure, path)
+
+
+def _seconds(rows: Sequence[Row]) -> dict[str, Vector]:
+    """Seconds of each station of a round."""
+    laps = [lap for row in rows if isinstance(lap := row.get("seconds"), Mapping)]
+    names = dict.fromkeys(str(name) for lap in laps for name in lap if name != "total")
+    parts = {name: np.nan_to_num(column(rows, "seconds", name)) for name in names}
+    total = np.array([round_seconds(row) for row in rows])
+    return parts | {"other": np.maximum(total - sum(parts.values()), 0.0)} if laps else {}
+
+
+def _dropped(rows: Sequence[Row]) -> dict[str, Vector]:
+    """Dropped clients of each round, by how their reason begins."""
+    counts = np.zeros((len(REASONS), len(rows)))
+    for place, row in enumerate(rows):
+        dropped = row.get("dropped")
+        for client in dropped if isinstance(dropped, list) else []:
+            counts[[client["reason"].startswith(start) for start in REASONS], place] += 1
+    return dict(zip(REASONS, counts, strict=True))
+
+
+def _stack(panel: Axes, label: str, rounds: Vector, parts: Mapping[str, Vector]) -> None:
+    """Stack what a round is made of; plain lines where there is nothing of it in any round."""
+    shown = {name: values for name, values in parts.items() if np.any(values > 1e-6)}
+    if not shown:
+        draw_lines(panel, ("round", label), rounds, parts)
+        return
+    # Two points for each round, so that every round is a bar, and one round alone is visible.
+    edges = np.stack([rounds - 0.5, rounds + 0.5], axis=1).ravel()
+    bars = [np.repeat(values, 2) for values in shown.values()]
+    panel.stackplot(edges, *bars, labels=list(shown), colors=COLOURS)
+    label_axes(panel, "round", label, legend=True)
