@@ -44,15 +44,6 @@ def _check_share(**values: float) -> None:
 
 
 @dataclass(frozen=True)
-class Always(Availability):
-    """Every client, at any time."""
-
-    @override
-    def at(self, seed: int, round_: int, now: float, clients: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(clients, dtype=torch.bool)
-
-
-@dataclass(frozen=True)
 class Bernoulli(Availability):
     """Each client with probability ``chance``, drawn anew in each round."""
 
@@ -96,7 +87,6 @@ class Diurnal(Availability):
 
 
 AVAILABILITY: dict[str, type[Availability]] = {
-    "always": Always,
     "bernoulli": Bernoulli,
     "diurnal": Diurnal,
 }

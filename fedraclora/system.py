@@ -10,11 +10,11 @@ kept, and a round costs what its cohort costs, whatever the population.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from fedraclora.availability import Always, Availability
+from fedraclora.availability import Availability
 from fedraclora.distributions import Distribution, LogNormal
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.rng import cohort_uniforms, generator, hash_key
@@ -33,7 +33,7 @@ class SystemConfig:
         speed: Samples that a client trains on per virtual second; None = at once.
         downlink, uplink: Megabytes (10^6 bytes) per virtual second; None = at once.
         rank_budget: Share of the method's rank that a client can train; more than 1 counts as 1.
-        availability: Which clients can be asked in a round.
+        availability: Which clients can be asked in a round; None = all.
         drop_out: Probability that a client vanishes, at a uniform moment of its round.
         jitter: Sigma of a lognormal factor of median 1 on a client's time, drawn in each round.
         deadline: Virtual seconds after which replies are late; None = wait.
@@ -44,7 +44,7 @@ class SystemConfig:
     downlink: Distribution | None = None
     uplink: Distribution | None = None
     rank_budget: Distribution | None = None
-    availability: Availability = field(default_factory=Always)
+    availability: Availability | None = None
     drop_out: float = 0.0
     jitter: float = 0.0
     deadline: float | None = None
@@ -104,7 +104,7 @@ class SystemConfig:
         """
         # Rounded first: 1.1 x 10 is 11.000000000000002.
         wanted = min(population, math.ceil(round(self.over_select * cohort, 6)))
-        if isinstance(self.availability, Always):
+        if self.availability is None:
             return draw_cohort(seed, round_, population, wanted)
         most = min(population, _SEARCH * wanted)
         size = wanted

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fedraclora.availability import AVAILABILITY, Always, Availability, Bernoulli, Diurnal
+from fedraclora.availability import AVAILABILITY, Availability, Bernoulli, Diurnal
 from fedraclora.errors import ConfigError
 
 CLIENTS = torch.arange(20_000)
@@ -25,14 +25,14 @@ def tolerance(chance: float) -> float:
 
 @pytest.mark.parametrize(
     ("row", "chance"),
-    [(Always(), 1.0), (Bernoulli(0.3), 0.3), (Diurnal(0.25), 0.25), (Diurnal(0.5, 0.4), 0.2)],
+    [(Bernoulli(1.0), 1.0), (Bernoulli(0.3), 0.3), (Diurnal(0.25), 0.25), (Diurnal(0.5, 0.4), 0.2)],
 )
 @pytest.mark.parametrize("now", [0.0, 5 * HOUR, 1000 * HOUR])
 def test_as_many_are_there_as_asked(row: Availability, chance: float, now: float) -> None:
     assert rate(row.at(0, 1, now, CLIENTS)) == pytest.approx(chance, abs=tolerance(chance))
 
 
-@pytest.mark.parametrize("row", [Always(), Bernoulli(0.3), Diurnal(0.25, 0.5)])
+@pytest.mark.parametrize("row", [Bernoulli(0.3), Diurnal(0.25, 0.5)])
 def test_a_client_does_not_depend_on_the_others(row: Availability) -> None:
     some = torch.tensor([17, 3, 9_999_999_999, 250])
     whole = row.at(1, 4, HOUR, some)

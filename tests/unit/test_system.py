@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from fedraclora import rng
-from fedraclora.availability import Always, Availability, Bernoulli, Diurnal
+from fedraclora.availability import Availability, Bernoulli, Diurnal
 from fedraclora.distributions import Choice, Constant, LogNormal, Uniform
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.sampling import draw_cohort
@@ -285,7 +285,6 @@ def test_a_preset_sets_every_field_by_its_own_name(name: str) -> None:
 
 def test_none_is_the_default() -> None:
     assert read(preset("none")) == SystemConfig() == read({})
-    assert isinstance(SystemConfig().availability, Always)
 
 
 def test_the_phones_answer_in_most_rounds_and_lose_some() -> None:
@@ -317,7 +316,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"rank_budget": {"name": "choice", "values": [1, 0.5], "probabilities": [0.5, 0.6]}},
         r"system.rank_budget.probabilities is \[0.5, 0.6\], of sum 1.1",
     ),
-    ({"availability": None}, r"system.availability is None; a group with a name \(always, b"),
+    ({"availability": 0.5}, r"system.availability is 0.5; a group with a name \(bernoulli, di"),
     ({"availability": {"name": "weekly"}}, "unknown system.availability 'weekly'"),
     ({"availability": {"name": "bernoulli", "chance": 2}}, "system.availability.chance is 2.0"),
     ({"drop_out": 1}, r"system.drop_out is 1.0; a number in \[0, 1\)"),
