@@ -47,10 +47,6 @@ class Faulty:
         """Nothing is padded."""
         return self.data.lengths(clients, positions)
 
-    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Tokens of each sample."""
-        return self.data.lengths(clients, positions)
-
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Samples by position, or an error."""
         bad = sorted(set(clients.tolist()) & set(self.raising))

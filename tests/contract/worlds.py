@@ -31,6 +31,7 @@ from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.link import Plan
 from fedraclora.method import Cohort, Downlink, Draw, Frozen, Method, Sketched, State, Trained
 from fedraclora.optimiser import LocalConfig
+from fedraclora.ranks import uploaded_mask, widen
 from fedraclora.replica import Replica
 from fedraclora.rng import generator, torch_normal
 from fedraclora.runbook import RunBook
@@ -238,9 +239,15 @@ def some_cohort(weights: tuple[float, ...] = UNEQUAL) -> Cohort:
 
 
 def random_replies(sent: Downlink, cohort: Cohort, dtype: torch.dtype, *keys: int) -> Uplinks:
-    """What no training would give: independent normals for all that clients send."""
+    """What no training would give: independent normals for all that clients send.
+
+    Under rank budgets the server knows the rest: it is as it started.
+    """
     layout = uplink_layout(sent)
     rows = torch_normal(generator(11, "replies", *keys), len(cohort), layout.size).to(dtype)
+    places = torch.arange(len(cohort))
+    mask = uploaded_mask(sent, places)
+    rows = rows if mask is None else widen(rows[mask], sent, places)
     versions = torch.zeros(len(cohort), dtype=torch.int64)
     return Uplinks(cohort.clients, cohort.weights, layout, rows, versions=versions)
 
