@@ -61,13 +61,17 @@ class CatchUp:
                 row[self.place[name]] += value.numel() * self.itemsize[name]
         self.sums.append(self.sums[-1] + row)
 
-    def fetch(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
-        """Bring clients to the current version; give the bytes each of them fetched [K]."""
-        ids = clients.numpy()
-        held, inverse = np.unique(self.versions[ids], return_inverse=True)
+    def missing(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
+        """Count the bytes that each client needs to come to the current version [K]."""
+        held, inverse = np.unique(self.versions[clients.numpy()], return_inverse=True)
         missing = self.sums[-1] - np.stack([self.sums[v] for v in held])
         cost: npt.NDArray[np.int64] = np.minimum(missing, self.dense).sum(axis=1)[inverse]
-        self.versions[ids] = self.version
+        return cost
+
+    def fetch(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
+        """Bring clients to the current version; give the bytes each of them fetched [K]."""
+        cost = self.missing(clients)
+        self.versions[clients.numpy()] = self.version
         return cost
 
     def state(self) -> Tree:

@@ -209,8 +209,10 @@ def _digest(tensors: Tree, meta: str) -> str:
     h = hashlib.sha256(meta.encode())
     for name, tensor in tensors.items():
         h.update(f"\0{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        # Raw bytes: numpy knows neither bfloat16 nor the 8-bit floats.
-        h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        # Raw bytes: numpy knows neither bfloat16 nor the 8-bit floats. An empty tensor has none,
+        # and where numpy made it, it cannot be viewed as bytes.
+        if tensor.numel():
+            h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 

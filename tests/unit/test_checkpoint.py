@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -34,6 +35,7 @@ def tensors() -> Tree:
         "half": torch.arange(5, dtype=torch.bfloat16),
         "number": torch.tensor(2.5),
         "empty": torch.empty(0, 3),
+        "empty, of numpy": torch.from_numpy(np.zeros(3, np.int32)[np.flatnonzero(np.zeros(3))]),
         "a part": shared[1:3],
         "a": shared,
         "tied 1": tied,
