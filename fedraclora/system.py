@@ -102,7 +102,7 @@ class SystemConfig:
         Raises:
             ClientError: If nobody is available.
         """
-        # Rounded first: 1.1 x 10 is 11.000000000000002.
+        # Rounded first: 1.1 x 50 is 55.00000000000001.
         wanted = min(population, math.ceil(round(self.over_select * cohort, 6)))
         if self.availability is None:
             return draw_cohort(seed, round_, population, wanted)

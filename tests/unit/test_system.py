@@ -97,7 +97,7 @@ def test_who_is_asked_is_there_once_and_enough(
         assert len(ids) == min(wanted, len(there))
 
 
-@pytest.mark.parametrize(("over", "cohort", "asked"), [(1.1, 10, 11), (1.3, 20, 26), (1.01, 5, 6)])
+@pytest.mark.parametrize(("over", "cohort", "asked"), [(1.1, 50, 55), (1.3, 20, 26), (1.01, 5, 6)])
 def test_over_selection_asks_more_and_rounds_up(over: float, cohort: int, asked: int) -> None:
     fleet = SystemConfig(over_select=over)
     assert torch.equal(fleet.ask(0, 1, 100, cohort, 0.0), draw_cohort(0, 1, 100, asked))
