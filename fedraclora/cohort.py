@@ -15,10 +15,10 @@ from fedraclora.materialise import arrange, materialise
 from fedraclora.method import Downlink, Plan
 from fedraclora.optimiser import CohortOptimiser, LocalConfig, clip_per_client
 from fedraclora.precision import FLOAT32, check_precision, products_in
-from fedraclora.program import Program, refuse_mixing
+from fedraclora.program import OpenChunk, Program, refuse_mixing
 from fedraclora.prox import add_prox
 from fedraclora.ranks import cut_gradients, hold, trainable
-from fedraclora.recipe import RECIPES, projected
+from fedraclora.recipe import RECIPES, GradientHook, projected
 from fedraclora.rng import hash_key
 from fedraclora.samples import ClientData
 from fedraclora.schedule import Schedule
@@ -100,88 +100,116 @@ class CohortTrainer:
         Returns:
             What came out, in the order of ``clients``.
         """
+        chunk = self.open(base, downlink, clients, round_=round_)
+        schedule, order, values = chunk.schedule, chunk.order, chunk.values
+        slots = downlink.trained()
+        rates = {n: self.local.rate(slots[n].main, rate_scale) for n in slots}
+        optimiser = CohortOptimiser(self.local, values, rates)
+        ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
+        hooks = [RECIPES[downlink.recipe].gradient(chunk.frozen, downlink.arguments, ranks)]
+        if self.local.precondition:
+            hooks.append(projected(chunk.frozen, ranks=ranks))
+        masks = trainable(downlink, ranks)
+        losses = torch.zeros(len(order), dtype=torch.float64, device=self.device)
+        lengths = self.data.lengths(clients.to(self.device), schedule.positions)
+        try:
+            for step, batch in enumerate(schedule.plan(lengths)):
+                losses[: batch[0]] += self._step(chunk, step, batch, optimiser, hooks, masks)
+        finally:
+            chunk.program.context.clear()
+        back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)).to(order))
+        return Trial(
+            trained={name: value[back] for name, value in values.items()},
+            losses=(losses[back] / schedule.steps.clamp(min=1)).cpu(),
+            steps=schedule.steps.cpu(),
+            samples=chunk.sizes.cpu(),
+        )
+
+    def open(
+        self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int
+    ) -> OpenChunk:
+        """Lay out the local steps of a chunk, and make what it trains; see `train`."""
         clients = clients.to(self.device)
         sizes = self.data.sizes(clients)
         key = hash_key(self.seed, "shuffle", round_)
         schedule = Schedule.of(clients, sizes, self.local, key)
-        # Clients that finish first stand last, so that those still training are a prefix.
         order = torch.argsort(schedule.steps, descending=True, stable=True)
         values, starts, frozen = materialise(downlink, base, order)
         program = self._program(downlink, base)
         context = program.context
         context.seed, context.round_ = self.seed, round_
         context.scales = {n: a.scale for n, a in downlink.adapters.items()}
-        slots = downlink.trained()
-        rates = {n: self.local.rate(slots[n].main, rate_scale) for n in slots}
-        optimiser = CohortOptimiser(self.local, values, rates)
-        ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
-        masks = trainable(downlink, ranks)
-        hooks = [RECIPES[downlink.recipe].gradient(frozen, downlink.arguments, ranks)]
-        if self.local.precondition:
-            hooks.append(projected(frozen, ranks=ranks))
-        steps = schedule.steps[order]
-        losses = torch.zeros(len(clients), dtype=torch.float64, device=self.device)
-        lengths = self.data.lengths(clients, schedule.positions)
-        for j, (active, width, length) in enumerate(schedule.plan(lengths)):
-            rows = order[:active]
-            leaves = {n: v[:active].detach().requires_grad_() for n, v in values.items()}
-            context.active, context.clients, context.step = active, clients[rows], j
-            loss = self._losses(
-                program, downlink, leaves, frozen, schedule, rows, (j, width, length)
-            )
-            gradients = dict(
-                zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True)
-            )
-            with torch.no_grad():
-                losses[:active] += loss
-                if self.local.prox:
-                    add_prox(gradients, leaves, starts, frozen, downlink, self.local.prox)
-                for hook in hooks:
-                    gradients = hook(gradients)
-                gradients = cut_gradients(gradients, masks)
-                if self.local.clip is not None:
-                    gradients = clip_per_client(gradients, self.local.clip)
-                optimiser.step(gradients)
-                hold(values, starts, masks, active)
-        back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)).to(order))
-        return Trial(
-            trained={name: value[back] for name, value in values.items()},
-            losses=(losses / steps.clamp(min=1))[back].cpu(),
-            steps=schedule.steps.cpu(),
-            samples=sizes.cpu(),
+        return OpenChunk(
+            program, downlink, schedule, sizes, order, clients[order], values, starts, frozen
         )
 
-    def _losses(
+    def _step(
         self,
-        program: Program,
-        downlink: Downlink,
-        leaves: Tree,
-        frozen: Tree,
-        schedule: Schedule,
-        rows: torch.Tensor,
-        place: tuple[int, int, int],
+        chunk: OpenChunk,
+        step: int,
+        batch: tuple[int, int, int],
+        optimiser: CohortOptimiser,
+        hooks: list[GradientHook],
+        masks: Tree,
     ) -> torch.Tensor:
-        """Mean loss of each active client on its batch, [active].
+        """Take one local step of the clients that still train; give their losses, [active]."""
+        leaves = chunk.leaves(batch[0])
+        loss = self.losses(chunk, leaves, step, batch)
+        gradients = dict(
+            zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True)
+        )
+        with torch.no_grad():
+            if self.local.prox:
+                starts, frozen, prox = chunk.starts, chunk.frozen, self.local.prox
+                add_prox(gradients, leaves, starts, frozen, chunk.downlink, prox)
+            for hook in hooks:
+                gradients = hook(gradients)
+            gradients = cut_gradients(gradients, masks)
+            if self.local.clip is not None:
+                gradients = clip_per_client(gradients, self.local.clip)
+            optimiser.step(gradients)
+            hold(chunk.values, chunk.starts, masks, batch[0])
+        return loss.detach()
 
-        ``place``: the step, samples of a batch, and tokens that the longest sample has.
+    def losses(
+        self, chunk: OpenChunk, leaves: Tree, step: int, batch: tuple[int, int, int]
+    ) -> torch.Tensor:
+        """Give the mean loss of each active client on its batch, [active].
+
+        Args:
+            chunk: Of `open`.
+            leaves: What is trained, of the active clients, [active, ...].
+            step: The local step, from 0.
+            batch: Clients that are active, samples of a batch, and tokens that the longest sample
+                has (`Schedule.plan`).
         """
-        context, (step, width, length) = program.context, place
+        program, schedule, (active, width, length) = chunk.program, chunk.schedule, batch
+        context, downlink, frozen = program.context, chunk.downlink, chunk.frozen
+        rows = chunk.order[:active]
+        context.active, context.clients, context.step = active, chunk.clients[:active], step
         valid = schedule.valid[rows, step, :width]
         whole = self.data.gather(context.clients, schedule.positions[rows, step, :width])
-        batch = whole.trim(length)
-        context.tokens, context.padded = batch.padded, whole.padded
+        samples = whole.trim(length)
+        context.tokens, context.padded = samples.padded, whole.padded
         products = products_in(self.precision, self.device)
         if program.model is None:
             output = vmapped_forward(
-                self.task.model, program.base, downlink, self.plan, leaves, frozen, batch, products
+                self.task.model,
+                program.base,
+                downlink,
+                self.plan,
+                leaves,
+                frozen,
+                samples,
+                products,
             )
         else:
-            context.rows = len(batch)
-            context.factors, context.dense = arrange(downlink, leaves, frozen, len(rows))
+            context.rows = len(samples)
+            context.factors, context.dense = arrange(downlink, leaves, frozen, active)
             with products:
-                output = forward(program.model, batch.inputs)
+                output = forward(program.model, samples.inputs)
         # Outside, so that the loss is formed as precisely on any device.
-        losses, counts = self.loss(output.to(self.dtype), batch.target)
+        losses, counts = self.loss(output.to(self.dtype), samples.target)
         kept = valid.to(losses.dtype)
         total = (losses.reshape(valid.shape) * kept).sum(dim=1)
         return total / (counts.reshape(valid.shape) * kept).sum(dim=1).clamp(min=1)

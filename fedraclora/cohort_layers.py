@@ -50,6 +50,10 @@ class CohortContext:
     seed: int = 0
     round_: int = 0
 
+    def clear(self) -> None:
+        """Let go of the tensors of a chunk that has ended."""
+        self.dense, self.factors = {}, {}
+
 
 def times(x: torch.Tensor, factor: torch.Tensor, K: int) -> torch.Tensor:
     """Apply a factor from the right: ``x @ factor.T`` per sample.

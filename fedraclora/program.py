@@ -20,6 +20,7 @@ from fedraclora.cohort_layers import (
 from fedraclora.errors import ModelError
 from fedraclora.layers import layer_kind
 from fedraclora.method import Downlink
+from fedraclora.schedule import Schedule
 from fedraclora.tree import Tree
 
 COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
@@ -93,6 +94,38 @@ class Program:
         if self.model is not None:
             for name, parameter in self.parameters.items():
                 parameter.data = base[name]
+
+
+@dataclass(frozen=True)
+class OpenChunk:
+    """A chunk of clients, ready to train.
+
+    Attributes:
+        program: The rewritten model.
+        downlink: What is trained.
+        schedule: Which sample each client sees when, in the order in which they were asked.
+        sizes: Samples of each client, in that order, int64 [K].
+        order: Places among those that were asked, int64 [K]: clients that finish first stand
+            last, so that those still training are a prefix. The tensors below are in this order.
+        clients: Ids, int64 [K].
+        values: What is trained, [K, ...] by name.
+        starts: Where it started, [1, ...] or [K, ...].
+        frozen: Factors that are not trained.
+    """
+
+    program: Program
+    downlink: Downlink
+    schedule: Schedule
+    sizes: torch.Tensor
+    order: torch.Tensor
+    clients: torch.Tensor
+    values: Tree
+    starts: Tree
+    frozen: Tree
+
+    def leaves(self, active: int) -> Tree:
+        """Give what the first ``active`` clients train, as leaves of a new graph."""
+        return {n: v[:active].detach().requires_grad_() for n, v in self.values.items()}
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
