@@ -55,7 +55,11 @@ BOUNDS = (
     Bound("B", "pfl", "vectorised", least=5),
     Bound("C", "flower", "vectorised", least=100),
     Bound("C", "pfl", "vectorised", least=20),
+    Bound("A", "ray idle", None, most=0.015, by="seconds"),
+    Bound("minilm", "ray x1", "ray x2", least=1.6, by="seconds"),
     Bound("cohort", "cohort 10,000", "cohort 1,000", most=11),
+    Bound("population", "population 1,000,000", "population 1,000", most=1.1),
+    Bound("population", "population 1,000,000", None, most=1.5e9, by="peak_bytes"),
 )
 
 

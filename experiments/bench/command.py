@@ -16,9 +16,10 @@ each peer that is installed (`make bench-peers`) does the same work in a process
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -26,13 +27,14 @@ from experiments.bench.bounds import disagreements, judge
 from experiments.bench.config import BenchConfig, parse
 from experiments.bench.launch import interpreter, run_peer
 from experiments.bench.report import Report, about
-from experiments.bench.rows import BUILDERS, Case
+from experiments.bench.rows import BUILDERS, Case, hosted
 from experiments.bench.stations import profile
 from experiments.bench.table import tables
 from experiments.bench.timing import Measured, interleaved, training_loss
-from experiments.bench.workloads import PEERS, WORKLOADS
+from experiments.bench.workloads import PEERS, RAY, WORKLOADS
 from fedraclora.build import fix_bits, pick_device
-from fedraclora.errors import FedRacLoraError
+from fedraclora.errors import EngineError, FedRacLoraError
+from fedraclora.tree import Tree
 
 
 def main() -> int:
@@ -78,12 +80,17 @@ def measure(name: str, case: Case, config: BenchConfig) -> Report:
     rounds = workload.rounds if config.rounds is None else config.rounds
     wanted = [row for row in workload.rows if config.wants(row)]
 
-    def loss(weights: dict[str, torch.Tensor]) -> float:
+    def loss(weights: Tree) -> float:
         return training_loss(case.task, weights)
 
-    ours = {row: BUILDERS[row](case) for row in wanted if row in BUILDERS}
-    for row, found in interleaved(ours, rounds, loss).items():
-        report.rows[row] = found.plain()
+    here = [row for row in wanted if row in BUILDERS and row not in RAY]
+    for group in (here, [row for row in wanted if row in RAY]):
+        try:
+            found = timed(group, case, rounds, loss)
+        except EngineError as error:
+            report.missing |= dict.fromkeys(group, str(error))
+            continue
+        report.rows |= {row: measured.plain() for row, measured in found.items()}
     for peer in wanted:
         if peer not in PEERS:
             continue
@@ -104,6 +111,19 @@ def measure(name: str, case: Case, config: BenchConfig) -> Report:
             {"versions": outcome.versions},
         ).plain()
     return report
+
+
+def timed(
+    names: Sequence[str], case: Case, rounds: int, loss: Callable[[Tree], float]
+) -> dict[str, Measured]:
+    """Build rows, time them in turn, and end what they started."""
+    with ExitStack() as stack:
+        stack.enter_context(hosted(names, case.device))
+        rows = {}
+        for name in names:
+            rows[name] = BUILDERS[name](case)
+            stack.callback(rows[name].close)
+        return interleaved(rows, rounds, loss)
 
 
 def judged(report: Report) -> list[str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from experiments.bench.central import Central
-from experiments.bench.runs import PlainLoop, Row, federated, settle
+from experiments.bench.plain import PlainLoop
+from experiments.bench.runs import Row, federated, settle
 from experiments.bench.usage import Laps
-from experiments.bench.workloads import Workload
+from experiments.bench.workloads import RAY, Workload
+from fedraclora.settings import RayConfig
 from fedraclora.task import Task
 from strategies.fedavg import FedAvg
 
@@ -30,7 +33,7 @@ class Case:
         return self.workload.task(self.device)
 
     def of(self, clients: int) -> Case:
-        """The same with another number of clients."""
+        """The same with another population."""
         return Case(replace(self.workload, clients=clients), self.device)
 
 
@@ -69,7 +72,7 @@ def central(case: Case) -> Row:
     chunk = int(engine.facts["chunk"])
     engine.close()
     tried = []
-    for at_once in {case.workload.clients, chunk}:
+    for at_once in {case.workload.cohort, chunk}:
         limit, laps = Central(case.workload, case.task, at_once), Laps(children=False)
         for _ in range(3):
             laps.begin()
@@ -89,6 +92,29 @@ def central(case: Case) -> Row:
     return Row(round_, facts={"at once": float(at_once)})
 
 
+def ray(case: Case, workers: int, steps: int | None = None) -> Row:
+    """Chunks of clients on resident Ray workers."""
+    chunk = case.workload.ray_chunk
+    return federated(
+        case.workload, case.task, case.device, chunk=chunk, steps=steps, workers=workers
+    )
+
+
+@contextmanager
+def hosted(rows: Sequence[str], device: torch.device) -> Iterator[None]:
+    """Hold one Ray cluster with room for the workers of all Ray rows, if there are any."""
+    if not set(rows) & set(RAY):
+        yield
+        return
+    from fedraclora.engines.ray import Cluster
+
+    cluster = Cluster(RayConfig(workers=5), device.type)
+    try:
+        yield
+    finally:
+        cluster.close()
+
+
 BUILDERS: dict[str, Callable[[Case], Row]] = {
     "vectorised": vectorised,
     "central": central,
@@ -96,6 +122,11 @@ BUILDERS: dict[str, Callable[[Case], Row]] = {
     "idle": idle,
     "fedavg": fedavg,
     "loop": loop,
+    "ray idle": lambda case: ray(case, 2, steps=0),
+    "ray x1": lambda case: ray(case, 1),
+    "ray x2": lambda case: ray(case, 2),
     "cohort 1,000": vectorised,
     "cohort 10,000": lambda case: vectorised(case.of(10_000)),
+    "population 1,000": vectorised,
+    "population 1,000,000": lambda case: vectorised(case.of(1_000_000)),
 }

@@ -1,30 +1,35 @@
-"""Runs of our engines on a workload, round by round, and the plain loop they are held against."""
+"""Runs of our engines on a workload, round by round."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from flwr.serverapp import Grid
+from flwr.app import RecordDict
 
 from clients.app import make_client_app
 from clients.worker import Worker
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import LR, Workload
 from fedraclora.adapter import make_plan
+from fedraclora.build import fix_bits
 from fedraclora.chunking import resolve_chunk
+from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer
 from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.engines.local import LocalGrid
 from fedraclora.ledger import Ledger
-from fedraclora.method import Cohort, Draw, Method
+from fedraclora.method import Cohort, Draw, Method, Plan
 from fedraclora.optimiser import LocalConfig
-from fedraclora.replica import Replica
+from fedraclora.precision import FLOAT32
+from fedraclora.replica import Chronicle, Follower, Replica
 from fedraclora.runbook import RunBook
-from fedraclora.task import Task, forward
+from fedraclora.settings import RayConfig
+from fedraclora.task import Task
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.fed_rac_lora import FedRacLora
@@ -40,14 +45,14 @@ class Row:
 
     Attributes:
         round: Runs one more round between ``begin`` and ``end`` of the laps.
-        children: Whether other processes work for it.
+        workers: Gives the ids of the processes that work for it; None where there are none.
         weights: The weights after the last round, where they can be compared with a peer's.
         facts: Numbers that do not change from round to round.
         close: Ends what the row started.
     """
 
     round: Callable[[Laps], None]
-    children: bool = False
+    workers: Callable[[], list[int]] | None = None
     weights: Callable[[], Tree] | None = None
     facts: dict[str, float] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None
@@ -67,7 +72,7 @@ class FederatedRun:
         grid: Where clients run.
     """
 
-    def __init__(self, strategy: FedStrategy, grid: Grid) -> None:
+    def __init__(self, strategy: FedStrategy, grid: LocalGrid) -> None:
         self.strategy, self.grid = strategy, grid
         self._laps: Laps | None = None
         self.strategy.on_round = self._end
@@ -92,6 +97,52 @@ class FederatedRun:
         return self.strategy.method.weights(self.strategy.state, self.strategy.draw)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What trains the clients of a run, in this process or in others.
+
+    Attributes:
+        task: Model and data.
+        plan: What is adapted, what is trained in full.
+        local: Local settings.
+        device: Where to train.
+        precision: Of the matrix products.
+        crew: A folder where workers leave their process ids.
+    """
+
+    task: Task
+    plan: Plan
+    local: LocalConfig
+    device: torch.device
+    precision: str
+    crew: Path
+
+    def trainer(self) -> CohortTrainer:
+        """Build what trains chunks of clients."""
+        return CohortTrainer(
+            self.task,
+            self.plan,
+            self.local,
+            seed=0,
+            device=self.device,
+            precision=self.precision,
+        )
+
+
+class BenchSite:
+    """What a Ray worker holds between rounds."""
+
+    def __init__(self, parts: Parts) -> None:
+        fix_bits(1)
+        self.replica = Follower(parts.plan, parts.device)
+        self.worker = Worker(parts.trainer(), self.replica)
+        (parts.crew / f"{os.getpid()}.pid").touch()
+
+    def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
+        """Answer a train message; these clients keep nothing."""
+        return self.worker.train(content), kept
+
+
 def federated(
     workload: Workload,
     task: Task,
@@ -100,8 +151,10 @@ def federated(
     method: Method | None = None,
     chunk: int | str = "auto",
     steps: int | None = None,
+    precision: str = FLOAT32,
+    workers: int = 0,
 ) -> Row:
-    """Build the row of a method on the in-process engine.
+    """Build the row of a method.
 
     Args:
         workload: Whose local work is done.
@@ -110,6 +163,8 @@ def federated(
         method: Fed-RAC-LoRA of the workload's rank unless given.
         chunk: Clients trained as one batch.
         steps: Local steps, instead of one epoch; 0 leaves the fixed cost of a round.
+        precision: Of the matrix products.
+        workers: Ray workers that train; 0 trains in this process.
     """
     dense = isinstance(method, FedAvg)
     plan = make_plan(
@@ -120,59 +175,46 @@ def federated(
     )
     method = FedRacLora(rank=workload.rank) if method is None else method
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    clients = task.train.num_clients
+    cohort = workload.cohort
     local = LocalConfig(lr=LR, batch_size=workload.batch, steps=steps, shuffle=False)
     state = method.init(base, plan, Draw(0))
-    everyone = Cohort(torch.arange(clients), torch.ones(clients))
-    downlink = method.open_round(state, 1, everyone, Draw(0))
-    size = resolve_chunk(chunk, task, downlink, local, clients)
-    loop = LoopConfig(rounds=ENDLESS, clients=clients, cohort=clients, chunk=size, seed=0)
-    replica = Replica(base)
-    trainer = CohortTrainer(task, plan, local, seed=0, device=device)
+    first = Cohort(torch.arange(cohort), torch.ones(cohort))
+    size = resolve_chunk(chunk, task, method.open_round(state, 1, first, Draw(0)), local, cohort)
+    loop = LoopConfig(rounds=ENDLESS, clients=workload.clients, cohort=cohort, chunk=size, seed=0)
     folder = tempfile.TemporaryDirectory()
     book = RunBook(None, sync=False)  # no folder: no chain, no checkpoints
     book.ledger = Ledger(Path(folder.name) / "ledger.jsonl")
+    replica = Chronicle() if workers else Replica(base)
     strategy = FedStrategy(method, state, local, loop, replica=replica, evaluate=None, book=book)
-    run = FederatedRun(strategy, InProcessGrid(make_client_app(Worker(trainer, replica))))
+    crew = Path(folder.name)
+    grid = make_grid(Parts(task, plan, local, device, precision, crew), replica, workers)
+    run = FederatedRun(strategy, grid)
+
+    def close() -> None:
+        grid.close()
+        folder.cleanup()
+
     return Row(
         run.round,
+        workers=(lambda: [int(path.stem) for path in crew.glob("*.pid")]) if workers else None,
         weights=run.weights if dense else None,
         facts={"chunk": float(size)},
-        close=folder.cleanup,
+        close=close,
     )
 
 
-class PlainLoop:
-    """FedAvg as one writes it by hand: one module, one optimiser per client, a running sum.
+def make_grid(parts: Parts, replica: Replica, workers: int) -> LocalGrid:
+    """Start what runs clients: Ray workers, or this process."""
+    if not isinstance(replica, Chronicle):
+        return InProcessGrid(make_client_app(Worker(parts.trainer(), replica)))
+    from fedraclora.engines.ray import Cluster, RayGrid
 
-    Args:
-        workload: Whose local work is done.
-        task: The task of the workload.
-    """
-
-    def __init__(self, workload: Workload, task: Task) -> None:
-        self.workload, self.task = workload, task
-        self.state = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-
-    def weights(self) -> Tree:
-        """The weights after the last round."""
-        return self.state
-
-    def round(self, laps: Laps) -> None:
-        """Train every client in turn and average."""
-        laps.begin()
-        model, data = self.task.model.train(), self.task.train
-        sums = {n: torch.zeros_like(t) for n, t in self.state.items()}
-        for client in range(data.num_clients):
-            model.load_state_dict(self.state)
-            optimiser = torch.optim.SGD(model.parameters(), lr=LR)
-            places = torch.arange(self.workload.samples).split(self.workload.batch)
-            for place in places:
-                batch = data.gather(torch.tensor([client]), place[None])
-                optimiser.zero_grad()
-                F.cross_entropy(forward(model, batch.inputs), batch.target).backward()
-                optimiser.step()
-            for name, value in model.named_parameters():
-                sums[name] += value.detach()
-        self.state = {n: t / data.num_clients for n, t in sums.items()}
-        laps.end()
+    settings = RayConfig(workers=workers)
+    return RayGrid(
+        Cluster(settings, parts.device.type),
+        BenchSite,
+        parts,
+        chronicle=replica,
+        store=ClientStore(),
+        settings=settings,
+    )

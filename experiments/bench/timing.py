@@ -85,7 +85,7 @@ def interleaved(
     Returns:
         What each row came to.
     """
-    laps = {name: Laps(children=row.children) for name, row in rows.items()}
+    laps = {name: Laps(children=row.workers is not None) for name, row in rows.items()}
     peaks = dict.fromkeys(rows, 0)
     while todo := [n for n, row in rows.items() if not done(laps[n], rounds, row)]:
         for name in todo:
@@ -95,12 +95,11 @@ def interleaved(
             reset_peak()
             for _ in range(min(burst, rounds + 1 - len(lap.wall))):
                 row.round(lap)
-            peaks[name] = max(peaks[name], tree_peak() if row.children else peak())
+            peaks[name] = max(peaks[name], tree_peak(row.workers()) if row.workers else peak())
     found = {}
     for name, row in rows.items():
         final = None if row.weights is None else loss(row.weights())
         found[name] = Measured.of(laps[name].wall, laps[name].cpu, peaks[name], final, row.facts)
-        row.close()
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,9 +46,16 @@ def children_cpu() -> float:
     return total
 
 
-def tree_peak() -> int:
-    """Bytes: the peak resident size of this process and each living descendant, summed up."""
-    return sum(peak(pid) for pid in (os.getpid(), *descendants()))
+def tree_peak(workers: Collection[int] | None = None) -> int:
+    """Bytes: the peak resident size of this process and each living descendant, summed up.
+
+    Args:
+        workers: Of Ray's worker processes, count these alone: others are other rows' or idle.
+    """
+    pids = [os.getpid(), *descendants()]
+    if workers is not None:
+        pids = [pid for pid in pids if pid in workers or not _command(pid).startswith(b"ray::")]
+    return sum(peak(pid) for pid in pids)
 
 
 def reset_peak() -> None:
@@ -64,6 +72,13 @@ def peak(pid: int | None = None) -> int:
         return 0
     sizes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     return 1024 * sum(sizes)  # none for a process that is ending
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _stat(pid: int) -> list[str]:

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedraclora.data.virtual import virtual
 from fedraclora.models import MODELS
 from fedraclora.rng import generator
-from fedraclora.samples import Partitioned, Samples
+from fedraclora.samples import ClientData, Partitioned, Samples
 from fedraclora.task import Task
 
 LR = 0.1
 OURS = ("vectorised", "central", "inline", "idle", "fedavg", "loop")
+RAY = ("ray idle", "ray x1", "ray x2")
 PEERS = ("flower", "pfl", "fedlab", "fedjax")
 
 
@@ -30,27 +32,36 @@ class Workload:
 
     Attributes:
         what: In a few words.
-        clients: All of them take part in every round.
+        clients: Size of the population.
         rounds: Counted rounds of each row; the first round is not counted.
         model: Builds the network.
-        data: Builds the samples of so many clients of so many samples, in client order.
+        data: Builds so many clients of so many samples.
         head: Name of the final layer.
         rows: Who is timed.
         rank: Of every adapter.
         samples: Of each client.
         batch: Samples of a local step.
+        asked: Clients of a round; None asks all of them.
+        ray_chunk: Clients that a Ray worker trains as one batch.
     """
 
     what: str
     clients: int
     rounds: int
     model: Callable[[], nn.Module]
-    data: Callable[[int, int], Samples]
+    data: Callable[[int, int], ClientData]
     head: str
     rows: tuple[str, ...]
     rank: int = 4
     samples: int = 50
     batch: int = 10
+    asked: int | None = None
+    ray_chunk: int | str = "auto"
+
+    @property
+    def cohort(self) -> int:
+        """Clients of a round."""
+        return self.clients if self.asked is None else self.asked
 
     @property
     def steps(self) -> int:
@@ -59,15 +70,19 @@ class Workload:
 
     def task(self, device: torch.device) -> Task:
         """Build the task."""
-        samples = self.data(self.clients, self.samples)
-        parts = np.split(np.arange(len(samples)), self.clients)
-        data = Partitioned.of(samples, parts).to(device)
-        few = samples.take(torch.arange(2)).to(device)
+        data = self.data(self.clients, self.samples).to(device)
+        first = torch.zeros(1, dtype=torch.int64, device=device)
+        few = data.gather(first, torch.arange(2, device=device)[None])
         model = self.model().to(device)
         return Task(model, (self.head,), "cross_entropy", ("accuracy",), data, few)
 
 
-def vectors(width: int, classes: int) -> Callable[[int, int], Samples]:
+def divided(samples: Samples, clients: int) -> Partitioned:
+    """Give each client as many of the samples, in their order."""
+    return Partitioned.of(samples, np.split(np.arange(len(samples)), clients))
+
+
+def vectors(width: int, classes: int) -> Callable[[int, int], ClientData]:
     """Make non-IID data: each client's inputs are shifted its own way, labels are noisy.
 
     Args:
@@ -75,7 +90,7 @@ def vectors(width: int, classes: int) -> Callable[[int, int], Samples]:
         classes: Labels, those of one linear teacher.
     """
 
-    def make(clients: int, each: int) -> Samples:
+    def make(clients: int, each: int) -> ClientData:
         draw = generator(0, "bench", "vectors")
         teacher = draw.standard_normal((width, classes), dtype=np.float32)
         shift = 0.5 * draw.standard_normal((clients, 1, width), dtype=np.float32)
@@ -83,19 +98,35 @@ def vectors(width: int, classes: int) -> Callable[[int, int], Samples]:
         noise = 2.0 * draw.gumbel(size=(clients, each, classes))
         y = (x @ teacher + noise).argmax(axis=-1)
         inputs = torch.from_numpy(x.reshape(-1, width))
-        return Samples({"x": inputs}, torch.from_numpy(y.reshape(-1).astype(np.int64)))
+        target = torch.from_numpy(y.reshape(-1).astype(np.int64))
+        return divided(Samples({"x": inputs}, target), clients)
 
     return make
 
 
-def tokens(vocabulary: int, length: int, classes: int) -> Callable[[int, int], Samples]:
+def tokens(vocabulary: int, length: int, classes: int) -> Callable[[int, int], ClientData]:
     """Make token ids and labels, all of them uniform."""
 
-    def make(clients: int, each: int) -> Samples:
+    def make(clients: int, each: int) -> ClientData:
         draw = generator(0, "bench", "tokens")
         ids = torch.from_numpy(draw.integers(0, vocabulary, (clients * each, length)))
         y = torch.from_numpy(draw.integers(0, classes, clients * each))
-        return Samples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, y)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return divided(Samples(inputs, y), clients)
+
+    return make
+
+
+def population(width: int, classes: int) -> Callable[[int, int], ClientData]:
+    """Make clients whose samples come into being when they are asked for."""
+
+    def make(clients: int, each: int) -> ClientData:
+        parts = virtual(
+            clients=clients, samples=each, sizes="constant", features=width, classes=classes
+        ).parts
+        if parts is None or isinstance(parts, list):
+            raise TypeError(f"virtual clients came as {type(parts).__name__}")
+        return parts
 
     return make
 
@@ -122,7 +153,7 @@ def minilm() -> nn.Module:
 
 SMALL = (mlp(64, 128, 10), vectors(64, 10), "fc2")
 WORKLOADS = {
-    "A": Workload("100 clients, MLP 64-128-10", 100, 15, *SMALL, (*OURS, *PEERS)),
+    "A": Workload("100 clients, MLP 64-128-10", 100, 15, *SMALL, (*OURS, *RAY, *PEERS)),
     "B": Workload(
         "100 clients, MLP 784-1024-10",
         100,
@@ -132,7 +163,7 @@ WORKLOADS = {
         "fc2",
         (*OURS, *PEERS),
     ),
-    "C": Workload("1,000 clients, MLP 64-128-10", 1000, 6, *SMALL, (*OURS, *PEERS)),
+    "C": Workload("1,000 clients, MLP 64-128-10", 1000, 6, *SMALL, (*OURS, *RAY, *PEERS)),
     "minilm": Workload(
         "16 clients, transformer of 6 layers and width 384, 32 tokens",
         16,
@@ -140,9 +171,10 @@ WORKLOADS = {
         minilm,
         tokens(30522, 32, 2),
         "classifier",
-        ("vectorised", "central", "idle"),
+        ("vectorised", "central", "idle", *RAY),
         samples=12,
         batch=4,
+        ray_chunk=4,
     ),
     "cohort": Workload(
         "MLP 64-128-10, cohorts of 1,000 and 10,000",
@@ -150,5 +182,15 @@ WORKLOADS = {
         5,
         *SMALL,
         ("cohort 1,000", "cohort 10,000"),
+    ),
+    "population": Workload(
+        "100 clients a round, MLP 64-128-10, samples made on demand",
+        1000,
+        15,
+        mlp(64, 128, 10),
+        population(64, 10),
+        "fc2",
+        ("population 1,000", "population 1,000,000"),
+        asked=100,
     ),
 }

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from experiments.bench.bounds import BOUNDS, disagreements, judge
-from experiments.bench.command import measure, run
+from experiments.bench.command import measure, run, timed
 from experiments.bench.config import BenchConfig, parse
 from experiments.bench.launch import environment, interpreter, run_peer
 from experiments.bench.report import Report
 from experiments.bench.rows import BUILDERS, Case
 from experiments.bench.stations import profile
 from experiments.bench.table import BEGIN, END, replace_between_marks, tables
-from experiments.bench.timing import interleaved, training_loss
+from experiments.bench.timing import training_loss
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import PEERS, WORKLOADS, Workload, mlp, vectors
 from fedraclora.errors import ConfigError
@@ -91,6 +91,21 @@ def test_rows_of_full_weights_are_fedavg(row: str) -> None:
     assert training_loss(task, found) < training_loss(task, start)
 
 
+@pytest.mark.slow
+def test_ray_rows_count_their_own_workers() -> None:
+    names = ["ray idle", "ray x1", "ray x2"]
+    found = timed(names, Case(replace(TINY, ray_chunk=3), CPU), 2, lambda _: 0.0)
+    assert found["ray x2"].peak_bytes > found["ray x1"].peak_bytes > 0
+    assert all(row.cpu_seconds > 0 for row in found.values())
+
+
+def test_virtual_clients_are_asked_for_a_cohort() -> None:
+    workload = replace(WORKLOADS["population"], clients=5000, asked=7)
+    assert Case(workload, CPU).task.train.num_clients == 5000
+    found = timed(["vectorised"], Case(workload, CPU), 1, lambda _: 0.0)
+    assert found["vectorised"].facts == {"chunk": 7.0}
+
+
 @pytest.mark.parametrize("name", sorted(WORKLOADS))
 def test_every_row_of_a_workload_is_somebodys(name: str) -> None:
     assert set(WORKLOADS[name].rows) <= {*BUILDERS, *PEERS}
@@ -105,9 +120,7 @@ def test_every_bound_names_rows_that_its_workload_has() -> None:
 
 
 def test_all_rows_make_the_rounds_they_should() -> None:
-    case = Case(TINY, CPU)
-    rows = {name: BUILDERS[name](case) for name in ("vectorised", "central", "inline", "idle")}
-    found = interleaved(rows, 2, lambda _: 0.0)
+    found = timed(["vectorised", "central", "inline", "idle"], Case(TINY, CPU), 2, lambda _: 0.0)
     assert {row.rounds for row in found.values()} == {2}
     assert all(row.seconds > 0 and row.peak_bytes > 0 for row in found.values())
 

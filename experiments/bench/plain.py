@@ -1,0 +1,47 @@
+"""The plain loop: FedAvg as one writes it by hand."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from experiments.bench.usage import Laps
+from experiments.bench.workloads import LR, Workload
+from fedraclora.task import Task, forward
+from fedraclora.tree import Tree
+
+
+class PlainLoop:
+    """One module, one optimiser per client, a running sum.
+
+    Args:
+        workload: Whose local work is done.
+        task: The task of the workload.
+    """
+
+    def __init__(self, workload: Workload, task: Task) -> None:
+        self.workload, self.task = workload, task
+        self.state = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+
+    def weights(self) -> Tree:
+        """The weights after the last round."""
+        return self.state
+
+    def round(self, laps: Laps) -> None:
+        """Train every client in turn and average."""
+        laps.begin()
+        model, data = self.task.model.train(), self.task.train
+        sums = {n: torch.zeros_like(t) for n, t in self.state.items()}
+        for client in range(data.num_clients):
+            model.load_state_dict(self.state)
+            optimiser = torch.optim.SGD(model.parameters(), lr=LR)
+            places = torch.arange(self.workload.samples).split(self.workload.batch)
+            for place in places:
+                batch = data.gather(torch.tensor([client]), place[None])
+                optimiser.zero_grad()
+                F.cross_entropy(forward(model, batch.inputs), batch.target).backward()
+                optimiser.step()
+            for name, value in model.named_parameters():
+                sums[name] += value.detach()
+        self.state = {n: t / data.num_clients for n, t in sums.items()}
+        laps.end()
