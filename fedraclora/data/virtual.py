@@ -168,6 +168,6 @@ def virtual(
         table.take(ids[:held_out]),
         table.take(ids[held_out:]),
         classes,
-        {"source": "synthetic mixture, clients made on demand"},
+        {"source": "synthetic mixture, clients made on demand; train is a table beside them"},
     )
     return replace(data, parts=population)

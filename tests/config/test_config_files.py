@@ -18,11 +18,12 @@ from fedraclora.config import RunConfig, from_plain
 from fedraclora.errors import DataError
 from fedraclora.optimiser import LocalConfig
 from fedraclora.settings import ENGINES, EvaluateConfig, OutputConfig, PretrainConfig
+from fedraclora.system import SystemConfig
 from strategies import METHODS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 FILES = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
-GROUPS = {"output": OutputConfig, "pretrain": PretrainConfig}
+GROUPS = {"output": OutputConfig, "pretrain": PretrainConfig, "system": SystemConfig}
 
 TINY = ["rounds=1", "clients=10", "cohort=3"]
 DIGITS = ["data=digits", "pretrain=none", *TINY]  # digits 5-9, by the root's data.labels
@@ -30,10 +31,12 @@ SYNTHETIC = ["partition=given", "model=linear", "model.bias=false", "pretrain=no
 # What a choice needs beside it to run a round; digits and the other defaults where it is absent.
 BESIDE = {
     "config": TINY,
+    "system/phones": [*DIGITS, "clients=40", "cohort=10"],
     "data/digits": ["pretrain=none", *TINY],
     "data/mnist_5k": ["pretrain=none", *TINY],
     "data/least_squares": [*SYNTHETIC, "data.labels=null", "clients=null"],
     "data/logistic_regression": [*SYNTHETIC, "data.labels=null", "clients=null"],
+    "data/virtual": ["partition=given", "pretrain=none", *TINY],
     "partition/given": [
         "data=least_squares",
         "data.labels=null",
@@ -55,6 +58,7 @@ BESIDE = {
     "partition/fedslop": [*DIGITS, "partition.empty=drop"],
     "pretrain/digits_0_4": ["data=digits", "pretrain.epochs=2", *TINY],
     "experiment/fedslop_mnist": ["rounds=1"],
+    "experiment/million": ["rounds=1"],
 }
 # Texts and large models: slow to load, or not here. They are composed only.
 COMPOSED = {
