@@ -139,8 +139,7 @@ def cut_links(folder: Path, round_: int) -> None:
 
 
 def _links(folder: Path) -> list[tuple[int, Path]]:
-    paths = folder.glob("*.safetensors")
-    return sorted((int(p.stem), p) for p in paths if p.stem.isdecimal())
+    return sorted((int(p.stem), p) for p in folder.glob("*.safetensors") if p.stem.isdecimal())
 
 
 def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync: bool) -> None:
@@ -209,8 +208,7 @@ def _digest(tensors: Tree, meta: str) -> str:
     h = hashlib.sha256(meta.encode())
     for name, tensor in tensors.items():
         h.update(f"\0{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        # Raw bytes: numpy knows neither bfloat16 nor the 8-bit floats. An empty tensor has none,
-        # and where numpy made it, it cannot be viewed as bytes.
+        # Raw bytes: numpy knows neither bfloat16 nor 8-bit floats; its empty arrays have none.
         if tensor.numel():
             h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
