@@ -34,16 +34,22 @@ class Site:
         self.worker = Worker(trainer_of(parts.config, parts.built, parts.plan), self.replica)
 
     def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
-        """Answer a train message.
+        """Answer a train message; see `answer`."""
+        return answer(self.worker, content, kept)
 
-        Args:
-            content: The message.
-            kept: What its clients hold (`fedraclora.clientstore.ClientStore.part`).
 
-        Returns:
-            The reply, and what was kept in this round.
-        """
-        store = self.worker.store = ClientStore()
-        store.restore(kept)
-        reply = self.worker.train(content)
-        return reply, store.since(round_of(content))
+def answer(worker: Worker, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
+    """Answer a train message of clients whose own tensors come with it.
+
+    Args:
+        worker: Trains; what it keeps itself is not used.
+        content: The message.
+        kept: What its clients hold (`fedraclora.clientstore.ClientStore.part`).
+
+    Returns:
+        The reply, and what was kept in this round.
+    """
+    store = worker.store = ClientStore()
+    store.restore(kept)
+    reply = worker.train(content)
+    return reply, store.since(round_of(content))

@@ -43,6 +43,22 @@ def array_record(flat: torch.Tensor) -> ArrayRecord:
     return record
 
 
+def tree_record(tree: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Write named tensors, one array each."""
+    record = ArrayRecord()
+    for name, tensor in tree.items():
+        record[name] = Array(to_numpy(tensor))
+    return record
+
+
+def read_tree(content: RecordDict, name: str) -> Tree:
+    """Read the tensors of the record ``name``; none where it is missing."""
+    record = content.get(name)
+    if not isinstance(record, ArrayRecord):
+        return {}
+    return {key: torch.from_numpy(array.numpy()) for key, array in record.items()}
+
+
 def read_header(content: RecordDict) -> dict[str, Any]:
     """Read the header of a message.
 

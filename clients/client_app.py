@@ -1,0 +1,65 @@
+"""The ClientApp of Flower's runtimes: it finds what it needs in a folder of its machine.
+
+A message may meet any process, or a fresh one. A process builds data and model once and keeps
+them; the base weights are read from the folder when the message names another version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.site import answer
+from clients.worker import Worker
+from fedraclora.build import build_task, fix_bits, plan_of, trainer_of
+from fedraclora.config import task_from_plain
+from fedraclora.engines.local import failed
+from fedraclora.errors import WireError
+from fedraclora.job import read_settings
+from fedraclora.replica import FileReplica
+from fedraclora.settings import PretrainConfig
+from fedraclora.wire.records import read_tree, tree_record
+
+app = ClientApp()
+
+
+@app.query("partition")
+def partition(message: Message, context: Context) -> Message:
+    """Say which client this node is."""
+    record = ConfigRecord({"id": int(context.node_config["partition-id"])})
+    return Message(RecordDict({"partition": record}), reply_to=message)
+
+
+@app.train("cohort")
+def train(message: Message, context: Context) -> Message:
+    """Train the client of this node; what goes wrong is said in one line, not in Ray's words."""
+    del context  # nothing is kept in Flower's state: it is lost when a client raises
+    try:
+        job = message.content.get("job")
+        if not isinstance(job, ConfigRecord):
+            raise WireError(f"a message holds {list(message.content)}; the record job is wanted")
+        worker = worker_of(str(job["folder"]))
+        content, kept = answer(worker, message.content, read_tree(message.content, "kept"))
+        content["kept"] = tree_record(kept)
+    except Exception as error:
+        return failed(message, f"{type(error).__name__}: {error}")
+    return Message(content, reply_to=message)
+
+
+@lru_cache(maxsize=1)
+def worker_of(folder: str) -> Worker:
+    """Build data and model of a run, once in each process.
+
+    Args:
+        folder: Of a `fedraclora.job.JobFolder`.
+    """
+    config = task_from_plain(read_settings(Path(folder)))
+    fix_bits(config.engine.threads)
+    # The base weights come from the folder: to pretrain them here again would be for nothing.
+    built = build_task(replace(config, pretrain=PretrainConfig()))
+    trainer = trainer_of(config, built, plan_of(config, built.task))
+    return Worker(trainer, FileReplica(Path(folder), built.device))

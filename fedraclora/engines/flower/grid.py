@@ -1,0 +1,105 @@
+"""Flower's simulation runtime as an engine: it starts when the first client is asked."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from flwr.clientapp import ClientApp
+from typing_extensions import override
+
+from fedraclora.clientstore import ClientStore
+from fedraclora.engines.flower.nodes import NodePerClient
+from fedraclora.engines.flower.runtime import Backend, Runtime
+from fedraclora.errors import ConfigError, EngineError
+from fedraclora.job import JobFolder
+from fedraclora.settings import FlowerConfig
+
+
+def backend(settings: FlowerConfig, device: str) -> Backend:
+    """Check what is asked for, and write it as Flower wants it.
+
+    Raises:
+        ConfigError: If this machine cannot give it.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    served = min(32, (os.cpu_count() or 1) + 4)  # threads of the executor that Flower makes
+    workers = min(cpus, served) if settings.workers is None else settings.workers
+    if workers > served:
+        raise ConfigError(
+            f"engine.workers is {workers}, but Flower serves at most {served} processes at a time "
+            "on this machine: lower it, or use engine=ray"
+        )
+    share = float(device == "cuda") if settings.gpus is None else settings.gpus
+    if share > (there := torch.cuda.device_count()):
+        raise ConfigError(
+            f"engine.gpus is {share:g} for each process, but this machine has {there} GPU(s): "
+            "lower it, or set device=cpu and engine.gpus=null"
+        )
+    return {
+        "init_args": {
+            "address": "local",  # never the cluster of RAY_ADDRESS
+            "num_cpus": workers,
+            "include_dashboard": False,
+            "configure_logging": False,
+            "logging_level": "ERROR",
+            "log_to_driver": False,
+        },
+        "client_resources": {
+            "num_cpus": 1,
+            "num_gpus": share,
+            # Handed to Ray as they are: it replaces a dead process and does its task again. Flower
+            # puts a dead one on top of its pool, where it fails nearly everything from there on.
+            "max_restarts": -1,
+            "max_task_retries": settings.retries,
+        },
+    }
+
+
+class FlowerGrid(NodePerClient):
+    """The grid of a simulation runtime that this process starts and ends.
+
+    Args:
+        app: The ClientApp. Its functions are importable, so that processes keep what they built.
+        job: Where client processes find settings and base weights; removed at the end.
+        clients: Size of the population.
+        store: What clients keep between rounds.
+        settings: Processes, retries, time-out.
+        device: Where clients train: cpu or cuda.
+
+    Raises:
+        ConfigError: If this machine cannot give the resources that are asked for.
+    """
+
+    def __init__(
+        self,
+        app: ClientApp,
+        job: JobFolder,
+        *,
+        clients: int,
+        store: ClientStore,
+        settings: FlowerConfig,
+        device: str,
+    ) -> None:
+        self.runtime = Runtime(app, clients, backend(settings, device))
+        super().__init__(
+            self.runtime.grid,
+            clients,
+            job,
+            store=store,
+            timeout=settings.timeout,
+            stopped=self.runtime.ended,
+            mends=True,
+        )
+
+    @override
+    def wait(self, what: str) -> None:
+        try:
+            super().wait(what)
+        except EngineError as error:
+            raise self.runtime.error() or error from None
+
+    def close(self) -> None:
+        """End the runtime and all that it started."""
+        self.runtime.close()
+        self.job.close()

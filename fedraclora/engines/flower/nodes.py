@@ -1,0 +1,205 @@
+"""Flower's grid with one node per client: clients are addressed by their id.
+
+Node ids are random, new in every run; a client is its partition id. One query round finds which
+node has which. Used inside a ServerApp, whichever of Flower's runtimes it runs in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from itertools import islice
+from threading import Event
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from typing_extensions import override
+
+from fedraclora.clientstore import ClientStore
+from fedraclora.errors import ClientError, EngineError
+from fedraclora.job import JobFolder
+from fedraclora.wire.records import clients_of, read_tree, tree_record
+
+PROCESS_DIED = 0  # the code of Flower's error reply where Ray, not the ClientApp, failed
+PAUSE = 0.05  # seconds between looks for replies
+# Messages on their way. Flower's driver walks all of them for every node, ten times a second.
+WINDOW = 256
+
+
+class NodePerClient(Grid):
+    """A grid whose node ``k`` is the node of client ``k``.
+
+    Args:
+        start: Gives Flower's own grid; called when the nodes are asked for first.
+        clients: Size of the population, and number of nodes.
+        job: Where the client processes of this machine find settings and base weights.
+        store: What clients keep between rounds; it travels with their messages, for any process
+            may train any client.
+        timeout: Seconds to wait for the nodes, and for replies unless a call says otherwise.
+        stopped: Set when the runtime has ended: nobody will reply.
+        mends: Whether the runtime replaces a process that died. Where it does not, Flower hands
+            nearly all later messages to the dead process, so the run must end.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], Grid],
+        clients: int,
+        job: JobFolder,
+        *,
+        store: ClientStore,
+        timeout: float,
+        stopped: Event | None = None,
+        mends: bool = False,
+    ) -> None:
+        self.start, self.clients, self.job, self.store = start, clients, job, store
+        self.timeout, self.mends = timeout, mends
+        self.stopped = Event() if stopped is None else stopped
+        self._grid: Grid | None = None
+        self._nodes: list[int] = []
+
+    @property
+    def grid(self) -> Grid:
+        """Flower's own grid."""
+        if self._grid is None:
+            self._grid = self.start()
+        return self._grid
+
+    def wait(self, what: str) -> None:
+        """Wait a moment.
+
+        Args:
+            what: For what, for the message.
+
+        Raises:
+            EngineError: If the runtime has ended.
+        """
+        if self.stopped.wait(PAUSE):
+            raise EngineError(f"Flower's runtime ended before {what}")
+
+    @override
+    def set_run(self, run: Run) -> None:
+        self.grid.set_run(run)
+
+    @property
+    @override
+    def run(self) -> Run:
+        return self.grid.run
+
+    @override
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    @override
+    def get_node_ids(self) -> Iterable[int]:
+        """Give the node of each client, in the order of their ids.
+
+        Raises:
+            EngineError: If nodes are missing, or their processes cannot run this project.
+        """
+        if not self._nodes:
+            self._nodes = self._find_nodes()
+        return self._nodes
+
+    @override
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self.grid.push_messages(self._address(m) for m in messages)
+
+    @override
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self.grid.pull_messages(message_ids)
+
+    @override
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages of one client each to its node; give the replies that come in time.
+
+        Raises:
+            EngineError: If the runtime ended.
+            ClientError: If a process died in a runtime that does not replace it.
+        """
+        seconds = self.timeout if timeout is None else timeout
+        return self._exchange((self._address(m) for m in messages), seconds)
+
+    def _address(self, message: Message) -> Message:
+        """Send a message to the node of its client, with all that a fresh process needs."""
+        (client,) = clients_of(message.content)
+        kept = self.store.part([client], int(message.metadata.group_id))
+        message.metadata.dst_node_id = list(self.get_node_ids())[client]
+        message.content["job"] = ConfigRecord({"folder": str(self.job.folder)})
+        message.content["kept"] = tree_record(kept)
+        return message
+
+    def _exchange(self, messages: Iterable[Message], timeout: float) -> list[Message]:
+        """Send and wait; Flower's own loop would wait on after the runtime has ended."""
+        end = time.monotonic() + timeout
+        left, sent, replies = iter(messages), dict[str, Message](), list[Message]()
+        while True:
+            for message in islice(left, WINDOW - len(sent)):
+                message.metadata.ttl = timeout  # else a late one would be trained hours later
+                sent |= dict.fromkeys(self.grid.push_messages([message]), message)
+            if not sent:
+                return replies
+            came = list(self.grid.pull_messages(list(sent)))
+            for reply in came:
+                replies.append(self._judge(reply, sent.pop(reply.metadata.reply_to_message_id)))
+            if time.monotonic() > end:
+                return replies
+            if not came:
+                self.wait("all clients had replied")
+
+    def _judge(self, reply: Message, sent: Message) -> Message:
+        """Keep what the client keeps; say what a dead process means."""
+        if not reply.has_error():
+            self.store.absorb(read_tree(reply.content, "kept"))
+            return reply
+        if reply.error.code != PROCESS_DIED:
+            return reply
+        said = str(reply.error.reason)
+        kind = said.partition("ray.exceptions.")[2].partition("'")[0]  # no ids: those of Ray vary
+        said = kind or said.partition("\n")[0][:200]
+        if self.mends or "chunk" not in sent.content:
+            reply.error = Error(PROCESS_DIED, f"the process that trained it died: {said}")
+            return reply
+        (client,) = clients_of(sent.content)
+        raise ClientError(
+            f"round {sent.metadata.group_id}: the process that trained client {client} died "
+            f"({said}); Flower's runtime does not replace it, so the run stops here: mend what "
+            "killed it (memory?) and go on with resume, or use `fedraclora simulate`, which "
+            "replaces processes"
+        )
+
+    def _find_nodes(self) -> list[int]:
+        """Wait for the nodes, and ask each for its partition id."""
+        end = time.monotonic() + self.timeout
+        while len(ids := list(self.grid.get_node_ids())) < self.clients:
+            self.wait("its nodes were there")
+            if time.monotonic() > end:
+                raise EngineError(
+                    f"{len(ids)} nodes came in {self.timeout} s, {self.clients} are wanted: one "
+                    "for each client; with `flwr run`, num-supernodes must be that number"
+                )
+        asked = (Message(RecordDict(), i, "query.partition", ttl=self.timeout) for i in ids)
+        found = {}
+        for reply in self._exchange(asked, self.timeout):
+            if reply.has_error():
+                raise EngineError(
+                    f"Flower's processes cannot run this project: {reply.error.reason}"
+                )
+            found[int(str(reply.content["partition"]["id"]))] = reply.metadata.src_node_id
+        if sorted(found) != list(range(self.clients)):
+            raise EngineError(
+                f"{len(ids)} nodes serve the partitions {sorted(found)[:5]}..., wanted are 0 to "
+                f"{self.clients - 1}, once each; with `flwr run`, num-supernodes must be "
+                f"{self.clients}"
+            )
+        return [found[k] for k in range(self.clients)]

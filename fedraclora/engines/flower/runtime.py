@@ -1,0 +1,162 @@
+"""Flower's simulation runtime, in threads of this process.
+
+It is Ray's actors behind Flower's in-memory link state, and it calls a ServerApp with the grid.
+Here that ServerApp hands the grid over and waits, so that the strategy runs where it runs with
+every other engine, and whatever goes wrong comes out of a call of the grid.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedraclora.errors import EngineError
+
+# Ray may not hide GPUs from processes that ask for none, nor say that it will.
+ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# What they log as an error is raised here. (Ray sets the level of its upper logger at import.)
+LOGGERS = ("flwr", "ray._private.worker")
+
+Backend = dict[str, dict[str, Any]]
+
+
+class Runtime:
+    """Flower's simulation runtime in threads of this process.
+
+    Args:
+        app: The ClientApp.
+        clients: Number of nodes.
+        config: Flower's ``backend_config``.
+
+    Attributes:
+        ended: Set when the runtime has ended, for whatever reason.
+    """
+
+    def __init__(self, app: ClientApp, clients: int, config: Backend) -> None:
+        self.app, self.clients, self.config = app, clients, config
+        self.ended, self._done = Event(), Event()
+        self._handed: SimpleQueue[Grid | None] = SimpleQueue()
+        self._thread: Thread | None = None
+        self._broken: Exception | None = None
+
+    def grid(self) -> Grid:
+        """Start the runtime and give its grid.
+
+        Raises:
+            EngineError: If it does not start.
+        """
+        refuse_running_ray()
+        self._thread = Thread(target=self._run, name="flower", daemon=True)
+        self._thread.start()
+        grid = self._handed.get()
+        if grid is None:
+            raise self.error() or EngineError("Flower's runtime ended before it began")
+        return grid
+
+    def error(self) -> EngineError | None:
+        """Say why the runtime broke; None if it did not."""
+        if self._broken is None:
+            return None
+        first: BaseException = self._broken
+        while first.__cause__ is not None:
+            first = first.__cause__
+        return EngineError(f"Flower's runtime broke: {type(first).__name__}: {first}")
+
+    def close(self) -> None:
+        """End it, and wait for the end."""
+        if self._thread is None:
+            return
+        with hushed():
+            self._done.set()
+            self._thread.join()
+        self._thread = None
+
+    def _run(self) -> None:
+        from flwr.simulation import run_simulation
+
+        server = ServerApp()
+
+        @server.main()
+        def main(grid: Grid, context: Context) -> None:
+            del context
+            self._handed.put(grid)
+            # Flower's thread for this is no daemon: it must not outlive what it works for.
+            while not self._done.wait(1.0) and threading.main_thread().is_alive():
+                pass
+
+        try:
+            with own_environment():
+                run_simulation(server, self.app, self.clients, backend_config=self.config)
+        except Exception as error:
+            self._broken = error
+        finally:
+            self._done.set()
+            self.ended.set()
+            self._handed.put(None)
+
+
+def refuse_running_ray() -> None:
+    """Refuse to run beside a Ray of this process, which Flower would use and then end.
+
+    Raises:
+        EngineError: If there is one.
+    """
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        raise EngineError(
+            "Ray runs in this process already, and engine=flower starts its own: end it first"
+        )
+
+
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """Set what Ray shall heed, quieten the logs, and put back what Flower changes."""
+    before, loggers = dict(os.environ), [logging.getLogger(n) for n in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in before})
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Send what this process writes to its standard streams nowhere.
+
+    With retries, Ray reports every process that ends as it was told to as an error: in Python on
+    one stream, in C++ on the other, and there is no switch for it.
+    """
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.flush()
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number, _ in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        for number, copy in kept:
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nowhere)
