@@ -13,7 +13,7 @@ from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer, Trial
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.memory import is_out_of_memory
-from fedraclora.method import Adapter, Downlink, Factor, Frozen, Trained
+from fedraclora.method import Adapter, Downlink, Factor, Trained
 from fedraclora.ranks import uploaded_mask
 from fedraclora.replica import Replica
 from fedraclora.tree import Tree
@@ -82,7 +82,7 @@ class Worker:
     ) -> list[list[int]]:
         """Train the clients at ``places`` as one batch; give the parts that must be tried again."""
         index = torch.tensor(places)
-        part = cut(downlink, index) if len(places) < len(order.clients) else downlink
+        part = downlink.select(index) if len(places) < len(order.clients) else downlink
         trial, failure, starved = None, "", False
         try:
             trial = self.trainer.train(
@@ -197,22 +197,3 @@ def join(trials: list[Trial]) -> Trial | None:
         torch.cat([t.steps for t in trials]),
         torch.cat([t.samples for t in trials]),
     )
-
-
-def cut(downlink: Downlink, places: torch.Tensor) -> Downlink:
-    """Keep the per-client values of the clients at ``places`` only."""
-
-    def part(factor: object) -> object:
-        if isinstance(factor, Frozen) and factor.per_client:
-            return Frozen(factor.value[places])
-        if isinstance(factor, Trained) and factor.per_client and factor.start is not None:
-            return replace(factor, start=factor.start[places])
-        return factor
-
-    adapters = {
-        w: Adapter({k: part(f) for k, f in a.factors.items()}, a.scale)  # type: ignore[misc]
-        for w, a in downlink.adapters.items()
-    }
-    dense = {n: part(s) for n, s in downlink.dense.items()}
-    ranks = None if downlink.ranks is None else downlink.ranks[places]
-    return replace(downlink, adapters=adapters, dense=dense, ranks=ranks)  # type: ignore[arg-type]

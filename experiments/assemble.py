@@ -28,6 +28,7 @@ from fedraclora.runbook import RunBook
 from fedraclora.settings import RayConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
+from strategies.fleet import Fleet
 from strategies.loop import LoopConfig
 from strategies.rows import Row
 
@@ -129,6 +130,7 @@ def assemble(
         aggregator=AGGREGATORS[config.aggregator],
         on_round=on_round,
         sizes=lambda clients: task.train.sizes(clients.to(built.device)).cpu(),
+        fleet=Fleet(config.system, config.seed, config.local),
     )
     if resume:
         restored, done = book.restore(state, strategy.catch_up)

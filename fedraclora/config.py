@@ -29,6 +29,7 @@ from fedraclora.settings import (
     OutputConfig,
     PretrainConfig,
 )
+from fedraclora.system import SystemConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 NOT_IN_DIGEST = ("output", "resume")
@@ -76,8 +77,8 @@ class TaskConfig:
     precision: str
     head: str
     bias: str
-    targets: str | None
-    dense: str | None
+    targets: str | list[str] | None
+    dense: str | list[str] | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class RunConfig(TaskConfig):
         weights: examples or uniform.
         aggregator: A key of `fedraclora.aggregator.AGGREGATORS`.
         max_failures: Clients that may fail in a round.
+        system: What the clients' devices are like.
     """
 
     method: Method
@@ -100,6 +102,7 @@ class RunConfig(TaskConfig):
     weights: str
     aggregator: str
     max_failures: int
+    system: SystemConfig
 
     @property
     def digested(self) -> dict[str, object]:
@@ -113,6 +116,7 @@ GROUPS: dict[str, Callable[[Plain], object]] = {
     "evaluate": lambda g: build("evaluate", EvaluateConfig, g),
     "pretrain": lambda g: build("pretrain", PretrainConfig, without(g, "name")),
     "output": lambda g: build("output", OutputConfig, without(g, "name")),
+    "system": lambda g: build("system", SystemConfig, without(g, "name")),
 }
 TABLES: dict[str, Iterable[str]] = {"data": DATASETS, "model": MODELS, "partition": PARTITIONS}
 

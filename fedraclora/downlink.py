@@ -7,7 +7,7 @@ the cohort or one per client (a leading axis K).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -105,3 +105,21 @@ class Downlink:
     def uploaded(self) -> dict[str, Trained]:
         """What clients send back, in packing order."""
         return {name: slot for name, slot in self.trained().items() if slot.upload}
+
+    def select(self, places: torch.Tensor) -> Downlink:
+        """Keep the per-client values of the clients at ``places`` (int64) only."""
+
+        def part(factor: object) -> object:
+            if isinstance(factor, Frozen) and factor.per_client:
+                return Frozen(factor.value[places])
+            if isinstance(factor, Trained) and factor.per_client and factor.start is not None:
+                return replace(factor, start=factor.start[places])
+            return factor
+
+        adapters = {
+            w: Adapter({k: part(f) for k, f in a.factors.items()}, a.scale)  # type: ignore[misc]
+            for w, a in self.adapters.items()
+        }
+        dense = {n: part(s) for n, s in self.dense.items()}
+        ranks = None if self.ranks is None else self.ranks[places]
+        return replace(self, adapters=adapters, dense=dense, ranks=ranks)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from fedraclora.errors import CheckpointError
 
 Row = dict[str, object]
 
-NONDETERMINISTIC = frozenset({"seconds", "peak_memory_bytes", "timestamp"})
+NONDETERMINISTIC = frozenset({"seconds", "peak_memory_bytes", "timestamp", "incidents"})
 
 
 class Ledger:

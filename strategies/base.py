@@ -12,28 +12,33 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Result
 from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import SUMMING, Aggregator, Setting, mean
 from fedraclora.chain import CatchUp
-from fedraclora.errors import ClientError, WireError
+from fedraclora.engines.local import taken_incidents
+from fedraclora.errors import ClientError, EngineError, WireError
+from fedraclora.ledger import number
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.optimiser import LocalConfig
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, Stopwatch
-from fedraclora.sampling import client_weights, draw_cohort
+from fedraclora.sampling import client_weights
 from fedraclora.steps import effective_step
+from fedraclora.system import SystemConfig
 from fedraclora.tree import Tree
 from strategies.exchange import Exchange
+from strategies.fleet import Fleet
 from strategies.loop import LoopConfig
-from strategies.rows import Moved, Row, ledger_row
+from strategies.rows import Moved, Row, fleet_columns, ledger_row
+from strategies.serverside import EvaluatesItself
 
 log = logging.getLogger(__name__)
 
 
-class FedStrategy(Strategy):
+class FedStrategy(EvaluatesItself):
     """Runs a method round by round.
 
     Args:
@@ -47,6 +52,7 @@ class FedStrategy(Strategy):
         aggregator: What happens between the checks and the method.
         on_round: Called with each new ledger row.
         sizes: Samples of clients [K], where the server knows them before they train.
+        fleet: The clients' devices; ideal ones by default.
     """
 
     def __init__(
@@ -62,11 +68,14 @@ class FedStrategy(Strategy):
         aggregator: Aggregator = mean,
         on_round: Callable[[Row], None] | None = None,
         sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
+        fleet: Fleet | None = None,
     ) -> None:
         self.method, self.state, self.local, self.loop = method, state, local, loop
         self.replica, self.evaluate, self.book = replica, evaluate, book
         self.aggregator, self.on_round, self.sizes = aggregator, on_round, sizes
         self.draw = Draw(loop.seed)
+        self.fleet = fleet or Fleet(SystemConfig(), loop.seed, local)
+        self.fleet.check(method)
         self.catch_up = CatchUp(state.base, loop.clients)
         self.done = 0
         self._exchange: Exchange | None = None
@@ -74,6 +83,8 @@ class FedStrategy(Strategy):
     def resume(self, state: State, done: int) -> None:
         """Go on after round ``done`` from a restored state (`catch_up` is restored in place)."""
         self.state, self.done = state, done
+        if self.fleet.system.timed:
+            self.fleet.now = number(self.book.ledger.rows[-1], "virtual_seconds")
 
     @override
     def start(  # type: ignore[override]
@@ -107,7 +118,7 @@ class FedStrategy(Strategy):
         for round_ in range(self.done + 1, last + 1):
             try:
                 metrics = self._round(grid, round_, timeout or self.loop.timeout)
-            except (ClientError, WireError):
+            except (ClientError, EngineError, WireError):
                 self.book.save(self.state, self.done, self.catch_up)
                 raise
             result.train_metrics_clientapp[round_] = metrics
@@ -119,9 +130,8 @@ class FedStrategy(Strategy):
     def _initial_row(self) -> None:
         """Write row 0: the metrics of the initial weights."""
         self.book.begin(self.state)
-        metrics = self._metrics()
-        row: Row = {"round": 0, "metrics": metrics, "uplink_total": 0, "downlink_total": 0}
-        self._publish_row(row | {"notes": list(self.state.notes)})
+        row: Row = {"round": 0, "metrics": self._metrics(), "notes": list(self.state.notes)}
+        self._publish_row(row | {"uplink_total": 0, "downlink_total": 0} | self.fleet.clock)
 
     def _round(self, grid: Grid, round_: int, timeout: float) -> MetricRecord:
         """Run one round: exchanges until the method closes it, then evaluate and write."""
@@ -142,7 +152,7 @@ class FedStrategy(Strategy):
             messages = self._messages(again, exchange.survivors(), round_, grid, exchange)
             exchange = self._current()
         # Only now: a round that fails must not count its clients as caught up.
-        moved.fetched = int(self.catch_up.fetch(exchange.first.cohort.clients).sum())
+        moved.fetched = int(self.catch_up.fetch(exchange.first.asked.clients).sum())
         self._close(round_, exchange, got)
         watch.lap("close")
         due = round_ % self.loop.evaluate_every == 0 or round_ == self.loop.rounds
@@ -152,9 +162,12 @@ class FedStrategy(Strategy):
             exchange.downlink, self.local, self.local.rate_scale(round_, self.loop.rounds)
         )
         row = ledger_row(exchange, self.state, metrics, moved, self.book.totals())
+        if self.fleet.enabled:
+            row |= fleet_columns(exchange, self.fleet.clock)
         self.book.link(round_, self.state.link)
         watch.lap("write")
-        self._publish_row(row | {"effective_step": step, "seconds": watch.laps})
+        row |= {"effective_step": step, "seconds": watch.laps}
+        self._publish_row(row | taken_incidents(grid))
         # After the row: a checkpoint that is ahead of the ledger could not be resumed.
         if self.book.due(round_):
             self.book.save(self.state, round_, self.catch_up)
@@ -194,25 +207,31 @@ class FedStrategy(Strategy):
         """Draw the cohort, open the round, and write one message per chunk."""
         del arrays, config
         loop = self.loop
-        clients = draw_cohort(loop.seed, server_round, loop.clients, loop.cohort)
-        cohort = Cohort(clients, client_weights(loop.weights, self.sizes(clients)))
+        clients = self.fleet.ask(server_round, loop.clients, loop.cohort)
+        weights = client_weights(loop.weights, self.sizes(clients))
+        cohort = Cohort(clients, weights, self.fleet.ranks(clients, self.method))
         downlink = self.method.open_round(self.state, server_round, cohort, self.draw)
         return self._messages(downlink, cohort, server_round, grid, None)
 
     def _messages(
         self, downlink: Downlink, cohort: Cohort, round_: int, grid: Grid, before: Exchange | None
     ) -> list[Message]:
-        """Open an exchange: one message per chunk of the cohort."""
+        """Open an exchange: one message per chunk of the clients whose replies will count."""
+        held, downlink, timeline = self.fleet.race(
+            round_, cohort, downlink, self.sizes, None if before else self.catch_up, self.loop
+        )
         traits = self.method.traits
         self._exchange = Exchange(
             downlink,
             round_,
             self.catch_up.version,
+            held,
             cohort,
             self.loop,
             rate_scale=self.local.rate_scale(round_, self.loop.rounds),
             reduce=traits.linear and not traits.looks_at_clients and self.aggregator in SUMMING,
             before=before,
+            timeline=timeline,
         )
         return self._exchange.messages(list(grid.get_node_ids()))
 
@@ -227,22 +246,5 @@ class FedStrategy(Strategy):
         return token, MetricRecord({"clients": len(got.clients)})
 
     @override
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Evaluation is the server's: no messages."""
-        del server_round, arrays, config, grid
-        return []
-
-    @override
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Evaluation is the server's: nothing to aggregate."""
-        del server_round, replies
-        return None
-
-    @override
     def summary(self) -> None:
-        """Log what runs."""
         log.info("%s, %s", self.method, self.loop)

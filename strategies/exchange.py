@@ -13,6 +13,7 @@ from fedraclora.errors import ClientError, WireError
 from fedraclora.method import Cohort, Downlink
 from fedraclora.ranks import check_budgets, uploaded_numbers, widen
 from fedraclora.sampling import client_weights
+from fedraclora.timeline import Timeline
 from fedraclora.wire import Order, Packed, Reply, unpack_trial, uplink_layout
 from strategies.loop import LoopConfig
 
@@ -25,7 +26,8 @@ class Exchange:
         downlink: What is asked.
         round_: From 1.
         version: Of the base weights the clients train from.
-        cohort: Who is asked.
+        cohort: The clients whose replies count: whom messages go to.
+        asked: Who was asked: those whose device was too slow or vanished included.
         loop: Settings of the round loop.
         rate_scale: Of the step sizes.
         reduce: Whether sums of clients are enough for what follows.
@@ -36,12 +38,14 @@ class Exchange:
         before: The exchange before this one in the same round.
         mean_loss: Mean training loss over the clients whose replies are used.
         steps: Local steps of these clients.
+        timeline: The exchange on the virtual clock, or None.
     """
 
     downlink: Downlink
     round_: int
     version: int
     cohort: Cohort
+    asked: Cohort
     loop: LoopConfig
     rate_scale: float = 1.0
     reduce: bool = False
@@ -52,6 +56,7 @@ class Exchange:
     chunks: list[tuple[Message, list[int]]] = field(default_factory=list)
     mean_loss: float = float("nan")
     steps: int = 0
+    timeline: Timeline | None = None
 
     def __post_init__(self) -> None:
         """Fix the layout of the uplink, and see that the method heeds the rank budgets."""
@@ -169,6 +174,12 @@ class Exchange:
         return self if self.before is None else self.before.first
 
     @property
+    def dropped(self) -> list[Refusal]:
+        """Clients that were asked in this round and did not answer in time."""
+        earlier = [] if self.before is None else self.before.dropped
+        return [*earlier, *([] if self.timeline is None else self.timeline.dropped)]
+
+    @property
     def all_failures(self) -> list[Refusal]:
         """Clients that failed in this round so far."""
         earlier = [] if self.before is None else self.before.all_failures
@@ -184,4 +195,5 @@ class Exchange:
     def notes(self) -> list[str]:
         """Notes of the workers in this round so far."""
         earlier = [] if self.before is None else self.before.notes
-        return [*earlier, *(note for reply in self.replies for note in reply.notes)]
+        system = [] if self.timeline is None else self.timeline.notes
+        return [*earlier, *system, *(note for reply in self.replies for note in reply.notes)]

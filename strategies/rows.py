@@ -22,9 +22,9 @@ class Moved:
     def count(self, exchange: Exchange, dtype: str) -> None:
         """Add an exchange: what each asked client was sent, and every row that came."""
         size = DTYPES[dtype].itemsize
-        cohort = len(exchange.cohort)
+        each = payload_bytes(exchange.downlink, len(exchange.cohort), size)
         self.up += exchange.received * size
-        self.down += payload_bytes(exchange.downlink, cohort, size) * cohort
+        self.down += each * len(exchange.asked)
 
 
 def ledger_row(
@@ -61,3 +61,14 @@ def ledger_row(
         "report": state.report,
         "notes": [*state.notes, *exchange.notes],
     }
+
+
+def fleet_columns(exchange: Exchange, clock: Row) -> Row:
+    """What the ledger says besides where devices differ: who was asked and dropped, and the clock.
+
+    Args:
+        exchange: The last exchange of the round.
+        clock: The column of virtual seconds; empty where nothing takes time.
+    """
+    dropped = [vars(refusal) for refusal in exchange.dropped]
+    return {"asked": len(exchange.first.asked), "dropped": dropped, **clock}

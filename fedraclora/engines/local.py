@@ -33,6 +33,15 @@ def failed(message: Message, reason: str) -> Message:
     return Message(Error(APP_RAISED, reason), reply_to=message)
 
 
+def taken_incidents(grid: Grid) -> dict[str, object]:
+    """Take what went wrong and was mended in a grid, as a column of the ledger; {} if nothing."""
+    incidents = list(getattr(grid, "incidents", ()))
+    if not incidents:
+        return {}
+    grid.incidents.clear()  # type: ignore[attr-defined]
+    return {"incidents": incidents}
+
+
 class LocalGrid(Grid):
     """A grid of one node; subclasses say how messages are answered.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,8 @@ def test_what_is_here_runs_a_round(name: str) -> None:
         run = assemble(config, None)
     except DataError as error:
         pytest.skip(f"composed only: {error}")
-    run.strategy.start(run.grid)
+    with closing(run.grid):
+        run.strategy.start(run.grid)
     rows = run.strategy.book.ledger.rows
     assert [row["round"] for row in rows] == [0, 1]
     for row in rows:

@@ -27,7 +27,7 @@ from strategies import METHODS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 METHOD_TABLE: Mapping[str, type[Method]] = METHODS
-GROUPS = ("method", "data", "partition", "model", "local", "engine", "pretrain", "output")
+GROUPS = ("method", "data", "partition", "model", "local", "engine", "system", "pretrain", "output")
 
 
 def read(path: Path) -> dict[str, Any]:

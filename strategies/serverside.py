@@ -1,0 +1,30 @@
+"""What Flower's `Strategy` asks for and this project leaves to the server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from typing_extensions import override
+
+
+class EvaluatesItself(Strategy):
+    """A strategy that sends no evaluation messages."""
+
+    @override
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Evaluation is the server's: no messages."""
+        del server_round, arrays, config, grid
+        return []
+
+    @override
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Evaluation is the server's: nothing to aggregate."""
+        del server_round, replies
+        return None
