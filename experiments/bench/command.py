@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.bench.bounds import disagreements, judge
+from experiments.bench.capacity import largest_chunk
 from experiments.bench.config import BenchConfig, parse
 from experiments.bench.launch import interpreter, run_peer
 from experiments.bench.report import Report, about
@@ -34,7 +35,10 @@ from experiments.bench.timing import Measured, interleaved, training_loss
 from experiments.bench.workloads import PEERS, RAY, WORKLOADS
 from fedraclora.build import fix_bits, pick_device
 from fedraclora.errors import EngineError, FedRacLoraError
+from fedraclora.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree
+
+PRECISION_OF = {"vectorised": FLOAT32, "bf16": BF16_MIXED}
 
 
 def main() -> int:
@@ -91,6 +95,11 @@ def measure(name: str, case: Case, config: BenchConfig) -> Report:
             report.missing |= dict.fromkeys(group, str(error))
             continue
         report.rows |= {row: measured.plain() for row, measured in found.items()}
+    if case.device.type == "cuda":
+        for row, precision in PRECISION_OF.items():
+            if row in report.rows:
+                most = {"largest_chunk": largest_chunk(case, precision)}
+                report.rows[row] = {**report.rows[row], **most}
     for peer in wanted:
         if peer not in PEERS:
             continue
@@ -123,12 +132,12 @@ def timed(
         for name in names:
             rows[name] = BUILDERS[name](case)
             stack.callback(rows[name].close)
-        return interleaved(rows, rounds, loss)
+        return interleaved(rows, rounds, loss, case.device)
 
 
 def judged(report: Report) -> list[str]:
     """Print how the bounds fare; give those that are broken."""
-    verdict = judge(report.workload, report.rows)
+    verdict = judge(report.workload, report.rows, str(report.about["device"]))
     for line in verdict.kept:
         print(f"kept: {line}")
     for line in verdict.open:

@@ -15,6 +15,7 @@ from experiments.bench.plain import PlainLoop
 from experiments.bench.runs import Row, federated, settle
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import RAY, Workload
+from fedraclora.precision import BF16_MIXED
 from fedraclora.settings import RayConfig
 from fedraclora.task import Task
 from strategies.fedavg import FedAvg
@@ -45,6 +46,11 @@ def vectorised(case: Case) -> Row:
 def inline(case: Case) -> Row:
     """One client after another, the same engine with chunks of one."""
     return federated(case.workload, case.task, case.device, chunk=1)
+
+
+def mixed(case: Case) -> Row:
+    """The default engine with matrix products in bfloat16."""
+    return federated(case.workload, case.task, case.device, precision=BF16_MIXED)
 
 
 def idle(case: Case) -> Row:
@@ -118,6 +124,7 @@ def hosted(rows: Sequence[str], device: torch.device) -> Iterator[None]:
 BUILDERS: dict[str, Callable[[Case], Row]] = {
     "vectorised": vectorised,
     "central": central,
+    "bf16": mixed,
     "inline": inline,
     "idle": idle,
     "fedavg": fedavg,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from fedraclora.cohort import CohortTrainer
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.engines.local import LocalGrid
 from fedraclora.ledger import Ledger
-from fedraclora.method import Cohort, Draw, Method, Plan
+from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State
 from fedraclora.optimiser import LocalConfig
 from fedraclora.precision import FLOAT32
 from fedraclora.replica import Chronicle, Follower, Replica
@@ -115,7 +115,29 @@ class Parts:
     local: LocalConfig
     device: torch.device
     precision: str
-    crew: Path
+    crew: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        workload: Workload,
+        task: Task,
+        device: torch.device,
+        method: Method,
+        *,
+        steps: int | None = None,
+        precision: str = FLOAT32,
+    ) -> Parts:
+        """Plan a run; FedAvg trains biases, too."""
+        bias = "average" if isinstance(method, FedAvg) else "frozen"
+        plan = make_plan(task.model, task.head, head_policy="adapt", bias_policy=bias)
+        local = LocalConfig(lr=LR, batch_size=workload.batch, steps=steps, shuffle=False)
+        return cls(task, plan, local, device, precision)
+
+    def state(self, method: Method) -> State:
+        """The state before the first round."""
+        base = {n: p.detach().clone() for n, p in self.task.model.named_parameters()}
+        return method.init(base, self.plan, Draw(0))
 
     def trainer(self) -> CohortTrainer:
         """Build what trains chunks of clients."""
@@ -136,11 +158,18 @@ class BenchSite:
         fix_bits(1)
         self.replica = Follower(parts.plan, parts.device)
         self.worker = Worker(parts.trainer(), self.replica)
-        (parts.crew / f"{os.getpid()}.pid").touch()
+        if parts.crew is not None:
+            (parts.crew / f"{os.getpid()}.pid").touch()
 
     def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
         """Answer a train message; these clients keep nothing."""
         return self.worker.train(content), kept
+
+
+def first_downlink(method: Method, state: State, cohort: int) -> Downlink:
+    """Open the first round."""
+    everyone = Cohort(torch.arange(cohort), torch.ones(cohort))
+    return method.open_round(state, 1, everyone, Draw(0))
 
 
 def federated(
@@ -166,28 +195,19 @@ def federated(
         precision: Of the matrix products.
         workers: Ray workers that train; 0 trains in this process.
     """
-    dense = isinstance(method, FedAvg)
-    plan = make_plan(
-        task.model,
-        task.head,
-        head_policy="adapt",
-        bias_policy="average" if dense else "frozen",
-    )
     method = FedRacLora(rank=workload.rank) if method is None else method
-    base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    cohort = workload.cohort
-    local = LocalConfig(lr=LR, batch_size=workload.batch, steps=steps, shuffle=False)
-    state = method.init(base, plan, Draw(0))
-    first = Cohort(torch.arange(cohort), torch.ones(cohort))
-    size = resolve_chunk(chunk, task, method.open_round(state, 1, first, Draw(0)), local, cohort)
+    parts = Parts.of(workload, task, device, method, steps=steps, precision=precision)
+    local, cohort = parts.local, workload.cohort
+    state = parts.state(method)
+    size = resolve_chunk(chunk, task, first_downlink(method, state, cohort), local, cohort)
     loop = LoopConfig(rounds=ENDLESS, clients=workload.clients, cohort=cohort, chunk=size, seed=0)
     folder = tempfile.TemporaryDirectory()
     book = RunBook(None, sync=False)  # no folder: no chain, no checkpoints
     book.ledger = Ledger(Path(folder.name) / "ledger.jsonl")
-    replica = Chronicle() if workers else Replica(base)
+    replica = Chronicle() if workers else Replica(state.base)
     strategy = FedStrategy(method, state, local, loop, replica=replica, evaluate=None, book=book)
     crew = Path(folder.name)
-    grid = make_grid(Parts(task, plan, local, device, precision, crew), replica, workers)
+    grid = make_grid(replace(parts, crew=crew), replica, workers)
     run = FederatedRun(strategy, grid)
 
     def close() -> None:
@@ -197,7 +217,7 @@ def federated(
     return Row(
         run.round,
         workers=(lambda: [int(path.stem) for path in crew.glob("*.pid")]) if workers else None,
-        weights=run.weights if dense else None,
+        weights=run.weights if isinstance(method, FedAvg) else None,
         facts={"chunk": float(size)},
         close=close,
     )

@@ -17,6 +17,7 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 LABELS = {
     "vectorised": "**`vectorised`**",
+    "bf16": "**`vectorised`**, `precision=bf16-mixed`",
     "central": "central: one model, the same samples and steps",
     "inline": "`inline`: one client after another",
     "idle": "`vectorised`, clients that do nothing",
@@ -30,10 +31,10 @@ LABELS = {
     "fedlab": "FedLab {fedlab}",
     "fedjax": "FedJAX {fedjax}, jit",
 }
-HEAD = (
-    "| {} | s a round | CPU s a round | peak MB | CPU / central | CPU / vectorised |",
-    "|---|---:|---:|---:|---:|---:|",
-)
+COLUMNS = {
+    "cpu": ("s a round", "CPU s a round", "peak MB", "CPU / central", "CPU / vectorised"),
+    "cuda": ("s a round", "samples a s", "peak MB on the GPU", "time / central", "largest chunk"),
+}
 
 
 def tables(folder: Path) -> str:
@@ -55,18 +56,13 @@ def tables(folder: Path) -> str:
 def table(report: Report) -> str:
     """Make the table of one workload; its last line says what was measured where."""
     about, rows = report.about, report.rows
+    device = "cuda" if about.get("device") == "cuda" else "cpu"
     title = f"{report.workload}: {WORKLOADS[report.workload].what}"
-    lines = [HEAD[0].format(title), HEAD[1]]
-    for name, row in sorted(rows.items(), key=lambda item: seconds(item[1])):
-        cells = [
-            label(name, row),
-            f"{number(row, 'seconds'):.3g}",
-            f"{number(row, 'cpu_seconds'):.3g}",
-            f"{number(row, 'peak_bytes') / 1e6:.0f}",
-            against(row, rows.get("central")),
-            against(row, rows.get("vectorised")),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = [f"| {' | '.join((title, *COLUMNS[device]))} |", "|---|" + "---:|" * 5]
+    by = "seconds" if device == "cuda" else "cpu_seconds"
+    for name, row in sorted(rows.items(), key=lambda item: number(item[1], by)):
+        made = cuda_cells(report, name) if device == "cuda" else cpu_cells(report, name)
+        lines.append(f"| {' | '.join((label(name, row), *made))} |")
     versions = about.get("versions")
     torch = versions.get("torch") if isinstance(versions, Mapping) else None
     where = about.get("card") or f"{about.get('processor')}, {about.get('cores')} cores"
@@ -75,9 +71,29 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def seconds(row: Mapping[str, object]) -> float:
-    """CPU seconds of a round, by which rows are sorted."""
-    return number(row, "cpu_seconds")
+def cpu_cells(report: Report, name: str) -> tuple[str, ...]:
+    """Write a row that ran on the CPU."""
+    row, rows = report.rows[name], report.rows
+    return (
+        f"{number(row, 'seconds'):.3g}",
+        f"{number(row, 'cpu_seconds'):.3g}",
+        f"{number(row, 'peak_bytes') / 1e6:.0f}",
+        against(row, rows.get("central"), "cpu_seconds"),
+        against(row, rows.get("vectorised"), "cpu_seconds"),
+    )
+
+
+def cuda_cells(report: Report, name: str) -> tuple[str, ...]:
+    """Write a row that ran on a GPU; throughput counts the samples of the cohort."""
+    row, workload = report.rows[name], WORKLOADS[report.workload]
+    samples = 0 if "idle" in name else workload.cohort * workload.samples
+    return (
+        f"{number(row, 'seconds'):.3g}",
+        f"{samples / number(row, 'seconds'):,.0f}" if samples else "",
+        f"{number(row, 'peak_bytes') / 1e6:.0f}",
+        against(row, report.rows.get("central"), "seconds"),
+        f"{row['largest_chunk']:,}" if "largest_chunk" in row else "",
+    )
 
 
 def number(row: Mapping[str, object], key: str) -> float:
@@ -85,11 +101,11 @@ def number(row: Mapping[str, object], key: str) -> float:
     return float(str(row[key]))
 
 
-def against(row: Mapping[str, object], other: Mapping[str, object] | None) -> str:
-    """Write a ratio of CPU seconds, to three digits but never as a power of ten."""
+def against(row: Mapping[str, object], other: Mapping[str, object] | None, by: str) -> str:
+    """Write a ratio, to three digits but never as a power of ten."""
     if other is None:
         return ""
-    ratio = seconds(row) / seconds(other)
+    ratio = number(row, by) / number(other, by)
     return f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.3g}"
 
 

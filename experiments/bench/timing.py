@@ -29,6 +29,7 @@ class Measured:
         seconds: Median wall seconds of a counted round.
         cpu_seconds: Median CPU seconds of a counted round, over all processes of the row.
         peak_bytes: Largest resident size in a round, summed over the processes of the row.
+            On a GPU: the most that PyTorch held there.
         rounds: Counted rounds.
         first_seconds: Wall seconds of the round that is not counted.
         load: Load average when the row ended: above the row's own processes, distrust seconds.
@@ -72,7 +73,10 @@ class Measured:
 
 
 def interleaved(
-    rows: Mapping[str, Row], rounds: int, loss: Callable[[dict[str, torch.Tensor]], float]
+    rows: Mapping[str, Row],
+    rounds: int,
+    loss: Callable[[dict[str, torch.Tensor]], float],
+    device: torch.device,
 ) -> dict[str, Measured]:
     """Time each row for ``rounds`` rounds, in turn, after one round that does not count.
 
@@ -81,6 +85,7 @@ def interleaved(
         rounds: Counted rounds. A row that is held against others by its loss makes all of them;
             any other stops once it has used up a minute.
         loss: Training loss of weights.
+        device: Whose memory is looked at.
 
     Returns:
         What each row came to.
@@ -92,15 +97,30 @@ def interleaved(
             row, lap = rows[name], laps[name]
             # Short rounds come in bursts: caches are warm in a run, which is what is timed.
             burst = 1 if not lap.wall or lap.wall[-1] > SHORT else BURST
-            reset_peak()
+            restart_peak(device)
             for _ in range(min(burst, rounds + 1 - len(lap.wall))):
                 row.round(lap)
-            peaks[name] = max(peaks[name], tree_peak(row.workers()) if row.workers else peak())
+            peaks[name] = max(peaks[name], peak_of(row, device))
     found = {}
     for name, row in rows.items():
         final = None if row.weights is None else loss(row.weights())
         found[name] = Measured.of(laps[name].wall, laps[name].cpu, peaks[name], final, row.facts)
     return found
+
+
+def restart_peak(device: torch.device) -> None:
+    """Let the peak start again from what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        reset_peak()
+
+
+def peak_of(row: Row, device: torch.device) -> int:
+    """Bytes: the peak since `restart_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return tree_peak(row.workers()) if row.workers else peak()
 
 
 def done(laps: Laps, rounds: int, row: Row) -> bool:

@@ -161,7 +161,7 @@ WORKLOADS = {
         mlp(784, 1024, 10),
         vectors(784, 10),
         "fc2",
-        (*OURS, *PEERS),
+        ("bf16", *OURS, *PEERS),
     ),
     "C": Workload("1,000 clients, MLP 64-128-10", 1000, 6, *SMALL, (*OURS, *RAY, *PEERS)),
     "minilm": Workload(
@@ -171,7 +171,7 @@ WORKLOADS = {
         minilm,
         tokens(30522, 32, 2),
         "classifier",
-        ("vectorised", "central", "idle", *RAY),
+        ("vectorised", "bf16", "central", "idle", *RAY),
         samples=12,
         batch=4,
         ray_chunk=4,

@@ -9,12 +9,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from experiments.bench.bounds import BOUNDS, disagreements, judge
+from experiments.bench.capacity import largest, largest_chunk
 from experiments.bench.command import measure, run, timed
 from experiments.bench.config import BenchConfig, parse
 from experiments.bench.launch import environment, interpreter, run_peer
@@ -25,7 +27,10 @@ from experiments.bench.table import BEGIN, END, replace_between_marks, tables
 from experiments.bench.timing import training_loss
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import PEERS, WORKLOADS, Workload, mlp, vectors
+from fedraclora.cohort import CohortTrainer
 from fedraclora.errors import ConfigError
+from fedraclora.method import Downlink
+from fedraclora.tree import Tree
 
 TINY = Workload(
     "6 clients", 6, 2, mlp(7, 5, 3), vectors(7, 3), "fc2", ("fedavg", "loop"), samples=8, batch=4
@@ -176,6 +181,52 @@ def test_the_table_names_versions_and_ratios(tmp_path: Path) -> None:
         replace_between_marks("none", "new")
     with pytest.raises(ConfigError, match="holds no figures"):
         tables(tmp_path / "nowhere")
+
+
+def test_the_table_of_a_gpu_gives_throughput_and_the_largest_chunk(tmp_path: Path) -> None:
+    rows = {
+        "vectorised": {**ROWS["vectorised"], "largest_chunk": 65536},
+        "central": ROWS["central"],
+    }
+    Report("A", rows, {}, {"device": "cuda", "card": "Card 1"}).write(tmp_path)
+    made = tables(tmp_path)
+    assert "| **`vectorised`** | 0.01 | 500,000 | 300 | 2 | 65,536 |" in made
+    assert "Card 1; torch" in made
+
+
+def test_a_gpu_is_judged_by_wall_time() -> None:
+    rows = {"vectorised": {"seconds": 1.0, "cpu_seconds": 9.0}, "central": {"seconds": 1.0}}
+    assert not judge("B", rows, "cuda").broken
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 100, 1000, 65536])
+def test_the_largest_chunk_is_found_to_an_eighth(most: int) -> None:
+    tried: list[int] = []
+
+    def fits(clients: int) -> bool:
+        tried.append(clients)
+        return clients <= most
+
+    found = largest(fits, most=1 << 12)
+    assert found <= most
+    assert found >= min(most, 1 << 12) * 8 / 9 - 1
+    assert len(tried) == len(set(tried))
+    assert max(tried) <= 1 << 12
+
+
+def test_a_chunk_that_starves_is_not_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = CohortTrainer.train
+
+    def train(
+        self: CohortTrainer, base: Tree, downlink: Downlink, clients: torch.Tensor, **k: Any
+    ) -> Any:
+        if len(clients) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return held(self, base, downlink, clients, **k)
+
+    monkeypatch.setattr(CohortTrainer, "train", train)
+    assert 18 <= largest_chunk(Case(TINY, CPU), "float32") <= 20
+    assert 18 <= largest_chunk(Case(TINY, CPU), "bf16-mixed") <= 20
 
 
 def test_stored_results_make_tables_and_agree() -> None:
