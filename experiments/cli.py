@@ -12,7 +12,7 @@ from fedraclora.errors import FedRacLoraError, unknown
 COMMANDS = {
     "simulate": "run a federated experiment in this process; -m sweeps",
     "compare": "read run folders into one table and figures",
-    "bench": "time whole rounds of the engines against the physical limit",
+    "bench": "time whole rounds of the engines, the physical limit and the peers",
 }
 
 

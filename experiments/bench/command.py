@@ -32,9 +32,10 @@ from experiments.bench.rows import BUILDERS, Case, hosted
 from experiments.bench.stations import profile
 from experiments.bench.table import tables
 from experiments.bench.timing import Measured, interleaved, training_loss
+from experiments.bench.usage import PROC
 from experiments.bench.workloads import PEERS, RAY, WORKLOADS
 from fedraclora.build import fix_bits, pick_device
-from fedraclora.errors import EngineError, FedRacLoraError
+from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree
 
@@ -58,6 +59,8 @@ def run(config: BenchConfig) -> int:
     if config.table is not None:
         print(tables(Path(config.table)))
         return 0
+    if not PROC.exists():
+        raise ConfigError("CPU time and memory of processes are read from /proc: run it on Linux")
     fix_bits(config.threads)
     device = pick_device(config.device)
     wrong: list[str] = []
