@@ -116,9 +116,9 @@ def main() -> None:
     done = read_lines(path)
     if not arguments.table:
         (out / "study.yaml").write_text(arguments.study.read_text())
-        tuning = [j for row in study.rows for j in study.jobs("tune", row, study.values)]
+        tuning = [j for row in study.rows for j in study.jobs("tune", row, study.values(row))]
         run_all(tuning, done, path, arguments.jobs)
-        coarse = {row: best_value(study, row, study.values, done) for row in study.rows}
+        coarse = {row: best_value(study, row, study.values(row), done) for row in study.rows}
         finer = [j for r, v in coarse.items() for j in study.jobs("tune", r, study.refined(v))]
         run_all(finer, done, path, arguments.jobs)
         while True:  # once more for each value that turned out to be unstable

@@ -58,6 +58,9 @@ class Study:
                 raise unknown("study key", key, KEYS)
         if KEYS - set(loaded):
             raise ConfigError(f"{path} lacks {', '.join(sorted(KEYS - set(loaded)))}")
+        for row in loaded["grid"].get("scale", {}):
+            if row not in loaded["rows"]:
+                raise unknown("row of grid.scale", row, loaded["rows"])
         return cls(**loaded)
 
     def jobs(self, phase: str, row: str, values: Sequence[float]) -> list[Job]:
@@ -72,14 +75,15 @@ class Study:
             for s in _list(seeds)
         ]
 
-    @property
-    def values(self) -> list[float]:
-        """The coarse grid."""
-        return [float(str(v)) for v in _list(self.grid["values"])]
+    def values(self, row: str) -> list[float]:
+        """Give the coarse grid of a row: the values of the grid, times the row's own scale."""
+        scale = self.grid.get("scale", {})
+        factor = float(str(scale.get(row, 1))) if isinstance(scale, Mapping) else 1.0
+        return [round(factor * float(str(v)), 9) for v in _list(self.grid["values"])]
 
     def refined(self, best: float) -> list[float]:
         """The values around the best of the coarse grid that are tried next."""
-        return [round(best * float(str(f)), 6) for f in _list(self.grid.get("refine", []))]
+        return [round(best * float(str(f)), 9) for f in _list(self.grid.get("refine", []))]
 
 
 def _list(value: object) -> list[object]:

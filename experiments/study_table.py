@@ -35,8 +35,8 @@ def tuned_value(study: Study, row: str, done: Mapping[str, Plain]) -> float:
     A value at which a final run diverged is passed over for the next best one: validation seeds
     cannot see every instability, and a mean with a diverged run in it says nothing.
     """
-    coarse = best_value(study, row, study.values, done)
-    tried = [*study.values, *study.refined(coarse)]
+    coarse = best_value(study, row, study.values(row), done)
+    tried = [*study.values(row), *study.refined(coarse)]
     stable = [v for v in tried if not diverged(study, row, v, done)]
     return best_value(study, row, stable or tried, done)
 
@@ -48,9 +48,9 @@ def diverged(study: Study, row: str, value: float, done: Mapping[str, Plain]) ->
 
 def is_tuned(study: Study, row: str, done: Mapping[str, Plain]) -> bool:
     """Tell whether all tuning runs of a row are there."""
-    if not all(j.key in done for j in study.jobs("tune", row, study.values)):
+    if not all(j.key in done for j in study.jobs("tune", row, study.values(row))):
         return False
-    refined = study.refined(best_value(study, row, study.values, done))
+    refined = study.refined(best_value(study, row, study.values(row), done))
     return all(j.key in done for j in study.jobs("tune", row, refined))
 
 
@@ -67,7 +67,10 @@ def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
             continue
         scores = [score(line, study.metric) for line in lines]
         stable = len(scores) > 1 and not diverged(study, row, value, done)
-        tried = [*study.values, *study.refined(best_value(study, row, study.values, done))]
+        tried = [
+            *study.values(row),
+            *study.refined(best_value(study, row, study.values(row), done)),
+        ]
         edge = value in {min(tried), max(tried)}
         found.append(
             {

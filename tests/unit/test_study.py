@@ -61,6 +61,14 @@ def test_jobs_carry_preset_row_phase_value_and_seed(tmp_path: Path) -> None:
     assert job.key == "tune|ours|0.4|8"
 
 
+def test_a_row_may_scale_the_grid(tmp_path: Path) -> None:
+    plan = study(tmp_path, TEXT.replace("refine: [0.5]", "scale: {full: 0.01}") + "  full: []\n")
+    assert plan.values("ours") == [0.1, 0.4]
+    assert plan.values("full") == [0.001, 0.004]
+    with pytest.raises(ConfigError, match=r"row of grid.scale 'fool'"):
+        study(tmp_path, TEXT.replace("refine: [0.5]", "scale: {fool: 0.01}"))
+
+
 def test_the_best_of_the_grid_and_its_refinement_is_chosen(tmp_path: Path) -> None:
     plan = study(tmp_path)
     done = tuned(plan, {0.1: 0.5, 0.4: 0.7})
