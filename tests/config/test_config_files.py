@@ -67,6 +67,7 @@ COMPOSED = {
     "data/mnist",
     "data/rotten_tomatoes",
     "data/text",
+    "experiment/rotten_tomatoes",
     "model/hf",
     "model/minilm",
     "model/transformer",
