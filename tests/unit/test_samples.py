@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedraclora.errors import DataError
-from fedraclora.samples import Partitioned, Samples
+from fedraclora.samples import Partitioned, Samples, count_labels
 
 TABLE = Samples({"x": torch.arange(10.0).reshape(5, 2)}, torch.arange(5) * 10)
 # Client 0 holds rows 4 and 0, client 1 none, client 2 rows 2, 2 and 1 (a row may be shared).
@@ -100,6 +100,7 @@ def test_trim_cuts_tokens_and_nothing_else() -> None:
         "genre": (3,),
     }
     assert padded(torch.zeros(3, 4, dtype=torch.int64)).trim(3).target.shape == (3, 3)
+    assert padded(torch.zeros(3)).trim().padded == 3
     assert padded(torch.zeros(3, 4)).trim(3).target.shape == (3, 4)  # four scores, no tokens
 
 
@@ -117,3 +118,16 @@ def test_a_partition_knows_the_lengths_of_its_samples() -> None:
     assert lengths is not None
     assert lengths.tolist() == [[[3, 3]], [[2, 0]]]
     assert Partitioned.of(TABLE, PARTS).lengths(clients, positions) is None
+
+
+def test_labels_are_counted_for_the_clients_that_are_asked_for() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 200)
+    parts = [rng.integers(0, 200, n) for n in rng.integers(0, 9, 50)]
+    assert any(not len(part) for part in parts)
+    data = Partitioned.of(Samples({"x": torch.zeros(200, 1)}, torch.from_numpy(labels)), parts)
+    asked = [49, 3, *range(10, 45), 3]
+    counts = count_labels(data, torch.tensor(asked), 4)
+    wanted = [np.bincount(labels[parts[k]], minlength=4) for k in asked]
+    assert counts.tolist() == np.array(wanted).tolist()
+    assert count_labels(data, torch.tensor([], dtype=torch.int64), 4).shape == (0, 4)
