@@ -15,6 +15,8 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from fedraclora.errors import EngineError
 
 log = logging.getLogger(__name__)
+
+CREATION = "creation task"  # how Ray says that a worker's own start raised
 Job = TypeVar("Job")
 
 
@@ -63,24 +65,30 @@ class Pool:
         self.seats = [Seat(i, start()) for i in range(workers)]
 
     def facts(self, timeout: float = 300.0) -> list[dict[str, str]]:
-        """Wait until every worker is ready; give what it says about itself.
+        """Wait until every worker is ready; give what each says about itself.
 
         Raises:
             EngineError: If one did not start, with the reason.
         """
-        asked = [seat.actor.facts.remote() for seat in self.seats]
-        try:
-            found: list[dict[str, str]] = ray.get(asked, timeout=timeout)
-        except GetTimeoutError as error:
-            raise EngineError(
-                f"{len(self.seats)} Ray workers were not ready after {timeout:g} s; lower "
-                "engine.workers, or look into Ray's log"
-            ) from error
-        except RayError as error:
-            raise EngineError(
-                f"a Ray worker did not start: {reason(error)}; every node needs this project and "
-                "its packages, in the versions of this process"
-            ) from error
+        found: list[dict[str, str]] = []
+        lost = 0
+        while len(found) < len(self.seats):
+            seat = self.seats[len(found)]
+            try:
+                found.append(ray.get(seat.actor.facts.remote(), timeout=timeout))
+            except GetTimeoutError as error:
+                raise EngineError(
+                    f"worker {seat.number} of {len(self.seats)} was not ready after {timeout:g} s; "
+                    "lower engine.workers, or look into Ray's log"
+                ) from error
+            except RayError as error:
+                lost += 1
+                if CREATION in str(error) or lost > self.retries:
+                    raise EngineError(
+                        f"a Ray worker did not start: {reason(error)}; every node needs this "
+                        "project and its packages, in the versions of this process"
+                    ) from error
+                self._replace(seat, f"worker {seat.number} died: {reason(error)}", "its start")
         return found
 
     def run(
