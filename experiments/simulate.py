@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import hydra
@@ -16,85 +14,36 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import folders
-from experiments.assemble import Assembled, assemble
+from experiments.assemble import assemble
 from experiments.choices import CONF, check_choices
 from experiments.progress import RunProgress
-from fedraclora import plots
 from fedraclora.config import RunConfig, from_plain
-from fedraclora.data.partition import spread_clients
 from fedraclora.errors import CheckpointError, FedRacLoraError
 from fedraclora.ledger import headline, number
-from fedraclora.tree import digest
+from fedraclora.runfolder import is_finished, method_label, refuse_existing
 from strategies import METHODS
+from strategies.outcome import run_in_folder
 
 Plain = dict[str, object]
 FAILED: list[str] = []
-SHOWN = 1000  # clients in partition.png, spread over the population
+SHOWN = 2000  # clients in partition.png, spread over the population
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
-    """Run to the end and write everything that a run leaves behind.
+    """Run to the end with a progress bar; see `strategies.outcome.run_in_folder`.
 
     Args:
         plain: The resolved config.
-        folder: The run folder; made once every part of the run has been built, so that a config
-            that cannot run leaves none behind.
+        folder: The run folder.
         resume: Go on with the run in the folder.
 
     Returns:
         The summary.
     """
-    began = time.perf_counter()
     config = from_plain(plain, METHODS)
-    label = folders.method_label(plain)
-    with ExitStack() as stack:
-        if resume:
-            stack.enter_context(folders.alone(folder))
-        goes_on = resume and folders.has_checkpoint(folder, config.output.checkpoint_every)
-        progress = RunProgress(config.rounds, shown=config.output.progress, label=label)
-        stack.enter_context(progress)
-        run = assemble(config, folder, resume=goes_on, on_round=progress.show)
-        stack.callback(run.grid.close)
-        if not resume:
-            stack.enter_context(folders.alone(folder))
-            folders.begin(folder, plain)
-        run.strategy.start(run.grid)
-    summary = summarise(run, time.perf_counter() - began)
-    if config.output.plots:
-        draw(run, folder, label)
-    folders.write_summary(folder, summary)
-    return summary
-
-
-def summarise(run: Assembled, seconds: float) -> Plain:
-    """Collect the final figures of a run."""
-    strategy, ledger = run.strategy, run.strategy.book.ledger
-    measured = [r for r in ledger.rows if r.get("metrics")]
-    up, down = run.config.method.floats(run.plan)
-    return {
-        "rounds": strategy.done,
-        "metrics": measured[-1]["metrics"] if measured else {},
-        "weights_digest": digest(strategy.method.weights(strategy.state, strategy.draw)),
-        "ledger_digest": ledger.digest(),
-        "uplink_floats": up,
-        "downlink_floats": down,
-        "uplink_total": ledger.rows[-1]["uplink_total"],
-        "downlink_total": ledger.rows[-1]["downlink_total"],
-        "clients": run.built.clients,
-        "cohort": run.built.cohort,
-        "chunk": run.chunk,
-        "device": run.built.device.type,
-        "task": run.built.task.info,
-        "seconds": round(seconds, 3),
-    }
-
-
-def draw(run: Assembled, folder: Path, label: str) -> None:
-    """Draw the curves and, for a task with classes, the labels of up to 1000 clients."""
-    plots.curves(run.strategy.book.ledger.rows, folder / "curves.png", title=label)
-    if run.built.classes:
-        shown = spread_clients(run.built.clients, SHOWN)
-        plots.label_distribution(run.built.label_counts(shown), folder / "partition.png")
+    label = method_label(plain)
+    with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
+        return run_in_folder(config, folder, assemble, resume=resume, on_round=progress.show)
 
 
 def report(summary: Plain, folder: Path, config: RunConfig) -> None:
@@ -136,7 +85,7 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
         stored = folders.read_config(folder)
         folders.refuse_changes(folder, stored, plain, None)
         return where_now(stored, plain, typed), folder, True
-    folders.refuse_existing(folder)
+    refuse_existing(folder)
     return plain, folder, False
 
 
@@ -155,7 +104,7 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
     """Run, go on with, or skip one run; print and give its summary."""
     plain, folder, resume = choose(plain, typed, sweep_job)
     config = from_plain(plain, METHODS)
-    if resume and folders.is_finished(folder):
+    if resume and is_finished(folder):
         Console().print(f"{folder} is finished already")
         loaded: Plain = json.loads((folder / "summary.json").read_text())
         return loaded

@@ -17,7 +17,9 @@ _MAX_BARS = 40  # clients or classes that stacked bars can show; beyond, a heat 
 _MAX_PIXELS = 2000  # rows of a heat map; more would not be seen
 
 
-def label_distribution(counts: npt.NDArray[np.int64], path: Path) -> None:
+def label_distribution(
+    counts: npt.NDArray[np.int64], path: Path, *, population: int | None = None
+) -> None:
     """Draw which labels each client holds, and how many samples.
 
     Up to 40 clients and 20 classes: stacked bars of counts. Beyond that: a heat map of each
@@ -26,6 +28,7 @@ def label_distribution(counts: npt.NDArray[np.int64], path: Path) -> None:
     Args:
         counts: Samples of each class at each client, [clients, classes].
         path: The PNG to write.
+        population: Clients in all; None where these are all of them.
 
     Raises:
         ShapeError: If ``counts`` is not a matrix with at least one row and one column.
@@ -33,7 +36,7 @@ def label_distribution(counts: npt.NDArray[np.int64], path: Path) -> None:
     if counts.ndim != 2 or 0 in counts.shape:
         raise ShapeError(f"counts must be [clients, classes], got {counts.shape}")
     small = counts.shape[0] <= _MAX_BARS and counts.shape[1] <= _MAX_BARS // 2
-    write_png(_bars(counts) if small else _heat_map(counts), path)
+    write_png(_bars(counts) if small else _heat_map(counts, population or len(counts)), path)
 
 
 def _bars(counts: npt.NDArray[np.int64]) -> Figure:
@@ -54,7 +57,7 @@ def _bars(counts: npt.NDArray[np.int64]) -> Figure:
     return figure
 
 
-def _heat_map(counts: npt.NDArray[np.int64]) -> Figure:
+def _heat_map(counts: npt.NDArray[np.int64], population: int) -> Figure:
     totals = counts.sum(axis=1)
     share = counts / np.maximum(totals, 1)[:, None]
     order = np.lexsort((-share.max(axis=1), share.argmax(axis=1)))
@@ -64,7 +67,7 @@ def _heat_map(counts: npt.NDArray[np.int64]) -> Figure:
     box = (-0.5, counts.shape[1] - 0.5, len(shown), 0)
     image = left.imshow(share[shown], aspect="auto", interpolation="nearest", extent=box)
     figure.colorbar(image, ax=left, label="share of the client's samples", pad=0.01)
-    which = f"{len(shown):,} of {len(counts):,} clients"
+    which = f"{len(shown):,} of {population:,} clients"
     label_axes(left, "class", f"{which}, sorted by their commonest class")
     left.locator_params(nbins=20, integer=True)
     left.grid(visible=False)

@@ -12,7 +12,14 @@ from matplotlib.figure import Figure
 
 from fedraclora.errors import ShapeError
 from fedraclora.ledger import Row
-from fedraclora.plots import compare_figure, comparison, curves, label_distribution, run
+from fedraclora.plots import (
+    compare_figure,
+    comparison,
+    curves,
+    label_distribution,
+    partition,
+    run,
+)
 from fedraclora.rng import generator
 
 
@@ -160,6 +167,21 @@ def test_label_distributions_of_all_sizes(tmp_path: Path, shape: tuple[int, int]
 def test_clients_without_samples_are_drawn(tmp_path: Path, shape: tuple[int, int]) -> None:
     label_distribution(np.zeros(shape, dtype=np.int64), tmp_path / "partition.png")
     assert_picture(tmp_path / "partition.png")
+
+
+def test_a_part_of_the_clients_is_called_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(partition, "write_png", lambda figure, _: figures.append(figure))
+    counts = np.ones((60, 4), dtype=np.int64)
+    label_distribution(counts, tmp_path / "partition.png", population=10**6)
+    label_distribution(counts, tmp_path / "partition.png")
+    labels = [figure.axes[0].get_ylabel() for figure in figures]
+    assert [label.split(" clients")[0] for label in labels] == [
+        "60 of 1,000,000",
+        "60 of 60",
+    ]
 
 
 @pytest.mark.parametrize("shape", [(5,), (0, 3), (3, 0), (2, 2, 2)])
