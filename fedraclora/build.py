@@ -166,16 +166,17 @@ def build_task(config: TaskConfig) -> BuiltTask:
 def _pretrain(
     config: PretrainConfig, whole: DataSet, model: torch.nn.Module, seed: int
 ) -> Mapping[str, float]:
-    """Pretrain on the labels that are asked for; give the accuracy on their test part."""
+    """Pretrain on the labels that are asked for, or on what is set aside; give the test metrics."""
     try:
         part = whole if config.labels is None else select_labels(whole, config.labels)
     except FedRacLoraError as error:
         raise ConfigError(f"pretrain.labels: {error}; pretrain=none leaves it out") from error
+    train, test = part.aside or (part.train, part.test)
     with seeded(seed, "pretrain"):  # dropout draws from torch's global generator
         return pretrain(
             model,
-            part.train,
-            part.test,
+            train,
+            test,
             part.loss,
             part.metrics,
             seed=seed,

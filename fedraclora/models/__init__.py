@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fedraclora.models.built import Built, check_fit
 from fedraclora.models.cnn import build_cnn
+from fedraclora.models.gpt import build_gpt
 from fedraclora.models.hf import build_hf, build_transformer
 from fedraclora.models.linear import build_linear
 from fedraclora.models.mlp import build_mlp
@@ -18,4 +19,5 @@ MODELS: dict[str, Callable[..., Built]] = {
     "cnn": build_cnn,
     "hf": build_hf,
     "transformer": build_transformer,
+    "gpt": build_gpt,
 }

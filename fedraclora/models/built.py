@@ -13,6 +13,8 @@ from torch import nn
 from fedraclora.errors import ConfigError
 from fedraclora.rng import hash_key
 
+ATTENTION = ("sdpa", "eager")  # one fused kernel, or plain products
+
 
 @dataclass(frozen=True)
 class Built:
@@ -118,6 +120,16 @@ def require_counts(key: str, values: list[int]) -> None:
     """
     if any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
         raise ConfigError(f"{key}={values}: want whole numbers, at least 1")
+
+
+def require_attention(attention: str) -> None:
+    """Check the name of an implementation of attention.
+
+    Raises:
+        ConfigError: If it is unknown.
+    """
+    if attention not in ATTENTION:
+        raise ConfigError(f"model.attention={attention}: want one of {', '.join(ATTENTION)}")
 
 
 def require_dropout(dropout: float) -> None:

@@ -19,13 +19,12 @@ from fedraclora.data.locate import check_file, model_source
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.models.built import (
     Built,
+    require_attention,
     require_counts,
     require_dropout,
     require_text,
     seeded,
 )
-
-ATTENTION = ("sdpa", "eager")
 
 # The names that architectures give to dropout in their configurations.
 _HIDDEN_DROPOUT = (
@@ -80,7 +79,7 @@ def build_hf(
 
     require_text("hf", shape, classes)
     require_dropout(dropout)
-    _require_attention(attention)
+    require_attention(attention)
     source, local = model_source(path, key="model.path")
     if local and sha256 is not None:
         weights = Path(source) / "model.safetensors"
@@ -161,7 +160,7 @@ def build_transformer(
     if hidden % heads:
         raise ConfigError(f"model.hidden={hidden} is not a multiple of model.heads={heads}")
     require_dropout(dropout)
-    _require_attention(attention)
+    require_attention(attention)
     config = BertConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -206,11 +205,6 @@ def _cut_layers(config: Any, layers: int | None) -> None:
     if layers > config.num_hidden_layers:
         raise ConfigError(f"model.layers={layers}: the model has {config.num_hidden_layers} layers")
     config.num_hidden_layers = layers
-
-
-def _require_attention(attention: str) -> None:
-    if attention not in ATTENTION:
-        raise ConfigError(f"model.attention={attention}: want one of {', '.join(ATTENTION)}")
 
 
 @contextmanager

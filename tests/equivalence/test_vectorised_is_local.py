@@ -34,6 +34,7 @@ from fedraclora.method import (
     Trained,
 )
 from fedraclora.models.cnn import build_cnn
+from fedraclora.models.gpt import build_gpt
 from fedraclora.models.hf import build_transformer
 from fedraclora.models.mlp import build_mlp
 from fedraclora.optimiser import LocalConfig
@@ -164,6 +165,18 @@ def gpt2() -> Task:
     return task_of(GPT2ForSequenceClassification(config), inputs, classes(3), head=("score",))
 
 
+def gpt() -> Task:
+    built = build_gpt(
+        shape=(), classes=WORDS, seed=0, hidden=8, layers=2, heads=2, max_length=LENGTH
+    )
+    lengths = torch.from_numpy(generator(SEED, "lengths").integers(2, LENGTH, sum(SIZES)))
+    mask = torch.arange(LENGTH) < lengths[:, None]
+    ids = words()
+    inputs = {"input_ids": ids, "attention_mask": mask.long()}
+    target = torch.where(mask, ids, IGNORED_TOKEN)
+    return task_of(built.model, inputs, target, head=built.head, loss="next_token")
+
+
 class Reader(nn.Module):
     """A language model of one hidden layer; its head may share the table of words."""
 
@@ -219,6 +232,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "bert-all-linear-norms": lambda: Case(bert(attention="eager"), dense="LayerNorm"),
     "bert-words": lambda: Case(bert(), targets="value", head="average", dense="word_embeddings"),
     "gpt2": lambda: Case(gpt2(), targets="c_attn,c_proj"),
+    "gpt": lambda: Case(gpt(), head="average", dense="wte,wpe,ln_*"),
     "reader": lambda: Case(reader(), dense="norm"),
 }
 

@@ -20,7 +20,9 @@ CASES = {
     "mlp": ((6,), {"hidden": [5, 4], "dropout": 0.1}),
     "cnn": ((64,), {"channels": [3, 5], "hidden": 7, "dropout": 0.1}),
     "transformer": ((), SMALL),
+    "gpt": ((), {"classes": 20, "hidden": 8, "layers": 2, "heads": 2, "max_length": 9}),
 }
+TEXT = {"transformer", "gpt"}
 
 
 def build(name: str, seed: int = 0, **change):
@@ -29,7 +31,7 @@ def build(name: str, seed: int = 0, **change):
 
 
 def batch(name: str) -> dict[str, torch.Tensor]:
-    if name == "transformer":
+    if name in TEXT:
         ids = torch.tensor([[2, 5, 7, 3], [2, 6, 3, 0]])
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
     return {"x": torch.rand(2, *CASES[name][0])}
@@ -47,7 +49,9 @@ def no_network(monkeypatch):
 def test_outputs_are_one_row_per_sample(name):
     built = build(name)
     assert built.model.training
-    assert tuple(forward(built.model, batch(name)).shape) == (2, 3)
+    assert tuple(forward(built.model, batch(name)).shape) == (
+        (2, 4, 20) if name == "gpt" else (2, 3)
+    )
     assert all(p.dtype == torch.float32 for p in built.model.parameters())
 
 
@@ -115,9 +119,10 @@ def test_samples_do_not_interact():
         assert torch.allclose(forward(model, inputs)[:1], alone, atol=1e-6)
 
 
-def test_both_kinds_of_attention_agree():
-    fused, plain = (build("transformer", attention=kind).model for kind in ("sdpa", "eager"))
-    inputs = batch("transformer")
+@pytest.mark.parametrize("name", TEXT)
+def test_both_kinds_of_attention_agree(name):
+    fused, plain = (build(name, attention=kind).model for kind in ("sdpa", "eager"))
+    inputs = batch(name)
     assert torch.allclose(forward(fused, inputs), forward(plain, inputs), atol=1e-6)
 
 
@@ -128,6 +133,20 @@ def test_dropout_is_in_modules_only():
     assert rates.pop("dropout") == 0.25
     assert {rate for n, rate in rates.items() if "attention.self" in n} == {0.0}
     assert {rate for n, rate in rates.items() if "attention.self" not in n} == {0.25}
+
+
+def test_a_gpt_reads_the_past_alone_and_has_a_head_of_its_own():
+    built = build("gpt", dropout=0.25)
+    rates = {n: m.p for n, m in built.model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert {rate for n, rate in rates.items() if n.endswith("attn_dropout")} == {0.0}
+    assert {rate for n, rate in rates.items() if not n.endswith("attn_dropout")} == {0.25}
+    model = built.model.eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    other = torch.tensor([[5, 6, 7, 9]])
+    one, two = (forward(model, {"input_ids": x}) for x in (ids, other))
+    assert torch.equal(one[:, :3], two[:, :3])
+    assert not torch.equal(one[:, 3], two[:, 3])
+    assert model.lm_head.weight is not model.transformer.wte.weight
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +229,10 @@ BAD = {
     "no channels": ("cnn", {"channels": []}, "model.channels"),
     "channels": ("cnn", {"channels": [0]}, r"model.channels=\[0\]"),
     "cnn hidden": ("cnn", {"hidden": 0}, "model.hidden"),
+    "gpt on dense": ("gpt", {"shape": (6,)}, r"model=gpt.*\(6,\)"),
+    "gpt heads": ("gpt", {"heads": 3}, "model.hidden=8.*model.heads=3"),
+    "gpt length": ("gpt", {"max_length": 0}, "model.max_length"),
+    "gpt attention": ("gpt", {"attention": "flash"}, "model.attention=flash.*sdpa, eager"),
     "heads": ("transformer", {"heads": 3}, "model.hidden=8.*model.heads=3"),
     "vocab": ("transformer", {"vocab": 0}, "model.vocab"),
     "attention": ("transformer", {"attention": "flash"}, "model.attention=flash.*sdpa, eager"),

