@@ -7,6 +7,7 @@ treat them differently, so they are set once for every method of a comparison.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,6 +20,7 @@ from fedraclora.layers import (
     layer_view,
     matches,
     refuse_tied,
+    split_patterns,
     weight_name,
 )
 from fedraclora.method import Plan
@@ -31,10 +33,10 @@ def make_plan(
     model: nn.Module,
     head: tuple[str, ...],
     *,
-    targets: str = "all-linear",
+    targets: str | Sequence[str] = "all-linear",
     head_policy: str = "average",
     bias_policy: str = "frozen",
-    dense: str | None = None,
+    dense: str | Sequence[str] | None = None,
 ) -> Plan:
     """Decide what is adapted and what is trained in full.
 
@@ -46,7 +48,7 @@ def make_plan(
             (weights and biases of the head trained in full and averaged), ``frozen``, ``local``
             (trained in full, and kept by each client for itself).
         bias_policy: ``average`` (biases of adapted layers trained in full) or ``frozen``.
-        dense: Comma-separated patterns of further layers trained in full (convolutions, norms).
+        dense: Patterns of further layers trained in full (convolutions, norms), as of targets.
 
     Returns:
         The plan.
@@ -93,10 +95,10 @@ def make_plan(
     )
 
 
-def _matching_parameters(parameters: list[str], patterns: str) -> set[str]:
-    """Find the parameters of the layers that comma-separated patterns name."""
+def _matching_parameters(parameters: list[str], patterns: str | Sequence[str]) -> set[str]:
+    """Find the parameters of the layers that patterns name."""
     found: set[str] = set()
-    for part in (p.strip() for p in patterns.split(",")):
+    for part in split_patterns(patterns):
         hits = {n for n in parameters if matches(n.rpartition(".")[0], part) or matches(n, part)}
         if not hits:
             layers = sorted({n.rpartition(".")[0] for n in parameters})

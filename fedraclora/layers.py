@@ -8,6 +8,7 @@ as it is.
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,13 +87,26 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
 
 
-def find_targets(model: nn.Module, pattern: str, head: tuple[str, ...]) -> dict[str, LayerView]:
+def split_patterns(patterns: str | Sequence[str]) -> list[str]:
+    """Give patterns one by one, from a list or from one text with commas.
+
+    Example:
+        >>> split_patterns("query, value") == split_patterns(["query", "value"])
+        True
+    """
+    parts = patterns.split(",") if isinstance(patterns, str) else patterns
+    return [part.strip() for part in parts]
+
+
+def find_targets(
+    model: nn.Module, pattern: str | Sequence[str], head: tuple[str, ...]
+) -> dict[str, LayerView]:
     """Find the matrices to adapt.
 
     Args:
         model: The network.
         pattern: ``all-linear`` (every Linear and Conv1D outside the head), ``all`` (also
-            convolutions), or comma-separated patterns (see `matches`).
+            convolutions), or patterns (see `matches`): a list, or one text with commas.
         head: Name prefixes of the head, left out here; the head policy decides on it.
 
     Returns:
@@ -104,13 +118,14 @@ def find_targets(model: nn.Module, pattern: str, head: tuple[str, ...]) -> dict[
     """
     named = {n: m for n, m in model.named_modules() if layer_kind(m) and not is_head(n, head)}
     wide = {"all-linear": {"linear", "conv1d"}, "all": {"linear", "conv1d", "conv"}}
-    if pattern in wide:
-        chosen = {n: m for n, m in named.items() if layer_kind(m) in wide[pattern]}
+    parts = split_patterns(pattern)
+    if len(parts) == 1 and parts[0] in wide:
+        chosen = {n: m for n, m in named.items() if layer_kind(m) in wide[parts[0]]}
         if not chosen and not any(layer_kind(m) for m in model.modules()):
             raise ModelError(f"targets={pattern}: the model has no layer that can be adapted")
     else:
         chosen = {}
-        for part in (p.strip() for p in pattern.split(",")):
+        for part in parts:
             found = {n for n in named if matches(n, part)}
             if not found:
                 error = unknown("target layer", part, named)

@@ -129,9 +129,11 @@ def test_the_head_is_a_prefix_of_whole_parts() -> None:
         ("second.*", ["second.query", "second.key"]),
         ("key, first.query", ["first.query", "first.key", "second.key"]),
         ("embed", ["embed"]),
+        (["key", "first.query"], ["first.query", "first.key", "second.key"]),
+        (["all"], ["conv", "first.query", "first.key", "second.query", "second.key"]),
     ],
 )
-def test_targets_are_found_in_model_order(pattern: str, wanted: list[str]) -> None:
+def test_targets_are_found_in_model_order(pattern: str | list[str], wanted: list[str]) -> None:
     found = find_targets(network(), pattern, ("head",))
     assert list(found) == [f"{n}.weight" for n in wanted]
 
