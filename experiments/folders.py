@@ -1,23 +1,16 @@
-"""Run folders: where a run writes, when it goes on, and when it refuses to."""
+"""Run folders: where a run writes, and whether it may go on."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 
-from fedraclora.checkpoint import difference, replacing
+from fedraclora.checkpoint import difference
 from fedraclora.config import digested
-from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.ledger import number, read_ledger
-from fedraclora.schema import section
+from fedraclora.errors import CheckpointError
 
 STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
 Plain = dict[str, object]
@@ -69,60 +62,6 @@ def read_config(folder: Path) -> Plain:
     return loaded
 
 
-def is_finished(folder: Path) -> bool:
-    """Tell whether the run of a folder came to its end."""
-    return (folder / "summary.json").is_file()
-
-
-def refuse_existing(folder: Path) -> None:
-    """Refuse to write over a run.
-
-    Raises:
-        CheckpointError: If a run is there already.
-    """
-    if (folder / "config.yaml").exists() or (folder / "ledger.jsonl").exists():
-        raise CheckpointError(
-            f"{folder} holds a run already; choose another output.dir, "
-            f"or go on with resume={folder}"
-        )
-
-
-def begin(folder: Path, plain: Plain) -> None:
-    """Write the config of a new run into its folder.
-
-    Raises:
-        CheckpointError: If a run is there already.
-    """
-    refuse_existing(folder)
-    with replacing(folder / "config.yaml") as partial:
-        partial.write_text(yaml.safe_dump(plain, sort_keys=False))
-
-
-def has_checkpoint(folder: Path, every: int) -> bool:
-    """Tell whether a run can go on, or was killed so early that it must start again.
-
-    A run that was killed before its first checkpoint is cleared, so that it can.
-
-    Args:
-        folder: The run folder.
-        every: Rounds between checkpoints.
-
-    Raises:
-        CheckpointError: If the ledger shows that there was a checkpoint, and it is gone.
-    """
-    if (folder / "checkpoint" / "checkpoint.safetensors").is_file():
-        return True
-    ledger = folder / "ledger.jsonl"
-    rows = read_ledger(ledger) if ledger.is_file() else []
-    if rows and number(rows[-1], "round") > every:
-        raise CheckpointError(
-            f"{folder} has no checkpoint, though its ledger reaches round {rows[-1]['round']}; "
-            "restore the checkpoint from a copy, or start anew in another folder"
-        )
-    ledger.unlink(missing_ok=True)
-    return False
-
-
 def refuse_changes(folder: Path, stored: Plain, plain: Plain, keys: Sequence[str] | None) -> None:
     """Refuse to go on with a run under another config.
 
@@ -147,64 +86,3 @@ def refuse_changes(folder: Path, stored: Plain, plain: Plain, keys: Sequence[str
             f"{folder} was run under another config; resume changes nothing:\n  "
             + "\n  ".join(lines)
         )
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Make and hold a run folder for this process; the lock ends with the process, however it ends.
-
-    Raises:
-        CheckpointError: If another process runs in the folder.
-        ConfigError: If the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output.dir: cannot make the folder {folder} ({error}); choose another one"
-        ) from error
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"another process is running in {folder}; wait for it, or choose another output.dir"
-            ) from error
-        yield
-
-
-def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
-    """Write summary.json in one move, with versions and revision."""
-    found = {**summary, **provenance()}
-    with replacing(folder / "summary.json") as partial:
-        partial.write_text(json.dumps(found, indent=1, default=str) + "\n")
-
-
-def provenance() -> Plain:
-    """Name the versions and the revision that made a result."""
-    packages = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
-    return {"versions": {p: version(p) for p in packages}, "git": git_revision()}
-
-
-def git_revision() -> str | None:
-    """Give the revision of the checkout that runs, with a plus where files differ from it."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(  # noqa: S603
-            ["git", "-C", str(here), *words],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.stdout.strip()
-
-    revision = git("rev-parse", "--short=12", "HEAD")
-    return f"{revision}{'+' if git('status', '--porcelain', '-uno') else ''}" if revision else None
-
-
-def method_label(plain: Plain) -> str:
-    """Name a run in one or two words."""
-    method = section(plain, "method")
-    rank = f" r={method['rank']}" if "rank" in method else ""
-    return f"{method['name']}{rank}"

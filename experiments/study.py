@@ -29,10 +29,10 @@ Plain = dict[str, object]
 def run_job(job: Job) -> Plain:
     """Run one job in memory and give its line for runs.jsonl."""
     from experiments.assemble import assemble
-    from experiments.folders import provenance
-    from experiments.simulate import summarise
     from fedraclora.config import from_plain
+    from fedraclora.runfolder import provenance
     from strategies import METHODS
+    from strategies.outcome import summarise
 
     began = time.perf_counter()
     config = from_plain(composed(job.overrides), METHODS)

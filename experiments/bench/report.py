@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from experiments.bench.workloads import WORKLOADS
-from experiments.folders import git_revision
 from fedraclora.errors import ConfigError
+from fedraclora.runfolder import git_revision
 
 PACKAGES = ("torch", "flwr", "ray", "numpy")
 Rows = Mapping[str, Mapping[str, object]]

@@ -99,7 +99,7 @@ class FlowerGrid(NodePerClient):
         except EngineError as error:
             raise self.runtime.error() or error from None
 
+    @override
     def close(self) -> None:
-        """End the runtime and all that it started."""
         self.runtime.close()
-        self.job.close()
+        super().close()

@@ -130,6 +130,10 @@ class NodePerClient(Grid):
         seconds = self.timeout if timeout is None else timeout
         return self._exchange((self._address(m) for m in messages), seconds)
 
+    def close(self) -> None:
+        """Remove the folder of the job; the runtime is Flower's to end."""
+        self.job.close()
+
     def _address(self, message: Message) -> Message:
         """Send a message to the node of its client, with all that a fresh process needs."""
         (client,) = clients_of(message.content)

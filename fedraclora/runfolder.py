@@ -1,0 +1,138 @@
+"""The folder of a run: made and held for one process, and closed with a summary."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+from fedraclora.checkpoint import replacing
+from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.ledger import number, read_ledger
+from fedraclora.schema import Plain, section
+
+PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
+
+
+def is_finished(folder: Path) -> bool:
+    """Tell whether the run of a folder came to its end."""
+    return (folder / "summary.json").is_file()
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuse to write over a run.
+
+    Raises:
+        CheckpointError: If a run is there already.
+    """
+    if (folder / "config.yaml").exists() or (folder / "ledger.jsonl").exists():
+        raise CheckpointError(
+            f"{folder} holds a run already; choose another output.dir, "
+            f"or go on with resume={folder}"
+        )
+
+
+def begin(folder: Path, plain: Plain) -> None:
+    """Write the config of a new run into its folder.
+
+    Raises:
+        CheckpointError: If a run is there already.
+    """
+    refuse_existing(folder)
+    with replacing(folder / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def has_checkpoint(folder: Path, every: int) -> bool:
+    """Tell whether a run can go on, or was killed so early that it must start again.
+
+    A run that was killed before its first checkpoint is cleared, so that it can.
+
+    Args:
+        folder: The run folder.
+        every: Rounds between checkpoints.
+
+    Raises:
+        CheckpointError: If the ledger shows that there was a checkpoint, and it is gone.
+    """
+    if (folder / "checkpoint" / "checkpoint.safetensors").is_file():
+        return True
+    ledger = folder / "ledger.jsonl"
+    rows = read_ledger(ledger) if ledger.is_file() else []
+    if rows and number(rows[-1], "round") > every:
+        raise CheckpointError(
+            f"{folder} has no checkpoint, though its ledger reaches round {rows[-1]['round']}; "
+            "restore the checkpoint from a copy, or start anew in another folder"
+        )
+    ledger.unlink(missing_ok=True)
+    return False
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make and hold a run folder for this process; the lock ends with the process, however it ends.
+
+    Raises:
+        CheckpointError: If another process runs in the folder.
+        ConfigError: If the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output.dir: cannot make the folder {folder} ({error}); choose another one"
+        ) from error
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another process is running in {folder}; wait for it, or choose another output.dir"
+            ) from error
+        yield
+
+
+def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
+    """Write summary.json in one move, with versions and revision."""
+    found = {**summary, **provenance()}
+    with replacing(folder / "summary.json") as partial:
+        partial.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
+def provenance() -> dict[str, object]:
+    """Name the versions and the revision that made a result."""
+    versions = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):  # a bundle of Flower's runs where nothing is installed
+            versions[package] = version(package)
+    return {"versions": versions, "git": git_revision()}
+
+
+def git_revision() -> str | None:
+    """Give the revision of the checkout that runs, with a plus where files differ from it."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(here), *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.strip()
+
+    revision = git("rev-parse", "--short=12", "HEAD")
+    return f"{revision}{'+' if git('status', '--porcelain', '-uno') else ''}" if revision else None
+
+
+def method_label(plain: Plain) -> str:
+    """Name a run in one or two words."""
+    method = section(plain, "method")
+    rank = f" r={method['rank']}" if "rank" in method else ""
+    return f"{method['name']}{rank}"

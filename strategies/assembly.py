@@ -1,0 +1,166 @@
+"""Puts a run together: task, method, the one strategy, and the engine that is handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedraclora.aggregate import SUM_BLOCK
+from fedraclora.aggregator import AGGREGATORS
+from fedraclora.build import BuiltTask, build_task, fix_bits, measured_samples, plan_of
+from fedraclora.chunking import resolve_chunk
+from fedraclora.clientstore import ClientStore
+from fedraclora.config import RunConfig
+from fedraclora.engines.flower import NodePerClient
+from fedraclora.engines.local import LocalGrid
+from fedraclora.errors import ConfigError
+from fedraclora.evaluate import evaluate
+from fedraclora.method import Cohort, Draw, Plan
+from fedraclora.personal import personal_accuracy
+from fedraclora.replica import Replica
+from fedraclora.runbook import RunBook
+from fedraclora.settings import FlowerConfig
+from fedraclora.tree import Tree
+from strategies.base import FedStrategy
+from strategies.fleet import Fleet
+from strategies.loop import LoopConfig
+from strategies.rows import Row
+
+RunGrid = LocalGrid | NodePerClient
+
+
+@dataclass(frozen=True)
+class Crew:
+    """What an engine is made of.
+
+    Attributes:
+        config: Settings of the run.
+        built: Task and sizes.
+        plan: Which weights are trained how.
+        replica: Where the strategy publishes base weights.
+        store: What clients keep between rounds.
+    """
+
+    config: RunConfig
+    built: BuiltTask
+    plan: Plan
+    replica: Replica
+    store: ClientStore
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A run that is ready to start: ``strategy.start(grid)``."""
+
+    config: RunConfig
+    built: BuiltTask
+    plan: Plan
+    strategy: FedStrategy
+    grid: RunGrid
+    chunk: int
+
+
+def assemble(
+    config: RunConfig,
+    folder: Path | None,
+    replica: Replica,
+    engine: Callable[[Crew], RunGrid],
+    *,
+    resume: bool = False,
+    on_round: Callable[[Row], None] | None = None,
+) -> Assembled:
+    """Build every part of a run.
+
+    Args:
+        config: Checked settings.
+        folder: The run folder, which exists; None keeps the ledger in memory.
+        replica: Where base weights are published.
+        engine: Starts what runs clients.
+        resume: Go on from the folder's checkpoint.
+        on_round: Called with each new ledger row.
+
+    Returns:
+        The parts.
+    """
+    fix_bits(config.engine.threads)
+    built = build_task(config)
+    task = built.task
+    plan = plan_of(config, task)
+    if plan.local and not built.classes:
+        raise ConfigError("head is local, which is measured by class, but the data have no classes")
+    base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    draw = Draw(config.seed)
+    state = config.method.init(base, plan, draw)
+    first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
+    downlink = config.method.open_round(state, 1, first, draw)
+    chunk = (
+        1
+        if config.engine.name == "inline"
+        else resolve_chunk(config.engine.chunk, task, downlink, config.local, built.cohort)
+    )
+    loop = LoopConfig(
+        rounds=config.rounds,
+        clients=built.clients,
+        cohort=built.cohort,
+        chunk=chunk,
+        seed=config.seed,
+        weights=config.weights,
+        dtype=str(next(iter(base.values())).dtype).removeprefix("torch."),
+        evaluate_every=config.evaluate.every,
+        max_failures=config.max_failures,
+        timeout=timeout_of(config),
+    )
+    resolved = {"chunk": chunk, "device": built.device.type, "dtype": loop.dtype}
+    resolved["summation_block"] = SUM_BLOCK
+    fixed = {**config.digested, "resolved": resolved}
+    store = ClientStore()
+    book = RunBook(
+        folder,
+        fixed=fixed,
+        every=config.output.checkpoint_every,
+        sync=config.output.sync,
+        chain=config.output.chain,
+        store=store,
+    )
+    samples = measured_samples(task, config.evaluate.split)
+
+    def measure(weights: Tree) -> dict[str, float]:
+        if plan.local:
+            owned = store.latest(config.evaluate.clients)
+            counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
+            return personal_accuracy(
+                task.model, weights, owned, samples, counts, config.evaluate.batch_size
+            )
+        found = evaluate(
+            task.model, weights, samples, task.loss, task.metrics, config.evaluate.batch_size
+        )
+        if task.optimum is not None and "loss" in found:
+            found["gap"] = found["loss"] - task.optimum
+        return found
+
+    strategy = FedStrategy(
+        config.method,
+        state,
+        config.local,
+        loop,
+        replica=replica,
+        evaluate=measure,
+        book=book,
+        aggregator=AGGREGATORS[config.aggregator],
+        on_round=on_round,
+        sizes=lambda clients: task.train.sizes(clients.to(built.device)).cpu(),
+        fleet=Fleet(config.system, config.seed, config.local),
+    )
+    if resume:
+        restored, done = book.restore(state, strategy.catch_up)
+        strategy.resume(restored, done)
+    grid = engine(Crew(config, built, plan, replica, store))
+    return Assembled(config, built, plan, strategy, grid, chunk)
+
+
+def timeout_of(config: RunConfig) -> float:
+    """Seconds that a round may take; where the engine does not say, as good as any."""
+    return config.engine.timeout if isinstance(config.engine, FlowerConfig) else LoopConfig.timeout

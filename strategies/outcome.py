@@ -1,0 +1,104 @@
+"""Runs a run in its folder, and closes it: summary and figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+from fedraclora import plots
+from fedraclora.config import RunConfig
+from fedraclora.data.partition import spread_clients
+from fedraclora.runfolder import alone, begin, has_checkpoint, method_label, write_summary
+from fedraclora.tree import digest
+from strategies.assembly import Assembled
+from strategies.rows import Row
+
+SHOWN = 1000  # clients in partition.png, spread over the population
+
+
+class Assemble(Protocol):
+    """Builds every part of a run, on some engine."""
+
+    def __call__(
+        self,
+        config: RunConfig,
+        folder: Path | None,
+        *,
+        resume: bool = False,
+        on_round: Callable[[Row], None] | None = None,
+    ) -> Assembled:
+        """See `strategies.assembly.assemble`."""
+        ...
+
+
+def run_in_folder(
+    config: RunConfig,
+    folder: Path,
+    assemble: Assemble,
+    *,
+    resume: bool = False,
+    on_round: Callable[[Row], None] | None = None,
+) -> dict[str, object]:
+    """Run to the end and write everything that a run leaves behind.
+
+    Args:
+        config: Checked settings.
+        folder: The run folder; made once every part of the run has been built, so that a config
+            that cannot run leaves none behind.
+        assemble: Builds the parts.
+        resume: Go on with the run in the folder.
+        on_round: Called with each new ledger row.
+
+    Returns:
+        The summary.
+    """
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(alone(folder))
+        goes_on = resume and has_checkpoint(folder, config.output.checkpoint_every)
+        run = assemble(config, folder, resume=goes_on, on_round=on_round)
+        stack.callback(run.grid.close)
+        if not resume:
+            stack.enter_context(alone(folder))
+            begin(folder, config.plain)
+        run.strategy.start(run.grid)
+    summary = summarise(run, time.perf_counter() - began)
+    if config.output.plots:
+        draw(run, folder, method_label(config.plain))
+    write_summary(folder, summary)
+    return summary
+
+
+def summarise(run: Assembled, seconds: float) -> dict[str, object]:
+    """Collect the final figures of a run."""
+    strategy, ledger = run.strategy, run.strategy.book.ledger
+    measured = [r for r in ledger.rows if r.get("metrics")]
+    up, down = run.config.method.floats(run.plan)
+    return {
+        "rounds": strategy.done,
+        "metrics": measured[-1]["metrics"] if measured else {},
+        "weights_digest": digest(strategy.method.weights(strategy.state, strategy.draw)),
+        "ledger_digest": ledger.digest(),
+        "uplink_floats": up,
+        "downlink_floats": down,
+        "uplink_total": ledger.rows[-1]["uplink_total"],
+        "downlink_total": ledger.rows[-1]["downlink_total"],
+        "clients": run.built.clients,
+        "cohort": run.built.cohort,
+        "chunk": run.chunk,
+        "device": run.built.device.type,
+        "task": run.built.task.info,
+        "seconds": round(seconds, 3),
+    }
+
+
+def draw(run: Assembled, folder: Path, label: str) -> None:
+    """Draw the curves and, for a task with classes, the labels of up to 2000 clients."""
+    plots.curves(run.strategy.book.ledger.rows, folder / "curves.png", title=label)
+    if run.built.classes:
+        counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))
+        plots.label_distribution(counts, folder / "partition.png", population=run.built.clients)
