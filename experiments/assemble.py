@@ -8,7 +8,6 @@ from pathlib import Path
 from clients.app import make_client_app
 from clients.site import Site, SiteParts
 from clients.worker import Worker
-from fedraclora.build import trainer_of
 from fedraclora.config import RunConfig
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.job import JobFolder
@@ -72,5 +71,5 @@ def make_grid(crew: Crew) -> RunGrid:
             settings=config.engine,
             device=built.device.type,
         )
-    worker = Worker(trainer_of(config, built, crew.plan), replica, crew.store)
+    worker = Worker(crew.trainer, replica, crew.store)
     return InProcessGrid(make_client_app(worker))

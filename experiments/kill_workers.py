@@ -93,7 +93,8 @@ def kill_one(process: subprocess.Popen[bytes], folder: Path, trial: int, seed: i
 def incidents(folder: Path) -> int:
     """Count what the ledger of a run says of lost workers."""
     rows = read_ledger(folder / "ledger.jsonl")
-    return sum(len(r["incidents"]) for r in rows if isinstance(r.get("incidents"), list))  # type: ignore[arg-type]
+    found = (row.get("incidents") for row in rows)
+    return sum(len(lost) for lost in found if isinstance(lost, list))
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -47,6 +47,11 @@ class RunProgress:
         """Stop drawing, whatever happened."""
         self.bar.stop()
 
+    def say(self, text: str) -> None:
+        """Write a line above the bar."""
+        if not self.bar.disable:
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def show(self, row: dict[str, object]) -> None:
         """Draw a new ledger row."""
         name = headline([row])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import folders
-from experiments.assemble import assemble
+from experiments.assemble import Assembled, assemble
 from experiments.choices import CONF, check_choices
 from experiments.progress import RunProgress
 from fedraclora.config import RunConfig, from_plain
@@ -23,6 +24,7 @@ from fedraclora.ledger import headline, number
 from fedraclora.runfolder import is_finished, method_label, refuse_existing
 from strategies import METHODS
 from strategies.outcome import run_in_folder
+from strategies.rows import Row
 
 Plain = dict[str, object]
 FAILED: list[str] = []
@@ -43,7 +45,19 @@ def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
     config = from_plain(plain, METHODS)
     label = method_label(plain)
     with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
-        return run_in_folder(config, folder, assemble, resume=resume, on_round=progress.show)
+
+        def begin(
+            config: RunConfig,
+            folder: Path | None,
+            *,
+            resume: bool = False,
+            on_round: Callable[[Row], None] | None = None,
+        ) -> Assembled:
+            run = assemble(config, folder, resume=resume, on_round=on_round)
+            progress.say(f"chunk: {run.chunk}")
+            return run
+
+        return run_in_folder(config, folder, begin, resume=resume, on_round=progress.show)
 
 
 def report(summary: Plain, folder: Path, config: RunConfig) -> None:

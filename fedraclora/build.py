@@ -47,6 +47,10 @@ class BuiltTask:
     classes: int
     device: torch.device
 
+    def label_counts(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
+        """Count the samples of each label at some clients: ids [K] -> [K, classes]."""
+        return count_labels(self.task.train, clients.to(self.device), self.classes)
+
 
 def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTrainer:
     """Build what trains the clients of a run: the same in every process that has some."""

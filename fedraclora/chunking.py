@@ -1,72 +1,130 @@
 """How many clients train as one batch.
 
-The chunk bounds memory: activations grow with it. On a CPU a larger chunk also stops paying once
-its activations leave the cache. It is part of what fixes the bits of a run, so ``auto`` is
-resolved once, from the model and the data alone, and stored.
+The chunk bounds memory: it grows with it. On a CPU a larger chunk also stops paying once what it
+trains leaves the cache. It is part of what fixes the bits of a run, so ``auto`` is resolved
+once, and stored.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+
 import torch
-from torch import nn
+from typing_extensions import override
 
-from fedraclora.method import Downlink
-from fedraclora.optimiser import LocalConfig
-from fedraclora.task import Task, forward
+from fedraclora.aggregate import SUM_BLOCK
+from fedraclora.cohort import CohortTrainer
+from fedraclora.downlink import Downlink
+from fedraclora.errors import ConfigError
+from fedraclora.memory import LOOKED_AT, MemoryModel, is_out_of_memory, measure
+from fedraclora.tree import Tree
 
-LARGEST = 128
-BUDGET_BYTES = {"cpu": 256 << 20, "cuda": 8 << 30}
+LARGEST = {"cpu": 256, "cuda": 4096}  # more bring nothing: the products are large by then
+HOST_BYTES = 256 << 20  # on a CPU: for all of a chunk; workers share the machine
+CACHE_BYTES = 12 << 20  # on a CPU: for what is trained, which every step reads and writes
+FREE_SHARE = 0.8  # of a GPU's free memory; the rest is for fragments and the workspaces of kernels
 
 
-def client_bytes(task: Task, downlink: Downlink, local: LocalConfig) -> int:
-    """Estimate the memory that one more client in a chunk costs.
+@dataclass(frozen=True)
+class ChunkPlan:
+    """A number of clients, and where it comes from.
 
-    Args:
-        task: Model and data; one sample is passed through the model.
-        downlink: What is trained: values, gradients and moments of each client.
-        local: Batch size.
-
-    Returns:
-        Bytes: outputs of all layers for one batch, kept for the backward pass, and four copies
-        of the trained tensors.
+    Attributes:
+        chunk: Clients per chunk.
+        reason: What decided: the setting, the cohort, memory, or that more brings nothing.
+        memory: What it takes, where that was measured.
+        budget: Bytes that training may take beside the base weights, where that was asked.
+        device: Where training runs.
     """
-    client = torch.zeros(1, dtype=torch.int64, device=task.test.target.device)
-    sample = task.train.gather(client, client[:, None])
-    outputs: list[int] = []
 
-    def count(_: nn.Module, __: object, output: object) -> None:
-        if isinstance(output, torch.Tensor):
-            outputs.append(output.numel() * output.element_size())
+    chunk: int
+    reason: str
+    memory: MemoryModel | None = None
+    budget: int = 0
+    device: str = ""
 
-    leaves = [m for m in task.model.modules() if not list(m.children())]
-    hooks = [m.register_forward_hook(count) for m in leaves]
-    was_training = task.model.training
-    with torch.no_grad():
-        forward(task.model.eval(), sample.inputs)
-    task.model.train(was_training)
-    for hook in hooks:
-        hook.remove()
-    trained = sum(torch.Size(s.shape).numel() for s in downlink.trained().values())
-    return sum(outputs) * (local.batch_size or 32) + 4 * 4 * trained
+    @override
+    def __str__(self) -> str:
+        """Say it in one line, in MB (10^6 bytes)."""
+        if self.memory is None:
+            return f"{self.chunk} clients ({self.reason})"
+        m = self.memory
+        parts = [("trained", m.trained), ("activations", m.activations), ("workspace", m.workspace)]
+        client = ", ".join(f"{name} {size / 1e6:.3g}" for name, size in parts)
+        return (
+            f"{self.chunk} clients ({self.reason}): {m.client / 1e6:.3g} MB each ({client}) and "
+            f"{m.shared / 1e6:.3g} MB shared = {m.training(self.chunk) / 1e6:.3g} of "
+            f"{self.budget / 1e6:.3g} MB on {self.device}, beside {m.weights / 1e6:.3g} MB of "
+            "weights"
+        )
+
+    def record(self) -> dict[str, object]:
+        """Give the numbers for a run's summary."""
+        found: dict[str, object] = {"chunk": self.chunk, "reason": self.reason}
+        if self.memory is not None:
+            found |= {"budget": self.budget, **asdict(self.memory)}
+        return found
 
 
-def resolve_chunk(
-    chunk: int | str, task: Task, downlink: Downlink, local: LocalConfig, cohort: int
-) -> int:
+def budget_of(device: torch.device) -> int:
+    """Give the bytes that training may take beside what is there already."""
+    if device.type != "cuda":
+        return HOST_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(FREE_SHARE * (free + cached))
+
+
+def plan_chunk(
+    chunk: int | str,
+    trainer: CohortTrainer,
+    base: Tree,
+    downlink: Downlink,
+    cohort: int,
+    *,
+    share: float = 1.0,
+) -> ChunkPlan:
     """Turn ``engine.chunk`` into a number of clients.
 
     Args:
-        chunk: A number, or ``auto``.
-        task: Model and data.
-        downlink: A round's downlink.
-        local: Local settings.
+        chunk: A number, or ``auto``: as many as the budget of the device holds, in whole
+            summation blocks where it holds one.
+        trainer: Of the run.
+        base: The base weights.
+        downlink: Of a round, for ``cohort`` clients.
         cohort: Clients per round, the most a chunk can hold.
+        share: Of a GPU's free memory, where several processes train on it.
 
     Returns:
-        Clients per chunk.
+        The plan.
+
+    Raises:
+        ConfigError: If memory runs out already with two clients.
     """
-    if isinstance(chunk, int):
-        return min(chunk, cohort)
-    budget = BUDGET_BYTES[task.test.target.device.type]
-    fits = budget // max(1, client_bytes(task, downlink, local))
-    return max(1, min(fits, LARGEST, cohort))
+    if isinstance(chunk, int) or cohort == 1:
+        most = cohort if chunk == "auto" else int(chunk)
+        return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
+    population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
+    try:
+        memory = measure(trainer, base, downlink, population)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"memory runs out with two clients in a batch ({error}); set engine.chunk=1, or lower "
+            "local.batch_size"
+        ) from error
+    device = trainer.device.type
+    budget = int(budget_of(trainer.device) * min(1.0, share))
+    bounds = {
+        "the cohort": cohort,
+        f"more bring nothing on a {device}": LARGEST[device],
+        "memory": max(1, memory.fitting(budget)),
+    }
+    if device == "cpu":
+        bounds["the cache"] = max(1, CACHE_BYTES // max(1, memory.trained))
+    reason = min(bounds, key=lambda name: bounds[name])
+    found = bounds[reason]
+    if SUM_BLOCK <= found < cohort:
+        found -= found % SUM_BLOCK
+    return ChunkPlan(found, reason, memory, budget, device)

@@ -158,6 +158,14 @@ class RunBook:
         return State(base, start.plan, part("carried/"), memo), round_
 
 
+def stored_chunk(folder: Path) -> int | None:
+    """Give the chunk of the run whose checkpoint a folder holds; None if it does not say."""
+    fixed = load_checkpoint(folder / "checkpoint")[1].get("fixed")
+    resolved = fixed.get("resolved") if isinstance(fixed, dict) else None
+    chunk = resolved.get("chunk") if isinstance(resolved, dict) else None
+    return chunk if isinstance(chunk, int) else None
+
+
 def weights_at(folder: Path, round_: int, plan: Plan) -> Tree:
     """Rebuild the base weights after a round from the chain of a run.
 

@@ -10,19 +10,27 @@ import torch
 
 from fedraclora.aggregate import SUM_BLOCK
 from fedraclora.aggregator import AGGREGATORS
-from fedraclora.build import BuiltTask, build_task, fix_bits, measured_samples, plan_of
-from fedraclora.chunking import resolve_chunk
+from fedraclora.build import (
+    BuiltTask,
+    build_task,
+    fix_bits,
+    measured_samples,
+    plan_of,
+    trainer_of,
+)
+from fedraclora.chunking import ChunkPlan, plan_chunk
 from fedraclora.clientstore import ClientStore
+from fedraclora.cohort import CohortTrainer
 from fedraclora.config import RunConfig
 from fedraclora.engines.flower import NodePerClient
 from fedraclora.engines.local import LocalGrid
 from fedraclora.errors import ConfigError
 from fedraclora.evaluate import evaluate
-from fedraclora.method import Cohort, Draw, Plan
+from fedraclora.method import Cohort, Downlink, Draw, Plan
 from fedraclora.personal import personal_accuracy
 from fedraclora.replica import Replica
-from fedraclora.runbook import RunBook
-from fedraclora.settings import FlowerConfig
+from fedraclora.runbook import RunBook, stored_chunk
+from fedraclora.settings import FlowerConfig, RayConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.fleet import Fleet
@@ -40,6 +48,7 @@ class Crew:
         config: Settings of the run.
         built: Task and sizes.
         plan: Which weights are trained how.
+        trainer: Trains chunks of clients in this process.
         replica: Where the strategy publishes base weights.
         store: What clients keep between rounds.
     """
@@ -47,6 +56,7 @@ class Crew:
     config: RunConfig
     built: BuiltTask
     plan: Plan
+    trainer: CohortTrainer
     replica: Replica
     store: ClientStore
 
@@ -60,7 +70,7 @@ class Assembled:
     plan: Plan
     strategy: FedStrategy
     grid: RunGrid
-    chunk: int
+    chunk: ChunkPlan
 
 
 def assemble(
@@ -87,78 +97,111 @@ def assemble(
     """
     fix_bits(config.engine.threads)
     built = build_task(config)
-    task = built.task
-    plan = plan_of(config, task)
+    plan = plan_of(config, built.task)
     if plan.local and not built.classes:
         raise ConfigError("head is local, which is measured by class, but the data have no classes")
-    base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
     draw = Draw(config.seed)
     state = config.method.init(base, plan, draw)
     first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
     downlink = config.method.open_round(state, 1, first, draw)
-    chunk = (
-        1
-        if config.engine.name == "inline"
-        else resolve_chunk(config.engine.chunk, task, downlink, config.local, built.cohort)
-    )
-    loop = LoopConfig(
-        rounds=config.rounds,
-        clients=built.clients,
-        cohort=built.cohort,
-        chunk=chunk,
-        seed=config.seed,
-        weights=config.weights,
-        dtype=str(next(iter(base.values())).dtype).removeprefix("torch."),
-        evaluate_every=config.evaluate.every,
-        max_failures=config.max_failures,
-        timeout=timeout_of(config),
-    )
-    resolved = {"chunk": chunk, "device": built.device.type, "dtype": loop.dtype}
-    resolved["summation_block"] = SUM_BLOCK
-    fixed = {**config.digested, "resolved": resolved}
+    trainer = trainer_of(config, built, plan)
+    stored = stored_chunk(folder) if resume and folder is not None else None
+    chunk = settle_chunk(config, built.cohort, trainer, base, downlink, stored)
+    loop = loop_of(config, built, chunk.chunk, trainer.dtype)
     store = ClientStore()
-    book = RunBook(
-        folder,
-        fixed=fixed,
-        every=config.output.checkpoint_every,
-        sync=config.output.sync,
-        chain=config.output.chain,
-        store=store,
-    )
-    samples = measured_samples(task, config.evaluate.split)
-
-    def measure(weights: Tree) -> dict[str, float]:
-        if plan.local:
-            owned = store.latest(config.evaluate.clients)
-            counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
-            return personal_accuracy(
-                task.model, weights, owned, samples, counts, config.evaluate.batch_size
-            )
-        found = evaluate(
-            task.model, weights, samples, task.loss, task.metrics, config.evaluate.batch_size
-        )
-        if task.optimum is not None and "loss" in found:
-            found["gap"] = found["loss"] - task.optimum
-        return found
-
+    book = book_of(config, folder, loop, built.device, store)
     strategy = FedStrategy(
         config.method,
         state,
         config.local,
         loop,
         replica=replica,
-        evaluate=measure,
+        evaluate=measurement(config, built, plan, store),
         book=book,
         aggregator=AGGREGATORS[config.aggregator],
         on_round=on_round,
-        sizes=lambda clients: task.train.sizes(clients.to(built.device)).cpu(),
+        sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
         fleet=Fleet(config.system, config.seed, config.local),
     )
     if resume:
         restored, done = book.restore(state, strategy.catch_up)
         strategy.resume(restored, done)
-    grid = engine(Crew(config, built, plan, replica, store))
+    grid = engine(Crew(config, built, plan, trainer, replica, store))
     return Assembled(config, built, plan, strategy, grid, chunk)
+
+
+def settle_chunk(
+    config: RunConfig,
+    cohort: int,
+    trainer: CohortTrainer,
+    base: Tree,
+    downlink: Downlink,
+    stored: int | None,
+) -> ChunkPlan:
+    """Plan the chunk of a run; one that goes on keeps its own, whatever memory is free now."""
+    engine = config.engine
+    if engine.chunk == "auto" and stored is not None:
+        return ChunkPlan(stored, "as it began")
+    gpus = engine.gpus if isinstance(engine, RayConfig) else None
+    return plan_chunk(engine.chunk, trainer, base, downlink, cohort, share=gpus or 1.0)
+
+
+def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype) -> LoopConfig:
+    """Give what the loop must know."""
+    return LoopConfig(
+        rounds=config.rounds,
+        clients=built.clients,
+        cohort=built.cohort,
+        chunk=chunk,
+        seed=config.seed,
+        weights=config.weights,
+        dtype=str(dtype).removeprefix("torch."),
+        evaluate_every=config.evaluate.every,
+        max_failures=config.max_failures,
+        timeout=timeout_of(config),
+    )
+
+
+def book_of(
+    config: RunConfig,
+    folder: Path | None,
+    loop: LoopConfig,
+    device: torch.device,
+    store: ClientStore,
+) -> RunBook:
+    """Make the files of a run; a resume under other values than these is refused."""
+    resolved = {"chunk": loop.chunk, "device": device.type, "dtype": loop.dtype}
+    resolved["summation_block"] = SUM_BLOCK
+    return RunBook(
+        folder,
+        fixed={**config.digested, "resolved": resolved},
+        every=config.output.checkpoint_every,
+        sync=config.output.sync,
+        chain=config.output.chain,
+        store=store,
+    )
+
+
+def measurement(
+    config: RunConfig, built: BuiltTask, plan: Plan, store: ClientStore
+) -> Callable[[Tree], dict[str, float]]:
+    """Give what measures weights: the server's, or with a local head the clients' own models."""
+    task, batch = built.task, config.evaluate.batch_size
+    samples = measured_samples(task, config.evaluate.split)
+
+    def own(weights: Tree) -> dict[str, float]:
+        owned = store.latest(config.evaluate.clients)
+        counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
+        return personal_accuracy(task.model, weights, owned, samples, counts, batch)
+
+    def shared(weights: Tree) -> dict[str, float]:
+        found = evaluate(task.model, weights, samples, task.loss, task.metrics, batch)
+        if task.optimum is not None and "loss" in found:
+            found["gap"] = found["loss"] - task.optimum
+        return found
+
+    return own if plan.local else shared
 
 
 def timeout_of(config: RunConfig) -> float:

@@ -17,7 +17,7 @@ from experiments.bench.usage import Laps
 from experiments.bench.workloads import LR, Workload
 from fedraclora.adapter import make_plan
 from fedraclora.build import fix_bits
-from fedraclora.chunking import resolve_chunk
+from fedraclora.chunking import plan_chunk
 from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer
 from fedraclora.engines.inprocess import InProcessGrid
@@ -197,15 +197,17 @@ def federated(
     """
     method = FedRacLora(rank=workload.rank) if method is None else method
     parts = Parts.of(workload, task, device, method, steps=steps, precision=precision)
-    local, cohort = parts.local, workload.cohort
-    state = parts.state(method)
-    size = resolve_chunk(chunk, task, first_downlink(method, state, cohort), local, cohort)
+    cohort, state, trainer = workload.cohort, parts.state(method), parts.trainer()
+    downlink = first_downlink(method, state, cohort)
+    size = plan_chunk(chunk, trainer, state.base, downlink, cohort).chunk
     loop = LoopConfig(rounds=ENDLESS, clients=workload.clients, cohort=cohort, chunk=size, seed=0)
     folder = tempfile.TemporaryDirectory()
     book = RunBook(None, sync=False)  # no folder: no chain, no checkpoints
     book.ledger = Ledger(Path(folder.name) / "ledger.jsonl")
     replica = Chronicle() if workers else Replica(state.base)
-    strategy = FedStrategy(method, state, local, loop, replica=replica, evaluate=None, book=book)
+    strategy = FedStrategy(
+        method, state, parts.local, loop, replica=replica, evaluate=None, book=book
+    )
     crew = Path(folder.name)
     grid = make_grid(replace(parts, crew=crew), replica, workers)
     run = FederatedRun(strategy, grid)

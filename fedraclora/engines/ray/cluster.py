@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,8 @@ class Cluster:
 
     def _start(self, settings: RayConfig) -> None:
         alone = settings.address is None
+        if settings.address is not None:
+            check_address(settings.address)
         try:
             ray.init(
                 # Not from RAY_ADDRESS: which cluster is used stands in the config alone.
@@ -84,6 +87,30 @@ class Cluster:
         """End what was started, leave what was joined."""
         if not self.joined and ray.is_initialized():
             ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would end this process without an error.
+
+    Raises:
+        ConfigError: If it is no address of a cluster's head.
+        EngineError: If nobody answers there.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in address:
+        raise ConfigError(
+            f"engine.address is {address!r}; auto (a cluster of this machine), or host:port of a "
+            "cluster's head, is wanted"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise EngineError(
+            f"there is no Ray cluster at {address} ({error}); start one (ray start --head), or "
+            "leave engine.address null"
+        ) from error
 
 
 def worker_environment(threads: int) -> dict[str, str]:

@@ -1,0 +1,93 @@
+"""The ServerApp of ``flwr run``: the same run, in the process that Flower starts for it.
+
+The run's config comes as JSON in the run config, ``cfg-json``; ``fedraclora flower`` writes it.
+What simulate leaves in its run folder is left in ``output.dir``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedraclora.config import RunConfig, from_plain
+from fedraclora.engines.flower import NodePerClient
+from fedraclora.errors import ConfigError
+from fedraclora.job import JobFolder
+from fedraclora.ledger import headline, number
+from fedraclora.settings import FlowerConfig
+from strategies import METHODS, assembly
+from strategies.assembly import Assembled, Crew
+from strategies.outcome import run_in_folder
+from strategies.rows import Row
+
+log = logging.getLogger("flwr")  # the log that Flower streams to its user
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federated experiment of ``cfg-json``.
+
+    Raises:
+        ConfigError: If it is missing, or of another engine.
+    """
+    config = read_config(str(context.run_config.get("cfg-json", "")))
+
+    def assemble(
+        config: RunConfig,
+        folder: Path | None,
+        *,
+        resume: bool = False,
+        on_round: Callable[[Row], None] | None = None,
+    ) -> Assembled:
+        job = JobFolder(config.plain)
+
+        def nodes(crew: Crew) -> NodePerClient:
+            return NodePerClient(
+                lambda: grid,
+                crew.built.clients,
+                job,
+                store=crew.store,
+                timeout=assembly.timeout_of(config),
+            )
+
+        return assembly.assemble(config, folder, job, nodes, resume=resume, on_round=on_round)
+
+    resume = bool(context.run_config.get("resume", False))
+    run_in_folder(config, Path(str(config.output.dir)), assemble, resume=resume, on_round=tell)
+
+
+def read_config(text: str) -> RunConfig:
+    """Read the config of a run.
+
+    Raises:
+        ConfigError: If it is missing, not JSON, of another engine or without ``output.dir``.
+    """
+    try:
+        plain = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"cfg-json is no JSON ({error})") from error
+    if not plain or not isinstance(plain, dict):
+        raise ConfigError(
+            "cfg-json is empty: write it with `fedraclora flower --write run.toml ...` and pass it "
+            "with `flwr run . -c run.toml`"
+        )
+    config = from_plain(plain, METHODS)
+    if not isinstance(config.engine, FlowerConfig):
+        raise ConfigError(f"engine is {config.engine.name}, but this is Flower: use engine=flower")
+    if config.output.dir is None:
+        raise ConfigError("output.dir is null, but Flower's processes run anywhere: name a folder")
+    return config
+
+
+def tell(row: Row) -> None:
+    """Say in one line of the log how a round went."""
+    name = headline([row])
+    figure = "" if name is None else f": {name} {number(row, 'metrics', name):.4f}"
+    log.info("round %s%s", row["round"], figure)

@@ -1,0 +1,178 @@
+"""Clients on Ray workers give the bits of clients in this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+
+import pytest
+import ray
+
+from experiments import kill_workers
+from experiments.assemble import Assembled, assemble
+from experiments.choices import composed
+from fedraclora.config import from_plain
+from fedraclora.engines.ray import RayGrid
+from fedraclora.errors import ClientError
+from fedraclora.tree import digest
+from strategies import METHODS
+
+WORDS = (
+    "data=digits",
+    "data.labels=null",
+    "pretrain=none",
+    "model.hidden=[12]",
+    "output=study",
+    "clients=80",
+    "cohort=70",
+    "rounds=4",
+    "local.lr=0.1",
+    "local=momentum",
+)
+# Rows, and sums of blocks; links, dense weights and what stays at clients.
+RUNS = {
+    "rows": ("method.rank=2", "engine.chunk=9"),
+    "sums": ("method.rank=2", "engine.chunk=32"),
+    "carried": ("method.rank=2", "engine.chunk=32", "method.resample_every=3"),
+    "dense": ("method=fedavg", "engine.chunk=32"),
+    "both factors": ("method=fedavg_lora", "engine.chunk=20"),
+    "local head": ("method.rank=2", "engine.chunk=16", "head=local"),
+    "ranks": ("method.rank=4", "engine.chunk=32", "system=mixed_ranks"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One Ray for the module: engines join what is there, and leave it."""
+    ray.init(
+        address="local",
+        num_cpus=3,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+def run(*words: str) -> Assembled:
+    done = assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
+    with closing(done.grid):
+        done.strategy.start(done.grid)
+    return done
+
+
+def bits(done: Assembled) -> tuple[str, str]:
+    strategy = done.strategy
+    weights = strategy.method.weights(strategy.state, strategy.draw)
+    return digest(weights), strategy.book.ledger.digest()
+
+
+@cache
+def in_process(name: str) -> tuple[str, str]:
+    return bits(run(*RUNS[name]))
+
+
+def on_ray(name: str, workers: int) -> Assembled:
+    *words, chunk = sorted(RUNS[name], key=lambda w: w.startswith("engine"))
+    return run(*words, "engine=ray", chunk, f"engine.workers={workers}")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_workers_are_one_process(name: str) -> None:
+    assert bits(on_ray(name, 2)) == in_process(name)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_no_bit(workers: int) -> None:
+    assert bits(on_ray("rows", workers)) == in_process("rows")
+
+
+def test_replicas_follow_by_links_and_only_the_first_round_sends_weights() -> None:
+    done = on_ray("sums", 2)
+    assert isinstance(done.grid, RayGrid)
+    chronicle = done.grid.chronicle
+    assert chronicle.version == 4
+    assert chronicle.oldest < 4
+    assert chronicle.since(3).links is not None
+    assert chronicle.since(None).dense is not None
+
+
+def test_a_worker_that_drifted_gets_the_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [w for w in RUNS["rows"] if not w.startswith("engine")]
+    done = assemble(
+        from_plain(composed([*WORDS, *words, "engine=ray", "engine.chunk=9"]), METHODS), None
+    )
+    grid = done.grid
+    assert isinstance(grid, RayGrid)
+    told = grid.chronicle.since
+
+    def lie(version: int | None) -> object:
+        news = told(version)
+        if version is None or version == news.version:
+            return news
+        return type(news)(news.version, news.mark ^ 1, news.links, news.dense)
+
+    monkeypatch.setattr(grid.chronicle, "since", lie)
+    with closing(grid):
+        done.strategy.start(grid)
+    assert bits(done) == in_process("rows")
+    rows = done.strategy.book.ledger.rows
+    assert any("got the whole of version" in i for row in rows for i in row.get("incidents", ()))
+
+
+def test_a_client_that_fails_is_named() -> None:
+    with pytest.raises(ClientError, match=r"round 1: .*client \d+"):
+        run("method.rank=2", "local.lr=1e30", "engine=ray", "engine.workers=1")
+
+
+def left_running(folder: Path) -> list[str]:
+    """Processes whose environment or command names the folder of a run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                text = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(folder).encode() in text:
+                found.append((entry / "cmdline").read_bytes().decode(errors="replace"))
+    return found
+
+
+@pytest.mark.parametrize("how", ["end", "interrupt", "terminate"])
+def test_nothing_is_left_running(how: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    rounds = "rounds=3" if how == "end" else "rounds=100000"
+    words = [*WORDS, "method.rank=2", "engine=ray", "engine.workers=1", rounds]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.simulate", *words, f"output.dir={folder}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env={**os.environ, "MARK_OF_THIS_TEST": str(folder), "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while how != "end" and time.monotonic() < deadline:
+        ledger = folder / "ledger.jsonl"
+        if ledger.is_file() and ledger.read_bytes().count(b"\n") > 3:
+            process.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGTERM)
+            break
+        time.sleep(0.05)
+    status = process.wait(timeout=120)
+    assert (status == 0) == (how == "end")
+    while left_running(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left_running(folder) == []
+
+
+@pytest.mark.slow
+def test_workers_are_killed_and_the_digests_stand() -> None:
+    assert kill_workers.main(["--times", "3"]) == 0

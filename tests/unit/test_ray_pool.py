@@ -1,0 +1,157 @@
+"""Jobs on resident workers: any order, every loss mended or named, nobody waited for in vain."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import cloudpickle
+
+from fedraclora.engines.ray.cluster import Cluster, check_address, worker_environment
+from fedraclora.engines.ray.pool import Pool, Seat
+from fedraclora.errors import ConfigError, EngineError
+from fedraclora.settings import RayConfig
+
+# Workers cannot import a test module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(RayConfig(workers=2), "cpu")
+    yield cluster
+    cluster.close()
+    assert not ray.is_initialized()
+
+
+class Toy:
+    """Doubles a number; dies or hangs the first time it meets one of its bad jobs."""
+
+    def __init__(self, marks: str, start: str = "") -> None:
+        self.marks = Path(marks)
+        if start == "die" and self._first("start"):
+            os._exit(1)
+        if start == "raise":
+            raise ModuleNotFoundError("No module named 'fedraclora'")
+
+    def _first(self, name: str) -> bool:
+        try:
+            (self.marks / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def facts(self) -> dict[str, str]:
+        return {"pid": str(os.getpid())}
+
+    def double(self, job: str) -> str:
+        kind, _, number = job.partition(" ")
+        if kind == "die" and self._first(number):
+            os._exit(1)
+        if kind == "die always":
+            os._exit(1)
+        if kind == "hang" and self._first(number):
+            time.sleep(60)
+        if kind == "raise":
+            raise ValueError("no")
+        return f"{2 * int(number)}"
+
+
+def pool_of(tmp_path: Path, cluster: Cluster, *, retries: int = 3, timeout: float = 30.0) -> Pool:
+    kind = ray.remote(Toy).options(num_cpus=1)
+    return Pool(lambda: kind.remote(str(tmp_path)), cluster.workers, retries, timeout)
+
+
+def submit(seat: Seat, job: str) -> Any:
+    return seat.actor.double.remote(job)
+
+
+def done(pool: Pool, jobs: list[str], limit: float | None = None) -> dict[str, str]:
+    return {job: answer for job, _, answer in pool.run(jobs, submit, limit)}
+
+
+def test_every_job_is_done_once(tmp_path: Path, cluster: Cluster) -> None:
+    pool = pool_of(tmp_path, cluster)
+    assert len({facts["pid"] for facts in pool.facts()}) == 2
+    answers = [job for job, _, _ in pool.run([f"ok {i}" for i in range(9)], submit, None)]
+    assert sorted(answers) == [f"ok {i}" for i in range(9)]
+    assert pool.incidents == []
+    pool.close()
+
+
+def test_jobs_of_workers_that_die_or_hang_are_run_again(tmp_path: Path, cluster: Cluster) -> None:
+    pool = pool_of(tmp_path, cluster, timeout=4.0)
+    pids = {facts["pid"] for facts in pool.facts()}
+    found = done(pool, ["ok 1", "die 2", "ok 3", "hang 4", "ok 5"])
+    assert found == {"ok 1": "2", "die 2": "4", "ok 3": "6", "hang 4": "8", "ok 5": "10"}
+    assert len(pool.incidents) == 2
+    assert any("died" in i and "die 2 was run again" in i for i in pool.incidents)
+    assert any("did not answer within 4 s; hang 4" in i for i in pool.incidents)
+    assert pids.isdisjoint({facts["pid"] for facts in pool.facts()}) or len(pids) == 2
+    pool.close()
+
+
+def test_a_job_that_kills_every_worker_ends_the_run(tmp_path: Path, cluster: Cluster) -> None:
+    pool = pool_of(tmp_path, cluster, retries=0)
+    with pytest.raises(EngineError, match=r"worker \d died.*engine.retries=0.*It was at die 7"):
+        done(pool, ["die 7"])
+    pool.close()
+
+
+def test_what_is_not_done_in_time_yields_nothing(tmp_path: Path, cluster: Cluster) -> None:
+    pool = pool_of(tmp_path, cluster)
+    pool.facts()
+    assert done(pool, ["ok 1", "hang 2"], limit=2.0) == {"ok 1": "2"}
+    assert "was given up; hang 2" in pool.incidents[0]
+    assert done(pool, ["ok 3"]) == {"ok 3": "6"}
+    pool.close()
+
+
+def test_a_worker_that_dies_at_its_start_is_replaced(tmp_path: Path, cluster: Cluster) -> None:
+    kind = ray.remote(Toy).options(num_cpus=1)
+    pool = Pool(lambda: kind.remote(str(tmp_path), "die"), 1, 1, 30.0)
+    assert len(pool.facts()) == 1
+    assert "its start was run again" in pool.incidents[0]
+    pool.close()
+
+
+def test_a_worker_that_cannot_start_is_named(cluster: Cluster) -> None:
+    kind = ray.remote(Toy).options(num_cpus=1)
+    pool = Pool(lambda: kind.remote("", "raise"), 1, 3, 30.0)
+    with pytest.raises(EngineError, match=r"did not start: .*No module named 'fedraclora'"):
+        pool.facts()
+    pool.close()
+
+
+def test_more_than_there_is_is_refused(cluster: Cluster) -> None:
+    with pytest.raises(ConfigError, match=r"engine.workers is 3.*2 CPUs and 0 GPUs, enough for 2"):
+        Cluster(RayConfig(workers=3), "cpu")
+    with pytest.raises(ConfigError, match=r"1 GPU each.*0 GPUs, enough for 0"):
+        Cluster(RayConfig(), "cuda")
+    assert ray.is_initialized()  # what others started is left alone
+
+
+@pytest.mark.parametrize("address", ["ray://host:10001", "host", "host:port", ":1"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"engine.address is .*; auto .*, or host:port"):
+        check_address(address)
+
+
+def test_an_address_where_nobody_listens_is_named() -> None:
+    with pytest.raises(EngineError, match=r"there is no Ray cluster at 127.0.0.1:1 "):
+        check_address("127.0.0.1:1")
+
+
+def test_workers_import_the_code_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    found = worker_environment(2)
+    assert found["OMP_NUM_THREADS"] == "2"
+    root, *others = found["PYTHONPATH"].split(os.pathsep)
+    assert (Path(root) / "fedraclora").is_dir()
+    assert others == ["/elsewhere"]
