@@ -23,6 +23,7 @@ LARGEST = {"cpu": 256, "cuda": 4096}  # more bring nothing: the products are lar
 HOST_BYTES = 256 << 20  # on a CPU: for all of a chunk; workers share the machine
 CACHE_BYTES = 12 << 20  # on a CPU: for what is trained, which every step reads and writes
 FREE_SHARE = 0.8  # of a GPU's free memory; the rest is for fragments and the workspaces of kernels
+PROCESS_BYTES = 512 << 20  # of a GPU: for CUDA itself, in each process
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,14 @@ class ChunkPlan:
         if self.memory is None:
             return f"{self.chunk} clients ({self.reason})"
         m = self.memory
-        parts = [("trained", m.trained), ("activations", m.activations), ("workspace", m.workspace)]
-        client = ", ".join(f"{name} {size / 1e6:.3g}" for name, size in parts)
+        sizes = (m.client, m.trained, m.step, m.shared, m.training(self.chunk), self.budget)
+        client, trained, step, shared, whole, budget, weights = (
+            f"{size / 1e6:.3g}" for size in (*sizes, m.weights)
+        )
         return (
-            f"{self.chunk} clients ({self.reason}): {m.client / 1e6:.3g} MB each ({client}) and "
-            f"{m.shared / 1e6:.3g} MB shared = {m.training(self.chunk) / 1e6:.3g} of "
-            f"{self.budget / 1e6:.3g} MB on {self.device}, beside {m.weights / 1e6:.3g} MB of "
-            "weights"
+            f"{self.chunk} clients ({self.reason}): {client} MB each ({trained} trained, {step} "
+            f"for a step) and {shared} MB shared = {whole} of {budget} MB on {self.device}, beside "
+            f"{weights} MB of weights"
         )
 
     def record(self) -> dict[str, object]:
@@ -66,13 +68,22 @@ class ChunkPlan:
         return found
 
 
-def budget_of(device: torch.device) -> int:
-    """Give the bytes that training may take beside what is there already."""
+def budget_of(device: torch.device, share: float | None = None) -> int:
+    """Give the bytes that training may take beside weights and data.
+
+    Args:
+        device: Where training runs. Weights and data are there already.
+        share: Of the GPU, for one of several processes that will train on it, each with weights
+            and data of its own; None: this process trains, alone.
+    """
     if device.type != "cuda":
         return HOST_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(FREE_SHARE * (free + cached))
+    held = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - held
+    if share is None:
+        return int(FREE_SHARE * free)
+    return max(0, int(FREE_SHARE * free * share) - held - PROCESS_BYTES)
 
 
 def plan_chunk(
@@ -82,7 +93,7 @@ def plan_chunk(
     downlink: Downlink,
     cohort: int,
     *,
-    share: float = 1.0,
+    share: float | None = None,
 ) -> ChunkPlan:
     """Turn ``engine.chunk`` into a number of clients.
 
@@ -93,7 +104,7 @@ def plan_chunk(
         base: The base weights.
         downlink: Of a round, for ``cohort`` clients.
         cohort: Clients per round, the most a chunk can hold.
-        share: Of a GPU's free memory, where several processes train on it.
+        share: See `budget_of`.
 
     Returns:
         The plan.
@@ -115,7 +126,7 @@ def plan_chunk(
             "local.batch_size"
         ) from error
     device = trainer.device.type
-    budget = int(budget_of(trainer.device) * min(1.0, share))
+    budget = budget_of(trainer.device, share)
     bounds = {
         "the cohort": cohort,
         f"more bring nothing on a {device}": LARGEST[device],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -79,6 +80,13 @@ class RayConfig(EngineConfig):
     address: str | None = None
     retries: int = 3
     timeout: float = 3600.0
+
+    @property
+    def share(self) -> float:
+        """Share of a GPU that a worker has, if it has one; workers that ask for none divide it."""
+        if self.gpus == 0:
+            return 1 / (self.workers or os.cpu_count() or 1)
+        return 1.0 if self.gpus is None else min(1.0, self.gpus)
 
     @override
     def __post_init__(self) -> None:

@@ -143,8 +143,8 @@ def settle_chunk(
     engine = config.engine
     if engine.chunk == "auto" and stored is not None:
         return ChunkPlan(stored, "as it began")
-    gpus = engine.gpus if isinstance(engine, RayConfig) else None
-    return plan_chunk(engine.chunk, trainer, base, downlink, cohort, share=gpus or 1.0)
+    share = engine.share if isinstance(engine, RayConfig) else None
+    return plan_chunk(engine.chunk, trainer, base, downlink, cohort, share=share)
 
 
 def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype) -> LoopConfig:

@@ -3,68 +3,228 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fedraclora.chunking import BUDGET_BYTES, LARGEST, client_bytes, resolve_chunk
-from fedraclora.method import Downlink, Trained
+from fedraclora import chunking
+from fedraclora.adapter import make_plan
+from fedraclora.aggregate import SUM_BLOCK
+from fedraclora.chunking import FREE_SHARE, PROCESS_BYTES, ChunkPlan, budget_of, plan_chunk
+from fedraclora.cohort import CohortTrainer
+from fedraclora.errors import ConfigError
+from fedraclora.memory import MemoryModel, measure
+from fedraclora.method import Cohort, Downlink, Draw
 from fedraclora.optimiser import LocalConfig
 from fedraclora.samples import Partitioned, Samples
+from fedraclora.settings import RayConfig
 from fedraclora.task import Task
+from fedraclora.tree import Tree
+from strategies.fed_rac_lora import FedRacLora
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda")
+MODEL = MemoryModel(weights=5000, shared=300, trained=20, step=80)  # 100 bytes a client
 
 
-def task() -> Task:
-    """7 -> 6 -> 4 in float32: a sample leaves 6 + 6 + 4 numbers behind."""
+@pytest.fixture
+def trainer() -> CohortTrainer:
+    """7 -> 6 -> 4, two clients of three samples and of two."""
     model = nn.Sequential(OrderedDict(fc=nn.Linear(7, 6), act=nn.ReLU(), head=nn.Linear(6, 4)))
-    samples = Samples({"x": torch.zeros(5, 7)}, torch.zeros(5, dtype=torch.int64))
+    samples = Samples({"x": torch.ones(5, 7)}, torch.zeros(5, dtype=torch.int64))
     data = Partitioned.of(samples, [np.arange(3), np.arange(3, 5)])
-    return Task(model, ("head",), "cross_entropy", ("loss",), data, samples)
+    task = Task(model, ("head",), "cross_entropy", ("loss",), data, samples)
+    return CohortTrainer(task, make_plan(model, ("head",)), LocalConfig(), seed=0, device=CPU)
 
 
-DOWN = Downlink(dense={"a": Trained((6, 7)), "b": Trained((3,))})
+def start_of(trainer: CohortTrainer) -> tuple[Tree, Downlink]:
+    base = {n: p.detach().clone() for n, p in trainer.task.model.named_parameters()}
+    method = FedRacLora(rank=2)
+    state = method.init(base, trainer.plan, Draw(0))
+    return base, method.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), Draw(0))
 
 
-def test_a_client_costs_its_activations_and_its_tensors() -> None:
-    trained = 4 * 4 * (42 + 3)
-    assert client_bytes(task(), DOWN, LocalConfig(batch_size=10)) == 16 * 4 * 10 + trained
-    # A full batch is not known here: 32 samples stand for it.
-    assert client_bytes(task(), DOWN, LocalConfig(batch_size=0)) == 16 * 4 * 32 + trained
+def plan(trainer: CohortTrainer, chunk: int | str, cohort: int) -> ChunkPlan:
+    return plan_chunk(chunk, trainer, *start_of(trainer), cohort)
 
 
-def test_measuring_leaves_the_model_as_it_was() -> None:
-    whole = task()
-    for training in (True, False):
-        whole.model.train(training)
-        client_bytes(whole, DOWN, LocalConfig())
-        assert whole.model.training == training
-        assert all(not m._forward_hooks for m in whole.model.modules())
-    assert all(p.grad is None for p in whole.model.parameters())
+Planner = Callable[..., ChunkPlan]
 
 
-@pytest.mark.parametrize(("chunk", "cohort", "wanted"), [(3, 10, 3), (30, 10, 10), (1, 1, 1)])
-def test_a_number_is_taken_as_it_is_up_to_the_cohort(chunk: int, cohort: int, wanted: int) -> None:
-    assert resolve_chunk(chunk, task(), DOWN, LocalConfig(), cohort) == wanted
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Planner:
+    """Plan ``auto`` for a device that has so many bytes and clients that take `MODEL`."""
+    monkeypatch.setattr(chunking, "measure", lambda *_: MODEL)
+
+    def make(budget: int, cohort: int, device: torch.device = CARD) -> ChunkPlan:
+        monkeypatch.setattr(chunking, "budget_of", lambda *_: budget)
+        population = SimpleNamespace(num_clients=cohort)
+        stub: Any = SimpleNamespace(device=device, data=population)
+        return plan_chunk("auto", stub, {}, Downlink(), cohort)
+
+    return make
 
 
-def test_auto_is_bounded_by_the_cohort_and_by_a_largest_chunk() -> None:
-    assert resolve_chunk("auto", task(), DOWN, LocalConfig(), 5) == 5
-    assert resolve_chunk("auto", task(), DOWN, LocalConfig(), 10**6) == LARGEST
+# --- what decides --------------------------------------------------------------------------------
 
 
-def test_auto_fits_the_budget() -> None:
-    wide = Downlink(dense={"a": Trained((1024, 1024))})  # 16 MiB a client, and a little
-    found = resolve_chunk("auto", task(), wide, LocalConfig(), 1000)
-    assert found == BUDGET_BYTES["cpu"] // client_bytes(task(), wide, LocalConfig()) == 15
+@pytest.mark.parametrize(
+    ("chunk", "cohort", "wanted", "reason"),
+    [
+        (3, 10, 3, "engine.chunk"),
+        (10, 10, 10, "the cohort"),
+        (30, 10, 10, "the cohort"),
+        (1, 1, 1, "the cohort"),
+        ("auto", 1, 1, "the cohort"),
+    ],
+)
+def test_what_needs_no_measuring_is_not_measured(
+    trainer: CohortTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+    chunk: int | str,
+    cohort: int,
+    wanted: int,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(chunking, "measure", lambda *_: pytest.fail("measured"))
+    found = plan(trainer, chunk, cohort)
+    assert found == ChunkPlan(wanted, reason)
+    assert str(found) == f"{wanted} clients ({reason})"
+    assert found.record() == {"chunk": wanted, "reason": reason}
 
 
-def test_a_client_that_does_not_fit_trains_alone() -> None:
-    huge = Downlink(dense={"a": Trained((1 << 20, 1 << 10))})
-    assert resolve_chunk("auto", task(), huge, LocalConfig(), 100) == 1
+@pytest.mark.parametrize(
+    ("budget", "cohort", "wanted", "reason"),
+    [
+        (10**9, 20, 20, "the cohort"),
+        (10**9, 10**6, chunking.LARGEST["cuda"], "more bring nothing on a cuda"),
+        (300 + 20 * 100, 21, 20, "memory"),  # below a block: as many as fit
+        (300 + 31 * 100 + 99, 1000, 31, "memory"),
+        (300 + 32 * 100, 1000, 32, "memory"),
+        (300 + 95 * 100, 1000, 64, "memory"),  # whole blocks, where one fits
+        (300 + 95 * 100, 96, 64, "memory"),
+        (300 + 95 * 100, 95, 95, "the cohort"),  # the cohort in one piece
+        (300 + 99, 1000, 1, "memory"),  # too little even for one: it may fit all the same
+        (0, 1000, 1, "memory"),
+    ],
+)
+def test_a_gpu_holds_as_many_as_its_memory(
+    planned: Planner, budget: int, cohort: int, wanted: int, reason: str
+) -> None:
+    found = planned(budget, cohort)
+    assert (found.chunk, found.reason) == (wanted, reason)
+    assert (found.memory, found.budget, found.device) == (MODEL, budget, "cuda")
+    assert wanted < SUM_BLOCK or wanted in (cohort, wanted // SUM_BLOCK * SUM_BLOCK)
 
 
-def test_auto_is_a_function_of_model_and_data_alone() -> None:
-    chunks = {resolve_chunk("auto", task(), DOWN, LocalConfig(), 77) for _ in range(3)}
-    assert chunks == {77}
+def test_a_cpu_has_a_cache(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking, "CACHE_BYTES", 70 * MODEL.trained)
+    monkeypatch.setattr(chunking, "LARGEST", {"cpu": 1000, "cuda": 1000})
+    found = planned(10**9, 10**4, CPU)
+    assert (found.chunk, found.reason) == (64, "the cache")
+    assert planned(300 + 40 * 100, 10**4, CPU).reason == "memory"
+    assert planned(10**9, 10**4).reason == "more bring nothing on a cuda"
+    monkeypatch.setattr(chunking, "CACHE_BYTES", 1)
+    assert planned(10**9, 10**4, CPU).chunk == 1
+
+
+def test_the_plan_is_of_the_run_itself(
+    trainer: CohortTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = measure(trainer, *start_of(trainer), torch.arange(2))
+    monkeypatch.setattr(chunking, "CACHE_BYTES", 10**9)
+    monkeypatch.setattr(chunking, "HOST_BYTES", model.training(17) + 1)
+    found = plan(trainer, "auto", 1000)
+    assert (found.chunk, found.reason, found.memory) == (17, "memory", model)
+    assert plan(trainer, "auto", 9).chunk == 9
+    assert plan(trainer, "auto", 1000) == found
+
+
+def test_the_plan_is_said_in_megabytes() -> None:
+    memory = MemoryModel(weights=90_800_000, shared=1_350_000, trained=2_700_000, step=28_200_000)
+    found = ChunkPlan(8, "memory", memory, 256 << 20, "cpu")
+    assert str(found) == (
+        "8 clients (memory): 30.9 MB each (2.7 trained, 28.2 for a step) and 1.35 MB shared = 249 "
+        "of 268 MB on cpu, beside 90.8 MB of weights"
+    )
+    assert found.record() == {
+        "chunk": 8,
+        "reason": "memory",
+        "budget": 256 << 20,
+        "weights": 90_800_000,
+        "shared": 1_350_000,
+        "trained": 2_700_000,
+        "step": 28_200_000,
+    }
+
+
+# --- the budget of a card ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 80 GB: 60 are free, and PyTorch has 6 of the others, 4 of them in use."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (60 * 10**9, 80 * 10**9))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 6 * 10**9)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 4 * 10**9)
+
+
+@pytest.mark.usefixtures("card")
+def test_what_is_free_on_a_card_is_what_nobody_uses() -> None:
+    assert budget_of(CARD) == pytest.approx(FREE_SHARE * 62e9)
+    # A process beside others has its own weights and data, as large as those of this one.
+    assert budget_of(CARD, 1.0) == pytest.approx(FREE_SHARE * 62e9 - 4e9 - PROCESS_BYTES)
+    assert budget_of(CARD, 0.5) == pytest.approx(FREE_SHARE * 31e9 - 4e9 - PROCESS_BYTES)
+    assert budget_of(CARD, 0.01) == 0
+    assert budget_of(CPU) == budget_of(CPU, 0.5) == chunking.HOST_BYTES
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (RayConfig(), 1.0),
+        (RayConfig(gpus=0.5, workers=2), 0.5),
+        (RayConfig(gpus=2.0), 1.0),  # one process trains on one card
+        (RayConfig(gpus=0.0, workers=4), 0.25),  # nobody counts, all are on the card
+    ],
+)
+def test_the_share_of_a_worker(settings: RayConfig, wanted: float) -> None:
+    assert settings.share == wanted
+
+
+# --- memory that runs out at once ----------------------------------------------------------------
+
+
+def starve(monkeypatch: pytest.MonkeyPatch, error: Exception, clients: int) -> None:
+    step = CohortTrainer._step
+
+    def starved(self: CohortTrainer, chunk: Any, number: int, batch: Any, *rest: Any) -> Any:
+        if batch[0] >= clients:
+            raise error
+        return step(self, chunk, number, batch, *rest)
+
+    monkeypatch.setattr(CohortTrainer, "_step", starved)
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_two_clients_that_do_not_fit_are_an_error_with_advice(
+    trainer: CohortTrainer, monkeypatch: pytest.MonkeyPatch, clients: int
+) -> None:
+    starve(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), clients)
+    with pytest.raises(
+        ConfigError, match=r"two clients .*Tried 2 GiB.*engine\.chunk=1.*batch_size"
+    ):
+        plan(trainer, "auto", 10)
+    assert plan(trainer, 1, 10).chunk == 1  # the advice can be followed
+
+
+def test_another_error_is_handed_on(
+    trainer: CohortTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starve(monkeypatch, RuntimeError("shapes cannot be multiplied"), 2)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        plan(trainer, "auto", 10)

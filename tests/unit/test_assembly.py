@@ -1,0 +1,113 @@
+"""The chunk of a run: planned once, said, stored, and kept when the run goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.assemble import Assembled, assemble
+from experiments.choices import composed
+from experiments.simulate import simulate
+from fedraclora import chunking
+from fedraclora.checkpoint import load_checkpoint, save_checkpoint
+from fedraclora.config import from_plain
+from fedraclora.errors import CheckpointError
+from fedraclora.runbook import stored_chunk
+from fedraclora.tree import digest
+from strategies import METHODS
+
+WORDS = (
+    "data=digits",
+    "data.labels=null",
+    "pretrain=none",
+    "model.hidden=[12]",
+    "clients=50",
+    "cohort=40",
+    "rounds=4",
+    "local.lr=0.1",
+    "output=study",
+    "output.checkpoint_every=2",
+)
+
+
+def job(folder: Path | None, *words: str, resume: bool = False) -> Assembled:
+    return assemble(from_plain(composed([*WORDS, *words]), METHODS), folder, resume=resume)
+
+
+def bits(run: Assembled) -> tuple[str, str]:
+    return digest(run.strategy.state.base), run.strategy.book.ledger.digest()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A budget in which nine clients train together."""
+    found = job(None).chunk.memory
+    assert found is not None
+    monkeypatch.setattr(chunking, "CACHE_BYTES", 10**12)
+    monkeypatch.setattr(chunking, "HOST_BYTES", found.training(9))
+    return 9
+
+
+def test_a_run_that_goes_on_keeps_its_chunk(
+    small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = job(tmp_path / "whole")
+    assert (whole.chunk.chunk, whole.chunk.reason) == (small, "memory")
+    whole.strategy.start(whole.grid)
+    part = job(tmp_path / "part")
+    part.strategy.start(part.grid, num_rounds=2)
+    monkeypatch.setattr(chunking, "HOST_BYTES", 10**12)
+    assert job(None).chunk.chunk == 40  # what would be planned now
+    rest = job(tmp_path / "part", resume=True)
+    assert str(rest.chunk) == "9 clients (as it began)"
+    assert rest.strategy.loop.chunk == small
+    rest.strategy.start(rest.grid)
+    assert bits(rest) == bits(whole)
+
+
+def test_another_chunk_that_is_asked_for_is_refused(small: int, tmp_path: Path) -> None:
+    part = job(tmp_path)
+    part.strategy.start(part.grid, num_rounds=2)
+    with pytest.raises(CheckpointError, match=r"engine\.chunk: "auto" -> 9"):
+        job(tmp_path, f"engine.chunk={small}", resume=True)
+
+
+def test_the_stored_chunk_is_read_off_the_checkpoint(tmp_path: Path) -> None:
+    tensors = {"base/w": torch.zeros(1)}
+    for fixed, wanted in (
+        ({"resolved": {"chunk": 7}}, 7),
+        ({"resolved": {"device": "cpu"}}, None),
+        ({}, None),
+    ):
+        save_checkpoint(tmp_path / "checkpoint", tensors, {"round": 2, "fixed": fixed})
+        assert stored_chunk(tmp_path) == wanted
+
+
+def test_a_new_run_stores_its_chunk_among_what_fixes_the_bits(small: int, tmp_path: Path) -> None:
+    run = job(tmp_path)
+    run.strategy.start(run.grid, num_rounds=2)
+    _, meta = load_checkpoint(tmp_path / "checkpoint")
+    assert meta["fixed"]["resolved"] == {  # type: ignore[index]
+        "chunk": small,
+        "device": "cpu",
+        "dtype": "float32",
+        "summation_block": 32,
+    }
+
+
+def test_the_plan_is_printed_and_stands_in_the_summary(
+    small: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = composed([*WORDS, "rounds=1", f"output.dir={tmp_path}", "output.progress=true"])
+    simulate(plain, tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"chunk: 9 clients \(memory\): [\d.]+ MB each \(.* MB on cpu, beside", said)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["chunk"] == small
+    assert summary["chunk_plan"].items() >= {"chunk": small, "reason": "memory"}.items()
+    assert summary["chunk_plan"]["budget"] == chunking.HOST_BYTES
+    assert summary["chunk_plan"]["trained"] > 0
