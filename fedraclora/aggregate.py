@@ -18,6 +18,7 @@ from fedraclora.errors import ClientError, ShapeError
 from fedraclora.tree import Layout, Tree
 
 SUM_BLOCK = 32
+AT_ONCE = 1 << 17  # numbers in float64, which then stay in the cache
 
 
 def block_sums(
@@ -42,14 +43,18 @@ def block_sums(
     sums = torch.zeros(last // SUM_BLOCK + 1, P, dtype=torch.float64, device=stacked.device)
     column = weights.to(stacked.device, torch.float64)[:, None]
     whole = last + 1 == K
-    for place in range(min(SUM_BLOCK, last + 1)):
-        if whole:
-            part = stacked[place::SUM_BLOCK].to(torch.float64) * column[place::SUM_BLOCK]
-            sums[: part.shape[0]] += part
-        elif places is not None:
-            rows = torch.nonzero(places % SUM_BLOCK == place).flatten()
-            part = stacked[rows].to(torch.float64) * column[rows]
-            sums[places[rows] // SUM_BLOCK] += part
+    for start in range(0, P, step := max(1, AT_ONCE // max(1, K))):
+        part, out = (
+            stacked[:, start : start + step].double() * column,
+            sums[:, start : start + step],
+        )
+        for place in range(min(SUM_BLOCK, last + 1)):
+            if whole:
+                rows = part[place::SUM_BLOCK]
+                out[: rows.shape[0]] += rows
+            elif places is not None:
+                found = torch.nonzero(places % SUM_BLOCK == place).flatten()
+                out[places[found] // SUM_BLOCK] += part[found]
     return sums
 
 

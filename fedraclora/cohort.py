@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedraclora.feedforward import FeedForward
 from fedraclora.materialise import arrange, materialise
 from fedraclora.method import Downlink, Plan
 from fedraclora.optimiser import CohortOptimiser, LocalConfig, clip_per_client
@@ -22,7 +23,7 @@ from fedraclora.recipe import RECIPES, GradientHook, projected
 from fedraclora.rng import hash_key
 from fedraclora.samples import ClientData
 from fedraclora.schedule import Schedule
-from fedraclora.task import LOSSES, Task, forward
+from fedraclora.task import LOSSES, SLOPES, Task, forward
 from fedraclora.tree import Tree
 from fedraclora.vmapped import vmapped_forward
 
@@ -136,11 +137,20 @@ class CohortTrainer:
         order = torch.argsort(schedule.steps, descending=True, stable=True)
         values, starts, frozen = materialise(downlink, base, order)
         program = self._program(downlink, base)
-        context = program.context
-        context.seed, context.round_ = self.seed, round_
-        context.scales = {n: a.scale for n, a in downlink.adapters.items()}
+        program.context.seed, program.context.round_ = self.seed, round_
+        program.context.scales = {n: a.scale for n, a in downlink.adapters.items()}
+        network = program.network(downlink, frozen) if self.precision == FLOAT32 else None
         return OpenChunk(
-            program, downlink, schedule, sizes, order, clients[order], values, starts, frozen
+            program,
+            downlink,
+            schedule,
+            sizes,
+            order,
+            clients[order],
+            values,
+            starts,
+            frozen,
+            network,
         )
 
     def _step(
@@ -153,11 +163,13 @@ class CohortTrainer:
         masks: Tree,
     ) -> torch.Tensor:
         """Take one local step of the clients that still train; give their losses, [active]."""
-        leaves = chunk.leaves(batch[0])
-        loss = self.losses(chunk, leaves, step, batch)
-        gradients = dict(
-            zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True)
-        )
+        leaves, network = chunk.leaves(batch[0]), chunk.network
+        if network is not None:
+            loss, gradients = self._written_out(network, chunk, leaves, step, batch)
+        else:
+            loss = self.losses(chunk, leaves, step, batch)
+            found = torch.autograd.grad(loss.sum(), list(leaves.values()))
+            gradients = dict(zip(leaves, found, strict=True))
         with torch.no_grad():
             if self.local.prox:
                 starts, frozen, prox = chunk.starts, chunk.frozen, self.local.prox
@@ -183,14 +195,9 @@ class CohortTrainer:
             batch: Clients that are active, samples of a batch, and tokens that the longest sample
                 has (`Schedule.plan`).
         """
-        program, schedule, (active, width, length) = chunk.program, chunk.schedule, batch
-        context, downlink, frozen = program.context, chunk.downlink, chunk.frozen
-        rows = chunk.order[:active]
-        context.active, context.clients, context.step = active, chunk.clients[:active], step
-        valid = schedule.valid[rows, step, :width]
-        whole = self.data.gather(context.clients, schedule.positions[rows, step, :width])
-        samples = whole.trim(length)
-        context.tokens, context.padded = samples.padded, whole.padded
+        program, downlink, frozen = chunk.program, chunk.downlink, chunk.frozen
+        samples, valid = chunk.samples(self.data, step, batch)
+        context, active = program.context, batch[0]
         products = products_in(self.precision, self.device)
         if program.model is None:
             output = vmapped_forward(
@@ -214,11 +221,30 @@ class CohortTrainer:
         total = (losses.reshape(valid.shape) * kept).sum(dim=1)
         return total / (counts.reshape(valid.shape) * kept).sum(dim=1).clamp(min=1)
 
+    def _written_out(
+        self,
+        network: FeedForward,
+        chunk: OpenChunk,
+        leaves: Tree,
+        step: int,
+        batch: tuple[int, int, int],
+    ) -> tuple[torch.Tensor, Tree]:
+        """Give what `losses` gives, and the gradients, without autograd."""
+        with torch.no_grad():
+            samples, valid = chunk.samples(self.data, step, batch)
+            output = network.forward(samples.inputs["x"], leaves, batch[0])
+            losses, slope = SLOPES[self.task.loss](output, samples.target)
+            share = valid.to(losses.dtype)
+            share = share / share.sum(dim=1, keepdim=True)
+            gradients = network.backward(slope.mul_(share.reshape(-1, 1)))
+            loss = (losses.reshape(share.shape) * share).sum(dim=1)
+        return loss, {n: gradients[n] for n in leaves}
+
     def _program(self, downlink: Downlink, base: Tree) -> Program:
-        """Give the rewritten model for this set of trained tensors, holding these base weights."""
-        names = (*downlink.adapters, "|", *downlink.dense)
+        """Give the rewritten model for what is trained, holding these base weights."""
+        adapted = (f"{w}/{label}" for w, a in downlink.adapters.items() for label in a.factors)
+        names = (*adapted, "|", *downlink.dense)
         if names not in self._programs:
-            self._programs[names] = Program.build(self.task.model, downlink, self.device)
-        program = self._programs[names]
-        program.load(base)
-        return program
+            self._programs[names] = Program.build(self.task, downlink, self.device)
+        self._programs[names].load(base)
+        return self._programs[names]

@@ -32,10 +32,19 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
     for name, slot in downlink.dense.items():
         starts[name] = start_of(slot, base[name], order)
     for name, start in starts.items():
-        values[name] = start.expand(K, *start.shape[1:]).clone(
-            memory_format=torch.contiguous_format
-        )
+        values[name] = per_client(start, K)
     return values, starts, frozen
+
+
+def per_client(start: torch.Tensor, K: int) -> torch.Tensor:
+    """Copy starts [1, ...] or [K, ...] to values [K, ...].
+
+    A tall factor lies in memory as its transpose: so come its gradients (`fedraclora.feedforward`).
+    """
+    tall = start.dim() == 3 and start.shape[1] > start.shape[2]
+    rows = start.mT if tall else start
+    copied = rows.expand(K, *rows.shape[1:]).clone(memory_format=torch.contiguous_format)
+    return copied.mT if tall else copied
 
 
 def start_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

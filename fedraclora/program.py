@@ -18,9 +18,12 @@ from fedraclora.cohort_layers import (
     CohortLinear,
 )
 from fedraclora.errors import ModelError
+from fedraclora.feedforward import FeedForward, written_out
 from fedraclora.layers import layer_kind
 from fedraclora.method import Downlink
+from fedraclora.samples import ClientData, Samples
 from fedraclora.schedule import Schedule
+from fedraclora.task import Task
 from fedraclora.tree import Tree
 
 COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
@@ -45,20 +48,30 @@ def cohort_layer(module: nn.Module) -> type[CohortLayer] | None:
 
 @dataclass
 class Program:
-    """A copy of the model whose trained layers are cohort layers, or None to fall back to vmap."""
+    """How a model serves many clients.
+
+    Attributes:
+        model: A copy whose trained layers are cohort layers, or None to fall back to vmap.
+        context: What those layers read.
+        parameters: Of the copy.
+        base: The replica's weights.
+        plain: The model itself, if it fits into `fedraclora.feedforward`.
+    """
 
     model: nn.Module | None
     context: CohortContext
     parameters: dict[str, nn.Parameter]
     base: Tree
+    plain: nn.Module | None = None
 
     @classmethod
-    def build(cls, model: nn.Module, downlink: Downlink, device: torch.device) -> Program:
-        """Rewrite a copy of ``model`` for what ``downlink`` trains.
+    def build(cls, task: Task, downlink: Downlink, device: torch.device) -> Program:
+        """Rewrite a copy of the task's model for what ``downlink`` trains.
 
         Raises:
             ModelError: If a layer can be neither rewritten nor run under vmap.
         """
+        model = task.model
         copied = copy.deepcopy(model).to(device)
         context = CohortContext()
         trained = [*downlink.adapters, *downlink.dense]
@@ -86,7 +99,14 @@ class Program:
         for name in dropouts:
             replace(copied, name, CohortDropout(modules[name], name, context))
         # Functional dropout and the like stay off; CohortDropout is always on.
-        return cls(copied.eval(), context, parameters, {})
+        plain = model if written_out(task, downlink) else None
+        return cls(copied.eval(), context, parameters, {}, plain)
+
+    def network(self, downlink: Downlink, frozen: Tree) -> FeedForward | None:
+        """Give the network with its gradients written out, if it fits."""
+        if self.plain is None:
+            return None
+        return FeedForward(self.plain, downlink, self.base, frozen)
 
     def load(self, base: Tree) -> None:
         """Point the model's parameters at the replica's weights (no copy on one device)."""
@@ -111,6 +131,7 @@ class OpenChunk:
         values: What is trained, [K, ...] by name.
         starts: Where it started, [1, ...] or [K, ...].
         frozen: Factors that are not trained.
+        network: The network with its gradients written out, where it is plain enough.
     """
 
     program: Program
@@ -122,10 +143,33 @@ class OpenChunk:
     values: Tree
     starts: Tree
     frozen: Tree
+    network: FeedForward | None = None
 
     def leaves(self, active: int) -> Tree:
         """Give what the first ``active`` clients train, as leaves of a new graph."""
         return {n: v[:active].detach().requires_grad_() for n, v in self.values.items()}
+
+    def samples(
+        self, data: ClientData, step: int, batch: tuple[int, int, int]
+    ) -> tuple[Samples, torch.Tensor]:
+        """Give the samples of a step, client after client, and which of them count.
+
+        Args:
+            data: Of all clients.
+            step: The local step, from 0.
+            batch: Clients that are active, samples of a batch, and tokens that the longest sample
+                has (`Schedule.plan`).
+
+        Returns:
+            The samples [active * width], and bool [active, width].
+        """
+        schedule, context, (active, width, length) = self.schedule, self.program.context, batch
+        rows = self.order[:active]
+        context.active, context.clients, context.step = active, self.clients[:active], step
+        whole = data.gather(context.clients, schedule.positions[rows, step, :width])
+        samples = whole.trim(length)
+        context.tokens, context.padded = samples.padded, whole.padded
+        return samples, schedule.valid[rows, step, :width]
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

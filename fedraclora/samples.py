@@ -31,7 +31,8 @@ class Samples:
 
     def take(self, rows: torch.Tensor) -> Samples:
         """Select rows (int64 [n]) into a new table."""
-        return Samples({k: v[rows] for k, v in self.inputs.items()}, self.target[rows])
+        inputs = {k: v.index_select(0, rows) for k, v in self.inputs.items()}
+        return Samples(inputs, self.target.index_select(0, rows))
 
     @cached_property
     def lengths(self) -> torch.Tensor | None:

@@ -608,7 +608,7 @@ def test_an_unusual_convolution_is_right_or_refused(
 
 
 def foldable(case: Case, downlink: Downlink) -> bool:
-    return Program.build(case.task.model, downlink, torch.device("cpu")).model is not None
+    return Program.build(case.task, downlink, torch.device("cpu")).model is not None
 
 
 @pytest.mark.parametrize("local", [LOCAL, replace(LOCAL, prox=0.3, momentum=0.9, clip=0.5)])
