@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_keeps_its_chunk(
 def test_another_chunk_that_is_asked_for_is_refused(small: int, tmp_path: Path) -> None:
     part = job(tmp_path)
     part.strategy.start(part.grid, num_rounds=2)
-    with pytest.raises(CheckpointError, match=r"engine\.chunk: "auto" -> 9"):
+    with pytest.raises(CheckpointError, match=r'engine\.chunk: "auto" -> 9'):
         job(tmp_path, f"engine.chunk={small}", resume=True)
 
 
