@@ -20,6 +20,7 @@ from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
 from fedraclora.config import from_plain
 from fedraclora.engines.ray import RayGrid
+from fedraclora.engines.ray.cluster import ENVIRONMENT
 from fedraclora.errors import ClientError
 from fedraclora.tree import digest
 from strategies import METHODS
@@ -51,15 +52,18 @@ RUNS = {
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     """One Ray for the module: engines join what is there, and leave it."""
-    ray.init(
-        address="local",
-        num_cpus=3,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        ray.init(
+            address="local",
+            num_cpus=3,
+            include_dashboard=False,
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
 
 
 def run(*words: str) -> Assembled:
