@@ -72,6 +72,11 @@ def report(summary: Plain, folder: Path, config: RunConfig) -> None:
     table.add_row("uplink", f"{summary['uplink_floats']} floats a client and round")
     table.add_row("uplink in all", f"{number(summary, 'uplink_total') / 1e6:.2f} MB")
     table.add_row("downlink in all", f"{number(summary, 'downlink_total') / 1e6:.2f} MB")
+    if "asked" in summary:
+        dropped = f"{summary['dropped']} of {summary['asked']} times that a client was asked"
+        table.add_row("dropped", dropped)
+    if "virtual_seconds" in summary:
+        table.add_row("virtual seconds", f"{number(summary, 'virtual_seconds'):.1f}")
     table.add_row("seconds", f"{summary['seconds']}")
     pictures = " (curves.png, partition.png, ledger.jsonl)" if config.output.plots else ""
     table.add_row("written to", f"{folder}{pictures}")
