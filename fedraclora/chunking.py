@@ -20,6 +20,7 @@ from fedraclora.memory import LOOKED_AT, MemoryModel, is_out_of_memory, measure
 from fedraclora.tree import Tree
 
 LARGEST = {"cpu": 256, "cuda": 4096}  # more bring nothing: the products are large by then
+SPREAD = 8  # chunks that a large cohort gives at least, where several processes train
 HOST_BYTES = 256 << 20  # on a CPU: for all of a chunk; workers share the machine
 CACHE_BYTES = 12 << 20  # on a CPU: for what is trained, which every step reads and writes
 FREE_SHARE = 0.8  # of a GPU's free memory; the rest is for fragments and the workspaces of kernels
@@ -94,6 +95,7 @@ def plan_chunk(
     cohort: int,
     *,
     share: float | None = None,
+    spread: bool = False,
 ) -> ChunkPlan:
     """Turn ``engine.chunk`` into a number of clients.
 
@@ -105,6 +107,8 @@ def plan_chunk(
         downlink: Of a round, for ``cohort`` clients.
         cohort: Clients per round, the most a chunk can hold.
         share: See `budget_of`.
+        spread: Whether several processes train: ``auto`` leaves chunks for several of them. For
+            how many does not depend on how many there are, so that the bits do not.
 
     Returns:
         The plan.
@@ -134,6 +138,8 @@ def plan_chunk(
     }
     if device == "cpu":
         bounds["the cache"] = max(1, CACHE_BYTES // max(1, memory.trained))
+    if spread:
+        bounds["the workers"] = -(-cohort // (SPREAD * SUM_BLOCK)) * SUM_BLOCK
     reason = min(bounds, key=lambda name: bounds[name])
     found = bounds[reason]
     if SUM_BLOCK <= found < cohort:

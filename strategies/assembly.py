@@ -143,8 +143,9 @@ def settle_chunk(
     engine = config.engine
     if engine.chunk == "auto" and stored is not None:
         return ChunkPlan(stored, "as it began")
+    ray = isinstance(engine, RayConfig)
     share = engine.share if isinstance(engine, RayConfig) else None
-    return plan_chunk(engine.chunk, trainer, base, downlink, cohort, share=share)
+    return plan_chunk(engine.chunk, trainer, base, downlink, cohort, share=share, spread=ray)
 
 
 def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype) -> LoopConfig:

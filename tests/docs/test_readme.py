@@ -36,6 +36,8 @@ def test_each_command_exists(line: str) -> None:
         assert re.search(rf"^{word}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "python":
         assert (ROOT / (shlex.split(line)[2].replace(".", "/") + ".py")).is_file()
+    elif program == "pip":
+        assert (ROOT / line.rsplit(maxsplit=1)[-1]).is_file()
     else:
         assert program == "fedraclora"
         assert word in {*COMMANDS, "--help"}
