@@ -16,13 +16,14 @@ from experiments.bench.rows import Case, vectorised
 from experiments.bench.usage import Laps
 from fedraclora.aggregate import Uplinks
 from fedraclora.cohort import CohortTrainer
+from fedraclora.feedforward import FeedForward
 from fedraclora.ledger import Ledger
 from fedraclora.link import apply_link
 from fedraclora.materialise import materialise
 from fedraclora.optimiser import CohortOptimiser
 from fedraclora.samples import Partitioned
 from fedraclora.schedule import Schedule
-from fedraclora.task import cross_entropy, forward
+from fedraclora.task import cross_entropy, cross_entropy_slope, forward
 from fedraclora.wire import Reader, pack_trial
 from strategies.base import FedStrategy
 from strategies.exchange import Exchange
@@ -38,8 +39,8 @@ STATIONS: tuple[tuple[str, tuple[Callable[..., object], ...]], ...] = (
     ("    schedule", (Schedule.of,)),
     ("    sketch, start values", (materialise,)),
     ("    gather samples", (Partitioned.gather,)),
-    ("    forward", (forward, cross_entropy)),
-    ("    backward", (torch.autograd.grad,)),
+    ("    forward", (FeedForward.forward, cross_entropy_slope, forward, cross_entropy)),
+    ("    backward", (FeedForward.backward, torch.autograd.grad)),
     ("    optimiser", (CohortOptimiser.step,)),
     ("  pack reply", (pack_trial,)),
     ("  collect", (Exchange.collect,)),
