@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 
 from clients.site import answer
 from clients.worker import Worker
-from fedraclora.build import build_task, fix_bits, plan_of, trainer_of
+from fedraclora.build import build_task, fix_bits, pick_device, plan_of, trainer_of
 from fedraclora.config import task_from_plain
 from fedraclora.engines.local import failed
 from fedraclora.errors import WireError
@@ -58,7 +58,7 @@ def worker_of(folder: str) -> Worker:
         folder: Of a `fedraclora.job.JobFolder`.
     """
     config = task_from_plain(read_settings(Path(folder)))
-    fix_bits(config.engine.threads)
+    fix_bits(config.engine.threads, pick_device(config.device))
     # The base weights come from the folder: to pretrain them here again would be for nothing.
     built = build_task(replace(config, pretrain=PretrainConfig()))
     trainer = trainer_of(config, built, plan_of(config, built.task))

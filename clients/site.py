@@ -29,7 +29,7 @@ class Site:
     """Trains clients on a replica that follows the server's."""
 
     def __init__(self, parts: SiteParts) -> None:
-        fix_bits(parts.config.engine.threads)
+        fix_bits(parts.config.engine.threads, parts.built.device)
         self.replica = Follower(parts.plan, parts.built.device)
         self.worker = Worker(trainer_of(parts.config, parts.built, parts.plan), self.replica)
 

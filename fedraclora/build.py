@@ -77,12 +77,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def fix_bits(threads: int) -> None:
-    """Fix what changes bits: the threads of torch and of every BLAS, and cuDNN's free choices."""
+def fix_bits(threads: int, device: torch.device) -> None:
+    """Fix what changes bits: threads of torch and of every BLAS, and the free choices of a GPU."""
     torch.set_num_threads(threads)
     threadpool_limits(limits=threads)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cuda":
+        # The gradients of fused attention are summed in whatever order blocks of threads end.
+        torch.backends.cuda.enable_flash_sdp(enabled=False)
+        torch.backends.cuda.enable_mem_efficient_sdp(enabled=False)
+        torch.backends.cuda.enable_cudnn_sdp(enabled=False)
 
 
 def plan_of(config: TaskConfig, task: Task) -> Plan:

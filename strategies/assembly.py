@@ -15,6 +15,7 @@ from fedraclora.build import (
     build_task,
     fix_bits,
     measured_samples,
+    pick_device,
     plan_of,
     trainer_of,
 )
@@ -95,7 +96,7 @@ def assemble(
     Returns:
         The parts.
     """
-    fix_bits(config.engine.threads)
+    fix_bits(config.engine.threads, pick_device(config.device))
     built = build_task(config)
     plan = plan_of(config, built.task)
     if plan.local and not built.classes:

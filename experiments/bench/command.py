@@ -30,6 +30,7 @@ from experiments.bench.launch import interpreter, run_peer
 from experiments.bench.report import Report, about
 from experiments.bench.rows import BUILDERS, Case, hosted
 from experiments.bench.stations import profile
+from experiments.bench.table import table as markdown
 from experiments.bench.table import tables
 from experiments.bench.timing import Measured, interleaved, training_loss
 from experiments.bench.usage import PROC
@@ -61,8 +62,8 @@ def run(config: BenchConfig) -> int:
         return 0
     if not PROC.exists():
         raise ConfigError("CPU time and memory of processes are read from /proc: run it on Linux")
-    fix_bits(config.threads)
     device = pick_device(config.device)
+    fix_bits(config.threads, device)
     wrong: list[str] = []
     for name in config.sizes:
         case = Case(WORKLOADS[name], device)
@@ -149,7 +150,17 @@ def judged(report: Report) -> list[str]:
 
 
 def show(report: Report) -> None:
-    """Print the rows of one workload."""
+    """Print the rows of one workload; of a GPU in the form of the stored table."""
+    if report.about.get("device") == "cuda":
+        print(f"{markdown(report)}\n")
+    else:
+        show_rows(report)
+    for name, why in report.missing.items():
+        print(f"missing: {name}: {why}")
+
+
+def show_rows(report: Report) -> None:
+    """Print the rows as they were measured."""
     table = Table(title=f"{report.workload}: {WORKLOADS[report.workload].what}")
     table.add_column("row")
     columns = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_bytes": 1e-6, "rounds": 1.0, "loss": 1.0}
@@ -159,5 +170,3 @@ def show(report: Report) -> None:
         cells = [f"{float(str(row[c])) * f:.5g}" if c in row else "" for c, f in columns.items()]
         table.add_row(name, *cells)
     Console().print(table)
-    for name, why in report.missing.items():
-        print(f"missing: {name}: {why}")

@@ -37,6 +37,7 @@ from strategies.fedavg import FedAvg
 from strategies.loop import LoopConfig
 
 ENDLESS = 1 << 30
+RAY_WORKERS = 5  # of all Ray rows of a workload, which are there at the same time
 
 
 @dataclass
@@ -56,6 +57,11 @@ class Row:
     weights: Callable[[], Tree] | None = None
     facts: dict[str, float] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None
+
+
+def ray_settings(workers: int, device: torch.device) -> RayConfig:
+    """Give the settings of a Ray row; on a GPU all rows share one card."""
+    return RayConfig(workers=workers, gpus=None if device.type == "cpu" else 1 / RAY_WORKERS)
 
 
 def settle() -> None:
@@ -155,7 +161,7 @@ class BenchSite:
     """What a Ray worker holds between rounds."""
 
     def __init__(self, parts: Parts) -> None:
-        fix_bits(1)
+        fix_bits(1, parts.device)
         self.replica = Follower(parts.plan, parts.device)
         self.worker = Worker(parts.trainer(), self.replica)
         if parts.crew is not None:
@@ -199,7 +205,8 @@ def federated(
     parts = Parts.of(workload, task, device, method, steps=steps, precision=precision)
     cohort, state, trainer = workload.cohort, parts.state(method), parts.trainer()
     downlink = first_downlink(method, state, cohort)
-    size = plan_chunk(chunk, trainer, state.base, downlink, cohort).chunk
+    share = ray_settings(workers, device).share if workers else None
+    size = plan_chunk(chunk, trainer, state.base, downlink, cohort, share=share).chunk
     loop = LoopConfig(rounds=ENDLESS, clients=workload.clients, cohort=cohort, chunk=size, seed=0)
     folder = tempfile.TemporaryDirectory()
     book = RunBook(None, sync=False)  # no folder: no chain, no checkpoints
@@ -231,7 +238,7 @@ def make_grid(parts: Parts, replica: Replica, workers: int) -> LocalGrid:
         return InProcessGrid(make_client_app(Worker(parts.trainer(), replica)))
     from fedraclora.engines.ray import Cluster, RayGrid
 
-    settings = RayConfig(workers=workers)
+    settings = ray_settings(workers, parts.device)
     return RayGrid(
         Cluster(settings, parts.device.type),
         BenchSite,
