@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from experiments.bench.runs import settle
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import LR, Workload
 from fedraclora.task import Task, forward
@@ -32,16 +33,18 @@ class PlainLoop:
         laps.begin()
         model, data = self.task.model.train(), self.task.train
         sums = {n: torch.zeros_like(t) for n, t in self.state.items()}
-        for client in range(data.num_clients):
+        device = next(model.parameters()).device
+        places = torch.arange(self.workload.samples, device=device).split(self.workload.batch)
+        for client in torch.arange(data.num_clients, device=device).split(1):
             model.load_state_dict(self.state)
             optimiser = torch.optim.SGD(model.parameters(), lr=LR)
-            places = torch.arange(self.workload.samples).split(self.workload.batch)
             for place in places:
-                batch = data.gather(torch.tensor([client]), place[None])
+                batch = data.gather(client, place[None])
                 optimiser.zero_grad()
                 F.cross_entropy(forward(model, batch.inputs), batch.target).backward()
                 optimiser.step()
             for name, value in model.named_parameters():
                 sums[name] += value.detach()
         self.state = {n: t / data.num_clients for n, t in sums.items()}
+        settle()
         laps.end()

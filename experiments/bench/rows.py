@@ -12,11 +12,10 @@ import torch
 
 from experiments.bench.central import Central
 from experiments.bench.plain import PlainLoop
-from experiments.bench.runs import Row, federated, settle
+from experiments.bench.runs import RAY_WORKERS, Row, federated, ray_settings, settle
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import RAY, Workload
 from fedraclora.precision import BF16_MIXED
-from fedraclora.settings import RayConfig
 from fedraclora.task import Task
 from strategies.fedavg import FedAvg
 
@@ -85,7 +84,8 @@ def central(case: Case) -> Row:
             limit.round()
             settle()
             laps.end()
-        tried.append((min(laps.cpu[1:]), at_once))
+        seconds = laps.cpu if case.device.type == "cpu" else laps.wall
+        tried.append((min(seconds[1:]), at_once))
     at_once = min(tried)[1]
     limit = Central(case.workload, case.task, at_once)
 
@@ -108,13 +108,16 @@ def ray(case: Case, workers: int, steps: int | None = None) -> Row:
 
 @contextmanager
 def hosted(rows: Sequence[str], device: torch.device) -> Iterator[None]:
-    """Hold one Ray cluster with room for the workers of all Ray rows, if there are any."""
+    """Hold one Ray cluster with room for the workers of all Ray rows, if there are any.
+
+    On a GPU they share one card, whatever there is.
+    """
     if not set(rows) & set(RAY):
         yield
         return
     from fedraclora.engines.ray import Cluster
 
-    cluster = Cluster(RayConfig(workers=5), device.type)
+    cluster = Cluster(ray_settings(RAY_WORKERS, device), device.type)
     try:
         yield
     finally:
