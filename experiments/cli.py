@@ -11,6 +11,7 @@ from fedraclora.errors import FedRacLoraError, unknown
 
 COMMANDS = {
     "simulate": "run a federated experiment in this process; -m sweeps",
+    "flower": "run it as a Flower app, by `flwr run` on this machine",
     "compare": "read run folders into one table and figures",
     "bench": "time whole rounds of the engines, the physical limit and the peers",
 }

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,8 @@ def main(grid: Grid, context: Context) -> None:
     """
     config = read_config(str(context.run_config.get("cfg-json", "")))
 
+    ended = watch()
+
     def assemble(
         config: RunConfig,
         folder: Path | None,
@@ -55,6 +59,7 @@ def main(grid: Grid, context: Context) -> None:
                 job,
                 store=crew.store,
                 timeout=assembly.timeout_of(config),
+                ended=ended,
             )
 
         return assembly.assemble(config, folder, job, nodes, resume=resume, on_round=on_round)
@@ -75,15 +80,40 @@ def read_config(text: str) -> RunConfig:
         raise ConfigError(f"cfg-json is no JSON ({error})") from error
     if not plain or not isinstance(plain, dict):
         raise ConfigError(
-            "cfg-json is empty: write it with `fedraclora flower --write run.toml ...` and pass it "
-            "with `flwr run . -c run.toml`"
+            "cfg-json, the config of the run, is empty: write it with `fedraclora flower --write "
+            "run.toml ...` and pass it with `flwr run . -c run.toml`, or do both by "
+            "`fedraclora flower ...`"
         )
     config = from_plain(plain, METHODS)
+    settings_of(config)
+    if config.output.dir is None or not Path(config.output.dir).is_absolute():
+        raise ConfigError(
+            f"output.dir is {config.output.dir}, but Flower's processes run anywhere: name a "
+            "folder by its whole path"
+        )
+    return config
+
+
+def watch() -> Callable[[], bool]:
+    """Give what tells whether the runtime around this thread has ended.
+
+    It is the main thread, which ends when its backend fails, while a ServerApp would wait on for
+    replies. And it should end with the process that started it, but does not hear of that while it
+    waits for the ServerApp.
+    """
+    parent = os.getppid()
+    return lambda: not threading.main_thread().is_alive() or os.getppid() != parent
+
+
+def settings_of(config: RunConfig) -> FlowerConfig:
+    """Give the settings of the engine.
+
+    Raises:
+        ConfigError: If it is another one.
+    """
     if not isinstance(config.engine, FlowerConfig):
         raise ConfigError(f"engine is {config.engine.name}, but this is Flower: use engine=flower")
-    if config.output.dir is None:
-        raise ConfigError("output.dir is null, but Flower's processes run anywhere: name a folder")
-    return config
+    return config.engine
 
 
 def tell(row: Row) -> None:

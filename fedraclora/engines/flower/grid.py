@@ -11,6 +11,7 @@ from typing_extensions import override
 from fedraclora.clientstore import ClientStore
 from fedraclora.engines.flower.nodes import NodePerClient
 from fedraclora.engines.flower.runtime import Backend, Runtime
+from fedraclora.engines.flower.superlink import Options
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.job import JobFolder
 from fedraclora.settings import FlowerConfig
@@ -56,6 +57,24 @@ def backend(settings: FlowerConfig, device: str) -> Backend:
     }
 
 
+def run_options(settings: FlowerConfig, device: str, clients: int) -> Options:
+    """Write the same for ``flwr run``, which has words for a part of it.
+
+    Raises:
+        ConfigError: If this machine cannot give it.
+    """
+    wanted = backend(settings, device)
+    init, resources = wanted["init_args"], wanted["client_resources"]
+    return {
+        "num-supernodes": clients,
+        "client-resources-num-cpus": resources["num_cpus"],
+        "client-resources-num-gpus": resources["num_gpus"],
+        "init-args-num-cpus": init["num_cpus"],
+        "init-args-logging-level": init["logging_level"],
+        "init-args-log-to-driver": init["log_to_driver"],
+    }
+
+
 class FlowerGrid(NodePerClient):
     """The grid of a simulation runtime that this process starts and ends.
 
@@ -88,7 +107,7 @@ class FlowerGrid(NodePerClient):
             job,
             store=store,
             timeout=settings.timeout,
-            stopped=self.runtime.ended,
+            ended=self.runtime.ended.is_set,
             mends=True,
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
-from threading import Event
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
@@ -23,6 +22,7 @@ from fedraclora.wire.records import clients_of, read_tree, tree_record
 
 PROCESS_DIED = 0  # the code of Flower's error reply where Ray, not the ClientApp, failed
 PAUSE = 0.05  # seconds between looks for replies
+PATIENCE = 20.0  # seconds in which one more node must come, while some are missing
 # Messages on their way. Flower's driver walks all of them for every node, ten times a second.
 WINDOW = 256
 
@@ -37,7 +37,7 @@ class NodePerClient(Grid):
         store: What clients keep between rounds; it travels with their messages, for any process
             may train any client.
         timeout: Seconds to wait for the nodes, and for replies unless a call says otherwise.
-        stopped: Set when the runtime has ended: nobody will reply.
+        ended: Tells whether the runtime has ended: nobody will reply.
         mends: Whether the runtime replaces a process that died. Where it does not, Flower hands
             nearly all later messages to the dead process, so the run must end.
     """
@@ -50,12 +50,11 @@ class NodePerClient(Grid):
         *,
         store: ClientStore,
         timeout: float,
-        stopped: Event | None = None,
+        ended: Callable[[], bool] = lambda: False,
         mends: bool = False,
     ) -> None:
         self.start, self.clients, self.job, self.store = start, clients, job, store
-        self.timeout, self.mends = timeout, mends
-        self.stopped = Event() if stopped is None else stopped
+        self.timeout, self.ended, self.mends = timeout, ended, mends
         self._grid: Grid | None = None
         self._nodes: list[int] = []
 
@@ -75,7 +74,8 @@ class NodePerClient(Grid):
         Raises:
             EngineError: If the runtime has ended.
         """
-        if self.stopped.wait(PAUSE):
+        time.sleep(PAUSE)
+        if self.ended():
             raise EngineError(f"Flower's runtime ended before {what}")
 
     @override
@@ -184,13 +184,17 @@ class NodePerClient(Grid):
 
     def _find_nodes(self) -> list[int]:
         """Wait for the nodes, and ask each for its partition id."""
-        end = time.monotonic() + self.timeout
+        patience = min(PATIENCE, self.timeout)
+        came, end = 0, time.monotonic() + patience
         while len(ids := list(self.grid.get_node_ids())) < self.clients:
             self.wait("its nodes were there")
+            if len(ids) > came:
+                came, end = len(ids), time.monotonic() + patience
             if time.monotonic() > end:
                 raise EngineError(
-                    f"{len(ids)} nodes came in {self.timeout} s, {self.clients} are wanted: one "
-                    "for each client; with `flwr run`, num-supernodes must be that number"
+                    f"{len(ids)} nodes are there, and no other came in {patience:g} s, but "
+                    f"{self.clients} are wanted: one for each client; with `flwr run`, "
+                    "num-supernodes must be that number"
                 )
         asked = (Message(RecordDict(), i, "query.partition", ttl=self.timeout) for i in ids)
         found = {}

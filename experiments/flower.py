@@ -1,0 +1,162 @@
+"""``fedraclora flower``: the run of ``simulate``, as a Flower app by ``flwr run`` on this machine.
+
+The words are those of simulate. The config is checked here and goes to the app as JSON; a
+SuperLink of this command's own runs the app in Flower's simulation runtime, one node per client,
+and what a run leaves behind lands in the run folder. The status is that of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import signal
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hydra.errors import HydraException
+
+from experiments.choices import check_choices, composed
+from experiments.simulate import choose, report
+from fedraclora.build import build_task
+from fedraclora.config import RunConfig
+from fedraclora.engines.flower.grid import run_options
+from fedraclora.engines.flower.superlink import Options, SuperLink, words_of
+from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
+from fedraclora.runfolder import is_finished, write_summary
+from fedraclora.settings import PretrainConfig
+from strategies.server_app import read_config, settings_of
+
+APP = Path(__file__).resolve().parents[1]  # the checkout: its pyproject.toml is the app's
+FAILED = "Simulation failed with exception: "  # how Flower begins
+
+
+@dataclass(frozen=True)
+class Order:
+    """What ``flwr run`` is asked for.
+
+    Attributes:
+        config: Checked settings.
+        folder: The run folder, absolute.
+        resume: Whether to go on with the run in it.
+        options: Flower's own: nodes and resources.
+    """
+
+    config: RunConfig
+    folder: Path
+    resume: bool
+    options: Options
+
+    @property
+    def run_config(self) -> str:
+        """The run config of the app, as TOML."""
+        # A JSON string is a TOML string, too.
+        text = json.dumps(json.dumps(self.config.plain))
+        return f"cfg-json = {text}\nresume = {json.dumps(self.resume)}\n"
+
+
+def prepare(words: Sequence[str]) -> Order:
+    """Compose and check a run.
+
+    Raises:
+        FedRacLoraError: Whatever is wrong with what is asked for.
+    """
+    check_choices(words)
+    try:
+        asked = composed(["engine=flower", *words])
+    except HydraException as error:
+        raise ConfigError(str(error)) from error
+    typed = [word.lstrip("+~").partition("=")[0] for word in words]
+    plain, folder, resume = choose(asked, typed, None)
+    folder = folder.resolve()
+    output = plain["output"] if isinstance(plain["output"], dict) else {}
+    # The engine is what this command is for, also where a run goes on that began elsewhere.
+    plain = {**plain, "engine": asked["engine"], "output": {**output, "dir": str(folder)}}
+    config = read_config(json.dumps(plain))
+    built = build_task(replace(config, pretrain=PretrainConfig()))
+    options = run_options(settings_of(config), built.device.type, built.clients)
+    return Order(config, folder, resume, options)
+
+
+def run(order: Order) -> None:
+    """Have ``flwr run`` run it, and print the outcome.
+
+    Raises:
+        EngineError: If it did not come to its end, with what Flower says.
+    """
+    with SuperLink(show=order.config.output.progress) as link:
+        run_config = link.home / "run.toml"
+        run_config.write_text(order.run_config)
+        copy_app(link.home / "app")
+        ended = link.run_app(link.home / "app", run_config, order.options)
+    if not ended.completed or not is_finished(order.folder):
+        print(ended.log, end="", file=sys.stderr)
+        raise EngineError(f"{ended.details.removeprefix(FAILED)} ({ended.status})")
+    summary = json.loads((order.folder / "summary.json").read_text())
+    write_summary(order.folder, summary)  # a bundle knows no revision: it is that of this checkout
+    report(summary, order.folder, order.config)
+
+
+def copy_app(folder: Path) -> None:
+    """Copy the files that the app's bundle is made of.
+
+    To make it Flower looks at every file that it finds; beside them lie virtual environments.
+
+    Raises:
+        ConfigError: If this is not a checkout.
+    """
+    if not (APP / "pyproject.toml").is_file():
+        raise ConfigError(f"{APP} has no pyproject.toml: a Flower app is made from a checkout")
+    project = tomllib.loads((APP / "pyproject.toml").read_text())
+    for pattern in ["pyproject.toml", *project["tool"]["flwr"]["app"]["fab-include"]]:
+        for path in APP.glob(pattern):
+            copy = folder / path.relative_to(APP)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def write(order: Order, path: Path) -> None:
+    """Write the run config for a ``flwr run`` by hand, and print that command."""
+    if path.suffix != ".toml":
+        raise ConfigError(f"--write {path}: Flower reads a run config from a file named *.toml")
+    path.write_text(order.run_config)
+    options = f"--federation-config {shlex.quote(words_of(order.options))}"
+    print(f"flwr run {shlex.quote(str(APP))} --stream -c {shlex.quote(str(path))} {options}")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for; the status is that of the run."""
+    parser = argparse.ArgumentParser(
+        prog="fedraclora flower", description=str(__doc__).partition(": ")[2]
+    )
+    parser.add_argument("overrides", nargs="*", help="as for fedraclora simulate")
+    parser.add_argument(
+        "--write", metavar="FILE.toml", type=Path, help="write the run config, and do not run"
+    )
+    asked = parser.parse_args(words)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        order = prepare(asked.overrides)
+        if asked.write is not None:
+            write(order, asked.write)
+        elif order.resume and is_finished(order.folder):
+            print(f"{order.folder} is finished already")
+        else:
+            run(order)
+    except FedRacLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
