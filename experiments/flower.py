@@ -137,7 +137,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--write", metavar="FILE.toml", type=Path, help="write the run config, and do not run"
     )
-    asked = parser.parse_args(words)
+    asked = parser.parse_intermixed_args(words)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         order = prepare(asked.overrides)

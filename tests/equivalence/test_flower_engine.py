@@ -1,0 +1,149 @@
+"""Clients on the nodes of Flower's simulation runtime give the bits of clients in this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from experiments.assemble import Assembled, assemble
+from experiments.bench.usage import descendants
+from experiments.choices import composed
+from fedraclora.config import from_plain
+from fedraclora.engines.flower import FlowerGrid
+from fedraclora.errors import ClientError
+from fedraclora.tree import digest
+from strategies import METHODS
+
+WORDS = (
+    "data=digits",
+    "data.labels=null",
+    "pretrain=none",
+    "model.hidden=[12]",
+    "output=study",
+    "clients=8",
+    "cohort=6",
+    "rounds=4",
+    "local.lr=0.1",
+    "local=momentum",
+)
+RUNS = {
+    "local head": ("method.rank=2", "head=local"),
+    "rows": ("method.rank=2",),
+    "carried": ("method.rank=2", "method.resample_every=3"),
+    "dense": ("method=fedavg",),
+    "both factors": ("method=fedavg_lora",),
+    "ranks": ("method.rank=4", "system=mixed_ranks"),
+}
+PROCESS = b"ray::ClientAppActor"  # how Ray names Flower's processes; a dot and a method follow
+
+
+def processes(*, busy: bool = False) -> list[int]:
+    """Flower's client processes below this one."""
+    found = []
+    for pid in descendants():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if command.startswith(PROCESS + b".run" * busy):
+            found.append(pid)
+    return found
+
+
+def run(*words: str, watch: Callable[[Assembled], None] = lambda _: None) -> Assembled:
+    done = assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
+    watch(done)
+    with closing(done.grid):
+        done.strategy.start(done.grid)
+    return done
+
+
+def bits(done: Assembled) -> tuple[str, str]:
+    strategy = done.strategy
+    weights = strategy.method.weights(strategy.state, strategy.draw)
+    return digest(weights), strategy.book.ledger.digest()
+
+
+def test_a_killed_process_is_replaced_and_no_bit_changes() -> None:
+    """It is killed while it trains clients that keep tensors of their own."""
+    words = (*RUNS["local head"], "rounds=2", "local.epochs=20")  # long enough to be met at work
+    killed: list[int] = []
+
+    def lie_in_wait(done: Assembled) -> None:
+        grid, book = done.grid, done.strategy.book
+        assert isinstance(grid, FlowerGrid)
+        wait = grid.wait
+
+        def strike(what: str) -> None:
+            if len(book.ledger.rows) > 1 and not killed and (victims := processes(busy=True)):
+                os.kill(victims[0], signal.SIGKILL)
+                killed.append(victims[0])
+            wait(what)
+
+        grid.wait = strike  # type: ignore[method-assign]
+
+    on_flower = run(*words, "engine=flower", "engine.workers=1", watch=lie_in_wait)
+    assert len(killed) == 1
+    assert on_flower.strategy.book.ledger.rows[-1]["failures"] == []
+    assert bits(on_flower) == bits(run(*words, "engine=inline"))
+    assert processes() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "local head"])
+def test_nodes_are_one_process(name: str) -> None:
+    on_flower = run(*RUNS[name], "engine=flower", "engine.workers=2")
+    assert bits(on_flower) == bits(run(*RUNS[name], "engine=inline"))
+
+
+@pytest.mark.slow
+def test_a_client_that_fails_is_named() -> None:
+    with pytest.raises(ClientError, match=r"round 1: .*client \d+: its training loss"):
+        run("method.rank=2", "local.lr=1e30", "engine=flower", "engine.workers=1")
+
+
+def left_running(mark: str) -> list[str]:
+    """Processes that inherited a word of the environment, but those that are dead already."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if mark.encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_bytes().decode(errors="replace"))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["simulate", "flower"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_running(command: str, how: int, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [*WORDS, "method.rank=2", "rounds=100000", "engine=flower", "engine.workers=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{command}", *words, f"output.dir={folder}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env={**os.environ, "MARK_OF_THIS_TEST": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 300
+    ledger = folder / "ledger.jsonl"
+    while not (ledger.is_file() and ledger.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(how)
+    assert process.wait(timeout=120) != 0
+    while left_running(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left_running(str(tmp_path)) == []

@@ -1,0 +1,314 @@
+"""One node per client: addresses, what comes back, and all that can go wrong with a runtime."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from typing_extensions import override
+
+from fedraclora.clientstore import ClientStore
+from fedraclora.engines.flower import grid as flower_grid
+from fedraclora.engines.flower import nodes, runtime
+from fedraclora.engines.flower.grid import FlowerGrid, backend, run_options
+from fedraclora.engines.flower.nodes import PROCESS_DIED, NodePerClient
+from fedraclora.engines.local import become_a_task
+from fedraclora.errors import ClientError, ConfigError, EngineError
+from fedraclora.job import JobFolder
+from fedraclora.settings import FlowerConfig
+from fedraclora.wire.records import read_tree, tree_record, vector_record
+
+PARTITIONS = {71: 2, 5: 0, 99: 3, 12: 1}  # node -> the client that it serves, in no order
+
+
+class Runtime(Grid):
+    """Stands for Flower's: answers a message when it is looked for, as told."""
+
+    def __init__(self, partitions: dict[int, int], serve: Callable[[Message], Message | None]):
+        become_a_task()
+        self.partitions, self.serve = partitions, serve
+        self.ids = itertools.count(1)
+        self.waiting: dict[str, Message] = {}
+        self.most = 0
+
+    @override
+    def set_run(self, run: object) -> None:
+        raise NotImplementedError
+
+    @property
+    @override
+    def run(self) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+    @override
+    def create_message(self, *args: object, **kwargs: object) -> Message:
+        raise NotImplementedError
+
+    @override
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.partitions)
+
+    @override
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        pushed = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = name = str(next(self.ids))
+            self.waiting[name] = message
+            pushed.append(name)
+        self.most = max(self.most, len(self.waiting))
+        return pushed
+
+    @override
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = []
+        for name in list(message_ids):
+            message = self.waiting[name]
+            if message.metadata.message_type == "query.partition":
+                reply: Message | None = self.which(message)
+            else:
+                reply = self.serve(message)
+            if reply is not None:
+                del self.waiting[name]
+                replies.append(reply)
+        return replies[::-1]
+
+    def which(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        record = ConfigRecord({"id": self.partitions[node]})
+        reply = Message(RecordDict({"partition": record}), reply_to=message)
+        reply.metadata.__dict__["_src_node_id"] = node
+        return reply
+
+    @override
+    def send_and_receive(self, messages: object, *, timeout: object = None) -> list[Message]:
+        raise AssertionError("Flower's own loop would wait on after the runtime has ended")
+
+
+def keep(message: Message) -> Message:
+    """A client that keeps its id, and says which node was asked."""
+    client = torch.frombuffer(bytearray(message.content["chunk"]["clients"]), dtype=torch.int64)  # type: ignore[arg-type]
+    store = ClientStore()
+    store.restore(read_tree(message.content, "kept"))
+    round_ = int(message.metadata.group_id)
+    store.stage(client, round_, {"w": client.double()[:, None]})
+    node = ConfigRecord({"node": message.metadata.dst_node_id})
+    content = RecordDict({"node": node, "kept": tree_record(store.since(round_))})
+    return Message(content, reply_to=message)
+
+
+def dead(message: Message) -> Message:
+    reason = "<class 'ray.exceptions.ActorDiedError'>:<'The actor 7f3a died unexpectedly ...'>"
+    return Message(Error(PROCESS_DIED, reason), reply_to=message)
+
+
+def message_for(client: int, round_: int = 1) -> Message:
+    become_a_task()
+    chunk = vector_record({"clients": torch.tensor([client])})
+    return Message(RecordDict({"chunk": chunk}), 0, "train.cohort", group_id=str(round_))
+
+
+def node_of(reply: Message) -> int:
+    record = reply.content["node"]
+    assert isinstance(record, ConfigRecord)
+    return int(str(record["node"]))
+
+
+@pytest.fixture
+def job() -> Iterator[JobFolder]:
+    folder = JobFolder({"seed": 0})
+    yield folder
+    folder.close()
+
+
+def grid_on(
+    runtime: Runtime, job: JobFolder, clients: int = 4, timeout: float = 5.0, **more: object
+) -> NodePerClient:
+    return NodePerClient(
+        lambda: runtime,
+        clients,
+        job,
+        store=ClientStore(),
+        timeout=timeout,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def test_a_client_is_reached_at_its_own_node(job: JobFolder) -> None:
+    grid = grid_on(Runtime(PARTITIONS, keep), job)
+    assert list(grid.get_node_ids()) == [5, 12, 71, 99]
+    replies = list(grid.send_and_receive([message_for(3), message_for(1)]))
+    assert sorted(map(node_of, replies)) == [12, 99]
+
+
+def test_what_clients_keep_comes_back_and_goes_out_again(job: JobFolder) -> None:
+    grid = grid_on(Runtime(PARTITIONS, keep), job)
+    list(grid.send_and_receive([message_for(3), message_for(1)]))
+    default = {"w": torch.tensor([-1.0], dtype=torch.float64)}
+    found = grid.store.read(torch.tensor([1, 2, 3]), 2, default)
+    assert found["w"].flatten().tolist() == [1.0, -1.0, 3.0]
+    sent: list[Message] = []
+    grid.grid.serve = lambda m: (sent.append(m), keep(m))[1]  # type: ignore[attr-defined]
+    list(grid.send_and_receive([message_for(3, round_=2)]))
+    assert read_tree(sent[0].content, "kept")
+    job_record = sent[0].content["job"]
+    assert isinstance(job_record, ConfigRecord)
+    assert job_record["folder"] == str(job.folder)
+
+
+def test_messages_on_their_way_are_limited(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "WINDOW", 2)
+    runtime = Runtime(PARTITIONS, keep)
+    replies = list(grid_on(runtime, job).send_and_receive(message_for(k) for k in range(4)))
+    assert len(replies) == 4
+    assert runtime.most == 2
+
+
+def test_who_is_late_is_left_out(job: JobFolder) -> None:
+    def slow(message: Message) -> Message | None:
+        return keep(message) if message.metadata.dst_node_id == 12 else None
+
+    runtime = Runtime(PARTITIONS, slow)
+    grid = grid_on(runtime, job)
+    replies = list(grid.send_and_receive([message_for(3), message_for(1)], timeout=0.3))
+    assert list(map(node_of, replies)) == [12]
+    (late,) = runtime.waiting.values()
+    assert late.metadata.ttl == 0.3  # nobody trains it hours later
+
+
+def test_missing_nodes_are_not_waited_for(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "PATIENCE", 0.2)
+    grid = grid_on(Runtime(PARTITIONS, keep), job, clients=9, timeout=3600.0)
+    with pytest.raises(EngineError, match=r"4 nodes are there, .* 9 are wanted.*num-supernodes"):
+        grid.get_node_ids()
+
+
+def test_nodes_that_come_one_by_one_are_waited_for(
+    job: JobFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "PATIENCE", 2.0)
+    monkeypatch.setattr(nodes, "PAUSE", 0.001)
+    there: dict[int, int] = {}
+    left = list(PARTITIONS.items())
+    runtime = Runtime(there, keep)
+
+    def come() -> list[int]:
+        if left:
+            there.update([left.pop()])
+        return list(there)
+
+    runtime.get_node_ids = come  # type: ignore[method-assign]
+    assert list(grid_on(runtime, job).get_node_ids()) == [5, 12, 71, 99]
+
+
+@pytest.mark.parametrize("partitions", [{1: 0, 2: 1, 3: 1, 4: 2}, {n: n for n in range(5)}])
+def test_other_partitions_than_the_clients_are_refused(
+    partitions: dict[int, int], job: JobFolder
+) -> None:
+    grid = grid_on(Runtime(partitions, keep), job)
+    with pytest.raises(EngineError, match=r"wanted are 0 to 3, once.*num-supernodes must be 4"):
+        grid.get_node_ids()
+
+
+def test_processes_that_cannot_run_the_project_are_said_to(job: JobFolder) -> None:
+    runtime = Runtime(PARTITIONS, keep)
+    runtime.which = lambda m: Message(Error(1, "No module named 'clients'"), reply_to=m)  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="cannot run this project: No module named 'clients'"):
+        grid_on(runtime, job).get_node_ids()
+
+
+def test_a_dead_process_that_is_not_replaced_ends_the_run(job: JobFolder) -> None:
+    grid = grid_on(Runtime(PARTITIONS, dead), job)
+    wanted = r"round 7: .* trained client 2 died \(ActorDiedError\).* go on with resume"
+    with pytest.raises(ClientError, match=wanted):
+        grid.send_and_receive([message_for(2, round_=7)])
+
+
+def test_a_dead_process_that_is_replaced_is_its_clients_failure(job: JobFolder) -> None:
+    # It was tried again already: the client kills whatever trains it.
+    grid = grid_on(Runtime(PARTITIONS, dead), job, mends=True)
+    (reply,) = grid.send_and_receive([message_for(2)])
+    assert reply.error.reason == "the process that trained it died: ActorDiedError"
+
+
+def test_a_client_that_raises_is_handed_on(job: JobFolder) -> None:
+    def fails(message: Message) -> Message:
+        return Message(Error(2, "ValueError: broken"), reply_to=message)
+
+    (reply,) = grid_on(Runtime(PARTITIONS, fails), job).send_and_receive([message_for(2)])
+    assert reply.error.reason == "ValueError: broken"
+
+
+@pytest.mark.parametrize("what", ["its nodes were there", "all clients had replied"])
+def test_a_runtime_that_has_ended_is_not_waited_for(what: str, job: JobFolder) -> None:
+    over = threading.Event()
+    clients = 5 if "nodes" in what else 4
+    grid = grid_on(
+        Runtime(PARTITIONS, lambda _: None), job, clients=clients, timeout=3600.0, ended=over.is_set
+    )
+    if clients == 4:
+        grid.get_node_ids()
+    over.set()
+    with pytest.raises(EngineError, match=f"ended before {what}"):
+        list(grid.send_and_receive([message_for(2)]))
+
+
+# ---- The runtime of this process ----------------------------------------------------------------
+
+
+def test_a_backend_that_does_not_start_is_an_error_and_no_hang(
+    job: JobFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = backend(FlowerConfig(workers=1), "cpu")
+    asked["init_args"]["no_such_argument"] = 1
+    monkeypatch.setattr(flower_grid, "backend", lambda *_: asked)
+    from clients.client_app import app
+
+    before = set(threading.enumerate())
+    levels = [logging.getLogger(n).level for n in runtime.LOGGERS]
+    grid = FlowerGrid(
+        app, job, clients=3, store=ClientStore(), settings=FlowerConfig(), device="cpu"
+    )
+    with pytest.raises(EngineError, match=r"runtime broke: .*no_such_argument"):
+        grid.get_node_ids()
+    grid.close()
+    assert not job.folder.exists()
+    end = time.monotonic() + 30
+    while set(threading.enumerate()) - before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert {t.name for t in set(threading.enumerate()) - before} == set()
+    assert [logging.getLogger(n).level for n in runtime.LOGGERS] == levels
+
+
+def test_a_ray_that_runs_already_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        runtime.sys.modules,
+        "ray",
+        SimpleNamespace(is_initialized=lambda: True),  # type: ignore[arg-type]
+    )
+    with pytest.raises(EngineError, match="Ray runs in this process already"):
+        runtime.refuse_running_ray()
+
+
+def test_more_than_the_machine_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"engine.workers is 1000, .* at most \d+ processes"):
+        backend(FlowerConfig(workers=1000), "cpu")
+    with pytest.raises(ConfigError, match=r"engine.gpus is 99 .* has \d+ GPU"):
+        backend(FlowerConfig(gpus=99), "cpu")
+
+
+def test_processes_that_die_are_replaced_and_flwr_run_has_no_word_for_that() -> None:
+    settings = FlowerConfig(workers=1, retries=5)
+    resources = backend(settings, "cpu")["client_resources"]
+    assert (resources["max_restarts"], resources["max_task_retries"]) == (-1, 5)
+    options = run_options(settings, "cpu", 12)
+    assert options["num-supernodes"] == 12
+    assert options["init-args-num-cpus"] == 1
+    assert not [key for key in options if "retries" in key or "restarts" in key]
