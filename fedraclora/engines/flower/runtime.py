@@ -23,8 +23,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedraclora.errors import EngineError
 
-# Ray may not hide GPUs from processes that ask for none, nor say that it will.
-ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+ENVIRONMENT = {
+    # Ray may not hide GPUs from processes that ask for none, nor say that it will.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Seconds for which helpers of Ray look for one that was killed, before they end as well.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+}
 # What they log as an error is raised here. (Ray sets the level of its upper logger at import.)
 LOGGERS = ("flwr", "ray._private.worker")
 
