@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -137,6 +138,22 @@ def masked(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
 def name_of(func: Callable[..., Any]) -> str:
     """Name a function."""
     return str(getattr(func, "__name__", func))
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card, pretended or (None) real."""
+
+    pretended: PretendCard | None
+
+    def assert_near(
+        self, got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], tolerance: float
+    ) -> None:
+        """Hold tensors of the card against the CPU's: near, and equal where it is pretended."""
+        near = 0.0 if self.pretended else tolerance
+        for name, value in wanted.items():
+            assert got[name].device.type == "cuda"
+            torch.testing.assert_close(got[name].cpu(), value, rtol=near, atol=near)
 
 
 @contextmanager

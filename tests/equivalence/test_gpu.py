@@ -10,13 +10,13 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pretend import FREE, PretendCard, pretend_card
+from pretend import FREE, Card, pretend_card
 from test_vectorised_is_local import CASES, SEED, SIZES, Case, base_of, method_of, scaled
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -47,29 +47,6 @@ JOB = [
 ]
 CLIENTS = torch.arange(len(SIZES))
 BITS = 2.0**-8  # of bfloat16
-
-
-@dataclass(frozen=True)
-class Card:
-    """A card, real or pretended."""
-
-    pretended: PretendCard | None
-
-    def assert_near(self, got: Tree, wanted: Tree, tolerance: float) -> None:
-        """Equal to the bit where it is pretended; else near."""
-        near = 0.0 if self.pretended else tolerance
-        for name, value in wanted.items():
-            assert got[name].device.type == "cuda"
-            torch.testing.assert_close(got[name].cpu(), value, rtol=near, atol=near)
-
-
-@pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
-def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    if request.param == "real":
-        yield Card(None)
-        return
-    with pretend_card(monkeypatch) as pretended:
-        yield Card(pretended)
 
 
 def job(*words: str, folder: Path | None = None, resume: bool = False) -> Assembled:

@@ -1,0 +1,109 @@
+"""Ray workers that share a GPU.
+
+On the CPU Ray is told of a GPU that is not there: it counts shares without looking. The tests
+marked ``gpu`` are the same on a real one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+import ray
+import torch
+
+from experiments.assemble import Assembled, assemble
+from experiments.bench.rows import Case
+from experiments.bench.runs import RAY_WORKERS, ray_settings
+from experiments.bench.workloads import WORKLOADS
+from experiments.choices import composed
+from fedraclora.config import from_plain
+from fedraclora.engines.ray import Cluster
+from fedraclora.engines.ray.cluster import ENVIRONMENT
+from fedraclora.errors import ConfigError
+from fedraclora.tree import digest
+from strategies import METHODS
+
+WORDS = (
+    "data=digits",
+    "data.labels=null",
+    "pretrain=none",
+    "model.hidden=[12]",
+    "output=study",
+    "clients=80",
+    "cohort=70",
+    "rounds=3",
+    "local.lr=0.1",
+    "method.rank=2",
+)
+HALVES = ("engine=ray", "engine.workers=2", "engine.gpus=0.5")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A cluster with one GPU, real or told of, and where clients train."""
+    with pytest.MonkeyPatch.context() as patches:
+        for name, value in ENVIRONMENT.items():
+            patches.setenv(name, value)
+        ray.init(
+            address="local",
+            num_cpus=6,
+            num_gpus=1,
+            include_dashboard=False,
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
+        yield str(request.param)
+        ray.shutdown()
+
+
+def job(*words: str) -> Assembled:
+    return assemble(from_plain(composed([*WORDS, *words]), METHODS), None)
+
+
+def bits(done: Assembled) -> tuple[str, str]:
+    with closing(done.grid):
+        done.strategy.start(done.grid)
+    return digest(done.strategy.state.base), done.strategy.book.ledger.digest()
+
+
+def all_is_taken() -> bool:
+    """Whether nothing is left of the GPU; Ray's books are a moment behind."""
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("GPU", 0.0) > 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return time.monotonic() < deadline
+
+
+def test_two_workers_share_a_card_and_give_the_same_bits(device: str) -> None:
+    where = f"device={device}"
+    alone = bits(job(where, "engine.chunk=32"))
+    shared = job(where, *HALVES, "engine.chunk=32")
+    assert len(shared.grid.pool.seats) == 2  # type: ignore[union-attr]
+    assert all_is_taken()
+    assert bits(shared) == alone
+    if device == "cuda":
+        plan = job(where, *HALVES).chunk
+        assert 0 < plan.budget < torch.cuda.get_device_properties(0).total_memory / 2
+
+
+def test_no_more_workers_than_shares(device: str) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.workers is 3 with 0\.5 GPU each.* for 2"):
+        job(f"device={device}", "engine=ray", "engine.workers=3", "engine.gpus=0.5")
+    found = job(f"device={device}", "engine=ray", "engine.gpus=0.5")
+    with closing(found.grid):
+        assert len(found.grid.pool.seats) == 2  # type: ignore[union-attr]
+
+
+def test_the_ray_rows_of_the_benchmark_fit_on_one_card(device: str) -> None:
+    settings = ray_settings(RAY_WORKERS, torch.device("cuda"))
+    assert Cluster(settings, "cuda").workers == RAY_WORKERS
+    assert ray_settings(2, torch.device("cpu")).gpus is None
+    if device == "cuda":
+        from experiments.bench.command import timed
+
+        case = Case(WORKLOADS["A"], torch.device("cuda"))
+        found = timed(["ray idle", "ray x1", "ray x2"], case, 1, lambda _: 0.0)
+        assert all(row.seconds > 0 for row in found.values())
