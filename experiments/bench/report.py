@@ -53,7 +53,7 @@ class Report:
         try:
             found = json.loads(path.read_text())
             return cls(found["workload"], found["rows"], found["missing"], found["about"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} holds no figures of the benchmark: {error}") from error
 
 

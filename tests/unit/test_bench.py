@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.bench import command
 from experiments.bench.bounds import BOUNDS, disagreements, judge
 from experiments.bench.capacity import largest, largest_chunk
 from experiments.bench.command import measure, run, timed
@@ -24,6 +25,7 @@ from experiments.bench.report import Report
 from experiments.bench.rows import BUILDERS, Case
 from experiments.bench.stations import profile
 from experiments.bench.table import BEGIN, END, replace_between_marks, tables
+from experiments.bench.table import main as table_main
 from experiments.bench.timing import training_loss
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import PEERS, WORKLOADS, Workload, mlp, vectors
@@ -261,6 +263,70 @@ def test_the_command_prints_a_stored_table(
     assert "| **`vectorised`** |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "loss", "status", "said"),
+    [
+        (["check=true"], 1.5, 1, "error: A: pfl / vectorised in cpu seconds, at least 15 wanted"),
+        ([], 1.5, 0, ""),
+        ([], 1.6, 1, "error: pfl ended at training loss 1.6, fedavg at 1.5: not the same work"),
+    ],
+)
+def test_a_broken_bound_and_other_work_end_with_a_status(
+    words: list[str],
+    loss: float,
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = {"fedavg": {**ROWS["vectorised"], "loss": 1.5}, **ROWS}
+    rows["pfl"] = {**rows["pfl"], "loss": loss}
+    report = Report("A", rows, {"fedlab": "not installed"}, {"device": "cpu"})  # type: ignore[arg-type]
+    monkeypatch.setattr(command, "measure", lambda *_: report)
+    assert run(parse(["size=A", *words])) == status
+    found = capsys.readouterr()
+    assert said in found.err
+    assert bool(found.err) == bool(status)
+    assert "missing: fedlab: not installed" in found.out
+    assert ("kept: A: flower / vectorised" in found.out) == ("check=true" in words)
+    assert "open: A: fedjax / vectorised" in found.out or not words
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"workload": "A", "rows": {}}', "[]"])
+def test_a_file_that_is_no_report_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "A.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="holds no figures of the benchmark"):
+        Report.read(path)
+    with pytest.raises(ConfigError, match="holds no figures of the benchmark"):
+        Report.read(tmp_path / "B.json")
+
+
+def test_the_tables_go_into_a_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Report("A", ROWS, {}, {}).write(tmp_path)  # type: ignore[arg-type]
+    document = tmp_path / "page.md"
+    document.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    assert table_main([str(tmp_path), str(document)]) == 0
+    assert document.read_text() == f"before\n{BEGIN}\n{tables(tmp_path)}\n{END}\nafter\n"
+    assert capsys.readouterr().out == ""
+    assert table_main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == tables(tmp_path) + "\n"
+    document.write_text("no marks")
+    assert table_main([str(tmp_path), str(document)]) == 1
+    assert "needs the lines" in capsys.readouterr().err
+
+
+def test_bad_words_end_with_a_status_and_help_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "size=Z"])
+    assert command.main() == 1
+    assert "error: " in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
+    assert command.main() == 0
+    assert "profile=true" in capsys.readouterr().out
+
+
 def test_every_station_of_the_profile_is_passed() -> None:
     found = profile(Case(TINY, CPU), seconds=0.0)
     assert [name for name, _, calls in found.stations if calls == 0] == []
@@ -323,6 +389,18 @@ def test_a_peer_that_fails_says_why(tmp_path: Path, peer_python: Path) -> None:
     with pytest.raises(ConfigError, match="peer stub ended with status 1:\nno such library"):
         run_peer("stub", peer_python, TINY, TINY.task(CPU), 2, 1)
     assert interpreter(tmp_path, "absent") is None
+
+
+def test_peers_that_are_not_there_or_fail_are_missing(tmp_path: Path, peer_python: Path) -> None:
+    peer_python.parents[1].rename(tmp_path / "pfl")
+    (tmp_path / "peer.py").write_text("raise SystemExit('no such library')")
+    config = BenchConfig(size="A", rows="fedavg,pfl,fedlab", rounds=1, peers=str(tmp_path))
+    workload = replace(TINY, rows=("fedavg", "pfl", "fedlab"))
+    report = measure("A", Case(workload, CPU), config)
+    assert report.rows.keys() == {"fedavg"}
+    assert report.missing.keys() == {"pfl", "fedlab"}
+    assert report.missing["fedlab"] == "not installed"
+    assert "peer pfl ended with status 1:\nno such library" in report.missing["pfl"]
 
 
 def test_peers_see_this_checkout_and_send_nothing(
