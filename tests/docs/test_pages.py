@@ -1,0 +1,52 @@
+"""What the pages under docs/ tell a reader to type, and where they lead, is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from experiments.bench.config import parse
+from experiments.choices import check_choices, composed
+from fedraclora.config import from_plain
+from strategies import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LINES = [
+    line.partition("#")[0].strip()
+    for page in PAGES
+    for block in re.findall(r"```bash[^\n]*\n(.*?)```", page.read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+LINES = [line for line in LINES if not set(line) & set("<\\|&")]  # whole commands alone
+SIMULATIONS = [line for line in LINES if line.startswith("fedraclora simulate")]
+BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
+
+
+@pytest.mark.parametrize("line", SIMULATIONS)
+def test_each_simulation_composes(line: str) -> None:
+    words = shlex.split(line)[2:]
+    check_choices(words)
+    from_plain(composed(words), METHODS)
+
+
+@pytest.mark.parametrize("line", BENCHES)
+def test_each_benchmark_is_understood(line: str) -> None:
+    parse(shlex.split(line)[2:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_link_and_test_is_there(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), target
+    for name in re.findall(r"\b(test_\w+\.py)\b", text):
+        assert [*(ROOT / "tests").rglob(name)], name
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert all(f"({page.name})" in index for page in PAGES if page.name != "README.md")
