@@ -60,11 +60,13 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Planner:
     """Plan ``auto`` for a device that has so many bytes and clients that take `MODEL`."""
     monkeypatch.setattr(chunking, "measure", lambda *_: MODEL)
 
-    def make(budget: int, cohort: int, device: torch.device = CARD) -> ChunkPlan:
+    def make(
+        budget: int, cohort: int, device: torch.device = CARD, *, spread: bool = False
+    ) -> ChunkPlan:
         monkeypatch.setattr(chunking, "budget_of", lambda *_: budget)
         population = SimpleNamespace(num_clients=cohort)
         stub: Any = SimpleNamespace(device=device, data=population)
-        return plan_chunk("auto", stub, {}, Downlink(), cohort)
+        return plan_chunk("auto", stub, {}, Downlink(), cohort, spread=spread)
 
     return make
 
@@ -130,6 +132,24 @@ def test_a_cpu_has_a_cache(planned: Planner, monkeypatch: pytest.MonkeyPatch) ->
     assert planned(10**9, 10**4).reason == "more bring nothing on a cuda"
     monkeypatch.setattr(chunking, "CACHE_BYTES", 1)
     assert planned(10**9, 10**4, CPU).chunk == 1
+
+
+@pytest.mark.parametrize(
+    ("cohort", "wanted", "reason"),
+    [
+        (20, 20, "the cohort"),
+        (SUM_BLOCK, SUM_BLOCK, "the cohort"),
+        (100, SUM_BLOCK, "the workers"),  # a block, though there are not as many chunks
+        (1000, 128, "the workers"),  # eight chunks, or fewer that are whole blocks
+        (10**5, 4096, "more bring nothing on a cuda"),
+    ],
+)
+def test_a_large_cohort_is_left_in_chunks_for_several_workers(
+    planned: Planner, cohort: int, wanted: int, reason: str
+) -> None:
+    found = planned(10**9, cohort, spread=True)
+    assert (found.chunk, found.reason) == (wanted, reason)
+    assert planned(300 + 10 * 100, cohort, spread=True).chunk == 10
 
 
 def test_the_plan_is_of_the_run_itself(
