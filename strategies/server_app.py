@@ -98,8 +98,8 @@ def watch() -> Callable[[], bool]:
     """Give what tells whether the runtime around this thread has ended.
 
     It is the main thread, which ends when its backend fails, while a ServerApp would wait on for
-    replies. And it should end with the process that started it, but does not hear of that while it
-    waits for the ServerApp.
+    replies. And it must end with the process that started it: Flower watches for that, but its
+    signal is raised in another thread, and not heard while the main thread waits for this one.
     """
     parent = os.getppid()
     return lambda: not threading.main_thread().is_alive() or os.getppid() != parent
