@@ -82,7 +82,7 @@ RUNS = {
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_agrees_with_the_cpu(method: str, model: str, card: Card) -> None:
-    words = (f"method={method}", f"model={model}", "engine.chunk=4")
+    words = (f"method={method}", f"model={model}", "engine.chunk=4", "rounds=2")
     there, here = (weights(run(*words, f"device={d}")) for d in ("cuda", "cpu"))
     card.assert_near(there, here, 1e-3)
 
@@ -154,9 +154,10 @@ def test_no_step_waits_for_the_host(
 ) -> None:
     """A round reads the card, but no more often for more local steps of an epoch."""
     reads = []
-    for batch in (8, 2):
+    for batch in (16, 5):
         with monkeypatch.context() as patches, pretend_card(patches) as pretended:
-            run("device=cuda", "engine.chunk=3", f"local.batch_size={batch}", *words)
+            words = (*words, "engine.chunk=3", "rounds=1", f"local.batch_size={batch}")
+            run("device=cuda", *words)
         reads.append(pretended.reads)
     assert reads[0] == reads[1]
 
