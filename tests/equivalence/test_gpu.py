@@ -156,8 +156,8 @@ def test_no_step_waits_for_the_host(
     reads = []
     for batch in (16, 5):
         with monkeypatch.context() as patches, pretend_card(patches) as pretended:
-            words = (*words, "engine.chunk=3", "rounds=1", f"local.batch_size={batch}")
-            run("device=cuda", *words)
+            steps = ("rounds=1", "engine.chunk=3", f"local.batch_size={batch}")
+            run("device=cuda", *words, *steps)
         reads.append(pretended.reads)
     assert reads[0] == reads[1]
 
