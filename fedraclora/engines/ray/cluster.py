@@ -15,7 +15,7 @@ from fedraclora.errors import ConfigError, EngineError
 from fedraclora.settings import RayConfig
 
 # No usage report; Ray may not hide GPUs from workers that ask for none, nor say that it will; and
-# after this process was killed its helpers end in ten seconds, where they would linger for a minute.
+# when this process was killed its helpers end in ten seconds; they would linger for a minute.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
