@@ -3,7 +3,7 @@
 Rows of ours are timed in turn in this process, so that a busy machine slows all of them; then
 each peer that is installed (`make bench-peers`) does the same work in a process of its own. Keys:
 
-  size=     A, B, C, minilm, cohort, several with commas, or all
+  size=     A, B, C, minilm, cohort, population, several with commas (a process each), or all
   rows=     names of rows, with commas, or all
   rounds=   counted rounds of each row, instead of the workload's own number
   device=   auto, cpu or cuda
@@ -15,9 +15,11 @@ each peer that is installed (`make bench-peers`) does the same work in a process
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -64,21 +66,27 @@ def run(config: BenchConfig) -> int:
         raise ConfigError("CPU time and memory of processes are read from /proc: run it on Linux")
     device = pick_device(config.device)
     fix_bits(config.threads, device)
-    wrong: list[str] = []
-    for name in config.sizes:
-        case = Case(WORKLOADS[name], device)
-        if config.profile:
-            print(f"{name}: {profile(case)}")
-            continue
-        report = measure(name, case, config)
-        show(report)
-        if config.out is not None:
-            report.write(Path(config.out))
-        wrong += disagreements(report.rows)
-        wrong += judged(report) if config.check else []
+    if len(config.sizes) > 1:
+        return max(apart(replace(config, size=name)) for name in config.sizes)
+    (name,) = config.sizes
+    case = Case(WORKLOADS[name], device)
+    if config.profile:
+        print(f"{name}: {profile(case)}")
+        return 0
+    report = measure(name, case, config)
+    show(report)
+    if config.out is not None:
+        report.write(Path(config.out))
+    wrong = disagreements(report.rows) + (judged(report) if config.check else [])
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def apart(config: BenchConfig) -> int:
+    """Time one workload in a process of its own, which holds no memory of another; its status."""
+    command = [sys.executable, "-m", "experiments.bench", *config.words]
+    return abs(subprocess.run(command, check=False).returncode)  # noqa: S603  this program
 
 
 def measure(name: str, case: Case, config: BenchConfig) -> Report:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from experiments.bench.workloads import WORKLOADS
 from fedraclora.errors import ConfigError, unknown
@@ -54,6 +54,12 @@ class BenchConfig:
     def sizes(self) -> tuple[str, ...]:
         """Names of the chosen workloads."""
         return tuple(WORKLOADS) if self.size == "all" else tuple(self.size.split(","))
+
+    @property
+    def words(self) -> list[str]:
+        """The words that `parse` reads this from."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return [f"{key}={value}" for key, value in given.items() if value is not None]
 
     def wants(self, row: str) -> bool:
         """Whether a row is asked for."""

@@ -292,6 +292,17 @@ def test_a_broken_bound_and_other_work_end_with_a_status(
     assert "open: A: fedjax / vectorised" in found.out or not words
 
 
+def test_several_workloads_run_in_a_process_each(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["size=A,C", "rows=idle", "rounds=1", f"out={tmp_path}"]
+    assert parse(parse(words).words) == parse(words)
+    assert run(parse(words)) == 0
+    assert Report.read(tmp_path / "A.json").rows.keys() == {"idle"}
+    assert Report.read(tmp_path / "C.json").rows.keys() == {"idle"}
+    assert "1,000 clients" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"workload": "A", "rows": {}}', "[]"])
 def test_a_file_that_is_no_report_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "A.json"
