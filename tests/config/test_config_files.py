@@ -28,6 +28,8 @@ GROUPS = {"output": OutputConfig, "pretrain": PretrainConfig, "system": SystemCo
 
 TINY = ["rounds=1", "clients=10", "cohort=3"]
 DIGITS = ["data=digits", "pretrain=none", *TINY]  # digits 5-9, by the root's data.labels
+SMALL = ["pretrain=none", "model.hidden=12", "model.layers=1"]
+ROLES = ["data=shakespeare", "data.labels=null", "partition=natural", "model=gpt", *SMALL]
 SYNTHETIC = ["partition=given", "model=linear", "model.bias=false", "pretrain=none", *TINY]
 # What a choice needs beside it to run a round; digits and the other defaults where it is absent.
 BESIDE = {
@@ -60,6 +62,9 @@ BESIDE = {
     "pretrain/digits_0_4": ["data=digits", "pretrain.epochs=2", *TINY],
     "experiment/fedslop_mnist": ["rounds=1"],
     "experiment/million": ["rounds=1"],
+    "experiment/shakespeare": ["rounds=1", "cohort=3", *SMALL],
+    "data/shakespeare": [*ROLES, *TINY, "clients=null"],
+    "model/gpt": [*ROLES, *TINY, "clients=null"],
 }
 # Texts and large models: slow to load, or not here. They are composed only.
 COMPOSED = {
