@@ -1,4 +1,4 @@
-"""``python -m experiments.study STUDY.yaml``: tune each row with one budget, then run its seeds.
+"""``python -m experiments.study STUDY.yaml [KEY=VALUE ...]``: tune every row alike, run its seeds.
 
 A study names a preset, the rows to compare, one grid that every row is tuned on (on a validation
 split), and the seeds of the final runs. Every run that ends adds one line to ``runs.jsonl``;
@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from experiments.choices import composed
+from experiments.study_budget import budgets
 from experiments.study_file import Job, Study
 from experiments.study_table import best_value, draw, table, tuned_value, write_table
 from fedraclora.errors import FedRacLoraError
@@ -102,12 +103,13 @@ def main() -> None:
     """Run a study to its end."""
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
     parser.add_argument("study", type=Path)
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs")
     parser.add_argument("--out", type=Path, help="default: experiments/results/<name>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="write the tables only")
     arguments = parser.parse_args()
     try:
-        study = Study.read(arguments.study)
+        study = Study.read(arguments.study, arguments.overrides)
     except FedRacLoraError as error:
         sys.exit(f"error: {error}")
     out = arguments.out or Path(__file__).parent / "results" / arguments.study.stem
@@ -115,7 +117,7 @@ def main() -> None:
     path = out / "runs.jsonl"
     done = read_lines(path)
     if not arguments.table:
-        (out / "study.yaml").write_text(arguments.study.read_text())
+        (out / "study.yaml").write_text(study.text)
         tuning = [j for row in study.rows for j in study.jobs("tune", row, study.values(row))]
         run_all(tuning, done, path, arguments.jobs)
         coarse = {row: best_value(study, row, study.values(row), done) for row in study.rows}
@@ -128,6 +130,9 @@ def main() -> None:
                 break
             run_all(final, done, path, arguments.jobs)
     write_table(table(study, done), out)
+    if equal := budgets(study, done):
+        (out / "budgets.md").write_text(equal.markdown())
+        equal.print()
     draw(study, done, out)
 
 

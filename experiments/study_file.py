@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import yaml
 
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.metrics import higher_is_better
 
 KEYS = {"experiment", "metric", "grid", "tune", "final", "rows"}
+OPTIONAL = {"reference", "overrides"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its YAML file says."""
+    """A study as its YAML file says.
+
+    Attributes:
+        experiment: Preset that all runs start from.
+        metric: What is tuned and reported.
+        grid: The tuned key and its values; ``refine``, multiples of the best; ``scale``, by row.
+        tune: Seeds and overrides of the tuning runs.
+        final: Seeds and overrides of the final runs.
+        rows: What is compared: overrides, by name.
+        text: The file.
+        reference: The row whose final metric and uplink the others are held against.
+        overrides: Of all runs.
+    """
 
     experiment: str | None
     metric: str
@@ -39,10 +54,17 @@ class Study:
     tune: Mapping[str, object]
     final: Mapping[str, object]
     rows: Mapping[str, Sequence[str]]
+    text: str
+    reference: str | None = None
+    overrides: Sequence[str] = ()
 
     @classmethod
-    def read(cls, path: Path) -> Study:
+    def read(cls, path: Path, overrides: Sequence[str] = ()) -> Study:
         """Read a study.
+
+        Args:
+            path: The YAML file.
+            overrides: Of all runs, in place of the file's own; they become part of `text`.
 
         Raises:
             ConfigError: If it is no YAML mapping, or keys are missing or unknown.
@@ -50,25 +72,35 @@ class Study:
         if not path.is_file():
             raise ConfigError(f"there is no study {path}; see experiments/studies")
         try:
-            loaded = dict(yaml.safe_load(path.read_text()))
+            text = path.read_text()
+            if overrides:
+                text += f"overrides: {json.dumps([*overrides])}\n"
+            loaded = dict(yaml.safe_load(text))
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} is not a study: {error}") from error
         for key in loaded:
-            if key not in KEYS:
-                raise unknown("study key", key, KEYS)
+            if key not in KEYS | OPTIONAL:
+                raise unknown("study key", key, KEYS | OPTIONAL)
         if KEYS - set(loaded):
             raise ConfigError(f"{path} lacks {', '.join(sorted(KEYS - set(loaded)))}")
+        if not higher_is_better(str(loaded["metric"])):
+            raise ConfigError(
+                f"{path} has the metric {loaded['metric']}, of which less is better; studies "
+                "choose the greatest value: take a score, accuracy for one"
+            )
         for row in loaded["grid"].get("scale", {}):
             if row not in loaded["rows"]:
                 raise unknown("row of grid.scale", row, loaded["rows"])
-        return cls(**loaded)
+        if loaded.get("reference") not in {None, *loaded["rows"]}:
+            raise unknown("row as reference", loaded["reference"], loaded["rows"])
+        return cls(**loaded, text=text)
 
     def jobs(self, phase: str, row: str, values: Sequence[float]) -> list[Job]:
         """List the runs of one row in one phase."""
         section = self.tune if phase == "tune" else self.final
         seeds, extra = section["seeds"], section["overrides"]
         preset = [f"experiment={self.experiment}"] if self.experiment else []
-        common = [*preset, *self.rows[row], *map(str, _list(extra))]
+        common = [*preset, *self.overrides, *self.rows[row], *map(str, _list(extra))]
         return [
             Job(phase, row, v, int(str(s)), (*common, f"{self.grid['key']}={v}", f"seed={s}"))
             for v in values

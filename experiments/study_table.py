@@ -54,17 +54,24 @@ def is_tuned(study: Study, row: str, done: Mapping[str, Plain]) -> bool:
     return all(j.key in done for j in study.jobs("tune", row, refined))
 
 
+def final_lines(study: Study, row: str, done: Mapping[str, Plain]) -> list[Plain]:
+    """Give the final runs of a row at its tuned value; none where some have not run yet."""
+    if not is_tuned(study, row, done):
+        return []
+    keys = [job.key for job in study.jobs("final", row, [tuned_value(study, row, done)])]
+    lines = [done[key] for key in keys if key in done]
+    whole = len(lines) == len(keys) and "uplink_floats" in lines[0]
+    return lines if whole else []
+
+
 def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
     """Make the table of the rows whose final runs are all there."""
     found = []
     for row in study.rows:
-        if not is_tuned(study, row, done):
+        lines = final_lines(study, row, done)
+        if not lines:
             continue
         value = tuned_value(study, row, done)
-        keys = [j.key for j in study.jobs("final", row, [value])]
-        lines = [done[k] for k in keys if k in done]
-        if len(lines) < len(keys) or "uplink_floats" not in lines[0]:
-            continue
         scores = [score(line, study.metric) for line in lines]
         stable = len(scores) > 1 and not diverged(study, row, value, done)
         tried = [
@@ -109,12 +116,12 @@ def draw(study: Study, done: Mapping[str, Plain], out: Path) -> None:
     from fedraclora.plots import compare_figure
 
     groups = {}
-    for row in table(study, done):
-        value = float(str(row[str(study.grid["key"])]).split()[0])
-        lines = [done[j.key] for j in study.jobs("final", str(row["method"]), [value])]
-        groups[str(row["method"])] = [
-            [p | {"seconds": {"total": p["seconds"]}} for p in line["curve"] if p["round"]]  # type: ignore[attr-defined]
-            for line in lines
-        ]
+    for row in study.rows:
+        lines = final_lines(study, row, done)
+        if lines:
+            groups[row] = [
+                [p | {"seconds": {"total": p["seconds"]}} for p in line["curve"] if p["round"]]  # type: ignore[attr-defined]
+                for line in lines
+            ]
     if groups:
         compare_figure(groups, study.metric, out / "compare.png")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from experiments.study import main, read_lines, run_job
+from experiments.study_budget import budgets
 from experiments.study_file import Study
 from experiments.study_table import draw, is_tuned, table, tuned_value, write_table
 from fedraclora.errors import ConfigError
@@ -61,6 +62,15 @@ def test_jobs_carry_preset_row_phase_value_and_seed(tmp_path: Path) -> None:
     assert job.key == "tune|ours|0.4|8"
 
 
+def test_words_of_the_command_line_join_every_job_and_the_text(tmp_path: Path) -> None:
+    study(tmp_path)
+    plan = Study.read(tmp_path / "a.yaml", ["partition.alpha=0.05"])
+    for phase in ("tune", "final"):
+        assert plan.jobs(phase, "ours", [0.1])[0].overrides[0] == "partition.alpha=0.05"
+    (tmp_path / "b.yaml").write_text(plan.text)
+    assert Study.read(tmp_path / "b.yaml").overrides == ["partition.alpha=0.05"]
+
+
 def test_a_row_may_scale_the_grid(tmp_path: Path) -> None:
     plan = study(tmp_path, TEXT.replace("refine: [0.5]", "scale: {full: 0.01}") + "  full: []\n")
     assert plan.values("ours") == [0.1, 0.4]
@@ -93,6 +103,50 @@ def test_a_value_that_diverged_in_a_final_run_is_passed_over(tmp_path: Path) -> 
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 
+def final(plan: Study, row: str, seed: int, up: int, scores: list[float]) -> dict[str, Any]:
+    """A final run of a row at 0.1, measured at rounds 0, 1, ...; down takes thrice what up does."""
+    curve = [
+        {
+            "round": t,
+            "metrics": {"accuracy": score},
+            "seconds": 1.0,
+            "uplink_total": up * t,
+            "downlink_total": 3 * up * t,
+        }
+        for t, score in enumerate(scores)
+    ]
+    last = {k: curve[-1][k] for k in ("metrics", "uplink_total", "downlink_total")}
+    key = plan.jobs("final", row, [0.1])[seed].key
+    return {key: line(scores[-1], **last) | {"curve": curve, "key": key}}
+
+
+def test_budgets_are_those_of_the_row_that_used_least(tmp_path: Path) -> None:
+    text = TEXT.replace(", values: [0.1, 0.4], refine: [0.5]", ", values: [0.1]")
+    plan = study(tmp_path, text + "  theirs: [method=fedavg_lora]\nreference: theirs\n")
+    done = {
+        job.key: line(0.5) for row in plan.rows for job in plan.jobs("tune", row, plan.values(row))
+    }
+    done |= final(plan, "ours", 0, 1_000_000, [0.1, 0.5, 0.8])
+    done |= final(plan, "ours", 1, 1_000_000, [0.1, 0.3, 0.4])
+    assert budgets(plan, done) is None  # one row alone
+    for seed in (0, 1):
+        done |= final(plan, "theirs", seed, 4_000_000, [0.1, 0.6, 0.7 - 0.2 * seed])
+    made = budgets(plan, done)
+    assert made is not None
+    assert made.header == (
+        "method",
+        "at equal local steps",
+        "at 2 MB of uplink",
+        "at 8 MB of traffic",
+        "uplink to 0.6000 / that of theirs",
+    )
+    ours, theirs = made.cells
+    # 2 of the 8 MB that the reference sends in all take one seed to its mean of 0.6.
+    same = "0.6000 ± 0.2828"
+    assert ours == ("ours", same, same, same, "0.250 (1 of 2 runs)")
+    assert theirs == ("theirs", "0.6000 ± 0.1414", *["0.1000 ± 0.0000"] * 2, "0.500 ± 0.000")
+
+
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     path.write_text(json.dumps({"key": "a"}) + "\n" + '{"key": "b", "met')
@@ -121,6 +175,8 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     [
         (("metric: accuracy", "metrc: accuracy"), "did you mean 'metric'"),
         (("metric: accuracy\n", ""), "lacks metric"),
+        (("metric: accuracy", "metric: loss"), "of which less is better"),
+        (("experiment: null", "experiment: null\nreference: our"), "did you mean 'ours'"),
         (("seeds: [0, 1]", "seeds: [0, 1"), "is not a study"),
     ],
 )

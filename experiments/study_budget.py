@@ -1,0 +1,97 @@
+"""What a byte buys: the rows of a study at equal uplink, equal traffic and equal local steps.
+
+The budgets are those of the row that used least in all its rounds. A run counts with its last
+measured round that is within the budget: nothing is interpolated.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+from experiments.study_file import Study
+from experiments.study_table import final_lines, score
+from experiments.tables import Table
+from fedraclora.ledger import Row, number
+from fedraclora.plots import MEGABYTE
+
+Plain = dict[str, object]
+Curve = Sequence[Row]
+
+
+def uplink(point: Row) -> float:
+    """Bytes that all clients have sent so far."""
+    return number(point, "uplink_total")
+
+
+def traffic(point: Row) -> float:
+    """Bytes sent both ways so far, with catch-up."""
+    return uplink(point) + number(point, "downlink_total")
+
+
+def budgets(study: Study, done: Mapping[str, Plain]) -> Table | None:
+    """Compare the rows whose final runs are all there; None where there are no two of them.
+
+    With a ``reference`` in the study, the last column is the uplink at which a run first was as
+    good as the mean final run of the reference, over the reference's whole uplink: mean and
+    standard deviation over the seeds that got there.
+
+    Args:
+        study: The study.
+        done: Lines of its runs, by key.
+    """
+    finals = {row: final_lines(study, row, done) for row in study.rows}
+    curves = {row: [_curve(line) for line in lines] for row, lines in finals.items() if lines}
+    if len(curves) < 2:
+        return None
+    names = {uplink: "uplink", traffic: "traffic"}
+    least = {way: min(way(c[-1]) for runs in curves.values() for c in runs) for way in names}
+    titles = {way: f"at {least[way] / MEGABYTE:.4g} MB of {name}" for way, name in names.items()}
+    records = []
+    for row, runs in curves.items():
+        record: Plain = {"method": row, "at equal local steps": _spread(finals[row], study.metric)}
+        for way in names:
+            points = [_last_within(curve, way, least[way]) for curve in runs]
+            record[titles[way]] = _spread(points, study.metric)
+        if study.reference in curves:
+            goal = statistics.fmean(score(x, study.metric) for x in finals[study.reference])
+            whole = statistics.fmean(uplink(curve[-1]) for curve in curves[study.reference])
+            record[f"uplink to {goal:.4f} / that of {study.reference}"] = _share(
+                runs, study.metric, goal, whole
+            )
+        records.append(record)
+    cells = tuple(tuple(str(value) for value in record.values()) for record in records)
+    return Table(tuple(records[0]), cells, tuple(records))
+
+
+def _curve(line: Plain) -> list[Row]:
+    curve = line["curve"]
+    if not isinstance(curve, list):
+        raise TypeError(f"the curve of {line['key']} is a {type(curve).__name__}, not a list")
+    return curve
+
+
+def _last_within(curve: Curve, way: Callable[[Row], float], budget: float) -> Row:
+    """The last point whose bytes do not exceed the budget; the first has none."""
+    return [point for point in curve if way(point) <= budget][-1]
+
+
+def _spread(points: Sequence[Row], metric: str) -> str:
+    """Mean and standard deviation of a metric over seeds."""
+    scores = [score(point, metric) for point in points]
+    spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+    return f"{statistics.fmean(scores):.4f}{spread}"
+
+
+def _share(curves: Sequence[Curve], metric: str, goal: float, whole: float) -> str:
+    """Uplink to the goal over the whole uplink of the reference, over the seeds that reach it."""
+    shares = [
+        next(uplink(point) for point in curve if score(point, metric) >= goal) / whole
+        for curve in curves
+        if any(score(point, metric) >= goal for point in curve)
+    ]
+    if not shares:
+        return "not reached"
+    spread = f" ± {statistics.stdev(shares):.3f}" if len(shares) > 1 else ""
+    missed = f" ({len(shares)} of {len(curves)} runs)" if len(shares) < len(curves) else ""
+    return f"{statistics.fmean(shares):.3f}{spread}{missed}"
