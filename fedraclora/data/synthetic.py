@@ -118,7 +118,8 @@ def logistic_regression(
     Returns:
         Inputs ``"x"`` [clients * samples, features], labels 0 and 1 [clients * samples].
         ``optimum`` is the least mean logistic loss, by Newton's method in float64 to a gradient
-        of 1e-12. ``info`` has ``smoothness``, the bound on the Hessian.
+        of 1e-12. ``info`` has ``smoothness``, the bound on the Hessian, and ``curvature``, its
+        least eigenvalue at the optimum.
 
     Raises:
         ConfigError: If a number is out of range, or the samples are separable.
@@ -133,6 +134,7 @@ def logistic_regression(
     table = _table(x.reshape(-1, features), labels.reshape(-1).astype(np.int64), dtype)
     wide = _wide(table.inputs["x"])
     target = table.target.numpy()
+    optimum, curvature = logistic_optimum(wide, target)
     return DataSet(
         train=table,
         test=table,
@@ -142,15 +144,16 @@ def logistic_regression(
         columns={"label": target, "client": np.repeat(np.arange(clients), samples)},
         sample_shape=(features,),
         parts=_parts(clients, samples),
-        optimum=logistic_optimum(wide, target),
+        optimum=optimum,
         info={
             "source": "synthetic logistic regression",
             "smoothness": float(np.linalg.eigvalsh(wide.T @ wide / len(table))[-1] / 4),
+            "curvature": curvature,
         },
     )
 
 
-def logistic_optimum(x: Matrix, labels: npt.NDArray[np.int64]) -> float:
+def logistic_optimum(x: Matrix, labels: npt.NDArray[np.int64]) -> tuple[float, float]:
     """Find the least mean logistic loss of a linear score without bias, by Newton's method.
 
     Args:
@@ -158,7 +161,7 @@ def logistic_optimum(x: Matrix, labels: npt.NDArray[np.int64]) -> float:
         labels: 0 or 1, [N].
 
     Returns:
-        The least mean loss, in nats.
+        The least mean loss, in nats, and the least eigenvalue of the Hessian there.
 
     Raises:
         ConfigError: If there is no finite minimiser (separable classes, dependent features).
@@ -177,7 +180,7 @@ def logistic_optimum(x: Matrix, labels: npt.NDArray[np.int64]) -> float:
         if curvature[0] <= _FLAT * curvature[-1]:
             break
         if np.abs(gradient).max() <= _GRADIENT:
-            return loss
+            return loss, float(curvature[0])
         w, loss = _newton_step(signed, w, loss, gradient, hessian)
     raise ConfigError(
         f"the logistic loss of {len(x)} samples with {x.shape[1]} features has no finite minimum "

@@ -65,6 +65,20 @@ def test_logistic_optimum_agrees_with_another_solver():
     assert data.optimum <= found.fun + 1e-13
 
 
+def test_logistic_curvature_is_that_of_the_loss_at_its_minimum():
+    data = DATASETS["logistic_regression"](**LOGIT)
+    best = minimize(lambda w: objective(data, w[None]), np.zeros(3), method="BFGS", tol=1e-9).x
+    step = 1e-3
+
+    def along(direction: np.ndarray) -> float:
+        ends = (objective(data, (best + sign * step * direction)[None]) for sign in (1, -1))
+        return (sum(ends) - 2 * data.optimum) / step**2
+
+    directions = np.random.default_rng(2).standard_normal((2000, 3))
+    found = min(along(d / np.linalg.norm(d)) for d in directions)
+    assert data.info["curvature"] == pytest.approx(found, rel=5e-3)
+
+
 def test_without_heterogeneity_all_clients_have_the_same_weights():
     data = DATASETS["least_squares"](**LEAST, noise=0.0)
     assert data.optimum < 1e-25
