@@ -139,10 +139,11 @@ class Worker:
         if not kept:
             return downlink
         dtype = next(iter(base.values())).dtype
-        default = {
-            n: base.get(n, torch.zeros(s.shape, dtype=dtype)) if s.start is None else s.start
-            for n, s in kept.items()
-        }
+        default: Tree = {}
+        for name, slot in kept.items():
+            opening = slot.opening()
+            zeros = torch.zeros(slot.shape, dtype=dtype)
+            default[name] = base.get(name, zeros) if opening is None else opening.to(dtype)
         own = self.store.read(order.clients, order.round_, default)
 
         def start(name: str, factor: Factor) -> Factor:

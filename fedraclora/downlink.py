@@ -40,21 +40,25 @@ class Trained:
     Attributes:
         shape: Its shape, without the cohort axis.
         start: Where it starts: None (zeros for a factor, the replica's value for a dense
-            tensor), a shared tensor, or [K, *shape].
+            tensor), a sketch that both ends draw from a seed, a shared tensor, or [K, *shape].
         main: True for what the method is about (step size ``local.lr``), False for the head
             and biases beside it (``local.dense_lr``).
         upload: False for what stays at the client (personalised methods).
     """
 
     shape: tuple[int, ...]
-    start: torch.Tensor | None = None
+    start: torch.Tensor | SketchSpec | None = None
     main: bool = True
     upload: bool = True
 
     @property
     def per_client(self) -> bool:
         """Whether each client starts elsewhere."""
-        return self.start is not None and self.start.dim() > len(self.shape)
+        return isinstance(self.start, torch.Tensor) and self.start.dim() > len(self.shape)
+
+    def opening(self) -> torch.Tensor | None:
+        """Give the start as a tensor, drawn where it is a sketch; not to be modified."""
+        return self.start.draw() if isinstance(self.start, SketchSpec) else self.start
 
 
 Factor = Sketched | Frozen | Trained
@@ -112,8 +116,8 @@ class Downlink:
         def part(factor: object) -> object:
             if isinstance(factor, Frozen) and factor.per_client:
                 return Frozen(factor.value[places])
-            if isinstance(factor, Trained) and factor.per_client and factor.start is not None:
-                return replace(factor, start=factor.start[places])
+            if isinstance(factor, Trained) and factor.per_client:
+                return replace(factor, start=factor.start[places])  # type: ignore[index]
             return factor
 
         adapters = {

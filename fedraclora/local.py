@@ -109,9 +109,11 @@ def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]
                 own = part.value[place] if part.value.dim() == 3 else part.value
                 frozen[name] = own.to(base[weight].dtype)
     for name, slot in downlink.trained().items():
-        start = slot.start
+        dtype = next(iter(base.values())).dtype
+        start = slot.opening()
         if start is None:
-            start = base.get(name, torch.zeros(slot.shape, dtype=next(iter(base.values())).dtype))
+            start = base.get(name, torch.zeros(slot.shape))
+        start = start.to(dtype)
         values[name] = start[place] if start.dim() > len(slot.shape) else start
     return values, frozen
 

@@ -49,9 +49,10 @@ def per_client(start: torch.Tensor, K: int) -> torch.Tensor:
 
 def start_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Give the start of a trained tensor as [1, ...] if shared, [K, ...] if per client."""
-    if slot.start is None:
+    opening = slot.opening()
+    if opening is None:
         return default[None]
-    start = slot.start.to(default.device, default.dtype)
+    start = opening.to(default.device, default.dtype)
     return start[order] if slot.per_client else start[None].clone()
 
 

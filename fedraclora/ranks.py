@@ -174,8 +174,8 @@ def widen(numbers: torch.Tensor, downlink: Downlink, places: torch.Tensor) -> to
     at = 0
     for slot in downlink.uploaded().values():
         size = prod(slot.shape)
-        if slot.start is not None:
-            start = slot.start[places] if slot.per_client else slot.start[None]
+        if (start := slot.opening()) is not None:
+            start = start[places] if slot.per_client else start[None]
             rows[:, at : at + size] = start.reshape(-1, size).to(rows)
         at += size
     rows[mask] = numbers

@@ -12,4 +12,11 @@ METHODS: dict[str, type[Method]] = {
     "ffa_lora": FedRacLora,
     "fedavg": FedAvg,
     "fedavg_lora": FedAvgLora,
+    # The chain methods of one client are those above, under the names that the field gives them.
+    "lora": FedAvgLora,
+    "asymmetric_lora": FedRacLora,
+    "cola": FedAvgLora,
+    "relora": FedAvgLora,
+    "rac_lora": FedRacLora,
+    "full": FedAvg,
 }

@@ -1,11 +1,55 @@
-"""Steps that several methods share: the tensors trained in full beside the adapters."""
+"""What several methods share: tensors trained in full beside the adapters, and links by age."""
 
 from __future__ import annotations
 
 from math import prod
 
+from fedraclora.adapter import Rank, resolve_rank
+from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import Plan, State, Trained
 from fedraclora.tree import Tree
+
+SIDES = ("right", "left", "auto")
+FIRST_LINK = {"sketch": 0, "age": 0}
+
+
+def check_link(side: str, resample_every: int | None) -> None:
+    """Refuse a side that does not exist, and links of no rounds.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    if side not in SIDES:
+        raise unknown("method.side", side, SIDES)
+    if resample_every is not None and resample_every < 1:
+        raise ConfigError(
+            f"method.resample_every is {resample_every}; 1 or more, or null, is wanted"
+        )
+
+
+def draws_right(side: str, plan: Plan, name: str) -> bool:
+    """Tell whether A is the factor of a layer that is drawn; ``auto``: the larger one is."""
+    m, n = plan.targets[name].shape
+    return side == "right" or (side == "auto" and n >= m)
+
+
+def drawn_rank(rank: int | float, side: str, plan: Plan, name: str, *, cap: bool) -> Rank:
+    """Give the rank of a layer; its bound is the dimension of the side that is drawn."""
+    dim = plan.targets[name].shape[1 if draws_right(side, plan, name) else 0]
+    return resolve_rank(rank, dim, name, cap=cap)
+
+
+def next_link(memo: dict[str, int], resample_every: int | None) -> dict[str, int]:
+    """Give the memo after a round: one round older, or age 0 where the link has ended.
+
+    Args:
+        memo: ``sketch``, the number of the link in progress, and ``age``, its rounds so far.
+        resample_every: Rounds of a link; None: it never ends.
+    """
+    age = memo["age"] + 1
+    if resample_every is None or age < resample_every:
+        return {"sketch": memo["sketch"], "age": age}
+    return {"sketch": memo["sketch"] + 1, "age": 0}
 
 
 def dense_slots(state: State) -> dict[str, Trained]:

@@ -29,9 +29,9 @@ from dataclasses import dataclass, replace
 import torch
 from typing_extensions import override
 
-from fedraclora.adapter import resolve_rank, resolve_scale
+from fedraclora.adapter import Rank, resolve_rank, resolve_scale
 from fedraclora.aggregate import Uplinks
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError
 from fedraclora.method import (
     Adapter,
     Cohort,
@@ -50,9 +50,16 @@ from fedraclora.method import (
 )
 from fedraclora.sketch import SketchSpec, check_sketch
 from fedraclora.tree import Tree
-from strategies.common import dense_floats, dense_means, dense_slots
-
-SIDES = ("right", "left", "auto")
+from strategies.common import (
+    FIRST_LINK,
+    check_link,
+    dense_floats,
+    dense_means,
+    dense_slots,
+    drawn_rank,
+    draws_right,
+    next_link,
+)
 
 
 @dataclass(frozen=True)
@@ -84,12 +91,7 @@ class FedRacLora(Method):
     def __post_init__(self) -> None:
         """Refuse impossible hyperparameters."""
         check_sketch(self.sketch, self.normalise, self.blocks)
-        if self.side not in SIDES:
-            raise unknown("method.side", self.side, SIDES)
-        if self.resample_every is not None and self.resample_every < 1:
-            raise ConfigError(
-                f"method.resample_every is {self.resample_every}; 1 or more, or null, is wanted"
-            )
+        check_link(self.side, self.resample_every)
         if not 0 < self.density <= 1:
             raise ConfigError(f"method.density is {self.density}; it must lie in (0, 1]")
         resolve_rank(self.rank, 1, "any layer", cap=True)
@@ -104,9 +106,9 @@ class FedRacLora(Method):
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
         del draw
-        ranks = [resolve_rank(self.rank, self._dim(plan, n), n, cap=self.cap) for n in plan.targets]
+        ranks = [self._rank(plan, name) for name in plan.targets]
         notes = tuple(r.note for r in ranks if r.note is not None)
-        return State(base, plan, memo={"sketch": 0, "age": 0}, notes=notes)
+        return State(base, plan, memo=dict(FIRST_LINK), notes=notes)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
@@ -141,13 +143,8 @@ class FedRacLora(Method):
                     averaged[name] = mean[f"{name}/{label}"].to(state.base[name].dtype)
                     factors.append(averaged[name])
             terms[name] = Term(tuple(factors), adapter.scale)
-        age = state.memo["age"] + 1
-        if self.resample_every is None or age < self.resample_every:
-            link = Link({}, dense)
-            carried, memo = averaged, {"sketch": state.memo["sketch"], "age": age}
-        else:
-            link = Link(terms, dense)
-            carried, memo = {}, {"sketch": state.memo["sketch"] + 1, "age": 0}
+        memo = next_link(state.memo, self.resample_every)
+        carried, link = (averaged, Link({}, dense)) if memo["age"] else ({}, Link(terms, dense))
         base = apply_link(state.base, link, state.plan)
         return replace(state, base=base, carried=carried, memo=memo, link=link, report={}, notes=())
 
@@ -167,20 +164,20 @@ class FedRacLora(Method):
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         trained = 0
         for name, view in plan.targets.items():
-            rank = resolve_rank(self.rank, self._dim(plan, name), name, cap=self.cap).value
-            trained += rank * view.shape[0 if self._right(plan, name) else 1]
+            kept = view.shape[0 if draws_right(self.side, plan, name) else 1]
+            trained += self._rank(plan, name).value * kept
         up = trained + dense_floats(plan)
         age = (round_ - 1) % self.resample_every if self.resample_every else round_ - 1
         return up, trained if age else 0
 
     def spec(self, state: State, name: str, draw: Draw) -> SketchSpec:
         """Give the sketch of one layer that is in force in ``state``."""
-        dim = self._dim(state.plan, name)
+        right = draws_right(self.side, state.plan, name)
         return SketchSpec(
             kind=self.sketch,
-            side="right" if self._right(state.plan, name) else "left",
-            rank=resolve_rank(self.rank, dim, name, cap=self.cap).value,
-            dim=dim,
+            side="right" if right else "left",
+            rank=self._rank(state.plan, name).value,
+            dim=state.plan.targets[name].shape[1 if right else 0],
             seed=draw.sketch_seed(name),
             index=state.memo["sketch"],
             blocks=self.blocks,
@@ -188,10 +185,5 @@ class FedRacLora(Method):
             density=self.density,
         )
 
-    def _right(self, plan: Plan, name: str) -> bool:
-        m, n = plan.targets[name].shape
-        return self.side == "right" or (self.side == "auto" and n >= m)
-
-    def _dim(self, plan: Plan, name: str) -> int:
-        m, n = plan.targets[name].shape
-        return n if self._right(plan, name) else m
+    def _rank(self, plan: Plan, name: str) -> Rank:
+        return drawn_rank(self.rank, self.side, plan, name, cap=self.cap)

@@ -56,10 +56,10 @@ class Order:
 def payload_bytes(downlink: Downlink, cohort: int, itemsize: int) -> int:
     """Payload of a downlink to one client of a cohort: numbers that are sent, and 8 per seed."""
     numbers = sum(t.numel() // (cohort if own else 1) for t, own in _sent(downlink).values())
-    sketches = sum(
-        isinstance(f, Sketched) for a in downlink.adapters.values() for f in a.factors.values()
-    )
-    return numbers * itemsize + SEED_BYTES * sketches
+    factors = [f for a in downlink.adapters.values() for f in a.factors.values()]
+    drawn = (isinstance(s.start, SketchSpec) for s in downlink.trained().values())
+    seeds = sum(isinstance(f, Sketched) for f in factors) + sum(drawn)
+    return numbers * itemsize + SEED_BYTES * seeds
 
 
 class Packed:
@@ -184,7 +184,7 @@ def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
             if isinstance(factor, Frozen):
                 sent[f"{weight}/{label}"] = (factor.value, factor.per_client)
     for name, slot in downlink.trained().items():
-        if slot.start is not None:
+        if isinstance(slot.start, torch.Tensor):
             sent[name] = (slot.start, slot.per_client)
     return sent
 
@@ -200,7 +200,8 @@ def _describe(factor: Factor) -> dict[str, object]:
         "shape": factor.shape,
         "main": factor.main,
         "upload": factor.upload,
-        "started": factor.start is not None,
+        "started": isinstance(factor.start, torch.Tensor),
+        "spec": vars(factor.start) if isinstance(factor.start, SketchSpec) else None,
     }
 
 
@@ -213,5 +214,7 @@ def _factor(described: Mapping[str, Any], value: torch.Tensor | None) -> Factor:
             raise WireError("a frozen factor came without its numbers")
         return Frozen(value)
     shape = tuple(described["shape"])
-    start = value if described["started"] else None
+    start: torch.Tensor | SketchSpec | None = value if described["started"] else None
+    if described["spec"] is not None:
+        start = SketchSpec(**described["spec"])
     return Trained(shape, start, bool(described["main"]), bool(described["upload"]))

@@ -67,7 +67,10 @@ def message_bytes(content: RecordDict) -> int:
 def seeds(content: RecordDict) -> int:
     downlink, _ = unpack_downlink(content)
     factors = [f for a in downlink.adapters.values() for f in a.factors.values()]
-    return sum(isinstance(f, Sketched) for f in factors)
+    starts = [s.start for s in downlink.trained().values()]
+    return sum(isinstance(f, Sketched) for f in factors) + sum(
+        isinstance(s, SketchSpec) for s in starts
+    )
 
 
 @every_variant

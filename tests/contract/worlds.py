@@ -78,7 +78,7 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
         if "side" in group:
             yield name, {"side": "left"}
             yield name, {"side": "auto"}
-        if isinstance(group.get("resample_every"), int):
+        if "resample_every" in group:
             yield name, {"resample_every": 3}
         if "blocks" in group:
             yield name, {"blocks": "cover"}

@@ -11,6 +11,7 @@ from experiments.choices import composed
 from fedraclora.config import from_plain
 from fedraclora.ledger import column
 from strategies import METHODS
+from strategies.fedavg import FedAvg
 
 JOB = [
     "data=least_squares",
@@ -36,7 +37,7 @@ JOB = [
 def test_the_loss_takes_the_known_course(
     name: str, golden: Callable[[str, Mapping[str, Sequence[float]]], None]
 ) -> None:
-    extra = [] if name == "fedavg" else ["method.rank=3", "method.alpha=4.0"]
+    extra = [] if METHODS[name] is FedAvg else ["method.rank=3", "method.alpha=4.0"]
     plain = composed([*JOB, f"method={name}", *extra])
     run = assemble(from_plain(plain, METHODS), None)
     run.strategy.start(run.grid)

@@ -71,8 +71,8 @@ def same_factor(left: Factor, right: Factor) -> bool:
         return torch.equal(left.value, right.value)
     assert isinstance(left, Trained)
     assert isinstance(right, Trained)
-    starts = (left.start is None) == (right.start is None)
-    if left.start is not None and right.start is not None:
+    starts = type(left.start) is type(right.start) and left.start == right.start
+    if isinstance(left.start, torch.Tensor) and isinstance(right.start, torch.Tensor):
         starts = torch.equal(left.start, right.start)
     return starts and replace(left, start=None) == replace(right, start=None)
 
@@ -109,8 +109,8 @@ def test_a_chunk_gets_its_own_rows_only(first: int, size: int) -> None:
     start, own = got.adapters["v"].factors["B"], sent.adapters["v"].factors["B"]
     assert isinstance(start, Trained)
     assert isinstance(own, Trained)
-    assert start.start is not None
-    assert own.start is not None
+    assert isinstance(start.start, torch.Tensor)
+    assert isinstance(own.start, torch.Tensor)
     assert torch.equal(start.start, own.start[places])
     core, shared = got.adapters["v"].factors["R"], got.adapters["v"].factors["A"]
     assert isinstance(core, Frozen)
@@ -123,7 +123,7 @@ def test_numbers_travel_in_the_precision_that_is_asked_for() -> None:
     content = pack_downlink(everything(), ORDER, "float32")
     got, order = unpack_downlink(content)
     bias = got.dense["head.bias"].start
-    assert bias is not None
+    assert isinstance(bias, torch.Tensor)
     assert bias.dtype == torch.float32
     assert torch.equal(bias, normal(3).float())
     assert order.rate_scale == 1.0 / 3.0
@@ -138,6 +138,20 @@ def test_a_downlink_without_numbers_comes_back() -> None:
     array = content["arrays"]
     assert isinstance(array, ArrayRecord)
     assert array["flat"].numpy().size == 0
+    assert payload_bytes(sent, K, 4) == 8
+
+
+def test_a_start_that_is_drawn_travels_as_a_seed() -> None:
+    pair: dict[str, Factor] = {"B": Trained((M, R)), "A": Trained((R, N), SPEC)}
+    sent = Downlink({"w": Adapter(pair, 1.0)})
+    got, _ = unpack_downlink(pack_downlink(sent, ORDER, "float32"))
+    assert_same(got, sent)
+    start = got.adapters["w"].factors["A"]
+    assert isinstance(start, Trained)
+    assert not start.per_client
+    opening = start.opening()
+    assert opening is not None
+    assert torch.equal(opening, SPEC.draw())
     assert payload_bytes(sent, K, 4) == 8
 
 
@@ -169,8 +183,8 @@ def test_what_a_cohort_shares_is_packed_and_read_once() -> None:
     (one, order), (two, other) = reader.read(first), reader.read(second)
     assert (order.first, other.first) == (0, 2)
     left, right = (down.dense["head.bias"].start for down in (one, two))
-    assert left is not None
-    assert right is not None
+    assert isinstance(left, torch.Tensor)
+    assert isinstance(right, torch.Tensor)
     assert left.data_ptr() == right.data_ptr()
     plain = Packed(Downlink(), ORDER, "float64")
     again = [reader.read(plain.message(CLIENTS[i : i + 1], i))[0] for i in range(2)]
