@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from flwr.app import RecordDict
 
+from fedraclora.aggregate import finite
 from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer, Trial
 from fedraclora.errors import ConfigError, ModelError
@@ -164,7 +165,7 @@ class Worker:
             return
         sound = torch.isfinite(trial.losses)
         for tensor in kept.values():
-            sound &= torch.isfinite(tensor.flatten(1)).all(dim=1)
+            sound &= finite(tensor.flatten(1))
         if sound.any():
             self.store.stage(clients[sound], order.round_, {n: t[sound] for n, t in kept.items()})
 

@@ -29,22 +29,20 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
                 frozen[name] = value[order] if factor.per_client else value.clone()
             else:
                 starts[name] = start_of(factor, torch.zeros(factor.shape).to(like), order)
+                # A tall factor lies in memory as its transpose: so come its gradients
+                # (`fedraclora.stages`); those of a dense weight do not.
+                tall = factor.shape[0] > factor.shape[1]
+                start = starts[name].mT if tall else starts[name]
+                values[name] = per_client(start, K).mT if tall else per_client(start, K)
     for name, slot in downlink.dense.items():
         starts[name] = start_of(slot, base[name], order)
-    for name, start in starts.items():
-        values[name] = per_client(start, K)
+        values[name] = per_client(starts[name], K)
     return values, starts, frozen
 
 
 def per_client(start: torch.Tensor, K: int) -> torch.Tensor:
-    """Copy starts [1, ...] or [K, ...] to values [K, ...].
-
-    A tall factor lies in memory as its transpose: so come its gradients (`fedraclora.feedforward`).
-    """
-    tall = start.dim() == 3 and start.shape[1] > start.shape[2]
-    rows = start.mT if tall else start
-    copied = rows.expand(K, *rows.shape[1:]).clone(memory_format=torch.contiguous_format)
-    return copied.mT if tall else copied
+    """Copy starts [1, ...] or [K, ...] to values [K, ...]."""
+    return start.expand(K, *start.shape[1:]).clone(memory_format=torch.contiguous_format)
 
 
 def start_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from fedraclora.aggregate import (
     Uplinks,
     block_sums,
     check_rows,
+    finite,
     too_many,
     weighted_sum,
 )
@@ -175,3 +176,14 @@ def test_the_error_of_a_lost_round_names_round_clients_and_the_limit() -> None:
     many = too_many([Refusal(i, "x") for i in range(9)], 3, 2)
     assert "client 4: x (and 4 more)" in str(many)
     assert "client 5" not in str(many)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_are_found(bad: float, dtype: torch.dtype) -> None:
+    rows = torch.full((4, 77), float(torch.finfo(dtype).max), dtype=dtype)
+    rows[2, 50] = bad
+    rows[3, 0], rows[3, 1] = float("inf"), float("nan")
+    assert finite(rows).tolist() == [True, True, False, False]
+    assert finite(rows[:0]).tolist() == []
+    assert finite(rows[:, :0]).tolist() == [True] * 4
