@@ -104,12 +104,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
     parser.add_argument("study", type=Path)
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs")
+    parser.add_argument("--metric", help="in place of the study's own")
     parser.add_argument("--out", type=Path, help="default: experiments/results/<name>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="write the tables only")
     arguments = parser.parse_args()
     try:
-        study = Study.read(arguments.study, arguments.overrides)
+        study = Study.read(arguments.study, arguments.overrides, arguments.metric)
     except FedRacLoraError as error:
         sys.exit(f"error: {error}")
     out = arguments.out or Path(__file__).parent / "results" / arguments.study.stem

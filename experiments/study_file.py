@@ -59,12 +59,13 @@ class Study:
     overrides: Sequence[str] = ()
 
     @classmethod
-    def read(cls, path: Path, overrides: Sequence[str] = ()) -> Study:
+    def read(cls, path: Path, overrides: Sequence[str] = (), metric: str | None = None) -> Study:
         """Read a study.
 
         Args:
             path: The YAML file.
             overrides: Of all runs, in place of the file's own; they become part of `text`.
+            metric: The same for the metric.
 
         Raises:
             ConfigError: If it is no YAML mapping, or keys are missing or unknown.
@@ -72,9 +73,11 @@ class Study:
         if not path.is_file():
             raise ConfigError(f"there is no study {path}; see experiments/studies")
         try:
-            text = path.read_text()
+            text = path.read_text().rstrip("\n") + "\n"
             if overrides:
                 text += f"overrides: {json.dumps([*overrides])}\n"
+            if metric is not None:
+                text += f"metric: {metric}\n"
             loaded = dict(yaml.safe_load(text))
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} is not a study: {error}") from error

@@ -64,7 +64,8 @@ def test_jobs_carry_preset_row_phase_value_and_seed(tmp_path: Path) -> None:
 
 def test_words_of_the_command_line_join_every_job_and_the_text(tmp_path: Path) -> None:
     study(tmp_path)
-    plan = Study.read(tmp_path / "a.yaml", ["partition.alpha=0.05"])
+    plan = Study.read(tmp_path / "a.yaml", ["partition.alpha=0.05"], "matthews")
+    assert plan.metric == "matthews"
     for phase in ("tune", "final"):
         assert plan.jobs(phase, "ours", [0.1])[0].overrides[0] == "partition.alpha=0.05"
     (tmp_path / "b.yaml").write_text(plan.text)
