@@ -122,6 +122,20 @@ def require_counts(key: str, values: list[int]) -> None:
         raise ConfigError(f"{key}={values}: want whole numbers, at least 1")
 
 
+def require_sizes(sizes: Mapping[str, int]) -> None:
+    """Check the sizes of a transformer: ``hidden``, ``heads`` and whatever else it counts.
+
+    Raises:
+        ConfigError: If one is no whole number of at least 1, or heads do not divide the width.
+    """
+    for key, value in sizes.items():
+        require_counts(f"model.{key}", [value])
+    if sizes["hidden"] % sizes["heads"]:
+        raise ConfigError(
+            f"model.hidden={sizes['hidden']} is not a multiple of model.heads={sizes['heads']}"
+        )
+
+
 def require_attention(attention: str) -> None:
     """Check the name of an implementation of attention.
 

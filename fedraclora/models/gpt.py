@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from fedraclora.errors import ConfigError
 from fedraclora.models.built import (
     Built,
     require_attention,
-    require_counts,
     require_dropout,
+    require_sizes,
     require_text,
     seeded,
 )
@@ -53,11 +52,7 @@ def build_gpt(
     from transformers import GPT2Config, GPT2LMHeadModel
 
     require_text("gpt", shape, classes)
-    sizes = {"hidden": hidden, "layers": layers, "heads": heads, "max_length": max_length}
-    for key, value in sizes.items():
-        require_counts(f"model.{key}", [value])
-    if hidden % heads:
-        raise ConfigError(f"model.hidden={hidden} is not a multiple of model.heads={heads}")
+    require_sizes({"hidden": hidden, "layers": layers, "heads": heads, "max_length": max_length})
     require_dropout(dropout)
     require_attention(attention)
     config = GPT2Config(

@@ -22,6 +22,7 @@ from fedraclora.models.built import (
     require_attention,
     require_counts,
     require_dropout,
+    require_sizes,
     require_text,
     seeded,
 )
@@ -147,18 +148,16 @@ def build_transformer(
     from transformers import BertConfig, BertForSequenceClassification
 
     require_text("transformer", shape, classes)
-    sizes = {
-        "hidden": hidden,
-        "layers": layers,
-        "heads": heads,
-        "intermediate": intermediate,
-        "vocab": vocab,
-        "max_length": max_length,
-    }
-    for key, value in sizes.items():
-        require_counts(f"model.{key}", [value])
-    if hidden % heads:
-        raise ConfigError(f"model.hidden={hidden} is not a multiple of model.heads={heads}")
+    require_sizes(
+        {
+            "hidden": hidden,
+            "layers": layers,
+            "heads": heads,
+            "intermediate": intermediate,
+            "vocab": vocab,
+            "max_length": max_length,
+        }
+    )
     require_dropout(dropout)
     require_attention(attention)
     config = BertConfig(
