@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 from ray import cloudpickle
+from ray.exceptions import ObjectLostError
 
 from fedraclora.engines.ray.cluster import Cluster, check_address, worker_environment
 from fedraclora.engines.ray.pool import Pool, Seat
@@ -91,7 +92,7 @@ def test_jobs_of_workers_that_die_or_hang_are_run_again(tmp_path: Path, cluster:
     found = done(pool, ["ok 1", "die 2", "ok 3", "hang 4", "ok 5"])
     assert found == {"ok 1": "2", "die 2": "4", "ok 3": "6", "hang 4": "8", "ok 5": "10"}
     assert len(pool.incidents) == 2
-    assert any("died" in i and "die 2 was run again" in i for i in pool.incidents)
+    assert any("was lost" in i and "die 2 was run again" in i for i in pool.incidents)
     assert any("did not answer within 4 s; hang 4" in i for i in pool.incidents)
     assert pids.isdisjoint({facts["pid"] for facts in pool.facts()}) or len(pids) == 2
     pool.close()
@@ -99,8 +100,35 @@ def test_jobs_of_workers_that_die_or_hang_are_run_again(tmp_path: Path, cluster:
 
 def test_a_job_that_kills_every_worker_ends_the_run(tmp_path: Path, cluster: Cluster) -> None:
     pool = pool_of(tmp_path, cluster, retries=0)
-    with pytest.raises(EngineError, match=r"worker \d died.*engine.retries=0.*It was at die 7"):
+    with pytest.raises(EngineError, match=r"worker \d was lost.*engine.retries=0.*It was at die 7"):
         done(pool, ["die 7"])
+    pool.close()
+
+
+def test_a_worker_that_raises_ends_the_run_with_its_words(tmp_path: Path, cluster: Cluster) -> None:
+    pool = pool_of(tmp_path, cluster)
+    with pytest.raises(EngineError, match=r"worker \d raised at raise 7: ValueError: no$"):
+        done(pool, ["raise 7"])
+    assert pool.incidents == []
+    pool.close()
+
+
+def test_an_answer_that_was_lost_with_its_node_is_made_again(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of(tmp_path, cluster)
+    pool.facts()
+    get, lost = ray.get, []
+
+    def once_lost(ref: Any) -> object:
+        if not lost:
+            lost.append(ref)
+            raise ObjectLostError(ref.hex(), ray.ObjectRef.nil(), "")
+        return get(ref)
+
+    monkeypatch.setattr(ray, "get", once_lost)
+    assert done(pool, ["ok 1"]) == {"ok 1": "2"}
+    assert len(lost) == len(pool.incidents) == 1
     pool.close()
 
 

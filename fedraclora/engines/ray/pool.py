@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from fedraclora.errors import EngineError
 
@@ -105,7 +105,7 @@ class Pool:
             The job, the seat that did it, and the answer.
 
         Raises:
-            EngineError: If more workers were lost than `retries`.
+            EngineError: If more workers were lost than `retries`, or one raised.
         """
         queue, free = deque(jobs), deque(self.seats)
         running: dict[Any, Running[Job]] = {}
@@ -126,8 +126,12 @@ class Pool:
                     if done:
                         try:
                             answer = ray.get(ref)
-                        except (RayActorError, OutOfMemoryError) as error:
-                            cause = f"died: {reason(error)}"
+                        except RayTaskError as error:  # another worker would raise it, too
+                            raise EngineError(
+                                f"worker {task.seat.number} raised at {task.job}: {reason(error)}"
+                            ) from error
+                        except RayError as error:  # its process, its node, or what it answered
+                            cause = f"was lost: {reason(error)}"
                         else:
                             yield task.job, task.seat, answer
                             continue
