@@ -161,7 +161,8 @@ def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype)
         dtype=str(dtype).removeprefix("torch."),
         evaluate_every=config.evaluate.every,
         max_failures=config.max_failures,
-        timeout=timeout_of(config),
+        # Ray's workers have a limit for each chunk, and in this process nobody is waited for.
+        timeout=config.engine.timeout if isinstance(config.engine, FlowerConfig) else None,
     )
 
 
@@ -204,8 +205,3 @@ def measurement(
         return found
 
     return own if plan.local else shared
-
-
-def timeout_of(config: RunConfig) -> float:
-    """Seconds that a round may take; where the engine does not say, as good as any."""
-    return config.engine.timeout if isinstance(config.engine, FlowerConfig) else LoopConfig.timeout

@@ -133,7 +133,7 @@ class FedStrategy(EvaluatesItself):
         row: Row = {"round": 0, "metrics": self._metrics(), "notes": list(self.state.notes)}
         self._publish_row(row | {"uplink_total": 0, "downlink_total": 0} | self.fleet.clock)
 
-    def _round(self, grid: Grid, round_: int, timeout: float) -> MetricRecord:
+    def _round(self, grid: Grid, round_: int, timeout: float | None) -> MetricRecord:
         """Run one round: exchanges until the method closes it, then evaluate and write."""
         watch = Stopwatch()
         token = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})

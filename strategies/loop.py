@@ -21,7 +21,8 @@ class LoopConfig:
         dtype: Of numbers on the wire, that of the base weights.
         evaluate_every: Rounds between evaluations; the last round is always evaluated.
         max_failures: Clients that may fail in a round before the run stops.
-        timeout: Seconds to wait for the replies of a round.
+        timeout: Seconds to wait for the replies of an exchange; None where the engine knows when to
+            give up.
     """
 
     rounds: int
@@ -33,7 +34,7 @@ class LoopConfig:
     dtype: str = "float32"
     evaluate_every: int = 1
     max_failures: int = 0
-    timeout: float = 3600.0
+    timeout: float | None = None
 
     def whole_blocks(self, cohort: int) -> bool:
         """Whether every summation block of a cohort lies in one chunk."""

@@ -58,7 +58,7 @@ def main(grid: Grid, context: Context) -> None:
                 crew.built.clients,
                 job,
                 store=crew.store,
-                timeout=assembly.timeout_of(config),
+                timeout=settings_of(config).timeout,
                 ended=ended,
             )
 

@@ -13,12 +13,14 @@ from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
 from experiments.simulate import simulate
 from fedraclora import chunking
+from fedraclora.build import build_task
 from fedraclora.checkpoint import load_checkpoint, save_checkpoint
 from fedraclora.config import from_plain
 from fedraclora.errors import CheckpointError
 from fedraclora.runbook import stored_chunk
 from fedraclora.tree import digest
 from strategies import METHODS
+from strategies.assembly import loop_of
 
 WORDS = (
     "data=digits",
@@ -50,6 +52,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(chunking, "CACHE_BYTES", 10**12)
     monkeypatch.setattr(chunking, "HOST_BYTES", found.training(9))
     return 9
+
+
+@pytest.mark.parametrize(
+    ("engine", "limit"), [("vectorised", None), ("ray", None), ("flower", 5.0)]
+)
+def test_only_an_engine_without_limits_of_its_own_gets_one_for_the_round(
+    engine: str, limit: float | None
+) -> None:
+    words = [f"engine={engine}", *(["engine.timeout=5"] if engine != "vectorised" else [])]
+    config = from_plain(composed([*WORDS, *words]), METHODS)
+    loop = loop_of(config, build_task(config), 8, torch.float32)
+    assert loop.timeout == limit
 
 
 def test_a_run_that_goes_on_keeps_its_chunk(
