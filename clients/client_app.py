@@ -17,7 +17,7 @@ from clients.site import answer
 from clients.worker import Worker
 from fedraclora.build import build_task, fix_bits, pick_device, plan_of, trainer_of
 from fedraclora.config import task_from_plain
-from fedraclora.engines.local import failed
+from fedraclora.engines.local import error_of, failed
 from fedraclora.errors import WireError
 from fedraclora.job import read_settings
 from fedraclora.replica import FileReplica
@@ -46,7 +46,7 @@ def train(message: Message, context: Context) -> Message:
         content, kept = answer(worker, message.content, read_tree(message.content, "kept"))
         content["kept"] = tree_record(kept)
     except Exception as error:
-        return failed(message, f"{type(error).__name__}: {error}")
+        return failed(message, error_of(error))
     return Message(content, reply_to=message)
 
 

@@ -12,7 +12,7 @@ from flwr.app import RecordDict
 from fedraclora.aggregate import finite
 from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer, Trial
-from fedraclora.errors import ConfigError, ModelError
+from fedraclora.errors import OF_THE_RUN, ConfigError
 from fedraclora.memory import is_out_of_memory
 from fedraclora.method import Adapter, Downlink, Factor, Trained
 from fedraclora.ranks import uploaded_mask
@@ -89,7 +89,7 @@ class Worker:
             trial = self.trainer.train(
                 base, part, order.clients[index], round_=order.round_, rate_scale=order.rate_scale
             )
-        except (ConfigError, ModelError):  # nobody's fault but the run's
+        except OF_THE_RUN:
             raise
         except Exception as error:  # whatever a model or data set raises is the client's
             failure, starved = f"{type(error).__name__}: {error}", is_out_of_memory(error)

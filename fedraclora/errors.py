@@ -46,6 +46,10 @@ class ClientError(FedRacLoraError):
     """A client failed; the message names the client and the round."""
 
 
+# Raised where clients train, these are no client's fault: every client of the run would raise them.
+OF_THE_RUN = (ConfigError, ModelError)
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """Build the error for a name that is not in a table: all names, and the nearest one.
 

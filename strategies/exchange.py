@@ -9,6 +9,7 @@ import torch
 from flwr.app import Message
 
 from fedraclora.aggregate import Refusal, Uplinks, check_rows, sum_blocks, too_many
+from fedraclora.engines.local import RUN_AT_FAULT
 from fedraclora.errors import ClientError, WireError
 from fedraclora.method import Cohort, Downlink
 from fedraclora.ranks import check_budgets, uploaded_numbers, widen
@@ -88,7 +89,8 @@ class Exchange:
             The uplinks of the clients that passed, in ascending order of id.
 
         Raises:
-            ClientError: If more clients failed than allowed, or none is left.
+            ClientError: If more clients failed than allowed, or none is left; or if one met what
+                is no client's fault, which `max_failures` does not excuse.
             WireError: If a reply is of another round, another layout or another client.
         """
         for message in messages:
@@ -134,6 +136,8 @@ class Exchange:
 
     def _read(self, message: Message) -> None:
         if message.has_error():
+            if message.error.code == RUN_AT_FAULT:
+                raise ClientError(f"round {self.round_} cannot be run: {message.error.reason}")
             asked = message.metadata.reply_to_message_id
             for sent, clients in self.chunks:
                 if sent.metadata.message_id == asked:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from typing_extensions import override
 
-from fedraclora.engines.local import NODE_ID, LocalGrid, failed
+from fedraclora.engines.local import APP_RAISED, NODE_ID, LocalGrid, error_of, failed
 
 
 class InProcessGrid(LocalGrid):
@@ -45,8 +45,8 @@ class InProcessGrid(LocalGrid):
     def _one(self, message: Message) -> Message:
         try:
             reply = self.app(message=message, context=self.context)
-        except Exception as error:  # the same shape as Flower's own error replies
-            return failed(message, f"{type(error).__name__}: {error}")
+        except Exception as error:
+            return failed(message, error_of(error))
         if not isinstance(reply, Message):
-            return failed(message, f"the ClientApp returned {type(reply)}")
+            return failed(message, Error(APP_RAISED, f"the ClientApp returned {type(reply)}"))
         return reply

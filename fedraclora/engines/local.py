@@ -11,10 +11,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from typing_extensions import override
 
-from fedraclora.errors import WireError
+from fedraclora.errors import OF_THE_RUN, WireError
 
 NODE_ID = 2  # 1 is the SuperLink's own id in Flower
 APP_RAISED = 2  # Flower's code for a ClientApp that raised
+RUN_AT_FAULT = 1000  # ours, far from Flower's: it raised what no client is to blame for
 
 
 def become_a_task() -> None:
@@ -28,9 +29,15 @@ def become_a_task() -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
 
-def failed(message: Message, reason: str) -> Message:
-    """Give the reply that Flower itself would give for a client that failed."""
-    return Message(Error(APP_RAISED, reason), reply_to=message)
+def error_of(raised: Exception) -> Error:
+    """Give the error that Flower itself would reply with; `OF_THE_RUN` has a code of its own."""
+    code = RUN_AT_FAULT if isinstance(raised, OF_THE_RUN) else APP_RAISED
+    return Error(code, f"{type(raised).__name__}: {raised}")
+
+
+def failed(message: Message, error: Error) -> Message:
+    """Give the reply to a message whose clients cannot be trained."""
+    return Message(error, reply_to=message)
 
 
 def taken_incidents(grid: Grid) -> dict[str, object]:

@@ -99,7 +99,7 @@ def test_a_client_that_is_too_large_alone_ends_the_run_with_advice(
 ) -> None:
     memory_for(0)
     with pytest.raises(ClientError, match=r"client 0 alone needs more memory.*local\.batch_size"):
-        run(make_world(), METHOD, RAGGED, rounds=1)
+        run(make_world(), METHOD, RAGGED, rounds=1, max_failures=4)  # it is not the client's fault
 
 
 def test_a_client_at_fault_is_still_found(memory_for: Callable[..., list[int]]) -> None:

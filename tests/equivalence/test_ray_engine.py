@@ -14,16 +14,28 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
+from flwr.app import RecordDict
+from ray import cloudpickle
 
 from experiments import kill_workers
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
+from fedraclora.clientstore import ClientStore
 from fedraclora.config import from_plain
-from fedraclora.engines.ray import RayGrid
+from fedraclora.engines.local import RUN_AT_FAULT
+from fedraclora.engines.ray import Cluster, RayGrid
 from fedraclora.engines.ray.cluster import ENVIRONMENT
-from fedraclora.errors import ClientError
-from fedraclora.tree import digest
+from fedraclora.errors import ClientError, ConfigError
+from fedraclora.method import Downlink, Plan
+from fedraclora.replica import Chronicle, Follower
+from fedraclora.settings import RayConfig
+from fedraclora.tree import Tree, digest
+from fedraclora.wire import Order, pack_downlink
 from strategies import METHODS
+
+# Workers cannot import a test module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 WORDS = (
     "data=digits",
@@ -135,6 +147,35 @@ def test_a_worker_that_drifted_gets_the_whole_weights(monkeypatch: pytest.Monkey
 def test_a_client_that_fails_is_named() -> None:
     with pytest.raises(ClientError, match=r"round 1: .*client \d+"):
         run("method.rank=2", "local.lr=1e30", "engine=ray", "engine.workers=1")
+
+
+class BrokenSite:
+    """Cannot train anybody, whoever is asked."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.replica = Follower(plan, torch.device("cpu"))
+
+    def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
+        raise ConfigError("there is no such batch")
+
+
+def test_what_is_no_clients_fault_is_told_from_a_client_that_failed() -> None:
+    settings, chronicle = RayConfig(workers=1), Chronicle()
+    chronicle.publish({"W": torch.ones(2, 3)}, 0)
+    grid = RayGrid(
+        Cluster(settings, "cpu"),
+        BrokenSite,
+        Plan({}),
+        chronicle=chronicle,
+        store=ClientStore(),
+        settings=settings,
+    )
+    order = Order(1, 0, 1.0, torch.tensor([4, 7]))
+    content = pack_downlink(Downlink(), order, "float32")
+    with closing(grid):
+        (reply,) = grid.send_and_receive([grid.create_message(content, "train.cohort", 2, "1")])
+    assert reply.error.code == RUN_AT_FAULT
+    assert reply.error.reason == "ConfigError: there is no such batch"
 
 
 def left_running(folder: Path) -> list[str]:

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import ray
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from typing_extensions import override
 
 from fedraclora.clientstore import ClientStore
-from fedraclora.engines.local import LocalGrid, failed
+from fedraclora.engines.local import LocalGrid, error_of, failed
 from fedraclora.engines.ray.cluster import Cluster, worker_environment
 from fedraclora.engines.ray.pool import Pool, Seat
 from fedraclora.errors import ConfigError
@@ -58,7 +58,7 @@ class Answer:
 
     content: RecordDict | None = None
     kept: Tree | None = None
-    error: str = ""
+    error: Error | None = None
     stale: bool = False
 
 
@@ -96,7 +96,7 @@ class Resident:
         try:
             content, left = self.site.train(RecordDict({**self._shared[1], **rest}), kept)
         except Exception as error:
-            return Answer(error=f"{type(error).__name__}: {error}")
+            return Answer(error=error_of(error))
         return Answer(content, left)
 
 
@@ -194,7 +194,7 @@ class RayGrid(LocalGrid):
                     again.append(job)
                     continue
                 seat.version = self.chronicle.version
-                if answer.content is None:
+                if answer.error is not None:
                     replies.append(failed(job.message, answer.error))
                 else:
                     self.store.absorb(answer.kept)
