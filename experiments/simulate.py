@@ -28,7 +28,6 @@ from strategies.rows import Row
 
 Plain = dict[str, object]
 FAILED: list[str] = []
-SHOWN = 2000  # clients in partition.png, spread over the population
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:

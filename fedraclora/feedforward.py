@@ -24,6 +24,9 @@ def written_out(task: Task, downlink: Downlink) -> bool:
     kinds = {name: type(module) for name, module in model.named_children()}
     if len(kinds) < len(model) or not set(kinds.values()) <= {nn.Linear, *SHAPES, *ACTIVATIONS}:
         return False  # a layer that occurs twice, or one that is not known here
+    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if len(every) > len(list(model.parameters())):
+        return False  # a weight or bias that two layers share: the base holds it by one name only
     flat = [m for m in model if isinstance(m, nn.Flatten)]
     if any((m.start_dim, m.end_dim) != (1, -1) for m in flat):
         return False

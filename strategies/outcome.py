@@ -106,7 +106,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
 
 
 def draw(run: Assembled, folder: Path, label: str) -> None:
-    """Draw the curves and, for a task with classes, the labels of up to 2000 clients."""
+    """Draw the curves and, for a task with classes, the labels of up to `SHOWN` clients."""
     plots.curves(run.strategy.book.ledger.rows, folder / "curves.png", title=label)
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))

@@ -160,7 +160,8 @@ class Odd(nn.Sequential):
 def refused() -> dict[str, Task]:
     plain = task()
     x = plain.test.inputs["x"]
-    shared = nn.ReLU()
+    shared, left, right = nn.ReLU(), nn.Linear(6, 4), nn.Linear(4, 4)
+    right.bias = left.bias
 
     def model(*layers: nn.Module) -> Task:
         named = OrderedDict((f"fc{i}", layer) for i, layer in enumerate(layers, start=1))
@@ -170,6 +171,7 @@ def refused() -> dict[str, Task]:
         "a subclass": replace(plain, model=Odd(layers())),
         "a layer unknown here": model(nn.Flatten(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 4)),
         "a layer twice": model(nn.Flatten(), nn.Linear(6, 6), shared, nn.Linear(6, 4), shared),
+        "a bias of two layers": model(nn.Flatten(), left, right),
         "another flattening": model(nn.Flatten(0, 1), nn.Linear(3, 4)),
         "tokens of vectors": model(nn.Linear(3, 4)),
         "another loss": replace(plain, loss="next_token"),
