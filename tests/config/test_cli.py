@@ -58,8 +58,9 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.fixture
-def simulate(command: Run, tmp_path: Path) -> Run:
+def simulate(command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run ``fedraclora simulate`` on a small job in ``run`` under the test's folder."""
+    monkeypatch.delenv("FEDRACLORA_DATA", raising=False)  # a folder of the reader's has the files
 
     def call(*words: str) -> tuple[int, str]:
         return command("simulate", *SMALL, f"output.dir={tmp_path / 'run'}", *words)
