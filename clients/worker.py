@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from flwr.app import RecordDict
 
-from fedraclora.aggregate import finite
+from clients.kept import held, keep
 from fedraclora.clientstore import ClientStore
-from fedraclora.cohort import CohortTrainer, Trial
+from fedraclora.cohort import CohortTrainer
 from fedraclora.errors import OF_THE_RUN, ConfigError
 from fedraclora.memory import is_out_of_memory
-from fedraclora.method import Adapter, Downlink, Factor, Trained
+from fedraclora.method import Downlink
 from fedraclora.ranks import uploaded_mask
 from fedraclora.replica import Replica
 from fedraclora.tree import Tree
+from fedraclora.trial import Trial, join
 from fedraclora.wire import Order, Reader, pack_trial, uplink_layout
 
 log = logging.getLogger(__name__)
@@ -67,19 +68,25 @@ class Worker:
         """
         downlink, order = self._reader.read(content)
         base = self.replica.at(order.version, order.round_)
-        downlink = self._with_own(downlink, order, base)
+        downlink, moments = held(self.store, downlink, order, base, self.trainer.local)
         outcome = Outcome()
         waiting = [list(range(len(order.clients)))]
         while waiting:
             places = waiting.pop()
             again = parts(places, self.limit)
             if len(again) == 1:
-                again = self._attempt(base, downlink, order, places, outcome)
+                again = self._attempt(base, downlink, order, places, outcome, moments)
             waiting += reversed(again)
         return self._reply(downlink, order, outcome)
 
     def _attempt(
-        self, base: Tree, downlink: Downlink, order: Order, places: list[int], outcome: Outcome
+        self,
+        base: Tree,
+        downlink: Downlink,
+        order: Order,
+        places: list[int],
+        outcome: Outcome,
+        moments: Tree,
     ) -> list[list[int]]:
         """Train the clients at ``places`` as one batch; give the parts that must be tried again."""
         index = torch.tensor(places)
@@ -87,7 +94,12 @@ class Worker:
         trial, failure, starved = None, "", False
         try:
             trial = self.trainer.train(
-                base, part, order.clients[index], round_=order.round_, rate_scale=order.rate_scale
+                base,
+                part,
+                order.clients[index],
+                round_=order.round_,
+                rate_scale=order.rate_scale,
+                moments={n: t[index] for n, t in moments.items()},
             )
         except OF_THE_RUN:
             raise
@@ -97,7 +109,7 @@ class Worker:
                 log.warning("round %d: clients failed", order.round_, exc_info=True)
         # Out of the handler: the error's traceback would keep the attempt's memory alive.
         if trial is not None:
-            self._keep(part, order, order.clients[index], trial)
+            keep(self.store, part, order, order.clients[index], trial)
             outcome.places += places
             outcome.trials.append(trial)
             return []
@@ -134,41 +146,6 @@ class Worker:
         outcome.note(text)
         return parts(places, self.limit)
 
-    def _with_own(self, downlink: Downlink, order: Order, base: Tree) -> Downlink:
-        """Start what stays at the clients from what each of them holds."""
-        kept = {n: s for n, s in downlink.trained().items() if not s.upload}
-        if not kept:
-            return downlink
-        dtype = next(iter(base.values())).dtype
-        default: Tree = {}
-        for name, slot in kept.items():
-            opening = slot.opening()
-            zeros = torch.zeros(slot.shape, dtype=dtype)
-            default[name] = base.get(name, zeros) if opening is None else opening.to(dtype)
-        own = self.store.read(order.clients, order.round_, default)
-
-        def start(name: str, factor: Factor) -> Factor:
-            kept = isinstance(factor, Trained) and name in own
-            return replace(factor, start=own[name]) if kept else factor  # type: ignore[arg-type]
-
-        adapters = {
-            w: Adapter({k: start(f"{w}/{k}", f) for k, f in a.factors.items()}, a.scale)
-            for w, a in downlink.adapters.items()
-        }
-        dense = {n: replace(s, start=own.get(n, s.start)) for n, s in downlink.dense.items()}
-        return replace(downlink, adapters=adapters, dense=dense)
-
-    def _keep(self, downlink: Downlink, order: Order, clients: torch.Tensor, trial: Trial) -> None:
-        """Keep what stays; a client that diverged keeps what it had before."""
-        kept = {n: trial.trained[n].cpu() for n, s in downlink.trained().items() if not s.upload}
-        if not kept:
-            return
-        sound = torch.isfinite(trial.losses)
-        for tensor in kept.values():
-            sound &= finite(tensor.flatten(1))
-        if sound.any():
-            self.store.stage(clients[sound], order.round_, {n: t[sound] for n, t in kept.items()})
-
     @staticmethod
     def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:
         places = torch.tensor(outcome.places, dtype=torch.int64)
@@ -187,15 +164,3 @@ def parts(places: list[int], size: int | None) -> list[list[int]]:
     """Cut a list into parts of at most ``size`` places; None: one part."""
     step = size or len(places)
     return [places[i : i + step] for i in range(0, len(places), step)]
-
-
-def join(trials: list[Trial]) -> Trial | None:
-    """Put the trials of a chunk's parts together, in order."""
-    if len(trials) < 2:
-        return trials[0] if trials else None
-    return Trial(
-        {name: torch.cat([t.trained[name] for t in trials]) for name in trials[0].trained},
-        torch.cat([t.losses for t in trials]),
-        torch.cat([t.steps for t in trials]),
-        torch.cat([t.samples for t in trials]),
-    )

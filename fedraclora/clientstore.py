@@ -52,11 +52,15 @@ class ClientStore:
             self._keep(client, round_, row.clone())
 
     def latest(self, count: int) -> dict[int, Tree]:
-        """Give the tensors of the ``count`` clients that trained last (the smaller id in a tie)."""
+        """Give the tensors of the ``count`` clients that trained last (the smaller id in a tie).
+
+        Moments of optimisers are no part of a client's model and are left out.
+        """
         if self._layout is None:
             return {}
         recent = sorted(self._kept.items(), key=lambda item: (-item[1][-1][0], item[0]))
-        return {c: self._layout.unpack(kept[-1][1]) for c, kept in recent[:count]}
+        held = {c: self._layout.unpack(kept[-1][1]) for c, kept in recent[:count]}
+        return {c: {n: t for n, t in own.items() if n[:8] != "moments/"} for c, own in held.items()}
 
     def state(self) -> Tree:
         """Tensors for a checkpoint."""

@@ -7,8 +7,6 @@ loop in `fedraclora.local` (to 1e-10 in float64; a batched product rounds differ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from fedraclora.feedforward import FeedForward
@@ -25,24 +23,8 @@ from fedraclora.samples import ClientData
 from fedraclora.schedule import Schedule
 from fedraclora.task import LOSSES, SLOPES, Task, forward
 from fedraclora.tree import Tree
+from fedraclora.trial import Trial
 from fedraclora.vmapped import vmapped_forward
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What a chunk of clients brought back, in the order in which they were asked.
-
-    Attributes:
-        trained: Every trained tensor by name, [K, ...].
-        losses: Mean loss over the local steps of each client, float64 [K].
-        steps: Local steps taken, int64 [K].
-        samples: Training samples of each client, int64 [K].
-    """
-
-    trained: Tree
-    losses: torch.Tensor
-    steps: torch.Tensor
-    samples: torch.Tensor
 
 
 class CohortTrainer:
@@ -88,6 +70,7 @@ class CohortTrainer:
         *,
         round_: int,
         rate_scale: float,
+        moments: Tree | None = None,
     ) -> Trial:
         """Train a chunk of clients from the round's downlink.
 
@@ -97,6 +80,8 @@ class CohortTrainer:
             clients: Ids, int64 [K], each with at least one sample.
             round_: From 1; keys the shuffles.
             rate_scale: Of the step sizes (`LocalConfig.rate_scale`).
+            moments: With which the clients' optimisers begin, [K, ...] in the order of
+                ``clients``; none: at zero, and they end with the round.
 
         Returns:
             What came out, in the order of ``clients``.
@@ -105,7 +90,8 @@ class CohortTrainer:
         schedule, order, values = chunk.schedule, chunk.order, chunk.values
         slots = downlink.trained()
         rates = {n: self.local.rate(slots[n].main, rate_scale) for n in slots}
-        optimiser = CohortOptimiser(self.local, values, rates)
+        held = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
+        optimiser = CohortOptimiser(self.local, values, rates, held)
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
         hooks = [RECIPES[downlink.recipe].gradient(chunk.frozen, downlink.arguments, ranks)]
         if self.local.precondition:
@@ -124,6 +110,7 @@ class CohortTrainer:
             losses=(losses[back] / schedule.steps.clamp(min=1)).cpu(),
             steps=schedule.steps.cpu(),
             samples=chunk.sizes.cpu(),
+            moments={n: t[back] for n, t in optimiser.moments(schedule.steps[order]).items()},
         )
 
     def open(

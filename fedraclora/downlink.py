@@ -88,6 +88,8 @@ class Downlink:
         ranks: Budget of each client, int64 [K]: it trains the first r_k components of every
             adapter (all of an adapter of lower rank), and the others stay as they start
             (`fedraclora.ranks`). None: no budgets.
+        link: Number of the link in progress: as long as it stays, frozen factors do and trained
+            ones live on, so that a client's moments may, too (`fedraclora.moments`).
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -95,6 +97,7 @@ class Downlink:
     recipe: str = "plain"
     arguments: dict[str, float | int] = field(default_factory=dict)
     ranks: torch.Tensor | None = None
+    link: int = 0
 
     def trained(self) -> dict[str, Trained]:
         """Everything that clients train, by its name on the uplink, in packing order."""

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from fedraclora.cohort import CohortTrainer
 from fedraclora.downlink import Adapter, Downlink, Factor, Trained
-from fedraclora.optimiser import LocalConfig
+from fedraclora.optimiser import moment_kinds
 from fedraclora.program import OpenChunk
 from fedraclora.samples import ClientData
 from fedraclora.tree import Tree
@@ -165,7 +165,7 @@ def measure(
     own = sum(
         torch.Size(s.shape).numel() * trainer.dtype.itemsize for s in downlink.trained().values()
     )
-    trained = two.held - one.held + (1 + moments(trainer.local)) * own
+    trained = two.held - one.held + (1 + len(moment_kinds(trainer.local))) * own
     # Each stretch by itself: where what is shared makes the peak, it hides what a client adds.
     client = max(four.laid_out - three.laid_out, two.live.peak - one.live.peak, trained)
     return MemoryModel(
@@ -174,13 +174,6 @@ def measure(
         trained=trained,
         step=client - trained,
     )
-
-
-def moments(local: LocalConfig) -> int:
-    """Give how many tensors an optimiser holds beside each that it trains."""
-    if local.optimiser == "adamw":
-        return 2
-    return 1 if local.momentum else 0
 
 
 class Enough(Exception):  # noqa: N818  it is no error

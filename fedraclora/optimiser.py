@@ -1,8 +1,8 @@
 """Local optimisers on a whole cohort at once, and the settings of local training.
 
-State tensors carry the client axis [K, ...] and live for one round: moments refer to the sketch
-of the round and would be meaningless under the next one (algorithm notes: axolotl PR 1414 shows
-what a reset that silently does nothing costs).
+State tensors carry the client axis [K, ...]. Unless `fedraclora.moments` says otherwise they live
+for one round: moments refer to the sketch of the round and would be meaningless under the next one
+(axolotl PR 1414 shows what a reset that silently does nothing costs).
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from fedraclora.tree import Tree
 
 SCHEDULES = ("constant", "cosine", "linear", "step")
 OPTIMISERS = ("sgd", "adamw")
+MOMENTS = ("round", "link", "run")
+LEAST = dict.fromkeys(("epochs", "steps", "batch_size", "warmup"), 0)
+LEAST |= dict.fromkeys(("step_every", "restart_every"), 1)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,9 @@ class LocalConfig:
     """Settings of local training (config group ``local``).
 
     Attributes:
-        optimiser: ``sgd`` or ``adamw``; state starts at zero in every round.
+        optimiser: ``sgd`` or ``adamw``.
+        moments: How long its moments live: ``round``, ``link`` or ``run`` (`fedraclora.moments`).
+        moments_kept: Share of them that outlives a link; for ``link`` only.
         lr: Step size of what the method trains.
         dense_lr: Step size of head and biases trained in full beside it; None = ``lr``.
         epochs: Local epochs, if ``steps`` is None.
@@ -40,11 +45,15 @@ class LocalConfig:
         precondition: Right preconditioner (A A^T)^+ (left: (B^T B)^+): projected SGD.
         schedule: Step size over rounds: constant, cosine, linear, step.
         warmup: Rounds of linear warm-up.
+        restart_every: Rounds after which the warm-up is done again, under the schedule: the jagged
+            schedule of ReLoRA. None: never.
         final: Factor that cosine and linear fall to: the round after the last would have it.
         step_every, step_factor: Schedule ``step``: multiply by the factor every so many rounds.
     """
 
     optimiser: str = "sgd"
+    moments: str = "round"
+    moments_kept: float = 0.0
     lr: float = 0.1
     dense_lr: float | None = None
     epochs: int = 1
@@ -62,6 +71,7 @@ class LocalConfig:
     precondition: bool = False
     schedule: str = "constant"
     warmup: int = 0
+    restart_every: int | None = None
     final: float = 0.0
     step_every: int = 50
     step_factor: float = 0.5
@@ -72,15 +82,16 @@ class LocalConfig:
             raise unknown("local.optimiser", self.optimiser, OPTIMISERS)
         if self.schedule not in SCHEDULES:
             raise unknown("local.schedule", self.schedule, SCHEDULES)
+        self._check_moments()
         positive = {"lr": self.lr, "dense_lr": self.dense_lr, "clip": self.clip, "eps": self.eps}
         for key, value in positive.items():
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"local.{key} is {value}; a positive finite number is wanted")
-        for key in ("epochs", "steps", "batch_size", "warmup"):
+        for key, least in LEAST.items():
             number = getattr(self, key)
-            if number is not None and number < 0:
-                every = "0 (all) or more" if key == "batch_size" else "0 or more"
-                raise ConfigError(f"local.{key} is {number}; {every} is wanted")
+            if number is not None and number < least:
+                every = "0 (all)" if key == "batch_size" else least
+                raise ConfigError(f"local.{key} is {number}; {every} or more is wanted")
         for key in ("prox", "weight_decay", "final", "step_factor"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ConfigError(
@@ -89,26 +100,51 @@ class LocalConfig:
         for key in ("momentum", "beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, 1)")
-        if self.step_every < 1:
-            raise ConfigError(f"local.step_every is {self.step_every}; 1 or more is wanted")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("local.nesterov=true needs local.momentum above 0")
 
+    def _check_moments(self) -> None:
+        if self.moments not in MOMENTS:
+            raise unknown("local.moments", self.moments, MOMENTS)
+        if self.moments != "round" and not moment_kinds(self):
+            raise ConfigError(
+                f"local.moments is {self.moments}, but sgd without momentum has none; "
+                "set local.momentum, take local=adamw, or leave it at round"
+            )
+        if not 0 <= self.moments_kept <= 1:
+            raise ConfigError(
+                f"local.moments_kept is {self.moments_kept}; a share in [0, 1] is wanted"
+            )
+        if self.moments_kept and self.moments != "link":
+            raise ConfigError(
+                f"local.moments_kept is {self.moments_kept}, but with local.moments="
+                f"{self.moments} nothing is reset at the end of a link; set local.moments=link"
+            )
+
     def rate_scale(self, round_: int, rounds: int) -> float:
         """Factor of the step sizes in round ``round_`` (from 1) of ``rounds``."""
+        age = (round_ - 1) % self.restart_every if self.restart_every else round_ - 1
+        ramp = min(1.0, (age + 1) / (self.warmup + 1))
         if round_ <= self.warmup:
-            return round_ / (self.warmup + 1)
+            return ramp
         if self.schedule == "step":
-            return float(self.step_factor ** ((round_ - 1) // self.step_every))
+            return ramp * float(self.step_factor ** ((round_ - 1) // self.step_every))
         if self.schedule == "constant":
-            return 1.0
+            return ramp
         done = (round_ - 1 - self.warmup) / max(1, rounds - self.warmup)
         shape = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
-        return self.final + (1 - self.final) * shape
+        return ramp * (self.final + (1 - self.final) * shape)
 
     def rate(self, main: bool, rate_scale: float) -> float:
         """Step size of a trained tensor: ``lr`` for the method's own, ``dense_lr`` beside it."""
         return rate_scale * (self.lr if main or self.dense_lr is None else self.dense_lr)
+
+
+def moment_kinds(local: LocalConfig) -> tuple[str, ...]:
+    """Name what an optimiser holds beside each tensor that it trains."""
+    if local.optimiser == "adamw":
+        return ("first", "second")
+    return ("first",) if local.momentum else ()
 
 
 class CohortOptimiser:
@@ -118,13 +154,34 @@ class CohortOptimiser:
         config: Local settings.
         values: The tensors that are trained, [K, ...]; updated in place by `step`.
         rates: Step size of each.
+        held: Moments to begin with, by the names of `fedraclora.moments`; none: at zero.
     """
 
-    def __init__(self, config: LocalConfig, values: Tree, rates: dict[str, float]) -> None:
+    def __init__(
+        self, config: LocalConfig, values: Tree, rates: dict[str, float], held: Tree | None = None
+    ) -> None:
         self.config, self.values, self.rates = config, values, rates
+        self.held = held or {}
         self.count = 0
-        self.first: Tree = {}
-        self.second: Tree = {}
+        self.before: torch.Tensor | None = None  # steps of each client in earlier rounds
+        self.first = self._of_kind("first")
+        self.second = self._of_kind("second")
+        if self.held:
+            steps = self.held["moments/steps"].to(torch.float64)
+            alike = bool((steps == steps[0]).all())
+            self.count, self.before = (int(steps[0]), None) if alike else (0, steps)
+
+    def _of_kind(self, kind: str) -> Tree:
+        prefix = f"moments/{kind}/"
+        return {n.removeprefix(prefix): t for n, t in self.held.items() if n.startswith(prefix)}
+
+    def moments(self, steps: torch.Tensor) -> Tree:
+        """Give the moments as they are now, under the names they came by; none if none came.
+
+        Args:
+            steps: Steps that each client has taken since, int64 [K].
+        """
+        return {n: t + steps if n == "moments/steps" else t for n, t in self.held.items()}
 
     def step(self, gradients: Tree) -> None:
         """Take one step for the clients that still train: the first rows of each tensor.
@@ -163,6 +220,12 @@ class CohortOptimiser:
         value.mul_(1 - rate * config.weight_decay)
         first.lerp_(gradient, 1 - config.beta1)
         second.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+        if self.before is not None:
+            counts = (self.before[:active] + self.count).reshape(-1, *[1] * (gradient.dim() - 1))
+            root2, step = (1 - config.beta2**counts).sqrt(), rate / (1 - config.beta1**counts)
+            scale = (second.sqrt() / root2.to(second)).add_(config.eps)
+            value.sub_(step.to(value) * first / scale)
+            return
         # All clients that still train have taken the same number of steps.
         correction1 = 1 - config.beta1**self.count
         correction2 = 1 - config.beta2**self.count

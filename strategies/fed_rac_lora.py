@@ -125,7 +125,7 @@ class FedRacLora(Method):
                 else {"B": Sketched(spec), "A": trained}
             )
             adapters[name] = Adapter(factors, resolve_scale(self.alpha, spec.rank))
-        return Downlink(adapters, dense_slots(state), ranks=cohort.ranks)
+        return Downlink(adapters, dense_slots(state), ranks=cohort.ranks, link=state.memo["sketch"])
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:

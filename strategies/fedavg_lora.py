@@ -111,7 +111,7 @@ class FedAvgLora(Method):
             starts = self._starts(state, name, draw)
             factors = {"B": Trained((m, rank), starts["B"]), "A": Trained((rank, n), starts["A"])}
             adapters[name] = Adapter(dict(factors), resolve_scale(self.alpha, rank))
-        return Downlink(adapters, dense_slots(state))
+        return Downlink(adapters, dense_slots(state), link=state.memo["sketch"])
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:

@@ -85,6 +85,7 @@ class Packed:
             "reduce": order.reduce,
             "recipe": downlink.recipe,
             "arguments": downlink.arguments,
+            "link": downlink.link,
             "adapters": {
                 w: {"scale": a.scale, "factors": {k: _describe(f) for k, f in a.factors.items()}}
                 for w, a in downlink.adapters.items()
@@ -173,7 +174,9 @@ def _downlink(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
         if not isinstance(slot, Trained):
             raise WireError(f"dense tensor {name} is not trained")
         dense[name] = slot
-    return Downlink(adapters, dense, header["recipe"], header["arguments"])
+    return Downlink(
+        adapters, dense, header["recipe"], header["arguments"], link=int(header["link"])
+    )
 
 
 def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:

@@ -92,7 +92,7 @@ def test_the_uplink_of_the_ledger_is_the_formula_and_the_message(
 def test_the_downlink_of_the_ledger_is_the_message(variant: Variant, world: World) -> None:
     done = finished(variant)
     asked = [done.worker.asked[i : i + COHORT] for i in range(0, ROUNDS * COHORT, COHORT)]
-    total = most = 0
+    total = most = formula = 0
     for round_, (row, contents) in enumerate(zip(done.rows, asked, strict=True), start=1):
         _, down = done.strategy.method.floats(world.plan, round_)
         numbers = sum(array_bytes(c) for c in contents)
@@ -101,9 +101,8 @@ def test_the_downlink_of_the_ledger_is_the_message(variant: Variant, world: Worl
         assert row["downlink_bytes"] == charged
         assert row["downlink_total"] == total
         assert numbers <= down * ITEM * COHORT
-        most = max(most, numbers)
-        if round_ == ROUNDS:
-            assert most == down * ITEM * COHORT
+        most, formula = max(most, numbers), max(formula, down * ITEM * COHORT)
+    assert most == formula
 
 
 @every_variant

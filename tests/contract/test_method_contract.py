@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import sys
 from dataclasses import fields, is_dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -340,6 +341,30 @@ def test_a_sketch_lives_for_as_many_rounds_as_it_says(variant: Variant, world: W
             assert indices == wanted
 
 
+@every_variant
+def test_the_number_of_the_link_says_whether_what_is_trained_lives_on(
+    variant: Variant, world: World
+) -> None:
+    """Under one number frozen factors stay and trained ones go on: moments may be kept."""
+    rounds = play_rounds(method_of(variant), world, 6, DRAW)
+    for last, now in pairwise(rounds):
+        frozen = [
+            {f"{w}/{k}": f for w, a in p.sent.adapters.items() for k, f in a.factors.items()}
+            for p in (last, now)
+        ]
+        if now.sent.link != last.sent.link:
+            assert now.sent.link == last.sent.link + 1
+            assert not now.before.carried
+            continue
+        mean = last.got.mean()
+        for name, factor in frozen[1].items():
+            if isinstance(factor, Trained):
+                assert isinstance(factor.start, torch.Tensor), name
+                torch.testing.assert_close(factor.start, mean[name], rtol=1e-12, atol=1e-12)
+            else:
+                assert factor == frozen[0][name]
+
+
 # --- floats --------------------------------------------------------------------------------------
 
 
@@ -360,14 +385,14 @@ def carried_down(played: Played) -> int:
 @every_variant
 def test_floats_is_what_travels(variant: Variant, world: World) -> None:
     method = method_of(variant)
-    most = down = 0
+    most = formula = 0
     for round_, played in enumerate(play_rounds(method, world, 6, DRAW), start=1):
         up, down = method.floats(world.plan, round_)
         assert up == played.got.layout.size == uplink_layout(played.sent).size
         # A factor that starts at zero does not travel: the formula is the most that does.
         assert carried_down(played) <= down
-        most = max(most, carried_down(played))
-    assert most == down
+        most, formula = max(most, carried_down(played)), max(formula, down)
+    assert most == formula
 
 
 # --- form ----------------------------------------------------------------------------------------

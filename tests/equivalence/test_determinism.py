@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from experiments.assemble import Assembled, assemble
 from experiments.simulate import run_one
 from fedraclora.aggregate import Uplinks
-from fedraclora.cohort import CohortTrainer, Trial
+from fedraclora.cohort import CohortTrainer
 from fedraclora.config import from_plain
 from fedraclora.errors import ClientError
 from fedraclora.ledger import NONDETERMINISTIC, read_ledger
@@ -25,8 +25,10 @@ from fedraclora.method import Cohort
 from fedraclora.samples import Partitioned
 from fedraclora.sampling import draw_cohort
 from fedraclora.tree import Tree, digest
+from fedraclora.trial import Trial
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
+from strategies.fedavg import FedAvg
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 ROUNDS, CLIENTS, COHORT = 6, 9, 5
@@ -49,6 +51,13 @@ SMALL = [
 RUNS = {name: [f"method={name}"] for name in METHODS} | {
     "carried": ["method=fed_rac_lora", "method.resample_every=4"],
     "left cover": ["method=fed_rac_lora", "method.side=left", "method.blocks=cover"],
+    "moments": [
+        "method=cola",
+        "method.resample_every=3",
+        "local=adamw",
+        "local.moments=link",
+        "local.moments_kept=0.1",
+    ],
     "adamw": ["method=fedavg_lora", "local=adamw", "local.batch_size=64"],
 }
 
@@ -65,7 +74,7 @@ def configs() -> dict[str, Plain]:
     found: dict[str, Plain] = {}
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         for name, words in RUNS.items():
-            rank = ["method.rank=2"] if name != "fedavg" else []
+            rank = [] if METHODS.get(name) is FedAvg else ["method.rank=2"]
             cfg = compose("config", overrides=[*words[:1], *SMALL, *rank, *words[1:]])
             plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             assert isinstance(plain, dict)

@@ -40,6 +40,7 @@ RUNS = {
     "carried": ("method.rank=2", "method.resample_every=3"),
     "dense": ("method=fedavg",),
     "both factors": ("method=fedavg_lora",),
+    "moments": ("method=cola", "method.resample_every=2", "local.moments=link"),
     "ranks": ("method.rank=4", "system=mixed_ranks"),
 }
 PROCESS = b"ray::ClientAppActor"  # how Ray names Flower's processes; a dot and a method follow

@@ -26,13 +26,14 @@ from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
 from fedraclora import link
 from fedraclora.chunking import FREE_SHARE
-from fedraclora.cohort import CohortTrainer, Trial
+from fedraclora.cohort import CohortTrainer
 from fedraclora.config import from_plain
 from fedraclora.memory import LiveTensors, measure
 from fedraclora.method import Cohort, Draw
 from fedraclora.optimiser import LocalConfig
 from fedraclora.samples import Partitioned
 from fedraclora.tree import Tree, digest
+from fedraclora.trial import Trial
 from strategies import METHODS
 
 JOB = [

@@ -43,6 +43,7 @@ JOB = [
 METHODS = {
     "fed_rac_lora": ["method=fed_rac_lora", "method.resample_every=3"],
     "fedavg_lora": ["method=fedavg_lora"],
+    "moments": ["method=cola", "local=adamw", "local.moments=run"],
 }
 
 Plain = dict[str, object]
@@ -145,7 +146,8 @@ def killed_run(plain: Plain, reaper: Reaper) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "torn"), [("fed_rac_lora", False), ("fed_rac_lora", True), ("fedavg_lora", False)]
+    ("name", "torn"),
+    [("fed_rac_lora", False), ("fed_rac_lora", True), ("fedavg_lora", False), ("moments", False)],
 )
 def test_a_run_that_dies_at_any_write_goes_on_to_the_same_end(
     name: str, torn: bool, tmp_path: Path

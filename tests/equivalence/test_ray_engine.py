@@ -57,6 +57,13 @@ RUNS = {
     "dense": ("method=fedavg", "engine.chunk=32"),
     "both factors": ("method=fedavg_lora", "engine.chunk=20"),
     "local head": ("method.rank=2", "engine.chunk=16", "head=local"),
+    "moments": (
+        "method=cola",
+        "method.resample_every=2",
+        "engine.chunk=16",
+        "head=local",
+        "local.moments=link",
+    ),
     "ranks": ("method.rank=4", "engine.chunk=32", "system=mixed_ranks"),
 }
 

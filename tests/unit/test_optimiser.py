@@ -129,6 +129,11 @@ def test_clipping_leaves_zero_and_the_given_gradients_alone() -> None:
         ({"schedule": "step", "step_every": 2, "step_factor": 0.1}, [1, 1, 0.1, 0.1, 0.01]),
         ({"warmup": 2}, [1 / 3, 2 / 3, 1, 1, 1]),
         ({"warmup": 1, "schedule": "linear"}, [0.5, 1, 0.75, 0.5, 0.25]),
+        ({"warmup": 1, "restart_every": 2}, [0.5, 1, 0.5, 1, 0.5]),
+        (
+            {"warmup": 1, "restart_every": 2, "schedule": "linear", "final": 0.2},
+            [0.5, 1, 0.5 * 0.8, 0.6, 0.5 * 0.4],
+        ),
         ({"schedule": "cosine"}, [1, 0.9045085, 0.6545085, 0.3454915, 0.0954915]),
         ({"schedule": "cosine", "final": 0.2}, [1, 0.9236068, 0.7236068, 0.4763932, 0.2763932]),
     ],

@@ -13,13 +13,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.cohort import Trial
 from fedraclora.errors import WireError
 from fedraclora.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
 from fedraclora.ranks import uploaded_mask, widen
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
+from fedraclora.trial import Trial
 from fedraclora.wire import (
     Order,
     Packed,

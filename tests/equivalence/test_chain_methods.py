@@ -1,0 +1,315 @@
+"""Chain methods of one client against plain loops on torch.optim, written out per method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from clients.app import make_client_app
+from clients.worker import Worker
+from experiments.choices import CONF
+from fedraclora.adapter import make_plan
+from fedraclora.cohort import CohortTrainer
+from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.link import Plan
+from fedraclora.method import Draw, Method
+from fedraclora.optimiser import LocalConfig
+from fedraclora.replica import Replica
+from fedraclora.rng import generator, torch_normal
+from fedraclora.runbook import RunBook
+from fedraclora.samples import Partitioned, Samples
+from fedraclora.sketch import SketchSpec
+from fedraclora.task import Task
+from fedraclora.tree import Tree
+from strategies import METHODS
+from strategies.base import FedStrategy
+from strategies.loop import LoopConfig
+
+SEED, RANK, ALPHA, SIZE, BATCH = 5, 2, 3.0, 11, 4
+ADAMW = LocalConfig(optimiser="adamw", lr=0.05, weight_decay=0.1, batch_size=BATCH, shuffle=False)
+MOMENTUM = LocalConfig(lr=0.1, momentum=0.8, batch_size=BATCH, shuffle=False)
+SHAPES = {"fc1.weight": (6, 7), "fc2.weight": (4, 6)}
+
+
+def normal(key: str, *shape: int) -> torch.Tensor:
+    return torch_normal(generator(SEED, key), *shape)
+
+
+def problem(bias: str = "frozen") -> tuple[Task, Plan]:
+    """7 -> 6 -> 4 with tanh, float64; the head is adapted as the other layer."""
+    parts = {"fc1": nn.Linear(7, 6), "act": nn.Tanh(), "fc2": nn.Linear(6, 4)}
+    model = nn.Sequential()
+    for name, module in parts.items():
+        model.add_module(name, module)
+    model = model.double()
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(normal(name, *parameter.shape) / 2)
+    labels = torch.from_numpy(generator(SEED, "labels").integers(0, 4, SIZE))
+    samples = Samples({"x": normal("x", SIZE, 7)}, labels)
+    train = Partitioned.of(samples, [np.arange(SIZE)])
+    task = Task(model, ("fc2",), "cross_entropy", ("loss",), train, samples)
+    return task, make_plan(model, ("fc2",), head_policy="adapt", bias_policy=bias)
+
+
+def preset(name: str, **changes: object) -> Method:
+    group: dict[str, Any] = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+    wanted = {"rank": RANK, "alpha": ALPHA} | changes
+    group |= {k: v for k, v in wanted.items() if k in group}
+    return METHODS[group.pop("name")](**group)
+
+
+def trained(
+    method: Method, local: LocalConfig, rounds: int, bias: str = "frozen", clients: int = 1
+) -> FedStrategy:
+    """Run the one loop over one client (or over several that hold the same samples)."""
+    task, plan = problem(bias)
+    if clients > 1:
+        assert isinstance(task.train, Partitioned)
+        train = Partitioned.of(task.train.samples, [np.arange(SIZE)] * clients)
+        task = replace(task, train=train)
+    base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    replica = Replica(base)
+    trainer = CohortTrainer(task, plan, local, seed=SEED, device=torch.device("cpu"))
+    worker = Worker(trainer, replica)
+    loop = LoopConfig(rounds, clients, clients, chunk=2, seed=SEED, dtype="float64")
+    state = method.init(base, plan, Draw(SEED))
+    book = RunBook(None, store=worker.store)
+    strategy = FedStrategy(method, state, local, loop, replica=replica, evaluate=None, book=book)
+    strategy.start(InProcessGrid(make_client_app(worker)))
+    return strategy
+
+
+def weights_of(strategy: FedStrategy) -> Tree:
+    return strategy.method.weights(strategy.state, strategy.draw)
+
+
+def batches() -> list[torch.Tensor]:
+    return list(torch.arange(SIZE).split(BATCH))
+
+
+def optimiser(local: LocalConfig, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    if local.optimiser == "adamw":
+        return torch.optim.AdamW(parameters, lr=local.lr, weight_decay=local.weight_decay)
+    return torch.optim.SGD(parameters, lr=local.lr, momentum=local.momentum)
+
+
+def sketch(kind: str, side: str, weight: str, index: int, normalise: str) -> torch.Tensor:
+    m, n = SHAPES[weight]
+    seed, dim = Draw(SEED).sketch_seed(weight), n if side == "right" else m
+    return SketchSpec(kind, side, RANK, dim, seed, index, normalise=normalise).draw().clone()
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A chain method as a person would write it for one model: two matrices and an optimiser.
+
+    Attributes:
+        kind: Of the drawn factor.
+        side: ``right``: A is drawn and B is zero, ``left``: the other way round.
+        both: Whether the drawn factor is trained too.
+        normalise: Of the drawing.
+        every: Epochs of a link.
+        moments: ``link``: a new optimiser for each link; ``run``: one for all, whose parameters
+            are written over; ``round``: a new one for each epoch.
+    """
+
+    kind: str
+    side: str
+    both: bool
+    normalise: str
+    every: int | None
+    moments: str
+
+    def train(self, local: LocalConfig, epochs: int) -> Tree:
+        task, _ = problem()
+        W = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+        assert isinstance(task.train, Partitioned)
+        x, y = task.train.samples.inputs["x"], task.train.samples.target
+        pairs: dict[str, dict[str, torch.Tensor]] = {
+            w: {"B": torch.zeros(m, RANK).double(), "A": torch.zeros(RANK, n).double()}
+            for w, (m, n) in SHAPES.items()
+        }
+        drawn = "A" if self.side == "right" else "B"
+        learnt = [p[k] for p in pairs.values() for k in p if self.both or k != drawn]
+        for tensor in learnt:
+            tensor.requires_grad_()
+        scale = ALPHA / RANK
+        optim = optimiser(local, learnt)
+        for epoch in range(epochs):
+            if epoch == 0 or (self.every and epoch % self.every == 0):
+                with torch.no_grad():
+                    for w, pair in pairs.items():
+                        W[w] += scale * pair["B"] @ pair["A"]
+                        index = epoch // self.every if self.every else 0
+                        pair["B"].zero_(), pair["A"].zero_()
+                        pair[drawn] += sketch(self.kind, self.side, w, index, self.normalise)
+                if self.moments == "link":
+                    optim = optimiser(local, learnt)
+            if self.moments == "round":
+                optim = optimiser(local, learnt)
+            for rows in batches():
+                V = {w: W[w] + scale * p["B"] @ p["A"] for w, p in pairs.items()}
+                hidden = torch.tanh(x[rows] @ V["fc1.weight"].T + W["fc1.bias"])
+                output = hidden @ V["fc2.weight"].T + W["fc2.bias"]
+                optim.zero_grad()
+                nn.functional.cross_entropy(output, y[rows]).backward()
+                optim.step()
+        return W | {w: (W[w] + scale * p["B"] @ p["A"]).detach() for w, p in pairs.items()}
+
+
+def assert_close(found: Tree, wanted: Tree) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-10, msg=name)
+
+
+LOCALS = pytest.mark.parametrize("local", [ADAMW, MOMENTUM], ids=["adamw", "momentum"])
+SIDES = pytest.mark.parametrize("side", ["right", "left"])
+LIVES = pytest.mark.parametrize("moments", ["round", "link", "run"])
+
+
+@LOCALS
+@SIDES
+@LIVES
+def test_lora_is_a_plain_loop(local: LocalConfig, side: str, moments: str) -> None:
+    plain = Plain("kaiming_uniform", side, True, "none", None, moments)
+    found = trained(preset("lora", side=side), replace(local, moments=moments), rounds=4)
+    assert_close(weights_of(found), plain.train(local, epochs=4))
+
+
+@LOCALS
+@SIDES
+@LIVES
+@pytest.mark.parametrize("every", [1, 2])
+def test_cola_is_a_plain_loop(local: LocalConfig, side: str, moments: str, every: int) -> None:
+    plain = Plain("kaiming_uniform", side, True, "none", every, moments)
+    method = preset("cola", side=side, resample_every=every)
+    found = trained(method, replace(local, moments=moments), rounds=5)
+    assert_close(weights_of(found), plain.train(local, epochs=5))
+
+
+@LOCALS
+@SIDES
+@LIVES
+def test_asymmetric_lora_is_a_plain_loop(local: LocalConfig, side: str, moments: str) -> None:
+    plain = Plain("orthonormal", side, False, "rows", None, moments)
+    found = trained(preset("asymmetric_lora", side=side), replace(local, moments=moments), rounds=4)
+    assert_close(weights_of(found), plain.train(local, epochs=4))
+
+
+@LOCALS
+@SIDES
+@LIVES
+@pytest.mark.parametrize("every", [1, 2])
+def test_rac_lora_is_a_plain_loop(local: LocalConfig, side: str, moments: str, every: int) -> None:
+    plain = Plain("gaussian", side, False, "none", every, moments)
+    method = preset("rac_lora", side=side, resample_every=every, normalise="none")
+    found = trained(method, replace(local, moments=moments), rounds=5)
+    assert_close(weights_of(found), plain.train(local, epochs=5))
+
+
+@LOCALS
+@pytest.mark.parametrize("moments", ["round", "run"])
+def test_full_fine_tuning_is_a_plain_loop(local: LocalConfig, moments: str) -> None:
+    task, _ = problem()
+    assert isinstance(task.train, Partitioned)
+    samples = task.train.samples
+    optim = optimiser(local, list(task.model.parameters()))
+    for _ in range(4):
+        if moments == "round":
+            optim = optimiser(local, list(task.model.parameters()))
+        for rows in batches():
+            optim.zero_grad()
+            output = task.model(samples.inputs["x"][rows])
+            nn.functional.cross_entropy(output, samples.target[rows]).backward()
+            optim.step()
+    wanted = {n: p.detach() for n, p in task.model.named_parameters()}
+    found = trained(preset("full"), replace(local, moments=moments), rounds=4, bias="average")
+    assert_close(weights_of(found), wanted)
+
+
+def split(name: str, side: str) -> tuple[Method, Method]:
+    """A method whose link is one round, and the same in links of three rounds."""
+    return (
+        preset(name, side=side, resample_every=1),
+        preset(name, side=side, resample_every=3),
+    )
+
+
+@LOCALS
+@SIDES
+@pytest.mark.parametrize("name", ["cola", "rac_lora"])
+@pytest.mark.parametrize("clients", [1, 3])
+def test_rounds_with_kept_moments_are_one_long_round(
+    name: str, side: str, clients: int, local: LocalConfig
+) -> None:
+    """Three rounds of one epoch are one round of three; equal clients, so averaging is no change.
+
+    In the stored order of samples: shuffles are keyed by the round.
+    """
+    whole, parts = split(name, side)
+    long = trained(whole, replace(local, epochs=3), rounds=2, clients=clients)
+    short = trained(parts, replace(local, moments="link"), rounds=6, clients=clients)
+    assert_close(weights_of(short), weights_of(long))
+    reset = trained(parts, local, rounds=6, clients=clients)
+    gaps = [(weights_of(reset)[n] - v).abs().max() for n, v in weights_of(long).items()]
+    assert max(float(g) for g in gaps) > 1e-3, "the moments do not matter here"
+
+
+def pruned(state: dict[str, Any], share: float) -> None:
+    """ReLoRA's partial reset: all but the largest entries of each moment are set to zero."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        flat = state[name].flatten()
+        small = flat.abs().argsort(descending=True)[round(share * flat.numel()) :]
+        flat[small] = 0.0
+        state[name].copy_(flat.reshape(state[name].shape))
+
+
+def test_relora_keeps_the_largest_moments_and_the_count_of_steps() -> None:
+    """A plain loop of two links, whose optimiser is pruned at the merge."""
+    share, local = 0.25, replace(ADAMW, moments="link", moments_kept=0.25)
+    task, _ = problem()
+    W = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    assert isinstance(task.train, Partitioned)
+    x, y = task.train.samples.inputs["x"], task.train.samples.target
+    scale = ALPHA / RANK
+    pairs = {w: (torch.zeros(m, RANK), torch.zeros(RANK, n)) for w, (m, n) in SHAPES.items()}
+    learnt = [t.double().requires_grad_() for pair in pairs.values() for t in pair]
+    optim = optimiser(local, learnt)
+    for link in range(2):
+        with torch.no_grad():
+            for i, w in enumerate(SHAPES):
+                B, A = learnt[2 * i : 2 * i + 2]
+                W[w] += scale * B @ A
+                B.zero_()
+                A.copy_(sketch("kaiming_uniform", "right", w, link, "none"))
+        for state in optim.state.values():
+            pruned(state, share)
+        for rows in batches() * 2:
+            V = [W[w] + scale * learnt[2 * i] @ learnt[2 * i + 1] for i, w in enumerate(SHAPES)]
+            output = torch.tanh(x[rows] @ V[0].T + W["fc1.bias"]) @ V[1].T + W["fc2.bias"]
+            optim.zero_grad()
+            nn.functional.cross_entropy(output, y[rows]).backward()
+            optim.step()
+    for i, w in enumerate(SHAPES):
+        W[w] = (W[w] + scale * learnt[2 * i] @ learnt[2 * i + 1]).detach()
+    found = trained(preset("relora", resample_every=2), local, rounds=4)
+    assert_close(weights_of(found), W)
+
+
+NAMES: list[Callable[[], Method]] = [lambda: preset("cola"), lambda: preset("rac_lora")]
+
+
+@pytest.mark.parametrize("make", NAMES, ids=["cola", "rac_lora"])
+def test_moments_of_a_link_of_one_round_are_those_of_the_round(make: Callable[[], Method]) -> None:
+    found = trained(make(), replace(ADAMW, moments="link"), rounds=3)
+    wanted = trained(make(), ADAMW, rounds=3)
+    assert found.book.ledger.digest() == wanted.book.ledger.digest()
+    assert_close(weights_of(found), weights_of(wanted))

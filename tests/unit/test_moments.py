@@ -1,0 +1,146 @@
+"""Moments that live on: where they are reset, what a partial reset keeps, unequal clients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedraclora.downlink import Adapter, Downlink, Sketched, Trained
+from fedraclora.errors import ConfigError
+from fedraclora.moments import begin_moments, blank_moments, largest
+from fedraclora.optimiser import CohortOptimiser, LocalConfig
+from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Tree
+
+A = Sketched(SketchSpec("gaussian", "right", 2, 7, seed=3, index=0))
+SENT = Downlink({"w": Adapter({"B": Trained((5, 2)), "A": A}, 1.5)}, {"b": Trained((5,))}, link=4)
+ADAMW = LocalConfig(optimiser="adamw", lr=0.1, weight_decay=0.2, moments="link")
+
+
+def held(links: list[int]) -> Tree:
+    """What three clients kept, each of another link."""
+    rng, K = generator(1, "held"), len(links)
+    blank = blank_moments(ADAMW, SENT, torch.float64)
+    found = {n: torch_normal(rng, K, *t.shape) for n, t in blank.items()}
+    found["moments/link"] = torch.tensor(links).double()
+    found["moments/steps"] = torch.tensor([3.0, 8.0, 5.0]).double()
+    return found
+
+
+def test_an_optimiser_keeps_its_moments_of_what_is_trained() -> None:
+    names = list(blank_moments(ADAMW, SENT, torch.float32))
+    first = ["moments/first/w/B", "moments/first/b"]
+    second = ["moments/second/w/B", "moments/second/b"]
+    assert names == [*first, *second, "moments/steps", "moments/link"]
+    sgd = LocalConfig(momentum=0.5, moments="run")
+    assert list(blank_moments(sgd, SENT, torch.float32)) == [*first, *names[4:]]
+    assert blank_moments(replace(ADAMW, moments="round"), SENT, torch.float32) == {}
+
+
+def test_only_clients_whose_link_has_ended_begin_anew() -> None:
+    before = held([4, 3, 4])
+    copy = {n: t.clone() for n, t in before.items()}
+    after = begin_moments(before, ADAMW, 4)
+    assert all(torch.equal(t, copy[n]) for n, t in before.items())
+    assert after["moments/link"].tolist() == [4, 4, 4]
+    assert after["moments/steps"].tolist() == [3, 0, 5]
+    for name in ("moments/first/w/B", "moments/second/b"):
+        assert torch.equal(after[name][[0, 2]], before[name][[0, 2]])
+        assert not after[name][1].any()
+
+
+def test_moments_of_a_run_are_never_reset() -> None:
+    before = held([4, 3, 0])
+    after = begin_moments(before, replace(ADAMW, moments="run"), 4)
+    assert all(torch.equal(t, before[n]) for n, t in after.items() if n != "moments/link")
+    assert begin_moments({}, ADAMW, 4) == {}
+
+
+def test_a_partial_reset_keeps_the_largest_of_each_client_and_the_steps() -> None:
+    before = held([4, 3, 2])
+    after = begin_moments(before, replace(ADAMW, moments_kept=0.3), 4)
+    assert torch.equal(after["moments/steps"], before["moments/steps"])
+    kept = after["moments/first/w/B"]
+    assert torch.equal(kept[0], before["moments/first/w/B"][0])
+    for k in (1, 2):
+        was = before["moments/first/w/B"][k].flatten()
+        top = was.abs().topk(3).indices  # 0.3 of 10 entries
+        assert set(kept[k].flatten().nonzero().flatten().tolist()) == set(top.tolist())
+        assert torch.equal(kept[k].flatten()[top], was[top])
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.04, 0), (0.1, 1), (0.5, 5), (1.0, 10)])
+def test_a_share_is_rounded_to_a_number_of_entries(share: float, count: int) -> None:
+    values = torch_normal(generator(2, "share"), 3, 5, 2)
+    assert (largest(values, share) != 0).sum(dim=(1, 2)).tolist() == [count] * 3
+
+
+CASES: list[dict[str, Any]] = [
+    {"optimiser": "adamw", "weight_decay": 0.2},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "nesterov": True},
+]
+
+
+@pytest.mark.parametrize("changes", CASES)
+def test_clients_go_on_after_different_numbers_of_steps(changes: dict[str, Any]) -> None:
+    """Each as its own torch optimiser that was never interrupted."""
+    local = LocalConfig(lr=0.1, moments="run", **changes)
+    K, counts, more = 3, [1, 4, 2], [3, 2, 2]  # those that finish first stand last
+    shape = (4, 2)
+    gradients = [torch_normal(generator(9, "gradient", j), K, *shape) for j in range(8)]
+    values, optims = [], []
+    for k in range(K):
+        value = nn.Parameter(torch_normal(generator(9, "start", k), *shape))
+        if local.optimiser == "adamw":
+            optim: torch.optim.Optimizer = torch.optim.AdamW([value], lr=0.1, weight_decay=0.2)
+        else:
+            optim = torch.optim.SGD([value], lr=0.1, momentum=0.9, nesterov=local.nesterov)
+        for j in range(counts[k]):
+            value.grad = gradients[j][k].clone()
+            optim.step()
+        values.append(value)
+        optims.append(optim)
+
+    def stacked(key: str) -> torch.Tensor:
+        return torch.stack([o.state[v][key] for o, v in zip(optims, values, strict=True)])
+
+    keys = {"first": "exp_avg", "second": "exp_avg_sq"} if local.optimiser == "adamw" else {}
+    keys = keys or {"first": "momentum_buffer"}
+    begun = {f"moments/{kind}/v": stacked(key).clone() for kind, key in keys.items()}
+    begun["moments/steps"] = torch.tensor(counts).double()
+    own = {"v": torch.stack([v.detach().clone() for v in values])}
+    cohort = CohortOptimiser(local, own, {"v": 0.1}, begun)
+    for j in range(max(more)):
+        active = sum(m > j for m in more)
+        cohort.step({"v": gradients[5 + j][:active]})
+    for k in range(K):
+        for j in range(more[k]):
+            values[k].grad = gradients[5 + j][k].clone()
+            optims[k].step()
+        torch.testing.assert_close(own["v"][k], values[k].detach(), rtol=1e-13, atol=1e-13)
+    after = cohort.moments(torch.tensor(more))
+    assert after["moments/steps"].tolist() == [c + m for c, m in zip(counts, more, strict=True)]
+    for kind, key in keys.items():
+        torch.testing.assert_close(after[f"moments/{kind}/v"], stacked(key), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"moments": "epoch"}, "unknown local.moments 'epoch'"),
+        ({"moments": "link"}, "sgd without momentum has none"),
+        ({"momentum": 0.5, "moments_kept": 0.1}, "set local.moments=link"),
+        ({"momentum": 0.5, "moments": "link", "moments_kept": 1.5}, "a share in [0, 1]"),
+        ({"restart_every": 0}, "local.restart_every is 0; 1 or more is wanted"),
+    ],
+)
+def test_what_cannot_live_on_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LocalConfig(**changes)
+    assert words in str(caught.value)
