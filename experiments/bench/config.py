@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from experiments.bench.workloads import WORKLOADS
+from experiments.words import key_values
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.schema import build
 
@@ -72,13 +73,4 @@ def parse(words: list[str]) -> BenchConfig:
     Raises:
         ConfigError: If a word or a value is wrong, naming it.
     """
-    group: dict[str, object] = {}
-    for word in words:
-        key, mark, text = word.partition("=")
-        if not mark:
-            raise ConfigError(f"{word!r} is not of the form key=value")
-        low = text.lower()
-        group[key] = (
-            int(text) if text.isdecimal() else low == "true" if low in {"true", "false"} else text
-        )
-    return build("bench", BenchConfig, group)
+    return build("bench", BenchConfig, key_values(words))

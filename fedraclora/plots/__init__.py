@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from fedraclora.plots.axes import MEGABYTE
+from fedraclora.plots.bounds import Measured, Panel, bounds_figure
 from fedraclora.plots.comparison import compare_figure
 from fedraclora.plots.partition import label_distribution
 from fedraclora.plots.run import curves
 
-__all__ = ["MEGABYTE", "compare_figure", "curves", "label_distribution"]
+__all__ = [
+    "MEGABYTE",
+    "Measured",
+    "Panel",
+    "bounds_figure",
+    "compare_figure",
+    "curves",
+    "label_distribution",
+]

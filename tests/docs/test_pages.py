@@ -10,7 +10,10 @@ import pytest
 
 from experiments.bench.config import parse
 from experiments.choices import check_choices, composed
+from experiments.theory.config import TheoryConfig
+from experiments.words import key_values
 from fedraclora.config import from_plain
+from fedraclora.schema import build
 from strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +26,7 @@ LINES = [
 ]
 LINES = [line for line in LINES if not set(line) & set("<\\|&")]  # whole commands alone
 SIMULATIONS = [line for line in LINES if line.startswith("fedraclora simulate")]
+THEORIES = [line for line in LINES if line.startswith("fedraclora theory")]
 BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 
 
@@ -36,6 +40,11 @@ def test_each_simulation_composes(line: str) -> None:
 @pytest.mark.parametrize("line", BENCHES)
 def test_each_benchmark_is_understood(line: str) -> None:
     parse(shlex.split(line)[2:])
+
+
+@pytest.mark.parametrize("line", THEORIES)
+def test_each_run_of_theory_is_understood(line: str) -> None:
+    build("theory", TheoryConfig, key_values(shlex.split(line)[2:]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,197 @@
+"""What ``fedraclora theory`` runs: one case is one curve and its bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from experiments.theory.problems import Problem, problem
+from fedraclora.optimiser import LocalConfig
+from fedraclora.sketch import SKETCHES
+from fedraclora.theory import local_step_limit
+from strategies.fed_rac_lora import FedRacLora
+
+SCALE = 1.5  # s = alpha / r of every case, so that lr and the step in weight space differ
+
+
+@dataclass(frozen=True)
+class Case:
+    """One curve.
+
+    Attributes:
+        panel: Figure and panel that show it.
+        label: Its line in the panel.
+        problem: A key of `experiments.theory.problems.PROBLEMS`.
+        theorem: ``gd``, ``sgd``, ``reshuffling``, ``federated`` or ``cover``.
+        rank: r.
+        rounds: T.
+        side: Of the sketch.
+        sketch: Kind of the sketch.
+        batch: Samples of a step; 0: all of a client's.
+        cohort: Clients of a round; None: all of them.
+        share: Step over the largest that the theorem allows.
+    """
+
+    panel: str
+    label: str
+    problem: str
+    theorem: str
+    rank: int
+    rounds: int
+    side: str = "right"
+    sketch: str = "orthonormal"
+    batch: int = 0
+    cohort: int | None = None
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Panel and label."""
+        return f"{self.panel}: {self.label}"
+
+    @property
+    def method(self) -> FedRacLora:
+        """Fed-RAC-LoRA with this sketch."""
+        return FedRacLora(
+            rank=self.rank,
+            alpha=SCALE * self.rank,
+            sketch=self.sketch,
+            side=self.side,
+            blocks="cover" if self.theorem == "cover" else "independent",
+            density=0.25,
+            cap=False,
+        )
+
+    @property
+    def blocks(self) -> int:
+        """J, rounds of a cover; 1 where sketches are independent."""
+        if self.theorem != "cover":
+            return 1
+        m, n = next(problem(self.problem).task.model.parameters()).shape
+        return (n if self.side == "right" else m) // self.rank
+
+    @property
+    def local_steps(self) -> int:
+        """N, local steps of a round."""
+        samples = problem(self.problem).each.shape[1]
+        return samples // self.batch if self.theorem in {"reshuffling", "federated"} else 1
+
+    @property
+    def step(self) -> float:
+        """The step in weight space, gamma."""
+        ground = problem(self.problem)
+        if self.local_steps == 1:
+            return self.share / ground.smoothness
+        smoothness = self.smoothness(ground)
+        cohort = self.taking_part
+        return self.share * local_step_limit(smoothness, self.local_steps, ground.clients, cohort)
+
+    @property
+    def taking_part(self) -> int:
+        """K, clients of a round."""
+        return self.cohort or problem(self.problem).clients
+
+    def smoothness(self, ground: Problem) -> float:
+        """The L that the theorem asks for."""
+        whole = self.theorem not in {"reshuffling", "federated"}
+        return ground.smoothness if whole else ground.batch_smoothness(self.batch)
+
+    @property
+    def local(self) -> LocalConfig:
+        """Local settings; sketches whose rows are not orthonormal need the preconditioner."""
+        return LocalConfig(
+            lr=self.step / SCALE**2,
+            batch_size=self.batch,
+            steps=1 if self.local_steps == 1 else None,
+            shuffle=self.batch > 0,
+            precondition=SKETCHES[self.sketch].basis is None,
+        )
+
+
+def rates() -> list[Case]:
+    """Gradient descent by rank: the slowdown by n / r."""
+    cases = []
+    for rank in (1, 2, 4, 6, 12):
+        label = f"r = {rank}"
+        cases += [
+            Case("rates/isotropic", label, "isotropic", "gd", rank, max(3, 60 // rank)),
+            Case("rates/linear", label, "linear", "gd", rank, 240 // rank),
+        ]
+    for rank in (1, 3, 6):
+        label = f"r = {rank}"
+        cases.append(Case("rates/linear, left", label, "linear", "gd", rank, 120 // rank, "left"))
+    for rank in (1, 2, 4, 8):
+        cases.append(Case("rates/logistic", f"r = {rank}", "logistic", "gd", rank, 192 // rank))
+    return cases
+
+
+def sketches() -> list[Case]:
+    """Gradient descent by sketch and side, E[rank] / dim at most 1/3 in all."""
+    return [
+        Case(f"sketches/{side}", kind, "linear", "gd", rank, 24, side, kind)
+        for side, rank in (("right", 4), ("left", 2))
+        for kind in SKETCHES
+    ]
+
+
+ROUNDS = {  # panel: theorem, whose data, step over the largest, cohort
+    "SGD": ("sgd", "1 client", 0.2, None),
+    "reshuffling": ("reshuffling", "1 client", 1.0, None),
+    "federated, all 8": ("federated", "8 clients", 1.0, None),
+    "federated, 3 of 8": ("federated", "8 clients", 1.0, 3),
+}
+RANKS = (
+    ("linear", "right", 3),
+    ("linear", "left", 3),
+    ("linear", "right", 12),
+    ("logistic", "right", 2),
+    ("logistic", "right", 8),
+)
+
+
+def stochastic() -> list[Case]:
+    """SGD, reshuffling, and federated rounds with all clients and with a cohort."""
+    return [
+        Case(
+            f"stochastic/{loss}, {name}",
+            f"r = {rank}" + (" of 6, left" if side == "left" else ""),
+            f"{loss}, {data}",
+            theorem,
+            rank,
+            70,
+            side,
+            batch=48,
+            cohort=cohort,
+            share=share,
+        )
+        for name, (theorem, data, share, cohort) in ROUNDS.items()
+        for loss, side, rank in RANKS
+    ]
+
+
+def covers() -> list[Case]:
+    """Blocks of one basis dealt without replacement, against independent ones."""
+    kinds = {"cover": "orthonormal", "coordinate cover": "coordinate", "independent": "orthonormal"}
+    return [
+        Case(
+            f"cover/{data}",
+            f"{name}, r = {rank}",
+            data,
+            "gd" if name == "independent" else "cover",
+            rank,
+            120 // rank,
+            sketch=sketch,
+        )
+        for data in ("linear", "near-isotropic")
+        for rank in (2, 4)
+        for name, sketch in kinds.items()
+        if rank == 4 or name != "coordinate cover"
+    ]
+
+
+def all_cases(size: str = "full") -> list[Case]:
+    """Every case that has a bound; ``small``: the first of every panel, a few rounds of it."""
+    cases = [*rates(), *sketches(), *stochastic(), *covers()]
+    if size == "full":
+        return cases
+    first = {case.panel: case for case in reversed(cases)}
+    return [replace(c, rounds=max(c.blocks, c.rounds // 12, 2)) for c in first.values()]

@@ -1,0 +1,134 @@
+"""``fedraclora theory``: measured curves of convex problems beside the bounds on them.
+
+Linear and logistic regression, by rank, sketch and side; gradient descent, SGD, reshuffling, and
+federated rounds with all clients and with a cohort; blocks without replacement; the counter-example
+of arXiv 2410.08305. Everything runs through the framework's own loop. Keys:
+
+  size=     full, or small: one curve of each panel and few rounds, to see that it works
+  seeds=    of sketches, cohorts and shuffles; 20
+  jobs=     processes; the number of cores
+  out=      a folder; runs/theory/<date>/<time>
+
+The exit status is 1 if a curve, three standard errors lower, crosses its bound.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from experiments.theory import counter_example as example
+from experiments.theory import verdict
+from experiments.theory.cases import Case, all_cases
+from experiments.theory.config import TheoryConfig
+from experiments.theory.figures import draw
+from experiments.theory.report import bounds_table, example_table, slowdown_table
+from experiments.theory.slowdown import slowdowns
+from experiments.theory.verdict import judge
+from experiments.words import key_values
+from fedraclora.build import fix_bits
+from fedraclora.errors import FedRacLoraError
+from fedraclora.runfolder import provenance
+from fedraclora.schema import build
+
+T = TypeVar("T")
+
+
+def main() -> int:
+    """Run it; status 1 for a curve that crosses its bound, and for bad input."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    try:
+        return run(build("theory", TheoryConfig, key_values(sys.argv[1:])))
+    except FedRacLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(config: TheoryConfig) -> int:
+    """Run every case, write the folder, print the tables; give the exit status."""
+    began = time.perf_counter()
+    cases, seeds = all_cases(config.size), range(config.seeds)
+    trials = example.trials(config.size, config.seeds)
+    with workers(config.number_of_jobs) as pool:
+        jobs = [(case, seed) for case in cases for seed in seeds]
+        paths = list(_shown(pool.map(_case, jobs, chunksize=4), len(jobs), "curves"))
+        ends = list(_shown(pool.map(example.run, trials), len(trials), "counter-example"))
+    judged = [judge(c, paths[i * len(seeds) : (i + 1) * len(seeds)]) for i, c in enumerate(cases)]
+    found = example.summarise(trials, ends)
+    slow = slowdowns(judged)
+    out = (
+        Path(config.out)
+        if config.out
+        else Path("runs/theory") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    tables = [bounds_table(judged), example_table(found), slowdown_table(slow)]
+    report: dict[str, object] = {
+        **provenance(),
+        "size": config.size,
+        "seeds": len(seeds),
+        "seconds": time.perf_counter() - began,
+        "holds": all(j.holds for j in judged),
+        "cases": [j.plain() for j in judged],
+        "counter_example": [vars(outcome) for outcome in found],
+        "slowdown": [vars(s) for s in slow],
+    }
+    (out / "theory.json").write_text(json.dumps(_short(report), indent=None) + "\n")
+    (out / "table.md").write_text("\n".join(table.markdown() for table in tables))
+    draw(judged, found, slow, out)
+    for table in tables:
+        table.print()
+    crossed = [j.case.name for j in judged if not j.holds]
+    print(
+        f"{len(judged) - len(crossed)} of {len(judged)} cases within their bounds; written to {out}"
+    )
+    for name in crossed:
+        print(f"error: {name} crosses its bound", file=sys.stderr)
+    return 1 if crossed else 0
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Start processes of one thread each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+        yield pool
+
+
+def _one_thread() -> None:
+    fix_bits(1, torch.device("cpu"))
+
+
+def _case(job: tuple[Case, int]) -> verdict.Path:
+    return verdict.run(*job)
+
+
+def _shown(results: Iterator[T], total: int, what: str) -> Iterator[T]:
+    console = Console(stderr=True)
+    return iter(track(results, what, total, console=console, disable=not console.is_terminal))
+
+
+def _short(value: object) -> object:
+    """Keep six digits of every number, and write what is not finite as text."""
+    if isinstance(value, dict):
+        return {key: _short(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if np.isfinite(value) else str(value)
+    return value

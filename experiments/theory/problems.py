@@ -1,0 +1,201 @@
+"""The convex problems of ``fedraclora theory``: their constants, and what is measured along a path.
+
+Every constant is computed from the samples; none is fitted to a curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+
+from experiments.theory.runs import start_of
+from fedraclora.data.dataset import DataSet
+from fedraclora.data.synthetic import least_squares, logistic_regression
+from fedraclora.errors import unknown
+from fedraclora.models.linear import build_linear
+from fedraclora.rng import generator, torch_normal
+from fedraclora.samples import Partitioned, Samples
+from fedraclora.task import SLOPES, Task
+from fedraclora.theory import logistic_pl
+from fedraclora.tree import Tree
+
+WEIGHT = "fc1.weight"
+MEASURES = ("gap", "gradient_sq", "sigma_sq", "zeta_sq")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The mean loss of a linear model over clients of equally many samples, from W^0 = 0.
+
+    Attributes:
+        task: Model, loss and samples, float64.
+        clients: M.
+        optimum: f*.
+        smoothness: L of f.
+        curvature: Greatest number that is known to lie below every eigenvalue of the Hessian.
+        pl: mu of the PL inequality on the sublevel set of W^0.
+        pl_everywhere: Whether mu holds outside of that set, too, where SGD and local steps may go.
+        own: L of each client's mean loss, [M].
+        each: L of the loss of each sample, [M, S].
+    """
+
+    task: Task
+    clients: int
+    optimum: float
+    smoothness: float
+    curvature: float
+    pl: float
+    pl_everywhere: bool
+    own: torch.Tensor
+    each: torch.Tensor
+
+    def batch_smoothness(self, batch: int) -> float:
+        """Bound L of the mean loss of any ``batch`` samples of one client.
+
+        The Hessian of the batch lies below the sum of those of its samples, so below the mean of
+        the greatest; and below that of all S samples times S / batch.
+        """
+        greatest = self.each.topk(batch, dim=1).values.mean(dim=1)
+        whole = self.own * (self.each.shape[1] / batch)
+        return float(torch.minimum(greatest, whole).max())
+
+    def batch_variance(self, batch: int) -> float:
+        """Variance of the mean of a batch drawn without replacement, over that of one sample.
+
+        Also that of the batches of a reshuffled epoch around the client's mean.
+        """
+        samples = self.each.shape[1]
+        return (samples - batch) / (batch * (samples - 1)) if batch else 0.0
+
+    def measure(self, weights: Tree) -> dict[str, float]:
+        """Give `MEASURES` at some weights; sigma_sq is that of single samples.
+
+        The gradient of sample i is ``e_i x_i^T`` with the slope e_i of its loss, so its squared
+        norm is ``||e_i||^2 ||x_i||^2`` and none is formed.
+        """
+        data = self._data
+        x = data.samples.inputs["x"]
+        losses, slope = SLOPES[self.task.loss](x @ weights[WEIGHT].mT, data.samples.target)
+        slope = slope.reshape(self.clients, -1, weights[WEIGHT].shape[0])
+        x = x.reshape(self.clients, -1, x.shape[1])
+        own = slope.mT @ x / x.shape[1]  # [M, m, n], gradients of the clients
+        norms = (own * own).sum(dim=(1, 2))
+        mean = own.mean(dim=0)
+        gradient_sq = float((mean * mean).sum())
+        singles = (slope * slope).sum(dim=2) * (x * x).sum(dim=2)
+        return {
+            "gap": float(losses.mean()) - self.optimum,
+            "gradient_sq": gradient_sq,
+            "sigma_sq": float((singles.mean(dim=1) - norms).mean()),
+            "zeta_sq": float(norms.mean()) - gradient_sq,
+        }
+
+    @property
+    def _data(self) -> Partitioned:
+        assert isinstance(self.task.train, Partitioned)  # noqa: S101 - built so below
+        return self.task.train
+
+
+def from_data(data: DataSet, clients: int) -> Problem:
+    """Make the problem of a synthetic data set: its optimum and curvature are in its facts."""
+    built = build_linear(shape=data.sample_shape, classes=data.classes, seed=0, bias=False)
+    model = built.model.double()
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    x = data.train.inputs["x"]
+    rows = np.split(np.arange(len(x)), clients)
+    train = Partitioned.of(data.train, rows)
+    metrics = data.metrics
+    task = Task(model, (), data.loss, metrics, train, data.test, optimum=data.optimum)
+    bend = 1.0 if data.loss == "squared_error" else 0.25  # greatest second derivative of the loss
+    by_client = x.reshape(clients, -1, x.shape[1])
+    squares = (by_client * by_client).sum(dim=2)
+    own = torch.linalg.eigvalsh(by_client.mT @ by_client / by_client.shape[1])[:, -1]
+    assert data.optimum is not None  # noqa: S101 - synthetic
+    ground = Problem(
+        task,
+        clients,
+        data.optimum,
+        smoothness=float(str(data.info["smoothness"])),
+        curvature=0.0,
+        pl=0.0,
+        pl_everywhere=False,
+        own=bend * own,
+        each=bend * squares,
+    )
+    if data.loss == "squared_error":
+        mu = float(str(data.info["strong_convexity"]))
+        return replace(ground, curvature=mu, pl=mu, pl_everywhere=True)
+    gap = ground.measure(start_of(task))["gap"]
+    norm = float(squares.max()) ** 0.5
+    return replace(ground, pl=logistic_pl(float(str(data.info["curvature"])), norm, gap))
+
+
+def isotropic() -> Problem:
+    """Make ``1/2 ||W - Y||^2`` with W 6 x 12: L = mu = 1, and a step of 1 leaves 1 - r/n of it."""
+    m, n = 6, 12
+    target = torch_normal(generator(0, "theory", "isotropic"), n, m)
+    samples = Samples({"x": n**0.5 * torch.eye(n, dtype=torch.float64)}, n**0.5 * target)
+    info: dict[str, object] = {"smoothness": 1.0, "strong_convexity": 1.0}
+    parts = [np.arange(n)]
+    data = DataSet(
+        samples, samples, m, "squared_error", ("loss",), {}, (n,), parts, optimum=0.0, info=info
+    )
+    return from_data(data, 1)
+
+
+def linear(clients: int, samples: int, condition: float, heterogeneity: float = 0.0) -> Problem:
+    """Draw a linear regression, W 6 x 12."""
+    data = least_squares(
+        clients=clients,
+        samples=samples,
+        features=12,
+        outputs=6,
+        noise=1.0,
+        heterogeneity=heterogeneity,
+        condition=condition,
+        dtype="float64",
+    )
+    return from_data(data, clients)
+
+
+def logistic(clients: int, samples: int, heterogeneity: float = 0.0) -> Problem:
+    """Draw a logistic regression, W 1 x 8."""
+    data = logistic_regression(
+        clients=clients,
+        samples=samples,
+        features=8,
+        flip=0.3,
+        heterogeneity=heterogeneity,
+        condition=1.0,
+        dtype="float64",
+    )
+    return from_data(data, clients)
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "isotropic": isotropic,
+    "linear": lambda: linear(1, 96, 4.0),
+    "near-isotropic": lambda: linear(1, 2400, 1.0),
+    "logistic": lambda: logistic(1, 256),
+    "linear, 1 client": lambda: linear(1, 192, 1.0),
+    "logistic, 1 client": lambda: logistic(1, 192),
+    "linear, 8 clients": lambda: linear(8, 192, 1.0, 0.2),
+    "logistic, 8 clients": lambda: logistic(8, 192, 0.3),
+}
+
+
+@cache
+def problem(name: str) -> Problem:
+    """Make a problem by its name, once a process.
+
+    Raises:
+        ConfigError: If there is none of this name.
+    """
+    if name not in PROBLEMS:
+        raise unknown("problem", name, PROBLEMS)
+    return PROBLEMS[name]()

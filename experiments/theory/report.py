@@ -1,0 +1,80 @@
+"""The tables of ``fedraclora theory``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiments.tables import Table
+from experiments.theory.counter_example import CHAIN, START, Outcome
+from experiments.theory.slowdown import Slowdown
+from experiments.theory.verdict import Judged
+
+
+def bounds_table(judged: Sequence[Judged]) -> Table:
+    """Make the table of verdicts, one line per case."""
+    records = []
+    for j in judged:
+        shown = j.curves.get("gap", j.curves["gradient"])
+        given, first = j.descent.given, shown.mean[0]
+        measured = shown.worst[-1] if shown.sure else shown.mean[-1]
+        record: dict[str, object] = {
+            "case": j.case.name,
+            "theorem": j.case.theorem,
+            "step x L": j.case.step * given.smoothness,
+            "lambda": given.lambda_min,
+            "quantity": shown.quantity,
+            "measured": float(measured / first),
+            "bound": float(shown.bound[-1] / first),
+            "closest": max(curve.closest for curve in j.curves.values()),
+            "verdict": "holds" if j.holds else "CROSSED",
+        }
+        records.append(record)
+    note = (
+        "measured, bound: after the last round, over the first value; of the gap f(W^T) - f* where "
+        "a PL constant is known, else of the mean squared gradient norm. closest: greatest "
+        "measured / bound over rounds and both quantities; of covers in the worst seed, else in "
+        "the mean."
+    )
+    return _table(records, note)
+
+
+def example_table(found: Sequence[Outcome]) -> Table:
+    """Make the table of the counter-example's final gaps."""
+    records: list[dict[str, object]] = [
+        {
+            "3 x 3, rank 1": o.method,
+            "step x L": o.share,
+            "steps": CHAIN * (len(o.median) - 1),
+            "diverged": f"{o.diverged} of {o.seeds}",
+            "median gap": o.median[-1],
+            "least": o.best,
+            "greatest": o.worst,
+        }
+        for o in found
+    ]
+    return _table(records, f"The gap at the start is {START:.3g}.")
+
+
+def slowdown_table(slow: Sequence[Slowdown]) -> Table:
+    """Make the table of rounds and uplink to an accuracy, by rank."""
+    records: list[dict[str, object]] = [
+        {
+            "problem": s.panel,
+            "gap left": s.accuracy,
+            "r / dim": share,
+            "rounds": rounds,
+            "rounds x r / dim": rounds * share,
+            "uplink MB": uplink / 1e6,
+        }
+        for s in slow
+        for share, rounds, uplink in zip(s.shares, s.rounds, s.uplink, strict=True)
+    ]
+    return _table(records)
+
+
+def _table(records: list[dict[str, object]], *notes: str) -> Table:
+    cells = tuple(
+        tuple(f"{v:.3g}" if isinstance(v, float) else str(v) for v in record.values())
+        for record in records
+    )
+    return Table(tuple(records[0]) if records else (), cells, tuple(records), notes)

@@ -1,0 +1,29 @@
+"""The ``key=value`` words of commands that Hydra does not compose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedraclora.errors import ConfigError
+
+
+def key_values(words: Sequence[str]) -> dict[str, object]:
+    """Read words into a group of settings: whole numbers, true and false, and text.
+
+    Raises:
+        ConfigError: If a word is not of the form key=value.
+
+    Example:
+        >>> key_values(["seeds=3", "check=true", "out=runs/a"])
+        {'seeds': 3, 'check': True, 'out': 'runs/a'}
+    """
+    group: dict[str, object] = {}
+    for word in words:
+        key, mark, text = word.partition("=")
+        if not mark:
+            raise ConfigError(f"{word!r} is not of the form key=value")
+        low = text.lower()
+        group[key] = (
+            int(text) if text.isdecimal() else low == "true" if low in {"true", "false"} else text
+        )
+    return group
