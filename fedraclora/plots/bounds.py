@@ -63,10 +63,12 @@ def bounds_figure(title: str, panels: Sequence[Panel], columns: int, path: Path)
 
     Args:
         title: Of the figure.
-        panels: In reading order.
+        panels: In reading order; without one, nothing is drawn.
         columns: Panels beside one another.
         path: The PNG to write.
     """
+    if not panels:
+        return
     rows = -(-len(panels) // columns)
     figure = new_figure(5.0 * columns, 4.5 * rows + 0.9)
     figure.suptitle(title, fontsize=13)

@@ -75,4 +75,5 @@ def test_bad_words_are_named(word: str, said: str, capsys: pytest.CaptureFixture
 
 def test_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of("--help") == 0
-    assert all(key in capsys.readouterr().out for key in ("size=", "seeds=", "jobs=", "out="))
+    printed = capsys.readouterr().out
+    assert all(key in printed for key in ("size=", "seeds=", "jobs=", "out="))

@@ -17,6 +17,7 @@ from fedraclora.local import train_one
 from fedraclora.method import Cohort, Downlink, Draw, Trained
 from fedraclora.precision import BF16_MIXED, FLOAT32, PRECISIONS
 from fedraclora.samples import Partitioned
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from fedraclora.trial import Trial
 from strategies import METHODS
@@ -55,6 +56,8 @@ def gap(got: Tree, wanted: Tree, start: Tree) -> float:
 
 def starts(sent: Downlink, base: Tree) -> Tree:
     def start(name: str, slot: Trained) -> torch.Tensor:
+        if isinstance(slot.start, SketchSpec):
+            return slot.start.draw()
         return base.get(name, torch.zeros(slot.shape)) if slot.start is None else slot.start
 
     return {n: start(n, s) for n, s in sent.trained().items()}
