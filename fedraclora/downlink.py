@@ -85,9 +85,9 @@ class Downlink:
         dense: Tensors trained in full, by parameter name.
         recipe: A key of `fedraclora.recipe.RECIPES`: what clients do beyond plain local steps.
         arguments: Numbers for the recipe.
-        ranks: Budget of each client, int64 [K]: it trains the first r_k components of every
-            adapter (all of an adapter of lower rank), and the others stay as they start
-            (`fedraclora.ranks`). None: no budgets.
+        ranks: Which components of every adapter each client trains; the others stay as they start
+            (`fedraclora.ranks`). Int64 [K]: the first r_k (all of an adapter of lower rank);
+            int64 [K, 2]: part g of G equal ones. None: all.
         link: Number of the link in progress: as long as it stays, frozen factors do and trained
             ones live on, so that a client's moments may, too (`fedraclora.moments`).
     """

@@ -16,6 +16,7 @@ from fedraclora.cohort_layers import CohortContext, CohortDropout
 from fedraclora.method import Downlink, Frozen, Plan, Sketched
 from fedraclora.optimiser import LocalConfig
 from fedraclora.precision import FLOAT32, products_in
+from fedraclora.ranks import window
 from fedraclora.recipe import RECIPES
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.samples import Samples
@@ -58,9 +59,9 @@ def train_one(
     """
     starts, frozen = own_tensors(downlink, base, place)
     values = starts
-    if downlink.ranks is not None:
-        rank = int(downlink.ranks[place])
-        base, values, frozen = within_budget(base, downlink, plan, values, frozen, rank)
+    own = None if downlink.ranks is None else downlink.ranks[place : place + 1]
+    if own is not None:
+        base, values, frozen = within_budget(base, downlink, plan, values, frozen, own)
     values = {n: v.clone().requires_grad_() for n, v in values.items()}
 
     hook = RECIPES[downlink.recipe].gradient(frozen, downlink.arguments, None)
@@ -92,7 +93,11 @@ def train_one(
         optimiser.step()
     trained = {name: start.clone() for name, start in starts.items()}
     for name, value in values.items():
-        trained[name][tuple(slice(size) for size in value.shape)] = value.detach()
+        weight, _, label = name.rpartition("/")
+        part: tuple[slice, ...] = ()
+        if own is not None and weight in downlink.adapters:
+            part = window(downlink.adapters[weight], label, trained[name].shape, own)
+        trained[name][part] = value.detach()
     return trained, sum(losses) / max(1, len(losses))
 
 
@@ -119,20 +124,17 @@ def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]
 
 
 def within_budget(
-    base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree, rank: int
+    base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree, ranks: torch.Tensor
 ) -> tuple[Tree, Tree, Tree]:
-    """Cut factors to the first ``rank`` components; the rest of each term goes into the base."""
+    """Cut factors to a client's components; the rest of each term goes into the base."""
 
     def cut(tensors: Tree) -> Tree:
         out = dict(tensors)
         for weight, adapter in downlink.adapters.items():
-            first, *_, last = adapter.factors
             for label in adapter.factors:
                 name = f"{weight}/{label}"
-                if name in out and label != first:
-                    out[name] = out[name][:rank]
-                if name in out and label != last:
-                    out[name] = out[name][:, :rank]
+                if name in out:
+                    out[name] = out[name][window(adapter, label, out[name].shape, ranks)]
         return out
 
     whole = effective_weights(base, downlink, plan, values, frozen)

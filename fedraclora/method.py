@@ -43,11 +43,14 @@ class Traits:
     """What a method promises; the contract suite holds it to the first three.
 
     Attributes:
-        exact: The new effective weights equal the weighted mean of the clients' own.
+        exact: The new effective weights are old + step (mean - old), where mean is the weighted
+            mean of the clients' own; with a step of 1 they are that mean.
         linear: Weighted sums of what clients send are enough (secure aggregation can serve it).
         merges: Updates are folded into the base weights, so absent clients must catch up.
         client_state: Something stays at the clients between rounds.
         ranks: Clients may have rank budgets (`Cohort.ranks`): the method hands them on.
+        looks_at_clients: It reports on single clients where their updates are there.
+        step: The server's step, in `exact`.
     """
 
     exact: bool
@@ -56,6 +59,7 @@ class Traits:
     client_state: bool = False
     ranks: bool = False
     looks_at_clients: bool = False
+    step: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ Where a sketch lives for several rounds it is the carried value, which the clien
 part of its frozen weights: to drop it instead would let every round with a small client shrink
 what the large ones have learnt.
 
+Several sketches a round are the same thing with other components: the rows of one drawing are cut
+into G parts, and client k trains part g_k. The sum is exact for the same reason.
+
 References:
     Cho et al., *Heterogeneous LoRA for federated fine-tuning*, arXiv 2401.06432, truncate and pad
     factors that are both trained, which is not exact; one shared sketch makes it so.
@@ -52,7 +55,7 @@ def check_budgets(downlink: Downlink, cohort: Cohort) -> None:
             "clients have rank budgets, but the method did not hand them on: set Downlink.ranks "
             "from Cohort.ranks, or run without budgets"
         )
-    if downlink.ranks is not None and downlink.ranks.shape != cohort.clients.shape:
+    if downlink.ranks is not None and len(downlink.ranks) != len(cohort):
         raise ShapeError(
             f"a downlink to {len(cohort)} clients has rank budgets {tuple(downlink.ranks.shape)}; "
             "one for each is wanted: a later exchange asks those that are left"
@@ -71,9 +74,42 @@ def rank_axes(adapter: Adapter, label: str) -> tuple[int, ...]:
     return tuple(axis for axis, end in ((0, labels[0]), (1, labels[-1])) if label != end)
 
 
+def spans(ranks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the first component of each client and the one after its last.
+
+    Args:
+        ranks: Budgets, int64 [K]: the first r_k; or parts, int64 [K, 2]: part g of G.
+        size: Components in all.
+
+    Returns:
+        Two tensors int64 [K], at most ``size``.
+
+    Example:
+        >>> [end.tolist() for end in spans(torch.tensor([[0, 2], [1, 2]]), 6)]
+        [[0, 3], [3, 6]]
+    """
+    if ranks.dim() == 1:
+        return torch.zeros_like(ranks), ranks.clamp(max=size)
+    part, parts = ranks.unbind(dim=1)
+    return part * size // parts, (part + 1) * size // parts
+
+
 def within(ranks: torch.Tensor, size: int) -> torch.Tensor:
-    """Tell which of ``size`` components each client has: bool [K, size] from ranks int64 [K]."""
-    return torch.arange(size, device=ranks.device) < ranks[:, None]
+    """Tell which of ``size`` components each client has: bool [K, size]; ranks as in `spans`."""
+    first, end = spans(ranks, size)
+    places = torch.arange(size, device=ranks.device)
+    return (places >= first[:, None]) & (places < end[:, None])
+
+
+def window(
+    adapter: Adapter, label: str, shape: tuple[int, ...], ranks: torch.Tensor
+) -> tuple[slice, ...]:
+    """Give the part of a factor that one client has; ``ranks`` as in `spans`, with K = 1."""
+    cut = [slice(None)] * len(shape)
+    for axis in rank_axes(adapter, label):
+        first, end = spans(ranks, shape[axis])
+        cut[axis] = slice(int(first), int(end))
+    return tuple(cut)
 
 
 def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
@@ -81,7 +117,7 @@ def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
 
     Args:
         downlink: Says which factors are trained.
-        ranks: Budgets of the clients, int64 [K], or None.
+        ranks: Of the clients, as in `spans`, or None.
 
     Returns:
         Masks by trained name, bool, [K, rows, cols] with 1 for an axis that is not cut. Factors

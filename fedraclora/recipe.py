@@ -45,7 +45,7 @@ def projected(
     Args:
         frozen: Frozen factors by "<weight>/<label>": A [r, n] or [K, r, n], B [m, r] or [K, m, r].
         arguments: None are read.
-        ranks: Rank budgets of the clients, int64 [K], or None.
+        ranks: Which components each client trains, as in `fedraclora.ranks.spans`, or None.
 
     Returns:
         The hook for the round; the inverses are formed once, in float64.
@@ -60,8 +60,8 @@ def projected(
         wide = factor.to(torch.float64)
         gram = wide @ wide.mT if label == "A" else wide.mT @ wide
         partner = f"{weight}/{'B' if label == 'A' else 'A'}"
-        if ranks is not None and bool((ranks < gram.shape[-1]).any()):
-            kept = within(ranks, gram.shape[-1]).to(gram)
+        kept = None if ranks is None else within(ranks, gram.shape[-1]).to(gram)
+        if kept is not None and not bool(kept.all()):
             # The pseudo-inverse of a padded block is the padded pseudo-inverse of the block.
             gram = gram * kept[:, :, None] * kept[:, None, :]
         inverses[partner] = torch.linalg.pinv(gram, hermitian=True).to(factor.dtype)

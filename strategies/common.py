@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
+
 from fedraclora.adapter import Rank, resolve_rank
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import Plan, State, Trained
@@ -33,10 +35,22 @@ def draws_right(side: str, plan: Plan, name: str) -> bool:
     return side == "right" or (side == "auto" and n >= m)
 
 
-def drawn_rank(rank: int | float, side: str, plan: Plan, name: str, *, cap: bool) -> Rank:
-    """Give the rank of a layer; its bound is the dimension of the side that is drawn."""
+def drawn_rank(
+    rank: int | float, side: str, plan: Plan, name: str, *, cap: bool, parts: int = 1
+) -> Rank:
+    """Give the rank of a layer; its bound is the dimension of the side that is drawn.
+
+    With several ``parts`` of one drawing it is the rank of each, and they share the dimension.
+
+    Raises:
+        ConfigError: If there are more parts than dimensions.
+    """
     dim = plan.targets[name].shape[1 if draws_right(side, plan, name) else 0]
-    return resolve_rank(rank, dim, name, cap=cap)
+    if parts > dim:
+        raise ConfigError(
+            f"method.sketches is {parts}, but {name} has only {dim} on the drawn side; take fewer"
+        )
+    return resolve_rank(rank, dim // parts, name, cap=cap)
 
 
 def next_link(memo: dict[str, int], resample_every: int | None) -> dict[str, int]:
@@ -59,9 +73,25 @@ def dense_slots(state: State) -> dict[str, Trained]:
     return averaged | {name: Trained(shapes[name], main=False, upload=False) for name in plan.local}
 
 
-def dense_means(state: State, mean: Tree) -> Tree:
-    """Averages of the tensors of `dense_slots`, in the precision of the base."""
-    return {name: mean[name].to(state.base[name].dtype) for name in state.plan.dense}
+def dense_means(state: State, mean: Tree, step: float = 1.0) -> Tree:
+    """Averages of the tensors of `dense_slots`, in the precision of the base.
+
+    Args:
+        state: Before the round.
+        mean: What the cohort sent, averaged.
+        step: The server's; 1 takes the average itself.
+    """
+    return {
+        name: server_step(state.base[name], mean[name], step).to(state.base[name].dtype)
+        for name in state.plan.dense
+    }
+
+
+def server_step(old: torch.Tensor | None, mean: torch.Tensor, step: float) -> torch.Tensor:
+    """Give ``old + step (mean - old)``; the mean to the bit for a step of 1; None stands for 0."""
+    if step == 1.0:
+        return mean
+    return step * mean if old is None else old + step * (mean - old)
 
 
 def dense_floats(plan: Plan) -> int:

@@ -10,7 +10,12 @@ factor for k rounds and merges it when the sketch is drawn anew; None never does
 
 - Uplink: r m numbers per matrix and client (left: r n). Downlink: a seed, and what the client
   missed: r m numbers per link, at most m n; plus the carried factor where k > 1.
-- Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
+- Aggregation: exact and linear, since the factor that is not averaged is the same everywhere; with
+  ``server_lr`` the new weights go beyond that mean by a known factor.
+- ``sketches = G`` deals the cohort at random into G groups of equal size, and cuts one drawing of
+  G r rows into G parts: group g trains r columns under part g. Uplink as before, and G r m numbers
+  per link to catch up on. ``server_lr = G`` then takes in each column the mean of its group.
+- ``server_lr = eta``: W <- W + eta (mean of the clients' weights - W), biases and head included.
 - Rank budgets: client k trains the first r_k components and sends r_k m numbers (left: r_k n); the
   rest of a carried factor, which it downloads whole, stays as it is (`fedraclora.ranks`). Exact.
 - Source: Malinovsky et al., *Randomized Asymmetric Chain of LoRA*, 2024, arXiv 2410.08305.
@@ -24,6 +29,7 @@ factor for k rounds and merges it when the sketch is drawn anew; None never does
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +54,7 @@ from fedraclora.method import (
     Traits,
     apply_link,
 )
+from fedraclora.rng import generator
 from fedraclora.sketch import SketchSpec, check_sketch
 from fedraclora.tree import Tree
 from strategies.common import (
@@ -59,6 +66,7 @@ from strategies.common import (
     drawn_rank,
     draws_right,
     next_link,
+    server_step,
 )
 
 
@@ -76,6 +84,8 @@ class FedRacLora(Method):
         resample_every: Rounds that a sketch lives; None = for ever.
         density: Share of non-zero entries of ``sparse_sign``.
         cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
+        sketches: G, groups of the cohort, each under rows of its own; G r is at most the dimension.
+        server_lr: eta, the server's step.
     """
 
     rank: int | float = 8
@@ -87,6 +97,8 @@ class FedRacLora(Method):
     resample_every: int | None = 1
     density: float = 0.1
     cap: bool = True
+    sketches: int = 1
+    server_lr: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse impossible hyperparameters."""
@@ -94,6 +106,10 @@ class FedRacLora(Method):
         check_link(self.side, self.resample_every)
         if not 0 < self.density <= 1:
             raise ConfigError(f"method.density is {self.density}; it must lie in (0, 1]")
+        if self.sketches < 1:
+            raise ConfigError(f"method.sketches is {self.sketches}; 1 or more is wanted")
+        if not 0 < self.server_lr < math.inf:
+            raise ConfigError(f"method.server_lr is {self.server_lr}; a positive number is wanted")
         resolve_rank(self.rank, 1, "any layer", cap=True)
         resolve_scale(self.alpha, 1)
 
@@ -101,7 +117,8 @@ class FedRacLora(Method):
     @override
     def traits(self) -> Traits:
         merges = self.resample_every is not None
-        return Traits(exact=True, linear=True, merges=merges, ranks=True)
+        ranks = self.sketches == 1  # else a client's components are those of its group
+        return Traits(exact=True, linear=True, merges=merges, ranks=ranks, step=self.server_lr)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -112,7 +129,10 @@ class FedRacLora(Method):
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        del round_
+        ranks = cohort.ranks
+        if self.sketches > 1:
+            dealt = generator(draw.seed, "groups", round_).permutation(len(cohort)) % self.sketches
+            ranks = torch.tensor([(g, self.sketches) for g in dealt.tolist()], dtype=torch.int64)
         adapters = {}
         for name, view in state.plan.targets.items():
             spec = self.spec(state, name, draw)
@@ -124,13 +144,13 @@ class FedRacLora(Method):
                 if spec.side == "right"
                 else {"B": Sketched(spec), "A": trained}
             )
-            adapters[name] = Adapter(factors, resolve_scale(self.alpha, spec.rank))
-        return Downlink(adapters, dense_slots(state), ranks=cohort.ranks, link=state.memo["sketch"])
+            adapters[name] = Adapter(factors, self._scale(spec))
+        return Downlink(adapters, dense_slots(state), ranks=ranks, link=state.memo["sketch"])
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         mean = got.mean()
-        dense = dense_means(state, mean)
+        dense = dense_means(state, mean, self.server_lr)
         averaged: Tree = {}
         terms: dict[str, Term] = {}
         for name, adapter in sent.adapters.items():
@@ -140,7 +160,10 @@ class FedRacLora(Method):
                     factors.append(factor.spec)
                 else:
                     # Rounded to the base's precision: what a client can be sent, the server uses.
-                    averaged[name] = mean[f"{name}/{label}"].to(state.base[name].dtype)
+                    new = server_step(
+                        state.carried.get(name), mean[f"{name}/{label}"], self.server_lr
+                    )
+                    averaged[name] = new.to(state.base[name].dtype)
                     factors.append(averaged[name])
             terms[name] = Term(tuple(factors), adapter.scale)
         memo = next_link(state.memo, self.resample_every)
@@ -157,7 +180,7 @@ class FedRacLora(Method):
         for name, trained in state.carried.items():
             spec = self.spec(state, name, draw)
             pair = (trained, spec) if spec.side == "right" else (spec, trained)
-            terms[name] = Term(pair, resolve_scale(self.alpha, spec.rank))
+            terms[name] = Term(pair, self._scale(spec))
         return apply_link(state.base, Link(terms), state.plan)
 
     @override
@@ -168,7 +191,7 @@ class FedRacLora(Method):
             trained += self._rank(plan, name).value * kept
         up = trained + dense_floats(plan)
         age = (round_ - 1) % self.resample_every if self.resample_every else round_ - 1
-        return up, trained if age else 0
+        return up, trained * self.sketches if age else 0
 
     def spec(self, state: State, name: str, draw: Draw) -> SketchSpec:
         """Give the sketch of one layer that is in force in ``state``."""
@@ -176,7 +199,7 @@ class FedRacLora(Method):
         return SketchSpec(
             kind=self.sketch,
             side="right" if right else "left",
-            rank=self._rank(state.plan, name).value,
+            rank=self._rank(state.plan, name).value * self.sketches,
             dim=state.plan.targets[name].shape[1 if right else 0],
             seed=draw.sketch_seed(name),
             index=state.memo["sketch"],
@@ -186,4 +209,7 @@ class FedRacLora(Method):
         )
 
     def _rank(self, plan: Plan, name: str) -> Rank:
-        return drawn_rank(self.rank, self.side, plan, name, cap=self.cap)
+        return drawn_rank(self.rank, self.side, plan, name, cap=self.cap, parts=self.sketches)
+
+    def _scale(self, spec: SketchSpec) -> float:
+        return resolve_scale(self.alpha, spec.rank // self.sketches)

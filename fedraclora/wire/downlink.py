@@ -143,7 +143,9 @@ class Reader:
             downlink = _downlink(header, self._tensors | own)
         chunk, vectors = content["chunk"], read_vectors(content)
         if "ranks" in vectors:
-            downlink = replace(downlink, ranks=vectors["ranks"])
+            ranks = vectors["ranks"]
+            pairs = len(ranks) == 2 * len(vectors["clients"])
+            downlink = replace(downlink, ranks=ranks.reshape(-1, 2) if pairs else ranks)
         order = Order(
             header["round"],
             header["version"],

@@ -34,6 +34,7 @@ from worlds import (
     play_rounds,
     random_replies,
     some_cohort,
+    stepped,
     variants,
     yaml_of,
 )
@@ -44,6 +45,7 @@ from fedraclora.chain import replay
 from fedraclora.errors import ShapeError
 from fedraclora.link import apply_link
 from fedraclora.method import Draw, Method, Sketched, Trained
+from fedraclora.ranks import uploaded_numbers
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from fedraclora.wire import uplink_layout
@@ -96,7 +98,8 @@ def drawn(played: Played) -> list[SketchSpec]:
 def test_exact_methods_give_the_mean_of_the_clients_weights(variant: Variant, world: World) -> None:
     method = method_of(variant)
     for played in play_rounds(method, world, 4, DRAW):
-        found, wanted = new_weights(method, played), mean_weights(played)
+        found = new_weights(method, played)
+        wanted = stepped(method, played, mean_weights(played), DRAW)
         if method.traits.exact:
             assert_close_trees(found, wanted)
         else:
@@ -122,7 +125,8 @@ def test_inexact_methods_report_the_error_of_the_round(variant: Variant, world: 
 def test_a_cohort_of_one_gives_the_weights_of_that_client(variant: Variant, world: World) -> None:
     method = method_of(variant)
     for played in play_rounds(method, world, 4, DRAW, some_cohort((3.5,))):
-        assert_close_trees(new_weights(method, played), client_weights(played, 0))
+        wanted = stepped(method, played, client_weights(played, 0), DRAW)
+        assert_close_trees(new_weights(method, played), wanted)
 
 
 @every_variant
@@ -136,7 +140,8 @@ def test_equal_replies_give_the_weights_of_one_of_them(variant: Variant, world: 
     got = replace(played.got, stacked=rows)
     after = method.close_round(played.before, played.sent, got)
     same = Played(played.before, played.sent, got, after)
-    assert_close_trees(method.weights(after, DRAW), client_weights(same, 2))
+    wanted = stepped(method, same, client_weights(same, 2), DRAW)
+    assert_close_trees(method.weights(after, DRAW), wanted)
 
 
 # --- aggregation ---------------------------------------------------------------------------------
@@ -299,7 +304,11 @@ def test_averages_are_rounded_once_from_float64(variant: Variant) -> None:
         weights = played.got.weights[:, None]
         mean = (weights * played.got.stacked.double()).sum(dim=0) / weights.sum()
         wanted = played.got.layout.unpack(mean)
+        step = method.traits.step
         for name in played.sent.dense:
+            if step != 1:
+                old = played.before.base[name].double()
+                wanted[name] = old + step * (wanted[name] - old)
             gap = (played.after.base[name].double() - wanted[name]).abs()
             # Half a unit in the last place of float32, and the rounding of the float64 sum.
             assert torch.all(gap <= wanted[name].abs() * 2.0**-24 * (1 + 1e-6)), name
@@ -388,7 +397,9 @@ def test_floats_is_what_travels(variant: Variant, world: World) -> None:
     most = formula = 0
     for round_, played in enumerate(play_rounds(method, world, 6, DRAW), start=1):
         up, down = method.floats(world.plan, round_)
-        assert up == played.got.layout.size == uplink_layout(played.sent).size
+        assert played.got.layout == uplink_layout(played.sent)
+        each = uploaded_numbers(played.sent, len(played.got.clients))
+        assert each.tolist() == [up] * len(each)
         # A factor that starts at zero does not travel: the formula is the most that does.
         assert carried_down(played) <= down
         most, formula = max(most, carried_down(played)), max(formula, down)

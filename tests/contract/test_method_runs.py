@@ -97,13 +97,17 @@ def test_the_server_ends_with_the_weights_that_a_client_trained_to(
     alone, method = equal_clients(make_world(layer), 1), method_of(variant)
     one = run(alone, method, FULL_BATCH, rounds=1)
     two = run(alone, method, replace(FULL_BATCH, steps=2), rounds=1)
-    wanted = (alone.loss(alone.base) + alone.loss(one.weights)) / 2
+    step = method.traits.step  # the server went that much further than the client
+    reached = {n: w + (one.weights[n] - w) / step for n, w in alone.base.items()}
+    wanted = (alone.loss(alone.base) + alone.loss(reached)) / 2
     assert two.rows[0]["train_loss"] == pytest.approx(wanted, rel=1e-12)
 
 
 @every_variant
 def test_equal_clients_are_one_client(variant: Variant, world: World) -> None:
     method = method_of(variant)
+    if getattr(method, "sketches", 1) > 1:
+        pytest.skip("clients of different groups train different columns")
     local = replace(FULL_BATCH, steps=3)
     many = run(equal_clients(world, 4), method, local, rounds=4, chunk=3)
     one = run(equal_clients(world, 1), method, local, rounds=4)

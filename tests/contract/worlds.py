@@ -84,6 +84,11 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {"blocks": "cover"}
         if "sketch" in group:
             yield name, {"sketch": "gaussian", "normalise": "identity"}
+        if "sketches" in group:
+            yield name, {"sketches": 2, "resample_every": 1}
+            yield name, {"sketches": 2, "server_lr": 2.0, "side": "left", "resample_every": 3}
+        if "server_lr" in group:
+            yield name, {"server_lr": 1.75, "resample_every": 1}
 
 
 def label(variant: tuple[str, dict[str, Any]]) -> str:
@@ -320,6 +325,12 @@ def mean_weights(played: Played) -> Tree:
         name: torch.stack([p * w[name] for p, w in zip(shares, each, strict=True)]).sum(dim=0)
         for name in played.before.base
     }
+
+
+def stepped(method: Method, played: Played, reached: Tree, draw: Draw) -> Tree:
+    """Old weights + step (reached - old), the step that the method says the server takes."""
+    old, step = method.weights(played.before, draw), method.traits.step
+    return {n: w + step * (reached[n] - w) for n, w in old.items()}
 
 
 def distance(left: Tree, right: Tree, names: list[str]) -> float:
