@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fedraclora.downlink import Downlink, Sketched
 from fedraclora.errors import ConfigError
-from fedraclora.sketch import Constants, SketchSpec, constants
+from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
 
 
 def over_layers(specs: Iterable[SketchSpec], *, dense: bool = False) -> Constants:
@@ -46,11 +46,14 @@ def of_downlink(downlink: Downlink) -> Constants:
     Returns:
         The constants over its layers; 1 for tensors that are trained in full.
 
+    Where groups train parts of one drawing these are the constants of the whole drawing.
+
     Raises:
         ConfigError: If an adapter is not one sketched and one trained factor, or clients have
             rank budgets: the step is then no projected gradient step.
     """
-    if downlink.ranks is not None:
+    parts = downlink.ranks is not None and downlink.ranks.dim() == 2
+    if downlink.ranks is not None and not parts:
         raise ConfigError("clients have rank budgets, which no theorem here covers; leave them out")
     specs = []
     for name, adapter in downlink.adapters.items():
@@ -59,6 +62,11 @@ def of_downlink(downlink: Downlink) -> Constants:
             raise ConfigError(
                 f"the adapter of {name} has the factors {sorted(adapter.factors)}, of which "
                 f"{len(drawn)} are sketched; the theorems need one sketched and one trained"
+            )
+        if parts and SKETCHES[drawn[0].kind].basis is None:
+            raise ConfigError(
+                f"{name} has several {drawn[0].kind!r} sketches, which are not orthogonal to one "
+                "another; the theorems need a kind with orthonormal rows"
             )
         specs += drawn
     return over_layers(specs, dense=bool(downlink.dense))

@@ -46,10 +46,20 @@ def sgd(given: Given, step: float) -> Descent:
 
 
 def local_step_limit(
-    smoothness: float, local_steps: int, clients: int = 1, cohort: int = 1
+    smoothness: float,
+    local_steps: int,
+    clients: int = 1,
+    cohort: int = 1,
+    server_step: float = 1.0,
 ) -> float:
-    """Give the largest step that `federated` allows: 1 / (2 sqrt(1 + omega) L N)."""
-    return 1 / (2 * sqrt(1 + sampling(clients, cohort)) * smoothness * local_steps)
+    """Give the largest step that `federated` allows: 1 / (max(2 sqrt(c), server_step) L N)."""
+    most = max(2 * sqrt(_spread(clients, cohort, server_step)), server_step)
+    return 1 / (most * smoothness * local_steps)
+
+
+def _spread(clients: int, cohort: int, server_step: float) -> float:
+    """Give the c of docs/theory.md, section 4: 1 + omega for plain averaging."""
+    return 1 + min(server_step, 2.0) * sampling(clients, cohort)
 
 
 def sampling(clients: int, cohort: int) -> float:
@@ -79,13 +89,22 @@ def reshuffling(given: Given, step: float, local_steps: int) -> Descent:
 
 
 def federated(
-    given: Given, step: float, local_steps: int, clients: int = 1, cohort: int = 1
+    given: Given,
+    step: float,
+    local_steps: int,
+    clients: int = 1,
+    cohort: int = 1,
+    server_step: float = 1.0,
 ) -> Descent:
-    """Bound Fed-RAC-LoRA: local random reshuffling under a shared sketch, plain averaging.
+    """Bound Fed-RAC-LoRA: local random reshuffling under a shared sketch, and averaging.
 
     Each client of a uniformly drawn cohort takes one local epoch of N batches; all clients have
     equally many samples and weigh the same. Source: derived here (docs/theory.md, section 4); the
     federated theorem of arXiv 2410.08305 was not available.
+
+    With ``sketches = G`` and ``server_lr = G eta``, of a kind with orthonormal rows, the same holds
+    with lambda_min and lambda_max of the whole drawing of G r rows, a cohort of K / G, and
+    ``server_step = eta``: each column is trained by one group.
 
     Args:
         given: L (of every batch's loss), gap, mu, sigma_sq, zeta_sq, lambda_min, lambda_max.
@@ -93,15 +112,18 @@ def federated(
         local_steps: N.
         clients: M.
         cohort: K, drawn uniformly without replacement in each round.
+        server_step: eta, by which the server goes along the mean change.
 
     Raises:
         ConfigError: If the step is above `local_step_limit`, or lambda_min is 0.
     """
-    omega = sampling(clients, cohort)
-    _check(given, step, local_step_limit(given.smoothness, local_steps, clients, cohort))
-    L, N, whole = given.smoothness, local_steps, step * local_steps
+    if not server_step > 0:
+        raise ConfigError(f"server_step is {server_step}; a positive number is wanted")
+    omega, c = sampling(clients, cohort), _spread(clients, cohort, server_step)
+    L, N, whole = given.smoothness, local_steps, server_step * step * local_steps
+    _check(given, step, local_step_limit(L, N, clients, cohort, server_step))
     drift = (N + 1) * given.sigma_sq + 2 * N**2 * given.zeta_sq
-    error = (1 + omega) * whole * (L * step) ** 2 * drift / 2 + L * whole**2 * omega * given.zeta_sq
+    error = c * whole * (L * step) ** 2 * drift / 2 + L * whole**2 * omega * given.zeta_sq
     source = "derived here, section 4"
     return Descent(whole * given.lambda_min / 4, given.lambda_max * error, given, source)
 

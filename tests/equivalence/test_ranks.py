@@ -43,7 +43,8 @@ def run(case: Case, method: Method, local: LocalConfig, rounds: int, check: set[
     trainer = trainer_of(case.task, plan, local)
     for round_ in range(1, rounds + 1):
         clients = draw_cohort(SEED, round_, len(SIZES), 5)
-        cohort = Cohort(clients, torch.ones(5), RANKS[clients])
+        budgets = RANKS[clients] if method.traits.ranks else None
+        cohort = Cohort(clients, torch.ones(5), budgets)
         sent = method.open_round(state, round_, cohort, draw)
         assert sent.ranks is not None
         if round_ in check:
@@ -71,6 +72,16 @@ def test_every_local_setting(setting: str, side: str) -> None:
     """The third round starts from a carried factor, of which decay and momentum see a part."""
     local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
     method = method_of("fed_rac_lora", side=side, sketch="gaussian", resample_every=3)
+    run(CASES["mlp"](), method, local, rounds=3, check={1, 3})
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_parts_of_one_sketch(setting: str, side: str) -> None:
+    """Groups are clients with budgets that begin elsewhere; the server step moves the start."""
+    local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
+    changes = {"side": side, "sketch": "gaussian", "resample_every": 3}
+    method = method_of("fed_rac_lora", rank=2, sketches=2, server_lr=1.5, **changes)
     run(CASES["mlp"](), method, local, rounds=3, check={1, 3})
 
 

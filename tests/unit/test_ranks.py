@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError, ShapeError, WireError
-from fedraclora.method import Adapter, Cohort, Downlink, Frozen, Sketched, Trained
+from fedraclora.layers import LayerView
+from fedraclora.method import Adapter, Cohort, Downlink, Draw, Frozen, Plan, Sketched, Trained
 from fedraclora.ranks import (
     check_budgets,
     check_ranks,
@@ -19,8 +21,10 @@ from fedraclora.ranks import (
     uploaded_mask,
     uploaded_numbers,
     widen,
+    within,
 )
 from fedraclora.sketch import SketchSpec
+from fedraclora.wire import uplink_layout
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg
 
@@ -55,6 +59,42 @@ def test_a_budget_leaves_the_first_components() -> None:
     ]
     assert masks["low/B"].squeeze(1).tolist() == [[True, False], *[[True, True]] * 3]
     assert list(masks) == ["w/B", "low/B"]  # a head has no rank
+
+
+def test_parts_share_the_components() -> None:
+    ranks = torch.tensor([[0, 2], [1, 2], [2, 3], [1, 7]])
+    assert within(ranks, 5).int().tolist() == [
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1],
+        [0, 0, 0, 1, 1],
+        [1, 0, 0, 0, 0],
+    ]
+    every = torch.tensor([[g, 3] for g in range(3)])
+    assert within(every, 7).sum(dim=0).tolist() == [1] * 7
+
+
+def test_two_sketches_with_a_server_step_of_two_merge_the_mean_of_each_group() -> None:
+    world = Plan({"w": LayerView("linear", (M, N))}, shapes={"w": (M, N)})
+    method = FedRacLora(rank=2, alpha=5.0, sketches=2, server_lr=2.0)
+    state = method.init({"w": torch.zeros(M, N, dtype=torch.float64)}, world, Draw(3))
+    sent = method.open_round(state, 1, Cohort(torch.arange(4), torch.ones(4)), Draw(3))
+    assert sent.ranks is not None
+    group = sent.ranks[:, 0]
+    assert sorted(group.tolist()) == [0, 0, 1, 1]
+    own = torch.arange(4 * M * 2, dtype=torch.float64).reshape(4, M, 2).sin()
+    rows = widen(own.reshape(-1), sent, torch.arange(4))
+    got = Uplinks(torch.arange(4), torch.ones(4).double(), uplink_layout(sent), rows)
+    factor = sent.adapters["w"].factors["A"]
+    assert isinstance(factor, Sketched)
+    A = factor.spec.draw()
+    wanted = sum(2.5 * own[group == g].mean(dim=0) @ A[2 * g : 2 * g + 2] for g in (0, 1))
+    torch.testing.assert_close(method.close_round(state, sent, got).base["w"], wanted)
+
+
+def test_more_sketches_than_dimensions_are_refused() -> None:
+    world = Plan({"w": LayerView("linear", (M, N))}, shapes={"w": (M, N)})
+    with pytest.raises(ConfigError, match="sketches is 8, but w has only 7"):
+        FedRacLora(rank=1, sketches=8).init({}, world, Draw(3))
 
 
 def test_the_middle_of_three_factors_is_cut_on_both_sides() -> None:

@@ -99,7 +99,12 @@ def local(
 
 
 def mean_loss_after(
-    problem: Quadratics, w: Array, step: float, cohort: int, Hs: list[Array]
+    problem: Quadratics,
+    w: Array,
+    step: float,
+    cohort: int,
+    Hs: list[Array],
+    server_step: float = 1.0,
 ) -> float:
     """E f(W^{t+1}): over sketches, permutations of each client, cohorts."""
     clients, batches = problem.c.shape[:2]
@@ -112,7 +117,7 @@ def mean_loss_after(
                 change = np.mean(
                     [changes[m][p] for m, p in zip(chosen, picked, strict=True)], axis=0
                 )
-                losses.append(problem.loss(w + change))
+                losses.append(problem.loss(w + server_step * change))
     return float(np.mean(losses))
 
 
@@ -140,6 +145,50 @@ def test_a_federated_round_descends_as_the_theorem_says(
             after = mean_loss_after(problem, w, share * limit, cohort, Hs)
             change = -descent.progress * problem.square(w) + descent.error
             assert after - problem.loss(w) <= change + 1e-12
+
+
+@pytest.mark.parametrize("server_step", [0.5, 1.5, 4.0])
+@pytest.mark.parametrize(("clients", "batches", "cohort"), [(3, 2, 3), (4, 2, 1), (3, 1, 2)])
+def test_a_server_step_descends_as_the_theorem_says(
+    clients: int, batches: int, cohort: int, server_step: float
+) -> None:
+    for seed in range(3):
+        problem, rng = Quadratics(seed, clients, batches, apart=2.0), np.random.default_rng(seed)
+        smoothness = problem.given(problem.optimum).smoothness
+        step = local_step_limit(smoothness, batches, clients, cohort, server_step)
+        Hs = sketches(rng)
+        for w in points(problem, rng):
+            descent = federated(problem.given(w), step, batches, clients, cohort, server_step)
+            after = mean_loss_after(problem, w, step, cohort, Hs, server_step)
+            change = -descent.progress * problem.square(w) + descent.error
+            assert after - problem.loss(w) <= change + 1e-12
+
+
+@pytest.mark.parametrize(("clients", "batches", "cohort"), [(4, 2, 4), (4, 1, 2), (3, 2, 2)])
+def test_two_sketches_descend_as_one_of_twice_the_rank_with_half_the_cohort(
+    clients: int, batches: int, cohort: int
+) -> None:
+    half = cohort // 2
+    for seed in range(3):
+        problem, rng = Quadratics(seed, clients, batches, apart=2.0), np.random.default_rng(seed)
+        smoothness = problem.given(problem.optimum).smoothness
+        step = local_step_limit(smoothness, batches, clients, half)
+        Hs, orders = sketches(rng), list(permutations(range(batches)))
+        for w in points(problem, rng):
+            losses = []
+            for parts in permutations(range(D), 2):
+                changes = [
+                    [[local(problem, w, m, o, Hs[j], step) for o in orders] for m in range(clients)]
+                    for j in parts
+                ]
+                for dealt in permutations(range(clients), cohort):
+                    for picked in product(range(len(orders)), repeat=cohort):
+                        moves = [changes[i // half][m][picked[i]] for i, m in enumerate(dealt)]
+                        losses.append(problem.loss(w + np.sum(moves, axis=0) / half))
+            given = problem.given(w, lambda_min=2 / D, lambda_max=2 / D)
+            descent = federated(given, step, batches, clients, half)
+            change = -descent.progress * problem.square(w) + descent.error
+            assert np.mean(losses) - problem.loss(w) <= change + 1e-12
 
 
 def test_the_error_of_a_federated_round_is_needed() -> None:
