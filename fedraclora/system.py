@@ -169,13 +169,14 @@ class SystemConfig:
     def _seconds(self, seed: int, round_: int, clients: torch.Tensor, load: Load) -> torch.Tensor:
         """Virtual seconds of each client, float64 [K]."""
         total = torch.zeros(len(clients), dtype=torch.float64)
-        for name, rate, amount in (
-            ("downlink", self.downlink, load.down / _MEGABYTE),
-            ("speed", self.speed, load.passes),
-            ("uplink", self.uplink, load.up / _MEGABYTE),
+        for name, rate, unit, amount in (
+            ("downlink", self.downlink, _MEGABYTE, load.down),
+            ("speed", self.speed, 1.0, load.passes),
+            ("uplink", self.uplink, _MEGABYTE, load.up),
         ):
-            if rate is not None:
-                total += amount.to(torch.float64) / self._of_device(name, rate, seed, clients)
+            if rate is not None:  # float64 first: a quotient of whole numbers would be float32
+                pace = unit * self._of_device(name, rate, seed, clients)
+                total += amount.to(torch.float64) / pace
         if self.jitter:
             u = cohort_uniforms(hash_key(seed, "system/jitter", round_), clients)
             total *= LogNormal(1.0, self.jitter).quantile(u)
