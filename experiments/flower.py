@@ -11,7 +11,6 @@ import argparse
 import json
 import shlex
 import shutil
-import signal
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from hydra.errors import HydraException
 
 from experiments.choices import check_choices, composed
+from experiments.interrupt import in_order
 from experiments.simulate import choose, report
 from fedraclora.build import build_task
 from fedraclora.config import RunConfig
@@ -138,23 +138,18 @@ def main(words: Sequence[str] | None = None) -> int:
         "--write", metavar="FILE.toml", type=Path, help="write the run config, and do not run"
     )
     asked = parser.parse_intermixed_args(words)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        order = prepare(asked.overrides)
-        if asked.write is not None:
-            write(order, asked.write)
-        elif order.resume and is_finished(order.folder):
-            print(f"{order.folder} is finished already")
-        else:
-            run(order)
+        with in_order():
+            order = prepare(asked.overrides)
+            if asked.write is not None:
+                write(order, asked.write)
+            elif order.resume and is_finished(order.folder):
+                print(f"{order.folder} is finished already")
+            else:
+                run(order)
     except FedRacLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 

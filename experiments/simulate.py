@@ -17,6 +17,7 @@ from rich.table import Table
 from experiments import folders
 from experiments.assemble import Assembled, assemble
 from experiments.choices import CONF, check_choices
+from experiments.interrupt import in_order
 from experiments.progress import RunProgress
 from fedraclora.config import RunConfig, from_plain
 from fedraclora.errors import CheckpointError, FedRacLoraError
@@ -139,7 +140,8 @@ def main() -> None:
     except FedRacLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    compose_and_run()
+    with in_order():
+        compose_and_run()
     if FAILED:
         sys.exit(1)
 

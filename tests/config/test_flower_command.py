@@ -6,6 +6,9 @@ import io
 import json
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import tomllib
 import zipfile
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from flwr.common.config import flatten_dict, fuse_dicts, parse_config_args
 from experiments import flower
 from experiments.choices import composed
 from experiments.simulate import simulate
-from fedraclora.engines.flower.superlink import SuperLink
+from fedraclora.engines.flower.superlink import TETHERED, SuperLink
 from fedraclora.errors import ConfigError, EngineError
 from strategies.server_app import read_config
 
@@ -218,10 +221,26 @@ def test_a_superlink_that_does_not_start_says_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     program = tmp_path / "flower-superlink"
-    program.write_text("#!/bin/sh\necho no such port; exit 3\n")
-    program.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    program.write_text("import sys; sys.exit('no such port')\n")
+    monkeypatch.setattr(shutil, "which", lambda name, path: str(program))
     link = SuperLink()
     with pytest.raises(EngineError, match="SuperLink did not start: no such port"), link:
         pass
     assert not link.home.exists()
+
+
+def test_a_program_on_a_tether_ends_with_its_starter(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import sys, time; print(*sys.argv[1:], flush=True); time.sleep(300)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(TETHERED), str(program), "a", "b"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"a b\n"
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(timeout=60) == -signal.SIGTERM

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -126,7 +127,7 @@ def left_running(mark: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["simulate", "flower"])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_running(command: str, how: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = [*WORDS, "method.rank=2", "rounds=100000", "engine=flower", "engine.workers=1"]
@@ -135,7 +136,13 @@ def test_nothing_is_left_running(command: str, how: int, tmp_path: Path) -> None
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=tmp_path,
-        env={**os.environ, "MARK_OF_THIS_TEST": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "MARK_OF_THIS_TEST": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(tmp_path),
+            "RAY_TMPDIR": tempfile.gettempdir(),
+        },
     )
     deadline = time.monotonic() + 300
     ledger = folder / "ledger.jsonl"
@@ -144,7 +151,10 @@ def test_nothing_is_left_running(command: str, how: int, tmp_path: Path) -> None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(how)
-    assert process.wait(timeout=120) != 0
+    status = process.wait(timeout=120)
+    assert status == (-how if how == signal.SIGKILL else 130)
     while left_running(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left_running(str(tmp_path)) == []
+    if how != signal.SIGKILL:
+        assert list(tmp_path.glob("fedraclora-*")) == []

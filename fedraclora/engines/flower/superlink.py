@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ NAME = "local"  # of the connection, in Flower's own configuration
 START = 120.0  # seconds until it must listen
 END = 20.0  # seconds for all that it has started to end
 COMPLETED = "finished:completed"
+TETHERED = Path(__file__).with_name("tethered.py")
 
 
 Options = Mapping[str, str | int | float | bool]
@@ -142,11 +144,15 @@ class SuperLink:
             port = free.getsockname()[1]
         connection = f'[superlink.{NAME}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         (self.home / "config.toml").write_text(connection)
+        environ = environment(self.home)
+        program = shutil.which("flower-superlink", path=environ["PATH"])
+        if program is None:
+            raise EngineError("there is no flower-superlink beside this Python: install flwr")
         words = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603
-                ["flower-superlink", *words],  # noqa: S607
-                env=environment(self.home),
+                [sys.executable, "-P", str(TETHERED), program, *words],
+                env=environ,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -1,0 +1,33 @@
+"""SIGTERM and Ctrl-C end a command in order: with what it has started, and without its folders."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STATUS = 130  # of a command that was interrupted, by the custom of shells
+
+
+@contextmanager
+def in_order() -> Iterator[None]:
+    """Let SIGTERM interrupt what is done inside as Ctrl-C does; either ends in a word and a status.
+
+    Raises:
+        SystemExit: With `STATUS`, if it was interrupted.
+    """
+
+    def interrupt(*_: object) -> None:
+        # Where Ray runs, its handler comes first and has set an alarm: in three seconds, abort.
+        signal.alarm(0)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(STATUS)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,27 @@
+"""Runs a program of this environment that must not outlive whoever started it.
+
+``python -P tethered.py PROGRAM WORD ...``: the starter keeps the other end of the standard input
+and never writes to it. When that end closes, because the starter ended or was killed, the program
+gets SIGTERM. Run as a file, by the standard library alone: to import this project takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import threading
+
+
+def watch() -> None:
+    """Wait for the end of the standard input, and pass it on."""
+    while os.read(0, 1 << 10):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    del sys.argv[0]
+    threading.Thread(target=watch, daemon=True).start()
+    runpy.run_path(sys.argv[0], run_name="__main__")
