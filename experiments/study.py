@@ -1,8 +1,8 @@
 """``python -m experiments.study STUDY.yaml [KEY=VALUE ...]``: tune every row alike, run its seeds.
 
 A study names a preset, the rows to compare, one grid that every row is tuned on (on a validation
-split), and the seeds of the final runs. Every run that ends adds one line to ``runs.jsonl``;
-started again, the study goes on where it stopped.
+split), and the seeds of the final runs; without ``tune`` all rows have the grid's one value. Every
+run that ends adds one line to ``runs.jsonl``; started again, the study goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.metrics import higher_is_better
 
-KEYS = {"experiment", "metric", "grid", "tune", "final", "rows"}
-OPTIONAL = {"reference", "overrides"}
+KEYS = {"experiment", "metric", "grid", "final", "rows"}
+OPTIONAL = {"tune", "reference", "overrides", "reported"}
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,25 @@ class Study:
         experiment: Preset that all runs start from.
         metric: What is tuned and reported.
         grid: The tuned key and its values; ``refine``, multiples of the best; ``scale``, by row.
-        tune: Seeds and overrides of the tuning runs.
         final: Seeds and overrides of the final runs.
         rows: What is compared: overrides, by name.
         text: The file.
+        tune: Seeds and overrides of the tuning runs; None: the grid has one value, that of all.
         reference: The row whose final metric and uplink the others are held against.
         overrides: Of all runs.
+        reported: The metric that a paper reports for a row, to be shown beside ours.
     """
 
     experiment: str | None
     metric: str
     grid: Mapping[str, object]
-    tune: Mapping[str, object]
     final: Mapping[str, object]
     rows: Mapping[str, Sequence[str]]
     text: str
+    tune: Mapping[str, object] | None = None
     reference: str | None = None
     overrides: Sequence[str] = ()
+    reported: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = (), metric: str | None = None) -> Study:
@@ -86,21 +89,14 @@ class Study:
                 raise unknown("study key", key, KEYS | OPTIONAL)
         if KEYS - set(loaded):
             raise ConfigError(f"{path} lacks {', '.join(sorted(KEYS - set(loaded)))}")
-        if not higher_is_better(str(loaded["metric"])):
-            raise ConfigError(
-                f"{path} has the metric {loaded['metric']}, of which less is better; studies "
-                "choose the greatest value: take a score, accuracy for one"
-            )
-        for row in loaded["grid"].get("scale", {}):
-            if row not in loaded["rows"]:
-                raise unknown("row of grid.scale", row, loaded["rows"])
-        if loaded.get("reference") not in {None, *loaded["rows"]}:
-            raise unknown("row as reference", loaded["reference"], loaded["rows"])
+        _check(path, loaded)
         return cls(**loaded, text=text)
 
     def jobs(self, phase: str, row: str, values: Sequence[float]) -> list[Job]:
         """List the runs of one row in one phase."""
         section = self.tune if phase == "tune" else self.final
+        if section is None:
+            return []
         seeds, extra = section["seeds"], section["overrides"]
         preset = [f"experiment={self.experiment}"] if self.experiment else []
         common = [*preset, *self.overrides, *self.rows[row], *map(str, _list(extra))]
@@ -119,6 +115,27 @@ class Study:
     def refined(self, best: float) -> list[float]:
         """The values around the best of the coarse grid that are tried next."""
         return [round(best * float(str(f)), 9) for f in _list(self.grid.get("refine", []))]
+
+
+def _check(path: Path, loaded: Mapping[str, Any]) -> None:
+    """Refuse what no study can be."""
+    if not higher_is_better(str(loaded["metric"])):
+        raise ConfigError(
+            f"{path} has the metric {loaded['metric']}, of which less is better; studies "
+            "choose the greatest value: take a score, accuracy for one"
+        )
+    named = {"grid.scale": loaded["grid"].get("scale"), "reported": loaded.get("reported")}
+    for key, group in named.items():
+        for row in group or ():
+            if row not in loaded["rows"]:
+                raise unknown(f"row of {key}", row, loaded["rows"])
+    if loaded.get("reference") not in {None, *loaded["rows"]}:
+        raise unknown("row as reference", loaded["reference"], loaded["rows"])
+    if "tune" not in loaded and len(loaded["grid"]["values"]) != 1:
+        raise ConfigError(
+            f"{path} has no tune, but grid.values is {loaded['grid']['values']}; one value for "
+            "all rows is wanted, or tune, which says how to choose"
+        )
 
 
 def _list(value: object) -> list[object]:

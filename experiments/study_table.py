@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments.study_file import Study
 from experiments.tables import Table
+from fedraclora.ledger import number
 
 Plain = dict[str, object]
 
@@ -19,9 +20,9 @@ def score(line: Plain, metric: str) -> float:
 
 
 def mean_score(study: Study, row: str, value: float, done: Mapping[str, Plain]) -> float:
-    """Mean validation metric of one grid value over the tuning seeds."""
-    jobs = study.jobs("tune", row, [value])
-    return statistics.fmean(score(done[job.key], study.metric) for job in jobs)
+    """Mean validation metric of one grid value over the tuning seeds; 0 where nothing is tuned."""
+    scores = [score(done[job.key], study.metric) for job in study.jobs("tune", row, [value])]
+    return statistics.fmean(scores) if scores else 0.0
 
 
 def best_value(study: Study, row: str, values: list[float], done: Mapping[str, Plain]) -> float:
@@ -78,7 +79,7 @@ def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
             *study.values(row),
             *study.refined(best_value(study, row, study.values(row), done)),
         ]
-        edge = value in {min(tried), max(tried)}
+        edge = study.tune is not None and value in {min(tried), max(tried)}
         found.append(
             {
                 "method": row,
@@ -87,6 +88,7 @@ def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
                 "seeds": len(lines),
                 study.metric: round(statistics.fmean(scores), 4),
                 "std": round(statistics.stdev(scores), 4) if stable else float("nan"),
+                **_beside(study, row, scores, lines),
                 "uplink floats": lines[0]["uplink_floats"],
                 "uplink MB": round(float(str(lines[0]["uplink_total"])) / 1e6, 2),
                 "downlink MB with catch-up": round(
@@ -97,6 +99,22 @@ def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
                 ),
             }
         )
+    return found
+
+
+def _beside(study: Study, row: str, scores: list[float], lines: list[Plain]) -> dict[str, object]:
+    """What a paper reports, and the round that early stopping calls the best, where there are."""
+    found: dict[str, object] = {}
+    if study.reported:
+        reported = study.reported.get(row, float("nan"))
+        gap = statistics.fmean(scores) - reported
+        found |= {"reported": reported, "difference": f"{gap:+.4f}"}
+    best = [b for line in lines if isinstance(b := line.get("best"), dict)]
+    if len(best) == len(lines):
+        at_best = [score(b, study.metric) for b in best]
+        found["at the best round"] = round(statistics.fmean(at_best), 4)
+        found["best round"] = round(statistics.fmean(number(b, "round") for b in best), 1)
+        found["rounds"] = round(statistics.fmean(number(x, "rounds") for x in lines), 1)
     return found
 
 

@@ -210,5 +210,8 @@ def measured_samples(task: Task, split: str) -> Samples:
     if split == "test":
         return task.test
     if task.validation is None:
-        raise ConfigError("evaluate.split is validation, but data.validation is 0; set it above 0")
+        raise ConfigError(
+            "the validation split is asked for (by evaluate.split or stop.patience), but "
+            "data.validation is 0; set it above 0"
+        )
     return task.validation

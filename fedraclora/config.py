@@ -28,6 +28,7 @@ from fedraclora.settings import (
     EvaluateConfig,
     OutputConfig,
     PretrainConfig,
+    StopConfig,
 )
 from fedraclora.system import SystemConfig
 
@@ -93,6 +94,7 @@ class RunConfig(TaskConfig):
         aggregator: A key of `fedraclora.aggregator.AGGREGATORS`.
         max_failures: Clients that may fail in a round.
         system: What the clients' devices are like.
+        stop: When to end before the last round.
     """
 
     method: Method
@@ -103,6 +105,7 @@ class RunConfig(TaskConfig):
     aggregator: str
     max_failures: int
     system: SystemConfig
+    stop: StopConfig
 
     @property
     def digested(self) -> dict[str, object]:
@@ -117,6 +120,7 @@ GROUPS: dict[str, Callable[[Plain], object]] = {
     "pretrain": lambda g: build("pretrain", PretrainConfig, without(g, "name")),
     "output": lambda g: build("output", OutputConfig, without(g, "name")),
     "system": lambda g: build("system", SystemConfig, without(g, "name")),
+    "stop": lambda g: build("stop", StopConfig, g),
 }
 TABLES: dict[str, Iterable[str]] = {"data": DATASETS, "model": MODELS, "partition": PARTITIONS}
 

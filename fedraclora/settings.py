@@ -166,6 +166,22 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class StopConfig:
+    """When a run ends before its last round (`strategies.stopping`).
+
+    ``metric``: of the validation split. ``patience``: evaluations without improvement; None: never.
+    """
+
+    metric: str = "loss"
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"stop.patience is {self.patience}; 1 or more, or null, is wanted")
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Central training of the initial weights on some labels, with AdamW; epochs 0 = none."""
 

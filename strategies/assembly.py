@@ -37,6 +37,7 @@ from strategies.base import FedStrategy
 from strategies.fleet import Fleet
 from strategies.loop import LoopConfig
 from strategies.rows import Row
+from strategies.stopping import Stopping
 
 RunGrid = LocalGrid | NodePerClient
 
@@ -118,12 +119,13 @@ def assemble(
         config.local,
         loop,
         replica=replica,
-        evaluate=measurement(config, built, plan, store),
+        evaluate=measurement(config, built, plan, store, config.evaluate.split),
         book=book,
         aggregator=AGGREGATORS[config.aggregator],
         on_round=on_round,
         sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
         fleet=Fleet(config.system, config.seed, config.local),
+        stop=stopping(config, built, plan, store),
     )
     if resume:
         restored, done = book.restore(state, strategy.catch_up)
@@ -186,12 +188,19 @@ def book_of(
     )
 
 
+def stopping(config: RunConfig, built: BuiltTask, plan: Plan, store: ClientStore) -> Stopping:
+    """Make what ends a run early, by the validation split."""
+    if config.stop.patience is None:
+        return Stopping()
+    return Stopping(config.stop, measurement(config, built, plan, store, "validation"))
+
+
 def measurement(
-    config: RunConfig, built: BuiltTask, plan: Plan, store: ClientStore
+    config: RunConfig, built: BuiltTask, plan: Plan, store: ClientStore, split: str
 ) -> Callable[[Tree], dict[str, float]]:
     """Give what measures weights: the server's, or with a local head the clients' own models."""
     task, batch = built.task, config.evaluate.batch_size
-    samples = measured_samples(task, config.evaluate.split)
+    samples = measured_samples(task, split)
 
     def own(weights: Tree) -> dict[str, float]:
         owned = store.latest(config.evaluate.clients)

@@ -34,6 +34,7 @@ from strategies.fleet import Fleet
 from strategies.loop import LoopConfig
 from strategies.rows import Moved, Row, fleet_columns, ledger_row
 from strategies.serverside import EvaluatesItself
+from strategies.stopping import Stopping
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class FedStrategy(EvaluatesItself):
         on_round: Called with each new ledger row.
         sizes: Samples of clients [K], where the server knows them before they train.
         fleet: The clients' devices; ideal ones by default.
+        stop: Says when to end before the last round; never by default.
     """
 
     def __init__(
@@ -69,12 +71,13 @@ class FedStrategy(EvaluatesItself):
         on_round: Callable[[Row], None] | None = None,
         sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
         fleet: Fleet | None = None,
+        stop: Stopping | None = None,
     ) -> None:
         self.method, self.state, self.local, self.loop = method, state, local, loop
         self.replica, self.evaluate, self.book = replica, evaluate, book
         self.aggregator, self.on_round, self.sizes = aggregator, on_round, sizes
         self.draw = Draw(loop.seed)
-        self.fleet = fleet or Fleet(SystemConfig(), loop.seed, local)
+        self.fleet, self.stop = fleet or Fleet(SystemConfig(), loop.seed, local), stop or Stopping()
         self.fleet.check(method)
         self.catch_up = CatchUp(state.base, loop.clients)
         self.done = 0
@@ -113,9 +116,13 @@ class FedStrategy(EvaluatesItself):
         self.replica.publish(self.state.base, self.catch_up.version)
         result = Result()
         if not self.book.ledger.rows:
-            self._initial_row()
+            self.book.begin(self.state)
+            row: Row = {"round": 0} | self._measured() | {"notes": list(self.state.notes)}
+            self._publish_row(row | {"uplink_total": 0, "downlink_total": 0} | self.fleet.clock)
         last = self.loop.rounds if num_rounds is None else num_rounds
         for round_ in range(self.done + 1, last + 1):
+            if self.stop.due(self.book.ledger.rows):
+                break
             try:
                 metrics = self._round(grid, round_, timeout or self.loop.timeout)
             except (ClientError, EngineError, WireError):
@@ -127,17 +134,11 @@ class FedStrategy(EvaluatesItself):
         result.arrays = ArrayRecord({n: Array(t.cpu().numpy()) for n, t in weights.items()})
         return result
 
-    def _initial_row(self) -> None:
-        """Write row 0: the metrics of the initial weights."""
-        self.book.begin(self.state)
-        row: Row = {"round": 0, "metrics": self._metrics(), "notes": list(self.state.notes)}
-        self._publish_row(row | {"uplink_total": 0, "downlink_total": 0} | self.fleet.clock)
-
     def _round(self, grid: Grid, round_: int, timeout: float | None) -> MetricRecord:
         """Run one round: exchanges until the method closes it, then evaluate and write."""
         watch = Stopwatch()
-        token = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})
-        messages: Iterable[Message] = self.configure_train(round_, token, ConfigRecord(), grid)
+        messages: Iterable[Message]
+        messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
         exchange = self._current()
         moved = Moved()
         watch.lap("open")
@@ -156,12 +157,10 @@ class FedStrategy(EvaluatesItself):
         self._close(round_, exchange, got)
         watch.lap("close")
         due = round_ % self.loop.evaluate_every == 0 or round_ == self.loop.rounds
-        metrics = self._metrics() if due else {}
+        measured = self._measured() if due else {"metrics": {}}
         watch.lap("evaluate")
-        step = effective_step(
-            exchange.downlink, self.local, self.local.rate_scale(round_, self.loop.rounds)
-        )
-        row = ledger_row(exchange, self.state, metrics, moved, self.book.totals())
+        step = effective_step(exchange.downlink, self.local, exchange.rate_scale)
+        row = ledger_row(exchange, self.state, measured, moved, self.book.totals())
         if self.fleet.enabled:
             row |= fleet_columns(exchange, self.fleet.clock)
         self.book.link(round_, self.state.link)
@@ -190,10 +189,11 @@ class FedStrategy(EvaluatesItself):
         self.replica.publish(self.state.base, self.catch_up.version, self.state.link)
         self.done = round_
 
-    def _metrics(self) -> dict[str, float]:
+    def _measured(self) -> Row:
         if self.evaluate is None:
-            return {}
-        return self.evaluate(self.method.weights(self.state, self.draw))
+            return {"metrics": {}}
+        weights = self.method.weights(self.state, self.draw)
+        return {"metrics": self.evaluate(weights)} | self.stop.columns(weights)
 
     def _publish_row(self, row: Row) -> None:
         self.book.append(row)

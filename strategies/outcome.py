@@ -78,13 +78,16 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     strategy, ledger = run.strategy, run.strategy.book.ledger
     measured = [r for r in ledger.rows if r.get("metrics")]
     up, down = run.config.method.floats(run.plan)
-    fleet: dict[str, object] = {}
+    more: dict[str, object] = {}
     if "virtual_seconds" in ledger.rows[-1]:
-        fleet["virtual_seconds"] = ledger.rows[-1]["virtual_seconds"]
+        more["virtual_seconds"] = ledger.rows[-1]["virtual_seconds"]
     dropped = [d for row in ledger.rows if isinstance(d := row.get("dropped"), list)]
     if dropped:
-        fleet["dropped"] = sum(len(refusals) for refusals in dropped)
-        fleet["asked"] = sum(int(str(row.get("asked", 0))) for row in ledger.rows)
+        more["dropped"] = sum(len(refusals) for refusals in dropped)
+        more["asked"] = sum(int(str(row.get("asked", 0))) for row in ledger.rows)
+    if (best := strategy.stop.best(ledger.rows)) is not None:
+        more["best"] = {key: best[key] for key in ("round", "validation", "metrics")}
+        more["stopped"] = strategy.done < run.config.rounds
     return {
         "rounds": strategy.done,
         "metrics": measured[-1]["metrics"] if measured else {},
@@ -94,7 +97,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
         "downlink_floats": down,
         "uplink_total": ledger.rows[-1]["uplink_total"],
         "downlink_total": ledger.rows[-1]["downlink_total"],
-        **fleet,
+        **more,
         "clients": run.built.clients,
         "cohort": run.built.cohort,
         "chunk": run.chunk.chunk,

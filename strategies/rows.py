@@ -30,7 +30,7 @@ class Moved:
 def ledger_row(
     exchange: Exchange,
     state: State,
-    metrics: dict[str, float],
+    measured: Row,
     moved: Moved,
     totals: tuple[int, int],
 ) -> Row:
@@ -39,7 +39,8 @@ def ledger_row(
     Args:
         exchange: The last exchange of the round.
         state: The state that closed it.
-        metrics: Of the new weights; empty where they were not measured.
+        measured: ``metrics`` of the new weights, empty where they were not measured; and
+            ``validation`` where that decides when to stop.
         moved: Payload bytes of the round.
         totals: Bytes up and down (with catch-up) before it.
 
@@ -48,7 +49,7 @@ def ledger_row(
     """
     return {
         "round": exchange.round_,
-        "metrics": metrics,
+        **measured,
         "train_loss": exchange.mean_loss,
         "cohort": len(exchange.first.cohort),
         "local_steps": exchange.local_steps,

@@ -194,3 +194,29 @@ def test_a_study_that_does_not_exist_ends_in_one_line(
     monkeypatch.setattr("sys.argv", ["study", str(tmp_path / "none.yaml")])
     with pytest.raises(SystemExit, match="there is no study"):
         main()
+
+
+UNTUNED = """
+experiment: null
+metric: accuracy
+grid: {key: local.lr, values: [0.1]}
+final: {seeds: [0, 1], overrides: []}
+rows: {ours: [], theirs: []}
+reported: {ours: 0.7}
+"""
+
+
+def test_a_study_without_tuning_gives_all_rows_one_value(tmp_path: Path) -> None:
+    plan = study(tmp_path, UNTUNED)
+    assert plan.jobs("tune", "ours", [0.1]) == []
+    best = {"round": 3, "metrics": {"accuracy": 0.9}}
+    more = {"best": best, "rounds": 5}
+    done = {j.key: line(0.8, **more) for j in plan.jobs("final", "ours", [0.1])}
+    (row,) = table(plan, done)
+    assert (row["local.lr"], row["accuracy"]) == ("0.1", 0.8)
+    assert (row["reported"], row["difference"]) == (0.7, "+0.1000")
+    assert (row["at the best round"], row["best round"], row["rounds"]) == (0.9, 3.0, 5.0)
+    with pytest.raises(ConfigError, match=r"no tune, but grid.values is"):
+        study(tmp_path, UNTUNED.replace("[0.1]", "[0.1, 0.2]"))
+    with pytest.raises(ConfigError, match=r"row of reported 'us'"):
+        study(tmp_path, UNTUNED.replace("{ours: 0.7}", "{us: 0.7}"))

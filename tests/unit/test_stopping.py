@@ -1,0 +1,132 @@
+"""Early stopping: when it is due, what is reported, and that a resumed run stops where it would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.choices import composed
+from experiments.simulate import simulate
+from fedraclora.checkpoint import load_checkpoint, save_checkpoint
+from fedraclora.errors import ConfigError
+from fedraclora.ledger import Row, read_ledger
+from fedraclora.settings import StopConfig
+from strategies.stopping import Stopping
+
+JOB = [
+    "data=digits",
+    "pretrain=none",
+    "model.hidden=[6]",
+    "method.rank=2",
+    "clients=4",
+    "cohort=4",
+    "partition=iid",
+    "output.progress=false",
+    "output.plots=false",
+    "output.checkpoint_every=2",
+    "data.validation=0.2",
+    "local.lr=2.0",  # too large: the validation loss soon stops to fall
+    "rounds=40",
+    "stop.patience=3",
+]
+
+
+def rows(*values: float | None, metric: str = "loss") -> list[Row]:
+    """A ledger; None: a round that was not measured."""
+    return [
+        {"round": t} | ({} if v is None else {"validation": {metric: v}})
+        for t, v in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "due", "best"),
+    [
+        ([3.0], False, 0),
+        ([3.0, 2.0, 1.0, 0.5], False, 3),
+        ([1.0, 2.0], False, 0),
+        ([1.0, 2.0, 2.0], True, 0),
+        ([1.0, 2.0, 0.5, 0.6], False, 2),
+        ([1.0, 2.0, 0.5, 0.6, 0.5], True, 2),  # an equal value is no improvement
+        ([1.0, None, 2.0, None, 3.0], True, 0),  # evaluations count, not rounds
+        ([1.0, None, 2.0, None, None], False, 0),
+        ([1.0, float("nan"), float("nan")], True, 0),
+    ],
+)
+def test_a_run_stops_after_so_many_evaluations_without_improvement(
+    values: list[float | None], due: bool, best: int
+) -> None:
+    stop = Stopping(StopConfig(patience=2))
+    found = stop.best(rows(*values))
+    assert found is not None
+    assert (stop.due(rows(*values)), found["round"]) == (due, best)
+
+
+def test_a_metric_may_be_one_that_should_rise() -> None:
+    stop = Stopping(StopConfig("accuracy", 2))
+    assert not stop.due(rows(0.5, 0.6, 0.7, metric="accuracy"))
+    assert stop.due(rows(0.7, 0.6, 0.7, metric="accuracy"))
+
+
+def test_without_patience_nothing_is_measured_and_nothing_stops() -> None:
+    stop = Stopping(StopConfig(), lambda weights: {"loss": 1.0})
+    assert stop.columns({"w": torch.ones(1)}) == {}
+    assert not stop.due(rows(1.0, 2.0, 3.0))
+    assert not Stopping(StopConfig(patience=1)).due([{"round": 0}])
+
+
+def test_what_cannot_stop_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stop.patience is 0; 1 or more, or null"):
+        StopConfig(patience=0)
+    stop = Stopping(StopConfig("accurcy", 1), lambda weights: {"accuracy": 0.5})
+    with pytest.raises(ConfigError, match=r"stop.metric 'accurcy'; did you mean 'accuracy'"):
+        stop.columns({})
+    with pytest.raises(ConfigError, match=r"data.validation is 0; set it above 0"):
+        simulate(composed([*JOB, "data.validation=0.0"]), tmp_path / "run")
+
+
+def run(folder: Path, *words: str, resume: bool = False) -> dict[str, Any]:
+    summary = simulate(composed([*JOB, *words]), folder, resume=resume)
+    found: dict[str, Any] = json.loads(json.dumps(summary, default=str))
+    return found
+
+
+def test_the_summary_names_the_best_round_and_the_last(tmp_path: Path) -> None:
+    found = run(tmp_path / "run")
+    ledger = read_ledger(tmp_path / "run" / "ledger.jsonl")
+    losses = [row["validation"]["loss"] for row in ledger]  # type: ignore[index]
+    best = losses.index(min(losses))
+    assert 0 < best < 30
+    assert found["stopped"] is True
+    assert found["rounds"] == len(ledger) - 1 == best + 3
+    assert found["best"]["round"] == best
+    assert found["best"]["validation"]["loss"] == losses[best]
+    assert found["best"]["metrics"] == ledger[best]["metrics"]
+    assert found["metrics"] == ledger[-1]["metrics"]
+
+
+def test_a_run_that_is_not_stopped_says_so(tmp_path: Path) -> None:
+    found = run(tmp_path / "run", "rounds=2")
+    assert (found["stopped"], found["rounds"]) == (False, 2)
+    assert "best" not in run(tmp_path / "none", "rounds=2", "stop.patience=null")
+
+
+@pytest.mark.parametrize("cut", [2, -1])
+def test_a_resumed_run_stops_where_it_would_have_stopped(cut: int, tmp_path: Path) -> None:
+    """Cut in the middle, and between the last round and the summary."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    wanted = run(whole)
+    run(part, *([f"rounds={cut}"] if cut > 0 else []))
+    (part / "summary.json").unlink()
+    if cut > 0:  # a killed run's checkpoint carries the config of the whole
+        tensors, meta = load_checkpoint(part / "checkpoint")
+        assert isinstance(meta["fixed"], dict)
+        meta["fixed"]["rounds"] = 40
+        save_checkpoint(part / "checkpoint", tensors, meta)
+    found = run(part, resume=True)
+    for key in ("rounds", "best", "stopped", "weights_digest", "ledger_digest"):
+        assert found[key] == wanted[key], key
