@@ -74,7 +74,7 @@ class News:
 class Chronicle(Replica):
     """The server's weights, with the links by which replicas elsewhere can follow.
 
-    Links are kept as long as they are together smaller than the weights.
+    The newest links are kept, as many as are together smaller than the weights.
     """
 
     def __init__(self) -> None:
@@ -85,11 +85,11 @@ class Chronicle(Replica):
 
     @override
     def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
-        self._links = [*self._links, link or Link()] if version == self.version + 1 else []
-        if self.version < 0 or sum(map(numbers, self._links)) >= sum(
-            t.numel() for t in base.values()
-        ):
-            self._links = []
+        follows = 0 <= self.version == version - 1
+        self._links = [*self._links, link or Link()] if follows else []
+        dense = sum(t.numel() for t in base.values())
+        while self._links and sum(map(numbers, self._links)) >= dense:
+            del self._links[0]  # whoever is that far behind is better off with the weights
         self._mark = self._arrays = None
         super().publish(base, version)
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fedraclora.errors import WireError
-from fedraclora.replica import FileReplica, Replica
+from fedraclora.layers import LayerView
+from fedraclora.link import Link, Plan, Term, apply_link
+from fedraclora.replica import Chronicle, FileReplica, Follower, Replica
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree, digest
 
@@ -78,3 +80,71 @@ def test_a_damaged_file_is_not_trained_on(tmp_path: Path) -> None:
     path.write_bytes(flipped)
     with pytest.raises(WireError, match=r"round 1: version 0 .* damaged"):
         FileReplica(tmp_path).at(0, 1)
+
+
+# --- followers -----------------------------------------------------------------------------------
+
+PLAN = Plan({"w": LayerView("linear", (6, 8))})
+CPU = torch.device("cpu")
+
+
+def link_of(seed: int) -> Link:
+    """28 numbers, where the weight has 48."""
+    rng = generator(seed, "link")
+    return Link({"w": Term((torch_normal(rng, 6, 2), torch_normal(rng, 2, 8)), 1.5)})
+
+
+def told(versions: int, first: int = 0) -> Chronicle:
+    """A chronicle that began at ``first`` and has had so many links since."""
+    chronicle, base = Chronicle(), {"w": torch_normal(generator(0, "w"), 6, 8).float()}
+    chronicle.publish(base, first)
+    for seed in range(versions):
+        base = apply_link(base, link_of(seed), PLAN)
+        chronicle.publish(base, first + seed + 1, link_of(seed))
+    return chronicle
+
+
+def test_a_follower_that_is_one_link_behind_gets_the_link_alone() -> None:
+    follower = Follower(PLAN, CPU)
+    assert follower.follow(told(1).since(None))
+    news = told(2).since(1)
+    assert news.dense is None
+    assert news.links is not None
+    assert len(news.links) == 1
+    assert follower.follow(news)
+    assert digest(follower.at(2, 3)) == digest(told(2).base)
+
+
+@pytest.mark.parametrize("held", [None, 0, 3])
+def test_whoever_holds_nothing_or_another_past_gets_the_weights(held: int | None) -> None:
+    """Two links are larger than the weight, and a run that went on knows no link before."""
+    news = told(2, first=5 if held == 3 else 0).since(held)
+    assert news.links is None
+    follower = Follower(PLAN, CPU)
+    assert follower.follow(news)
+    assert digest(follower.base) == digest(told(2).base)
+
+
+def test_versions_that_were_left_out_end_the_links() -> None:
+    chronicle = told(1)
+    chronicle.publish(chronicle.base, 4, link_of(9))
+    assert chronicle.oldest == 4
+    assert chronicle.since(1).links is None
+
+
+def test_a_follower_that_drifted_asks_for_the_weights() -> None:
+    follower = Follower(PLAN, CPU)
+    assert follower.follow(told(1).since(None))
+    follower.base = {"w": follower.base["w"] + 1e-6}
+    assert not follower.follow(told(2).since(1))
+    assert follower.version == 1  # nothing was taken over
+    assert follower.follow(told(2).since(None))
+    assert digest(follower.at(2, 3)) == digest(told(2).base)
+
+
+def test_weights_that_came_damaged_are_refused() -> None:
+    news = told(1).since(None)
+    assert news.dense is not None
+    news.dense["w"][0, 0] += 1
+    with pytest.raises(WireError, match="version 1 of the base weights came damaged"):
+        Follower(PLAN, CPU).follow(news)
