@@ -29,7 +29,9 @@ def federate(
     rounds: int,
     cohort: int,
     seed: int,
-    measure: Callable[[Tree], dict[str, float]],
+    measure: Callable[[Tree], dict[str, float]] | None = None,
+    weights: str = "uniform",
+    chunk: int | None = None,
 ) -> FedStrategy:
     """Run rounds through Flower's strategy over the in-process grid.
 
@@ -40,14 +42,17 @@ def federate(
         rounds: T.
         cohort: Clients of a round.
         seed: Of sketches, cohorts and shuffles.
-        measure: Gives the metrics of the weights of every round.
+        measure: Gives the metrics of the weights of every round; None: there are none.
+        weights: Of clients: ``uniform`` or ``examples``.
+        chunk: Clients that train as one batch; None: the cohort.
 
     Returns:
         The strategy, whose ledger has T + 1 rows.
     """
     plan = plan_of(task)
     base = start_of(task)
-    loop = LoopConfig(rounds, task.train.num_clients, cohort, cohort, seed, "uniform", "float64")
+    clients = task.train.num_clients
+    loop = LoopConfig(rounds, clients, cohort, chunk or cohort, seed, weights, "float64")
     replica = Replica(base)
     trainer = CohortTrainer(task, plan, local, seed=seed, device=torch.device("cpu"))
     strategy = FedStrategy(

@@ -11,17 +11,12 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from clients.app import make_client_app
-from clients.worker import Worker
-from fedraclora.adapter import make_plan
-from fedraclora.cohort import CohortTrainer
-from fedraclora.engines.inprocess import InProcessGrid
+from experiments.theory import runs
+from experiments.theory.runs import start_of
 from fedraclora.method import Draw, Method
 from fedraclora.models.mlp import build_mlp
 from fedraclora.optimiser import LocalConfig
-from fedraclora.replica import Replica
 from fedraclora.rng import generator, torch_normal
-from fedraclora.runbook import RunBook
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.sketch import SKETCHES
 from fedraclora.task import Task, squared_error
@@ -29,7 +24,6 @@ from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg
-from strategies.loop import LoopConfig
 
 SEED = 5
 M, N, R = 5, 8, 3
@@ -78,24 +72,10 @@ def federate(
     seed: int = SEED,
     weights: str = "examples",
 ) -> FedStrategy:
-    """Put a strategy together and run it over the in-process grid."""
-    plan = make_plan(task.model, task.head, head_policy="adapt", bias_policy="frozen")
-    base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    clients = task.train.num_clients
-    loop = LoopConfig(rounds, clients, cohort or clients, 3, seed, weights, "float64")
-    replica = Replica(base)
-    trainer = CohortTrainer(task, plan, local, seed=seed, device=torch.device("cpu"))
-    strategy = FedStrategy(
-        method,
-        method.init(base, plan, Draw(seed)),
-        local,
-        loop,
-        replica=replica,
-        evaluate=None,
-        book=RunBook(None),
-    )
-    strategy.start(InProcessGrid(make_client_app(Worker(trainer, replica))))
-    return strategy
+    """Run rounds in chunks of three clients."""
+    cohort = cohort or task.train.num_clients
+    settings = {"rounds": rounds, "cohort": cohort, "seed": seed}
+    return runs.federate(task, method, local, **settings, weights=weights, chunk=3)
 
 
 def gradient(task: Task, weights: Tree) -> Tree:
@@ -126,10 +106,6 @@ def projected(step: torch.Tensor, drawn: torch.Tensor, side: str) -> torch.Tenso
 
 def weights_of(strategy: FedStrategy) -> Tree:
     return strategy.method.weights(strategy.state, strategy.draw)
-
-
-def start_of(task: Task) -> Tree:
-    return {n: p.detach().clone() for n, p in task.model.named_parameters()}
 
 
 def rac(kind: str = "orthonormal", **settings: object) -> FedRacLora:
