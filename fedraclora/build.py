@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +22,12 @@ from fedraclora.pretrain import pretrain
 from fedraclora.samples import Partitioned, Samples, count_labels
 from fedraclora.sampling import check_cohort
 from fedraclora.schema import bind, coerce, without
-from fedraclora.settings import PretrainConfig
 from fedraclora.task import Task
 
 COMMON_DATA_KEYS = ("labels", "validation")
+PRETRAINED_KEPT = 8  # models in one process
+
+_PRETRAINED: dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]] = {}
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts: dict[str, object] = {**data.info, "partition": info, "train": len(data.train)}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
     if config.pretrain.epochs:
-        facts["pretrain"] = _pretrain(config.pretrain, whole, model, config.seed)
+        facts["pretrain"] = _pretrained(config, whole, model)
     train = Partitioned.of(data.train, parts) if isinstance(parts, list) else parts
     clients = train.num_clients
     cohort = config.cohort
@@ -172,27 +173,39 @@ def build_task(config: TaskConfig) -> BuiltTask:
     return BuiltTask(task, clients, size, data.classes if labelled else 0, device)
 
 
-def _pretrain(
-    config: PretrainConfig, whole: DataSet, model: torch.nn.Module, seed: int
-) -> Mapping[str, float]:
-    """Pretrain on the labels that are asked for, or on what is set aside; give the test metrics."""
+def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> dict[str, float]:
+    """Pretrain on the labels that are asked for, or on what is set aside; give the test metrics.
+
+    The newest results are kept in this process: the runs of a study begin from few of them.
+    """
+    asked = config.pretrain
     try:
-        part = whole if config.labels is None else select_labels(whole, config.labels)
+        part = whole if asked.labels is None else select_labels(whole, asked.labels)
     except FedRacLoraError as error:
         raise ConfigError(f"pretrain.labels: {error}; pretrain=none leaves it out") from error
-    train, test = part.aside or (part.train, part.test)
-    with seeded(seed, "pretrain"):  # dropout draws from torch's global generator
-        return pretrain(
-            model,
-            train,
-            test,
-            part.loss,
-            part.metrics,
-            seed=seed,
-            epochs=config.epochs,
-            lr=config.lr,
-            batch_size=config.batch_size,
-        )
+    made_by = (asked, config.data, config.clients, config.model, config.seed)
+    key = repr((*made_by, torch.get_num_threads()))
+    if key not in _PRETRAINED:
+        train, test = part.aside or (part.train, part.test)
+        with seeded(config.seed, "pretrain"):  # dropout draws from torch's global generator
+            metrics = pretrain(
+                model,
+                train,
+                test,
+                part.loss,
+                part.metrics,
+                seed=config.seed,
+                epochs=asked.epochs,
+                lr=asked.lr,
+                batch_size=asked.batch_size,
+            )
+        state = {n: t.detach().clone() for n, t in model.state_dict().items()}
+        _PRETRAINED[key] = state, metrics
+        while len(_PRETRAINED) > PRETRAINED_KEPT:
+            del _PRETRAINED[next(iter(_PRETRAINED))]
+    state, metrics = _PRETRAINED[key]
+    model.load_state_dict(state)
+    return dict(metrics)
 
 
 def _float_dtype(samples: Samples) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
 from experiments.simulate import simulate
-from fedraclora import chunking
+from fedraclora import build, chunking
 from fedraclora.build import build_task
 from fedraclora.checkpoint import load_checkpoint, save_checkpoint
 from fedraclora.config import from_plain
@@ -125,3 +125,23 @@ def test_the_plan_is_printed_and_stands_in_the_summary(
     assert summary["chunk_plan"].items() >= {"chunk": small, "reason": "memory"}.items()
     assert summary["chunk_plan"]["budget"] == chunking.HOST_BYTES
     assert summary["chunk_plan"]["trained"] > 0
+
+
+def test_pretrained_weights_are_made_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(*words: str) -> tuple[str, object]:
+        config = from_plain(composed([*WORDS, "pretrain=digits_0_4", *words]), METHODS)
+        task = build_task(config).task
+        return digest(dict(task.model.named_parameters())), task.info["pretrain"]
+
+    monkeypatch.setattr(build, "_PRETRAINED", {})
+    first, other = built("pretrain.epochs=2"), built("pretrain.epochs=2", "seed=1")
+    assert first != other
+
+    def refuse(*_: object, **__: object) -> dict[str, float]:
+        raise AssertionError("pretrained again")
+
+    monkeypatch.setattr(build, "pretrain", refuse)
+    assert built("pretrain.epochs=2") == first
+    assert built("pretrain.epochs=2", "seed=1", "local.lr=0.3") == other
+    with pytest.raises(AssertionError, match="again"):
+        built("pretrain.epochs=3")
