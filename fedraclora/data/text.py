@@ -57,6 +57,7 @@ def load_text(
     test: float = 0.2,
     test_by_client: bool = False,
     split_seed: int = 0,
+    subsample: int | None = None,
     sha256: str | None = None,
     test_sha256: str | None = None,
 ) -> DataSet:
@@ -80,7 +81,8 @@ def load_text(
         max_length: Tokens per sample: shorter ones are padded, longer ones are cut.
         test: Fraction of the rows held out where there is no ``test_file``.
         test_by_client: Hold out whole clients, not rows (for validation, too).
-        split_seed: Seed of that split.
+        split_seed: Seed of that split, and of ``subsample``.
+        subsample: Training rows to draw, without replacement, or None for all.
         sha256: SHA-256 of ``file``, or None.
         test_sha256: SHA-256 of ``test_file``, or None.
 
@@ -112,6 +114,8 @@ def load_text(
         dropped += dropped_test
     else:
         table, held = _split(table, test, test_by_client, split_seed, task)
+    if subsample is not None:
+        table = _subsample(table, subsample, split_seed)
     names = _classes(table.labels, values) if task == "classification" else []
     encode = make_encoder(tokenizer, root=root, max_length=max_length)
     train = Samples(encode(table.texts), _target(table.labels, names, task))
@@ -166,6 +170,17 @@ def _split(
             "test on: choose another fraction"
         )
     return table.rows(kept), table.rows(held)
+
+
+def _subsample(table: _Table, rows: int, split_seed: int) -> _Table:
+    """Draw training rows, which stay in their order."""
+    check_count("data.subsample", rows)
+    if rows > len(table.labels):
+        raise ConfigError(
+            f"data.subsample={rows}, but there are {len(table.labels)} training rows; leave it out"
+        )
+    drawn = generator(split_seed, "split", "subsample").permutation(len(table.labels))[:rows]
+    return table.rows(np.sort(drawn))
 
 
 def _classes(labels: list[str], values: Sequence[str] | None) -> list[str]:

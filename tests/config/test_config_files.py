@@ -68,11 +68,15 @@ BESIDE = {
 }
 # Texts and large models: slow to load, or not here. They are composed only.
 COMPOSED = {
-    *(name for name in FILES if name.startswith("data/glue_")),
+    *(name for name in FILES if name.startswith(("data/glue_", "experiment/glue"))),
     "data/mnist",
     "data/rotten_tomatoes",
     "data/text",
+    "experiment/cola_sources",
+    "experiment/mrpc_dirichlet",
     "experiment/rotten_tomatoes",
+    "experiment/rte_dirichlet",
+    "experiment/stsb_genres",
     "model/hf",
     "model/minilm",
     "model/transformer",

@@ -173,6 +173,20 @@ def test_rows_are_held_out_by_class(tmp_path, tokenizer):
     assert np.bincount(data.test.target).tolist() == [6, 6]
 
 
+def test_training_rows_are_drawn(tmp_path, tokenizer):
+    def films(**change: object) -> list[str]:
+        data = load(reviews(tmp_path), tokenizer, client="film", **change)
+        return data.columns["film"].tolist()
+
+    drawn = films(subsample=25)
+    assert len(drawn) == 25
+    assert drawn == films(subsample=25) != films(subsample=25, split_seed=1)
+    assert drawn == sorted(drawn), "the rows are in the order of the file"
+    assert films(subsample=60) == films()
+    with pytest.raises(ConfigError, match=r"data\.subsample=61, but there are 60"):
+        films(subsample=61)
+
+
 def test_metrics_may_be_chosen(file, tokenizer):
     assert load(file, tokenizer, metrics=["matthews", "loss"]).metrics == ("matthews", "loss")
 
