@@ -58,6 +58,13 @@ RUNS = {name: [f"method={name}"] for name in METHODS} | {
         "local.moments=link",
         "local.moments_kept=0.1",
     ],
+    "moments of groups": [
+        "method=fed_rac_lora",
+        "method.sketches=2",
+        "method.resample_every=3",
+        "local=adamw",
+        "local.moments=run",
+    ],
     "adamw": ["method=fedavg_lora", "local=adamw", "local.batch_size=64"],
 }
 
