@@ -9,6 +9,8 @@ import torch
 
 from fedraclora.errors import ShapeError
 
+Product = tuple[torch.Tensor, torch.Tensor]  # [m, q] and [q, n], standing for their product
+
 
 def stack_products(
     lefts: torch.Tensor, rights: torch.Tensor, weights: torch.Tensor
@@ -47,7 +49,8 @@ def truncated_product(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Best rank-``rank`` approximation of ``left @ right`` from two QRs and one small SVD.
 
-    Costs O((m + n) q^2 + q^3) for inner dimension q, and never forms the m x n product.
+    Costs O((m + n) q^2 + q^3) for inner dimension q, and never forms the m x n product. Signs are
+    fixed (`fix_signs`): those of a singular pair are the library's choice.
 
     Args:
         left: [m, q].
@@ -73,7 +76,78 @@ def truncated_product(
     qr, rr = torch.linalg.qr(right.to(torch.float64).mT)
     u, s, vt = torch.linalg.svd(rl @ rr.mT, full_matrices=False)
     keep = min(rank, s.shape[0])
-    return ql @ u[:, :keep], s[:keep], vt[:keep] @ qr.mT
+    left, right = fix_signs(ql @ u[:, :keep], vt[:keep] @ qr.mT)
+    return left, s[:keep], right
+
+
+def fix_signs(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn each pair (column of ``left``, row of ``right``) to one sign; the product stays.
+
+    The entry of largest magnitude in each column of ``left`` becomes positive (the first of them
+    in a tie).
+
+    Args:
+        left: [m, q]. Not modified.
+        right: [q, n]. Not modified.
+
+    Example:
+        >>> fix_signs(torch.tensor([[1.0], [-2.0]]), torch.tensor([[3.0]]))
+        (tensor([[-1.],
+                [ 2.]]), tensor([[-3.]]))
+    """
+    if not left.numel():
+        return left, right
+    peaks = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
+    signs = torch.where(peaks < 0, -1.0, 1.0).to(left)
+    return left * signs, right * signs.mT
+
+
+def balanced_factors(
+    left: torch.Tensor, right: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give ``U sqrt(S)`` [m, rank] and ``sqrt(S) V^T`` [rank, n] of the product, cut to a rank.
+
+    Components that the product does not have are zero. Arguments as in `truncated_product`.
+
+    Example:
+        >>> B, A = balanced_factors(torch.tensor([[4.0], [0.0]]), torch.tensor([[1.0, 0.0]]), 2)
+        >>> B.shape, A.shape, float((B @ A)[0, 0])
+        (torch.Size([2, 2]), torch.Size([2, 2]), 4.0)
+    """
+    u, s, vt = truncated_product(left, right, rank)
+    root = s.sqrt()
+    return padded_to(u * root, root[:, None] * vt, rank)
+
+
+def padded_to(
+    left: torch.Tensor, right: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append zero components to factors [m, q] and [q, n] up to an inner dimension."""
+    more = max(0, rank - left.shape[1])
+    return (
+        torch.nn.functional.pad(left, (0, more)),
+        torch.nn.functional.pad(right, (0, 0, 0, more)),
+    )
+
+
+def sum_products(*terms: Product) -> Product:
+    """Write a sum of products ``L_i R_i`` as one product; a negative one has its left negated.
+
+    Args:
+        terms: Pairs of [m, q_i] and [q_i, n], at least one.
+
+    Example:
+        >>> one = (torch.ones(2, 1), torch.ones(1, 3))
+        >>> L, R = sum_products(one, minus(one))
+        >>> float((L @ R).abs().max())
+        0.0
+    """
+    return torch.cat([t[0] for t in terms], dim=1), torch.cat([t[1] for t in terms])
+
+
+def minus(product: Product) -> Product:
+    """Negate a product of two factors."""
+    return -product[0], product[1]
 
 
 def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -105,7 +105,7 @@ def test_exact_methods_give_the_mean_of_the_clients_weights(variant: Variant, wo
         else:
             targets = list(world.plan.targets)
             assert distance(found, wanted, targets) > 1e-2 * distance(
-                wanted, played.before.base, targets
+                wanted, method.weights(played.before, DRAW), targets
             ), "the method equals the mean of its clients: say exact=True"
 
 
@@ -254,19 +254,21 @@ def test_replies_close_under_the_downlink_that_asked_for_them(
 @every_variant
 def test_the_base_of_a_target_changes_iff_the_method_merges(variant: Variant, world: World) -> None:
     method = method_of(variant)
+    first = method.init(world.base, world.plan, DRAW).base
     last = play_rounds(method, world, 6, DRAW)[-1].after
     for name in world.plan.targets:
-        assert torch.equal(last.base[name], world.base[name]) != method.traits.merges, name
+        assert torch.equal(last.base[name], first[name]) != method.traits.merges, name
 
 
 @every_variant
 def test_the_links_rebuild_the_base_to_the_bit(variant: Variant, world: World) -> None:
     method = method_of(variant)
     links = []
+    first = method.init(world.base, world.plan, DRAW).base
     for played in play_rounds(method, world, 6, DRAW):
         if played.after.link is not None:
             links.append(played.after.link)
-        assert_equal_trees(replay(world.base, links, world.plan), played.after.base)
+        assert_equal_trees(replay(first, links, world.plan), played.after.base)
 
 
 @every_variant
@@ -363,7 +365,7 @@ def test_the_number_of_the_link_says_whether_what_is_trained_lives_on(
         ]
         if now.sent.link != last.sent.link:
             assert now.sent.link == last.sent.link + 1
-            assert not now.before.carried
+            assert not (has_field(method, "resample_every") and now.before.carried)
             continue
         mean = last.got.mean()
         for name, factor in frozen[1].items():
@@ -444,7 +446,7 @@ def test_the_docstring_says_what_a_reader_asks(name: str) -> None:
     text = sys.modules[METHODS[name].__module__].__doc__ or ""
     sections = ("- Uplink", "- Aggregation:", "- Source:", "- Departures:")
     assert [s for s in sections if s not in text] == []
-    assert "arXiv" in text or "doi" in text, "the source has no number"
+    assert any(kind in text for kind in ("arXiv", "doi", "OpenReview")), "no number of the source"
     assert ("not exact" in text) == (not make_method(name).traits.exact)
 
 

@@ -21,6 +21,7 @@ from worlds import (
     assert_close_trees,
     assert_equal_trees,
     conv1d,
+    distance,
     label,
     linear,
     make_method,
@@ -62,6 +63,13 @@ def with_ranks(ranks: tuple[int, ...] = RANKS, weights: tuple[float, ...] = UNEQ
     return replace(some_cohort(weights), ranks=torch.tensor(ranks))
 
 
+def start_of(factor: Trained) -> torch.Tensor:
+    """Where each client of the cohort starts, [K, ...]."""
+    opening = factor.opening()
+    start = torch.zeros(factor.shape, dtype=torch.float64) if opening is None else opening
+    return start if factor.per_client else start.expand(len(RANKS), *factor.shape)
+
+
 def cut_weights(played: Played, k: int, rank: int) -> Tree:
     """Dense weights of the client at place ``k``: W + s B[:, :r] A[:r], and what it was sent."""
     base, plan = played.before.base, played.before.plan
@@ -75,7 +83,7 @@ def cut_weights(played: Played, k: int, rank: int) -> Tree:
                 continue
             assert isinstance(factor, Trained)
             pair.append(rows[f"{weight}/{name}"][k])
-            start.append(torch.zeros(factor.shape) if factor.start is None else factor.start)
+            start.append(start_of(factor)[k])
         change = pair[0][:, :rank] @ pair[1][:rank]
         change = change + start[0][:, rank:].double() @ start[1][rank:].double()
         transposed = plan.targets[weight].kind == "conv1d"
@@ -92,16 +100,21 @@ def test_the_new_weights_are_the_dense_sum_over_clients_of_any_rank(
 ) -> None:
     """sum_k p_k (W + s B_k[:, :r_k] A[:r_k]): unequal p_k, alpha != rank, m != n."""
     method = make_method(variant[0], **variant[1])
-    assert method.traits.exact
     shares = [w / sum(UNEQUAL) for w in UNEQUAL]
+    targets = list(world.plan.targets)
     for played in play_rounds(method, world, 4, DRAW, with_ranks()):
         each = [cut_weights(played, k, rank) for k, rank in enumerate(RANKS)]
         wanted = {
             name: torch.stack([p * w[name] for p, w in zip(shares, each, strict=True)]).sum(dim=0)
             for name in world.base
         }
-        wanted = stepped(method, played, wanted, DRAW)
-        assert_close_trees(method.weights(played.after, DRAW), wanted)
+        wanted, found = stepped(method, played, wanted, DRAW), method.weights(played.after, DRAW)
+        if method.traits.exact:
+            assert_close_trees(found, wanted)
+            continue
+        missed = distance(found, wanted, targets)
+        change = distance(wanted, method.weights(played.before, DRAW), targets)
+        assert played.after.report["aggregation_error"] == pytest.approx(missed / change, rel=1e-9)
 
 
 @able
@@ -113,12 +126,13 @@ def test_a_component_moves_by_the_clients_that_train_it(variant: Variant, world:
             for name, factor in adapter.factors.items():
                 if not isinstance(factor, Trained):
                     continue
-                start = torch.zeros(factor.shape) if factor.start is None else factor.start
+                shares = played.got.weights / played.got.total
+                start = (shares[:, None, None] * start_of(factor)).sum(dim=0)
                 moved = (mean[f"{weight}/{name}"] - start).abs()
                 moved = moved.amax(dim=0 if name == "B" else 1)
                 assert bool((moved[:2] > 1e-3).all())
                 # A mean of equal numbers rounds.
-                assert float(moved[2]) <= 1e-15
+                assert float(moved[2]) <= 1e-14
 
 
 # --- runs ----------------------------------------------------------------------------------------
@@ -211,7 +225,8 @@ def test_bytes_do_not_depend_on_the_chunk(variant: Variant) -> None:
     for one, two, three, plain in zip(*(r.rows for r in [*runs, whole]), strict=True):
         assert [one[c] for c in columns] == [two[c] for c in columns] == [three[c] for c in columns]
         assert one["uplink_bytes"] < plain["uplink_bytes"]
-        assert [one[c] for c in columns[1:]] == [plain[c] for c in columns[1:]]
+        assert one["downlink_bytes"] == plain["downlink_bytes"]
+        assert one["catchup_bytes"] <= plain["catchup_bytes"]  # a stack holds no empty components
 
 
 @able
@@ -219,6 +234,8 @@ def test_sums_of_blocks_are_those_of_rows(
     variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk that is summed where it trains comes to the bits of its clients' cut rows."""
+    if not make_method(variant[0], **variant[1]).traits.linear:
+        pytest.skip("needs each client's own update")
     summed = finished(variant, BUDGETS, COHORT)
     monkeypatch.setattr(LoopConfig, "whole_blocks", lambda *_: False)
     apart = finished(variant, BUDGETS, COHORT)

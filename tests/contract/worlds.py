@@ -87,6 +87,8 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
         if "sketches" in group:
             yield name, {"sketches": 2, "resample_every": 1}
             yield name, {"sketches": 2, "server_lr": 2.0, "side": "left", "resample_every": 3}
+        if "residual_rank" in group:
+            yield name, {"residual_rank": 2}
         if "server_lr" in group:
             yield name, {"server_lr": 1.75, "resample_every": 1}
 

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ShapeError
-from fedraclora.lowrank import effective_rank, product_norm, stack_products, truncated_product
+from fedraclora.lowrank import (
+    balanced_factors,
+    effective_rank,
+    fix_signs,
+    minus,
+    product_norm,
+    stack_products,
+    sum_products,
+    truncated_product,
+)
 from fedraclora.rng import generator, torch_normal
 
 sizes = st.integers(1, 7)
@@ -122,3 +131,33 @@ def test_the_effective_rank_is_the_exponential_of_the_entropy() -> None:
 def test_the_effective_rank_lies_between_one_and_the_rank(m: int, n: int) -> None:
     found = effective_rank(normal(m, n))
     assert 1.0 - 1e-12 <= found <= min(m, n) + 1e-12
+
+
+@given(sizes, sizes, sizes)
+def test_signs_do_not_depend_on_those_that_came(m: int, q: int, n: int) -> None:
+    """A library may turn any singular pair round: the result is the same, to the bit."""
+    left, right = normal(m, q), normal(q, n, seed=1)
+    turn = torch.where(torch.arange(q) % 2 == 0, -1.0, 1.0).double()
+    one, other = fix_signs(left, right), fix_signs(left * turn, turn[:, None] * right)
+    assert torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])
+    torch.testing.assert_close(one[0] @ one[1], left @ right, rtol=1e-12, atol=1e-12)
+    assert bool((one[0].gather(0, one[0].abs().argmax(0, keepdim=True)) > 0).all())
+
+
+@given(sizes, sizes, sizes, st.integers(1, 9))
+def test_balanced_factors_share_the_singular_values(m: int, q: int, n: int, rank: int) -> None:
+    left, right = normal(m, q), normal(q, n, seed=1)
+    B, A = balanced_factors(left, right, rank)
+    assert (B.shape, A.shape) == ((m, rank), (rank, n))
+    u, s, vt = truncated_product(left, right, rank)
+    torch.testing.assert_close(B @ A, u @ torch.diag(s) @ vt, rtol=1e-10, atol=1e-10)
+    gram = torch.diag(torch.nn.functional.pad(s, (0, rank - len(s))))
+    torch.testing.assert_close(B.mT @ B, gram, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(A @ A.mT, gram, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sum_of_products_is_the_dense_sum() -> None:
+    one, other = (normal(4, 2), normal(2, 5)), (normal(4, 3, seed=1), normal(3, 5, seed=1))
+    left, right = sum_products(one, minus(other))
+    torch.testing.assert_close(left @ right, one[0] @ one[1] - other[0] @ other[1])

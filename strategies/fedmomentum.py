@@ -1,0 +1,54 @@
+"""FedMomentum: the leading part of the mean product is carried on, the rest is merged.
+
+    client k: (B_k, A_k) from (B, A), local steps on both
+    sum_k p_k B_k A_k = U S V^T;   B <- U_r S_r^(1/2),  A <- S_r^(1/2) V_r^T
+    W <- W + s (sum_k p_k B_k A_k - B A)
+
+- Uplink: r (m + n) numbers per matrix and client. Downlink: the same after the first round, and
+  what the client missed: up to (K - 1) r (m + n) numbers per link, at most m n.
+- Aggregation: exact. It needs each client's own factors.
+- Server: two QRs and a small SVD of the stacked factors, O((m + n) (K r)^2 + (K r)^3), and a merge
+  of 2 m n (K - 1) r operations.
+- Source: Yan et al., *FedMomentum: preserving LoRA training momentum in federated fine-tuning*,
+  2026, arXiv 2603.08014.
+- Departures: the SVD is exact, where the paper's is randomised; all of the rest is merged.
+- Unverified: only the abstract and summaries were read. How the paper splits S between the
+  factors, how much of the rest it merges and when, and its scale are not known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from fedraclora.lowrank import padded_to, truncated_product
+from fedraclora.method import Traits
+from strategies.factored import Conclusion, Factored, Replies
+
+
+@dataclass(frozen=True)
+class FedMomentum(Factored):
+    """Hyperparameters of FedMomentum.
+
+    Attributes:
+        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
+        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
+        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
+            (the larger factor is drawn).
+        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
+    """
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(exact=True, linear=False, merges=True)
+
+    @override
+    def conclude(self, replies: Replies) -> Conclusion:
+        left, right = replies.product()
+        u, s, vt = truncated_product(left, right, left.shape[1])
+        root, r = s.sqrt(), replies.rank
+        B, A = u * root, root[:, None] * vt
+        return Conclusion(padded_to(B[:, :r], A[:r], r), (B[:, r:], A[r:]))

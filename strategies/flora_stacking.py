@@ -1,0 +1,50 @@
+"""FLoRA, by stacking: both factors trained anew in every round, their products merged exactly.
+
+    client k: B_k = 0, A_k = A_0 (drawn for the round), local steps on both
+    W <- W + s [p_1 B_1, .., p_K B_K] [A_1; ..; A_K] = W + s sum_k p_k B_k A_k
+
+- Uplink: r (m + n) numbers per matrix and client; r_k (m + n) under rank budgets. Downlink: a seed,
+  and what the client missed: (sum_k r_k) (m + n) numbers per link, at most m n.
+- Aggregation: exact, also under rank budgets, since the scale s is common. It needs each client's
+  own factors.
+- Server: K products are put side by side; the merge costs 2 m n K r operations.
+- Source: Wang et al., *FLoRA: federated fine-tuning large language models with heterogeneous
+  low-rank adaptations*, NeurIPS 2024, arXiv 2409.05976. Not the FLORA of arXiv 2402.03293.
+- Departures: the clients of a round start from one drawing, by its seed, where the public code
+  gives each its own; the scale is alpha / r for all, where the paper's is alpha / r_k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from typing_extensions import override
+
+from fedraclora.method import Traits
+from strategies.factored import Conclusion, Factored, Replies
+
+
+@dataclass(frozen=True)
+class FloraStacking(Factored):
+    """Hyperparameters of FLoRA.
+
+    Attributes:
+        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
+        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
+        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
+            (the larger factor is drawn).
+        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
+    """
+
+    carries: ClassVar[bool] = False
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(exact=True, linear=False, merges=True, ranks=True)
+
+    @override
+    def conclude(self, replies: Replies) -> Conclusion:
+        return Conclusion(merged=replies.product())

@@ -1,0 +1,62 @@
+"""HetLoRA: factors of several ranks, padded with zeros and averaged by the norms of their products.
+
+    client k: (B_k, A_k) from the first r_k components of (B, A), local steps on both
+    w_k = p_k ||B_k A_k||_F / sum_j p_j ||B_j A_j||_F
+    B <- sum_k w_k B_k;  A <- sum_k w_k A_k, padded;   effective weight W + s B A
+
+- Uplink: r (m + n) numbers per matrix and client; r_k (m + n) under rank budgets. Downlink, after
+  the first round: r (m + n), also under budgets: a client is sent its components and zeros.
+- Aggregation: **not exact**: factors are averaged apart, and weighted by their norms; the error is
+  reported each round as ``aggregation_error``. It needs each client's own factors.
+- Server: a mean of K factors and K norms, O(K (m + n) r^2).
+- Source: Cho et al., *Heterogeneous LoRA for federated fine-tuning of on-device foundation models*,
+  EMNLP 2024, arXiv 2401.06432.
+- Departures: ranks are the budgets of the clients' devices and stay as they are: the penalty on
+  trailing components and the pruning of ranks are left out. The scale is alpha / r for all. The
+  norms multiply the run's aggregation weights; with ``weights=uniform`` they are the paper's alone.
+  Clients that send nothing but zeros are averaged by p_k.
+- Unverified: how the paper scales adapters of several ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from typing_extensions import override
+
+from fedraclora.lowrank import product_norm
+from fedraclora.method import Traits
+from strategies.factored import Conclusion, Factored, Replies
+
+
+@dataclass(frozen=True)
+class HetLora(Factored):
+    """Hyperparameters of HetLoRA.
+
+    Attributes:
+        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
+        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
+        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
+            (the larger factor is drawn).
+        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
+    """
+
+    truncates: ClassVar[bool] = True
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(exact=False, linear=False, merges=False, ranks=True)
+
+    @override
+    def conclude(self, replies: Replies) -> Conclusion:
+        kept = replies.kept.to(replies.B)
+        B, A = replies.B * kept[:, None], replies.A * kept[..., None]
+        norms = [product_norm(b, a) for b, a in zip(B, A, strict=True)]
+        w = replies.p * torch.tensor(norms).to(replies.p)
+        w = w / w.sum() if any(norms) else replies.p
+        mean = [(w[:, None, None] * factor).sum(dim=0) for factor in (B, A)]
+        return Conclusion(carried=(mean[0], mean[1]))

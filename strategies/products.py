@@ -1,0 +1,44 @@
+"""Adapters as products of two factors: the state's own, and how far a round is from the mean."""
+
+from __future__ import annotations
+
+import torch
+
+from fedraclora.adapter import resolve_scale
+from fedraclora.lowrank import Product, minus, product_norm, sum_products
+from fedraclora.method import Link, State, Term, apply_link
+from fedraclora.tree import Tree
+
+
+def carried_product(state: State, name: str) -> Product | None:
+    """Give the adapter of one weight before the round, in float64; None where it is zero."""
+    if f"{name}/B" not in state.carried:
+        return None
+    return tuple(state.carried[f"{name}/{k}"].to(torch.float64) for k in ("B", "A"))  # type: ignore[return-value]
+
+
+def with_carried(state: State, alpha: float | str) -> Tree:
+    """Give the base with the carried adapters folded in."""
+    terms = {}
+    for name in state.plan.targets:
+        if f"{name}/B" in state.carried:
+            B, A = (state.carried[f"{name}/{label}"] for label in ("B", "A"))
+            terms[name] = Term((B, A), resolve_scale(alpha, B.shape[1]))
+    return apply_link(state.base, Link(terms), state.plan) if terms else state.base
+
+
+class RoundError:
+    """Distance of a round's result from the mean of the clients, relative to the mean change."""
+
+    def __init__(self) -> None:
+        self.missed = self.change = 0.0
+
+    def add(self, mean: Product, old: Product | None, new: Product, scale: float) -> None:
+        """Count one weight: mean of the clients' terms, the term before, and what came of it."""
+        self.missed += (scale * product_norm(*sum_products(new, minus(mean)))) ** 2
+        moved = mean if old is None else sum_products(mean, minus(old))
+        self.change += (scale * product_norm(*moved)) ** 2
+
+    def report(self) -> dict[str, float]:
+        """Give the figure for the ledger, ``aggregation_error``."""
+        return {"aggregation_error": (self.missed / self.change) ** 0.5 if self.change else 0.0}
