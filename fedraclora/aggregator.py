@@ -7,38 +7,140 @@ an update from its start, and has the seed tree for its own draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
-from fedraclora.method import Downlink, Draw
+from fedraclora.errors import ConfigError
+from fedraclora.method import Downlink, Draw, Traits
+from fedraclora.tree import Tree
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What an aggregator may know beside the uplinks."""
+    """What an aggregator may know beside the uplinks: ``base`` is what clients trained from."""
 
     sent: Downlink
     round_: int
     draw: Draw
+    base: Tree = field(default_factory=dict)
 
 
-Aggregator = Callable[[Uplinks, Setting], Uplinks]
+def starts(setting: Setting, got: Uplinks) -> torch.Tensor:
+    """Give where what clients uploaded had started.
+
+    Returns:
+        float64 [P], or [K, P] in the order of ``got`` where clients start apart.
+    """
+    slots = setting.sent.uploaded()
+    apart = any(slot.per_client for slot in slots.values())
+    K = len(got.clients)
+    places = torch.arange(K) if got.places is None else got.places
+    found = {}
+    for name, shape in got.layout.shapes:
+        start = slots[name].opening()
+        if start is None:
+            start = setting.base.get(name, torch.zeros(shape))
+        start = start.to("cpu", torch.float64)
+        if slots[name].per_client:
+            start = start[places]
+        elif apart:
+            start = start.expand(K, *shape)
+        found[name] = start
+    return got.layout.pack(found, lead=int(apart))
 
 
-def mean(got: Uplinks, setting: Setting) -> Uplinks:
+class Aggregator:
+    """Between the checks of what came and the method: a frozen dataclass with one function.
+
+    Attributes:
+        name: Its key in the config.
+        individuals: Whether it looks at single clients; if not, their sum is enough.
+        estimates: Whether what it hands on is one vector for the whole cohort.
+        compares: Whether it compares clients, who must then have trained the same components.
+    """
+
+    name: ClassVar[str]
+    individuals: ClassVar[bool] = True
+    estimates: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+
+    def check(self, traits: Traits, cohort: int) -> None:
+        """Refuse a method or a cohort that this cannot serve.
+
+        Args:
+            traits: Of the method.
+            cohort: Clients per round.
+
+        Raises:
+            ConfigError: Saying why.
+        """
+        del cohort
+        if self.estimates and not traits.linear:
+            raise ConfigError(
+                f"aggregator={self.name} gives one vector for the cohort, but this "
+                "method needs each client's own; choose multi_krum, krum, norm_bound or mean"
+            )
+
+    def __call__(self, got: Uplinks, setting: Setting) -> Uplinks:
+        """Give what the method sees.
+
+        Raises:
+            ConfigError: If clients are to be compared who trained different components.
+        """
+        if self.compares and setting.sent.ranks is not None:
+            raise ConfigError(
+                f"aggregator={self.name} compares clients, but they train different components "
+                "here (system.rank_budget, or method.sketches above 1); choose norm_bound or mean"
+            )
+        return self.apply(got, setting)
+
+    def apply(self, got: Uplinks, setting: Setting) -> Uplinks:
+        """Do what `__call__` has found to be possible."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Mean(Aggregator):
     """Plain weighted averaging: nothing to do before the method takes the mean."""
-    del setting
-    return got
 
+    name: ClassVar[str] = "mean"
+    individuals: ClassVar[bool] = False
 
-def total(got: Uplinks, setting: Setting) -> Uplinks:
-    """Hand over the weighted sum only, as secure aggregation would."""
-    del setting
-    if got.stacked is None:
+    @override
+    def apply(self, got: Uplinks, setting: Setting) -> Uplinks:
+        del setting
         return got
-    return replace(got, stacked=None, summed=got.sum())
 
 
-AGGREGATORS: dict[str, Aggregator] = {"mean": mean, "sum": total}
-SUMMING = (mean, total)  # those for which the sum of a cohort is enough
+@dataclass(frozen=True)
+class Total(Aggregator):
+    """Hand over the weighted sum only, as secure aggregation would."""
+
+    name: ClassVar[str] = "sum"
+    individuals: ClassVar[bool] = False
+    estimates: ClassVar[bool] = True
+
+    @override
+    def apply(self, got: Uplinks, setting: Setting) -> Uplinks:
+        del setting
+        if got.stacked is None:
+            return got
+        return replace(got, stacked=None, summed=got.sum())
+
+
+def rows_of(got: Uplinks) -> torch.Tensor:
+    """Give what each client sent, float64 [K, P].
+
+    Raises:
+        ShapeError: If only the sum is known.
+    """
+    got.stack()
+    assert got.stacked is not None  # noqa: S101  # or `stack` had raised
+    return got.stacked.double().cpu()
+
+
+mean = Mean()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,8 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fedraclora.adapter import make_plan
+from fedraclora.attack import LabelFlip
+from fedraclora.attacked import AttackedTrainer
 from fedraclora.cohort import CohortTrainer
 from fedraclora.config import TaskConfig
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
@@ -55,14 +58,16 @@ class BuiltTask:
 
 def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTrainer:
     """Build what trains the clients of a run: the same in every process that has some."""
-    return CohortTrainer(
-        built.task,
-        plan,
-        config.local,
+    task, attack = built.task, config.attack
+    if isinstance(attack, LabelFlip):
+        task = replace(task, train=attack.poisoned(task.train, built.classes, config.seed))
+    bind = partial(
+        CohortTrainer if not attack.share else partial(AttackedTrainer, attack=attack),
         seed=config.seed,
         device=built.device,
         precision=config.precision,
     )
+    return bind(task, plan, config.local)
 
 
 def pick_device(name: str) -> torch.device:

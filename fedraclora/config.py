@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from fedraclora.adapter import BIAS_POLICIES, HEAD_POLICIES
-from fedraclora.aggregator import AGGREGATORS
+from fedraclora.aggregator import Aggregator
+from fedraclora.attack import ATTACKS, Attack
 from fedraclora.data import DATASETS, PARTITIONS
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import Method
 from fedraclora.models import MODELS
 from fedraclora.optimiser import LocalConfig
 from fedraclora.precision import PRECISIONS
+from fedraclora.rules import AGGREGATORS
 from fedraclora.sampling import WEIGHTINGS
 from fedraclora.schema import Plain, bind, build, coerce, section, without
 from fedraclora.settings import (
@@ -56,6 +58,7 @@ class TaskConfig:
         plain: The dict this was read from.
         data, partition, model: Tables' rows and their arguments.
         local, engine, pretrain: Settings.
+        attack: What some clients do to harm the run, in a simulation.
         clients: Clients that are asked for; None where the data brings its own division.
         cohort: Clients per round; a fraction of them if below 1.
         seed: Of the run.
@@ -71,6 +74,7 @@ class TaskConfig:
     local: LocalConfig
     engine: EngineConfig
     pretrain: PretrainConfig
+    attack: Attack
     clients: int | None
     cohort: int | float
     seed: int
@@ -91,7 +95,7 @@ class RunConfig(TaskConfig):
         evaluate, output: Settings.
         rounds: Rounds.
         weights: examples or uniform.
-        aggregator: A key of `fedraclora.aggregator.AGGREGATORS`.
+        aggregator: What happens to the updates before the method sees them.
         max_failures: Clients that may fail in a round.
         system: What the clients' devices are like.
         stop: When to end before the last round.
@@ -102,7 +106,7 @@ class RunConfig(TaskConfig):
     output: OutputConfig
     rounds: int
     weights: str
-    aggregator: str
+    aggregator: Aggregator
     max_failures: int
     system: SystemConfig
     stop: StopConfig
@@ -120,6 +124,8 @@ GROUPS: dict[str, Callable[[Plain], object]] = {
     "pretrain": lambda g: build("pretrain", PretrainConfig, without(g, "name")),
     "output": lambda g: build("output", OutputConfig, without(g, "name")),
     "system": lambda g: build("system", SystemConfig, without(g, "name")),
+    "aggregator": lambda g: bind("aggregator", AGGREGATORS, g)(),
+    "attack": lambda g: bind("attack", ATTACKS, g)(),
     "stop": lambda g: build("stop", StopConfig, g),
 }
 TABLES: dict[str, Iterable[str]] = {"data": DATASETS, "model": MODELS, "partition": PARTITIONS}
@@ -192,7 +198,6 @@ def _check(config: RunConfig) -> None:
     choices: dict[str, Iterable[str]] = {
         "device": DEVICES,
         "precision": PRECISIONS,
-        "aggregator": AGGREGATORS,
         "weights": WEIGHTINGS,
         "head": HEAD_POLICIES,
         "bias": BIAS_POLICIES,

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from fedraclora.aggregate import SUM_BLOCK
-from fedraclora.aggregator import AGGREGATORS
 from fedraclora.build import (
     BuiltTask,
     build_task,
@@ -38,6 +37,7 @@ from strategies.fleet import Fleet
 from strategies.loop import LoopConfig
 from strategies.rows import Row
 from strategies.stopping import Stopping
+from strategies.treatment import Treatment
 
 RunGrid = LocalGrid | NodePerClient
 
@@ -121,7 +121,7 @@ def assemble(
         replica=replica,
         evaluate=measurement(config, built, plan, store, config.evaluate.split),
         book=book,
-        aggregator=AGGREGATORS[config.aggregator],
+        treatment=Treatment(config.aggregator, config.attack),
         on_round=on_round,
         sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
         fleet=Fleet(config.system, config.seed, config.local),

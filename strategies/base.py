@@ -16,10 +16,10 @@ from flwr.serverapp.strategy import Result
 from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
-from fedraclora.aggregator import SUMMING, Aggregator, Setting, mean
+from fedraclora.aggregator import Setting
 from fedraclora.chain import CatchUp
 from fedraclora.engines.local import taken_incidents
-from fedraclora.errors import ClientError, EngineError, WireError
+from fedraclora.errors import ClientError, ConfigError, EngineError, WireError
 from fedraclora.ledger import number
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.optimiser import LocalConfig
@@ -35,6 +35,7 @@ from strategies.loop import LoopConfig
 from strategies.rows import Moved, Row, fleet_columns, ledger_row
 from strategies.serverside import EvaluatesItself
 from strategies.stopping import Stopping
+from strategies.treatment import Treatment
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class FedStrategy(EvaluatesItself):
         replica: Where new base weights are published.
         evaluate: Gives the metrics of dense weights.
         book: Ledger, chain and checkpoints.
-        aggregator: What happens between the checks and the method.
+        treatment: What happens to updates between the checks and the method.
         on_round: Called with each new ledger row.
         sizes: Samples of clients [K], where the server knows them before they train.
         fleet: The clients' devices; ideal ones by default.
@@ -67,7 +68,7 @@ class FedStrategy(EvaluatesItself):
         replica: Replica,
         evaluate: Callable[[Tree], dict[str, float]] | None,
         book: RunBook,
-        aggregator: Aggregator = mean,
+        treatment: Treatment | None = None,
         on_round: Callable[[Row], None] | None = None,
         sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
         fleet: Fleet | None = None,
@@ -75,12 +76,12 @@ class FedStrategy(EvaluatesItself):
     ) -> None:
         self.method, self.state, self.local, self.loop = method, state, local, loop
         self.replica, self.evaluate, self.book = replica, evaluate, book
-        self.aggregator, self.on_round, self.sizes = aggregator, on_round, sizes
+        self.on_round, self.sizes, self.treatment = on_round, sizes, treatment or Treatment()
         self.draw = Draw(loop.seed)
         self.fleet, self.stop = fleet or Fleet(SystemConfig(), loop.seed, local), stop or Stopping()
         self.fleet.check(method)
-        self.catch_up = CatchUp(state.base, loop.clients)
-        self.done = 0
+        self.treatment.begin(method, loop)
+        self.catch_up, self.done = CatchUp(state.base, loop.clients), 0
         self._exchange: Exchange | None = None
 
     def resume(self, state: State, done: int) -> None:
@@ -125,7 +126,7 @@ class FedStrategy(EvaluatesItself):
                 break
             try:
                 metrics = self._round(grid, round_, timeout or self.loop.timeout)
-            except (ClientError, EngineError, WireError):
+            except (ClientError, ConfigError, EngineError, WireError):
                 self.book.save(self.state, self.done, self.catch_up)
                 raise
             result.train_metrics_clientapp[round_] = metrics
@@ -161,10 +162,10 @@ class FedStrategy(EvaluatesItself):
         watch.lap("evaluate")
         step = effective_step(exchange.downlink, self.local, exchange.rate_scale)
         row = ledger_row(exchange, self.state, measured, moved, self.book.totals())
-        if self.fleet.enabled:
-            row |= fleet_columns(exchange, self.fleet.clock)
+        row |= fleet_columns(exchange, self.fleet.clock) if self.fleet.enabled else {}
         self.book.link(round_, self.state.link)
         watch.lap("write")
+        row |= self.treatment.columns(exchange.first.cohort)
         row |= {"effective_step": step, "seconds": watch.laps}
         self._publish_row(row | taken_incidents(grid))
         # After the row: a checkpoint that is ahead of the ledger could not be resumed.
@@ -179,8 +180,8 @@ class FedStrategy(EvaluatesItself):
 
     def _collect(self, replies: Iterable[Message]) -> Uplinks:
         exchange = self._current()
-        got = exchange.collect(replies)
-        return self.aggregator(got, Setting(exchange.downlink, exchange.round_, self.draw))
+        setting = Setting(exchange.downlink, exchange.round_, self.draw, self.state.base)
+        return self.treatment.treat(exchange.collect(replies), setting)
 
     def _close(self, round_: int, exchange: Exchange, got: Uplinks) -> None:
         """Let the method make the next state, and publish its weights."""
@@ -220,7 +221,6 @@ class FedStrategy(EvaluatesItself):
         held, downlink, timeline = self.fleet.race(
             round_, cohort, downlink, self.sizes, None if before else self.catch_up, self.loop
         )
-        traits = self.method.traits
         self._exchange = Exchange(
             downlink,
             round_,
@@ -229,7 +229,7 @@ class FedStrategy(EvaluatesItself):
             cohort,
             self.loop,
             rate_scale=self.local.rate_scale(round_, self.loop.rounds),
-            reduce=traits.linear and not traits.looks_at_clients and self.aggregator in SUMMING,
+            reduce=self.treatment.sums_are_enough(self.method),
             before=before,
             timeline=timeline,
         )

@@ -40,7 +40,7 @@ from worlds import (
 )
 
 from fedraclora.aggregate import Uplinks
-from fedraclora.aggregator import AGGREGATORS, Setting
+from fedraclora.aggregator import Setting, Total
 from fedraclora.chain import replay
 from fedraclora.errors import ShapeError
 from fedraclora.link import apply_link
@@ -162,7 +162,7 @@ def test_the_scale_of_the_aggregation_weights_is_irrelevant(variant: Variant, wo
 def test_linear_methods_need_only_the_weighted_sum(variant: Variant, world: World) -> None:
     method = method_of(variant)
     played = play_rounds(method, world, 1, DRAW)[0]
-    summed = AGGREGATORS["sum"](played.got, Setting(played.sent, 1, DRAW))
+    summed = Total()(played.got, Setting(played.sent, 1, DRAW))
     assert summed.stacked is None
     if not method.traits.linear:
         with pytest.raises(ShapeError, match="each client's own update"):

@@ -26,6 +26,7 @@ from clients.worker import Worker
 from fedraclora.adapter import make_plan
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Aggregator, Setting, mean
+from fedraclora.attack import Attack
 from fedraclora.cohort import CohortTrainer
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.link import Plan
@@ -42,6 +43,7 @@ from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
 from strategies.loop import LoopConfig
+from strategies.treatment import Treatment
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
@@ -274,7 +276,7 @@ def play(
     exchange = 0
     while True:
         replies = random_replies(sent, cohort, world.dtype, round_, exchange)
-        got = aggregator(replies, Setting(sent, round_, draw))
+        got = aggregator(replies, Setting(sent, round_, draw, state.base))
         again = method.next_exchange(state, sent, got)
         if again is None:
             return Played(state, sent, got, method.close_round(state, sent, got))
@@ -407,6 +409,7 @@ def run(
     seed: int = 1,
     weights: str = "examples",
     aggregator: Aggregator = mean,
+    attack: Attack | None = None,
     arrange: Callable[[list[Message]], list[Message]] | None = None,
     folder: Path | None = None,
     resume: bool = False,
@@ -438,7 +441,7 @@ def run(
         replica=replica,
         evaluate=lambda w: {"loss": world.loss(w)},
         book=book,
-        aggregator=aggregator,
+        treatment=Treatment(aggregator, attack or Attack()),
     )
     if resume:
         strategy.resume(*book.restore(state, strategy.catch_up))

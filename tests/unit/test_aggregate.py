@@ -19,7 +19,7 @@ from fedraclora.aggregate import (
     too_many,
     weighted_sum,
 )
-from fedraclora.aggregator import AGGREGATORS, Setting
+from fedraclora.aggregator import Mean, Setting, Total
 from fedraclora.errors import ClientError, ShapeError
 from fedraclora.method import Downlink, Draw
 from fedraclora.rng import generator, torch_normal
@@ -122,11 +122,11 @@ def test_the_mean_by_hand() -> None:
 def test_the_mean_of_a_sum_is_the_mean_of_the_clients() -> None:
     got = uplinks(45)
     setting = Setting(Downlink(), 1, Draw(0))
-    summed = AGGREGATORS["sum"](got, setting)
+    summed = Total()(got, setting)
     assert not summed.has_individuals
     assert all(torch.equal(summed.mean()[n], t) for n, t in got.mean().items())
-    assert AGGREGATORS["sum"](summed, setting) is summed
-    assert AGGREGATORS["mean"](got, setting) is got
+    assert Total()(summed, setting) is summed
+    assert Mean()(got, setting) is got
     with pytest.raises(ShapeError, match="needs each client's own update, but only the sum came"):
         summed.stack()
 

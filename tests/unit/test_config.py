@@ -27,7 +27,10 @@ from strategies import METHODS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 METHOD_TABLE: Mapping[str, type[Method]] = METHODS
-GROUPS = ("method", "data", "partition", "model", "local", "engine", "system", "pretrain", "output")
+GROUPS = (
+    *("method", "data", "partition", "model", "local", "engine", "system", "pretrain", "output"),
+    *("aggregator", "attack"),
+)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -162,7 +165,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ),
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"precision": "bf16"}, "unknown precision 'bf16'; did you mean 'bf16-mixed'"),
-        ({"aggregator": "means"}, "unknown aggregator 'means'; did you mean 'mean'"),
+        ({"aggregator__name": "means"}, "unknown aggregator 'means'; did you mean 'mean'"),
         ({"seed": "zero"}, "seed is 'zero'; int is wanted"),
         ({"max_failures": None}, "max_failures is None; int is wanted"),
         ({"local": None}, "the config needs a group local, but has None"),

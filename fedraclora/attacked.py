@@ -1,0 +1,73 @@
+"""Local training of a simulation in which some clients attack."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from typing_extensions import override
+
+from fedraclora.attack import Attack
+from fedraclora.cohort import CohortTrainer
+from fedraclora.materialise import materialise
+from fedraclora.method import Downlink, Plan
+from fedraclora.optimiser import LocalConfig
+from fedraclora.task import Task
+from fedraclora.tree import Layout, Tree
+from fedraclora.trial import Trial
+
+
+class AttackedTrainer(CohortTrainer):
+    """A trainer whose attackers do not hand over what they trained.
+
+    Args:
+        attack: What they do.
+
+    The others are those of `CohortTrainer`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        local: LocalConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        precision: str,
+        attack: Attack,
+    ) -> None:
+        super().__init__(task, plan, local, seed=seed, device=device, precision=precision)
+        self.attack = attack
+        self.attackers = attack.attackers(seed, self.data.num_clients)
+
+    @override
+    def train(
+        self,
+        base: Tree,
+        downlink: Downlink,
+        clients: torch.Tensor,
+        *,
+        round_: int,
+        rate_scale: float,
+        moments: Tree | None = None,
+    ) -> Trial:
+        trial = super().train(
+            base, downlink, clients, round_=round_, rate_scale=rate_scale, moments=moments
+        )
+        hit = torch.nonzero(torch.isin(clients.cpu(), self.attackers)).flatten()
+        if not len(hit):
+            return trial
+        names = [n for n, slot in downlink.trained().items() if slot.upload]
+        starts = materialise(downlink.select(hit), base, torch.arange(len(hit)).to(self.device))[0]
+        begun = {n: starts[n].double() for n in names}
+        layout = Layout.of(begun, skip=1)
+        rows = layout.pack({n: trial.trained[n][hit].double() for n in names}, lead=1)
+        start = layout.pack(begun, lead=1)
+        moved = self.attack.sent(rows - start, clients[hit], self.seed, round_)
+        sent = layout.unpack(start + moved)
+        trained = dict(trial.trained)
+        for name in names:
+            trained[name] = trained[name].clone()
+            trained[name][hit] = sent[name].to(trained[name])
+        return replace(trial, trained=trained)

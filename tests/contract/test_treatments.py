@@ -1,0 +1,103 @@
+"""Every method under what stands between the checks and it: attacks and robust rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from worlds import (
+    RAGGED,
+    World,
+    assert_close_trees,
+    assert_equal_trees,
+    equal_clients,
+    label,
+    make_method,
+    make_world,
+    run,
+    variants,
+)
+
+from fedraclora.aggregator import Aggregator
+from fedraclora.attack import ALittleIsEnough, Attack, SignFlip
+from fedraclora.attacked import AttackedTrainer
+from fedraclora.errors import ConfigError
+from fedraclora.method import Cohort, Draw
+from fedraclora.optimiser import LocalConfig
+from fedraclora.rules import GeometricMedian, Krum, Median, MultiKrum, NormBound, TrimmedMean
+
+Variant = tuple[str, dict[str, Any]]
+every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
+RULES = (Median(), TrimmedMean(1), GeometricMedian(), Krum(1), MultiKrum(1), NormBound(1e6))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+@every_variant
+def test_of_clients_that_agree_every_rule_makes_their_update(
+    variant: Variant, world: World
+) -> None:
+    """Five clients of the same samples, in stored order, send one update: so does any rule."""
+    same = equal_clients(world, 5)
+    local = LocalConfig(lr=0.1, steps=2, batch_size=0, shuffle=False)
+    name, changes = variant
+    plain = run(same, make_method(name, **changes), local, rounds=2, chunk=5)
+    for rule in RULES:
+        if changes.get("sketches", 1) > 1 and rule.compares:
+            with pytest.raises(ConfigError, match="they train different components"):
+                run(same, make_method(name, **changes), local, rounds=2, aggregator=rule)
+            continue
+        found = run(same, make_method(name, **changes), local, rounds=2, chunk=5, aggregator=rule)
+        assert_close_trees(found.weights, plain.weights, 1e-9)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_chunks_do_not_change_what_a_rule_makes(rule: Aggregator, world: World) -> None:
+    runs = [
+        run(world, make_method("fed_rac_lora"), RAGGED, rounds=3, chunk=chunk, aggregator=rule)
+        for chunk in (1, 1, 5)
+    ]
+    assert_equal_trees(runs[0].weights, runs[1].weights)
+    assert_close_trees(runs[0].weights, runs[2].weights, 1e-9)
+
+
+@every_variant
+def test_attackers_and_no_others_send_something_else(variant: Variant, world: World) -> None:
+    name, changes = variant
+    method, draw = make_method(name, **changes), Draw(1)
+    clients = torch.arange(5)
+    state = method.init(world.base, world.plan, draw)
+    sent = method.open_round(state, 1, Cohort(clients, torch.ones(5)), draw)
+    trials = []
+    for attack in (Attack(), SignFlip(0.4, 3.0)):
+        trainer = AttackedTrainer(
+            world.task, world.plan, RAGGED, seed=1, device=CPU, precision="float32", attack=attack
+        )
+        trials.append(trainer.train(world.base, sent, clients, round_=1, rate_scale=1.0))
+    bad = torch.isin(clients, SignFlip(0.4).attackers(1, 5))
+    assert int(bad.sum()) == 2
+    for key, slot in sent.trained().items():
+        honest, found = trials[0].trained[key], trials[1].trained[key]
+        assert torch.equal(found[~bad], honest[~bad]), key
+        start = slot.opening()
+        if start is None:
+            start = world.base.get(key, torch.zeros(slot.shape))
+        wanted = start - 3 * (honest[bad] - start)
+        torch.testing.assert_close(found[bad], wanted.double(), rtol=1e-9, atol=1e-12)
+    assert torch.equal(trials[0].losses, trials[1].losses)
+
+
+def test_colluders_act_on_what_came_and_the_ledger_counts_them(world: World) -> None:
+    method = make_method("fed_rac_lora")
+    plain = run(world, method, RAGGED, rounds=2)
+    attack = ALittleIsEnough(0.4, z=2.0)
+    found = run(world, method, RAGGED, rounds=2, attack=attack)
+    assert [row["attackers"] for row in found.rows] == [2, 2]
+    assert not any("attackers" in row for row in plain.rows)
+    gap = found.weights["fc1.weight"] - plain.weights["fc1.weight"]
+    assert float(gap.abs().max()) > 1e-4
