@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import RecordDict
@@ -12,11 +12,13 @@ from flwr.app import RecordDict
 from clients.kept import held, keep
 from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer
+from fedraclora.downlink import opening_rows
 from fedraclora.errors import OF_THE_RUN, ConfigError
 from fedraclora.memory import is_out_of_memory
 from fedraclora.method import Downlink
 from fedraclora.ranks import uploaded_mask
 from fedraclora.replica import Replica
+from fedraclora.robust import shortened
 from fedraclora.tree import Tree
 from fedraclora.trial import Trial, join
 from fedraclora.wire import Order, Reader, pack_trial, uplink_layout
@@ -110,6 +112,8 @@ class Worker:
         # Out of the handler: the error's traceback would keep the attempt's memory alive.
         if trial is not None:
             keep(self.store, part, order, order.clients[index], trial)
+            if order.clip is not None:
+                trial = within(order.clip, trial, part, base)
             outcome.places += places
             outcome.trials.append(trial)
             return []
@@ -158,6 +162,16 @@ class Worker:
             outcome.notes,
             uploaded_mask(downlink, places) if order.reduce is None else None,
         )
+
+
+def within(clip: float, trial: Trial, downlink: Downlink, base: Tree) -> Trial:
+    """Shorten what clients send to updates of norm ``clip``, over all that each of them sends."""
+    layout = uplink_layout(downlink)
+    rows = layout.pack({n: trial.trained[n].cpu().double() for n, _ in layout.shapes}, lead=1)
+    start = opening_rows(downlink, base, layout, torch.arange(len(rows)))
+    short = layout.unpack(shortened(rows, start, clip))
+    sent = {name: tensor.to(trial.trained[name]) for name, tensor in short.items()}
+    return replace(trial, trained=trial.trained | sent)
 
 
 def parts(places: list[int], size: int | None) -> list[list[int]]:

@@ -85,6 +85,7 @@ class Uplinks:
         summed: float64 [P], ``sum_k weights[k] * row_k``, or None if not yet formed.
         versions: Base version each client trained from, int64 [K].
         places: Their places in the cohort, int64 [K], or None if nobody is missing.
+        denominator: What the sum is divided by for the mean; None: the sum of the weights.
     """
 
     clients: torch.Tensor
@@ -94,10 +95,13 @@ class Uplinks:
     summed: torch.Tensor | None = None
     versions: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     places: torch.Tensor | None = None
+    denominator: float | None = None
 
     @property
     def total(self) -> float:
-        """Sum of the aggregation weights, exactly rounded, so in any order."""
+        """Sum of the aggregation weights, exactly rounded, so in any order; or `denominator`."""
+        if self.denominator is not None:
+            return self.denominator
         return math.fsum(self.weights.tolist())
 
     def sum(self) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
+from fedraclora.downlink import opening_rows
 from fedraclora.errors import ConfigError
 from fedraclora.method import Downlink, Draw, Traits
 from fedraclora.tree import Tree
@@ -30,27 +31,9 @@ class Setting:
 
 
 def starts(setting: Setting, got: Uplinks) -> torch.Tensor:
-    """Give where what clients uploaded had started.
-
-    Returns:
-        float64 [P], or [K, P] in the order of ``got`` where clients start apart.
-    """
-    slots = setting.sent.uploaded()
-    apart = any(slot.per_client for slot in slots.values())
-    K = len(got.clients)
-    places = torch.arange(K) if got.places is None else got.places
-    found = {}
-    for name, shape in got.layout.shapes:
-        start = slots[name].opening()
-        if start is None:
-            start = setting.base.get(name, torch.zeros(shape))
-        start = start.to("cpu", torch.float64)
-        if slots[name].per_client:
-            start = start[places]
-        elif apart:
-            start = start.expand(K, *shape)
-        found[name] = start
-    return got.layout.pack(found, lead=int(apart))
+    """Give where what clients uploaded had started; see `fedraclora.downlink.opening_rows`."""
+    places = torch.arange(len(got.clients)) if got.places is None else got.places
+    return opening_rows(setting.sent, setting.base, got.layout, places)
 
 
 class Aggregator:

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from fedraclora.attack import Attack
 from fedraclora.cohort import CohortTrainer
-from fedraclora.materialise import materialise
+from fedraclora.downlink import opening_rows
 from fedraclora.method import Downlink, Plan
 from fedraclora.optimiser import LocalConfig
 from fedraclora.task import Task
@@ -58,16 +58,12 @@ class AttackedTrainer(CohortTrainer):
         hit = torch.nonzero(torch.isin(clients.cpu(), self.attackers)).flatten()
         if not len(hit):
             return trial
-        names = [n for n, slot in downlink.trained().items() if slot.upload]
-        starts = materialise(downlink.select(hit), base, torch.arange(len(hit)).to(self.device))[0]
-        begun = {n: starts[n].double() for n in names}
-        layout = Layout.of(begun, skip=1)
-        rows = layout.pack({n: trial.trained[n][hit].double() for n in names}, lead=1)
-        start = layout.pack(begun, lead=1)
+        layout = Layout(tuple((n, s.shape) for n, s in downlink.uploaded().items()))
+        rows = layout.pack({n: trial.trained[n][hit].cpu().double() for n, _ in layout.shapes}, 1)
+        start = opening_rows(downlink, base, layout, hit)
         moved = self.attack.sent(rows - start, clients[hit], self.seed, round_)
-        sent = layout.unpack(start + moved)
         trained = dict(trial.trained)
-        for name in names:
+        for name, tensor in layout.unpack(start + moved).items():
             trained[name] = trained[name].clone()
-            trained[name][hit] = sent[name].to(trained[name])
+            trained[name][hit] = tensor.to(trained[name])
         return replace(trial, trained=trained)

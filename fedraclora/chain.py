@@ -63,6 +63,8 @@ class CatchUp:
 
     def missing(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
         """Count the bytes that each client needs to come to the current version [K]."""
+        if not len(clients):
+            return np.zeros(0, dtype=np.int64)
         held, inverse = np.unique(self.versions[clients.numpy()], return_inverse=True)
         missing = self.sums[-1] - np.stack([self.sums[v] for v in held])
         cost: npt.NDArray[np.int64] = np.minimum(missing, self.dense).sum(axis=1)[inverse]

@@ -21,6 +21,7 @@ from fedraclora.method import Method
 from fedraclora.models import MODELS
 from fedraclora.optimiser import LocalConfig
 from fedraclora.precision import PRECISIONS
+from fedraclora.privacy import PRIVACIES, Privacy
 from fedraclora.rules import AGGREGATORS
 from fedraclora.sampling import WEIGHTINGS
 from fedraclora.schema import Plain, bind, build, coerce, section, without
@@ -95,6 +96,7 @@ class RunConfig(TaskConfig):
         evaluate, output: Settings.
         rounds: Rounds.
         weights: examples or uniform.
+        privacy: What a round may tell of a client.
         aggregator: What happens to the updates before the method sees them.
         max_failures: Clients that may fail in a round.
         system: What the clients' devices are like.
@@ -106,6 +108,7 @@ class RunConfig(TaskConfig):
     output: OutputConfig
     rounds: int
     weights: str
+    privacy: Privacy
     aggregator: Aggregator
     max_failures: int
     system: SystemConfig
@@ -125,6 +128,7 @@ GROUPS: dict[str, Callable[[Plain], object]] = {
     "output": lambda g: build("output", OutputConfig, without(g, "name")),
     "system": lambda g: build("system", SystemConfig, without(g, "name")),
     "aggregator": lambda g: bind("aggregator", AGGREGATORS, g)(),
+    "privacy": lambda g: bind("privacy", PRIVACIES, g)(),
     "attack": lambda g: bind("attack", ATTACKS, g)(),
     "stop": lambda g: build("stop", StopConfig, g),
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Layout, Tree
 
 
 @dataclass(frozen=True)
@@ -130,3 +131,31 @@ class Downlink:
         dense = {n: part(s) for n, s in self.dense.items()}
         ranks = None if self.ranks is None else self.ranks[places]
         return replace(self, adapters=adapters, dense=dense, ranks=ranks)  # type: ignore[arg-type]
+
+
+def opening_rows(sent: Downlink, base: Tree, layout: Layout, places: torch.Tensor) -> torch.Tensor:
+    """Give where what clients upload starts, in the form of their rows.
+
+    Args:
+        sent: What is asked.
+        base: What they train from: where dense tensors start, unless ``sent`` says.
+        layout: Of the uplink.
+        places: The clients' places among those that ``sent`` is for, int64 [K].
+
+    Returns:
+        float64 [P] on the CPU; or [K, P] where clients start apart.
+    """
+    slots = sent.uploaded()
+    apart = any(slot.per_client for slot in slots.values())
+    found = {}
+    for name, shape in layout.shapes:
+        start = slots[name].opening()
+        if start is None:
+            start = base.get(name, torch.zeros(shape))
+        start = start.to("cpu", torch.float64)
+        if slots[name].per_client:
+            start = start[places]
+        elif apart:
+            start = start.expand(len(places), *shape)
+        found[name] = start
+    return layout.pack(found, lead=int(apart))

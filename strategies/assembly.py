@@ -121,7 +121,7 @@ def assemble(
         replica=replica,
         evaluate=measurement(config, built, plan, store, config.evaluate.split),
         book=book,
-        treatment=Treatment(config.aggregator, config.attack),
+        treatment=Treatment(config.aggregator, config.attack, config.privacy),
         on_round=on_round,
         sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
         fleet=Fleet(config.system, config.seed, config.local),

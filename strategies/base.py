@@ -80,7 +80,7 @@ class FedStrategy(EvaluatesItself):
         self.draw = Draw(loop.seed)
         self.fleet, self.stop = fleet or Fleet(SystemConfig(), loop.seed, local), stop or Stopping()
         self.fleet.check(method)
-        self.treatment.begin(method, loop)
+        self.treatment.begin(method, loop, self.fleet)
         self.catch_up, self.done = CatchUp(state.base, loop.clients), 0
         self._exchange: Exchange | None = None
 
@@ -113,7 +113,7 @@ class FedStrategy(EvaluatesItself):
         Raises:
             ClientError: If more clients failed than allowed; a checkpoint was written before.
         """
-        del initial_arrays
+        self.treatment.open(self.book)
         self.replica.publish(self.state.base, self.catch_up.version)
         result = Result()
         if not self.book.ledger.rows:
@@ -206,9 +206,8 @@ class FedStrategy(EvaluatesItself):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort, open the round, and write one message per chunk."""
-        del arrays, config
         loop = self.loop
-        clients = self.fleet.ask(server_round, loop.clients, loop.cohort)
+        clients = self.treatment.ask(server_round, loop, self.fleet)
         weights = client_weights(loop.weights, self.sizes(clients))
         cohort = Cohort(clients, weights, self.fleet.ranks(clients, self.method))
         downlink = self.method.open_round(self.state, server_round, cohort, self.draw)
@@ -231,6 +230,7 @@ class FedStrategy(EvaluatesItself):
             rate_scale=self.local.rate_scale(round_, self.loop.rounds),
             reduce=self.treatment.sums_are_enough(self.method),
             before=before,
+            clip=self.treatment.clip(first=before is None),
             timeline=timeline,
         )
         return self._exchange.messages(list(grid.get_node_ids()))

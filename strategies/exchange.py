@@ -40,6 +40,7 @@ class Exchange:
         mean_loss: Mean training loss over the clients whose replies are used.
         steps: Local steps of these clients.
         timeline: The exchange on the virtual clock, or None.
+        clip: The greatest norm of an update that clients are to send; None: any.
     """
 
     downlink: Downlink
@@ -58,6 +59,7 @@ class Exchange:
     mean_loss: float = float("nan")
     steps: int = 0
     timeline: Timeline | None = None
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         """Fix the layout of the uplink, and see that the method heeds the rank budgets."""
@@ -69,7 +71,9 @@ class Exchange:
         loop, clients = self.loop, self.cohort.clients
         # Sums of blocks: only where no block lies in two chunks.
         reduce = loop.weights if self.reduce and loop.whole_blocks(len(clients)) else None
-        order = Order(self.round_, self.version, self.rate_scale, clients, reduce=reduce)
+        order = Order(
+            self.round_, self.version, self.rate_scale, clients, reduce=reduce, clip=self.clip
+        )
         packed = Packed(self.downlink, order, loop.dtype)
         for i, first in enumerate(range(0, len(clients), loop.chunk)):
             chunk = clients[first : first + loop.chunk]
@@ -95,6 +99,9 @@ class Exchange:
         """
         for message in messages:
             self._read(message)
+        if not len(self.cohort):  # the coins of Poisson sampling may choose nobody
+            none = torch.zeros(0, dtype=torch.int64)
+            return Uplinks(none, none.double(), self.layout, torch.zeros(0, self.layout.size))
         allowed = self.loop.max_failures
         if not self.replies and self.failures:
             raise too_many(self.all_failures, self.round_, allowed)

@@ -9,26 +9,38 @@ import torch
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Aggregator, Mean, Setting, rows_of
 from fedraclora.attack import Attack
+from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Method
+from fedraclora.privacy import ClientLevel, Privacy
+from fedraclora.runbook import RunBook
+from fedraclora.secret import Secret
+from strategies.fleet import Fleet
 from strategies.loop import LoopConfig
+from strategies.private import PrivateRounds
 from strategies.rows import Row
 
 
 @dataclass
 class Treatment:
-    """The attack of a simulation, then the aggregator.
+    """The attack of a simulation, then privacy or the aggregator.
 
     Attributes:
         aggregator: What the method sees of the updates.
         attack: What some clients do to harm the run.
-        attackers: Their ids, int64; drawn by `begin`.
+        privacy: What a round may tell of a client.
+        secret: Where its noise comes from; None: the run folder's own key.
+        attackers: Their ids, int64; by `begin`.
+        private: Privacy in the rounds, by `begin`; None without.
     """
 
     aggregator: Aggregator = field(default_factory=Mean)
     attack: Attack = field(default_factory=Attack)
+    privacy: Privacy = field(default_factory=Privacy)
+    secret: Secret | None = None
+    private: PrivateRounds | None = None
     attackers: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    def begin(self, method: Method, loop: LoopConfig) -> None:
+    def begin(self, method: Method, loop: LoopConfig, fleet: Fleet) -> None:
         """Refuse what cannot be together, and draw who attacks.
 
         Raises:
@@ -36,22 +48,63 @@ class Treatment:
         """
         self.aggregator.check(method.traits, loop.cohort)
         self.attackers = self.attack.attackers(loop.seed, loop.clients)
+        if not isinstance(self.privacy, ClientLevel):
+            return
+        if fleet.enabled or not isinstance(self.aggregator, Mean):
+            raise ConfigError(
+                "privacy=client_level draws its cohorts and takes its mean itself, so system=none "
+                f"and aggregator=mean are wanted; aggregator is {self.aggregator.name}"
+            )
+        self.private = PrivateRounds.begin(self.privacy, method, loop, self.secret)
+
+    def open(self, book: RunBook) -> None:
+        """Fetch what a private run keeps in its folder, before its first round or the next."""
+        if self.private is not None:
+            self.private.open(book.folder, book.ledger.rows)
+
+    def ask(self, round_: int, loop: LoopConfig, fleet: Fleet) -> torch.Tensor:
+        """Draw whom a round asks; ids in ascending order, int64."""
+        if self.private is not None:
+            return self.private.ask(round_, loop.clients)
+        return fleet.ask(round_, loop.clients, loop.cohort)
+
+    def clip(self, *, first: bool) -> float | None:
+        """Give the greatest norm of an update that clients are told to send; None: any.
+
+        Args:
+            first: Whether this exchange opens the round.
+
+        Raises:
+            ConfigError: For a later exchange of a private round, which would cost as much again.
+        """
+        if self.private is None:
+            return None
+        if not first:
+            raise ConfigError(
+                "privacy=client_level accounts for one exchange a round, but this method asks for "
+                "another; choose another method, or privacy=none"
+            )
+        return self.private.clip
 
     def sums_are_enough(self, method: Method) -> bool:
         """Tell whether nobody looks at a single client's update."""
         traits = method.traits
         looks = traits.looks_at_clients or self.aggregator.individuals or self.attack.colludes
-        return traits.linear and not looks
+        return traits.linear and not looks and self.private is None
 
     def treat(self, got: Uplinks, setting: Setting) -> Uplinks:
         """Give what the method sees of what came."""
         if self.attack.colludes:
             agreed = self.attack.colluded(rows_of(got), torch.isin(got.clients, self.attackers))
             got = replace(got, stacked=agreed)
-        return self.aggregator(got, setting)
+        return self.private.treat(got, setting) if self.private else self.aggregator(got, setting)
 
     def columns(self, cohort: Cohort) -> Row:
-        """What the ledger says of a round: how many of the cohort attack, if anybody may."""
-        if not self.attack.share:
-            return {}
-        return {"attackers": int(torch.isin(cohort.clients, self.attackers).sum())}
+        """What the ledger says of a round: attackers in the cohort, and what privacy it cost.
+
+        The mean training loss of a private round is left out: no noise covers it.
+        """
+        found: Row = {}
+        if self.attack.share:
+            found["attackers"] = int(torch.isin(cohort.clients, self.attackers).sum())
+        return found | ({"train_loss": None, "privacy": self.private.row} if self.private else {})

@@ -43,6 +43,7 @@ class Order:
         first: Place of the first of them in the cohort.
         reduce: None for one row per client; ``examples`` or ``uniform`` for weighted sums of
             blocks of clients (`fedraclora.aggregate`), where ``first`` opens a block.
+        clip: The greatest norm of the update that a client may send; None: any.
     """
 
     round_: int
@@ -51,6 +52,7 @@ class Order:
     clients: torch.Tensor
     first: int = 0
     reduce: str | None = None
+    clip: float | None = None
 
 
 def payload_bytes(downlink: Downlink, cohort: int, itemsize: int) -> int:
@@ -83,6 +85,7 @@ class Packed:
             "version": order.version,
             "rate_scale": order.rate_scale,
             "reduce": order.reduce,
+            "clip": order.clip,
             "recipe": downlink.recipe,
             "arguments": downlink.arguments,
             "link": downlink.link,
@@ -153,6 +156,7 @@ class Reader:
             vectors["clients"],
             int(str(chunk["first"])),
             header["reduce"],
+            header["clip"],
         )
         return downlink, order
 

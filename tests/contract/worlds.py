@@ -414,6 +414,7 @@ def run(
     folder: Path | None = None,
     resume: bool = False,
     max_failures: int = 0,
+    treatment: Treatment | None = None,
 ) -> Run:
     """Run a method from start to end as `fedraclora simulate` does, with its one strategy."""
     draw = Draw(seed)
@@ -441,7 +442,7 @@ def run(
         replica=replica,
         evaluate=lambda w: {"loss": world.loss(w)},
         book=book,
-        treatment=Treatment(aggregator, attack or Attack()),
+        treatment=treatment or Treatment(aggregator, attack or Attack()),
     )
     if resume:
         strategy.resume(*book.restore(state, strategy.catch_up))

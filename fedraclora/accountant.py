@@ -1,0 +1,73 @@
+"""What privacy costs: figures of the library dp-accounting, for the two kinds of noise used here.
+
+Nothing is derived here. Epsilon is that of Renyi accounting over the library's default orders.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from dp_accounting import dp_event, mechanism_calibration
+from dp_accounting.rdp import RdpAccountant
+
+from fedraclora.errors import ConfigError
+
+LARGEST_NOISE = 1e4
+# It warns of each order that it leaves out, of which the bound gets no tighter, and no less true.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def release(noise: float, sampling: float) -> dp_event.DpEvent:
+    """Describe one release: a sum of which each client's part is at most 1, with Gaussian noise.
+
+    Args:
+        noise: Standard deviation.
+        sampling: Probability with which each client is in it, independently; 1: all are.
+    """
+    gaussian = dp_event.GaussianDpEvent(noise)
+    return gaussian if sampling >= 1 else dp_event.PoissonSampledDpEvent(sampling, gaussian)
+
+
+def epsilon(noise: float, sampling: float, releases: int, delta: float) -> float:
+    """Give epsilon after a number of releases; neighbours differ by one client or sample.
+
+    Args:
+        noise: Standard deviation of a release, in units of the sensitivity; 0 protects nobody.
+        sampling: As in `release`.
+        releases: 0 or more.
+        delta: The probability with which epsilon may not hold.
+
+    Example:
+        >>> epsilon(1.0, 0.1, 0, 1e-5), epsilon(0.0, 0.1, 3, 1e-5)
+        (0.0, inf)
+    """
+    if not releases or not noise:
+        return math.inf if releases else 0.0
+    accountant = RdpAccountant()
+    accountant.compose(release(noise, sampling), releases)
+    return float(accountant.get_epsilon(delta))
+
+
+def noise_for(target: float, sampling: float, releases: int, delta: float) -> float:
+    """Find the least noise, to 1e-4, with which ``releases`` releases cost at most ``target``.
+
+    Raises:
+        ConfigError: If no noise up to `LARGEST_NOISE` does.
+    """
+    try:
+        return float(
+            mechanism_calibration.calibrate_dp_mechanism(
+                RdpAccountant,
+                lambda noise: dp_event.SelfComposedDpEvent(release(noise, sampling), releases),
+                target,
+                delta,
+                mechanism_calibration.ExplicitBracketInterval(1e-2, LARGEST_NOISE),
+                tol=1e-4,
+            )
+        )
+    except (ValueError, mechanism_calibration.NoBracketIntervalFoundError) as error:
+        raise ConfigError(
+            f"no noise makes {releases} rounds cost epsilon {target} at delta {delta}: {error}; "
+            "raise privacy.target_epsilon or take fewer rounds"
+        ) from error

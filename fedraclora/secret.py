@@ -1,0 +1,95 @@
+"""Randomness that nobody can foresee who does not hold a key: for noise, coins and masks.
+
+The seed of a run is public, so noise that it fixes could be taken off again by anyone. What must
+protect somebody is drawn from 32 bytes of the operating system instead. They are kept in a file
+that only its owner can read, so that a run that goes on draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+from fedraclora.errors import CheckpointError
+from fedraclora.tree import to_numpy
+
+KEY_BYTES = 32
+FILE = Path("private") / "noise.key"
+
+
+def stream(key: bytes, count: int) -> bytes:
+    """Expand a key of 32 bytes to ``count`` bytes (ChaCha20); a key serves one stream."""
+    return Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(count))
+
+
+class Secret:
+    """Draws from a key.
+
+    Args:
+        key: 32 bytes; None takes new ones from the operating system. A test gives its own.
+    """
+
+    def __init__(self, key: bytes | None = None) -> None:
+        self._key = os.urandom(KEY_BYTES) if key is None else key
+
+    @classmethod
+    def of_folder(cls, folder: Path, *, resume: bool) -> Secret:
+        """Read the key of a run, or make it.
+
+        Args:
+            folder: The run folder.
+            resume: Whether the run goes on: then the key must be there.
+
+        Raises:
+            CheckpointError: If it is not, or is not a key.
+        """
+        path = folder / FILE
+        if not path.exists():
+            if resume:
+                raise CheckpointError(
+                    f"{path} is missing: without its key a private run cannot go on; restore it "
+                    "from a copy, or start the run anew without resume"
+                )
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(os.urandom(KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        key = path.read_bytes()
+        if len(key) != KEY_BYTES:
+            raise CheckpointError(f"{path} holds {len(key)} bytes; a key has {KEY_BYTES}")
+        return cls(key)
+
+    def derive(self, purpose: str, round_: int, about: torch.Tensor | None = None) -> bytes:
+        """Give the key of one draw (HMAC-SHA256), which tells nothing about any other.
+
+        Args:
+            purpose: What is drawn.
+            round_: In which round.
+            about: Numbers that the draw also depends on; it is a new one wherever they differ.
+        """
+        data = b"" if about is None else to_numpy(about).tobytes()
+        text = f"{purpose}|{round_}|".encode() + hashlib.sha256(data).digest()
+        return hmac.digest(self._key, text, "sha256")
+
+    def uniforms(
+        self, count: int, purpose: str, round_: int, about: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Draw float64 [count] in (0, 1), from 52 bits each; arguments as for `derive`."""
+        raw = stream(self.derive(purpose, round_, about), 8 * count)
+        bits = np.frombuffer(raw, dtype="<u8") >> np.uint64(12)
+        return (torch.from_numpy(bits.astype(np.float64)) + 0.5) * 2.0**-52
+
+    def normals(
+        self, count: int, purpose: str, round_: int, about: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Draw standard normals, float64 [count]; arguments as for `derive`."""
+        normals: torch.Tensor = torch.special.ndtri(self.uniforms(count, purpose, round_, about))
+        return normals

@@ -1,0 +1,215 @@
+"""Client-level privacy in whole runs of every method: sensitivity, account, resume, no leak."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from worlds import (
+    RAGGED,
+    World,
+    assert_close_trees,
+    assert_equal_trees,
+    label,
+    make_method,
+    make_world,
+    random_replies,
+    run,
+    variants,
+)
+
+from fedraclora.accountant import epsilon
+from fedraclora.aggregate import Uplinks
+from fedraclora.aggregator import Setting
+from fedraclora.attack import SignFlip
+from fedraclora.errors import ConfigError
+from fedraclora.ledger import number
+from fedraclora.method import Cohort, Draw
+from fedraclora.privacy import ClientLevel, Mechanism
+from fedraclora.rules import Median
+from fedraclora.secret import FILE, Secret
+from strategies.private import PrivateRounds
+from strategies.treatment import Treatment
+
+Variant = tuple[str, dict[str, Any]]
+every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
+KEY = bytes(range(32))
+SILENT = Mechanism(1.0, 5, 1.0, 0.0, 1e-5)  # no noise on the sum: what is before it shows
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+def private(**changes: Any) -> Treatment:
+    """A treatment with a key of the test's own."""
+    settings: dict[str, Any] = {"clip": 0.05, "noise_multiplier": 0.5, "delta": 1e-3} | changes
+    return Treatment(privacy=ClientLevel(**settings), secret=Secret(KEY))
+
+
+def silent(clip: float) -> PrivateRounds:
+    """Rounds without noise."""
+    return PrivateRounds(ClientLevel(), SILENT, Secret(KEY), clip, {})
+
+
+@given(seed=st.integers(0, 10**6), gone=st.integers(0, 4), clip=st.floats(0.01, 100.0))
+def test_one_client_moves_the_sum_by_no_more_than_the_clip(
+    seed: int, gone: int, clip: float
+) -> None:
+    """Sent far too long, on purpose: what the client should have done is done by the server."""
+    world = make_world()
+    method, draw = make_method("fed_rac_lora", resample_every=3), Draw(seed)
+    cohort = Cohort(torch.arange(5), torch.ones(5).double())
+    state = method.init(world.base, world.plan, draw)
+    sent = method.open_round(state, 1, cohort, draw)
+    setting = Setting(sent, 1, draw, world.base)
+    got = random_replies(sent, cohort, torch.float64, seed)
+    assert got.stacked is not None
+    keep = torch.arange(5) != gone
+    fewer = Uplinks(got.clients[keep], got.weights[keep], got.layout, got.stacked[keep])
+    sums = []
+    for uplinks in (got, fewer):
+        mean = got.layout.pack(silent(clip).treat(uplinks, setting).mean())
+        sums.append(mean * SILENT.cohort)
+    moved = float((sums[0] - sums[1]).norm())
+    assert moved <= clip * (1 + 1e-9)
+    assert moved > 0.9 * clip or clip > 1
+
+
+@every_variant
+def test_without_noise_and_with_a_wide_clip_it_is_the_plain_mean(
+    variant: Variant, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, changes = variant
+    plain = run(world, make_method(name, **changes), RAGGED, rounds=3, weights="uniform")
+    monkeypatch.setattr(Mechanism, "noisy_sum", lambda self, total, *rest: total)
+    found = run(
+        world,
+        make_method(name, **changes),
+        RAGGED,
+        rounds=3,
+        weights="uniform",
+        treatment=private(clip=1e6),
+    )
+    assert_close_trees(found.weights, plain.weights, 1e-9)
+
+
+@every_variant
+def test_the_ledger_has_the_account_and_no_losses(variant: Variant, world: World) -> None:
+    name, changes = variant
+    found = run(
+        world,
+        make_method(name, **changes),
+        RAGGED,
+        rounds=4,
+        cohort=2,
+        weights="uniform",
+        treatment=private(),
+    )
+    for round_, row in enumerate(found.rows, start=1):
+        wanted = epsilon(0.5, 2 / 5, round_, 1e-3)
+        assert number(row, "privacy", "epsilon") == pytest.approx(wanted, rel=1e-12)
+        assert row["train_loss"] is None
+    for asked, answered in zip(found.worker.asked, found.worker.answered, strict=True):
+        assert json.loads(str(asked["config"]["header"]))["clip"] == 0.05
+        assert KEY.hex() not in str(asked)
+        assert "flat" in answered["arrays"]
+
+
+def test_rounds_that_nobody_takes_part_in_are_noise(world: World) -> None:
+    found = run(
+        world,
+        make_method("fed_rac_lora"),
+        RAGGED,
+        rounds=12,
+        cohort=1,
+        weights="uniform",
+        treatment=private(),
+    )
+    sizes = [row["cohort"] for row in found.rows]
+    assert 0 in sizes
+    assert max(sizes) > 1
+    assert len(found.rows) == 12
+    assert all(row["metrics"]["loss"] is not None for row in found.rows)
+
+
+@pytest.mark.parametrize("quantile", [None, 0.5])
+def test_a_private_run_goes_on_bit_for_bit(
+    world: World, tmp_path: Path, quantile: float | None
+) -> None:
+    """With a key that the run made itself, and the clip that it had come to."""
+    config = ClientLevel(
+        clip=0.05, noise_multiplier=2.0, delta=1e-3, quantile=quantile, count_noise=1.5
+    )
+    method = make_method("fed_rac_lora", resample_every=2)
+
+    def go(rounds: int, *, resume: bool = False) -> Any:
+        return run(
+            world,
+            method,
+            RAGGED,
+            rounds=rounds,
+            cohort=2,
+            weights="uniform",
+            folder=tmp_path,
+            resume=resume,
+            treatment=Treatment(privacy=config),
+        )
+
+    go(3)
+    key = (tmp_path / FILE).read_bytes()
+    went_on = go(6, resume=True)
+    rows = list(went_on.strategy.book.ledger.rows)
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path.name != FILE.name:
+            assert key not in path.read_bytes(), path
+    whole = run(
+        world,
+        method,
+        RAGGED,
+        rounds=6,
+        cohort=2,
+        weights="uniform",
+        treatment=Treatment(privacy=config, secret=Secret(key)),
+    )
+    assert_equal_trees(went_on.weights, whole.weights)
+    again = whole.strategy.book.ledger.rows
+    assert [r.get("privacy") for r in rows] == [r.get("privacy") for r in again]
+    clips = {number(r, "privacy", "next_clip") for r in whole.rows}
+    assert (len(clips) > 1) == (quantile is not None)
+
+
+def test_an_attacker_is_shortened_by_the_server(world: World) -> None:
+    method, draw = make_method("fed_rac_lora"), Draw(1)
+    cohort = Cohort(torch.arange(5), torch.ones(5).double())
+    sent = method.open_round(method.init(world.base, world.plan, draw), 1, cohort, draw)
+    got = random_replies(sent, cohort, torch.float64, 1)
+    assert got.stacked is not None
+    got.stacked[3] *= 1e9
+    setting = Setting(sent, 1, draw, world.base)
+    found = got.layout.pack(silent(2.0).treat(got, setting).mean())
+    assert float(found.abs().max()) < 5 * 2.0 + float(
+        max(t.abs().max() for t in world.base.values())
+    )
+
+
+def test_what_does_not_go_with_privacy_is_refused(world: World) -> None:
+    method = make_method("fed_rac_lora")
+    with pytest.raises(ConfigError, match="set weights=uniform"):
+        run(world, method, RAGGED, rounds=1, treatment=private())
+    treatment = private()
+    treatment.aggregator = Median()
+    with pytest.raises(ConfigError, match="aggregator is median"):
+        run(world, method, RAGGED, rounds=1, weights="uniform", treatment=treatment)
+    treatment = private()
+    treatment.private = silent(1.0)
+    with pytest.raises(ConfigError, match="accounts for one exchange a round"):
+        treatment.clip(first=False)
+    assert treatment.clip(first=True) == 1.0
+    assert Treatment(attack=SignFlip(0.2)).clip(first=False) is None
