@@ -34,6 +34,9 @@ SYNTHETIC = ["partition=given", "model=linear", "model.bias=false", "pretrain=no
 # What a choice needs beside it to run a round; digits and the other defaults where it is absent.
 BESIDE = {
     "config": TINY,
+    "aggregator/krum": [*DIGITS, "cohort=5"],
+    "aggregator/multi_krum": [*DIGITS, "cohort=5"],
+    "privacy/client_level": [*DIGITS, "weights=uniform"],
     "system/phones": [*DIGITS, "clients=40", "cohort=10"],
     "data/digits": ["pretrain=none", *TINY],
     "data/mnist_5k": ["pretrain=none", *TINY],
