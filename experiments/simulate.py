@@ -75,9 +75,10 @@ def report(summary: Plain, folder: Path, config: RunConfig) -> None:
     if "asked" in summary:
         dropped = f"{summary['dropped']} of {summary['asked']} times that a client was asked"
         table.add_row("dropped", dropped)
-    if "privacy" in summary:
-        cost, delta = (number(summary, "privacy", key) for key in ("epsilon", "delta"))
-        table.add_row("privacy", f"epsilon {cost:.3f} at delta {delta:g}, of clients")
+    for key, whose in (("privacy", "clients"), ("sample_privacy", "samples")):
+        if key in summary:
+            cost, delta = (number(summary, key, part) for part in ("epsilon", "delta"))
+            table.add_row("privacy", f"epsilon {cost:.3f} at delta {delta:g}, of {whose}")
     if "virtual_seconds" in summary:
         table.add_row("virtual seconds", f"{number(summary, 'virtual_seconds'):.1f}")
     table.add_row("seconds", f"{summary['seconds']}")

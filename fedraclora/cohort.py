@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fedraclora.feedforward import FeedForward
+from fedraclora.gradients import noisy_gradients, written_out_gradients
 from fedraclora.materialise import arrange, materialise
 from fedraclora.method import Downlink, Plan
 from fedraclora.optimiser import CohortOptimiser, LocalConfig, clip_per_client
@@ -21,7 +21,7 @@ from fedraclora.recipe import RECIPES, GradientHook, projected
 from fedraclora.rng import hash_key
 from fedraclora.samples import ClientData
 from fedraclora.schedule import Schedule
-from fedraclora.task import LOSSES, SLOPES, Task, forward
+from fedraclora.task import LOSSES, Task, forward
 from fedraclora.tree import Tree
 from fedraclora.trial import Trial
 from fedraclora.vmapped import vmapped_forward
@@ -60,6 +60,7 @@ class CohortTrainer:
         self.data: ClientData = task.train
         self.loss = LOSSES[task.loss]
         self.dtype = next(task.model.parameters()).dtype
+        self.noise_seed = seed  # of `local.dp`: a real client puts one of its own here
         self._programs: dict[tuple[str, ...], Program] = {}
 
     def train(
@@ -126,7 +127,8 @@ class CohortTrainer:
         program = self._program(downlink, base)
         program.context.seed, program.context.round_ = self.seed, round_
         program.context.scales = {n: a.scale for n, a in downlink.adapters.items()}
-        network = program.network(downlink, frozen) if self.precision == FLOAT32 else None
+        plain = self.precision == FLOAT32 and self.local.dp is None
+        network = program.network(downlink, frozen) if plain else None
         return OpenChunk(
             program,
             downlink,
@@ -151,8 +153,12 @@ class CohortTrainer:
     ) -> torch.Tensor:
         """Take one local step of the clients that still train; give their losses, [active]."""
         leaves, network = chunk.leaves(batch[0]), chunk.network
-        if network is not None:
-            loss, gradients = self._written_out(network, chunk, leaves, step, batch)
+        if self.local.dp is not None:
+            loss, gradients = noisy_gradients(
+                self._forward, self.local.dp, chunk, step, batch, masks, self.noise_seed
+            )
+        elif network is not None:
+            loss, gradients = written_out_gradients(network, self.task, chunk, leaves, step, batch)
         else:
             loss = self.losses(chunk, leaves, step, batch)
             found = torch.autograd.grad(loss.sum(), list(leaves.values()))
@@ -182,9 +188,18 @@ class CohortTrainer:
             batch: Clients that are active, samples of a batch, and tokens that the longest sample
                 has (`Schedule.plan`).
         """
-        program, downlink, frozen = chunk.program, chunk.downlink, chunk.frozen
+        losses, counts, valid = self._forward(chunk, leaves, chunk.frozen, step, batch)
+        kept = valid.to(losses.dtype)
+        return (losses * kept).sum(dim=1) / (counts * kept).sum(dim=1).clamp(min=1)
+
+    def _forward(
+        self, chunk: OpenChunk, leaves: Tree, frozen: Tree, step: int, batch: tuple[int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Give loss and count of each sample, and whether it is one, [active, width]."""
+        program, downlink = chunk.program, chunk.downlink
         samples, valid = chunk.samples(self.data, step, batch)
-        context, active = program.context, batch[0]
+        context, active = program.context, len(next(iter(leaves.values())))
+        context.active = active
         products = products_in(self.precision, self.device)
         if program.model is None:
             output = vmapped_forward(
@@ -204,28 +219,7 @@ class CohortTrainer:
                 output = forward(program.model, samples.inputs)
         # Outside, so that the loss is formed as precisely on any device.
         losses, counts = self.loss(output.to(self.dtype), samples.target)
-        kept = valid.to(losses.dtype)
-        total = (losses.reshape(valid.shape) * kept).sum(dim=1)
-        return total / (counts.reshape(valid.shape) * kept).sum(dim=1).clamp(min=1)
-
-    def _written_out(
-        self,
-        network: FeedForward,
-        chunk: OpenChunk,
-        leaves: Tree,
-        step: int,
-        batch: tuple[int, int, int],
-    ) -> tuple[torch.Tensor, Tree]:
-        """Give what `losses` gives, and the gradients, without autograd."""
-        with torch.no_grad():
-            samples, valid = chunk.samples(self.data, step, batch)
-            output = network.forward(samples.inputs["x"], leaves, batch[0])
-            losses, slope = SLOPES[self.task.loss](output, samples.target)
-            share = valid.to(losses.dtype)
-            share = share / share.sum(dim=1, keepdim=True)
-            gradients = network.backward(slope.mul_(share.reshape(-1, 1)))
-            loss = (losses.reshape(share.shape) * share).sum(dim=1)
-        return loss, {n: gradients[n] for n in leaves}
+        return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
 
     def _program(self, downlink: Downlink, base: Tree) -> Program:
         """Give the rewritten model for what is trained, holding these base weights."""

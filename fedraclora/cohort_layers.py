@@ -216,7 +216,7 @@ class CohortDropout(CohortLayer):
         whole = list(x.shape)
         if x.dim() > 2 and whole[1] == context.tokens:
             whole[1] = context.padded
-        count = prod(whole) // context.active
+        count = prod(whole) // len(context.clients)
         bits = cohort_bits(key, context.clients, count, stream=context.step).reshape(whole)
         keep = bits >= int(p * 2**32)
         if whole != list(x.shape):

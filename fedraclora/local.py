@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from fedraclora.cohort_layers import CohortContext, CohortDropout
+from fedraclora.local_dp import set_noisy_gradients
 from fedraclora.method import Downlink, Frozen, Plan, Sketched
 from fedraclora.optimiser import LocalConfig
 from fedraclora.precision import FLOAT32, products_in
@@ -63,6 +64,7 @@ def train_one(
     if own is not None:
         base, values, frozen = within_budget(base, downlink, plan, values, frozen, own)
     values = {n: v.clone().requires_grad_() for n, v in values.items()}
+    parts = {n: part_of(n, downlink, starts[n].shape, own) for n in values}
 
     hook = RECIPES[downlink.recipe].gradient(frozen, downlink.arguments, None)
     model, context = with_seeded_dropout(task.model, client, seed, round_)
@@ -76,13 +78,20 @@ def train_one(
     for step, rows in enumerate(batches(len(samples), client, local, seed, round_)):
         context.step, context.rows = step, len(rows)
         weights = effective_weights(base, downlink, plan, values, frozen)
-        loss = mean_loss(model, weights, samples.take(rows), task.loss, precision)
+        each, counts = sample_losses(model, weights, samples.take(rows), task.loss, precision)
+        loss = each.sum() / counts.sum().clamp(min=1)
         losses.append(float(loss.detach()))
+        optimiser.zero_grad()
+        if local.dp is None:
+            loss.backward(retain_graph=True)
+        else:
+            like = {n: start[None] for n, start in starts.items()}
+            noise = local.dp.noise(like, torch.tensor([client]), seed, round_, step)
+            noise = {n: noise[n][0][parts[n]] for n in values}
+            set_noisy_gradients(each / counts.clamp(min=1), values, local.dp, noise)
         if local.prox:
             gap = [weights[n] - w for n, w in start_weights.items()]
-            loss = loss + local.prox / 2 * torch.stack([g.square().sum() for g in gap]).sum()
-        optimiser.zero_grad()
-        loss.backward()
+            (local.prox / 2 * torch.stack([g.square().sum() for g in gap]).sum()).backward()
         gradients = {n: v.grad[None] for n, v in values.items() if v.grad is not None}
         for name, gradient in hook(gradients).items():
             values[name].grad = gradient[0]
@@ -93,11 +102,7 @@ def train_one(
         optimiser.step()
     trained = {name: start.clone() for name, start in starts.items()}
     for name, value in values.items():
-        weight, _, label = name.rpartition("/")
-        part: tuple[slice, ...] = ()
-        if own is not None and weight in downlink.adapters:
-            part = window(downlink.adapters[weight], label, trained[name].shape, own)
-        trained[name][part] = value.detach()
+        trained[name][parts[name]] = value.detach()
     return trained, sum(losses) / max(1, len(losses))
 
 
@@ -123,6 +128,16 @@ def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]
     return values, frozen
 
 
+def part_of(
+    name: str, downlink: Downlink, shape: torch.Size, ranks: torch.Tensor | None
+) -> tuple[slice, ...]:
+    """Say which part of a tensor a client trains under its budget; all of it: ()."""
+    weight, _, label = name.rpartition("/")
+    if ranks is None or weight not in downlink.adapters:
+        return ()
+    return window(downlink.adapters[weight], label, shape, ranks)
+
+
 def within_budget(
     base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree, ranks: torch.Tensor
 ) -> tuple[Tree, Tree, Tree]:
@@ -144,10 +159,10 @@ def within_budget(
     return base | rest, values, frozen
 
 
-def mean_loss(
+def sample_losses(
     model: nn.Module, weights: Tree, batch: Samples, loss: str, precision: str
-) -> torch.Tensor:
-    """Mean loss of a batch under the given weights."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and count of each sample of a batch under the given weights."""
     plain = set(batch.inputs) == {"x"}
     own = next(iter(weights.values()))
     with products_in(precision, own.device):
@@ -155,8 +170,7 @@ def mean_loss(
             model, weights, (batch.inputs["x"],) if plain else (), None if plain else batch.inputs
         )
     logits = getattr(output, "logits", output).to(own.dtype)
-    losses, counts = LOSSES[loss](logits, batch.target)
-    return losses.sum() / counts.sum().clamp(min=1)
+    return LOSSES[loss](logits, batch.target)
 
 
 def batches(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.samplelevel import SampleNoise
 from fedraclora.tree import Tree
 
 SCHEDULES = ("constant", "cosine", "linear", "step")
@@ -41,6 +42,7 @@ class LocalConfig:
         weight_decay: L2 term of ``sgd``, decoupled decay of ``adamw``.
         beta1, beta2, eps: Constants of ``adamw``.
         clip: Largest global gradient norm per client, or None.
+        dp: Noise on the gradients of single samples (`fedraclora.samplelevel`), or None.
         prox: FedProx constant mu, a pull of the effective weights to the round's start.
         precondition: Right preconditioner (A A^T)^+ (left: (B^T B)^+): projected SGD.
         schedule: Step size over rounds: constant, cosine, linear, step.
@@ -67,6 +69,7 @@ class LocalConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     clip: float | None = None
+    dp: SampleNoise | None = None
     prox: float = 0.0
     precondition: bool = False
     schedule: str = "constant"
@@ -234,14 +237,11 @@ class CohortOptimiser:
 
 
 def clip_per_client(gradients: Tree, largest: float) -> Tree:
-    """Scale each client's gradients so that their global norm is at most ``largest``.
+    """Give each client's gradients scaled to a global norm of at most ``largest``, as new tensors.
 
     Args:
         gradients: [K, ...] by name.
         largest: The norm; the small constant of torch's ``clip_grad_norm_`` is kept.
-
-    Returns:
-        New tensors.
     """
     squares = sum(g.reshape(g.shape[0], -1).square().sum(dim=1) for g in gradients.values())
     if not isinstance(squares, torch.Tensor):

@@ -80,7 +80,7 @@ class FedStrategy(EvaluatesItself):
         self.draw = Draw(loop.seed)
         self.fleet, self.stop = fleet or Fleet(SystemConfig(), loop.seed, local), stop or Stopping()
         self.fleet.check(method)
-        self.treatment.begin(method, loop, self.fleet)
+        self.treatment.begin(method, loop, self.fleet, sizes)
         self.catch_up, self.done = CatchUp(state.base, loop.clients), 0
         self._exchange: Exchange | None = None
 
@@ -113,7 +113,7 @@ class FedStrategy(EvaluatesItself):
         Raises:
             ClientError: If more clients failed than allowed; a checkpoint was written before.
         """
-        self.treatment.open(self.book)
+        self.treatment.open(self.book, self.done, self.loop, self.fleet)
         self.replica.publish(self.state.base, self.catch_up.version)
         result = Result()
         if not self.book.ledger.rows:
@@ -165,7 +165,7 @@ class FedStrategy(EvaluatesItself):
         row |= fleet_columns(exchange, self.fleet.clock) if self.fleet.enabled else {}
         self.book.link(round_, self.state.link)
         watch.lap("write")
-        row |= self.treatment.columns(exchange.first.cohort)
+        row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.fleet)
         row |= {"effective_step": step, "seconds": watch.laps}
         self._publish_row(row | taken_incidents(grid))
         # After the row: a checkpoint that is ahead of the ledger could not be resumed.

@@ -14,6 +14,7 @@ from fedraclora.method import Cohort, Method
 from fedraclora.privacy import ClientLevel, Privacy
 from fedraclora.runbook import RunBook
 from fedraclora.secret import Secret
+from strategies.account import SampleAccount, Sizes
 from strategies.fleet import Fleet
 from strategies.loop import LoopConfig
 from strategies.private import PrivateRounds
@@ -30,7 +31,8 @@ class Treatment:
         privacy: What a round may tell of a client.
         secret: Where its noise comes from; None: the run folder's own key.
         attackers: Their ids, int64; by `begin`.
-        private: Privacy in the rounds, by `begin`; None without.
+        private: Privacy of clients in the rounds, by `begin`; None without.
+        samples: The account of the privacy of samples, by `begin`; None without.
     """
 
     aggregator: Aggregator = field(default_factory=Mean)
@@ -38,9 +40,10 @@ class Treatment:
     privacy: Privacy = field(default_factory=Privacy)
     secret: Secret | None = None
     private: PrivateRounds | None = None
+    samples: SampleAccount | None = None
     attackers: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    def begin(self, method: Method, loop: LoopConfig, fleet: Fleet) -> None:
+    def begin(self, method: Method, loop: LoopConfig, fleet: Fleet, sizes: Sizes) -> None:
         """Refuse what cannot be together, and draw who attacks.
 
         Raises:
@@ -48,6 +51,9 @@ class Treatment:
         """
         self.aggregator.check(method.traits, loop.cohort)
         self.attackers = self.attack.attackers(loop.seed, loop.clients)
+        if (dp := fleet.local.dp) is not None:
+            none = torch.zeros(loop.clients, dtype=torch.int64)
+            self.samples = SampleAccount(dp, fleet.local, sizes, none)
         if not isinstance(self.privacy, ClientLevel):
             return
         if fleet.enabled or not isinstance(self.aggregator, Mean):
@@ -57,10 +63,20 @@ class Treatment:
             )
         self.private = PrivateRounds.begin(self.privacy, method, loop, self.secret)
 
-    def open(self, book: RunBook) -> None:
-        """Fetch what a private run keeps in its folder, before its first round or the next."""
+    def open(self, book: RunBook, done: int, loop: LoopConfig, fleet: Fleet) -> None:
+        """Fetch what a private run keeps, before its first round or the one after ``done``."""
         if self.private is not None:
             self.private.open(book.folder, book.ledger.rows)
+        if self.samples is not None:
+            for round_ in range(1, done + 1):
+                self._count(round_, loop, fleet)
+
+    def _count(self, round_: int, loop: LoopConfig, fleet: Fleet) -> None:
+        """Count a round in the account of samples; where devices differ, as if all took part."""
+        if self.samples is not None:
+            everyone = torch.arange(loop.clients)
+            asked = everyone if fleet.enabled else self.ask(round_, loop, fleet)
+            self.samples.add(asked)
 
     def ask(self, round_: int, loop: LoopConfig, fleet: Fleet) -> torch.Tensor:
         """Draw whom a round asks; ids in ascending order, int64."""
@@ -77,14 +93,12 @@ class Treatment:
         Raises:
             ConfigError: For a later exchange of a private round, which would cost as much again.
         """
-        if self.private is None:
-            return None
-        if not first:
+        if not first and (self.private or self.samples):
             raise ConfigError(
-                "privacy=client_level accounts for one exchange a round, but this method asks for "
-                "another; choose another method, or privacy=none"
+                "privacy is accounted for one exchange a round, but this method asks for another; "
+                "choose another method, or privacy=none and local.dp=null"
             )
-        return self.private.clip
+        return None if self.private is None else self.private.clip
 
     def sums_are_enough(self, method: Method) -> bool:
         """Tell whether nobody looks at a single client's update."""
@@ -99,7 +113,7 @@ class Treatment:
             got = replace(got, stacked=agreed)
         return self.private.treat(got, setting) if self.private else self.aggregator(got, setting)
 
-    def columns(self, cohort: Cohort) -> Row:
+    def columns(self, round_: int, cohort: Cohort, loop: LoopConfig, fleet: Fleet) -> Row:
         """What the ledger says of a round: attackers in the cohort, and what privacy it cost.
 
         The mean training loss of a private round is left out: no noise covers it.
@@ -107,4 +121,9 @@ class Treatment:
         found: Row = {}
         if self.attack.share:
             found["attackers"] = int(torch.isin(cohort.clients, self.attackers).sum())
-        return found | ({"train_loss": None, "privacy": self.private.row} if self.private else {})
+        if self.private is not None:
+            found |= {"train_loss": None, "privacy": self.private.row}
+        if self.samples is not None:
+            self._count(round_, loop, fleet)
+            found |= {"train_loss": None, "sample_privacy": self.samples.row()}
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from fedraclora.ledger import number
 from fedraclora.method import Cohort, Draw
 from fedraclora.privacy import ClientLevel, Mechanism
 from fedraclora.rules import Median
+from fedraclora.samplelevel import SampleNoise
+from fedraclora.sampling import draw_cohort
 from fedraclora.secret import FILE, Secret
 from strategies.private import PrivateRounds
 from strategies.treatment import Treatment
@@ -209,7 +212,34 @@ def test_what_does_not_go_with_privacy_is_refused(world: World) -> None:
         run(world, method, RAGGED, rounds=1, weights="uniform", treatment=treatment)
     treatment = private()
     treatment.private = silent(1.0)
-    with pytest.raises(ConfigError, match="accounts for one exchange a round"):
+    with pytest.raises(ConfigError, match="accounted for one exchange a round"):
         treatment.clip(first=False)
     assert treatment.clip(first=True) == 1.0
     assert Treatment(attack=SignFlip(0.2)).clip(first=False) is None
+
+
+@every_variant
+def test_samples_have_an_account_and_losses_stay_at_home(variant: Variant, world: World) -> None:
+    name, changes = variant
+    local = replace(RAGGED, dp=SampleNoise(0.5, 1.0))
+    found = run(world, make_method(name, **changes), local, rounds=3, cohort=2)
+    taken = torch.zeros(5, dtype=torch.int64)
+    for round_, row in enumerate(found.rows, start=1):
+        taken[draw_cohort(1, round_, 5, 2)] += RAGGED.epochs
+        wanted = SampleNoise(0.5, 1.0).epsilon(int(taken.max()))
+        assert number(row, "sample_privacy", "epsilon") == wanted
+        assert row["train_loss"] is None
+    for reply in found.worker.answered:
+        assert not any(bytes(reply["chunk"]["losses"]))
+
+
+def test_the_account_of_samples_goes_on(world: World, tmp_path: Path) -> None:
+    local, method = replace(RAGGED, dp=SampleNoise()), make_method("fed_rac_lora")
+    run(world, method, local, rounds=3, cohort=2, folder=tmp_path)
+    went_on = run(world, method, local, rounds=6, cohort=2, folder=tmp_path, resume=True)
+    whole = run(world, method, local, rounds=6, cohort=2)
+    assert_equal_trees(went_on.weights, whole.weights)
+    rows = [
+        [r.get("sample_privacy") for r in x.strategy.book.ledger.rows] for x in (went_on, whole)
+    ]
+    assert rows[0] == rows[1]

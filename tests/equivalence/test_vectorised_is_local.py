@@ -39,6 +39,7 @@ from fedraclora.models.mlp import build_mlp
 from fedraclora.optimiser import LocalConfig
 from fedraclora.program import Program
 from fedraclora.rng import generator, torch_normal
+from fedraclora.samplelevel import SampleNoise
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.sampling import draw_cohort
 from fedraclora.schema import bind
@@ -337,6 +338,10 @@ SETTINGS: dict[str, dict[str, object]] = {
     "prox-clip-momentum": {"prox": 0.7, "clip": 0.5, "momentum": 0.5},
     "precondition": {"precondition": True},
     "precondition-prox-clip": {"precondition": True, "prox": 0.7, "clip": 0.5},
+    "dp": {"dp": SampleNoise(0.2, 0.5)},
+    "dp-prox-momentum": {"dp": SampleNoise(0.1, 1.5), "prox": 0.7, "momentum": 0.5},
+    "dp-adamw": {"dp": SampleNoise(0.5, 0.3), "optimiser": "adamw", "lr": 0.01},
+    "dp-clip-only": {"dp": SampleNoise(0.05, 0.0), "precondition": True},
     "adamw": {"optimiser": "adamw", "lr": 0.01},
     "adamw-decay-clip": {"optimiser": "adamw", "lr": 0.01, "weight_decay": 0.1, "clip": 0.5},
     "steps": {"steps": 7},
@@ -354,6 +359,18 @@ def test_every_local_setting(name: str, setting: str) -> None:
     local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
     # A gaussian sketch: with orthonormal rows the preconditioner would be the identity.
     run(CASES["mlp"](), method_of(name, sketch="gaussian"), local, rounds=2, check={2})
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_of_samples_on_every_model(name: str, case: str) -> None:
+    local = replace(LOCAL, dp=SampleNoise(0.2, 0.5))
+    run(CASES[case](), method_of(name), local, rounds=2, check={2})
+
+
+def test_gradients_of_samples_under_dropout() -> None:
+    local = replace(LOCAL, dp=SampleNoise(0.2, 0.5))
+    run(Case(mlp(dropout=0.4), targets="all-linear"), method_of("fed_rac_lora"), local, 2, {2})
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
