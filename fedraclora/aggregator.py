@@ -43,7 +43,7 @@ class Aggregator:
         name: Its key in the config.
         individuals: Whether it looks at single clients; if not, their sum is enough.
         estimates: Whether what it hands on is one vector for the whole cohort.
-        compares: Whether it compares clients, who must then have trained the same components.
+        compares: Whether it compares clients, who must then have trained the same thing.
     """
 
     name: ClassVar[str]
@@ -72,12 +72,13 @@ class Aggregator:
         """Give what the method sees.
 
         Raises:
-            ConfigError: If clients are to be compared who trained different components.
+            ConfigError: If clients are to be compared who trained different things.
         """
-        if self.compares and setting.sent.ranks is not None:
+        if self.compares and setting.sent.apart:
             raise ConfigError(
-                f"aggregator={self.name} compares clients, but they train different components "
-                "here (system.rank_budget, or method.sketches above 1); choose norm_bound or mean"
+                f"aggregator={self.name} compares clients, but here they train different things: "
+                "other components (system.rank_budget, method.sketches above 1), or from factors "
+                "of their own; choose norm_bound or mean"
             )
         return self.apply(got, setting)
 

@@ -114,6 +114,13 @@ class Downlink:
         """What clients send back, in packing order."""
         return {name: slot for name, slot in self.trained().items() if slot.upload}
 
+    @property
+    def apart(self) -> bool:
+        """Whether numbers at one place of two uplinks may mean different things."""
+        factors = [f for a in self.adapters.values() for f in a.factors.values()]
+        own = any(isinstance(f, Frozen) and f.per_client for f in factors)
+        return own or self.ranks is not None or any(s.per_client for s in self.uploaded().values())
+
     def select(self, places: torch.Tensor) -> Downlink:
         """Keep the per-client values of the clients at ``places`` (int64) only."""
 

@@ -36,12 +36,16 @@ from fedraclora.rules import Median
 from fedraclora.samplelevel import SampleNoise
 from fedraclora.sampling import draw_cohort
 from fedraclora.secret import FILE, Secret
+from strategies.loop import LoopConfig
 from strategies.private import PrivateRounds
 from strategies.treatment import Treatment
 
 Variant = tuple[str, dict[str, Any]]
+LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
 every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
+every_linear = pytest.mark.parametrize("variant", LINEAR, ids=label)
 KEY = bytes(range(32))
+LOOP = LoopConfig(3, 5, 5, 2, 0, "uniform")
 SILENT = Mechanism(1.0, 5, 1.0, 0.0, 1e-5)  # no noise on the sum: what is before it shows
 
 
@@ -85,7 +89,7 @@ def test_one_client_moves_the_sum_by_no_more_than_the_clip(
     assert moved > 0.9 * clip or clip > 1
 
 
-@every_variant
+@every_linear
 def test_without_noise_and_with_a_wide_clip_it_is_the_plain_mean(
     variant: Variant, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +107,7 @@ def test_without_noise_and_with_a_wide_clip_it_is_the_plain_mean(
     assert_close_trees(found.weights, plain.weights, 1e-9)
 
 
-@every_variant
+@every_linear
 def test_the_ledger_has_the_account_and_no_losses(variant: Variant, world: World) -> None:
     name, changes = variant
     found = run(
@@ -243,3 +247,15 @@ def test_the_account_of_samples_goes_on(world: World, tmp_path: Path) -> None:
         [r.get("sample_privacy") for r in x.strategy.book.ledger.rows] for x in (went_on, whole)
     ]
     assert rows[0] == rows[1]
+
+
+@every_variant
+def test_a_method_that_needs_each_update_gets_no_private_round(
+    variant: Variant, world: World
+) -> None:
+    method = make_method(variant[0], **variant[1])
+    if method.traits.linear:
+        assert PrivateRounds.begin(ClientLevel(delta=1e-3), method, LOOP, None).clip == 1.0
+        return
+    with pytest.raises(ConfigError, match="this one needs each client's own update"):
+        run(world, method, RAGGED, rounds=1, weights="uniform", treatment=private())
