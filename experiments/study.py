@@ -1,7 +1,8 @@
 """``python -m experiments.study STUDY.yaml [KEY=VALUE ...]``: tune every row alike, run its seeds.
 
 A study names a preset, the rows to compare, one grid that every row is tuned on (on a validation
-split), and the seeds of the final runs; without ``tune`` all rows have the grid's one value. Every
+split), and the seeds of the final runs; without ``tune`` all rows have the grid's one value, and
+``--tuned-by`` takes what another study has tuned, of the same rows on a like task. Every
 run that ends adds one line to ``runs.jsonl``; started again, the study goes on where it stopped.
 """
 
@@ -20,7 +21,14 @@ from pathlib import Path
 from experiments.choices import composed
 from experiments.study_budget import budgets
 from experiments.study_file import Job, Study
-from experiments.study_table import best_value, draw, table, tuned_value, write_table
+from experiments.study_table import (
+    best_value,
+    draw,
+    table,
+    tuned_by,
+    tuned_value,
+    write_table,
+)
 from fedraclora.errors import FedRacLoraError
 from fedraclora.ledger import Row, round_seconds
 
@@ -105,12 +113,16 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs")
     parser.add_argument("--metric", help="in place of the study's own")
+    parser.add_argument("--tuned-by", metavar="FOLDER", type=Path, help="take that study's values")
     parser.add_argument("--out", type=Path, help="default: experiments/results/<name>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="write the tables only")
     arguments = parser.parse_args()
     try:
         study = Study.read(arguments.study, arguments.overrides, arguments.metric)
+        if source := arguments.tuned_by:
+            other = Study.read(source / "study.yaml")
+            study = tuned_by(study, other, read_lines(source / "runs.jsonl"), source)
     except FedRacLoraError as error:
         sys.exit(f"error: {error}")
     out = arguments.out or Path(__file__).parent / "results" / arguments.study.stem

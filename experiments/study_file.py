@@ -48,6 +48,7 @@ class Study:
         reference: The row whose final metric and uplink the others are held against.
         overrides: Of all runs.
         reported: The metric that a paper reports for a row, to be shown beside ours.
+        fixed: Values that another study has tuned, by row, in place of the grid's.
     """
 
     experiment: str | None
@@ -60,6 +61,7 @@ class Study:
     reference: str | None = None
     overrides: Sequence[str] = ()
     reported: Mapping[str, float] = field(default_factory=dict)
+    fixed: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = (), metric: str | None = None) -> Study:
@@ -108,13 +110,16 @@ class Study:
 
     def values(self, row: str) -> list[float]:
         """Give the coarse grid of a row: the values of the grid, times the row's own scale."""
+        if self.fixed:
+            return [self.fixed[row]]
         scale = self.grid.get("scale", {})
         factor = float(str(scale.get(row, 1))) if isinstance(scale, Mapping) else 1.0
         return [round(factor * float(str(v)), 9) for v in _list(self.grid["values"])]
 
     def refined(self, best: float) -> list[float]:
         """The values around the best of the coarse grid that are tried next."""
-        return [round(best * float(str(f)), 9) for f in _list(self.grid.get("refine", []))]
+        factors = [] if self.fixed else _list(self.grid.get("refine", []))
+        return [round(best * float(str(f)), 9) for f in factors]
 
 
 def _check(path: Path, loaded: Mapping[str, Any]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from experiments.study_file import Study
 from experiments.tables import Table
+from fedraclora.errors import ConfigError
 from fedraclora.ledger import number
 
 Plain = dict[str, object]
@@ -40,6 +42,26 @@ def tuned_value(study: Study, row: str, done: Mapping[str, Plain]) -> float:
     tried = [*study.values(row), *study.refined(coarse)]
     stable = [v for v in tried if not diverged(study, row, v, done)]
     return best_value(study, row, stable or tried, done)
+
+
+def tuned_by(study: Study, other: Study, done: Mapping[str, Plain], folder: Path) -> Study:
+    """Take the tuned values of another study of the same rows.
+
+    Args:
+        study: The study to run.
+        other: The study that was tuned.
+        done: Lines of its runs, by key.
+        folder: Where it lies, for the record.
+
+    Raises:
+        ConfigError: If it has not tuned a row.
+    """
+    missing = [r for r in study.rows if r not in other.rows or not is_tuned(other, r, done)]
+    if missing:
+        raise ConfigError(f"the study in {folder} has not tuned {', '.join(missing)}")
+    fixed = {row: tuned_value(other, row, done) for row in study.rows}
+    text = f"{study.text}# tuned by {folder}\n"
+    return replace(study, tune=None, fixed=fixed, text=text)
 
 
 def diverged(study: Study, row: str, value: float, done: Mapping[str, Plain]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from experiments.study import main, read_lines, run_job
 from experiments.study_budget import budgets
 from experiments.study_file import Study
-from experiments.study_table import draw, is_tuned, table, tuned_value, write_table
+from experiments.study_table import draw, is_tuned, table, tuned_by, tuned_value, write_table
 from fedraclora.errors import ConfigError
 
 TEXT = """
@@ -87,6 +87,23 @@ def test_the_best_of_the_grid_and_its_refinement_is_chosen(tmp_path: Path) -> No
     done |= tuned(plan, {0.2: 0.8})
     assert is_tuned(plan, "ours", done)
     assert tuned_value(plan, "ours", done) == 0.2
+
+
+def test_values_may_be_those_that_another_study_has_tuned(tmp_path: Path) -> None:
+    other = study(tmp_path)
+    done = tuned(other, {0.1: 0.5, 0.4: 0.7})
+    with pytest.raises(ConfigError, match="has not tuned ours"):
+        tuned_by(other, other, done, tmp_path)
+    done |= tuned(other, {0.2: 0.8})
+    plan = tuned_by(other, other, done, tmp_path)
+    assert plan.values("ours") == [0.2]
+    assert not plan.jobs("tune", "ours", [0.2])
+    assert plan.refined(0.2) == []
+    assert tuned_value(plan, "ours", {}) == 0.2
+    (tmp_path / "again.yaml").write_text(plan.text)
+    assert Study.read(tmp_path / "again.yaml").rows == plan.rows
+    with pytest.raises(ConfigError, match="has not tuned full"):
+        tuned_by(study(tmp_path, TEXT + "  full: []\n"), other, done, tmp_path)
 
 
 def test_a_value_that_diverged_in_a_final_run_is_passed_over(tmp_path: Path) -> None:
