@@ -7,7 +7,7 @@ need only r x r Gram matrices and never an m x n product.
 from __future__ import annotations
 
 from fedraclora.errors import ConfigError
-from fedraclora.method import Downlink
+from fedraclora.method import Adapter, Downlink
 from fedraclora.tree import Tree
 
 
@@ -25,7 +25,7 @@ def add_prox(
         mu: Strength of the pull.
 
     Raises:
-        ConfigError: For a term of three factors.
+        ConfigError: For a term of three factors that trains more than its middle one, R.
 
     References:
         Li et al., *Federated optimization in heterogeneous networks*, arXiv 1812.06127.
@@ -34,6 +34,13 @@ def add_prox(
         active = leaves[name].shape[0]
         gradients[name] = gradients[name] + mu * (leaves[name] - starts[name][:active])
     for weight, adapter in downlink.adapters.items():
+        if _is_core(weight, adapter, leaves):
+            name = f"{weight}/R"
+            R, left, right = leaves[name], frozen[f"{weight}/B"], frozen[f"{weight}/A"]
+            left, right = (f[: len(R)] if f.dim() == 3 else f for f in (left, right))
+            moved = left.mT @ left @ (R - starts[name][: len(R)]) @ right @ right.mT
+            gradients[name] = gradients[name] + mu * adapter.scale**2 * moved
+            continue
         if tuple(adapter.factors) != ("B", "A"):
             raise ConfigError(f"local.prox is not defined for the factors {list(adapter.factors)}")
         nb, na = f"{weight}/B", f"{weight}/A"
@@ -50,3 +57,9 @@ def add_prox(
             gradients[nb] = gradients[nb] + pull * (B @ (A @ A.mT) - B0 @ (A0 @ A.mT))
         if na in gradients:
             gradients[na] = gradients[na] + pull * ((B.mT @ B) @ A - (B.mT @ B0) @ A0)
+
+
+def _is_core(weight: str, adapter: Adapter, leaves: Tree) -> bool:
+    """Tell whether the middle one of three factors is what a term trains."""
+    trained = [label for label in adapter.factors if f"{weight}/{label}" in leaves]
+    return tuple(adapter.factors) == ("B", "R", "A") and trained == ["R"]

@@ -79,6 +79,60 @@ def projected(
     return hook
 
 
+def block_diagonal(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
+    """Train the diagonal blocks of the middle factor "R" alone; what is beside them stays.
+
+    Args:
+        frozen: Not read.
+        arguments: ``blocks``: how many; it divides the rows of R.
+        ranks: Not read.
+    """
+    del frozen, ranks
+    blocks = int(arguments["blocks"])
+
+    def hook(gradients: Tree) -> Tree:
+        out = dict(gradients)
+        for name, gradient in gradients.items():
+            if name.endswith("/R"):
+                block = torch.arange(gradient.shape[-1], device=gradient.device) * blocks
+                block = block // gradient.shape[-1]
+                out[name] = gradient.masked_fill(block[:, None] != block, 0)
+        return out
+
+    return hook
+
+
+def in_turn(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
+    """Train one part of the columns of each B at a time, the parts in turn.
+
+    Args:
+        frozen: Not read.
+        arguments: ``parts``, how many; ``interval``, local steps of a turn.
+        ranks: Not read.
+
+    Returns:
+        The hook for the round: it counts its calls, one for each local step.
+    """
+    del frozen, ranks
+    parts, interval = int(arguments["parts"]), int(arguments["interval"])
+    calls = iter(range(2**63))
+
+    def hook(gradients: Tree) -> Tree:
+        turn = next(calls) // interval % parts
+        out = dict(gradients)
+        for name, gradient in gradients.items():
+            if name.endswith("/B"):
+                part = torch.arange(gradient.shape[-1], device=gradient.device) * parts
+                out[name] = gradient.masked_fill(part // gradient.shape[-1] != turn, 0)
+        return out
+
+    return hook
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Hooks of one client behaviour, prepared once a round.
@@ -94,4 +148,6 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "plain": Recipe(),
     "projected": Recipe(gradient=projected),
+    "block_diagonal": Recipe(gradient=block_diagonal),
+    "in_turn": Recipe(gradient=in_turn),
 }

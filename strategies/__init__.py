@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 from fedraclora.method import Method
+from strategies.bernoulli_lora import BernoulliLora
 from strategies.fed_rac_lora import FedRacLora
+from strategies.fed_sb import FedSb
 from strategies.fedavg import FedAvg
 from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora
+from strategies.fedkrso import FedKrso
 from strategies.fedmomentum import FedMomentum
+from strategies.fedsa_lora import FedSaLora
+from strategies.fedsvd import FedSvd
 from strategies.flexlora import FlexLora
 from strategies.flora_stacking import FloraStacking
 from strategies.frlora import FrLora
 from strategies.hetlora import HetLora
 from strategies.lora_fair import LoraFair
+from strategies.ravan import Ravan
+from strategies.rolora import RoLora
 
 METHODS: dict[str, type[Method]] = {
     "fed_rac_lora": FedRacLora,
     "ffa_lora": FedRacLora,
     "fedavg": FedAvg,
     "fedavg_lora": FedAvgLora,
+    "bernoulli_lora": BernoulliLora,
+    "fed_sb": FedSb,
     "fedex_lora": FedExLora,
+    "fedkrso": FedKrso,
     "fedmomentum": FedMomentum,
+    "fedsa_lora": FedSaLora,
+    "fedsvd": FedSvd,
     "flexlora": FlexLora,
     "flora_stacking": FloraStacking,
     "frlora": FrLora,
     "hetlora": HetLora,
     "lora_fair": LoraFair,
+    "ravan": Ravan,
+    "rolora": RoLora,
+    # Settings of methods above that have names of their own.
+    "fed_cola": FedAvgLora,
+    "fed_relora": FedAvgLora,
+    "fedslop": FedRacLora,
     # The chain methods of one client are those above, under the names that the field gives them.
     "lora": FedAvgLora,
     "asymmetric_lora": FedRacLora,

@@ -113,19 +113,25 @@ def assemble(
     loop = loop_of(config, built, chunk.chunk, trainer.dtype)
     store = ClientStore()
     book = book_of(config, folder, loop, built.device, store)
+
+    def personal(own: Tree) -> Tree:
+        """Give the weights of a client from what it keeps."""
+        dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
+        return config.method.weights(strategy.state, draw, own) | dense
+
     strategy = FedStrategy(
         config.method,
         state,
         config.local,
         loop,
         replica=replica,
-        evaluate=measurement(config, built, plan, store, config.evaluate.split),
+        evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
         book=book,
         treatment=Treatment(config.aggregator, config.attack, config.privacy),
         on_round=on_round,
         sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
         fleet=Fleet(config.system, config.seed, config.local),
-        stop=stopping(config, built, plan, store),
+        stop=stopping(config, built, plan, store, personal),
     )
     if resume:
         restored, done = book.restore(state, strategy.catch_up)
@@ -188,22 +194,39 @@ def book_of(
     )
 
 
-def stopping(config: RunConfig, built: BuiltTask, plan: Plan, store: ClientStore) -> Stopping:
+def stopping(
+    config: RunConfig,
+    built: BuiltTask,
+    plan: Plan,
+    store: ClientStore,
+    personal: Callable[[Tree], Tree],
+) -> Stopping:
     """Make what ends a run early, by the validation split."""
     if config.stop.patience is None:
         return Stopping()
-    return Stopping(config.stop, measurement(config, built, plan, store, "validation"))
+    measure = measurement(config, built, plan, store, "validation", personal)
+    return Stopping(config.stop, measure)
 
 
 def measurement(
-    config: RunConfig, built: BuiltTask, plan: Plan, store: ClientStore, split: str
+    config: RunConfig,
+    built: BuiltTask,
+    plan: Plan,
+    store: ClientStore,
+    split: str,
+    personal: Callable[[Tree], Tree],
 ) -> Callable[[Tree], dict[str, float]]:
-    """Give what measures weights: the server's, or with a local head the clients' own models."""
+    """Give what measures weights: the server's, or the clients' own where a part stays with them.
+
+    The figures of clients' own models have names of their own, ``personal_...``.
+    """
     task, batch = built.task, config.evaluate.batch_size
     samples = measured_samples(task, split)
 
     def own(weights: Tree) -> dict[str, float]:
-        owned = store.latest(config.evaluate.clients)
+        owned = {c: personal(own) for c, own in store.latest(config.evaluate.clients).items()}
+        if not owned and not plan.local:  # nobody has trained yet: all have the server's
+            return each(weights)
         counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
         return personal_accuracy(task.model, weights, owned, samples, counts, batch)
 
@@ -213,4 +236,10 @@ def measurement(
             found["gap"] = found["loss"] - task.optimum
         return found
 
-    return own if plan.local else shared
+    def each(weights: Tree) -> dict[str, float]:
+        owned = store.latest(config.evaluate.clients).values()
+        found = [shared(w) for w in map(personal, owned)] or [shared(weights)]
+        return {f"personal_{n}": sum(f[n] for f in found) / len(found) for n in found[0]}
+
+    stays = plan.local or config.method.traits.client_state
+    return (own if built.classes else each) if stays else shared

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import torch
 
 from fedraclora.adapter import Rank, resolve_rank
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.method import Plan, State, Trained
+from fedraclora.method import (
+    Downlink,
+    Link,
+    Plan,
+    Sketched,
+    State,
+    Term,
+    Trained,
+    apply_link,
+)
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
 SIDES = ("right", "left", "auto")
@@ -92,6 +103,65 @@ def server_step(old: torch.Tensor | None, mean: torch.Tensor, step: float) -> to
     if step == 1.0:
         return mean
     return step * mean if old is None else old + step * (mean - old)
+
+
+def mean_terms(
+    state: State, sent: Downlink, mean: Tree, step: float = 1.0
+) -> tuple[Tree, dict[str, Term]]:
+    """Average the one trained factor of each adapter.
+
+    Args:
+        state: Before the round.
+        sent: What was asked; its other factors are taken from here.
+        mean: What the cohort sent, averaged.
+        step: The server's, from where the factor started; 1 takes the average itself.
+
+    Returns:
+        The new factors by their name on the uplink, in the precision of the base: what a client
+        can be sent, the server uses; and the terms with them in place.
+    """
+    averaged: Tree = {}
+    terms = {}
+    for weight, adapter in sent.adapters.items():
+        factors: list[torch.Tensor | SketchSpec] = []
+        for label, factor in adapter.factors.items():
+            if isinstance(factor, Trained):
+                name = f"{weight}/{label}"
+                new = server_step(factor.opening(), mean[name], step)
+                averaged[name] = new.to(state.base[weight].dtype)
+                factors.append(averaged[name])
+            else:
+                factors.append(factor.spec if isinstance(factor, Sketched) else factor.value)
+        terms[weight] = Term(tuple(factors), adapter.scale)
+    return averaged, terms
+
+
+def closed(
+    state: State,
+    link: Link,
+    *,
+    carried: Tree | None = None,
+    ends: bool = True,
+    report: dict[str, float] | None = None,
+) -> State:
+    """Give the state after a round.
+
+    Args:
+        state: Before it.
+        link: How the round changes the base.
+        carried: Factors that live on.
+        ends: Whether what is trained next is another thing, so that moments end.
+        report: Figures for the ledger.
+    """
+    return replace(
+        state,
+        base=apply_link(state.base, link, state.plan),
+        carried=carried or {},
+        memo=next_link(state.memo, 1 if ends else None),
+        link=link,
+        report=report or {},
+        notes=(),
+    )
 
 
 def dense_floats(plan: Plan) -> int:

@@ -9,13 +9,13 @@ of the round are here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from typing_extensions import override
 
-from fedraclora.adapter import Rank, resolve_rank, resolve_scale
+from fedraclora.adapter import Rank
 from fedraclora.aggregate import Uplinks
 from fedraclora.lowrank import Product, stack_products, sum_products
 from fedraclora.method import (
@@ -24,26 +24,24 @@ from fedraclora.method import (
     Downlink,
     Draw,
     Link,
-    Method,
     Plan,
     State,
     Term,
     Trained,
-    apply_link,
 )
 from fedraclora.ranks import within
-from fedraclora.sketch import SketchSpec, check_sketch
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from strategies.common import (
-    FIRST_LINK,
     check_link,
+    closed,
     dense_floats,
     dense_means,
     dense_slots,
     drawn_rank,
     draws_right,
-    next_link,
 )
+from strategies.drawn import Drawn
 from strategies.products import RoundError, carried_product, with_carried
 
 
@@ -91,16 +89,12 @@ class Conclusion:
 
 
 @dataclass(frozen=True)
-class Factored(Method):
-    """Hyperparameters that all of them have.
+class Factored(Drawn):
+    """Hyperparameters that all of them have, beside those of `Drawn`.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
         side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
             (the larger factor is drawn).
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
     """
 
     continues: ClassVar[bool] = False
@@ -110,28 +104,17 @@ class Factored(Method):
     truncates: ClassVar[bool] = False
     """Whether a client with a budget holds its own components alone, and not the rest frozen."""
 
-    rank: int | float = 8
-    alpha: float | str = "auto"
-    initial: str = "kaiming_uniform"
     side: str = "right"
-    cap: bool = True
 
+    @override
     def __post_init__(self) -> None:
         """Refuse impossible hyperparameters."""
-        check_sketch(self.initial, "none", "independent")
+        super().__post_init__()
         check_link(self.side, None)
-        resolve_rank(self.rank, 1, "any layer", cap=True)
-        resolve_scale(self.alpha, 1)
 
     def conclude(self, replies: Replies) -> Conclusion:
         """Say what follows from the replies for one weight."""
         raise NotImplementedError
-
-    @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        del draw
-        notes = tuple(n for w in plan.targets if (n := self.rank_of(plan, w).note) is not None)
-        return State(base, plan, memo=dict(FIRST_LINK), notes=notes)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
@@ -140,14 +123,14 @@ class Factored(Method):
         adapters = {}
         for name, view in state.plan.targets.items():
             m, n = view.shape
-            rank = self.rank_of(state.plan, name).value
+            rank = self.rank_of(state.plan, name)
             starts = self.starts(state, name, draw)
             B, A = starts["B"], starts["A"]
             if ranks is not None and self.truncates and state.carried:
                 kept = within(ranks, rank)
                 B, A = B * kept[:, None].to(B), A * kept[..., None].to(A)  # type: ignore[operator,arg-type]
             factors = {"B": Trained((m, rank), B), "A": Trained((rank, n), A)}
-            adapters[name] = Adapter(dict(factors), resolve_scale(self.alpha, rank))
+            adapters[name] = Adapter(dict(factors), self.scale_of(state.plan, name))
         return Downlink(adapters, dense_slots(state), ranks=ranks, link=state.memo["sketch"])
 
     @override
@@ -171,12 +154,8 @@ class Factored(Method):
                 B, A = (t.to(dtype) for t in out.merged)
                 terms[name] = Term((B, A), adapter.scale)
         link = Link(terms, dense_means(state, mean))
-        base = apply_link(state.base, link, state.plan)
-        memo = next_link(state.memo, None if self.continues else 1)
         report = error.report() if not self.traits.exact else {}
-        return replace(
-            state, base=base, carried=carried, memo=memo, link=link, report=report, notes=()
-        )
+        return closed(state, link, carried=carried, ends=not self.continues, report=report)
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
@@ -185,11 +164,11 @@ class Factored(Method):
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        factors = sum(self.rank_of(plan, n).value * sum(v.shape) for n, v in plan.targets.items())
+        factors = sum(self.numbers(plan))
         return factors + dense_floats(plan), factors if self.carries and round_ > 1 else 0
 
-    def rank_of(self, plan: Plan, name: str) -> Rank:
-        """Give the rank of one layer."""
+    @override
+    def layer_rank(self, plan: Plan, name: str) -> Rank:
         return drawn_rank(self.rank, self.side, plan, name, cap=self.cap)
 
     def starts(
@@ -199,15 +178,7 @@ class Factored(Method):
         if state.carried:
             return {label: state.carried[f"{name}/{label}"] for label in ("B", "A")}
         right = draws_right(self.side, state.plan, name)
-        spec = SketchSpec(
-            kind=self.initial,
-            side="right" if right else "left",
-            rank=self.rank_of(state.plan, name).value,
-            dim=state.plan.targets[name].shape[1 if right else 0],
-            seed=draw.sketch_seed(name),
-            index=state.memo["sketch"],
-            normalise="none",
-        )
+        spec = self.sketch(state.plan, name, draw, index=state.memo["sketch"], right=right)
         return {"B": None, "A": spec} if right else {"B": spec, "A": None}
 
 

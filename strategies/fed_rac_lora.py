@@ -65,8 +65,8 @@ from strategies.common import (
     dense_slots,
     drawn_rank,
     draws_right,
+    mean_terms,
     next_link,
-    server_step,
 )
 
 
@@ -151,23 +151,11 @@ class FedRacLora(Method):
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         mean = got.mean()
         dense = dense_means(state, mean, self.server_lr)
-        averaged: Tree = {}
-        terms: dict[str, Term] = {}
-        for name, adapter in sent.adapters.items():
-            factors: list[torch.Tensor | SketchSpec] = []
-            for label, factor in adapter.factors.items():
-                if isinstance(factor, Sketched):
-                    factors.append(factor.spec)
-                else:
-                    # Rounded to the base's precision: what a client can be sent, the server uses.
-                    new = server_step(
-                        state.carried.get(name), mean[f"{name}/{label}"], self.server_lr
-                    )
-                    averaged[name] = new.to(state.base[name].dtype)
-                    factors.append(averaged[name])
-            terms[name] = Term(tuple(factors), adapter.scale)
+        averaged, terms = mean_terms(state, sent, mean, self.server_lr)
         memo = next_link(state.memo, self.resample_every)
-        carried, link = (averaged, Link({}, dense)) if memo["age"] else ({}, Link(terms, dense))
+        ends = memo["age"] == 0
+        carried = {} if ends else {n.rpartition("/")[0]: t for n, t in averaged.items()}
+        link = Link(terms if ends else {}, dense)
         base = apply_link(state.base, link, state.plan)
         return replace(state, base=base, carried=carried, memo=memo, link=link, report={}, notes=())
 

@@ -19,7 +19,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from typing_extensions import override
@@ -42,7 +42,7 @@ from fedraclora.method import (
     apply_link,
 )
 from fedraclora.tree import Tree
-from strategies.common import FIRST_LINK, dense_floats, dense_means, dense_slots, next_link
+from strategies.common import FIRST_LINK, closed, dense_floats, dense_means, dense_slots
 from strategies.factored import separate_means_error
 from strategies.products import with_carried
 
@@ -106,14 +106,8 @@ class FrLora(Method):
             B, A = (mean[f"{name}/{label}"].to(dtype) for label in ("B", "A"))
             terms[name] = Term(sum_products((B, A), minus((B0, A0))), adapter.scale)
         link = Link(terms, dense_means(state, mean))
-        return replace(
-            state,
-            base=apply_link(state.base, link, state.plan),
-            memo=next_link(state.memo, 1),
-            link=link,
-            report=separate_means_error(state, sent, got) if got.has_individuals else {},
-            notes=(),
-        )
+        report = separate_means_error(state, sent, got) if got.has_individuals else {}
+        return closed(state, link, carried=state.carried, report=report)
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:

@@ -106,7 +106,7 @@ def test_the_server_ends_with_the_weights_that_a_client_trained_to(
 @every_variant
 def test_equal_clients_are_one_client(variant: Variant, world: World) -> None:
     method = method_of(variant)
-    if getattr(method, "sketches", 1) > 1:
+    if "server_lr" in vars(method) and getattr(method, "sketches", 1) > 1:
         pytest.skip("clients of different groups train different columns")
     local = replace(FULL_BATCH, steps=3)
     many = run(equal_clients(world, 4), method, local, rounds=4, chunk=3)
@@ -121,7 +121,8 @@ def test_the_loss_falls_on_a_quadratic(name: str) -> None:
     done = run(world, method, LocalConfig(lr=0.05, steps=2, batch_size=0), rounds=25, cohort=4)
     losses = [row["metrics"]["loss"] for row in done.rows]
     assert losses[0] < world.loss(world.base)
-    assert losses[-1] < 0.75 * world.loss(world.base)
+    # A core of rank 3 between fixed factors reaches 9 of the 35 directions of the weight.
+    assert losses[-1] < 0.8 * world.loss(world.base)
 
 
 @every_variant

@@ -36,7 +36,18 @@ from worlds import (
 from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
 from fedraclora.ledger import digest_rows
-from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, Sketched, State, Trained, Traits
+from fedraclora.method import (
+    Cohort,
+    Downlink,
+    Draw,
+    Frozen,
+    Method,
+    Plan,
+    Sketched,
+    State,
+    Trained,
+    Traits,
+)
 from fedraclora.ranks import check_ranks
 from fedraclora.sampling import draw_cohort
 from fedraclora.tree import Tree
@@ -80,6 +91,10 @@ def cut_weights(played: Played, k: int, rank: int) -> Tree:
             if isinstance(factor, Sketched):
                 pair.append(factor.spec.draw())
                 start.append(factor.spec.draw())
+                continue
+            if isinstance(factor, Frozen):
+                pair.append(factor.value)
+                start.append(factor.value)
                 continue
             assert isinstance(factor, Trained)
             pair.append(rows[f"{weight}/{name}"][k])
@@ -200,11 +215,11 @@ def test_the_uplink_of_the_ledger_is_the_components_and_the_message(variant: Var
     plan = make_world().plan
     dense = sum(torch.Size(plan.shapes[name]).numel() for name in plan.dense)
     answered = iter(done.worker.answered)
-    opened = done.strategy.method.open_round(
-        done.strategy.state, 1, some_cohort((1.0,)), done.strategy.draw
-    )
     for round_, row in enumerate(done.rows, start=1):
         wanted = 0
+        opened = done.strategy.method.open_round(
+            done.strategy.state, round_, some_cohort((1.0,)), done.strategy.draw
+        )
         for rank in BUDGETS[draw_cohort(1, round_, 5, COHORT)].tolist():
             trained = [
                 factor.shape[0 if name == "B" else 1] * min(rank, RANK)  # r_k m, or r_k n

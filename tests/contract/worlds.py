@@ -27,6 +27,7 @@ from fedraclora.adapter import make_plan
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Aggregator, Setting, mean
 from fedraclora.attack import Attack
+from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.link import Plan
@@ -86,13 +87,22 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {"blocks": "cover"}
         if "sketch" in group:
             yield name, {"sketch": "gaussian", "normalise": "identity"}
-        if "sketches" in group:
+        if "sketches" in group and "server_lr" in group:
             yield name, {"sketches": 2, "resample_every": 1}
             yield name, {"sketches": 2, "server_lr": 2.0, "side": "left", "resample_every": 3}
+        if "probability" in group:
+            yield name, {"probability": 0.0}
+        if "interval" in group:
+            yield name, {"sketches": 3, "interval": 2, "normalise": "identity"}
         if "residual_rank" in group:
             yield name, {"residual_rank": 2}
         if "server_lr" in group:
             yield name, {"server_lr": 1.75, "resample_every": 1}
+
+
+def is_personal(variant: tuple[str, dict[str, Any]]) -> bool:
+    """Whether clients keep a part of the model: then there is no global one to hold to a mean."""
+    return make_method(variant[0], **variant[1]).traits.client_state
 
 
 def label(variant: tuple[str, dict[str, Any]]) -> str:
@@ -366,8 +376,8 @@ def assert_close_trees(left: Tree, right: Tree, tolerance: float = 1e-12) -> Non
 class RecordingWorker(Worker):
     """Keeps every message that it is sent and every reply that it gives."""
 
-    def __init__(self, trainer: CohortTrainer, replica: Replica) -> None:
-        super().__init__(trainer, replica)
+    def __init__(self, trainer: CohortTrainer, replica: Replica, store: ClientStore) -> None:
+        super().__init__(trainer, replica, store)
         self.asked: list[RecordDict] = []
         self.answered: list[RecordDict] = []
 
@@ -389,13 +399,23 @@ class Run:
 
     @property
     def weights(self) -> Tree:
-        """Effective weights at the end."""
-        return self.strategy.method.weights(self.strategy.state, self.strategy.draw)
+        """Effective weights at the end: the server's, or those of a client that keeps a part."""
+        weights = self.strategy.method.weights(self.strategy.state, self.strategy.draw)
+        return personal(self.strategy, self.worker.store, weights)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The ledger, without row 0."""
         return list(self.strategy.book.ledger.rows[1:])
+
+
+def personal(strategy: FedStrategy, store: ClientStore, weights: Tree) -> Tree:
+    """The weights of the client that trained last, where clients keep a part of the model."""
+    if not strategy.method.traits.client_state:
+        return weights
+    for own in store.latest(1).values():
+        return strategy.method.weights(strategy.state, strategy.draw, own)
+    return weights
 
 
 def run(
@@ -429,18 +449,18 @@ def run(
         dtype=str(world.dtype).removeprefix("torch."),
         max_failures=max_failures,
     )
-    replica = Replica(world.base)
+    replica, store = Replica(world.base), ClientStore()
     device = torch.device("cpu")
     trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
-    worker = RecordingWorker(trainer, replica)
-    book = RunBook(folder, every=1, sync=False)
+    worker = RecordingWorker(trainer, replica, store)
+    book = RunBook(folder, every=1, sync=False, store=store)
     strategy = FedStrategy(
         method,
         state,
         local,
         loop,
         replica=replica,
-        evaluate=lambda w: {"loss": world.loss(w)},
+        evaluate=lambda w: {"loss": world.loss(personal(strategy, store, w))},
         book=book,
         treatment=treatment or Treatment(aggregator, attack or Attack()),
     )

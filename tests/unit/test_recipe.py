@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.recipe import RECIPES, projected
+from fedraclora.recipe import RECIPES, block_diagonal, in_turn, projected
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
 
@@ -90,3 +90,20 @@ def test_a_sketch_that_lost_a_row_is_inverted_where_it_can_be() -> None:
 def test_the_precision_of_the_factor_is_kept() -> None:
     found = projected({"w/A": normal(R, N).float()})({"w/B": normal(1, M, R).float()})
     assert found["w/B"].dtype == torch.float32
+
+
+def test_the_blocks_of_a_core_are_trained_and_nothing_beside_them() -> None:
+    gradients = {"w/R": normal(2, 6, 6), "w/B": normal(2, M, R)}
+    found = block_diagonal({}, {"blocks": 3})(gradients)
+    mask = torch.block_diag(*[torch.ones(2, 2)] * 3).double()
+    assert torch.equal(found["w/R"], gradients["w/R"] * mask)
+    assert torch.equal(found["w/B"], gradients["w/B"])
+
+
+def test_parts_of_a_factor_are_trained_in_turn() -> None:
+    hook = in_turn({}, {"parts": 2, "interval": 3})
+    gradient = torch.ones(1, M, 4)
+    turns = [hook({"w/B": gradient, "bias": gradient})["w/B"][0, 0].tolist() for _ in range(8)]
+    first, second = [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]
+    assert turns == [first] * 3 + [second] * 3 + [first] * 2
+    assert torch.equal(hook({"bias": gradient})["bias"], gradient)

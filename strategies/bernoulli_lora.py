@@ -1,0 +1,93 @@
+"""Bernoulli-LoRA, federated: a coin says for each round which factor is drawn and which trained.
+
+    c_t = 1 with probability p, the same for all clients
+    c_t = 1: B_t drawn, client k: A_k = 0, local steps on A_k;  W <- W + s B_t sum_k p_k A_k
+    c_t = 0: A_t drawn, client k: B_k = 0, local steps on B_k;  W <- W + s (sum_k p_k B_k) A_t
+
+- Uplink: r n numbers per matrix and client where c_t = 1, r m where c_t = 0. Downlink: a seed, and
+  what the client missed: as many numbers per link as were sent up, at most m n.
+- Aggregation: exact and linear, as in Fed-RAC-LoRA, whose rounds these are.
+- Server: one mean and a merge of 2 m n r operations.
+- Source: Sokolov et al., *Bernoulli-LoRA: a theoretical framework for randomized low-rank
+  adaptation*, 2025, arXiv 2508.03820.
+- Departures: local steps, where the paper's federated versions take one gradient per round; its
+  estimators (PAGE, MVR, QGD, MARINA, EF21) are left out. The coins have a seed of their own, so
+  that what a round costs is known beforehand. Sketches are orthonormal by default.
+- Unverified: the paper's statements of its federated algorithms were not read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.errors import ConfigError
+from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State, Traits
+from fedraclora.rng import generator
+from fedraclora.tree import Tree
+from strategies.fed_rac_lora import FedRacLora
+
+
+@dataclass(frozen=True)
+class BernoulliLora(Method):
+    """Hyperparameters of Bernoulli-LoRA.
+
+    Attributes:
+        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
+        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        sketch: A key of `fedraclora.sketch.SKETCHES`.
+        normalise: ``rows``, ``identity`` or ``none`` (`fedraclora.sketch`).
+        probability: p, that B is drawn and A trained; m / (m + n) makes both outcomes cost the same
+            on average.
+        coins: Seed of the coins.
+        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
+    """
+
+    rank: int | float = 8
+    alpha: float | str = "auto"
+    sketch: str = "orthonormal"
+    normalise: str = "rows"
+    probability: float = 0.5
+    coins: int = 0
+    cap: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        if not 0 <= self.probability <= 1:
+            raise ConfigError(f"method.probability is {self.probability}; it must lie in [0, 1]")
+        self.round_method(1)
+
+    def round_method(self, round_: int) -> FedRacLora:
+        """Give the method of one round: Fed-RAC-LoRA with the side that the coin says."""
+        left = generator(self.coins, "coin", round_).random() < self.probability
+        return FedRacLora(
+            rank=self.rank,
+            alpha=self.alpha,
+            sketch=self.sketch,
+            side="left" if left else "right",
+            normalise=self.normalise,
+            cap=self.cap,
+        )
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(exact=True, linear=True, merges=True, ranks=True)
+
+    @override
+    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        return self.round_method(1).init(base, plan, draw)
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        return self.round_method(round_).open_round(state, round_, cohort, draw)
+
+    @override
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        return self.round_method(1).close_round(state, sent, got)  # the side is read off ``sent``
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        return self.round_method(round_).floats(plan, 1)

@@ -1,0 +1,116 @@
+"""Fed-SB: a small core is trained between two frozen factors.
+
+    B (m x r) and A (r x n) drawn once;  client k: local steps on R_k (r x r) from R
+    R <- sum_k p_k R_k;   effective weight W + s B R A, with R = 0 at the start
+
+- Uplink: r^2 numbers per matrix and client. Downlink: two seeds, and r^2 numbers after the first
+  round.
+- Aggregation: exact and linear: the factors about the core are the same everywhere.
+- Server: one mean, K r^2 operations.
+- Source: Singhal et al., *Fed-SB: a silver bullet for extreme communication efficiency and
+  performance in (private) federated LoRA fine-tuning*, arXiv 2502.15436; LoRA-SB: arXiv 2411.19557.
+- Departures: B and A are drawn, with orthonormal columns and rows, where LoRA-SB takes the singular
+  vectors of a gradient that clients average before the first round; and R starts at zero, so that
+  a run starts from W, where LoRA-SB's starts at the singular values. That start costs up to m n
+  numbers per client, and factors that must be sent: without it the bytes are those above, and the
+  subspace knows nothing of the data. Its figures are not those of the paper's method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from typing_extensions import override
+
+from fedraclora.adapter import Rank, resolve_rank
+from fedraclora.aggregate import Uplinks
+from fedraclora.method import (
+    Adapter,
+    Cohort,
+    Downlink,
+    Draw,
+    Factor,
+    Link,
+    Plan,
+    Sketched,
+    State,
+    Term,
+    Trained,
+    Traits,
+    apply_link,
+)
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Tree
+from strategies.common import closed, dense_floats, dense_means, dense_slots, mean_terms
+from strategies.drawn import Drawn
+
+
+@dataclass(frozen=True)
+class FedSb(Drawn):
+    """Hyperparameters of Fed-SB.
+
+    Attributes:
+        rank: r; a fraction (0, 1] of the smaller side if written with a dot.
+        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        initial: How B and A are drawn, a key of `fedraclora.sketch.SKETCHES`.
+        cap: Cut the rank at the smaller side, with a note; False refuses it.
+    """
+
+    initial: str = "orthonormal"
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(exact=True, linear=True, merges=False)
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        del round_, cohort
+        adapters = {
+            name: Adapter(self._factors(state, name, draw), self.scale_of(state.plan, name))
+            for name in state.plan.targets
+        }
+        return Downlink(adapters, dense_slots(state), link=state.memo["sketch"])
+
+    @override
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        mean = got.mean()
+        carried, _ = mean_terms(state, sent, mean)
+        link = Link({}, dense_means(state, mean))
+        return closed(state, link, carried=carried, ends=False)
+
+    @override
+    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        del own
+        terms = {}
+        for name in state.plan.targets:
+            if (R := state.carried.get(f"{name}/R")) is not None:
+                B, A = self._sketches(state.plan, name, draw)
+                terms[name] = Term((B, R, A), self.scale_of(state.plan, name))
+        return apply_link(state.base, Link(terms), state.plan)
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        cores = sum(self.core_rank(plan, name) ** 2 for name in plan.targets)
+        return cores + dense_floats(plan), cores if round_ > 1 else 0
+
+    @override
+    def layer_rank(self, plan: Plan, name: str) -> Rank:
+        return resolve_rank(self.rank, min(plan.targets[name].shape), name, cap=self.cap)
+
+    def core_rank(self, plan: Plan, name: str) -> int:
+        """Give the rows of the core of one layer."""
+        return self.rank_of(plan, name)
+
+    def _sketches(self, plan: Plan, name: str, draw: Draw) -> tuple[SketchSpec, SketchSpec]:
+        """Give the drawings of B and A, which are independent."""
+        rank = self.core_rank(plan, name)
+        A = replace(self.sketch(plan, name, draw), rank=rank)
+        B = self.sketch(plan, name, draw, right=False)
+        return replace(B, rank=rank, seed=draw.sketch_seed(f"{name}/B")), A
+
+    def _factors(self, state: State, name: str, draw: Draw) -> dict[str, Factor]:
+        rank = self.core_rank(state.plan, name)
+        B, A = self._sketches(state.plan, name, draw)
+        core = Trained((rank, rank), state.carried.get(f"{name}/R"))
+        return {"B": Sketched(B), "R": core, "A": Sketched(A)}

@@ -1,0 +1,112 @@
+"""FedKRSO: local steps in several shared random subspaces, one after another.
+
+    P_j (r x n) drawn once for j = 1..G
+    client k: B_jk = 0; local step t moves B_jk for j = (t // interval) mod G alone, under the
+    effective weight W + s sum_j B_jk P_j
+    W <- W + s sum_j (sum_k p_k B_jk) P_j
+
+- Uplink: G r m numbers per matrix and client. Downlink: a seed, and what the client missed: G r m
+  numbers per link, at most m n.
+- Aggregation: exact and linear: the subspaces are the same everywhere.
+- Server: one mean and a merge of 2 m n G r operations.
+- Source: *FedKRSO*, INFOCOM 2026, arXiv 2602.03019.
+- Departures: the rows of all P_j are one drawing, of unit length in expectation; the paper has
+  E[P_j^T P_j] = I (``normalise=identity``), whose stable steps are n / r times smaller. With
+  momentum a subspace goes on moving after its turn.
+- Unverified: only the abstract and a summary were read: the number of subspaces, how clients
+  choose among them, the interval, and whether they are ever drawn anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from typing_extensions import override
+
+from fedraclora.adapter import Rank
+from fedraclora.aggregate import Uplinks
+from fedraclora.errors import ConfigError
+from fedraclora.method import (
+    Adapter,
+    Cohort,
+    Downlink,
+    Draw,
+    Link,
+    Plan,
+    Sketched,
+    State,
+    Trained,
+    Traits,
+)
+from fedraclora.sketch import check_sketch
+from strategies.common import closed, dense_floats, dense_means, dense_slots, drawn_rank, mean_terms
+from strategies.drawn import Drawn
+
+
+@dataclass(frozen=True)
+class FedKrso(Drawn):
+    """Hyperparameters of FedKRSO.
+
+    Attributes:
+        rank: r, of one subspace; a fraction (0, 1] of n / G if written with a dot.
+        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        initial: How the P_j are drawn, a key of `fedraclora.sketch.SKETCHES`.
+        normalise: ``rows``, ``identity`` (of each P_j) or ``none`` (`fedraclora.sketch`).
+        cap: Cut the rank at n / G, with a note; False refuses it.
+        sketches: G.
+        interval: Local steps of a turn.
+    """
+
+    initial: str = "gaussian"
+    normalise: str = "rows"
+    sketches: int = 2
+    interval: int = 1
+
+    @override
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        check_sketch(self.initial, self.normalise, "independent")
+        for key in ("sketches", "interval"):
+            if (value := getattr(self, key)) < 1:
+                raise ConfigError(f"method.{key} is {value}; 1 or more is wanted")
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(exact=True, linear=True, merges=True)
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        del round_, cohort
+        adapters, G = {}, self.sketches
+        for name, view in state.plan.targets.items():
+            spec = self.sketch(state.plan, name, draw)
+            P = replace(spec, rank=G * spec.rank, normalise=self.normalise)
+            B, scale = Trained((view.shape[0], P.rank)), self.scale_of(state.plan, name)
+            # E[P^T P] = I is that of all rows together, and each part has a G-th of it.
+            scale *= G**0.5 if self.normalise == "identity" else 1.0
+            adapters[name] = Adapter({"B": B, "A": Sketched(P)}, scale)
+        return Downlink(
+            adapters,
+            dense_slots(state),
+            recipe="in_turn",
+            arguments={"parts": G, "interval": self.interval},
+            link=state.memo["sketch"],
+        )
+
+    @override
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        mean = got.mean()
+        _, terms = mean_terms(state, sent, mean)
+        return closed(state, Link(terms, dense_means(state, mean)), ends=True)
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        del round_
+        B, _ = self.numbers(plan)
+        return B * self.sketches + dense_floats(plan), 0
+
+    @override
+    def layer_rank(self, plan: Plan, name: str) -> Rank:
+        return drawn_rank(self.rank, "right", plan, name, cap=self.cap, parts=self.sketches)

@@ -1,0 +1,101 @@
+"""FedSVD: B trained and averaged, then both factors taken anew from the SVD of their product.
+
+    client k: local steps on B_k from B under A;   B_bar = sum_k p_k B_k
+    B_bar A = U S V^T;   B <- U S,  A <- V^T;   effective weight W + s B A
+
+A keeps orthonormal rows. While B_bar has rank r they span what they did before: the SVD turns the
+basis, and no new direction enters.
+
+- Uplink: r m numbers per matrix and client. Downlink: a seed in the first round, then r (m + n).
+- Aggregation: exact and linear: the rank of B_bar A is at most r, so that nothing is cut.
+- Server: one mean, then two QRs and an SVD of an r x r matrix, O((m + n) r^2).
+- Source: Lee et al., *FedSVD: adaptive orthogonalization for private federated learning with LoRA*,
+  NeurIPS 2025, arXiv 2505.12805.
+- Departures: the first A is drawn with orthonormal rows; the SVD goes through the factors, where
+  the public code forms the m x n product (the same result); the head follows the run's policy,
+  where the public code freezes it at random values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.link import matrices
+from fedraclora.lowrank import padded_to, truncated_product
+from fedraclora.method import (
+    Adapter,
+    Cohort,
+    Downlink,
+    Draw,
+    Factor,
+    Frozen,
+    Link,
+    Plan,
+    Sketched,
+    State,
+    Trained,
+    Traits,
+)
+from fedraclora.tree import Tree
+from strategies.common import closed, dense_floats, dense_means, dense_slots, mean_terms
+from strategies.drawn import Drawn
+from strategies.products import with_carried
+
+
+@dataclass(frozen=True)
+class FedSvd(Drawn):
+    """Hyperparameters of FedSVD.
+
+    Attributes:
+        rank: r; a fraction (0, 1] of n if written with a dot.
+        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        initial: How A begins, a key of `fedraclora.sketch.SKETCHES`; B begins at zero.
+        cap: Cut the rank at n, with a note; False refuses it.
+    """
+
+    initial: str = "orthonormal"
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(exact=True, linear=True, merges=False)
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        del round_, cohort
+        adapters = {}
+        for name, view in state.plan.targets.items():
+            A: Factor = Sketched(self.sketch(state.plan, name, draw))
+            if f"{name}/A" in state.carried:
+                A = Frozen(state.carried[f"{name}/A"])
+            shape = (view.shape[0], self.rank_of(state.plan, name))
+            B = Trained(shape, state.carried.get(f"{name}/B"))
+            adapters[name] = Adapter({"B": B, "A": A}, self.scale_of(state.plan, name))
+        return Downlink(adapters, dense_slots(state), link=state.memo["sketch"])
+
+    @override
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        mean = got.mean()
+        carried: Tree = {}
+        _, terms = mean_terms(state, sent, mean)
+        for name, term in terms.items():
+            B, A = matrices(term)
+            u, s, vt = truncated_product(B, A, len(A))
+            B, A = padded_to(u * s, vt, len(A))
+            dtype = state.base[name].dtype
+            carried |= {f"{name}/B": B.to(dtype), f"{name}/A": A.to(dtype)}
+        link = Link({}, dense_means(state, mean))
+        return closed(state, link, carried=carried)
+
+    @override
+    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        del draw, own
+        return with_carried(state, self.alpha)
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        B, A = self.numbers(plan)
+        return B + dense_floats(plan), A + B if round_ > 1 else 0

@@ -1,0 +1,73 @@
+"""RAVAN: several heads, each with a small trained core between two frozen factors.
+
+    B_i (m x r) and A_i (r x n) drawn once for the heads i = 1..h
+    client k: local steps on all cores H_ik (r x r) from H_i;   H_i <- sum_k p_k H_ik
+    effective weight W + s sum_i B_i H_i A_i, with H_i = 0 at the start
+
+The heads are the diagonal blocks of one core of h r rows: the rank is h r for h r^2 parameters. The
+directions of all heads are orthogonal.
+
+- Uplink: (h r)^2 numbers per matrix and client, the zeros beside the blocks included, where h r^2
+  would do. Downlink: two seeds, and (h r)^2 numbers after the first round.
+- Aggregation: exact and linear: the factors about the cores are the same everywhere.
+- Server: one mean, K (h r)^2 operations.
+- Source: Raje et al., *Ravan: multi-head low-rank adaptation for federated fine-tuning*, NeurIPS
+  2025, arXiv 2506.05568.
+- Departures: the trained scalar of each head is left out: clients upload its product with H_i, and
+  only the local steps differ. All clients train all heads.
+- Unverified: only the abstract and summaries were read: how the factors begin, what the cores start
+  from, the scale, and which heads a small client trains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from typing_extensions import override
+
+from fedraclora.adapter import Rank, resolve_rank
+from fedraclora.errors import ConfigError
+from fedraclora.method import Cohort, Downlink, Draw, Plan, State
+from strategies.fed_sb import FedSb
+
+
+@dataclass(frozen=True)
+class Ravan(FedSb):
+    """Hyperparameters of RAVAN.
+
+    Attributes:
+        rank: r, of one head; a fraction (0, 1] of what the smaller side has for each head if
+            written with a dot.
+        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        initial: How the factors are drawn, a key of `fedraclora.sketch.SKETCHES`.
+        cap: Cut the rank at the smaller side over h, with a note; False refuses it.
+        heads: h.
+    """
+
+    heads: int = 2
+
+    @override
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        if self.heads < 1:
+            raise ConfigError(f"method.heads is {self.heads}; 1 or more is wanted")
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        sent = super().open_round(state, round_, cohort, draw)
+        return replace(sent, recipe="block_diagonal", arguments={"blocks": self.heads})
+
+    @override
+    def layer_rank(self, plan: Plan, name: str) -> Rank:
+        side = min(plan.targets[name].shape)
+        if self.heads > side:
+            raise ConfigError(
+                f"method.heads is {self.heads}, but {name} has only {side} on its smaller side; "
+                "take fewer"
+            )
+        return resolve_rank(self.rank, side // self.heads, name, cap=self.cap)
+
+    @override
+    def core_rank(self, plan: Plan, name: str) -> int:
+        return self.heads * self.rank_of(plan, name)
