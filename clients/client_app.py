@@ -1,7 +1,8 @@
 """The ClientApp of Flower's runtimes: it finds what it needs in a folder of its machine.
 
 A message may meet any process, or a fresh one. A process builds data and model once and keeps
-them; the base weights are read from the folder when the message names another version.
+them. In a simulation the base weights are read from a folder of the server's, when the message
+names another version; on real hosts each client has its own (`clients.node`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients import node
 from clients.site import answer
 from clients.worker import Worker
 from fedraclora.build import build_task, fix_bits, pick_device, plan_of, trainer_of
@@ -29,7 +31,14 @@ app = ClientApp()
 
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
-    """Say which client this node is."""
+    """Say which client this node is, or on a real host which it serves."""
+    job = message.content.get("job")
+    if isinstance(job, ConfigRecord):
+        try:
+            content = node.introduce(context, str(job["run"]))
+        except Exception as error:
+            return failed(message, error_of(error))
+        return Message(content, reply_to=message)
     record = ConfigRecord({"id": int(context.node_config["partition-id"])})
     return Message(RecordDict({"partition": record}), reply_to=message)
 
@@ -37,11 +46,14 @@ def partition(message: Message, context: Context) -> Message:
 @app.train("cohort")
 def train(message: Message, context: Context) -> Message:
     """Train the client of this node; what goes wrong is said in one line, not in Ray's words."""
-    del context  # nothing is kept in Flower's state: it is lost when a client raises
+    # Nothing is kept in the state of the context: it is lost when a client raises.
     try:
         job = message.content.get("job")
         if not isinstance(job, ConfigRecord):
             raise WireError(f"a message holds {list(message.content)}; the record job is wanted")
+        if "run" in job:
+            reply = node.answer(context, str(job["run"]), message.content)
+            return Message(reply, reply_to=message)
         worker = worker_of(str(job["folder"]))
         content, kept = answer(worker, message.content, read_tree(message.content, "kept"))
         content["kept"] = tree_record(kept)

@@ -28,7 +28,7 @@ from fedraclora.engines.flower.grid import run_options
 from fedraclora.engines.flower.superlink import Options, SuperLink, words_of
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.runfolder import is_finished, write_summary
-from fedraclora.settings import PretrainConfig
+from fedraclora.settings import FlowerConfig, PretrainConfig
 from strategies.server_app import read_config, settings_of
 
 APP = Path(__file__).resolve().parents[1]  # the checkout: its pyproject.toml is the app's
@@ -78,7 +78,10 @@ def prepare(words: Sequence[str]) -> Order:
     plain = {**plain, "engine": asked["engine"], "output": {**output, "dir": str(folder)}}
     config = read_config(json.dumps(plain))
     built = build_task(replace(config, pretrain=PretrainConfig()))
-    options = run_options(settings_of(config), built.device.type, built.clients)
+    settings = settings_of(config)
+    if not isinstance(settings, FlowerConfig):
+        raise ConfigError(f"engine is {settings.name}: that is for fedraclora deploy")
+    options = run_options(settings, built.device.type, built.clients)
     return Order(config, folder, resume, options)
 
 

@@ -187,10 +187,8 @@ def check_rows(
     return refused
 
 
-def too_many(refused: Sequence[Refusal], round_: int, allowed: int) -> ClientError:
-    """Build the error for a round that lost more clients than ``max_failures`` allows."""
+def too_many(refused: Sequence[Refusal], round_: int, rule: str) -> ClientError:
+    """Build the error for a round that lost more clients than a rule of the config allows."""
     lines = "; ".join(f"client {r.client}: {r.reason}" for r in refused[:5])
     more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
-    return ClientError(
-        f"round {round_}: {len(refused)} client(s) failed, max_failures={allowed}. {lines}{more}"
-    )
+    return ClientError(f"round {round_}: {len(refused)} client(s) failed, {rule}. {lines}{more}")

@@ -27,6 +27,7 @@ from fedraclora.sampling import WEIGHTINGS
 from fedraclora.schema import Plain, bind, build, coerce, section, without
 from fedraclora.settings import (
     ENGINES,
+    DeployConfig,
     EngineConfig,
     EvaluateConfig,
     OutputConfig,
@@ -197,6 +198,8 @@ def _check(config: RunConfig) -> None:
             f"cohort is {config.cohort}, but there are only {config.clients} clients; "
             "lower cohort or raise clients"
         )
+    if isinstance(config.engine, DeployConfig):
+        _check_deployed(config, config.engine)
     if config.max_failures < 0:
         raise ConfigError(f"max_failures is {config.max_failures}; 0 or more is wanted")
     choices: dict[str, Iterable[str]] = {
@@ -211,3 +214,21 @@ def _check(config: RunConfig) -> None:
             raise unknown(key, getattr(config, key), known)
     if config.output.checkpoint_every < 1:
         raise ConfigError("output.checkpoint_every must be 1 or more")
+
+
+def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
+    """Refuse what makes sense in a simulation alone."""
+    if config.max_failures:
+        raise ConfigError(
+            f"max_failures is {config.max_failures}, but with engine=deploy engine.min_clients "
+            "says how many clients a round needs: leave max_failures out"
+        )
+    if config.system.enabled:
+        raise ConfigError("system is for simulated devices, and engine=deploy has real ones")
+    if config.head == "local":
+        raise ConfigError(
+            "head is local: such heads are measured where they are, and with engine=deploy they "
+            "stay at the clients; choose head=adapt, average or frozen"
+        )
+    if engine.folder is not None and not engine.folder.startswith("/"):
+        raise ConfigError(f"engine.folder is {engine.folder!r}; a whole path is wanted")

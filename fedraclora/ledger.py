@@ -22,7 +22,9 @@ from fedraclora.errors import CheckpointError
 
 Row = dict[str, object]
 
-NONDETERMINISTIC = frozenset({"seconds", "peak_memory_bytes", "timestamp", "incidents"})
+NONDETERMINISTIC = frozenset(
+    {"seconds", "peak_memory_bytes", "timestamp", "incidents", "transport_bytes"}
+)
 
 
 class Ledger:

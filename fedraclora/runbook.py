@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,6 +86,13 @@ class RunBook:
         """Append the link of a round to the chain."""
         if self.keep_chain and link is not None:
             self._append(round_, *link_tensors(link))
+
+    def links(self) -> Iterator[tuple[int, Link]]:
+        """Read the links of the chain back, each with its round; none where none are kept."""
+        if self.keep_chain and self.folder is not None:
+            for number, tensors, meta in read_links(self.folder / "chain"):
+                if number:  # 0 is the initial weights
+                    yield number, read_link(tensors, meta)
 
     def _append(self, round_: int, tensors: Tree, meta: dict[str, object]) -> None:
         if self.folder is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import secrets
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -96,6 +97,16 @@ def alone(folder: Path) -> Iterator[None]:
                 f"another process is running in {folder}; wait for it, or choose another output.dir"
             ) from error
         yield
+
+
+def run_id(folder: Path) -> str:
+    """Name a run for those who keep something of it elsewhere; the name stays in its folder."""
+    path = folder / "run_id"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            partial.write_text(secrets.token_hex(16))
+    return path.read_text()
 
 
 def write_summary(folder: Path, summary: Mapping[str, object]) -> None:

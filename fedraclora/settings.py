@@ -119,8 +119,48 @@ class FlowerConfig(InlineConfig):
         check_workers(self)
 
 
+@dataclass(frozen=True)
+class DeployConfig(InlineConfig):
+    """Real SuperNodes, each with the data of its clients.
+
+    Attributes:
+        min_clients: Replies that a round needs; None = of all clients that are asked.
+        wait: Seconds to wait until so many of them are connected.
+        timeout: Seconds to wait for the replies of an exchange.
+        retries: Times that a round with fewer replies is run again before the run stops.
+        max_samples: The most samples that a client can claim to have.
+        folder: Where the server keeps the run, by its whole path on the SuperLink's machine;
+            None = ``fedraclora/<name of the run folder>`` in the home of its user.
+    """
+
+    name: ClassVar[str] = "deploy"
+
+    min_clients: int | None = None
+    wait: float = 300.0
+    timeout: float = 3600.0
+    retries: int = 2
+    max_samples: int = 10_000_000
+    folder: str | None = None
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("wait", "timeout"):
+            if not 0 < (seconds := getattr(self, key)) < math.inf:
+                raise ConfigError(f"engine.{key} is {seconds}; seconds above 0 are wanted")
+        if self.min_clients is not None and self.min_clients < 1:
+            raise ConfigError(
+                f"engine.min_clients is {self.min_clients}; 1 or more, or null, is wanted"
+            )
+        if self.retries < 0 or self.max_samples < 1:
+            raise ConfigError(
+                f"engine.retries is {self.retries} and engine.max_samples is {self.max_samples}; "
+                "0 or more and 1 or more are wanted"
+            )
+
+
 ENGINES: dict[str, type[EngineConfig]] = {
-    kind.name: kind for kind in (EngineConfig, InlineConfig, RayConfig, FlowerConfig)
+    kind.name: kind for kind in (EngineConfig, InlineConfig, RayConfig, FlowerConfig, DeployConfig)
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,15 +22,17 @@ from fedraclora.chunking import ChunkPlan, plan_chunk
 from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer
 from fedraclora.config import RunConfig
+from fedraclora.engines.deploy import DeployGrid
 from fedraclora.engines.flower import NodePerClient
 from fedraclora.engines.local import LocalGrid
 from fedraclora.errors import ConfigError
 from fedraclora.evaluate import evaluate
 from fedraclora.method import Cohort, Downlink, Draw, Plan
+from fedraclora.parcel import Archive
 from fedraclora.personal import personal_accuracy
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, stored_chunk
-from fedraclora.settings import FlowerConfig, RayConfig
+from fedraclora.settings import DeployConfig, FlowerConfig, RayConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.fleet import Fleet
@@ -39,7 +41,7 @@ from strategies.rows import Row
 from strategies.stopping import Stopping
 from strategies.treatment import Treatment
 
-RunGrid = LocalGrid | NodePerClient
+RunGrid = LocalGrid | NodePerClient | DeployGrid
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ def assemble(
     if resume:
         restored, done = book.restore(state, strategy.catch_up)
         strategy.resume(restored, done)
+        if isinstance(replica, Archive) and config.output.chain:
+            replica.recall(restored.base, book.links(), strategy.catch_up.version)
     grid = engine(Crew(config, built, plan, trainer, replica, store))
     return Assembled(config, built, plan, strategy, grid, chunk)
 
@@ -159,7 +163,8 @@ def settle_chunk(
 
 def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype) -> LoopConfig:
     """Give what the loop must know."""
-    return LoopConfig(
+    engine = config.engine
+    loop = LoopConfig(
         rounds=config.rounds,
         clients=built.clients,
         cohort=built.cohort,
@@ -170,7 +175,20 @@ def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype)
         evaluate_every=config.evaluate.every,
         max_failures=config.max_failures,
         # Ray's workers have a limit for each chunk, and in this process nobody is waited for.
-        timeout=config.engine.timeout if isinstance(config.engine, FlowerConfig) else None,
+        timeout=engine.timeout if isinstance(engine, FlowerConfig | DeployConfig) else None,
+    )
+    if not isinstance(engine, DeployConfig):
+        return loop
+    if (engine.min_clients or 1) > built.cohort:
+        raise ConfigError(
+            f"engine.min_clients is {engine.min_clients}, but a round asks {built.cohort} clients"
+        )
+    return replace(
+        loop,
+        guarded=True,
+        min_clients=engine.min_clients,
+        max_samples=engine.max_samples,
+        retries=engine.retries,
     )
 
 

@@ -5,8 +5,8 @@ Flower's loop has no checkpoints and goes on when clients fail, so `start` is ov
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from typing_extensions import override
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Setting
 from fedraclora.chain import CatchUp
+from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
-from fedraclora.errors import ClientError, ConfigError, EngineError, WireError
+from fedraclora.errors import ConfigError, FedRacLoraError, WireError
 from fedraclora.ledger import number
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.optimiser import LocalConfig
@@ -31,13 +32,12 @@ from fedraclora.system import SystemConfig
 from fedraclora.tree import Tree
 from strategies.exchange import Exchange
 from strategies.fleet import Fleet
+from strategies.guard import persistently
 from strategies.loop import LoopConfig
 from strategies.rows import Moved, Row, fleet_columns, ledger_row
 from strategies.serverside import EvaluatesItself
 from strategies.stopping import Stopping
 from strategies.treatment import Treatment
-
-log = logging.getLogger(__name__)
 
 
 class FedStrategy(EvaluatesItself):
@@ -55,7 +55,7 @@ class FedStrategy(EvaluatesItself):
         on_round: Called with each new ledger row.
         sizes: Samples of clients [K], where the server knows them before they train.
         fleet: The clients' devices; ideal ones by default.
-        stop: Says when to end before the last round; never by default.
+        stop: Says when to end before the last round.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class FedStrategy(EvaluatesItself):
             timeout: Seconds per exchange, instead of ``loop.timeout``.
 
         Returns:
-            Flower's result, with the effective weights as arrays.
+            Flower's result, with the effective weights.
 
         Raises:
-            ClientError: If more clients failed than allowed; a checkpoint was written before.
+            ClientError: If more clients failed than allowed, after a checkpoint.
         """
         self.treatment.open(self.book, self.done, self.loop, self.fleet)
         self.replica.publish(self.state.base, self.catch_up.version)
@@ -125,8 +125,9 @@ class FedStrategy(EvaluatesItself):
             if self.stop.due(self.book.ledger.rows):
                 break
             try:
-                metrics = self._round(grid, round_, timeout or self.loop.timeout)
-            except (ClientError, ConfigError, EngineError, WireError):
+                run = partial(self._round, grid, round_, timeout or self.loop.timeout)
+                metrics = persistently(run, self.loop.retries, getattr(grid, "incidents", []))
+            except FedRacLoraError:
                 self.book.save(self.state, self.done, self.catch_up)
                 raise
             result.train_metrics_clientapp[round_] = metrics
@@ -154,7 +155,7 @@ class FedStrategy(EvaluatesItself):
             messages = self._messages(again, exchange.survivors(), round_, grid, exchange)
             exchange = self._current()
         # Only now: a round that fails must not count its clients as caught up.
-        moved.fetched = int(self.catch_up.fetch(exchange.first.asked.clients).sum())
+        moved.fetch(self.catch_up, exchange, taken_traffic(grid))
         self._close(round_, exchange, got)
         watch.lap("close")
         due = round_ % self.loop.evaluate_every == 0 or round_ == self.loop.rounds
@@ -166,8 +167,8 @@ class FedStrategy(EvaluatesItself):
         self.book.link(round_, self.state.link)
         watch.lap("write")
         row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.fleet)
-        row |= {"effective_step": step, "seconds": watch.laps}
-        self._publish_row(row | taken_incidents(grid))
+        row |= {"effective_step": step, "seconds": watch.laps} | taken_incidents(grid)
+        self._publish_row(row)
         # After the row: a checkpoint that is ahead of the ledger could not be resumed.
         if self.book.due(round_):
             self.book.save(self.state, round_, self.catch_up)
@@ -199,7 +200,7 @@ class FedStrategy(EvaluatesItself):
     def _publish_row(self, row: Row) -> None:
         self.book.append(row)
         if self.on_round is not None:
-            self.on_round(row)
+            self.on_round(self.book.ledger.rows[-1])
 
     @override
     def configure_train(
@@ -244,7 +245,3 @@ class FedStrategy(EvaluatesItself):
         self._close(server_round, self._current(), got)
         token = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})
         return token, MetricRecord({"clients": len(got.clients)})
-
-    @override
-    def summary(self) -> None:
-        log.info("%s, %s", self.method, self.loop)

@@ -16,6 +16,7 @@ from fedraclora.ranks import check_budgets, uploaded_numbers, widen
 from fedraclora.sampling import client_weights
 from fedraclora.timeline import Timeline
 from fedraclora.wire import Order, Packed, Reply, unpack_trial, uplink_layout
+from strategies.guard import check_reply
 from strategies.loop import LoopConfig
 
 
@@ -41,6 +42,7 @@ class Exchange:
         steps: Local steps of these clients.
         timeline: The exchange on the virtual clock, or None.
         clip: The greatest norm of an update that clients are to send; None: any.
+        reduced: Whether sums were asked for.
     """
 
     downlink: Downlink
@@ -60,6 +62,7 @@ class Exchange:
     steps: int = 0
     timeline: Timeline | None = None
     clip: float | None = None
+    reduced: bool = False
 
     def __post_init__(self) -> None:
         """Fix the layout of the uplink, and see that the method heeds the rank budgets."""
@@ -70,7 +73,8 @@ class Exchange:
         """Write one message per chunk of the cohort, to the nodes in turn."""
         loop, clients = self.loop, self.cohort.clients
         # Sums of blocks: only where no block lies in two chunks.
-        reduce = loop.weights if self.reduce and loop.whole_blocks(len(clients)) else None
+        self.reduced = self.reduce and loop.whole_blocks(len(clients))
+        reduce = loop.weights if self.reduced else None
         order = Order(
             self.round_, self.version, self.rate_scale, clients, reduce=reduce, clip=self.clip
         )
@@ -95,16 +99,16 @@ class Exchange:
         Raises:
             ClientError: If more clients failed than allowed, or none is left; or if one met what
                 is no client's fault, which `max_failures` does not excuse.
-            WireError: If a reply is of another round, another layout or another client.
+            WireError: If a reply is of another round, another layout or another client; where
+                clients are other people's machines, that is a failure of the client.
         """
-        for message in messages:
-            self._read(message)
+        self._read_all(messages)
         if not len(self.cohort):  # the coins of Poisson sampling may choose nobody
             none = torch.zeros(0, dtype=torch.int64)
             return Uplinks(none, none.double(), self.layout, torch.zeros(0, self.layout.size))
-        allowed = self.loop.max_failures
+        allowed = self.loop.allowed(len(self.first.cohort))
         if not self.replies and self.failures:
-            raise too_many(self.all_failures, self.round_, allowed)
+            raise too_many(self.all_failures, self.round_, self.loop.rule)
         if not self.replies:
             raise ClientError(f"round {self.round_}: no client replied in time")
         self.replies.sort(key=lambda r: r.first)
@@ -125,7 +129,7 @@ class Exchange:
         self.failures += refused
         self.failures.sort(key=lambda f: f.client)
         if len(self.all_failures) > allowed or len(refused) == len(clients):
-            raise too_many(self.all_failures, self.round_, allowed)
+            raise too_many(self.all_failures, self.round_, self.loop.rule)
         if refused:
             keep = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
             clients, numbers, places = clients[keep], numbers[keep], places[keep]
@@ -141,23 +145,44 @@ class Exchange:
             places=places,
         )
 
-    def _read(self, message: Message) -> None:
-        if message.has_error():
-            if message.error.code == RUN_AT_FAULT:
-                raise ClientError(f"round {self.round_} cannot be run: {message.error.reason}")
+    def _read_all(self, messages: Iterable[Message]) -> None:
+        """Read each reply, and note whose message it answers."""
+        sent = {m.metadata.message_id: (m, clients) for m, clients in self.chunks}
+        for message in messages:
             asked = message.metadata.reply_to_message_id
-            for sent, clients in self.chunks:
-                if sent.metadata.message_id == asked:
-                    self.failures += [Refusal(c, str(message.error.reason)) for c in clients]
-            return
+            order, clients = sent.get(asked, (None, []))
+            if not self.loop.guarded:
+                self._take(self._read(message, clients))
+            elif order is not None:
+                del sent[asked]  # whatever else answers it is a replay
+                first = int(str(order.content["chunk"]["first"]))
+                try:
+                    reply = self._read(message, clients)
+                    if reply is not None:
+                        check_reply(reply, clients, first, self.loop, reduced=self.reduced)
+                    self._take(reply)
+                except Exception as error:  # whatever another machine may send
+                    self.failures += [Refusal(c, f"its reply is refused: {error}") for c in clients]
+
+    def _read(self, message: Message, asked: Sequence[int]) -> Reply | None:
+        """Read a reply; None where it is an error, which is noted."""
+        if message.has_error():
+            if message.error.code == RUN_AT_FAULT and not self.loop.guarded:
+                raise ClientError(f"round {self.round_} cannot be run: {message.error.reason}")
+            self.failures += [Refusal(c, str(message.error.reason)) for c in asked]
+            return None
         reply = unpack_trial(message.content, self.layout, self.downlink.ranks)
         if (reply.round_, reply.version) != (self.round_, self.version):
             raise WireError(
                 f"clients {reply.clients.tolist()} answered for round {reply.round_} from version "
                 f"{reply.version}; round {self.round_} from version {self.version} was wanted"
             )
-        self.replies.append(reply)
-        self.failures += [*(Refusal(c, r) for c, r in reply.failures.items()), *reply.refused]
+        return reply
+
+    def _take(self, reply: Reply | None) -> None:
+        if reply is not None:
+            self.replies.append(reply)
+            self.failures += [*(Refusal(c, r) for c, r in reply.failures.items()), *reply.refused]
 
     def _check_ids(self, clients: Sequence[int]) -> None:
         """Hold who answered against the cohort: each once and none else; note who is silent."""

@@ -21,6 +21,11 @@ class LoopConfig:
         dtype: Of numbers on the wire, that of the base weights.
         evaluate_every: Rounds between evaluations; the last round is always evaluated.
         max_failures: Clients that may fail in a round before the run stops.
+        guarded: Whether clients are other people's machines: then whatever one of them sends is a
+            failure of that client alone, and `min_clients` says when a round has failed.
+        min_clients: Of a guarded run: replies that a round needs; None: of all clients asked.
+        max_samples: Of a guarded run: the most samples, or local steps, that a client can claim.
+        retries: Times that a round that failed is run again.
         timeout: Seconds to wait for the replies of an exchange; None where the engine knows when to
             give up.
     """
@@ -35,6 +40,23 @@ class LoopConfig:
     evaluate_every: int = 1
     max_failures: int = 0
     timeout: float | None = None
+    guarded: bool = False
+    min_clients: int | None = None
+    max_samples: int = 10_000_000
+    retries: int = 0
+
+    def allowed(self, cohort: int) -> int:
+        """How many clients of a cohort may fail."""
+        if not self.guarded:
+            return self.max_failures
+        return cohort - min(self.min_clients or cohort, cohort)
+
+    @property
+    def rule(self) -> str:
+        """The key that says so, with its value."""
+        if self.guarded:
+            return f"engine.min_clients={'all' if self.min_clients is None else self.min_clients}"
+        return f"max_failures={self.max_failures}"
 
     def whole_blocks(self, cohort: int) -> bool:
         """Whether every summation block of a cohort lies in one chunk."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from fedraclora.chain import CatchUp
+from fedraclora.engines.deploy import Traffic
 from fedraclora.method import State
 from fedraclora.wire import DTYPES, payload_bytes
 from strategies.exchange import Exchange
@@ -13,11 +17,18 @@ Row = dict[str, object]
 
 @dataclass
 class Moved:
-    """Payload bytes of a round, summed over the cohort."""
+    """Payload bytes of a round, summed over the cohort.
+
+    Attributes:
+        up, down: What clients sent, and what they were sent.
+        fetched: What they caught up on.
+        transport: Where messages leave the machine: what these are longer by.
+    """
 
     up: int = 0
     down: int = 0
     fetched: int = 0
+    transport: int | None = None
 
     def count(self, exchange: Exchange, dtype: str) -> None:
         """Add an exchange: what each asked client was sent, and every row that came."""
@@ -25,6 +36,23 @@ class Moved:
         each = payload_bytes(exchange.downlink, len(exchange.cohort), size)
         self.up += exchange.received * size
         self.down += each * len(exchange.asked)
+
+    def fetch(self, catch_up: CatchUp, exchange: Exchange, sent: Traffic | None) -> None:
+        """Bring the clients of a round to the newest version, and count what they fetched.
+
+        Args:
+            catch_up: The versions that clients hold.
+            exchange: The last of the round, which did not fail.
+            sent: What went over the wire; None in a simulation, where `catch_up` says it.
+        """
+        asked = exchange.first.asked.clients
+        if sent is None:
+            self.fetched = int(catch_up.fetch(asked).sum())
+            return
+        failed = torch.tensor([f.client for f in exchange.all_failures], dtype=torch.int64)
+        catch_up.fetch(asked[~torch.isin(asked, failed)])
+        self.fetched = sent.fetched
+        self.transport = sent.serialised - self.up - self.down - self.fetched
 
 
 def ledger_row(
@@ -57,6 +85,7 @@ def ledger_row(
         "uplink_bytes": moved.up,
         "downlink_bytes": moved.down,
         "catchup_bytes": moved.fetched,
+        **({} if moved.transport is None else {"transport_bytes": moved.transport}),
         "uplink_total": totals[0] + moved.up,
         "downlink_total": totals[1] + moved.down + moved.fetched,
         "report": state.report,

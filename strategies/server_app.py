@@ -10,24 +10,30 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedraclora.config import RunConfig, from_plain
+from fedraclora.engines.deploy import DeployGrid
 from fedraclora.engines.flower import NodePerClient
 from fedraclora.errors import ConfigError
 from fedraclora.job import JobFolder
 from fedraclora.ledger import headline, number
-from fedraclora.settings import FlowerConfig
+from fedraclora.parcel import Archive
+from fedraclora.runfolder import run_id
+from fedraclora.settings import DeployConfig, FlowerConfig
 from strategies import METHODS, assembly
-from strategies.assembly import Assembled, Crew
+from strategies.assembly import Assembled, Crew, RunGrid
 from strategies.outcome import run_in_folder
 from strategies.rows import Row
 
 log = logging.getLogger("flwr")  # the log that Flower streams to its user
+
+# How lines of the log begin that a program reads.
+ROW, SUMMARY = "fedraclora-row ", "fedraclora-summary "
 
 app = ServerApp()
 
@@ -50,22 +56,37 @@ def main(grid: Grid, context: Context) -> None:
         resume: bool = False,
         on_round: Callable[[Row], None] | None = None,
     ) -> Assembled:
-        job = JobFolder(config.plain)
+        replica: JobFolder | Archive
 
-        def nodes(crew: Crew) -> NodePerClient:
-            return NodePerClient(
-                lambda: grid,
-                crew.built.clients,
-                job,
-                store=crew.store,
-                timeout=settings_of(config).timeout,
-                ended=ended,
-            )
+        if isinstance(settings := settings_of(config), DeployConfig):
+            replica = archive = Archive()
 
-        return assembly.assemble(config, folder, job, nodes, resume=resume, on_round=on_round)
+            def engine(crew: Crew) -> RunGrid:
+                del crew
+                name, known = run_id(Path(str(folder))), not config.pretrain.epochs
+                return DeployGrid(grid, archive, name, settings, known=known, ended=ended)
+        else:
+            replica = job = JobFolder(config.plain)
+
+            def engine(crew: Crew) -> RunGrid:
+                return NodePerClient(
+                    lambda: grid,
+                    crew.built.clients,
+                    job,
+                    store=crew.store,
+                    timeout=settings.timeout,
+                    ended=ended,
+                )
+
+        return assembly.assemble(config, folder, replica, engine, resume=resume, on_round=on_round)
 
     resume = bool(context.run_config.get("resume", False))
-    run_in_folder(config, Path(str(config.output.dir)), assemble, resume=resume, on_round=tell)
+    folder = Path(str(config.output.dir))
+    deployed = isinstance(config.engine, DeployConfig)
+    on_round = tell_row if deployed else tell
+    summary = run_in_folder(config, folder, assemble, resume=resume, on_round=on_round)
+    if deployed:
+        write_line(SUMMARY, summary)
 
 
 def read_config(text: str) -> RunConfig:
@@ -105,14 +126,16 @@ def watch() -> Callable[[], bool]:
     return lambda: not threading.main_thread().is_alive() or os.getppid() != parent
 
 
-def settings_of(config: RunConfig) -> FlowerConfig:
+def settings_of(config: RunConfig) -> FlowerConfig | DeployConfig:
     """Give the settings of the engine.
 
     Raises:
         ConfigError: If it is another one.
     """
-    if not isinstance(config.engine, FlowerConfig):
-        raise ConfigError(f"engine is {config.engine.name}, but this is Flower: use engine=flower")
+    if not isinstance(config.engine, FlowerConfig | DeployConfig):
+        raise ConfigError(
+            f"engine is {config.engine.name}, but this is Flower: use engine=flower or deploy"
+        )
     return config.engine
 
 
@@ -121,3 +144,13 @@ def tell(row: Row) -> None:
     name = headline([row])
     figure = "" if name is None else f": {name} {number(row, 'metrics', name):.4f}"
     log.info("round %s%s", row["round"], figure)
+
+
+def tell_row(row: Row) -> None:
+    """Write a whole row of the ledger into the log: `fedraclora deploy` reads it there."""
+    write_line(ROW, row)
+
+
+def write_line(mark: str, value: Mapping[str, object]) -> None:
+    """Write JSON as one line of what Flower streams to its user."""
+    print(mark + json.dumps(value, default=str), flush=True)  # noqa: T201

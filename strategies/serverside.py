@@ -28,3 +28,7 @@ class EvaluatesItself(Strategy):
         """Evaluation is the server's: nothing to aggregate."""
         del server_round, replies
         return None
+
+    @override
+    def summary(self) -> None:
+        """What runs stands in the config of the run."""

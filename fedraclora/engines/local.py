@@ -49,7 +49,22 @@ def taken_incidents(grid: Grid) -> dict[str, object]:
     return {"incidents": incidents}
 
 
-class LocalGrid(Grid):
+class MessageGrid(Grid):
+    """A grid whose messages are made as everywhere."""
+
+    @override
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+class LocalGrid(MessageGrid):
     """A grid of one node; subclasses say how messages are answered.
 
     Attributes:
@@ -89,17 +104,6 @@ class LocalGrid(Grid):
         if self._run is None:
             raise WireError("this grid serves no Flower run")
         return self._run
-
-    @override
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     @override
     def get_node_ids(self) -> Iterable[int]:

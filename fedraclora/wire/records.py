@@ -70,7 +70,19 @@ def read_header(content: RecordDict) -> dict[str, Any]:
         raise WireError(
             f"a message holds {list(content)}; wanted the records config, arrays and chunk"
         )
-    header: dict[str, Any] = json.loads(str(config["header"]))
+    return read_json(content, "config")
+
+
+def read_json(content: RecordDict, name: str) -> dict[str, Any]:
+    """Read the header in the record ``name``.
+
+    Raises:
+        WireError: If it is missing.
+    """
+    record = content.get(name)
+    if not isinstance(record, ConfigRecord):
+        raise WireError(f"a message holds {list(content)}; a record {name} is wanted")
+    header: dict[str, Any] = json.loads(str(record["header"]))
     return header
 
 

@@ -16,6 +16,7 @@ from flwr.supercore.run import Run
 from typing_extensions import override
 
 from fedraclora.clientstore import ClientStore
+from fedraclora.engines.local import MessageGrid
 from fedraclora.errors import ClientError, EngineError
 from fedraclora.job import JobFolder
 from fedraclora.wire.records import clients_of, read_tree, tree_record
@@ -27,7 +28,7 @@ PATIENCE = 20.0  # seconds in which one more node must come, while some are miss
 WINDOW = 256
 
 
-class NodePerClient(Grid):
+class NodePerClient(MessageGrid):
     """A grid whose node ``k`` is the node of client ``k``.
 
     Args:
@@ -86,17 +87,6 @@ class NodePerClient(Grid):
     @override
     def run(self) -> Run:
         return self.grid.run
-
-    @override
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     @override
     def get_node_ids(self) -> Iterable[int]:

@@ -1,0 +1,126 @@
+"""What a SuperNode keeps on its disk, and how it answers: base weights, and what stays with it.
+
+Flower starts a fresh process for every message. The folder of a client is
+``<cache>/<run>/<client>``, where ``cache`` is a key of the node's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, RecordDict
+
+from clients.worker import Worker
+from fedraclora.build import build_task, fix_bits, pick_device, plan_of, trainer_of
+from fedraclora.checkpoint import load_tensors, save_tensors
+from fedraclora.clientstore import ClientStore
+from fedraclora.cohort import CohortTrainer
+from fedraclora.config import task_from_plain
+from fedraclora.engines.deploy.grid import STALE
+from fedraclora.errors import ConfigError, WireError
+from fedraclora.parcel import Holding, read_holding
+from fedraclora.settings import PretrainConfig
+from fedraclora.wire import clients_of
+from fedraclora.wire.parcel import read_parcel
+
+RUNS = 4  # of whose weights a cache keeps
+
+
+def introduce(context: Context, run: str) -> RecordDict:
+    """Say which clients this node serves, and which version of the base weights each holds."""
+    held = [read_holding(folder_of(context, run, client)) for client in served(context)]
+    versions = [-1 if found is None else found[1] for found in held]
+    record = ConfigRecord({"ids": served(context), "held": versions})
+    return RecordDict({"partition": record})
+
+
+def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
+    """Train the client of a message, on weights that its parcel brings to the newest version."""
+    (client,) = clients_of(content)
+    if client not in served(context):
+        raise WireError(f"this node serves the clients {served(context)}, not {client}")
+    folder = folder_of(context, run, client)
+    make_room(folder.parent)
+    trainer = trainer_for(str(context.run_config.get("cfg-json", "")))
+    holding = Holding(folder, trainer.plan, trainer.device)
+    holding.begin(dict(trainer.task.model.named_parameters()))
+    if not holding.follow(read_parcel(content)):
+        return RecordDict({STALE: ConfigRecord({"held": holding.version})})
+    store = read_store(folder)
+    reply = Worker(trainer, holding, store).train(content)
+    if kept := store.state():
+        save_tensors(store_file(folder), kept, {}, sync=True)
+    reply["job"] = ConfigRecord({"held": holding.version, "mark": str(holding.mark)})
+    return reply
+
+
+def served(context: Context) -> list[int]:
+    """Read the ids of the clients of this node.
+
+    Raises:
+        ConfigError: If the node's configuration does not name them.
+    """
+    config = context.node_config
+    text = str(config.get("partition-ids", config.get("partition-id", "")))
+    ids = [int(word) for word in text.replace(",", " ").split() if word.isdecimal()]
+    if not ids:
+        raise ConfigError(
+            f"node-config has partition-id={text!r}: the number of this node's client is wanted, "
+            "or partition-ids with several, parted by commas"
+        )
+    return ids
+
+
+def folder_of(context: Context, run: str, client: int) -> Path:
+    """Give the folder in which a client keeps what it holds of a run."""
+    home = os.environ.get("FLWR_HOME", "~/.flwr")
+    cache = str(context.node_config.get("cache", Path(home) / "fedraclora"))
+    if not run.isalnum():  # it becomes a path, and comes from outside
+        raise WireError(f"a run is called {run!r}; letters and digits are wanted")
+    return Path(cache).expanduser() / run / str(client)
+
+
+def make_room(folder: Path) -> None:
+    """Make the folder of a run, and remove those of the oldest where there are too many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.touch()
+    runs = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+    for old in runs[:-RUNS]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def store_file(folder: Path) -> Path:
+    """Where a client keeps what stays with it."""
+    return folder / "kept.safetensors"
+
+
+def read_store(folder: Path) -> ClientStore:
+    """Read what stays at a client; nothing where it has trained nothing so far.
+
+    Raises:
+        CheckpointError: If the file is damaged: what is in it is nowhere else.
+    """
+    store, path = ClientStore(), store_file(folder)
+    if path.is_file():
+        tensors, _ = load_tensors(path, f"restore it, or remove it and begin anew: {path}")
+        store.restore(tensors)
+    return store
+
+
+@lru_cache(maxsize=1)
+def trainer_for(settings: str) -> CohortTrainer:
+    """Build data and model of a run.
+
+    Args:
+        settings: The config of the run, as JSON.
+    """
+    config = task_from_plain(json.loads(settings))
+    fix_bits(config.engine.threads, pick_device(config.device))
+    # Pretrained weights come from the server.
+    built = build_task(replace(config, pretrain=PretrainConfig()))
+    return trainer_of(config, built, plan_of(config, built.task))

@@ -1,0 +1,190 @@
+"""The grid of real SuperNodes: every message brings its client's base weights up to date."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from flwr.app import ConfigRecord, Error, Message
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from typing_extensions import override
+
+from fedraclora.engines.deploy.roster import Roster
+from fedraclora.engines.deploy.traffic import Traffic
+from fedraclora.engines.local import NODE_ID, MessageGrid, failed
+from fedraclora.errors import EngineError
+from fedraclora.parcel import Archive
+from fedraclora.settings import DeployConfig
+from fedraclora.wire import clients_of
+from fedraclora.wire.parcel import add_parcel
+
+NODE_UNAVAILABLE = 5  # Flower's code for a node that is not there
+PAUSE = 0.2  # seconds between looks for replies: each is a request
+WRONG_WEIGHTS = 1001  # ours, far from Flower's
+STALE = "stale"  # the record of a reply that asks for every weight
+
+
+class DeployGrid(MessageGrid):
+    """Sends each client its messages, with what its base weights lack.
+
+    Args:
+        grid: Flower's own.
+        archive: The versions of the base weights, published by the strategy.
+        run_id: Of the run folder: under it clients keep weights and state.
+        settings: Seconds to wait, and how many clients are enough.
+        known: Whether clients can make the initial weights themselves.
+        ended: Tells whether the runtime has ended.
+        pause: Seconds between looks for replies.
+
+    Attributes:
+        incidents: What went wrong and was mended: sentences for the ledger.
+        traffic: Bytes since the strategy last looked.
+        roster: Who is where, and holds which version.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        archive: Archive,
+        run_id: str,
+        settings: DeployConfig,
+        *,
+        known: bool,
+        ended: Callable[[], bool] = lambda: False,
+        pause: float = PAUSE,
+    ) -> None:
+        self.grid, self.archive, self.run_id, self.settings = grid, archive, run_id, settings
+        self.first = 0 if known else None  # what a client holds that holds nothing
+        self.ended, self.pause = ended, pause
+        self.incidents: list[str] = []
+        self.traffic = Traffic()
+        self.roster = Roster(self)
+
+    @override
+    def set_run(self, run: Run) -> None:
+        self.grid.set_run(run)
+
+    @property
+    @override
+    def run(self) -> Run:
+        return self.grid.run
+
+    @override
+    def get_node_ids(self) -> Iterable[int]:
+        """Give a node id that stands for all: whom a message goes to is decided when it is sent."""
+        return [NODE_ID]
+
+    @override
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise EngineError("messages of this grid go out by send_and_receive alone")
+
+    @override
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise EngineError("replies of this grid come back by send_and_receive alone")
+
+    @override
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages of one client each; give the replies that come in time.
+
+        A client that is not connected gets an error for a reply.
+
+        Raises:
+            ClientError: If too few of the clients are connected in time.
+            EngineError: If the runtime ended.
+        """
+        sent = {self._client(m): m for m in messages}
+        nodes = self.roster.gather(list(sent))
+        seconds = self.settings.timeout if timeout is None else timeout
+        waiting, replies = {}, []
+        for client, message in sent.items():
+            if client in nodes:
+                held = self.roster.held.get((nodes[client], client))
+                held = self.first if held is None else held
+                waiting[self._push(message, nodes[client], held, seconds)] = message
+            else:
+                # Its own id, by which the strategy finds whose reply it is.
+                message.metadata.__dict__["_message_id"] = f"not sent to client {client}"
+                replies.append(failed(message, Error(NODE_UNAVAILABLE, "it is not connected")))
+        return replies + self._receive(waiting, time.monotonic() + seconds)
+
+    def close(self) -> None:
+        """The runtime is Flower's to end."""
+
+    def _receive(self, waiting: dict[str, Message], end: float) -> list[Message]:
+        """Wait for replies; whoever asks for every weight gets them, once."""
+        replies, again = [], set[str]()
+        while waiting:
+            came = list(self.grid.pull_messages(list(waiting)))
+            for reply in came:
+                self.traffic.count(reply)
+                asked = reply.metadata.reply_to_message_id
+                message = waiting.pop(asked, None)
+                if message is None:
+                    self.incidents.append("a second reply to a message was ignored")
+                elif not _is_stale(reply):
+                    replies.append(self._accept(reply, message))
+                elif asked in again:
+                    error = Error(NODE_UNAVAILABLE, "it asked for every base weight twice")
+                    replies.append(failed(message, error))
+                else:
+                    client, left = self._client(message), max(1.0, end - time.monotonic())
+                    self.incidents.append(f"client {client} was sent every base weight")
+                    name = self._push(message, message.metadata.dst_node_id, None, left)
+                    waiting[name] = message
+                    again.add(name)
+            if time.monotonic() > end:
+                break
+            if waiting and not came:
+                self.wait("all clients had replied")
+        return replies
+
+    def _push(self, message: Message, node: int, held: int | None, seconds: float) -> str:
+        """Send a message with what brings the client from version ``held`` to the newest."""
+        parcel = self.archive.since(held)
+        add_parcel(message.content, parcel)
+        message.content["job"] = ConfigRecord({"run": self.run_id})
+        message.metadata.dst_node_id, message.metadata.ttl = node, seconds
+        (name,) = self.grid.push_messages([message])
+        self.traffic.count(message)
+        self.traffic.fetched += parcel.payload_bytes
+        return name
+
+    def _accept(self, reply: Message, message: Message) -> Message:
+        """Hold a reply against the weights, and note what the client holds now."""
+        node = message.metadata.dst_node_id
+        if reply.has_error():
+            if reply.error.code == NODE_UNAVAILABLE:
+                self.roster.forget(node)
+            return reply
+        newest = self.archive.since(self.archive.version)
+        said = reply.content.get("job")
+        proof = (said.get("held"), said.get("mark")) if isinstance(said, ConfigRecord) else None
+        if proof != (wanted := (newest.version, str(newest.mark))):
+            why = f"it trained on weights of version and fingerprint {proof}, wanted are {wanted}"
+            return failed(message, Error(WRONG_WEIGHTS, why))
+        self.roster.held[node, self._client(message)] = newest.version
+        return reply
+
+    def _client(self, message: Message) -> int:
+        (client,) = clients_of(message.content)
+        return client
+
+    def wait(self, what: str) -> None:
+        """Wait a moment.
+
+        Args:
+            what: For what, for the message.
+
+        Raises:
+            EngineError: If the runtime has ended.
+        """
+        time.sleep(self.pause)
+        if self.ended():
+            raise EngineError(f"Flower's runtime ended before {what}")
+
+
+def _is_stale(reply: Message) -> bool:
+    return not reply.has_error() and STALE in reply.content

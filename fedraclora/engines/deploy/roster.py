@@ -1,0 +1,136 @@
+"""Who is where: which node serves which clients, and which version of the weights each holds.
+
+A node is asked when it is first seen. So one that joins late, or comes back under another node id,
+is found at the next exchange.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedraclora.engines.deploy.traffic import Traffic
+from fedraclora.errors import ClientError
+from fedraclora.settings import DeployConfig
+
+PATIENCE = 60.0  # seconds for nodes that are there to say whom they serve, once enough have
+
+
+class Post(Protocol):
+    """What a roster needs of its grid."""
+
+    grid: Grid
+    run_id: str
+    settings: DeployConfig
+    incidents: list[str]
+    traffic: Traffic
+
+    def wait(self, what: str) -> None:
+        """Wait a moment."""
+        ...
+
+
+class Roster:
+    """Finds the node of each client.
+
+    Args:
+        post: Sends its questions.
+
+    Attributes:
+        held: The version that a client holds at a node, by its own word; None: nothing.
+    """
+
+    def __init__(self, post: Post) -> None:
+        self.post = post
+        self.held: dict[tuple[int, int], int | None] = {}
+        self._serving: dict[int, list[int]] = {}  # node -> its clients, in order of appearance
+        self._asked: dict[str, int] = {}  # question without an answer so far -> node
+
+    def forget(self, node: int) -> None:
+        """Ask a node anew, if it is still there."""
+        self._serving.pop(node, None)
+
+    def gather(self, clients: Sequence[int]) -> dict[int, int]:
+        """Wait until enough clients are connected; give the node of each that is.
+
+        Raises:
+            ClientError: If too few are in time.
+        """
+        settings = self.post.settings
+        wanted = min(settings.min_clients or len(clients), len(clients))
+        began = time.monotonic()
+        patient: float | None = None
+        self._serving = {n: c for n, c in self._serving.items() if c}  # others may be mended by now
+        while True:
+            self._look()
+            found = self._find(clients)
+            now = time.monotonic()
+            if len(found) >= wanted:
+                patient = now + PATIENCE if patient is None else patient
+                if len(found) == len(clients) or not self._asked or now > patient:
+                    return found
+            elif now > began + settings.wait:
+                missing = sorted(set(clients) - found.keys())
+                raise ClientError(
+                    f"{len(found)} of {len(clients)} clients were connected after "
+                    f"{settings.wait:g} s (engine.wait), {wanted} are wanted "
+                    f"(engine.min_clients); missing are {missing[:10]}"
+                )
+            self.post.wait("enough clients were connected")
+
+    def _find(self, clients: Sequence[int]) -> dict[int, int]:
+        nodes: dict[int, int] = {}
+        for node, served in self._serving.items():
+            for client in served:
+                nodes.setdefault(client, node)  # whoever was there first, while it is there
+        return {c: nodes[c] for c in clients if c in nodes}
+
+    def _look(self) -> None:
+        """Ask nodes that are new whom they serve, and read the answers that are there."""
+        post = self.post
+        there = set(post.grid.get_node_ids())
+        self._serving = {n: c for n, c in self._serving.items() if n in there}
+        self._asked = {q: n for q, n in self._asked.items() if n in there}
+        for node in sorted(there - self._serving.keys() - set(self._asked.values())):
+            content = RecordDict({"job": ConfigRecord({"run": post.run_id})})
+            query = Message(content, node, "query.partition", ttl=post.settings.timeout)
+            (name,) = post.grid.push_messages([query])
+            post.traffic.count(query)
+            self._asked[name] = node
+        if not self._asked:
+            return
+        for reply in post.grid.pull_messages(list(self._asked)):
+            post.traffic.count(reply)
+            node_ = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if node_ is not None:
+                self._introduce(node_, reply)
+
+    def _introduce(self, node: int, reply: Message) -> None:
+        """Note whom a node serves; nobody, if it cannot say."""
+        try:
+            mine = _read(reply)
+        except (KeyError, TypeError, ValueError) as error:
+            self.post.incidents.append(f"a node cannot take part: {error}")
+            self._serving[node] = []
+            return
+        for client in sorted(mine.keys() & {c for each in self._serving.values() for c in each}):
+            self.post.incidents.append(f"a second node says that it serves client {client}")
+        self._serving[node] = sorted(mine)
+        self.held |= {(node, c): v if v >= 0 else None for c, v in mine.items()}
+
+
+def _read(reply: Message) -> dict[int, int]:
+    """Read whom a node serves, each with the version that it holds; -1 for none."""
+    if reply.has_error():
+        raise ValueError(reply.error.reason)
+    said = reply.content["partition"]
+    if not isinstance(said, ConfigRecord):
+        raise TypeError("its answer is no record of settings")
+    ids, held = said["ids"], said["held"]
+    if not isinstance(ids, list) or not isinstance(held, list):
+        raise TypeError(f"it serves {ids!r}; a list of clients is wanted")
+    return {int(str(c)): int(str(v)) for c, v in zip(ids, held, strict=True)}

@@ -1,0 +1,173 @@
+"""Nodes of a deployment in this process: the apps and the messages are real, the network is not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from flwr.serverapp import Grid
+from typing_extensions import override
+
+from clients.client_app import app as client_app
+from experiments.choices import composed
+from fedraclora.engines.local import become_a_task
+from fedraclora.wire import clients_of
+from strategies.server_app import app as server_app
+
+SMALL = [
+    "data=digits",
+    "data.labels=null",
+    "pretrain=none",
+    "partition=dirichlet",
+    "model.hidden=[12]",
+    "method.rank=2",
+    "method.alpha=3",
+    "clients=3",
+    "cohort=3",
+    "rounds=3",
+    "local.lr=0.1",
+    "output=study",
+]
+
+Fault = Callable[[Message, Callable[[], Message]], list[Message]]
+
+
+def over_the_wire(content: RecordDict) -> RecordDict:
+    """What comes out at the other end."""
+    raw = recorddict_to_proto(content).SerializeToString()
+    return recorddict_from_proto(ProtoRecordDict.FromString(raw))
+
+
+@dataclass
+class Network(Grid):
+    """Stands for Flower's grid.
+
+    Attributes:
+        cache: Where nodes keep files.
+        nodes: Node id to what its configuration says.
+        fault: Does what it likes with train messages; is handed what answers them.
+        sent: All messages, with the replies.
+    """
+
+    cache: Path
+    nodes: dict[int, dict[str, bool | bytes | float | int | str]]
+    fault: Fault | None = None
+    run_config: dict[str, bool | bytes | float | int | str] = field(default_factory=dict)
+    sent: list[Message] = field(default_factory=list)
+    on_round: Callable[[int], None] | None = None
+
+    def __post_init__(self) -> None:
+        become_a_task()
+        self.ids = itertools.count(1)
+        self.waiting: dict[str, Message] = {}
+
+    @override
+    def set_run(self, run: object) -> None:
+        raise NotImplementedError
+
+    @property
+    @override
+    def run(self) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+    @override
+    def create_message(self, *args: object, **kwargs: object) -> Message:
+        raise NotImplementedError
+
+    @override
+    def send_and_receive(self, messages: object, *, timeout: object = None) -> list[Message]:
+        raise NotImplementedError
+
+    @override
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    @override
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        names = []
+        for message in messages:
+            if self.on_round is not None and message.metadata.group_id:
+                self.on_round(int(message.metadata.group_id))
+            message.metadata.__dict__["_message_id"] = name = str(next(self.ids))
+            self.waiting[name] = message
+            names.append(name)
+            self.sent.append(message)
+        return names
+
+    @override
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        found = []
+        for name in list(message_ids):
+            message = self.waiting.pop(name)
+            replies = self.serve(message)
+            if not replies:
+                self.waiting[name] = message
+            found += replies
+        self.sent += found
+        return found[::-1]
+
+    def serve(self, message: Message) -> list[Message]:
+        """Answer as a node would."""
+        node = message.metadata.dst_node_id
+        if node not in self.nodes:
+            return [Message(Error(5, "Node Unavailable"), reply_to=message)]
+        if self.fault is None or message.metadata.message_type != "train.cohort":
+            return [self.call(message)]
+        return self.fault(message, lambda: self.call(message))
+
+    def call(self, message: Message) -> Message:
+        """Run the ClientApp of a node."""
+        node = message.metadata.dst_node_id
+        config = {"cache": str(self.cache / str(node)), **self.nodes[node]}
+        copy = Message(
+            over_the_wire(message.content),
+            dst_node_id=node,
+            message_type=message.metadata.message_type,
+            group_id=message.metadata.group_id,
+        )
+        copy.metadata.__dict__["_message_id"] = message.metadata.message_id
+        context = Context(1, node, config, RecordDict(), self.run_config)  # type: ignore[arg-type]
+        reply = client_app(message=copy, context=context)
+        if reply.has_error():
+            return Message(reply.error, reply_to=message)
+        return Message(over_the_wire(reply.content), reply_to=message)
+
+    def train_messages(self) -> list[Message]:
+        """What was sent to clients that train, and what they sent back."""
+        return [m for m in self.sent if m.metadata.message_type == "train.cohort"]
+
+
+def nodes_for(clients: int) -> dict[int, dict[str, bool | bytes | float | int | str]]:
+    """One node for each client, under ids in no order."""
+    return {1000 - 7 * k: {"partition-id": k} for k in range(clients)}
+
+
+def deploy(words: Sequence[str], folder: Path, network: Network, *, resume: bool = False) -> None:
+    """Run the ServerApp on a network."""
+    plain = composed([*SMALL, "engine=deploy", f"output.dir={folder}", *words])
+    network.run_config = {"cfg-json": json.dumps(plain), "resume": resume}
+    context = Context(1, 1, {}, RecordDict(), network.run_config)
+    server_app(grid=network, context=context)
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    """The ledger of a run."""
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+def summary(folder: Path) -> dict[str, object]:
+    """The summary of a run."""
+    found: dict[str, object] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def client(message: Message) -> int:
+    """Whom a train message is for."""
+    (found,) = clients_of(message.content)
+    return found
