@@ -54,9 +54,14 @@ class Order:
     @property
     def run_config(self) -> str:
         """The run config of the app, as TOML."""
-        # A JSON string is a TOML string, too.
-        text = json.dumps(json.dumps(self.config.plain))
-        return f"cfg-json = {text}\nresume = {json.dumps(self.resume)}\n"
+        return run_config_of(self.config, resume=self.resume)
+
+
+def run_config_of(config: RunConfig, *, resume: bool) -> str:
+    """Write the run config of the app, as TOML."""
+    # A JSON string is a TOML string, too.
+    text = json.dumps(json.dumps(config.plain))
+    return f"cfg-json = {text}\nresume = {json.dumps(resume)}\n"
 
 
 def prepare(words: Sequence[str]) -> Order:

@@ -81,7 +81,7 @@ def main(grid: Grid, context: Context) -> None:
         return assembly.assemble(config, folder, replica, engine, resume=resume, on_round=on_round)
 
     resume = bool(context.run_config.get("resume", False))
-    folder = Path(str(config.output.dir))
+    folder = Path(str(config.output.dir)).expanduser()
     deployed = isinstance(config.engine, DeployConfig)
     on_round = tell_row if deployed else tell
     summary = run_in_folder(config, folder, assemble, resume=resume, on_round=on_round)
@@ -107,7 +107,7 @@ def read_config(text: str) -> RunConfig:
         )
     config = from_plain(plain, METHODS)
     settings_of(config)
-    if config.output.dir is None or not Path(config.output.dir).is_absolute():
+    if config.output.dir is None or not Path(config.output.dir).expanduser().is_absolute():
         raise ConfigError(
             f"output.dir is {config.output.dir}, but Flower's processes run anywhere: name a "
             "folder by its whole path"

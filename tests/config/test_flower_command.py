@@ -22,7 +22,8 @@ from flwr.common.config import flatten_dict, fuse_dicts, parse_config_args
 from experiments import flower
 from experiments.choices import composed
 from experiments.simulate import simulate
-from fedraclora.engines.flower.superlink import TETHERED, SuperLink
+from fedraclora.engines.flower.superlink import SuperLink
+from fedraclora.engines.programs import TETHERED
 from fedraclora.errors import ConfigError, EngineError
 from strategies.server_app import read_config
 

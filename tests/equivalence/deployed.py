@@ -26,16 +26,23 @@ SMALL = [
     "pretrain=none",
     "partition=dirichlet",
     "model.hidden=[12]",
-    "method.rank=2",
-    "method.alpha=3",
     "clients=3",
     "cohort=3",
     "rounds=3",
     "local.lr=0.1",
     "output=study",
+    "output.chain=true",
 ]
 
+RANK = ["method.rank=2", "method.alpha=3"]
+
 Fault = Callable[[Message, Callable[[], Message]], list[Message]]
+
+
+def small(words: Sequence[str], folder: Path, engine: str) -> dict[str, object]:
+    """The config of a small run."""
+    rank = [] if "method=fedavg" in words else RANK
+    return composed([*SMALL, *rank, f"engine={engine}", f"output.dir={folder}", *words])
 
 
 def over_the_wire(content: RecordDict) -> RecordDict:
@@ -150,7 +157,7 @@ def nodes_for(clients: int) -> dict[int, dict[str, bool | bytes | float | int | 
 
 def deploy(words: Sequence[str], folder: Path, network: Network, *, resume: bool = False) -> None:
     """Run the ServerApp on a network."""
-    plain = composed([*SMALL, "engine=deploy", f"output.dir={folder}", *words])
+    plain = small(words, folder, "deploy")
     network.run_config = {"cfg-json": json.dumps(plain), "resume": resume}
     context = Context(1, 1, {}, RecordDict(), network.run_config)
     server_app(grid=network, context=context)

@@ -8,31 +8,19 @@ in a folder of its own, and ends together with all that it has started.
 from __future__ import annotations
 
 import json
-import logging
-import os
-import select
-import shutil
-import socket
 import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from fedraclora.engines import programs
 from fedraclora.engines.flower.runtime import ENVIRONMENT
 from fedraclora.errors import EngineError
 
-log = logging.getLogger(__name__)
-
 NAME = "local"  # of the connection, in Flower's own configuration
-START = 120.0  # seconds until it must listen
-END = 20.0  # seconds for all that it has started to end
 COMPLETED = "finished:completed"
-TETHERED = Path(__file__).with_name("tethered.py")
 
 
 Options = Mapping[str, str | int | float | bool]
@@ -59,22 +47,10 @@ class Ended:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Give the environment for Flower's programs: this Python, this machine, nothing else."""
-    kept = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}  # Ray is started anew
-    return {
-        **ENVIRONMENT,
-        **kept,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")]),
-        "FLWR_HOME": str(home),
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        # Else an environment without torch is built from the network, for every run.
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-        # What is left by a process that is killed goes with the folder. But not Ray's: the paths of
-        # its sockets may not be long.
-        "TMPDIR": str(home),
-        "RAY_TMPDIR": kept.get("RAY_TMPDIR", tempfile.gettempdir()),
-    }
+    """Give the environment for Flower's programs where they start a Ray of their own."""
+    kept = {k: v for k, v in programs.environment(home).items() if k != "RAY_ADDRESS"}
+    # The paths of Ray's sockets may not be long.
+    return {**ENVIRONMENT, "RAY_TMPDIR": tempfile.gettempdir(), **kept}
 
 
 class SuperLink:
@@ -86,9 +62,9 @@ class SuperLink:
 
     def __init__(self, *, show: bool = True) -> None:
         self.show = show
-        self._made = tempfile.TemporaryDirectory(prefix="fedraclora-", ignore_cleanup_errors=True)
+        self._made = programs.private_folder()
         self.home = Path(self._made.name)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._program: programs.Program | None = None
 
     def __enter__(self) -> SuperLink:
         """Start it, and wait until it listens."""
@@ -123,79 +99,38 @@ class SuperLink:
             EngineError: If it did not begin, or the SuperLink is gone.
         """
         words = ["run", str(app), NAME, "--stream", "-c", str(run_config)]
-        run = self._flwr(
+        environ = environment(self.home)
+        run = programs.flwr(
             [*words, "--federation-config", words_of(options)],
+            environ,
             stdout=None if self.show else subprocess.PIPE,
             stderr=None if self.show else subprocess.STDOUT,
         )
-        listed = self._flwr(["list", NAME, "--format", "json"], stdout=subprocess.PIPE)
+        listed = programs.flwr(["list", NAME, "--format", "json"], environ)
         try:
             (found,) = json.loads(listed.stdout)["runs"]
         except (ValueError, KeyError) as error:
+            last = "nothing" if self._program is None else self._program.last_words
             raise EngineError(
                 f"flwr run did not begin, or its SuperLink ended ({(run.stdout or '').strip()}); "
-                f"the last words of that: {self._last_words()}"
+                f"the last words of that: {last}"
             ) from error
         return Ended(str(found["status"]), str(found["status-details"]), run.stdout or "")
 
     def _start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = programs.free_port()
         connection = f'[superlink.{NAME}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         (self.home / "config.toml").write_text(connection)
-        environ = environment(self.home)
-        program = shutil.which("flower-superlink", path=environ["PATH"])
-        if program is None:
-            raise EngineError("there is no flower-superlink beside this Python: install flwr")
         words = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", str(TETHERED), program, *words],
-                env=environ,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C comes from here, in order
-            )
-        end = time.monotonic() + START
-        while not listens(port):
-            if self._process.poll() is not None or time.monotonic() > end:
-                raise EngineError(f"Flower's SuperLink did not start: {self._last_words()}")
-            time.sleep(0.1)
-
-    def _flwr(
-        self, words: Sequence[str], *, stdout: int | None, stderr: int | None = subprocess.DEVNULL
-    ) -> subprocess.CompletedProcess[str]:
-        """Call Flower's command line."""
-        return subprocess.run(  # noqa: S603
-            ["flwr", *words],  # noqa: S607
-            env=environment(self.home),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            text=True,
-            check=False,
-        )
-
-    @property
-    def _log(self) -> Path:
-        return self.home / "superlink.log"
-
-    def _last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        return " / ".join(lines[-5:]) or "nothing"
+        log = self.home / "superlink.log"
+        self._program = programs.Program("flower-superlink", words, environment(self.home), log)
+        self._program.await_listening(port)
 
     def _end(self) -> None:
-        """End it, wait for the end of all that it has started, and remove its folder."""
-        if self._process is not None and self._process.stdin is not None:
-            self._process.terminate()
-            # The processes below it end when they find it gone; all hold its standard input.
-            if not without_readers(self._process.stdin.fileno(), END):
-                log.warning("processes of Flower are still running after %g s", END)
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+        """End it with all that it has started, and remove its folder."""
+        if self._program is not None:
+            self._program.end()
+            self._program = None
         self._made.cleanup()
 
 
@@ -207,19 +142,3 @@ def words_of(options: Options) -> str:
         'num-supernodes=8 init-args-log-to-driver=false'
     """
     return " ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
-
-
-def listens(port: int) -> bool:
-    """Tell whether a SuperLink answers at a port of this machine."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def without_readers(pipe: int, seconds: float) -> bool:
-    """Wait until no process holds the other end of a pipe; False if some still do."""
-    poll = select.poll()
-    poll.register(pipe, 0)  # an error is what is waited for: nobody can read any more
-    return bool(poll.poll(seconds * 1000))

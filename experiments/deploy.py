@@ -1,0 +1,209 @@
+"""``fedraclora deploy``: the run of ``simulate`` on real SuperNodes.
+
+``connection=NAME`` starts it at a SuperLink that Flower's configuration names, and follows it;
+``local=N`` makes a SuperLink and N SuperNodes on this machine for it. The other words are those of
+simulate. The status is that of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hydra.errors import HydraException
+
+from experiments.choices import check_choices, composed
+from experiments.flower import copy_app, run_config_of
+from experiments.interrupt import in_order
+from experiments.progress import RunProgress
+from experiments.record import Record
+from experiments.simulate import choose, report
+from experiments.words import key_values
+from fedraclora.build import build_task
+from fedraclora.config import RunConfig
+from fedraclora.engines.deploy.control import COMPLETED, PAUSE, Connection
+from fedraclora.engines.deploy.local import LocalDeployment
+from fedraclora.engines.programs import command_line
+from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
+from fedraclora.runfolder import is_finished, method_label, write_summary
+from fedraclora.settings import DeployConfig, PretrainConfig
+from strategies.server_app import ROW, SUMMARY, read_config, settings_of
+
+OWN = ("connection", "local")  # words of this command alone
+KEPT = 40  # lines of a log that are shown where a run fails
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for.
+
+    Attributes:
+        config: Checked settings, with the server's folder as ``output.dir``.
+        plain: The config that the local folder keeps.
+        folder: The local run folder.
+        resume: Whether to go on with the run in it.
+        clients: Size of the population.
+    """
+
+    config: RunConfig
+    plain: dict[str, object]
+    folder: Path
+    resume: bool
+    clients: int
+
+
+def prepare(words: Sequence[str], local: int | None) -> Order:
+    """Compose and check a run.
+
+    Args:
+        words: Those of simulate.
+        local: Nodes on this machine, or None.
+
+    Raises:
+        FedRacLoraError: Whatever is wrong with what is asked for.
+    """
+    check_choices(words)
+    typed = [word.lstrip("+~").partition("=")[0] for word in words]
+    sizes = []
+    if local is not None and "resume" not in typed and "clients" not in typed:
+        sizes = [f"clients={local}", *([] if "cohort" in typed else [f"cohort={local}"])]
+    try:
+        asked = composed(["engine=deploy", *sizes, *words])
+    except HydraException as error:
+        raise ConfigError(str(error)) from error
+    plain, folder, resume = choose(asked, typed, None)
+    folder = folder.resolve()
+    # The engine is what this command is for, also where a run goes on that began elsewhere.
+    stored = plain["engine"] if isinstance(plain["engine"], dict) else {}
+    engine = asked["engine"] if isinstance(asked["engine"], dict) else {}
+    if resume and "engine.folder" not in typed:
+        engine = {**engine, "folder": stored.get("folder")}
+    plain = {**plain, "engine": engine}
+    output = plain["output"] if isinstance(plain["output"], dict) else {}
+    there = folder if local else engine.get("folder") or f"~/fedraclora/{folder.name}"
+    config = read_config(json.dumps({**plain, "output": {**output, "dir": str(there)}}))
+    if not isinstance(settings_of(config), DeployConfig):
+        raise ConfigError(f"engine is {config.engine.name}: fedraclora deploy has engine=deploy")
+    built = build_task(replace(config, pretrain=PretrainConfig()))
+    return Order(config, plain, folder, resume, built.clients)
+
+
+def run(order: Order, connection: Connection, record: Record | None) -> None:
+    """Start a run, follow it to its end, and print the outcome.
+
+    Args:
+        order: What is asked for.
+        connection: Where.
+        record: Keeps what the server tells, where its folder is on another machine.
+
+    Raises:
+        EngineError: If it did not come to its end, with what Flower says.
+    """
+    summary: dict[str, object] = {}
+    said: deque[str] = deque(maxlen=KEPT)
+    with tempfile.TemporaryDirectory(prefix="fedraclora-") as made:
+        run_config = Path(made) / "run.toml"
+        run_config.write_text(run_config_of(order.config, resume=order.resume))
+        copy_app(Path(made) / "app")
+        number = connection.submit(Path(made) / "app", run_config)
+    label, shown = method_label(order.plain), order.config.output.progress
+    with RunProgress(order.config.rounds, shown=shown, label=label) as progress:
+        progress.say(f"run {number} at connection {connection.name}")
+        try:
+            for line in lines_of(connection, number):
+                kind, _, text = line.partition(" ")
+                if f"{kind} " == ROW:
+                    row = json.loads(text)
+                    progress.show(row)
+                    if record is not None:
+                        record.take(row)
+                elif f"{kind} " == SUMMARY:
+                    summary = json.loads(text)
+                else:
+                    said.append(line)
+        except KeyboardInterrupt:
+            progress.say(f"stopping run {number}")
+            connection.stop(number)
+            raise
+    status = connection.status(number)
+    if status.word != COMPLETED or not summary:
+        print("".join(said), end="", file=sys.stderr)
+        raise EngineError(f"run {number} ended as {status.word}: {status.details}")
+    if record is not None:
+        record.close(summary)
+    else:
+        write_summary(order.folder, summary)  # a bundle knows no revision: it is of this checkout
+    report(summary, order.folder, order.config)
+
+
+def lines_of(connection: Connection, number: int) -> Iterator[str]:
+    """Give the lines of a run's log until the run has ended; a stream that breaks begins anew."""
+    while True:
+        yield from connection.follow(number)
+        if connection.status(number).ended:
+            return
+        time.sleep(PAUSE)
+
+
+@contextmanager
+def place(order: Order, local: int | None, name: str) -> Iterator[tuple[Connection, Record | None]]:
+    """Give the connection to run at, and what keeps the record here."""
+    if local is None:
+        with Record(order.folder, order.plain, resume=order.resume) as record:
+            yield Connection(name, command_line(os.environ)), record
+        return
+    served = [list(range(k, order.clients, local)) for k in range(local)]
+    with LocalDeployment([ids for ids in served if ids]) as deployment:
+        yield deployment.connection, None
+
+
+def split(words: Sequence[str]) -> tuple[str, int | None, list[str]]:
+    """Part the words of this command from those of simulate.
+
+    Raises:
+        ConfigError: If it is not one of ``connection=NAME`` and ``local=N``.
+    """
+    own = key_values([w for w in words if w.partition("=")[0] in OWN])
+    rest = [w for w in words if w.partition("=")[0] not in OWN]
+    local, name = own.get("local"), str(own.get("connection", ""))
+    if (local is None) == (not name):
+        raise ConfigError(
+            "say where: connection=NAME for a SuperLink that Flower's config.toml names, or "
+            "local=3 for one on this machine with 3 SuperNodes"
+        )
+    if local is not None and (not isinstance(local, int) or isinstance(local, bool) or local < 1):
+        raise ConfigError(f"local is {local!r}; a number of SuperNodes is wanted")
+    return name, local if isinstance(local, int) else None, rest
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for; the status is that of the run."""
+    words = sys.argv[1:] if words is None else list(words)
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
+    try:
+        with in_order():
+            name, local, rest = split(words)
+            order = prepare(rest, local)
+            if order.resume and is_finished(order.folder):
+                print(f"{order.folder} is finished already")
+                return 0
+            with place(order, local, name) as (connection, record):
+                run(order, connection, record)
+    except FedRacLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

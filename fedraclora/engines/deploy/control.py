@@ -1,0 +1,122 @@
+"""A SuperLink by Flower's command line: start a run there, follow it, stop it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedraclora.engines.programs import flwr
+from fedraclora.errors import EngineError
+
+COMPLETED = "finished:completed"
+LOST = 60.0  # seconds for which a SuperLink may not answer
+PAUSE = 1.0  # seconds between looks at a run
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands: ``flwr run`` itself exits with 0 whatever happens.
+
+    Attributes:
+        word: Flower's word for it.
+        details: Of a run that failed, why.
+    """
+
+    word: str
+    details: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has come to an end, whatever that is."""
+        return self.word.startswith("finished")
+
+
+class Connection:
+    """A named connection of Flower's configuration.
+
+    Args:
+        name: Of the connection.
+        environ: The environment of Flower's programs: ``FLWR_HOME`` says where connections are.
+    """
+
+    def __init__(self, name: str, environ: Mapping[str, str]) -> None:
+        self.name, self.environ = name, {**environ, "PYTHONUNBUFFERED": "1"}
+
+    def submit(self, app: Path, run_config: Path) -> int:
+        """Start a run of a Flower app; give its number.
+
+        Args:
+            app: Folder with its pyproject.toml; the bundle is built from it.
+            run_config: TOML file with what overrides the app's run config.
+
+        Raises:
+            EngineError: If it was not taken.
+        """
+        words = ["run", str(app), self.name, "-c", str(run_config), "--format", "json"]
+        run = flwr(words, self.environ, stderr=subprocess.PIPE)
+        found = _json(run.stdout)
+        if "run-id" not in found:
+            said = found.get("error-message") or f"{run.stdout}{run.stderr}".strip()
+            raise EngineError(f"the SuperLink of connection {self.name} took no run: {said}")
+        return int(str(found["run-id"]))
+
+    def status(self, run: int) -> Status:
+        """Ask how a run stands.
+
+        Raises:
+            EngineError: If the SuperLink does not answer for `LOST` seconds.
+        """
+        end = time.monotonic() + LOST
+        while True:
+            words = ["list", self.name, "--run-id", str(run), "--format", "json"]
+            listed = flwr(words, self.environ, stderr=subprocess.PIPE)
+            runs = _json(listed.stdout).get("runs")
+            if isinstance(runs, list) and runs:
+                return Status(str(runs[0]["status"]), str(runs[0].get("status-details") or ""))
+            if time.monotonic() > end:
+                raise EngineError(
+                    f"the SuperLink of connection {self.name} has not answered for {LOST:g} s "
+                    f"({(listed.stdout + listed.stderr).strip()[-300:]}); run {run} may go on "
+                    "there: look with `flwr list`, and go on with resume once it has ended"
+                )
+            time.sleep(PAUSE)
+
+    def follow(self, run: int) -> Iterator[str]:
+        """Give the lines of a run's log, as they come, until the stream ends."""
+        log = subprocess.Popen(  # noqa: S603
+            ["flwr", "log", str(run), self.name, "--stream"],  # noqa: S607
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C is for this process, which ends it
+        )
+        try:
+            if log.stdout is not None:
+                yield from log.stdout
+        finally:
+            log.terminate()
+            log.communicate()
+
+    def stop(self, run: int, seconds: float = 30.0) -> None:
+        """Stop a run, and wait for its end for some seconds."""
+        flwr(["stop", str(run), self.name], self.environ, stdout=subprocess.DEVNULL)
+        end = time.monotonic() + seconds
+        while not self.status(run).ended and time.monotonic() < end:
+            time.sleep(PAUSE)
+
+
+def _json(text: str) -> dict[str, object]:
+    """Read what a command printed as JSON; nothing where it is none."""
+    start = text.find("{")
+    try:
+        found = json.loads(text[start:]) if start >= 0 else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

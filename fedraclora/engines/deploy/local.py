@@ -1,0 +1,142 @@
+"""A whole deployment on this machine: a SuperLink with TLS, and SuperNodes that prove who they are.
+
+It is for trying out and for tests. All of it is in one folder that only this user can enter, and
+goes with it; all processes are on a tether.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from fedraclora.engines.deploy.control import Connection
+from fedraclora.engines.deploy.keys import Authority, make_authority, make_node_key
+from fedraclora.engines.programs import Program, environment, flwr, free_port, private_folder
+from fedraclora.errors import EngineError
+
+NAME = "local"  # of the connection
+
+
+class LocalDeployment:
+    """A SuperLink and SuperNodes; as a context they run inside, and are gone after.
+
+    Args:
+        served: The clients of each node.
+
+    Attributes:
+        home: The folder; gone after the end.
+        port: Where the SuperLink listens.
+        connection: To it.
+    """
+
+    def __init__(self, served: Sequence[Sequence[int]]) -> None:
+        self.served = served
+        self._made = private_folder()
+        self.home = Path(self._made.name)
+        self.environ = environment(self.home)
+        self.connection = Connection(NAME, self.environ)
+        self.port = free_port()
+        self.nodes: list[Program | None] = [None] * len(served)
+        self._link: Program | None = None
+        self._authority: Authority | None = None
+
+    def __enter__(self) -> LocalDeployment:
+        """Make keys, start everything, and wait until the SuperLink listens."""
+        try:
+            self._authority = make_authority(self.home / "keys")
+            (self.home / "config.toml").write_text(
+                f'[superlink.{NAME}]\naddress = "127.0.0.1:{self.port}"\n'
+                f'root-certificates = "{self._authority.certificate}"\n'
+            )
+            self.start_link()
+            for k in range(len(self.served)):
+                self.register(make_node_key(self.key(k)))
+                self.start_node(k)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End everything."""
+        self.close()
+
+    @property
+    def authority(self) -> Authority:
+        """The certificates.
+
+        Raises:
+            EngineError: Outside the context.
+        """
+        if self._authority is None:
+            raise EngineError("the deployment has not begun")
+        return self._authority
+
+    @property
+    def link(self) -> Program:
+        """The SuperLink.
+
+        Raises:
+            EngineError: If it does not run.
+        """
+        if self._link is None:
+            raise EngineError("the SuperLink does not run")
+        return self._link
+
+    def key(self, k: int) -> Path:
+        """The private key of node ``k``."""
+        return self.home / "keys" / f"node{k}"
+
+    def start_link(self) -> None:
+        """Start the SuperLink on its database, and wait until it listens."""
+        keys = self.authority
+        words = ["--ssl-ca-certfile", str(keys.certificate)]
+        words += ["--ssl-certfile", str(keys.server_certificate)]
+        words += ["--ssl-keyfile", str(keys.server_key), "--enable-supernode-auth"]
+        words += ["--host", "127.0.0.1", "--port", str(self.port)]
+        words += ["--database", str(self.home / "superlink.db")]
+        log = self.home / "superlink.log"
+        self._link = Program("flower-superlink", words, self.environ, log)
+        self._link.await_listening(self.port, keys.certificate)
+
+    def register(self, public: Path) -> None:
+        """Let the SuperLink know a node's key.
+
+        Raises:
+            EngineError: If it refuses.
+        """
+        words = ["supernode", "register", str(public), NAME]
+        done = flwr(words, self.environ, stderr=subprocess.PIPE)
+        if done.returncode:
+            raise EngineError(f"the SuperLink took no node: {(done.stdout + done.stderr).strip()}")
+
+    def start_node(self, k: int) -> Program:
+        """Start SuperNode ``k``."""
+        ids = ",".join(map(str, self.served[k]))
+        secure = ["--root-certificates", str(self.authority.certificate)]
+        secure += ["--auth-supernode-private-key", str(self.key(k))]
+        self.nodes[k] = node = self.node(secure, f"node{k}.log", f"partition-ids='{ids}'")
+        return node
+
+    def node(self, secure: Sequence[str], log: str, config: str) -> Program:
+        """Start a SuperNode with some credentials: those of node ``k``, or others."""
+        words = [*secure, "--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1"]
+        words += ["--port", str(free_port()), "--node-config", config]
+        return Program("flower-supernode", words, self.environ, self.home / log)
+
+    def close(self) -> None:
+        """End everything, the nodes first, and remove the folder."""
+        running = [p for p in (*self.nodes, self._link) if p is not None]
+        for program in running:
+            program.ask_to_end()
+        for program in running:
+            program.end()
+        self.nodes, self._link = [None] * len(self.served), None
+        self._made.cleanup()

@@ -1,0 +1,140 @@
+"""A real deployment on this machine, with TLS and node authentication: the bits of inline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiments import deploy
+from experiments.choices import composed
+from experiments.record import Record
+from experiments.simulate import simulate
+from fedraclora.engines.deploy.keys import make_authority, make_node_key
+from fedraclora.engines.deploy.local import LocalDeployment
+from fedraclora.engines.programs import Program
+from fedraclora.errors import EngineError
+
+WORDS = [
+    "data=digits",
+    "data.labels=null",
+    "pretrain=none",
+    "model.hidden=[12]",
+    "method.rank=2",
+    "method.alpha=3",
+    "local.lr=0.1",
+    "rounds=2",
+    "output=study",
+    "output.progress=false",
+]
+PATIENCE = 120.0  # seconds for a node that must be refused
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[LocalDeployment]:
+    with LocalDeployment([[0], [1], [2]]) as running:
+        yield running
+
+
+def summary(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def test_final_weights_and_ledger_are_those_of_inline(
+    deployment: LocalDeployment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Followed from here as one on another machine would be: the server has its own folder."""
+    here, there, inline = (tmp_path / name for name in ("here", "there", "inline"))
+    order = deploy.prepare(
+        [*WORDS, "clients=3", "cohort=3", f"output.dir={here}", f"engine.folder={there}"], None
+    )
+    with Record(here, order.plain, resume=False) as record:
+        deploy.run(order, deployment.connection, record)
+    assert "final accuracy" in capsys.readouterr().out
+    sizes = ["clients=3", "cohort=3", "engine=inline", f"output.dir={inline}"]
+    simulate(composed([*WORDS, *sizes]), inline)
+    wanted, found = summary(inline), summary(here)
+    assert found["weights_digest"] == wanted["weights_digest"]
+    assert found["ledger_digest"] == wanted["ledger_digest"]
+    assert (here / "ledger.jsonl").read_text() == (there / "ledger.jsonl").read_text()
+    assert (there / "checkpoint").is_dir()
+    assert not (here / "checkpoint").exists()
+
+
+def test_its_folder_and_its_keys_are_private(deployment: LocalDeployment) -> None:
+    for path in (deployment.home, deployment.home / "keys"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    for path in (deployment.key(0), deployment.authority.server_key):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def is_refused(node: Program) -> bool:
+    """Wait for a node to give up."""
+    end = time.monotonic() + PATIENCE
+    try:
+        while time.monotonic() < end:
+            if node.ended:
+                return node.process.returncode != 0
+            time.sleep(0.2)
+        return False
+    finally:
+        node.end()
+
+
+@pytest.mark.parametrize("kind", ["an unknown key", "another CA", "plain text", "no key"])
+def test_strangers_are_refused(kind: str, deployment: LocalDeployment, tmp_path: Path) -> None:
+    make_node_key(tmp_path / "stranger")
+    root = ["--root-certificates", str(deployment.authority.certificate)]
+    key = ["--auth-supernode-private-key", str(tmp_path / "stranger")]
+    if kind == "another CA":
+        other = make_authority(tmp_path / "other")
+        root = ["--root-certificates", str(other.certificate)]
+        key = ["--auth-supernode-private-key", str(deployment.key(0))]
+    secure = {"plain text": ["--insecure"], "no key": root}.get(kind, [*root, *key])
+    node = deployment.node([*secure, "--max-retries", "1"], f"{kind}.log", "partition-id=0")
+    assert is_refused(node)
+    assert "Exit Code: 305" in node.file.read_text()  # Flower's: no connection to the SuperLink
+
+
+def test_a_run_that_fails_has_its_words_and_its_status(
+    deployment: LocalDeployment, tmp_path: Path
+) -> None:
+    """The server cannot make its folder."""
+    (tmp_path / "file").write_text("")
+    words = [*WORDS, "clients=3", "cohort=3", f"output.dir={tmp_path / 'here'}"]
+    order = deploy.prepare([*words, f"engine.folder={tmp_path / 'file' / 'run'}"], None)
+    with pytest.raises(EngineError, match=r"finished:failed: .*cannot make the folder"):
+        deploy.run(order, deployment.connection, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_interrupted_leaves_no_process(sign: int, tmp_path: Path) -> None:
+    """And it can be gone on with."""
+    folder = tmp_path / "run"
+    words = [*WORDS, "rounds=40", "local=2", f"output.dir={folder}", "output.checkpoint_every=1"]
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "experiments.cli", "deploy", *words]
+    process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
+    ledger = folder / "ledger.jsonl"
+    end = time.monotonic() + 300
+    while not (ledger.is_file() and ledger.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    process.send_signal(sign)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert not [*tmp_path.glob("fedraclora-*")]
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert str(tmp_path) not in listed.stdout
