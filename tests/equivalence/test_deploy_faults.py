@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 
 from fedraclora.build import build_task, plan_of
 from fedraclora.config import from_plain
-from fedraclora.errors import ClientError, WireError
+from fedraclora.errors import ClientError
 from fedraclora.runbook import weights_at
 from fedraclora.sketch import SketchSpec
 from fedraclora.wire import unpack_downlink, unpack_trial, uplink_layout
@@ -123,14 +123,12 @@ def check_mean_of_the_rest(folder: Path, network: Network) -> None:
     sent = [m for m in network.train_messages() if m.metadata.group_id == str(ROUND)]
     downlink, _ = unpack_downlink(sent[0].content)
     layout = uplink_layout(downlink)
+    asked = {m.metadata.message_id: client(m) for m in sent if m.metadata.message_id}
     found = {}
     for message in sent:
-        if not message.has_error() and message.metadata.reply_to_message_id:
-            try:
-                reply = unpack_trial(message.content, layout)
-            except (WireError, KeyError, ValueError):  # that of the client at fault
-                continue
-            found.setdefault(int(reply.clients[0]), reply)
+        k = asked.get(message.metadata.reply_to_message_id, ONE)
+        if k != ONE:
+            found[k] = unpack_trial(message.content, layout)
     rest = [found[k] for k in (0, 2)]
     weights = torch.cat([r.samples for r in rest]).double()
     assert weights[0] != weights[1]

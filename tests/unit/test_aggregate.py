@@ -173,7 +173,7 @@ def test_the_error_of_a_lost_round_names_round_clients_and_the_limit() -> None:
     error = too_many([Refusal(7, "it is broken")], 12, "max_failures=0")
     assert isinstance(error, ClientError)
     assert str(error) == "round 12: 1 client(s) failed, max_failures=0. client 7: it is broken"
-    many = too_many([Refusal(i, "x") for i in range(9)], 3, 2)
+    many = too_many([Refusal(i, "x") for i in range(9)], 3, "max_failures=2")
     assert "client 4: x (and 4 more)" in str(many)
     assert "client 5" not in str(many)
 
