@@ -46,12 +46,14 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         raise WireError(f"this node serves the clients {served(context)}, not {client}")
     folder = folder_of(context, run, client)
     make_room(folder.parent)
-    trainer = trainer_for(str(context.run_config.get("cfg-json", "")))
+    own = context.node_config.get("data")
+    settings = str(context.run_config.get("cfg-json", ""))
+    trainer = trainer_for(settings, None if own is None else str(own), client)
     holding = Holding(folder, trainer.plan, trainer.device)
     holding.begin(dict(trainer.task.model.named_parameters()))
     if not holding.follow(read_parcel(content)):
         return RecordDict({STALE: ConfigRecord({"held": holding.version})})
-    store = read_store(folder)
+    store = read_store(folder, generations(settings))
     reply = Worker(trainer, holding, store).train(content)
     if kept := store.state():
         save_tensors(store_file(folder), kept, {}, sync=True)
@@ -99,13 +101,22 @@ def store_file(folder: Path) -> Path:
     return folder / "kept.safetensors"
 
 
-def read_store(folder: Path) -> ClientStore:
+def generations(settings: str) -> int:
+    """How many rounds to keep: a server that is restored goes back to its last checkpoint."""
+    return int(json.loads(settings)["output"]["checkpoint_every"]) + 1
+
+
+def read_store(folder: Path, rounds: int) -> ClientStore:
     """Read what stays at a client; nothing where it has trained nothing so far.
+
+    Args:
+        folder: Of the client.
+        rounds: How many of them to keep.
 
     Raises:
         CheckpointError: If the file is damaged: what is in it is nowhere else.
     """
-    store, path = ClientStore(), store_file(folder)
+    store, path = ClientStore(rounds), store_file(folder)
     if path.is_file():
         tensors, _ = load_tensors(path, f"restore it, or remove it and begin anew: {path}")
         store.restore(tensors)
@@ -113,13 +124,28 @@ def read_store(folder: Path) -> ClientStore:
 
 
 @lru_cache(maxsize=1)
-def trainer_for(settings: str) -> CohortTrainer:
+def trainer_for(settings: str, own: str | None, client: int) -> CohortTrainer:
     """Build data and model of a run.
 
     Args:
         settings: The config of the run, as JSON.
+        own: What the node's configuration says of its data, or None.
+        client: Whose they are.
+
+    Raises:
+        ConfigError: If the run wants data of the clients' own and the node has none, or it has
+            some and the run wants others.
     """
-    config = task_from_plain(json.loads(settings))
+    plain = json.loads(settings)
+    if (plain["data"]["name"] == "own") != (own is not None):
+        raise ConfigError(
+            f"node-config has data={own!r}, and the run has data={plain['data']['name']}: a run "
+            "with data=own needs data in node-config (a folder, or package.module:function), and "
+            "no other run has a use for it"
+        )
+    if own is not None:
+        plain["data"] |= {"samples": own, "client": client}
+    config = task_from_plain(plain)
     fix_bits(config.engine.threads, pick_device(config.device))
     # Pretrained weights come from the server.
     built = build_task(replace(config, pretrain=PretrainConfig()))

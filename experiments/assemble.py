@@ -10,9 +10,10 @@ from clients.site import Site, SiteParts
 from clients.worker import Worker
 from fedraclora.config import RunConfig
 from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.errors import ConfigError
 from fedraclora.job import JobFolder
 from fedraclora.replica import Chronicle, Replica
-from fedraclora.settings import FlowerConfig, RayConfig
+from fedraclora.settings import DeployConfig, FlowerConfig, RayConfig
 from strategies import assembly
 from strategies.assembly import Assembled, Crew, RunGrid
 from strategies.rows import Row
@@ -33,7 +34,13 @@ def assemble(
 
 
 def make_replica(config: RunConfig) -> Replica:
-    """Make the place where the engine's workers find the base weights."""
+    """Make the place where the engine's workers find the base weights.
+
+    Raises:
+        ConfigError: If they are not this machine's to start.
+    """
+    if isinstance(config.engine, DeployConfig):
+        raise ConfigError("engine=deploy is for fedraclora deploy, with connection=NAME or local=3")
     if isinstance(config.engine, RayConfig):
         return Chronicle()
     if isinstance(config.engine, FlowerConfig):

@@ -1,4 +1,4 @@
-"""What stays at the clients between rounds, keyed by client and round, two generations deep.
+"""What stays at the clients between rounds, keyed by client and round, some generations deep.
 
 A round that fails, or a server that is restored from a checkpoint, asks a client to train a round
 again; the client then starts from what it had before that round, not from what it has tried.
@@ -16,9 +16,15 @@ GENERATIONS = 2
 
 
 class ClientStore:
-    """Tensors that clients keep, as one packed row per client and round."""
+    """Tensors that clients keep, as one packed row per client and round.
 
-    def __init__(self) -> None:
+    Args:
+        generations: Rounds of which a client's rows are kept: those that a restored server may
+            ask for again, and the one before.
+    """
+
+    def __init__(self, generations: int = GENERATIONS) -> None:
+        self.generations = generations
         self._layout: Layout | None = None
         self._kept: dict[int, list[tuple[int, torch.Tensor]]] = {}
 
@@ -106,7 +112,7 @@ class ClientStore:
 
     def _keep(self, client: int, round_: int, row: torch.Tensor) -> None:
         older = [(r, t) for r, t in self._kept.get(client, []) if r < round_]
-        self._kept[client] = [*older, (round_, row)][-GENERATIONS:]
+        self._kept[client] = [*older, (round_, row)][-self.generations :]
 
     def _before(self, client: int, round_: int, first: torch.Tensor) -> torch.Tensor:
         held = [t for r, t in self._kept.get(client, []) if r < round_]

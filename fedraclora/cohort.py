@@ -21,7 +21,7 @@ from fedraclora.recipe import RECIPES, GradientHook, projected
 from fedraclora.rng import hash_key
 from fedraclora.samples import ClientData
 from fedraclora.schedule import Schedule
-from fedraclora.task import LOSSES, Task, forward
+from fedraclora.task import Task, forward, loss_function
 from fedraclora.tree import Tree
 from fedraclora.trial import Trial
 from fedraclora.vmapped import vmapped_forward
@@ -58,7 +58,7 @@ class CohortTrainer:
         self.task, self.plan, self.local, self.seed = task, plan, local, seed
         self.device, self.precision = device, precision
         self.data: ClientData = task.train
-        self.loss = LOSSES[task.loss]
+        self.loss = loss_function(task.loss)
         self.dtype = next(task.model.parameters()).dtype
         self.noise_seed = seed  # of `local.dp`: a real client puts one of its own here
         self._programs: dict[tuple[str, ...], Program] = {}

@@ -20,7 +20,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError, DataError, ShapeError, unknown
 from fedraclora.metrics import METRICS, Metric, Tally
 from fedraclora.samples import Samples
-from fedraclora.task import IGNORED_TOKEN, LOSSES, forward
+from fedraclora.task import IGNORED_TOKEN, forward, loss_function
 from fedraclora.tree import Tree
 
 __all__ = ["METRICS", "evaluate"]
@@ -101,12 +101,11 @@ def tally(
 
 
 def _choose(metrics: tuple[str, ...], loss: str) -> dict[str, Metric]:
-    if loss not in LOSSES:
-        raise unknown("loss", loss, LOSSES)
+    loss_function(loss)
     for name in metrics:
         if name not in METRICS:
             raise unknown("metric", name, METRICS)
-        if loss not in METRICS[name].losses:
+        if ":" not in loss and loss not in METRICS[name].losses:  # of others we know nothing
             fitting = ", ".join(sorted(k for k, m in METRICS.items() if loss in m.losses))
             raise ConfigError(
                 f"metric {name!r} cannot read the outputs of loss {loss!r}; there are: {fitting}"
@@ -177,7 +176,7 @@ class _Pass(nn.Module):
             batch = stored.to(device)
             output = forward(self.model, batch.inputs)
             if "loss" in self._needs:
-                losses, parts = LOSSES[self._loss](output, batch.target)
+                losses, parts = loss_function(self._loss)(output, batch.target)
                 sums[:2] += torch.stack([losses.double().sum(), parts.double().sum()])
             if self._needs & {"correct", "classes"}:
                 predicted, wanted, classes = _predict(self._loss, output, batch.target)

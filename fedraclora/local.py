@@ -21,7 +21,7 @@ from fedraclora.ranks import window
 from fedraclora.recipe import RECIPES
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.samples import Samples
-from fedraclora.task import LOSSES, Task
+from fedraclora.task import Task, loss_function
 from fedraclora.tree import Tree
 from fedraclora.vmapped import effective_weights
 
@@ -170,7 +170,7 @@ def sample_losses(
             model, weights, (batch.inputs["x"],) if plain else (), None if plain else batch.inputs
         )
     logits = getattr(output, "logits", output).to(own.dtype)
-    return LOSSES[loss](logits, batch.target)
+    return loss_function(loss)(logits, batch.target)
 
 
 def batches(

@@ -8,7 +8,7 @@ from torch import nn
 from fedraclora.evaluate import evaluate
 from fedraclora.rng import generator
 from fedraclora.samples import Samples
-from fedraclora.task import LOSSES, forward
+from fedraclora.task import forward, loss_function
 
 
 def pretrain(
@@ -44,7 +44,7 @@ def pretrain(
         order = torch.from_numpy(generator(seed, "pretrain", epoch).permutation(len(train)))
         for rows in order.split(batch_size):
             batch = train.take(rows).trim()
-            losses, counts = LOSSES[loss](forward(model, batch.inputs), batch.target)
+            losses, counts = loss_function(loss)(forward(model, batch.inputs), batch.target)
             optimiser.zero_grad()
             (losses.sum() / counts.sum()).backward()
             optimiser.step()

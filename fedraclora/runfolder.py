@@ -83,12 +83,7 @@ def alone(folder: Path) -> Iterator[None]:
         CheckpointError: If another process runs in the folder.
         ConfigError: If the folder cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output.dir: cannot make the folder {folder} ({error}); choose another one"
-        ) from error
+    make(folder)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,11 +94,29 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def make(folder: Path) -> None:
+    """Make a run folder.
+
+    Raises:
+        ConfigError: If that cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output.dir: cannot make the folder {folder} ({error}); choose another one"
+        ) from error
+
+
 def run_id(folder: Path) -> str:
-    """Name a run for those who keep something of it elsewhere; the name stays in its folder."""
+    """Name a run for those who keep something of it elsewhere; the name stays in its folder.
+
+    Raises:
+        ConfigError: If the folder cannot be made.
+    """
     path = folder / "run_id"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        make(folder)
         with replacing(path) as partial:
             partial.write_text(secrets.token_hex(16))
     return path.read_text()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedraclora.errors import unknown
+from fedraclora.named import import_function
 from fedraclora.samples import ClientData, Samples
 
 # (output, target) -> (loss summed over the parts of each sample [N], number of parts [N])
@@ -55,6 +57,20 @@ LOSSES: dict[str, LossFunction] = {
     "logistic": logistic,
     "next_token": next_token,
 }
+
+
+def loss_function(name: str) -> LossFunction:
+    """Give the loss of a name: a key of `LOSSES`, or ``package.module:function``.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if ":" in name:
+        found: LossFunction = import_function("data.loss", name)
+        return found
+    if name not in LOSSES:
+        raise unknown("loss", name, LOSSES)
+    return LOSSES[name]
 
 
 # The same with the slope of each loss at the output, for those who do without autograd.
@@ -102,7 +118,7 @@ class Task:
     Attributes:
         model: The network; its weights are W^0. Never modified: weights are passed in.
         head: Name prefixes of the final layer (``"fc2"`` or ``"classifier"``).
-        loss: A key of `LOSSES`.
+        loss: A key of `LOSSES`, or ``package.module:function``.
         metrics: Names of metrics of `fedraclora.evaluate.METRICS`; the first is the headline.
         train: Client data.
         test: Held-out samples.

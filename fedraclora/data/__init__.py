@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fedraclora.data.dataset import DataSet, hold_out, select_labels
 from fedraclora.data.digits import load_digits
 from fedraclora.data.mnist import load_mnist, load_mnist_5k
+from fedraclora.data.own import own_samples
 from fedraclora.data.partition import PARTITIONS, make_partition
 from fedraclora.data.shakespeare import load_shakespeare
 from fedraclora.data.synthetic import least_squares, logistic_regression
@@ -24,4 +25,5 @@ DATASETS: dict[str, Callable[..., DataSet]] = {
     "text": load_text,
     "shakespeare": load_shakespeare,
     "virtual": virtual,
+    "own": own_samples,
 }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fedraclora.models.built import Built, check_fit
 from fedraclora.models.cnn import build_cnn
+from fedraclora.models.function import build_function
 from fedraclora.models.gpt import build_gpt
 from fedraclora.models.hf import build_hf, build_transformer
 from fedraclora.models.linear import build_linear
@@ -20,4 +21,5 @@ MODELS: dict[str, Callable[..., Built]] = {
     "hf": build_hf,
     "transformer": build_transformer,
     "gpt": build_gpt,
+    "function": build_function,
 }

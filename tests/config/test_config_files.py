@@ -69,17 +69,20 @@ BESIDE = {
     "data/shakespeare": [*ROLES, *TINY, "clients=null"],
     "model/gpt": [*ROLES, *TINY, "clients=null"],
 }
-# Texts and large models: slow to load, or not here. They are composed only.
+# Texts and large models: slow to load, or not here; and other people's. They are composed only.
 COMPOSED = {
     *(name for name in FILES if name.startswith(("data/glue_", "experiment/glue"))),
     "data/mnist",
+    "data/own",  # a package's, in test_deploy_own.py
     "data/rotten_tomatoes",
     "data/text",
+    "engine/deploy",  # by fedraclora deploy alone
     "experiment/cola_sources",
     "experiment/mrpc_dirichlet",
     "experiment/rotten_tomatoes",
     "experiment/rte_dirichlet",
     "experiment/stsb_genres",
+    "model/function",
     "model/hf",
     "model/minilm",
     "model/transformer",

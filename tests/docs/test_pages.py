@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import deploy
 from experiments.bench.config import parse
 from experiments.choices import check_choices, composed
 from experiments.theory.config import TheoryConfig
@@ -26,6 +27,7 @@ LINES = [
 ]
 LINES = [line for line in LINES if not set(line) & set("<\\|&")]  # whole commands alone
 SIMULATIONS = [line for line in LINES if line.startswith("fedraclora simulate")]
+DEPLOYMENTS = [line for line in LINES if line.startswith("fedraclora deploy")]
 THEORIES = [line for line in LINES if line.startswith("fedraclora theory")]
 BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 
@@ -35,6 +37,12 @@ def test_each_simulation_composes(line: str) -> None:
     words = shlex.split(line)[2:]
     check_choices(words)
     from_plain(composed(words), METHODS)
+
+
+@pytest.mark.parametrize("line", DEPLOYMENTS)
+def test_each_deployment_composes(line: str) -> None:
+    _, local, words = deploy.split(shlex.split(line)[2:])
+    deploy.prepare(words, local)
 
 
 @pytest.mark.parametrize("line", BENCHES)

@@ -1,0 +1,48 @@
+"""A model of another package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from fedraclora.errors import ConfigError
+from fedraclora.models.built import Built, seeded
+from fedraclora.named import import_function
+
+
+def build_function(
+    *,
+    function: str,
+    head: Sequence[str],
+    shape: tuple[int, ...],
+    classes: int,
+    seed: int,
+    arguments: Mapping[str, object] | None = None,
+    targets: str = "all-linear",
+) -> Built:
+    """Build what a function of another package gives.
+
+    Args:
+        function: ``package.module:function``; it is called with ``shape`` and ``classes`` of the
+            data and with ``arguments``, and gives a `torch.nn.Module`. Its draws from torch's
+            global generator are fixed by the seed of the run.
+        head: Name prefixes of the final layer; empty where there is nothing but one layer.
+        shape: Shape of one input.
+        classes: Number of outputs.
+        seed: The seed of the run.
+        arguments: Further arguments.
+        targets: The default pattern of adapted layers.
+
+    Raises:
+        ConfigError: If it cannot be imported, or gives something else.
+    """
+    build = import_function("model.function", function)
+    with seeded(seed, "model"):
+        model = build(shape=shape, classes=classes, **(arguments or {}))
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model.function: {function} gives a {type(model).__name__}; a torch.nn.Module is "
+            "wanted"
+        )
+    return Built(model.train(), tuple(head), targets)

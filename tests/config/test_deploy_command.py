@@ -1,0 +1,235 @@
+"""``fedraclora deploy`` refuses before anything starts, and is true about a run elsewhere."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments import deploy
+from experiments.record import Record
+from experiments.simulate import main as simulate_main
+from fedraclora.engines.deploy import control
+from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
+from fedraclora.engines.deploy.local import LocalDeployment
+from fedraclora.errors import CheckpointError, EngineError
+from fedraclora.ledger import read_ledger
+from strategies.server_app import ROW, SUMMARY
+
+SMALL = ["data=digits", "data.labels=null", "pretrain=none", "model.hidden=[6]", "output=study"]
+SMALL += ["method.rank=2", "rounds=2"]
+ROWS = [
+    {"round": r, "metrics": {"accuracy": 0.1 * r}, "uplink_total": r, "downlink_total": r}
+    for r in range(3)
+]
+TOTALS = {"rounds": 2, "clients": 3, "cohort": 3, "uplink_floats": 8, "seconds": 1.0}
+OUTCOME = {"metrics": {"accuracy": 0.2}, "uplink_total": 2, "downlink_total": 2, **TOTALS}
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(LocalDeployment, "__enter__", fail)
+    monkeypatch.setattr(Connection, "submit", fail)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "say where: connection=NAME"),
+        (["local=3", "connection=x"], "say where: connection=NAME"),
+        (["local=0"], "local is 0; a number of SuperNodes is wanted"),
+        (["local=three"], "local is 'three'; a number of SuperNodes is wanted"),
+        (["local=3", "engine=ray"], "engine is ray"),
+        (["local=3", "engine=inlne"], "did you mean 'inline'?"),
+        (["local=3", "clints=3"], "Could not override 'clints'"),
+        (["local=3", "engine.min_clients=0"], "engine.min_clients is 0"),
+        (["local=3", "engine.timeout=0"], "engine.timeout is 0"),
+        (["local=3", "engine.max_samples=0"], "engine.max_samples is 0"),
+        (["local=3", "engine.chunk=2"], "trains one client at a time"),
+        (["local=3", "max_failures=1"], "engine.min_clients says how many clients a round needs"),
+        (["local=3", "system=phones"], "system is for simulated devices"),
+        (["local=3", "head=local"], "head is local"),
+        (["connection=x", "engine.folder=here"], "engine.folder is 'here'; a whole path"),
+        (["local=3", "resume=nowhere"], "nowhere is no run folder"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_message(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert deploy.main([*SMALL, f"output.dir={tmp_path / 'run'}", *words]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert said in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "clients", "cohort"),
+    [([], 3, 3), (["clients=8"], 8, 20), (["clients=8", "cohort=2"], 8, 2), (["cohort=2"], 3, 2)],
+)
+def test_clients_are_as_many_as_nodes_unless_typed(
+    words: list[str], clients: int, cohort: int, tmp_path: Path
+) -> None:
+    if cohort > clients:
+        with pytest.raises(Exception, match="cohort is 20, but there are only 8 clients"):
+            deploy.prepare([*SMALL, *words], 3)
+        return
+    order = deploy.prepare([*SMALL, *words, f"output.dir={tmp_path}/run"], 3)
+    assert (order.config.clients, order.config.cohort) == (clients, cohort)
+    assert order.config.output.dir == str(tmp_path / "run")
+
+
+def test_the_server_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    words = [*SMALL, "clients=3", "cohort=3", f"output.dir={tmp_path}/run"]
+    assert deploy.prepare(words, None).config.output.dir == "~/fedraclora/run"
+    order = deploy.prepare([*words, "engine.folder=/srv/run"], None)
+    assert order.config.output.dir == "/srv/run"
+    assert order.plain["output"]["dir"] == f"{tmp_path}/run"  # type: ignore[index]
+
+
+class Elsewhere(Connection):
+    """A SuperLink that tells of a run what a test wants."""
+
+    def __init__(self, streams: list[list[str]], status: str = COMPLETED) -> None:
+        super().__init__("elsewhere", {})
+        self.streams, self.word = streams, status
+        self.stopped: list[int] = []
+
+    def submit(self, app: Path, run_config: Path) -> int:
+        assert (app / "pyproject.toml").is_file()
+        assert "cfg-json" in run_config.read_text()
+        return 7
+
+    def status(self, run: int) -> Status:
+        assert run == 7
+        return Status("running" if self.streams else self.word, "the disk is full")
+
+    def follow(self, run: int) -> Iterator[str]:
+        yield from self.streams.pop(0)
+
+    def stop(self, run: int, seconds: float = 30.0) -> None:
+        self.stopped.append(run)
+
+
+def line(mark: str, value: object) -> str:
+    return f"{mark}{json.dumps(value)}\n"
+
+
+LINES = [line(ROW, row) for row in ROWS]
+
+
+@pytest.fixture
+def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> deploy.Order:
+    monkeypatch.setattr(deploy, "PAUSE", 0.0)
+    words = [*SMALL, "clients=3", "cohort=3", "output.progress=false", "output.plots=true"]
+    return deploy.prepare([*words, f"output.dir={tmp_path}/run"], None)
+
+
+def test_a_run_elsewhere_leaves_its_record_here(order: deploy.Order) -> None:
+    """The stream breaks once, and begins anew."""
+    streams = [["INFO: hello\n", *LINES[:2]], [*LINES, line(SUMMARY, OUTCOME)]]
+    with Record(order.folder, order.plain, resume=False) as record:
+        deploy.run(order, Elsewhere(streams), record)
+    assert read_ledger(order.folder / "ledger.jsonl") == ROWS
+    assert json.loads((order.folder / "summary.json").read_text())["rounds"] == 2
+    assert (order.folder / "curves.png").is_file()
+    assert yaml.safe_load((order.folder / "config.yaml").read_text()) == order.plain
+
+
+def test_a_server_that_went_back_overwrites_rounds(order: deploy.Order) -> None:
+    with Record(order.folder, order.plain, resume=False) as record:
+        for row in ROWS:
+            record.take(row)
+    again = {**ROWS[1], "uplink_total": 5}
+    with Record(order.folder, order.plain, resume=True) as record:
+        record.take(again)
+    assert read_ledger(order.folder / "ledger.jsonl") == [ROWS[0], again]
+
+
+def test_a_folder_with_a_run_is_not_written_over(order: deploy.Order) -> None:
+    with Record(order.folder, order.plain, resume=False):
+        pass
+    with (
+        pytest.raises(CheckpointError, match="holds a run already"),
+        Record(order.folder, order.plain, resume=False),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("word", ["finished:failed", "finished:stopped"])
+def test_a_run_that_failed_has_its_words(
+    word: str, order: deploy.Order, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = Elsewhere([["ERROR: no space\n", LINES[0]]], word)
+    with pytest.raises(EngineError, match=f"run 7 ended as {word}: the disk is full"):
+        deploy.run(order, link, None)
+    assert "ERROR: no space" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_the_run(order: deploy.Order) -> None:
+    class Interrupted(Elsewhere):
+        def follow(self, run: int) -> Iterator[str]:
+            yield LINES[0]
+            raise KeyboardInterrupt
+
+    link = Interrupted([])
+    with pytest.raises(KeyboardInterrupt):
+        deploy.run(order, link, None)
+    assert link.stopped == [7]
+
+
+def program(folder: Path, text: str) -> dict[str, str]:
+    """An environment whose ``flwr`` does what a test wants."""
+    path = folder / "flwr"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
+def test_the_command_line_of_flower_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = """case $1 in
+    run) echo 'INFO: built'; echo '{"success": true, "run-id": "12"}';;
+    list) echo '{"runs": [{"status": "finished:failed", "status-details": "why"}]}';;
+    log) echo one; echo two;;
+    esac"""
+    environ = program(tmp_path, said)
+    monkeypatch.setenv("PATH", environ["PATH"])
+    link = Connection("house", environ)
+    assert link.submit(tmp_path, tmp_path / "run.toml") == 12
+    assert link.status(12) == Status("finished:failed", "why")
+    assert [*link.follow(12)] == ["one\n", "two\n"]
+
+
+def test_a_superlink_that_does_not_answer_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = program(tmp_path, "echo no such host >&2; exit 1")
+    monkeypatch.setenv("PATH", environ["PATH"])
+    monkeypatch.setattr(control, "LOST", 0.0)
+    link = Connection("house", environ)
+    with pytest.raises(EngineError, match="took no run: no such host"):
+        link.submit(tmp_path, tmp_path / "run.toml")
+    with pytest.raises(EngineError, match=r"has not answered for 0 s .*no such host"):
+        link.status(12)
+
+
+def test_simulate_sends_its_reader_to_deploy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = [*SMALL, "clients=3", "cohort=3", "engine=deploy", f"output.dir={tmp_path}/run"]
+    monkeypatch.setattr("sys.argv", ["simulate", *words])
+    with pytest.raises(SystemExit) as ended:
+        simulate_main()
+    assert ended.value.code == 1
+    assert "engine=deploy is for fedraclora deploy" in capsys.readouterr().err

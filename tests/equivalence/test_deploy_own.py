@@ -1,0 +1,135 @@
+"""Data, model and loss of another package: the worked example of docs/deploy.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from deployed import Network, composed, rows, summary
+from flwr.app import Context, RecordDict
+
+from experiments.simulate import simulate
+from fedraclora.data.own import checked, own_samples, read_own
+from fedraclora.errors import ConfigError, DataError
+from fedraclora.named import import_function
+from strategies.server_app import app as server_app
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "deploy"
+WORDS = [
+    "data=own",
+    "data.classes=10",
+    "data.shape=[64]",
+    "data.test=clinic.data:held_out",
+    "data.loss=clinic.model:smoothed",
+    "model=function",
+    "model.function=clinic.model:network",
+    "model.head=[classifier]",
+    "+model.arguments.width=24",
+    "partition=given",
+    "pretrain=none",
+    "method.rank=3",
+    "method.alpha=2",
+    "clients=3",
+    "cohort=3",
+    "rounds=3",
+    "local.lr=0.1",
+    "head=average",
+    "output=study",
+]
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the example's package were installed on every machine."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+
+
+def run(folder: Path, network: Network, *words: str) -> None:
+    plain = composed([*WORDS, "engine=deploy", f"output.dir={folder}", *words])
+    network.run_config = {"cfg-json": json.dumps(plain), "resume": False}
+    server_app(grid=network, context=Context(1, 1, {}, RecordDict(), network.run_config))
+
+
+def test_each_node_trains_on_what_it_has(tmp_path: Path) -> None:
+    """One from a file, one from a folder of several, one from a function: the bits of inline."""
+    owner = import_function("data", "clinic.data:owner")
+    for client, name in ((0, "own/train.npz"), (1, "shared/1.npz")):
+        x, y = owner(client)
+        (tmp_path / name).parent.mkdir()
+        np.savez(tmp_path / name, x=x, target=y)
+    nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
+        7: {"partition-id": 0, "data": str(tmp_path / "own")},
+        5: {"partition-id": 1, "data": str(tmp_path / "shared")},
+        6: {"partition-id": 2, "data": "clinic.data:owner"},
+    }
+    run(tmp_path / "run", Network(tmp_path / "cache", nodes))
+    inline = tmp_path / "inline"
+    words = ["engine=inline", "data.samples=clinic.data:owner", f"output.dir={inline}"]
+    simulate(composed([*WORDS, *words]), inline)
+    found, wanted = summary(tmp_path / "run"), summary(inline)
+    assert found["weights_digest"] == wanted["weights_digest"]
+    assert [r.get("metrics") for r in rows(tmp_path / "run")] == [
+        r.get("metrics") for r in rows(inline)
+    ]
+    assert rows(inline)[3]["metrics"]["loss"] < rows(inline)[0]["metrics"]["loss"]  # type: ignore[index]
+
+
+def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:
+    nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
+        1000 - k: {"partition-id": k, "data": "clinic.data:owner"} for k in range(3)
+    }
+    del nodes[999]["data"]
+    run(tmp_path / "run", Network(tmp_path / "cache", nodes), "engine.min_clients=2")
+    for row in rows(tmp_path / "run")[1:]:
+        (failure,) = row["failures"]  # type: ignore[misc, has-type]
+        assert failure["client"] == 1
+        assert "data=own needs data in node-config" in failure["reason"]
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "said"),
+    [
+        ("clinic.data:nothing", ConfigError, "cannot be imported here"),
+        ("nowhere.data:owner", ConfigError, "No module named 'nowhere'"),
+        ("clinic.data:CLINICS", ConfigError, "which is a int, no function"),
+        ("no/such/folder", DataError, "neither no/such/folder/1.npz nor no/such/folder/train.npz"),
+    ],
+)
+def test_sources_that_are_none_are_named(source: str, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        read_own(source, 1, (64,))
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (torch.zeros(3, 4), r"gives a Tensor; \(inputs, target\) is wanted"),
+        ((torch.zeros(3, 4), torch.zeros(2)), "2 targets and inputs of {'x': 3} samples"),
+        ((torch.zeros(0, 4), torch.zeros(0)), "0 targets and inputs of {'x': 0} samples"),
+        ((torch.zeros(3, 5), torch.zeros(3)), r"one input is \(5,\); x of shape \(4,\) is wanted"),
+        (({"ids": torch.zeros(3, 4)}, torch.zeros(3)), r"one input is \['ids'\]; x of shape"),
+    ],
+)
+def test_samples_that_do_not_fit_are_named(found: object, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        checked(found, "it", (4,))
+
+
+def test_files_without_a_target_or_with_pickles_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "1.npz", x=np.zeros((2, 4)))
+    with pytest.raises(DataError, match="target is wanted"):
+        read_own(str(tmp_path), 1, (4,))
+    np.savez(tmp_path / "2.npz", x=np.array([{}, {}], object), target=np.zeros(2))
+    with pytest.raises(DataError, match="cannot be read"):
+        read_own(str(tmp_path), 2, (4,))
+
+
+def test_what_is_with_its_owners_is_not_simulated() -> None:
+    data = own_samples(clients=3, classes=10, shape=[64], test="clinic.data:held_out")
+    with pytest.raises(ConfigError, match="the samples are with their owners"):
+        data.parts.gather(torch.tensor([0]), torch.tensor([[0]]))  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"data\.test is not set"):
+        own_samples(clients=3, classes=10, shape=[64])
