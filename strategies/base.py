@@ -20,7 +20,7 @@ from fedraclora.aggregator import Setting
 from fedraclora.chain import CatchUp
 from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
-from fedraclora.errors import ConfigError, FedRacLoraError, WireError
+from fedraclora.errors import FedRacLoraError, WireError
 from fedraclora.ledger import number
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.optimiser import LocalConfig
