@@ -11,13 +11,16 @@ import pytest
 import yaml
 
 from experiments import deploy
+from experiments.assemble import assemble
+from experiments.choices import composed
 from experiments.record import Record
-from experiments.simulate import main as simulate_main
+from fedraclora.config import from_plain
 from fedraclora.engines.deploy import control
 from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
 from fedraclora.engines.deploy.local import LocalDeployment
-from fedraclora.errors import CheckpointError, EngineError
+from fedraclora.errors import CheckpointError, ConfigError, EngineError
 from fedraclora.ledger import read_ledger
+from strategies import METHODS
 from strategies.server_app import ROW, SUMMARY
 
 SMALL = ["data=digits", "data.labels=null", "pretrain=none", "model.hidden=[6]", "output=study"]
@@ -224,12 +227,7 @@ def test_a_superlink_that_does_not_answer_is_given_up(
         link.status(12)
 
 
-def test_simulate_sends_its_reader_to_deploy(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    words = [*SMALL, "clients=3", "cohort=3", "engine=deploy", f"output.dir={tmp_path}/run"]
-    monkeypatch.setattr("sys.argv", ["simulate", *words])
-    with pytest.raises(SystemExit) as ended:
-        simulate_main()
-    assert ended.value.code == 1
-    assert "engine=deploy is for fedraclora deploy" in capsys.readouterr().err
+def test_simulate_sends_its_reader_to_deploy() -> None:
+    config = from_plain(composed([*SMALL, "clients=3", "cohort=3", "engine=deploy"]), METHODS)
+    with pytest.raises(ConfigError, match="engine=deploy is for fedraclora deploy"):
+        assemble(config, None)
