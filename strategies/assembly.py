@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,11 +32,12 @@ from fedraclora.parcel import Archive
 from fedraclora.personal import personal_accuracy
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, stored_chunk
-from fedraclora.settings import DeployConfig, FlowerConfig, RayConfig
+from fedraclora.settings import RayConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.fleet import Fleet
 from strategies.loop import LoopConfig
+from strategies.loopconfig import loop_of
 from strategies.rows import Row
 from strategies.stopping import Stopping
 from strategies.treatment import Treatment
@@ -159,37 +160,6 @@ def settle_chunk(
     ray = isinstance(engine, RayConfig)
     share = engine.share if isinstance(engine, RayConfig) else None
     return plan_chunk(engine.chunk, trainer, base, downlink, cohort, share=share, spread=ray)
-
-
-def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype) -> LoopConfig:
-    """Give what the loop must know."""
-    engine = config.engine
-    loop = LoopConfig(
-        rounds=config.rounds,
-        clients=built.clients,
-        cohort=built.cohort,
-        chunk=chunk,
-        seed=config.seed,
-        weights=config.weights,
-        dtype=str(dtype).removeprefix("torch."),
-        evaluate_every=config.evaluate.every,
-        max_failures=config.max_failures,
-        # Ray's workers have a limit for each chunk, and in this process nobody is waited for.
-        timeout=engine.timeout if isinstance(engine, FlowerConfig | DeployConfig) else None,
-    )
-    if not isinstance(engine, DeployConfig):
-        return loop
-    if (engine.min_clients or 1) > built.cohort:
-        raise ConfigError(
-            f"engine.min_clients is {engine.min_clients}, but a round asks {built.cohort} clients"
-        )
-    return replace(
-        loop,
-        guarded=True,
-        min_clients=engine.min_clients,
-        max_samples=engine.max_samples,
-        retries=engine.retries,
-    )
 
 
 def book_of(
