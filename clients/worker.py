@@ -10,6 +10,7 @@ import torch
 from flwr.app import RecordDict
 
 from clients.kept import held, keep
+from clients.secure import answer_stage, masked_reply
 from fedraclora.clientstore import ClientStore
 from fedraclora.cohort import CohortTrainer
 from fedraclora.downlink import opening_rows
@@ -19,9 +20,11 @@ from fedraclora.method import Downlink
 from fedraclora.ranks import uploaded_mask
 from fedraclora.replica import Replica
 from fedraclora.robust import shortened
-from fedraclora.tree import Tree
+from fedraclora.sampling import client_weights
+from fedraclora.tree import Layout, Tree
 from fedraclora.trial import Trial, join
 from fedraclora.wire import Order, Reader, pack_trial, uplink_layout
+from fedraclora.wire.secagg import Stage, read_stage
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,9 @@ class Worker:
         reported by id, the others' results are used. Where memory runs out nobody is at fault:
         batches hold half as many clients from there on.
         """
+        stage = read_stage(content)
+        if stage is not None and stage.name != "masked":
+            return answer_stage(content, stage, self.store)
         downlink, order = self._reader.read(content)
         base = self.replica.at(order.version, order.round_)
         downlink, moments = held(self.store, downlink, order, base, self.trainer.local)
@@ -79,6 +85,8 @@ class Worker:
             if len(again) == 1:
                 again = self._attempt(base, downlink, order, places, outcome, moments)
             waiting += reversed(again)
+        if stage is not None:
+            return self._masked(base, downlink, order, outcome, stage)
         return self._reply(downlink, order, outcome)
 
     def _attempt(
@@ -152,6 +160,19 @@ class Worker:
         outcome.note(text)
         return parts(places, self.limit)
 
+    def _masked(
+        self, base: Tree, downlink: Downlink, order: Order, outcome: Outcome, stage: Stage
+    ) -> RecordDict:
+        """Hide what clients send from everyone; see `clients.secure`."""
+        places, layout = torch.tensor(outcome.places, dtype=torch.int64), uplink_layout(downlink)
+        updates, weights = torch.zeros(0, layout.size).double(), torch.zeros(0).double()
+        if (trial := join(outcome.trials)) is not None:
+            rows = sent_rows(trial, layout)
+            updates = rows - opening_rows(downlink, base, layout, places)
+            weights = client_weights(str(stage.settings["weights"]), trial.samples)
+        trained = (order.clients[places], updates, weights)
+        return masked_reply(order, stage, self.store, trained, outcome.failures, outcome.notes)
+
     @staticmethod
     def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:
         places = torch.tensor(outcome.places, dtype=torch.int64)
@@ -166,10 +187,15 @@ class Worker:
         )
 
 
+def sent_rows(trial: Trial, layout: Layout) -> torch.Tensor:
+    """Give what clients send as rows, float64 [k, P]."""
+    return layout.pack({n: trial.trained[n].cpu().double() for n, _ in layout.shapes}, lead=1)
+
+
 def within(clip: float, trial: Trial, downlink: Downlink, base: Tree) -> Trial:
     """Shorten what clients send to updates of norm ``clip``, over all that each of them sends."""
     layout = uplink_layout(downlink)
-    rows = layout.pack({n: trial.trained[n].cpu().double() for n, _ in layout.shapes}, lead=1)
+    rows = sent_rows(trial, layout)
     start = opening_rows(downlink, base, layout, torch.arange(len(rows)))
     short = layout.unpack(shortened(rows, start, clip))
     sent = {name: tensor.to(trial.trained[name]) for name, tensor in short.items()}

@@ -13,6 +13,7 @@ import torch
 from fedraclora.tree import Layout, Tree
 
 GENERATIONS = 2
+KEPT = "store/kept/"  # of the names of `ClientStore.secrets` among tensors
 
 
 class ClientStore:
@@ -21,10 +22,15 @@ class ClientStore:
     Args:
         generations: Rounds of which a client's rows are kept: those that a restored server may
             ask for again, and the one before.
+
+    Attributes:
+        secrets: What clients keep from stage to stage of a round and no longer (their keys of
+            secure aggregation), by id; in no checkpoint.
     """
 
     def __init__(self, generations: int = GENERATIONS) -> None:
         self.generations = generations
+        self.secrets: dict[int, bytes] = {}
         self._layout: Layout | None = None
         self._kept: dict[int, list[tuple[int, torch.Tensor]]] = {}
 
@@ -75,13 +81,15 @@ class ClientStore:
     def part(self, clients: list[int], round_: int) -> Tree:
         """What clients held before a round, in the form of `state`: to train elsewhere."""
         held = {c: [(r, t) for r, t in self._kept.get(c, []) if r < round_] for c in clients}
-        return self._packed([(c, *kept[-1]) for c, kept in held.items() if kept])
+        packed = self._packed([(c, *kept[-1]) for c, kept in held.items() if kept])
+        return packed | self._secrets(clients)
 
     def absorb(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep what clients hold that trained elsewhere: the `state` of another store."""
         other = ClientStore()
         other.restore(tensors)
         self._layout = other._layout or self._layout
+        self.secrets |= other.secrets
         for client, kept in other._kept.items():
             for round_, row in kept:
                 self._keep(client, round_, row)
@@ -89,19 +97,30 @@ class ClientStore:
     def since(self, round_: int) -> Tree:
         """What was staged in a round or later, in the form of `state`."""
         entries = [(c, r, t) for c, kept in sorted(self._kept.items()) for r, t in kept]
-        return self._packed([entry for entry in entries if entry[1] >= round_])
+        kept = self._packed([entry for entry in entries if entry[1] >= round_])
+        return kept | self._secrets(list(self.secrets))
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the tensors of `state` back."""
         prefix = "store/values/"
         values = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         self._kept = {}
+        self.secrets = {
+            int(n.removeprefix(KEPT)): bytes(t.tolist())
+            for n, t in tensors.items()
+            if n.startswith(KEPT)
+        }
         self._layout = Layout.of(values, skip=1) if values else None
         if self._layout is None:
             return
         rows = self._layout.pack(values, lead=1)
         for (client, round_), row in zip(tensors["store/keys"].tolist(), rows, strict=True):
             self._kept.setdefault(client, []).append((round_, row.clone()))
+
+    def _secrets(self, clients: list[int]) -> Tree:
+        """Write secrets as tensors of bytes: to travel with what else a client holds."""
+        held = {c: self.secrets[c] for c in clients if c in self.secrets}
+        return {f"{KEPT}{c}": torch.tensor(list(s), dtype=torch.uint8) for c, s in held.items()}
 
     def _packed(self, entries: list[tuple[int, int, torch.Tensor]]) -> Tree:
         if self._layout is None or not entries:

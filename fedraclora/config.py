@@ -25,6 +25,7 @@ from fedraclora.privacy import PRIVACIES, Privacy
 from fedraclora.rules import AGGREGATORS
 from fedraclora.sampling import WEIGHTINGS
 from fedraclora.schema import Plain, bind, build, coerce, section, without
+from fedraclora.secagg import SECURES, Open
 from fedraclora.settings import (
     ENGINES,
     DeployConfig,
@@ -98,6 +99,7 @@ class RunConfig(TaskConfig):
         rounds: Rounds.
         weights: examples or uniform.
         privacy: What a round may tell of a client.
+        secure: What the server sees of a cohort.
         aggregator: What happens to the updates before the method sees them.
         max_failures: Clients that may fail in a round.
         system: What the clients' devices are like.
@@ -110,6 +112,7 @@ class RunConfig(TaskConfig):
     rounds: int
     weights: str
     privacy: Privacy
+    secure: Open
     aggregator: Aggregator
     max_failures: int
     system: SystemConfig
@@ -130,6 +133,7 @@ GROUPS: dict[str, Callable[[Plain], object]] = {
     "system": lambda g: build("system", SystemConfig, without(g, "name")),
     "aggregator": lambda g: bind("aggregator", AGGREGATORS, g)(),
     "privacy": lambda g: bind("privacy", PRIVACIES, g)(),
+    "secure": lambda g: bind("secure", SECURES, g)(),
     "attack": lambda g: bind("attack", ATTACKS, g)(),
     "stop": lambda g: build("stop", StopConfig, g),
 }

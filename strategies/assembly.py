@@ -130,7 +130,9 @@ def assemble(
         replica=replica,
         evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
         book=book,
-        treatment=Treatment(config.aggregator, config.attack, config.privacy),
+        treatment=Treatment(
+            config.aggregator, config.attack, config.privacy, security=config.secure
+        ),
         on_round=on_round,
         sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
         fleet=Fleet(config.system, config.seed, config.local),

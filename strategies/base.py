@@ -139,15 +139,14 @@ class FedStrategy(EvaluatesItself):
     def _round(self, grid: Grid, round_: int, timeout: float | None) -> MetricRecord:
         """Run one round: exchanges until the method closes it, then evaluate and write."""
         watch = Stopwatch()
-        messages: Iterable[Message]
         messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
         exchange = self._current()
         moved = Moved()
         watch.lap("open")
         while True:
-            replies = grid.send_and_receive(messages, timeout=timeout)
+            ask = partial(grid.send_and_receive, timeout=timeout)
+            got = self._treated(self.treatment.receive(ask, exchange, messages, self.state.base))
             watch.lap("train")
-            got = self._collect(replies)
             moved.count(exchange, self.loop.dtype)
             again = self.method.next_exchange(self.state, exchange.downlink, got)
             if again is None:
@@ -179,10 +178,10 @@ class FedStrategy(EvaluatesItself):
             raise WireError("replies came before a round was opened")
         return self._exchange
 
-    def _collect(self, replies: Iterable[Message]) -> Uplinks:
+    def _treated(self, got: Uplinks) -> Uplinks:
         exchange = self._current()
         setting = Setting(exchange.downlink, exchange.round_, self.draw, self.state.base)
-        return self.treatment.treat(exchange.collect(replies), setting)
+        return self.treatment.treat(got, setting)
 
     def _close(self, round_: int, exchange: Exchange, got: Uplinks) -> None:
         """Let the method make the next state, and publish its weights."""
@@ -241,7 +240,7 @@ class FedStrategy(EvaluatesItself):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Close a round that `configure_train` opened (Flower's own loop calls this)."""
-        got = self._collect(replies)
+        got = self._treated(self._current().collect(replies))
         self._close(server_round, self._current(), got)
         token = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})
         return token, MetricRecord({"clients": len(got.clients)})

@@ -83,19 +83,25 @@ class PrivateRounds:
 
     def treat(self, got: Uplinks, setting: Setting) -> Uplinks:
         """Give the noisy mean of updates; those that are too long are shortened here, too."""
-        start, rows = starts(setting, got), rows_of(got)
+        start = starts(setting, got)
         if start.dim() > 1:
             raise ConfigError(
                 "privacy=client_level needs all clients to start alike, but this method starts "
                 "each from its own; choose another method, or privacy=none"
             )
-        clip, K = self.clip, len(rows)
-        updates = shortened(rows, start, clip) - start
-        ones = torch.ones(K, dtype=torch.float64)
-        total = weighted_sum(updates, ones, got.places) if K else torch.zeros_like(start)
+        clip, K = self.clip, len(got.clients)
+        if not K:
+            total, norms = torch.zeros_like(start), torch.zeros(0)
+        elif got.stacked is None:  # a secure sum: clients alone have shortened what they sent
+            total, norms = got.sum() - start * K, torch.zeros(0)
+        else:
+            rows = rows_of(got)
+            norms = torch.linalg.vector_norm(rows - start, dim=1)
+            ones = torch.ones(K, dtype=torch.float64)
+            total = weighted_sum(shortened(rows, start, clip) - start, ones, got.places)
         noisy = self.mechanism.noisy_sum(total, clip, self.key, setting.round_)
         if self.mechanism.count_noise is not None:
-            short = int((torch.linalg.vector_norm(rows - start, dim=1) < clip * WITHIN).sum())
+            short = int((norms < clip * WITHIN).sum())
             count = self.mechanism.noisy_count(short, K, self.key, setting.round_)
             self.clip = self.config.next_clip(clip, count, self.mechanism.cohort)
         self.row = {

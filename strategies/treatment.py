@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
+from flwr.app import Message
 
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Aggregator, Mean, Setting, rows_of
@@ -13,12 +15,17 @@ from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Method
 from fedraclora.privacy import ClientLevel, Privacy
 from fedraclora.runbook import RunBook
+from fedraclora.secagg import Open, SecAgg
 from fedraclora.secret import Secret
+from fedraclora.tree import Tree
 from strategies.account import SampleAccount, Sizes
+from strategies.exchange import Exchange
 from strategies.fleet import Fleet
 from strategies.loop import LoopConfig
 from strategies.private import PrivateRounds
 from strategies.rows import Row
+from strategies.secure import SecureSum
+from strategies.talk import Ask
 
 
 @dataclass
@@ -30,6 +37,8 @@ class Treatment:
         attack: What some clients do to harm the run.
         privacy: What a round may tell of a client.
         secret: Where its noise comes from; None: the run folder's own key.
+        security: What the server sees of a cohort.
+        secure: Secure aggregation in the rounds, by `begin`; None without.
         attackers: Their ids, int64; by `begin`.
         private: Privacy of clients in the rounds, by `begin`; None without.
         samples: The account of the privacy of samples, by `begin`; None without.
@@ -39,6 +48,8 @@ class Treatment:
     attack: Attack = field(default_factory=Attack)
     privacy: Privacy = field(default_factory=Privacy)
     secret: Secret | None = None
+    security: Open = field(default_factory=Open)
+    secure: SecureSum | None = None
     private: PrivateRounds | None = None
     samples: SampleAccount | None = None
     attackers: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -51,6 +62,15 @@ class Treatment:
         """
         self.aggregator.check(method.traits, loop.cohort)
         self.attackers = self.attack.attackers(loop.seed, loop.clients)
+        if isinstance(self.security, SecAgg):
+            if self.aggregator.individuals or self.attack.colludes:
+                raise ConfigError(
+                    f"aggregator={self.aggregator.name} or attack={self.attack.name} looks at "
+                    "single updates, which secure=secagg hides; take aggregator=mean, or "
+                    "secure=none"
+                )
+            self.secure = SecureSum(self.security)
+            self.secure.check(method, loop.weights)
         if (dp := fleet.local.dp) is not None:
             none = torch.zeros(loop.clients, dtype=torch.int64)
             self.samples = SampleAccount(dp, fleet.local, sizes, none)
@@ -60,6 +80,11 @@ class Treatment:
             raise ConfigError(
                 "privacy=client_level draws its cohorts and takes its mean itself, so system=none "
                 f"and aggregator=mean are wanted; aggregator is {self.aggregator.name}"
+            )
+        if self.secure is not None and self.privacy.quantile is not None:
+            raise ConfigError(
+                "privacy.quantile counts short updates one by one, which secure=secagg hides; set "
+                "it to null, or secure=none"
             )
         self.private = PrivateRounds.begin(self.privacy, method, loop, self.secret)
 
@@ -93,12 +118,29 @@ class Treatment:
         Raises:
             ConfigError: For a later exchange of a private round, which would cost as much again.
         """
-        if not first and (self.private or self.samples):
+        if not first and (self.private or self.samples or self.secure):
             raise ConfigError(
                 "privacy is accounted for one exchange a round, but this method asks for another; "
-                "choose another method, or privacy=none and local.dp=null"
+                "choose another method, or privacy=none, local.dp=null and secure=none"
             )
-        return None if self.private is None else self.private.clip
+        if self.private is not None:
+            return self.private.clip
+        return None if self.secure is None else self.secure.config.clip
+
+    def receive(
+        self, ask: Ask, exchange: Exchange, messages: Iterable[Message], base: Tree
+    ) -> Uplinks:
+        """Send the messages of an exchange and give what came, checked.
+
+        Args:
+            ask: Sends messages and gives the replies that come.
+            exchange: Which wrote the messages.
+            messages: To send.
+            base: What clients train from.
+        """
+        if self.secure is None or exchange.clip is None or not len(exchange.cohort):
+            return exchange.collect(ask(messages))
+        return self.secure.receive(ask, exchange, base, exchange.clip)
 
     def sums_are_enough(self, method: Method) -> bool:
         """Tell whether nobody looks at a single client's update."""
@@ -123,6 +165,8 @@ class Treatment:
             found["attackers"] = int(torch.isin(cohort.clients, self.attackers).sum())
         if self.private is not None:
             found |= {"train_loss": None, "privacy": self.private.row}
+        if self.secure is not None:
+            found |= {"train_loss": None, "secure": self.secure.row}
         if self.samples is not None:
             self._count(round_, loop, fleet)
             found |= {"train_loss": None, "sample_privacy": self.samples.row()}

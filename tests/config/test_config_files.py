@@ -37,6 +37,7 @@ BESIDE = {
     "aggregator/krum": [*DIGITS, "cohort=5"],
     "aggregator/multi_krum": [*DIGITS, "cohort=5"],
     "privacy/client_level": [*DIGITS, "weights=uniform"],
+    "secure/secagg": [*DIGITS, "weights=uniform"],
     "system/phones": [*DIGITS, "clients=40", "cohort=10"],
     "data/digits": ["pretrain=none", *TINY],
     "data/mnist_5k": ["pretrain=none", *TINY],

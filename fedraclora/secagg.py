@@ -1,0 +1,106 @@
+"""Settings of secure aggregation, and what follows from them: neighbours, threshold, steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedraclora.errors import ConfigError
+from fedraclora.rng import generator
+
+LEAST = 3  # clients of a sum: of two, each knows the other's part
+
+
+@dataclass(frozen=True)
+class Open:
+    """No secure aggregation, and the base of what there is."""
+
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class SecAgg(Open):
+    """SecAgg+: the server learns the sum of a cohort and of no smaller group.
+
+    Attributes:
+        clip: The greatest norm of an update; the step of the quantisation follows from it. Under
+            privacy=client_level that one's clip is used.
+        neighbours: With how many others each client shares masks and keys (even); None: all.
+        threshold: Share of its neighbours that must stay for a client's masks to come off; above
+            a half, so that no two groups can be asked for different secrets.
+        max_weight: The greatest weight of a client; 1 under weights=uniform.
+
+    References:
+        Bonawitz et al., *Practical secure aggregation for privacy-preserving machine learning*,
+        CCS 2017; Bell et al., *Secure single-server aggregation with (poly)logarithmic overhead*,
+        CCS 2020 (SecAgg+).
+    """
+
+    name: ClassVar[str] = "secagg"
+
+    clip: float = 10.0
+    neighbours: int | None = None
+    threshold: float = 0.5
+    max_weight: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        if not 0 < self.clip < math.inf:
+            raise ConfigError(f"secure.clip is {self.clip}; a positive finite number is wanted")
+        if not 0.5 <= self.threshold < 1:
+            raise ConfigError(f"secure.threshold is {self.threshold}; it must lie in [0.5, 1)")
+        if self.neighbours is not None and (self.neighbours < 2 or self.neighbours % 2):
+            raise ConfigError(
+                f"secure.neighbours is {self.neighbours}; an even number from 2 on, or null"
+            )
+        if self.max_weight < 1:
+            raise ConfigError(f"secure.max_weight is {self.max_weight}; 1 or more is wanted")
+
+    def graph(self, clients: list[int], seed: int, round_: int) -> dict[int, list[int]]:
+        """Say who are whose neighbours: the nearest ones on a ring in a drawn order.
+
+        Args:
+            clients: Ids.
+            seed: Of the run.
+            round_: From 1.
+
+        Returns:
+            The neighbours of each client, ascending; a client is none of its own.
+        """
+        K = len(clients)
+        reach = K if self.neighbours is None else self.neighbours // 2
+        order = [clients[i] for i in generator(seed, "neighbours", round_).permutation(K)]
+        found = {}
+        for i, client in enumerate(order):
+            near = {order[(i + d) % K] for d in range(-min(reach, K - 1), min(reach, K - 1) + 1)}
+            found[client] = sorted(near - {client})
+        return found
+
+    def shares(self, neighbours: int) -> int:
+        """Give how many shares of ``neighbours`` bring a secret back: more than half."""
+        return int(self.threshold * neighbours) + 1
+
+    def step(self, clients: int, clip: float, largest: int) -> float:
+        """Give the step of weighted updates with which no sum of ``clients`` runs over.
+
+        Each of its numbers is ``clip * max_weight`` at most, and the sum of weights must fit, too.
+
+        Args:
+            clients: Who may be in the sum.
+            clip: The greatest norm of an update.
+            largest: The greatest whole number that a sum may have.
+
+        Raises:
+            ConfigError: If the weights alone run over.
+        """
+        if clients * self.max_weight >= largest / 2:
+            raise ConfigError(
+                f"{clients} clients of weight up to secure.max_weight={self.max_weight} do not fit "
+                "into 32 bits; lower it, or take a smaller cohort"
+            )
+        # Room for the roundings: half a step of each client.
+        return clients * clip * self.max_weight / (largest - clients)
+
+
+SECURES: dict[str, type[Open]] = {kind.name: kind for kind in (Open, SecAgg)}

@@ -1,0 +1,209 @@
+"""Secure aggregation on the wire: the messages of its stages, and the algebra of masks.
+
+A client's vector of whole numbers modulo 2^32 gets one mask of its own and one for each neighbour,
+which that neighbour takes off; what is left of a sum is the clients' own masks, whose seeds come
+back in shares once the server has said who is in the sum.
+
+Keys, shares and encryption are Flower's primitives. The masks are not: its generator folds a seed
+to 32 bits and is no cipher. Here a mask is a ChaCha20 stream of the whole key.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
+from flwr.common.secure_aggregation.crypto.symmetric_encryption import (
+    decrypt,
+    encrypt,
+    generate_shared_key,
+)
+from flwr.supercore.primitives.asymmetric import (
+    bytes_to_public_key,
+    generate_key_pairs,
+    public_key_to_bytes,
+)
+
+from fedraclora.errors import WireError
+from fedraclora.secret import stream
+from fedraclora.wire.records import array_record, header_record, vector_record
+
+Words = npt.NDArray[np.uint32]
+STAGES = ("keys", "shares", "masked", "unmask")
+LARGEST = 2**31 - 1  # whole numbers of either sign, modulo 2^32
+SCALAR_BYTES = 48  # of a private key on the curve of Flower's keys, P-384
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a message of secure aggregation says beside the records of a train message.
+
+    Attributes:
+        name: One of `STAGES`.
+        settings: What all clients are told.
+        data: What each client is told, or says, by its id: plain JSON values.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    data: dict[int, Any]
+
+    def record(self) -> ConfigRecord:
+        """Write it as a record."""
+        record = ConfigRecord()
+        record["head"] = json.dumps({"stage": self.name, "settings": self.settings})
+        for client, data in self.data.items():
+            record[str(client)] = json.dumps(data)
+        return record
+
+
+def stage_message(
+    round_: int, stage: Stage, failures: Mapping[int, str] | None = None
+) -> RecordDict:
+    """Write a message, or a reply, of a stage in which nobody trains."""
+    header = {"round": round_, "failures": {str(c): why for c, why in (failures or {}).items()}}
+    clients = torch.tensor(sorted(stage.data), dtype=torch.int64)
+    return RecordDict(
+        {
+            "config": header_record(header),
+            "arrays": array_record(torch.empty(0)),
+            "chunk": vector_record({"clients": clients}),
+            "secure": stage.record(),
+        }
+    )
+
+
+def read_stage(content: RecordDict) -> Stage | None:
+    """Read the stage of a message; None where it has none.
+
+    Raises:
+        WireError: If it is not one of ours.
+    """
+    record = content.get("secure")
+    if not isinstance(record, ConfigRecord):
+        return None
+    try:
+        fields: dict[str, Any] = dict(record)
+        head = json.loads(fields.pop("head"))
+        data = {int(client): json.loads(value) for client, value in fields.items()}
+        stage = Stage(head["stage"], head["settings"], data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"a message of secure aggregation is damaged ({error})") from error
+    if stage.name not in STAGES:
+        raise WireError(f"secure aggregation has no stage {stage.name!r}; {STAGES} are known")
+    return stage
+
+
+def read_words(content: RecordDict) -> Words:
+    """Read the masked vectors of a reply, uint32 [k, P + 1].
+
+    Raises:
+        WireError: If there are none.
+    """
+    record = content.get("arrays")
+    found = record["flat"].numpy() if isinstance(record, ArrayRecord) else None
+    if found is None or found.dtype != np.uint32 or found.ndim != 2:
+        raise WireError("a masked reply holds no words of 32 bits")
+    return found
+
+
+def text_bytes(content: RecordDict) -> int:
+    """Count the bytes of what a message says beside the records of a train message."""
+    record = content["secure"]
+    return sum(len(str(value)) for value in record.values())
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+def new_pair() -> tuple[str, str]:
+    """Make a key pair: private and public, as text."""
+    private, public = generate_key_pairs()
+    scalar = private.private_numbers().private_value.to_bytes(SCALAR_BYTES, "big")
+    return scalar.hex(), public_key_to_bytes(public).decode()
+
+
+def shared_key(private: str, public: str) -> bytes:
+    """Agree on a key with the owner of ``public``: 32 bytes in base64, as Fernet takes them."""
+    curve = ec.SECP384R1()
+    own = ec.derive_private_key(int(private, 16), curve)
+    return generate_shared_key(own, bytes_to_public_key(public.encode()))
+
+
+def new_seed() -> str:
+    """Take the seed of a client's own mask from the operating system."""
+    return os.urandom(32).hex()
+
+
+def seal(key: bytes, sender: int, receiver: int, shares: list[str]) -> str:
+    """Encrypt shares for a neighbour, with who sends them to whom."""
+    return encrypt(key, json.dumps([sender, receiver, *shares]).encode()).decode()
+
+
+def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
+    """Undo `seal`.
+
+    Raises:
+        WireError: If it was not sealed by this sender for this receiver.
+    """
+    try:
+        said = json.loads(decrypt(key, text.encode()))
+    except Exception as error:  # whatever the cipher says of what is not its own
+        raise WireError(f"shares of client {sender} cannot be opened ({error!r})") from error
+    if said[:2] != [sender, receiver]:
+        raise WireError(f"shares of client {said[0]} for client {said[1]} went astray")
+    shares: list[str] = said[2:]
+    return shares
+
+
+def split(secret: str, threshold: int, count: int) -> list[str]:
+    """Split a secret (hexadecimal) so that any ``threshold`` of ``count`` shares give it back."""
+    return [share.hex() for share in create_shares(bytes.fromhex(secret), threshold, count)]
+
+
+def combine(shares: list[str]) -> str:
+    """Undo `split`.
+
+    Raises:
+        WireError: If the shares do not fit together.
+    """
+    try:
+        return combine_shares([bytes.fromhex(share) for share in shares]).hex()
+    except ValueError as error:
+        raise WireError(f"shares of a secret do not fit together ({error})") from error
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+def own_mask(seed: str, count: int) -> Words:
+    """Give a client's own mask."""
+    return np.frombuffer(stream(bytes.fromhex(seed), 4 * count), dtype="<u4").astype(np.uint32)
+
+
+def pair_mask(private: str, public: str, count: int, *, add: bool) -> Words:
+    """Give the mask of a pair of neighbours; one of them adds it, the other takes it off."""
+    key = base64.urlsafe_b64decode(shared_key(private, public))
+    words = own_mask(key.hex(), count)
+    return words if add else np.negative(words)
+
+
+def quantised(rows: torch.Tensor) -> npt.NDArray[np.uint32]:
+    """Round float64 [k, P], in steps, to whole ones, modulo 2^32: off by a half at the most."""
+    whole = torch.round(rows).to(torch.int64).numpy()
+    return (whole % 2**32).astype(np.uint32)
+
+
+def signed(words: Words) -> torch.Tensor:
+    """Read words as whole numbers of either sign, int64."""
+    return torch.from_numpy(words.astype(np.int64)).add_(2**31).remainder_(2**32).sub_(2**31)

@@ -1,0 +1,353 @@
+"""Secure aggregation in whole runs: the sum, who may leave when, and what the server sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message, RecordDict
+from worlds import (
+    RAGGED,
+    Run,
+    World,
+    assert_close_trees,
+    assert_equal_trees,
+    label,
+    make_method,
+    make_world,
+    run,
+    variants,
+)
+
+from clients.worker import Worker
+from fedraclora.attack import ALittleIsEnough
+from fedraclora.errors import ClientError, ConfigError
+from fedraclora.ledger import number
+from fedraclora.privacy import ClientLevel, Mechanism
+from fedraclora.rules import Median
+from fedraclora.secagg import SecAgg
+from fedraclora.secret import Secret
+from fedraclora.wire.secagg import read_stage
+from strategies.treatment import Treatment
+
+Variant = tuple[str, dict[str, Any]]
+LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
+SAME = [v for v in LINEAR if v[1].get("sketches", 1) == 1]  # all clients train the same numbers
+SIZES = (4, 9, 1, 6, 3)
+TWENTY = (3, 5, 2, 4) * 5
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+def secure(world: World, method: Any = None, **changes: Any) -> Run:
+    """A run under secure aggregation."""
+    weights = changes.pop("weights", "uniform")
+    settings = {"clip": 50.0, "max_weight": 9 if weights == "examples" else 1}
+    settings |= changes.pop("settings", {})
+    treatment = Treatment(security=SecAgg(**settings), **changes.pop("beside", {}))
+    method = method or make_method("fed_rac_lora")
+    return run(
+        world, method, RAGGED, weights=weights, treatment=treatment, **{"rounds": 1} | changes
+    )
+
+
+def leaving(monkeypatch: pytest.MonkeyPatch, when: dict[str, set[int]]) -> None:
+    """Let clients vanish at a stage: whatever they would have said is lost."""
+    whole = Worker.train
+
+    def train(self: Worker, content: RecordDict) -> RecordDict:
+        reply = whole(self, content)
+        stage = read_stage(reply)
+        gone = when.get(stage.name, set()) if stage is not None else set()
+        if stage is None or not gone:
+            return reply
+        for client in gone & stage.data.keys():
+            del reply["secure"][str(client)]
+        if stage.name == "masked":
+            ids = np.frombuffer(bytes(reply["chunk"]["clients"]), np.int64)
+            keep = ~np.isin(ids, list(gone))
+            words = reply["arrays"]["flat"].numpy()[keep]
+            reply["arrays"]["flat"] = type(reply["arrays"]["flat"])(words)
+            reply["chunk"]["clients"] = ids[keep].tobytes()
+        return reply
+
+    monkeypatch.setattr(Worker, "train", train)
+
+
+@pytest.mark.parametrize("variant", SAME, ids=label)
+@pytest.mark.parametrize("weights", ["uniform", "examples"])
+def test_every_linear_method_gets_the_sum(variant: Variant, weights: str, world: World) -> None:
+    name, changes = variant
+    plain = run(world, make_method(name, **changes), RAGGED, rounds=2, weights=weights)
+    found = secure(world, make_method(name, **changes), rounds=2, weights=weights)
+    assert_close_trees(found.weights, plain.weights, 1e-5)
+    for row in found.rows:
+        assert row["failures"] == []
+        assert row["train_loss"] is None
+        assert 0 < number(row, "secure", "error_bound") < 1e-5
+
+
+def test_the_error_of_a_round_is_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 clients, two of whom leave after they have shared their keys."""
+    world = make_world(sizes=TWENTY)
+    method = make_method("fed_rac_lora")
+    leaving(monkeypatch, {"masked": {4, 11}})
+    found = secure(world, method, max_failures=2, chunk=7, settings={"clip": 2.0})
+    (row,) = found.rows
+    assert [f["client"] for f in row["failures"]] == [4, 11]
+    assert "secure aggregation, masked" in row["failures"][0]["reason"]
+    assert row["secure"]["clients"] == 18
+    monkeypatch.undo()
+    rest = [c for c in range(20) if c not in {4, 11}]
+    trial = found.worker.trainer.train(
+        world.base,
+        method.open_round(
+            method.init(world.base, world.plan, found.strategy.draw),
+            1,
+            cohort_of(rest),
+            found.strategy.draw,
+        ),
+        torch.tensor(rest),
+        round_=1,
+        rate_scale=1.0,
+    )
+    mean = {n: t.mean(dim=0) for n, t in trial.trained.items()}
+    bound, step = row["secure"]["error_bound"], row["secure"]["step"]
+    assert step == pytest.approx(20 * 2.0 / 2**31, rel=1e-6)
+    assert bound == pytest.approx(step / 2)
+    gap = float((found.strategy.state.base["head.bias"] - mean["head.bias"]).abs().max())
+    assert 0 < gap <= bound
+
+
+def cohort_of(clients: list[int]) -> Any:
+    from fedraclora.method import Cohort
+
+    return Cohort(torch.tensor(clients), torch.ones(len(clients)))
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        {"keys": {1}},
+        {"shares": {1}},
+        {"masked": {1}},
+        {"unmask": {1}},
+        {"keys": {0}, "masked": {3}},
+        {"shares": {6}, "unmask": {2}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("neighbours", [None, 6])
+def test_clients_may_leave_at_every_stage(
+    when: dict[str, set[int]], neighbours: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum is that of those whose masked vectors came, whoever helps to unmask it."""
+    world = make_world(sizes=(4, 9, 1, 6, 3, 2, 5, 2, 3))
+    left = set().union(*(who for stage, who in when.items() if stage != "unmask"))
+    leaving(monkeypatch, when)
+    found = secure(world, max_failures=3, settings={"neighbours": neighbours})
+    monkeypatch.undo()
+    assert {f["client"] for f in found.rows[0]["failures"]} == left
+    rest = [c for c in range(9) if c not in left]
+    method, draw = found.strategy.method, found.strategy.draw
+    state = method.init(world.base, world.plan, draw)
+    sent = method.open_round(state, 1, cohort_of(rest), draw)
+    trial = found.worker.trainer.train(
+        world.base, sent, torch.tensor(rest), round_=1, rate_scale=1.0
+    )
+    wanted = trial.trained["head.weight"].mean(dim=0)
+    torch.testing.assert_close(found.strategy.state.base["head.weight"], wanted, rtol=0, atol=1e-6)
+
+
+def test_the_server_sees_no_client(world: World) -> None:
+    """No message of the server's holds a client's numbers, in the clear or as quantised words."""
+    found = secure(world, rounds=1, chunk=1)
+    trial = found.worker.trainer.train(
+        world.base,
+        *opened(found, world),
+        round_=1,
+        rate_scale=1.0,
+    )
+    (row,) = found.rows
+    step, seen = row["secure"]["step"], 0
+    names = list(trial.trained)
+    updates = torch.cat(
+        [(trial.trained[n] - world.base.get(n, torch.zeros(1))).reshape(5, -1) for n in names],
+        dim=1,
+    )
+    for content in (*found.worker.asked, *found.worker.answered):
+        for record in content.array_records.values():
+            for array in record.values():
+                values = array.numpy().astype(np.float64).reshape(-1)
+                if values.size < updates.shape[1]:
+                    continue
+                seen += 1
+                clear = torch.from_numpy(values[: updates.shape[1]])
+                for update in updates:
+                    assert not torch.allclose(clear, update, atol=1e-3)
+                    whole = torch.round(update / step).remainder(2**32)
+                    share = float(((clear - whole).abs() < 2).double().mean())
+                    assert share < 0.05
+    assert seen == 5  # the masked vectors, and nothing else of that size
+
+
+def opened(found: Run, world: World) -> tuple[Any, torch.Tensor]:
+    method, draw = found.strategy.method, found.strategy.draw
+    state = method.init(world.base, world.plan, draw)
+    return method.open_round(state, 1, cohort_of([*range(5)]), draw), torch.arange(5)
+
+
+def test_masked_words_are_uniform(world: World) -> None:
+    found = secure(world, rounds=3, chunk=1)
+    words = np.concatenate(
+        [
+            record["flat"].numpy().reshape(-1)
+            for content in found.worker.answered
+            for record in content.array_records.values()
+            if record["flat"].numpy().dtype == np.uint32
+        ]
+    )
+    assert words.size > 1000
+    counts = np.bincount(words >> 28, minlength=16) / words.size
+    assert np.abs(counts - 1 / 16).max() < 5 * np.sqrt(1 / 16 / words.size)
+
+
+def test_no_client_says_two_things_about_one_neighbour(world: World) -> None:
+    """Asked once more, for the other kind of shares: refused, and the keys are gone."""
+    asked: list[RecordDict] = []
+    whole = Worker.train
+
+    def train(self: Worker, content: RecordDict) -> RecordDict:
+        stage = read_stage(content)
+        if stage is not None and stage.name == "unmask":
+            asked.append(content)
+        return whole(self, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "train", train)
+        found = secure(world)
+    (content, *_) = asked
+    reply = found.worker.train(content)
+    said = read_stage(reply)
+    assert said is not None
+    assert said.data == {}
+    failures = json.loads(str(reply["config"]["header"]))["failures"]
+    assert all("does not answer twice" in why for why in failures.values())
+    assert set(found.worker.store.secrets.values()) == {b""}
+
+
+def test_what_a_client_checks_itself(world: World) -> None:
+    with pytest.raises(ClientError, match=r"its weight is 9; a whole number up to secure\.max_w"):
+        secure(world, weights="examples", settings={"max_weight": 8})
+    found = secure(world, weights="examples", settings={"max_weight": 8}, max_failures=1)
+    assert [f["client"] for f in found.rows[0]["failures"]] == [1]
+    short = secure(world, settings={"clip": 1e-3})
+    moved = short.strategy.state.base["head.bias"] - world.base["head.bias"]
+    assert 0 < float(moved.norm()) <= 1e-3
+
+
+def test_a_sum_that_cannot_be_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that adds to its masked vector what it likes moves the sum out of what can be."""
+    whole = Worker.train
+
+    def train(self: Worker, content: RecordDict) -> RecordDict:
+        reply = whole(self, content)
+        stage = read_stage(reply)
+        if stage is not None and stage.name == "masked":
+            words = reply["arrays"]["flat"].numpy().copy()
+            words[:, :-1] += np.uint32(2**30)
+            reply["arrays"]["flat"] = type(reply["arrays"]["flat"])(words)
+        return reply
+
+    monkeypatch.setattr(Worker, "train", train)
+    with pytest.raises(ClientError, match="some client sent what it may not"):
+        secure(world, settings={"clip": 1.0})
+
+
+def test_a_client_that_raises_is_named_with_what_it_said(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Worker.train
+
+    def train(self: Worker, content: RecordDict) -> RecordDict:
+        stage = read_stage(content)
+        if stage is not None and stage.name == "shares" and 3 in stage.data:
+            raise ValueError("no more entropy")
+        return whole(self, content)
+
+    monkeypatch.setattr(Worker, "train", train)
+    found = secure(world, max_failures=1, chunk=1)
+    (failure,) = found.rows[0]["failures"]
+    assert failure["client"] == 3
+    assert "shares: ValueError: no more entropy" in failure["reason"]
+
+
+def test_too_few_clients_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaving(monkeypatch, {"keys": {0, 1, 2}})
+    with pytest.raises(ClientError, match=r"2 client\(s\) are left for the stage shares"):
+        secure(world, max_failures=5)
+    monkeypatch.undo()
+    leaving(monkeypatch, {"unmask": {0, 1, 2, 3}})
+    with pytest.raises(ClientError, match="too many clients left"):
+        secure(world, max_failures=5)
+    monkeypatch.undo()
+    leaving(monkeypatch, {"masked": {2}})
+    with pytest.raises(ClientError, match="1 client"):
+        secure(world, max_failures=0)
+
+
+def test_the_bits_are_those_of_the_seed(world: World, tmp_path: Path) -> None:
+    """Keys are drawn anew, masks cancel exactly: the same run, in chunks or not, resumed or not."""
+    first = secure(world, rounds=4)
+    again = secure(world, rounds=4)
+    assert_equal_trees(first.weights, again.weights)
+
+    def shuffled(messages: list[Message]) -> list[Message]:
+        return messages[::-1]
+
+    assert_equal_trees(secure(world, rounds=4, arrange=shuffled).weights, first.weights)
+    secure(world, rounds=2, folder=tmp_path)
+    assert_equal_trees(secure(world, rounds=4, folder=tmp_path, resume=True).weights, first.weights)
+
+
+def test_noise_goes_on_the_secure_sum(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ClientLevel(clip=50.0, noise_multiplier=0.5, delta=1e-3)
+
+    def beside() -> dict[str, Any]:
+        return {"privacy": config, "secret": Secret(bytes(32))}
+
+    noisy = secure(world, rounds=2, beside=beside())
+    assert number(noisy.rows[1], "privacy", "epsilon") > 0
+    monkeypatch.setattr(Mechanism, "noisy_sum", lambda self, total, *rest: total)
+    silent = secure(world, rounds=2, beside=beside())
+    plain = secure(world, rounds=2)
+    assert_close_trees(silent.weights, plain.weights, 1e-9)
+    gap = noisy.weights["fc1.weight"] - plain.weights["fc1.weight"]
+    assert float(gap.abs().max()) > 1e-3
+
+
+def test_what_looks_at_clients_is_refused_beside_it(world: World) -> None:
+    with pytest.raises(ConfigError, match="aggregator=median or attack=none looks at single"):
+        secure(world, beside={"aggregator": Median()})
+    with pytest.raises(ConfigError, match="attack=a_little_is_enough looks at single updates"):
+        secure(world, beside={"attack": ALittleIsEnough(0.4)})
+    privacy = ClientLevel(quantile=0.5, noise_multiplier=2.0, delta=1e-3, count_noise=2.0)
+    with pytest.raises(ConfigError, match=r"privacy\.quantile counts short updates"):
+        secure(world, beside={"privacy": privacy})
+    with pytest.raises(ConfigError, match=r"set secure\.max_weight to the most samples"):
+        secure(world, weights="examples", settings={"max_weight": 1})
+    for variant in variants():
+        method = make_method(variant[0], **variant[1])
+        if not method.traits.linear:
+            with pytest.raises(ConfigError, match="this one needs each client's own"):
+                secure(world, method)
+        elif variant not in SAME:
+            with pytest.raises(ConfigError, match="train the same numbers"):
+                secure(world, method)
