@@ -42,6 +42,7 @@ RUNS = {
     "dense": ("method=fedavg",),
     "both factors": ("method=fedavg_lora",),
     "moments": ("method=cola", "method.resample_every=2", "local.moments=link"),
+    "secure": ("method.rank=2", "secure=secagg", "weights=uniform"),
     "ranks": ("method.rank=4", "system=mixed_ranks"),
 }
 PROCESS = b"ray::ClientAppActor"  # how Ray names Flower's processes; a dot and a method follow

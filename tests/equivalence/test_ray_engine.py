@@ -64,6 +64,13 @@ RUNS = {
         "head=local",
         "local.moments=link",
     ),
+    "secure": (
+        "method.rank=2",
+        "engine.chunk=32",
+        "secure=secagg",
+        "secure.neighbours=4",
+        "weights=uniform",
+    ),
     "ranks": ("method.rank=4", "engine.chunk=32", "system=mixed_ranks"),
 }
 
