@@ -24,6 +24,7 @@ from fedraclora.config import task_from_plain
 from fedraclora.engines.deploy.grid import STALE
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.parcel import Holding, read_holding
+from fedraclora.secret import Secret
 from fedraclora.settings import PretrainConfig
 from fedraclora.wire import clients_of
 from fedraclora.wire.parcel import read_parcel
@@ -53,10 +54,13 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     holding.begin(dict(trainer.task.model.named_parameters()))
     if not holding.follow(read_parcel(content)):
         return RecordDict({STALE: ConfigRecord({"held": holding.version})})
+    if trainer.local.dp is not None:
+        trainer.noise_seed = Secret.of_folder(folder, resume=False).number("sample noise")
     store = read_store(folder, generations(settings))
     reply = Worker(trainer, holding, store).train(content)
-    if kept := store.state():
+    if kept := store.since(0):
         save_tensors(store_file(folder), kept, {}, sync=True)
+        store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
     reply["job"] = ConfigRecord({"held": holding.version, "mark": str(holding.mark)})
     return reply
 

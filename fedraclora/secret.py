@@ -79,6 +79,10 @@ class Secret:
         text = f"{purpose}|{round_}|".encode() + hashlib.sha256(data).digest()
         return hmac.digest(self._key, text, "sha256")
 
+    def number(self, purpose: str) -> int:
+        """Give a whole number of 256 bits: a seed that nobody else knows."""
+        return int.from_bytes(self.derive(purpose, 0), "big")
+
     def uniforms(
         self, count: int, purpose: str, round_: int, about: torch.Tensor | None = None
     ) -> torch.Tensor:

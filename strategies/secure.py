@@ -10,7 +10,7 @@ import torch
 
 from fedraclora.aggregate import Uplinks
 from fedraclora.downlink import opening_rows
-from fedraclora.errors import ClientError, ConfigError
+from fedraclora.errors import ClientError, ConfigError, WireError
 from fedraclora.method import Method
 from fedraclora.secagg import SecAgg
 from fedraclora.tree import Tree
@@ -18,6 +18,7 @@ from fedraclora.wire.records import DTYPES
 from fedraclora.wire.secagg import (
     LARGEST,
     Words,
+    check_public,
     combine,
     own_mask,
     pair_mask,
@@ -78,13 +79,13 @@ class SecureSum:
         if exchange.downlink.apart:
             raise ConfigError("secure=secagg needs all clients to train the same numbers")
         talk = Talk(exchange, ask)
-        keys = talk.ask("keys", dict.fromkeys(exchange.cohort.clients.tolist()))
+        keys = talk.ask("keys", dict.fromkeys(exchange.cohort.clients.tolist()), check_keys)
         graph = self.config.graph(sorted(keys), exchange.loop.seed, exchange.round_)
         threshold = self.config.shares(min(map(len, graph.values()), default=0))
         told = {
             c: {"threshold": threshold, "keys": {str(n): keys[n] for n in graph[c]}} for c in graph
         }
-        sealed = talk.ask("shares", told)
+        sealed = talk.ask("shares", told, check_shares)
         inbox: dict[int, Any] = {
             c: {str(n): sealed[n][str(c)] for n in graph[c] if n in sealed} for c in sealed
         }
@@ -98,7 +99,7 @@ class SecureSum:
             }
             for c in words
         }
-        shares = talk.ask("unmask", asked, used=True)
+        shares = talk.ask("unmask", asked, check_unmask, used=True)
         total = unmasked(words, inbox, keys, shares, threshold)
         return self._checked(exchange, sorted(words), signed(total), step, clip, base, talk)
 
@@ -185,3 +186,23 @@ def unmasked(
             mask = pair_mask(scalar, keys[other]["mask"], len(total), add=client > other)
             total = total + mask
     return total
+
+
+def check_keys(told: Any, said: Any) -> None:
+    """Refuse what are no public keys."""
+    del told
+    for name in ("mask", "box"):
+        check_public(said[name])
+
+
+def check_shares(told: Any, said: Any) -> None:
+    """Refuse shares that are not for each neighbour once."""
+    if {*said} != {*told["keys"]} or not all(isinstance(text, str) for text in said.values()):
+        raise WireError(f"it sealed shares for {[*said]}, wanted are {[*told['keys']]}")
+
+
+def check_unmask(told: Any, said: Any) -> None:
+    """Refuse shares of others than was asked for."""
+    for kind in ("alive", "gone"):
+        if {*said[kind]} != {*map(str, told[kind])}:
+            raise WireError(f"it gave shares of {[*said[kind]]}, wanted are {told[kind]}")

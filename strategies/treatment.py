@@ -61,6 +61,10 @@ class Treatment:
             ConfigError: Saying why.
         """
         self.aggregator.check(method.traits, loop.cohort)
+        if loop.guarded and self.attack.share:
+            raise ConfigError(
+                f"attack={self.attack.name} is for simulations; real clients need nobody's leave"
+            )
         self.attackers = self.attack.attackers(loop.seed, loop.clients)
         if isinstance(self.security, SecAgg):
             if self.aggregator.individuals or self.attack.colludes:

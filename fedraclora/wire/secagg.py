@@ -133,6 +133,11 @@ def new_pair() -> tuple[str, str]:
     return scalar.hex(), public_key_to_bytes(public).decode()
 
 
+def check_public(text: str) -> None:
+    """Raise a ValueError unless this is a public key."""
+    bytes_to_public_key(text.encode())
+
+
 def shared_key(private: str, public: str) -> bytes:
     """Agree on a key with the owner of ``public``: 32 bytes in base64, as Fernet takes them."""
     curve = ec.SECP384R1()

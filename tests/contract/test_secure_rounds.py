@@ -27,6 +27,7 @@ from clients.worker import Worker
 from fedraclora.attack import ALittleIsEnough
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.ledger import number
+from fedraclora.method import Cohort, Draw
 from fedraclora.privacy import ClientLevel, Mechanism
 from fedraclora.rules import Median
 from fedraclora.secagg import SecAgg
@@ -36,7 +37,21 @@ from strategies.treatment import Treatment
 
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
-SAME = [v for v in LINEAR if v[1].get("sketches", 1) == 1]  # all clients train the same numbers
+
+
+def apart(variant: Variant) -> bool:
+    """Whether clients of a method train different numbers."""
+    method, small, draw = make_method(variant[0], **variant[1]), make_world(), Draw(1)
+    return method.open_round(
+        method.init(small.base, small.plan, draw), 1, cohort_of([*range(5)]), draw
+    ).apart
+
+
+def cohort_of(clients: list[int]) -> Cohort:
+    return Cohort(torch.tensor(clients), torch.ones(len(clients)))
+
+
+SAME = [v for v in LINEAR if not apart(v)]
 SIZES = (4, 9, 1, 6, 3)
 TWENTY = (3, 5, 2, 4) * 5
 
@@ -124,12 +139,6 @@ def test_the_error_of_a_round_is_within_the_bound(monkeypatch: pytest.MonkeyPatc
     assert bound == pytest.approx(step / 2)
     gap = float((found.strategy.state.base["head.bias"] - mean["head.bias"]).abs().max())
     assert 0 < gap <= bound
-
-
-def cohort_of(clients: list[int]) -> Any:
-    from fedraclora.method import Cohort
-
-    return Cohort(torch.tensor(clients), torch.ones(len(clients)))
 
 
 @pytest.mark.parametrize(
