@@ -1,0 +1,144 @@
+"""Secure aggregation and privacy on the nodes of a deployment, its network in this process."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deployed import Network, deploy, nodes_for, rows, small, summary
+from flwr.app import Message
+
+from experiments.simulate import simulate
+from fedraclora.checkpoint import load_tensors
+from fedraclora.clientstore import ClientStore
+from fedraclora.errors import ConfigError
+from fedraclora.ledger import number
+from fedraclora.secret import FILE
+from fedraclora.wire import clients_of
+from fedraclora.wire.secagg import read_stage
+
+SECURE = ["clients=5", "cohort=5", "weights=uniform", "secure=secagg", "rounds=2"]
+
+
+def test_the_bits_are_those_of_a_simulation_and_keys_are_forgotten(tmp_path: Path) -> None:
+    simulate(small(SECURE, tmp_path / "inline", "inline"), tmp_path / "inline")
+    network = Network(tmp_path / "cache", nodes_for(5))
+    deploy(SECURE, tmp_path / "run", network)
+    found, wanted = summary(tmp_path / "run"), summary(tmp_path / "inline")
+    assert found["weights_digest"] == wanted["weights_digest"]
+    assert not any(row.get("failures") for row in rows(tmp_path / "run"))
+    files = list((tmp_path / "cache").rglob("kept.safetensors"))
+    assert len(files) == 5
+    for path in files:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        store = ClientStore()
+        store.restore(load_tensors(path, "")[0])
+        assert set(store.secrets.values()) == {b""}
+
+
+def test_the_server_sees_masks_and_sealed_shares_only(tmp_path: Path) -> None:
+    """Between machines nothing of a client's own is in any message."""
+    network = Network(tmp_path / "cache", nodes_for(5))
+    deploy([*SECURE, "rounds=1"], tmp_path / "run", network)
+    sizes = {
+        (array.numpy().dtype.name, array.numpy().size)
+        for message in network.train_messages()
+        if read_stage(message.content) is not None
+        for name, record in message.content.array_records.items()
+        if name == "arrays"
+        for array in record.values()
+    }
+    words = [size for kind, size in sizes if kind == "uint32"]
+    assert len(words) == 1
+    assert all(size == 0 for kind, size in sizes if kind != "uint32")
+    assert not any("kept" in message.content for message in network.train_messages())
+
+
+def at_stage(stage: str, client: int, reply: Callable[[Message], list[Message]]) -> object:
+    """A fault of one client at one stage."""
+
+    def fault(message: Message, answer: Callable[[], Message]) -> list[Message]:
+        said = read_stage(message.content)
+        if said is not None and said.name == stage and clients_of(message.content) == [client]:
+            return reply(answer())
+        return [answer()]
+
+    return fault
+
+
+def nothing_of_it(message: Message) -> list[Message]:
+    message.content["secure"]["3"] = '{"mask": "no key", "box": "no key"}'
+    return [message]
+
+
+def wrong_words(message: Message) -> list[Message]:
+    flat = message.content["arrays"]["flat"]
+    message.content["arrays"]["flat"] = type(flat)(np.zeros((1, 3), dtype=np.uint32))
+    return [message]
+
+
+def twice(message: Message) -> list[Message]:
+    return [message, message]
+
+
+@pytest.mark.parametrize(
+    ("stage", "reply", "words"),
+    [
+        ("keys", nothing_of_it, "keys: its reply is refused"),
+        ("shares", nothing_of_it, "shares: its reply is refused"),
+        ("masked", wrong_words, "words (1, 3) came, wanted"),
+        ("masked", twice, None),
+    ],
+)
+def test_what_a_client_sends_amiss_is_its_failure_alone(
+    stage: str, reply: Callable[[Message], list[Message]], words: str | None, tmp_path: Path
+) -> None:
+    network = Network(tmp_path / "cache", nodes_for(5))
+    network.fault = at_stage(stage, 3, reply)  # type: ignore[assignment]
+    deploy([*SECURE, "rounds=1", "engine.min_clients=4"], tmp_path / "run", network)
+    failures = rows(tmp_path / "run")[-1]["failures"]
+    assert isinstance(failures, list)
+    if words is None:
+        assert failures == []
+        return
+    (failure,) = failures
+    assert failure["client"] == 3
+    assert words in failure["reason"]
+    assert number(rows(tmp_path / "run")[-1], "secure", "clients") == 4
+
+
+def test_the_noise_of_a_real_client_is_not_in_the_seed(tmp_path: Path) -> None:
+    words = ["local=dp_sgd", "rounds=1", "local.lr=0.1"]
+    digests = []
+    for name in ("one", "two"):
+        network = Network(tmp_path / name / "cache", nodes_for(3))
+        deploy(words, tmp_path / name / "run", network)
+        digests.append(summary(tmp_path / name / "run")["weights_digest"])
+        keys = list((tmp_path / name / "cache").rglob(FILE.name))
+        assert len(keys) == 3
+        assert {stat.S_IMODE(path.stat().st_mode) for path in keys} == {0o600}
+        assert number(rows(tmp_path / name / "run")[-1], "sample_privacy", "epsilon") > 0
+    assert digests[0] != digests[1]
+
+
+def test_the_same_key_gives_the_same_private_deployment(tmp_path: Path) -> None:
+    words = ["privacy=client_level", "privacy.delta=1e-3", "weights=uniform", "cohort=2"]
+    words += ["output.checkpoint_every=1"]
+    network = Network(tmp_path / "cache", nodes_for(3))
+    deploy([*words, "rounds=4"], tmp_path / "run", network)
+    key = (tmp_path / "run" / FILE).read_bytes()
+    whole = summary(tmp_path / "run")
+    again = Network(tmp_path / "again", nodes_for(3))
+    (tmp_path / "cut" / FILE.parent).mkdir(parents=True)
+    (tmp_path / "cut" / FILE).write_bytes(key)
+    deploy([*words, "rounds=4"], tmp_path / "cut", again)
+    assert summary(tmp_path / "cut")["weights_digest"] == whole["weights_digest"]
+
+
+def test_an_attack_is_for_simulations(tmp_path: Path) -> None:
+    network = Network(tmp_path / "cache", nodes_for(3))
+    with pytest.raises(ConfigError, match="attack=sign_flip is for simulations"):
+        deploy(["attack=sign_flip"], tmp_path / "run", network)
