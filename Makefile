@@ -14,6 +14,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Modules of tests run side by side, one to a core; each holds its fixtures together.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 PEERS := flower pfl fedlab fedjax
 
 # The number of threads fixes the order of sums inside matrix products, and so the last bits.
@@ -46,7 +48,7 @@ simulate: install ## Run the main job: Fed-RAC-LoRA over 200 simulated clients (
 	$(BIN)/python -m experiments.simulate $(ARGS)
 
 test: lint ## Check style, types and imports, then run the tests (not the slow ones, no GPU)
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: lint ## The same with the slow tests, GPU tests where there is one, and more examples
 	$(BIN)/python -m pytest --hypothesis-profile=ci $(ARGS)
