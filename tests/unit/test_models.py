@@ -22,7 +22,7 @@ CASES = {
     "transformer": ((), SMALL),
     "gpt": ((), {"classes": 20, "hidden": 8, "layers": 2, "heads": 2, "max_length": 9}),
 }
-TEXT = {"transformer", "gpt"}
+TEXT = ("transformer", "gpt")
 
 
 def build(name: str, seed: int = 0, **change):
