@@ -362,7 +362,7 @@ def test_every_local_setting(name: str, setting: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg"])
 def test_gradients_of_samples_on_every_model(name: str, case: str) -> None:
     local = replace(LOCAL, dp=SampleNoise(0.2, 0.5))
     run(CASES[case](), method_of(name), local, rounds=2, check={2})
