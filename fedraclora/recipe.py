@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 
 from fedraclora.ranks import within
+from fedraclora.rng import generator
 from fedraclora.tree import Tree
 
 GradientHook = Callable[[Tree], Tree]
@@ -133,6 +134,87 @@ def in_turn(
     return hook
 
 
+def as_matrices(stored: torch.Tensor, *, turned: bool) -> torch.Tensor:
+    """View weights [K, ...] as [K, out, in]; ``turned`` where they are stored (in, out)."""
+    return stored.mT if turned else stored.reshape(*stored.shape[:2], -1)
+
+
+def sparse(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
+    """Train a random share of the entries of full weights; one mask for all clients, for good.
+
+    Args:
+        frozen: Not read.
+        arguments: ``density``, the chance of an entry to be trained; ``seed/<weight>``, of the mask
+            of each weight that has one; ``turned/<weight>`` for those stored (in, out), whose mask
+            is turned, too.
+        ranks: Not read.
+    """
+    del frozen, ranks
+    masks: Tree = {}
+
+    def mask(name: str, gradient: torch.Tensor) -> torch.Tensor:
+        if name not in masks:
+            like = as_matrices(gradient[:1], turned=f"turned/{name}" in arguments)
+            drawn = generator(int(arguments[f"seed/{name}"]), "mask").random(tuple(like.shape[1:]))
+            kept = torch.from_numpy(drawn < arguments["density"])
+            kept = kept.mT if f"turned/{name}" in arguments else kept
+            masks[name] = kept.reshape(gradient.shape[1:]).to(gradient)
+        return masks[name]
+
+    def hook(gradients: Tree) -> Tree:
+        return {n: g * mask(n, g) if f"seed/{n}" in arguments else g for n, g in gradients.items()}
+
+    return hook
+
+
+def galore(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
+    """Project gradients of full weights on their leading singular vectors, of the smaller side.
+
+    Args:
+        frozen: Not read.
+        arguments: ``gap``, local steps that a projection serves; ``rank/<weight>`` for each weight
+            that is projected; ``turned/<weight>`` for those stored (in, out).
+        ranks: Not read.
+
+    Returns:
+        The hook for the round. Directions that the gradient does not have are projected out: which
+        of them an SVD names is the library's choice.
+
+    References:
+        Zhao et al., *GaLore*, ICML 2024, arXiv 2403.03507.
+    """
+    del frozen, ranks
+    gap, calls = int(arguments["gap"]), iter(range(2**63))
+    bases: Tree = {}
+
+    def project(name: str, gradient: torch.Tensor, *, anew: bool) -> torch.Tensor:
+        turned = f"turned/{name}" in arguments
+        G = as_matrices(gradient, turned=turned)
+        left = G.shape[1] <= G.shape[2]
+        if anew:
+            u, s, vt = torch.linalg.svd(G, full_matrices=False)
+            rank = int(arguments[f"rank/{name}"])
+            least = 10 * max(G.shape[1:]) * torch.finfo(G.dtype).eps * s[:, :1]
+            kept = (s > least).to(G)[:, None, :rank]
+            bases[name] = (u if left else vt.mT)[..., :rank] * kept
+        P = bases[name][: len(G)]
+        out = P @ (P.mT @ G) if left else (G @ P) @ P.mT
+        return out.mT if turned else out.reshape(gradient.shape)
+
+    def hook(gradients: Tree) -> Tree:
+        anew = next(calls) % gap == 0
+        return {
+            n: project(n, g, anew=anew) if f"rank/{n}" in arguments else g
+            for n, g in gradients.items()
+        }
+
+    return hook
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Hooks of one client behaviour, prepared once a round.
@@ -150,4 +232,6 @@ RECIPES: dict[str, Recipe] = {
     "projected": Recipe(gradient=projected),
     "block_diagonal": Recipe(gradient=block_diagonal),
     "in_turn": Recipe(gradient=in_turn),
+    "sparse": Recipe(gradient=sparse),
+    "galore": Recipe(gradient=galore),
 }

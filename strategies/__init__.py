@@ -16,10 +16,12 @@ from strategies.fedsvd import FedSvd
 from strategies.flexlora import FlexLora
 from strategies.flora_stacking import FloraStacking
 from strategies.frlora import FrLora
+from strategies.galore_average import GaloreAverage
 from strategies.hetlora import HetLora
 from strategies.lora_fair import LoraFair
 from strategies.ravan import Ravan
 from strategies.rolora import RoLora
+from strategies.slora import SLora
 
 METHODS: dict[str, type[Method]] = {
     "fed_rac_lora": FedRacLora,
@@ -36,10 +38,12 @@ METHODS: dict[str, type[Method]] = {
     "flexlora": FlexLora,
     "flora_stacking": FloraStacking,
     "frlora": FrLora,
+    "galore_average": GaloreAverage,
     "hetlora": HetLora,
     "lora_fair": LoraFair,
     "ravan": Ravan,
     "rolora": RoLora,
+    "slora": SLora,
     # Settings of methods above that have names of their own.
     "fed_cola": FedAvgLora,
     "fed_relora": FedAvgLora,

@@ -164,6 +164,11 @@ def closed(
     )
 
 
+def turned(plan: Plan) -> dict[str, int]:
+    """Name the weights that are stored (in, out), for recipes that look at a matrix."""
+    return {f"turned/{name}": 1 for name, view in plan.targets.items() if view.kind == "conv1d"}
+
+
 def dense_floats(plan: Plan) -> int:
     """Numbers in the tensors of `dense_slots`."""
     return sum(prod(plan.shapes[name]) for name in plan.dense)

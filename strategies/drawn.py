@@ -1,4 +1,4 @@
-"""Methods with one rank and scale, and factors that begin as a drawing: hyperparameters, start."""
+"""What methods with a rank and a scale have in common, and those whose factors are drawn."""
 
 from __future__ import annotations
 
@@ -14,24 +14,21 @@ from strategies.common import FIRST_LINK, drawn_rank
 
 
 @dataclass(frozen=True)
-class Drawn(Method):
+class Ranked(Method):
     """Hyperparameters that all of them have.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
+        rank: r; a fraction (0, 1] of the smaller side if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
+        cap: Cut the rank at the smaller side, with a note; False refuses it.
     """
 
     rank: int | float = 8
     alpha: float | str = "auto"
-    initial: str = "kaiming_uniform"
     cap: bool = True
 
     def __post_init__(self) -> None:
         """Refuse impossible hyperparameters."""
-        check_sketch(self.initial, "none", "independent")
         resolve_rank(self.rank, 1, "any layer", cap=True)
         resolve_scale(self.alpha, 1)
 
@@ -43,7 +40,7 @@ class Drawn(Method):
 
     def layer_rank(self, plan: Plan, name: str) -> Rank:
         """Give the rank of one layer, and a note where it is not the one that was asked for."""
-        return drawn_rank(self.rank, "right", plan, name, cap=self.cap)
+        return resolve_rank(self.rank, min(plan.targets[name].shape), name, cap=self.cap)
 
     def rank_of(self, plan: Plan, name: str) -> int:
         """Give the rank of one layer."""
@@ -58,6 +55,29 @@ class Drawn(Method):
         ranks = {name: self.rank_of(plan, name) for name in plan.targets}
         B, A = (sum(r * plan.targets[n].shape[side] for n, r in ranks.items()) for side in (0, 1))
         return B, A
+
+
+@dataclass(frozen=True)
+class Drawn(Ranked):
+    """Hyperparameters of those whose factors begin as drawings, beside those of `Ranked`.
+
+    The rank is bounded by the drawn side: n where A is drawn.
+
+    Attributes:
+        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
+    """
+
+    initial: str = "kaiming_uniform"
+
+    @override
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        check_sketch(self.initial, "none", "independent")
+
+    @override
+    def layer_rank(self, plan: Plan, name: str) -> Rank:
+        return drawn_rank(self.rank, "right", plan, name, cap=self.cap)
 
     def sketch(
         self, plan: Plan, name: str, draw: Draw, *, index: int = 0, right: bool = True

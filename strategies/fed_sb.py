@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.adapter import Rank, resolve_rank
+from fedraclora.adapter import Rank
 from fedraclora.aggregate import Uplinks
 from fedraclora.method import (
     Adapter,
@@ -42,7 +42,7 @@ from fedraclora.method import (
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from strategies.common import closed, dense_floats, dense_means, dense_slots, mean_terms
-from strategies.drawn import Drawn
+from strategies.drawn import Drawn, Ranked
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class FedSb(Drawn):
 
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:
-        return resolve_rank(self.rank, min(plan.targets[name].shape), name, cap=self.cap)
+        return Ranked.layer_rank(self, plan, name)  # both sides are drawn
 
     def core_rank(self, plan: Plan, name: str) -> int:
         """Give the rows of the core of one layer."""

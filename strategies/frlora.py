@@ -19,21 +19,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from typing_extensions import override
 
-from fedraclora.adapter import Rank, resolve_rank, resolve_scale
 from fedraclora.aggregate import Uplinks
-from fedraclora.lowrank import Product, fix_signs, minus, sum_products
+from fedraclora.lowrank import minus, sum_products
 from fedraclora.method import (
     Adapter,
     Cohort,
     Downlink,
     Draw,
     Link,
-    Method,
     Plan,
     State,
     Term,
@@ -42,13 +39,14 @@ from fedraclora.method import (
     apply_link,
 )
 from fedraclora.tree import Tree
-from strategies.common import FIRST_LINK, closed, dense_floats, dense_means, dense_slots
+from strategies.common import closed, dense_floats, dense_means, dense_slots
+from strategies.drawn import Ranked
 from strategies.factored import separate_means_error
-from strategies.products import with_carried
+from strategies.products import principal, with_carried
 
 
 @dataclass(frozen=True)
-class FrLora(Method):
+class FrLora(Ranked):
     """Hyperparameters of FRLoRA.
 
     Attributes:
@@ -57,15 +55,6 @@ class FrLora(Method):
         cap: Cut the rank at the smaller side, with a note; False refuses it.
     """
 
-    rank: int | float = 8
-    alpha: float | str = "auto"
-    cap: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
-        resolve_rank(self.rank, 1, "any layer", cap=True)
-        resolve_scale(self.alpha, 1)
-
     @property
     @override
     def traits(self) -> Traits:
@@ -73,17 +62,15 @@ class FrLora(Method):
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        del draw
+        state = super().init(base, plan, draw)
         carried: Tree = {}
         terms = {}
         for name, view in plan.targets.items():
-            scale = resolve_scale(self.alpha, rank := self._rank(plan, name).value)
+            rank, scale = self.rank_of(plan, name), self.scale_of(plan, name)
             B, A = (t.to(base[name].dtype) for t in principal(view.matrix(base[name]), rank, scale))
             carried |= {f"{name}/B": B, f"{name}/A": A}
             terms[name] = Term((B, A), -scale)
-        notes = tuple(n for w in plan.targets if (n := self._rank(plan, w).note) is not None)
-        rest = apply_link(base, Link(terms), plan)
-        return State(rest, plan, carried, memo=dict(FIRST_LINK), notes=notes)
+        return replace(state, base=apply_link(base, Link(terms), plan), carried=carried)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
@@ -92,7 +79,7 @@ class FrLora(Method):
         for name in state.plan.targets:
             B, A = (state.carried[f"{name}/{label}"] for label in ("B", "A"))
             factors = {"B": Trained(tuple(B.shape), B), "A": Trained(tuple(A.shape), A)}
-            adapters[name] = Adapter(dict(factors), resolve_scale(self.alpha, B.shape[1]))
+            adapters[name] = Adapter(dict(factors), self.scale_of(state.plan, name))
         return Downlink(adapters, dense_slots(state), link=state.memo["sketch"])
 
     @override
@@ -117,16 +104,5 @@ class FrLora(Method):
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         del round_
-        factors = sum(self._rank(plan, n).value * sum(v.shape) for n, v in plan.targets.items())
+        factors = sum(self.numbers(plan))
         return factors + dense_floats(plan), factors
-
-    def _rank(self, plan: Plan, name: str) -> Rank:
-        return resolve_rank(self.rank, min(plan.targets[name].shape), name, cap=self.cap)
-
-
-def principal(matrix: torch.Tensor, rank: int, scale: float) -> Product:
-    """Give ``U (S / scale)^(1/2)`` and ``(S / scale)^(1/2) V^T``, cut to a rank; on the CPU."""
-    u, s, vt = torch.linalg.svd(matrix.to("cpu", torch.float64), full_matrices=False)
-    u, vt = fix_signs(u[:, :rank], vt[:rank])
-    root = (s[:rank] / scale).sqrt()
-    return u * root, root[:, None] * vt

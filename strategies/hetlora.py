@@ -56,7 +56,7 @@ class HetLora(Factored):
         kept = replies.kept.to(replies.B)
         B, A = replies.B * kept[:, None], replies.A * kept[..., None]
         norms = [product_norm(b, a) for b, a in zip(B, A, strict=True)]
-        w = replies.p * torch.tensor(norms).to(replies.p)
+        w = replies.p * torch.tensor(norms, dtype=torch.float64).to(replies.p)
         w = w / w.sum() if any(norms) else replies.p
         mean = [(w[:, None, None] * factor).sum(dim=0) for factor in (B, A)]
         return Conclusion(carried=(mean[0], mean[1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedraclora.adapter import resolve_scale
-from fedraclora.lowrank import Product, minus, product_norm, sum_products
+from fedraclora.lowrank import Product, fix_signs, minus, product_norm, sum_products
 from fedraclora.method import Link, State, Term, apply_link
 from fedraclora.tree import Tree
 
@@ -42,3 +42,11 @@ class RoundError:
     def report(self) -> dict[str, float]:
         """Give the figure for the ledger, ``aggregation_error``."""
         return {"aggregation_error": (self.missed / self.change) ** 0.5 if self.change else 0.0}
+
+
+def principal(matrix: torch.Tensor, rank: int, scale: float) -> Product:
+    """Give ``U (S / scale)^(1/2)`` and ``(S / scale)^(1/2) V^T``, cut to a rank; on the CPU."""
+    u, s, vt = torch.linalg.svd(matrix.to("cpu", torch.float64), full_matrices=False)
+    u, vt = fix_signs(u[:, :rank], vt[:rank])
+    root = (s[:rank] / scale).sqrt()
+    return u * root, root[:, None] * vt

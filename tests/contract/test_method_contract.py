@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from worlds import (
+    ALPHA,
     Played,
     World,
     assert_close_trees,
@@ -99,17 +100,17 @@ def drawn(played: Played) -> list[SketchSpec]:
 
 @every_global
 def test_exact_methods_give_the_mean_of_the_clients_weights(variant: Variant, world: World) -> None:
-    method = method_of(variant)
+    method, missed = method_of(variant), 0.0
     for played in play_rounds(method, world, 4, DRAW):
         found = new_weights(method, played)
         wanted = stepped(method, played, mean_weights(played), DRAW)
         if method.traits.exact:
             assert_close_trees(found, wanted)
-        else:
-            targets = list(world.plan.targets)
-            assert distance(found, wanted, targets) > 1e-2 * distance(
-                wanted, method.weights(played.before, DRAW), targets
-            ), "the method equals the mean of its clients: say exact=True"
+            continue
+        targets = list(world.plan.targets)
+        change = distance(wanted, method.weights(played.before, DRAW), targets)
+        missed = max(missed, distance(found, wanted, targets) / change)
+    assert method.traits.exact or missed > 1e-2, "it equals the mean of its clients: say exact=True"
 
 
 @pytest.mark.parametrize("variant", INEXACT, ids=label)
@@ -130,6 +131,30 @@ def test_a_cohort_of_one_gives_the_weights_of_that_client(variant: Variant, worl
     for played in play_rounds(method, world, 4, DRAW, some_cohort((3.5,))):
         wanted = stepped(method, played, client_weights(played, 0), DRAW)
         assert_close_trees(new_weights(method, played), wanted)
+
+
+@every_global
+@pytest.mark.parametrize("rank", [5, 6])
+def test_a_rank_may_equal_a_side(variant: Variant, rank: int, plain_world: World) -> None:
+    """Which factor is which is never read off a shape: here B is square, or A, or both."""
+    method = make_method(variant[0], **{"rank": rank} | variant[1])
+    for played in play_rounds(method, plain_world, 3, DRAW, some_cohort((3.5,))):
+        wanted = stepped(method, played, client_weights(played, 0), DRAW)
+        assert_close_trees(new_weights(method, played), wanted)
+
+
+@every_variant
+def test_the_scale_is_alpha_over_the_rank(variant: Variant, plain_world: World) -> None:
+    method = method_of(variant)
+    played = play_rounds(method, plain_world, 1, DRAW)[0]
+    for adapter in played.sent.adapters.values():
+        first, *_ = adapter.factors.values()
+        shape = first.shape if isinstance(first, Trained) else first.spec.draw().shape  # type: ignore[union-attr]
+        parts = getattr(method, "heads", getattr(method, "sketches", 1))
+        # Several subspaces share E[A^T A] = I: each of them is made up for what the others have.
+        shared = parts**0.5 if has_field(method, "interval") else 1.0
+        shared = shared if getattr(method, "normalise", "rows") == "identity" else 1.0
+        assert adapter.scale == pytest.approx(ALPHA / (shape[1] // parts) * shared, rel=1e-15)
 
 
 @every_global
@@ -313,6 +338,8 @@ def test_averages_are_rounded_once_from_float64(variant: Variant) -> None:
         wanted = played.got.layout.unpack(mean)
         step = method.traits.step
         for name in played.sent.dense:
+            if f"{name}/B" in played.after.carried:  # its change is in factors from here on
+                continue
             if step != 1:
                 old = played.before.base[name].double()
                 wanted[name] = old + step * (wanted[name] - old)

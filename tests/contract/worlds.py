@@ -65,7 +65,7 @@ def make_method(name: str, **changes: Any) -> Method:
     """A method with its YAML's defaults, at rank 3 and alpha 5 where it has them."""
     group = yaml_of(name)
     table_key = group.pop("name")
-    wanted = {"rank": RANK, "alpha": ALPHA} | changes
+    wanted = {"rank": RANK, "alpha": ALPHA, "sparse_rounds": 2} | changes
     return METHODS[table_key](**group | {k: v for k, v in wanted.items() if k in group})
 
 
@@ -94,6 +94,8 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {"probability": 0.0}
         if "interval" in group:
             yield name, {"sketches": 3, "interval": 2, "normalise": "identity"}
+        if "gap" in group:
+            yield name, {"gap": 1}
         if "residual_rank" in group:
             yield name, {"residual_rank": 2}
         if "server_lr" in group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
@@ -11,7 +12,6 @@ from experiments.choices import composed
 from fedraclora.config import from_plain
 from fedraclora.ledger import column
 from strategies import METHODS
-from strategies.fedavg import FedAvg
 
 JOB = [
     "data=least_squares",
@@ -37,7 +37,9 @@ JOB = [
 def test_the_loss_takes_the_known_course(
     name: str, golden: Callable[[str, Mapping[str, Sequence[float]]], None]
 ) -> None:
-    extra = [] if METHODS[name] is FedAvg else ["method.rank=3", "method.alpha=4.0"]
+    wanted = {"rank": 3, "alpha": 4.0, "sparse_rounds": 3}
+    fields = {f.name for f in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
+    extra = [f"method.{key}={value}" for key, value in wanted.items() if key in fields]
     plain = composed([*JOB, f"method={name}", *extra])
     run = assemble(from_plain(plain, METHODS), None)
     run.strategy.start(run.grid)

@@ -1,0 +1,93 @@
+"""Plants defects of public code, and has the tests find them.
+
+Each defect is a change of one line or two in a copy of the tree. The contract suite (for the
+methods that are concerned, in a process of its own) must fail on the copy, in an assertion, and
+pass without the change.
+The defects are those that were found in public implementations of federated low-rank methods, and
+the ways to get their algebra wrong that lie beside them. Methods are tested under alpha != rank,
+m != n and unequal weights, or most of these would pass.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from experiments.mutations.defects import DEFECTS, Defect
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("fedraclora", "strategies", "clients", "conf", "experiments", "tests")
+SUITE = (
+    "tests/contract/test_method_contract.py",
+    "tests/contract/test_method_runs.py",
+    "tests/contract/test_personal_methods.py",
+)
+
+
+def planted(defect: Defect, folder: Path) -> None:
+    """Write a copy of the tree with a defect into a folder.
+
+    Raises:
+        ValueError: If the text that is to be changed does not stand in its file once.
+    """
+    for name in FOLDERS:
+        ignored = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    text = (ROOT / defect.file).read_text()
+    for old, new in defect.changes:
+        if (count := text.count(old)) != 1:
+            raise ValueError(f"{defect.name}: {old!r} stands {count} times in {defect.file}")
+        text = text.replace(old, new)
+    (folder / defect.file).write_text(text)
+
+
+def failures(defect: Defect, root: Path) -> list[str]:
+    """Run the suite for the methods of a defect in a tree; give the tests that failed."""
+    chosen = f"({defect.methods}) and not cover and not gaussian and not auto"
+    done = subprocess.run(  # noqa: S603 (this interpreter, and words of this file)
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-x",
+            *SUITE,
+            "-k",
+            chosen,
+        ],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{defect.name}: the suite did not run:\n{done.stdout[-2000:]}")
+    return re.findall(r"^FAILED \S+::(\S+)", done.stdout, flags=re.MULTILINE)
+
+
+def main() -> int:
+    """Plant every defect; status 1 if one is not found, or the suite fails without any."""
+    keys = dict(word.split("=", 1) for word in sys.argv[1:])
+    chosen = [d for d in DEFECTS if "only" not in keys or d.name in keys["only"].split(",")]
+    rows = ["| defect | found by | seen |", "|---|---|---|"]
+    missed = []
+    for defect in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            planted(defect, Path(folder))
+            found = failures(defect, Path(folder))
+        print(f"{defect.name}: {found[0] if found else 'NOT FOUND'}", flush=True)
+        if not found:
+            missed.append(defect.name)
+        rows.append(f"| {defect.name} | `{found[0] if found else 'nothing'}` | {defect.seen} |")
+    if "out" in keys:
+        Path(keys["out"]).write_text("\n".join(rows) + "\n")
+    return 1 if missed else 0

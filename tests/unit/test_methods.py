@@ -1,0 +1,278 @@
+"""What single methods say of themselves, against dense algebra; contract holds what all share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.errors import ConfigError
+from fedraclora.layers import LayerView
+from fedraclora.method import Cohort, Downlink, Draw, Frozen, Method, Plan, Sketched, State, Trained
+from fedraclora.rng import generator, torch_normal
+from fedraclora.wire import uplink_layout
+from strategies.bernoulli_lora import BernoulliLora
+from strategies.fed_sb import FedSb
+from strategies.fedex_lora import FedExLora
+from strategies.fedkrso import FedKrso
+from strategies.fedmomentum import FedMomentum
+from strategies.fedsvd import FedSvd
+from strategies.flexlora import FlexLora
+from strategies.flora_stacking import FloraStacking
+from strategies.frlora import FrLora
+from strategies.hetlora import HetLora
+from strategies.lora_fair import LoraFair
+from strategies.ravan import Ravan
+from strategies.rolora import RoLora
+from strategies.slora import SLora
+
+M, N, R, ALPHA, K = 8, 11, 3, 5.0, 4
+S = ALPHA / R
+P = torch.tensor([1.0, 2.5, 4.0, 0.5], dtype=torch.float64) / 8
+COHORT = Cohort(torch.arange(K), P * 8)
+DRAW = Draw(3)
+PLAN = Plan({"w": LayerView("linear", (M, N))}, shapes={"w": (M, N)})
+W = torch_normal(generator(0, "weight"), M, N)
+
+
+class Round:
+    """One round of a method with random replies: dense terms by name."""
+
+    def __init__(
+        self, method: Method, state: State | None = None, number: int = 1, cohort: Cohort = COHORT
+    ) -> None:
+        self.method = method
+        self.before = state or method.init({"w": W}, PLAN, DRAW)
+        self.sent: Downlink = method.open_round(self.before, number, cohort, DRAW)
+        layout = uplink_layout(self.sent)
+        rows = torch_normal(generator(number, "replies"), K, layout.size)
+        self.got = Uplinks(cohort.clients, cohort.weights, layout, rows)
+        self.after = method.close_round(self.before, self.sent, self.got)
+
+    def next(self, number: int) -> Round:
+        """The round after this one."""
+        return Round(self.method, self.after, number)
+
+    @property
+    def mean_product(self) -> torch.Tensor:
+        """sum_k p_k B_k A_k."""
+        stack = self.got.stack()
+        return torch.stack([P[k] * stack["w/B"][k] @ stack["w/A"][k] for k in range(K)]).sum(0)
+
+    @property
+    def carried(self) -> torch.Tensor:
+        """B A, as the next round starts."""
+        return self.after.carried["w/B"] @ self.after.carried["w/A"]
+
+    @property
+    def moved(self) -> torch.Tensor:
+        """What was merged, over the scale."""
+        return (self.after.base["w"] - self.before.base["w"]) / S
+
+
+def best(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """The nearest matrix of a rank, by a dense SVD."""
+    U, s, Vt = torch.linalg.svd(matrix)
+    return U[:, :rank] * s[:rank] @ Vt[:rank]
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_flexlora_carries_the_nearest_product_of_its_rank() -> None:
+    played = Round(FlexLora(R, ALPHA))
+    close(played.carried, best(played.mean_product, R))
+    B, A = played.after.carried["w/B"], played.after.carried["w/A"]
+    close(B.mT @ B, A @ A.mT)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_a_cut_residual_of_fedex_is_the_nearest_of_its_rank(rank: int) -> None:
+    played = Round(FedExLora(R, ALPHA, residual_rank=rank))
+    close(played.moved, best(played.mean_product - played.carried, rank))
+
+
+def test_the_residual_of_fedex_has_no_more_than_its_rank() -> None:
+    played = Round(FedExLora(1, ALPHA))
+    assert played.after.link is not None
+    left, _ = played.after.link.terms["w"].factors
+    assert isinstance(left, torch.Tensor)
+    assert left.shape == (M, K - 1)
+
+
+def test_fedmomentum_carries_the_leading_part_and_merges_the_rest() -> None:
+    played = Round(FedMomentum(R, ALPHA))
+    close(played.carried, best(played.mean_product, R))
+    close(played.moved, played.mean_product - best(played.mean_product, R))
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 0.01, 10.0])
+def test_lora_fair_finds_the_least_of_its_objective(ridge: float) -> None:
+    played = Round(LoraFair(R, ALPHA, ridge=ridge))
+    mean = played.got.mean()
+    A = played.after.carried["w/A"]
+    D = (played.after.carried["w/B"] - mean["w/B"]).clone().requires_grad_()
+    gap = played.mean_product - (mean["w/B"] + D) @ A
+    (gap.square().sum() + ridge * D.square().sum()).backward()
+    assert D.grad is not None
+    assert float(D.grad.abs().max()) < 1e-9
+    assert float(D.detach().abs().max()) > 1e-3
+
+
+def test_hetlora_weighs_by_the_norms_of_products_and_cuts_by_budgets() -> None:
+    ranks = torch.tensor([1, 3, 2, 3])
+    first = Round(HetLora(R, ALPHA))
+    played = Round(first.method, first.after, 2, replace(COHORT, ranks=ranks))
+    starts = played.sent.trained()
+    for label, axis in (("w/B", 1), ("w/A", 0)):
+        start = starts[label].start
+        assert isinstance(start, torch.Tensor)
+        for k, rank in enumerate(ranks.tolist()):
+            inside, beyond = start[k].split([rank, R - rank], dim=axis)
+            assert torch.equal(inside, first.after.carried[label].split([rank, R - rank], axis)[0])
+            assert torch.count_nonzero(beyond) == 0
+    stack = played.got.stack()
+    B, A = stack["w/B"].clone(), stack["w/A"].clone()
+    for k, rank in enumerate(ranks.tolist()):
+        B[k, :, rank:], A[k, rank:] = 0, 0
+    norms = torch.linalg.matrix_norm(B @ A)
+    w = P * norms / (P * norms).sum()
+    close(played.after.carried["w/B"], (w[:, None, None] * B).sum(0))
+    close(played.after.carried["w/A"], (w[:, None, None] * A).sum(0))
+
+
+def test_flora_draws_anew_and_stacks_what_budgets_leave() -> None:
+    played = Round(FloraStacking(R, ALPHA))
+    starts = [r.sent.trained()["w/A"].start for r in (played, played.next(2))]
+    assert starts[0] != starts[1]
+    assert played.sent.trained()["w/B"].start is None
+    close(played.moved, played.mean_product)
+    some = Round(FloraStacking(R, ALPHA), cohort=replace(COHORT, ranks=torch.tensor([1, 3, 2, 3])))
+    assert some.after.link is not None
+    factor = some.after.link.terms["w"].factors[0]
+    assert isinstance(factor, torch.Tensor)
+    assert factor.shape == (M, 9)
+
+
+def test_frlora_restarts_from_the_principal_part() -> None:
+    played = Round(FrLora(R, ALPHA))
+    B0, A0 = played.before.carried["w/B"], played.before.carried["w/A"]
+    close(S * B0 @ A0, best(W, R))
+    close(played.before.base["w"], W - best(W, R))
+    mean = played.got.mean()
+    close(played.moved, mean["w/B"] @ mean["w/A"] - B0 @ A0)
+    again = played.next(2).sent.trained()
+    assert torch.equal(again["w/B"].opening(), B0)  # type: ignore[arg-type]
+    assert torch.equal(again["w/A"].opening(), A0)  # type: ignore[arg-type]
+
+
+def test_fedsvd_keeps_the_product_and_the_row_space() -> None:
+    first = Round(FedSvd(R, ALPHA))
+    A = first.sent.adapters["w"].factors["A"]
+    assert isinstance(A, Sketched)
+    drawn = A.spec.draw()
+    second = first.next(2)
+    for played in (first, second):
+        B, A_new = played.after.carried["w/B"], played.after.carried["w/A"]
+        close(A_new @ A_new.mT, torch.eye(R).double())
+        gram = B.mT @ B
+        close(gram, torch.diag(gram.diagonal()))
+        close(A_new @ drawn.mT @ drawn, A_new)
+    frozen = second.sent.adapters["w"].factors["A"]
+    assert isinstance(frozen, Frozen)
+    close(second.carried, second.got.mean()["w/B"] @ frozen.value)
+
+
+def test_rolora_trains_the_factors_in_turn() -> None:
+    played = Round(RoLora(R, ALPHA))
+    for number, label in ((1, "B"), (2, "A"), (3, "B"), (4, "A")):
+        assert list(played.sent.trained()) == [f"w/{label}"]
+        kept = {n: t for n, t in played.before.carried.items() if n != f"w/{label}"}
+        assert all(torch.equal(played.after.carried[n], t) for n, t in kept.items())
+        played = played.next(number + 1)
+
+
+def test_bernoulli_draws_the_side_that_the_coin_says() -> None:
+    method = BernoulliLora(R, ALPHA, probability=0.4)
+    played, trained = Round(method), []
+    for number in range(2, 42):
+        trained += list(played.sent.trained())
+        played = played.next(number)
+    assert 8 <= trained.count("w/A") <= 24
+    assert trained.count("w/A") + trained.count("w/B") == 40
+    sides = {p: list(Round(replace(method, probability=p)).sent.trained()) for p in (0.0, 1.0)}
+    assert sides == {0.0: ["w/B"], 1.0: ["w/A"]}
+
+
+@pytest.mark.parametrize("method", [FedSb(R, ALPHA), Ravan(2, ALPHA, heads=3)])
+def test_cores_stand_between_orthonormal_factors(method: FedSb) -> None:
+    factors = Round(method).sent.adapters["w"].factors
+    B, A = (factors[label].spec.draw() for label in ("B", "A"))  # type: ignore[union-attr]
+    core = factors["R"]
+    assert isinstance(core, Trained)
+    eye = torch.eye(core.shape[0]).double()
+    close(B.mT @ B, eye)
+    close(A @ A.mT, eye)
+
+
+def test_the_two_factors_about_a_core_are_independent() -> None:
+    """A square weight has equal shapes on both sides: they must not be one drawing."""
+    plan = Plan({"w": LayerView("linear", (M, M))}, shapes={"w": (M, M)})
+    method = FedSb(R, ALPHA)
+    sent = method.open_round(method.init({"w": W[:, :M]}, plan, DRAW), 1, COHORT, DRAW)
+    B, A = (sent.adapters["w"].factors[label].spec.draw() for label in ("B", "A"))  # type: ignore[union-attr]
+    assert float((B - A.mT).abs().max()) > 0.1
+
+
+def test_the_subspaces_of_fedkrso_are_those_of_the_run() -> None:
+    played = Round(FedKrso(R, ALPHA, sketches=2))
+    A = [r.sent.adapters["w"].factors["A"] for r in (played, played.next(2))]
+    assert A[0] == A[1]
+    assert isinstance(A[0], Sketched)
+    assert A[0].spec.draw().shape == (2 * R, N)
+    one = Round(FedKrso(R, ALPHA, sketches=2, normalise="identity")).sent.adapters["w"]
+    grams = []
+    for seed in range(400):
+        spec = replace(one.factors["A"].spec, seed=seed)  # type: ignore[union-attr]
+        part = spec.draw()[:R] * one.scale / S
+        grams.append(part.mT @ part)
+    mean = torch.stack(grams).mean(0)
+    assert float((mean - torch.eye(N).double()).abs().max()) < 0.5
+    assert float(mean.diagonal().mean()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_slora_turns_its_change_into_factors_and_keeps_the_rest() -> None:
+    plan = replace(PLAN, weights=("w",))
+    method = SLora(R, ALPHA, sparse_rounds=2)
+    state = method.init({"w": W}, plan, DRAW)
+    first = Round(method, state)
+    assert first.sent.recipe == "sparse"
+    assert "w/B" not in first.after.carried
+    second = first.next(2)
+    new = second.got.mean()["w"]
+    close(S * second.carried, best(new - W, R))
+    close(second.after.base["w"], new - best(new - W, R))
+    assert list(second.next(3).sent.trained()) == ["w/B", "w/A"]
+    assert "w/initial" not in second.after.carried
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: FedExLora(residual_rank=0), "residual_rank"),
+        (lambda: LoraFair(ridge=0.0), "ridge"),
+        (lambda: Ravan(heads=0), "heads"),
+        (lambda: SLora(sparse_rounds=0), "sparse_rounds"),
+        (lambda: SLora(density=0.0), "density"),
+        (lambda: FedKrso(interval=0), "interval"),
+        (lambda: BernoulliLora(probability=1.5), "probability"),
+        (lambda: Round(Ravan(1, ALPHA, heads=9)), "heads"),
+    ],
+)
+def test_impossible_hyperparameters_are_refused(make: Callable[[], object], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"method.{key} is"):
+        make()
