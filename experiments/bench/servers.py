@@ -1,6 +1,6 @@
 """``python -m experiments.bench.servers``: what a round costs the server, for each method.
 
-One adapted matrix, random replies, one thread: the seconds of `Method.close_round` in the second
+One adapted matrix, random replies, one thread: CPU seconds of `Method.close_round` in the second
 round (the first has nothing to carry), of `Method.init`, and the numbers that travel. Full-weight
 methods are left out: what they cost is a mean of K dense matrices. Keys:
 
@@ -47,16 +47,16 @@ def row(name: str, method: Method, size: int, clients: int) -> str:
     weight = generator(0, "weight").standard_normal(shape, "float32") / size**0.5
     plan = Plan({"w": LayerView("linear", shape)}, weights=("w",), shapes={"w": shape})
     cohort = Cohort(torch.arange(clients), torch.arange(1, clients + 1, dtype=torch.float64))
-    started = time.perf_counter()
+    started = time.process_time()
     state = method.init({"w": torch.from_numpy(weight)}, plan, Draw(0))
-    first = time.perf_counter() - started
+    first = time.process_time() - started
     state = method.close_round(state, *replies(method, state, 1, cohort))
     sent, got = replies(method, state, 2, cohort)
     seconds, after = [], state
     for _ in range(TIMES):
-        started = time.perf_counter()
+        started = time.process_time()
         after = method.close_round(state, sent, got)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     up, down = method.floats(plan, 2)
     terms = {} if after.link is None else after.link.terms
     link = min(sum(term_bytes(t, 1) for t in terms.values()), size * size)
@@ -69,7 +69,10 @@ def main() -> int:
     keys |= dict(word.split("=", 1) for word in sys.argv[1:])
     torch.set_num_threads(1)
     wanted = keys.get("only", ",".join(METHODS)).split(",")
-    lines = ["| method | close s | init s | up | down | link |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| method | close CPU s | init CPU s | up | down | link |",
+        "|---|---|---|---|---|---|",
+    ]
     print("\n".join(lines), flush=True)
     seen = set()
     for name in wanted:
