@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from absl import logging as absl_logging
 from hypothesis import settings
 
 # One thread fixes the order of the sums inside a matrix product, and small tensors run faster.
 torch.set_num_threads(1)
+
+# The accountant's library logs through absl, whose handler closes its stream when Hydra resets
+# logging, unless that is the process's own. Here it would be pytest's, and every later test fail.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 # The same examples in each run: a failure can be repeated, a timed limit would be luck.
 settings.register_profile("dev", max_examples=25, derandomize=True, deadline=None)

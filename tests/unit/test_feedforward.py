@@ -14,6 +14,7 @@ from torch import nn
 from fedraclora.adapter import make_plan
 from fedraclora.cohort import CohortTrainer
 from fedraclora.feedforward import FeedForward, written_out
+from fedraclora.gradients import written_out_gradients
 from fedraclora.method import Adapter, Downlink, Frozen, Trained
 from fedraclora.optimiser import LocalConfig
 from fedraclora.program import OpenChunk
@@ -128,7 +129,8 @@ def test_gradients_are_those_of_autograd(case: str, loss: str, step: int) -> Non
     leaves = chunk.leaves(batch[0])
     wanted = trainer.losses(chunk, leaves, step, batch)
     slopes = torch.autograd.grad(wanted.sum(), list(leaves.values()))
-    found, gradients = trainer._written_out(chunk.network, chunk, leaves, step, batch)
+    network, whole = chunk.network, trainer.task
+    found, gradients = written_out_gradients(network, whole, chunk, leaves, step, batch)
     torch.testing.assert_close(found, wanted.detach(), rtol=1e-12, atol=1e-14)
     assert list(gradients) == list(leaves)
     for (name, gradient), slope in zip(gradients.items(), slopes, strict=True):
