@@ -1,17 +1,19 @@
 """What privacy costs: figures of the library dp-accounting, for the two kinds of noise used here.
 
-Nothing is derived here. Epsilon is that of Renyi accounting over the library's default orders.
+Nothing is derived here. Epsilon is that of Renyi accounting over the library's default orders. The
+library takes a second to load, so only what protects somebody loads it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-
-from dp_accounting import dp_event, mechanism_calibration
-from dp_accounting.rdp import RdpAccountant
+from typing import TYPE_CHECKING
 
 from fedraclora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dp_accounting import dp_event
 
 LARGEST_NOISE = 1e4
 # It warns of each order that it leaves out, of which the bound gets no tighter, and no less true.
@@ -25,6 +27,8 @@ def release(noise: float, sampling: float) -> dp_event.DpEvent:
         noise: Standard deviation.
         sampling: Probability with which each client is in it, independently; 1: all are.
     """
+    from dp_accounting import dp_event
+
     gaussian = dp_event.GaussianDpEvent(noise)
     return gaussian if sampling >= 1 else dp_event.PoissonSampledDpEvent(sampling, gaussian)
 
@@ -44,6 +48,8 @@ def epsilon(noise: float, sampling: float, releases: int, delta: float) -> float
     """
     if not releases or not noise:
         return math.inf if releases else 0.0
+    from dp_accounting.rdp import RdpAccountant
+
     accountant = RdpAccountant()
     accountant.compose(release(noise, sampling), releases)
     return float(accountant.get_epsilon(delta))
@@ -55,6 +61,9 @@ def noise_for(target: float, sampling: float, releases: int, delta: float) -> fl
     Raises:
         ConfigError: If no noise up to `LARGEST_NOISE` does.
     """
+    from dp_accounting import dp_event, mechanism_calibration
+    from dp_accounting.rdp import RdpAccountant
+
     try:
         return float(
             mechanism_calibration.calibrate_dp_mechanism(
