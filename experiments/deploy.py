@@ -109,11 +109,7 @@ def run(order: Order, connection: Connection, record: Record | None) -> None:
     """
     summary: dict[str, object] = {}
     said: deque[str] = deque(maxlen=KEPT)
-    with tempfile.TemporaryDirectory(prefix="fedraclora-") as made:
-        run_config = Path(made) / "run.toml"
-        run_config.write_text(run_config_of(order.config, resume=order.resume))
-        copy_app(Path(made) / "app")
-        number = connection.submit(Path(made) / "app", run_config)
+    number = submit(order, connection)
     label, shown = method_label(order.plain), order.config.output.progress
     with RunProgress(order.config.rounds, shown=shown, label=label) as progress:
         progress.say(f"run {number} at connection {connection.name}")
@@ -142,6 +138,15 @@ def run(order: Order, connection: Connection, record: Record | None) -> None:
     else:
         write_summary(order.folder, summary)  # a bundle knows no revision: it is of this checkout
     report(summary, order.folder, order.config)
+
+
+def submit(order: Order, connection: Connection) -> int:
+    """Start a run; give Flower's number of it."""
+    with tempfile.TemporaryDirectory(prefix="fedraclora-") as made:
+        run_config = Path(made) / "run.toml"
+        run_config.write_text(run_config_of(order.config, resume=order.resume))
+        copy_app(Path(made) / "app")
+        return connection.submit(Path(made) / "app", run_config)
 
 
 def lines_of(connection: Connection, number: int) -> Iterator[str]:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from deployed import (
+from flwr.app import ArrayRecord
+
+from experiments.assemble import assemble
+from experiments.faults.network import (
     Network,
     client,
     deploy,
@@ -16,9 +19,6 @@ from deployed import (
     small,
     summary,
 )
-from flwr.app import ArrayRecord
-
-from experiments.assemble import assemble
 from experiments.simulate import simulate
 from fedraclora.build import build_task, plan_of
 from fedraclora.checkpoint import load_tensors, save_tensors

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deployed import Network, composed, rows, summary
 from flwr.app import Context, RecordDict
 
+from experiments.faults.network import Network, composed, rows, summary
 from experiments.simulate import simulate
 from fedraclora.data.own import checked, own_samples, read_own
 from fedraclora.errors import ConfigError, DataError

@@ -1,4 +1,7 @@
-"""Nodes of a deployment in this process: the apps and the messages are real, the network is not."""
+"""Nodes of a deployment in this process: the apps and the messages are real, the network is not.
+
+What goes over it is written to bytes and read back. A fault may do what it likes with a message.
+"""
 
 from __future__ import annotations
 
@@ -63,9 +66,9 @@ class Network(Grid):
     """
 
     cache: Path
-    nodes: dict[int, dict[str, bool | bytes | float | int | str]]
+    nodes: dict[int, dict[str, bool | float | int | str]]
     fault: Fault | None = None
-    run_config: dict[str, bool | bytes | float | int | str] = field(default_factory=dict)
+    run_config: dict[str, bool | float | int | str] = field(default_factory=dict)
     sent: list[Message] = field(default_factory=list)
     on_round: Callable[[int], None] | None = None
 
@@ -139,7 +142,7 @@ class Network(Grid):
             group_id=message.metadata.group_id,
         )
         copy.metadata.__dict__["_message_id"] = message.metadata.message_id
-        context = Context(1, node, config, RecordDict(), self.run_config)  # type: ignore[arg-type]
+        context = Context(1, node, config, RecordDict(), self.run_config)
         reply = client_app(message=copy, context=context)
         if reply.has_error():
             return Message(reply.error, reply_to=message)
@@ -150,7 +153,7 @@ class Network(Grid):
         return [m for m in self.sent if m.metadata.message_type == "train.cohort"]
 
 
-def nodes_for(clients: int) -> dict[int, dict[str, bool | bytes | float | int | str]]:
+def nodes_for(clients: int) -> dict[int, dict[str, bool | float | int | str]]:
     """One node for each client, under ids in no order."""
     return {1000 - 7 * k: {"partition-id": k} for k in range(clients)}
 

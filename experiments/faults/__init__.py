@@ -1,0 +1,1 @@
+"""Faults of a deployment, in this process and with real ones."""
