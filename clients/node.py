@@ -49,7 +49,8 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     make_room(folder.parent)
     own = context.node_config.get("data")
     settings = str(context.run_config.get("cfg-json", ""))
-    trainer = trainer_for(settings, None if own is None else str(own), client)
+    # Without data of its own a client's trainer is every client's.
+    trainer = trainer_for(settings, None if own is None else str(own), 0 if own is None else client)
     holding = Holding(folder, trainer.plan, trainer.device)
     holding.begin(dict(trainer.task.model.named_parameters()))
     if not holding.follow(read_parcel(content)):

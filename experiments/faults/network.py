@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -160,7 +160,11 @@ def nodes_for(clients: int) -> dict[int, dict[str, bool | float | int | str]]:
 
 def deploy(words: Sequence[str], folder: Path, network: Network, *, resume: bool = False) -> None:
     """Run the ServerApp on a network."""
-    plain = small(words, folder, "deploy")
+    serve(small(words, folder, "deploy"), network, resume=resume)
+
+
+def serve(plain: Mapping[str, object], network: Network, *, resume: bool = False) -> None:
+    """Run the ServerApp with a config on a network."""
     network.run_config = {"cfg-json": json.dumps(plain), "resume": resume}
     context = Context(1, 1, {}, RecordDict(), network.run_config)
     server_app(grid=network, context=context)

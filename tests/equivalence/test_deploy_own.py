@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, RecordDict
 
-from experiments.faults.network import Network, composed, rows, summary
+from experiments.faults.network import Network, composed, rows, serve, summary
 from experiments.simulate import simulate
 from fedraclora.data.own import checked, own_samples, read_own
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.named import import_function
-from strategies.server_app import app as server_app
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "deploy"
 WORDS = [
@@ -48,9 +45,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, network: Network, *words: str) -> None:
-    plain = composed([*WORDS, "engine=deploy", f"output.dir={folder}", *words])
-    network.run_config = {"cfg-json": json.dumps(plain), "resume": False}
-    server_app(grid=network, context=Context(1, 1, {}, RecordDict(), network.run_config))
+    serve(composed([*WORDS, "engine=deploy", f"output.dir={folder}", *words]), network)
 
 
 def test_each_node_trains_on_what_it_has(tmp_path: Path) -> None:
