@@ -17,16 +17,16 @@ Guilty = Callable[[Message], bool]
 
 
 class Once:
-    """Guilty of the first message alone that another rule finds guilty."""
+    """Guilty of the first message alone that another rule finds guilty, however often it is seen."""
 
     def __init__(self, guilty: Guilty) -> None:
-        self.guilty, self.done = guilty, False
+        self.guilty, self.first = guilty, ""
 
     def __call__(self, message: Message) -> bool:
         """Tell whether this is the message."""
-        found = not self.done and self.guilty(message)
-        self.done |= found
-        return found
+        if not self.first and self.guilty(message):
+            self.first = message.metadata.message_id
+        return self.first == message.metadata.message_id
 
 
 def numbers(change: Callable[[torch.Tensor], torch.Tensor]) -> Harm:

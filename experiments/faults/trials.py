@@ -1,10 +1,10 @@
-"""One fault in one small run, and what must come of it."""
+"""Faults in small runs, and what must come of them."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +17,6 @@ from experiments.faults.harms import BEHAVIOURS, HARMS, Once, fault_of, raises
 from experiments.faults.network import Fault, Network, client, deploy, nodes_for, rows, summary
 from fedraclora.errors import ClientError
 
-ROUNDS = 4
-WORDS = [f"rounds={ROUNDS}", "engine.timeout=3"]
 ONE = 1  # the client at fault
 # What an operator asks for: the round goes on without it; is run again; or the run stops.
 POLICIES = {
@@ -63,52 +61,78 @@ def final_weights(words: list[str], fault: Fault | None, clients: int = 3) -> st
         return str(summary(folder / "run")["weights_digest"])
 
 
-@lru_cache(maxsize=64)
-def reference(round_: int | None) -> str:
-    """The final weights where one client is absent in a round; None: nobody ever is."""
-    missing = {} if round_ is None else {round_: [ONE]}
-    return final_weights([*WORDS, "engine.min_clients=2"], absent(missing))
+def guilty_in(round_: int) -> Callable[[Message], bool]:
+    """Find the messages of a round to the client at fault."""
+    return lambda m: client(m) == ONE and m.metadata.group_id == str(round_)
 
 
-def inject(kind: str, policy: str, round_: int) -> Outcome:
-    """Run with a fault, and hold what comes of it against a run without."""
+def one_after_another(faults: Mapping[int, Fault]) -> Fault:
+    """Let each round have its fault."""
 
-    def guilty(message: Message) -> bool:
-        return client(message) == ONE and message.metadata.group_id == str(round_)
+    def fault(message: Message, call: Callable[[], Message]) -> list[Message]:
+        reply = cached(call)
+        for each in faults.values():  # those of other rounds may want to see it
+            answers = each(message, reply)
+            if len(answers) != 1 or answers[0] is not reply():
+                return answers
+        return [reply()]
 
+    return fault
+
+
+def cached(call: Callable[[], Message]) -> Callable[[], Message]:
+    """Call once, and only if it is asked for."""
+    return lru_cache(maxsize=1)(call)
+
+
+def inject(kinds: Sequence[str], policy: str) -> list[Outcome]:
+    """Run with a fault in each round from the second on, and hold it against a run without.
+
+    Args:
+        kinds: Of `KINDS`, one for each round.
+        policy: Of `POLICIES`; with ``stopped`` one kind alone.
+    """
     began = time.monotonic()
-    # Weights whole are asked for twice; so it must be guilty of both.
-    once = policy == "run again" and kind != "cannot settle on weights"
-    rule: Callable[[Message], bool] = Once(guilty) if once else guilty
-    words = [*WORDS, *POLICIES[policy]]
+    when = dict(enumerate(kinds, start=2))
+    again = policy == "run again"
+    faults = {
+        r: fault_of(kind, Once(guilty_in(r)) if again else guilty_in(r)) for r, kind in when.items()
+    }
+    words = [f"rounds={max(when) + 1}", "engine.timeout=3", *POLICIES[policy]]
     with tempfile.TemporaryDirectory() as made, redirect_stdout(StringIO()):
         folder = Path(made) / "run"
-        network = Network(Path(made) / "cache", nodes_for(3), fault_of(kind, rule))
-        verdict, reason = _judge(network, folder, words, policy, round_)
-    return Outcome(kind, policy, round_, verdict, reason, round(time.monotonic() - began, 2))
+        network = Network(Path(made) / "cache", nodes_for(3), one_after_another(faults))
+        stopped = ""
+        try:
+            deploy(words, folder, network)
+        except ClientError as error:
+            stopped = str(error)
+            network.fault = None
+            deploy(words, folder, network, resume=True)
+        found, done = str(summary(folder)["weights_digest"]), rows(folder)
+    missing = {r: [ONE] for r in when} if policy == "left out" else {}
+    same = found == final_weights([words[0], "engine.min_clients=2"], absent(missing))
+    seconds = round((time.monotonic() - began) / len(when), 2)
+    outcomes = []
+    for round_, kind in when.items():
+        reason, verdict = said(done[round_], policy, stopped), "other final weights"
+        if not named(done[round_], policy, reason):
+            verdict = f"client {ONE} was not named: {done[round_]}"
+        elif same:
+            verdict = "right"
+        outcomes.append(Outcome(kind, policy, round_, verdict, reason[:300], seconds))
+    return outcomes
 
 
-def _judge(
-    network: Network, folder: Path, words: list[str], policy: str, round_: int
-) -> tuple[str, str]:
-    """Run; give the verdict and the reason that was said."""
-    stopped = ""
-    try:
-        deploy(words, folder, network)
-    except ClientError as error:
-        stopped = str(error)
-        network.fault = None
-        deploy(words, folder, network, resume=True)
-    found = str(summary(folder)["weights_digest"])
-    done = rows(folder)
+def said(row: Mapping[str, object], policy: str, stopped: str) -> str:
+    """Give what was said of the fault of a round."""
     if policy == "left out":
-        failures = [(r["round"], f) for r in done[1:] for f in r["failures"]]  # type: ignore[attr-defined]
-        if [(at, f["client"]) for at, f in failures] != [(round_, ONE)] or stopped:
-            return f"{failures} were left out; {stopped}", ""
-        right, reason = found == reference(round_), str(failures[0][1]["reason"])
-    else:
-        reason = stopped or str(done[round_].get("incidents"))
-        if f"client {ONE}: " not in reason:
-            return f"nobody was named: {reason}", reason
-        right = found == reference(None)
-    return ("right" if right else "other final weights"), reason[:300]
+        return "; ".join(str(f["reason"]) for f in row["failures"])  # type: ignore[attr-defined]
+    return str(row.get("incidents")) if policy == "run again" else stopped
+
+
+def named(row: Mapping[str, object], policy: str, reason: str) -> bool:
+    """Tell whether the client at fault was named, and no other."""
+    if policy == "left out":
+        return [f["client"] for f in row["failures"]] == [ONE]  # type: ignore[attr-defined]
+    return f"client {ONE}: " in reason and not row["failures"]
