@@ -17,7 +17,7 @@ Guilty = Callable[[Message], bool]
 
 
 class Once:
-    """Guilty of the first message alone that another rule finds guilty, however often it is seen."""
+    """Guilty of the first message that another rule finds guilty, however often it is looked at."""
 
     def __init__(self, guilty: Guilty) -> None:
         self.guilty, self.first = guilty, ""

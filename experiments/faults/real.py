@@ -97,7 +97,7 @@ def client_processes(deployment: LocalDeployment, k: int) -> list[int]:
     """The processes of node ``k`` in which a client trains."""
     node = deployment.nodes[k]
     below = [] if node is None else descendants(node.process.pid)
-    return [pid for pid, args in below if "flwr-clientapp" in args]
+    return [pid for pid, args in below if "flwr-clientapp" in args and "<defunct>" not in args]
 
 
 def kill(pids: Sequence[int]) -> None:
