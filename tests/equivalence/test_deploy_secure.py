@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deployed import Network, deploy, nodes_for, rows, small, summary
 from flwr.app import Message
 
+from experiments.faults.network import Network, deploy, nodes_for, rows, small, summary
 from experiments.simulate import simulate
 from fedraclora.checkpoint import load_tensors
 from fedraclora.clientstore import ClientStore
