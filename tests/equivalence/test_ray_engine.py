@@ -211,6 +211,8 @@ def test_nothing_is_left_running(how: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     rounds = "rounds=3" if how == "end" else "rounds=100000"
     words = [*WORDS, "method.rank=2", "engine=ray", "engine.workers=1", rounds]
+    # A shell lets what it starts in the background ignore Ctrl-C, and that is inherited.
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.simulate", *words, f"output.dir={folder}"],
         stdout=subprocess.DEVNULL,
@@ -218,6 +220,7 @@ def test_nothing_is_left_running(how: str, tmp_path: Path) -> None:
         cwd=tmp_path,
         env={**os.environ, "MARK_OF_THIS_TEST": str(folder), "OMP_NUM_THREADS": "1"},
     )
+    signal.signal(signal.SIGINT, heeded)
     deadline = time.monotonic() + 120
     while how != "end" and time.monotonic() < deadline:
         ledger = folder / "ledger.jsonl"
