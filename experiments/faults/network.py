@@ -14,12 +14,11 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
-from flwr.serverapp import Grid
 from typing_extensions import override
 
 from clients.client_app import app as client_app
 from experiments.choices import composed
-from fedraclora.engines.local import become_a_task
+from fedraclora.engines.local import MessageGrid, become_a_task
 from fedraclora.wire import clients_of
 from strategies.server_app import app as server_app
 
@@ -55,7 +54,7 @@ def over_the_wire(content: RecordDict) -> RecordDict:
 
 
 @dataclass
-class Network(Grid):
+class Network(MessageGrid):
     """Stands for Flower's grid.
 
     Attributes:
@@ -84,10 +83,6 @@ class Network(Grid):
     @property
     @override
     def run(self) -> None:  # type: ignore[override]
-        raise NotImplementedError
-
-    @override
-    def create_message(self, *args: object, **kwargs: object) -> Message:
         raise NotImplementedError
 
     @override

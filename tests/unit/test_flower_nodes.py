@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.serverapp import Grid
 from typing_extensions import override
 
 from fedraclora.clientstore import ClientStore
@@ -20,7 +19,7 @@ from fedraclora.engines.flower import grid as flower_grid
 from fedraclora.engines.flower import nodes, runtime
 from fedraclora.engines.flower.grid import FlowerGrid, backend, run_options
 from fedraclora.engines.flower.nodes import PROCESS_DIED, NodePerClient
-from fedraclora.engines.local import become_a_task
+from fedraclora.engines.local import MessageGrid, become_a_task
 from fedraclora.errors import ClientError, ConfigError, EngineError
 from fedraclora.job import JobFolder
 from fedraclora.settings import FlowerConfig
@@ -29,7 +28,7 @@ from fedraclora.wire.records import read_tree, tree_record, vector_record
 PARTITIONS = {71: 2, 5: 0, 99: 3, 12: 1}  # node -> the client that it serves, in no order
 
 
-class Runtime(Grid):
+class Runtime(MessageGrid):
     """Stands for Flower's: answers a message when it is looked for, as told."""
 
     def __init__(self, partitions: dict[int, int], serve: Callable[[Message], Message | None]):
@@ -46,10 +45,6 @@ class Runtime(Grid):
     @property
     @override
     def run(self) -> None:  # type: ignore[override]
-        raise NotImplementedError
-
-    @override
-    def create_message(self, *args: object, **kwargs: object) -> Message:
         raise NotImplementedError
 
     @override
