@@ -124,9 +124,13 @@ class Uplinks:
         Raises:
             ShapeError: If only the sum is known (a pre-reduced or secure aggregation).
         """
+        return self.layout.unpack(self.rows())
+
+    def rows(self) -> torch.Tensor:
+        """The same packed into one row for each client, [K, P]; raises as `stack` does."""
         if self.stacked is None:
             raise ShapeError("this method needs each client's own update, but only the sum came")
-        return self.layout.unpack(self.stacked)
+        return self.stacked
 
     @property
     def has_individuals(self) -> bool:

@@ -122,9 +122,7 @@ def rows_of(got: Uplinks) -> torch.Tensor:
     Raises:
         ShapeError: If only the sum is known.
     """
-    got.stack()
-    assert got.stacked is not None  # noqa: S101  # or `stack` had raised
-    return got.stacked.double().cpu()
+    return got.rows().double().cpu()
 
 
 mean = Mean()

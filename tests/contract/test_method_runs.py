@@ -122,7 +122,8 @@ def test_the_loss_falls_on_a_quadratic(name: str) -> None:
     losses = [row["metrics"]["loss"] for row in done.rows]
     assert losses[0] < world.loss(world.base)
     # A core of rank 3 between fixed factors reaches 9 of the 35 directions of the weight.
-    assert losses[-1] < 0.8 * world.loss(world.base)
+    bound = 0.8 if isinstance(method, METHODS["fed_sb"]) else 0.75
+    assert losses[-1] < bound * world.loss(world.base)
 
 
 @every_variant
