@@ -1,0 +1,128 @@
+"""``python -m experiments.pages``: bring tables of results into the pages that show them.
+
+A page holds ``<!-- table NAME/table.md -->`` or ``<!-- table NAME/budgets.md: COLUMN, COLUMN -->``,
+where NAME is a folder of ``experiments/results``, or, for one column of several studies side by
+side, ``<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->``. What stands between such a line and
+the next ``<!-- end -->`` is made here. A column is named by how its title begins; ± is added where
+a column ``std`` follows. A test holds the pages to the results, so no figure is typed twice.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments.tables import Table
+from fedraclora.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+PAGES = ROOT / "docs"
+BLOCK = re.compile(
+    r"(?P<head><!-- (?P<kind>table|beside) (?P<words>.+?) -->\n)(?P<body>.*?)(?P<end><!-- end -->)",
+    re.DOTALL,
+)
+Cells = list[dict[str, str]]
+
+
+def read_table(path: Path) -> Cells:
+    """Read the first table of a Markdown file: one dict per row, by title of column.
+
+    Raises:
+        ConfigError: No such file, or no table in it.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there: run its study first, or mend the page")
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    if len(lines) < 3:
+        raise ConfigError(f"{path} holds no table")
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """Give a page with every block made anew from the results.
+
+    Args:
+        text: The page.
+        results: The folder of all results.
+
+    Raises:
+        ConfigError: A block names a file or a column that is not there, or nothing that is known.
+    """
+    return BLOCK.sub(lambda found: found["head"] + _made(found, results) + found["end"], text)
+
+
+def _made(found: re.Match[str], results: Path) -> str:
+    head, *rest = [part.strip() for part in found["words"].split(": ")]
+    if found["kind"] == "table":
+        cells = read_table(results / head)
+        if rest:
+            cells = [_chosen(row, _words(rest[0])) for row in cells]
+    elif len(rest) == 2:
+        cells = _beside(head, rest[0], _words(rest[1]), results)
+    else:
+        wanted = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
+        raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {wanted}")
+    return _markdown(cells)
+
+
+def _beside(file: str, column: str, names: list[str], results: Path) -> Cells:
+    """One column of several studies: a row per method, in the order in which methods appear."""
+    folders = {title: name or title for title, _, name in (n.partition("=") for n in names)}
+    studies = {title: read_table(results / name / file) for title, name in folders.items()}
+    methods = list(dict.fromkeys(row["method"] for rows in studies.values() for row in rows))
+    values = {
+        title: {row["method"]: _chosen(row, [column])[_title(row, column)] for row in rows}
+        for title, rows in studies.items()
+    }
+    return [
+        {"method": method} | {title: values[title].get(method, "") for title in studies}
+        for method in methods
+    ]
+
+
+def _chosen(row: Mapping[str, str], columns: list[str]) -> dict[str, str]:
+    """The method and some columns; a mean takes its spread along, where that is a column."""
+    titles = list(row)
+    kept = {titles[0]: row[titles[0]]}
+    for column in columns:
+        title = _title(row, column)
+        after = titles[titles.index(title) + 1 :][:1]
+        spread = f" ± {row['std']}" if after == ["std"] and row["std"] != "nan" else ""
+        kept[title] = row[title] + spread
+    return kept
+
+
+def _title(row: Mapping[str, str], column: str) -> str:
+    for title in row:
+        if title.startswith(column):
+            return title
+    raise ConfigError(f"no column begins with {column!r}; there are {', '.join(row)}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _markdown(cells: Cells) -> str:
+    return Table(tuple(cells[0]), tuple(tuple(row.values()) for row in cells), ()).markdown()
+
+
+def main() -> None:
+    """Bring all pages up to date, and name those that changed."""
+    for page in sorted(PAGES.glob("*.md")):
+        text = page.read_text()
+        try:
+            made = filled(text)
+        except ConfigError as error:
+            sys.exit(f"error: {page.relative_to(ROOT)}: {error}")
+        if made != text:
+            page.write_text(made)
+            print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
