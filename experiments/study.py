@@ -23,6 +23,7 @@ from experiments.study_budget import budgets
 from experiments.study_file import Job, Study
 from experiments.study_table import (
     best_value,
+    cost,
     draw,
     table,
     tuned_by,
@@ -43,7 +44,7 @@ def run_job(job: Job) -> Plain:
     from strategies import METHODS
     from strategies.outcome import summarise
 
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     config = from_plain(composed(job.overrides), METHODS)
     line: Plain = {**vars(job), "key": job.key}
     if job.phase == "final":
@@ -52,13 +53,19 @@ def run_job(job: Job) -> Plain:
     try:
         run.strategy.start(run.grid)
     except FedRacLoraError as error:  # a learning rate that diverges is a result, not a failure
-        return line | {"diverged": str(error), "metrics": {}}
+        return line | {"diverged": str(error), "metrics": {}, "cpu_seconds": since(used)}
     rows = run.strategy.book.ledger.rows
     errors = [r["report"]["aggregation_error"] for r in rows if r.get("report")]  # type: ignore[index]
     line |= summarise(run, time.perf_counter() - began)
+    line["cpu_seconds"] = since(used)
     line["curve"] = curve(rows)
     line["aggregation_error"] = statistics.mean(errors) if errors else 0.0
     return line
+
+
+def since(used: float) -> float:
+    """Processor seconds of this process since then: the cost of a run, on a busy machine too."""
+    return round(time.process_time() - used, 3)
 
 
 def curve(rows: list[Row]) -> list[Plain]:
@@ -142,7 +149,7 @@ def main() -> None:
             if all(job.key in done for job in final):
                 break
             run_all(final, done, path, arguments.jobs)
-    write_table(table(study, done), out)
+    write_table(table(study, done), out, cost(done))
     if equal := budgets(study, done):
         (out / "budgets.md").write_text(equal.markdown())
         equal.print()

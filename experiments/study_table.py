@@ -140,12 +140,21 @@ def _beside(study: Study, row: str, scores: list[float], lines: list[Plain]) -> 
     return found
 
 
-def write_table(rows: list[dict[str, object]], out: Path) -> None:
-    """Write table.md and table.csv, and show the table."""
+def cost(done: Mapping[str, Plain]) -> str:
+    """Say what the runs of a study took of a processor, tuning included, where lines say it."""
+    known = [number(line, "cpu_seconds") for line in done.values() if "cpu_seconds" in line]
+    if not known:
+        return ""
+    rest = f"; {len(done) - len(known)} more did not count it" if len(known) < len(done) else ""
+    return f"{len(known)} runs, tuning included, took {sum(known) / 3600:.2f} core-hours{rest}."
+
+
+def write_table(rows: list[dict[str, object]], out: Path, note: str = "") -> None:
+    """Write table.md and table.csv, and show the table, with a note below it."""
     if not rows:
         return
     cells = tuple(tuple(str(value) for value in row.values()) for row in rows)
-    made = Table(tuple(rows[0]), cells, tuple(rows))
+    made = Table(tuple(rows[0]), cells, tuple(rows), (note,) if note else ())
     (out / "table.md").write_text(made.markdown())
     made.write_csv(out / "table.csv")
     made.print()

@@ -11,7 +11,15 @@ import pytest
 from experiments.study import main, read_lines, run_job
 from experiments.study_budget import budgets
 from experiments.study_file import Study
-from experiments.study_table import draw, is_tuned, table, tuned_by, tuned_value, write_table
+from experiments.study_table import (
+    cost,
+    draw,
+    is_tuned,
+    table,
+    tuned_by,
+    tuned_value,
+    write_table,
+)
 from fedraclora.errors import ConfigError
 
 TEXT = """
@@ -115,10 +123,19 @@ def test_a_value_that_diverged_in_a_final_run_is_passed_over(tmp_path: Path) -> 
     (row,) = table(plan, done)
     assert row["passed over"] == "0.2"
     assert row["accuracy"] == 0.65
-    write_table([row], tmp_path)
+    write_table([row], tmp_path, "a note")
     draw(plan, done, tmp_path)
-    assert "| ours |" in (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.md").read_text()
+    assert "| ours |" in text
+    assert text.endswith("\na note\n")
     assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+def test_what_the_runs_cost_is_their_sum() -> None:
+    done = {"a": line(0.5, cpu_seconds=1800.0), "b": line(None, cpu_seconds=5400.0)}
+    assert cost(done) == "2 runs, tuning included, took 2.00 core-hours."
+    assert "; 1 more did not count it." in cost(done | {"c": line(0.5)})
+    assert cost({"c": line(0.5)}) == ""
 
 
 def final(plan: Study, row: str, seed: int, up: int, scores: list[float]) -> dict[str, Any]:
@@ -177,6 +194,7 @@ def test_a_run_is_recorded_with_config_and_revision(tmp_path: Path) -> None:
     assert found["config"]["local"]["lr"] == 0.1
     assert "output" not in found["config"]
     assert found["versions"]["torch"]
+    assert found["cpu_seconds"] > 0
     assert [p["round"] for p in found["curve"]] == [0, 1, 2]
     assert found["curve"][-1]["metrics"] == found["metrics"]
 
@@ -186,6 +204,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     found = run_job(plan.jobs("final", "small", [1e30])[0])
     assert "training loss" in str(found["diverged"])
     assert found["metrics"] == {}
+    assert float(str(found["cpu_seconds"])) > 0
 
 
 @pytest.mark.parametrize(
