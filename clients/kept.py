@@ -9,10 +9,10 @@ import torch
 from fedraclora.aggregate import finite
 from fedraclora.clientstore import ClientStore
 from fedraclora.method import Adapter, Downlink, Factor, Trained
-from fedraclora.moments import begin_moments, blank_moments
-from fedraclora.optimiser import LocalConfig
+from fedraclora.training.moments import begin_moments, blank_moments
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.trial import Trial
 from fedraclora.tree import Tree
-from fedraclora.trial import Trial
 from fedraclora.wire import Order
 
 

@@ -19,13 +19,13 @@ from clients.worker import Worker
 from fedraclora.build import build_task, fix_bits, pick_device, plan_of, trainer_of
 from fedraclora.checkpoint import load_tensors, save_tensors
 from fedraclora.clientstore import ClientStore
-from fedraclora.cohort import CohortTrainer
 from fedraclora.config import task_from_plain
 from fedraclora.engines.deploy.grid import STALE
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.parcel import Holding, read_holding
-from fedraclora.secret import Secret
+from fedraclora.privacy.secret import Secret
 from fedraclora.settings import PretrainConfig
+from fedraclora.training.cohort import CohortTrainer
 from fedraclora.wire import clients_of
 from fedraclora.wire.parcel import read_parcel
 

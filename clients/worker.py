@@ -12,17 +12,17 @@ from flwr.app import RecordDict
 from clients.kept import held, keep
 from clients.secure import answer_stage, masked_reply
 from fedraclora.clientstore import ClientStore
-from fedraclora.cohort import CohortTrainer
 from fedraclora.downlink import opening_rows
 from fedraclora.errors import OF_THE_RUN, ConfigError
-from fedraclora.memory import is_out_of_memory
 from fedraclora.method import Downlink
 from fedraclora.ranks import uploaded_mask
 from fedraclora.replica import Replica
-from fedraclora.robust import shortened
+from fedraclora.robust.statistics import shortened
 from fedraclora.sampling import client_weights
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.memory import is_out_of_memory
+from fedraclora.training.trial import Trial, join
 from fedraclora.tree import Layout, Tree
-from fedraclora.trial import Trial, join
 from fedraclora.wire import Order, Reader, pack_trial, uplink_layout
 from fedraclora.wire.secagg import Stage, read_stage
 

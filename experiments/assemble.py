@@ -16,7 +16,7 @@ from fedraclora.replica import Chronicle, Replica
 from fedraclora.settings import DeployConfig, FlowerConfig, RayConfig
 from strategies import assembly
 from strategies.assembly import Assembled, Crew, RunGrid
-from strategies.rows import Row
+from strategies.server.rows import Row
 
 __all__ = ["Assembled", "assemble"]
 

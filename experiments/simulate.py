@@ -25,7 +25,7 @@ from fedraclora.ledger import headline, number
 from fedraclora.runfolder import is_finished, method_label, refuse_existing
 from strategies import METHODS
 from strategies.outcome import run_in_folder
-from strategies.rows import Row
+from strategies.server.rows import Row
 
 Plain = dict[str, object]
 FAILED: list[str] = []

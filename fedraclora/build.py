@@ -11,9 +11,6 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fedraclora.adapter import make_plan
-from fedraclora.attack import LabelFlip
-from fedraclora.attacked import AttackedTrainer
-from fedraclora.cohort import CohortTrainer
 from fedraclora.config import TaskConfig
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.partition import make_partition
@@ -21,11 +18,14 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.method import Plan
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
-from fedraclora.pretrain import pretrain
+from fedraclora.robust.attack import LabelFlip
+from fedraclora.robust.attacked import AttackedTrainer
 from fedraclora.samples import Partitioned, Samples, count_labels
 from fedraclora.sampling import check_cohort
 from fedraclora.schema import bind, coerce, without
 from fedraclora.task import Task
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.pretrain import pretrain
 
 COMMON_DATA_KEYS = ("labels", "validation")
 PRETRAINED_KEPT = 8  # models in one process

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 
 from fedraclora.adapter import BIAS_POLICIES, HEAD_POLICIES
 from fedraclora.aggregator import Aggregator
-from fedraclora.attack import ATTACKS, Attack
 from fedraclora.data import DATASETS, PARTITIONS
+from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import Method
 from fedraclora.models import MODELS
-from fedraclora.optimiser import LocalConfig
-from fedraclora.precision import PRECISIONS
-from fedraclora.privacy import PRIVACIES, Privacy
-from fedraclora.rules import AGGREGATORS
+from fedraclora.privacy.client_level import PRIVACIES, Privacy
+from fedraclora.privacy.secagg import SECURES, Open
+from fedraclora.robust.attack import ATTACKS, Attack
+from fedraclora.robust.rules import AGGREGATORS
 from fedraclora.sampling import WEIGHTINGS
 from fedraclora.schema import Plain, bind, build, coerce, section, without
-from fedraclora.secagg import SECURES, Open
 from fedraclora.settings import (
     ENGINES,
     DeployConfig,
@@ -35,7 +34,8 @@ from fedraclora.settings import (
     PretrainConfig,
     StopConfig,
 )
-from fedraclora.system import SystemConfig
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.precision import PRECISIONS
 
 DEVICES = ("auto", "cpu", "cuda")
 NOT_IN_DIGEST = ("output", "resume")

@@ -90,7 +90,7 @@ class Downlink:
             (`fedraclora.ranks`). Int64 [K]: the first r_k (all of an adapter of lower rank);
             int64 [K, 2]: part g of G equal ones. None: all.
         link: Number of the link in progress: as long as it stays, frozen factors do and trained
-            ones live on, so that a client's moments may, too (`fedraclora.moments`).
+            ones live on, so that a client's moments may, too (`fedraclora.training.moments`).
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)

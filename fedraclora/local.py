@@ -12,18 +12,18 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from fedraclora.cohort_layers import CohortContext, CohortDropout
-from fedraclora.local_dp import set_noisy_gradients
 from fedraclora.method import Downlink, Frozen, Plan, Sketched
-from fedraclora.optimiser import LocalConfig
-from fedraclora.precision import FLOAT32, products_in
+from fedraclora.privacy.local_dp import set_noisy_gradients
 from fedraclora.ranks import window
 from fedraclora.recipe import RECIPES
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.samples import Samples
 from fedraclora.task import Task, loss_function
+from fedraclora.training.cohort_layers import CohortContext, CohortDropout
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.precision import FLOAT32, products_in
+from fedraclora.training.vmapped import effective_weights
 from fedraclora.tree import Tree
-from fedraclora.vmapped import effective_weights
 
 
 def train_one(
@@ -53,7 +53,7 @@ def train_one(
         round_: From 1.
         seed: Of the run.
         rate_scale: Of the step sizes.
-        precision: One of `fedraclora.precision.PRECISIONS`.
+        precision: One of `fedraclora.training.precision.PRECISIONS`.
 
     Returns:
         The trained tensors, and the mean loss over the local steps.

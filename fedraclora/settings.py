@@ -207,7 +207,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class StopConfig:
-    """When a run ends before its last round (`strategies.stopping`).
+    """When a run ends before its last round (`strategies.server.stopping`).
 
     ``metric``: of the validation split. ``patience``: evaluations without improvement; None: never.
     """

@@ -18,9 +18,7 @@ from fedraclora.build import (
     plan_of,
     trainer_of,
 )
-from fedraclora.chunking import ChunkPlan, plan_chunk
 from fedraclora.clientstore import ClientStore
-from fedraclora.cohort import CohortTrainer
 from fedraclora.config import RunConfig
 from fedraclora.engines.deploy import DeployGrid
 from fedraclora.engines.flower import NodePerClient
@@ -33,14 +31,16 @@ from fedraclora.personal import personal_accuracy
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, stored_chunk
 from fedraclora.settings import RayConfig
+from fedraclora.training.chunking import ChunkPlan, plan_chunk
+from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
-from strategies.fleet import Fleet
-from strategies.loop import LoopConfig
-from strategies.loopconfig import loop_of
-from strategies.rows import Row
-from strategies.stopping import Stopping
-from strategies.treatment import Treatment
+from strategies.server.fleet import Fleet
+from strategies.server.loop import LoopConfig
+from strategies.server.loopconfig import loop_of
+from strategies.server.rows import Row
+from strategies.server.stopping import Stopping
+from strategies.server.treatment import Treatment
 
 RunGrid = LocalGrid | NodePerClient | DeployGrid
 

@@ -18,26 +18,26 @@ from typing_extensions import override
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Setting
 from fedraclora.chain import CatchUp
+from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
 from fedraclora.errors import FedRacLoraError, WireError
 from fedraclora.ledger import number
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
-from fedraclora.optimiser import LocalConfig
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, Stopwatch
 from fedraclora.sampling import client_weights
-from fedraclora.steps import effective_step
-from fedraclora.system import SystemConfig
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.steps import effective_step
 from fedraclora.tree import Tree
-from strategies.exchange import Exchange
-from strategies.fleet import Fleet
-from strategies.guard import persistently
-from strategies.loop import LoopConfig
-from strategies.rows import Moved, Row, fleet_columns, ledger_row
-from strategies.serverside import EvaluatesItself
-from strategies.stopping import Stopping
-from strategies.treatment import Treatment
+from strategies.server.exchange import Exchange
+from strategies.server.fleet import Fleet
+from strategies.server.guard import persistently
+from strategies.server.loop import LoopConfig
+from strategies.server.rows import Moved, Row, fleet_columns, ledger_row
+from strategies.server.serverside import EvaluatesItself
+from strategies.server.stopping import Stopping
+from strategies.server.treatment import Treatment
 
 
 class FedStrategy(EvaluatesItself):

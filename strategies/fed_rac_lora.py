@@ -57,7 +57,7 @@ from fedraclora.method import (
 from fedraclora.rng import generator
 from fedraclora.sketch import SketchSpec, check_sketch
 from fedraclora.tree import Tree
-from strategies.common import (
+from strategies.shared.common import (
     FIRST_LINK,
     check_link,
     dense_floats,

@@ -41,8 +41,8 @@ from fedraclora.method import (
 )
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
-from strategies.common import closed, dense_floats, dense_means, dense_slots, mean_terms
-from strategies.drawn import Drawn, Ranked
+from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, mean_terms
+from strategies.shared.drawn import Drawn, Ranked
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from fedraclora.method import (
     apply_link,
 )
 from fedraclora.tree import Tree
-from strategies.common import dense_floats, dense_slots
+from strategies.shared.common import dense_floats, dense_slots
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
 from fedraclora.method import Downlink, Link, Plan, State, Term, Traits, apply_link
-from strategies.common import check_link, dense_means, next_link
-from strategies.factored import Factored, separate_means_error
+from strategies.shared.common import check_link, dense_means, next_link
+from strategies.shared.factored import Factored, separate_means_error
 
 
 @dataclass(frozen=True)

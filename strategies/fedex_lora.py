@@ -29,7 +29,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank import Product, balanced_factors, stack_products
 from fedraclora.method import Traits
-from strategies.factored import Conclusion, Factored, Replies
+from strategies.shared.factored import Conclusion, Factored, Replies
 
 
 @dataclass(frozen=True)

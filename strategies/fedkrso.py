@@ -39,8 +39,15 @@ from fedraclora.method import (
     Traits,
 )
 from fedraclora.sketch import check_sketch
-from strategies.common import closed, dense_floats, dense_means, dense_slots, drawn_rank, mean_terms
-from strategies.drawn import Drawn
+from strategies.shared.common import (
+    closed,
+    dense_floats,
+    dense_means,
+    dense_slots,
+    drawn_rank,
+    mean_terms,
+)
+from strategies.shared.drawn import Drawn
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from fedraclora.lowrank import padded_to, truncated_product
 from fedraclora.method import Traits
-from strategies.factored import Conclusion, Factored, Replies
+from strategies.shared.factored import Conclusion, Factored, Replies
 
 
 @dataclass(frozen=True)

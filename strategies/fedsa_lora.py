@@ -35,8 +35,8 @@ from fedraclora.method import (
     apply_link,
 )
 from fedraclora.tree import Tree
-from strategies.common import closed, dense_floats, dense_means, dense_slots
-from strategies.drawn import Drawn
+from strategies.shared.common import closed, dense_floats, dense_means, dense_slots
+from strategies.shared.drawn import Drawn
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ from fedraclora.method import (
     Traits,
 )
 from fedraclora.tree import Tree
-from strategies.common import closed, dense_floats, dense_means, dense_slots, mean_terms
-from strategies.drawn import Drawn
-from strategies.products import with_carried
+from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, mean_terms
+from strategies.shared.drawn import Drawn
+from strategies.shared.products import with_carried
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from fedraclora.lowrank import balanced_factors
 from fedraclora.method import Traits
-from strategies.factored import Conclusion, Factored, Replies
+from strategies.shared.factored import Conclusion, Factored, Replies
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from fedraclora.method import Traits
-from strategies.factored import Conclusion, Factored, Replies
+from strategies.shared.factored import Conclusion, Factored, Replies
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ from fedraclora.method import (
     apply_link,
 )
 from fedraclora.tree import Tree
-from strategies.common import closed, dense_floats, dense_means, dense_slots
-from strategies.drawn import Ranked
-from strategies.factored import separate_means_error
-from strategies.products import principal, with_carried
+from strategies.shared.common import closed, dense_floats, dense_means, dense_slots
+from strategies.shared.drawn import Ranked
+from strategies.shared.factored import separate_means_error
+from strategies.shared.products import principal, with_carried
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from typing_extensions import override
 from fedraclora.adapter import resolve_rank
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Draw, State
-from strategies.common import turned
 from strategies.fedavg import FedAvg
+from strategies.shared.common import turned
 
 
 @dataclass(frozen=True)

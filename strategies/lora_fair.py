@@ -25,8 +25,8 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.method import Traits
-from strategies.factored import Conclusion, Factored, Replies
 from strategies.fedex_lora import residual
+from strategies.shared.factored import Conclusion, Factored, Replies
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fedraclora.data.partition import spread_clients
 from fedraclora.runfolder import alone, begin, has_checkpoint, method_label, write_summary
 from fedraclora.tree import digest
 from strategies.assembly import Assembled
-from strategies.rows import Row
+from strategies.server.rows import Row
 
 SHOWN = 1000  # clients in partition.png, spread over the population
 

@@ -28,7 +28,7 @@ from fedraclora.settings import DeployConfig, FlowerConfig
 from strategies import METHODS, assembly
 from strategies.assembly import Assembled, Crew, RunGrid
 from strategies.outcome import run_in_folder
-from strategies.rows import Row
+from strategies.server.rows import Row
 
 log = logging.getLogger("flwr")  # the log that Flower streams to its user
 

@@ -8,7 +8,7 @@ import torch
 
 from experiments.bench.rows import Case
 from experiments.bench.runs import Parts, first_downlink
-from fedraclora.memory import is_out_of_memory
+from fedraclora.training.memory import is_out_of_memory
 from strategies.fed_rac_lora import FedRacLora
 
 MOST = 1 << 20

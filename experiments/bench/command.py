@@ -39,7 +39,7 @@ from experiments.bench.usage import PROC
 from experiments.bench.workloads import PEERS, RAY, WORKLOADS
 from fedraclora.build import fix_bits, pick_device
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
-from fedraclora.precision import BF16_MIXED, FLOAT32
+from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree
 
 PRECISION_OF = {"vectorised": FLOAT32, "bf16": BF16_MIXED}

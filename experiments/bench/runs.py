@@ -17,24 +17,24 @@ from experiments.bench.usage import Laps
 from experiments.bench.workloads import LR, Workload
 from fedraclora.adapter import make_plan
 from fedraclora.build import fix_bits
-from fedraclora.chunking import plan_chunk
 from fedraclora.clientstore import ClientStore
-from fedraclora.cohort import CohortTrainer
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.engines.local import LocalGrid
 from fedraclora.ledger import Ledger
 from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State
-from fedraclora.optimiser import LocalConfig
-from fedraclora.precision import FLOAT32
 from fedraclora.replica import Chronicle, Follower, Replica
 from fedraclora.runbook import RunBook
 from fedraclora.settings import RayConfig
 from fedraclora.task import Task
+from fedraclora.training.chunking import plan_chunk
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.precision import FLOAT32
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg
-from strategies.loop import LoopConfig
+from strategies.server.loop import LoopConfig
 
 ENDLESS = 1 << 30
 RAY_WORKERS = 5  # of all Ray rows of a workload, which are there at the same time

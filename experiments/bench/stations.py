@@ -15,19 +15,19 @@ from typing_extensions import override
 from experiments.bench.rows import Case, vectorised
 from experiments.bench.usage import Laps
 from fedraclora.aggregate import Uplinks
-from fedraclora.cohort import CohortTrainer
-from fedraclora.feedforward import FeedForward
 from fedraclora.ledger import Ledger
 from fedraclora.link import apply_link
-from fedraclora.materialise import materialise
-from fedraclora.optimiser import CohortOptimiser
 from fedraclora.samples import Partitioned
-from fedraclora.schedule import Schedule
 from fedraclora.task import cross_entropy, cross_entropy_slope, forward
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.feedforward import FeedForward
+from fedraclora.training.materialise import materialise
+from fedraclora.training.optimiser import CohortOptimiser
+from fedraclora.training.schedule import Schedule
 from fedraclora.wire import Reader, pack_trial
 from strategies.base import FedStrategy
-from strategies.exchange import Exchange
 from strategies.fed_rac_lora import FedRacLora
+from strategies.server.exchange import Exchange
 
 # Inclusive times; a station below another, indented, is a part of it.
 STATIONS: tuple[tuple[str, tuple[Callable[..., object], ...]], ...] = (

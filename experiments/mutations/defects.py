@@ -33,7 +33,7 @@ class Defect:
         return ((self.old, self.new), *([self.also] if self.also else []))
 
 
-FACTORED, COMMON = "strategies/factored.py", "strategies/common.py"
+FACTORED, COMMON = "strategies/shared/factored.py", "strategies/shared/common.py"
 TERM = "terms[name] = Term((B, A), adapter.scale)"
 LEFT = "        left, right = stack_products(self.B, self.A, self.p)\n"
 STACK = "stacked=None if reduced else numbers,"
@@ -158,7 +158,7 @@ DEFECTS = (
     ),
     Defect(
         "client_and_server_scale_differently",
-        "fedraclora/cohort.py",
+        "fedraclora/training/cohort.py",
         "{n: a.scale for n, a in downlink.adapters.items()}",
         "{n: 2.0 for n, a in downlink.adapters.items()}",
         "fed_sb or fedavg_lora",
@@ -214,7 +214,7 @@ DEFECTS = (
     ),
     Defect(
         "moments_outlive_the_round",
-        "fedraclora/cohort.py",
+        "fedraclora/training/cohort.py",
         "        optimiser = CohortOptimiser(self.local, values, rates, held)\n",
         "        optimiser = CohortOptimiser(self.local, values, rates, held)\n"
         "        kept = getattr(self, '_kept', {})\n"

@@ -20,9 +20,9 @@ from typing_extensions import override
 from experiments.theory.runs import federate
 from fedraclora.errors import ClientError
 from fedraclora.method import Method
-from fedraclora.optimiser import LocalConfig
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.task import Task
+from fedraclora.training.optimiser import LocalConfig
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg

@@ -9,16 +9,16 @@ import torch
 from clients.app import make_client_app
 from clients.worker import Worker
 from fedraclora.adapter import make_plan
-from fedraclora.cohort import CohortTrainer
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.method import Cohort, Downlink, Draw, Method, Plan
-from fedraclora.optimiser import LocalConfig
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook
 from fedraclora.task import Task
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.optimiser import LocalConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
-from strategies.loop import LoopConfig
+from strategies.server.loop import LoopConfig
 
 
 def federate(

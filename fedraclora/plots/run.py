@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
+from fedraclora.devices.timeline import REASONS
 from fedraclora.ledger import Row, column, headline, round_seconds
 from fedraclora.plots.axes import (
     COLOURS,
@@ -18,7 +19,6 @@ from fedraclora.plots.axes import (
     new_figure,
     write_png,
 )
-from fedraclora.timeline import REASONS
 
 _STEPS = ("lr", "gamma_min", "gamma_max")
 

@@ -11,8 +11,8 @@ from flwr.app import RecordDict
 from fedraclora.aggregate import SUM_BLOCK, Refusal, block_sums, check_rows
 from fedraclora.errors import WireError
 from fedraclora.sampling import client_weights
+from fedraclora.training.trial import Trial
 from fedraclora.tree import Layout
-from fedraclora.trial import Trial
 from fedraclora.wire.downlink import Order
 from fedraclora.wire.records import (
     array_record,

@@ -35,7 +35,7 @@ from flwr.supercore.primitives.asymmetric import (
 )
 
 from fedraclora.errors import WireError
-from fedraclora.secret import stream
+from fedraclora.privacy.secret import stream
 from fedraclora.wire.records import array_record, header_record, vector_record
 
 Words = npt.NDArray[np.uint32]

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from experiments.assemble import assemble
 from experiments.choices import groups
 from fedraclora.config import RunConfig, from_plain
+from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import DataError
-from fedraclora.optimiser import LocalConfig
 from fedraclora.settings import ENGINES, EvaluateConfig, OutputConfig, PretrainConfig
-from fedraclora.system import SystemConfig
+from fedraclora.training.optimiser import LocalConfig
 from strategies import METHODS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

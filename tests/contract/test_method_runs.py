@@ -34,8 +34,8 @@ from fedraclora.aggregator import Total
 from fedraclora.checkpoint import read_links
 from fedraclora.errors import CheckpointError
 from fedraclora.method import Method
-from fedraclora.optimiser import LocalConfig
 from fedraclora.runbook import weights_at
+from fedraclora.training.optimiser import LocalConfig
 from strategies import METHODS
 
 Variant = tuple[str, dict[str, Any]]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from worlds import RAGGED, Run, assert_equal_trees, make_method, make_world, run
 
-from fedraclora.cohort import CohortTrainer
 from fedraclora.errors import ClientError
 from fedraclora.samples import ClientData, Samples
-from fedraclora.trial import Trial
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.trial import Trial
 
 METHOD = make_method("fed_rac_lora")
 CARD = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -24,21 +24,21 @@ from worlds import (
     variants,
 )
 
-from fedraclora.accountant import epsilon
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Setting
-from fedraclora.attack import SignFlip
 from fedraclora.errors import ConfigError
 from fedraclora.ledger import number
 from fedraclora.method import Cohort, Draw
-from fedraclora.privacy import ClientLevel, Mechanism
-from fedraclora.rules import Median
-from fedraclora.samplelevel import SampleNoise
+from fedraclora.privacy.accountant import epsilon
+from fedraclora.privacy.client_level import ClientLevel, Mechanism
+from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.privacy.secret import FILE, Secret
+from fedraclora.robust.attack import SignFlip
+from fedraclora.robust.rules import Median
 from fedraclora.sampling import draw_cohort
-from fedraclora.secret import FILE, Secret
-from strategies.loop import LoopConfig
-from strategies.private import PrivateRounds
-from strategies.treatment import Treatment
+from strategies.server.loop import LoopConfig
+from strategies.server.private import PrivateRounds
+from strategies.server.treatment import Treatment
 
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]

@@ -51,7 +51,7 @@ from fedraclora.method import (
 from fedraclora.ranks import check_ranks
 from fedraclora.sampling import draw_cohort
 from fedraclora.tree import Tree
-from strategies.loop import LoopConfig
+from strategies.server.loop import LoopConfig
 
 Variant = tuple[str, dict[str, Any]]
 ABLE = [v for v in variants() if make_method(v[0], **v[1]).traits.ranks]

@@ -24,16 +24,16 @@ from worlds import (
 )
 
 from clients.worker import Worker
-from fedraclora.attack import ALittleIsEnough
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.ledger import number
 from fedraclora.method import Cohort, Draw
-from fedraclora.privacy import ClientLevel, Mechanism
-from fedraclora.rules import Median
-from fedraclora.secagg import SecAgg
-from fedraclora.secret import Secret
+from fedraclora.privacy.client_level import ClientLevel, Mechanism
+from fedraclora.privacy.secagg import SecAgg
+from fedraclora.privacy.secret import Secret
+from fedraclora.robust.attack import ALittleIsEnough
+from fedraclora.robust.rules import Median
 from fedraclora.wire.secagg import read_stage
-from strategies.treatment import Treatment
+from strategies.server.treatment import Treatment
 
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]

@@ -20,12 +20,12 @@ from worlds import (
 )
 
 from fedraclora.aggregator import Aggregator
-from fedraclora.attack import ALittleIsEnough, Attack, SignFlip
-from fedraclora.attacked import AttackedTrainer
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Draw
-from fedraclora.optimiser import LocalConfig
-from fedraclora.rules import GeometricMedian, Krum, Median, MultiKrum, NormBound, TrimmedMean
+from fedraclora.robust.attack import ALittleIsEnough, Attack, SignFlip
+from fedraclora.robust.attacked import AttackedTrainer
+from fedraclora.robust.rules import GeometricMedian, Krum, Median, MultiKrum, NormBound, TrimmedMean
+from fedraclora.training.optimiser import LocalConfig
 
 Variant = tuple[str, dict[str, Any]]
 every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)

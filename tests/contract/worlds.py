@@ -26,25 +26,25 @@ from clients.worker import Worker
 from fedraclora.adapter import make_plan
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Aggregator, Setting, mean
-from fedraclora.attack import Attack
 from fedraclora.clientstore import ClientStore
-from fedraclora.cohort import CohortTrainer
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.link import Plan
 from fedraclora.method import Cohort, Downlink, Draw, Frozen, Method, Sketched, State, Trained
-from fedraclora.optimiser import LocalConfig
 from fedraclora.ranks import uploaded_mask, widen
 from fedraclora.replica import Replica
 from fedraclora.rng import generator, torch_normal
+from fedraclora.robust.attack import Attack
 from fedraclora.runbook import RunBook
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.task import LOSSES, Task
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.optimiser import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
-from strategies.loop import LoopConfig
-from strategies.treatment import Treatment
+from strategies.server.loop import LoopConfig
+from strategies.server.treatment import Treatment
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass

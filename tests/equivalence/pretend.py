@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from typing_extensions import override
 
-from fedraclora.memory import LiveTensors
+from fedraclora.training.memory import LiveTensors
 
 CARD, HOST = torch.device("cuda", 0), torch.device("cpu")
 NAME, FREE = "Pretended card", 60 * 10**9

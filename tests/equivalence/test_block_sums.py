@@ -13,8 +13,8 @@ from fedraclora.samples import Partitioned, Samples
 from fedraclora.tree import digest
 from fedraclora.wire import Reply, unpack_trial
 from strategies import METHODS
-from strategies import exchange as exchange_module
-from strategies.loop import LoopConfig
+from strategies.server import exchange as exchange_module
+from strategies.server.loop import LoopConfig
 
 WORDS = [
     "data=digits",

@@ -16,21 +16,21 @@ from clients.app import make_client_app
 from clients.worker import Worker
 from experiments.choices import CONF
 from fedraclora.adapter import make_plan
-from fedraclora.cohort import CohortTrainer
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.link import Plan
 from fedraclora.method import Draw, Method
-from fedraclora.optimiser import LocalConfig
 from fedraclora.replica import Replica
 from fedraclora.rng import generator, torch_normal
 from fedraclora.runbook import RunBook
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.sketch import SketchSpec
 from fedraclora.task import Task
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.optimiser import LocalConfig
 from fedraclora.tree import Tree
 from strategies import METHODS
 from strategies.base import FedStrategy
-from strategies.loop import LoopConfig
+from strategies.server.loop import LoopConfig
 
 SEED, RANK, ALPHA, SIZE, BATCH = 5, 2, 3.0, 11, 4
 ADAMW = LocalConfig(optimiser="adamw", lr=0.05, weight_decay=0.1, batch_size=BATCH, shuffle=False)

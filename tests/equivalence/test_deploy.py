@@ -29,7 +29,7 @@ from fedraclora.runbook import weights_at
 from fedraclora.tree import digest
 from strategies import METHODS
 from strategies.outcome import run_in_folder
-from strategies.rows import Row
+from strategies.server.rows import Row
 
 
 def inline(words: list[str], folder: Path) -> dict[str, object]:

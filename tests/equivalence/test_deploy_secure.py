@@ -16,7 +16,7 @@ from fedraclora.checkpoint import load_tensors
 from fedraclora.clientstore import ClientStore
 from fedraclora.errors import ConfigError
 from fedraclora.ledger import number
-from fedraclora.secret import FILE
+from fedraclora.privacy.secret import FILE
 from fedraclora.wire import clients_of
 from fedraclora.wire.secagg import read_stage
 

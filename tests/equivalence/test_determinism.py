@@ -17,15 +17,15 @@ from omegaconf import OmegaConf
 from experiments.assemble import Assembled, assemble
 from experiments.simulate import run_one
 from fedraclora.aggregate import Uplinks
-from fedraclora.cohort import CohortTrainer
 from fedraclora.config import from_plain
 from fedraclora.errors import ClientError
 from fedraclora.ledger import NONDETERMINISTIC, read_ledger
 from fedraclora.method import Cohort
 from fedraclora.samples import Partitioned
 from fedraclora.sampling import draw_cohort
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.trial import Trial
 from fedraclora.tree import Tree, digest
-from fedraclora.trial import Trial
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.fedavg import FedAvg

@@ -12,13 +12,13 @@ import torch
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
 from fedraclora.aggregate import Uplinks
-from fedraclora.cohort import CohortTrainer
 from fedraclora.config import from_plain
 from fedraclora.errors import ClientError
 from fedraclora.method import Cohort
+from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree, digest
 from strategies import METHODS
-from strategies.rows import Row
+from strategies.server.rows import Row
 
 WORDS = (
     "data=digits",

@@ -19,7 +19,7 @@ from fedraclora.config import from_plain
 from fedraclora.engines.flower.superlink import Ended, SuperLink
 from strategies import METHODS
 from strategies.outcome import run_in_folder
-from strategies.rows import Row
+from strategies.server.rows import Row
 
 pytestmark = pytest.mark.slow
 

@@ -25,15 +25,15 @@ from typing_extensions import override
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
 from fedraclora import link
-from fedraclora.chunking import FREE_SHARE
-from fedraclora.cohort import CohortTrainer
 from fedraclora.config import from_plain
-from fedraclora.memory import LiveTensors, measure
 from fedraclora.method import Cohort, Draw
-from fedraclora.optimiser import LocalConfig
 from fedraclora.samples import Partitioned
+from fedraclora.training.chunking import FREE_SHARE
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.memory import LiveTensors, measure
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.trial import Trial
 from fedraclora.tree import Tree, digest
-from fedraclora.trial import Trial
 from strategies import METHODS
 
 JOB = [

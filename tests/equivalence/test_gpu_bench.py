@@ -19,7 +19,7 @@ from experiments.bench.rows import BUILDERS, Case
 from experiments.bench.table import tables
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import WORKLOADS, Workload, mlp, vectors
-from fedraclora.cohort import CohortTrainer
+from fedraclora.training.cohort import CohortTrainer
 
 ROWS = ("vectorised", "bf16", "central", "inline", "idle", "fedavg", "loop", "pfl")
 SMALL = Workload("6 clients", 6, 1, mlp(7, 5, 3), vectors(7, 3), "fc2", ROWS, samples=8, batch=4)

@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from experiments.assemble import Assembled, assemble
 from fedraclora.adapter import make_plan
-from fedraclora.cohort import CohortTrainer
 from fedraclora.config import from_plain
 from fedraclora.data.bootstrap import bootstrap
 from fedraclora.data.digits import load_digits
@@ -24,10 +23,11 @@ from fedraclora.data.virtual import virtual
 from fedraclora.local import train_one
 from fedraclora.method import Cohort, Draw
 from fedraclora.models.mlp import build_mlp
-from fedraclora.optimiser import LocalConfig
 from fedraclora.samples import ClientData
 from fedraclora.sampling import draw_cohort
 from fedraclora.task import Task
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.optimiser import LocalConfig
 from strategies import METHODS
 from strategies.fed_rac_lora import FedRacLora
 

@@ -10,16 +10,16 @@ from test_vectorised_is_local import CASES, LOCAL, SEED, SIZES, Case, base_of, m
 
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
-from fedraclora.cohort import CohortTrainer
 from fedraclora.config import from_plain
 from fedraclora.errors import ConfigError
 from fedraclora.local import train_one
 from fedraclora.method import Cohort, Downlink, Draw, Trained
-from fedraclora.precision import BF16_MIXED, FLOAT32, PRECISIONS
 from fedraclora.samples import Partitioned
 from fedraclora.sketch import SketchSpec
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.precision import BF16_MIXED, FLOAT32, PRECISIONS
+from fedraclora.training.trial import Trial
 from fedraclora.tree import Tree
-from fedraclora.trial import Trial
 from strategies import METHODS
 
 BITS = 2.0**-8  # of bfloat16: one rounding loses up to half of this share

@@ -27,9 +27,9 @@ from test_vectorised_is_local import (
 
 from fedraclora.aggregate import Uplinks
 from fedraclora.method import Adapter, Cohort, Downlink, Draw, Frozen, Method, Sketched, Trained
-from fedraclora.optimiser import LocalConfig
 from fedraclora.ranks import trainable
 from fedraclora.sampling import draw_cohort
+from fedraclora.training.optimiser import LocalConfig
 from fedraclora.tree import Layout
 
 RANKS = torch.tensor([1, 3, 2, 9, 1, 2])  # of each client; the method's rank is 3

@@ -15,11 +15,11 @@ from experiments.theory import runs
 from experiments.theory.runs import start_of
 from fedraclora.method import Draw, Method
 from fedraclora.models.mlp import build_mlp
-from fedraclora.optimiser import LocalConfig
 from fedraclora.rng import generator, torch_normal
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.sketch import SKETCHES
 from fedraclora.task import Task, squared_error
+from fedraclora.training.optimiser import LocalConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.fed_rac_lora import FedRacLora

@@ -15,8 +15,6 @@ from typing_extensions import override
 
 from fedraclora.adapter import make_plan
 from fedraclora.aggregate import Uplinks
-from fedraclora.cohort import CohortTrainer
-from fedraclora.cohort_layers import CohortContext, CohortDropout
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.layers import LayerView
 from fedraclora.local import train_one
@@ -36,15 +34,17 @@ from fedraclora.models.cnn import build_cnn
 from fedraclora.models.gpt import build_gpt
 from fedraclora.models.hf import build_transformer
 from fedraclora.models.mlp import build_mlp
-from fedraclora.optimiser import LocalConfig
-from fedraclora.program import Program
+from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samplelevel import SampleNoise
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.sampling import draw_cohort
 from fedraclora.schema import bind
 from fedraclora.sketch import SketchSpec
 from fedraclora.task import IGNORED_TOKEN, Task
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.cohort_layers import CohortContext, CohortDropout
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.program import Program
 from fedraclora.tree import Layout, Tree
 from strategies import METHODS
 from strategies.fedavg import FedAvg

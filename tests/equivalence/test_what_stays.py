@@ -12,14 +12,14 @@ from torch import nn
 
 from clients.worker import Worker
 from fedraclora.adapter import make_plan
-from fedraclora.cohort import CohortTrainer
 from fedraclora.errors import ConfigError
 from fedraclora.method import Adapter, Downlink, Frozen, Trained
-from fedraclora.optimiser import LocalConfig
 from fedraclora.replica import Replica
 from fedraclora.rng import generator, torch_normal
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.task import Task
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.optimiser import LocalConfig
 from fedraclora.wire import Order, pack_downlink, unpack_trial, uplink_layout
 
 CLIENTS = torch.tensor([0, 1, 2])

@@ -12,12 +12,13 @@ import torch
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
 from experiments.simulate import simulate
-from fedraclora import build, chunking
+from fedraclora import build
 from fedraclora.build import build_task
 from fedraclora.checkpoint import load_checkpoint, save_checkpoint
 from fedraclora.config import from_plain
 from fedraclora.errors import CheckpointError
 from fedraclora.runbook import stored_chunk
+from fedraclora.training import chunking
 from fedraclora.tree import digest
 from strategies import METHODS
 from strategies.assembly import loop_of

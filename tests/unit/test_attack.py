@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedraclora.attack import ATTACKS, ALittleIsEnough, Attack, LabelFlip, ScaledNoise, SignFlip
 from fedraclora.errors import ConfigError, DataError
+from fedraclora.robust.attack import (
+    ATTACKS,
+    ALittleIsEnough,
+    Attack,
+    LabelFlip,
+    ScaledNoise,
+    SignFlip,
+)
 from fedraclora.samples import Partitioned, Samples
 
 

@@ -29,9 +29,9 @@ from experiments.bench.table import main as table_main
 from experiments.bench.timing import training_loss
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import PEERS, WORKLOADS, Workload, mlp, vectors
-from fedraclora.cohort import CohortTrainer
 from fedraclora.errors import ConfigError
 from fedraclora.method import Downlink
+from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
 
 TINY = Workload(

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from fedraclora import chunking
 from fedraclora.adapter import make_plan
 from fedraclora.aggregate import SUM_BLOCK
-from fedraclora.chunking import FREE_SHARE, PROCESS_BYTES, ChunkPlan, budget_of, plan_chunk
-from fedraclora.cohort import CohortTrainer
 from fedraclora.errors import ConfigError
-from fedraclora.memory import MemoryModel, measure
 from fedraclora.method import Cohort, Downlink, Draw
-from fedraclora.optimiser import LocalConfig
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.settings import RayConfig
 from fedraclora.task import Task
+from fedraclora.training import chunking
+from fedraclora.training.chunking import FREE_SHARE, PROCESS_BYTES, ChunkPlan, budget_of, plan_chunk
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.memory import MemoryModel, measure
+from fedraclora.training.optimiser import LocalConfig
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
 

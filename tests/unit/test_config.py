@@ -14,7 +14,6 @@ import yaml
 from fedraclora.config import RunConfig, TaskConfig, from_plain, task_from_plain
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import Method
-from fedraclora.optimiser import LocalConfig
 from fedraclora.schema import bind, build, checked_arguments, coerce, section, without
 from fedraclora.settings import (
     ENGINES,
@@ -23,6 +22,7 @@ from fedraclora.settings import (
     PretrainConfig,
     RayConfig,
 )
+from fedraclora.training.optimiser import LocalConfig
 from strategies import METHODS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

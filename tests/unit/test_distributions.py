@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.distributions import (
+from fedraclora.devices.distributions import (
     DISTRIBUTIONS,
     Choice,
     Constant,

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from fedraclora.adapter import make_plan
-from fedraclora.cohort import CohortTrainer
-from fedraclora.feedforward import FeedForward, written_out
-from fedraclora.gradients import written_out_gradients
 from fedraclora.method import Adapter, Downlink, Frozen, Trained
-from fedraclora.optimiser import LocalConfig
-from fedraclora.program import OpenChunk
 from fedraclora.rng import generator, torch_normal
 from fedraclora.samples import Partitioned, Samples
-from fedraclora.stages import THIN
 from fedraclora.task import LOSSES, SLOPES, Task
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.feedforward import FeedForward, written_out
+from fedraclora.training.gradients import written_out_gradients
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.program import OpenChunk
+from fedraclora.training.stages import THIN
 
 SIZES = (5, 9, 3, 7)
 CLIENTS = torch.arange(len(SIZES))

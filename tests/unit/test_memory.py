@@ -19,19 +19,19 @@ from typing_extensions import override
 
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
-from fedraclora import memory
 from fedraclora.adapter import make_plan
-from fedraclora.cohort import CohortTrainer
 from fedraclora.config import from_plain
-from fedraclora.memory import LiveTensors, MemoryModel, longest, measure, owned
 from fedraclora.method import Cohort, Downlink, Draw, Trained
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_transformer
-from fedraclora.optimiser import LocalConfig
-from fedraclora.precision import BF16_MIXED, FLOAT32
 from fedraclora.rng import generator, torch_normal
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.task import Task
+from fedraclora.training import memory
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.memory import LiveTensors, MemoryModel, longest, measure, owned
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree, digest
 from strategies import METHODS
 

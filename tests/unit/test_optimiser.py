@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedraclora.errors import ConfigError
-from fedraclora.optimiser import CohortOptimiser, LocalConfig, clip_per_client
 from fedraclora.rng import generator, torch_normal
+from fedraclora.training.optimiser import CohortOptimiser, LocalConfig, clip_per_client
 from fedraclora.tree import Tree
 
 SETTINGS: list[dict[str, Any]] = [

@@ -11,10 +11,10 @@ import torch
 from dp_accounting import dp_event
 from dp_accounting.rdp import RdpAccountant
 
-from fedraclora.accountant import epsilon, noise_for
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.privacy import ClientLevel, Mechanism
-from fedraclora.secret import FILE, Secret, stream
+from fedraclora.privacy.accountant import epsilon, noise_for
+from fedraclora.privacy.client_level import ClientLevel, Mechanism
+from fedraclora.privacy.secret import FILE, Secret, stream
 
 KEY = bytes(range(32))
 DELTA = 1e-5

@@ -14,15 +14,7 @@ from fedraclora.aggregator import Aggregator, Mean, Setting
 from fedraclora.downlink import Adapter, Downlink, Sketched, Trained
 from fedraclora.errors import ConfigError, ShapeError
 from fedraclora.method import Draw, Traits
-from fedraclora.robust import (
-    geometric_median,
-    krum_order,
-    median,
-    share_of,
-    shortened,
-    trimmed_mean,
-)
-from fedraclora.rules import (
+from fedraclora.robust.rules import (
     AGGREGATORS,
     GeometricMedian,
     Krum,
@@ -30,6 +22,14 @@ from fedraclora.rules import (
     MultiKrum,
     NormBound,
     TrimmedMean,
+)
+from fedraclora.robust.statistics import (
+    geometric_median,
+    krum_order,
+    median,
+    share_of,
+    shortened,
+    trimmed_mean,
 )
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout

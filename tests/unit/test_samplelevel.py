@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
-from fedraclora.optimiser import LocalConfig
-from fedraclora.samplelevel import SampleNoise
+from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.schema import build
-from strategies.account import SampleAccount
+from fedraclora.training.optimiser import LocalConfig
+from strategies.server.account import SampleAccount
 
 VALID = torch.tensor([[True, True, True], [True, True, False]])
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedraclora.clientstore import ClientStore
 from fedraclora.errors import ConfigError, WireError
-from fedraclora.secagg import SecAgg
+from fedraclora.privacy.secagg import SecAgg
 from fedraclora.wire.secagg import (
     LARGEST,
     Stage,

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedraclora import sketch
 from fedraclora.errors import ConfigError
 from fedraclora.rng import hash_key
-from fedraclora.sketch import SKETCHES, SketchSpec, check_sketch, constants
+from fedraclora.sketch import SKETCHES, SketchSpec, check_sketch, constants, draw
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sketches.json"
 KINDS = sorted(SKETCHES)
@@ -28,7 +27,7 @@ def spec_of(kind: str, rank: int = R, dim: int = N, index: int = 0, **other: obj
 
 
 def draws(spec: SketchSpec, count: int) -> torch.Tensor:
-    return torch.stack([sketch._drawn(replace(spec, index=i)) for i in range(count)])
+    return torch.stack([draw._drawn(replace(spec, index=i)) for i in range(count)])
 
 
 def assert_mean(samples: torch.Tensor, expected: torch.Tensor | float) -> None:
@@ -65,8 +64,8 @@ def test_left_is_the_transpose_of_right(kind: str) -> None:
 )
 def test_equal_specs_draw_equal_bits(kind: str, blocks: str) -> None:
     spec = spec_of(kind, 5, 12, index=2, blocks=blocks)
-    assert torch.equal(sketch._drawn(spec), sketch._drawn(replace(spec)))
-    assert torch.equal(spec.draw(), sketch._drawn(spec))
+    assert torch.equal(draw._drawn(spec), draw._drawn(replace(spec)))
+    assert torch.equal(spec.draw(), draw._drawn(spec))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +77,7 @@ def test_another_index_seed_or_layer_draws_another_sketch(kind: str) -> None:
 
 
 def test_large_sketches_are_remembered_too() -> None:
-    spec = spec_of("count_sketch", 3, sketch._SMALL)
+    spec = spec_of("count_sketch", 3, draw._SMALL)
     assert spec.draw() is spec.draw()
 
 
@@ -110,7 +109,7 @@ def test_density_one_is_rademacher() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("normalise", sketch.NORMALISATIONS)
+@pytest.mark.parametrize("normalise", draw.NORMALISATIONS)
 def test_gram_scale_is_the_mean_diagonal_of_the_gram_matrix(kind: str, normalise: str) -> None:
     spec = spec_of(kind, normalise=normalise, density=0.3)
     A = draws(spec, 1000)
@@ -194,7 +193,7 @@ def golden_specs() -> dict[str, SketchSpec]:
     specs = {
         f"{kind} {normalise}": spec_of(kind, 3, 8, index=5, normalise=normalise)
         for kind in KINDS
-        for normalise in sketch.NORMALISATIONS
+        for normalise in draw.NORMALISATIONS
     }
     specs |= {
         f"{kind} cover {index}": spec_of(kind, 3, 8, index=index, blocks="cover")
@@ -206,7 +205,7 @@ def golden_specs() -> dict[str, SketchSpec]:
 
 
 def bits(spec: SketchSpec) -> str:
-    return hashlib.sha256(sketch._drawn(spec).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(draw._drawn(spec).numpy().tobytes()).hexdigest()
 
 
 def test_exact_sketches_have_the_golden_bits() -> None:
@@ -236,7 +235,7 @@ def test_bad_specs_are_refused(change: dict[str, object], words: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_check_sketch_takes_what_exists(kind: str) -> None:
-    for normalise in sketch.NORMALISATIONS:
+    for normalise in draw.NORMALISATIONS:
         check_sketch(kind, normalise, "independent")
     if kind in FRAMES:
         check_sketch(kind, "rows", "cover")

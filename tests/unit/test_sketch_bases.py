@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedraclora import sketch_bases
-from fedraclora.sketch import Constants, SketchSpec, constants
-from fedraclora.sketch_bases import haar_rows
+from fedraclora.sketch import Constants, SketchSpec, bases, constants
+from fedraclora.sketch.bases import haar_rows
 
 FRAMES = ["coordinate", "orthonormal", "srht"]
 
@@ -73,7 +72,7 @@ def test_rows_of_a_haar_basis_do_not_depend_on_whether_it_is_stored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stored = haar_rows((4, "test", 0), 9, 5, 8)
-    monkeypatch.setattr(sketch_bases, "_STORED", 8)
+    monkeypatch.setattr(bases, "_STORED", 8)
     torch.testing.assert_close(haar_rows((4, "test", 0), 9, 5, 8), stored, rtol=0, atol=1e-14)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fedraclora.method import Adapter, Downlink, Factor, Sketched, Trained
-from fedraclora.optimiser import LocalConfig
 from fedraclora.sketch import SketchSpec
-from fedraclora.steps import effective_step
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.steps import effective_step
 
 
 def sketched(scale: float, *, side: str = "right", **changes: object) -> Adapter:

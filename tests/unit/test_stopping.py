@@ -15,7 +15,7 @@ from fedraclora.checkpoint import load_checkpoint, save_checkpoint
 from fedraclora.errors import ConfigError
 from fedraclora.ledger import Row, read_ledger
 from fedraclora.settings import StopConfig
-from strategies.stopping import Stopping
+from strategies.server.stopping import Stopping
 
 JOB = [
     "data=digits",

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from fedraclora import rng
-from fedraclora.availability import Availability, Bernoulli, Diurnal
-from fedraclora.distributions import Choice, Constant, LogNormal, Uniform
+from fedraclora.devices.availability import Availability, Bernoulli, Diurnal
+from fedraclora.devices.distributions import Choice, Constant, LogNormal, Uniform
+from fedraclora.devices.system import SystemConfig
+from fedraclora.devices.timeline import Load
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.sampling import draw_cohort
 from fedraclora.schema import build, without
-from fedraclora.system import SystemConfig
-from fedraclora.timeline import Load
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "system"
 PRESETS = sorted(path.stem for path in CONF.glob("*.yaml"))

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedraclora.devices.timeline import Race, Timeline
 from fedraclora.errors import ClientError
-from fedraclora.timeline import Race, Timeline
 
 INF = math.inf
 

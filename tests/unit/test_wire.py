@@ -18,8 +18,8 @@ from fedraclora.method import Adapter, Downlink, Factor, Frozen, Sketched, Train
 from fedraclora.ranks import uploaded_mask, widen
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
+from fedraclora.training.trial import Trial
 from fedraclora.tree import Layout, Tree
-from fedraclora.trial import Trial
 from fedraclora.wire import (
     Order,
     Packed,

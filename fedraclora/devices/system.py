@@ -1,0 +1,200 @@
+"""Mixed devices on a virtual clock: who is asked, who answers in time, and how long that takes.
+
+    seconds of a client = jitter (bytes down / downlink + sample passes / speed + bytes up / uplink)
+
+A round asks ``over_select`` times its cohort and takes the first to answer (`timeline`). Everything
+about a client is a pure function of (seed, client) and, where it changes, of the round: nothing is
+kept, and a round costs what its cohort costs, whatever the population.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedraclora.devices.availability import Availability
+from fedraclora.devices.distributions import Distribution, LogNormal
+from fedraclora.devices.timeline import Load, Race, Timeline
+from fedraclora.errors import ClientError, ConfigError
+from fedraclora.rng import cohort_uniforms, generator, hash_key
+from fedraclora.sampling import draw_cohort
+
+_MEGABYTE = 1e6
+_SEARCH = 64  # clients looked at for each one wanted, before a smaller cohort is taken
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """A fleet of devices (config group ``system``). The defaults are none: no time, no loss.
+
+    Attributes:
+        speed: Samples that a client trains on per virtual second; None = at once.
+        downlink, uplink: Megabytes (10^6 bytes) per virtual second; None = at once.
+        rank_budget: Share of the method's rank that a client can train; more than 1 counts as 1.
+        availability: Which clients can be asked in a round; None = all.
+        drop_out: Probability that a client vanishes, at a uniform moment of its round.
+        jitter: Sigma of a lognormal factor of median 1 on a client's time, drawn in each round.
+        deadline: Virtual seconds after which replies are late; None = wait.
+        over_select: Clients asked for each one wanted; the first to answer are taken.
+    """
+
+    speed: Distribution | None = None
+    downlink: Distribution | None = None
+    uplink: Distribution | None = None
+    rank_budget: Distribution | None = None
+    availability: Availability | None = None
+    drop_out: float = 0.0
+    jitter: float = 0.0
+    deadline: float | None = None
+    over_select: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run, and what would do nothing."""
+        if not 0 <= self.drop_out < 1:
+            raise ConfigError(f"system.drop_out is {self.drop_out}; a number in [0, 1) is wanted")
+        if not 0 <= self.jitter < math.inf:
+            raise ConfigError(
+                f"system.jitter is {self.jitter}; a finite number from 0 on is wanted"
+            )
+        if self.deadline is not None and not 0 < self.deadline < math.inf:
+            raise ConfigError(
+                f"system.deadline is {self.deadline}; seconds above 0, or null, are wanted"
+            )
+        if not 1 <= self.over_select < math.inf:
+            raise ConfigError(f"system.over_select is {self.over_select}; 1 or more is wanted")
+        if not self.timed and (self.jitter or self.deadline is not None):
+            raise ConfigError(
+                f"system.jitter is {self.jitter} and system.deadline is {self.deadline}, but no "
+                "client takes any time; set system.speed, downlink or uplink, or leave them out"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything differs from a fleet of ideal devices."""
+        return self != SystemConfig()
+
+    @property
+    def timed(self) -> bool:
+        """Whether clients take virtual time."""
+        return not (self.speed is None and self.downlink is None and self.uplink is None)
+
+    def ask(self, seed: int, round_: int, population: int, cohort: int, now: float) -> torch.Tensor:
+        """Draw whom a round asks: uniformly among the clients that are available.
+
+        Clients are looked at in a random order until enough are available, in searches of twice
+        the size each. A new order for each search: by symmetry what the last one finds is a
+        uniform sample, and all of them together cost twice the last.
+
+        Args:
+            seed: Of the run.
+            round_: From 1.
+            population: Number of clients.
+            cohort: Clients whose replies are wanted, 1 to ``population``.
+            now: Virtual seconds since the run began.
+
+        Returns:
+            Ids in ascending order, int64. Fewer than ``over_select * cohort`` where no more are
+            there, or no more were found among 64 times as many. Without availability and
+            over-selection, just `fedraclora.sampling.draw_cohort`.
+
+        Raises:
+            ClientError: If nobody is available.
+        """
+        # Rounded first: 1.1 x 50 is 55.00000000000001.
+        wanted = min(population, math.ceil(round(self.over_select * cohort, 6)))
+        if self.availability is None:
+            return draw_cohort(seed, round_, population, wanted)
+        most = min(population, _SEARCH * wanted)
+        size = wanted
+        while True:
+            size = min(2 * size, most)
+            order = generator(seed, "system/ask", round_, size)
+            looked_at = torch.from_numpy(order.choice(population, size, replace=False))
+            found = looked_at[self.availability.at(seed, round_, now, looked_at)]
+            if len(found) >= wanted or size == most:
+                break
+        if not len(found):
+            raise ClientError(
+                f"round {round_}: none of the {most} clients looked at is available at {now:,.0f} "
+                f"virtual seconds ({self.availability}); raise its chance or share, or clients"
+            )
+        return found[:wanted].sort().values
+
+    def timeline(
+        self, seed: int, round_: int, clients: torch.Tensor, load: Load, wanted: int
+    ) -> Timeline:
+        """Tell who answers in time, and how long the round takes.
+
+        Args:
+            seed: Of the run.
+            round_: From 1.
+            clients: Who was asked, int64 [K].
+            load: What each was asked.
+            wanted: Replies that end the round.
+
+        Returns:
+            The round on the virtual clock. Equal times are ordered at random.
+
+        Raises:
+            ClientError: If nobody answers in time.
+        """
+        seconds = self._seconds(seed, round_, clients, load)
+        gone = self._gone(seed, round_, clients, seconds)
+        ties = torch.zeros_like(seconds)
+        if len(clients) > wanted:
+            ties = cohort_uniforms(hash_key(seed, "system/tie", round_), clients)
+        limit = math.inf if self.deadline is None else self.deadline
+        return Race(round_, clients, seconds, gone, ties, wanted, limit).run()
+
+    def ranks(self, seed: int, clients: torch.Tensor, rank: int) -> torch.Tensor | None:
+        """Give the ranks that clients can train.
+
+        Args:
+            seed: Of the run.
+            clients: Ids, int64 [K].
+            rank: The method's.
+
+        Returns:
+            int64 [K] from 1 to ``rank``: the client's share of it, rounded up. None where there
+            are no budgets.
+        """
+        if self.rank_budget is None:
+            return None
+        share = self._of_device("rank_budget", self.rank_budget, seed, clients)
+        # Less a hair: 0.07 x 100 is 7.000000000000001.
+        return torch.ceil(share * rank - 1e-9).clamp(1, rank).to(torch.int64)
+
+    def _seconds(self, seed: int, round_: int, clients: torch.Tensor, load: Load) -> torch.Tensor:
+        """Virtual seconds of each client, float64 [K]."""
+        total = torch.zeros(len(clients), dtype=torch.float64)
+        for name, rate, unit, amount in (
+            ("downlink", self.downlink, _MEGABYTE, load.down),
+            ("speed", self.speed, 1.0, load.passes),
+            ("uplink", self.uplink, _MEGABYTE, load.up),
+        ):
+            if rate is not None:  # float64 first: a quotient of whole numbers would be float32
+                pace = unit * self._of_device(name, rate, seed, clients)
+                total += amount.to(torch.float64) / pace
+        if self.jitter:
+            u = cohort_uniforms(hash_key(seed, "system/jitter", round_), clients)
+            total *= LogNormal(1.0, self.jitter).quantile(u)
+        return total
+
+    def _gone(
+        self, seed: int, round_: int, clients: torch.Tensor, seconds: torch.Tensor
+    ) -> torch.Tensor:
+        """Virtual seconds after which each client vanishes, inf where it stays; float64 [K]."""
+        never = torch.full_like(seconds, math.inf)
+        if not self.drop_out:
+            return never
+        u = cohort_uniforms(hash_key(seed, "system/drop out", round_), clients)
+        # Below drop_out, u is uniform up to it: its share of it is the moment.
+        return torch.where(u < self.drop_out, seconds * (u / self.drop_out), never)
+
+    def _of_device(
+        self, name: str, of: Distribution, seed: int, clients: torch.Tensor
+    ) -> torch.Tensor:
+        """What clients keep for the whole run, float64 [K]."""
+        return of.quantile(cohort_uniforms(hash_key(seed, f"system/{name}"), clients))

@@ -1,0 +1,173 @@
+"""Client-level differential privacy: what a round releases of its clients, and at what price.
+
+    S~ = sum_k clip(update_k, C) + z C N(0, I);   mean update = S~ / (q N)
+
+Each of N clients takes part with probability q, by a coin that nobody else can foresee (Poisson
+sampling). Its update is the difference of all that it sends from where that started, one vector of
+norm at most C. All count alike, and the denominator is the expected number of clients, not the
+number that came. So adding or removing one client moves the sum by at most C.
+
+References:
+    McMahan et al., *Learning differentially private recurrent language models*, arXiv 1710.06963;
+    Andrew et al., *Differentially private learning with adaptive clipping*, arXiv 1905.03871.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedraclora.errors import ConfigError
+from fedraclora.privacy.accountant import epsilon, noise_for
+from fedraclora.privacy.secret import Secret
+
+# Rounding to the precision of the wire moves the norm of a shortened update by a few last bits.
+WITHIN = 1 - 1e-5
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """No privacy, and the base of what there is."""
+
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class ClientLevel(Privacy):
+    """Central client-level differential privacy; the server is trusted to add the noise.
+
+    Attributes:
+        clip: C, the greatest norm of an update; with ``quantile`` that of the first round.
+        noise_multiplier: z, the noise of a round in units of C; or None, for ``target_epsilon``.
+        target_epsilon: What all rounds together may cost: the noise is found from it.
+        delta: With which probability epsilon may not hold; below 1 / N.
+        quantile: Share of the clients whose updates should be shorter than C, which follows them
+            from round to round (adaptive clipping); None: C stays.
+        clip_rate: By how much: C <- C exp(-clip_rate (share - quantile)).
+        count_noise: Standard deviation of the noise on the number of updates that were shorter;
+            None: a twentieth of the expected cohort.
+    """
+
+    name: ClassVar[str] = "client_level"
+
+    clip: float = 1.0
+    noise_multiplier: float | None = 1.0
+    target_epsilon: float | None = None
+    delta: float = 1e-5
+    quantile: float | None = None
+    clip_rate: float = 0.2
+    count_noise: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        positive = ("clip", "noise_multiplier", "target_epsilon", "clip_rate", "count_noise")
+        for key in positive:
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"privacy.{key} is {value}; a positive finite number is wanted")
+        for key in ("delta", "quantile"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < 1:
+                raise ConfigError(f"privacy.{key} is {value}; a number in (0, 1) is wanted")
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise ConfigError(
+                "privacy.noise_multiplier or privacy.target_epsilon is wanted, and not both"
+            )
+
+    def settle(self, clients: int, cohort: int, rounds: int) -> Mechanism:
+        """Fix the noise of a run.
+
+        Args:
+            clients: N.
+            cohort: q N.
+            rounds: Over which ``target_epsilon`` is spent.
+
+        Raises:
+            ConfigError: If no noise keeps to the target, or adaptive clipping eats all of it.
+        """
+        if self.delta * clients >= 1:
+            raise ConfigError(
+                f"privacy.delta is {self.delta}, but with {clients} clients less than "
+                f"{1 / clients:.3g} is wanted: else giving one of them away costs nothing"
+            )
+        sampling, noise = cohort / clients, self.noise_multiplier
+        if noise is None and self.target_epsilon is not None:
+            noise = noise_for(self.target_epsilon, sampling, max(1, rounds), self.delta)
+        assert noise is not None  # noqa: S101  # one of the two is given
+        if self.quantile is None:
+            return Mechanism(sampling, cohort, noise, noise, self.delta)
+        count = self.count_noise or cohort / 20
+        # The two releases together cost what one with the noise `noise` does.
+        rest = noise**-2 - (2 * count) ** -2
+        if rest <= 0:
+            raise ConfigError(
+                f"privacy.count_noise is {count}, which alone costs as much as the noise "
+                f"{noise:.4g} allows; above {noise / 2:.4g} is wanted, or a larger cohort, or no "
+                "quantile"
+            )
+        return Mechanism(sampling, cohort, noise, rest**-0.5, self.delta, count)
+
+    def next_clip(self, clip: float, shorter: float, cohort: int) -> float:
+        """Give C for the next round from the (noisy) number of updates shorter than ``clip``."""
+        if self.quantile is None:
+            return clip
+        share = min(1.0, max(0.0, shorter / cohort))
+        return clip * math.exp(-self.clip_rate * (share - self.quantile))
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The noise of a run.
+
+    Attributes:
+        sampling: q.
+        cohort: The fixed denominator q N.
+        noise: What a round costs is what one release with this noise multiplier does.
+        update_noise: Of the sum of updates, in units of C.
+        delta: Of the guarantee.
+        count_noise: Of the number of short updates; None where it is not released.
+    """
+
+    sampling: float
+    cohort: int
+    noise: float
+    update_noise: float
+    delta: float
+    count_noise: float | None = None
+
+    def epsilon(self, rounds: int) -> float:
+        """Give what ``rounds`` rounds cost."""
+        return epsilon(self.noise, self.sampling, rounds, self.delta)
+
+    def drawn(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
+        """Draw the cohort of a round: each client by its own coin; ids ascending, int64."""
+        if self.sampling >= 1:
+            return torch.arange(clients)
+        return torch.nonzero(secret.uniforms(clients, "cohort", round_) < self.sampling).flatten()
+
+    def noisy_sum(
+        self, total: torch.Tensor, clip: float, secret: Secret, round_: int
+    ) -> torch.Tensor:
+        """Give a sum of updates, float64 [P], with its noise.
+
+        The noise is drawn from the round and from the sum: another sum of the same round (a run
+        that goes on from a checkpoint and meets other replies) so gets independent noise.
+        """
+        noise = secret.normals(len(total), "sum", round_, total)
+        return total + self.update_noise * clip * noise
+
+    def noisy_count(self, shorter: int, came: int, secret: Secret, round_: int) -> float:
+        """Give the number of short updates with its noise.
+
+        As the sum of +1/2 and -1/2, which one client moves by 1/2, and half of the expected cohort.
+        """
+        centred = shorter - came / 2
+        words = torch.tensor([shorter, came], dtype=torch.float64)
+        noise = float(secret.normals(1, "count", round_, words))
+        return centred + (self.count_noise or 0.0) * noise + self.cohort / 2
+
+
+PRIVACIES: dict[str, type[Privacy]] = {kind.name: kind for kind in (Privacy, ClientLevel)}

@@ -1,0 +1,11 @@
+"""Random sketches: frozen factors that server and clients draw from a seed.
+
+`draw` holds the specification of a drawing and its constants, `kinds` the laws of random matrices,
+`bases` the orthonormal ones, made a few rows at a time.
+"""
+
+from __future__ import annotations
+
+from fedraclora.sketch.draw import SKETCHES, Constants, SketchSpec, check_sketch, constants
+
+__all__ = ["SKETCHES", "Constants", "SketchSpec", "check_sketch", "constants"]

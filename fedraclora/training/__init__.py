@@ -1,0 +1,8 @@
+"""Local training of many clients as one batch.
+
+`cohort` trains a chunk, step by step. Under it lies how a model is made to hold many clients
+(`program`, `cohort_layers`, `cohort_conv`, `vmapped`), where gradients come from (`gradients`,
+`feedforward`, `stages`), and what a step is (`schedule`, `optimiser`, `prox`, `precision`).
+`memory` and `chunking` say how many clients fit. The same for one client, written to be read, is
+`fedraclora.local`.
+"""

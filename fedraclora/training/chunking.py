@@ -1,0 +1,147 @@
+"""How many clients train as one batch.
+
+The chunk bounds memory: it grows with it. On a CPU a larger chunk also stops paying once what it
+trains leaves the cache. It is part of what fixes the bits of a run, so ``auto`` is resolved
+once, and stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from typing_extensions import override
+
+from fedraclora.aggregate import SUM_BLOCK
+from fedraclora.downlink import Downlink
+from fedraclora.errors import ConfigError
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.memory import LOOKED_AT, MemoryModel, is_out_of_memory, measure
+from fedraclora.tree import Tree
+
+LARGEST = {"cpu": 256, "cuda": 4096}  # more bring nothing: the products are large by then
+SPREAD = 8  # chunks that a large cohort gives at least, where several processes train
+HOST_BYTES = 256 << 20  # on a CPU: for all of a chunk; workers share the machine
+CACHE_BYTES = 12 << 20  # on a CPU: for what is trained, which every step reads and writes
+FREE_SHARE = 0.8  # of a GPU's free memory; the rest is for fragments and the workspaces of kernels
+PROCESS_BYTES = 512 << 20  # of a GPU: for CUDA itself, in each process
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """A number of clients, and where it comes from.
+
+    Attributes:
+        chunk: Clients per chunk.
+        reason: What decided: the setting, the cohort, memory, or that more brings nothing.
+        memory: What it takes, where that was measured.
+        budget: Bytes that training may take beside the base weights, where that was asked.
+        device: Where training runs.
+    """
+
+    chunk: int
+    reason: str
+    memory: MemoryModel | None = None
+    budget: int = 0
+    device: str = ""
+
+    @override
+    def __str__(self) -> str:
+        """Say it in one line, in MB (10^6 bytes)."""
+        if self.memory is None:
+            return f"{self.chunk} clients ({self.reason})"
+        m = self.memory
+        sizes = (m.client, m.trained, m.step, m.shared, m.training(self.chunk), self.budget)
+        client, trained, step, shared, whole, budget, weights = (
+            f"{size / 1e6:.3g}" for size in (*sizes, m.weights)
+        )
+        return (
+            f"{self.chunk} clients ({self.reason}): {client} MB each ({trained} trained, {step} "
+            f"for a step) and {shared} MB shared = {whole} of {budget} MB on {self.device}, beside "
+            f"{weights} MB of weights"
+        )
+
+    def record(self) -> dict[str, object]:
+        """Give the numbers for a run's summary."""
+        found: dict[str, object] = {"chunk": self.chunk, "reason": self.reason}
+        if self.memory is not None:
+            found |= {"budget": self.budget, **asdict(self.memory)}
+        return found
+
+
+def budget_of(device: torch.device, share: float | None = None) -> int:
+    """Give the bytes that training may take beside weights and data.
+
+    Args:
+        device: Where training runs. Weights and data are there already.
+        share: Of the GPU, for one of several processes that will train on it, each with weights
+            and data of its own; None: this process trains, alone.
+    """
+    if device.type != "cuda":
+        return HOST_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - held
+    if share is None:
+        return int(FREE_SHARE * free)
+    return max(0, int(FREE_SHARE * free * share) - held - PROCESS_BYTES)
+
+
+def plan_chunk(
+    chunk: int | str,
+    trainer: CohortTrainer,
+    base: Tree,
+    downlink: Downlink,
+    cohort: int,
+    *,
+    share: float | None = None,
+    spread: bool = False,
+) -> ChunkPlan:
+    """Turn ``engine.chunk`` into a number of clients.
+
+    Args:
+        chunk: A number, or ``auto``: as many as the budget of the device holds, in whole
+            summation blocks where it holds one.
+        trainer: Of the run.
+        base: The base weights.
+        downlink: Of a round, for ``cohort`` clients.
+        cohort: Clients per round, the most a chunk can hold.
+        share: See `budget_of`.
+        spread: Whether several processes train: ``auto`` leaves chunks for several of them. For
+            how many does not depend on how many there are, so that the bits do not.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: If memory runs out already with two clients.
+    """
+    if isinstance(chunk, int) or cohort == 1:
+        most = cohort if chunk == "auto" else int(chunk)
+        return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
+    population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
+    try:
+        memory = measure(trainer, base, downlink, population)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"memory runs out with two clients in a batch ({error}); set engine.chunk=1, or lower "
+            "local.batch_size"
+        ) from error
+    device = trainer.device.type
+    budget = budget_of(trainer.device, share)
+    bounds = {
+        "the cohort": cohort,
+        f"more bring nothing on a {device}": LARGEST[device],
+        "memory": max(1, memory.fitting(budget)),
+    }
+    if device == "cpu":
+        bounds["the cache"] = max(1, CACHE_BYTES // max(1, memory.trained))
+    if spread:
+        bounds["the workers"] = -(-cohort // (SPREAD * SUM_BLOCK)) * SUM_BLOCK
+    reason = min(bounds, key=lambda name: bounds[name])
+    found = bounds[reason]
+    if SUM_BLOCK <= found < cohort:
+        found -= found % SUM_BLOCK
+    return ChunkPlan(found, reason, memory, budget, device)

@@ -1,0 +1,231 @@
+"""Local training of a whole chunk of clients as one batch.
+
+All clients of a chunk share the frozen weights and differ only in what they train, so K clients
+train as one: see `fedraclora.training.cohort_layers`. The result equals that of K runs of the
+one-client loop in `fedraclora.local` (to 1e-10 in float64; a batched product rounds differently).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedraclora.method import Downlink, Plan
+from fedraclora.ranks import cut_gradients, hold, trainable
+from fedraclora.recipe import RECIPES, GradientHook, projected
+from fedraclora.rng import hash_key
+from fedraclora.samples import ClientData
+from fedraclora.task import Task, forward, loss_function
+from fedraclora.training.gradients import noisy_gradients, written_out_gradients
+from fedraclora.training.materialise import arrange, materialise
+from fedraclora.training.optimiser import CohortOptimiser, LocalConfig, clip_per_client
+from fedraclora.training.precision import FLOAT32, check_precision, products_in
+from fedraclora.training.program import OpenChunk, Program, refuse_mixing
+from fedraclora.training.prox import add_prox
+from fedraclora.training.schedule import Schedule
+from fedraclora.training.trial import Trial
+from fedraclora.training.vmapped import vmapped_forward
+from fedraclora.tree import Tree
+
+
+class CohortTrainer:
+    """Trains chunks of clients of one task; keeps the rewritten model between rounds.
+
+    Args:
+        task: Model, loss and client data. The model is copied, never changed.
+        plan: Views of the adapted matrices.
+        local: Local settings.
+        seed: Of the run.
+        device: Where to train.
+        precision: One of `fedraclora.training.precision.PRECISIONS`.
+
+    Raises:
+        ConfigError: If the model or the device does not have this precision.
+        ModelError: If a layer mixes the samples of a batch.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        local: LocalConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        precision: str = FLOAT32,
+    ) -> None:
+        refuse_mixing(task.model)
+        check_precision(precision, task.model, device)
+        self.task, self.plan, self.local, self.seed = task, plan, local, seed
+        self.device, self.precision = device, precision
+        self.data: ClientData = task.train
+        self.loss = loss_function(task.loss)
+        self.dtype = next(task.model.parameters()).dtype
+        self.noise_seed = seed  # of `local.dp`: a real client puts one of its own here
+        self._programs: dict[tuple[str, ...], Program] = {}
+
+    def train(
+        self,
+        base: Tree,
+        downlink: Downlink,
+        clients: torch.Tensor,
+        *,
+        round_: int,
+        rate_scale: float,
+        moments: Tree | None = None,
+    ) -> Trial:
+        """Train a chunk of clients from the round's downlink.
+
+        Args:
+            base: The replica's weights.
+            downlink: What to train. Per-client values are [K, ...] in the order of ``clients``.
+            clients: Ids, int64 [K], each with at least one sample.
+            round_: From 1; keys the shuffles.
+            rate_scale: Of the step sizes (`LocalConfig.rate_scale`).
+            moments: With which the clients' optimisers begin, [K, ...] in the order of
+                ``clients``; none: at zero, and they end with the round.
+
+        Returns:
+            What came out, in the order of ``clients``.
+        """
+        chunk = self.open(base, downlink, clients, round_=round_)
+        schedule, order, values = chunk.schedule, chunk.order, chunk.values
+        slots = downlink.trained()
+        rates = {n: self.local.rate(slots[n].main, rate_scale) for n in slots}
+        held = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
+        optimiser = CohortOptimiser(self.local, values, rates, held)
+        ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
+        hooks = [RECIPES[downlink.recipe].gradient(chunk.frozen, downlink.arguments, ranks)]
+        if self.local.precondition:
+            hooks.append(projected(chunk.frozen, ranks=ranks))
+        masks = trainable(downlink, ranks)
+        losses = torch.zeros(len(order), dtype=torch.float64, device=self.device)
+        lengths = self.data.lengths(clients.to(self.device), schedule.positions)
+        try:
+            for step, batch in enumerate(schedule.plan(lengths)):
+                losses[: batch[0]] += self._step(chunk, step, batch, optimiser, hooks, masks)
+        finally:
+            chunk.program.context.clear()
+        back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)).to(order))
+        return Trial(
+            trained={name: value[back] for name, value in values.items()},
+            losses=(losses[back] / schedule.steps.clamp(min=1)).cpu(),
+            steps=schedule.steps.cpu(),
+            samples=chunk.sizes.cpu(),
+            moments={n: t[back] for n, t in optimiser.moments(schedule.steps[order]).items()},
+        )
+
+    def open(
+        self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int
+    ) -> OpenChunk:
+        """Lay out the local steps of a chunk, and make what it trains; see `train`."""
+        clients = clients.to(self.device)
+        sizes = self.data.sizes(clients)
+        key = hash_key(self.seed, "shuffle", round_)
+        schedule = Schedule.of(clients, sizes, self.local, key)
+        order = torch.argsort(schedule.steps, descending=True, stable=True)
+        values, starts, frozen = materialise(downlink, base, order)
+        program = self._program(downlink, base)
+        program.context.seed, program.context.round_ = self.seed, round_
+        program.context.scales = {n: a.scale for n, a in downlink.adapters.items()}
+        plain = self.precision == FLOAT32 and self.local.dp is None
+        network = program.network(downlink, frozen) if plain else None
+        return OpenChunk(
+            program,
+            downlink,
+            schedule,
+            sizes,
+            order,
+            clients[order],
+            values,
+            starts,
+            frozen,
+            network,
+        )
+
+    def _step(
+        self,
+        chunk: OpenChunk,
+        step: int,
+        batch: tuple[int, int, int],
+        optimiser: CohortOptimiser,
+        hooks: list[GradientHook],
+        masks: Tree,
+    ) -> torch.Tensor:
+        """Take one local step of the clients that still train; give their losses, [active]."""
+        leaves, network = chunk.leaves(batch[0]), chunk.network
+        if self.local.dp is not None:
+            loss, gradients = noisy_gradients(
+                self._forward, self.local.dp, chunk, step, batch, masks, self.noise_seed
+            )
+        elif network is not None:
+            loss, gradients = written_out_gradients(network, self.task, chunk, leaves, step, batch)
+        else:
+            loss = self.losses(chunk, leaves, step, batch)
+            found = torch.autograd.grad(loss.sum(), list(leaves.values()))
+            gradients = dict(zip(leaves, found, strict=True))
+        with torch.no_grad():
+            if self.local.prox:
+                starts, frozen, prox = chunk.starts, chunk.frozen, self.local.prox
+                add_prox(gradients, leaves, starts, frozen, chunk.downlink, prox)
+            for hook in hooks:
+                gradients = hook(gradients)
+            gradients = cut_gradients(gradients, masks)
+            if self.local.clip is not None:
+                gradients = clip_per_client(gradients, self.local.clip)
+            optimiser.step(gradients)
+            hold(chunk.values, chunk.starts, masks, batch[0])
+        return loss.detach()
+
+    def losses(
+        self, chunk: OpenChunk, leaves: Tree, step: int, batch: tuple[int, int, int]
+    ) -> torch.Tensor:
+        """Give the mean loss of each active client on its batch, [active].
+
+        Args:
+            chunk: Of `open`.
+            leaves: What is trained, of the active clients, [active, ...].
+            step: The local step, from 0.
+            batch: Clients that are active, samples of a batch, and tokens that the longest sample
+                has (`Schedule.plan`).
+        """
+        losses, counts, valid = self._forward(chunk, leaves, chunk.frozen, step, batch)
+        kept = valid.to(losses.dtype)
+        return (losses * kept).sum(dim=1) / (counts * kept).sum(dim=1).clamp(min=1)
+
+    def _forward(
+        self, chunk: OpenChunk, leaves: Tree, frozen: Tree, step: int, batch: tuple[int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Give loss and count of each sample, and whether it is one, [active, width]."""
+        program, downlink = chunk.program, chunk.downlink
+        samples, valid = chunk.samples(self.data, step, batch)
+        context, active = program.context, len(next(iter(leaves.values())))
+        context.active = active
+        products = products_in(self.precision, self.device)
+        if program.model is None:
+            output = vmapped_forward(
+                self.task.model,
+                program.base,
+                downlink,
+                self.plan,
+                leaves,
+                frozen,
+                samples,
+                products,
+            )
+        else:
+            context.rows = len(samples)
+            context.factors, context.dense = arrange(downlink, leaves, frozen, active)
+            with products:
+                output = forward(program.model, samples.inputs)
+        # Outside, so that the loss is formed as precisely on any device.
+        losses, counts = self.loss(output.to(self.dtype), samples.target)
+        return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
+
+    def _program(self, downlink: Downlink, base: Tree) -> Program:
+        """Give the rewritten model for what is trained, holding these base weights."""
+        adapted = (f"{w}/{label}" for w, a in downlink.adapters.items() for label in a.factors)
+        names = (*adapted, "|", *downlink.dense)
+        if names not in self._programs:
+            self._programs[names] = Program.build(self.task, downlink, self.device)
+        self._programs[names].load(base)
+        return self._programs[names]

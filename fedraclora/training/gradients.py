@@ -1,0 +1,85 @@
+"""Two ways to the gradients of a local step beside plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.ranks import cut_gradients
+from fedraclora.task import SLOPES, Task
+from fedraclora.training.feedforward import FeedForward
+from fedraclora.training.program import OpenChunk
+from fedraclora.tree import Tree
+
+Batch = tuple[int, int, int]
+Forward = Callable[
+    [OpenChunk, Tree, Tree, int, Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+]
+
+
+def written_out_gradients(
+    network: FeedForward, task: Task, chunk: OpenChunk, leaves: Tree, step: int, batch: Batch
+) -> tuple[torch.Tensor, Tree]:
+    """Give mean losses, [active], and gradients, [active, ...] by name, without autograd.
+
+    Args:
+        network: Of the chunk.
+        task: Its loss and client data.
+        chunk: Of `CohortTrainer.open`.
+        leaves: What is trained, of the active clients.
+        step: The local step, from 0.
+        batch: Clients that are active, samples of a batch, and tokens (`Schedule.plan`).
+    """
+    with torch.no_grad():
+        samples, valid = chunk.samples(task.train, step, batch)
+        output = network.forward(samples.inputs["x"], leaves, batch[0])
+        losses, slope = SLOPES[task.loss](output, samples.target)
+        share = valid.to(losses.dtype)
+        share = share / share.sum(dim=1, keepdim=True)
+        gradients = network.backward(slope.mul_(share.reshape(-1, 1)))
+        loss = (losses.reshape(share.shape) * share).sum(dim=1)
+    return loss, {n: gradients[n] for n in leaves}
+
+
+def noisy_gradients(
+    forward: Forward,
+    dp: SampleNoise,
+    chunk: OpenChunk,
+    step: int,
+    batch: Batch,
+    masks: Tree,
+    seed: int,
+) -> tuple[torch.Tensor, Tree]:
+    """Give the same with every sample's gradient clipped, and noise on their sum.
+
+    For a while every sample is a client of its own: what is trained is repeated for each, and so
+    has a gradient for each.
+
+    Args:
+        forward: Gives loss and count of each sample, and whether it is one, [active, width].
+        dp: Clip and noise.
+        chunk: Of `CohortTrainer.open`.
+        step: The local step, from 0.
+        batch: As above.
+        masks: What of a tensor its client trains (`fedraclora.ranks.trainable`).
+        seed: Of the noise.
+    """
+    active, width = batch[:2]
+
+    def apart(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[:active].repeat_interleave(width, dim=0)
+
+    leaves = {n: apart(v).detach().requires_grad_() for n, v in chunk.values.items()}
+    frozen = {n: apart(f) if f.dim() == 3 else f for n, f in chunk.frozen.items()}
+    losses, counts, valid = forward(chunk, leaves, frozen, step, batch)
+    each = (losses / counts.clamp(min=1)) * valid.to(losses.dtype)
+    found = torch.autograd.grad(each.sum(), list(leaves.values()))
+    own = dict(zip(leaves, found, strict=True))
+    own = cut_gradients(own, {n: apart(mask) for n, mask in masks.items()})
+    like = {n: v[:active] for n, v in chunk.values.items()}
+    round_ = chunk.program.context.round_
+    noise = dp.noise(like, chunk.clients[:active], seed, round_, step)
+    total = (losses.detach() * valid).sum(dim=1) / (counts * valid).sum(dim=1).clamp(min=1)
+    return total, dp.gradients(own, valid, noise)

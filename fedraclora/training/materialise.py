@@ -1,0 +1,72 @@
+"""From a downlink to the tensors that a chunk of clients trains with."""
+
+from __future__ import annotations
+
+import torch
+
+from fedraclora.method import Adapter, Downlink, Frozen, Sketched, Trained
+from fedraclora.tree import Tree
+
+
+def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tree, Tree, Tree]:
+    """Make the tensors of a round for the clients in ``order``.
+
+    Returns:
+        Trained values [K, ...], their starts (shared ones as [1, ...]), and the frozen factors
+        by "<weight>/<label>" (shared ones 2-D).
+    """
+    K = len(order)
+    values, starts, frozen = {}, {}, {}
+    for weight, adapter in downlink.adapters.items():
+        like = base[weight]
+        for label, factor in adapter.factors.items():
+            name = f"{weight}/{label}"
+            if isinstance(factor, Sketched):
+                frozen[name] = factor.spec.draw().to(like.device, like.dtype)
+            elif isinstance(factor, Frozen):
+                value = factor.value.to(like.device, like.dtype)
+                # A copy: views into a message lie anywhere, and products round by alignment.
+                frozen[name] = value[order] if factor.per_client else value.clone()
+            else:
+                starts[name] = start_of(factor, torch.zeros(factor.shape).to(like), order)
+                # A tall factor lies in memory as its transpose: so come its gradients
+                # (`fedraclora.training.stages`); those of a dense weight do not.
+                tall = factor.shape[0] > factor.shape[1]
+                start = starts[name].mT if tall else starts[name]
+                values[name] = per_client(start, K).mT if tall else per_client(start, K)
+    for name, slot in downlink.dense.items():
+        starts[name] = start_of(slot, base[name], order)
+        values[name] = per_client(starts[name], K)
+    return values, starts, frozen
+
+
+def per_client(start: torch.Tensor, K: int) -> torch.Tensor:
+    """Copy starts [1, ...] or [K, ...] to values [K, ...]."""
+    return start.expand(K, *start.shape[1:]).clone(memory_format=torch.contiguous_format)
+
+
+def start_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Give the start of a trained tensor as [1, ...] if shared, [K, ...] if per client."""
+    opening = slot.opening()
+    if opening is None:
+        return default[None]
+    start = opening.to(default.device, default.dtype)
+    return start[order] if slot.per_client else start[None].clone()
+
+
+def arrange(
+    downlink: Downlink, leaves: Tree, frozen: Tree, active: int
+) -> tuple[dict[str, list[torch.Tensor]], Tree]:
+    """Sort tensors into low-rank terms and dense ones, cut to the active clients."""
+
+    def find(weight: str, label: str) -> torch.Tensor:
+        name = f"{weight}/{label}"
+        if name in leaves:
+            return leaves[name]
+        return frozen[name][:active] if frozen[name].dim() == 3 else frozen[name]
+
+    def chain(weight: str, adapter: Adapter) -> list[torch.Tensor]:
+        return [find(weight, label) for label in adapter.factors]
+
+    factors = {w: chain(w, a) for w, a in downlink.adapters.items()}
+    return factors, {n: leaves[n] for n in downlink.dense}

@@ -1,0 +1,97 @@
+"""Moments of a client's optimiser that live on from round to round, at the client.
+
+A link may be several rounds long, so that it can be measured, or stopped, on its way. Its local
+steps are those of one long round if the moments (and Adam's count of steps) live on:
+
+    local.moments = round   they begin at zero in every round
+    local.moments = link    they live as long as what is trained: a new link begins with new ones
+    local.moments = run     they never end; after a merge they speak of a sketch that is gone
+
+``link`` is a chain whose links have an optimiser of their own (COLA). ``run`` is what the public
+code of RAC-LoRA does: its optimiser does not know of the merge. ``local.moments_kept`` lets a
+share of the moments outlive a link: for each tensor the entries of largest magnitude, the others
+are set to zero. That is the partial reset of ReLoRA (Lialin et al., ICLR 2024, arXiv 2307.05695),
+which keeps 1 % or less; like its public code it leaves the count of steps as it is.
+
+Moments do not travel: each client has its own, also of what is averaged. They are not exact under
+averaging, and one that is seldom asked has old ones; with one client there is no difference.
+Shuffles and dropout masks are keyed by the round, so K rounds of one epoch see other batches than
+one round of K epochs; in the stored order (``local.shuffle=false``) they see the same ones.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedraclora.method import Downlink
+from fedraclora.training.optimiser import LocalConfig, moment_kinds
+from fedraclora.tree import Tree
+
+
+def blank_moments(local: LocalConfig, downlink: Downlink, dtype: torch.dtype) -> Tree:
+    """Give the moments of a client that has not trained yet, to be kept by name.
+
+    Args:
+        local: Settings; nothing lives on under ``moments: round``.
+        downlink: Says what is trained.
+        dtype: Of the base weights.
+
+    Returns:
+        ``moments/first/<name>`` and so on in the shapes of what is trained, ``moments/steps``
+        (steps that they have seen) and ``moments/link`` (the link that they belong to), without
+        a client axis.
+    """
+    if local.moments == "round":
+        return {}
+    slots = downlink.trained().items()
+    found = {
+        f"moments/{kind}/{name}": torch.zeros(slot.shape, dtype=dtype)
+        for kind in moment_kinds(local)
+        for name, slot in slots
+    }
+    return found | {key: torch.zeros((), dtype=dtype) for key in ("moments/steps", "moments/link")}
+
+
+def begin_moments(held: Tree, local: LocalConfig, link: int) -> Tree:
+    """Give the moments with which clients begin a round: reset where their link has ended.
+
+    Args:
+        held: What they kept, [K, ...] by the names of `blank_moments`. Not modified.
+        local: Settings.
+        link: Number of the link that the round belongs to.
+
+    Returns:
+        A new tree.
+    """
+    if not held:
+        return {}
+    ended = held["moments/link"] != link
+    out = {**held, "moments/link": torch.full_like(held["moments/link"], link)}
+    if local.moments == "run" or not ended.any():
+        return out
+    for name, value in held.items():
+        if name == "moments/link":
+            continue
+        if name == "moments/steps":
+            left = value if local.moments_kept else torch.zeros_like(value)
+        else:
+            left = largest(value, local.moments_kept)
+        out[name] = torch.where(ended.reshape(-1, *[1] * (value.dim() - 1)), left, value)
+    return out
+
+
+def largest(values: torch.Tensor, share: float) -> torch.Tensor:
+    """Keep the entries of largest magnitude of each client, and set the others to zero.
+
+    Args:
+        values: [K, ...]. Not modified.
+        share: Of each client's entries that is kept, rounded to a number of entries.
+
+    Example:
+        >>> largest(torch.tensor([[3.0, -4.0, 1.0, 0.0]]), 0.5)
+        tensor([[ 3., -4.,  0.,  0.]])
+    """
+    rows = values.reshape(len(values), -1)
+    order = rows.abs().argsort(dim=1, descending=True, stable=True)
+    kept = order[:, : round(share * rows.shape[1])]
+    return torch.zeros_like(rows).scatter(1, kept, rows.gather(1, kept)).reshape(values.shape)

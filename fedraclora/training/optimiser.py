@@ -1,0 +1,250 @@
+"""Local optimisers on a whole cohort at once, and the settings of local training.
+
+State tensors carry the client axis [K, ...]. Unless `fedraclora.training.moments` says otherwise
+they live for one round: moments refer to the sketch of the round and would be meaningless under the
+next one (axolotl PR 1414 shows what a reset that silently does nothing costs).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.tree import Tree
+
+SCHEDULES = ("constant", "cosine", "linear", "step")
+OPTIMISERS = ("sgd", "adamw")
+MOMENTS = ("round", "link", "run")
+LEAST = dict.fromkeys(("epochs", "steps", "batch_size", "warmup"), 0)
+LEAST |= dict.fromkeys(("step_every", "restart_every"), 1)
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """Settings of local training (config group ``local``).
+
+    Attributes:
+        optimiser: ``sgd`` or ``adamw``.
+        moments: How long its moments live: ``round``, ``link`` or ``run`` (`moments`).
+        moments_kept: Share of them that outlives a link; for ``link`` only.
+        lr: Step size of what the method trains.
+        dense_lr: Step size of head and biases trained in full beside it; None = ``lr``.
+        epochs: Local epochs, if ``steps`` is None.
+        steps: Local steps, or None.
+        batch_size: Samples of a step; 0 = all samples of the client.
+        shuffle: Reshuffle each epoch (random reshuffling); False keeps the stored order.
+        momentum: Heavy-ball momentum of ``sgd``.
+        nesterov: Nesterov momentum.
+        weight_decay: L2 term of ``sgd``, decoupled decay of ``adamw``.
+        beta1, beta2, eps: Constants of ``adamw``.
+        clip: Largest global gradient norm per client, or None.
+        dp: Noise on the gradients of single samples (`fedraclora.privacy.sample_level`), or None.
+        prox: FedProx constant mu, a pull of the effective weights to the round's start.
+        precondition: Right preconditioner (A A^T)^+ (left: (B^T B)^+): projected SGD.
+        schedule: Step size over rounds: constant, cosine, linear, step.
+        warmup: Rounds of linear warm-up.
+        restart_every: Rounds after which the warm-up is done again, under the schedule: the jagged
+            schedule of ReLoRA. None: never.
+        final: Factor that cosine and linear fall to: the round after the last would have it.
+        step_every, step_factor: Schedule ``step``: multiply by the factor every so many rounds.
+    """
+
+    optimiser: str = "sgd"
+    moments: str = "round"
+    moments_kept: float = 0.0
+    lr: float = 0.1
+    dense_lr: float | None = None
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int = 32
+    shuffle: bool = True
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float | None = None
+    dp: SampleNoise | None = None
+    prox: float = 0.0
+    precondition: bool = False
+    schedule: str = "constant"
+    warmup: int = 0
+    restart_every: int | None = None
+    final: float = 0.0
+    step_every: int = 50
+    step_factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot train."""
+        if self.optimiser not in OPTIMISERS:
+            raise unknown("local.optimiser", self.optimiser, OPTIMISERS)
+        if self.schedule not in SCHEDULES:
+            raise unknown("local.schedule", self.schedule, SCHEDULES)
+        self._check_moments()
+        positive = {"lr": self.lr, "dense_lr": self.dense_lr, "clip": self.clip, "eps": self.eps}
+        for key, value in positive.items():
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"local.{key} is {value}; a positive finite number is wanted")
+        for key, least in LEAST.items():
+            number = getattr(self, key)
+            if number is not None and number < least:
+                every = "0 (all)" if key == "batch_size" else least
+                raise ConfigError(f"local.{key} is {number}; {every} or more is wanted")
+        for key in ("prox", "weight_decay", "final", "step_factor"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(
+                    f"local.{key} is {getattr(self, key)}; a finite number, 0 or more, is wanted"
+                )
+        for key in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, 1)")
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("local.nesterov=true needs local.momentum above 0")
+
+    def _check_moments(self) -> None:
+        if self.moments not in MOMENTS:
+            raise unknown("local.moments", self.moments, MOMENTS)
+        if self.moments != "round" and not moment_kinds(self):
+            raise ConfigError(
+                f"local.moments is {self.moments}, but sgd without momentum has none; "
+                "set local.momentum, take local=adamw, or leave it at round"
+            )
+        if not 0 <= self.moments_kept <= 1:
+            raise ConfigError(
+                f"local.moments_kept is {self.moments_kept}; a share in [0, 1] is wanted"
+            )
+        if self.moments_kept and self.moments != "link":
+            raise ConfigError(
+                f"local.moments_kept is {self.moments_kept}, but with local.moments="
+                f"{self.moments} nothing is reset at the end of a link; set local.moments=link"
+            )
+
+    def rate_scale(self, round_: int, rounds: int) -> float:
+        """Factor of the step sizes in round ``round_`` (from 1) of ``rounds``."""
+        age = (round_ - 1) % self.restart_every if self.restart_every else round_ - 1
+        ramp = min(1.0, (age + 1) / (self.warmup + 1))
+        if round_ <= self.warmup:
+            return ramp
+        if self.schedule == "step":
+            return ramp * float(self.step_factor ** ((round_ - 1) // self.step_every))
+        if self.schedule == "constant":
+            return ramp
+        done = (round_ - 1 - self.warmup) / max(1, rounds - self.warmup)
+        shape = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
+        return ramp * (self.final + (1 - self.final) * shape)
+
+    def rate(self, main: bool, rate_scale: float) -> float:
+        """Step size of a trained tensor: ``lr`` for the method's own, ``dense_lr`` beside it."""
+        return rate_scale * (self.lr if main or self.dense_lr is None else self.dense_lr)
+
+
+def moment_kinds(local: LocalConfig) -> tuple[str, ...]:
+    """Name what an optimiser holds beside each tensor that it trains."""
+    if local.optimiser == "adamw":
+        return ("first", "second")
+    return ("first",) if local.momentum else ()
+
+
+class CohortOptimiser:
+    """SGD or AdamW on tensors [K, ...], with the update rules of ``torch.optim``.
+
+    Args:
+        config: Local settings.
+        values: The tensors that are trained, [K, ...]; updated in place by `step`.
+        rates: Step size of each.
+        held: Moments to begin with, by the names of `fedraclora.training.moments`; none: at zero.
+    """
+
+    def __init__(
+        self, config: LocalConfig, values: Tree, rates: dict[str, float], held: Tree | None = None
+    ) -> None:
+        self.config, self.values, self.rates = config, values, rates
+        self.held = held or {}
+        self.count = 0
+        self.before: torch.Tensor | None = None  # steps of each client in earlier rounds
+        self.first = self._of_kind("first")
+        self.second = self._of_kind("second")
+        if self.held:
+            steps = self.held["moments/steps"].to(torch.float64)
+            alike = bool((steps == steps[0]).all())
+            self.count, self.before = (int(steps[0]), None) if alike else (0, steps)
+
+    def _of_kind(self, kind: str) -> Tree:
+        prefix = f"moments/{kind}/"
+        return {n.removeprefix(prefix): t for n, t in self.held.items() if n.startswith(prefix)}
+
+    def moments(self, steps: torch.Tensor) -> Tree:
+        """Give the moments as they are now, under the names they came by; none if none came.
+
+        Args:
+            steps: Steps that each client has taken since, int64 [K].
+        """
+        return {n: t + steps if n == "moments/steps" else t for n, t in self.held.items()}
+
+    def step(self, gradients: Tree) -> None:
+        """Take one step for the clients that still train: the first rows of each tensor.
+
+        Args:
+            gradients: [active, ...] for each trained tensor.
+        """
+        self.count += 1
+        for name, gradient in gradients.items():
+            active = gradient.shape[0]
+            value = self.values[name][:active]
+            if self.config.optimiser == "sgd":
+                self._sgd(name, value, gradient)
+            else:
+                self._adamw(name, value, gradient)
+
+    def _sgd(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        config = self.config
+        if config.weight_decay:
+            gradient = gradient.add(value, alpha=config.weight_decay)
+        if config.momentum:
+            if name not in self.first:
+                self.first[name] = torch.zeros_like(self.values[name])
+            buffer = self.first[name][: gradient.shape[0]]
+            buffer.mul_(config.momentum).add_(gradient)
+            gradient = gradient.add(buffer, alpha=config.momentum) if config.nesterov else buffer
+        value.add_(gradient, alpha=-self.rates[name])
+
+    def _adamw(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        config, rate = self.config, self.rates[name]
+        if name not in self.first:
+            self.first[name] = torch.zeros_like(self.values[name])
+            self.second[name] = torch.zeros_like(self.values[name])
+        active = gradient.shape[0]
+        first, second = self.first[name][:active], self.second[name][:active]
+        value.mul_(1 - rate * config.weight_decay)
+        first.lerp_(gradient, 1 - config.beta1)
+        second.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+        if self.before is not None:
+            counts = (self.before[:active] + self.count).reshape(-1, *[1] * (gradient.dim() - 1))
+            root2, step = (1 - config.beta2**counts).sqrt(), rate / (1 - config.beta1**counts)
+            scale = (second.sqrt() / root2.to(second)).add_(config.eps)
+            value.sub_(step.to(value) * first / scale)
+            return
+        # All clients that still train have taken the same number of steps.
+        correction1 = 1 - config.beta1**self.count
+        correction2 = 1 - config.beta2**self.count
+        scale = (second.sqrt() / math.sqrt(correction2)).add_(config.eps)
+        value.addcdiv_(first, scale, value=-rate / correction1)
+
+
+def clip_per_client(gradients: Tree, largest: float) -> Tree:
+    """Give each client's gradients scaled to a global norm of at most ``largest``, as new tensors.
+
+    Args:
+        gradients: [K, ...] by name.
+        largest: The norm; the small constant of torch's ``clip_grad_norm_`` is kept.
+    """
+    squares = sum(g.reshape(g.shape[0], -1).square().sum(dim=1) for g in gradients.values())
+    if not isinstance(squares, torch.Tensor):
+        return gradients
+    factor = (largest / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    return {n: g * factor.reshape(-1, *[1] * (g.dim() - 1)) for n, g in gradients.items()}

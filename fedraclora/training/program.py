@@ -1,0 +1,213 @@
+"""A model rewritten so that one batch can hold many clients."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedraclora.errors import ModelError
+from fedraclora.layers import layer_kind
+from fedraclora.method import Downlink
+from fedraclora.samples import ClientData, Samples
+from fedraclora.task import Task
+from fedraclora.training.cohort_conv import CohortConv2d
+from fedraclora.training.cohort_layers import (
+    CohortContext,
+    CohortDropout,
+    CohortEmbedding,
+    CohortLayer,
+    CohortLayerNorm,
+    CohortLinear,
+)
+from fedraclora.training.feedforward import FeedForward, written_out
+from fedraclora.training.schedule import Schedule
+from fedraclora.tree import Tree
+
+COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
+    nn.Linear: CohortLinear,
+    nn.Conv2d: CohortConv2d,
+    nn.LayerNorm: CohortLayerNorm,
+    nn.Embedding: CohortEmbedding,
+}
+
+
+def cohort_layer(module: nn.Module) -> type[CohortLayer] | None:
+    """Give the class that serves a module with trained tensors, or None if there is none.
+
+    Convolutions with groups, or padded by other than zeros, are left to torch.func.vmap.
+    """
+    if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
+        return None
+    if layer_kind(module) == "conv1d":
+        return CohortLinear
+    return next((c for kind, c in COHORT_LAYERS.items() if type(module) is kind), None)
+
+
+@dataclass
+class Program:
+    """How a model serves many clients.
+
+    Attributes:
+        model: A copy whose trained layers are cohort layers, or None to fall back to vmap.
+        context: What those layers read.
+        parameters: Of the copy.
+        base: The replica's weights.
+        plain: The model itself, if it fits into `fedraclora.training.feedforward`.
+    """
+
+    model: nn.Module | None
+    context: CohortContext
+    parameters: dict[str, nn.Parameter]
+    base: Tree
+    plain: nn.Module | None = None
+
+    @classmethod
+    def build(cls, task: Task, downlink: Downlink, device: torch.device) -> Program:
+        """Rewrite a copy of the task's model for what ``downlink`` trains.
+
+        Raises:
+            ModelError: If a layer can be neither rewritten nor run under vmap.
+        """
+        model = task.model
+        copied = copy.deepcopy(model).to(device)
+        context = CohortContext()
+        trained = [*downlink.adapters, *downlink.dense]
+        owners = {name.rpartition(".")[0] for name in trained}
+        modules = dict(copied.named_modules())
+        foldable = not has_tied(copied, trained) and all(
+            owner and cohort_layer(modules[owner]) is not None for owner in owners
+        )
+        parameters = dict(copied.named_parameters())
+        dropouts = [n for n, m in modules.items() if isinstance(m, nn.Dropout) and m.p > 0]
+        if not foldable:
+            if dropouts and model.training:
+                raise ModelError(
+                    f"{dropouts[0]}: dropout cannot be used here, because a trained tensor outside "
+                    "Linear, Conv1D, Conv2d, LayerNorm and Embedding needs torch.func.vmap; "
+                    "set the model's dropout to 0"
+                )
+            return cls(None, context, parameters, {})
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        for owner in owners:
+            kind = cohort_layer(modules[owner])
+            if kind is not None:
+                replace(copied, owner, kind(modules[owner], owner, context))
+        for name in dropouts:
+            replace(copied, name, CohortDropout(modules[name], name, context))
+        # Functional dropout and the like stay off; CohortDropout is always on.
+        plain = model if written_out(task, downlink) else None
+        return cls(copied.eval(), context, parameters, {}, plain)
+
+    def network(self, downlink: Downlink, frozen: Tree) -> FeedForward | None:
+        """Give the network with its gradients written out, if it fits."""
+        if self.plain is None:
+            return None
+        return FeedForward(self.plain, downlink, self.base, frozen)
+
+    def load(self, base: Tree) -> None:
+        """Point the model's parameters at the replica's weights (no copy on one device)."""
+        self.base = base
+        if self.model is not None:
+            for name, parameter in self.parameters.items():
+                parameter.data = base[name]
+
+
+@dataclass(frozen=True)
+class OpenChunk:
+    """A chunk of clients, ready to train.
+
+    Attributes:
+        program: The rewritten model.
+        downlink: What is trained.
+        schedule: Which sample each client sees when, in the order in which they were asked.
+        sizes: Samples of each client, in that order, int64 [K].
+        order: Places among those that were asked, int64 [K]: clients that finish first stand
+            last, so that those still training are a prefix. The tensors below are in this order.
+        clients: Ids, int64 [K].
+        values: What is trained, [K, ...] by name.
+        starts: Where it started, [1, ...] or [K, ...].
+        frozen: Factors that are not trained.
+        network: The network with its gradients written out, where it is plain enough.
+    """
+
+    program: Program
+    downlink: Downlink
+    schedule: Schedule
+    sizes: torch.Tensor
+    order: torch.Tensor
+    clients: torch.Tensor
+    values: Tree
+    starts: Tree
+    frozen: Tree
+    network: FeedForward | None = None
+
+    def leaves(self, active: int) -> Tree:
+        """Give what the first ``active`` clients train, as leaves of a new graph."""
+        return {n: v[:active].detach().requires_grad_() for n, v in self.values.items()}
+
+    def samples(
+        self, data: ClientData, step: int, batch: tuple[int, int, int]
+    ) -> tuple[Samples, torch.Tensor]:
+        """Give the samples of a step, client after client, and which of them count.
+
+        Args:
+            data: Of all clients.
+            step: The local step, from 0.
+            batch: Clients that are active, samples of a batch, and tokens that the longest sample
+                has (`Schedule.plan`).
+
+        Returns:
+            The samples [active * width], and bool [active, width].
+        """
+        schedule, context, (active, width, length) = self.schedule, self.program.context, batch
+        rows = self.order[:active]
+        context.active, context.clients, context.step = active, self.clients[:active], step
+        whole = data.gather(context.clients, schedule.positions[rows, step, :width])
+        samples = whole.trim(length)
+        context.tokens, context.padded = samples.padded, whole.padded
+        return samples, schedule.valid[rows, step, :width]
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def has_tied(model: nn.Module, trained: list[str]) -> bool:
+    """Tell whether a trained parameter is shared by two layers."""
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    unique = {n for n, _ in model.named_parameters()}
+    if len(names) == len(unique):
+        return False
+    owner = dict(model.named_parameters(remove_duplicate=False))
+    counts: dict[int, int] = {}
+    for parameter in owner.values():
+        counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return any(counts[id(owner[n])] > 1 for n in trained)
+
+
+def refuse_mixing(model: nn.Module) -> None:
+    """Refuse layers that mix the samples of a batch, or whose randomness cannot be seeded.
+
+    Raises:
+        ModelError: Naming the layer.
+    """
+    for name, module in model.named_modules():
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001
+        if norm and (module.training or module.running_mean is None):
+            raise ModelError(
+                f"layer {name!r} ({type(module).__name__}) mixes the samples of a batch, so "
+                "clients cannot share one: freeze its statistics with .eval(), or use GroupNorm or "
+                "LayerNorm"
+            )
+        other = isinstance(module, nn.modules.dropout._DropoutNd) and type(module) is not nn.Dropout  # noqa: SLF001
+        if other and module.p:
+            raise ModelError(
+                f"layer {name!r} ({type(module).__name__}) has no mask seeded by client and step; "
+                "use nn.Dropout, or set its p to 0"
+            )

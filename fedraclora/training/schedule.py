@@ -1,0 +1,77 @@
+"""Which sample each client of a chunk sees at which local step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedraclora.rng import cohort_permutations
+from fedraclora.training.optimiser import LocalConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which sample each client sees when: positions and validity, [K, steps, width]."""
+
+    positions: torch.Tensor
+    valid: torch.Tensor
+    steps: torch.Tensor  # int64 [K]
+
+    def plan(self, lengths: torch.Tensor | None) -> list[tuple[int, int, int]]:
+        """Give for every step the clients that still train, and how wide and long their batch is.
+
+        Read off the device once a round: a look at it in every step would stall a GPU.
+
+        Args:
+            lengths: Tokens of the sample at each of the positions, or None.
+
+        Returns:
+            For each step: number of clients, samples of the widest of their batches, and tokens
+            of their longest sample (0 without ``lengths``).
+        """
+        widths = self.valid.sum(dim=2)
+        alive = (widths > 0).sum(dim=0)
+        longest = torch.zeros_like(alive)
+        if lengths is not None:
+            longest = (lengths * self.valid).amax(dim=(0, 2))
+        table = torch.stack([alive, widths.amax(dim=0), longest], dim=1).tolist()
+        return [(clients, width, length) for clients, width, length in table]
+
+    @classmethod
+    def of(
+        cls, clients: torch.Tensor, sizes: torch.Tensor, local: LocalConfig, key: int
+    ) -> Schedule:
+        """Lay out the local steps: epochs in turn, each reshuffled, the last batch short.
+
+        Args:
+            clients: int64 [K].
+            sizes: Samples per client, int64 [K], all positive.
+            local: Batch size, epochs or steps, shuffling.
+            key: Of the round's shuffles.
+
+        Returns:
+            The schedule.
+        """
+        batch = torch.full_like(sizes, local.batch_size) if local.batch_size else sizes
+        per_epoch = (sizes + batch - 1) // batch
+        steps = (
+            per_epoch * local.epochs if local.steps is None else torch.full_like(sizes, local.steps)
+        )
+        count, width = int(steps.max()), int(batch.minimum(sizes).max())
+        step = torch.arange(count, device=sizes.device)
+        epoch = step // per_epoch[:, None]  # [K, steps]
+        place = torch.arange(width, device=sizes.device)
+        position = (step % per_epoch[:, None] * batch[:, None])[..., None] + place
+        inside = (position < sizes[:, None, None]) & (place < batch[:, None, None])
+        valid = inside & (step < steps[:, None])[..., None]
+        position = position.clamp_(max=int(sizes.max()) - 1)
+        if local.shuffle and count:
+            epochs = range(int(epoch.max()) + 1)
+            shuffles = torch.stack(
+                [cohort_permutations(key, clients, sizes, e) for e in epochs], dim=1
+            )
+            flat = epoch[..., None] * shuffles.shape[2] + position
+            position = shuffles.reshape(len(clients), -1).gather(1, flat.reshape(len(clients), -1))
+            position = position.reshape(flat.shape)
+        return cls(torch.where(valid, position, 0), valid, steps)

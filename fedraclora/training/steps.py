@@ -1,0 +1,32 @@
+"""The step that local SGD takes in weight space, for the ledger."""
+
+from __future__ import annotations
+
+from fedraclora.method import Downlink, Sketched
+from fedraclora.training.optimiser import LocalConfig
+
+
+def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) -> dict[str, float]:
+    """Give the step gamma inside the sketch, W <- W - gamma G H, over all sketched layers.
+
+    gamma = lr s^2 c where A A^T is about c I; with the preconditioner c drops out. It compares
+    sketches, ranks and scales where the raw learning rate does not.
+
+    Args:
+        downlink: The round's.
+        local: Gives the step size of the trained factor.
+        rate_scale: Of the step sizes in this round.
+
+    Returns:
+        ``lr`` (of the trained factor), and the least and largest gamma where layers are sketched.
+    """
+    rate = local.rate(main=True, rate_scale=rate_scale)
+    gammas = [
+        rate * adapter.scale**2 * (1.0 if local.precondition else part.spec.gram_scale)
+        for adapter in downlink.adapters.values()
+        for part in adapter.factors.values()
+        if isinstance(part, Sketched)
+    ]
+    if not gammas:
+        return {"lr": rate}
+    return {"lr": rate, "gamma_min": min(gammas), "gamma_max": max(gammas)}

@@ -1,0 +1,235 @@
+"""One exchange with the cohort: what is asked, and every check of what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import Message
+
+from fedraclora.aggregate import Refusal, Uplinks, check_rows, sum_blocks, too_many
+from fedraclora.devices.timeline import Timeline
+from fedraclora.engines.local import RUN_AT_FAULT
+from fedraclora.errors import ClientError, WireError
+from fedraclora.method import Cohort, Downlink
+from fedraclora.ranks import check_budgets, uploaded_numbers, widen
+from fedraclora.sampling import client_weights
+from fedraclora.wire import Order, Packed, Reply, unpack_trial, uplink_layout
+from strategies.server.guard import check_reply
+from strategies.server.loop import LoopConfig
+
+
+@dataclass
+class Exchange:
+    """One downlink and what came back.
+
+    Attributes:
+        downlink: What is asked.
+        round_: From 1.
+        version: Of the base weights the clients train from.
+        cohort: The clients whose replies count: whom messages go to.
+        asked: Who was asked: those whose device was too slow or vanished included.
+        loop: Settings of the round loop.
+        rate_scale: Of the step sizes.
+        reduce: Whether sums of clients are enough for what follows.
+        replies: In ascending order of client, once collected.
+        failures: Clients whose reply is not used.
+        received: Numbers that clients sent, those of refused clients included.
+        chunks: The messages that were sent, each with its clients.
+        before: The exchange before this one in the same round.
+        mean_loss: Mean training loss over the clients whose replies are used.
+        steps: Local steps of these clients.
+        timeline: The exchange on the virtual clock, or None.
+        clip: The greatest norm of an update that clients are to send; None: any.
+        reduced: Whether sums were asked for.
+    """
+
+    downlink: Downlink
+    round_: int
+    version: int
+    cohort: Cohort
+    asked: Cohort
+    loop: LoopConfig
+    rate_scale: float = 1.0
+    reduce: bool = False
+    before: Exchange | None = None
+    replies: list[Reply] = field(default_factory=list)
+    failures: list[Refusal] = field(default_factory=list)
+    received: int = 0
+    chunks: list[tuple[Message, list[int]]] = field(default_factory=list)
+    mean_loss: float = float("nan")
+    steps: int = 0
+    timeline: Timeline | None = None
+    clip: float | None = None
+    reduced: bool = False
+
+    def __post_init__(self) -> None:
+        """Fix the layout of the uplink, and see that the method heeds the rank budgets."""
+        check_budgets(self.downlink, self.cohort)
+        self.layout = uplink_layout(self.downlink)
+
+    def messages(self, nodes: Sequence[int]) -> list[Message]:
+        """Write one message per chunk of the cohort, to the nodes in turn."""
+        loop, clients = self.loop, self.cohort.clients
+        # Sums of blocks: only where no block lies in two chunks.
+        self.reduced = self.reduce and loop.whole_blocks(len(clients))
+        reduce = loop.weights if self.reduced else None
+        order = Order(
+            self.round_, self.version, self.rate_scale, clients, reduce=reduce, clip=self.clip
+        )
+        packed = Packed(self.downlink, order, loop.dtype)
+        for i, first in enumerate(range(0, len(clients), loop.chunk)):
+            chunk = clients[first : first + loop.chunk]
+            content, node = packed.message(chunk, first), nodes[i % len(nodes)]
+            group, ttl = str(self.round_), loop.timeout
+            message = Message(content, node, "train.cohort", group_id=group, ttl=ttl)
+            self.chunks.append((message, chunk.tolist()))
+        return [message for message, _ in self.chunks]
+
+    def collect(self, messages: Iterable[Message]) -> Uplinks:
+        """Read, check and sort the replies.
+
+        Args:
+            messages: Replies, in any order.
+
+        Returns:
+            The uplinks of the clients that passed, in ascending order of id.
+
+        Raises:
+            ClientError: If more clients failed than allowed, or none is left; or if one met what
+                is no client's fault, which `max_failures` does not excuse.
+            WireError: If a reply is of another round, another layout or another client; where
+                clients are other people's machines, that is a failure of the client.
+        """
+        self._read_all(messages)
+        if not len(self.cohort):  # the coins of Poisson sampling may choose nobody
+            none = torch.zeros(0, dtype=torch.int64)
+            return Uplinks(none, none.double(), self.layout, torch.zeros(0, self.layout.size))
+        allowed = self.loop.allowed(len(self.first.cohort))
+        if not self.replies and self.failures:
+            raise too_many(self.all_failures, self.round_, self.loop.rule)
+        if not self.replies:
+            raise ClientError(f"round {self.round_}: no client replied in time")
+        self.replies.sort(key=lambda r: r.first)
+        clients = torch.cat([r.clients for r in self.replies])
+        losses = torch.cat([r.losses for r in self.replies])
+        steps = torch.cat([r.steps for r in self.replies])
+        weights = client_weights(self.loop.weights, torch.cat([r.samples for r in self.replies]))
+        self._check_ids(clients.tolist())
+        places = torch.searchsorted(self.cohort.clients, clients)
+        reduced = self.replies[0].reduced
+        numbers = torch.cat([r.numbers for r in self.replies])
+        if not reduced:
+            numbers = widen(numbers, self.downlink, places)
+        refused = [] if reduced else check_rows(clients, weights, losses, numbers)
+        out = torch.tensor([f.client for r in self.replies for f in r.refused], dtype=torch.int64)
+        came = torch.searchsorted(self.cohort.clients, torch.cat([clients, out]))
+        self.received = int(uploaded_numbers(self.downlink, len(self.cohort))[came].sum())
+        self.failures += refused
+        self.failures.sort(key=lambda f: f.client)
+        if len(self.all_failures) > allowed or len(refused) == len(clients):
+            raise too_many(self.all_failures, self.round_, self.loop.rule)
+        if refused:
+            keep = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
+            clients, numbers, places = clients[keep], numbers[keep], places[keep]
+            weights, losses, steps = weights[keep], losses[keep], steps[keep]
+        self.mean_loss, self.steps = float(losses.mean()), int(steps.sum())
+        return Uplinks(
+            clients,
+            weights,
+            self.layout,
+            stacked=None if reduced else numbers,
+            summed=sum_blocks(numbers) if reduced else None,
+            versions=torch.full_like(clients, self.version),
+            places=places,
+        )
+
+    def _read_all(self, messages: Iterable[Message]) -> None:
+        """Read each reply, and note whose message it answers."""
+        sent = {m.metadata.message_id: (m, clients) for m, clients in self.chunks}
+        for message in messages:
+            asked = message.metadata.reply_to_message_id
+            order, clients = sent.get(asked, (None, []))
+            if not self.loop.guarded:
+                self._take(self._read(message, clients))
+            elif order is not None:
+                del sent[asked]  # whatever else answers it is a replay
+                first = int(str(order.content["chunk"]["first"]))
+                try:
+                    reply = self._read(message, clients)
+                    if reply is not None:
+                        check_reply(reply, clients, first, self.loop, reduced=self.reduced)
+                    self._take(reply)
+                except Exception as error:  # whatever another machine may send
+                    self.failures += [Refusal(c, f"its reply is refused: {error}") for c in clients]
+
+    def _read(self, message: Message, asked: Sequence[int]) -> Reply | None:
+        """Read a reply; None where it is an error, which is noted."""
+        if message.has_error():
+            if message.error.code == RUN_AT_FAULT and not self.loop.guarded:
+                raise ClientError(f"round {self.round_} cannot be run: {message.error.reason}")
+            self.failures += [Refusal(c, str(message.error.reason)) for c in asked]
+            return None
+        reply = unpack_trial(message.content, self.layout, self.downlink.ranks)
+        if (reply.round_, reply.version) != (self.round_, self.version):
+            raise WireError(
+                f"clients {reply.clients.tolist()} answered for round {reply.round_} from version "
+                f"{reply.version}; round {self.round_} from version {self.version} was wanted"
+            )
+        return reply
+
+    def _take(self, reply: Reply | None) -> None:
+        if reply is not None:
+            self.replies.append(reply)
+            self.failures += [*(Refusal(c, r) for c, r in reply.failures.items()), *reply.refused]
+
+    def _check_ids(self, clients: Sequence[int]) -> None:
+        """Hold who answered against the cohort: each once and none else; note who is silent."""
+        answered = sorted([*clients, *(f.client for f in self.failures)])
+        wanted = self.cohort.clients.tolist()
+        if answered == wanted:
+            return
+        if len(answered) != len(set(answered)) or not set(answered) <= set(wanted):
+            raise WireError(
+                f"round {self.round_}: clients {answered} answered, each of {wanted} was wanted "
+                "once"
+            )
+        missing = sorted(set(wanted) - set(answered))
+        self.failures += [Refusal(c, "no reply in time") for c in missing]
+
+    def survivors(self) -> Cohort:
+        """The clients whose replies were used: those whom the next exchange asks."""
+        failed = torch.tensor([f.client for f in self.failures], dtype=torch.int64)
+        kept = ~torch.isin(self.cohort.clients, failed)
+        return self.cohort.select(kept)
+
+    @property
+    def first(self) -> Exchange:
+        """The exchange that opened the round."""
+        return self if self.before is None else self.before.first
+
+    @property
+    def dropped(self) -> list[Refusal]:
+        """Clients that were asked in this round and did not answer in time."""
+        earlier = [] if self.before is None else self.before.dropped
+        return [*earlier, *([] if self.timeline is None else self.timeline.dropped)]
+
+    @property
+    def all_failures(self) -> list[Refusal]:
+        """Clients that failed in this round so far."""
+        earlier = [] if self.before is None else self.before.all_failures
+        return [*earlier, *self.failures]
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps of this round so far."""
+        earlier = 0 if self.before is None else self.before.local_steps
+        return earlier + self.steps
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes of the workers in this round so far."""
+        earlier = [] if self.before is None else self.before.notes
+        system = [] if self.timeline is None else self.timeline.notes
+        return [*earlier, *system, *(note for reply in self.replies for note in reply.notes)]

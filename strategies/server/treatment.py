@@ -1,0 +1,177 @@
+"""What happens to updates between the checks of an exchange and the method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from flwr.app import Message
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.aggregator import Aggregator, Mean, Setting, rows_of
+from fedraclora.errors import ConfigError
+from fedraclora.method import Cohort, Method
+from fedraclora.privacy.client_level import ClientLevel, Privacy
+from fedraclora.privacy.secagg import Open, SecAgg
+from fedraclora.privacy.secret import Secret
+from fedraclora.robust.attack import Attack
+from fedraclora.runbook import RunBook
+from fedraclora.tree import Tree
+from strategies.server.account import SampleAccount, Sizes
+from strategies.server.exchange import Exchange
+from strategies.server.fleet import Fleet
+from strategies.server.loop import LoopConfig
+from strategies.server.private import PrivateRounds
+from strategies.server.rows import Row
+from strategies.server.secure import SecureSum
+from strategies.server.talk import Ask
+
+
+@dataclass
+class Treatment:
+    """The attack of a simulation, then privacy or the aggregator.
+
+    Attributes:
+        aggregator: What the method sees of the updates.
+        attack: What some clients do to harm the run.
+        privacy: What a round may tell of a client.
+        secret: Where its noise comes from; None: the run folder's own key.
+        security: What the server sees of a cohort.
+        secure: Secure aggregation in the rounds, by `begin`; None without.
+        attackers: Their ids, int64; by `begin`.
+        private: Privacy of clients in the rounds, by `begin`; None without.
+        samples: The account of the privacy of samples, by `begin`; None without.
+    """
+
+    aggregator: Aggregator = field(default_factory=Mean)
+    attack: Attack = field(default_factory=Attack)
+    privacy: Privacy = field(default_factory=Privacy)
+    secret: Secret | None = None
+    security: Open = field(default_factory=Open)
+    secure: SecureSum | None = None
+    private: PrivateRounds | None = None
+    samples: SampleAccount | None = None
+    attackers: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def begin(self, method: Method, loop: LoopConfig, fleet: Fleet, sizes: Sizes) -> None:
+        """Refuse what cannot be together, and draw who attacks.
+
+        Raises:
+            ConfigError: Saying why.
+        """
+        self.aggregator.check(method.traits, loop.cohort)
+        if loop.guarded and self.attack.share:
+            raise ConfigError(
+                f"attack={self.attack.name} is for simulations; real clients need nobody's leave"
+            )
+        self.attackers = self.attack.attackers(loop.seed, loop.clients)
+        if isinstance(self.security, SecAgg):
+            if self.aggregator.individuals or self.attack.colludes:
+                raise ConfigError(
+                    f"aggregator={self.aggregator.name} or attack={self.attack.name} looks at "
+                    "single updates, which secure=secagg hides; take aggregator=mean, or "
+                    "secure=none"
+                )
+            self.secure = SecureSum(self.security)
+            self.secure.check(method, loop.weights)
+        if (dp := fleet.local.dp) is not None:
+            none = torch.zeros(loop.clients, dtype=torch.int64)
+            self.samples = SampleAccount(dp, fleet.local, sizes, none)
+        if not isinstance(self.privacy, ClientLevel):
+            return
+        if fleet.enabled or not isinstance(self.aggregator, Mean):
+            raise ConfigError(
+                "privacy=client_level draws its cohorts and takes its mean itself, so system=none "
+                f"and aggregator=mean are wanted; aggregator is {self.aggregator.name}"
+            )
+        if self.secure is not None and self.privacy.quantile is not None:
+            raise ConfigError(
+                "privacy.quantile counts short updates one by one, which secure=secagg hides; set "
+                "it to null, or secure=none"
+            )
+        self.private = PrivateRounds.begin(self.privacy, method, loop, self.secret)
+
+    def open(self, book: RunBook, done: int, loop: LoopConfig, fleet: Fleet) -> None:
+        """Fetch what a private run keeps, before its first round or the one after ``done``."""
+        if self.private is not None:
+            self.private.open(book.folder, book.ledger.rows)
+        if self.samples is not None:
+            for round_ in range(1, done + 1):
+                self._count(round_, loop, fleet)
+
+    def _count(self, round_: int, loop: LoopConfig, fleet: Fleet) -> None:
+        """Count a round in the account of samples; where devices differ, as if all took part."""
+        if self.samples is not None:
+            everyone = torch.arange(loop.clients)
+            asked = everyone if fleet.enabled else self.ask(round_, loop, fleet)
+            self.samples.add(asked)
+
+    def ask(self, round_: int, loop: LoopConfig, fleet: Fleet) -> torch.Tensor:
+        """Draw whom a round asks; ids in ascending order, int64."""
+        if self.private is not None:
+            return self.private.ask(round_, loop.clients)
+        return fleet.ask(round_, loop.clients, loop.cohort)
+
+    def clip(self, *, first: bool) -> float | None:
+        """Give the greatest norm of an update that clients are told to send; None: any.
+
+        Args:
+            first: Whether this exchange opens the round.
+
+        Raises:
+            ConfigError: For a later exchange of a private round, which would cost as much again.
+        """
+        if not first and (self.private or self.samples or self.secure):
+            raise ConfigError(
+                "privacy is accounted for one exchange a round, but this method asks for another; "
+                "choose another method, or privacy=none, local.dp=null and secure=none"
+            )
+        if self.private is not None:
+            return self.private.clip
+        return None if self.secure is None else self.secure.config.clip
+
+    def receive(
+        self, ask: Ask, exchange: Exchange, messages: Iterable[Message], base: Tree
+    ) -> Uplinks:
+        """Send the messages of an exchange and give what came, checked.
+
+        Args:
+            ask: Sends messages and gives the replies that come.
+            exchange: Which wrote the messages.
+            messages: To send.
+            base: What clients train from.
+        """
+        if self.secure is None or exchange.clip is None or not len(exchange.cohort):
+            return exchange.collect(ask(messages))
+        return self.secure.receive(ask, exchange, base, exchange.clip)
+
+    def sums_are_enough(self, method: Method) -> bool:
+        """Tell whether nobody looks at a single client's update."""
+        traits = method.traits
+        looks = traits.looks_at_clients or self.aggregator.individuals or self.attack.colludes
+        return traits.linear and not looks and self.private is None
+
+    def treat(self, got: Uplinks, setting: Setting) -> Uplinks:
+        """Give what the method sees of what came."""
+        if self.attack.colludes:
+            agreed = self.attack.colluded(rows_of(got), torch.isin(got.clients, self.attackers))
+            got = replace(got, stacked=agreed)
+        return self.private.treat(got, setting) if self.private else self.aggregator(got, setting)
+
+    def columns(self, round_: int, cohort: Cohort, loop: LoopConfig, fleet: Fleet) -> Row:
+        """What the ledger says of a round: attackers in the cohort, and what privacy it cost.
+
+        The mean training loss of a private round is left out: no noise covers it.
+        """
+        found: Row = {}
+        if self.attack.share:
+            found["attackers"] = int(torch.isin(cohort.clients, self.attackers).sum())
+        if self.private is not None:
+            found |= {"train_loss": None, "privacy": self.private.row}
+        if self.secure is not None:
+            found |= {"train_loss": None, "secure": self.secure.row}
+        if self.samples is not None:
+            self._count(round_, loop, fleet)
+            found |= {"train_loss": None, "sample_privacy": self.samples.row()}
+        return found

@@ -1,0 +1,94 @@
+"""What methods with a rank and a scale have in common, and those whose factors are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from fedraclora.adapter import Rank, resolve_rank, resolve_scale
+from fedraclora.method import Draw, Method, Plan, State
+from fedraclora.sketch import SketchSpec, check_sketch
+from fedraclora.tree import Tree
+from strategies.shared.common import FIRST_LINK, drawn_rank
+
+
+@dataclass(frozen=True)
+class Ranked(Method):
+    """Hyperparameters that all of them have.
+
+    Attributes:
+        rank: r; a fraction (0, 1] of the smaller side if written with a dot.
+        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        cap: Cut the rank at the smaller side, with a note; False refuses it.
+    """
+
+    rank: int | float = 8
+    alpha: float | str = "auto"
+    cap: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        resolve_rank(self.rank, 1, "any layer", cap=True)
+        resolve_scale(self.alpha, 1)
+
+    @override
+    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        del draw
+        notes = tuple(n for w in plan.targets if (n := self.layer_rank(plan, w).note) is not None)
+        return State(base, plan, memo=dict(FIRST_LINK), notes=notes)
+
+    def layer_rank(self, plan: Plan, name: str) -> Rank:
+        """Give the rank of one layer, and a note where it is not the one that was asked for."""
+        return resolve_rank(self.rank, min(plan.targets[name].shape), name, cap=self.cap)
+
+    def rank_of(self, plan: Plan, name: str) -> int:
+        """Give the rank of one layer."""
+        return self.layer_rank(plan, name).value
+
+    def scale_of(self, plan: Plan, name: str) -> float:
+        """Give the scale s of one layer."""
+        return resolve_scale(self.alpha, self.rank_of(plan, name))
+
+    def numbers(self, plan: Plan) -> tuple[int, int]:
+        """Count the numbers of all B (r m each) and of all A (r n each)."""
+        ranks = {name: self.rank_of(plan, name) for name in plan.targets}
+        B, A = (sum(r * plan.targets[n].shape[side] for n, r in ranks.items()) for side in (0, 1))
+        return B, A
+
+
+@dataclass(frozen=True)
+class Drawn(Ranked):
+    """Hyperparameters of those whose factors begin as drawings, beside those of `Ranked`.
+
+    The rank is bounded by the drawn side: n where A is drawn.
+
+    Attributes:
+        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
+    """
+
+    initial: str = "kaiming_uniform"
+
+    @override
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        check_sketch(self.initial, "none", "independent")
+
+    @override
+    def layer_rank(self, plan: Plan, name: str) -> Rank:
+        return drawn_rank(self.rank, "right", plan, name, cap=self.cap)
+
+    def sketch(
+        self, plan: Plan, name: str, draw: Draw, *, index: int = 0, right: bool = True
+    ) -> SketchSpec:
+        """Give the drawing with which A of one layer begins (B, where ``right`` is False)."""
+        return SketchSpec(
+            kind=self.initial,
+            side="right" if right else "left",
+            rank=self.rank_of(plan, name),
+            dim=plan.targets[name].shape[1 if right else 0],
+            seed=draw.sketch_seed(name),
+            index=index,
+            normalise="none",
+        )
