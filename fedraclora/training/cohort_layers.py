@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from fedraclora.errors import ModelError
 from fedraclora.rng import cohort_bits, hash_key
+from fedraclora.training.packing import packed_linear
 from fedraclora.tree import Tree
 
 
@@ -30,6 +31,7 @@ class CohortContext:
         rows: Samples in the batch, all clients together.
         tokens, padded: Tokens of a sample, and what they were before padding was trimmed, for
             dropout masks; 0 where samples have no padding.
+        places: Of the real tokens (`fedraclora.training.packing.real_tokens`), or None.
         dense: Tensors that clients train in full, [K, ...] by parameter name.
         factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
         scales: Scale of each low-rank term.
@@ -42,6 +44,7 @@ class CohortContext:
     rows: int = 0
     tokens: int = 0
     padded: int = 0
+    places: torch.Tensor | None = None
     dense: Tree = field(default_factory=dict)
     factors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
@@ -52,7 +55,7 @@ class CohortContext:
 
     def clear(self) -> None:
         """Let go of the tensors of a chunk that has ended."""
-        self.dense, self.factors = {}, {}
+        self.dense, self.factors, self.places = {}, {}, None
 
 
 def times(x: torch.Tensor, factor: torch.Tensor, K: int) -> torch.Tensor:
@@ -133,13 +136,12 @@ class CohortLinear(CohortLayer):
         x = self.batched(x)
         K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")
         transposed = not isinstance(self.inner, nn.Linear)
-        if weight is None:
-            shared: torch.Tensor = self.inner.weight  # type: ignore[assignment]
-            frozen_bias = self.inner.bias if bias is None else None
-            out = F.linear(x, shared.mT if transposed else shared, frozen_bias)  # type: ignore[arg-type]
+        frozen_bias = self.inner.bias if bias is None else None
+        if weight is None or K == 1:
+            shared: torch.Tensor = self.inner.weight if weight is None else weight[0]  # type: ignore[assignment]
+            out = self._product(x, shared.mT if transposed else shared, frozen_bias)  # type: ignore[arg-type]
         else:
             out = times(x, weight.mT if transposed else weight, K)
-            frozen_bias = self.inner.bias if bias is None else None
             out = out if frozen_bias is None else out + frozen_bias.to(out.dtype)  # type: ignore[operator]
         if (term := self.low_rank()) is not None:
             out = add_low_rank(out, x, *term, K)
@@ -147,6 +149,15 @@ class CohortLinear(CohortLayer):
             rows = out.reshape(K, -1, out.shape[-1])
             out = (rows + bias[:, None].to(out.dtype)).reshape(out.shape)
         return out
+
+    def _product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Give the product with what all clients share, over real tokens where they are known."""
+        places = self.context.places
+        if places is None or x.dim() != 3 or x.shape[1] != self.context.tokens:
+            return F.linear(x, weight, bias)
+        return packed_linear(x, weight, bias, places)
 
 
 class CohortLayerNorm(CohortLayer):

@@ -23,6 +23,7 @@ from fedraclora.training.cohort_layers import (
     CohortLinear,
 )
 from fedraclora.training.feedforward import FeedForward, written_out
+from fedraclora.training.packing import real_tokens
 from fedraclora.training.schedule import Schedule
 from fedraclora.tree import Tree
 
@@ -169,6 +170,7 @@ class OpenChunk:
         whole = data.gather(context.clients, schedule.positions[rows, step, :width])
         samples = whole.trim(length)
         context.tokens, context.padded = samples.padded, whole.padded
+        context.places = real_tokens(samples.inputs.get("attention_mask"))
         return samples, schedule.valid[rows, step, :width]
 
 

@@ -1,0 +1,90 @@
+"""Shared products over the real tokens of a padded batch, and not over its padding.
+
+What a layer gives at a padded token reaches no loss: attention gives padding a weight of exactly
+zero (see `fedraclora.samples.Samples.trim`). Sentences of a batch differ in length, so that half of
+a trimmed batch may still be padding; a product over the real tokens alone, whose rows are then put
+back in their places, is the same where it counts, and zero elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from typing_extensions import override
+
+WORTH_PACKING = 0.85  # share of real tokens above which moving the rows costs what it saves
+
+
+def real_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Give the places of the real tokens of a batch, where there is enough padding to save.
+
+    Args:
+        mask: ``attention_mask`` of the batch, [N, T], zero at padding; or None.
+
+    Returns:
+        int64 [P], into the batch as [N * T]; None where all tokens are to be computed. On a GPU
+        always None: the number of places would have to be waited for in every step.
+    """
+    if mask is None or mask.dim() != 2 or mask.device.type != "cpu":
+        return None
+    places = mask.reshape(-1).nonzero().squeeze(1)
+    return places if len(places) <= WORTH_PACKING * mask.numel() else None
+
+
+def packed_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, places: torch.Tensor
+) -> torch.Tensor:
+    """Give ``x @ weight.T + bias`` at the real tokens, and zero at padding.
+
+    Args:
+        x: [N, T, n].
+        weight: [m, n].
+        bias: [m], or None.
+        places: Of `real_tokens`.
+
+    Returns:
+        [N, T, m].
+    """
+    N, T, n = x.shape
+    rows: torch.Tensor = _Gather.apply(x.reshape(N * T, n), places)  # type: ignore[no-untyped-call]
+    out = F.linear(rows, weight, bias)
+    spread: torch.Tensor = _Scatter.apply(out, places, N * T)  # type: ignore[no-untyped-call]
+    return spread.reshape(N, T, -1)
+
+
+# Autograd's own way back from `index_select` adds row after row; no place comes twice here.
+
+
+def _scattered(rows: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+    return rows.new_zeros(count, rows.shape[1]).index_copy_(0, places, rows)
+
+
+class _Gather(torch.autograd.Function):
+    @override
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.count = x.shape[0]
+        return x.index_select(0, places)
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return _scattered(slope, places, ctx.count), None
+
+
+class _Scatter(torch.autograd.Function):
+    @override
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return _scattered(rows, places, count)
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return slope.index_select(0, places), None, None

@@ -1,0 +1,64 @@
+"""Products over real tokens alone: the same where it counts, zero elsewhere, gradients too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedraclora.rng import generator
+from fedraclora.training.cohort_layers import CohortContext, CohortLinear
+from fedraclora.training.packing import packed_linear, real_tokens
+
+MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+PLACES = torch.tensor([0, 1, 2, 3, 4, 8, 9])
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(generator(0, "drawn", *shape).standard_normal(shape))
+
+
+def test_places_are_those_of_real_tokens() -> None:
+    found = real_tokens(MASK)
+    assert found is not None
+    assert torch.equal(found, PLACES)
+    holes = real_tokens(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))  # padding may stand anywhere
+    assert holes is not None
+    assert holes.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(3, 4), torch.ones(3, 4, 4), torch.ones(3)])
+def test_batches_with_little_to_save_are_left_alone(mask: torch.Tensor | None) -> None:
+    assert real_tokens(mask) is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_product_and_gradients_are_those_of_a_plain_layer_at_real_tokens(bias: bool) -> None:
+    x, weight = drawn(3, 4, 5), drawn(6, 5)
+    shift = drawn(6) if bias else None
+    slope = drawn(3, 4, 6) * MASK[..., None]  # padding reaches no loss
+    leaves = [t.requires_grad_() for t in (x, weight, shift) if t is not None]
+    plain, packed = F.linear(x, weight, shift), packed_linear(x, weight, shift, PLACES)
+    real = MASK.bool()
+    assert torch.allclose(plain[real], packed[real], rtol=0, atol=1e-14)
+    assert not packed[~real].any()
+    wanted = torch.autograd.grad((plain * slope).sum(), leaves)
+    found = torch.autograd.grad((packed * slope).sum(), leaves)
+    for a, b in zip(wanted, found, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_layer_packs_its_tokens_and_nothing_else(dense: bool) -> None:
+    inner = torch.nn.Linear(5, 6).double()
+    context = CohortContext(active=1, rows=3, tokens=4, places=PLACES)
+    if dense:  # one client that trains the whole weight
+        context.dense = {"fc.weight": drawn(1, 6, 5)}
+    layer = CohortLinear(inner, "fc", context)
+    weight = context.dense["fc.weight"][0] if dense else inner.weight
+    x, pooled = drawn(3, 4, 5), drawn(3, 5)
+    packed = layer(x)
+    assert torch.allclose(
+        packed, F.linear(x, weight, inner.bias) * MASK[..., None], rtol=0, atol=1e-14
+    )
+    assert torch.allclose(layer(pooled), F.linear(pooled, weight, inner.bias), rtol=0, atol=1e-14)
