@@ -217,6 +217,7 @@ class CohortTrainer:
             context.factors, context.dense = arrange(downlink, leaves, frozen, active)
             with products:
                 output = forward(program.model, samples.inputs)
+            context.places = None  # of this batch alone
         # Outside, so that the loss is formed as precisely on any device.
         losses, counts = self.loss(output.to(self.dtype), samples.target)
         return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
