@@ -9,6 +9,7 @@ import torch
 from fedraclora.aggregate import finite
 from fedraclora.clientstore import ClientStore
 from fedraclora.method import Adapter, Downlink, Factor, Trained
+from fedraclora.recipe import RECIPES
 from fedraclora.training.moments import begin_moments, blank_moments
 from fedraclora.training.optimiser import LocalConfig
 from fedraclora.training.trial import Trial
@@ -39,7 +40,8 @@ def held(
             opening = slot.opening()
             zeros = torch.zeros(slot.shape, dtype=dtype)
             default[name] = base.get(name, zeros) if opening is None else opening.to(dtype)
-    blank = blank_moments(local, downlink, dtype)
+    steps = RECIPES[downlink.recipe].steps  # without, nothing has moments
+    blank = blank_moments(local, downlink, dtype) if steps else {}
     if not default and not blank:
         return downlink, {}
     found = store.read(order.clients, order.round_, default | blank)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from fedraclora.method import Downlink, Frozen, Plan, Sketched
 from fedraclora.privacy.local_dp import set_noisy_gradients
 from fedraclora.ranks import window
-from fedraclora.recipe import RECIPES
+from fedraclora.recipe import RECIPES, GradientHook
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.samples import Samples
 from fedraclora.task import Task, loss_function
@@ -66,7 +66,8 @@ def train_one(
     values = {n: v.clone().requires_grad_() for n, v in values.items()}
     parts = {n: part_of(n, downlink, starts[n].shape, own) for n in values}
 
-    hook = RECIPES[downlink.recipe].gradient(frozen, downlink.arguments, None)
+    recipe = RECIPES[downlink.recipe]
+    hook, sums = recipe.gradient(frozen, downlink.arguments, None), dict[str, torch.Tensor]()
     model, context = with_seeded_dropout(task.model, client, seed, round_)
     optimiser = make_optimiser(local, downlink, values, rate_scale)
     start_weights = effective_weights(base, downlink, plan, values, frozen)
@@ -92,17 +93,14 @@ def train_one(
         if local.prox:
             gap = [weights[n] - w for n, w in start_weights.items()]
             (local.prox / 2 * torch.stack([g.square().sum() for g in gap]).sum()).backward()
-        gradients = {n: v.grad[None] for n, v in values.items() if v.grad is not None}
-        for name, gradient in hook(gradients).items():
-            values[name].grad = gradient[0]
-        if local.precondition:
-            precondition(values, frozen)
-        if local.clip is not None:
-            nn.utils.clip_grad_norm_(list(values.values()), local.clip)
-        optimiser.step()
+        shape_gradients(values, frozen, hook, local)
+        if recipe.steps:
+            optimiser.step()
+            continue
+        sums = {n: sums.get(n, 0) + v.grad for n, v in values.items() if v.grad is not None}
     trained = {name: start.clone() for name, start in starts.items()}
     for name, value in values.items():
-        trained[name][parts[name]] = value.detach()
+        trained[name][parts[name]] = value.detach() if recipe.steps else sums[name] / len(losses)
     return trained, sum(losses) / max(1, len(losses))
 
 
@@ -212,6 +210,17 @@ def make_optimiser(
         eps=local.eps,
         weight_decay=local.weight_decay,
     )
+
+
+def shape_gradients(values: Tree, frozen: Tree, hook: GradientHook, local: LocalConfig) -> None:
+    """Do to the gradients of a step what recipe and settings say, in place."""
+    gradients = {n: v.grad[None] for n, v in values.items() if v.grad is not None}
+    for name, gradient in hook(gradients).items():
+        values[name].grad = gradient[0]
+    if local.precondition:
+        precondition(values, frozen)
+    if local.clip is not None:
+        nn.utils.clip_grad_norm_(list(values.values()), local.clip)
 
 
 def precondition(values: Tree, frozen: Tree) -> None:

@@ -222,9 +222,12 @@ class Recipe:
     Attributes:
         gradient: Makes the hook from the frozen factors, the recipe's arguments and the clients'
             rank budgets.
+        steps: Whether clients take local steps; False: they send the mean of their gradients, and
+            stay where they are (`fedraclora.training.probe`).
     """
 
     gradient: Callable[[Tree, Arguments, torch.Tensor | None], GradientHook] = no_hook
+    steps: bool = True
 
 
 RECIPES: dict[str, Recipe] = {
@@ -234,4 +237,5 @@ RECIPES: dict[str, Recipe] = {
     "in_turn": Recipe(gradient=in_turn),
     "sparse": Recipe(gradient=sparse),
     "galore": Recipe(gradient=galore),
+    "gradient": Recipe(steps=False),
 }

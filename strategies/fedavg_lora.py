@@ -42,7 +42,8 @@ class FedAvgLora(Factored):
     Attributes:
         rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
+        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
+            one of `strategies.shared.initials.STARTS`.
         side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
             (the larger factor is drawn).
         cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
@@ -63,8 +64,13 @@ class FedAvgLora(Factored):
         merges = self.resample_every is not None
         return Traits(exact=False, linear=True, merges=merges, looks_at_clients=True)
 
+    @property
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def lives_on(self) -> bool:
+        return self.resample_every is None
+
+    @override
+    def close(self, state: State, sent: Downlink, got: Uplinks) -> State:
         mean = got.mean()
         labels = [f"{weight}/{label}" for weight in sent.adapters for label in ("B", "A")]
         averaged = {n: mean[n].to(state.base[n.rpartition("/")[0]].dtype) for n in labels}
@@ -87,6 +93,7 @@ class FedAvgLora(Factored):
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        if self.lives_on:
+            return super().floats(plan, round_)
         up, down = super().floats(plan, 2)
-        age = (round_ - 1) % self.resample_every if self.resample_every else round_ - 1
-        return up, down if age else 0
+        return up, down if (round_ - 1) % (self.resample_every or 1) else 0

@@ -19,7 +19,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from typing_extensions import override
 
@@ -36,13 +36,13 @@ from fedraclora.method import (
     Term,
     Trained,
     Traits,
-    apply_link,
 )
 from fedraclora.tree import Tree
 from strategies.shared.common import closed, dense_floats, dense_means, dense_slots
 from strategies.shared.drawn import Ranked
 from strategies.shared.factored import separate_means_error
-from strategies.shared.products import principal, with_carried
+from strategies.shared.initials import begin
+from strategies.shared.products import with_carried
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,7 @@ class FrLora(Ranked):
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
         state = super().init(base, plan, draw)
-        carried: Tree = {}
-        terms = {}
-        for name, view in plan.targets.items():
-            rank, scale = self.rank_of(plan, name), self.scale_of(plan, name)
-            B, A = (t.to(base[name].dtype) for t in principal(view.matrix(base[name]), rank, scale))
-            carried |= {f"{name}/B": B, f"{name}/A": A}
-            terms[name] = Term((B, A), -scale)
-        return replace(state, base=apply_link(base, Link(terms), plan), carried=carried)
+        return begin(state, "pissa", *self.ranks_and_scales(plan), draw)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:

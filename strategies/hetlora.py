@@ -29,6 +29,7 @@ from typing_extensions import override
 from fedraclora.lowrank import product_norm
 from fedraclora.method import Traits
 from strategies.shared.factored import Conclusion, Factored, Replies
+from strategies.shared.initials import STARTS
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class HetLora(Factored):
     Attributes:
         rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
+        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
+            one of `strategies.shared.initials.STARTS`.
         side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
             (the larger factor is drawn).
         cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
@@ -49,7 +51,7 @@ class HetLora(Factored):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=False, linear=False, merges=False, ranks=True)
+        return Traits(exact=False, linear=False, merges=False, ranks=self.initial not in STARTS)
 
     @override
     def conclude(self, replies: Replies) -> Conclusion:

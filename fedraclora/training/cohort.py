@@ -19,6 +19,7 @@ from fedraclora.training.gradients import noisy_gradients, written_out_gradients
 from fedraclora.training.materialise import arrange, materialise
 from fedraclora.training.optimiser import CohortOptimiser, LocalConfig, clip_per_client
 from fedraclora.training.precision import FLOAT32, check_precision, products_in
+from fedraclora.training.probe import GradientMean
 from fedraclora.training.program import OpenChunk, Program, refuse_mixing
 from fedraclora.training.prox import add_prox
 from fedraclora.training.schedule import Schedule
@@ -92,9 +93,12 @@ class CohortTrainer:
         slots = downlink.trained()
         rates = {n: self.local.rate(slots[n].main, rate_scale) for n in slots}
         held = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
-        optimiser = CohortOptimiser(self.local, values, rates, held)
+        recipe = RECIPES[downlink.recipe]
+        optimiser = (CohortOptimiser if recipe.steps else GradientMean)(
+            self.local, values, rates, held
+        )
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
-        hooks = [RECIPES[downlink.recipe].gradient(chunk.frozen, downlink.arguments, ranks)]
+        hooks = [recipe.gradient(chunk.frozen, downlink.arguments, ranks)]
         if self.local.precondition:
             hooks.append(projected(chunk.frozen, ranks=ranks))
         masks = trainable(downlink, ranks)
@@ -105,6 +109,8 @@ class CohortTrainer:
                 losses[: batch[0]] += self._step(chunk, step, batch, optimiser, hooks, masks)
         finally:
             chunk.program.context.clear()
+        if isinstance(optimiser, GradientMean):
+            values = optimiser.means(schedule.steps[order])
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)).to(order))
         return Trial(
             trained={name: value[back] for name, value in values.items()},

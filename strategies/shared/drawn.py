@@ -8,9 +8,10 @@ from typing_extensions import override
 
 from fedraclora.adapter import Rank, resolve_rank, resolve_scale
 from fedraclora.method import Draw, Method, Plan, State
-from fedraclora.sketch import SketchSpec, check_sketch
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from strategies.shared.common import FIRST_LINK, drawn_rank
+from strategies.shared.initials import check_start
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,14 @@ class Ranked(Method):
         """Give the scale s of one layer."""
         return resolve_scale(self.alpha, self.rank_of(plan, name))
 
+    def ranks_and_scales(self, plan: Plan) -> tuple[dict[str, int], dict[str, float]]:
+        """Give r and s of every layer, by weight."""
+        ranks = {name: self.rank_of(plan, name) for name in plan.targets}
+        return ranks, {name: resolve_scale(self.alpha, rank) for name, rank in ranks.items()}
+
     def numbers(self, plan: Plan) -> tuple[int, int]:
         """Count the numbers of all B (r m each) and of all A (r n each)."""
-        ranks = {name: self.rank_of(plan, name) for name in plan.targets}
+        ranks, _ = self.ranks_and_scales(plan)
         B, A = (sum(r * plan.targets[n].shape[side] for n, r in ranks.items()) for side in (0, 1))
         return B, A
 
@@ -73,7 +79,11 @@ class Drawn(Ranked):
     def __post_init__(self) -> None:
         """Refuse impossible hyperparameters."""
         super().__post_init__()
-        check_sketch(self.initial, "none", "independent")
+        self.check_initial()
+
+    def check_initial(self) -> None:
+        """Refuse an `initial` that does not exist, or does not fit."""
+        check_start(self.initial, fits=False, why=f"{type(self).__name__} has none such")
 
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:

@@ -32,6 +32,7 @@ from fedraclora.method import (
 from fedraclora.ranks import within
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
+from strategies.shared import initials
 from strategies.shared.common import (
     check_link,
     closed,
@@ -41,7 +42,7 @@ from strategies.shared.common import (
     drawn_rank,
     draws_right,
 )
-from strategies.shared.drawn import Drawn
+from strategies.shared.drawn import Drawn, Ranked
 from strategies.shared.products import RoundError, carried_product, with_carried
 
 
@@ -112,6 +113,28 @@ class Factored(Drawn):
         super().__post_init__()
         check_link(self.side, None)
 
+    @property
+    def lives_on(self) -> bool:
+        """Whether the factors are never begun anew."""
+        return self.carries
+
+    @override
+    def check_initial(self) -> None:
+        initials.check_start(
+            self.initial, fits=self.lives_on, why="here they begin anew in each link"
+        )
+
+    @override
+    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = super().init(base, plan, draw)
+        if self.initial in initials.STARTS and not self.probes(state):
+            return initials.begin(state, self.initial, *self.ranks_and_scales(plan), draw)
+        return state
+
+    def probes(self, state: State) -> bool:
+        """Whether the next round asks for gradients, from which the factors will begin."""
+        return self.initial == "lora_ga" and not state.memo["sketch"]
+
     def conclude(self, replies: Replies) -> Conclusion:
         """Say what follows from the replies for one weight."""
         raise NotImplementedError
@@ -119,6 +142,8 @@ class Factored(Drawn):
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         del round_
+        if self.probes(state):
+            return initials.first_probe(state.plan, self.ranks_and_scales(state.plan)[0], draw)
         ranks = cohort.ranks if self.traits.ranks else None
         adapters = {}
         for name, view in state.plan.targets.items():
@@ -134,7 +159,18 @@ class Factored(Drawn):
         return Downlink(adapters, dense_slots(state), ranks=ranks, link=state.memo["sketch"])
 
     @override
+    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+        return initials.second_probe(sent, got) if self.probes(state) else None
+
+    @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        if not self.probes(state):
+            return self.close(state, sent, got)
+        carried, link = initials.probed(state, sent, got, *self.ranks_and_scales(state.plan))
+        return closed(state, link, carried=carried)
+
+    def close(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        """Close a round in which clients trained."""
         stack, mean = got.stack(), got.mean()
         carried: Tree = {}
         terms: dict[str, Term] = {}
@@ -165,11 +201,17 @@ class Factored(Drawn):
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         factors = sum(self.numbers(plan))
-        return factors + dense_floats(plan), factors if self.carries and round_ > 1 else 0
+        if self.initial == "lora_ga" and round_ == 1:
+            return initials.probe_floats(plan, self.ranks_and_scales(plan)[0])
+        begun_already = round_ > 1 or self.initial in initials.STARTS
+        return factors + dense_floats(plan), factors if self.carries and begun_already else 0
 
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:
-        return drawn_rank(self.rank, self.side, plan, name, cap=self.cap)
+        if self.initial not in initials.STARTS:
+            return drawn_rank(self.rank, self.side, plan, name, cap=self.cap)
+        found = Ranked.layer_rank(self, plan, name)
+        return initials.bounded(self.initial, found, plan, name, cap=self.cap)
 
     def starts(
         self, state: State, name: str, draw: Draw

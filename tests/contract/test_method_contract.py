@@ -52,6 +52,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
+from strategies.shared.initials import STARTS
 
 Variant = tuple[str, dict[str, Any]]
 LAYERS = {"linear": linear, "conv1d": conv1d}
@@ -60,7 +61,11 @@ DRAW = Draw(seed=17)
 VARIANTS = list(variants())
 GLOBAL = [v for v in VARIANTS if not is_personal(v)]
 INEXACT = [v for v in VARIANTS if not make_method(v[0], **v[1]).traits.exact]
-RESAMPLED = [v for v in VARIANTS if has_field(make_method(v[0]), "resample_every")]
+RESAMPLED = [
+    v
+    for v in VARIANTS
+    if has_field(make_method(v[0]), "resample_every") and v[1].get("initial") not in STARTS
+]
 NAMED_LIKE_CLASS = [n for n, c in METHODS.items() if c.__name__.lower() == n.replace("_", "")]
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=label)

@@ -83,6 +83,8 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {"side": "auto"}
         if "resample_every" in group:
             yield name, {"resample_every": 3}
+            starts = [s for s in ("pissa", "orthogonal") if "initial" in group]
+            yield from ((name, {"initial": s, "resample_every": None}) for s in starts)
         if "blocks" in group:
             yield name, {"blocks": "cover"}
         if "sketch" in group:

@@ -1,0 +1,243 @@
+"""How both factors of an adapter may begin beside a drawing and zero (``method.initial``).
+
+``pissa``: the principal part of the weight, which is taken out of it.
+
+    W = U S V^T;  B_0 = U_r (S_r / s)^(1/2),  A_0 = (S_r / s)^(1/2) V_r^T;  W <- W - s B_0 A_0
+
+``orthogonal``: both factors are drawn, from two halves of one orthonormal basis, so that their
+product is zero. Q is r x r and orthonormal, Q_1 its rows 1, 3, ... and Q_2 its rows 2, 4, ...;
+X_1 and X_2 have independent entries N(0, 1 / 100):
+
+    A_0 = Q_1^T X_1,  B_0 = X_2 Q_2;  B_0 A_0 = X_2 (Q_2 Q_1^T) X_1 = 0
+
+``lora_ga``: singular vectors of the loss's gradient G at the start, the first r on the right and
+the next r on the left, so that the first step follows G; the product is taken out of the weight.
+
+    G = U S V^T;  A_0 = c V_[1..r]^T,  B_0 = c U_[r+1..2r],  c = m^(1/4) / gamma^(1/2),  gamma = 16
+    W <- W - s B_0 A_0
+
+G is the mean of the clients' gradients over their local batches, and it never travels: round 1
+finds its range, and trains nothing. With q = min(4 r, m, n) and a drawn Omega (q x n):
+
+    exchange 1: Y_k = G_k Omega^T;   Q = an orthonormal basis of sum_k p_k Y_k  (m x q)
+    exchange 2: Z_k = Q^T G_k;       G ~ Q sum_k p_k Z_k, exact where the rank of G is at most q
+
+- Effective weights at the start are the base weights: to rounding, since W - s B_0 A_0 is rounded.
+- Bytes: r (m + n) numbers down to each client in the first round that trains, where a drawing costs
+  a seed. ``lora_ga`` has a round more: q (m + n) numbers up, q m and a seed down, and r (m + n) to
+  catch up. Nobody is charged for W - s B_0 A_0 of ``pissa``, which a client forms by itself.
+- Fits methods whose clients train both factors and carry them on; a link that ends would need a
+  start anew. Rank budgets are refused: a client would lack a part of W.
+- Server: an SVD of each m x n weight (``pissa``), or O((m + n) q^2) (``lora_ga``).
+- Sources: Meng, Wang and Zhang, *PiSSA*, NeurIPS 2024, arXiv 2404.02948. ``orthogonal``: the choice
+  of that name of the PEFT library. Wang, Yu and Li, *LoRA-GA*, NeurIPS 2024, arXiv 2407.05000;
+  which vectors, the scale and gamma as in its public code's defaults.
+- Departures: federated, all of them are ours. An odd rank is split unevenly where PEFT refuses it.
+  LoRA-GA's range finder has one pass, where its code iterates on a gradient that it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+
+from fedraclora.adapter import Rank
+from fedraclora.aggregate import Uplinks
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.lowrank import Product, fix_signs
+from fedraclora.method import (
+    Adapter,
+    Downlink,
+    Draw,
+    Frozen,
+    Link,
+    Plan,
+    Sketched,
+    State,
+    Term,
+    Trained,
+    apply_link,
+)
+from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SKETCHES, SketchSpec
+from fedraclora.tree import Tree
+from strategies.shared.products import principal
+
+STARTS = ("pissa", "orthogonal", "lora_ga")
+ORTHOGONAL_STD = 0.1
+GAMMA = 16.0
+OVERSAMPLED = 4  # q / r: columns of the range finder, for 2 r singular vectors
+
+
+def check_start(initial: str, *, fits: bool, why: str) -> None:
+    """Check ``method.initial``: a drawing, or a start of this module where that fits.
+
+    Args:
+        initial: The name.
+        fits: Whether both factors are trained and live on.
+        why: Said where they do not.
+
+    Raises:
+        ConfigError: If the name does not exist, or the start does not fit.
+    """
+    if initial in STARTS and not fits:
+        raise ConfigError(
+            f"method.initial is {initial}, a start of two trained factors that live on, but {why}; "
+            "take a method that carries both (fedavg_lora, fedex_lora), or a drawing"
+        )
+    if initial not in SKETCHES and initial not in STARTS:
+        raise unknown("method.initial", initial, [*SKETCHES, *(STARTS if fits else ())])
+
+
+def bounded(initial: str, found: Rank, plan: Plan, name: str, *, cap: bool) -> Rank:
+    """Cut the rank of a layer at what a start can serve: half the smaller side for ``lora_ga``.
+
+    Raises:
+        ConfigError: If the rank is above it and no cap is wanted, or a side is 1.
+    """
+    most = min(plan.targets[name].shape) // 2
+    if initial != "lora_ga" or found.value <= most:
+        return found
+    if not cap or not most:
+        raise ConfigError(
+            f"method.initial is lora_ga, which needs 2 r singular vectors, but {name} has only "
+            f"{min(plan.targets[name].shape)} for the rank {found.value}; lower the rank, set "
+            "method.cap=true, or leave the layer out of the targets"
+        )
+    return Rank(most, f"rank of {name} capped at {most}: lora_ga needs twice as many vectors")
+
+
+def orthogonal(shape: tuple[int, int], rank: int, seed: int) -> Product:
+    """Give B_0 [m, r] and A_0 [r, n], not zero, with ``B_0 A_0 = 0``; float64.
+
+    Example:
+        >>> B, A = orthogonal((5, 7), rank=4, seed=0)
+        >>> bool((B @ A).abs().max() < 1e-15), float(B.abs().max()) > 0, float(A.abs().max()) > 0
+        (True, True, True)
+    """
+    (m, n), Q = shape, SketchSpec("orthonormal", "right", rank, rank, seed, index=0).draw()
+    for_A, for_B = Q[0::2], Q[1::2]
+    X1 = torch_normal(generator(seed, "orthogonal", "A"), len(for_A), n)
+    X2 = torch_normal(generator(seed, "orthogonal", "B"), m, len(for_B))
+    return ORTHOGONAL_STD * X2 @ for_B, ORTHOGONAL_STD * for_A.mT @ X1
+
+
+def gradient_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> Product:
+    """Give LoRA-GA's B_0 [m, r] and A_0 [r, n] of a gradient ``left @ right``, in float64.
+
+    Args:
+        left: Orthonormal columns [m, q] with q at least 2 r.
+        right: [q, n].
+        rank: r.
+    """
+    u, _, vt = torch.linalg.svd(right, full_matrices=False)
+    u, vt = fix_signs(left @ u, vt)
+    c = left.shape[0] ** 0.25 / GAMMA**0.5
+    return c * u[:, rank : 2 * rank], c * vt[:rank]
+
+
+def first_factors(
+    state: State, initial: str, ranks: Mapping[str, int], scales: Mapping[str, float], draw: Draw
+) -> dict[str, Product]:
+    """Give B_0 and A_0 of each weight for a start that needs no client.
+
+    Args:
+        state: Holds the weights.
+        initial: ``pissa`` or ``orthogonal``.
+        ranks: Of the adapters.
+        scales: Of the adapters.
+        draw: Gives the seeds.
+    """
+    targets = state.plan.targets
+    if initial == "pissa":
+        return {
+            name: principal(view.matrix(state.base[name]), ranks[name], scales[name])
+            for name, view in targets.items()
+        }
+    return {
+        name: orthogonal(view.shape, ranks[name], draw.sketch_seed(name))
+        for name, view in targets.items()
+    }
+
+
+def begun(
+    state: State, factors: Mapping[str, Product], scales: Mapping[str, float]
+) -> tuple[Tree, Link]:
+    """Give factors as the state carries them, and the link that takes their product out of W.
+
+    Args:
+        state: Says in which precision.
+        factors: B_0 and A_0 by weight.
+        scales: Of the adapters.
+    """
+    carried: Tree = {}
+    terms = {}
+    for name, pair in factors.items():
+        B, A = (t.to("cpu").to(state.base[name].dtype) for t in pair)
+        carried |= {f"{name}/B": B, f"{name}/A": A}
+        terms[name] = Term((B, A), -scales[name])
+    return carried, Link(terms)
+
+
+def begin(
+    state: State, initial: str, ranks: Mapping[str, int], scales: Mapping[str, float], draw: Draw
+) -> State:
+    """Give the state before the first round; arguments as in `first_factors`."""
+    carried, link = begun(state, first_factors(state, initial, ranks, scales, draw), scales)
+    base = apply_link(state.base, link, state.plan) if initial == "pissa" else state.base
+    return replace(state, base=base, carried=carried)
+
+
+def probe_rank(plan: Plan, name: str, rank: int) -> int:
+    """Columns of the range finder of one layer: q."""
+    return min(OVERSAMPLED * rank, *plan.targets[name].shape)
+
+
+def probe_floats(plan: Plan, ranks: Mapping[str, int]) -> tuple[int, int]:
+    """Count the numbers (up, down) of the two exchanges of a probe, per client."""
+    up = down = 0
+    for name, rank in ranks.items():
+        (m, n), q = plan.targets[name].shape, probe_rank(plan, name, rank)
+        up, down = up + q * (m + n), down + q * m
+    return up, down
+
+
+def first_probe(plan: Plan, ranks: Mapping[str, int], draw: Draw) -> Downlink:
+    """Ask for ``G_k Omega^T``: the gradient of B = 0 under A = Omega, with the scale 1."""
+    adapters = {}
+    for name, rank in ranks.items():
+        (m, n), q = plan.targets[name].shape, probe_rank(plan, name, rank)
+        omega = SketchSpec("orthonormal", "right", q, n, draw.sketch_seed(name), index=0)
+        adapters[name] = Adapter({"B": Trained((m, q)), "A": Sketched(omega)}, 1.0)
+    return Downlink(adapters, recipe="gradient")
+
+
+def second_probe(sent: Downlink, got: Uplinks) -> Downlink | None:
+    """Ask for ``Q^T G_k``, Q from what came back; None where that was asked."""
+    adapters, mean = {}, got.mean()
+    for name, adapter in sent.adapters.items():
+        omega = adapter.factors["A"]
+        if not isinstance(omega, Sketched):
+            return None
+        Q = torch.linalg.qr(mean[f"{name}/B"].to("cpu"))[0]
+        A = Trained((Q.shape[1], omega.spec.dim))
+        adapters[name] = Adapter({"B": Frozen(Q), "A": A}, 1.0)
+    return Downlink(adapters, recipe="gradient")
+
+
+def probed(
+    state: State,
+    sent: Downlink,
+    got: Uplinks,
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+) -> tuple[Tree, Link]:
+    """Give LoRA-GA's factors from the replies to `second_probe`, as `begun` does."""
+    mean, found = got.mean(), {}
+    for name, rank in ranks.items():
+        Q = cast(Frozen, sent.adapters[name].factors["B"]).value
+        found[name] = gradient_factors(Q, mean[f"{name}/A"].to("cpu"), rank)
+    return begun(state, found, scales)

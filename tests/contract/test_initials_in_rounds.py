@@ -1,0 +1,102 @@
+"""Starts in whole rounds: what LoRA-GA finds through messages, what travels, and resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from worlds import (
+    FULL_BATCH,
+    RAGGED,
+    World,
+    assert_close_trees,
+    assert_equal_trees,
+    conv1d,
+    linear,
+    make_method,
+    make_world,
+    run,
+)
+
+from fedraclora.chain import SEED_BYTES
+from fedraclora.link import Plan
+from strategies.shared.initials import GAMMA, STARTS
+
+RANK, ITEM = 2, 8
+LAYERS = {"linear": linear, "conv1d": conv1d}
+METHODS = ("fedavg_lora", "fedex_lora", "hetlora")
+
+
+def gradients(world: World) -> dict[str, torch.Tensor]:
+    """Of the mean loss over all samples, by autograd, as (out, in)."""
+    values = {n: t.clone().requires_grad_() for n, t in world.base.items()}
+    samples = world.task.test
+    output = torch.func.functional_call(world.task.model, values, (samples.inputs["x"],))
+    loss = torch.nn.functional.cross_entropy(output, samples.target)
+    found = torch.autograd.grad(loss, [values[n] for n in world.plan.targets])
+    views = world.plan.targets.items()
+    return {n: v.matrix(g) for (n, v), g in zip(views, found, strict=True)}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_lora_ga_finds_the_singular_vectors_of_the_mean_gradient(layer: str) -> None:
+    """Clients of unequal size, whose mean gradient is that of the whole table."""
+    world = make_world(LAYERS[layer])
+    method = make_method("fedavg_lora", rank=RANK, initial="lora_ga")
+    done = run(world, method, FULL_BATCH, rounds=1)
+    carried = done.strategy.state.carried
+    for name, G in gradients(world).items():
+        U, _, Vt = torch.linalg.svd(G)
+        c = G.shape[0] ** 0.25 / GAMMA**0.5
+        rows = {"A": Vt[:RANK], "B": U[:, RANK : 2 * RANK].mT}
+        found = {"A": carried[f"{name}/A"] / c, "B": carried[f"{name}/B"].mT / c}
+        for label, wanted in rows.items():
+            overlap = (found[label] @ wanted.mT).abs()
+            torch.testing.assert_close(overlap, torch.eye(RANK).double(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("initial", STARTS)
+def test_what_a_start_costs_is_the_formula(name: str, initial: str) -> None:
+    world = make_world()
+    method = make_method(name, rank=RANK, initial=initial)
+    done = run(world, method, RAGGED, rounds=3, cohort=3, chunk=1)
+    for round_, row in enumerate(done.rows, start=1):
+        up, down = method.floats(world.plan, round_)
+        assert row["uplink_bytes"] == 3 * ITEM * up
+        probes = initial == "lora_ga" and round_ == 1
+        seeds = SEED_BYTES * len(world.plan.targets) if probes else 0
+        assert row["downlink_bytes"] == 3 * (ITEM * down + seeds)
+    first = [method.floats(world.plan, 1)[1], method.floats(world.plan, 2)[1]]
+    assert first == wanted_numbers(world.plan, initial)
+
+
+def wanted_numbers(plan: Plan, initial: str) -> list[int]:
+    """Numbers down in rounds 1 and 2, written out for this world: 6 x 7, 6 x 6, 5 x 6."""
+    factors = RANK * (13 + 12 + 11)
+    assert [v.shape for v in plan.targets.values()] == [(6, 7), (6, 6), (5, 6)]
+    probe = 6 * 6 + 6 * 6 + 5 * 5  # q m, with q = min(4 r, m, n)
+    return [probe if initial == "lora_ga" else factors, factors]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_probe_moves_nothing_and_then_training_goes_on(name: str) -> None:
+    world = make_world()
+    method = make_method(name, rank=RANK, initial="lora_ga")
+    probed = run(world, method, RAGGED, rounds=1)
+    assert_close_trees(probed.weights, world.base)
+    done = run(world, method, RAGGED, rounds=4)
+    losses = [row["metrics"]["loss"] for row in done.rows]
+    assert losses[0] == pytest.approx(world.loss(world.base), rel=1e-12)
+    assert losses[3] < losses[2] < losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("initial", STARTS)
+def test_a_run_with_a_start_resumes_to_the_bit(initial: str, tmp_path: Path) -> None:
+    world = make_world()
+    method = make_method("fedex_lora", rank=RANK, initial=initial)
+    whole = run(world, method, RAGGED, rounds=3, cohort=3)
+    run(world, method, RAGGED, rounds=1, cohort=3, folder=tmp_path)
+    resumed = run(world, method, RAGGED, rounds=3, cohort=3, folder=tmp_path, resume=True)
+    assert_equal_trees(resumed.weights, whole.weights)
