@@ -22,6 +22,7 @@ from strategies.lora_fair import LoraFair
 from strategies.ravan import Ravan
 from strategies.rolora import RoLora
 from strategies.slora import SLora
+from strategies.xgblora import XgbLora
 
 METHODS: dict[str, type[Method]] = {
     "fed_rac_lora": FedRacLora,
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
     "ravan": Ravan,
     "rolora": RoLora,
     "slora": SLora,
+    "xgblora": XgbLora,
     # Settings of methods above that have names of their own.
     "fed_cola": FedAvgLora,
     "fed_relora": FedAvgLora,

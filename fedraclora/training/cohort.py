@@ -27,6 +27,8 @@ from fedraclora.training.trial import Trial
 from fedraclora.training.vmapped import vmapped_forward
 from fedraclora.tree import Tree
 
+PROGRAMS_KEPT = 4  # each holds the base weights that it last trained from
+
 
 class CohortTrainer:
     """Trains chunks of clients of one task; keeps the rewritten model between rounds.
@@ -233,6 +235,8 @@ class CohortTrainer:
         adapted = (f"{w}/{label}" for w, a in downlink.adapters.items() for label in a.factors)
         names = (*adapted, "|", *downlink.dense)
         if names not in self._programs:
+            if len(self._programs) == PROGRAMS_KEPT:
+                del self._programs[next(iter(self._programs))]
             self._programs[names] = Program.build(self.task, downlink, self.device)
         self._programs[names].load(base)
         return self._programs[names]

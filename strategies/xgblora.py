@@ -1,0 +1,104 @@
+"""XGBLoRA: boosters of rank 1 on a few layers drawn at random, shrunk, merged, and begun anew.
+
+    round t: L_t, a random subset of the adapted layers;  A_0 drawn, B_0 = 0 for each of them
+    client k: (B_k, A_k) from (B_0, A_0), local steps on both;  effective weight W + s B A
+    W <- W + eta s B_bar A_bar for the layers of L_t;  B_bar = sum_k p_k B_k, A_bar likewise
+
+One round is one booster: it is trained on what the merged ones left. ``server_lr`` is the shrinkage
+eta of boosting: head and biases take that step too. With all layers and eta = 1 it is Fed-COLA.
+
+- Uplink: r (m + n) numbers per matrix of L_t and client. Downlink: a seed, and what the client
+  missed: r (m + n) numbers per matrix and link that was merged, at most m n.
+- Aggregation: **not exact**: factors are averaged apart, as in FedAvg-LoRA; what is missed is
+  reported each round as ``aggregation_error``. Linear.
+- Server: two means and a merge of 2 m n r operations per matrix of L_t.
+- Source: Zhang et al., *Less is more: extreme gradient boost rank-1 adaption for efficient
+  finetuning of LLMs*, 2024, arXiv 2410.19694.
+- Departures: several clients are ours; the paper has one. Subsets are drawn from ``layers_seed``,
+  not from the seed of a run, so that the bytes of a round are a formula.
+- Unverified: we know the paper by its abstract and by summaries: boosters of rank 1, merged one
+  after another, and layers drawn at random are theirs; how many layers, the shrinkage and the steps
+  of a booster are not known, and the defaults are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from typing_extensions import override
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.errors import ConfigError
+from fedraclora.method import Cohort, Downlink, Draw, Link, Plan, State, Term, Traits
+from fedraclora.rng import generator
+from strategies.common import closed, dense_means
+from strategies.factored import Factored, separate_means_error
+
+
+@dataclass(frozen=True)
+class XgbLora(Factored):
+    """Hyperparameters of XGBLoRA.
+
+    Attributes:
+        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
+        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
+        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
+            (the larger factor is drawn).
+        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
+        layers: Share (0, 1] of the adapted layers that a booster has, rounded up.
+        layers_seed: Of the subsets.
+        server_lr: eta, the shrinkage.
+    """
+
+    carries: ClassVar[bool] = False
+
+    rank: int | float = 1
+    layers: float = 0.5
+    layers_seed: int = 0
+    server_lr: float = 0.5
+
+    @override
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        if not 0 < self.layers <= 1:
+            raise ConfigError(f"method.layers is {self.layers}; a share in (0, 1] is wanted")
+        if not 0 < self.server_lr < math.inf:
+            raise ConfigError(f"method.server_lr is {self.server_lr}; a positive number is wanted")
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(
+            exact=False, linear=True, merges=True, looks_at_clients=True, step=self.server_lr
+        )
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        drawn = replace(state, plan=self.subset(state.plan, round_))
+        return super().open_round(drawn, round_, cohort, draw)
+
+    @override
+    def close(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        mean, terms = got.mean(), {}
+        for name, adapter in sent.adapters.items():
+            factors = self.server_lr * mean[f"{name}/B"], mean[f"{name}/A"]
+            B, A = (t.to(state.base[name].dtype) for t in factors)
+            terms[name] = Term((B, A), adapter.scale)
+        link = Link(terms, dense_means(state, mean, self.server_lr))
+        report = separate_means_error(state, sent, got) if got.has_individuals else {}
+        return closed(state, link, report=report)
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        return super().floats(self.subset(plan, round_), round_)
+
+    def subset(self, plan: Plan, round_: int) -> Plan:
+        """Give the plan of a round: of the adapted layers those that are drawn, in their order."""
+        count = math.ceil(self.layers * len(plan.targets))
+        dealt = generator(self.layers_seed, "layers", round_).permutation(len(plan.targets))
+        names = [name for name, place in zip(plan.targets, dealt, strict=True) if place < count]
+        return replace(plan, targets={name: plan.targets[name] for name in names})
