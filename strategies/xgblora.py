@@ -33,8 +33,8 @@ from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Draw, Link, Plan, State, Term, Traits
 from fedraclora.rng import generator
-from strategies.common import closed, dense_means
-from strategies.factored import Factored, separate_means_error
+from strategies.shared.common import closed, dense_means
+from strategies.shared.factored import Factored, separate_means_error
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from worlds import (
     run,
 )
 
-from fedraclora.cohort import PROGRAMS_KEPT
 from fedraclora.errors import ConfigError
 from fedraclora.method import Draw
+from fedraclora.training.cohort import PROGRAMS_KEPT
 from strategies.xgblora import XgbLora
 
 DRAW = Draw(17)
