@@ -25,6 +25,7 @@ from fedraclora.robust.attack import ATTACKS, Attack
 from fedraclora.robust.rules import AGGREGATORS
 from fedraclora.sampling import WEIGHTINGS
 from fedraclora.schema import Plain, bind, build, coerce, section, without
+from fedraclora.server_optimiser import SERVER_OPTIMISERS, ServerOptimiser
 from fedraclora.settings import (
     ENGINES,
     DeployConfig,
@@ -101,6 +102,7 @@ class RunConfig(TaskConfig):
         privacy: What a round may tell of a client.
         secure: What the server sees of a cohort.
         aggregator: What happens to the updates before the method sees them.
+        server_optimiser: What the server makes of the mean of a round.
         max_failures: Clients that may fail in a round.
         system: What the clients' devices are like.
         stop: When to end before the last round.
@@ -114,6 +116,7 @@ class RunConfig(TaskConfig):
     privacy: Privacy
     secure: Open
     aggregator: Aggregator
+    server_optimiser: ServerOptimiser
     max_failures: int
     system: SystemConfig
     stop: StopConfig
@@ -132,6 +135,7 @@ GROUPS: dict[str, Callable[[Plain], object]] = {
     "output": lambda g: build("output", OutputConfig, without(g, "name")),
     "system": lambda g: build("system", SystemConfig, without(g, "name")),
     "aggregator": lambda g: bind("aggregator", AGGREGATORS, g)(),
+    "server_optimiser": lambda g: bind("server_optimiser", SERVER_OPTIMISERS, g)(),
     "privacy": lambda g: bind("privacy", PRIVACIES, g)(),
     "secure": lambda g: bind("secure", SECURES, g)(),
     "attack": lambda g: bind("attack", ATTACKS, g)(),

@@ -116,6 +116,7 @@ class State:
         link: How the last close changed `base`, or None.
         report: Figures of the last round for the ledger.
         notes: Sentences for the ledger (a rank that was capped).
+        moments: What the server keeps beside the method: moments of its optimiser.
     """
 
     base: Tree
@@ -125,6 +126,7 @@ class State:
     link: Link | None = None
     report: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    moments: Tree = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

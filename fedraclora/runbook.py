@@ -108,6 +108,7 @@ class RunBook:
             return
         tensors = {f"base/{n}": t for n, t in state.base.items()}
         tensors |= {f"carried/{n}": t for n, t in state.carried.items()}
+        tensors |= {f"moments/{n}": t for n, t in state.moments.items()}
         meta: dict[str, object] = {
             "round": round_,
             "memo": state.memo,
@@ -162,7 +163,8 @@ class RunBook:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
         base = {n: t.to(device) for n, t in part("base/").items()}
-        return State(base, start.plan, part("carried/"), memo), round_
+        moments = part("moments/")
+        return State(base, start.plan, part("carried/"), memo, moments=moments), round_
 
 
 def stored_chunk(folder: Path) -> int | None:

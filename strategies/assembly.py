@@ -131,7 +131,11 @@ def assemble(
         evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
         book=book,
         treatment=Treatment(
-            config.aggregator, config.attack, config.privacy, security=config.secure
+            config.aggregator,
+            config.attack,
+            config.privacy,
+            security=config.secure,
+            optimiser=config.server_optimiser,
         ),
         on_round=on_round,
         sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),

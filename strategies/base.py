@@ -80,7 +80,7 @@ class FedStrategy(EvaluatesItself):
         self.draw = Draw(loop.seed)
         self.fleet, self.stop = fleet or Fleet(SystemConfig(), loop.seed, local), stop or Stopping()
         self.fleet.check(method)
-        self.treatment.begin(method, loop, self.fleet, sizes)
+        self.treatment.begin(method, state, loop, self.fleet, sizes)
         self.catch_up, self.done = CatchUp(state.base, loop.clients), 0
         self._exchange: Exchange | None = None
 
@@ -185,7 +185,8 @@ class FedStrategy(EvaluatesItself):
 
     def _close(self, round_: int, exchange: Exchange, got: Uplinks) -> None:
         """Let the method make the next state, and publish its weights."""
-        self.state = self.method.close_round(self.state, exchange.downlink, got)
+        sent, close = exchange.downlink, self.treatment.close
+        self.state = close(self.method, self.state, sent, got, self.draw)
         self.catch_up.add(self.state.link)
         self.replica.publish(self.state.base, self.catch_up.version, self.state.link)
         self.done = round_

@@ -1,4 +1,4 @@
-"""What happens to updates between the checks of an exchange and the method."""
+"""What happens to updates between the checks of an exchange and the next state."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from flwr.app import Message
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Aggregator, Mean, Setting, rows_of
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Method
+from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.privacy.client_level import ClientLevel, Privacy
 from fedraclora.privacy.secagg import Open, SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.robust.attack import Attack
 from fedraclora.runbook import RunBook
+from fedraclora.server_optimiser import ServerOptimiser
 from fedraclora.tree import Tree
 from strategies.server.account import SampleAccount, Sizes
 from strategies.server.exchange import Exchange
+from strategies.server.fedopt import check_optimiser, close_optimised
 from strategies.server.fleet import Fleet
 from strategies.server.loop import LoopConfig
 from strategies.server.private import PrivateRounds
@@ -38,6 +40,7 @@ class Treatment:
         privacy: What a round may tell of a client.
         secret: Where its noise comes from; None: the run folder's own key.
         security: What the server sees of a cohort.
+        optimiser: What the server makes of the mean of a round.
         secure: Secure aggregation in the rounds, by `begin`; None without.
         attackers: Their ids, int64; by `begin`.
         private: Privacy of clients in the rounds, by `begin`; None without.
@@ -49,18 +52,22 @@ class Treatment:
     privacy: Privacy = field(default_factory=Privacy)
     secret: Secret | None = None
     security: Open = field(default_factory=Open)
+    optimiser: ServerOptimiser = field(default_factory=ServerOptimiser)
     secure: SecureSum | None = None
     private: PrivateRounds | None = None
     samples: SampleAccount | None = None
     attackers: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    def begin(self, method: Method, loop: LoopConfig, fleet: Fleet, sizes: Sizes) -> None:
+    def begin(
+        self, method: Method, state: State, loop: LoopConfig, fleet: Fleet, sizes: Sizes
+    ) -> None:
         """Refuse what cannot be together, and draw who attacks.
 
         Raises:
             ConfigError: Saying why.
         """
         self.aggregator.check(method.traits, loop.cohort)
+        check_optimiser(self.optimiser, method, state, Draw(loop.seed))
         if loop.guarded and self.attack.share:
             raise ConfigError(
                 f"attack={self.attack.name} is for simulations; real clients need nobody's leave"
@@ -158,6 +165,12 @@ class Treatment:
             agreed = self.attack.colluded(rows_of(got), torch.isin(got.clients, self.attackers))
             got = replace(got, stacked=agreed)
         return self.private.treat(got, setting) if self.private else self.aggregator(got, setting)
+
+    def close(
+        self, method: Method, state: State, sent: Downlink, got: Uplinks, draw: Draw
+    ) -> State:
+        """Give the next state: the method's, where the server has no optimiser of its own."""
+        return close_optimised(self.optimiser, method, state, sent, got, draw)
 
     def columns(self, round_: int, cohort: Cohort, loop: LoopConfig, fleet: Fleet) -> Row:
         """What the ledger says of a round: attackers in the cohort, and what privacy it cost.

@@ -29,7 +29,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 METHOD_TABLE: Mapping[str, type[Method]] = METHODS
 GROUPS = (
     *("method", "data", "partition", "model", "local", "engine", "system", "pretrain", "output"),
-    *("aggregator", "attack", "privacy", "secure"),
+    *("aggregator", "server_optimiser", "attack", "privacy", "secure"),
 )
 
 

@@ -1,0 +1,187 @@
+"""Server optimisers (FedOpt): the mean change of a round as a gradient that the server follows.
+
+    Delta_t   the change that the method would make in round t: old weights to new ones
+    momentum  M <- beta M + Delta;                       step = lr M
+    others    M <- beta1 M + (1 - beta1) Delta;          step = lr M / (sqrt(V) + tau)
+      adagrad V <- V + Delta^2
+      adam    V <- beta2 V + (1 - beta2) Delta^2
+      yogi    V <- V - (1 - beta2) Delta^2 sign(V - Delta^2)
+
+V begins at tau^2, and there is no correction for the first rounds, as in the paper. In what space
+they work, weights or factors, is for `strategies.server.fedopt` to say: here are the formulas.
+
+References:
+    Reddi et al., *Adaptive federated optimization*, ICLR 2021, arXiv 2003.00295, algorithm 2;
+    Hsu, Qi and Brown, *Measuring the effects of non-identical data distribution for federated
+    visual classification*, arXiv 1909.06335 (FedAvgM, the momentum).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from typing_extensions import override
+
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.tree import Tree
+
+SPACES = ("weights", "factors")
+
+
+@dataclass(frozen=True)
+class ServerOptimiser:
+    """None: the mean of the clients is taken as it is. Base of the others.
+
+    Attributes:
+        name: Its key in the config.
+        adapts: Whether it scales each coordinate by a moment of its own.
+    """
+
+    name: ClassVar[str] = "none"
+    adapts: ClassVar[bool] = False
+    space = "weights"
+
+    def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
+        """Give the server's steps, and the moments after them.
+
+        Args:
+            change: Delta by name, float64.
+            moments: ``first/<name>`` and ``second/<name>``; none: they begin now.
+
+        Returns:
+            Steps by name and moments, float64, as new tensors.
+        """
+        return dict(change), dict(moments)
+
+
+@dataclass(frozen=True)
+class Momentum(ServerOptimiser):
+    """FedAvgM.
+
+    Attributes:
+        lr: Step size; 1 adds the momentum as it is.
+        beta: Share of the momentum that a round keeps, in [0, 1).
+        space: ``weights``: dense moments; ``factors``: those of what clients train.
+    """
+
+    name: ClassVar[str] = "momentum"
+
+    lr: float = 1.0
+    beta: float = 0.9
+    space: str = "weights"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be."""
+        _check(self, above=("lr",), share=("beta",))
+
+    @override
+    def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
+        first = {
+            n: d + self.beta * moments[f"first/{n}"].to(d) if f"first/{n}" in moments else d.clone()
+            for n, d in change.items()
+        }
+        new = moments | {f"first/{n}": m for n, m in first.items()}
+        return {n: self.lr * m for n, m in first.items()}, new
+
+
+@dataclass(frozen=True)
+class Adaptive(ServerOptimiser):
+    """What the adaptive ones have in common.
+
+    Attributes:
+        lr: Step size: about that which a coordinate goes in a round.
+        beta1: Share of the first moment that a round keeps, in [0, 1).
+        tau: How adaptive: coordinates whose changes are small beside it go lr / tau of them.
+        space: ``weights``: dense moments; ``factors``: those of what clients train.
+    """
+
+    adapts: ClassVar[bool] = True
+
+    lr: float = 0.01
+    beta1: float = 0.9
+    tau: float = 0.001
+    space: str = "weights"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be."""
+        _check(self, above=("lr", "tau"), share=("beta1",))
+
+    def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """Give V after a round from V before it and Delta^2."""
+        raise NotImplementedError
+
+    @override
+    def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
+        steps, new = {}, dict(moments)
+        for name, delta in change.items():
+            old = moments.get(f"first/{name}", torch.zeros_like(delta)).to(delta)
+            first = self.beta1 * old + (1 - self.beta1) * delta
+            held = moments.get(f"second/{name}", torch.full_like(delta, self.tau**2)).to(delta)
+            second = self.second(held, delta.square())
+            new |= {f"first/{name}": first, f"second/{name}": second}
+            steps[name] = self.lr * first / (second.sqrt() + self.tau)
+        return steps, new
+
+
+@dataclass(frozen=True)
+class Adagrad(Adaptive):
+    """FedAdagrad."""
+
+    name: ClassVar[str] = "adagrad"
+
+    @override
+    def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        return old + square
+
+
+@dataclass(frozen=True)
+class Adam(Adaptive):
+    """FedAdam.
+
+    Attributes:
+        beta2: Share of the second moment that a round keeps, in [0, 1).
+    """
+
+    name: ClassVar[str] = "adam"
+
+    beta2: float = 0.99
+
+    @override
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be."""
+        super().__post_init__()
+        _check(self, above=(), share=("beta2",))
+
+    @override
+    def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        return self.beta2 * old + (1 - self.beta2) * square
+
+
+@dataclass(frozen=True)
+class Yogi(Adam):
+    """FedYogi: the second moment moves by no more than (1 - beta2) Delta^2."""
+
+    name: ClassVar[str] = "yogi"
+
+    @override
+    def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        return old - (1 - self.beta2) * square * torch.sign(old - square)
+
+
+def _check(rule: ServerOptimiser, above: tuple[str, ...], share: tuple[str, ...]) -> None:
+    for key in above:
+        if not 0 < (value := getattr(rule, key)) < math.inf:
+            raise ConfigError(f"server_optimiser.{key} is {value}; a positive number is wanted")
+    for key in share:
+        if not 0 <= (value := getattr(rule, key)) < 1:
+            raise ConfigError(f"server_optimiser.{key} is {value}; it must lie in [0, 1)")
+    if rule.space not in SPACES:
+        raise unknown("server_optimiser.space", rule.space, SPACES)
+
+
+SERVER_OPTIMISERS: dict[str, type[ServerOptimiser]] = {
+    kind.name: kind for kind in (ServerOptimiser, Momentum, Adagrad, Adam, Yogi)
+}

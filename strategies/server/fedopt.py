@@ -1,0 +1,221 @@
+"""A server optimiser between the mean of a round and the next state, for any method.
+
+In the space of **weights** Delta is the change of the effective weights that the method would make,
+whatever it is made of, and what the optimiser adds to it goes into the base weights:
+
+    W_new = W_old + step(Delta);   Delta = W(after) - W(before), dense
+
+The moments are dense, and stay at the server. The step has no low rank, so what an absent client
+must catch up on is the dense weight: m n numbers per matrix and round, where a link of a
+low-rank method has r m. Uplink and what the cohort trains stay as they are.
+
+In the space of **factors** Delta is the mean of what clients sent less what they started from, and
+the method gets start + step(Delta) for the mean: links, bytes and merges are those of the method.
+Moments of a factor belong to the frozen factor beside it. Where that changes from round to round
+momentum is moved along (`fedraclora.transport`), which keeps a share r/n of its energy for a fresh
+sketch; the ledger says what was kept (``momentum_kept``). Second moments have no such form.
+
+The exactness of a method is then that of Delta: the server goes on from it.
+
+References:
+    Reddi et al., arXiv 2003.00295. The two spaces for low-rank methods are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.downlink import opening_rows
+from fedraclora.errors import ConfigError
+from fedraclora.lowrank import product_norm
+from fedraclora.method import Cohort, Downlink, Draw, Link, Method, State, apply_link
+from fedraclora.server_optimiser import ServerOptimiser
+from fedraclora.transport import as_product, held_beside, transported
+from fedraclora.tree import Tree
+
+INSTEAD = "take server_optimiser.space=weights, or server_optimiser=none"
+
+
+def check_optimiser(rule: ServerOptimiser, method: Method, state: State, draw: Draw) -> None:
+    """Refuse a method whose mean cannot be optimised in this space.
+
+    Args:
+        rule: The optimiser.
+        method: The method.
+        state: Before its first round.
+        draw: Its randomness.
+
+    Raises:
+        ConfigError: Saying why, and what to take.
+    """
+    if rule.name == "none":
+        return
+    traits = method.traits
+    if rule.space == "weights":
+        if traits.client_state:
+            raise ConfigError(
+                "server_optimiser.space is weights, but with this method each client has weights "
+                "of its own, and the server none; take server_optimiser.space=factors"
+            )
+        return
+    if not traits.linear:
+        raise ConfigError(
+            "server_optimiser.space is factors, but this method needs each client's own factors, "
+            f"not their mean; {INSTEAD}"
+        )
+    sent = method.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), draw)
+    for weight, adapter in sent.adapters.items():
+        if traits.merges and held_beside(adapter) is None:
+            raise ConfigError(
+                f"server_optimiser.space is factors, but what is trained of {weight} begins anew "
+                f"with each link, and so would its moments; {INSTEAD}"
+            )
+        if traits.merges and rule.adapts:
+            raise _not_moved(rule, weight)
+
+
+def _not_moved(rule: ServerOptimiser, weight: str) -> ConfigError:
+    return ConfigError(
+        f"server_optimiser={rule.name} scales coordinates one by one, and those of {weight} change "
+        f"with the frozen factor beside them; take server_optimiser=momentum, or {INSTEAD}"
+    )
+
+
+def close_optimised(
+    rule: ServerOptimiser, method: Method, state: State, sent: Downlink, got: Uplinks, draw: Draw
+) -> State:
+    """Close a round with the server's step in the place of the mean.
+
+    Args:
+        rule: The optimiser.
+        method: Makes the next state from what came.
+        state: Before the round, with the moments of the optimiser.
+        sent: What was asked.
+        got: What came.
+        draw: The method's randomness.
+
+    Returns:
+        The next state, with new moments and the report of the step.
+    """
+    if rule.name == "none":
+        return method.close_round(state, sent, got)
+    if rule.space == "factors":
+        stepped, moments, report = step_in_factors(rule, state, sent, got)
+        after = method.close_round(state, sent, stepped)
+        return replace(after, moments=moments, report=after.report | report)
+    return step_in_weights(rule, method, state, method.close_round(state, sent, got), draw)
+
+
+def step_in_weights(
+    rule: ServerOptimiser, method: Method, before: State, after: State, draw: Draw
+) -> State:
+    """Let the server step where the method has taken the mean.
+
+    Args:
+        rule: The optimiser.
+        method: Tells effective weights.
+        before: The state before the round.
+        after: The one that the method made.
+        draw: The method's randomness.
+
+    Returns:
+        ``after`` with another base and link: its effective weights are those of ``before`` and the
+        step. A dense value stands in the link for each weight that changed.
+    """
+    plan = before.plan
+    old, new = (_wide(method.weights(s, draw)) for s in (before, after))
+    names = list(dict.fromkeys([*plan.targets, *plan.dense, *plan.weights]))
+    change = {n: new[n] - old[n] for n in names}
+    steps, moments = rule.advance(change, before.moments)
+    given = {} if after.link is None else after.link.dense
+    dense = {n: t for n, t in given.items() if n not in change}
+    for name in names:
+        # What the method carries beside the base stays as it is.
+        wide = after.base[name].double() + (old[name] + steps[name] - new[name])
+        base = wide.to(after.base[name].dtype)
+        if not torch.equal(base, before.base[name]):
+            dense[name] = base
+    link = Link(dense=dense)
+    return replace(
+        after,
+        base=apply_link(before.base, link, plan),
+        link=link,
+        moments={n: m.to(_like(before, n)) for n, m in moments.items()},
+        report=after.report | _went(steps, change),
+    )
+
+
+def step_in_factors(
+    rule: ServerOptimiser, state: State, sent: Downlink, got: Uplinks
+) -> tuple[Uplinks, Tree, dict[str, float]]:
+    """Put start + step(mean - start) in the place of the mean of what clients sent.
+
+    Args:
+        rule: The optimiser.
+        state: Before the round.
+        sent: What was asked.
+        got: What came; its mean is enough.
+
+    Returns:
+        Uplinks that have this mean, the new moments, and the report.
+
+    Raises:
+        ConfigError: If clients started apart, or coordinates changed that have moments of their
+            own.
+    """
+    places = torch.arange(len(got.clients)) if got.places is None else got.places
+    start = opening_rows(sent, state.base, got.layout, places)
+    if start.dim() > 1:
+        raise ConfigError(
+            "server_optimiser.space is factors, but clients start from factors of their own; "
+            f"{INSTEAD}"
+        )
+    change = got.layout.unpack((got.sum() / got.total).cpu() - start)
+    held, report = _beside(rule, state.moments, sent)
+    steps, moments = rule.advance(change, held)
+    stepped = start + got.layout.pack(steps)
+    like = next(iter(state.base.values())).dtype
+    moments = {n: m.to(like) for n, m in moments.items()}
+    report |= _went(steps, change)
+    return replace(got, stacked=None, summed=stepped, denominator=1.0), moments, report
+
+
+def _beside(rule: ServerOptimiser, moments: Tree, sent: Downlink) -> tuple[Tree, dict[str, float]]:
+    """Move the moments of factors along with the frozen ones beside them; say what is left."""
+    out, before, after = dict(moments), 0.0, 0.0
+    for weight, adapter in sent.adapters.items():
+        if (pair := held_beside(adapter)) is None:
+            continue
+        label, new = pair
+        first, partner = f"first/{weight}/{label}", f"beside/{weight}/{label}"
+        out[partner] = new
+        if first not in moments:
+            continue
+        old, moment = moments[partner].double(), moments[first].double()
+        same = torch.equal(moments[partner], new.to(moments[partner]))
+        if rule.adapts and not same:
+            raise _not_moved(rule, weight)
+        out[first] = moment if same else transported(label, moment, old, new)
+        before += product_norm(*as_product(label, moment, old)) ** 2
+        after += product_norm(*as_product(label, out[first], new)) ** 2
+    return out, {"momentum_kept": after / before} if before else {}
+
+
+def _wide(weights: Tree) -> Tree:
+    return {n: t.double() for n, t in weights.items()}
+
+
+def _like(state: State, moment: str) -> torch.Tensor:
+    """Give the tensor whose precision a moment has, ``first/<name>``."""
+    return state.base[moment.partition("/")[2]]
+
+
+def _went(steps: Tree, change: Tree) -> dict[str, float]:
+    """Say how long the server's step is beside the mean change of the clients."""
+    far, mean = (
+        sum(float(t.square().sum()) for t in tree.values()) ** 0.5 for tree in (steps, change)
+    )
+    return {"server_step": far / mean if mean else 0.0}
