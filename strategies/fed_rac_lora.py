@@ -35,43 +35,23 @@ from dataclasses import dataclass, replace
 import torch
 from typing_extensions import override
 
-from fedraclora.adapter import Rank, resolve_rank, resolve_scale
 from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.method import (
-    Adapter,
-    Cohort,
-    Downlink,
-    Draw,
-    Factor,
-    Link,
-    Method,
-    Plan,
-    Sketched,
-    State,
-    Term,
-    Trained,
-    Traits,
-    apply_link,
-)
+from fedraclora.method import Cohort, Downlink, Draw, Plan, State, Traits
 from fedraclora.rng import generator
 from fedraclora.sketch import SketchSpec, check_sketch
-from fedraclora.tree import Tree
+from strategies.shared.asymmetric import Asymmetric
 from strategies.shared.common import (
-    FIRST_LINK,
     check_link,
+    close_by_means,
     dense_floats,
-    dense_means,
     dense_slots,
-    drawn_rank,
-    draws_right,
-    mean_terms,
-    next_link,
+    link_age,
 )
 
 
 @dataclass(frozen=True)
-class FedRacLora(Method):
+class FedRacLora(Asymmetric):
     """Hyperparameters of Fed-RAC-LoRA (and of FFA-LoRA, with ``resample_every=None``).
 
     Attributes:
@@ -88,30 +68,22 @@ class FedRacLora(Method):
         server_lr: eta, the server's step.
     """
 
-    rank: int | float = 8
-    alpha: float | str = "auto"
-    sketch: str = "orthonormal"
     side: str = "right"
-    normalise: str = "rows"
     blocks: str = "independent"
     resample_every: int | None = 1
     density: float = 0.1
-    cap: bool = True
-    sketches: int = 1
     server_lr: float = 1.0
 
+    @override
     def __post_init__(self) -> None:
         """Refuse impossible hyperparameters."""
+        super().__post_init__()
         check_sketch(self.sketch, self.normalise, self.blocks)
         check_link(self.side, self.resample_every)
         if not 0 < self.density <= 1:
             raise ConfigError(f"method.density is {self.density}; it must lie in (0, 1]")
-        if self.sketches < 1:
-            raise ConfigError(f"method.sketches is {self.sketches}; 1 or more is wanted")
         if not 0 < self.server_lr < math.inf:
             raise ConfigError(f"method.server_lr is {self.server_lr}; a positive number is wanted")
-        resolve_rank(self.rank, 1, "any layer", cap=True)
-        resolve_scale(self.alpha, 1)
 
     @property
     @override
@@ -121,83 +93,28 @@ class FedRacLora(Method):
         return Traits(exact=True, linear=True, merges=merges, ranks=ranks, step=self.server_lr)
 
     @override
-    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        del draw
-        ranks = [self._rank(plan, name) for name in plan.targets]
-        notes = tuple(r.note for r in ranks if r.note is not None)
-        return State(base, plan, memo=dict(FIRST_LINK), notes=notes)
-
-    @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        ranks = cohort.ranks
+        ranks, adapters = cohort.ranks, self.adapters(state, draw)
         if self.sketches > 1:
             dealt = generator(draw.seed, "groups", round_).permutation(len(cohort)) % self.sketches
             ranks = torch.tensor([(g, self.sketches) for g in dealt.tolist()], dtype=torch.int64)
-        adapters = {}
-        for name, view in state.plan.targets.items():
-            spec = self.spec(state, name, draw)
-            m, n = view.shape
-            shape = (m, spec.rank) if spec.side == "right" else (spec.rank, n)
-            trained = Trained(shape, state.carried.get(name))
-            factors: dict[str, Factor] = (
-                {"B": trained, "A": Sketched(spec)}
-                if spec.side == "right"
-                else {"B": Sketched(spec), "A": trained}
-            )
-            adapters[name] = Adapter(factors, self._scale(spec))
         return Downlink(adapters, dense_slots(state), ranks=ranks, link=state.memo["sketch"])
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        mean = got.mean()
-        dense = dense_means(state, mean, self.server_lr)
-        averaged, terms = mean_terms(state, sent, mean, self.server_lr)
-        memo = next_link(state.memo, self.resample_every)
-        ends = memo["age"] == 0
-        carried = {} if ends else {n.rpartition("/")[0]: t for n, t in averaged.items()}
-        link = Link(terms if ends else {}, dense)
-        base = apply_link(state.base, link, state.plan)
-        return replace(state, base=base, carried=carried, memo=memo, link=link, report={}, notes=())
-
-    @override
-    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        del own
-        if not state.carried:
-            return state.base
-        terms = {}
-        for name, trained in state.carried.items():
-            spec = self.spec(state, name, draw)
-            pair = (trained, spec) if spec.side == "right" else (spec, trained)
-            terms[name] = Term(pair, self._scale(spec))
-        return apply_link(state.base, Link(terms), state.plan)
+        return close_by_means(state, sent, got.mean(), self.resample_every, step=self.server_lr)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        trained = 0
-        for name, view in plan.targets.items():
-            kept = view.shape[0 if draws_right(self.side, plan, name) else 1]
-            trained += self._rank(plan, name).value * kept
-        up = trained + dense_floats(plan)
-        age = (round_ - 1) % self.resample_every if self.resample_every else round_ - 1
-        return up, trained * self.sketches if age else 0
+        trained = self.trained_numbers(plan)
+        carried = trained * self.sketches if link_age(round_, self.resample_every) else 0
+        return trained + dense_floats(plan), carried
 
+    @override
+    def drawn_side(self) -> str:
+        return self.side
+
+    @override
     def spec(self, state: State, name: str, draw: Draw) -> SketchSpec:
-        """Give the sketch of one layer that is in force in ``state``."""
-        right = draws_right(self.side, state.plan, name)
-        return SketchSpec(
-            kind=self.sketch,
-            side="right" if right else "left",
-            rank=self._rank(state.plan, name).value * self.sketches,
-            dim=state.plan.targets[name].shape[1 if right else 0],
-            seed=draw.sketch_seed(name),
-            index=state.memo["sketch"],
-            blocks=self.blocks,
-            normalise=self.normalise,
-            density=self.density,
-        )
-
-    def _rank(self, plan: Plan, name: str) -> Rank:
-        return drawn_rank(self.rank, self.side, plan, name, cap=self.cap, parts=self.sketches)
-
-    def _scale(self, spec: SketchSpec) -> float:
-        return resolve_scale(self.alpha, spec.rank // self.sketches)
+        drawn = super().spec(state, name, draw)
+        return replace(drawn, blocks=self.blocks, density=self.density)

@@ -30,18 +30,15 @@ from fedraclora.method import (
     Downlink,
     Draw,
     Factor,
-    Link,
     Plan,
     Sketched,
     State,
-    Term,
     Trained,
     Traits,
-    apply_link,
 )
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
-from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, mean_terms
+from strategies.shared.common import close_by_means, dense_floats, dense_slots, in_force
 from strategies.shared.drawn import Drawn, Ranked
 
 
@@ -66,28 +63,16 @@ class FedSb(Drawn):
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         del round_, cohort
-        adapters = {
-            name: Adapter(self._factors(state, name, draw), self.scale_of(state.plan, name))
-            for name in state.plan.targets
-        }
-        return Downlink(adapters, dense_slots(state), link=state.memo["sketch"])
+        return Downlink(self.adapters(state, draw), dense_slots(state), link=state.memo["sketch"])
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        mean = got.mean()
-        carried, _ = mean_terms(state, sent, mean)
-        link = Link({}, dense_means(state, mean))
-        return closed(state, link, carried=carried, ends=False)
+        return close_by_means(state, sent, got.mean(), None)
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         del own
-        terms = {}
-        for name in state.plan.targets:
-            if (R := state.carried.get(f"{name}/R")) is not None:
-                B, A = self._sketches(state.plan, name, draw)
-                terms[name] = Term((B, R, A), self.scale_of(state.plan, name))
-        return apply_link(state.base, Link(terms), state.plan)
+        return in_force(state, self.adapters(state, draw))
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
@@ -97,6 +82,16 @@ class FedSb(Drawn):
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:
         return Ranked.layer_rank(self, plan, name)  # both sides are drawn
+
+    def adapters(self, state: State, draw: Draw) -> dict[str, Adapter]:
+        """Give the adapters; their cores start as they are carried, or at zero."""
+        adapters = {}
+        for name in state.plan.targets:
+            B, A = self._sketches(state.plan, name, draw)
+            core = Trained((B.rank, A.rank), state.carried.get(f"{name}/R"))
+            factors: dict[str, Factor] = {"B": Sketched(B), "R": core, "A": Sketched(A)}
+            adapters[name] = Adapter(factors, self.scale_of(state.plan, name))
+        return adapters
 
     def core_rank(self, plan: Plan, name: str) -> int:
         """Give the rows of the core of one layer."""
@@ -108,9 +103,3 @@ class FedSb(Drawn):
         A = replace(self.sketch(plan, name, draw), rank=rank)
         B = self.sketch(plan, name, draw, right=False)
         return replace(B, rank=rank, seed=draw.sketch_seed(f"{name}/B")), A
-
-    def _factors(self, state: State, name: str, draw: Draw) -> dict[str, Factor]:
-        rank = self.core_rank(state.plan, name)
-        B, A = self._sketches(state.plan, name, draw)
-        core = Trained((rank, rank), state.carried.get(f"{name}/R"))
-        return {"B": Sketched(B), "R": core, "A": Sketched(A)}

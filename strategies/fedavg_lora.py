@@ -25,13 +25,13 @@ step size up anew, which are local settings (``local=relora``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
-from fedraclora.method import Downlink, Link, Plan, State, Term, Traits, apply_link
-from strategies.shared.common import check_link, dense_means, next_link
+from fedraclora.method import Downlink, Plan, State, Traits
+from strategies.shared.common import check_link, close_by_means, link_age
 from strategies.shared.factored import Factored, separate_means_error
 
 
@@ -71,29 +71,12 @@ class FedAvgLora(Factored):
 
     @override
     def close(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        mean = got.mean()
-        labels = [f"{weight}/{label}" for weight in sent.adapters for label in ("B", "A")]
-        averaged = {n: mean[n].to(state.base[n.rpartition("/")[0]].dtype) for n in labels}
-        memo = next_link(state.memo, self.resample_every)
-        ends = memo["age"] == 0
-        terms = {
-            weight: Term((averaged[f"{weight}/B"], averaged[f"{weight}/A"]), adapter.scale)
-            for weight, adapter in sent.adapters.items()
-        }
-        link = Link(terms if ends else {}, dense_means(state, mean))
-        return replace(
-            state,
-            base=apply_link(state.base, link, state.plan),
-            carried={} if ends else averaged,
-            memo=memo,
-            link=link,
-            report=separate_means_error(state, sent, got) if got.has_individuals else {},
-            notes=(),
-        )
+        report = separate_means_error(state, sent, got) if got.has_individuals else {}
+        return close_by_means(state, sent, got.mean(), self.resample_every, report=report)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         if self.lives_on:
             return super().floats(plan, round_)
         up, down = super().floats(plan, 2)
-        return up, down if (round_ - 1) % (self.resample_every or 1) else 0
+        return up, down if link_age(round_, self.resample_every) else 0

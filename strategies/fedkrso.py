@@ -23,49 +23,29 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.adapter import Rank
 from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.method import (
-    Adapter,
-    Cohort,
-    Downlink,
-    Draw,
-    Link,
-    Plan,
-    Sketched,
-    State,
-    Trained,
-    Traits,
-)
-from fedraclora.sketch import check_sketch
-from strategies.shared.common import (
-    closed,
-    dense_floats,
-    dense_means,
-    dense_slots,
-    drawn_rank,
-    mean_terms,
-)
-from strategies.shared.drawn import Drawn
+from fedraclora.method import Cohort, Downlink, Draw, Plan, State, Traits
+from fedraclora.sketch import SketchSpec
+from strategies.shared.asymmetric import Asymmetric
+from strategies.shared.common import close_by_means, dense_floats, dense_slots
 
 
 @dataclass(frozen=True)
-class FedKrso(Drawn):
+class FedKrso(Asymmetric):
     """Hyperparameters of FedKRSO.
 
     Attributes:
         rank: r, of one subspace; a fraction (0, 1] of n / G if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        initial: How the P_j are drawn, a key of `fedraclora.sketch.SKETCHES`.
+        sketch: How the P_j are drawn, a key of `fedraclora.sketch.SKETCHES`.
         normalise: ``rows``, ``identity`` (of each P_j) or ``none`` (`fedraclora.sketch`).
         cap: Cut the rank at n / G, with a note; False refuses it.
         sketches: G.
         interval: Local steps of a turn.
     """
 
-    initial: str = "gaussian"
-    normalise: str = "rows"
+    sketch: str = "gaussian"
     sketches: int = 2
     interval: int = 1
 
@@ -73,10 +53,8 @@ class FedKrso(Drawn):
     def __post_init__(self) -> None:
         """Refuse impossible hyperparameters."""
         super().__post_init__()
-        check_sketch(self.initial, self.normalise, "independent")
-        for key in ("sketches", "interval"):
-            if (value := getattr(self, key)) < 1:
-                raise ConfigError(f"method.{key} is {value}; 1 or more is wanted")
+        if self.interval < 1:
+            raise ConfigError(f"method.interval is {self.interval}; 1 or more is wanted")
 
     @property
     @override
@@ -86,34 +64,29 @@ class FedKrso(Drawn):
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         del round_, cohort
-        adapters, G = {}, self.sketches
-        for name, view in state.plan.targets.items():
-            spec = self.sketch(state.plan, name, draw)
-            P = replace(spec, rank=G * spec.rank, normalise=self.normalise)
-            B, scale = Trained((view.shape[0], P.rank)), self.scale_of(state.plan, name)
-            # E[P^T P] = I is that of all rows together, and each part has a G-th of it.
-            scale *= G**0.5 if self.normalise == "identity" else 1.0
-            adapters[name] = Adapter({"B": B, "A": Sketched(P)}, scale)
         return Downlink(
-            adapters,
+            self.adapters(state, draw),
             dense_slots(state),
             recipe="in_turn",
-            arguments={"parts": G, "interval": self.interval},
+            arguments={"parts": self.sketches, "interval": self.interval},
             link=state.memo["sketch"],
         )
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        mean = got.mean()
-        _, terms = mean_terms(state, sent, mean)
-        return closed(state, Link(terms, dense_means(state, mean)), ends=True)
+        return close_by_means(state, sent, got.mean(), 1)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         del round_
-        B, _ = self.numbers(plan)
-        return B * self.sketches + dense_floats(plan), 0
+        return self.trained_numbers(plan) * self.sketches + dense_floats(plan), 0
 
     @override
-    def layer_rank(self, plan: Plan, name: str) -> Rank:
-        return drawn_rank(self.rank, "right", plan, name, cap=self.cap, parts=self.sketches)
+    def spec(self, state: State, name: str, draw: Draw) -> SketchSpec:
+        return replace(super().spec(state, name, draw), index=0)  # the P_j are drawn once
+
+    @override
+    def scale_of(self, plan: Plan, name: str) -> float:
+        # E[P^T P] = I is that of all rows together, and each part has a G-th of it.
+        parts = self.sketches**0.5 if self.normalise == "identity" else 1.0
+        return super().scale_of(plan, name) * parts

@@ -40,7 +40,14 @@ from fedraclora.method import (
     Traits,
 )
 from fedraclora.tree import Tree
-from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, mean_terms
+from strategies.shared.common import (
+    closed,
+    dense_floats,
+    dense_means,
+    dense_slots,
+    mean_factors,
+    terms_of,
+)
 from strategies.shared.drawn import Drawn
 from strategies.shared.products import with_carried
 
@@ -80,7 +87,7 @@ class FedSvd(Drawn):
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         mean = got.mean()
         carried: Tree = {}
-        _, terms = mean_terms(state, sent, mean)
+        terms = terms_of(sent.adapters, mean_factors(state, sent, mean))
         for name, term in terms.items():
             B, A = matrices(term)
             u, s, vt = truncated_product(B, A, len(A))

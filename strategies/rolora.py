@@ -42,7 +42,7 @@ from fedraclora.method import (
 )
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
-from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, mean_terms
+from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, mean_factors
 from strategies.shared.drawn import Drawn
 
 
@@ -81,7 +81,7 @@ class RoLora(Drawn):
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         mean = got.mean()
-        trained, _ = mean_terms(state, sent, mean)
+        trained = mean_factors(state, sent, mean)
         link = Link({}, dense_means(state, mean))
         return closed(state, link, carried=state.carried | trained)
 

@@ -166,9 +166,9 @@ DEFECTS = (
     ),
     Defect(
         "merged_and_carried_on",
-        "strategies/fed_rac_lora.py",
-        "        carried = {} if ends else {n.",
-        "        carried = {n.",
+        COMMON,
+        "carried={} if ends else averaged",
+        "carried=averaged",
         "fed_rac_lora",
         "resets nothing: a factor that was merged is trained on",
     ),
@@ -182,7 +182,7 @@ DEFECTS = (
     ),
     Defect(
         "sketch_never_drawn_anew",
-        "strategies/fed_rac_lora.py",
+        "strategies/shared/asymmetric.py",
         '            index=state.memo["sketch"],\n',
         "            index=0,\n",
         "fed_rac_lora",

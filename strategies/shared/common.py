@@ -10,6 +10,7 @@ import torch
 from fedraclora.adapter import Rank, resolve_rank
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import (
+    Adapter,
     Downlink,
     Link,
     Plan,
@@ -77,6 +78,11 @@ def next_link(memo: dict[str, int], resample_every: int | None) -> dict[str, int
     return {"sketch": memo["sketch"] + 1, "age": 0}
 
 
+def link_age(round_: int, resample_every: int | None) -> int:
+    """Rounds that the link of a round has lived before it."""
+    return (round_ - 1) % resample_every if resample_every else round_ - 1
+
+
 def dense_slots(state: State) -> dict[str, Trained]:
     """Head, biases and other tensors that the plan trains in full, averaged or kept by clients."""
     plan, shapes = state.plan, state.plan.shapes
@@ -105,35 +111,72 @@ def server_step(old: torch.Tensor | None, mean: torch.Tensor, step: float) -> to
     return step * mean if old is None else old + step * (mean - old)
 
 
-def mean_terms(
-    state: State, sent: Downlink, mean: Tree, step: float = 1.0
-) -> tuple[Tree, dict[str, Term]]:
-    """Average the one trained factor of each adapter.
-
-    Args:
-        state: Before the round.
-        sent: What was asked; its other factors are taken from here.
-        mean: What the cohort sent, averaged.
-        step: The server's, from where the factor started; 1 takes the average itself.
-
-    Returns:
-        The new factors by their name on the uplink, in the precision of the base: what a client
-        can be sent, the server uses; and the terms with them in place.
-    """
-    averaged: Tree = {}
+def terms_of(adapters: dict[str, Adapter], trained: Tree) -> dict[str, Term]:
+    """Give adapters as terms, with values for what is trained by its names on the uplink."""
     terms = {}
-    for weight, adapter in sent.adapters.items():
+    for weight, adapter in adapters.items():
         factors: list[torch.Tensor | SketchSpec] = []
         for label, factor in adapter.factors.items():
             if isinstance(factor, Trained):
-                name = f"{weight}/{label}"
-                new = server_step(factor.opening(), mean[name], step)
-                averaged[name] = new.to(state.base[weight].dtype)
-                factors.append(averaged[name])
+                factors.append(trained[f"{weight}/{label}"])
             else:
                 factors.append(factor.spec if isinstance(factor, Sketched) else factor.value)
         terms[weight] = Term(tuple(factors), adapter.scale)
-    return averaged, terms
+    return terms
+
+
+def in_force(state: State, adapters: dict[str, Adapter]) -> Tree:
+    """Give the base with what is carried of the adapters folded in; itself where nothing is."""
+    if not state.carried:
+        return state.base
+    return apply_link(state.base, Link(terms_of(adapters, state.carried)), state.plan)
+
+
+def mean_factors(state: State, sent: Downlink, mean: Tree, step: float = 1.0) -> Tree:
+    """Average what is trained of each adapter.
+
+    Args:
+        state: Before the round.
+        sent: What was asked.
+        mean: What the cohort sent, averaged.
+        step: The server's, from where a factor started; 1 takes the average itself.
+
+    Returns:
+        The new factors by their name on the uplink, in the precision of the base: what a client
+        can be sent, the server uses.
+    """
+    return {
+        name: server_step(factor.opening(), mean[name], step).to(state.base[weight].dtype)
+        for weight, adapter in sent.adapters.items()
+        for label, factor in adapter.factors.items()
+        if isinstance(factor, Trained) and (name := f"{weight}/{label}")
+    }
+
+
+def close_by_means(
+    state: State,
+    sent: Downlink,
+    mean: Tree,
+    resample_every: int | None,
+    *,
+    step: float = 1.0,
+    report: dict[str, float] | None = None,
+) -> State:
+    """Give the state after a round that averages factors, and merges them where their link ends.
+
+    Args:
+        state: Before the round.
+        sent: What was asked; factors that are not trained are taken from here.
+        mean: What the cohort sent, averaged.
+        resample_every: Rounds of a link; None: it never ends.
+        step: The server's; 1 takes the averages themselves.
+        report: Figures for the ledger.
+    """
+    averaged = mean_factors(state, sent, mean, step)
+    ends = next_link(state.memo, resample_every)["age"] == 0
+    terms = terms_of(sent.adapters, averaged) if ends else {}
+    link = Link(terms, dense_means(state, mean, step))
+    return closed(state, link, carried={} if ends else averaged, ends=ends, report=report)
 
 
 def closed(
