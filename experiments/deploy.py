@@ -20,20 +20,21 @@ from pathlib import Path
 
 from hydra.errors import HydraException
 
+from experiments.app import conclude, copy_app, is_done, run_config_of
 from experiments.choices import check_choices, composed
-from experiments.flower import copy_app, run_config_of
 from experiments.interrupt import in_order
 from experiments.progress import RunProgress
 from experiments.record import Record
-from experiments.simulate import choose, report
+from experiments.simulate import choose
+from experiments.status import reported
 from experiments.words import key_values
 from fedraclora.build import build_task
 from fedraclora.config import RunConfig
 from fedraclora.engines.deploy.control import COMPLETED, PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
-from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
-from fedraclora.runfolder import is_finished, method_label, write_summary
+from fedraclora.errors import ConfigError, EngineError
+from fedraclora.runfolder import method_label
 from fedraclora.settings import DeployConfig, PretrainConfig
 from strategies.server_app import ROW, SUMMARY, read_config, settings_of
 
@@ -134,10 +135,8 @@ def run(order: Order, connection: Connection, record: Record | None) -> None:
         print("".join(said), end="", file=sys.stderr)
         raise EngineError(f"run {number} ended as {status.word}: {status.details}")
     if record is not None:
-        record.close(summary)
-    else:
-        write_summary(order.folder, summary)  # a bundle knows no revision: it is of this checkout
-    report(summary, order.folder, order.config)
+        record.draw()
+    conclude(summary, order.folder, order.config)
 
 
 def submit(order: Order, connection: Connection) -> int:
@@ -189,24 +188,19 @@ def split(words: Sequence[str]) -> tuple[str, int | None, list[str]]:
     return name, local if isinstance(local, int) else None, rest
 
 
+@reported
+@in_order()
 def main(words: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; the status is that of the run."""
     words = sys.argv[1:] if words is None else list(words)
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    try:
-        with in_order():
-            name, local, rest = split(words)
-            order = prepare(rest, local)
-            if order.resume and is_finished(order.folder):
-                print(f"{order.folder} is finished already")
-                return 0
-            with place(order, local, name) as (connection, record):
-                run(order, connection, record)
-    except FedRacLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    name, local, rest = split(words)
+    order = prepare(rest, local)
+    if not is_done(order.folder, resume=order.resume):
+        with place(order, local, name) as (connection, record):
+            run(order, connection, record)
     return 0
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from experiments.faults.real import drill
 from experiments.faults.trials import KINDS, Outcome, inject
+from experiments.status import reported
 from experiments.words import key_values
-from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.errors import ConfigError
 from fedraclora.runfolder import provenance
 
 TURNS, SHIFT, LONG = 3, 5, 8  # series of all kinds, by how much they are shifted, kinds a run
@@ -73,17 +74,14 @@ def campaign(folder: Path, drills: int) -> list[Outcome]:
     return done
 
 
+@reported
 def main(words: Sequence[str] | None = None) -> int:
     """Run the campaign; the status is 1 if a run ended wrong."""
     group = key_values(sys.argv[1:] if words is None else words)
-    try:
-        if "out" not in group or group.keys() - {"out", "drills"}:
-            raise ConfigError("fault_campaign takes out=DIR and drills=NUMBER")
-        folder = Path(str(group["out"]))
-        done = campaign(folder, int(str(group.get("drills", 2))))
-    except FedRacLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if "out" not in group or group.keys() - {"out", "drills"}:
+        raise ConfigError("fault_campaign takes out=DIR and drills=NUMBER")
+    folder = Path(str(group["out"]))
+    done = campaign(folder, int(str(group.get("drills", 2))))
     (folder / "table.md").write_text(table(done))
     facts = {"faults": len(done), **provenance()}
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")

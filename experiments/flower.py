@@ -10,28 +10,27 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.errors import HydraException
 
+from experiments.app import APP, conclude, copy_app, is_done, run_config_of
 from experiments.choices import check_choices, composed
 from experiments.interrupt import in_order
-from experiments.simulate import choose, report
+from experiments.simulate import choose
+from experiments.status import reported
 from fedraclora.build import build_task
 from fedraclora.config import RunConfig
 from fedraclora.engines.flower.grid import run_options
 from fedraclora.engines.flower.superlink import Options, SuperLink, words_of
-from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
-from fedraclora.runfolder import is_finished, write_summary
+from fedraclora.errors import ConfigError, EngineError
+from fedraclora.runfolder import is_finished
 from fedraclora.settings import FlowerConfig, PretrainConfig
 from strategies.server_app import read_config, settings_of
 
-APP = Path(__file__).resolve().parents[1]  # the checkout: its pyproject.toml is the app's
 FAILED = "Simulation failed with exception: "  # how Flower begins
 
 
@@ -55,13 +54,6 @@ class Order:
     def run_config(self) -> str:
         """The run config of the app, as TOML."""
         return run_config_of(self.config, resume=self.resume)
-
-
-def run_config_of(config: RunConfig, *, resume: bool) -> str:
-    """Write the run config of the app, as TOML."""
-    # A JSON string is a TOML string, too.
-    text = json.dumps(json.dumps(config.plain))
-    return f"cfg-json = {text}\nresume = {json.dumps(resume)}\n"
 
 
 def prepare(words: Sequence[str]) -> Order:
@@ -105,26 +97,7 @@ def run(order: Order) -> None:
         print(ended.log, end="", file=sys.stderr)
         raise EngineError(f"{ended.details.removeprefix(FAILED)} ({ended.status})")
     summary = json.loads((order.folder / "summary.json").read_text())
-    write_summary(order.folder, summary)  # a bundle knows no revision: it is that of this checkout
-    report(summary, order.folder, order.config)
-
-
-def copy_app(folder: Path) -> None:
-    """Copy the files that the app's bundle is made of.
-
-    To make it Flower looks at every file that it finds; beside them lie virtual environments.
-
-    Raises:
-        ConfigError: If this is not a checkout.
-    """
-    if not (APP / "pyproject.toml").is_file():
-        raise ConfigError(f"{APP} has no pyproject.toml: a Flower app is made from a checkout")
-    project = tomllib.loads((APP / "pyproject.toml").read_text())
-    for pattern in ["pyproject.toml", *project["tool"]["flwr"]["app"]["fab-include"]]:
-        for path in APP.glob(pattern):
-            copy = folder / path.relative_to(APP)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+    conclude(summary, order.folder, order.config)
 
 
 def write(order: Order, path: Path) -> None:
@@ -136,6 +109,8 @@ def write(order: Order, path: Path) -> None:
     print(f"flwr run {shlex.quote(str(APP))} --stream -c {shlex.quote(str(path))} {options}")
 
 
+@reported
+@in_order()
 def main(words: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; the status is that of the run."""
     parser = argparse.ArgumentParser(
@@ -146,18 +121,11 @@ def main(words: Sequence[str] | None = None) -> int:
         "--write", metavar="FILE.toml", type=Path, help="write the run config, and do not run"
     )
     asked = parser.parse_intermixed_args(words)
-    try:
-        with in_order():
-            order = prepare(asked.overrides)
-            if asked.write is not None:
-                write(order, asked.write)
-            elif order.resume and is_finished(order.folder):
-                print(f"{order.folder} is finished already")
-            else:
-                run(order)
-    except FedRacLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    order = prepare(asked.overrides)
+    if asked.write is not None:
+        write(order, asked.write)
+    elif not is_done(order.folder, resume=order.resume):
+        run(order)
     return 0
 
 

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from fedraclora import plots
 from fedraclora.ledger import Ledger
-from fedraclora.runfolder import alone, begin, method_label, write_summary
+from fedraclora.runfolder import alone, begin, method_label
 
 Plain = dict[str, object]
 
@@ -58,10 +58,9 @@ class Record:
         self.ledger.cut(int(str(row["round"])) - 1)
         self.ledger.append(row, sync=False)
 
-    def close(self, summary: Plain) -> None:
-        """Draw the curves and write the summary."""
+    def draw(self) -> None:
+        """Draw the curves, where the run asks for pictures."""
         output = self.plain.get("output")
         if isinstance(output, dict) and output.get("plots"):
             picture = self.folder / "curves.png"
             plots.curves(self.ledger.rows, picture, title=method_label(self.plain))
-        write_summary(self.folder, summary)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from experiments.choices import composed
 from experiments.faults.network import Network, nodes_for, rows, serve, summary
+from experiments.status import reported
 from experiments.words import key_values
 from fedraclora.engines.deploy.traffic import message_bytes
-from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.errors import ConfigError
 from fedraclora.runfolder import provenance
 
 RANK = ["method.rank=8"]
@@ -79,17 +80,14 @@ def table(found: dict[str, dict[str, int]]) -> str:
     return "\n".join([*lines, ""])
 
 
+@reported
 def main(words: Sequence[str] | None = None) -> int:
     """Measure and write."""
     group = key_values(sys.argv[1:] if words is None else words)
-    try:
-        if group.keys() != {"out"}:
-            raise ConfigError("wire_bytes takes out=DIR")
-        folder = Path(str(group["out"]))
-        found = {name: measure(words) for name, words in METHODS.items()}
-    except FedRacLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if group.keys() != {"out"}:
+        raise ConfigError("wire_bytes takes out=DIR")
+    folder = Path(str(group["out"]))
+    found = {name: measure(words) for name, words in METHODS.items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(table(found))
     record = {"words": WORDS, "methods": METHODS, "bytes": found, **provenance()}

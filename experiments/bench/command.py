@@ -37,6 +37,7 @@ from experiments.bench.table import tables
 from experiments.bench.timing import Measured, interleaved, training_loss
 from experiments.bench.usage import PROC
 from experiments.bench.workloads import PEERS, RAY, WORKLOADS
+from experiments.status import reported
 from fedraclora.build import fix_bits, pick_device
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
@@ -45,16 +46,13 @@ from fedraclora.tree import Tree
 PRECISION_OF = {"vectorised": FLOAT32, "bf16": BF16_MIXED}
 
 
+@reported
 def main() -> int:
     """Time the workloads; status 1 for a broken bound under ``check=true`` and for bad input."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
-    try:
-        return run(parse(sys.argv[1:]))
-    except FedRacLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(parse(sys.argv[1:]))
 
 
 def run(config: BenchConfig) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from experiments.bench.report import Report
 from experiments.bench.workloads import RAY, WORKLOADS
-from fedraclora.errors import ConfigError, FedRacLoraError
+from experiments.status import reported
+from fedraclora.errors import ConfigError
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 LABELS = {
@@ -133,15 +134,12 @@ def replace_between_marks(text: str, new: str) -> str:
     return f"{before}{BEGIN}\n{new}\n{END}{after}"
 
 
+@reported
 def main(words: list[str]) -> int:
     """Print the tables of a folder, or write them into a document."""
-    try:
-        made = tables(Path(words[0] if words else "experiments/results/bench"))
-        for document in map(Path, words[1:2]):
-            document.write_text(replace_between_marks(document.read_text(), made))
-    except FedRacLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    made = tables(Path(words[0] if words else "experiments/results/bench"))
+    for document in map(Path, words[1:2]):
+        document.write_text(replace_between_marks(document.read_text(), made))
     if len(words) < 2:
         print(made)
     return 0

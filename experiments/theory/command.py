@@ -30,6 +30,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from experiments.status import reported
 from experiments.theory import counter_example as example
 from experiments.theory import verdict
 from experiments.theory.cases import Case, all_cases
@@ -40,23 +41,19 @@ from experiments.theory.slowdown import slowdowns
 from experiments.theory.verdict import judge
 from experiments.words import key_values
 from fedraclora.build import fix_bits
-from fedraclora.errors import FedRacLoraError
 from fedraclora.runfolder import provenance
 from fedraclora.schema import build
 
 T = TypeVar("T")
 
 
+@reported
 def main() -> int:
     """Run it; status 1 for a curve that crosses its bound, and for bad input."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
-    try:
-        return run(build("theory", TheoryConfig, key_values(sys.argv[1:])))
-    except FedRacLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(build("theory", TheoryConfig, key_values(sys.argv[1:])))
 
 
 def run(config: TheoryConfig) -> int:

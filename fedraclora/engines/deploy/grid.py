@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 
 from flwr.app import ConfigRecord, Error, Message
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from typing_extensions import override
 
 from fedraclora.engines.deploy.roster import Roster
 from fedraclora.engines.deploy.traffic import Traffic
-from fedraclora.engines.local import NODE_ID, MessageGrid, failed
+from fedraclora.engines.forwarding import ForwardingGrid
+from fedraclora.engines.local import NODE_ID, failed
 from fedraclora.errors import EngineError
 from fedraclora.parcel import Archive
 from fedraclora.settings import DeployConfig
@@ -25,7 +25,7 @@ WRONG_WEIGHTS = 1001  # ours, far from Flower's
 STALE = "stale"  # the record of a reply that asks for every weight
 
 
-class DeployGrid(MessageGrid):
+class DeployGrid(ForwardingGrid):
     """Sends each client its messages, with what its base weights lack.
 
     Args:
@@ -54,21 +54,12 @@ class DeployGrid(MessageGrid):
         ended: Callable[[], bool] = lambda: False,
         pause: float = PAUSE,
     ) -> None:
-        self.grid, self.archive, self.run_id, self.settings = grid, archive, run_id, settings
+        super().__init__(lambda: grid, ended=ended, pause=pause)
+        self.archive, self.run_id, self.settings = archive, run_id, settings
         self.first = 0 if known else None  # what a client holds that holds nothing
-        self.ended, self.pause = ended, pause
         self.incidents: list[str] = []
         self.traffic = Traffic()
         self.roster = Roster(self)
-
-    @override
-    def set_run(self, run: Run) -> None:
-        self.grid.set_run(run)
-
-    @property
-    @override
-    def run(self) -> Run:
-        return self.grid.run
 
     @override
     def get_node_ids(self) -> Iterable[int]:
@@ -171,19 +162,6 @@ class DeployGrid(MessageGrid):
     def _client(self, message: Message) -> int:
         (client,) = clients_of(message.content)
         return client
-
-    def wait(self, what: str) -> None:
-        """Wait a moment.
-
-        Args:
-            what: For what, for the message.
-
-        Raises:
-            EngineError: If the runtime has ended.
-        """
-        time.sleep(self.pause)
-        if self.ended():
-            raise EngineError(f"Flower's runtime ended before {what}")
 
 
 def _is_stale(reply: Message) -> bool:

@@ -23,11 +23,15 @@ PATIENCE = 60.0  # seconds for nodes that are there to say whom they serve, once
 class Post(Protocol):
     """What a roster needs of its grid."""
 
-    grid: Grid
     run_id: str
     settings: DeployConfig
     incidents: list[str]
     traffic: Traffic
+
+    @property
+    def grid(self) -> Grid:
+        """Flower's own grid."""
+        ...
 
     def wait(self, what: str) -> None:
         """Wait a moment."""

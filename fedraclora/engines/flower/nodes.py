@@ -12,11 +12,10 @@ from itertools import islice
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from typing_extensions import override
 
 from fedraclora.clientstore import ClientStore
-from fedraclora.engines.local import MessageGrid
+from fedraclora.engines.forwarding import ForwardingGrid
 from fedraclora.errors import ClientError, EngineError
 from fedraclora.job import JobFolder
 from fedraclora.wire.records import clients_of, read_tree, tree_record
@@ -28,7 +27,7 @@ PATIENCE = 20.0  # seconds in which one more node must come, while some are miss
 WINDOW = 256
 
 
-class NodePerClient(MessageGrid):
+class NodePerClient(ForwardingGrid):
     """A grid whose node ``k`` is the node of client ``k``.
 
     Args:
@@ -54,39 +53,10 @@ class NodePerClient(MessageGrid):
         ended: Callable[[], bool] = lambda: False,
         mends: bool = False,
     ) -> None:
-        self.start, self.clients, self.job, self.store = start, clients, job, store
-        self.timeout, self.ended, self.mends = timeout, ended, mends
-        self._grid: Grid | None = None
+        super().__init__(start, ended=ended, pause=PAUSE)
+        self.clients, self.job, self.store = clients, job, store
+        self.timeout, self.mends = timeout, mends
         self._nodes: list[int] = []
-
-    @property
-    def grid(self) -> Grid:
-        """Flower's own grid."""
-        if self._grid is None:
-            self._grid = self.start()
-        return self._grid
-
-    def wait(self, what: str) -> None:
-        """Wait a moment.
-
-        Args:
-            what: For what, for the message.
-
-        Raises:
-            EngineError: If the runtime has ended.
-        """
-        time.sleep(PAUSE)
-        if self.ended():
-            raise EngineError(f"Flower's runtime ended before {what}")
-
-    @override
-    def set_run(self, run: Run) -> None:
-        self.grid.set_run(run)
-
-    @property
-    @override
-    def run(self) -> Run:
-        return self.grid.run
 
     @override
     def get_node_ids(self) -> Iterable[int]:
