@@ -19,7 +19,8 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import load_and_validate
 from flwr.common.config import flatten_dict, fuse_dicts, parse_config_args
 
-from experiments import app, flower
+from experiments import flower
+from experiments.app import copy_app
 from experiments.choices import composed
 from experiments.simulate import simulate
 from fedraclora.engines.flower.superlink import SuperLink
@@ -192,7 +193,7 @@ def test_the_bundle_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     code = [path for name in PACKAGES for path in ROOT.glob(f"{name}/**/*.py")]
     wanted = {path.relative_to(ROOT).as_posix() for path in code}
     wanted |= {"pyproject.toml", ".info/CONTENT"}
-    app.copy_app(tmp_path / "copy")
+    copy_app(tmp_path / "copy")
     assert names(tmp_path / "copy") == wanted
     # From a checkout, where other things lie beside it.
     shutil.copytree(tmp_path / "copy", tmp_path / "checkout")
@@ -208,7 +209,7 @@ def test_the_bundle_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_flower_finds_the_apps_of_the_bundle(tmp_path: Path) -> None:
-    app.copy_app(tmp_path)
+    copy_app(tmp_path)
     config, warnings = load_and_validate(tmp_path / "pyproject.toml", check_module=True)
     assert warnings == []
     components = config["tool"]["flwr"]["app"]["components"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import flower
+from experiments.app import copy_app
 from experiments.assemble import assemble
 from experiments.choices import composed
 from experiments.simulate import simulate
@@ -79,7 +80,7 @@ def test_a_run_that_fails_has_its_words_and_its_status(
 
 
 def run_app(link: SuperLink, text: str, options: dict[str, str | int | float | bool]) -> Ended:
-    flower.copy_app(link.home / "app")
+    copy_app(link.home / "app")
     (link.home / "run.toml").write_text(text)
     return link.run_app(link.home / "app", link.home / "run.toml", options)
 
