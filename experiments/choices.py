@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedraclora.errors import unknown
+from fedraclora.errors import ConfigError, unknown
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -28,12 +28,19 @@ def composed(overrides: Sequence[str]) -> dict[str, object]:
 
     Returns:
         The config.
+
+    Raises:
+        ConfigError: If it does not compose.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose("config", overrides=list(overrides))
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            config = compose("config", overrides=list(overrides))
+    except HydraException as error:
+        raise ConfigError(str(error)) from error
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     return {str(key): value for key, value in dict(plain).items()}  # type: ignore[arg-type]
 

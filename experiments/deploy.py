@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hydra.errors import HydraException
-
 from experiments.app import conclude, copy_app, is_done, run_config_of
 from experiments.choices import check_choices, composed
 from experiments.interrupt import in_order
@@ -76,10 +74,7 @@ def prepare(words: Sequence[str], local: int | None) -> Order:
     sizes = []
     if local is not None and "resume" not in typed and "clients" not in typed:
         sizes = [f"clients={local}", *([] if "cohort" in typed else [f"cohort={local}"])]
-    try:
-        asked = composed(["engine=deploy", *sizes, *words])
-    except HydraException as error:
-        raise ConfigError(str(error)) from error
+    asked = composed(["engine=deploy", *sizes, *words])
     plain, folder, resume = choose(asked, typed, None)
     folder = folder.resolve()
     # The engine is what this command is for, also where a run goes on that began elsewhere.

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hydra.errors import HydraException
-
 from experiments.app import APP, conclude, copy_app, is_done, run_config_of
 from experiments.choices import check_choices, composed
 from experiments.interrupt import in_order
@@ -63,10 +61,7 @@ def prepare(words: Sequence[str]) -> Order:
         FedRacLoraError: Whatever is wrong with what is asked for.
     """
     check_choices(words)
-    try:
-        asked = composed(["engine=flower", *words])
-    except HydraException as error:
-        raise ConfigError(str(error)) from error
+    asked = composed(["engine=flower", *words])
     typed = [word.lstrip("+~").partition("=")[0] for word in words]
     plain, folder, resume = choose(asked, typed, None)
     folder = folder.resolve()
