@@ -3,7 +3,8 @@
 ``python -m experiments.compare RUN [RUN ...] --out DIR --metric NAME --target X --by KEY[,KEY]``
 
 RUN is the folder of a run or of a sweep. Runs that differ in nothing but seed and output folder
-are one group. Unfinished and broken runs are named and left out.
+are one group. Unfinished and broken runs are named and left out. With ``experiment=STUDY`` the runs
+are made first: `experiments.compare_study`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.compare_study import compare_study, is_study
 from experiments.groups import Group, group_runs, values
 from experiments.reports import Run, find_runs, read_run
 from experiments.tables import Table
@@ -221,15 +223,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.compare",
         description="Compare finished runs: table.md, table.csv, compare.png.",
+        epilog="Or experiment=STUDY [KEY=VALUE ...]: run methods alike first, and rank them.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run or sweep folder")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="output folder")
     parser.add_argument("--metric", help="metric to compare (the runs' first one)")
     parser.add_argument("--target", type=float, help="value of the metric to be reached")
     parser.add_argument("--by", default="", metavar="KEY[,KEY]", help="config keys to group by")
-    chosen = parser.parse_args(argv)
-    by = [key.strip() for key in chosen.by.split(",") if key.strip()]
+    words = sys.argv[1:] if argv is None else argv
     try:
+        if is_study(words):
+            compare_study(words)
+            return 0
+        chosen = parser.parse_args(words)
+        by = [key.strip() for key in chosen.by.split(",") if key.strip()]
         table = compare(chosen.runs, chosen.out, chosen.metric, chosen.target, by)
     except FedRacLoraError as error:
         print(f"error: {error}", file=sys.stderr)

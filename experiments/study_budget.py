@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from experiments.study_file import Study
-from experiments.study_table import final_lines, score
+from experiments.study_table import curve_of, final_lines, first_reaching, score
 from experiments.tables import Table
 from fedraclora.ledger import Row, number
 from fedraclora.plots import MEGABYTE
@@ -41,7 +41,7 @@ def budgets(study: Study, done: Mapping[str, Plain]) -> Table | None:
         done: Lines of its runs, by key.
     """
     finals = {row: final_lines(study, row, done) for row in study.rows}
-    curves = {row: [_curve(line) for line in lines] for row, lines in finals.items() if lines}
+    curves = {row: [curve_of(line) for line in lines] for row, lines in finals.items() if lines}
     if len(curves) < 2:
         return None
     names = {uplink: "uplink", traffic: "traffic"}
@@ -64,13 +64,6 @@ def budgets(study: Study, done: Mapping[str, Plain]) -> Table | None:
     return Table(tuple(records[0]), cells, tuple(records))
 
 
-def _curve(line: Plain) -> list[Row]:
-    curve = line["curve"]
-    if not isinstance(curve, list):
-        raise TypeError(f"the curve of {line['key']} is a {type(curve).__name__}, not a list")
-    return curve
-
-
 def _last_within(curve: Curve, way: Callable[[Row], float], budget: float) -> Row:
     """The last point whose bytes do not exceed the budget; the first has none."""
     return [point for point in curve if way(point) <= budget][-1]
@@ -85,11 +78,8 @@ def _spread(points: Sequence[Row], metric: str) -> str:
 
 def _share(curves: Sequence[Curve], metric: str, goal: float, whole: float) -> str:
     """Uplink to the goal over the whole uplink of the reference, over the seeds that reach it."""
-    shares = [
-        next(uplink(point) for point in curve if score(point, metric) >= goal) / whole
-        for curve in curves
-        if any(score(point, metric) >= goal for point in curve)
-    ]
+    reached = [p for curve in curves if (p := first_reaching(curve, metric, goal)) is not None]
+    shares = [uplink(point) / whole for point in reached]
     if not shares:
         return "not reached"
     spread = f" ± {statistics.stdev(shares):.3f}" if len(shares) > 1 else ""

@@ -15,6 +15,7 @@ from fedraclora.metrics import higher_is_better
 
 KEYS = {"experiment", "metric", "grid", "final", "rows"}
 OPTIONAL = {"tune", "reference", "overrides", "reported"}
+OPTIONAL |= {"target", "varied", "best", "more", "only"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Study:
         reference: The row whose final metric and uplink the others are held against.
         overrides: Of all runs.
         reported: The metric that a paper reports for a row, to be shown beside ours.
+        target: A value of the metric; a leaderboard says what it takes to reach it.
+        varied: Config keys that rows differ in although all rows of a comparison share them
+            (`experiments.study_same`).
+        best: Rows to take over from another study by their results (`experiments.leaderboard`).
         fixed: Values that another study has tuned, by row, in place of the grid's.
     """
 
@@ -61,6 +66,9 @@ class Study:
     reference: str | None = None
     overrides: Sequence[str] = ()
     reported: Mapping[str, float] = field(default_factory=dict)
+    target: float | None = None
+    varied: Sequence[str] = ()
+    best: Mapping[str, object] | None = None
     fixed: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -69,20 +77,45 @@ class Study:
 
         Args:
             path: The YAML file.
-            overrides: Of all runs, in place of the file's own; they become part of `text`.
-            metric: The same for the metric.
+            overrides: Of all runs, after the file's own; they become part of `text`.
+            metric: In place of the file's own; the same.
 
         Raises:
             ConfigError: If it is no YAML mapping, or keys are missing or unknown.
         """
         if not path.is_file():
             raise ConfigError(f"there is no study {path}; see experiments/studies")
+        study = cls.parse(path.read_text(), path, {})
+        if overrides:
+            study = study.changed(overrides=[*study.overrides, *overrides])
+        return study if metric is None else study.changed(metric=metric)
+
+    def changed(self, **keys: object) -> Study:
+        """Give the study with keys of its file replaced; they become part of `text`.
+
+        Beside those of a file there are ``more``, rows to add, and ``only``, names of the rows to
+        keep.
+
+        Raises:
+            ConfigError: If that is no study.
+        """
+        return self.parse(self.text, Path("the study"), keys)
+
+    @classmethod
+    def parse(cls, text: str, path: Path, more: Mapping[str, object]) -> Study:
+        """Read the text of a study, and keys that replace its own; see `read`.
+
+        Args:
+            text: YAML.
+            path: Where it is from, for errors.
+            more: By key.
+
+        Raises:
+            ConfigError: See `read`.
+        """
+        text = text.rstrip("\n") + "\n"
+        text += "".join(f"{key}: {json.dumps(value)}\n" for key, value in more.items())
         try:
-            text = path.read_text().rstrip("\n") + "\n"
-            if overrides:
-                text += f"overrides: {json.dumps([*overrides])}\n"
-            if metric is not None:
-                text += f"metric: {metric}\n"
             loaded = dict(yaml.safe_load(text))
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} is not a study: {error}") from error
@@ -91,7 +124,9 @@ class Study:
                 raise unknown("study key", key, KEYS | OPTIONAL)
         if KEYS - set(loaded):
             raise ConfigError(f"{path} lacks {', '.join(sorted(KEYS - set(loaded)))}")
+        loaded["rows"] = {**loaded.pop("more", {}), **(loaded["rows"] or {})}
         _check(path, loaded)
+        _keep(loaded, loaded.pop("only", None))
         return cls(**loaded, text=text)
 
     def jobs(self, phase: str, row: str, values: Sequence[float]) -> list[Job]:
@@ -141,6 +176,18 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
             f"{path} has no tune, but grid.values is {loaded['grid']['values']}; one value for "
             "all rows is wanted, or tune, which says how to choose"
         )
+
+
+def _keep(loaded: dict[str, Any], only: Sequence[str] | None) -> None:
+    """Drop the rows that are not asked for, and the reference if it is one of them."""
+    if only is None:
+        return
+    for row in only:
+        if row not in loaded["rows"]:
+            raise unknown("row", row, loaded["rows"])
+    loaded["rows"] = {row: how for row, how in loaded["rows"].items() if row in only}
+    if loaded.get("reference") not in loaded["rows"]:
+        loaded["reference"] = None
 
 
 def _list(value: object) -> list[object]:

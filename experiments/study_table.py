@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from experiments.study_file import Study
 from experiments.tables import Table
 from fedraclora.errors import ConfigError
-from fedraclora.ledger import number
+from fedraclora.ledger import Row, number
 
 Plain = dict[str, object]
+DRAWN = 12  # curves that can be told apart
 
 
 def score(line: Plain, metric: str) -> float:
-    """Final metric of a run; minus infinity if it diverged."""
+    """Final metric of a run, or that of its clients' own models; minus infinity if it diverged."""
     metrics = line["metrics"]
-    return float(metrics[metric]) if isinstance(metrics, dict) and metrics else float("-inf")
+    if not isinstance(metrics, dict) or not metrics:
+        return float("-inf")
+    return float(metrics[metric] if metric in metrics else metrics[f"personal_{metric}"])
 
 
 def mean_score(study: Study, row: str, value: float, done: Mapping[str, Plain]) -> float:
@@ -161,16 +164,36 @@ def write_table(rows: list[dict[str, object]], out: Path, note: str = "") -> Non
 
 
 def draw(study: Study, done: Mapping[str, Plain], out: Path) -> None:
-    """Draw the final runs: metric against rounds and bytes."""
+    """Draw the final runs: metric against rounds and bytes, of the `DRAWN` best rows."""
     from fedraclora.plots import compare_figure
 
-    groups = {}
-    for row in study.rows:
-        lines = final_lines(study, row, done)
-        if lines:
-            groups[row] = [
-                [p | {"seconds": {"total": p["seconds"]}} for p in line["curve"] if p["round"]]  # type: ignore[attr-defined]
-                for line in lines
-            ]
+    finals = {row: lines for row in study.rows if (lines := final_lines(study, row, done))}
+    means = {r: statistics.fmean(score(x, study.metric) for x in ls) for r, ls in finals.items()}
+    best = sorted(means, key=lambda row: -means[row])[:DRAWN]
+    groups = {
+        row: [[_point(study, p) for p in curve_of(line) if p["round"]] for line in lines]
+        for row, lines in finals.items()
+        if row in best
+    }
+    if len(best) < len(finals):
+        print(f"compare.png shows the {len(best)} best of {len(finals)} rows")
     if groups:
         compare_figure(groups, study.metric, out / "compare.png")
+
+
+def _point(study: Study, point: Row) -> Row:
+    metrics = {study.metric: score(point, study.metric)}
+    return point | {"metrics": metrics, "seconds": {"total": point["seconds"]}}
+
+
+def curve_of(line: Plain) -> list[Row]:
+    """Give the measured rounds of a run."""
+    curve = line["curve"]
+    if not isinstance(curve, list):
+        raise TypeError(f"the curve of {line['key']} is a {type(curve).__name__}, not a list")
+    return curve
+
+
+def first_reaching(points: Sequence[Row], metric: str, target: float) -> Row | None:
+    """Give the first measured round whose metric (more is better) is no worse than a target."""
+    return next((p for p in points if score(p, metric) >= target), None)

@@ -73,6 +73,7 @@ class Assembled:
     config: RunConfig
     built: BuiltTask
     plan: Plan
+    trainer: CohortTrainer
     strategy: FedStrategy
     grid: RunGrid
     chunk: ChunkPlan
@@ -148,7 +149,7 @@ def assemble(
         if isinstance(replica, Archive) and config.output.chain:
             replica.recall(restored.base, book.links(), strategy.catch_up.version)
     grid = engine(Crew(config, built, plan, trainer, replica, store))
-    return Assembled(config, built, plan, strategy, grid, chunk)
+    return Assembled(config, built, plan, trainer, strategy, grid, chunk)
 
 
 def settle_chunk(

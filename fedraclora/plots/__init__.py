@@ -5,15 +5,18 @@ from __future__ import annotations
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.bounds import Measured, Panel, bounds_figure
 from fedraclora.plots.comparison import compare_figure
+from fedraclora.plots.leaderboard import Entrant, leaderboard_figure
 from fedraclora.plots.partition import label_distribution
 from fedraclora.plots.run import curves
 
 __all__ = [
     "MEGABYTE",
+    "Entrant",
     "Measured",
     "Panel",
     "bounds_figure",
     "compare_figure",
     "curves",
     "label_distribution",
+    "leaderboard_figure",
 ]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from experiments.study import main, read_lines, run_job
+from experiments.study import main
 from experiments.study_budget import budgets
 from experiments.study_file import Study
+from experiments.study_run import read_lines, run_job
 from experiments.study_table import (
     cost,
     draw,

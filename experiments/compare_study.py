@@ -1,0 +1,122 @@
+"""``fedraclora compare experiment=STUDY [KEY=VALUE ...]``: run methods alike, and rank them.
+
+All rows have the same task, head policy, cohorts, batches and tuning budget; what is best for each
+on a validation split goes into its final runs. Started again, it goes on where it stopped. Keys:
+
+  experiment=  a study: a name of experiments/studies, or a YAML file of one's own
+  methods=     rows of it to compare, with commas, instead of all; a method that has no row is taken
+               as its YAML in conf/method has it
+  preset=      in place of the study's own (conf/experiment)
+  metric=      in place of the study's own
+  target=      value of the metric to be reached, in place of the study's own
+  tuned_by=    a folder of results: take the learning rates of that study, and tune nothing
+  jobs=        runs at a time (1)
+  out=         folder of the results (runs/compare/STUDY)
+  table=true   write tables and figures of what has run, and run nothing
+
+Every other key is an override of all runs, as in ``fedraclora simulate``. The folder gets
+leaderboard.md, leaderboard.csv, leaderboard.png, and what ``experiments.study`` writes: table.md,
+budgets.md (at equal bytes), compare.png (the curves), study.yaml and runs.jsonl (a line per run).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.choices import groups
+from experiments.leaderboard import write_leaderboard
+from experiments.study_entries import best_rows
+from experiments.study_file import Study
+from experiments.study_run import read_lines, run_study, write_results
+from experiments.study_table import tuned_by
+from experiments.words import key_values
+from fedraclora.errors import ConfigError, unknown
+
+STUDIES = Path(__file__).parent / "studies"
+RESULTS = Path(__file__).parent / "results"
+KEYS = ("experiment", "methods", "preset", "metric", "target", "tuned_by", "jobs", "out", "table")
+
+
+def is_study(words: Sequence[str]) -> bool:
+    """Tell whether the words of ``compare`` ask for a study, not for folders of runs."""
+    return any(word.startswith("experiment=") for word in words)
+
+
+def compare_study(words: Sequence[str], results: Path = RESULTS) -> None:
+    """Run what the words ask for; see the module's docstring.
+
+    Args:
+        words: KEY=VALUE.
+        results: Where other studies' results lie, for a study that takes their best rows.
+
+    Raises:
+        ConfigError: For a word, a study or a row that is not known.
+    """
+    overrides = [word for word in words if word.partition("=")[0] not in KEYS]
+    key_values(overrides)  # each is KEY=VALUE
+    said = key_values([word for word in words if word not in overrides])
+    name = str(said["experiment"])
+    study = chosen(find(name), said, overrides, results)
+    out = Path(str(said.get("out", Path("runs/compare") / Path(name).stem)))
+    if said.get("table") is True:
+        done = read_lines(out / "runs.jsonl")
+        write_results(study, done, out)
+    else:
+        done = run_study(study, out, _jobs(said.get("jobs", 1)))
+    made = write_leaderboard(study, done, out)
+    if made is None:
+        raise ConfigError(f"{out} has no method whose final runs are all there and did not diverge")
+    made.print()
+    print(f"written: {out}/leaderboard.md, leaderboard.csv, leaderboard.png and more")
+
+
+def find(name: str) -> Path:
+    """Find a study: by its name in experiments/studies, or its file.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    known = {path.stem: path for path in sorted(STUDIES.glob("*.yaml"))}
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    if name not in known:
+        raise unknown("study", name, known)
+    return known[name]
+
+
+def chosen(
+    path: Path, said: dict[str, object], overrides: Sequence[str], results: Path = RESULTS
+) -> Study:
+    """Read a study, and change it as the words say."""
+    study = best_rows(Study.read(path, overrides), results)
+    changes: dict[str, object] = {k: said[k] for k in ("metric", "target") if k in said}
+    if "target" in changes:
+        changes["target"] = _number("target", changes["target"])
+    if "preset" in said:
+        changes["experiment"] = said["preset"]
+    if "methods" in said:
+        rows = [row.strip() for row in str(said["methods"]).split(",")]
+        known = {row: [f"method={row}"] for row in groups()["method"]} | dict(study.rows)
+        more = {row: [*known[row]] for row in rows if row in known}
+        changes |= {"only": rows, "more": more}
+    if changes:
+        study = study.changed(**changes)
+    if "tuned_by" in said:
+        source = Path(str(said["tuned_by"]))
+        other = Study.read(source / "study.yaml")
+        study = tuned_by(study, other, read_lines(source / "runs.jsonl"), source)
+    return study
+
+
+def _jobs(value: object) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"jobs is {value!r}; runs at a time, 1 or more, are wanted")
+    return value
+
+
+def _number(key: str, value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError as error:
+        raise ConfigError(f"{key} is {value!r}; a number is wanted") from error
