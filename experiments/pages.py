@@ -2,9 +2,11 @@
 
 A page holds ``<!-- table NAME/table.md -->`` or ``<!-- table NAME/budgets.md: COLUMN, COLUMN -->``,
 where NAME is a folder of ``experiments/results``, or, for one column of several studies side by
-side, ``<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->``. What stands between such a line and
-the next ``<!-- end -->`` is made here. A column is named by how its title begins; ± is added where
-a column ``std`` follows. A test holds the pages to the results, so no figure is typed twice.
+side, ``<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->``. ``<!-- board NAME -->`` is the
+leaderboard of a study, with its figure, and ``<!-- methods -->`` what the docstrings of the methods
+say (`experiments.methods_page`). What stands between such a line and the next ``<!-- end -->`` is
+made here. A column is named by how its title begins; ± is added where a column ``std`` follows. A
+test holds the pages to the results, so no figure is typed twice.
 """
 
 from __future__ import annotations
@@ -14,32 +16,18 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.tables import Table
+from experiments.methods_page import board, methods
+from experiments.tables import Cells, Table, read_table
 from fedraclora.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PAGES = ROOT / "docs"
 BLOCK = re.compile(
-    r"(?P<head><!-- (?P<kind>table|beside) (?P<words>.+?) -->\n)(?P<body>.*?)(?P<end><!-- end -->)",
+    r"(?P<head><!-- (?P<kind>table|beside|board|methods)(?P<words>.*?) -->\n)"
+    r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
 )
-Cells = list[dict[str, str]]
-
-
-def read_table(path: Path) -> Cells:
-    """Read the first table of a Markdown file: one dict per row, by title of column.
-
-    Raises:
-        ConfigError: No such file, or no table in it.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path} is not there: run its study first, or mend the page")
-    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
-    if len(lines) < 3:
-        raise ConfigError(f"{path} holds no table")
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
@@ -57,6 +45,10 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 def _made(found: re.Match[str], results: Path) -> str:
     head, *rest = [part.strip() for part in found["words"].split(": ")]
+    if found["kind"] == "methods":
+        return methods(results)
+    if found["kind"] == "board":
+        return board(head, results)
     if found["kind"] == "table":
         cells = read_table(results / head)
         if rest:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
+
+from fedraclora.errors import ConfigError
+
+Cells = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,21 @@ class Table:
         console.print(table)
         for note in self.notes:
             console.print(note, soft_wrap=True)
+
+
+def read_table(path: Path) -> Cells:
+    """Read the first table of a Markdown file: one dict per row, by title of column.
+
+    Raises:
+        ConfigError: No such file, or no table in it.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there: run its study first, or mend the page")
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    if len(lines) < 3:
+        raise ConfigError(f"{path} holds no table")
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
 def _known(value: object) -> object:

@@ -1,0 +1,95 @@
+"""What ``docs/methods.md`` says of the methods: by their docstrings, traits, YAML and results.
+
+``python -m experiments.pages`` brings it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from experiments.choices import CONF, groups
+from experiments.study_entries import docstring, is_unverified
+from experiments.tables import Table, read_table
+from fedraclora.method import Method
+from fedraclora.schema import bind
+from strategies import METHODS
+
+SERVERS = "servers/README.md"  # seconds of a server, one matrix of 4096 x 4096
+
+
+def board(name: str, results: Path) -> str:
+    """Give the leaderboard of a study with its figure, or say that it has not run.
+
+    Args:
+        name: Of the study.
+        results: The folder of all results.
+    """
+    folder = results / name
+    command = f"`fedraclora compare experiment={name} out=experiments/results/{name}`"
+    if not (folder / "leaderboard.md").is_file():
+        return f"Not run yet: {command}.\n"
+    text = (folder / "leaderboard.md").read_text(encoding="utf-8")
+    picture = f"![leaderboard](../experiments/results/{name}/leaderboard.png)"
+    return f"{text}\nBy {command}.\n\n{picture}\n"
+
+
+def methods(results: Path) -> str:
+    """Give a table of all methods, and the docstring of each file.
+
+    Args:
+        results: The folder of all results.
+    """
+    kinds: dict[type[Method], list[str]] = {}
+    for name, kind in METHODS.items():
+        kinds.setdefault(kind, []).append(name)
+    costs = {row["method"]: row["close CPU s"] for row in read_table(results / SERVERS)}
+    text = [_overview(costs).markdown()]
+    text += [_section(kind, names) for kind, names in kinds.items()]
+    return "\n".join(text)
+
+
+def method_of(name: str) -> Method:
+    """Make a method as its YAML in conf/method has it."""
+    group = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+    return bind("method", METHODS, group)()
+
+
+def _overview(costs: Mapping[str, str]) -> Table:
+    lines = groups()["method"]
+    cells = []
+    for name, kind in METHODS.items():
+        traits = method_of(name).traits
+        what = lines[name].partition(": ")[2].rstrip(".") or lines[name].rstrip(".")
+        mark = " †" if is_unverified(kind) else ""
+        cells.append(
+            (
+                f"`{name}`{mark}",
+                what,
+                "yes" if traits.exact else "no",
+                "yes" if traits.linear else "no",
+                "yes" if traits.ranks else "no",
+                "yes" if traits.client_state else "no",
+                costs.get(name, ""),
+            )
+        )
+    header = (
+        "`method=`",
+        "what it does",
+        "exact",
+        "linear",
+        "rank budgets",
+        "keeps state at clients",
+    )
+    return Table((*header, "server CPU s"), tuple(cells), ())
+
+
+def _section(kind: type[Method], names: list[str]) -> str:
+    path = kind.__module__.replace(".", "/") + ".py"
+    others = f" Also as {', '.join(f'`{name}`' for name in names[1:])}." if names[1:] else ""
+    return (
+        f"### {names[0]}\n\n[{path}](../{path}), `conf/method/{names[0]}.yaml`.{others}\n\n"
+        f"{docstring(kind).strip()}\n"
+    )
