@@ -10,6 +10,7 @@ import logging
 import os
 import select
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -18,6 +19,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fedraclora.errors import EngineError
@@ -124,19 +126,37 @@ class Program:
                 raise EngineError(f"Flower's {kind} did not start: {self.last_words}")
             time.sleep(0.1)
 
-    def ask_to_end(self) -> None:
-        """Tell it to end; `end` waits for it."""
-        self.process.terminate()
-
     def end(self) -> None:
-        """End it, and wait for the end of all that it has started."""
-        self.process.terminate()
-        if self.process.stdin is not None:
-            # The processes below it end when they find it gone; all hold its standard input.
-            if not without_readers(self.process.stdin.fileno(), END):
-                log.warning("processes of %s are still running after %g s", self.name, END)
-            self.process.kill()
-            self.process.communicate()
+        """End it with all that it has started, as `end_all` does."""
+        end_all([self])
+
+    def is_over(self, seconds: float = 0.0) -> bool:
+        """Wait until it has ended with all below it, which hold its standard input, too."""
+        pipe = self.process.stdin
+        return pipe is None or pipe.closed or without_readers(pipe.fileno(), seconds)
+
+    def signal_all(self, sign: int) -> None:
+        """Send a signal to it and to all below it: they are a group of their own."""
+        if not self.is_over():  # else the number may be that of another group by now
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, sign)
+
+
+def end_all(programs: Sequence[Program]) -> None:
+    """End programs with all that they have started, at once; what does not end is killed.
+
+    Left to themselves, Flower's processes would end late: they look for the number of their parent,
+    which is taken until somebody has waited for it, and are then told in a thread, which does not
+    wake the main one from pauses of up to 20 s.
+    """
+    for program in programs:
+        program.signal_all(signal.SIGTERM)
+    end = time.monotonic() + END
+    for program in programs:
+        if not program.is_over(max(0.0, end - time.monotonic())):
+            log.warning("%s and what it has started are killed after %g s", program.name, END)
+            program.signal_all(signal.SIGKILL)
+        program.process.communicate()
 
 
 def free_port() -> int:

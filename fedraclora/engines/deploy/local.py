@@ -13,7 +13,14 @@ from types import TracebackType
 
 from fedraclora.engines.deploy.control import Connection
 from fedraclora.engines.deploy.keys import Authority, make_authority, make_node_key
-from fedraclora.engines.programs import Program, environment, flwr, free_port, private_folder
+from fedraclora.engines.programs import (
+    Program,
+    end_all,
+    environment,
+    flwr,
+    free_port,
+    private_folder,
+)
 from fedraclora.errors import EngineError
 
 NAME = "local"  # of the connection
@@ -133,10 +140,7 @@ class LocalDeployment:
 
     def close(self) -> None:
         """End everything, the nodes first, and remove the folder."""
-        running = [p for p in (*self.nodes, self._link) if p is not None]
-        for program in running:
-            program.ask_to_end()
-        for program in running:
-            program.end()
+        end_all([node for node in self.nodes if node is not None])
+        end_all([] if self._link is None else [self._link])
         self.nodes, self._link = [None] * len(self.served), None
         self._made.cleanup()
