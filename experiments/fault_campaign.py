@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments.faults.real import drill
+from experiments.faults.real import LINK, drill
 from experiments.faults.trials import KINDS, Outcome, inject
 from experiments.status import reported
 from experiments.words import key_values
@@ -68,8 +68,7 @@ def campaign(folder: Path, drills: int) -> list[Outcome]:
         if (kinds[0], policy, 2) not in known:
             for outcome in inject(kinds, policy):
                 keep(outcome)
-    real = sum(o.policy == "processes" for o in done)
-    for _ in range(drills - real // 6):
+    for _ in range(drills - sum(o.kind == LINK for o in done)):
         drill(DRILL_ROUNDS, keep)
     return done
 

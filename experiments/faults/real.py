@@ -8,7 +8,9 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import deploy
@@ -18,10 +20,12 @@ from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import EngineError, FedRacLoraError
 from fedraclora.ledger import read_ledger
 
-NODES = 3
-# A node that was killed is missed after a minute; its key is refused for as long.
-WORDS = ["engine.min_clients=1", "engine.wait=180", "engine.timeout=150"]
-PATIENCE = 600.0  # seconds for a round
+# A node that was killed is missed after a minute; its key is refused for as long. No limit here is
+# a measure: they end what hangs.
+WORDS = ["engine.min_clients=1", "engine.wait=900", "engine.timeout=900"]
+PATIENCE = 3600.0  # seconds for a round
+TAKEN = "SuperNode ID"  # what a node says whose key is taken
+LINK = "the SuperLink is killed; resume"
 
 
 class Drill:
@@ -30,110 +34,150 @@ class Drill:
     Args:
         deployment: Real processes.
         folder: Of the run.
-        rounds: In all.
+        words: What the run has beside the small job of the campaign.
     """
 
-    def __init__(self, deployment: LocalDeployment, folder: Path, rounds: int) -> None:
-        self.deployment, self.folder, self.rounds = deployment, folder, rounds
+    def __init__(self, deployment: LocalDeployment, folder: Path, words: Sequence[str]) -> None:
+        self.deployment, self.folder, self.words = deployment, folder, words
         self.run: int | None = None
 
     def begin(self, *, resume: bool = False) -> None:
         """Start the run, or go on with it."""
-        rank = [] if resume else [*SMALL, *RANK, *WORDS, f"rounds={self.rounds}"]
-        where = f"resume={self.folder}" if resume else f"output.dir={self.folder}"
-        every = [] if resume else ["output.checkpoint_every=1", "output.progress=false"]
-        order = deploy.prepare([*rank, *every, where], NODES)
+        words = [f"resume={self.folder}"]
+        if not resume:
+            words = [*SMALL, *RANK, *WORDS, "output.checkpoint_every=1", "output.progress=false"]
+            words += [*self.words, f"output.dir={self.folder}"]
+        order = deploy.prepare(words, len(self.deployment.nodes))
         self.run = deploy.submit(order, self.deployment.connection)
 
-    def row(self, round_: int) -> dict[str, object]:
-        """Wait for the row of a round.
+    def rows(self) -> list[dict[str, object]]:
+        """The ledger so far; row 0 is what is measured before the first round."""
+        ledger = self.folder / "ledger.jsonl"
+        return read_ledger(ledger) if ledger.is_file() else []
 
-        Raises:
-            EngineError: If it does not come.
+    def rounds_until(self, round_: int, meanwhile: Callable[[], None] = lambda: None) -> int:
+        """Wait until a round has ended; give the number of the one that goes on now.
+
+        Args:
+            round_: The round.
+            meanwhile: Is called again and again.
         """
-        ledger, end = self.folder / "ledger.jsonl", time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            found = read_ledger(ledger) if ledger.is_file() else []
-            if len(found) > round_:
-                return found[round_]
-            time.sleep(0.2)
-        raise EngineError(f"round {round_} did not end in {PATIENCE:g} s")
 
-    def training(self, k: int) -> None:
-        """Wait until a client process of node ``k`` runs."""
-        end = time.monotonic() + PATIENCE
-        while not client_processes(self.deployment, k) and time.monotonic() < end:
-            time.sleep(0.1)
+        def has_ended() -> bool:
+            meanwhile()
+            return len(self.rows()) > round_
+
+        wait_for(has_ended, f"the end of round {round_}")
+        return len(self.rows())
+
+    def new_process(self, k: int) -> None:
+        """Wait until node ``k`` starts a process for its client."""
+        before = set(client_processes(self.deployment, k))
+        wait_for(
+            lambda: bool(set(client_processes(self.deployment, k)) - before), f"work at node {k}"
+        )
 
     def end(self) -> str:
         """Wait for the end of the run; give Flower's word for it."""
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end and self.run is not None:
-            status = self.deployment.connection.status(self.run)
-            if status.ended:
-                return status.word
-            time.sleep(1)
-        return "never ended"
+        run, link = self.run or 0, self.deployment.connection
+        wait_for(lambda: link.status(run).ended, "the end of the run")
+        return link.status(run).word
 
 
-def descendants(pid: int) -> list[tuple[int, str]]:
-    """Every process below one, with its command line; the nearest first."""
-    listed = subprocess.run(
-        ["ps", "-eo", "pid,ppid,args"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = [line.split(None, 2) for line in listed.stdout.splitlines()[1:]]
-    found, below = list[tuple[int, str]](), {pid}
-    for _ in range(4):
-        new = [(int(p), args) for p, above, args in rows if int(above) in below]
-        found += [entry for entry in new if entry not in found]
-        below = {p for p, _ in new}
-    return found
+def wait_for(ready: Callable[[], bool], what: str) -> None:
+    """Wait for something.
+
+    Raises:
+        EngineError: If it does not come.
+    """
+    end = time.monotonic() + PATIENCE
+    while not ready():
+        if time.monotonic() > end:
+            raise EngineError(f"{what} did not come in {PATIENCE:g} s")
+        time.sleep(0.2)
 
 
 def client_processes(deployment: LocalDeployment, k: int) -> list[int]:
-    """The processes of node ``k`` in which a client trains."""
-    node = deployment.nodes[k]
-    below = [] if node is None else descendants(node.process.pid)
-    return [pid for pid, args in below if "flwr-clientapp" in args and "<defunct>" not in args]
+    """The processes of node ``k`` in which a client trains: they have loaded torch.
+
+    One that dies before that, without its message, Flower starts again after some minutes.
+    """
+    if (node := deployment.nodes[k]) is None:
+        return []
+    words = ["pgrep", "-g", str(node.process.pid), "-f", "flwr-clientapp"]
+    listed = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603
+    return [pid for pid in map(int, listed.stdout.split()) if "libtorch" in maps(pid)]
 
 
-def kill(pids: Sequence[int]) -> None:
-    """Kill processes that this drill's deployment has started."""
-    for pid in pids:
-        try:
+def maps(pid: int) -> str:
+    """What a process has loaded; nothing, where there is none or it is dead."""
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
+
+
+def kill_clients(deployment: LocalDeployment, k: int) -> None:
+    """Kill the processes of node ``k`` in which a client trains."""
+    for pid in client_processes(deployment, k):
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
-def kill_node(deployment: LocalDeployment, k: int) -> None:
-    """Kill a SuperNode with all that it has started."""
+def end_node(deployment: LocalDeployment, k: int, *, killed: bool = False) -> None:
+    """End a SuperNode with all that it has started, in order or not."""
     node = deployment.nodes[k]
     if node is not None:
-        kill([node.process.pid, *(pid for pid, _ in descendants(node.process.pid))])
-        node.process.wait()
+        if killed:
+            node.signal_all(signal.SIGKILL)
+        node.end()
         deployment.nodes[k] = None
 
 
-def kill_link(deployment: LocalDeployment) -> None:
-    """Kill the SuperLink with all that it has started, the server of the run included."""
-    link = deployment.link.process
-    kill([link.pid, *(pid for pid, _ in descendants(link.pid))])
-    link.wait()
+def restart_link(deployment: LocalDeployment) -> None:
+    """Kill the SuperLink, with the server of the run, and start it again."""
+    deployment.link.signal_all(signal.SIGKILL)
+    deployment.link.end()
+    deployment.start_link()
 
 
 def restart_node(deployment: LocalDeployment, k: int) -> None:
     """Start a node again, as a supervisor would, until its key is taken."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
+
+    def is_taken() -> bool:
         node = deployment.start_node(k)
-        time.sleep(15)
-        if not node.ended:
-            return
-        time.sleep(5)
+        wait_for(lambda: node.ended or TAKEN in node.file.read_text(errors="replace"), TAKEN)
+        if node.ended:
+            node.end()
+            time.sleep(5)
+        return not node.ended
+
+    wait_for(is_taken, f"the return of node {k}")
+
+
+@dataclass(frozen=True)
+class Injected:
+    """What was done to real processes, and what must follow.
+
+    Attributes:
+        kind: What was done.
+        round_: The round that went on.
+        client: Whom it concerns; None: all.
+        joins: Whether it takes part afterwards; else it is left out of that round.
+    """
+
+    kind: str
+    round_: int
+    client: int | None
+    joins: bool
+
+    def shows(self, missing: Mapping[int, list[int]]) -> bool:
+        """Tell whether that is so, by whom each round left out."""
+        if self.client is None:
+            return self.round_ in missing
+        if self.joins:
+            return any(self.client not in m for r, m in missing.items() if r >= self.round_)
+        return self.client in missing.get(self.round_, [])
 
 
 def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
@@ -143,57 +187,58 @@ def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
         FedRacLoraError: If the run does not even go on.
     """
     with tempfile.TemporaryDirectory() as made, LocalDeployment([[0], [1], [2]]) as running:
-        folder = Path(made) / "run"
-        job, came = Drill(running, folder, rounds), list[tuple[str, int, str]]()
-        late = running.nodes[2]
-        if late is not None:  # it joins later
-            late.end()
-            running.nodes[2] = None
+        job, came = Drill(running, Path(made) / "run", [f"rounds={rounds}"]), list[Injected]()
+        end_node(running, 2)  # it joins later
         job.begin()
-        job.row(1)
+        at = job.rounds_until(1)
         running.start_node(2)
-        came.append(("a node is added late", 2, "joined"))
-        job.training(0)
-        kill(client_processes(running, 0))
-        came.append(("the process of a client is killed", 2, "left out"))
-        job.row(2)
-        job.training(1)
-        kill_node(running, 1)
-        came.append(("a node is killed mid-round", 3, "left out"))
-        job.row(3)
+        came.append(Injected("a node is added late", at, 2, joins=True))
+        came.append(Injected("the process of a client is killed", at, 0, joins=False))
+        # Each that comes up: one that is ending as this begins has sent its reply already.
+        at = job.rounds_until(at, lambda: kill_clients(running, 0))
+        job.new_process(1)
+        at = len(job.rows())
+        end_node(running, 1, killed=True)
+        came.append(Injected("a node is killed mid-round", at, 1, joins=False))
+        at = job.rounds_until(at)
         restart_node(running, 1)
-        came.append(("a node that was killed is started again", 4, "joined"))
-        job.row(4)
-        node = running.nodes[0]
-        if node is not None:
-            node.end()
-        came.append(("a node is stopped by SIGTERM", 5, "left out"))
-        job.row(5)
-        kill_link(running)
-        running.start_link()
+        came.append(Injected("a node that was killed is started again", at, 1, joins=True))
+        job.rounds_until(at)
+        job.new_process(0)
+        at = len(job.rows())
+        end_node(running, 0)
+        came.append(Injected("a node is stopped by SIGTERM", at, 0, joins=False))
+        at = job.rounds_until(at)
+        restart_link(running)
         running.start_node(0)
+        came.append(Injected(LINK, at, None, joins=True))
         job.begin(resume=True)
-        came.append(("the SuperLink is killed; resume", 6, "went on"))
         word = job.end()
-        for outcome in _verdicts(came, folder, word, rounds):
+        for outcome in _verdicts(came, job, word):
             say(outcome)
 
 
-def _verdicts(
-    came: Sequence[tuple[str, int, str]], folder: Path, word: str, rounds: int
-) -> list[Outcome]:
+def _verdicts(came: Sequence[Injected], job: Drill, word: str) -> list[Outcome]:
     """Hold a run against one in this process that leaves out the same clients."""
+    missing, said, same = dict[int, list[int]](), dict[int, str](), False
     try:
-        done = read_ledger(folder / "ledger.jsonl")
-        missing = {
-            int(str(r["round"])): [f["client"] for f in r["failures"]]  # type: ignore[attr-defined]
-            for r in done[1:]
-        }
-        found = json.loads((folder / "summary.json").read_text())["weights_digest"]
-        words = [f"rounds={rounds}", "engine.min_clients=1"]
-        same = found == final_weights(words, absent(missing))
+        for row in job.rows()[1:]:
+            failures, at = row["failures"], int(str(row["round"]))
+            missing[at] = [f["client"] for f in failures]  # type: ignore[attr-defined]
+            said[at] = str(failures)[:300]
+        found = json.loads((job.folder / "summary.json").read_text())["weights_digest"]
+        same = found == final_weights([*job.words, "engine.min_clients=1"], absent(missing))
     except (OSError, FedRacLoraError) as error:
-        done, missing, same, word = [], {}, False, f"{word}: {error}"
+        word = f"{word}: {error}"
     verdict = "right" if same and word == "finished:completed" else f"wrong ({word})"
-    said = {int(str(r["round"])): str(r["failures"])[:300] for r in done[1:]}
-    return [Outcome(kind, "processes", at, verdict, said.get(at, ""), 0.0) for kind, at, _ in came]
+    return [
+        Outcome(
+            fault.kind,
+            "processes",
+            fault.round_,
+            verdict if fault.shows(missing) else f"it does not show ({verdict})",
+            said.get(fault.round_, ""),
+            0.0,
+        )
+        for fault in came
+    ]
