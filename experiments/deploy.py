@@ -32,7 +32,7 @@ from fedraclora.engines.deploy.control import COMPLETED, PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.runfolder import method_label
+from fedraclora.runfolder import alone, method_label
 from fedraclora.settings import DeployConfig, PretrainConfig
 from strategies.server_app import ROW, SUMMARY, read_config, settings_of
 
@@ -159,6 +159,9 @@ def place(order: Order, local: int | None, name: str) -> Iterator[tuple[Connecti
         with Record(order.folder, order.plain, resume=order.resume) as record:
             yield Connection(name, command_line(os.environ)), record
         return
+    if order.resume:
+        with alone(order.folder):  # the server will hold it: better to know before all of it starts
+            pass
     served = [list(range(k, order.clients, local)) for k in range(local)]
     with LocalDeployment([ids for ids in served if ids]) as deployment:
         yield deployment.connection, None

@@ -16,6 +16,7 @@ from pathlib import Path
 from experiments import deploy
 from experiments.faults.network import RANK, SMALL
 from experiments.faults.trials import Outcome, absent, final_weights
+from fedraclora.engines.deploy.control import Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import EngineError, FedRacLoraError
 from fedraclora.ledger import read_ledger
@@ -77,19 +78,15 @@ class Drill:
             lambda: bool(set(client_processes(self.deployment, k)) - before), f"work at node {k}"
         )
 
-    def end(self) -> str:
-        """Wait for the end of the run; give Flower's word for it."""
+    def end(self) -> Status:
+        """Wait for the end of the run; give what Flower says of it."""
         run, link = self.run or 0, self.deployment.connection
         wait_for(lambda: link.status(run).ended, "the end of the run")
-        return link.status(run).word
+        return link.status(run)
 
 
 def wait_for(ready: Callable[[], bool], what: str) -> None:
-    """Wait for something.
-
-    Raises:
-        EngineError: If it does not come.
-    """
+    """Wait for something; an EngineError if it does not come."""
     end = time.monotonic() + PATIENCE
     while not ready():
         if time.monotonic() > end:
@@ -104,9 +101,15 @@ def client_processes(deployment: LocalDeployment, k: int) -> list[int]:
     """
     if (node := deployment.nodes[k]) is None:
         return []
-    words = ["pgrep", "-g", str(node.process.pid), "-f", "flwr-clientapp"]
-    listed = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603
-    return [pid for pid in map(int, listed.stdout.split()) if "libtorch" in maps(pid)]
+    found = pgrep("-g", str(node.process.pid), "-f", "flwr-clientapp")
+    return [pid for pid in found if "libtorch" in maps(pid)]
+
+
+def pgrep(*words: str) -> list[int]:
+    """Find processes."""
+    asked = ["pgrep", *words]
+    listed = subprocess.run(asked, capture_output=True, text=True, check=False)  # noqa: S603
+    return [int(pid) for pid in listed.stdout.split()]
 
 
 def maps(pid: int) -> str:
@@ -136,8 +139,12 @@ def end_node(deployment: LocalDeployment, k: int, *, killed: bool = False) -> No
 
 def restart_link(deployment: LocalDeployment) -> None:
     """Kill the SuperLink, with the server of the run, and start it again."""
-    deployment.link.signal_all(signal.SIGKILL)
-    deployment.link.end()
+    link = deployment.link
+    below = pgrep("-P", str(link.process.pid))  # a SuperExec, which leads a group with the server
+    link.signal_all(signal.SIGKILL)
+    for pid in below:
+        os.killpg(pid, signal.SIGKILL)
+    link.end()
     deployment.start_link()
 
 
@@ -213,24 +220,23 @@ def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
         running.start_node(0)
         came.append(Injected(LINK, at, None, joins=True))
         job.begin(resume=True)
-        word = job.end()
-        for outcome in _verdicts(came, job, word):
+        for outcome in _verdicts(came, job, job.end()):
             say(outcome)
 
 
-def _verdicts(came: Sequence[Injected], job: Drill, word: str) -> list[Outcome]:
+def _verdicts(came: Sequence[Injected], job: Drill, ended: Status) -> list[Outcome]:
     """Hold a run against one in this process that leaves out the same clients."""
-    missing, said, same = dict[int, list[int]](), dict[int, str](), False
+    missing, said, verdict = dict[int, list[int]](), dict[int, str](), "right"
     try:
         for row in job.rows()[1:]:
             failures, at = row["failures"], int(str(row["round"]))
             missing[at] = [f["client"] for f in failures]  # type: ignore[attr-defined]
             said[at] = str(failures)[:300]
         found = json.loads((job.folder / "summary.json").read_text())["weights_digest"]
-        same = found == final_weights([*job.words, "engine.min_clients=1"], absent(missing))
+        if found != final_weights([*job.words, "engine.min_clients=1"], absent(missing)):
+            verdict = "other final weights"
     except (OSError, FedRacLoraError) as error:
-        word = f"{word}: {error}"
-    verdict = "right" if same and word == "finished:completed" else f"wrong ({word})"
+        verdict = f"{ended.word}: {ended.details or error}"
     return [
         Outcome(
             fault.kind,

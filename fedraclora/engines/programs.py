@@ -149,13 +149,18 @@ def end_all(programs: Sequence[Program]) -> None:
     which is taken until somebody has waited for it, and are then told in a thread, which does not
     wake the main one from pauses of up to 20 s.
     """
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        for program in programs:
+            program.signal_all(sign)
+        end = time.monotonic() + END
+        for program in programs:
+            with suppress(subprocess.TimeoutExpired):
+                program.process.wait(max(0.0, end - time.monotonic()))
+        late = [p.name for p in programs if not p.is_over(max(0.0, end - time.monotonic()))]
+        if not late:
+            break
+        log.warning("%g s after %s not all has ended of %s", END, sign.name, ", ".join(late))
     for program in programs:
-        program.signal_all(signal.SIGTERM)
-    end = time.monotonic() + END
-    for program in programs:
-        if not program.is_over(max(0.0, end - time.monotonic())):
-            log.warning("%s and what it has started are killed after %g s", program.name, END)
-            program.signal_all(signal.SIGKILL)
         program.process.communicate()
 
 

@@ -11,9 +11,13 @@ import pytest
 from flwr.app import Message
 
 from experiments.faults.network import Network, deploy, nodes_for, rows, small, summary
+from experiments.faults.real import Drill, end_node
+from experiments.faults.trials import absent
 from experiments.simulate import simulate
-from fedraclora.checkpoint import load_tensors
+from fedraclora.checkpoint import load_tensors, read_links
 from fedraclora.clientstore import ClientStore
+from fedraclora.engines.deploy.control import COMPLETED
+from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import ConfigError
 from fedraclora.ledger import number
 from fedraclora.privacy.secret import FILE
@@ -142,3 +146,35 @@ def test_an_attack_is_for_simulations(tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", nodes_for(3))
     with pytest.raises(ConfigError, match="attack=sign_flip is for simulations"):
         deploy(["attack=sign_flip"], tmp_path / "run", network)
+
+
+@pytest.mark.slow
+def test_secure_sums_of_real_nodes_of_which_one_is_killed(tmp_path: Path) -> None:
+    """Four SuperNodes with TLS; one dies in the second round, with a client process in it."""
+    words = ["clients=4", "cohort=4", "rounds=2", "weights=uniform"]
+    secured = [*words, "secure=secagg", "secure.clip=100"]
+    with LocalDeployment([[0], [1], [2], [3]]) as running:
+        job = Drill(running, tmp_path / "run", secured)
+        job.begin()
+        job.rounds_until(1)
+        job.new_process(3)
+        end_node(running, 3, killed=True)
+        assert job.end().word == COMPLETED
+    first, second = rows(tmp_path / "run")[1:]
+    assert first["failures"] == []
+    assert [f["client"] for f in second["failures"]] == [3]  # type: ignore[attr-defined]
+    assert (number(first, "secure", "clients"), number(second, "secure", "clients")) == (4, 3)
+    for name, asked in (("secure", secured), ("plain", words)):
+        network = Network(tmp_path / name / "cache", nodes_for(4), absent({2: [3]}))
+        deploy([*asked, "engine.min_clients=1"], tmp_path / name / "run", network)
+    found = summary(tmp_path / "run")["weights_digest"]
+    assert found == summary(tmp_path / "secure" / "run")["weights_digest"]
+    # Round 1 began from the same weights: the mean is as near to the plain one as the ledger says.
+    bound = number(first, "secure", "error_bound")
+    (_, got, _), (_, want, _) = (
+        next(read_links(folder / "chain")) for folder in (tmp_path / "run", tmp_path / "plain/run")
+    )
+    assert got.keys() == want.keys()
+    gap = max(float((got[n].double() - want[n].double()).abs().max()) for n in got)
+    rounding = max(float(t.abs().max()) for t in want.values()) * 2.0**-23
+    assert 0 < gap <= bound + rounding

@@ -52,6 +52,7 @@ class Roster:
         self.post = post
         self.held: dict[tuple[int, int], int | None] = {}
         self._serving: dict[int, list[int]] = {}  # node -> its clients, in order of appearance
+        self._unfit: dict[int, str] = {}  # nodes that could not say whom they serve, and why
         self._asked: dict[str, int] = {}  # question without an answer so far -> node
 
     def forget(self, node: int) -> None:
@@ -69,6 +70,7 @@ class Roster:
         began = time.monotonic()
         patient: float | None = None
         self._serving = {n: c for n, c in self._serving.items() if c}  # others may be mended by now
+        self._unfit.clear()
         while True:
             self._look()
             found = self._find(clients)
@@ -83,6 +85,7 @@ class Roster:
                     f"{len(found)} of {len(clients)} clients were connected after "
                     f"{settings.wait:g} s (engine.wait), {wanted} are wanted "
                     f"(engine.min_clients); missing are {missing[:10]}"
+                    + "".join(f"; a node cannot take part: {why}" for why in self._unfit.values())
                 )
             self.post.wait("enough clients were connected")
 
@@ -119,7 +122,7 @@ class Roster:
             mine = _read(reply)
         except (KeyError, TypeError, ValueError) as error:
             self.post.incidents.append(f"a node cannot take part: {error}")
-            self._serving[node] = []
+            self._serving[node], self._unfit[node] = [], str(error)
             return
         for client in sorted(mine.keys() & {c for each in self._serving.values() for c in each}):
             self.post.incidents.append(f"a second node says that it serves client {client}")
