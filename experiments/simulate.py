@@ -82,8 +82,9 @@ def report(summary: Plain, folder: Path, config: RunConfig) -> None:
     if "virtual_seconds" in summary:
         table.add_row("virtual seconds", f"{number(summary, 'virtual_seconds'):.1f}")
     table.add_row("seconds", f"{summary['seconds']}")
-    pictures = " (curves.png, partition.png, ledger.jsonl)" if config.output.plots else ""
-    table.add_row("written to", f"{folder}{pictures}")
+    names = ("curves.png", "partition.png", "ledger.jsonl")
+    there = ", ".join(name for name in names if (folder / name).is_file())
+    table.add_row("written to", f"{folder} ({there})")
     Console().print(table)
 
 

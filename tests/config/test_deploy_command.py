@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import CheckpointError, ConfigError, EngineError
 from fedraclora.ledger import read_ledger
+from fedraclora.runfolder import alone
 from strategies import METHODS
 from strategies.server_app import ROW, SUMMARY
 
@@ -164,6 +166,16 @@ def test_a_folder_with_a_run_is_not_written_over(order: deploy.Order) -> None:
     with (
         pytest.raises(CheckpointError, match="holds a run already"),
         Record(order.folder, order.plain, resume=False),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_run_that_goes_on_is_not_started_again(order: deploy.Order) -> None:
+    with (
+        alone(order.folder),
+        pytest.raises(CheckpointError, match="another process is running in"),
+        deploy.place(replace(order, resume=True), 3, ""),
     ):
         pass
 

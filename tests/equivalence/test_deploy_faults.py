@@ -140,8 +140,10 @@ def test_then_the_run_stops_with_a_checkpoint_that_goes_on(retries: int, tmp_pat
 
 
 def test_a_run_whose_clients_never_come_stops(tmp_path: Path) -> None:
-    network = Network(tmp_path / "cache", nodes_for(1))
-    with pytest.raises(ClientError, match=r"1 of 3 clients were connected .* missing are \[1, 2\]"):
+    """What a node that cannot take part has said is in the error."""
+    network = Network(tmp_path / "cache", {**nodes_for(1), 5: {}})
+    said = r"1 of 3 clients were connected .* missing are \[1, 2\]; a node .* partition-id=''"
+    with pytest.raises(ClientError, match=said):
         deploy(["engine.wait=0.5", "engine.retries=1"], tmp_path / "run", network)
     assert not network.train_messages()
 

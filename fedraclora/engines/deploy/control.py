@@ -61,7 +61,10 @@ class Connection:
         found = _json(run.stdout)
         if "run-id" not in found:
             said = found.get("error-message") or f"{run.stdout}{run.stderr}".strip()
-            raise EngineError(f"the SuperLink of connection {self.name} took no run: {said}")
+            raise EngineError(
+                f"the SuperLink of connection {self.name} took no run: {said} (address and "
+                "root-certificates of the connection must be those of the SuperLink)"
+            )
         return int(str(found["run-id"]))
 
     def status(self, run: int) -> Status:
