@@ -48,7 +48,7 @@ def is_done(folder: Path, *, resume: bool) -> bool:
     return done
 
 
-def conclude(summary: dict[str, object], folder: Path, config: RunConfig) -> None:
+def conclude(summary: dict[str, object], folder: Path) -> None:
     """Write the summary that the app gave into the run folder, and print the outcome."""
     write_summary(folder, summary)  # a bundle knows no revision: it is that of this checkout
-    report(summary, folder, config)
+    report(summary, folder)

@@ -131,7 +131,7 @@ def run(order: Order, connection: Connection, record: Record | None) -> None:
         raise EngineError(f"run {number} ended as {status.word}: {status.details}")
     if record is not None:
         record.draw()
-    conclude(summary, order.folder, order.config)
+    conclude(summary, order.folder)
 
 
 def submit(order: Order, connection: Connection) -> int:

@@ -92,7 +92,7 @@ def run(order: Order) -> None:
         print(ended.log, end="", file=sys.stderr)
         raise EngineError(f"{ended.details.removeprefix(FAILED)} ({ended.status})")
     summary = json.loads((order.folder / "summary.json").read_text())
-    conclude(summary, order.folder, order.config)
+    conclude(summary, order.folder)
 
 
 def write(order: Order, path: Path) -> None:

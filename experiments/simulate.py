@@ -60,7 +60,7 @@ def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
         return run_in_folder(config, folder, begin, resume=resume, on_round=progress.show)
 
 
-def report(summary: Plain, folder: Path, config: RunConfig) -> None:
+def report(summary: Plain, folder: Path) -> None:
     """Print the outcome of a run."""
     table = Table(show_header=False, box=None)
     metrics = summary["metrics"]
@@ -127,13 +127,12 @@ def where_now(stored: Plain, plain: Plain, typed: list[str]) -> Plain:
 def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
     """Run, go on with, or skip one run; print and give its summary."""
     plain, folder, resume = choose(plain, typed, sweep_job)
-    config = from_plain(plain, METHODS)
     if resume and is_finished(folder):
         Console().print(f"{folder} is finished already")
         loaded: Plain = json.loads((folder / "summary.json").read_text())
         return loaded
     summary = simulate(plain, folder, resume=resume)
-    report(summary, folder, config)
+    report(summary, folder)
     return summary
 
 
