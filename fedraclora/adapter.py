@@ -154,14 +154,32 @@ def resolve_rank(rank: int | float, dim: int, name: str, *, cap: bool) -> Rank:
     return Rank(rank)
 
 
-def resolve_scale(alpha: float | str, rank: int) -> float:
-    """Give ``s = alpha / rank``; 1 for ``alpha="auto"``.
+def resolve_scale(alpha: float | str, rank: int, *, rslora: bool = False) -> float:
+    """Give the scale of an adapter: ``alpha / rank``, or ``alpha / sqrt(rank)``.
+
+    Args:
+        alpha: A number, or ``auto``: s = 1 whatever the rank.
+        rank: Of the adapter.
+        rslora: Divide by the root, so that what an adapter learns does not fade as its rank grows.
 
     Raises:
-        ConfigError: If alpha is not positive and finite.
+        ConfigError: If alpha is not positive and finite, or ``auto`` under ``rslora``.
+
+    References:
+        Kalajdzievski, *A rank stabilization scaling factor for fine-tuning with LoRA*, 2023,
+        arXiv 2312.03732.
+
+    Example:
+        >>> resolve_scale(8.0, 16), resolve_scale(8.0, 16, rslora=True)
+        (0.5, 2.0)
     """
     if alpha == "auto":
+        if rslora:
+            raise ConfigError(
+                "method.rslora is true, but method.alpha is auto, which is s = 1 at any rank; "
+                "give alpha a number"
+            )
         return 1.0
     if isinstance(alpha, str) or not math.isfinite(alpha) or alpha <= 0:
         raise ConfigError(f"method.alpha is {alpha}; a positive finite number or auto is wanted")
-    return alpha / rank
+    return alpha / (math.sqrt(rank) if rslora else rank)

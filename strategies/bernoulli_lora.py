@@ -37,6 +37,7 @@ class BernoulliLora(Method):
     Attributes:
         rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
         sketch: A key of `fedraclora.sketch.SKETCHES`.
         normalise: ``rows``, ``identity`` or ``none`` (`fedraclora.sketch`).
         probability: p, that B is drawn and A trained; m / (m + n) makes both outcomes cost the same
@@ -47,6 +48,7 @@ class BernoulliLora(Method):
 
     rank: int | float = 8
     alpha: float | str = "auto"
+    rslora: bool = False
     sketch: str = "orthonormal"
     normalise: str = "rows"
     probability: float = 0.5
@@ -65,6 +67,7 @@ class BernoulliLora(Method):
         return FedRacLora(
             rank=self.rank,
             alpha=self.alpha,
+            rslora=self.rslora,
             sketch=self.sketch,
             side="left" if left else "right",
             normalise=self.normalise,

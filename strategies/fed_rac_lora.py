@@ -57,6 +57,7 @@ class FedRacLora(Asymmetric):
     Attributes:
         rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
         sketch: A key of `fedraclora.sketch.SKETCHES`.
         side: ``right`` (A drawn), ``left`` (B drawn), ``auto`` (the trained factor is smaller).
         normalise: ``rows``, ``identity`` or ``none`` (`fedraclora.sketch`).

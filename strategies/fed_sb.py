@@ -49,6 +49,7 @@ class FedSb(Drawn):
     Attributes:
         rank: r; a fraction (0, 1] of the smaller side if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
         initial: How B and A are drawn, a key of `fedraclora.sketch.SKETCHES`.
         cap: Cut the rank at the smaller side, with a note; False refuses it.
     """

@@ -38,6 +38,7 @@ class FedKrso(Asymmetric):
     Attributes:
         rank: r, of one subspace; a fraction (0, 1] of n / G if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
         sketch: How the P_j are drawn, a key of `fedraclora.sketch.SKETCHES`.
         normalise: ``rows``, ``identity`` (of each P_j) or ``none`` (`fedraclora.sketch`).
         cap: Cut the rank at n / G, with a note; False refuses it.

@@ -59,6 +59,7 @@ class FedSvd(Drawn):
     Attributes:
         rank: r; a fraction (0, 1] of n if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
         initial: How A begins, a key of `fedraclora.sketch.SKETCHES`; B begins at zero.
         cap: Cut the rank at n, with a note; False refuses it.
     """
@@ -100,7 +101,7 @@ class FedSvd(Drawn):
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         del draw, own
-        return with_carried(state, self.alpha)
+        return with_carried(state, self.scale_of)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class FlexLora(Factored):
     Attributes:
         rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
         initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
             one of `strategies.shared.initials.STARTS`.
         side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``

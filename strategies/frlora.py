@@ -52,6 +52,7 @@ class FrLora(Ranked):
     Attributes:
         rank: r; a fraction (0, 1] of the smaller side if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
         cap: Cut the rank at the smaller side, with a note; False refuses it.
     """
 
@@ -92,7 +93,7 @@ class FrLora(Ranked):
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         del draw, own
-        return with_carried(state, self.alpha)
+        return with_carried(state, self.scale_of)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:

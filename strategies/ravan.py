@@ -39,6 +39,7 @@ class Ravan(FedSb):
         rank: r, of one head; a fraction (0, 1] of what the smaller side has for each head if
             written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
         initial: How the factors are drawn, a key of `fedraclora.sketch.SKETCHES`.
         cap: Cut the rank at the smaller side over h, with a note; False refuses it.
         heads: h.

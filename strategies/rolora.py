@@ -53,6 +53,7 @@ class RoLora(Drawn):
     Attributes:
         rank: r; a fraction (0, 1] of n if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
         initial: How A begins, a key of `fedraclora.sketch.SKETCHES`; B begins at zero.
         cap: Cut the rank at n, with a note; False refuses it.
     """

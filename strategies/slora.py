@@ -52,6 +52,7 @@ class SLora(Ranked):
     Attributes:
         rank: r; a fraction (0, 1] of the smaller side if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
         cap: Cut the rank at the smaller side, with a note; False refuses it.
         sparse_rounds: R, rounds of the first stage.
         density: d, the share of entries that it trains.
@@ -121,7 +122,7 @@ class SLora(Ranked):
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         del draw, own
-        return with_carried(state, self.alpha)
+        return with_carried(state, self.scale_of)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:

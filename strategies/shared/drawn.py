@@ -21,17 +21,19 @@ class Ranked(Method):
     Attributes:
         rank: r; a fraction (0, 1] of the smaller side if written with a dot.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
         cap: Cut the rank at the smaller side, with a note; False refuses it.
     """
 
     rank: int | float = 8
     alpha: float | str = "auto"
+    rslora: bool = False
     cap: bool = True
 
     def __post_init__(self) -> None:
         """Refuse impossible hyperparameters."""
         resolve_rank(self.rank, 1, "any layer", cap=True)
-        resolve_scale(self.alpha, 1)
+        resolve_scale(self.alpha, 1, rslora=self.rslora)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -49,12 +51,12 @@ class Ranked(Method):
 
     def scale_of(self, plan: Plan, name: str) -> float:
         """Give the scale s of one layer."""
-        return resolve_scale(self.alpha, self.rank_of(plan, name))
+        return resolve_scale(self.alpha, self.rank_of(plan, name), rslora=self.rslora)
 
     def ranks_and_scales(self, plan: Plan) -> tuple[dict[str, int], dict[str, float]]:
         """Give r and s of every layer, by weight."""
         ranks = {name: self.rank_of(plan, name) for name in plan.targets}
-        return ranks, {name: resolve_scale(self.alpha, rank) for name, rank in ranks.items()}
+        return ranks, {name: self.scale_of(plan, name) for name in ranks}
 
     def numbers(self, plan: Plan) -> tuple[int, int]:
         """Count the numbers of all B (r m each) and of all A (r n each)."""

@@ -196,7 +196,7 @@ class Factored(Drawn):
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         del draw, own
-        return with_carried(state, self.alpha)
+        return with_carried(state, self.scale_of)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:

@@ -44,7 +44,7 @@ from worlds import (
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Setting, Total
 from fedraclora.chain import replay
-from fedraclora.errors import ShapeError
+from fedraclora.errors import ConfigError, ShapeError
 from fedraclora.link import apply_link
 from fedraclora.method import Draw, Method, Sketched, Trained
 from fedraclora.ranks import uploaded_numbers
@@ -530,3 +530,26 @@ def test_links_and_cohorts_of_this_suite_have_teeth(plain_world: World) -> None:
     turned = dict(right)
     turned[square] = world.base[square] + (right[square] - world.base[square]).T
     assert distance(turned, wanted, [square]) > 0.1
+
+
+# --- scales --------------------------------------------------------------------------------------
+
+
+@every_method
+def test_rslora_is_alpha_over_the_root_of_the_rank(name: str, plain_world: World) -> None:
+    """Everywhere: what is sent, what is merged and what is measured agree on the scale."""
+    if not has_field(make_method(name), "rslora"):
+        pytest.skip("it has no scale")
+    small = {"rank": 2, "heads": 1, "sketches": 1, "cap": False}  # fits every layer: one rank
+    rooted = make_method(name, rslora=True, **small)
+    plain = make_method(name, alpha=ALPHA * 2**0.5, **small)
+    rounds = [play_rounds(method, plain_world, 3, DRAW) for method in (rooted, plain)]
+    for one, other in zip(*rounds, strict=True):
+        for weight, adapter in one.sent.adapters.items():
+            assert adapter.scale == pytest.approx(other.sent.adapters[weight].scale, rel=1e-15)
+        assert_close_trees(new_weights(rooted, one), new_weights(plain, other))
+
+
+def test_rslora_with_alpha_auto_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"method\.rslora is true, but method\.alpha is auto"):
+        make_method("fedavg_lora", rslora=True, alpha="auto")

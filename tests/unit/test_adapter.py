@@ -178,6 +178,12 @@ def test_the_scale_is_alpha_over_rank(alpha: float | str, rank: int, wanted: flo
     assert resolve_scale(alpha, rank) == wanted
 
 
+def test_rslora_divides_by_the_root_of_the_rank() -> None:
+    assert resolve_scale(6.0, 4, rslora=True) == 3.0
+    with pytest.raises(ConfigError, match=r"method\.rslora is true, but method\.alpha is auto"):
+        resolve_scale("auto", 4, rslora=True)
+
+
 @pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), float("inf"), "atuo", "8"])
 def test_an_impossible_alpha_names_the_key(alpha: float | str) -> None:
     with pytest.raises(ConfigError, match=f"method.alpha is {alpha}; a positive finite number"):
