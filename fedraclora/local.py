@@ -20,6 +20,7 @@ from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.samples import Samples
 from fedraclora.task import Task, loss_function
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
+from fedraclora.training.local_pairs import LocalRite, adjust_gradients
 from fedraclora.training.optimiser import LocalConfig
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.vmapped import effective_weights
@@ -69,7 +70,7 @@ def train_one(
     recipe = RECIPES[downlink.recipe]
     hook, sums = recipe.gradient(frozen, downlink.arguments, None), dict[str, torch.Tensor]()
     model, context = with_seeded_dropout(task.model, client, seed, round_)
-    optimiser = make_optimiser(local, downlink, values, rate_scale)
+    optimiser = make_optimiser(local, downlink, values, frozen, rate_scale)
     start_weights = effective_weights(base, downlink, plan, values, frozen)
     start_weights = {n: w.detach().clone() for n, w in start_weights.items()}
     samples = task.train.gather(
@@ -93,7 +94,7 @@ def train_one(
         if local.prox:
             gap = [weights[n] - w for n, w in start_weights.items()]
             (local.prox / 2 * torch.stack([g.square().sum() for g in gap]).sum()).backward()
-        shape_gradients(values, frozen, hook, local)
+        shape_gradients(values, frozen, hook, local, downlink)
         if recipe.steps:
             optimiser.step()
             continue
@@ -190,51 +191,35 @@ def batches(
 
 
 def make_optimiser(
-    local: LocalConfig, downlink: Downlink, values: Tree, rate_scale: float
+    local: LocalConfig, downlink: Downlink, values: Tree, frozen: Tree, rate_scale: float
 ) -> torch.optim.Optimizer:
     """Build the torch optimiser, with one step size for the method's own and one beside it."""
     slots = downlink.trained()
     groups = [
-        {"params": [v], "lr": local.rate(slots[n].main, rate_scale)} for n, v in values.items()
+        {"params": [v], "lr": local.rate(slots[n].main, rate_scale), "name": n}
+        for n, v in values.items()
     ]
+    decay = local.weight_decay
     if local.optimiser == "sgd":
         return torch.optim.SGD(
-            groups,
-            momentum=local.momentum,
-            nesterov=local.nesterov,
-            weight_decay=local.weight_decay,
+            groups, momentum=local.momentum, nesterov=local.nesterov, weight_decay=decay
         )
-    return torch.optim.AdamW(
-        groups,
-        betas=(local.beta1, local.beta2),
-        eps=local.eps,
-        weight_decay=local.weight_decay,
-    )
+    betas = (local.beta1, local.beta2)
+    if local.optimiser == "lora_rite":
+        return LocalRite(groups, frozen, betas=betas, eps=local.eps, weight_decay=decay)
+    return torch.optim.AdamW(groups, betas=betas, eps=local.eps, weight_decay=decay)
 
 
-def shape_gradients(values: Tree, frozen: Tree, hook: GradientHook, local: LocalConfig) -> None:
+def shape_gradients(
+    values: Tree, frozen: Tree, hook: GradientHook, local: LocalConfig, downlink: Downlink
+) -> None:
     """Do to the gradients of a step what recipe and settings say, in place."""
     gradients = {n: v.grad[None] for n, v in values.items() if v.grad is not None}
     for name, gradient in hook(gradients).items():
         values[name].grad = gradient[0]
-    if local.precondition:
-        precondition(values, frozen)
+    adjust_gradients(local, downlink, values, frozen)
     if local.clip is not None:
         nn.utils.clip_grad_norm_(list(values.values()), local.clip)
-
-
-def precondition(values: Tree, frozen: Tree) -> None:
-    """Multiply each factor's gradient by the pseudo-inverse of its frozen partner's Gram matrix."""
-    for name, value in values.items():
-        weight, _, label = name.rpartition("/")
-        if value.grad is None:
-            continue
-        if label == "B" and f"{weight}/A" in frozen:
-            A = frozen[f"{weight}/A"]
-            value.grad = value.grad @ torch.linalg.pinv(A @ A.T)
-        elif label == "A" and f"{weight}/B" in frozen:
-            B = frozen[f"{weight}/B"]
-            value.grad = torch.linalg.pinv(B.T @ B) @ value.grad
 
 
 def with_seeded_dropout(

@@ -215,8 +215,8 @@ DEFECTS = (
     Defect(
         "moments_outlive_the_round",
         "fedraclora/training/cohort.py",
-        "            self.local, values, rates, held\n        )\n",
-        "            self.local, values, rates, held\n        )\n"
+        "            optimiser = GradientMean(self.local, values, rates)\n",
+        "            optimiser = GradientMean(self.local, values, rates)\n"
         "        kept = getattr(self, '_kept', {})\n"
         "        same = {n: t for n, t in kept.items() if n in values}\n"
         "        same = {n: t for n, t in same.items() if t.shape == values[n].shape}\n"

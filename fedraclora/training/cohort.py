@@ -7,6 +7,8 @@ one-client loop in `fedraclora.local` (to 1e-10 in float64; a batched product ro
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from fedraclora.method import Downlink, Plan
@@ -15,9 +17,11 @@ from fedraclora.recipe import RECIPES, GradientHook, projected
 from fedraclora.rng import hash_key
 from fedraclora.samples import ClientData
 from fedraclora.task import Task, forward, loss_function
-from fedraclora.training.gradients import noisy_gradients, written_out_gradients
+from fedraclora.training.gradients import clip_per_client, noisy_gradients, written_out_gradients
+from fedraclora.training.lora_rite import make_optimiser
 from fedraclora.training.materialise import arrange, materialise
-from fedraclora.training.optimiser import CohortOptimiser, LocalConfig, clip_per_client
+from fedraclora.training.optimiser import CohortOptimiser, LocalConfig
+from fedraclora.training.pairs import Adjust, adjuster, pairs_of
 from fedraclora.training.precision import FLOAT32, check_precision, products_in
 from fedraclora.training.probe import GradientMean
 from fedraclora.training.program import OpenChunk, Program, refuse_mixing
@@ -96,19 +100,21 @@ class CohortTrainer:
         rates = {n: self.local.rate(slots[n].main, rate_scale) for n in slots}
         held = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
         recipe = RECIPES[downlink.recipe]
-        optimiser = (CohortOptimiser if recipe.steps else GradientMean)(
-            self.local, values, rates, held
-        )
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
+        pairs = partial(pairs_of, downlink, chunk.frozen, ranks)
+        optimiser = make_optimiser(self.local, values, rates, held, pairs)
+        if not recipe.steps:
+            optimiser = GradientMean(self.local, values, rates)
         hooks = [recipe.gradient(chunk.frozen, downlink.arguments, ranks)]
         if self.local.precondition:
             hooks.append(projected(chunk.frozen, ranks=ranks))
-        masks = trainable(downlink, ranks)
+        adjust = adjuster(self.local.adjust, self.local.damping, pairs)
+        rest = (optimiser, hooks, adjust, trainable(downlink, ranks))
         losses = torch.zeros(len(order), dtype=torch.float64, device=self.device)
         lengths = self.data.lengths(clients.to(self.device), schedule.positions)
         try:
             for step, batch in enumerate(schedule.plan(lengths)):
-                losses[: batch[0]] += self._step(chunk, step, batch, optimiser, hooks, masks)
+                losses[: batch[0]] += self._step(chunk, step, batch, *rest)
         finally:
             chunk.program.context.clear()
         if isinstance(optimiser, GradientMean):
@@ -157,6 +163,7 @@ class CohortTrainer:
         batch: tuple[int, int, int],
         optimiser: CohortOptimiser,
         hooks: list[GradientHook],
+        adjust: Adjust,
         masks: Tree,
     ) -> torch.Tensor:
         """Take one local step of the clients that still train; give their losses, [active]."""
@@ -177,7 +184,7 @@ class CohortTrainer:
                 add_prox(gradients, leaves, starts, frozen, chunk.downlink, prox)
             for hook in hooks:
                 gradients = hook(gradients)
-            gradients = cut_gradients(gradients, masks)
+            gradients = adjust(cut_gradients(gradients, masks), leaves)
             if self.local.clip is not None:
                 gradients = clip_per_client(gradients, self.local.clip)
             optimiser.step(gradients)

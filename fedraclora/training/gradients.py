@@ -1,4 +1,4 @@
-"""Two ways to the gradients of a local step beside plain autograd."""
+"""Two ways to the gradients of a local step beside plain autograd, and their clipping."""
 
 from __future__ import annotations
 
@@ -83,3 +83,17 @@ def noisy_gradients(
     noise = dp.noise(like, chunk.clients[:active], seed, round_, step)
     total = (losses.detach() * valid).sum(dim=1) / (counts * valid).sum(dim=1).clamp(min=1)
     return total, dp.gradients(own, valid, noise)
+
+
+def clip_per_client(gradients: Tree, largest: float) -> Tree:
+    """Give each client's gradients scaled to a global norm of at most ``largest``, as new tensors.
+
+    Args:
+        gradients: [K, ...] by name.
+        largest: The norm; the small constant of torch's ``clip_grad_norm_`` is kept.
+    """
+    squares = sum(g.reshape(g.shape[0], -1).square().sum(dim=1) for g in gradients.values())
+    if not isinstance(squares, torch.Tensor):
+        return gradients
+    factor = (largest / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    return {n: g * factor.reshape(-1, *[1] * (g.dim() - 1)) for n, g in gradients.items()}

@@ -14,10 +14,11 @@ import torch
 
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.training.pairs import ADJUSTMENTS
 from fedraclora.tree import Tree
 
 SCHEDULES = ("constant", "cosine", "linear", "step")
-OPTIMISERS = ("sgd", "adamw")
+OPTIMISERS = ("sgd", "adamw", "lora_rite")
 MOMENTS = ("round", "link", "run")
 LEAST = dict.fromkeys(("epochs", "steps", "batch_size", "warmup"), 0)
 LEAST |= dict.fromkeys(("step_every", "restart_every"), 1)
@@ -28,7 +29,7 @@ class LocalConfig:
     """Settings of local training (config group ``local``).
 
     Attributes:
-        optimiser: ``sgd`` or ``adamw``.
+        optimiser: ``sgd``, ``adamw`` or ``lora_rite`` (`fedraclora.training.lora_rite`).
         moments: How long its moments live: ``round``, ``link`` or ``run`` (`moments`).
         moments_kept: Share of them that outlives a link; for ``link`` only.
         lr: Step size of what the method trains.
@@ -39,12 +40,14 @@ class LocalConfig:
         shuffle: Reshuffle each epoch (random reshuffling); False keeps the stored order.
         momentum: Heavy-ball momentum of ``sgd``.
         nesterov: Nesterov momentum.
-        weight_decay: L2 term of ``sgd``, decoupled decay of ``adamw``.
-        beta1, beta2, eps: Constants of ``adamw``.
+        weight_decay: L2 term of ``sgd``, decoupled decay of the others.
+        beta1, beta2, eps: Constants of ``adamw`` and ``lora_rite``.
         clip: Largest global gradient norm per client, or None.
         dp: Noise on the gradients of single samples (`fedraclora.privacy.sample_level`), or None.
         prox: FedProx constant mu, a pull of the effective weights to the round's start.
         precondition: Right preconditioner (A A^T)^+ (left: (B^T B)^+): projected SGD.
+        adjust: ``none``, ``riemannian`` or ``lora_pro`` (`fedraclora.training.pairs`).
+        damping: Of what ``adjust`` inverts.
         schedule: Step size over rounds: constant, cosine, linear, step.
         warmup: Rounds of linear warm-up.
         restart_every: Rounds after which the warm-up is done again, under the schedule: the jagged
@@ -72,6 +75,8 @@ class LocalConfig:
     dp: SampleNoise | None = None
     prox: float = 0.0
     precondition: bool = False
+    adjust: str = "none"
+    damping: float = 1e-6
     schedule: str = "constant"
     warmup: int = 0
     restart_every: int | None = None
@@ -81,13 +86,13 @@ class LocalConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
-        if self.optimiser not in OPTIMISERS:
-            raise unknown("local.optimiser", self.optimiser, OPTIMISERS)
-        if self.schedule not in SCHEDULES:
-            raise unknown("local.schedule", self.schedule, SCHEDULES)
+        choices = {"optimiser": OPTIMISERS, "schedule": SCHEDULES, "adjust": ("none", *ADJUSTMENTS)}
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise unknown(f"local.{key}", getattr(self, key), known)
         self._check_moments()
-        positive = {"lr": self.lr, "dense_lr": self.dense_lr, "clip": self.clip, "eps": self.eps}
-        for key, value in positive.items():
+        for key in ("lr", "dense_lr", "clip", "eps", "damping"):
+            value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"local.{key} is {value}; a positive finite number is wanted")
         for key, least in LEAST.items():
@@ -105,10 +110,19 @@ class LocalConfig:
                 raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, 1)")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("local.nesterov=true needs local.momentum above 0")
+        if self.adjust != "none" and (self.precondition or self.optimiser == "lora_rite"):
+            other = "precondition=true" if self.precondition else "optimiser=lora_rite"
+            both = f"local.adjust={self.adjust} and local.{other}"
+            raise ConfigError(f"{both} both undo the scale of the other factor; take one of them")
 
     def _check_moments(self) -> None:
         if self.moments not in MOMENTS:
             raise unknown("local.moments", self.moments, MOMENTS)
+        if self.moments != "round" and self.optimiser == "lora_rite":
+            raise ConfigError(
+                f"local.moments is {self.moments}, but those of lora_rite speak of bases that are "
+                "averaged away at the end of a round; leave it at round"
+            )
         if self.moments != "round" and not moment_kinds(self):
             raise ConfigError(
                 f"local.moments is {self.moments}, but sgd without momentum has none; "
@@ -145,9 +159,9 @@ class LocalConfig:
 
 def moment_kinds(local: LocalConfig) -> tuple[str, ...]:
     """Name what an optimiser holds beside each tensor that it trains."""
-    if local.optimiser == "adamw":
-        return ("first", "second")
-    return ("first",) if local.momentum else ()
+    if local.optimiser == "sgd":
+        return ("first",) if local.momentum else ()
+    return ("first", "second")
 
 
 class CohortOptimiser:
@@ -234,17 +248,3 @@ class CohortOptimiser:
         correction2 = 1 - config.beta2**self.count
         scale = (second.sqrt() / math.sqrt(correction2)).add_(config.eps)
         value.addcdiv_(first, scale, value=-rate / correction1)
-
-
-def clip_per_client(gradients: Tree, largest: float) -> Tree:
-    """Give each client's gradients scaled to a global norm of at most ``largest``, as new tensors.
-
-    Args:
-        gradients: [K, ...] by name.
-        largest: The norm; the small constant of torch's ``clip_grad_norm_`` is kept.
-    """
-    squares = sum(g.reshape(g.shape[0], -1).square().sum(dim=1) for g in gradients.values())
-    if not isinstance(squares, torch.Tensor):
-        return gradients
-    factor = (largest / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-    return {n: g * factor.reshape(-1, *[1] * (g.dim() - 1)) for n, g in gradients.items()}

@@ -9,8 +9,8 @@ from fedraclora.training.optimiser import LocalConfig
 def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) -> dict[str, float]:
     """Give the step gamma inside the sketch, W <- W - gamma G H, over all sketched layers.
 
-    gamma = lr s^2 c where A A^T is about c I; with the preconditioner c drops out. It compares
-    sketches, ranks and scales where the raw learning rate does not.
+    gamma = lr s^2 c where A A^T is about c I; with a preconditioner c drops out, and under LoRA-Pro
+    s^2 does, too. It compares sketches, ranks and scales where the raw learning rate does not.
 
     Args:
         downlink: The round's.
@@ -21,8 +21,11 @@ def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) ->
         ``lr`` (of the trained factor), and the least and largest gamma where layers are sketched.
     """
     rate = local.rate(main=True, rate_scale=rate_scale)
+    inverts = local.precondition or local.adjust != "none"
     gammas = [
-        rate * adapter.scale**2 * (1.0 if local.precondition else part.spec.gram_scale)
+        rate
+        * (1.0 if local.adjust == "lora_pro" else adapter.scale**2)
+        * (1.0 if inverts else part.spec.gram_scale)
         for adapter in downlink.adapters.values()
         for part in adapter.factors.values()
         if isinstance(part, Sketched)

@@ -163,9 +163,9 @@ def test_every_method_has_a_file_of_its_name() -> None:
 def test_keys_of_local_are_fields(name: str) -> None:
     stored = yaml.safe_load(FILES[name].read_text())
     fields = set(inspect.signature(LocalConfig).parameters)
-    of_adamw = {"beta1", "beta2", "eps"}
+    of_moments = {"beta1", "beta2", "eps"}
     assert set(stored) - {"name"} == fields - (
-        set() if stored["optimiser"] == "adamw" else of_adamw
+        of_moments if stored["optimiser"] == "sgd" else set()
     )
 
 

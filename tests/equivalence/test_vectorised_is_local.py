@@ -361,6 +361,51 @@ def test_every_local_setting(name: str, setting: str) -> None:
     run(CASES["mlp"](), method_of(name, sketch="gaussian"), local, rounds=2, check={2})
 
 
+PAIRED: dict[str, dict[str, object]] = {
+    "riemannian": {"adjust": "riemannian", "damping": 0.05},
+    "scaled-adamw": {"adjust": "riemannian", "optimiser": "adamw", "lr": 0.01},
+    "riemannian-prox-clip": {"adjust": "riemannian", "prox": 0.7, "clip": 0.5, "momentum": 0.5},
+    "lora-pro": {"adjust": "lora_pro", "damping": 0.05},
+    "lora-pro-adamw": {"adjust": "lora_pro", "optimiser": "adamw", "lr": 0.01},
+    "lora-pro-dp": {"adjust": "lora_pro", "damping": 0.05, "dp": SampleNoise(0.1, 0.3)},
+    "lora-rite": {"optimiser": "lora_rite", "lr": 0.01, "eps": 1e-4},
+    "lora-rite-decay-prox": {
+        "optimiser": "lora_rite",
+        "lr": 0.02,
+        "weight_decay": 0.1,
+        "prox": 0.7,
+        "beta1": 0.5,
+        "eps": 1e-4,
+    },
+}
+PAIRED_METHODS = {
+    "both": ("fedavg_lora", {}),
+    "both-left": ("fedavg_lora", {"side": "left"}),
+    "both-far-from-zero": ("frlora", {}),
+    "B": ("fed_rac_lora", {"sketch": "gaussian"}),
+    "A": ("fed_rac_lora", {"sketch": "gaussian", "side": "left", "resample_every": None}),
+    "in-turn": ("rolora", {}),
+    "own-frozen-factors": ("flora_stacking", {}),
+}
+
+
+@pytest.mark.parametrize("setting", PAIRED)
+@pytest.mark.parametrize("trained", PAIRED_METHODS)
+def test_optimisers_of_pairs_of_factors(trained: str, setting: str) -> None:
+    name, changes = PAIRED_METHODS[trained]
+    local = replace(LOCAL, **PAIRED[setting])  # type: ignore[arg-type]
+    # A factor that begins at zero is soon all but singular at rank 3, and LoRA-RITE divides by it.
+    method = method_of(name, **{"rank": 2} | changes)
+    run(CASES["mlp"](), method, local, rounds=2, check={1, 2})
+
+
+@pytest.mark.parametrize("setting", ["riemannian", "lora-pro", "lora-rite"])
+@pytest.mark.parametrize("case", ["cnn-adapted", "gpt2", "bert-query-value"])
+def test_optimisers_of_pairs_on_other_layers(case: str, setting: str) -> None:
+    local = replace(LOCAL, **PAIRED[setting] | {"lr": 0.01})  # type: ignore[arg-type]
+    run(CASES[case](), method_of("fedavg_lora", rank=2), local, rounds=1, check={1})
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg"])
 def test_gradients_of_samples_on_every_model(name: str, case: str) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator, torch_normal
-from fedraclora.training.optimiser import CohortOptimiser, LocalConfig, clip_per_client
+from fedraclora.training.gradients import clip_per_client
+from fedraclora.training.optimiser import CohortOptimiser, LocalConfig
 from fedraclora.tree import Tree
 
 SETTINGS: list[dict[str, Any]] = [

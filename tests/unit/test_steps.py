@@ -35,6 +35,10 @@ def test_the_sketchs_own_scale_counts_unless_it_is_divided_out() -> None:
     assert effective_step(wide, LOCAL, 1.0)["gamma_max"] == pytest.approx(0.2 * 2.25 * 4.0)
     preconditioned = LocalConfig(lr=0.2, precondition=True)
     assert effective_step(wide, preconditioned, 1.0)["gamma_max"] == pytest.approx(0.45)
+    riemannian = LocalConfig(lr=0.2, adjust="riemannian")
+    assert effective_step(wide, riemannian, 1.0)["gamma_max"] == pytest.approx(0.45)
+    lora_pro = LocalConfig(lr=0.2, adjust="lora_pro")  # which divides by s^2, too
+    assert effective_step(wide, lora_pro, 1.0)["gamma_max"] == pytest.approx(0.2)
 
 
 def test_layers_give_a_range_on_either_side() -> None:

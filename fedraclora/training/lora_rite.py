@@ -1,0 +1,189 @@
+"""LoRA-RITE: an adaptive optimiser that does not see how a product is split between its factors.
+
+For B, with the partner T = A^T (n x r) in its polar form T = U R; for A with T = B, turned:
+
+    unmagnified gradient   g = g_B R^+                            (m x r)
+    transport              P = U^T U_old
+    second moment          V <- b2 P V P^T + (1 - b2) g^T g / m   (r x r)
+    escaped mass           e <- b2 (e + max_i |l_i(V) - l_i(P V P^T)|),  l_i the eigenvalues
+    first moment           M <- b1 M P^T + (1 - b1) g (V + e I)^(-1/2)
+    step                   B <- B - lr (weight_decay B + M R^+)
+
+Both factors move from where they were before the step. B Q, Q^-1 A has the same product as B, A
+for any regular Q, and takes the same step of the product, but for ``eps``: U turns by an orthogonal
+matrix and all else with it. A factor at zero has no basis; its partner waits for it.
+
+Where the partner is frozen, as in Fed-RAC-LoRA, U stays and nothing escapes: with orthonormal rows
+of A it is B alone under one r x r second moment. What is trained beside adapters takes AdamW.
+
+Nothing more travels. A client holds moments of r (m + n) + 2 r^2 numbers for each adapter, and the
+bases, r (m + n) where both factors are trained.
+
+References:
+    Yen et al., *LoRA done RITE*, ICLR 2025, arXiv 2410.20625; g, P, V, e, M and the step are those
+    of its algorithm.
+
+Departures: V is a decaying mean with Adam's correction of both decays (b (1 - b^(t-1)) /
+(1 - b^t)), and a mean over rows, as in the authors' code; the algorithm sums. The escaped mass is
+always counted, where the code leaves it off unless asked. Bases are polar factors from Gram
+matrices, where the code takes QR. Eigenvalues that rounding cannot tell from zero count as zero,
+so that noise is not equilibrated. Clipping and skipping of unmagnified gradients, and the balance
+of the factors' norms, are left out; ``local.clip`` clips the factors' own gradients, and a step
+that is clipped does depend on the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from typing_extensions import override
+
+from fedraclora.training.optimiser import CohortOptimiser, LocalConfig
+from fedraclora.training.pairs import Pair, gram
+from fedraclora.tree import Tree
+
+Polar = tuple[torch.Tensor, torch.Tensor]
+
+
+def negligible(height: int, dtype: torch.dtype) -> float:
+    """Give the share of the largest eigenvalue of a Gram matrix up to which others are rounding.
+
+    Args:
+        height: Rows of the matrix whose Gram matrix it is.
+        dtype: Its precision; the Gram matrix itself is float64.
+    """
+    return max((height * torch.finfo(dtype).eps) ** 2, 1e-13)  # which a float64 sum can resolve
+
+
+def inverse_root(matrix: torch.Tensor, share: float, shift: torch.Tensor, eps: float) -> Polar:
+    """Give the eigenvalues of a symmetric matrix, and ``(matrix + shift I)^(-1/2)``.
+
+    Args:
+        matrix: [..., r, r], float64, without negative eigenvalues but for rounding.
+        share: Of the largest eigenvalue; those up to it have the inverse 0.
+        shift: [...].
+        eps: Is added to the roots.
+
+    Returns:
+        [..., r], ascending, and [..., r, r].
+    """
+    found, turn = torch.linalg.eigh(matrix)
+    values = found.clamp(min=0) + shift[..., None]
+    kept = values > share * values[..., -1:]
+    roots = torch.where(kept, 1 / (values.sqrt() + eps), 0)
+    return found, (turn * roots[..., None, :]) @ turn.mT
+
+
+def polar(tall: torch.Tensor) -> Polar:
+    """Give ``U`` and ``R^+`` of the polar form ``tall = U R``, both in the precision of ``tall``.
+
+    Args:
+        tall: [..., n, r]. Directions that it does not have are zero in both.
+    """
+    square = gram(tall)
+    share, none = negligible(tall.shape[-2], tall.dtype), square.new_zeros(square.shape[:-2])
+    inverse = inverse_root(square, share, none, 0.0)[1].to(tall.dtype)
+    return tall @ inverse, inverse
+
+
+def make_optimiser(
+    config: LocalConfig,
+    values: Tree,
+    rates: dict[str, float],
+    held: Tree,
+    pairs: Callable[[str], list[Pair]],
+) -> CohortOptimiser:
+    """Give the optimiser of a chunk.
+
+    Args:
+        config: Local settings.
+        values: The tensors that are trained, [K, ...]; updated in place by its `step`.
+        rates: Step size of each.
+        held: Moments to begin with; none for LoRA-RITE, whose moments end with the round.
+        pairs: Gives the adapters to a setting that needs them.
+    """
+    if config.optimiser == "lora_rite":
+        return CohortRite(config, values, rates, pairs("local.optimiser=lora_rite"))
+    return CohortOptimiser(config, values, rates, held)
+
+
+class CohortRite(CohortOptimiser):
+    """LoRA-RITE on the adapters of a chunk, AdamW on what is trained beside them.
+
+    Args:
+        config: Local settings.
+        values: The tensors that are trained, [K, ...]; updated in place by `step`.
+        rates: Step size of each.
+        pairs: The adapters.
+    """
+
+    def __init__(
+        self, config: LocalConfig, values: Tree, rates: dict[str, float], pairs: list[Pair]
+    ) -> None:
+        super().__init__(config, values, rates)
+        self.pairs = pairs
+        self.bases: Tree = {}
+        self.escaped: Tree = {}
+
+    @override
+    def step(self, gradients: Tree) -> None:
+        self.count += 1
+        moves: Tree = {}
+        for pair in self.pairs:
+            nb, na = pair.names
+            own = {n: self.values[n][: len(gradients[n])] for n in pair.names if n in gradients}
+            B, A = pair.factors(own)
+            if nb in gradients:
+                moves[nb] = self._move(nb, gradients[nb], A.mT, moving=na in gradients)
+            if na in gradients:
+                moves[na] = self._move(na, gradients[na].mT, B, moving=nb in gradients).mT
+        for name, gradient in gradients.items():
+            value = self.values[name][: len(gradient)]
+            if name in moves:
+                value.mul_(1 - self.rates[name] * self.config.weight_decay)
+                value.add_(moves[name], alpha=-self.rates[name])
+            else:
+                self._adamw(name, value, gradient)
+
+    def _move(
+        self, name: str, gradient: torch.Tensor, partner: torch.Tensor, *, moving: bool
+    ) -> torch.Tensor:
+        """Update the state of a factor; give its direction, [active, rows, r].
+
+        Args:
+            name: Of the factor.
+            gradient: [active, rows, r].
+            partner: The other factor, [active, n, r] or [n, r].
+            moving: Whether the partner is trained, so that its basis turns.
+        """
+        active, rows, r = gradient.shape
+        basis, inverse = polar(partner)
+        g = gradient @ inverse
+        if name not in self.first:
+            K = len(self.values[name])
+            self.first[name] = gradient.new_zeros(K, rows, r)
+            self.second[name] = gradient.new_zeros(K, r, r, dtype=torch.float64)
+            self.escaped[name] = gradient.new_zeros(K, dtype=torch.float64)
+            if moving:
+                self.bases[name] = partner.new_zeros(K, *partner.shape[1:])
+        M, V, e = (held[name][:active] for held in (self.first, self.second, self.escaped))
+        b1, b2 = (self._decay(beta) for beta in (self.config.beta1, self.config.beta2))
+        if moving:
+            old = self.bases[name][:active]
+            P = basis.mT @ old
+            old.copy_(basis)
+            M.copy_(M @ P.mT)
+            wide = P.to(torch.float64)
+            turned = wide @ V @ wide.mT
+            lost = torch.linalg.eigvalsh(V) - torch.linalg.eigvalsh(turned)
+            e.add_(lost.abs().amax(dim=-1)).mul_(b2)
+            V.copy_(turned)
+        V.mul_(b2).add_(gram(g), alpha=(1 - b2) / rows)
+        whitening = inverse_root(V, negligible(rows, g.dtype), e, self.config.eps)[1]
+        M.lerp_(g @ whitening.to(g.dtype), 1 - b1)
+        return M @ inverse
+
+    def _decay(self, beta: float) -> float:
+        """Give the decay that makes a mean from its first step on, as Adam's correction does."""
+        return beta * (1 - beta ** (self.count - 1)) / (1 - beta**self.count)

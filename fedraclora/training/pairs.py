@@ -1,0 +1,228 @@
+"""Gradients of the two factors of an adapter, adjusted by each other before the optimiser's step.
+
+With G the gradient of the weight W + s B A, the factors have g_B = s G A^T and g_A = s B^T G: each
+is scaled by the other one, so a plain step depends on how the product is split between them.
+``local.adjust`` takes that out, with d = ``local.damping`` and P_B = B (B^T B + d I)^-1 B^T:
+
+    riemannian   g_B (A A^T + d I)^-1   and   (B^T B + d I)^-1 g_A
+    lora_pro     s^-2 (I - P_B) g_B (A A^T + d I)^-1 - B X   and   s^-2 (B^T B + d I)^-1 g_A + X A
+                 where   B^T B X + X A A^T = -s^-2 (B^T B + d I)^-1 g_A A^T
+
+But for d, a step of SGD under ``riemannian`` moves the weight by -lr s^2 (G P_A + P_B G), and one
+under ``lora_pro`` by -lr (G - (I - P_B) G (I - P_A)), to first order in lr: the nearest that a
+change of the factors comes to -lr G. X leaves that as it is; it makes the adjusted gradients the
+nearest to g_B and g_A among all that move the weight so.
+
+Where one factor is frozen, both give the other one's gradient times the inverse Gram matrix of the
+frozen one (``lora_pro`` over s^2, without P_B and X): projected SGD on the weight, the gradient of
+LoRA-FA (Zhang et al., arXiv 2308.03303), and `fedraclora.recipe.projected` but for d.
+
+Nothing more travels. Cost of a step: r x r algebra in float64 for each client and adapter, and
+products of size r (m + n) r.
+
+References:
+    Zhang and Pilanci, *Riemannian preconditioned LoRA for fine-tuning foundation models*, ICML
+    2024, arXiv 2402.02347; Wang et al., *LoRA-Pro: are low-rank adapters properly optimized?*,
+    arXiv 2407.18242.
+
+Departures: before AdamW the moments are those of the adjusted gradients, as in the scaled AdamW of
+the first paper; the public code of LoRA-Pro keeps moments of full m x n gradients instead, which
+is what low rank is there to avoid. Its damping is 1e-8, and 1e-6 is that of the first one's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fedraclora.errors import ConfigError
+from fedraclora.method import Downlink, Trained
+from fedraclora.ranks import within
+from fedraclora.recipe import RECIPES
+from fedraclora.tree import Tree
+
+Adjust = Callable[[Tree, Tree], Tree]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An adapter ``s B A`` of a chunk of clients.
+
+    Attributes:
+        weight: The adapted weight.
+        scale: s.
+        frozen: Its factors that are not trained, by name: 2-D where clients share them.
+        kept: Which components each client has, bool [K, r], or None: all.
+    """
+
+    weight: str
+    scale: float
+    frozen: Tree
+    kept: torch.Tensor | None = None
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of B and A."""
+        return f"{self.weight}/B", f"{self.weight}/A"
+
+    def factors(self, values: Tree) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give B and A of the active clients, without the components that they do not have.
+
+        Args:
+            values: What is trained, [active, ...] by name.
+
+        Returns:
+            [active, m, r] and [active, r, n], or 2-D where clients share them.
+        """
+        active = next(len(values[n]) for n in self.names if n in values)
+        B, A = (self._factor(name, values, active) for name in self.names)
+        if self.kept is None:
+            return B, A
+        kept = self.kept[:active].to(B)
+        return B * kept[:, None], A * kept[..., None]
+
+    def _factor(self, name: str, values: Tree, active: int) -> torch.Tensor:
+        if name in values:
+            return values[name]
+        found = self.frozen[name]
+        return found[:active] if found.dim() == 3 else found
+
+
+def pairs_of(
+    downlink: Downlink, frozen: Tree, ranks: torch.Tensor | None, setting: str
+) -> list[Pair]:
+    """Give the adapters of an exchange, each a product of two factors; none of a probe.
+
+    Args:
+        downlink: Says what is trained.
+        frozen: Factors that are not, by name.
+        ranks: Rank budgets of the clients (`fedraclora.ranks.spans`), or None.
+        setting: What needs them, for messages.
+
+    Raises:
+        ConfigError: Where the setting does not fit what the method trains.
+    """
+    if not RECIPES[downlink.recipe].steps:
+        return []  # a probe, which is not followed by a step
+    if not downlink.adapters:
+        raise ConfigError(
+            f"{setting} works on the factors of adapters, but this method trains whole weights: "
+            "take a method with adapters, or leave the setting out"
+        )
+    if downlink.recipe != "plain":
+        raise ConfigError(
+            f"{setting} mixes the components of a factor, but the recipe {downlink.recipe} of this "
+            "method says which of them a step may move: leave one of the two out"
+        )
+    pairs = []
+    for weight, adapter in downlink.adapters.items():
+        if tuple(adapter.factors) != ("B", "A"):
+            raise ConfigError(
+                f"{setting} is defined for adapters B A, but that of {weight} is a product of "
+                f"{', '.join(adapter.factors)}: take a method that trains B, A or both"
+            )
+        held = {n: frozen[n] for n in (f"{weight}/B", f"{weight}/A") if n in frozen}
+        A = adapter.factors["A"]
+        rank = A.shape[0] if isinstance(A, Trained) else held[f"{weight}/A"].shape[-2]
+        kept = None if ranks is None else within(ranks, rank)
+        pairs.append(Pair(weight, adapter.scale, held, kept))
+    return pairs
+
+
+def gram(tall: torch.Tensor) -> torch.Tensor:
+    """Give ``tall^T tall`` of the last two axes, [..., r, r], in float64."""
+    wide = tall.to(torch.float64)
+    return wide.mT @ wide
+
+
+def damped_inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
+    """Give ``(matrix + damping I)^-1`` of the last two axes."""
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    inverse: torch.Tensor = torch.linalg.inv(matrix + damping * eye)
+    return inverse
+
+
+def riemannian(pair: Pair, gradients: Tree, values: Tree, damping: float) -> Tree:
+    """Give the gradients of a pair under the Riemannian preconditioner; see the module.
+
+    Args:
+        pair: The adapter.
+        gradients: [active, ...] by name. Not modified.
+        values: What is trained, [active, ...] by name.
+        damping: d; with 0 the Gram matrices must be regular.
+    """
+    (nb, na), (B, A) = pair.names, pair.factors(values)
+    out: Tree = {}
+    if nb in gradients:
+        out[nb] = gradients[nb] @ damped_inverse(gram(A.mT), damping).to(A.dtype)
+    if na in gradients:
+        out[na] = damped_inverse(gram(B), damping).to(B.dtype) @ gradients[na]
+    return out
+
+
+def lora_pro(pair: Pair, gradients: Tree, values: Tree, damping: float) -> Tree:
+    """Give the gradients of a pair as LoRA-Pro adjusts them; arguments as in `riemannian`."""
+    scaled = riemannian(pair, gradients, values, damping)
+    scaled = {name: g / pair.scale**2 for name, g in scaled.items()}
+    (nb, na), (B, A) = pair.names, pair.factors(values)
+    if nb not in scaled or na not in scaled:
+        return scaled
+    gram_B, gram_A = gram(B), gram(A.mT)
+    inside = damped_inverse(gram_B, damping).to(B.dtype) @ (B.mT @ scaled[nb])
+    X = sylvester(gram_B, gram_A, -(scaled[na] @ A.mT).to(torch.float64)).to(B.dtype)
+    return {nb: scaled[nb] - B @ inside - B @ X, na: scaled[na] + X @ A}
+
+
+def sylvester(left: torch.Tensor, right: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Solve ``left X + X right = target`` for symmetric matrices without negative eigenvalues.
+
+    Args:
+        left: [..., r, r].
+        right: [..., r, r].
+        target: [..., r, r].
+
+    Returns:
+        X, [..., r, r]; zero in directions that neither side has, where any X would do.
+    """
+    (a, U), (b, V) = torch.linalg.eigh(left), torch.linalg.eigh(right)
+    sums = a[..., :, None] + b[..., None, :]
+    least = sums.amax(dim=(-2, -1), keepdim=True) * torch.finfo(sums.dtype).eps * sums.shape[-1]
+    turned = torch.where(sums > least, (U.mT @ target @ V) / sums, 0)
+    X: torch.Tensor = U @ turned @ V.mT
+    return X
+
+
+ADJUSTMENTS: dict[str, Callable[[Pair, Tree, Tree, float], Tree]] = {
+    "riemannian": riemannian,
+    "lora_pro": lora_pro,
+}
+
+
+def adjuster(rule: str, damping: float, pairs: Callable[[str], list[Pair]]) -> Adjust:
+    """Give what adjusts the gradients of a round's steps.
+
+    Args:
+        rule: A key of `ADJUSTMENTS`, or ``none``.
+        damping: d.
+        pairs: Gives the adapters to a setting that needs them.
+
+    Returns:
+        From gradients and values, [active, ...] by name, to new gradients; what belongs to no
+        adapter keeps its own.
+
+    Raises:
+        ConfigError: Where the rule does not fit what the method trains.
+    """
+    if rule == "none":
+        return lambda gradients, _: gradients
+    adapters = pairs(f"local.adjust={rule}")
+
+    def adjust(gradients: Tree, values: Tree) -> Tree:
+        out = dict(gradients)
+        for pair in adapters:
+            out |= ADJUSTMENTS[rule](pair, gradients, values, damping)
+        return out
+
+    return adjust

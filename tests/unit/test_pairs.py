@@ -1,0 +1,245 @@
+"""Gradients of two factors adjusted by each other: what they do to the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedraclora.errors import ConfigError
+from fedraclora.method import Adapter, Downlink, Factor, Frozen, Trained
+from fedraclora.recipe import projected
+from fedraclora.rng import generator, torch_normal
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.pairs import (
+    Pair,
+    adjuster,
+    lora_pro,
+    pairs_of,
+    riemannian,
+    sylvester,
+)
+from fedraclora.tree import Tree
+
+K, M, R, N, S = 3, 5, 2, 7, 0.6
+TIGHT = {"rtol": 1e-9, "atol": 1e-11}
+Rule = Callable[[Pair, Tree, Tree, float], Tree]
+
+
+def normal(*shape: int, key: str = "x") -> torch.Tensor:
+    return torch_normal(generator(0, key, *shape), *shape)
+
+
+G = normal(K, M, N, key="G")
+VALUES = {"w/B": normal(K, M, R), "w/A": normal(K, R, N)}
+PAIR = Pair("w", S, {})
+
+
+def gradients_of(values: Tree) -> Tree:
+    B, A = values["w/B"], values["w/A"]
+    return {"w/B": S * G @ A.mT, "w/A": S * B.mT @ G}
+
+
+def moved(values: Tree, steps: Tree) -> torch.Tensor:
+    """Change of ``s B A`` to first order, where the factors change by minus ``steps``."""
+    B, A = values["w/B"], values["w/A"]
+    return -S * (steps["w/B"] @ A + B @ steps["w/A"])
+
+
+def onto_rows(A: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.pinv(A) @ A
+
+
+def onto_columns(B: torch.Tensor) -> torch.Tensor:
+    return B @ torch.linalg.pinv(B)
+
+
+@pytest.mark.parametrize("rule", [riemannian, lora_pro])
+def test_the_step_does_not_depend_on_how_the_product_is_split(rule: Rule) -> None:
+    Q = torch.eye(R) + 0.4 * normal(K, R, R, key="Q")
+    other = {"w/B": 9.0 * VALUES["w/B"] @ Q, "w/A": torch.linalg.inv(Q) @ VALUES["w/A"] / 9.0}
+    one = moved(VALUES, rule(PAIR, gradients_of(VALUES), VALUES, 0.0))
+    two = moved(other, rule(PAIR, gradients_of(other), other, 0.0))
+    torch.testing.assert_close(one, two, **TIGHT)
+    plain = moved(VALUES, gradients_of(VALUES))
+    assert not torch.allclose(plain, moved(other, gradients_of(other)), rtol=0.1)
+
+
+def test_the_riemannian_step_projects_from_both_sides() -> None:
+    PB, PA = onto_columns(VALUES["w/B"]), onto_rows(VALUES["w/A"])
+    found = moved(VALUES, riemannian(PAIR, gradients_of(VALUES), VALUES, 0.0))
+    torch.testing.assert_close(found, -(S**2) * (G @ PA + PB @ G), **TIGHT)
+
+
+def test_lora_pro_moves_the_weight_as_near_to_the_gradient_as_factors_can() -> None:
+    PB, PA = onto_columns(VALUES["w/B"]), onto_rows(VALUES["w/A"])
+    found = moved(VALUES, lora_pro(PAIR, gradients_of(VALUES), VALUES, 0.0))
+    outside = (torch.eye(M) - PB) @ G @ (torch.eye(N) - PA)
+    torch.testing.assert_close(found, -(G - outside), **TIGHT)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0.01, 1.0]))
+def test_lora_pro_is_the_nearest_to_the_plain_gradients_of_all_that_move_so(
+    seed: int, size: float
+) -> None:
+    plain = gradients_of(VALUES)
+    found = lora_pro(PAIR, plain, VALUES, 0.0)
+    X = size * torch_normal(generator(seed, "X"), K, R, R)
+    other = {"w/B": found["w/B"] - VALUES["w/B"] @ X, "w/A": found["w/A"] + X @ VALUES["w/A"]}
+    torch.testing.assert_close(moved(VALUES, found), moved(VALUES, other), **TIGHT)
+    near, far = (
+        sum((tree[n] - plain[n]).square().sum(dim=(1, 2)) for n in plain) for tree in (found, other)
+    )
+    assert bool((torch.as_tensor(near) < torch.as_tensor(far)).all())
+
+
+@pytest.mark.parametrize("rule", [riemannian, lora_pro])
+def test_a_factor_at_zero_waits_while_the_other_one_moves(rule: Rule) -> None:
+    values = VALUES | {"w/B": torch.zeros(K, M, R).double()}
+    found = rule(PAIR, gradients_of(values), values, 1e-8)
+    assert torch.count_nonzero(found["w/A"]) == 0
+    scale = S**2 if rule is riemannian else 1.0
+    torch.testing.assert_close(
+        moved(values, found), -scale * G @ onto_rows(values["w/A"]), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_under_a_frozen_factor_the_step_is_that_of_projected_sgd(own: bool) -> None:
+    A = normal(*((K, R, N) if own else (R, N)), key="A")
+    gradient = {"w/B": S * G @ A.mT}
+    pair, values = Pair("w", S, {"w/A": A}), {"w/B": VALUES["w/B"]}
+    wanted = projected({"w/A": A})(gradient)["w/B"]
+    found = riemannian(pair, gradient, values, 0.0)["w/B"]
+    torch.testing.assert_close(found, wanted, **TIGHT)
+    found = lora_pro(pair, gradient, values, 0.0)["w/B"]
+    torch.testing.assert_close(found, wanted / S**2, **TIGHT)
+
+
+def test_with_orthonormal_rows_and_b_alone_it_is_plain_sgd() -> None:
+    A = torch.linalg.qr(normal(N, R)).Q.mT
+    gradient, pair = {"w/B": S * G @ A.mT}, Pair("w", S, {"w/A": A})
+    found = riemannian(pair, gradient, {"w/B": VALUES["w/B"]}, 0.0)["w/B"]
+    torch.testing.assert_close(found, gradient["w/B"], **TIGHT)
+
+
+@pytest.mark.parametrize("rule", [riemannian, lora_pro])
+def test_a_budget_is_a_smaller_pair(rule: Rule) -> None:
+    kept = torch.tensor([[True, False], [True, True], [False, True]])
+    plain = gradients_of(VALUES)
+    cut = {"w/B": plain["w/B"] * kept[:, None], "w/A": plain["w/A"] * kept[..., None]}
+    found = rule(Pair("w", S, {}, kept), cut, VALUES, 1e-3)
+    for k in range(K):
+        at = kept[k]
+        small = {"w/B": VALUES["w/B"][k : k + 1, :, at], "w/A": VALUES["w/A"][k : k + 1, at]}
+        own = {"w/B": plain["w/B"][k : k + 1, :, at], "w/A": plain["w/A"][k : k + 1, at]}
+        wanted = rule(PAIR, own, small, 1e-3)
+        torch.testing.assert_close(found["w/B"][k, :, at], wanted["w/B"][0], **TIGHT)
+        torch.testing.assert_close(found["w/A"][k, at], wanted["w/A"][0], **TIGHT)
+        assert torch.count_nonzero(found["w/B"][k, :, ~at]) == 0
+        assert torch.count_nonzero(found["w/A"][k, ~at]) == 0
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_sylvester_equation_is_solved_where_it_can_be(lost: bool) -> None:
+    left, right = (normal(K, 3, 4, key=key) for key in "lr")
+    if lost:  # one direction that neither side has
+        left, right = (
+            left * torch.tensor([1.0, 1, 0])[:, None],
+            right * torch.tensor([1.0, 0, 1])[:, None],
+        )
+        left[:, 1] = 0
+    left, right = left @ left.mT, right @ right.mT
+    X = normal(K, 3, 3, key="X")
+    target = left @ X + X @ right
+    found = sylvester(left, right, target)
+    torch.testing.assert_close(left @ found + found @ right, target, **TIGHT)
+    assert bool(found.isfinite().all())
+
+
+def test_what_belongs_to_no_adapter_keeps_its_gradient() -> None:
+    adjust = adjuster("riemannian", 1e-6, lambda _: [PAIR])
+    plain = gradients_of(VALUES) | {"head.bias": normal(K, 4)}
+    found = adjust(plain, VALUES)
+    assert list(found) == list(plain)
+    assert found["head.bias"] is plain["head.bias"]
+    assert not torch.equal(found["w/B"], plain["w/B"])
+    kept = adjuster("none", 1e-6, lambda _: [])(plain, VALUES)
+    assert kept is plain
+
+
+def test_single_precision_stays_single() -> None:
+    values = {n: t.float() for n, t in VALUES.items()}
+    plain = {n: t.float() for n, t in gradients_of(VALUES).items()}
+    found = lora_pro(PAIR, plain, values, 1e-6)
+    wanted = lora_pro(PAIR, gradients_of(VALUES), VALUES, 1e-6)
+    for name, value in found.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), wanted[name], rtol=1e-4, atol=1e-4)
+
+
+def downlink_of(factors: dict[str, Factor], recipe: str = "plain") -> Downlink:
+    return Downlink({"w": Adapter(factors, S)} if factors else {}, recipe=recipe)
+
+
+BOTH: dict[str, Factor] = {"B": Trained((M, R)), "A": Trained((R, N))}
+CORE: dict[str, Factor] = {
+    "B": Frozen(normal(M, R)),
+    "R": Trained((R, R)),
+    "A": Frozen(normal(R, N)),
+}
+
+
+@pytest.mark.parametrize(
+    ("factors", "recipe", "words"),
+    [
+        ({}, "plain", "local.x=y works on the factors of adapters, but this method trains whole"),
+        (
+            CORE,
+            "plain",
+            "local.x=y is defined for adapters B A, but that of w is a product of B, R, A",
+        ),
+        (BOTH, "in_turn", "the recipe in_turn of this method says which of them a step may move"),
+    ],
+)
+def test_what_it_does_not_fit_is_refused(
+    factors: dict[str, Factor], recipe: str, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        pairs_of(downlink_of(factors, recipe), {}, None, "local.x=y")
+    assert words in str(caught.value)
+
+
+def test_a_probe_has_nothing_to_adjust() -> None:
+    probe = Downlink(dense={"w": Trained((M, N))}, recipe="gradient")
+    assert pairs_of(probe, {}, None, "local.x=y") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"adjust": "lora-pro"}, "unknown local.adjust 'lora-pro'; did you mean 'lora_pro'"),
+        ({"damping": 0.0}, "local.damping is 0.0; a positive finite number is wanted"),
+        (
+            {"adjust": "riemannian", "precondition": True},
+            "local.adjust=riemannian and local.precondition=true both undo the scale",
+        ),
+        (
+            {"adjust": "lora_pro", "optimiser": "lora_rite"},
+            "local.adjust=lora_pro and local.optimiser=lora_rite both undo the scale",
+        ),
+        (
+            {"optimiser": "lora_rite", "moments": "link"},
+            "local.moments is link, but those of lora_rite speak of bases",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LocalConfig(**changes)  # type: ignore[arg-type]
+    assert words in str(caught.value)
