@@ -45,7 +45,8 @@ class Study:
         final: Seeds and overrides of the final runs.
         rows: What is compared: overrides, by name.
         text: The file.
-        tune: Seeds and overrides of the tuning runs; None: the grid has one value, that of all.
+        tune: Seeds and overrides of the tuning runs, and ``by``, what values are chosen by, for
+            one ``loss``, where it is not the metric; None: the grid has one value, that of all.
         reference: The row whose final metric and uplink the others are held against.
         overrides: Of all runs.
         reported: The metric that a paper reports for a row, to be shown beside ours.
@@ -129,6 +130,11 @@ class Study:
         _keep(loaded, loaded.pop("only", None))
         return cls(**loaded, text=text)
 
+    @property
+    def chosen_by(self) -> str:
+        """What the tuned value is best in, on the validation split."""
+        return self.metric if self.tune is None else str(self.tune.get("by", self.metric))
+
     def jobs(self, phase: str, row: str, values: Sequence[float]) -> list[Job]:
         """List the runs of one row in one phase."""
         section = self.tune if phase == "tune" else self.final
@@ -171,6 +177,8 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
                 raise unknown(f"row of {key}", row, loaded["rows"])
     if loaded.get("reference") not in {None, *loaded["rows"]}:
         raise unknown("row as reference", loaded["reference"], loaded["rows"])
+    if extra := set(loaded.get("tune") or ()) - {"seeds", "overrides", "by"}:
+        raise unknown("key of tune", min(extra), ("seeds", "overrides", "by"))
     if "tune" not in loaded and len(loaded["grid"]["values"]) != 1:
         raise ConfigError(
             f"{path} has no tune, but grid.values is {loaded['grid']['values']}; one value for "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from experiments.study_file import Study
 from experiments.tables import Table
 from fedraclora.errors import ConfigError
 from fedraclora.ledger import Row, number
+from fedraclora.metrics import higher_is_better
 
 Plain = dict[str, object]
 DRAWN = 12  # curves that can be told apart
@@ -25,13 +27,20 @@ def score(line: Plain, metric: str) -> float:
 
 
 def mean_score(study: Study, row: str, value: float, done: Mapping[str, Plain]) -> float:
-    """Mean validation metric of one grid value over the tuning seeds; 0 where nothing is tuned."""
-    scores = [score(done[job.key], study.metric) for job in study.jobs("tune", row, [value])]
+    """How good one grid value is on the validation split; 0 where nothing is tuned.
+
+    That is the mean over the tuning seeds of what the study chooses by, negative for a loss.
+    """
+    sign = 1 if higher_is_better(study.chosen_by) else -1
+    lines = [done[job.key] for job in study.jobs("tune", row, [value])]
+    found = [score(line, study.chosen_by) for line in lines]
+    # A run that diverged is the worst, whatever is chosen by.
+    scores = [sign * s if math.isfinite(s) else -math.inf for s in found]
     return statistics.fmean(scores) if scores else 0.0
 
 
 def best_value(study: Study, row: str, values: list[float], done: Mapping[str, Plain]) -> float:
-    """Give the value with the best mean validation metric (the smaller one in a tie)."""
+    """Give the value that is best on the validation split (the smaller one in a tie)."""
     return max(values, key=lambda v: (mean_score(study, row, v, done), -v))
 
 

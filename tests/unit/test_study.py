@@ -132,6 +132,19 @@ def test_a_value_that_diverged_in_a_final_run_is_passed_over(tmp_path: Path) -> 
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 
+def test_values_may_be_chosen_by_the_loss(tmp_path: Path) -> None:
+    plan = study(tmp_path, TEXT.replace("seeds: [7, 8]", "by: loss, seeds: [7, 8]"))
+    done = tuned(plan, {0.1: 0.7, 0.4: 0.5, 0.05: 0.9})
+    for key, found in done.items():
+        found["metrics"]["loss"] = {"0.1": 0.3, "0.4": 0.4, "0.05": 0.35}[key.split("|")[2]]
+    assert tuned_value(plan, "ours", done) == 0.1
+    done[plan.jobs("tune", "ours", [0.1])[0].key] = line(None)  # of two seeds one diverged
+    done |= tuned(plan, {0.2: 0.6})
+    for job in plan.jobs("tune", "ours", [0.2]):
+        done[job.key]["metrics"]["loss"] = 0.5
+    assert tuned_value(plan, "ours", done) == 0.4
+
+
 def test_what_the_runs_cost_is_their_sum() -> None:
     done = {"a": line(0.5, cpu_seconds=1800.0), "b": line(None, cpu_seconds=5400.0)}
     assert cost(done) == "2 runs, tuning included, took 2.00 core-hours."
@@ -213,6 +226,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     [
         (("metric: accuracy", "metrc: accuracy"), "did you mean 'metric'"),
         (("metric: accuracy\n", ""), "lacks metric"),
+        (("seeds: [7, 8]", "seeds: [7, 8], bye: loss"), "unknown key of tune 'bye'"),
         (("metric: accuracy", "metric: loss"), "of which less is better"),
         (("experiment: null", "experiment: null\nreference: our"), "did you mean 'ours'"),
         (("seeds: [0, 1]", "seeds: [0, 1"), "is not a study"),
