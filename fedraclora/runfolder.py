@@ -8,6 +8,7 @@ import secrets
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -138,8 +139,12 @@ def provenance() -> dict[str, object]:
     return {"versions": versions, "git": git_revision()}
 
 
+@cache
 def git_revision() -> str | None:
-    """Give the revision of the checkout that runs, with a plus where files differ from it."""
+    """Give the revision of the checkout that runs, with a plus where files differ from it.
+
+    That of the first call: what a process runs is what it has loaded.
+    """
     here = Path(__file__).parent
 
     def git(*words: str) -> str:

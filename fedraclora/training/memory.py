@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
@@ -79,10 +78,18 @@ class LiveTensors(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         # What comes in without having come out of anything was there before.
-        tree_map_only(torch.Tensor, lambda t: self._see(t, made=False), (args, kwargs))
+        self._look((args, *kwargs.values()), made=False)
         out = func(*args, **kwargs)
-        tree_map_only(torch.Tensor, lambda t: self._see(t, made=True), out)
+        self._look(out, made=True)
         return out
+
+    def _look(self, value: object, *, made: bool) -> None:
+        """See the tensors of what goes into an operator or comes out: it nests sequences alone."""
+        if isinstance(value, torch.Tensor):
+            self._see(value, made=made)
+        elif isinstance(value, list | tuple):
+            for part in value:
+                self._look(part, made=made)
 
     def _see(self, tensor: torch.Tensor, *, made: bool) -> None:
         storage = tensor.untyped_storage()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,50 @@ def world() -> World:
 
 def method_of(variant: Variant) -> Method:
     return make_method(variant[0], **variant[1])
+
+
+# Runs that several tests hold others against: run once each, and read only.
+
+
+@cache
+def known(
+    name: str, changes: tuple[tuple[str, Any], ...], keys: tuple[tuple[str, Any], ...]
+) -> Run:
+    return run(make_world(), make_method(name, **dict(changes)), RAGGED, **dict(keys))
+
+
+def usual(variant: Variant, **keys: Any) -> Run:
+    """A run of ragged clients, with the keys of `worlds.run`."""
+    return known(variant[0], tuple(variant[1].items()), tuple(keys.items()))
+
+
+@cache
+def fedavg(momentum: float) -> Run:
+    """What a method is held against whose factors span every direction."""
+    local = replace(RAGGED, momentum=momentum)
+    return run(make_world(), make_method("fedavg"), local, rounds=3, cohort=4)
+
+
+@cache
+def fedavg_without_head() -> Run:
+    """The same where head and biases are frozen."""
+    world = make_world(bias="frozen", head="frozen")
+    return run(world, make_method("fedavg"), RAGGED, rounds=2, cohort=4)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant], tuple[Run, Path]]:
+    """Runs of five rounds that were never stopped, and their folders."""
+    made: dict[str, tuple[Run, Path]] = {}
+
+    def give(variant: Variant) -> tuple[Run, Path]:
+        if (name := label(variant)) not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            done = run(make_world(), method_of(variant), RAGGED, rounds=5, cohort=3, folder=folder)
+            made[name] = done, folder
+        return made[name]
+
+    return give
 
 
 def assert_same_bits(left: Run, right: Run) -> None:
@@ -133,11 +178,10 @@ def test_the_loss_falls_on_a_quadratic(name: str) -> None:
 
 @every_variant
 def test_a_conv1d_trains_as_the_linear_layer_that_it_transposes(variant: Variant) -> None:
-    method = method_of(variant)
-    straight, turned = make_world(), make_world(conv1d)
-    found = run(turned, method, RAGGED, rounds=4, cohort=3).weights
-    wanted = run(straight, method, RAGGED, rounds=4, cohort=3).weights
-    moved = {n: t.T if n in straight.plan.targets else t for n, t in found.items()}
+    turned = make_world(conv1d)
+    found = run(turned, method_of(variant), RAGGED, rounds=4, cohort=3).weights
+    wanted = usual(variant, rounds=4, cohort=3).weights
+    moved = {n: t.T if n in turned.plan.targets else t for n, t in found.items()}
     assert_close_trees(moved, wanted, 1e-11)
 
 
@@ -150,8 +194,7 @@ def test_an_orthonormal_sketch_of_full_rank_is_fedavg(
     method = make_method(name, rank=1.0, alpha="auto", sketch="orthonormal", side=side)
     local = replace(RAGGED, momentum=momentum)
     found = run(world, method, local, rounds=3, cohort=4)
-    wanted = run(world, make_method("fedavg"), local, rounds=3, cohort=4)
-    assert_close_trees(found.weights, wanted.weights, 1e-10)
+    assert_close_trees(found.weights, fedavg(momentum).weights, 1e-10)
 
 
 @pytest.mark.parametrize("sketch", ["gaussian", "kaiming_uniform", "srht"])
@@ -162,8 +205,7 @@ def test_a_preconditioned_sketch_of_full_rank_is_fedavg(name: str, sketch: str) 
     method = make_method(name, rank=1.0, alpha="auto", sketch=sketch)
     local = replace(RAGGED, precondition=True)
     found = run(world, method, local, rounds=2, cohort=4)
-    wanted = run(world, make_method("fedavg"), RAGGED, rounds=2, cohort=4)
-    assert_close_trees(found.weights, wanted.weights, 1e-8)
+    assert_close_trees(found.weights, fedavg_without_head().weights, 1e-8)
 
 
 # --- determinism ---------------------------------------------------------------------------------
@@ -182,14 +224,13 @@ def rotated(messages: list[Message]) -> list[Message]:
 def test_replies_may_come_in_any_order(
     variant: Variant, arrange: Callable[[list[Message]], list[Message]], world: World
 ) -> None:
-    wanted = run(world, method_of(variant), RAGGED, rounds=4, chunk=1)
     found = run(world, method_of(variant), RAGGED, rounds=4, chunk=1, arrange=arrange)
-    assert_same_bits(found, wanted)
+    assert_same_bits(found, usual(variant, rounds=4, chunk=1))
 
 
 @every_variant
 def test_the_same_seed_gives_the_same_bits(variant: Variant, world: World) -> None:
-    first = run(world, method_of(variant), RAGGED, rounds=4, cohort=3)
+    first = usual(variant, rounds=4, cohort=3)
     again = run(world, method_of(variant), RAGGED, rounds=4, cohort=3)
     other = run(world, method_of(variant), RAGGED, rounds=4, cohort=3, seed=2)
     assert_same_bits(first, again)
@@ -203,7 +244,7 @@ def test_a_linear_method_is_the_same_under_the_aggregator_sum(
     method = method_of(variant)
     if not method.traits.linear:
         pytest.skip("needs each client's own update")
-    apart = run(world, method, RAGGED, rounds=4, cohort=3)
+    apart = usual(variant, rounds=4, cohort=3)
     summed = run(world, method, RAGGED, rounds=4, cohort=3, aggregator=Total())
     assert_equal_trees(summed.strategy.state.base, apart.strategy.state.base)
     assert_equal_trees(summed.weights, apart.weights)
@@ -226,10 +267,13 @@ def test_uniform_weights_differ_from_examples_where_clients_do(
 @pytest.mark.parametrize("stop", [2, 3])
 @every_variant
 def test_a_run_that_is_resumed_ends_with_the_same_bits(
-    variant: Variant, stop: int, world: World, tmp_path: Path
+    variant: Variant,
+    stop: int,
+    world: World,
+    whole_run: Callable[[Variant], tuple[Run, Path]],
+    tmp_path: Path,
 ) -> None:
-    method, cohort = method_of(variant), 3
-    whole = run(world, method, RAGGED, rounds=5, cohort=cohort, folder=tmp_path / "whole")
+    method, cohort, (whole, folder) = method_of(variant), 3, whole_run(variant)
     part = tmp_path / "part"
     run(world, method, RAGGED, rounds=stop, cohort=cohort, folder=part)
     rest = run(world, method, RAGGED, rounds=5, cohort=cohort, folder=part, resume=True)
@@ -238,7 +282,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(
         torch.from_numpy(rest.strategy.catch_up.versions),
         torch.from_numpy(whole.strategy.catch_up.versions),
     )
-    chains = [list(read_links(f / "chain")) for f in (part, tmp_path / "whole")]
+    chains = [list(read_links(f / "chain")) for f in (part, folder)]
     assert [(r, meta) for r, _, meta in chains[0]] == [(r, meta) for r, _, meta in chains[1]]
     for (_, left, _), (_, right, _) in zip(*chains, strict=True):
         assert_equal_trees(left, right)
@@ -246,15 +290,15 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(
 
 @every_variant
 def test_the_chain_on_disk_rebuilds_the_base_to_the_bit(
-    variant: Variant, world: World, tmp_path: Path
+    variant: Variant, world: World, whole_run: Callable[[Variant], tuple[Run, Path]]
 ) -> None:
-    done = run(world, method_of(variant), RAGGED, rounds=5, cohort=3, folder=tmp_path)
-    rebuilt = weights_at(tmp_path, 5, world.plan)
+    done, folder = whole_run(variant)
+    rebuilt = weights_at(folder, 5, world.plan)
     assert_equal_trees(rebuilt, done.strategy.state.base)
     part = run(world, method_of(variant), RAGGED, rounds=2, cohort=3)
-    assert_equal_trees(weights_at(tmp_path, 2, world.plan), part.strategy.state.base)
+    assert_equal_trees(weights_at(folder, 2, world.plan), part.strategy.state.base)
     with pytest.raises(CheckpointError, match="not round 6"):
-        weights_at(tmp_path, 6, world.plan)
+        weights_at(folder, 6, world.plan)
 
 
 @every_variant
