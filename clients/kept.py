@@ -1,4 +1,4 @@
-"""What clients hold between rounds: tensors of their own, and moments of their optimisers."""
+"""What clients hold between rounds: tensors of their own, moments, control variates."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import torch
 
 from fedraclora.aggregate import finite
 from fedraclora.clientstore import ClientStore
+from fedraclora.downlink import opening_rows
 from fedraclora.method import Adapter, Downlink, Factor, Trained
 from fedraclora.recipe import RECIPES
 from fedraclora.training.moments import begin_moments, blank_moments
 from fedraclora.training.optimiser import LocalConfig
 from fedraclora.training.trial import Trial
-from fedraclora.tree import Tree
+from fedraclora.training.variates import blank_variates, mean_gradients, moved_by, seen
+from fedraclora.tree import Layout, Tree
 from fedraclora.wire import Order
 
 
@@ -30,8 +32,8 @@ def held(
         local: Says whether moments live on.
 
     Returns:
-        The downlink, where what stays at a client starts from what it holds; and the moments with
-        which clients begin, [K, ...] by name.
+        The downlink, where what stays at a client starts from what it holds, and control variates
+        are less the client's own; and the moments with which clients begin, [K, ...] by name.
     """
     dtype = next(iter(base.values())).dtype
     default: Tree = {}
@@ -42,10 +44,15 @@ def held(
             default[name] = base.get(name, zeros) if opening is None else opening.to(dtype)
     steps = RECIPES[downlink.recipe].steps  # without, nothing has moments
     blank = blank_moments(local, downlink, dtype) if steps else {}
-    if not default and not blank:
+    variates = blank_variates(downlink, dtype) if downlink.variates else {}
+    if not default and not blank and not variates:
         return downlink, {}
-    found = store.read(order.clients, order.round_, default | blank)
+    found = store.read(order.clients, order.round_, default | blank | variates)
     moments = begin_moments({n: found[n] for n in blank}, local, downlink.link)
+    if variates:
+        own = seen({n: found[n] for n in variates}, downlink)
+        corrections = {n: c.cpu() - own[n] for n, c in downlink.variates.items()}
+        downlink = replace(downlink, variates=corrections)
     return start_from({n: found[n] for n in default}, downlink), moments
 
 
@@ -67,11 +74,29 @@ def start_from(own: Tree, downlink: Downlink) -> Downlink:
 
 
 def keep(
-    store: ClientStore, downlink: Downlink, order: Order, clients: torch.Tensor, trial: Trial
+    store: ClientStore,
+    downlink: Downlink,
+    order: Order,
+    clients: torch.Tensor,
+    trial: Trial,
+    base: Tree,
+    local: LocalConfig,
 ) -> None:
-    """Keep what stays; a client that diverged keeps what it had before."""
+    """Keep what stays; a client that diverged keeps what it had before.
+
+    Args:
+        store: Where.
+        downlink: What these clients were asked, by `held`.
+        order: Says in which round.
+        clients: Ids, int64 [K].
+        trial: What came of it.
+        base: Global weights.
+        local: Local settings.
+    """
     own = {n: trial.trained[n].cpu() for n, s in downlink.trained().items() if not s.upload}
     kept = own | {n: t.cpu() for n, t in trial.moments.items()}
+    if downlink.variates:
+        kept |= _variates(store, downlink, order, clients, trial, base, local)
     if not kept:
         return
     sound = torch.isfinite(trial.losses)
@@ -79,3 +104,24 @@ def keep(
         sound &= finite(tensor.reshape(len(tensor), -1))
     if sound.any():
         store.stage(clients[sound], order.round_, {n: t[sound] for n, t in kept.items()})
+
+
+def _variates(
+    store: ClientStore,
+    downlink: Downlink,
+    order: Order,
+    clients: torch.Tensor,
+    trial: Trial,
+    base: Tree,
+    local: LocalConfig,
+) -> Tree:
+    """Give the control variates of clients after a round, [K, ...]."""
+    slots = downlink.uploaded()
+    layout = Layout.of({n: torch.empty(s.shape) for n, s in slots.items()})
+    start = layout.unpack(opening_rows(downlink, base, layout, torch.arange(len(clients))))
+    end = {n: trial.trained[n].cpu() for n in slots}
+    rates = {n: local.rate(s.main, order.rate_scale) for n, s in slots.items()}
+    directions = mean_gradients(start, end, local.steps or 1, rates)
+    gradients = {n: g - downlink.variates[n].cpu() for n, g in directions.items()}
+    blank = blank_variates(downlink, next(iter(base.values())).dtype)
+    return moved_by(store.read(clients, order.round_, blank), downlink, gradients)

@@ -119,8 +119,9 @@ class Worker:
                 log.warning("round %d: clients failed", order.round_, exc_info=True)
         # Out of the handler: the error's traceback would keep the attempt's memory alive.
         if trial is not None:
-            keep(self.store, part, order, order.clients[index], trial)
-            if self.trainer.local.dp is not None:  # no noise covers a loss: it stays at home
+            local = self.trainer.local
+            keep(self.store, part, order, order.clients[index], trial, base, local)
+            if local.dp is not None:  # no noise covers a loss: it stays at home
                 trial = replace(trial, losses=torch.zeros_like(trial.losses))
             if order.clip is not None:
                 trial = within(order.clip, trial, part, base)

@@ -14,6 +14,7 @@ from fedraclora.tree import Layout, Tree
 
 GENERATIONS = 2
 KEPT = "store/kept/"  # of the names of `ClientStore.secrets` among tensors
+NO_WEIGHTS = ("moments/", "variates/")  # what clients keep that is no part of their models
 
 
 class ClientStore:
@@ -66,13 +67,16 @@ class ClientStore:
     def latest(self, count: int) -> dict[int, Tree]:
         """Give the tensors of the ``count`` clients that trained last (the smaller id in a tie).
 
-        Moments of optimisers are no part of a client's model and are left out.
+        Moments of optimisers and control variates are no part of a client's model and are left out.
         """
         if self._layout is None:
             return {}
         recent = sorted(self._kept.items(), key=lambda item: (-item[1][-1][0], item[0]))
         held = {c: self._layout.unpack(kept[-1][1]) for c, kept in recent[:count]}
-        return {c: {n: t for n, t in own.items() if n[:8] != "moments/"} for c, own in held.items()}
+        return {
+            c: {n: t for n, t in own.items() if not n.startswith(NO_WEIGHTS)}
+            for c, own in held.items()
+        }
 
     def state(self) -> Tree:
         """Tensors for a checkpoint."""

@@ -103,6 +103,7 @@ class RunConfig(TaskConfig):
         secure: What the server sees of a cohort.
         aggregator: What happens to the updates before the method sees them.
         server_optimiser: What the server makes of the mean of a round.
+        control_variates: Whether clients' drift is corrected by control variates (SCAFFOLD).
         max_failures: Clients that may fail in a round.
         system: What the clients' devices are like.
         stop: When to end before the last round.
@@ -117,6 +118,7 @@ class RunConfig(TaskConfig):
     secure: Open
     aggregator: Aggregator
     server_optimiser: ServerOptimiser
+    control_variates: bool
     max_failures: int
     system: SystemConfig
     stop: StopConfig

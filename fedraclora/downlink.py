@@ -91,6 +91,10 @@ class Downlink:
             int64 [K, 2]: part g of G equal ones. None: all.
         link: Number of the link in progress: as long as it stays, frozen factors do and trained
             ones live on, so that a client's moments may, too (`fedraclora.training.moments`).
+        variates: What clients add to the gradients of trained tensors, by name (SCAFFOLD,
+            `fedraclora.training.variates`): the server's part, in the tensor's shape; at the
+            clients less their own part, [K, ...]. None: {}.
+        lifted: Whether clients keep their parts as dense matrices of the weights.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -99,6 +103,8 @@ class Downlink:
     arguments: dict[str, float | int] = field(default_factory=dict)
     ranks: torch.Tensor | None = None
     link: int = 0
+    variates: Tree = field(default_factory=dict)
+    lifted: bool = False
 
     def trained(self) -> dict[str, Trained]:
         """Everything that clients train, by its name on the uplink, in packing order."""
@@ -137,7 +143,10 @@ class Downlink:
         }
         dense = {n: part(s) for n, s in self.dense.items()}
         ranks = None if self.ranks is None else self.ranks[places]
-        return replace(self, adapters=adapters, dense=dense, ranks=ranks)  # type: ignore[arg-type]
+        slots = self.trained()
+        own = {n: t.dim() > len(slots[n].shape) for n, t in self.variates.items()}
+        variates = {n: t[places] if own[n] else t for n, t in self.variates.items()}
+        return replace(self, adapters=adapters, dense=dense, ranks=ranks, variates=variates)  # type: ignore[arg-type]
 
 
 def opening_rows(sent: Downlink, base: Tree, layout: Layout, places: torch.Tensor) -> torch.Tensor:

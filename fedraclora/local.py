@@ -23,6 +23,7 @@ from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 from fedraclora.training.local_pairs import LocalRite, adjust_gradients
 from fedraclora.training.optimiser import LocalConfig
 from fedraclora.training.precision import FLOAT32, products_in
+from fedraclora.training.variates import add_own_variates
 from fedraclora.training.vmapped import effective_weights
 from fedraclora.tree import Tree
 
@@ -94,6 +95,7 @@ def train_one(
         if local.prox:
             gap = [weights[n] - w for n, w in start_weights.items()]
             (local.prox / 2 * torch.stack([g.square().sum() for g in gap]).sum()).backward()
+        add_own_variates(values, downlink, place)
         shape_gradients(values, frozen, hook, local, downlink)
         if recipe.steps:
             optimiser.step()
@@ -107,8 +109,7 @@ def train_one(
 
 def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]:
     """Give one client's trained tensors at their start, and its frozen factors."""
-    frozen: Tree = {}
-    values: Tree = {}
+    frozen, values = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for weight, adapter in downlink.adapters.items():
         for label, part in adapter.factors.items():
             name = f"{weight}/{label}"
@@ -118,11 +119,10 @@ def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]
                 own = part.value[place] if part.value.dim() == 3 else part.value
                 frozen[name] = own.to(base[weight].dtype)
     for name, slot in downlink.trained().items():
-        dtype = next(iter(base.values())).dtype
         start = slot.opening()
         if start is None:
             start = base.get(name, torch.zeros(slot.shape))
-        start = start.to(dtype)
+        start = start.to(next(iter(base.values())).dtype)
         values[name] = start[place] if start.dim() > len(slot.shape) else start
     return values, frozen
 

@@ -137,6 +137,7 @@ def assemble(
             config.privacy,
             security=config.secure,
             optimiser=config.server_optimiser,
+            variates=config.control_variates,
         ),
         on_round=on_round,
         sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),

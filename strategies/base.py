@@ -185,8 +185,8 @@ class FedStrategy(EvaluatesItself):
 
     def _close(self, round_: int, exchange: Exchange, got: Uplinks) -> None:
         """Let the method make the next state, and publish its weights."""
-        sent, close = exchange.downlink, self.treatment.close
-        self.state = close(self.method, self.state, sent, got, self.draw)
+        close, local = self.treatment.close, self.local
+        self.state = close(self.method, self.state, exchange, got, self.draw, local)
         self.catch_up.add(self.state.link)
         self.replica.publish(self.state.base, self.catch_up.version, self.state.link)
         self.done = round_
@@ -212,7 +212,8 @@ class FedStrategy(EvaluatesItself):
         weights = client_weights(loop.weights, self.sizes(clients))
         cohort = Cohort(clients, weights, self.fleet.ranks(clients, self.method))
         downlink = self.method.open_round(self.state, server_round, cohort, self.draw)
-        return self._messages(downlink, cohort, server_round, grid, None)
+        sent = self.treatment.opened(downlink, self.state)
+        return self._messages(sent, cohort, server_round, grid, None)
 
     def _messages(
         self, downlink: Downlink, cohort: Cohort, round_: int, grid: Grid, before: Exchange | None

@@ -28,6 +28,7 @@ from fedraclora.training.program import OpenChunk, Program, refuse_mixing
 from fedraclora.training.prox import add_prox
 from fedraclora.training.schedule import Schedule
 from fedraclora.training.trial import Trial
+from fedraclora.training.variates import correcting
 from fedraclora.training.vmapped import vmapped_forward
 from fedraclora.tree import Tree
 
@@ -105,7 +106,8 @@ class CohortTrainer:
         optimiser = make_optimiser(self.local, values, rates, held, pairs)
         if not recipe.steps:
             optimiser = GradientMean(self.local, values, rates)
-        hooks = [recipe.gradient(chunk.frozen, downlink.arguments, ranks)]
+        hooks = [correcting(downlink, order)] if downlink.variates else []
+        hooks.append(recipe.gradient(chunk.frozen, downlink.arguments, ranks))
         if self.local.precondition:
             hooks.append(projected(chunk.frozen, ranks=ranks))
         adjust = adjuster(self.local.adjust, self.local.damping, pairs)

@@ -25,6 +25,8 @@ from fedraclora.wire.records import (
     vector_record,
 )
 
+VARIATE = "variate/"  # of the names of control variates among tensors
+
 
 def uplink_layout(downlink: Downlink) -> Layout:
     """Names and shapes of what each client sends back."""
@@ -89,6 +91,8 @@ class Packed:
             "recipe": downlink.recipe,
             "arguments": downlink.arguments,
             "link": downlink.link,
+            "variates": list(downlink.variates),
+            "lifted": downlink.lifted,
             "adapters": {
                 w: {"scale": a.scale, "factors": {k: _describe(f) for k, f in a.factors.items()}}
                 for w, a in downlink.adapters.items()
@@ -181,7 +185,13 @@ def _downlink(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
             raise WireError(f"dense tensor {name} is not trained")
         dense[name] = slot
     return Downlink(
-        adapters, dense, header["recipe"], header["arguments"], link=int(header["link"])
+        adapters,
+        dense,
+        header["recipe"],
+        header["arguments"],
+        link=int(header["link"]),
+        variates={n: tensors[f"{VARIATE}{n}"] for n in header["variates"]},
+        lifted=bool(header["lifted"]),
     )
 
 
@@ -195,7 +205,7 @@ def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
     for name, slot in downlink.trained().items():
         if isinstance(slot.start, torch.Tensor):
             sent[name] = (slot.start, slot.per_client)
-    return sent
+    return sent | {f"{VARIATE}{n}": (t, False) for n, t in downlink.variates.items()}
 
 
 def _describe(factor: Factor) -> dict[str, object]:

@@ -105,7 +105,7 @@ def close_optimised(
     if rule.space == "factors":
         stepped, moments, report = step_in_factors(rule, state, sent, got)
         after = method.close_round(state, sent, stepped)
-        return replace(after, moments=moments, report=after.report | report)
+        return replace(after, moments=state.moments | moments, report=after.report | report)
     return step_in_weights(rule, method, state, method.close_round(state, sent, got), draw)
 
 
@@ -129,7 +129,7 @@ def step_in_weights(
     old, new = (_wide(method.weights(s, draw)) for s in (before, after))
     names = list(dict.fromkeys([*plan.targets, *plan.dense, *plan.weights]))
     change = {n: new[n] - old[n] for n in names}
-    steps, moments = rule.advance(change, before.moments)
+    steps, moments = rule.advance(change, _own(before))
     given = {} if after.link is None else after.link.dense
     dense = {n: t for n, t in given.items() if n not in change}
     for name in names:
@@ -143,7 +143,7 @@ def step_in_weights(
         after,
         base=apply_link(before.base, link, plan),
         link=link,
-        moments={n: m.to(_like(before, n)) for n, m in moments.items()},
+        moments=before.moments | {n: m.to(_like(before, n)) for n, m in moments.items()},
         report=after.report | _went(steps, change),
     )
 
@@ -174,7 +174,7 @@ def step_in_factors(
             f"{INSTEAD}"
         )
     change = got.layout.unpack((got.sum() / got.total).cpu() - start)
-    held, report = _beside(rule, state.moments, sent)
+    held, report = _beside(rule, _own(state), sent)
     steps, moments = rule.advance(change, held)
     stepped = start + got.layout.pack(steps)
     like = next(iter(state.base.values())).dtype
@@ -206,6 +206,11 @@ def _beside(rule: ServerOptimiser, moments: Tree, sent: Downlink) -> tuple[Tree,
 
 def _wide(weights: Tree) -> Tree:
     return {n: t.double() for n, t in weights.items()}
+
+
+def _own(state: State) -> Tree:
+    """Give the moments of the optimiser: control variates are others'."""
+    return {n: m for n, m in state.moments.items() if not n.startswith("variates/")}
 
 
 def _like(state: State, moment: str) -> torch.Tensor:

@@ -18,6 +18,7 @@ from fedraclora.privacy.secret import Secret
 from fedraclora.robust.attack import Attack
 from fedraclora.runbook import RunBook
 from fedraclora.server_optimiser import ServerOptimiser
+from fedraclora.training.optimiser import LocalConfig
 from fedraclora.tree import Tree
 from strategies.server.account import SampleAccount, Sizes
 from strategies.server.exchange import Exchange
@@ -26,6 +27,7 @@ from strategies.server.fleet import Fleet
 from strategies.server.loop import LoopConfig
 from strategies.server.private import PrivateRounds
 from strategies.server.rows import Row
+from strategies.server.scaffold import check_scaffold, close_corrected, open_corrected
 from strategies.server.secure import SecureSum
 from strategies.server.talk import Ask
 
@@ -41,6 +43,8 @@ class Treatment:
         secret: Where its noise comes from; None: the run folder's own key.
         security: What the server sees of a cohort.
         optimiser: What the server makes of the mean of a round.
+        variates: Whether clients' drift is corrected by control variates.
+        lifted: Whether these are dense estimates; by `begin`, None without.
         secure: Secure aggregation in the rounds, by `begin`; None without.
         attackers: Their ids, int64; by `begin`.
         private: Privacy of clients in the rounds, by `begin`; None without.
@@ -53,6 +57,8 @@ class Treatment:
     secret: Secret | None = None
     security: Open = field(default_factory=Open)
     optimiser: ServerOptimiser = field(default_factory=ServerOptimiser)
+    variates: bool = False
+    lifted: bool | None = None
     secure: SecureSum | None = None
     private: PrivateRounds | None = None
     samples: SampleAccount | None = None
@@ -68,6 +74,8 @@ class Treatment:
         """
         self.aggregator.check(method.traits, loop.cohort)
         check_optimiser(self.optimiser, method, state, Draw(loop.seed))
+        if self.variates:
+            self.lifted = check_scaffold(method, state, fleet.local, Draw(loop.seed))
         if loop.guarded and self.attack.share:
             raise ConfigError(
                 f"attack={self.attack.name} is for simulations; real clients need nobody's leave"
@@ -166,11 +174,28 @@ class Treatment:
             got = replace(got, stacked=agreed)
         return self.private.treat(got, setting) if self.private else self.aggregator(got, setting)
 
+    def opened(self, sent: Downlink, state: State) -> Downlink:
+        """Give what goes down for what the method asks."""
+        return sent if self.lifted is None else open_corrected(sent, state, lifted=self.lifted)
+
     def close(
-        self, method: Method, state: State, sent: Downlink, got: Uplinks, draw: Draw
+        self,
+        method: Method,
+        state: State,
+        exchange: Exchange,
+        got: Uplinks,
+        draw: Draw,
+        local: LocalConfig,
     ) -> State:
         """Give the next state: the method's, where the server has no optimiser of its own."""
-        return close_optimised(self.optimiser, method, state, sent, got, draw)
+        sent = exchange.downlink
+        after = close_optimised(self.optimiser, method, state, sent, got, draw)
+        if self.lifted is None or not len(got.clients):
+            return after
+        scale, share = exchange.rate_scale, len(got.clients) / exchange.loop.clients
+        rates = {n: local.rate(s.main, scale) for n, s in sent.uploaded().items()}
+        moments = close_corrected(state, sent, got, rates, local.steps or 1, share)
+        return replace(after, moments=after.moments | moments)
 
     def columns(self, round_: int, cohort: Cohort, loop: LoopConfig, fleet: Fleet) -> Row:
         """What the ledger says of a round: attackers in the cohort, and what privacy it cost.

@@ -1,0 +1,148 @@
+"""Control variates (SCAFFOLD): what a client's gradients differ by from everybody's, taken out.
+
+    local step    y <- y - eta (g(y) + D_k),   D_k = c - c_k
+    client        c_k <- c_k + (g_k - c),      g_k = (x - y) / (K eta): the mean of its K steps
+    server        c <- c + |S|/N (mean of g_k over S - c)
+
+c_k is what the client keeps, c comes down with the round. The server needs no more than the mean of
+y: clients take one number of plain SGD steps, so the mean of g_k is (x - mean y) / (K eta). That
+saves half of the paper's uplink, where c_k is sent, too.
+
+A factor that is trained from round to round under the same coordinates has its variate in them:
+FFA-LoRA's B under one A, both factors of FedAvg-LoRA, full weights. Under a **fresh sketch** a
+variate of B speaks of one that is gone. There c and c_k are kept as dense estimates C of the
+gradient of the weight (m x n), of which a round sees the part beside its sketch A (s the scale):
+
+    c   = s C A^T                               what comes down, [m, r]
+    C_k <- C_k + (1/s) (g_k - c) (A A^T)^+ A    on the row space of A the new estimate, else the old
+
+and the same for C. With one A for ever both forms are the same algorithm. The price is m n numbers
+at each client and at the server; the uplink stays as it is.
+
+References:
+    Karimireddy et al., *SCAFFOLD*, ICML 2020, arXiv 1910.06378, algorithm 1, option II. The dense
+    estimates under fresh sketches are ours.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedraclora.downlink import Adapter, Downlink
+from fedraclora.recipe import GradientHook
+from fedraclora.transport import held_beside
+from fedraclora.tree import Tree
+
+
+def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
+    """Give the variates of who has none yet, by the names under which they are kept.
+
+    Args:
+        sent: Says what is trained, and in which form variates are kept.
+        dtype: Of the base weights.
+
+    Returns:
+        ``variates/<trained>`` in its shape; ``variates/<weight>`` [m, n] where they are dense.
+    """
+    found = {}
+    for name, slot in sent.uploaded().items():
+        weight, _, label = name.rpartition("/")
+        if sent.lifted and weight in sent.adapters:
+            beside = _beside(sent.adapters[weight])
+            size = (
+                (slot.shape[0], beside.shape[1])
+                if label == "B"
+                else (beside.shape[0], slot.shape[1])
+            )
+            found[f"variates/{weight}"] = torch.zeros(size, dtype=dtype)
+        else:
+            found[f"variates/{name}"] = torch.zeros(slot.shape, dtype=dtype)
+    return found
+
+
+def seen(kept: Tree, sent: Downlink) -> Tree:
+    """Give the part of kept variates that what is trained sees, by trained name.
+
+    Args:
+        kept: By the names of `blank_variates`, with or without a leading axis of clients.
+        sent: Says what is trained.
+    """
+    found = {}
+    for name in sent.uploaded():
+        weight, _, label = name.rpartition("/")
+        if sent.lifted and weight in sent.adapters:
+            C, adapter = kept[f"variates/{weight}"], sent.adapters[weight]
+            beside = _beside(adapter).to(C)
+            found[name] = adapter.scale * (C @ beside.mT if label == "B" else beside.mT @ C)
+        else:
+            found[name] = kept[f"variates/{name}"]
+    return found
+
+
+def moved_by(kept: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tree:
+    """Let kept variates come to a new estimate, on the part that it sees.
+
+    Args:
+        kept: By the names of `blank_variates`, with or without a leading axis. Not modified.
+        sent: Says what was trained.
+        new: What `seen` is to give now, by trained name.
+        share: Of the way there.
+
+    Returns:
+        A new tree, in the precision of ``kept``.
+    """
+    out = dict(kept)
+    for name, old in seen({n: t.double() for n, t in kept.items()}, sent).items():
+        weight, _, label = name.rpartition("/")
+        step = share * (new[name].to(old) - old)
+        key = f"variates/{name}"
+        if sent.lifted and weight in sent.adapters:
+            adapter, key = sent.adapters[weight], f"variates/{weight}"
+            # Directions that the factor hardly has would bring back the rounding of the weights.
+            inverse = torch.linalg.pinv(_beside(adapter), rtol=1e-6).to(step) / adapter.scale
+            step = step @ inverse.mT if label == "B" else inverse.mT @ step
+        out[key] = (kept[key].double() + step).to(kept[key])
+    return out
+
+
+def mean_gradients(start: Tree, end: Tree, steps: int, rates: dict[str, float]) -> Tree:
+    """Give the mean of the directions of plain SGD steps: (start - end) / (steps rate), float64."""
+    return {n: (start[n].double() - end[n].double()) / (steps * rates[n]) for n in end}
+
+
+def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
+    """Give the hook that adds variates to gradients.
+
+    Args:
+        sent: Has them, for all clients or [K, ...].
+        order: Places of the clients in the order of the gradients, int64 [K]; those that still
+            train come first.
+    """
+    slots = sent.trained()
+    added = {
+        n: t.to(order.device)[order] if t.dim() > len(slots[n].shape) else t.to(order.device)[None]
+        for n, t in sent.variates.items()
+    }
+
+    def hook(gradients: Tree) -> Tree:
+        own = {n: added[n][: len(g)].to(g) for n, g in gradients.items()}
+        return {n: g + own[n] for n, g in gradients.items()}
+
+    return hook
+
+
+def add_own_variates(values: Tree, sent: Downlink, place: int) -> None:
+    """Add variates to the gradients of the one client at ``place``, in place."""
+    for name, variate in sent.variates.items():
+        own = variate[place] if variate.dim() > values[name].dim() else variate
+        gradient = values[name].grad
+        values[name].grad = (
+            own.to(values[name]) if gradient is None else gradient + own.to(gradient)
+        )
+
+
+def _beside(adapter: Adapter) -> torch.Tensor:
+    pair = held_beside(adapter)
+    if pair is None:
+        raise ValueError("dense variates need one trained factor beside one that is shared")
+    return pair[1]
