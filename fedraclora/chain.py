@@ -54,10 +54,10 @@ class CatchUp:
     def add(self, link: Link | None) -> None:
         """Append the link of a round (None: nothing changed, but the version moves on)."""
         row = np.zeros(len(self.names), np.int64)
-        if link is not None:
-            for name, term in link.terms.items():
+        for part in () if link is None else link.parts():
+            for name, term in part.terms.items():
                 row[self.place[name]] += term_bytes(term, self.itemsize[name])
-            for name, value in link.dense.items():
+            for name, value in part.dense.items():
                 row[self.place[name]] += value.numel() * self.itemsize[name]
         self.sums.append(self.sums[-1] + row)
 
@@ -105,7 +105,12 @@ def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
                 tensors[f"term|{name}|{i}"] = factor
                 parts.append(None)
         terms[name] = {"scale": term.scale, "factors": parts}
-    return tensors, {"terms": terms}
+    rest = []
+    for i, part in enumerate(link.rest):
+        more, described = link_tensors(part)
+        tensors |= {f"rest{i}|{n}": t for n, t in more.items()}
+        rest.append(described)
+    return tensors, {"terms": terms} | ({"rest": rest} if rest else {})
 
 
 def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -> Link:
@@ -119,7 +124,12 @@ def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -
         )
         terms[name] = Term(factors, float(term["scale"]))
     dense = {n.partition("|")[2]: v for n, v in tensors.items() if n.startswith("dense|")}
-    return Link(terms, dense)
+    rest = []
+    for i, part in enumerate(meta.get("rest", ())):  # type: ignore[arg-type,var-annotated]
+        prefix = f"rest{i}|"
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        rest.append(read_link(own, part))
+    return Link(terms, dense, tuple(rest))
 
 
 def replay(base: Tree, links: list[Link], plan: Plan) -> Tree:

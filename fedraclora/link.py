@@ -44,10 +44,21 @@ class Link:
     """How one round changed the base: low-rank terms that are added, dense values that replace.
 
     The chain of links is the log from which a client that was away catches up.
+
+    Attributes:
+        terms: Low-rank terms by weight.
+        dense: New values by name.
+        rest: Further changes of the same round, in order: a weight may have a term in each.
     """
 
     terms: dict[str, Term] = field(default_factory=dict)
     dense: Tree = field(default_factory=dict)
+    rest: tuple[Link, ...] = ()
+
+    def parts(self) -> tuple[Link, ...]:
+        """Give the changes of the round one by one, in order."""
+        own = (Link(self.terms, self.dense),)
+        return own + tuple(part for link in self.rest for part in link.parts())
 
 
 def matrices(term: Term) -> tuple[torch.Tensor, ...]:
@@ -84,4 +95,6 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
         out[name] = view.stored(wide.to(base[name].dtype), base[name])
     for name, value in link.dense.items():
         out[name] = value.to(base[name])
+    for part in link.rest:
+        out = apply_link(out, part, plan)
     return out

@@ -150,7 +150,8 @@ def numbers(link: Link) -> int:
     """Count the numbers of a link."""
     factors = (f for term in link.terms.values() for f in term.factors)
     drawn = sum(f.numel() for f in factors if isinstance(f, torch.Tensor))
-    return drawn + sum(t.numel() for t in link.dense.values())
+    own = drawn + sum(t.numel() for t in link.dense.values())
+    return own + sum(map(numbers, link.rest))
 
 
 class FileReplica(Replica):

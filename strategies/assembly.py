@@ -35,6 +35,7 @@ from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
+from strategies.buffered import BufferedStrategy
 from strategies.server.fleet import Fleet
 from strategies.server.loop import LoopConfig
 from strategies.server.loopconfig import loop_of
@@ -123,7 +124,8 @@ def assemble(
         dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
         return config.method.weights(strategy.state, draw, own) | dense
 
-    strategy = FedStrategy(
+    kind = FedStrategy if config.system.buffer is None else BufferedStrategy
+    strategy = kind(
         config.method,
         state,
         config.local,

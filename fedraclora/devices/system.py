@@ -38,6 +38,8 @@ class SystemConfig:
         jitter: Sigma of a lognormal factor of median 1 on a client's time, drawn in each round.
         deadline: Virtual seconds after which replies are late; None = wait.
         over_select: Clients asked for each one wanted; the first to answer are taken.
+        buffer: Replies that a step of the server waits for, the others staying on their way
+            (`fedraclora.devices.buffer`); None = a round waits for its cohort.
     """
 
     speed: Distribution | None = None
@@ -49,6 +51,7 @@ class SystemConfig:
     jitter: float = 0.0
     deadline: float | None = None
     over_select: float = 1.0
+    buffer: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, and what would do nothing."""
@@ -69,6 +72,22 @@ class SystemConfig:
                 f"system.jitter is {self.jitter} and system.deadline is {self.deadline}, but no "
                 "client takes any time; set system.speed, downlink or uplink, or leave them out"
             )
+
+        if self.buffer is not None:
+            self._check_buffer(self.buffer)
+
+    def _check_buffer(self, buffer: int) -> None:
+        if buffer < 1 or not self.timed:
+            raise ConfigError(
+                f"system.buffer is {buffer}; 1 or more is wanted, and clients that take time: set "
+                "system.speed, downlink or uplink"
+            )
+        for key, plain in (("deadline", None), ("over_select", 1.0), ("rank_budget", None)):
+            if getattr(self, key) != plain:
+                raise ConfigError(
+                    f"system.{key} is {getattr(self, key)}, but with system.buffer nobody is late "
+                    f"and all train the same; set it to {'null' if plain is None else plain}"
+                )
 
     @property
     def enabled(self) -> bool:
@@ -140,8 +159,7 @@ class SystemConfig:
         Raises:
             ClientError: If nobody answers in time.
         """
-        seconds = self._seconds(seed, round_, clients, load)
-        gone = self._gone(seed, round_, clients, seconds)
+        seconds, gone = self.trips(seed, round_, clients, load)
         ties = torch.zeros_like(seconds)
         if len(clients) > wanted:
             ties = cohort_uniforms(hash_key(seed, "system/tie", round_), clients)
@@ -165,6 +183,16 @@ class SystemConfig:
         share = self._of_device("rank_budget", self.rank_budget, seed, clients)
         # Less a hair: 0.07 x 100 is 7.000000000000001.
         return torch.ceil(share * rank - 1e-9).clamp(1, rank).to(torch.int64)
+
+    def trips(
+        self, seed: int, round_: int, clients: torch.Tensor, load: Load
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the seconds of clients that start in a round, and after which they vanish (or inf).
+
+        Arguments as for `timeline`; float64 [K] each.
+        """
+        seconds = self._seconds(seed, round_, clients, load)
+        return seconds, self._gone(seed, round_, clients, seconds)
 
     def _seconds(self, seed: int, round_: int, clients: torch.Tensor, load: Load) -> torch.Tensor:
         """Virtual seconds of each client, float64 [K]."""

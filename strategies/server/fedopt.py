@@ -209,8 +209,9 @@ def _wide(weights: Tree) -> Tree:
 
 
 def _own(state: State) -> Tree:
-    """Give the moments of the optimiser: control variates are others'."""
-    return {n: m for n, m in state.moments.items() if not n.startswith("variates/")}
+    """Give the moments of the optimiser: the others are not its own."""
+    kinds = ("first/", "second/", "beside/")
+    return {n: m for n, m in state.moments.items() if n.startswith(kinds)}
 
 
 def _like(state: State, moment: str) -> torch.Tensor:

@@ -43,6 +43,7 @@ from fedraclora.tree import Tree
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
+from strategies.server.fleet import Fleet
 from strategies.server.loop import LoopConfig
 from strategies.server.treatment import Treatment
 
@@ -439,6 +440,8 @@ def run(
     resume: bool = False,
     max_failures: int = 0,
     treatment: Treatment | None = None,
+    fleet: Fleet | None = None,
+    kind: type[FedStrategy] = FedStrategy,
 ) -> Run:
     """Run a method from start to end as `fedraclora simulate` does, with its one strategy."""
     draw = Draw(seed)
@@ -458,7 +461,7 @@ def run(
     trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
     worker = RecordingWorker(trainer, replica, store)
     book = RunBook(folder, every=1, sync=False, store=store)
-    strategy = FedStrategy(
+    strategy = kind(
         method,
         state,
         local,
@@ -467,6 +470,7 @@ def run(
         evaluate=lambda w: {"loss": world.loss(personal(strategy, store, w))},
         book=book,
         treatment=treatment or Treatment(aggregator, attack or Attack()),
+        fleet=fleet,
     )
     if resume:
         strategy.resume(*book.restore(state, strategy.catch_up))

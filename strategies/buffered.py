@@ -1,0 +1,132 @@
+"""The strategy for clients that are not waited for: FedBuff on the virtual clock of the devices.
+
+A round is a step of the server. Who starts in it, and when each will answer, is known from the
+clock alone, so those who start are trained at once, in one exchange, and their replies lie in wait
+until the clock has come to them. Bytes are counted where a client starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from typing_extensions import override
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.aggregator import Mean
+from fedraclora.devices.buffer import Airspace, Leg
+from fedraclora.devices.timeline import Load, Timeline
+from fedraclora.errors import ConfigError
+from fedraclora.method import Cohort, Downlink
+from fedraclora.ranks import uploaded_numbers
+from fedraclora.recipe import RECIPES
+from fedraclora.sampling import client_weights
+from fedraclora.wire import DTYPES, payload_bytes
+from strategies.base import FedStrategy
+from strategies.server.buffer import PREFIX, batch_of, merge, read_batches, write_batches
+from strategies.server.exchange import Exchange
+from strategies.server.fedopt import step_in_weights
+
+
+class BufferedStrategy(FedStrategy):
+    """Runs a method without waiting for anyone; arguments as for `FedStrategy`.
+
+    Raises:
+        ConfigError: Where what is asked beside it needs a round that waits.
+    """
+
+    def __init__(self, *given: object, **named: object) -> None:
+        super().__init__(*given, **named)  # type: ignore[arg-type]
+        self._leg: Leg | None = None
+        traits, beside = self.method.traits, self.treatment
+        refused = {
+            "a method that needs each client's own update": not traits.linear,
+            "a method of which a part stays at each client": traits.client_state,
+            f"aggregator={beside.aggregator.name}": not isinstance(beside.aggregator, Mean),
+            f"attack={beside.attack.name}": beside.attack.colludes,
+            "privacy=client_level": beside.private is not None,
+            "secure=secagg": beside.secure is not None,
+            "control_variates": beside.variates,
+            "server_optimiser.space=factors": beside.optimiser.space == "factors",
+        }
+        if found := [what for what, is_so in refused.items() if is_so]:
+            raise ConfigError(
+                f"system.buffer mixes replies of several rounds, and does not go with {found[0]}; "
+                "leave one of them out"
+            )
+
+    @override
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the round pass on the clock, and ask those who start in it."""
+        loop, draw = self.loop, self.draw
+        any_ = Cohort(torch.arange(1), torch.ones(1, dtype=torch.float64))
+        sent = self.method.open_round(self.state, server_round, any_, draw)
+        if sent.apart or not RECIPES[sent.recipe].steps:
+            raise ConfigError(
+                "system.buffer is set, but this method asks other things of each client, or twice "
+                "in a round; take another method, or system.buffer=null"
+            )
+        self._leg = leg = self._passed(server_round, sent)
+        started = sorted(leg.started, key=lambda flight: flight.client)
+        clients = torch.tensor([f.client for f in started], dtype=torch.int64)
+        asked = Cohort(clients, client_weights(loop.weights, self.sizes(clients)))
+        answers = torch.tensor([not f.lost for f in started], dtype=torch.bool)
+        took = torch.tensor([f.lands for f in started], dtype=torch.float64) - self.fleet.now
+        kept = torch.nonzero(answers).flatten()
+        self._exchange = Exchange(
+            sent,
+            server_round,
+            self.catch_up.version,
+            asked.select(answers),
+            asked,
+            loop,
+            rate_scale=self.local.rate_scale(server_round, loop.rounds),
+            timeline=Timeline(kept, list(leg.dropped), leg.end - self.fleet.now, took, []),
+        )
+        return self._exchange.messages(list(grid.get_node_ids()))
+
+    def _passed(self, round_: int, sent: Downlink) -> Leg:
+        """Find who starts in a round, and who answers."""
+        size, fleet, loop = DTYPES[self.loop.dtype].itemsize, self.fleet, self.loop
+
+        def load(clients: torch.Tensor) -> Load:
+            down = torch.full((len(clients),), payload_bytes(sent, len(clients), size))
+            down += torch.from_numpy(self.catch_up.missing(clients))
+            up = uploaded_numbers(sent, len(clients)) * size
+            return Load(fleet.passes(self.sizes(clients)), down, up)
+
+        batches, lost = read_batches(self.state)
+        flying = (*(f for batch in batches for f in batch.flights), *lost)
+        space = Airspace(fleet.system, fleet.seed, round_, loop.clients, loop.cohort, load)
+        return space.fly(fleet.now, flying, fleet.system.buffer or 1)
+
+    @override
+    def _close(self, round_: int, exchange: Exchange, got: Uplinks) -> None:
+        """Merge the replies that have come; the others lie in wait."""
+        leg, before = self._leg, self.state
+        if leg is None:
+            raise ConfigError("replies came before a round was opened")
+        batches, _ = read_batches(before)
+        if len(got.clients):
+            batches.append(batch_of(got, exchange.downlink, before.base, leg.started))
+        landed, flying = frozenset(leg.landed), frozenset(leg.flying)
+        came = [part for b in batches if (part := b.select(landed)).flights]
+        after = replace(before, link=None, report={}, notes=())
+        if came:
+            after = merge(self.method, before, came, exchange.downlink, round_)
+            if self.treatment.optimiser.name != "none":
+                rule = self.treatment.optimiser
+                after = step_in_weights(rule, self.method, before, after, self.draw)
+        waiting = [batch.select(flying) for batch in batches]
+        lost = tuple(sorted(f for f in flying if f.lost))
+        kept = {n: m for n, m in after.moments.items() if not n.startswith(PREFIX)}
+        self.state = replace(after, moments=kept | write_batches(waiting, lost, self.loop.dtype))
+        self.fleet.now = leg.end
+        self.catch_up.add(self.state.link)
+        self.replica.publish(self.state.base, self.catch_up.version, self.state.link)
+        self.done = round_

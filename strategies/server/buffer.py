@@ -1,0 +1,198 @@
+"""Replies on their way between rounds, and the step of the server that merges those that came.
+
+    W <- W + sum_i w_i (1 + tau_i)^(-1/2) Delta_i / sum_i w_i      over the replies of the buffer
+
+Delta_i is the change of a client's weights since it started, tau_i the rounds that have passed
+since, w_i its aggregation weight. A reply belongs to the sketch under which it was trained, so
+replies of one round are merged with that round's own sketch: a link for each (`Link.rest`), exact,
+since every B stands beside its A. What lives on in the same coordinates (FFA-LoRA, FedAvg-LoRA,
+full weights) goes together.
+
+Everything that a later round needs is in the moments of the state, so that it is in the checkpoint.
+
+References:
+    Nguyen et al., *Federated learning with buffered asynchronous aggregation*, AISTATS 2022, arXiv
+    2106.06639 (FedBuff; its discount of stale replies, ``(1 + tau)^(-1/2)``, known from summaries).
+    Links by sketch are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedraclora.aggregate import Uplinks, weighted_sum
+from fedraclora.devices.buffer import Flight
+from fedraclora.downlink import opening_rows
+from fedraclora.errors import ConfigError
+from fedraclora.method import Downlink, Link, Method, State
+from fedraclora.tree import Tree
+from fedraclora.wire import Order, pack_downlink, unpack_downlink, uplink_layout
+from fedraclora.wire.records import array_record, header_record, read_array, read_header
+
+PREFIX = "buffer/"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Replies to one downlink.
+
+    Attributes:
+        round_: Of the downlink.
+        sent: The downlink.
+        flights: Who answers when, in ascending order of client.
+        rows: Their changes since they started, [K, P].
+        weights: Aggregation weights, float64 [K].
+    """
+
+    round_: int
+    sent: Downlink
+    flights: tuple[Flight, ...]
+    rows: torch.Tensor
+    weights: torch.Tensor
+
+    def select(self, flights: frozenset[Flight]) -> Batch:
+        """Keep these clients alone."""
+        kept = [i for i, flight in enumerate(self.flights) if flight in flights]
+        places = torch.tensor(kept, dtype=torch.int64)
+        return replace(
+            self,
+            flights=tuple(self.flights[i] for i in kept),
+            rows=self.rows[places],
+            weights=self.weights[places],
+        )
+
+
+def batch_of(got: Uplinks, sent: Downlink, base: Tree, started: tuple[Flight, ...]) -> Batch:
+    """Make a batch of the replies of a round, of all clients that answer sooner or later.
+
+    Args:
+        got: What they sent.
+        sent: What they were asked.
+        base: What they trained from.
+        started: Who started in the round; those whose training failed are left out.
+    """
+    start = opening_rows(sent, base, got.layout, torch.arange(len(got.clients)))
+    own = {f.client: f for f in started if not f.lost}
+    flights = tuple(own[client] for client in got.clients.tolist())
+    rows = got.rows().cpu()
+    return Batch(flights[0].round_, sent, flights, rows - start.to(rows), got.weights)
+
+
+def write_batches(batches: list[Batch], lost: tuple[Flight, ...], dtype: str) -> Tree:
+    """Write what is on its way as tensors; batches without clients are left out.
+
+    Args:
+        batches: Of the rounds that are not over.
+        lost: Clients that will vanish.
+        dtype: Of numbers on the wire.
+    """
+    found: Tree = {}
+    for batch in batches:
+        if not batch.flights:
+            continue
+        clients = torch.tensor([f.client for f in batch.flights])
+        packed = pack_downlink(batch.sent, Order(batch.round_, 0, 1.0, clients), dtype)
+        text = json.dumps(read_header(packed)).encode()
+        found |= {
+            f"{PREFIX}{batch.round_}/clients": clients,
+            f"{PREFIX}{batch.round_}/lands": _lands(batch.flights),
+            f"{PREFIX}{batch.round_}/rows": batch.rows,
+            f"{PREFIX}{batch.round_}/weights": batch.weights,
+            f"{PREFIX}{batch.round_}/header": torch.tensor(list(text), dtype=torch.uint8),
+            f"{PREFIX}{batch.round_}/numbers": read_array(packed, "arrays").clone(),
+        }
+    if lost:
+        found[f"{PREFIX}lost/who"] = torch.tensor([(f.client, f.round_) for f in lost])
+        found[f"{PREFIX}lost/lands"] = _lands(lost)
+    return found
+
+
+def _lands(flights: tuple[Flight, ...]) -> torch.Tensor:
+    return torch.tensor([f.lands for f in flights], dtype=torch.float64)
+
+
+def read_batches(state: State) -> tuple[list[Batch], tuple[Flight, ...]]:
+    """Undo `write_batches`: the batches in ascending order of round, and who will vanish."""
+    held = {n.removeprefix(PREFIX): t for n, t in state.moments.items() if n.startswith(PREFIX)}
+    rounds = sorted({int(n.partition("/")[0]) for n in held if not n.startswith("lost/")})
+    batches = []
+    for round_ in rounds:
+        clients, lands = held[f"{round_}/clients"], held[f"{round_}/lands"]
+        header = json.loads(bytes(held[f"{round_}/header"].tolist()))
+        content = pack_downlink(Downlink(), Order(round_, 0, 1.0, clients), "float32")
+        content["config"] = header_record(header)
+        content["arrays"] = array_record(held[f"{round_}/numbers"])
+        sent, _ = unpack_downlink(content)
+        flights = tuple(
+            Flight(at, k, round_) for k, at in zip(clients.tolist(), lands.tolist(), strict=True)
+        )
+        rows, weights = held[f"{round_}/rows"], held[f"{round_}/weights"]
+        batches.append(Batch(round_, sent, flights, rows, weights))
+    lost: tuple[Flight, ...] = ()
+    if "lost/who" in held:
+        pairs = zip(held["lost/who"].tolist(), held["lost/lands"].tolist(), strict=True)
+        lost = tuple(Flight(at, k, round_, lost=True) for (k, round_), at in pairs)
+    return batches, lost
+
+
+def merge(method: Method, state: State, batches: list[Batch], now: Downlink, round_: int) -> State:
+    """Take the step of the server.
+
+    Args:
+        method: Closes a round for each downlink.
+        state: Before the step.
+        batches: The replies that came, in ascending order of round.
+        now: What this round asks: stale replies in the same coordinates go with it.
+        round_: From 1.
+
+    Returns:
+        The next state, with one link and the staleness in its report.
+
+    Raises:
+        ConfigError: If a stale reply cannot be merged with its own downlink.
+    """
+    total = float(sum(batch.weights.sum() for batch in batches))
+    ages = torch.tensor([float(round_ - b.round_) for b in batches for _ in b.flights])
+    own = [[b] for b in batches if b.sent.link != now.link]
+    together = [b for b in batches if b.sent.link == now.link]
+    carries = bool(own and state.carried)
+    links: list[Link] = []
+    for group in [*own, *([together] if together else [])]:
+        sent = now if group is together else group[0].sent
+        state = _closed(method, state, sent, group, total, round_)
+        links.append(state.link or Link())
+        carries |= bool(own and state.carried)
+    if carries:
+        raise ConfigError(
+            "system.buffer has a reply to an older downlink, but this method carries on what it "
+            "has trained since; take one that merges in every round (method.resample_every=1), or "
+            "never (null)"
+        )
+    first, *others = links
+    report = {"staleness": float(ages.mean()), "staleness_max": float(ages.max())}
+    return replace(
+        state, link=replace(first, rest=tuple(others)), report={"merged": float(len(ages))} | report
+    )
+
+
+def _closed(
+    method: Method, state: State, sent: Downlink, group: list[Batch], total: float, round_: int
+) -> State:
+    """Close a round for replies in the same coordinates: start + their discounted changes."""
+    layout = uplink_layout(sent)
+    if any(uplink_layout(batch.sent) != layout for batch in group):
+        raise ConfigError(
+            "system.buffer is set, but this method trains other things in other rounds, so that a "
+            "stale reply has no place in this one; take another method, or system.buffer=null"
+        )
+    rows = torch.cat([batch.rows for batch in group])
+    late = torch.cat([torch.full((len(b.flights),), float(round_ - b.round_)) for b in group])
+    weights = torch.cat([batch.weights for batch in group]) / (1 + late.double()).sqrt()
+    start = opening_rows(sent, state.base, layout, torch.arange(1))
+    clients = torch.tensor([f.client for b in group for f in b.flights])
+    mean = start + weighted_sum(rows, weights) / total
+    got = Uplinks(clients, weights, layout, summed=mean, denominator=1.0)
+    return method.close_round(state, sent, got)

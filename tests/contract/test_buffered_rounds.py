@@ -1,0 +1,225 @@
+"""FedBuff over methods: every step of the server against dense algebra, and going on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typing_extensions import override
+from worlds import (
+    RAGGED,
+    Played,
+    Run,
+    World,
+    assert_close_trees,
+    assert_equal_trees,
+    client_weights,
+    label,
+    make_method,
+    make_world,
+    run,
+)
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.chain import CatchUp, link_tensors, read_link, term_bytes
+from fedraclora.devices.buffer import Leg
+from fedraclora.devices.distributions import LogNormal
+from fedraclora.devices.system import SystemConfig
+from fedraclora.errors import ConfigError
+from fedraclora.method import Downlink, Draw, State
+from fedraclora.robust.rules import Median
+from fedraclora.runbook import weights_at
+from fedraclora.server_optimiser import Momentum
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.tree import Layout, Tree
+from strategies.buffered import BufferedStrategy
+from strategies.server.exchange import Exchange
+from strategies.server.fleet import Fleet
+from strategies.server.treatment import Treatment
+
+Variant = tuple[str, dict[str, Any]]
+SEED, COHORT = 1, 4
+UNEVEN = SystemConfig(speed=LogNormal(1.0, 1.2), jitter=0.4, buffer=2)
+EXACT: list[Variant] = [
+    ("fed_rac_lora", {}),
+    ("fed_rac_lora", {"side": "left", "sketch": "gaussian", "server_lr": 0.5}),
+    ("ffa_lora", {}),
+    ("bernoulli_lora", {}),
+    ("fedavg", {}),
+]
+
+
+class Watched(BufferedStrategy):
+    """Keeps what each round began from, asked, and how it passed on the clock."""
+
+    seen: list[tuple[State, Downlink, Leg]]
+
+    @override
+    def _close(self, round_: int, exchange: Exchange, got: Uplinks) -> None:
+        leg, before = self._leg, self.state
+        assert leg is not None
+        self.seen = [*getattr(self, "seen", []), (before, exchange.downlink, leg)]
+        super()._close(round_, exchange, got)
+
+
+def go(world: World, variant: Variant, rounds: int, **more: Any) -> Run:
+    system = more.pop("system", UNEVEN)
+    local = more.pop("local", RAGGED)
+    fleet = Fleet(system, SEED, local)
+    method = make_method(variant[0], **variant[1])
+    return run(
+        world, method, local, rounds=rounds, cohort=COHORT, seed=SEED, fleet=fleet, kind=Watched,
+        **more,
+    )  # fmt: skip
+
+
+def trained(world: World, seen: tuple[State, Downlink, Leg], client: int, round_: int) -> Played:
+    """One client trained again, from what its round began with."""
+    before, sent, _ = seen
+    trainer = CohortTrainer(world.task, world.plan, RAGGED, seed=SEED, device=torch.device("cpu"))
+    one = torch.tensor([client])
+    trial = trainer.train(before.base, sent, one, round_=round_, rate_scale=1.0)
+    layout = Layout.of(trial.trained, skip=1)
+    got = Uplinks(one, trial.samples.double(), layout, layout.pack(trial.trained, lead=1))
+    return Played(before, sent, got, before)
+
+
+@pytest.mark.parametrize("variant", EXACT, ids=label)
+def test_every_step_is_the_discounted_mean_of_what_came(variant: Variant) -> None:
+    """Each reply counts as the change of dense weights since its client started."""
+    world = make_world()
+    done = go(world, variant, 6)
+    strategy = done.strategy
+    assert isinstance(strategy, Watched)
+    method, draw = strategy.method, Draw(SEED)
+    states = [s for s, _, _ in strategy.seen] + [strategy.state]
+    ages: Counter[int] = Counter()
+    for t, (before, _, leg) in enumerate(strategy.seen, start=1):
+        assert len(leg.landed) == 2
+        total, moved = 0.0, {n: torch.zeros_like(w) for n, w in before.base.items()}
+        for flight in leg.landed:
+            played = trained(world, strategy.seen[flight.round_ - 1], flight.client, flight.round_)
+            weight, age = float(played.got.weights[0]), t - flight.round_
+            old = method.weights(played.before, draw)
+            for n, new in client_weights_of(method, played, draw).items():
+                moved[n] += weight / (1 + age) ** 0.5 * (new - old[n])
+            total += weight
+            ages[age] += 1
+        step = method.traits.step
+        wanted = {n: w + step * moved[n] / total for n, w in method.weights(before, draw).items()}
+        assert_close_trees(method.weights(states[t], draw), wanted, tolerance=1e-9)
+        report = done.rows[t - 1]["report"]
+        found = [t - f.round_ for f in leg.landed]
+        assert report["staleness"] == pytest.approx(sum(found) / 2)
+        assert report["staleness_max"] == max(found)
+    assert len(ages) > 2, "no reply was stale: the test shows nothing"
+
+
+def client_weights_of(method: Any, played: Played, draw: Draw) -> Tree:
+    """Dense weights that a client ended with; what is adapted counts from the base."""
+    del method, draw
+    return client_weights(played, 0)
+
+
+def test_the_clock_is_that_of_the_replies_and_places_are_always_taken() -> None:
+    done = go(make_world(sizes=(3,) * 12), ("fed_rac_lora", {}), 8)
+    strategy = done.strategy
+    assert isinstance(strategy, Watched)
+    now, flying = 0.0, 0
+    for (_, _, leg), row in zip(strategy.seen, done.rows, strict=True):
+        assert leg.end == max(f.lands for f in leg.landed)
+        assert leg.end >= now
+        assert row["virtual_seconds"] == leg.end
+        assert row["asked"] == len(leg.started)
+        flying += len(leg.started) - len(leg.landed)
+        assert flying == len(leg.flying) == COHORT - 1  # the last that came is replaced later
+        assert all(f.lands >= leg.end for f in leg.flying)
+        now = leg.end
+
+
+def test_links_are_one_for_each_sketch_and_rebuild_the_base(tmp_path: Path) -> None:
+    world = make_world()
+    done = go(world, ("fed_rac_lora", {}), 6, folder=tmp_path)
+    strategy = done.strategy
+    assert isinstance(strategy, Watched)
+    assert_equal_trees(weights_at(tmp_path, 6, world.plan), strategy.state.base)
+    states = [s for s, _, _ in strategy.seen[1:]] + [strategy.state]
+    sketches: set[Any] = set()
+    for state, (_, _, leg) in zip(states, strategy.seen, strict=True):
+        assert state.link is not None
+        parts = state.link.parts()
+        assert len(parts) == len({f.round_ for f in leg.landed})
+        sketches |= {p.terms["fc1.weight"].factors[1] for p in parts}
+        catch_up = CatchUp(world.base, 1)
+        catch_up.add(state.link)
+        size = sum(term_bytes(t, 8) for p in parts for t in p.terms.values())
+        size += sum(t.numel() * 8 for p in parts for t in p.dense.values())
+        assert int(catch_up.sums[-1].sum()) == size
+        again = read_link(*link_tensors(state.link))
+        assert len(again.parts()) == len(parts)
+    assert max(len(s.link.parts()) for s in states if s.link) == 2
+    assert len(sketches) > 3
+
+
+@pytest.mark.parametrize("rule", [Momentum(beta=0.5), None], ids=["momentum", "none"])
+@pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg_lora"])
+def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
+    name: str, rule: Momentum | None, tmp_path: Path
+) -> None:
+    world = make_world(dtype=torch.float32)
+    rough = replace(UNEVEN, drop_out=0.3)
+
+    def play(rounds: int, folder: Path | None = None, **more: Any) -> Run:
+        beside = {} if rule is None else {"treatment": Treatment(optimiser=rule)}
+        return go(world, (name, {}), rounds, folder=folder, system=rough, **beside, **more)
+
+    whole = play(7)
+    play(4, tmp_path)
+    rest = play(7, tmp_path, resume=True)
+    turned = play(7, arrange=lambda messages: messages[::-1])
+    for other in (rest, turned):
+        assert_equal_trees(other.strategy.state.base, whole.strategy.state.base)
+        assert_equal_trees(other.strategy.state.moments, whole.strategy.state.moments)
+        assert other.strategy.book.ledger.digest() == whole.strategy.book.ledger.digest()
+    assert any(n.startswith("buffer/") for n in whole.strategy.state.moments)
+    assert sum(len(row["dropped"]) for row in whole.rows) > 0
+
+
+@pytest.mark.parametrize(
+    ("variant", "more", "told"),
+    [
+        (("flora_stacking", {}), {}, "each client's own update"),
+        (("fedsa_lora", {}), {}, "stays at each client"),
+        (("fed_rac_lora", {"sketches": 2}), {}, "other things of each client"),
+        (("fed_rac_lora", {"resample_every": 2}), {}, "merges in every round"),
+        (("rolora", {}), {}, "merges in every round"),
+        (("fed_rac_lora", {}), {"aggregator": Median()}, "aggregator=median"),
+        (
+            ("fed_rac_lora", {}),
+            {"treatment": Treatment(optimiser=Momentum(space="factors"))},
+            "space=factors",
+        ),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_what_cannot_be_mixed_is_refused(variant: Variant, more: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        go(make_world(), variant, 6, **more)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"speed": None, "jitter": 0.0}, "clients that take time"),
+        ({"buffer": 0}, "system.buffer is 0; 1 or more"),
+        ({"deadline": 3.0}, "set it to null"),
+        ({"over_select": 1.5}, "set it to 1.0"),
+    ],
+)
+def test_a_buffer_that_cannot_be_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        replace(UNEVEN, **changes)
