@@ -97,8 +97,7 @@ class CohortTrainer:
         """
         chunk = self.open(base, downlink, clients, round_=round_)
         schedule, order, values = chunk.schedule, chunk.order, chunk.values
-        slots = downlink.trained()
-        rates = {n: self.local.rate(slots[n].main, rate_scale) for n in slots}
+        rates = {n: self.local.rate(s.main, rate_scale) for n, s in downlink.trained().items()}
         held = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
         recipe = RECIPES[downlink.recipe]
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
@@ -106,8 +105,8 @@ class CohortTrainer:
         optimiser = make_optimiser(self.local, values, rates, held, pairs)
         if not recipe.steps:
             optimiser = GradientMean(self.local, values, rates)
-        hooks = [correcting(downlink, order)] if downlink.variates else []
-        hooks.append(recipe.gradient(chunk.frozen, downlink.arguments, ranks))
+        given = (chunk.frozen, downlink.arguments, ranks)
+        hooks = [correcting(downlink, order), recipe.gradient(*given)]
         if self.local.precondition:
             hooks.append(projected(chunk.frozen, ranks=ranks))
         adjust = adjuster(self.local.adjust, self.local.damping, pairs)

@@ -111,7 +111,7 @@ def mean_gradients(start: Tree, end: Tree, steps: int, rates: dict[str, float]) 
 
 
 def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
-    """Give the hook that adds variates to gradients.
+    """Give the hook that adds variates to gradients, where there are any.
 
     Args:
         sent: Has them, for all clients or [K, ...].
@@ -125,8 +125,11 @@ def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
     }
 
     def hook(gradients: Tree) -> Tree:
-        own = {n: added[n][: len(g)].to(g) for n, g in gradients.items()}
-        return {n: g + own[n] for n, g in gradients.items()}
+        out = dict(gradients)
+        for name, value in added.items():
+            gradient = gradients[name]
+            out[name] = gradient + value[: len(gradient)].to(gradient)
+        return out
 
     return hook
 

@@ -77,6 +77,7 @@ def _check_local(local: LocalConfig) -> None:
         "dp": local.dp is not None,
         "prox": local.prox,
         "precondition": local.precondition,
+        "adjust": local.adjust != "none",
     }
     if found := [key for key, used in beside.items() if used]:
         raise ConfigError(

@@ -217,6 +217,7 @@ def test_what_comes_down_is_counted_and_what_goes_up_is_the_methods() -> None:
         ("fed_rac_lora", {}, replace(STEPS, optimiser="adamw"), "local.optimiser is adamw"),
         ("fed_rac_lora", {}, replace(STEPS, dp=SampleNoise(0.2, 0.5)), "local.dp is"),
         ("fed_rac_lora", {}, replace(STEPS, prox=0.1), "local.prox is 0.1"),
+        ("fedavg_lora", {}, replace(STEPS, adjust="riemannian"), "local.adjust is riemannian"),
         ("fed_rac_lora", {"sketches": 2}, STEPS, "other factors for each client"),
         ("fedsa_lora", {}, STEPS, "a part stays at each client"),
         ("flora_stacking", {}, STEPS, "its server refits factors"),
