@@ -2,7 +2,8 @@
 
 One adapted matrix, random replies, one thread: CPU seconds of `Method.close_round` in the second
 round (the first has nothing to carry), of `Method.init`, and the numbers that travel. Full-weight
-methods, and SLoRA, which begins as one, are left out: they cost a mean of K dense matrices. Keys:
+methods, and SLoRA, which begins as one, are left out unless they are named: they cost a mean of K
+dense matrices, which take gigabytes at this size. Keys:
 
   only=     names of methods, with commas
   size=     rows and columns of the matrix (4096)
@@ -78,10 +79,11 @@ def main() -> int:
     seen = set()
     for name in wanted:
         kind = METHODS[name]
-        if kind in seen or issubclass(kind, FedAvg | SLora):
+        if kind in seen or ("only" not in keys and issubclass(kind, FedAvg | SLora)):
             continue
         seen.add(kind)
-        method = bind("method", METHODS, {"name": name, "rank": int(keys["rank"])})()
+        rank = {"rank": int(keys["rank"])} if "rank" in kind.__dataclass_fields__ else {}
+        method = bind("method", METHODS, {"name": name, **rank})()
         lines.append(row(name, method, int(keys["size"]), int(keys["clients"])))
         print(lines[-1], flush=True)
     if "out" in keys:

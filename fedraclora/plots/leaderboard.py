@@ -29,7 +29,7 @@ class Entrant:
 
 
 def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> None:
-    """Draw the metric of each method, and the metric against its uplink.
+    """Draw the metric of each method, and the metric against its uplink, by place on the board.
 
     Args:
         entrants: The best first.
@@ -47,17 +47,18 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
         left.errorbar(entrant.mean, place, xerr=spread, capsize=3, label=kind, **look)
         right.errorbar(entrant.uplink, entrant.mean, yerr=spread, capsize=3, **look)
         right.annotate(
-            entrant.label,
+            str(place + 1),
             (entrant.uplink, entrant.mean),
             xytext=(5, 3),
             textcoords="offset points",
-            fontsize=7,
+            fontsize=8,
         )
-    left.set_yticks(range(len(entrants)), [entrant.label for entrant in entrants], fontsize=9)
+    names = [f"{entrant.label}  {place + 1}" for place, entrant in enumerate(entrants)]
+    left.set_yticks(range(len(entrants)), names, fontsize=9)
     left.invert_yaxis()
     label_axes(left, metric, "")
     kinds = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
-    left.legend(kinds.values(), kinds.keys(), loc="lower left", frameon=False, fontsize=9)
+    left.legend(kinds.values(), kinds.keys(), loc="upper left", frameon=False, fontsize=9)
     label_axes(right, "uplink of all clients (MB)", metric)
     make_logarithmic(right, "x")
     write_png(figure, path)

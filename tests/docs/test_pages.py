@@ -11,6 +11,7 @@ import pytest
 from experiments import deploy
 from experiments.bench.config import parse
 from experiments.choices import check_choices, composed
+from experiments.compare_study import chosen, find
 from experiments.theory.config import TheoryConfig
 from experiments.words import key_values
 from fedraclora.config import from_plain
@@ -29,6 +30,7 @@ LINES = [line for line in LINES if not set(line) & set("<\\|&")]  # whole comman
 SIMULATIONS = [line for line in LINES if line.startswith("fedraclora simulate")]
 DEPLOYMENTS = [line for line in LINES if line.startswith("fedraclora deploy")]
 THEORIES = [line for line in LINES if line.startswith("fedraclora theory")]
+COMPARISONS = [line for line in LINES if line.startswith("fedraclora compare experiment=")]
 BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 
 
@@ -43,6 +45,12 @@ def test_each_simulation_composes(line: str) -> None:
 def test_each_deployment_composes(line: str) -> None:
     _, local, words = deploy.split(shlex.split(line)[2:])
     deploy.prepare(words, local)
+
+
+@pytest.mark.parametrize("line", COMPARISONS)
+def test_each_comparison_finds_its_study_and_rows(line: str) -> None:
+    said = key_values(shlex.split(line)[2:])
+    assert chosen(find(str(said["experiment"])), said, []).rows
 
 
 @pytest.mark.parametrize("line", BENCHES)
