@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from experiments.study_file import Study
-from experiments.study_table import curve_of, final_lines, first_reaching, score
+from experiments.study_table import curve_of, final_lines, first_reaching, score, titled
 from experiments.tables import Table
 from fedraclora.ledger import Row, number
 from fedraclora.plots import MEGABYTE
@@ -49,7 +49,10 @@ def budgets(study: Study, done: Mapping[str, Plain]) -> Table | None:
     titles = {way: f"at {least[way] / MEGABYTE:.4g} MB of {name}" for way, name in names.items()}
     records = []
     for row, runs in curves.items():
-        record: Plain = {"method": row, "at equal local steps": _spread(finals[row], study.metric)}
+        record: Plain = {
+            "method": titled(row, finals[row][0], study.metric),
+            "at equal local steps": _spread(finals[row], study.metric),
+        }
         for way in names:
             points = [_last_within(curve, way, least[way]) for curve in runs]
             record[titles[way]] = _spread(points, study.metric)

@@ -12,7 +12,14 @@ from pathlib import Path
 
 from experiments.study_file import Study
 from experiments.study_run import read_lines
-from experiments.study_table import curve_of, final_lines, first_reaching, score, tuned_value
+from experiments.study_table import (
+    curve_of,
+    final_lines,
+    first_reaching,
+    is_personal,
+    score,
+    tuned_value,
+)
 from fedraclora.errors import ConfigError
 from fedraclora.ledger import Row
 from fedraclora.method import Method
@@ -67,8 +74,7 @@ class Entry:
     @cached_property
     def personal(self) -> bool:
         """Whether the clients have models of their own."""
-        metrics = self.lines[0]["metrics"]
-        return isinstance(metrics, dict) and self.study.metric not in metrics and bool(metrics)
+        return is_personal(self.lines[0], self.study.metric)
 
     @cached_property
     def method(self) -> Method:

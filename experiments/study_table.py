@@ -26,6 +26,17 @@ def score(line: Plain, metric: str) -> float:
     return float(metrics[metric] if metric in metrics else metrics[f"personal_{metric}"])
 
 
+def titled(row: str, line: Plain, metric: str) -> str:
+    """Give the title of a row, which says so where the metric is that of clients' own models."""
+    return f"{row} (clients' own models)" if is_personal(line, metric) else row
+
+
+def is_personal(line: Plain, metric: str) -> bool:
+    """Tell whether a run was measured by its clients' own models."""
+    metrics = line["metrics"]
+    return isinstance(metrics, dict) and bool(metrics) and metric not in metrics
+
+
 def mean_score(study: Study, row: str, value: float, done: Mapping[str, Plain]) -> float:
     """How good one grid value is on the validation split; 0 where nothing is tuned.
 
@@ -116,7 +127,7 @@ def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
         edge = study.tune is not None and value in {min(tried), max(tried)}
         found.append(
             {
-                "method": row,
+                "method": titled(row, lines[0], study.metric),
                 str(study.grid["key"]): f"{value:g}{' (edge of the grid)' if edge else ''}",
                 "passed over": ", ".join(f"{v:g}" for v in tried if diverged(study, row, v, done)),
                 "seeds": len(lines),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 import time
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def main() -> int:
         if kind in seen or ("only" not in keys and issubclass(kind, FedAvg | SLora)):
             continue
         seen.add(kind)
-        rank = {"rank": int(keys["rank"])} if "rank" in kind.__dataclass_fields__ else {}
+        rank = {"rank": int(keys["rank"])} if "rank" in signature(kind).parameters else {}
         method = bind("method", METHODS, {"name": name, **rank})()
         lines.append(row(name, method, int(keys["size"]), int(keys["clients"])))
         print(lines[-1], flush=True)

@@ -89,6 +89,8 @@ def test_what_is_unverified_or_personal_is_marked_and_not_ranked(ran: Path) -> N
     assert "† in part unverified" in text
     rows = [line for line in text.splitlines() if line.startswith("| fed")]
     assert rows[-1].startswith("| fedsa_lora ‡ |")
+    for name in ("table.md", "budgets.md"):
+        assert "| fedsa_lora (clients' own models) |" in (ran / "out" / name).read_text()
     assert (ran / "out" / "leaderboard.png").stat().st_size > 10_000
 
 
