@@ -19,11 +19,18 @@ DRAWN = 12  # curves that can be told apart
 
 
 def score(line: Plain, metric: str) -> float:
-    """Final metric of a run, or that of its clients' own models; minus infinity if it diverged."""
+    """Final metric of a run, or that of its clients' own models; minus infinity if it diverged.
+
+    Raises:
+        ConfigError: If the run was not measured by it.
+    """
     metrics = line["metrics"]
     if not isinstance(metrics, dict) or not metrics:
         return float("-inf")
-    return float(metrics[metric] if metric in metrics else metrics[f"personal_{metric}"])
+    for name in (metric, f"personal_{metric}"):
+        if name in metrics:
+            return float(metrics[name])
+    raise ConfigError(f"a run has no {metric}; it was measured by {', '.join(metrics)}")
 
 
 def titled(row: str, line: Plain, metric: str) -> str:

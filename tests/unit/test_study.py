@@ -16,6 +16,7 @@ from experiments.study_table import (
     cost,
     draw,
     is_tuned,
+    score,
     table,
     tuned_by,
     tuned_value,
@@ -143,6 +144,14 @@ def test_values_may_be_chosen_by_the_loss(tmp_path: Path) -> None:
     for job in plan.jobs("tune", "ours", [0.2]):
         done[job.key]["metrics"]["loss"] = 0.5
     assert tuned_value(plan, "ours", done) == 0.4
+
+
+def test_clients_own_models_have_a_score_too_and_what_was_not_measured_is_named() -> None:
+    own: dict[str, object] = {"metrics": {"personal_accuracy": 0.6}}
+    assert score(own, "accuracy") == 0.6
+    assert score({"metrics": {}}, "accuracy") == float("-inf")
+    with pytest.raises(ConfigError, match="no loss; it was measured by personal_accuracy"):
+        score(own, "loss")
 
 
 def test_what_the_runs_cost_is_their_sum() -> None:
