@@ -7,6 +7,7 @@ closed forms: the proximal term is the penalty itself, clipping is torch's own.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.samples import Samples
 from fedraclora.task import Task, loss_function
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
-from fedraclora.training.local_pairs import LocalRite, adjust_gradients
+from fedraclora.training.local_pairs import LocalGates, LocalRite, adjust_gradients
 from fedraclora.training.optimiser import LocalConfig
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.variates import add_own_variates
@@ -192,22 +193,26 @@ def batches(
 
 def make_optimiser(
     local: LocalConfig, downlink: Downlink, values: Tree, frozen: Tree, rate_scale: float
-) -> torch.optim.Optimizer:
+) -> torch.optim.Optimizer | LocalGates:
     """Build the torch optimiser, with one step size for the method's own and one beside it."""
-    slots = downlink.trained()
-    groups = [
-        {"params": [v], "lr": local.rate(slots[n].main, rate_scale), "name": n}
-        for n, v in values.items()
-    ]
-    decay = local.weight_decay
-    if local.optimiser == "sgd":
-        return torch.optim.SGD(
-            groups, momentum=local.momentum, nesterov=local.nesterov, weight_decay=decay
-        )
-    betas = (local.beta1, local.beta2)
-    if local.optimiser == "lora_rite":
-        return LocalRite(groups, frozen, betas=betas, eps=local.eps, weight_decay=decay)
-    return torch.optim.AdamW(groups, betas=betas, eps=local.eps, weight_decay=decay)
+    slots, decay, betas = downlink.trained(), local.weight_decay, (local.beta1, local.beta2)
+
+    def make(named: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [v], "lr": local.rate(slots[n].main, rate_scale), "name": n}
+            for n, v in named
+        ]
+        if local.optimiser == "sgd":
+            return torch.optim.SGD(
+                groups, momentum=local.momentum, nesterov=local.nesterov, weight_decay=decay
+            )
+        if local.optimiser == "lora_rite":
+            return LocalRite(groups, frozen, betas=betas, eps=local.eps, weight_decay=decay)
+        return torch.optim.AdamW(groups, betas=betas, eps=local.eps, weight_decay=decay)
+
+    if local.gate_penalty is not None:
+        return LocalGates(local, values, downlink, make)
+    return make(values.items())
 
 
 def shape_gradients(

@@ -27,6 +27,7 @@ from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, Stopwatch
 from fedraclora.sampling import client_weights
+from fedraclora.training.gates import pruned
 from fedraclora.training.optimiser import LocalConfig
 from fedraclora.training.steps import effective_step
 from fedraclora.tree import Tree
@@ -163,6 +164,7 @@ class FedStrategy(EvaluatesItself):
         step = effective_step(exchange.downlink, self.local, exchange.rate_scale)
         row = ledger_row(exchange, self.state, measured, moved, self.book.totals())
         row |= fleet_columns(exchange, self.fleet.clock) if self.fleet.enabled else {}
+        row |= pruned(exchange.downlink, got) if self.local.gate_penalty is not None else {}
         self.book.link(round_, self.state.link)
         watch.lap("write")
         row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.fleet)

@@ -17,8 +17,8 @@ from fedraclora.recipe import RECIPES, GradientHook, projected
 from fedraclora.rng import hash_key
 from fedraclora.samples import ClientData
 from fedraclora.task import Task, forward, loss_function
+from fedraclora.training.gates import make_optimiser
 from fedraclora.training.gradients import clip_per_client, noisy_gradients, written_out_gradients
-from fedraclora.training.lora_rite import make_optimiser
 from fedraclora.training.materialise import arrange, materialise
 from fedraclora.training.optimiser import CohortOptimiser, LocalConfig
 from fedraclora.training.pairs import Adjust, adjuster, pairs_of

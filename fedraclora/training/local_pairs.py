@@ -6,7 +6,7 @@ it is: systems are solved as they stand in the papers, and polar forms come from
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -132,3 +132,58 @@ class LocalRite(torch.optim.AdamW):
         held["basis"] = basis
         move: torch.Tensor = held["M"] @ inverse
         return move
+
+
+class LocalGates:
+    """SoRA's gates around a torch optimiser: the gradients of C and z come from autograd.
+
+    Args:
+        local: The penalty.
+        values: What is trained. B of each adapter (A where that alone is trained) becomes the
+            product of a factor and a gate that are trained in its place.
+        downlink: Says which adapters there are.
+        make: Makes the torch optimiser of named parameters; a gate is named after its factor.
+    """
+
+    def __init__(
+        self,
+        local: LocalConfig,
+        values: Tree,
+        downlink: Downlink,
+        make: Callable[[list[tuple[str, torch.Tensor]]], torch.optim.Optimizer],
+    ) -> None:
+        self.values, self.own, named = values, dict[str, tuple[torch.Tensor, torch.Tensor]](), []
+        for name, value in values.items():
+            weight, _, label = name.rpartition("/")
+            alone = f"{weight}/B" not in values
+            if weight in downlink.adapters and (label == "B" or alone):
+                factor = value.detach().clone().requires_grad_()
+                gate = torch.ones(value.shape[label == "B"], dtype=value.dtype, requires_grad=True)
+                self.own[name] = factor, gate
+                named += [(name, factor), (name, gate)]
+            else:
+                named.append((name, value))
+        self.optimiser, self.penalty = make(named), local.gate_penalty or 0.0
+
+    def product(self, name: str) -> torch.Tensor:
+        """Give what the model sees of a gated factor."""
+        factor, gate = self.own[name]
+        return factor * gate if name.endswith("/B") else gate[:, None] * factor
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
+        self.optimiser.zero_grad()
+        for name in self.own:
+            self.values[name].grad = None
+
+    def step(self) -> None:
+        """Take one step of the optimiser, then close gates a little."""
+        for name in self.own:
+            self.product(name).backward(self.values[name].grad)
+        self.optimiser.step()
+        rates = {id(g["params"][0]): g["lr"] for g in self.optimiser.param_groups}
+        with torch.no_grad():
+            for name, (_, gate) in self.own.items():
+                shrunk = gate.abs() - rates[id(gate)] * self.penalty
+                gate.copy_(gate.sign() * shrunk.clamp(min=0))
+                self.values[name].copy_(self.product(name))

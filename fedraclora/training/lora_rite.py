@@ -34,8 +34,6 @@ that is clipped does depend on the split.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from typing_extensions import override
 
@@ -85,27 +83,6 @@ def polar(tall: torch.Tensor) -> Polar:
     share, none = negligible(tall.shape[-2], tall.dtype), square.new_zeros(square.shape[:-2])
     inverse = inverse_root(square, share, none, 0.0)[1].to(tall.dtype)
     return tall @ inverse, inverse
-
-
-def make_optimiser(
-    config: LocalConfig,
-    values: Tree,
-    rates: dict[str, float],
-    held: Tree,
-    pairs: Callable[[str], list[Pair]],
-) -> CohortOptimiser:
-    """Give the optimiser of a chunk.
-
-    Args:
-        config: Local settings.
-        values: The tensors that are trained, [K, ...]; updated in place by its `step`.
-        rates: Step size of each.
-        held: Moments to begin with; none for LoRA-RITE, whose moments end with the round.
-        pairs: Gives the adapters to a setting that needs them.
-    """
-    if config.optimiser == "lora_rite":
-        return CohortRite(config, values, rates, pairs("local.optimiser=lora_rite"))
-    return CohortOptimiser(config, values, rates, held)
 
 
 class CohortRite(CohortOptimiser):

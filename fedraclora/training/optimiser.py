@@ -14,7 +14,7 @@ import torch
 
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.privacy.sample_level import SampleNoise
-from fedraclora.training.pairs import ADJUSTMENTS
+from fedraclora.training.pairs import ADJUSTMENTS, refuse_together
 from fedraclora.tree import Tree
 
 SCHEDULES = ("constant", "cosine", "linear", "step")
@@ -48,6 +48,7 @@ class LocalConfig:
         precondition: Right preconditioner (A A^T)^+ (left: (B^T B)^+): projected SGD.
         adjust: ``none``, ``riemannian`` or ``lora_pro`` (`fedraclora.training.pairs`).
         damping: Of what ``adjust`` inverts.
+        gate_penalty: lambda of SoRA's gates (`fedraclora.training.gates`), or None: no gates.
         schedule: Step size over rounds: constant, cosine, linear, step.
         warmup: Rounds of linear warm-up.
         restart_every: Rounds after which the warm-up is done again, under the schedule: the jagged
@@ -77,6 +78,7 @@ class LocalConfig:
     precondition: bool = False
     adjust: str = "none"
     damping: float = 1e-6
+    gate_penalty: float | None = None
     schedule: str = "constant"
     warmup: int = 0
     restart_every: int | None = None
@@ -91,7 +93,7 @@ class LocalConfig:
             if getattr(self, key) not in known:
                 raise unknown(f"local.{key}", getattr(self, key), known)
         self._check_moments()
-        for key in ("lr", "dense_lr", "clip", "eps", "damping"):
+        for key in ("lr", "dense_lr", "clip", "eps", "damping", "gate_penalty"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"local.{key} is {value}; a positive finite number is wanted")
@@ -110,18 +112,15 @@ class LocalConfig:
                 raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, 1)")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("local.nesterov=true needs local.momentum above 0")
-        if self.adjust != "none" and (self.precondition or self.optimiser == "lora_rite"):
-            other = "precondition=true" if self.precondition else "optimiser=lora_rite"
-            both = f"local.adjust={self.adjust} and local.{other}"
-            raise ConfigError(f"{both} both undo the scale of the other factor; take one of them")
+        refuse_together(self.adjust, self.precondition, self.optimiser, self.gate_penalty)
 
     def _check_moments(self) -> None:
         if self.moments not in MOMENTS:
             raise unknown("local.moments", self.moments, MOMENTS)
-        if self.moments != "round" and self.optimiser == "lora_rite":
+        if self.moments != "round" and (self.optimiser == "lora_rite" or self.gate_penalty):
             raise ConfigError(
-                f"local.moments is {self.moments}, but those of lora_rite speak of bases that are "
-                "averaged away at the end of a round; leave it at round"
+                f"local.moments is {self.moments}, but what those of lora_rite and of gates speak "
+                "of ends with the round; leave it at round"
             )
         if self.moments != "round" and not moment_kinds(self):
             raise ConfigError(

@@ -226,3 +226,22 @@ def adjuster(rule: str, damping: float, pairs: Callable[[str], list[Pair]]) -> A
         return out
 
     return adjust
+
+
+def refuse_together(
+    adjust: str, precondition: bool, optimiser: str, gate_penalty: float | None
+) -> None:
+    """Refuse local settings that each say how the factors of an adapter take a step.
+
+    Raises:
+        ConfigError: If there is more than one of them.
+    """
+    said = {
+        f"local.adjust={adjust}": adjust != "none",
+        "local.precondition=true": precondition,
+        "local.optimiser=lora_rite": optimiser == "lora_rite",
+        f"local.gate_penalty={gate_penalty}": gate_penalty is not None,
+    }
+    if sum(said.values()) > 1:
+        both = " and ".join(name for name, is_set in said.items() if is_set)
+        raise ConfigError(f"{both} each say how factors take a step; take one of them")

@@ -430,6 +430,17 @@ PAIRED: dict[str, dict[str, object]] = {
         "eps": 1e-4,
     },
 }
+PAIRED |= {
+    "gates": {"gate_penalty": 1.5},
+    "gates-momentum-decay-clip": {
+        "gate_penalty": 0.7,
+        "momentum": 0.8,
+        "weight_decay": 0.05,
+        "clip": 0.3,
+    },
+    "gates-adamw-prox": {"gate_penalty": 5.0, "optimiser": "adamw", "lr": 0.02, "prox": 0.7},
+    "gates-dp": {"gate_penalty": 1.5, "dp": SampleNoise(0.1, 0.3)},
+}
 PAIRED_METHODS = {
     "both": ("fedavg_lora", {}),
     "both-left": ("fedavg_lora", {"side": "left"}),

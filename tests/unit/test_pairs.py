@@ -225,15 +225,20 @@ def test_a_probe_has_nothing_to_adjust() -> None:
         ({"damping": 0.0}, "local.damping is 0.0; a positive finite number is wanted"),
         (
             {"adjust": "riemannian", "precondition": True},
-            "local.adjust=riemannian and local.precondition=true both undo the scale",
+            "local.adjust=riemannian and local.precondition=true each say how",
         ),
         (
             {"adjust": "lora_pro", "optimiser": "lora_rite"},
-            "local.adjust=lora_pro and local.optimiser=lora_rite both undo the scale",
+            "local.adjust=lora_pro and local.optimiser=lora_rite each say how",
         ),
         (
+            {"adjust": "lora_pro", "gate_penalty": 0.5},
+            "local.adjust=lora_pro and local.gate_penalty=0.5 each say how",
+        ),
+        ({"gate_penalty": 0.0}, "local.gate_penalty is 0.0; a positive finite number is wanted"),
+        (
             {"optimiser": "lora_rite", "moments": "link"},
-            "local.moments is link, but those of lora_rite speak of bases",
+            "local.moments is link, but what those of lora_rite and of gates speak of ends",
         ),
     ],
 )

@@ -1,0 +1,130 @@
+"""SoRA: a gate for each component of an adapter, which a penalty closes where it does not pay.
+
+    weight        W + s C diag(z) A,   C from B and z from 1 at the start of a round
+    local steps   on C, z (and A), by the optimiser; then z <- soft(z, lr lambda)
+    uplink        B = C diag(z): a component whose gate has closed is a column of zeros
+
+soft(z, t) = sign(z) max(|z| - t, 0) is the proximal step of the penalty lambda |z|_1. Where A alone
+is trained, it is the gated factor: diag(z) C. Since the product is what is sent and averaged, the
+aggregation of the method is as exact as without gates, and nothing more travels; zeros are sent as
+they are. Clipping, a proximal term and noise act on the gradient of the product C diag(z).
+
+A client holds z and C, and their moments, beside the factor. The share of components that no client
+kept is ``pruned`` in the ledger.
+
+References:
+    Ding et al., *Sparse low-rank adaptation of pre-trained language models*, EMNLP 2023,
+    arXiv 2311.11696.
+
+Departures: gates live for a round and begin at 1, where the paper's live for the whole training
+(its public code draws them at random), so that a component that was closed may come back in the
+next round; the threshold is lr lambda, where that code takes lambda alone; its schedule of lambda
+is left out. Weight decay acts on gates, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from typing_extensions import override
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.method import Downlink
+from fedraclora.training.lora_rite import CohortRite
+from fedraclora.training.optimiser import CohortOptimiser, LocalConfig
+from fedraclora.training.pairs import Pair
+from fedraclora.tree import Tree
+
+
+def make_optimiser(
+    config: LocalConfig,
+    values: Tree,
+    rates: dict[str, float],
+    held: Tree,
+    pairs: Callable[[str], list[Pair]],
+) -> CohortOptimiser:
+    """Give the optimiser of a chunk.
+
+    Args:
+        config: Local settings.
+        values: The tensors that are trained, [K, ...]; updated in place by its `step`.
+        rates: Step size of each.
+        held: Moments to begin with; none where they end with the round.
+        pairs: Gives the adapters to a setting that needs them.
+    """
+    if config.optimiser == "lora_rite":
+        return CohortRite(config, values, rates, pairs("local.optimiser=lora_rite"))
+    if config.gate_penalty is not None:
+        return CohortGates(config, values, rates, pairs("local.gate_penalty"))
+    return CohortOptimiser(config, values, rates, held)
+
+
+class CohortGates(CohortOptimiser):
+    """SGD or AdamW on gated factors, their gates, and what is trained beside them.
+
+    Args:
+        config: Local settings.
+        values: The tensors that are trained, [K, ...], with the products of factors and gates;
+            updated in place by `step`.
+        rates: Step size of each; a gate has that of its factor.
+        pairs: The adapters.
+    """
+
+    def __init__(
+        self, config: LocalConfig, values: Tree, rates: dict[str, float], pairs: list[Pair]
+    ) -> None:
+        self.products = {n: values[n] for n in (gated(pair, values) for pair in pairs)}
+        raw = dict(values)
+        self.gates: dict[str, str] = {}
+        for name, product in self.products.items():
+            self.gates[name] = f"{name}/gate"
+            raw[name] = product.clone()
+            raw[self.gates[name]] = torch.ones_like(along_gate(name, product)[..., 0])
+        gate_rates = {gate: rates[name] for name, gate in self.gates.items()}
+        super().__init__(config, raw, rates | gate_rates)
+
+    @override
+    def step(self, gradients: Tree) -> None:
+        own = dict(gradients)
+        for name, gate in self.gates.items():
+            slope = along_gate(name, gradients[name])
+            active = len(slope)
+            factor, z = along_gate(name, self.values[name][:active]), self.values[gate][:active]
+            own[name] = along_gate(name, slope * z[..., None])
+            own[gate] = (slope * factor).sum(dim=-1)
+        super().step(own)
+        for name, gate in self.gates.items():
+            active = len(gradients[name])
+            z = self.values[gate][:active]
+            z.copy_(F.softshrink(z, self.rates[gate] * (self.config.gate_penalty or 0.0)))
+            product = along_gate(name, self.values[name][:active]) * z[..., None]
+            self.products[name][:active] = along_gate(name, product)
+
+
+def gated(pair: Pair, values: Tree) -> str:
+    """Name the factor of an adapter that has gates: B, or A where that alone is trained."""
+    return next(name for name in pair.names if name in values)
+
+
+def along_gate(name: str, factor: torch.Tensor) -> torch.Tensor:
+    """Turn a factor [..., m, r] of the name B so that components come first; A is as it is."""
+    return factor.mT if name.endswith("/B") else factor
+
+
+def pruned(sent: Downlink, got: Uplinks) -> dict[str, float]:
+    """Give the share of components that no client kept, over all adapters, for the ledger.
+
+    Args:
+        sent: What was asked.
+        got: What came back; a mean is enough.
+    """
+    mean = got.mean()
+    closed = total = 0
+    for weight in sent.adapters:
+        name = next(n for n in (f"{weight}/B", f"{weight}/A") if n in sent.trained())
+        if name in mean:
+            empty = (along_gate(name, mean[name]) == 0).all(dim=-1)
+            closed, total = closed + int(empty.sum()), total + empty.numel()
+    return {"pruned": closed / total} if total else {}
