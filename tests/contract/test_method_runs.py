@@ -308,3 +308,16 @@ def test_the_initial_weights_of_a_world_are_never_written_to(variant: Variant) -
     assert_equal_trees(used.base, fresh.base)
     parameters = {n: p.detach() for n, p in used.task.model.named_parameters()}
     assert_equal_trees(parameters, fresh.base)
+
+
+@pytest.mark.parametrize(("penalty", "share"), [(50.0, 1.0), (1e-3, 0.0)])
+def test_components_that_no_client_kept_are_in_the_ledger(
+    penalty: float, share: float, world: World
+) -> None:
+    """Where all gates close, the weights stay as they were."""
+    local = replace(RAGGED, gate_penalty=penalty)
+    done = run(world, make_method("fed_rac_lora"), local, rounds=2)
+    assert [row["pruned"] for row in done.rows] == [share, share]
+    still = [torch.equal(done.weights[n], world.base[n]) for n in world.plan.targets]
+    assert set(still) == {share == 1.0}
+    assert "pruned" not in run(world, make_method("fed_rac_lora"), RAGGED, rounds=1).rows[0]
