@@ -78,6 +78,7 @@ def _check_local(local: LocalConfig) -> None:
         "prox": local.prox,
         "precondition": local.precondition,
         "adjust": local.adjust != "none",
+        "gate_penalty": local.gate_penalty is not None,
     }
     if found := [key for key, used in beside.items() if used]:
         raise ConfigError(

@@ -218,6 +218,7 @@ def test_what_comes_down_is_counted_and_what_goes_up_is_the_methods() -> None:
         ("fed_rac_lora", {}, replace(STEPS, dp=SampleNoise(0.2, 0.5)), "local.dp is"),
         ("fed_rac_lora", {}, replace(STEPS, prox=0.1), "local.prox is 0.1"),
         ("fedavg_lora", {}, replace(STEPS, adjust="riemannian"), "local.adjust is riemannian"),
+        ("fedavg_lora", {}, replace(STEPS, gate_penalty=0.5), "local.gate_penalty is 0.5"),
         ("fed_rac_lora", {"sketches": 2}, STEPS, "other factors for each client"),
         ("fedsa_lora", {}, STEPS, "a part stays at each client"),
         ("flora_stacking", {}, STEPS, "its server refits factors"),
