@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from fedraclora.adapter import BIAS_POLICIES, HEAD_POLICIES
 from fedraclora.aggregator import Aggregator
+from fedraclora.allocation import ALLOCATIONS, Uniform
 from fedraclora.data import DATASETS, PARTITIONS
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError, unknown
@@ -51,6 +52,8 @@ def digested(plain: Plain) -> dict[str, object]:
         kept["data"] = without(data, "root")
     if isinstance(engine := kept.get("engine"), Mapping):
         kept["engine"] = {k: v for k, v in engine.items() if k in ENGINE_IN_DIGEST}
+    if kept.get("allocation") == {"name": Uniform.name}:  # runs of before the group are the same
+        del kept["allocation"]
     return kept
 
 
@@ -96,6 +99,7 @@ class RunConfig(TaskConfig):
 
     Attributes:
         method: The method, its hyperparameters checked.
+        allocation: Which layers it adapts, and at which rank.
         evaluate, output: Settings.
         rounds: Rounds.
         weights: examples or uniform.
@@ -110,6 +114,7 @@ class RunConfig(TaskConfig):
     """
 
     method: Method
+    allocation: Uniform
     evaluate: EvaluateConfig
     output: OutputConfig
     rounds: int
@@ -130,6 +135,7 @@ class RunConfig(TaskConfig):
 
 
 GROUPS: dict[str, Callable[[Plain], object]] = {
+    "allocation": lambda g: bind("allocation", ALLOCATIONS, g)(),
     "local": lambda g: build("local", LocalConfig, without(g, "name")),
     "engine": lambda g: bind("engine", ENGINES, g)(),
     "evaluate": lambda g: build("evaluate", EvaluateConfig, g),

@@ -34,6 +34,7 @@ from fedraclora.settings import RayConfig
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
+from strategies.allocated import allocated
 from strategies.base import FedStrategy
 from strategies.buffered import BufferedStrategy
 from strategies.server.fleet import Fleet
@@ -109,9 +110,10 @@ def assemble(
         raise ConfigError("head is local, which is measured by class, but the data have no classes")
     base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
     draw = Draw(config.seed)
-    state = config.method.init(base, plan, draw)
+    method = allocated(config.method, config.allocation)
+    state = method.init(base, plan, draw)
     first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
-    downlink = config.method.open_round(state, 1, first, draw)
+    downlink = method.open_round(state, 1, first, draw)
     trainer = trainer_of(config, built, plan)
     stored = stored_chunk(folder) if resume and folder is not None else None
     chunk = settle_chunk(config, built.cohort, trainer, base, downlink, stored)
@@ -122,11 +124,11 @@ def assemble(
     def personal(own: Tree) -> Tree:
         """Give the weights of a client from what it keeps."""
         dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
-        return config.method.weights(strategy.state, draw, own) | dense
+        return method.weights(strategy.state, draw, own) | dense
 
     kind = FedStrategy if config.system.buffer is None else BufferedStrategy
     strategy = kind(
-        config.method,
+        method,
         state,
         config.local,
         loop,

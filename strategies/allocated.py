@@ -1,0 +1,148 @@
+"""A method whose adapted layers are chosen by an `fedraclora.allocation` rule.
+
+HeteroLoRA (``allocation=heterolora``), in round 1, or every so many rounds:
+
+    exchange 1: clients send the gradients of all adapters where they start (recipe ``gradient``);
+                score of a layer: GRAD-NORM ||g_A||_F + ||g_B||_F, or SNIP sum |A g_A| + sum |B g_B|
+    exchange 2: they train, as the method says, the layers of highest score alone
+
+- Bytes: a round that chooses costs the uplink of a round over all layers, and its downlink once
+  more; every round costs what the method does for the layers that are chosen.
+- A method that carries factors is asked once: a layer that is left out later would lose what it has
+  learnt. Those that begin anew each round (fed_rac_lora, fed_cola, flora_stacking) may choose anew.
+- Refused: methods of another recipe than plain local steps, those that change the base weights
+  before the first round, and client state: what a layer left behind would be forgotten.
+- Source: Zhang et al., *Unlocking the global synergies in low-rank adapters*, 2024, arXiv
+  2406.14956.
+- Departures: federated: gradients are those of the mean loss of the cohort, and scores are taken of
+  them, where clients could send scores of their own. Its shortcut connections are left out, and so
+  is SYNFLOW, which scores a model and no data. The paper is known to us by its public code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from typing_extensions import override
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.allocation import HeteroLora, Uniform
+from fedraclora.errors import ConfigError
+from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
+from fedraclora.tree import Tree
+from strategies.shared.common import dense_slots
+
+PREFIX = "adapted/"
+
+
+@dataclass(frozen=True)
+class Allocated(Method):
+    """A method under a rule.
+
+    Attributes:
+        inner: The method.
+        rule: Chooses its layers.
+    """
+
+    inner: Method
+    rule: HeteroLora
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return self.inner.traits
+
+    @override
+    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = self.inner.init(base, plan, draw)
+        if any(state.base[name] is not base[name] for name in plan.targets):
+            raise refused(self.inner, "it changes the base weights before the first round")
+        if self.traits.client_state:
+            raise refused(self.inner, "its clients keep factors of their own")
+        return state
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        if not self.rule.due(round_):
+            return self.inner.open_round(narrowed(state), round_, cohort, draw)
+        sent = self.inner.open_round(state, round_, cohort, draw)
+        if sent.recipe != "plain":
+            raise refused(self.inner, f"its clients follow the recipe {sent.recipe}")
+        if sent.adapters.keys() != state.plan.targets.keys():
+            raise refused(self.inner, "it does not adapt every layer in each round")
+        return replace(sent, recipe="gradient", dense={})
+
+    @override
+    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+        if sent.recipe != "gradient":
+            return self.inner.next_exchange(narrowed(state, sent.adapters), sent, got)
+        mean = got.mean()
+        values: dict[str, Tree] = {}
+        gradients: dict[str, Tree] = {}
+        for name, adapter in sent.adapters.items():
+            slots = {k: f for k, f in adapter.factors.items() if isinstance(f, Trained)}
+            gradients[name] = {k: mean[f"{name}/{k}"] for k in slots}
+            values[name] = {k: opening(f, gradients[name][k]) for k, f in slots.items()}
+        chosen = self.rule.chosen(values, gradients)
+        left = sent if got.places is None else sent.select(got.places)
+        adapters = {name: left.adapters[name] for name in chosen}
+        return replace(left, adapters=adapters, dense=dense_slots(state), recipe="plain")
+
+    @override
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        after = self.inner.close_round(narrowed(state, sent.adapters), sent, got)
+        if after.carried and self.rule.every is not None:
+            raise refused(
+                self.inner,
+                f"it carries factors, and allocation.every={self.rule.every} would drop those of "
+                "layers that are left out: set every=null",
+            )
+        memo = after.memo | {PREFIX + name: int(name in sent.adapters) for name in targets(state)}
+        report = after.report | {"adapted_layers": float(len(sent.adapters))}
+        return replace(after, plan=state.plan, memo=memo, report=report)
+
+    @override
+    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        return self.inner.weights(narrowed(state), draw, own)
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        """Numbers if all layers were adapted: which are is not known beforehand."""
+        return self.inner.floats(plan, round_)
+
+
+def allocated(method: Method, rule: Uniform) -> Method:
+    """Put a method under a rule; the method itself where there is none."""
+    return Allocated(method, rule) if isinstance(rule, HeteroLora) else method
+
+
+def refused(method: Method, why: str) -> ConfigError:
+    """Build the error for a method that a rule does not fit."""
+    return ConfigError(
+        f"allocation does not fit {type(method).__name__}: {why}; take another method "
+        "(fed_rac_lora, fed_cola, fedavg_lora), or allocation=none"
+    )
+
+
+def targets(state: State) -> list[str]:
+    """Name the layers that may be adapted."""
+    return list(state.plan.targets)
+
+
+def narrowed(state: State, names: Iterable[str] | None = None) -> State:
+    """Give the state with the layers that are named, or else those that were chosen last."""
+    chosen = set(targets(state) if names is None else names)
+    if names is None:
+        chosen -= {name for name in chosen if not state.memo.get(PREFIX + name, 1)}
+    kept = {name: view for name, view in state.plan.targets.items() if name in chosen}
+    return replace(state, plan=replace(state.plan, targets=kept))
+
+
+def opening(slot: Trained, like: torch.Tensor) -> torch.Tensor:
+    """Give where a factor starts; the mean over clients where each starts elsewhere."""
+    start = slot.opening()
+    if start is None:
+        return torch.zeros_like(like)
+    return (start.double().mean(dim=0) if slot.per_client else start).to(like)

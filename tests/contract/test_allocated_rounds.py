@@ -1,0 +1,201 @@
+"""HeteroLoRA around methods: which layers train, that nothing else changes, bytes, resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_round_failures import faulty
+from worlds import (
+    FULL_BATCH,
+    RAGGED,
+    World,
+    assert_close_trees,
+    assert_equal_trees,
+    conv1d,
+    distance,
+    linear,
+    make_method,
+    make_world,
+    run,
+)
+
+from fedraclora.allocation import HeteroLora, Uniform
+from fedraclora.errors import ConfigError
+from fedraclora.method import Cohort, Draw, Method, Sketched
+from fedraclora.wire import unpack_downlink
+from strategies import METHODS
+from strategies.allocated import Allocated, allocated
+from strategies.frlora import FrLora
+
+LAYERS = {"linear": linear, "conv1d": conv1d}
+CARRYING = ("fedavg_lora", "fedex_lora", "flexlora", "ffa_lora", "rolora", "fedsvd")
+ANEW = ("fed_rac_lora", "fed_cola", "flora_stacking", "bernoulli_lora")
+
+
+def heterolora(name: str, rule: dict[str, Any] | None = None, **changes: Any) -> Allocated:
+    made = allocated(make_method(name, **changes), HeteroLora(**{"share": 0.67} | (rule or {})))
+    assert isinstance(made, Allocated)
+    return made
+
+
+def asked(done: Any) -> list[tuple[int, str, tuple[str, ...]]]:
+    """Round, recipe and adapted layers of each exchange, each once."""
+    found = []
+    for content in done.worker.asked:
+        downlink, order = unpack_downlink(content)
+        line = (order.round_, downlink.recipe, tuple(downlink.adapters))
+        if not found or found[-1] != line:
+            found.append(line)
+    return found
+
+
+def test_without_a_rule_a_method_is_itself() -> None:
+    method = make_method("fedavg_lora")
+    assert allocated(method, Uniform()) is method
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_is_scored_by_the_gradient_of_the_mean_loss(layer: str) -> None:
+    """Under Fed-RAC-LoRA the score is ||s G A^T||, G of all samples: dense autograd's."""
+    world = make_world(LAYERS[layer])
+    method = heterolora("fed_rac_lora", {"share": 0.34})
+    done = run(world, method, FULL_BATCH, rounds=1)
+    values = {n: t.clone().requires_grad_() for n, t in world.base.items()}
+    samples = world.task.test
+    output = torch.func.functional_call(world.task.model, values, (samples.inputs["x"],))
+    torch.nn.functional.cross_entropy(output, samples.target).backward()
+    state = method.init(world.base, world.plan, Draw(1))
+    cohort = Cohort(torch.arange(5), torch.ones(5))
+    scores = {}
+    for name, adapter in method.open_round(state, 1, cohort, Draw(1)).adapters.items():
+        A, gradient = adapter.factors["A"], values[name].grad
+        assert isinstance(A, Sketched)
+        assert gradient is not None
+        G = world.plan.targets[name].matrix(gradient)
+        scores[name] = float(torch.linalg.norm(adapter.scale * G @ A.spec.draw().mT))
+    best = max(scores, key=lambda name: scores[name])
+    assert max(scores.values()) > 1.01 * sorted(scores.values())[-2]
+    assert asked(done)[-1] == (1, "plain", (best,))
+
+
+@pytest.mark.parametrize("name", [*CARRYING, *ANEW])
+def test_chosen_layers_train_and_the_others_stay(name: str) -> None:
+    world = make_world()
+    done = run(world, heterolora(name), RAGGED, rounds=4)
+    exchanges = asked(done)
+    assert [(r, recipe) for r, recipe, _ in exchanges[:2]] == [(1, "gradient"), (1, "plain")]
+    assert exchanges[0][2] == tuple(world.plan.targets)
+    chosen = exchanges[1][2]
+    assert len(chosen) == 2
+    assert {e[2] for e in exchanges[1:]} == {chosen}
+    for target in world.plan.targets:
+        moved = distance(done.weights, world.base, [target]) > 1e-8
+        assert moved == (target in chosen)
+    assert distance(done.weights, world.base, list(world.plan.dense)) > 1e-8
+    losses = [row["metrics"]["loss"] for row in done.rows]
+    assert losses[-1] < losses[0] < world.loss(world.base)
+
+
+@pytest.mark.parametrize("name", [*CARRYING, *ANEW])
+def test_with_all_layers_chosen_a_rule_changes_nothing(name: str) -> None:
+    world = make_world()
+    ruled = run(world, heterolora(name, {"share": 1.0}), RAGGED, rounds=3, cohort=3)
+    plain = run(world, make_method(name), RAGGED, rounds=3, cohort=3)
+    assert_equal_trees(ruled.weights, plain.weights)
+    for left, right in zip(ruled.rows[1:], plain.rows[1:], strict=True):
+        for key in ("uplink_bytes", "downlink_bytes", "catchup_bytes"):
+            assert left[key] == right[key]
+
+
+def test_layers_may_be_chosen_anew() -> None:
+    world = make_world()
+    method = heterolora("fed_rac_lora", {"every": 2})
+    done = run(world, method, RAGGED, rounds=7, cohort=2)
+    exchanges = asked(done)
+    assert [r for r, recipe, _ in exchanges if recipe == "gradient"] == [1, 3, 5, 7]
+    trained = {r: layers for r, recipe, layers in exchanges if recipe == "plain"}
+    assert trained[1] == trained[2]
+    assert trained[3] == trained[4]
+    assert all(len(layers) == 2 for layers in trained.values())
+    assert len(set(trained.values())) > 1
+
+
+def test_what_choosing_costs_is_in_the_ledger() -> None:
+    world, item = make_world(), 8
+    method = heterolora("fedavg_lora", {"share": 0.34})
+    done = run(world, method, RAGGED, rounds=2, cohort=3, chunk=1)
+    chosen = asked(done)[-1][2]
+    sizes = {n: 3 * sum(v.shape) for n, v in world.plan.targets.items()}  # r (m + n)
+    dense = sum(world.base[n].numel() for n in world.plan.dense)
+    trained = sum(sizes[n] for n in chosen) + dense
+    ups = [row["uplink_bytes"] for row in done.rows]
+    assert ups == [3 * item * (sum(sizes.values()) + trained), 3 * item * trained]
+    assert done.rows[0]["report"]["adapted_layers"] == 1
+
+
+@pytest.mark.parametrize(("name", "every"), [("fedavg_lora", None), ("fed_rac_lora", 2)])
+def test_a_run_under_a_rule_resumes_to_the_bit(
+    name: str, every: int | None, tmp_path: Path
+) -> None:
+    world = make_world()
+    method = heterolora(name, {"share": 0.34, "every": every})
+    whole = run(world, method, RAGGED, rounds=4, cohort=3)
+    run(world, method, RAGGED, rounds=2, cohort=3, folder=tmp_path)
+    resumed = run(world, method, RAGGED, rounds=4, cohort=3, folder=tmp_path, resume=True)
+    assert_equal_trees(resumed.weights, whole.weights)
+    assert asked(resumed)[-1] == asked(whole)[-1]
+
+
+def test_snip_takes_a_start_of_both_factors() -> None:
+    world = make_world()
+    with pytest.raises(ConfigError, match="scores every layer 0"):
+        run(world, heterolora("fedavg_lora", {"proxy": "snip"}), RAGGED, rounds=1)
+    method = heterolora("fedavg_lora", {"proxy": "snip"}, initial="orthogonal")
+    done = run(world, method, RAGGED, rounds=2)
+    assert len(asked(done)[-1][2]) == 2
+    left = set(world.plan.targets) - set(asked(done)[-1][2])
+    assert_close_trees(
+        {n: done.weights[n] for n in left}, {n: world.base[n] for n in left}, tolerance=1e-14
+    )
+
+
+def test_a_client_that_fails_in_the_probe_is_not_asked_to_train() -> None:
+    world = faulty(raising=(4,))
+    method = heterolora("fedavg_lora")
+    done = run(world, method, RAGGED, rounds=1, chunk=1, max_failures=1, weights="uniform")
+    assert [f["client"] for f in done.rows[0]["failures"]] == [4]
+    assert asked(done)[-1][1] == "plain"
+
+
+REFUSED: dict[str, tuple[Method, str]] = {
+    "changes the base": (FrLora(rank=2), "changes the base weights"),
+    "pissa": (make_method("fedavg_lora", initial="pissa"), "changes the base weights"),
+    "keeps state": (make_method("fedsa_lora"), "keep factors of their own"),
+    "probes by itself": (make_method("fedavg_lora", initial="lora_ga"), "recipe gradient"),
+    "follows a recipe": (make_method("ravan"), "recipe block_diagonal"),
+    "no adapters": (make_method("fedavg"), "does not adapt every layer"),
+    "draws layers": (make_method("xgblora"), "does not adapt every layer"),
+}
+
+
+@pytest.mark.parametrize(("method", "said"), REFUSED.values(), ids=list(REFUSED))
+def test_methods_that_do_not_fit_are_refused(method: Method, said: str) -> None:
+    assert type(method) in METHODS.values()
+    world = make_world(dtype=torch.float64)
+    with pytest.raises(ConfigError, match=f"allocation does not fit.*{said}"):
+        opened(world, allocated(method, HeteroLora()))
+
+
+def opened(world: World, method: Method) -> None:
+    draw = Draw(1)
+    state = method.init(world.base, world.plan, draw)
+    method.open_round(state, 1, Cohort(torch.arange(3), torch.ones(3)), draw)
+
+
+def test_methods_that_carry_factors_are_asked_once() -> None:
+    method = heterolora("fedavg_lora", {"every": 2})
+    with pytest.raises(ConfigError, match=r"carries factors, and allocation\.every=2"):
+        run(make_world(), method, RAGGED, rounds=1)

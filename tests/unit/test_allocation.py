@@ -1,0 +1,80 @@
+"""Rules of allocation: scores against numbers worked out by hand, and which layers they choose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedraclora.allocation import ALLOCATIONS, PROXIES, HeteroLora, gradient_norm, snip
+from fedraclora.errors import ConfigError
+from fedraclora.rng import generator, torch_normal
+from fedraclora.tree import Tree
+
+B, A = torch.tensor([[1.0], [-2.0]]), torch.tensor([[0.5, 0.0, 4.0]])
+G_B, G_A = torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 9.0, -6.0]])
+
+
+def test_scores_are_those_worked_out_by_hand() -> None:
+    values, gradients = {"B": B, "A": A}, {"B": G_B, "A": G_A}
+    assert gradient_norm(values, gradients) == 5.0 + 11.0
+    assert snip(values, gradients) == 3.0 + 8.0 + 1.0 + 24.0
+    assert gradient_norm({"B": B}, {"B": G_B}) == 5.0
+
+
+def layers(*sizes: float) -> dict[str, Tree]:
+    """Gradients of norm ``size``, of layers of different shapes."""
+    found = {}
+    for i, size in enumerate(sizes):
+        g = torch_normal(generator(1, "gradient", i), 3 + i, 2)
+        found[f"fc{i}"] = {"B": size * g / torch.linalg.norm(g)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("share", "wanted"),
+    [(0.25, ["fc1"]), (0.5, ["fc1", "fc3"]), (0.9, ["fc1", "fc2", "fc3"]), (0.01, ["fc1"])],
+)
+def test_the_layers_of_highest_score_are_chosen_in_their_order(
+    share: float, wanted: list[str]
+) -> None:
+    gradients = layers(0.1, 5.0, 0.3, 4.0)
+    assert HeteroLora(share=share).chosen(gradients, gradients) == wanted
+
+
+def test_every_layer_is_chosen_with_a_share_of_one_and_equals_go_by_order() -> None:
+    equal = {name: {"B": G_B} for name in ("b", "a", "c", "d")}
+    assert HeteroLora(share=1.0).chosen(equal, equal) == ["b", "a", "c", "d"]
+    assert HeteroLora(share=0.5).chosen(equal, equal) == ["b", "a"]
+
+
+def test_scores_that_say_nothing_are_refused() -> None:
+    zeros = {"fc": {"B": torch.zeros(2, 1), "A": A}}
+    gradients = {"fc": {"B": G_B, "A": torch.zeros(1, 3)}}
+    with pytest.raises(ConfigError, match=r"allocation\.proxy is snip.*proxy=grad_norm"):
+        HeteroLora(proxy="snip").chosen(zeros, gradients)
+    assert HeteroLora(proxy="grad_norm").chosen(zeros, gradients) == ["fc"]
+
+
+def test_when_layers_are_chosen() -> None:
+    static, dynamic = HeteroLora(), HeteroLora(every=3)
+    assert [r for r in range(1, 9) if static.due(r)] == [1]
+    assert [r for r in range(1, 9) if dynamic.due(r)] == [1, 4, 7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"proxy": "gradnorm"}, "did you mean 'grad_norm'"),
+        ({"share": 0.0}, r"allocation\.share is 0"),
+        ({"share": 1.5}, r"allocation\.share is 1\.5"),
+        ({"every": 0}, r"allocation\.every is 0"),
+    ],
+)
+def test_impossible_rules_are_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        HeteroLora(**changes)  # type: ignore[arg-type]
+
+
+def test_the_tables_hold_what_the_names_say() -> None:
+    assert {kind.name for kind in ALLOCATIONS.values()} == set(ALLOCATIONS)
+    assert set(PROXIES) == {"grad_norm", "snip"}
