@@ -7,7 +7,7 @@ treat them differently, so they are set once for every method of a comparison.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -27,6 +27,7 @@ from fedraclora.method import Plan
 
 HEAD_POLICIES = ("adapt", "average", "frozen", "local")
 BIAS_POLICIES = ("average", "frozen")
+Ranks = int | float | Mapping[str, int | float]
 
 
 def make_plan(
@@ -115,11 +116,62 @@ class Rank:
     note: str | None = None
 
 
-def resolve_rank(rank: int | float, dim: int, name: str, *, cap: bool) -> Rank:
+def check_rank(ranks: Ranks) -> None:
+    """Refuse a ``method.rank`` that no layer can have, before any layer is known.
+
+    Raises:
+        ConfigError: If a number is not positive, a fraction is above 1, or a mapping is empty.
+    """
+    if ranks == {}:
+        raise ConfigError("method.rank is an empty mapping; ranks by layer are wanted")
+    for rank in ranks.values() if isinstance(ranks, Mapping) else [ranks]:
+        resolve_rank(rank, 1, "any layer", cap=True)
+
+
+def check_patterns(ranks: Ranks, targets: Iterable[str]) -> None:
+    """Refuse a mapping of ranks with a pattern that fits no adapted layer.
+
+    Raises:
+        ConfigError: Naming the pattern.
+    """
+    names = [name.removesuffix(".weight") for name in targets]
+    for pattern in ranks if isinstance(ranks, Mapping) else ():
+        if not any(pattern == f"{name}.weight" or matches(name, pattern) for name in names):
+            raise ConfigError(f"method.rank: {unknown('adapted layer', pattern, names)}")
+
+
+def own_rank(ranks: Mapping[str, int | float], name: str) -> int | float:
+    """Give the rank of one layer from a mapping: by its weight's name, else by the first pattern.
+
+    Args:
+        ranks: By weight name, or by pattern as in `fedraclora.layers.matches`.
+        name: Of the weight.
+
+    Raises:
+        ConfigError: If nothing fits the layer.
+
+    Example:
+        >>> own_rank({"query": 4, "*": 2}, "layer.0.query.weight")
+        4
+    """
+    if name in ranks:
+        return ranks[name]
+    layer = name.removesuffix(".weight")
+    for pattern, rank in ranks.items():
+        if matches(layer, pattern):
+            return rank
+    raise ConfigError(
+        f"method.rank has no pattern that fits the layer {layer}; there are {', '.join(ranks)}: "
+        'add one, such as "*"'
+    )
+
+
+def resolve_rank(rank: Ranks, dim: int, name: str, *, cap: bool) -> Rank:
     """Turn ``method.rank`` into the rank of one layer.
 
     Args:
-        rank: An integer, or a fraction in (0, 1] of the drawn side's dimension (a float).
+        rank: An integer, or a fraction in (0, 1] of the drawn side's dimension (a float); or these
+            by layer (`own_rank`).
         dim: The drawn side's dimension (n for a right sketch, m for a left one).
         name: The layer, for messages.
         cap: Cut an integer rank at ``dim`` with a note, rather than refuse it.
@@ -136,7 +188,11 @@ def resolve_rank(rank: int | float, dim: int, name: str, *, cap: bool) -> Rank:
         >>> resolve_rank(0.25, 10, "fc2", cap=True).value
         2
     """
-    if isinstance(rank, bool) or not math.isfinite(rank) or rank <= 0:
+    if isinstance(rank, Mapping):
+        rank = own_rank(rank, name)
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
+        raise ConfigError(f"method.rank is {rank!r}; a positive integer or a fraction is wanted")
+    if not math.isfinite(rank) or rank <= 0:
         raise ConfigError(f"method.rank is {rank}; a positive integer or a fraction is wanted")
     if isinstance(rank, float):
         if rank > 1:

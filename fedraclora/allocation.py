@@ -106,4 +106,124 @@ class HeteroLora(Uniform):
         return [name for name in scores if name in best]
 
 
-ALLOCATIONS: dict[str, type[Uniform]] = {kind.name: kind for kind in (Uniform, HeteroLora)}
+@dataclass(frozen=True)
+class AdaLora(Uniform):
+    """Components are dropped by importance, under a budget that falls with the rounds.
+
+    With b_0 components over all layers at the start and b_T = ``target`` times the layers:
+
+        b(t) = b_0                                            t <= begin
+        b(t) = b_T + (b_0 - b_T) (1 - (t - begin) / (end - begin))^3   between, every so many rounds
+        b(t) = b_T                                            t >= end
+
+    Attributes:
+        target: Mean rank of a layer at the end; a layer may have less, also none.
+        begin: Last round with all components.
+        end: First round with the final budget.
+        every: Rounds between two cuts.
+        beta1: Smoothing of the importance, [0, 1).
+        beta2: Smoothing of its uncertainty, [0, 1).
+
+    References:
+        Zhang et al., *AdaLoRA: adaptive budget allocation for parameter-efficient fine-tuning*,
+        ICLR 2023, arXiv 2303.10512; schedule and defaults of the betas as in the PEFT library.
+    """
+
+    name: ClassVar[str] = "adalora"
+
+    target: float = 4.0
+    begin: int = 10
+    end: int = 100
+    every: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+
+    def __post_init__(self) -> None:
+        """Refuse impossible schedules."""
+        if not 0 < self.target < math.inf:
+            raise ConfigError(f"allocation.target is {self.target}; a positive number is wanted")
+        if not 0 <= self.begin < self.end:
+            raise ConfigError(
+                f"allocation.begin is {self.begin} and allocation.end is {self.end}; "
+                "0 <= begin < end is wanted"
+            )
+        if self.every < 1:
+            raise ConfigError(f"allocation.every is {self.every}; 1 or more is wanted")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"allocation.{key} is {getattr(self, key)}; [0, 1) is wanted")
+
+    def budget(self, round_: int, first: int, layers: int) -> int | None:
+        """Give the components that may be left after a round, b(t); None where nothing is cut.
+
+        Args:
+            round_: From 1.
+            first: Components at the start, b_0.
+            layers: Adapted layers.
+
+        Example:
+            >>> rule = AdaLora(target=2, begin=2, end=6, every=2)
+            >>> [rule.budget(t, first=30, layers=5) for t in range(1, 8)]
+            [None, None, None, 12, None, 10, 10]
+        """
+        last = round(self.target * layers)
+        if round_ >= self.end:
+            return last
+        if round_ <= self.begin or round_ % self.every:
+            return None
+        left = 1 - (round_ - self.begin) / (self.end - self.begin)
+        return int(last + (first - last) * left**3)
+
+    def smoothed(
+        self,
+        old: tuple[torch.Tensor, torch.Tensor] | None,
+        value: torch.Tensor,
+        slope: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the smoothed importance and uncertainty of the entries of one factor.
+
+            I = |theta g|;  I_bar <- beta1 I_bar + (1 - beta1) I
+            U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|
+
+        Args:
+            old: Both before; None: zero.
+            value: theta.
+            slope: g, of the same shape.
+        """
+        now = (value * slope).abs()
+        mean, spread = old or (torch.zeros_like(now), torch.zeros_like(now))
+        mean = self.beta1 * mean + (1 - self.beta1) * now
+        return mean, self.beta2 * spread + (1 - self.beta2) * (now - mean).abs()
+
+
+def component_scores(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """Score each component by its column of B and its row of A: the sum of their means.
+
+    Args:
+        B: Scores of entries, [m, r].
+        A: Scores of entries, [r, n].
+
+    Returns:
+        [r].
+    """
+    return B.mean(dim=0) + A.mean(dim=1)
+
+
+def kept_components(scores: Mapping[str, torch.Tensor], budget: int) -> dict[str, torch.Tensor]:
+    """Keep the components of highest score over all layers: their places, in order, by layer.
+
+    Of equal ones the first layer's stay.
+
+    Example:
+        >>> scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 0.5, 4.0])}
+        >>> {n: t.tolist() for n, t in kept_components(scores, 3).items()}
+        {'a': [0], 'b': [0, 2]}
+    """
+    order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen[order[:budget].cpu()] = True
+    parts = chosen.split([len(s) for s in scores.values()])
+    return {n: torch.nonzero(p).flatten() for n, p in zip(scores, parts, strict=True)}
+
+
+ALLOCATIONS: dict[str, type[Uniform]] = {kind.name: kind for kind in (Uniform, HeteroLora, AdaLora)}

@@ -159,6 +159,8 @@ def _shown(hint: object) -> str:
         return f"a group with a name ({', '.join(table)})"
     if hint is type(None):
         return "null"
+    if typing.get_origin(hint) is Mapping:
+        return "a mapping"
     return str(hint) if typing.get_args(hint) else getattr(hint, "__name__", str(hint))
 
 

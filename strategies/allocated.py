@@ -28,10 +28,13 @@ import torch
 from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
-from fedraclora.allocation import HeteroLora, Uniform
+from fedraclora.allocation import AdaLora, HeteroLora, Uniform
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
 from fedraclora.tree import Tree
+from strategies.fedavg_lora import FedAvgLora
+from strategies.fedex_lora import FedExLora
+from strategies.pruned import Pruned
 from strategies.shared.common import dense_slots
 
 PREFIX = "adapted/"
@@ -113,9 +116,36 @@ class Allocated(Method):
         return self.inner.floats(plan, round_)
 
 
-def allocated(method: Method, rule: Uniform) -> Method:
-    """Put a method under a rule; the method itself where there is none."""
-    return Allocated(method, rule) if isinstance(rule, HeteroLora) else method
+def allocated(method: Method, rule: Uniform, moments: str = "round") -> Method:
+    """Put a method under a rule; the method itself where there is none.
+
+    Args:
+        method: The method.
+        rule: The rule.
+        moments: How long the moments of clients live (``local.moments``).
+
+    Raises:
+        ConfigError: If they do not fit.
+    """
+    if isinstance(rule, HeteroLora):
+        return Allocated(method, rule)
+    if not isinstance(rule, AdaLora):
+        return method
+    if not isinstance(method, FedAvgLora | FedExLora) or not method.lives_on:
+        raise refused(method, "its components do not live on from round to round")
+    if moments != "round":
+        raise ConfigError(
+            f"local.moments is {moments}, but allocation=adalora changes the shapes of what is "
+            "trained: set local.moments=round"
+        )
+    return Pruned(method, rule)
+
+
+def current(method: Method, state: State) -> tuple[Method, State]:
+    """Give the method with the ranks that are in force, and the state with its layers alone."""
+    if isinstance(method, Pruned):
+        return method.at(state)
+    return (method.inner, narrowed(state)) if isinstance(method, Allocated) else (method, state)
 
 
 def refused(method: Method, why: str) -> ConfigError:

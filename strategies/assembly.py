@@ -110,7 +110,7 @@ def assemble(
         raise ConfigError("head is local, which is measured by class, but the data have no classes")
     base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
     draw = Draw(config.seed)
-    method = allocated(config.method, config.allocation)
+    method = allocated(config.method, config.allocation, config.local.moments)
     state = method.init(base, plan, draw)
     first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
     downlink = method.open_round(state, 1, first, draw)

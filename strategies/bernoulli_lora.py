@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
+from fedraclora.adapter import Ranks
 from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State, Traits
@@ -46,7 +47,7 @@ class BernoulliLora(Method):
         cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
     """
 
-    rank: int | float = 8
+    rank: Ranks = 8
     alpha: float | str = "auto"
     rslora: bool = False
     sketch: str = "orthonormal"

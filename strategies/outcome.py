@@ -13,7 +13,7 @@ from fedraclora.config import RunConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.runfolder import alone, begin, has_checkpoint, method_label, write_summary
 from fedraclora.tree import digest
-from strategies.allocated import narrowed
+from strategies.allocated import current
 from strategies.assembly import Assembled
 from strategies.server.rows import Row
 
@@ -78,7 +78,8 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     """Collect the final figures of a run."""
     strategy, ledger = run.strategy, run.strategy.book.ledger
     measured = [r for r in ledger.rows if r.get("metrics")]
-    up, down = strategy.method.floats(narrowed(strategy.state).plan)
+    method, state = current(strategy.method, strategy.state)
+    up, down = method.floats(state.plan)
     more: dict[str, object] = {}
     if "virtual_seconds" in ledger.rows[-1]:
         more["virtual_seconds"] = ledger.rows[-1]["virtual_seconds"]

@@ -29,6 +29,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
+from fedraclora.adapter import Ranks
 from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Draw, Link, Plan, State, Term, Traits
@@ -56,7 +57,7 @@ class XgbLora(Factored):
 
     carries: ClassVar[bool] = False
 
-    rank: int | float = 1
+    rank: Ranks = 1
     layers: float = 0.5
     layers_seed: int = 0
     server_lr: float = 0.5

@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from fedraclora.adapter import Rank, resolve_rank
+from fedraclora.adapter import Rank, Ranks, resolve_rank
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import (
     Adapter,
@@ -47,9 +47,7 @@ def draws_right(side: str, plan: Plan, name: str) -> bool:
     return side == "right" or (side == "auto" and n >= m)
 
 
-def drawn_rank(
-    rank: int | float, side: str, plan: Plan, name: str, *, cap: bool, parts: int = 1
-) -> Rank:
+def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, parts: int = 1) -> Rank:
     """Give the rank of a layer; its bound is the dimension of the side that is drawn.
 
     With several ``parts`` of one drawing it is the rank of each, and they share the dimension.

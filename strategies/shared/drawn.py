@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.adapter import Rank, resolve_rank, resolve_scale
+from fedraclora.adapter import (
+    Rank,
+    Ranks,
+    check_patterns,
+    check_rank,
+    resolve_rank,
+    resolve_scale,
+)
 from fedraclora.method import Draw, Method, Plan, State
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
@@ -19,25 +26,27 @@ class Ranked(Method):
     """Hyperparameters that all of them have.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the smaller side if written with a dot.
+        rank: r; a fraction (0, 1] of the smaller side if written with a dot; or these by layer
+            (`fedraclora.adapter.own_rank`).
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
         rslora: Scale s = alpha / sqrt(r) instead.
         cap: Cut the rank at the smaller side, with a note; False refuses it.
     """
 
-    rank: int | float = 8
+    rank: Ranks = 8
     alpha: float | str = "auto"
     rslora: bool = False
     cap: bool = True
 
     def __post_init__(self) -> None:
         """Refuse impossible hyperparameters."""
-        resolve_rank(self.rank, 1, "any layer", cap=True)
+        check_rank(self.rank)
         resolve_scale(self.alpha, 1, rslora=self.rslora)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
         del draw
+        check_patterns(self.rank, plan.targets)
         notes = tuple(n for w in plan.targets if (n := self.layer_rank(plan, w).note) is not None)
         return State(base, plan, memo=dict(FIRST_LINK), notes=notes)
 

@@ -100,7 +100,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "rank 0": (["method.rank=0"], ["method.rank is 0", "positive integer or a fraction"]),
     "rank below 0": (["method.rank=-3"], ["method.rank is -3", "positive"]),
     "rank with a dot": (["method.rank=1.5"], ["1.5", "(0, 1]", "without a dot"]),
-    "rank of words": (["method.rank=four"], ["method.rank is 'four'", "int or float is wanted"]),
+    "rank of words": (
+        ["method.rank=four"],
+        ["method.rank is 'four'", "int or float or a mapping is wanted"],
+    ),
     "rank above the layer": (
         ["method.rank=65", "method.cap=false"],
         ["method.rank is 65", "fc1.weight has only 64", "lower the rank", "method.cap=true"],

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedraclora.adapter import Rank, make_plan, resolve_rank, resolve_scale
+from fedraclora.adapter import (
+    Rank,
+    check_patterns,
+    check_rank,
+    make_plan,
+    resolve_rank,
+    resolve_scale,
+)
 from fedraclora.errors import ConfigError, ModelError
 
 
@@ -169,6 +176,31 @@ def test_an_impossible_rank_names_the_key(rank: float, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_rank(rank, 7, "fc1", cap=False)
     assert words in str(caught.value)
+
+
+def test_a_rank_may_be_given_by_layer() -> None:
+    """By the weight's whole name, else by the first pattern that fits."""
+    ranks = {"query": 4, "layer.1.*": 2, "*": 0.5, "layer.1.query.weight": 7}
+    found = {
+        name: resolve_rank(ranks, 10, f"layer.{name}.weight", cap=True).value
+        for name in ("0.query", "1.query", "1.key", "0.key")
+    }
+    assert found == {"0.query": 4, "1.query": 7, "1.key": 2, "0.key": 5}
+
+
+def test_ranks_by_layer_that_fit_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no pattern that fits the layer fc2; there are fc1"):
+        resolve_rank({"fc1": 3}, 10, "fc2.weight", cap=True)
+    check_patterns({"fc1": 3, "fc*": 2}, ["fc1.weight", "fc2.weight"])
+    check_patterns(5, ["fc1.weight"])
+    with pytest.raises(ConfigError, match=r"unknown adapted layer 'fc3'; did you mean"):
+        check_patterns({"fc1": 3, "fc3": 2}, ["fc1.weight", "fc2.weight"])
+
+
+@pytest.mark.parametrize("ranks", [{}, {"fc1": 3, "fc2": 0}, {"fc1": "three"}, {"fc1": 1.5}])
+def test_impossible_ranks_by_layer_are_refused(ranks: dict[str, int | float]) -> None:
+    with pytest.raises(ConfigError, match=r"method\.rank is"):
+        check_rank(ranks)
 
 
 @pytest.mark.parametrize(

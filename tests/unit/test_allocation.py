@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedraclora.allocation import ALLOCATIONS, PROXIES, HeteroLora, gradient_norm, snip
+from fedraclora.allocation import (
+    ALLOCATIONS,
+    PROXIES,
+    AdaLora,
+    HeteroLora,
+    component_scores,
+    gradient_norm,
+    kept_components,
+    snip,
+)
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree
@@ -78,3 +87,58 @@ def test_impossible_rules_are_refused(changes: dict[str, object], said: str) -> 
 def test_the_tables_hold_what_the_names_say() -> None:
     assert {kind.name for kind in ALLOCATIONS.values()} == set(ALLOCATIONS)
     assert set(PROXIES) == {"grad_norm", "snip"}
+
+
+# --- AdaLoRA -------------------------------------------------------------------------------------
+
+
+def test_the_budget_falls_with_the_cube_and_stays() -> None:
+    rule = AdaLora(target=2.0, begin=3, end=13, every=1)
+    found = [rule.budget(t, first=40, layers=4) for t in range(1, 16)]
+    assert found[:3] == [None, None, None]
+    falling = [int(8 + 32 * (1 - (t - 3) / 10) ** 3) for t in range(4, 13)]
+    assert found[3:] == [*falling, 8, 8, 8]
+    assert falling == sorted(falling, reverse=True)
+    sparse = AdaLora(target=2.0, begin=3, end=13, every=4)
+    due = [t for t in range(1, 16) if sparse.budget(t, first=40, layers=4) is not None]
+    assert due == [4, 8, 12, 13, 14, 15]
+
+
+def test_importance_is_smoothed_and_so_is_its_uncertainty() -> None:
+    rule = AdaLora(beta1=0.75, beta2=0.5)
+    value, slope = torch.tensor([[2.0, -1.0]]), torch.tensor([[-3.0, 0.5]])
+    mean, spread = rule.smoothed(None, value, slope)
+    assert mean.tolist() == [[1.5, 0.125]]
+    assert spread.tolist() == [[0.5 * 4.5, 0.5 * 0.375]]
+    again, wider = rule.smoothed((mean, spread), value, 0 * slope)
+    assert again.tolist() == [[1.125, 0.09375]]
+    assert wider.tolist() == [[0.5 * 2.25 + 0.5 * 1.125, 0.5 * 0.1875 + 0.5 * 0.09375]]
+
+
+def test_a_component_is_scored_by_its_column_and_its_row() -> None:
+    scores = component_scores(torch.tensor([[1.0, 0.0], [3.0, 6.0]]), torch.tensor([[9.0], [2.0]]))
+    assert scores.tolist() == [11.0, 5.0]
+
+
+def test_components_are_kept_over_all_layers_and_a_layer_may_lose_all() -> None:
+    scores = {"a": torch.tensor([0.1, 0.2]), "b": torch.tensor([0.9, 0.3, 0.8])}
+    for budget, wanted in ((5, [[0, 1], [0, 1, 2]]), (3, [[], [0, 1, 2]]), (2, [[], [0, 2]])):
+        found = kept_components(scores, budget)
+        assert [found[n].tolist() for n in ("a", "b")] == wanted
+    equal = {"a": torch.ones(2), "b": torch.ones(2)}
+    assert [t.tolist() for t in kept_components(equal, 3).values()] == [[0, 1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target": 0.0}, r"allocation\.target is 0"),
+        ({"begin": 5, "end": 5}, r"allocation\.begin is 5 and allocation\.end is 5"),
+        ({"every": 0}, r"allocation\.every is 0"),
+        ({"beta1": 1.0}, r"allocation\.beta1 is 1"),
+        ({"beta2": -0.1}, r"allocation\.beta2 is -0\.1"),
+    ],
+)
+def test_impossible_schedules_are_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        AdaLora(**changes)  # type: ignore[arg-type]

@@ -114,7 +114,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
             "unknown method 'fed_rac_lorra'; did you mean 'fed_rac",
         ),
         ({"method__rnak": 4}, "unknown key 'method.rnak'; did you mean 'method.rank'"),
-        ({"method__rank": "four"}, "method.rank is 'four'; int or float is wanted"),
+        ({"method__rank": "four"}, "method.rank is 'four'; int or float or a mapping is wanted"),
         ({"method__rank": 0}, "method.rank is 0; a positive integer"),
         ({"method__rank": True}, "method.rank is True"),
         ({"method__alpha": 0}, "method.alpha is 0"),

@@ -1,0 +1,182 @@
+"""A method whose adapters lose components by importance (``allocation=adalora``).
+
+    after round t, for theta in (B, A) of every layer, g = theta_before - theta_after:
+        I = |theta_before g|;  I_bar, U_bar smoothed;  an entry scores I_bar U_bar
+        a component scores the mean over its column of B plus the mean over its row of A
+    the b(t) components of highest score over all layers are kept (`fedraclora.allocation.AdaLora`)
+    the others are merged: W <- W + s B_out A_out, and B is scaled by s / s' where alpha / r changes
+
+- Bytes: those of the method at the ranks that are left, and r (m + n) numbers to catch up for each
+  component that is merged. Scores cost nothing: they are taken of what the round moved.
+- Aggregation: as the method's: a cut leaves the effective weights.
+- Fits methods whose components live on under one basis: fedavg_lora (one link) and fedex_lora.
+- Source: Zhang et al., *AdaLoRA: adaptive budget allocation for parameter-efficient fine-tuning*,
+  ICLR 2023, arXiv 2303.10512: importance, uncertainty and the budget's schedule.
+- Departures: B and A stand for its P Lambda and Q: there are no singular values of their own, and
+  no penalty that keeps factors orthogonal. g is what a round moved, where the paper has those of
+  single steps. Components that are cut are merged and never come back, where the paper sets their
+  singular value to zero and may raise it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from typing_extensions import override
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.allocation import AdaLora, component_scores, kept_components
+from fedraclora.errors import ConfigError
+from fedraclora.lowrank import Product, sum_products
+from fedraclora.method import (
+    Cohort,
+    Downlink,
+    Draw,
+    Link,
+    Method,
+    Plan,
+    State,
+    Term,
+    Traits,
+    apply_link,
+)
+from fedraclora.tree import Tree
+from strategies.fedavg_lora import FedAvgLora
+from strategies.fedex_lora import FedExLora
+
+RANK = "rank/"
+SMOOTH = {"importance/": 0, "uncertainty/": 1}
+
+
+@dataclass(frozen=True)
+class Pruned(Method):
+    """A method under the rule.
+
+    Attributes:
+        inner: The method.
+        rule: When how many components are left.
+    """
+
+    inner: FedAvgLora | FedExLora
+    rule: AdaLora
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return replace(self.inner.traits, merges=True)
+
+    @override
+    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = self.inner.init(base, plan, draw)
+        ranks, _ = self.inner.ranks_and_scales(plan)
+        last, first = round(self.rule.target * len(ranks)), sum(ranks.values())
+        if not 1 <= last <= first:
+            raise ConfigError(
+                f"allocation.target is {self.rule.target}, which leaves {last} components of the "
+                f"{first} with which {len(ranks)} layers begin; 1 to {first} are wanted: change "
+                "it, or method.rank"
+            )
+        memo = {RANK + name: rank for name, rank in ranks.items()}
+        return replace(state, memo=state.memo | memo | {"components": first})
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        inner, at = self.at(state)
+        return inner.open_round(at, round_, cohort, draw)
+
+    @override
+    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+        inner, at = self.at(state)
+        return inner.next_exchange(at, sent, got)
+
+    @override
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        inner, at = self.at(state)
+        after = inner.close_round(at, sent, got)
+        own = {n: rank for n, rank in state.memo.items() if n.startswith(RANK)}
+        own["components"], own["rounds"] = state.memo["components"], state.memo.get("rounds", 0) + 1
+        after = replace(after, plan=state.plan, memo=after.memo | own)
+        if sent.recipe == "gradient":  # the factors have only now begun
+            return after
+        smoothed = self._smoothed(state, sent, after)
+        budget = self.rule.budget(own["rounds"], own["components"], len(state.plan.targets))
+        left = sum(rank for name, rank in own.items() if name.startswith(RANK))
+        if budget is None or budget >= left:
+            return replace(after, carried=after.carried | smoothed)
+        return self._cut(state, sent, after, smoothed, budget)
+
+    @override
+    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        inner, at = self.at(state)
+        return inner.weights(at, draw, own)
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        """Numbers with all components: how many are left where is not known beforehand."""
+        return self.inner.floats(plan, round_)
+
+    def at(self, state: State) -> tuple[Method, State]:
+        """Give the method at the ranks that are left, and its own state."""
+        ranks = {n: r for n in state.plan.targets if (r := state.memo[RANK + n])}
+        plan = replace(state.plan, targets={n: state.plan.targets[n] for n in ranks})
+        carried = {n: t for n, t in state.carried.items() if not n.startswith(tuple(SMOOTH))}
+        inner = replace(self.inner, rank=ranks) if ranks else self.inner
+        return inner, replace(state, plan=plan, carried=carried)
+
+    def _smoothed(self, state: State, sent: Downlink, after: State) -> Tree:
+        """Give the smoothed importance of each entry, and its uncertainty."""
+        found: Tree = {}
+        for name, slot in sent.trained().items():
+            if name not in after.carried:
+                continue
+            now = after.carried[name].double()
+            start = slot.opening()
+            start = torch.zeros_like(now) if start is None else start.to(now)
+            old = [state.carried.get(prefix + name) for prefix in SMOOTH]
+            pair = None if old[0] is None or old[1] is None else (old[0], old[1])
+            values = self.rule.smoothed(pair, start, start - now)
+            found |= {prefix + name: values[i] for prefix, i in SMOOTH.items()}
+        return found
+
+    def _cut(
+        self, state: State, sent: Downlink, after: State, smoothed: Tree, budget: int
+    ) -> State:
+        """Keep the best components, and merge the others."""
+        entries = {
+            n.removeprefix("importance/"): t * smoothed[n.replace("importance", "uncertainty", 1)]
+            for n, t in smoothed.items()
+            if n.startswith("importance/")
+        }
+        scores = {n: component_scores(entries[f"{n}/B"], entries[f"{n}/A"]) for n in sent.adapters}
+        carried: Tree = {}
+        memo, terms = dict(after.memo), dict(after.link.terms if after.link else {})
+        for name, kept in kept_components(scores, budget).items():
+            scale = sent.adapters[name].scale
+            B, A = (after.carried[f"{name}/{k}"] for k in ("B", "A"))
+            out = torch.ones(len(A), dtype=torch.bool)
+            out[kept] = False
+            memo[RANK + name] = len(kept)
+            if out.any():
+                terms[name] = joined(terms.get(name), (B[:, out], A[out]), scale)
+            if not len(kept):
+                continue
+            now = replace(self.inner, rank={name: len(kept)}).scale_of(after.plan, name)
+            carried |= {f"{name}/B": B[:, kept] * (scale / now), f"{name}/A": A[kept]}
+            for prefix in SMOOTH:
+                carried[f"{prefix}{name}/B"] = smoothed[f"{prefix}{name}/B"][:, kept]
+                carried[f"{prefix}{name}/A"] = smoothed[f"{prefix}{name}/A"][kept]
+        link = Link(terms, after.link.dense if after.link else {})
+        memo["sketch"] += 1  # what is trained is another thing now
+        base = apply_link(state.base, link, state.plan)
+        return replace(after, base=base, carried=carried, memo=memo, link=link)
+
+
+def joined(term: Term | None, more: Product, scale: float) -> Term:
+    """Add a product to what a link folds into one weight, at the same scale."""
+    if term is None:
+        return Term(more, scale)
+    first, second = term.factors
+    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
+        raise TypeError("terms of two matrices are wanted")  # the methods that fit have no other
+    return Term(sum_products((first, second), more), scale)
