@@ -32,6 +32,7 @@ from fedraclora.downlink import opening_rows
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank import product_norm
 from fedraclora.method import Cohort, Downlink, Draw, Link, Method, State, apply_link
+from fedraclora.recipe import RECIPES
 from fedraclora.server_optimiser import ServerOptimiser
 from fedraclora.transport import as_product, held_beside, transported
 from fedraclora.tree import Tree
@@ -67,6 +68,11 @@ def check_optimiser(rule: ServerOptimiser, method: Method, state: State, draw: D
             f"not their mean; {INSTEAD}"
         )
     sent = method.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), draw)
+    if not RECIPES[sent.recipe].steps:
+        raise ConfigError(
+            "server_optimiser.space is factors, but clients send gradients in the first round, by "
+            f"which the method chooses what they train; {INSTEAD}"
+        )
     for weight, adapter in sent.adapters.items():
         if traits.merges and held_beside(adapter) is None:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,13 @@ from worlds import (
     run,
 )
 
+from fedraclora.allocation import HeteroLora, Uniform
 from fedraclora.chain import SEED_BYTES
+from fedraclora.errors import ConfigError
 from fedraclora.link import Plan
+from fedraclora.server_optimiser import Momentum
+from strategies.allocated import allocated
+from strategies.server.treatment import Treatment
 from strategies.shared.initials import GAMMA, STARTS
 
 RANK, ITEM = 2, 8
@@ -100,3 +106,17 @@ def test_a_run_with_a_start_resumes_to_the_bit(initial: str, tmp_path: Path) -> 
     run(world, method, RAGGED, rounds=1, cohort=3, folder=tmp_path)
     resumed = run(world, method, RAGGED, rounds=3, cohort=3, folder=tmp_path, resume=True)
     assert_equal_trees(resumed.weights, whole.weights)
+
+
+@pytest.mark.parametrize("rule", [Uniform(), HeteroLora()])
+def test_a_server_optimiser_of_factors_is_refused_beside_a_probe(rule: Uniform) -> None:
+    """Its moments would begin with gradients, in shapes that nothing has afterwards."""
+    world = make_world()
+    initial = "lora_ga" if type(rule) is Uniform else "orthogonal"
+    method = allocated(make_method("fedavg_lora", rank=RANK, initial=initial), rule)
+    optimiser = Momentum(space="factors")
+    with pytest.raises(ConfigError, match="clients send gradients in the first round"):
+        run(world, method, RAGGED, rounds=1, treatment=Treatment(optimiser=optimiser))
+    dense = Treatment(optimiser=replace(optimiser, space="weights"))
+    done = run(world, method, RAGGED, rounds=3, treatment=dense)
+    assert done.rows[-1]["metrics"]["loss"] < world.loss(world.base)
