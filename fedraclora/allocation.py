@@ -38,6 +38,7 @@ def snip(values: Tree, gradients: Tree) -> float:
 
 
 PROXIES: dict[str, Callable[[Tree, Tree], float]] = {"grad_norm": gradient_norm, "snip": snip}
+SYNFLOW = "synflow"  # without data: `fedraclora.synflow`
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class HeteroLora(Uniform):
     """The layers of highest score are adapted, at the method's rank, and the others are not.
 
     Attributes:
-        proxy: The score, a key of `PROXIES`.
+        proxy: The score, a key of `PROXIES`, or ``synflow``.
         share: Of the layers that are adapted, (0, 1]; rounded down, at least one.
         every: Rounds after which the layers are chosen anew (dynamic); None: once, in the first
             round (static).
@@ -66,8 +67,8 @@ class HeteroLora(Uniform):
 
     def __post_init__(self) -> None:
         """Refuse what cannot choose."""
-        if self.proxy not in PROXIES:
-            raise unknown("allocation.proxy", self.proxy, PROXIES)
+        if self.proxy not in PROXIES and self.proxy != SYNFLOW:
+            raise unknown("allocation.proxy", self.proxy, [*PROXIES, SYNFLOW])
         if not 0 < self.share <= 1:
             raise ConfigError(f"allocation.share is {self.share}; a share in (0, 1] is wanted")
         if self.every is not None and self.every < 1:
@@ -79,30 +80,33 @@ class HeteroLora(Uniform):
         """Whether layers are chosen in a round (from 1)."""
         return round_ == 1 if self.every is None else (round_ - 1) % self.every == 0
 
-    def chosen(self, values: Mapping[str, Tree], gradients: Mapping[str, Tree]) -> list[str]:
-        """Choose the layers that are adapted, in their order.
+    def scores(self, values: Mapping[str, Tree], gradients: Mapping[str, Tree]) -> dict[str, float]:
+        """Score layers by what clients send.
 
         Args:
             values: Trained factors of each layer where clients start.
             gradients: Of the same, of the mean loss of the cohort.
+        """
+        score = PROXIES[self.proxy]
+        return {name: score(values[name], g) for name, g in gradients.items()}
+
+    def chosen(self, scores: Mapping[str, float]) -> list[str]:
+        """Choose the layers that are adapted, in their order; of equal ones the first.
 
         Raises:
             ConfigError: If all scores are zero, which say nothing.
 
         Example:
-            >>> g = {n: {"B": torch.full((2, 1), x)} for n, x in (("a", 1.0), ("b", 3.0))}
-            >>> HeteroLora(share=0.5).chosen(g, g)
-            ['b']
+            >>> HeteroLora(share=0.5).chosen({"a": 1.0, "b": 3.0, "c": 2.0, "d": 3.0})
+            ['b', 'd']
         """
-        score = PROXIES[self.proxy]
-        scores = {name: score(values[name], g) for name, g in gradients.items()}
         if not any(scores.values()):
             raise ConfigError(
                 f"allocation.proxy is {self.proxy}, which scores every layer 0 where a factor "
                 "begins at zero; take proxy=grad_norm, or a start of both (method.initial)"
             )
         count = max(1, math.floor(self.share * len(scores)))
-        best = sorted(scores, key=lambda name: -scores[name])[:count]  # stable: the first of equals
+        best = sorted(scores, key=lambda name: -scores[name])[:count]
         return [name for name in scores if name in best]
 
 

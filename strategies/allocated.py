@@ -6,8 +6,10 @@ HeteroLoRA (``allocation=heterolora``), in round 1, or every so many rounds:
                 score of a layer: GRAD-NORM ||g_A||_F + ||g_B||_F, or SNIP sum |A g_A| + sum |B g_B|
     exchange 2: they train, as the method says, the layers of highest score alone
 
-- Bytes: a round that chooses costs the uplink of a round over all layers, and its downlink once
-  more; every round costs what the method does for the layers that are chosen.
+With SYNFLOW there is no first exchange: the server scores the model without data.
+
+- Bytes: with gradients, a round that chooses costs the uplink of a round over all layers, and its
+  downlink once more; every round costs what the method does for the layers that are chosen.
 - A method that carries factors is asked once: a layer that is left out later would lose what it has
   learnt. Those that begin anew each round (fed_rac_lora, fed_cola, flora_stacking) may choose anew.
 - Refused: methods of another recipe than plain local steps, those that change the base weights
@@ -15,20 +17,20 @@ HeteroLoRA (``allocation=heterolora``), in round 1, or every so many rounds:
 - Source: Zhang et al., *Unlocking the global synergies in low-rank adapters*, 2024, arXiv
   2406.14956.
 - Departures: federated: gradients are those of the mean loss of the cohort, and scores are taken of
-  them, where clients could send scores of their own. Its shortcut connections are left out, and so
-  is SYNFLOW, which scores a model and no data. The paper is known to us by its public code.
+  them, where clients could send scores of their own. Its shortcut connections are left out. We know
+  the paper by its public code, whose static SNIP adds up masks and not their gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
-from fedraclora.allocation import AdaLora, HeteroLora, Uniform
+from fedraclora.allocation import SYNFLOW, AdaLora, HeteroLora, Uniform
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
 from fedraclora.tree import Tree
@@ -38,6 +40,7 @@ from strategies.pruned import Pruned
 from strategies.shared.common import dense_slots
 
 PREFIX = "adapted/"
+Flow = Callable[[Tree, Downlink, Plan], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,12 @@ class Allocated(Method):
     Attributes:
         inner: The method.
         rule: Chooses its layers.
+        flow: Gives scores of SYNFLOW; None: there is no model to ask.
     """
 
     inner: Method
     rule: HeteroLora
+    flow: Flow | None = field(default=None, compare=False)
 
     @property
     @override
@@ -75,7 +80,10 @@ class Allocated(Method):
             raise refused(self.inner, f"its clients follow the recipe {sent.recipe}")
         if sent.adapters.keys() != state.plan.targets.keys():
             raise refused(self.inner, "it does not adapt every layer in each round")
-        return replace(sent, recipe="gradient", dense={})
+        if self.rule.proxy != SYNFLOW or self.flow is None:
+            return replace(sent, recipe="gradient", dense={})
+        chosen = self.rule.chosen(self.flow(state.base, sent, state.plan))
+        return replace(sent, adapters={name: sent.adapters[name] for name in chosen})
 
     @override
     def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
@@ -88,7 +96,7 @@ class Allocated(Method):
             slots = {k: f for k, f in adapter.factors.items() if isinstance(f, Trained)}
             gradients[name] = {k: mean[f"{name}/{k}"] for k in slots}
             values[name] = {k: opening(f, gradients[name][k]) for k, f in slots.items()}
-        chosen = self.rule.chosen(values, gradients)
+        chosen = self.rule.chosen(self.rule.scores(values, gradients))
         left = sent if got.places is None else sent.select(got.places)
         adapters = {name: left.adapters[name] for name in chosen}
         return replace(left, adapters=adapters, dense=dense_slots(state), recipe="plain")
@@ -116,19 +124,22 @@ class Allocated(Method):
         return self.inner.floats(plan, round_)
 
 
-def allocated(method: Method, rule: Uniform, moments: str = "round") -> Method:
+def allocated(
+    method: Method, rule: Uniform, moments: str = "round", flow: Flow | None = None
+) -> Method:
     """Put a method under a rule; the method itself where there is none.
 
     Args:
         method: The method.
         rule: The rule.
         moments: How long the moments of clients live (``local.moments``).
+        flow: Scores the adapters of a downlink by SYNFLOW, where there is a model.
 
     Raises:
         ConfigError: If they do not fit.
     """
     if isinstance(rule, HeteroLora):
-        return Allocated(method, rule)
+        return Allocated(method, rule, flow)
     if not isinstance(rule, AdaLora):
         return method
     if not isinstance(method, FedAvgLora | FedExLora) or not method.lives_on:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from fedraclora.personal import personal_accuracy
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, stored_chunk
 from fedraclora.settings import RayConfig
+from fedraclora.synflow import flows
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
@@ -110,7 +112,8 @@ def assemble(
         raise ConfigError("head is local, which is measured by class, but the data have no classes")
     base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
     draw = Draw(config.seed)
-    method = allocated(config.method, config.allocation, config.local.moments)
+    flow = partial(flows, built.task.model, built.task.test)
+    method = allocated(config.method, config.allocation, config.local.moments, flow)
     state = method.init(base, plan, draw)
     first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
     downlink = method.open_round(state, 1, first, draw)

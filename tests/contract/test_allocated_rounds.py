@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from worlds import (
 from fedraclora.allocation import HeteroLora, Uniform
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Draw, Method, Sketched
+from fedraclora.synflow import flows
 from fedraclora.wire import unpack_downlink
 from strategies import METHODS
 from strategies.allocated import Allocated, allocated
@@ -160,6 +162,22 @@ def test_snip_takes_a_start_of_both_factors() -> None:
     assert_close_trees(
         {n: done.weights[n] for n in left}, {n: world.base[n] for n in left}, tolerance=1e-14
     )
+
+
+def test_synflow_asks_no_client() -> None:
+    world = make_world()
+    inner = make_method("fedavg_lora", initial="orthogonal")
+    flow = partial(flows, world.task.model, world.task.test)
+    rule = HeteroLora(proxy="synflow", share=0.34)
+    method = allocated(inner, rule, flow=flow)
+    done = run(world, method, RAGGED, rounds=3, cohort=3)
+    assert {(recipe, len(layers)) for _, recipe, layers in asked(done)} == {("plain", 1)}
+    state = inner.init(world.base, world.plan, Draw(1))
+    cohort = Cohort(torch.arange(3), torch.ones(3))
+    scores = flow(state.base, inner.open_round(state, 1, cohort, Draw(1)), world.plan)
+    assert asked(done)[-1][2] == (max(scores, key=lambda name: scores[name]),)
+    with pytest.raises(ConfigError, match="scores every layer 0"):
+        opened(world, allocated(make_method("fedavg_lora"), rule, flow=flow))
 
 
 def test_a_client_that_fails_in_the_probe_is_not_asked_to_train() -> None:

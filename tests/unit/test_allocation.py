@@ -16,7 +16,11 @@ from fedraclora.allocation import (
     snip,
 )
 from fedraclora.errors import ConfigError
+from fedraclora.layers import LayerView
+from fedraclora.method import Adapter, Downlink, Plan, Trained
 from fedraclora.rng import generator, torch_normal
+from fedraclora.samples import Samples
+from fedraclora.synflow import flows
 from fedraclora.tree import Tree
 
 B, A = torch.tensor([[1.0], [-2.0]]), torch.tensor([[0.5, 0.0, 4.0]])
@@ -28,6 +32,11 @@ def test_scores_are_those_worked_out_by_hand() -> None:
     assert gradient_norm(values, gradients) == 5.0 + 11.0
     assert snip(values, gradients) == 3.0 + 8.0 + 1.0 + 24.0
     assert gradient_norm({"B": B}, {"B": G_B}) == 5.0
+
+
+def chosen(rule: HeteroLora, gradients: dict[str, Tree]) -> list[str]:
+    """Choose by GRAD-NORM, which does not look at values."""
+    return rule.chosen(rule.scores(gradients, gradients))
 
 
 def layers(*sizes: float) -> dict[str, Tree]:
@@ -47,21 +56,23 @@ def test_the_layers_of_highest_score_are_chosen_in_their_order(
     share: float, wanted: list[str]
 ) -> None:
     gradients = layers(0.1, 5.0, 0.3, 4.0)
-    assert HeteroLora(share=share).chosen(gradients, gradients) == wanted
+    assert chosen(HeteroLora(share=share), gradients) == wanted
 
 
 def test_every_layer_is_chosen_with_a_share_of_one_and_equals_go_by_order() -> None:
     equal = {name: {"B": G_B} for name in ("b", "a", "c", "d")}
-    assert HeteroLora(share=1.0).chosen(equal, equal) == ["b", "a", "c", "d"]
-    assert HeteroLora(share=0.5).chosen(equal, equal) == ["b", "a"]
+    assert chosen(HeteroLora(share=1.0), equal) == ["b", "a", "c", "d"]
+    assert chosen(HeteroLora(share=0.5), equal) == ["b", "a"]
 
 
 def test_scores_that_say_nothing_are_refused() -> None:
     zeros = {"fc": {"B": torch.zeros(2, 1), "A": A}}
     gradients = {"fc": {"B": G_B, "A": torch.zeros(1, 3)}}
+    rule = HeteroLora(proxy="snip")
+    scores = rule.scores(zeros, gradients)
     with pytest.raises(ConfigError, match=r"allocation\.proxy is snip.*proxy=grad_norm"):
-        HeteroLora(proxy="snip").chosen(zeros, gradients)
-    assert HeteroLora(proxy="grad_norm").chosen(zeros, gradients) == ["fc"]
+        rule.chosen(scores)
+    assert chosen(HeteroLora(), gradients) == ["fc"]
 
 
 def test_when_layers_are_chosen() -> None:
@@ -87,6 +98,48 @@ def test_impossible_rules_are_refused(changes: dict[str, object], said: str) -> 
 def test_the_tables_hold_what_the_names_say() -> None:
     assert {kind.name for kind in ALLOCATIONS.values()} == set(ALLOCATIONS)
     assert set(PROXIES) == {"grad_norm", "snip"}
+
+
+# --- SYNFLOW -------------------------------------------------------------------------------------
+
+
+def two_layers() -> tuple[torch.nn.Module, Tree, Downlink, Plan]:
+    """4 -> 3 -> 2 without activations, and an adapter of rank 2 on each layer."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(3, 2))
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    views = {"0.weight": LayerView("linear", (3, 4)), "1.weight": LayerView("linear", (2, 3))}
+    adapters = {}
+    for i, (name, view) in enumerate(views.items()):
+        m, n = view.shape
+        B, A = (torch_normal(generator(i, k), *d) for k, d in (("B", (m, 2)), ("A", (2, n))))
+        adapters[name] = Adapter({"B": Trained((m, 2), B), "A": Trained((2, n), A)}, 2.5)
+    return model, base, Downlink(adapters), Plan(views)
+
+
+def test_synflow_is_the_flow_through_an_adapter() -> None:
+    """R = 1^T W_2 W_1 1 + bias with magnitudes; a factor's share of it is that of s |B| |A|."""
+    model, base, sent, plan = two_layers()
+    like = Samples({"x": torch.randn(5, 4)}, torch.zeros(5))
+    found = flows(model, like, base, sent, plan)
+    term = {}
+    for name, adapter in sent.adapters.items():
+        B, A = (f.start.abs() for f in adapter.factors.values())  # type: ignore[union-attr]
+        term[name] = adapter.scale * B @ A
+    whole = {n: base[n].double().abs() + t for n, t in term.items()}
+    first = float((whole["1.weight"] @ term["0.weight"]).sum())
+    second = float((term["1.weight"] @ whole["0.weight"]).sum())
+    assert list(found) == ["0.weight", "1.weight"]
+    # Each of the two factors has all of the flow of their product.
+    assert found["0.weight"] == pytest.approx(2 * first, rel=1e-12)
+    assert found["1.weight"] == pytest.approx(2 * second, rel=1e-12)
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters())
+
+
+def test_synflow_needs_inputs_that_can_be_ones() -> None:
+    model, base, sent, plan = two_layers()
+    tokens = Samples({"input_ids": torch.ones(5, 4, dtype=torch.int64)}, torch.zeros(5))
+    with pytest.raises(ConfigError, match=r"synflow, which feeds the model ones.*input_ids"):
+        flows(model, tokens, base, sent, plan)
 
 
 # --- AdaLoRA -------------------------------------------------------------------------------------
