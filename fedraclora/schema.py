@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import types
@@ -91,6 +92,8 @@ def _all_arguments(kind: str, target: Callable[..., object], group: Plain) -> di
 
 
 def _hints(target: Callable[..., object]) -> dict[str, object]:
+    if dataclasses.is_dataclass(target):  # a field's hint is read where its class stands
+        return typing.get_type_hints(target)
     called = target.__init__ if inspect.isclass(target) else target
     return typing.get_type_hints(called)
 
