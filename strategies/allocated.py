@@ -143,7 +143,7 @@ def allocated(
     if not isinstance(rule, AdaLora):
         return method
     if not isinstance(method, FedAvgLora | FedExLora) or not method.lives_on:
-        raise refused(method, "its components do not live on from round to round")
+        raise refused(method, "its components do not live on", "fedavg_lora, fedex_lora")
     if moments != "round":
         raise ConfigError(
             f"local.moments is {moments}, but allocation=adalora changes the shapes of what is "
@@ -159,11 +159,13 @@ def current(method: Method, state: State) -> tuple[Method, State]:
     return (method.inner, narrowed(state)) if isinstance(method, Allocated) else (method, state)
 
 
-def refused(method: Method, why: str) -> ConfigError:
+def refused(
+    method: Method, why: str, take: str = "fed_rac_lora, fed_cola, fedavg_lora"
+) -> ConfigError:
     """Build the error for a method that a rule does not fit."""
     return ConfigError(
-        f"allocation does not fit {type(method).__name__}: {why}; take another method "
-        "(fed_rac_lora, fed_cola, fedavg_lora), or allocation=none"
+        f"allocation does not fit {type(method).__name__}: {why}; take another method ({take}), or "
+        "allocation=none"
     )
 
 

@@ -62,6 +62,7 @@ BESIDE = {
         "clients=null",
         "cohort=3",
     ],
+    "allocation/adalora": [*DIGITS, "method=fedavg_lora"],
     "partition/fedslop": [*DIGITS, "partition.empty=drop"],
     "pretrain/digits_0_4": ["data=digits", "pretrain.epochs=2", *TINY],
     "experiment/fedslop_mnist": ["rounds=1"],
