@@ -25,7 +25,9 @@ from fedraclora.ranks import uploaded_numbers
 from fedraclora.recipe import RECIPES
 from fedraclora.sampling import client_weights
 from fedraclora.wire import DTYPES, payload_bytes
+from strategies.allocated import Allocated
 from strategies.base import FedStrategy
+from strategies.pruned import Pruned
 from strategies.server.buffer import PREFIX, batch_of, merge, read_batches, write_batches
 from strategies.server.exchange import Exchange
 from strategies.server.fedopt import step_in_weights
@@ -50,6 +52,7 @@ class BufferedStrategy(FedStrategy):
             "privacy=client_level": beside.private is not None,
             "secure=secagg": beside.secure is not None,
             "control_variates": beside.variates,
+            "allocation": isinstance(self.method, Allocated | Pruned),
             "server_optimiser.space=factors": beside.optimiser.space == "factors",
         }
         if found := [what for what, is_so in refused.items() if is_so]:

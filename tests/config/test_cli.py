@@ -104,6 +104,20 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["method.rank=four"],
         ["method.rank is 'four'", "int or float or a mapping is wanted"],
     ),
+    "ranks of layers": (["method.rank={fc9: 3, fc*: 2}"], ["'fc9'", "did you mean"]),
+    "allocation": (["allocation=hetrolora"], ["did you mean 'heterolora'?", NAMES]),
+    "allocation of a drawing": (
+        ["allocation=adalora"],
+        ["does not fit FedRacLora", "fedavg_lora, fedex_lora", "allocation=none"],
+    ),
+    "allocation in a buffer": (
+        ["allocation=heterolora", "system=buffered"],
+        ["system.buffer mixes", "does not go with allocation"],
+    ),
+    "start of factors": (
+        ["method.initial=pissa", "method=fed_cola"],
+        ["method.initial is pissa", "begin anew", "fedavg_lora"],
+    ),
     "rank above the layer": (
         ["method.rank=65", "method.cap=false"],
         ["method.rank is 65", "fc1.weight has only 64", "lower the rank", "method.cap=true"],
