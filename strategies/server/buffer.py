@@ -155,7 +155,7 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
         ConfigError: If a stale reply cannot be merged with its own downlink.
     """
     total = float(sum(batch.weights.sum() for batch in batches))
-    ages = torch.tensor([float(round_ - b.round_) for b in batches for _ in b.flights])
+    ages = [float(round_ - b.round_) for b in batches for _ in b.flights]
     own = [[b] for b in batches if b.sent.link != now.link]
     together = [b for b in batches if b.sent.link == now.link]
     carries = bool(own and state.carried)
@@ -172,7 +172,7 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
             "never (null)"
         )
     first, *others = links
-    report = {"staleness": float(ages.mean()), "staleness_max": float(ages.max())}
+    report = {"staleness": sum(ages) / len(ages), "staleness_max": max(ages)}
     return replace(
         state, link=replace(first, rest=tuple(others)), report={"merged": float(len(ages))} | report
     )
