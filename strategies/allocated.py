@@ -125,7 +125,12 @@ class Allocated(Method):
 
 
 def allocated(
-    method: Method, rule: Uniform, moments: str = "round", flow: Flow | None = None
+    method: Method,
+    rule: Uniform,
+    moments: str = "round",
+    flow: Flow | None = None,
+    *,
+    fixed: bool = False,
 ) -> Method:
     """Put a method under a rule; the method itself where there is none.
 
@@ -134,10 +139,16 @@ def allocated(
         rule: The rule.
         moments: How long the moments of clients live (``local.moments``).
         flow: Scores the adapters of a downlink by SYNFLOW, where there is a model.
+        fixed: Whether the server keeps tensors by the coordinates of what is trained.
 
     Raises:
         ConfigError: If they do not fit.
     """
+    if fixed and isinstance(rule, HeteroLora | AdaLora):
+        raise ConfigError(
+            f"allocation={rule.name} changes what is trained, but control_variates and "
+            "server_optimiser.space=factors need its coordinates: set allocation=none"
+        )
     if isinstance(rule, HeteroLora):
         return Allocated(method, rule, flow)
     if not isinstance(rule, AdaLora):

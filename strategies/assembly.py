@@ -113,7 +113,8 @@ def assemble(
     base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
     draw = Draw(config.seed)
     flow = partial(flows, built.task.model, built.task.test)
-    method = allocated(config.method, config.allocation, config.local.moments, flow)
+    fixed = config.control_variates or config.server_optimiser.space == "factors"
+    method = allocated(config.method, config.allocation, config.local.moments, flow, fixed=fixed)
     state = method.init(base, plan, draw)
     first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
     downlink = method.open_round(state, 1, first, draw)

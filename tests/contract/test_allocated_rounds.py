@@ -23,7 +23,7 @@ from worlds import (
     run,
 )
 
-from fedraclora.allocation import HeteroLora, Uniform
+from fedraclora.allocation import AdaLora, HeteroLora, Uniform
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Draw, Method, Sketched
 from fedraclora.synflow import flows
@@ -217,3 +217,11 @@ def test_methods_that_carry_factors_are_asked_once() -> None:
     method = heterolora("fedavg_lora", {"every": 2})
     with pytest.raises(ConfigError, match=r"carries factors, and allocation\.every=2"):
         run(make_world(), method, RAGGED, rounds=1)
+
+
+@pytest.mark.parametrize("rule", [HeteroLora(), AdaLora()], ids=lambda r: r.name)
+def test_what_the_server_keeps_by_coordinates_is_refused_beside_a_rule(rule: Uniform) -> None:
+    method = make_method("fedavg_lora")
+    assert allocated(method, Uniform(), fixed=True) is method
+    with pytest.raises(ConfigError, match="control_variates and server"):
+        allocated(method, rule, fixed=True)
