@@ -14,8 +14,10 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Modules of tests run side by side, one to a core; each holds its fixtures together.
-SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
+# Modules of tests run side by side, each with its fixtures in one process. There is one process
+# more than cores, up to four: many tests wait for processes of their own to start and to end.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+SIDE_BY_SIDE := --numprocesses $(shell echo $$(($(CORES) < 4 ? $(CORES) + 1 : 4))) --dist loadfile
 PEERS := flower pfl fedlab fedjax
 
 # The number of threads fixes the order of sums inside matrix products, and so the last bits.

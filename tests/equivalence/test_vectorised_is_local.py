@@ -774,7 +774,7 @@ def test_bare_parameters_fall_back_to_vmap(name: str) -> None:
     state = method.init(base_of(case.task), plan, Draw(SEED))
     cohort = Cohort(torch.arange(2), torch.ones(2))
     assert not foldable(case, method.open_round(state, 1, cohort, Draw(SEED)))
-    run(case, method, replace(LOCAL, precondition=True), rounds=2, check={2})
+    run(case, method, replace(LOCAL, precondition=True), rounds=2, check={2}, name="scaled")
 
 
 @pytest.mark.parametrize(
@@ -880,4 +880,5 @@ def test_layers_of_other_kinds_fall_back_to_vmap(name: str) -> None:
         nn.Conv1d(3, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
     )
     task = task_of(model, {"x": normal(sum(SIZES), 3, 5)}, classes(3), head=("4",))
-    run(Case(task, dense="0,1"), method_of(name), LOCAL, rounds=2, check={2})
+    case = Case(task, dense="0,1")
+    run(case, method_of(name), LOCAL, rounds=2, check={2}, name="other kinds")
