@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 from typing_extensions import override
 
 from fedraclora.training.memory import LiveTensors
@@ -38,6 +37,19 @@ ANYWHERE = {T.copy_, T.data.__set__, torch._has_compatible_shallow_copy_type}
 def on_card(tensor: torch.Tensor) -> bool:
     """Whether a tensor lies on the card."""
     return bool(getattr(tensor, "_on_card", False))
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """Give the tensors of what goes into a function or comes out of it."""
+    # Not by torch's pytrees: this runs at every call, and they took most of its time.
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_in(part)
 
 
 def place(tensor: torch.Tensor, *, card: bool) -> torch.Tensor:
@@ -72,7 +84,7 @@ class PretendCard(TorchFunctionMode):
             return CARD if on_card(args[0]) else func(*args)
         if func == T.is_cuda.__get__:
             return on_card(args[0])
-        tensors = [t for t in tree_flatten((args, given))[0] if isinstance(t, torch.Tensor)]
+        tensors = [*tensors_in(args), *tensors_in(given)]
         card = where(func, tensors)
         if card and func in NUMPY:
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -83,7 +95,9 @@ class PretendCard(TorchFunctionMode):
         out = func(*args, **given)
         if func == T.data.__set__:
             place(args[0], card=on_card(args[1]))
-        return tree_map_only(torch.Tensor, lambda t: place(t, card=card), out)
+        for made in tensors_in(out):
+            place(made, card=card)
+        return out
 
     def _move(self, func: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         tensor, *rest = args
@@ -131,8 +145,7 @@ def masked(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether an operation must find out how many numbers a mask leaves."""
     if func not in GATHERS:
         return False
-    indices = tree_flatten(args[1])[0]
-    return any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
+    return any(index.dtype == torch.bool for index in tensors_in(args[1]))
 
 
 def name_of(func: Callable[..., Any]) -> str:
