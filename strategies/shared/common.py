@@ -106,7 +106,10 @@ def server_step(old: torch.Tensor | None, mean: torch.Tensor, step: float) -> to
     """Give ``old + step (mean - old)``; the mean to the bit for a step of 1; None stands for 0."""
     if step == 1.0:
         return mean
-    return step * mean if old is None else old + step * (mean - old)
+    if old is None:
+        return step * mean
+    old = old.to(mean.device)  # means are of the host, and the base may lie on a GPU
+    return old + step * (mean - old)
 
 
 def terms_of(adapters: dict[str, Adapter], trained: Tree) -> dict[str, Term]:
