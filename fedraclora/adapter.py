@@ -238,4 +238,6 @@ def resolve_scale(alpha: float | str, rank: int, *, rslora: bool = False) -> flo
         return 1.0
     if isinstance(alpha, str) or not math.isfinite(alpha) or alpha <= 0:
         raise ConfigError(f"method.alpha is {alpha}; a positive finite number or auto is wanted")
-    return alpha / (math.sqrt(rank) if rslora else rank)
+    if rslora:
+        return alpha / math.sqrt(rank)
+    return alpha / rank

@@ -37,7 +37,7 @@ FACTORED, COMMON = "strategies/shared/factored.py", "strategies/shared/common.py
 TERM = "terms[name] = Term((B, A), adapter.scale)"
 LEFT = "        left, right = stack_products(self.B, self.A, self.p)\n"
 STACK = "stacked=None if reduced else numbers,"
-KEEP = "            keep(self.store, part, order, order.clients[index], trial)\n"
+KEEP = "            keep(self.store, part, order, order.clients[index], trial, base, local)\n"
 WORKER, ATTEMPT = "clients/worker.py", "        trial, failure, starved = None, "
 DEFECTS = (
     Defect(
