@@ -151,8 +151,8 @@ DEFECTS = (
     Defect(
         "scale_is_alpha",
         "fedraclora/adapter.py",
-        "    return alpha / (math.sqrt(rank) if rslora else rank)\n",
-        "    return alpha\n",
+        "    return alpha / rank\n",
+        "    return alpha + 0 * rank\n",
         "fed_rac_lora or flora_stacking",
         "RACLora: multiplies by alpha; LoRA-Pro, FlexLoRA: 16 / 8 or 16 / rank written out",
     ),
