@@ -26,7 +26,7 @@ from fedraclora.training.precision import FLOAT32, check_precision, products_in
 from fedraclora.training.probe import GradientMean
 from fedraclora.training.program import OpenChunk, Program, refuse_mixing
 from fedraclora.training.prox import add_prox
-from fedraclora.training.schedule import Schedule
+from fedraclora.training.schedule import Batch, Schedule
 from fedraclora.training.trial import Trial
 from fedraclora.training.variates import correcting
 from fedraclora.training.vmapped import vmapped_forward
@@ -115,7 +115,7 @@ class CohortTrainer:
         lengths = self.data.lengths(clients.to(self.device), schedule.positions)
         try:
             for step, batch in enumerate(schedule.plan(lengths)):
-                losses[: batch[0]] += self._step(chunk, step, batch, *rest)
+                losses[: batch.active] += self._step(chunk, step, batch, *rest)
         finally:
             chunk.program.context.clear()
         if isinstance(optimiser, GradientMean):
@@ -161,14 +161,14 @@ class CohortTrainer:
         self,
         chunk: OpenChunk,
         step: int,
-        batch: tuple[int, int, int],
+        batch: Batch,
         optimiser: CohortOptimiser,
         hooks: list[GradientHook],
         adjust: Adjust,
         masks: Tree,
     ) -> torch.Tensor:
         """Take one local step of the clients that still train; give their losses, [active]."""
-        leaves, network = chunk.leaves(batch[0]), chunk.network
+        leaves, network = chunk.leaves(batch.active), chunk.network
         if self.local.dp is not None:
             loss, gradients = noisy_gradients(
                 self._forward, self.local.dp, chunk, step, batch, masks, self.noise_seed
@@ -189,27 +189,24 @@ class CohortTrainer:
             if self.local.clip is not None:
                 gradients = clip_per_client(gradients, self.local.clip)
             optimiser.step(gradients)
-            hold(chunk.values, chunk.starts, masks, batch[0])
+            hold(chunk.values, chunk.starts, masks, batch.active)
         return loss.detach()
 
-    def losses(
-        self, chunk: OpenChunk, leaves: Tree, step: int, batch: tuple[int, int, int]
-    ) -> torch.Tensor:
+    def losses(self, chunk: OpenChunk, leaves: Tree, step: int, batch: Batch) -> torch.Tensor:
         """Give the mean loss of each active client on its batch, [active].
 
         Args:
             chunk: Of `open`.
             leaves: What is trained, of the active clients, [active, ...].
             step: The local step, from 0.
-            batch: Clients that are active, samples of a batch, and tokens that the longest sample
-                has (`Schedule.plan`).
+            batch: Of `Schedule.plan`.
         """
         losses, counts, valid = self._forward(chunk, leaves, chunk.frozen, step, batch)
         kept = valid.to(losses.dtype)
         return (losses * kept).sum(dim=1) / (counts * kept).sum(dim=1).clamp(min=1)
 
     def _forward(
-        self, chunk: OpenChunk, leaves: Tree, frozen: Tree, step: int, batch: tuple[int, int, int]
+        self, chunk: OpenChunk, leaves: Tree, frozen: Tree, step: int, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Give loss and count of each sample, and whether it is one, [active, width]."""
         program, downlink = chunk.program, chunk.downlink

@@ -11,9 +11,9 @@ from fedraclora.ranks import cut_gradients
 from fedraclora.task import SLOPES, Task
 from fedraclora.training.feedforward import FeedForward
 from fedraclora.training.program import OpenChunk
+from fedraclora.training.schedule import Batch
 from fedraclora.tree import Tree
 
-Batch = tuple[int, int, int]
 Forward = Callable[
     [OpenChunk, Tree, Tree, int, Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 ]
@@ -30,11 +30,11 @@ def written_out_gradients(
         chunk: Of `CohortTrainer.open`.
         leaves: What is trained, of the active clients.
         step: The local step, from 0.
-        batch: Clients that are active, samples of a batch, and tokens (`Schedule.plan`).
+        batch: Of `Schedule.plan`.
     """
     with torch.no_grad():
         samples, valid = chunk.samples(task.train, step, batch)
-        output = network.forward(samples.inputs["x"], leaves, batch[0])
+        output = network.forward(samples.inputs["x"], leaves, batch.active)
         losses, slope = SLOPES[task.loss](output, samples.target)
         share = valid.to(losses.dtype)
         share = share / share.sum(dim=1, keepdim=True)
@@ -66,7 +66,7 @@ def noisy_gradients(
         masks: What of a tensor its client trains (`fedraclora.ranks.trainable`).
         seed: Of the noise.
     """
-    active, width = batch[:2]
+    active, width = batch.active, batch.width
 
     def apart(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[:active].repeat_interleave(width, dim=0)

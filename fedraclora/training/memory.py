@@ -24,6 +24,7 @@ from fedraclora.samples import ClientData
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.optimiser import moment_kinds
 from fedraclora.training.program import OpenChunk
+from fedraclora.training.schedule import Batch
 from fedraclora.tree import Tree
 
 LOOKED_AT = 10_000  # clients among whom the largest is looked for
@@ -208,14 +209,13 @@ class Probe(CohortTrainer):
         self.laid_out = self.held = 0
 
     @override
-    def _step(
-        self, chunk: OpenChunk, step: int, batch: tuple[int, int, int], *rest: Any
-    ) -> torch.Tensor:
+    def _step(self, chunk: OpenChunk, step: int, batch: Batch, *rest: Any) -> torch.Tensor:
         self.laid_out, self.held = self.live.peak, self.live.now
         self.live.peak = self.live.now
         for _ in range(min(2, int(chunk.schedule.steps.max())) if self.steps else 0):
             # The same batch twice: none is wider.
-            super()._step(chunk, step, (*batch[:2], self.length or batch[2]), *rest)
+            full = Batch(batch.active, batch.width, self.length or batch.length)
+            super()._step(chunk, step, full, *rest)
             if self.live.now == self.held:
                 break  # the first left nothing (moments, buffers) that lies beside the second
         raise Enough

@@ -14,23 +14,29 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
+from fedraclora.samples import Samples
+
 WORTH_PACKING = 0.85  # share of real tokens above which moving the rows costs what it saves
 
 
-def real_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:
+def real_tokens(samples: Samples, valid: torch.Tensor, real: int) -> torch.Tensor | None:
     """Give the places of the real tokens of a batch, where there is enough padding to save.
 
     Args:
-        mask: ``attention_mask`` of the batch, [N, T], zero at padding; or None.
+        samples: [N, T] tokens each, padded.
+        valid: Which of the samples count, N in all; the others have no real token.
+        real: How many there are, known before (`fedraclora.training.schedule.Batch`), so that no
+            device is waited for; 0: all tokens are to be computed.
 
     Returns:
-        int64 [P], into the batch as [N * T]; None where all tokens are to be computed. On a GPU
-        always None: the number of places would have to be waited for in every step.
+        int64 [real], into the batch as [N * T], in order; None where all are to be computed.
     """
-    if mask is None or mask.dim() != 2 or mask.device.type != "cpu":
+    tokens, lengths = samples.padded, samples.lengths
+    if lengths is None or not 0 < real <= WORTH_PACKING * len(samples) * tokens:
         return None
-    places = mask.reshape(-1).nonzero().squeeze(1)
-    return places if len(places) <= WORTH_PACKING * mask.numel() else None
+    place = torch.arange(tokens, device=lengths.device)
+    padding = place >= (lengths * valid.reshape(-1))[:, None]
+    return padding.reshape(-1).byte().argsort(stable=True)[:real]
 
 
 def packed_linear(

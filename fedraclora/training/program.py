@@ -24,7 +24,7 @@ from fedraclora.training.cohort_layers import (
 )
 from fedraclora.training.feedforward import FeedForward, written_out
 from fedraclora.training.packing import real_tokens
-from fedraclora.training.schedule import Schedule
+from fedraclora.training.schedule import Batch, Schedule
 from fedraclora.tree import Tree
 
 COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
@@ -150,28 +150,30 @@ class OpenChunk:
         """Give what the first ``active`` clients train, as leaves of a new graph."""
         return {n: v[:active].detach().requires_grad_() for n, v in self.values.items()}
 
-    def samples(
-        self, data: ClientData, step: int, batch: tuple[int, int, int]
-    ) -> tuple[Samples, torch.Tensor]:
+    def samples(self, data: ClientData, step: int, batch: Batch) -> tuple[Samples, torch.Tensor]:
         """Give the samples of a step, client after client, and which of them count.
 
         Args:
             data: Of all clients.
             step: The local step, from 0.
-            batch: Clients that are active, samples of a batch, and tokens that the longest sample
-                has (`Schedule.plan`).
+            batch: Of `Schedule.plan`.
 
         Returns:
             The samples [active * width], and bool [active, width].
         """
-        schedule, context, (active, width, length) = self.schedule, self.program.context, batch
+        schedule, context, (active, width, length, real) = (
+            self.schedule,
+            self.program.context,
+            batch,
+        )
         rows = self.order[:active]
         context.active, context.clients, context.step = active, self.clients[:active], step
         whole = data.gather(context.clients, schedule.positions[rows, step, :width])
         samples = whole.trim(length)
         context.tokens, context.padded = samples.padded, whole.padded
-        context.places = real_tokens(samples.inputs.get("attention_mask"))
-        return samples, schedule.valid[rows, step, :width]
+        valid = schedule.valid[rows, step, :width]
+        context.places = real_tokens(samples, valid, real)
+        return samples, valid
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from fedraclora.rng import cohort_permutations
 from fedraclora.training.optimiser import LocalConfig
+
+
+class Batch(NamedTuple):
+    """How much a local step of a chunk computes, known on the host before the round.
+
+    Attributes:
+        active: Clients that still train.
+        width: Samples of the widest of their batches.
+        length: Tokens of their longest sample; 0 where samples have none, or no padding.
+        real: Tokens of all their samples without padding; 0 where all are to be computed.
+    """
+
+    active: int
+    width: int
+    length: int = 0
+    real: int = 0
 
 
 @dataclass(frozen=True)
@@ -18,25 +35,21 @@ class Schedule:
     valid: torch.Tensor
     steps: torch.Tensor  # int64 [K]
 
-    def plan(self, lengths: torch.Tensor | None) -> list[tuple[int, int, int]]:
-        """Give for every step the clients that still train, and how wide and long their batch is.
+    def plan(self, lengths: torch.Tensor | None) -> list[Batch]:
+        """Give for every step how much is computed.
 
         Read off the device once a round: a look at it in every step would stall a GPU.
 
         Args:
             lengths: Tokens of the sample at each of the positions, or None.
-
-        Returns:
-            For each step: number of clients, samples of the widest of their batches, and tokens
-            of their longest sample (0 without ``lengths``).
         """
         widths = self.valid.sum(dim=2)
         alive = (widths > 0).sum(dim=0)
-        longest = torch.zeros_like(alive)
+        columns = [alive, widths.amax(dim=0)]
         if lengths is not None:
-            longest = (lengths * self.valid).amax(dim=(0, 2))
-        table = torch.stack([alive, widths.amax(dim=0), longest], dim=1).tolist()
-        return [(clients, width, length) for clients, width, length in table]
+            counted = lengths * self.valid
+            columns += [counted.amax(dim=(0, 2)), counted.sum(dim=(0, 2))]
+        return [Batch(*row) for row in torch.stack(columns, dim=1).tolist()]
 
     @classmethod
     def of(

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from fedraclora.rng import generator
+from fedraclora.samples import Samples
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
 from fedraclora.training.packing import packed_linear, real_tokens
+from fedraclora.training.schedule import Batch, Schedule
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
 PLACES = torch.tensor([0, 1, 2, 3, 4, 8, 9])
@@ -18,18 +20,44 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.from_numpy(generator(0, "drawn", *shape).standard_normal(shape))
 
 
+def batch(mask: torch.Tensor | None) -> Samples:
+    inputs = {"ids": torch.ones(3, 4)} | ({} if mask is None else {"attention_mask": mask})
+    return Samples(inputs, torch.zeros(3))
+
+
 def test_places_are_those_of_real_tokens() -> None:
-    found = real_tokens(MASK)
+    found = real_tokens(batch(MASK), torch.ones(1, 3, dtype=torch.bool), 7)
     assert found is not None
     assert torch.equal(found, PLACES)
-    holes = real_tokens(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))  # padding may stand anywhere
-    assert holes is not None
-    assert holes.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("mask", [None, torch.ones(3, 4), torch.ones(3, 4, 4), torch.ones(3)])
-def test_batches_with_little_to_save_are_left_alone(mask: torch.Tensor | None) -> None:
-    assert real_tokens(mask) is None
+def test_a_sample_that_does_not_count_has_none() -> None:
+    found = real_tokens(batch(MASK), torch.tensor([[True, False, True]]), 6)
+    assert found is not None
+    assert found.tolist() == [0, 1, 2, 3, 8, 9]
+
+
+def test_tokens_up_to_the_last_real_one_are_real() -> None:
+    mask = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]])  # padded on the left, too
+    found = real_tokens(batch(mask), torch.ones(3, 1, dtype=torch.bool), 6)
+    assert found is not None
+    assert found.tolist() == [0, 1, 4, 8, 9, 10]
+
+
+@pytest.mark.parametrize(
+    ("mask", "real"), [(None, 7), (torch.ones(3, 4), 12), (MASK, 0), (torch.ones(3, 4, 4), 7)]
+)
+def test_batches_with_little_to_save_are_left_alone(mask: torch.Tensor | None, real: int) -> None:
+    assert real_tokens(batch(mask), torch.ones(3, 1, dtype=torch.bool), real) is None
+
+
+def test_the_plan_counts_the_tokens_of_samples_that_count() -> None:
+    valid = torch.tensor([[[True, True]], [[True, False]]])
+    plan = Schedule(
+        torch.zeros(2, 1, 2, dtype=torch.int64), valid, torch.ones(2, dtype=torch.int64)
+    )
+    assert plan.plan(torch.tensor([[[3, 1]], [[2, 9]]])) == [Batch(2, 2, 3, 6)]
+    assert plan.plan(None) == [Batch(2, 2)]
 
 
 @pytest.mark.parametrize("bias", [True, False])
