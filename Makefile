@@ -16,8 +16,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Modules of tests run side by side, each with its fixtures in one process. There is one process
 # more than cores, up to four: many tests wait for processes of their own to start and to end.
+# In the order of collection, not that of their number: the slowest modules have few tests each, and
+# would be left to one process at the end.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-SIDE_BY_SIDE := --numprocesses $(shell echo $$(($(CORES) < 4 ? $(CORES) + 1 : 4))) --dist loadfile
+SIDE_BY_SIDE := --numprocesses $(shell echo $$(($(CORES) < 4 ? $(CORES) + 1 : 4))) --dist loadfile \
+	--no-loadscope-reorder
 PEERS := flower pfl fedlab fedjax
 
 # The number of threads fixes the order of sums inside matrix products, and so the last bits.
