@@ -1,11 +1,12 @@
 """Plants defects of public code, and has the tests find them.
 
-Each defect is a change of one line or two in a copy of the tree. The contract suite (for the
-methods that are concerned, in a process of its own) must fail on the copy, in an assertion, and
-pass without the change.
+Each defect is a change of one line or two in a copy of the tree. The contract suite
+(for the methods that are concerned, or the test of the law; in a process of its own) must fail on
+the copy, in an assertion, and pass without the change.
 The defects are those that were found in public implementations of federated low-rank methods, and
-the ways to get their algebra wrong that lie beside them. Methods are tested under alpha != rank,
-m != n and unequal weights, or most of these would pass.
+the ways to get their algebra wrong that lie beside them, and the like for server optimisers,
+control variates and buffers. Methods are tested under alpha != rank, m != n and unequal weights,
+or most of these would pass.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import tempfile
 from pathlib import Path
 
 from experiments.mutations.defects import DEFECTS, Defect
+from experiments.mutations.server_defects import SERVER_DEFECTS
 
 ROOT = Path(__file__).resolve().parents[2]
+EVERY = (*DEFECTS, *SERVER_DEFECTS)
 FOLDERS = ("fedraclora", "strategies", "clients", "conf", "experiments", "tests")
 SUITE = (
     "tests/contract/test_method_contract.py",
@@ -49,7 +52,9 @@ def planted(defect: Defect, folder: Path) -> None:
 
 def failures(defect: Defect, root: Path) -> list[str]:
     """Run the suite for the methods of a defect in a tree; give the tests that failed."""
-    chosen = f"({defect.methods}) and not cover and not gaussian and not auto"
+    chosen = defect.methods
+    if not defect.tests:
+        chosen = f"({chosen}) and not cover and not gaussian and not auto"
     done = subprocess.run(  # noqa: S603 (this interpreter, and words of this file)
         [
             sys.executable,
@@ -59,7 +64,7 @@ def failures(defect: Defect, root: Path) -> list[str]:
             "-p",
             "no:cacheprovider",
             "-x",
-            *SUITE,
+            *(defect.tests or SUITE),
             "-k",
             chosen,
         ],
@@ -77,7 +82,7 @@ def failures(defect: Defect, root: Path) -> list[str]:
 def main() -> int:
     """Plant every defect; status 1 if one is not found, or the suite fails without any."""
     keys = dict(word.split("=", 1) for word in sys.argv[1:])
-    chosen = [d for d in DEFECTS if "only" not in keys or d.name in keys["only"].split(",")]
+    chosen = [d for d in EVERY if "only" not in keys or d.name in keys["only"].split(",")]
     rows = ["| defect | found by | seen |", "|---|---|---|"]
     missed = []
     for defect in chosen:

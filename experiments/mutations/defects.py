@@ -14,9 +14,10 @@ class Defect:
         file: Where it is planted.
         old: Text that stands there once.
         new: What takes its place.
-        methods: A pytest expression for the methods that it concerns.
+        methods: A pytest expression for the methods, or tests, that it concerns.
         seen: Where public code has it, or what it stands for.
         also: A second change of the same file: what stood there once, and what takes its place.
+        tests: Files in which it must be found; none: the suite that all methods go through.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Defect:
     methods: str
     seen: str
     also: tuple[str, str] | None = None
+    tests: tuple[str, ...] = ()
 
     @property
     def changes(self) -> tuple[tuple[str, str], ...]:

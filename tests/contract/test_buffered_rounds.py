@@ -37,6 +37,7 @@ from fedraclora.server_optimiser import Momentum
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree
 from strategies.buffered import BufferedStrategy
+from strategies.server.buffer import read_batches
 from strategies.server.exchange import Exchange
 from strategies.server.fleet import Fleet
 from strategies.server.treatment import Treatment
@@ -139,6 +140,18 @@ def test_the_clock_is_that_of_the_replies_and_places_are_always_taken() -> None:
         assert flying == len(leg.flying) == COHORT - 1  # the last that came is replaced later
         assert all(f.lands >= leg.end for f in leg.flying)
         now = leg.end
+
+
+def test_a_reply_is_merged_once_and_waits_until_then() -> None:
+    done = go(make_world(), ("ffa_lora", {}), 8)
+    strategy = done.strategy
+    assert isinstance(strategy, Watched)
+    legs = [leg for _, _, leg in strategy.seen]
+    started = [f for leg in legs for f in leg.started]
+    merged = [f for leg in legs for f in leg.landed]
+    waiting = [f for batch in read_batches(strategy.state)[0] for f in batch.flights]
+    assert sorted(merged + waiting) == sorted(started)
+    assert len(set(started)) == len(started) > len(merged) > 0
 
 
 def test_links_are_one_for_each_sketch_and_rebuild_the_base(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.mutations import ROOT, failures, planted
-from experiments.mutations.defects import DEFECTS, Defect
+from experiments.mutations import EVERY, ROOT, failures, planted
+from experiments.mutations.defects import Defect
 
-every_defect = pytest.mark.parametrize("defect", DEFECTS, ids=lambda d: d.name)
+every_defect = pytest.mark.parametrize("defect", EVERY, ids=lambda d: d.name)
 
 
 @every_defect
@@ -22,7 +22,7 @@ def test_what_a_defect_changes_stands_there_once(defect: Defect) -> None:
 
 
 def test_names_are_unique() -> None:
-    assert len({d.name for d in DEFECTS}) == len(DEFECTS)
+    assert len({d.name for d in EVERY}) == len(EVERY)
 
 
 @pytest.mark.slow
