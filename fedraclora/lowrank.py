@@ -164,6 +164,25 @@ def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
     return float(torch.linalg.norm(rl @ rr.mT))
 
 
+def sylvester(left: torch.Tensor, right: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Solve ``left X + X right = target`` for symmetric matrices without negative eigenvalues.
+
+    Args:
+        left: [..., r, r].
+        right: [..., r, r].
+        target: [..., r, r].
+
+    Returns:
+        X, [..., r, r]; zero in directions that neither side has, where any X would do.
+    """
+    (a, U), (b, V) = torch.linalg.eigh(left), torch.linalg.eigh(right)
+    sums = a[..., :, None] + b[..., None, :]
+    least = sums.amax(dim=(-2, -1), keepdim=True) * torch.finfo(sums.dtype).eps * sums.shape[-1]
+    turned = torch.where(sums > least, (U.mT @ target @ V) / sums, 0)
+    X: torch.Tensor = U @ turned @ V.mT
+    return X
+
+
 def effective_rank(matrix: torch.Tensor) -> float:
     """Effective rank: exp of the entropy of the normalised singular values of [m, n].
 

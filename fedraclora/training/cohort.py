@@ -13,7 +13,7 @@ import torch
 
 from fedraclora.method import Downlink, Plan
 from fedraclora.ranks import cut_gradients, hold, trainable
-from fedraclora.recipe import RECIPES, GradientHook, projected
+from fedraclora.recipe import RECIPES, GradientHook
 from fedraclora.rng import hash_key
 from fedraclora.samples import ClientData
 from fedraclora.task import Task, forward, loss_function
@@ -21,7 +21,7 @@ from fedraclora.training.gates import make_optimiser
 from fedraclora.training.gradients import clip_per_client, noisy_gradients, written_out_gradients
 from fedraclora.training.materialise import arrange, materialise
 from fedraclora.training.optimiser import CohortOptimiser, LocalConfig
-from fedraclora.training.pairs import Adjust, adjuster, pairs_of
+from fedraclora.training.pairs import Adjust, adjuster, pairs_of, preconditioner
 from fedraclora.training.precision import FLOAT32, check_precision, products_in
 from fedraclora.training.probe import GradientMean
 from fedraclora.training.program import OpenChunk, Program, refuse_mixing
@@ -108,7 +108,7 @@ class CohortTrainer:
         given = (chunk.frozen, downlink.arguments, ranks)
         hooks = [correcting(downlink, order), recipe.gradient(*given)]
         if self.local.precondition:
-            hooks.append(projected(chunk.frozen, ranks=ranks))
+            hooks.append(preconditioner(pairs("local.precondition=true"), ranks))
         adjust = adjuster(self.local.adjust, self.local.damping, pairs)
         rest = (optimiser, hooks, adjust, trainable(downlink, ranks))
         losses = torch.zeros(len(order), dtype=torch.float64, device=self.device)

@@ -13,6 +13,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.method import Downlink
+from fedraclora.recipe import RECIPES
 from fedraclora.training.optimiser import LocalConfig
 from fedraclora.tree import Tree
 
@@ -28,6 +29,8 @@ def adjust_gradients(local: LocalConfig, downlink: Downlink, values: Tree, froze
         values: What is trained, with its gradients.
         frozen: Factors that are not trained.
     """
+    if not RECIPES[downlink.recipe].steps:
+        return  # a probe sends gradients as they are
     if local.precondition:
         precondition(values, frozen)
     for weight, adapter in downlink.adapters.items() if local.adjust != "none" else ():

@@ -38,9 +38,10 @@ from dataclasses import dataclass
 import torch
 
 from fedraclora.errors import ConfigError
+from fedraclora.lowrank import sylvester
 from fedraclora.method import Downlink, Trained
 from fedraclora.ranks import within
-from fedraclora.recipe import RECIPES
+from fedraclora.recipe import RECIPES, GradientHook, projected
 from fedraclora.tree import Tree
 
 Adjust = Callable[[Tree, Tree], Tree]
@@ -131,6 +132,26 @@ def pairs_of(
     return pairs
 
 
+def preconditioner(pairs: list[Pair], ranks: torch.Tensor | None) -> GradientHook:
+    """Give the hook of ``local.precondition``, `fedraclora.recipe.projected`.
+
+    Args:
+        pairs: The adapters.
+        ranks: Rank budgets of the clients, or None.
+
+    Raises:
+        ConfigError: If an adapter has no frozen factor by which to precondition the other one.
+    """
+    for pair in pairs:
+        if not pair.frozen:
+            raise ConfigError(
+                f"local.precondition=true inverts the frozen factor of an adapter, but both of "
+                f"{pair.weight} are trained: take local.adjust=riemannian, by which each has the "
+                "other's inverse, or leave it out"
+            )
+    return projected({n: f for pair in pairs for n, f in pair.frozen.items()}, ranks=ranks)
+
+
 def gram(tall: torch.Tensor) -> torch.Tensor:
     """Give ``tall^T tall`` of the last two axes, [..., r, r], in float64."""
     wide = tall.to(torch.float64)
@@ -173,25 +194,6 @@ def lora_pro(pair: Pair, gradients: Tree, values: Tree, damping: float) -> Tree:
     inside = damped_inverse(gram_B, damping).to(B.dtype) @ (B.mT @ scaled[nb])
     X = sylvester(gram_B, gram_A, -(scaled[na] @ A.mT).to(torch.float64)).to(B.dtype)
     return {nb: scaled[nb] - B @ inside - B @ X, na: scaled[na] + X @ A}
-
-
-def sylvester(left: torch.Tensor, right: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Solve ``left X + X right = target`` for symmetric matrices without negative eigenvalues.
-
-    Args:
-        left: [..., r, r].
-        right: [..., r, r].
-        target: [..., r, r].
-
-    Returns:
-        X, [..., r, r]; zero in directions that neither side has, where any X would do.
-    """
-    (a, U), (b, V) = torch.linalg.eigh(left), torch.linalg.eigh(right)
-    sums = a[..., :, None] + b[..., None, :]
-    least = sums.amax(dim=(-2, -1), keepdim=True) * torch.finfo(sums.dtype).eps * sums.shape[-1]
-    turned = torch.where(sums > least, (U.mT @ target @ V) / sums, 0)
-    X: torch.Tensor = U @ turned @ V.mT
-    return X
 
 
 ADJUSTMENTS: dict[str, Callable[[Pair, Tree, Tree, float], Tree]] = {

@@ -11,6 +11,7 @@ from test_vectorised_is_local import (
     FORMS,
     LAYERS,
     LOCAL,
+    PROJECTED,
     SEED,
     SETTINGS,
     SIZES,
@@ -22,6 +23,7 @@ from test_vectorised_is_local import (
     foldable,
     method_of,
     mlp,
+    trained_in,
     trainer_of,
 )
 
@@ -33,7 +35,8 @@ from fedraclora.training.optimiser import LocalConfig
 from fedraclora.tree import Layout
 
 RANKS = torch.tensor([1, 3, 2, 9, 1, 2])  # of each client; the method's rank is 3
-ONE_TRAINED = [f for f in FORMS if len(f) == 2 or sum(p.startswith(("z", "st")) for p in f) == 1]
+ONE_TRAINED = [f for f in FORMS if len(f) == 2 or trained_in(f) == 1]
+EVERY_SETTING = SETTINGS | PROJECTED
 
 
 def run(case: Case, method: Method, local: LocalConfig, rounds: int, check: set[int]) -> None:
@@ -67,19 +70,19 @@ def run(case: Case, method: Method, local: LocalConfig, rounds: int, check: set[
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", EVERY_SETTING)
 def test_every_local_setting(setting: str, side: str) -> None:
     """The third round starts from a carried factor, of which decay and momentum see a part."""
-    local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
+    local = replace(LOCAL, **EVERY_SETTING[setting])  # type: ignore[arg-type]
     method = method_of("fed_rac_lora", side=side, sketch="gaussian", resample_every=3)
     run(CASES["mlp"](), method, local, rounds=3, check={1, 3})
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", EVERY_SETTING)
 def test_parts_of_one_sketch(setting: str, side: str) -> None:
     """Groups are clients with budgets that begin elsewhere; the server step moves the start."""
-    local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
+    local = replace(LOCAL, **EVERY_SETTING[setting])  # type: ignore[arg-type]
     changes = {"side": side, "sketch": "gaussian", "resample_every": 3}
     method = method_of("fed_rac_lora", rank=2, sketches=2, server_lr=1.5, **changes)
     run(CASES["mlp"](), method, local, rounds=3, check={1, 3})
@@ -121,14 +124,14 @@ def test_prox_and_preconditioner_with_factors_of_every_form(forms: tuple[str, ..
     dense = {n: Trained(plan.shapes[n], main=False) for n in plan.dense}
     adapters = adapters_of(forms, ("fc1.weight", "fc2.weight"), plan.targets)
     downlink = Downlink(adapters, dense, ranks=torch.tensor([1, 2, 1, 3, 1, 2]))
-    local = replace(LOCAL, lr=0.02, prox=0.4, precondition=True, momentum=0.5)
+    local = replace(LOCAL, lr=0.02, prox=0.4, precondition=trained_in(forms) == 1, momentum=0.5)
     assert_agrees(case, plan, local, base_of(case.task), downlink, torch.arange(len(SIZES)))
 
 
 @pytest.mark.parametrize("setting", ["decay", "adamw-decay-clip", "precondition-prox-clip"])
 def test_budgets_of_the_whole_rank_are_no_budgets_to_the_bit(setting: str) -> None:
     case = CASES["bert-query-value"]()
-    local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
+    local = replace(LOCAL, **EVERY_SETTING[setting])  # type: ignore[arg-type]
     method, plan, clients = method_of("fed_rac_lora"), case.plan(), torch.arange(len(SIZES))
     state = method.init(base_of(case.task), plan, Draw(SEED))
     weights = torch.ones(len(SIZES))

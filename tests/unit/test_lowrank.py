@@ -18,6 +18,7 @@ from fedraclora.lowrank import (
     product_norm,
     stack_products,
     sum_products,
+    sylvester,
     truncated_product,
 )
 from fedraclora.rng import generator, torch_normal
@@ -161,3 +162,20 @@ def test_a_sum_of_products_is_the_dense_sum() -> None:
     one, other = (normal(4, 2), normal(2, 5)), (normal(4, 3, seed=1), normal(3, 5, seed=1))
     left, right = sum_products(one, minus(other))
     torch.testing.assert_close(left @ right, one[0] @ one[1] - other[0] @ other[1])
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_sylvester_equation_is_solved_where_it_can_be(lost: bool) -> None:
+    left, right = (normal(2, 3, 4, seed=seed) for seed in (0, 1))
+    if lost:  # one direction that neither side has
+        left, right = (
+            left * torch.tensor([1.0, 1, 0])[:, None],
+            right * torch.tensor([1.0, 0, 1])[:, None],
+        )
+        left[:, 1] = 0
+    left, right = left @ left.mT, right @ right.mT
+    X = normal(2, 3, 3, seed=2)
+    target = left @ X + X @ right
+    found = sylvester(left, right, target)
+    torch.testing.assert_close(left @ found + found @ right, target, rtol=1e-9, atol=1e-11)
+    assert bool(found.isfinite().all())

@@ -19,8 +19,8 @@ from fedraclora.training.pairs import (
     adjuster,
     lora_pro,
     pairs_of,
+    preconditioner,
     riemannian,
-    sylvester,
 )
 from fedraclora.tree import Tree
 
@@ -143,23 +143,6 @@ def test_a_budget_is_a_smaller_pair(rule: Rule) -> None:
         assert torch.count_nonzero(found["w/A"][k, ~at]) == 0
 
 
-@pytest.mark.parametrize("lost", [False, True])
-def test_a_sylvester_equation_is_solved_where_it_can_be(lost: bool) -> None:
-    left, right = (normal(K, 3, 4, key=key) for key in "lr")
-    if lost:  # one direction that neither side has
-        left, right = (
-            left * torch.tensor([1.0, 1, 0])[:, None],
-            right * torch.tensor([1.0, 0, 1])[:, None],
-        )
-        left[:, 1] = 0
-    left, right = left @ left.mT, right @ right.mT
-    X = normal(K, 3, 3, key="X")
-    target = left @ X + X @ right
-    found = sylvester(left, right, target)
-    torch.testing.assert_close(left @ found + found @ right, target, **TIGHT)
-    assert bool(found.isfinite().all())
-
-
 def test_what_belongs_to_no_adapter_keeps_its_gradient() -> None:
     adjust = adjuster("riemannian", 1e-6, lambda _: [PAIR])
     plain = gradients_of(VALUES) | {"head.bias": normal(K, 4)}
@@ -216,6 +199,16 @@ def test_what_it_does_not_fit_is_refused(
 def test_a_probe_has_nothing_to_adjust() -> None:
     probe = Downlink(dense={"w": Trained((M, N))}, recipe="gradient")
     assert pairs_of(probe, {}, None, "local.x=y") == []
+
+
+def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
+    """The gradients of two trained factors would silently stay as they are."""
+    A = VALUES["w/A"]
+    kept = preconditioner([Pair("w", S, {"w/A": A})], None)({"w/B": VALUES["w/B"]})["w/B"]
+    torch.testing.assert_close(kept @ (A @ A.mT), VALUES["w/B"], **TIGHT)
+    pairs = pairs_of(downlink_of(BOTH), {}, None, "local.precondition=true")
+    with pytest.raises(ConfigError, match=r"both of w are trained: take local\.adjust=riemannian"):
+        preconditioner(pairs, None)
 
 
 @pytest.mark.parametrize(
