@@ -105,7 +105,12 @@ def run(order: Order, connection: Connection, record: Record | None) -> None:
     """
     summary: dict[str, object] = {}
     said: deque[str] = deque(maxlen=KEPT)
-    number = submit(order, connection)
+    try:
+        number = submit(order, connection)
+    except Exception:
+        if record is not None:
+            record.withdraw()
+        raise
     label, shown = method_label(order.plain), order.config.output.progress
     with RunProgress(order.config.rounds, shown=shown, label=label) as progress:
         progress.say(f"run {number} at connection {connection.name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -30,13 +30,19 @@ class Record:
     def __init__(self, folder: Path, plain: Plain, *, resume: bool) -> None:
         self.folder, self.plain, self.resume = folder, plain, resume
         self._stack = ExitStack()
+        self._new: list[Path] = []
 
     def __enter__(self) -> Record:
         """Take hold of the folder."""
-        self._stack.enter_context(alone(self.folder))
-        if not self.resume:
-            begin(self.folder, self.plain)
-        self.ledger = Ledger(self.folder / "ledger.jsonl")
+        inside = [self.folder / name for name in (".lock", "config.yaml", "ledger.jsonl")]
+        outside = [self.folder, *self.folder.parents]
+        self._new = [path for path in (*inside, *outside) if not path.exists()]
+        with ExitStack() as stack:
+            stack.enter_context(alone(self.folder))
+            if not self.resume:
+                begin(self.folder, self.plain)
+            self.ledger = Ledger(self.folder / "ledger.jsonl")
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -47,6 +53,12 @@ class Record:
     ) -> None:
         """Let it go."""
         self._stack.close()
+
+    def withdraw(self) -> None:
+        """Remove what was not there before, for a run that was not taken: nothing is in the way."""
+        for path in self._new:
+            with suppress(OSError):  # a folder in which somebody has put something since
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
     def take(self, row: Plain) -> None:
         """Keep a row; one that is known already changes nothing.

@@ -61,6 +61,8 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["local=3", "engine.chunk=2"], "trains one client at a time"),
         (["local=3", "max_failures=1"], "engine.min_clients says how many clients a round needs"),
         (["local=3", "system=phones"], "system is for simulated devices"),
+        (["local=3", "system=buffered"], "system.buffer is for simulated devices"),
+        (["connection=x", "clients=3", "system=buffered"], "system.buffer is for simulated"),
         (["local=3", "head=local"], "head is local"),
         (["connection=x", "engine.folder=here"], "engine.folder is 'here'; a whole path"),
         (["local=3", "resume=nowhere"], "nowhere is no run folder"),
@@ -224,6 +226,45 @@ def test_the_command_line_of_flower_is_read(
     assert link.submit(tmp_path, tmp_path / "run.toml") == 12
     assert link.status(12) == Status("finished:failed", "why")
     assert [*link.follow(12)] == ["one\n", "two\n"]
+
+
+WORDS = [*SMALL, "clients=3", "cohort=3", "output.progress=false", "connection=house"]
+
+
+def refusing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a Flower in the path that cannot reach its SuperLink."""
+    monkeypatch.setenv("PATH", program(folder, "echo no such host >&2; exit 1")["PATH"])
+    monkeypatch.setattr(deploy, "command_line", dict)
+
+
+def test_a_run_that_is_not_taken_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusing(tmp_path, monkeypatch)
+    (tmp_path / "runs").mkdir()
+    words = [*WORDS, f"output.dir={tmp_path}/runs/new/run"]
+    for _ in range(2):  # what the first call left would be in the way of the second
+        assert deploy.main(words) == 1
+        assert "took no run: no such host" in capsys.readouterr().err
+        assert [*(tmp_path / "runs").iterdir()] == []
+
+
+def test_a_run_that_is_not_taken_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusing(tmp_path, monkeypatch)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    assert deploy.main([*WORDS, f"output.dir={folder}"]) == 1
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+    order = deploy.prepare([*WORDS[:-1], f"output.dir={folder}"], None)
+    with Record(folder, order.plain, resume=False) as record:
+        record.take(ROWS[0])
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert deploy.main([*SMALL[-2:], "connection=house", f"resume={folder}"]) == 1
+    assert capsys.readouterr().err.count("took no run: no such host") == 2
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
 def test_a_superlink_that_does_not_answer_is_given_up(
