@@ -240,7 +240,7 @@ def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
             "says how many clients a round needs: leave max_failures out"
         )
     if config.system.enabled:
-        raise ConfigError("system is for simulated devices, and engine=deploy has real ones")
+        raise ConfigError("system, FedBuff too, is for simulations: engine=deploy has system=none")
     if config.head == "local":
         raise ConfigError(
             "head is local: such heads are measured where they are, and with engine=deploy they "
