@@ -7,6 +7,7 @@ an update from its start, and has the seed tree for its own draws.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -36,7 +37,7 @@ def starts(setting: Setting, got: Uplinks) -> torch.Tensor:
     return opening_rows(setting.sent, setting.base, got.layout, places)
 
 
-class Aggregator:
+class Aggregator(ABC):
     """Between the checks of what came and the method: a frozen dataclass with one function.
 
     Attributes:
@@ -82,9 +83,9 @@ class Aggregator:
             )
         return self.apply(got, setting)
 
+    @abstractmethod
     def apply(self, got: Uplinks, setting: Setting) -> Uplinks:
         """Do what `__call__` has found to be possible."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

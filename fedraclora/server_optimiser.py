@@ -19,6 +19,7 @@ References:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -88,7 +89,7 @@ class Momentum(ServerOptimiser):
 
 
 @dataclass(frozen=True)
-class Adaptive(ServerOptimiser):
+class Adaptive(ServerOptimiser, ABC):
     """What the adaptive ones have in common.
 
     Attributes:
@@ -109,9 +110,9 @@ class Adaptive(ServerOptimiser):
         """Refuse settings that cannot be."""
         _check(self, above=("lr", "tau"), share=("beta1",))
 
+    @abstractmethod
     def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
         """Give V after a round from V before it and Delta^2."""
-        raise NotImplementedError
 
     @override
     def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -30,9 +31,9 @@ class Estimate(Aggregator):
     estimates: ClassVar[bool] = True
     compares: ClassVar[bool] = True
 
+    @abstractmethod
     def estimate(self, rows: torch.Tensor) -> torch.Tensor:
         """Give the vector, float64 [P], for rows float64 [K, P]."""
-        raise NotImplementedError
 
     @override
     def check(self, traits: Traits, cohort: int) -> None:
