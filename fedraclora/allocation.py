@@ -1,6 +1,7 @@
 """Which layers have which rank: rules that look at what clients send (config group ``allocation``).
 
-A rule scores and chooses; `strategies.allocated` asks clients and hands the choice to the method.
+A rule scores and chooses; `strategies.wrappers.allocated` asks clients and hands the choice to the
+method.
 
 References:
     Zhang et al., *Unlocking the global synergies in low-rank adapters* (HeteroLoRA), 2024, arXiv

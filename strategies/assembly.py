@@ -36,7 +36,6 @@ from fedraclora.synflow import flows
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
-from strategies.allocated import allocated
 from strategies.base import FedStrategy
 from strategies.buffered import BufferedStrategy
 from strategies.server.fleet import Fleet
@@ -45,6 +44,7 @@ from strategies.server.loopconfig import loop_of
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
 from strategies.server.treatment import Treatment
+from strategies.wrappers.allocated import allocated
 
 RunGrid = LocalGrid | NodePerClient | DeployGrid
 

@@ -25,12 +25,12 @@ from fedraclora.ranks import uploaded_numbers
 from fedraclora.recipe import RECIPES
 from fedraclora.sampling import client_weights
 from fedraclora.wire import DTYPES, payload_bytes
-from strategies.allocated import Allocated
 from strategies.base import FedStrategy
-from strategies.pruned import Pruned
 from strategies.server.buffer import PREFIX, batch_of, merge, read_batches, write_batches
 from strategies.server.exchange import Exchange
 from strategies.server.fedopt import step_in_weights
+from strategies.wrappers.allocated import Allocated
+from strategies.wrappers.pruned import Pruned
 
 
 class BufferedStrategy(FedStrategy):

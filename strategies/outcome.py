@@ -13,9 +13,9 @@ from fedraclora.config import RunConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.runfolder import alone, begin, has_checkpoint, method_label, write_summary
 from fedraclora.tree import digest
-from strategies.allocated import current
 from strategies.assembly import Assembled
 from strategies.server.rows import Row
+from strategies.wrappers.allocated import current
 
 SHOWN = 1000  # clients in partition.png, spread over the population
 

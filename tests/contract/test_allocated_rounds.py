@@ -29,8 +29,8 @@ from fedraclora.method import Cohort, Draw, Method, Sketched
 from fedraclora.synflow import flows
 from fedraclora.wire import unpack_downlink
 from strategies import METHODS
-from strategies.allocated import Allocated, allocated
 from strategies.frlora import FrLora
+from strategies.wrappers.allocated import Allocated, allocated
 
 LAYERS = {"linear": linear, "conv1d": conv1d}
 CARRYING = ("fedavg_lora", "fedex_lora", "flexlora", "ffa_lora", "rolora", "fedsvd")

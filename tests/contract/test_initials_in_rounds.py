@@ -25,9 +25,9 @@ from fedraclora.chain import SEED_BYTES
 from fedraclora.errors import ConfigError
 from fedraclora.link import Plan
 from fedraclora.server_optimiser import Momentum
-from strategies.allocated import allocated
 from strategies.server.treatment import Treatment
 from strategies.shared.initials import GAMMA, STARTS
+from strategies.wrappers.allocated import allocated
 
 RANK, ITEM = 2, 8
 LAYERS = {"linear": linear, "conv1d": conv1d}

@@ -28,8 +28,8 @@ from fedraclora.chain import replay
 from fedraclora.errors import ConfigError
 from fedraclora.method import Draw, State
 from fedraclora.tree import Tree
-from strategies.allocated import allocated, current
-from strategies.pruned import Pruned
+from strategies.wrappers.allocated import allocated, current
+from strategies.wrappers.pruned import Pruned
 
 LAYERS = {"linear": linear, "conv1d": conv1d}
 DRAW = Draw(17)

@@ -36,8 +36,8 @@ from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State, Train
 from fedraclora.tree import Tree
 from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora
-from strategies.pruned import Pruned
 from strategies.shared.common import dense_slots
+from strategies.wrappers.pruned import Pruned
 
 PREFIX = "adapted/"
 Flow = Callable[[Tree, Downlink, Plan], dict[str, float]]

@@ -1,0 +1,4 @@
+"""What is put around a method and is a method again.
+
+`allocated` chooses the layers that are adapted, or puts `pruned` around, which cuts components.
+"""
