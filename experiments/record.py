@@ -6,7 +6,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
-from fedraclora import plots
 from fedraclora.ledger import Ledger
 from fedraclora.runfolder import alone, begin, method_label
 
@@ -74,5 +73,7 @@ class Record:
         """Draw the curves, where the run asks for pictures."""
         output = self.plain.get("output")
         if isinstance(output, dict) and output.get("plots"):
+            from fedraclora import plots
+
             picture = self.folder / "curves.png"
             plots.curves(self.ledger.rows, picture, title=method_label(self.plain))

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-from fedraclora import plots
 from fedraclora.config import RunConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.runfolder import alone, begin, has_checkpoint, method_label, write_summary
@@ -114,6 +113,8 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
 
 def draw(run: Assembled, folder: Path, label: str) -> None:
     """Draw the curves and, for a task with classes, the labels of up to `SHOWN` clients."""
+    from fedraclora import plots
+
     plots.curves(run.strategy.book.ledger.rows, folder / "curves.png", title=label)
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))

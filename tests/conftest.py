@@ -21,6 +21,9 @@ torch.set_num_threads(1)
 # logging, unless that is the process's own. Here it would be pytest's, and every later test fail.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
+# Ray runs workers at the lowest priority but four: beside other tests they would wait for minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 # The same examples in each run: a failure can be repeated, a timed limit would be luck.
 settings.register_profile("dev", max_examples=25, derandomize=True, deadline=None)
 settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None, print_blob=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import cache
 from typing import TYPE_CHECKING
 
 from fedraclora.errors import ConfigError
@@ -33,6 +34,7 @@ def release(noise: float, sampling: float) -> dp_event.DpEvent:
     return gaussian if sampling >= 1 else dp_event.PoissonSampledDpEvent(sampling, gaussian)
 
 
+@cache  # 50 ms each: a run that goes on, and its page, ask for the same again
 def epsilon(noise: float, sampling: float, releases: int, delta: float) -> float:
     """Give epsilon after a number of releases; neighbours differ by one client or sample.
 

@@ -211,20 +211,13 @@ def test_a_preconditioned_sketch_of_full_rank_is_fedavg(name: str, sketch: str) 
 # --- determinism ---------------------------------------------------------------------------------
 
 
-def backwards(messages: list[Message]) -> list[Message]:
-    return messages[::-1]
-
-
-def rotated(messages: list[Message]) -> list[Message]:
-    return [*messages[2:], *messages[:2]]
+def shuffled(messages: list[Message]) -> list[Message]:
+    return [*messages[2::-1], *messages[3:]]
 
 
 @every_variant
-@pytest.mark.parametrize("arrange", [backwards, rotated])
-def test_replies_may_come_in_any_order(
-    variant: Variant, arrange: Callable[[list[Message]], list[Message]], world: World
-) -> None:
-    found = run(world, method_of(variant), RAGGED, rounds=4, chunk=1, arrange=arrange)
+def test_replies_may_come_in_any_order(variant: Variant, world: World) -> None:
+    found = run(world, method_of(variant), RAGGED, rounds=4, chunk=1, arrange=shuffled)
     assert_same_bits(found, usual(variant, rounds=4, chunk=1))
 
 

@@ -268,7 +268,7 @@ def assert_agrees(
     *,
     round_: int = 1,
     rate_scale: float = 1.0,
-    chunks: Sequence[int] = (1, 3, len(SIZES)),
+    chunks: Sequence[int] = (2, len(SIZES)),
 ) -> Tree:
     """Hold the trainer, at every chunk size, against the oracle; give the trained tensors."""
     alone = [
