@@ -209,8 +209,10 @@ def draw(study: Study, done: Mapping[str, Plain], out: Path) -> None:
 
 
 def _point(study: Study, point: Row) -> Row:
+    """A point of the figure; runs of a study share a machine: their seconds say nothing."""
     metrics = {study.metric: score(point, study.metric)}
-    return point | {"metrics": metrics, "seconds": {"total": point["seconds"]}}
+    kept = {key: value for key, value in point.items() if key != "seconds"}
+    return kept | {"metrics": metrics}
 
 
 def curve_of(line: Plain) -> list[Row]:

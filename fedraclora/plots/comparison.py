@@ -32,9 +32,9 @@ _POSITIONS = (
 
 
 def compare_figure(groups: Mapping[str, Sequence[Sequence[Row]]], metric: str, path: Path) -> None:
-    """Draw a metric against rounds, uplink, all traffic and seconds, one line per group.
+    """Draw a metric against rounds, uplink, all traffic and time, one line per group.
 
-    Where a run has a virtual clock, the metric is drawn against its time, too.
+    Time is that of the wall, that of a virtual clock, or both: what any of the runs has.
 
     A line is the mean over the group's ledgers (seeds) at the rounds that all of them
     evaluated; the band runs from the least to the greatest of them.
@@ -47,23 +47,24 @@ def compare_figure(groups: Mapping[str, Sequence[Sequence[Row]]], metric: str, p
     labels = [fill(label, 120) for label in groups]
     legend_columns = max(1, min(len(groups), 150 // (max(map(len, labels), default=0) + 8)))
     legend_rows = math.ceil(len("\n".join(labels).splitlines()) / legend_columns)
-    timed = any(
-        "virtual_seconds" in row for runs in groups.values() for rows in runs for row in rows
-    )
-    positions = _POSITIONS if timed else _POSITIONS[:-1]
-    figure = new_figure(17 if timed else 12, 8.5 + 0.24 * legend_rows)
+    measured = [_on_common_rounds(ledgers, metric) for ledgers in groups.values()]
+    known = np.any([np.isfinite(seeds[:, :, :-1]).any(axis=(0, 1)) for seeds in measured], axis=0)
+    positions = [name for name, is_known in zip(_POSITIONS, known, strict=True) if is_known]
+    lines_of_panels = 1 if len(positions) <= 3 else 2
+    columns = math.ceil(len(positions) / lines_of_panels)
+    size = (12 if columns == 2 else 17), 4.2 * lines_of_panels + 0.24 * legend_rows + 0.1
+    figure = new_figure(*size)
     figure.suptitle(f"{metric}: mean over seeds, band from least to greatest", fontsize=13)
-    grid = figure.subplots(2, 3 if timed else 2, sharey=True)
+    grid = figure.subplots(lines_of_panels, columns, sharey=True, squeeze=False)
     panels = grid.ravel()[: len(positions)]
     for unused in grid.ravel()[len(positions) :]:
         unused.remove()
-    for index, ledgers in enumerate(groups.values()):
-        seeds = _on_common_rounds(ledgers, metric)
+    for index, seeds in enumerate(measured):
         y, colour = seeds[:, :, -1], COLOURS[index % len(COLOURS)]
         dash = DASHES[index // len(COLOURS) % len(DASHES)]
         where = seeds[:, :, :-1].mean(axis=0)
         where[:, 1:3][where[:, 1:3] <= 0] = np.nan  # no place on the logarithmic axes
-        for panel, x in zip(panels, where.T, strict=False):
+        for panel, x in zip(panels, where.T[known], strict=True):
             panel.plot(x, y.mean(axis=0), dash, color=colour, marker=marker(x), markersize=4)
             if len(seeds) > 1:
                 panel.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.18, linewidth=0)
@@ -81,11 +82,13 @@ def _on_common_rounds(ledgers: Sequence[Sequence[Row]], metric: str) -> Vector:
     tables = []
     for rows in ledgers:
         up, down = (column(rows, f"{way}_total") / MEGABYTE for way in ("uplink", "downlink"))
-        seconds = np.cumsum([round_seconds(row) for row in rows])
-        must = (column(rows, "round"), up, up + down, seconds, column(rows, "metrics", metric))
+        must = (column(rows, "round"), up, up + down, column(rows, "metrics", metric))
         known = np.isfinite(must).all(axis=0)
-        # Not every run has a virtual clock; the others have no line there.
-        table = np.stack([*must[:-1], column(rows, "virtual_seconds"), must[-1]], axis=1)
+        # Not every run has a clock, or a virtual one; the others have no line there.
+        timed = any("seconds" in row for row in rows)
+        clock = np.cumsum([round_seconds(row) if timed else math.nan for row in rows])
+        virtual = column(rows, "virtual_seconds")
+        table = np.stack([*must[:-1], clock, virtual, must[-1]], axis=1)
         tables.append(table[known])
     common = set.intersection(*(set(table[:, 0]) for table in tables))
     return np.stack([table[np.isin(table[:, 0], list(common))] for table in tables])

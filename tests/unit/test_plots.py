@@ -156,6 +156,20 @@ def test_metrics_are_drawn_against_virtual_time_where_there_is_one(
             assert shown[np.isfinite(shown)].tolist() == [80.0, 160.0, 240.0]
 
 
+def test_a_study_without_clocks_has_no_panel_of_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(comparison, "write_png", lambda figure, path: figures.append(figure))
+    untimed = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(6)]
+    compare_figure({"a": [untimed], "b": [untimed]}, "accuracy", tmp_path / "compare.png")
+    assert [str(panel.get_xlabel()).partition(" ")[0] for panel in figures[0].axes] == [
+        "round",
+        "uplink",
+        "uplink",
+    ]
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (30, 10), (20, 100), (500, 10), (1, 1), (41, 1)])
 def test_label_distributions_of_all_sizes(tmp_path: Path, shape: tuple[int, int]) -> None:
     counts = generator(0, "test plots").integers(0, 9, shape)
