@@ -77,13 +77,24 @@ class Adapter:
     scale: float
 
 
+def magnitude_of(weight: str) -> str:
+    """Name the magnitude of an adapted weight (`fedraclora.dora`): a tensor of the same layer.
+
+    Example:
+        >>> magnitude_of("fc1.weight")
+        'fc1.magnitude'
+    """
+    return f"{weight.removesuffix('weight')}magnitude"
+
+
 @dataclass(frozen=True)
 class Downlink:
     """What one exchange asks of the cohort.
 
     Attributes:
         adapters: Low-rank terms by weight name.
-        dense: Tensors trained in full, by parameter name.
+        dense: Tensors trained in full, by parameter name; among them what DoRA adds to an adapted
+            layer (`magnitude_of`), which is no parameter of the model.
         recipe: A key of `fedraclora.recipe.RECIPES`: what clients do beyond plain local steps.
         arguments: Numbers for the recipe.
         ranks: Which components of every adapter each client trains; the others stay as they start
@@ -115,6 +126,10 @@ class Downlink:
             if isinstance(factor, Trained)
         }
         return found | self.dense
+
+    def magnitudes(self) -> dict[str, str]:
+        """Name the magnitudes that are trained in `dense`, by the weight whose rows they scale."""
+        return {w: name for w in self.adapters if (name := magnitude_of(w)) in self.dense}
 
     def uploaded(self) -> dict[str, Trained]:
         """What clients send back, in packing order."""

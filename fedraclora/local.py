@@ -25,7 +25,7 @@ from fedraclora.training.local_pairs import LocalGates, LocalRite, adjust_gradie
 from fedraclora.training.optimiser import LocalConfig
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.variates import add_own_variates
-from fedraclora.training.vmapped import effective_weights
+from fedraclora.training.vmapped import adapted_weights, effective_weights
 from fedraclora.tree import Tree
 
 
@@ -152,9 +152,9 @@ def within_budget(
                     out[name] = out[name][window(adapter, label, out[name].shape, ranks)]
         return out
 
-    whole = effective_weights(base, downlink, plan, values, frozen)
+    whole = adapted_weights(base, downlink, plan, values, frozen)
     values, frozen = cut(values), cut(frozen)
-    part = effective_weights(base, downlink, plan, values, frozen)
+    part = adapted_weights(base, downlink, plan, values, frozen)
     rest = {weight: base[weight] + (whole[weight] - part[weight]) for weight in downlink.adapters}
     return base | rest, values, frozen
 

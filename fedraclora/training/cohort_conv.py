@@ -23,9 +23,11 @@ class CohortConv2d(CohortLayer):
         if (term := self.low_rank()) is not None:
             factors, scale = term
             out = out + scale * self._low_rank(x, factors, K)
+        b = x.shape[0] // K
+        if (rescale := self.rescale()) is not None:
+            out = (out * rescale.repeat_interleave(b, dim=0)[:, :, None, None]).to(out.dtype)
         if bias is not None:
-            per_sample = bias.to(out.dtype).repeat_interleave(x.shape[0] // K, dim=0)
-            out = out + per_sample[:, :, None, None]
+            out = out + bias.to(out.dtype).repeat_interleave(b, dim=0)[:, :, None, None]
         elif inner.bias is not None:
             out = out + inner.bias[:, None, None].to(out.dtype)
         return out

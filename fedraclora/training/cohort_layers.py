@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from typing_extensions import override
 
+from fedraclora.dora import row_lengths
 from fedraclora.errors import ModelError
+from fedraclora.layers import layer_view
 from fedraclora.rng import cohort_bits, hash_key
 from fedraclora.training.packing import packed_linear
 from fedraclora.tree import Tree
@@ -126,6 +128,19 @@ class CohortLayer(nn.Module):
         factors = self.context.factors.get(name)
         return None if factors is None else (factors, self.context.scales[name])
 
+    def rescale(self) -> torch.Tensor | None:
+        """Give what the outputs of each client are multiplied by, [K, out]; None without DoRA.
+
+        It is formed in the precision of the weights, whatever that of the products.
+        """
+        if (magnitude := self.per_client("magnitude")) is None:
+            return None
+        weight: torch.Tensor = self.inner.weight  # type: ignore[assignment]
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            W = layer_view(self.inner).matrix(weight)
+            lengths = row_lengths(W, *(self.low_rank() or ()))
+        return magnitude / lengths
+
 
 class CohortLinear(CohortLayer):
     """`torch.nn.Linear` (out, in) or Hugging Face's Conv1D (in, out)."""
@@ -136,15 +151,21 @@ class CohortLinear(CohortLayer):
         x = self.batched(x)
         K, weight, bias = self.context.active, self.per_client("weight"), self.per_client("bias")
         transposed = not isinstance(self.inner, nn.Linear)
-        frozen_bias = self.inner.bias if bias is None else None
+        frozen_bias: torch.Tensor | None = self.inner.bias if bias is None else None  # type: ignore[assignment]
+        rescale = self.rescale()
+        if rescale is not None and frozen_bias is not None:  # it is added to what is rescaled
+            bias, frozen_bias = frozen_bias[None], None
         if weight is None or K == 1:
             shared: torch.Tensor = self.inner.weight if weight is None else weight[0]  # type: ignore[assignment]
-            out = self._product(x, shared.mT if transposed else shared, frozen_bias)  # type: ignore[arg-type]
+            out = self._product(x, shared.mT if transposed else shared, frozen_bias)
         else:
             out = times(x, weight.mT if transposed else weight, K)
-            out = out if frozen_bias is None else out + frozen_bias.to(out.dtype)  # type: ignore[operator]
+            out = out if frozen_bias is None else out + frozen_bias.to(out.dtype)
         if (term := self.low_rank()) is not None:
             out = add_low_rank(out, x, *term, K)
+        if rescale is not None:
+            rows = out.reshape(K, -1, out.shape[-1])
+            out = (rows * rescale[:, None]).to(out.dtype).reshape(out.shape)
         if bias is not None:
             rows = out.reshape(K, -1, out.shape[-1])
             out = (rows + bias[:, None].to(out.dtype)).reshape(out.shape)
@@ -175,40 +196,6 @@ class CohortLayerNorm(CohortLayer):
         shift = inner.bias if bias is None else bias[:, None]
         rows = rows if gain is None else rows * gain
         return (rows if shift is None else rows + shift).reshape(x.shape)
-
-
-class CohortEmbedding(CohortLayer):
-    """`torch.nn.Embedding` with a table, or a low-rank term on it, per client."""
-
-    @override
-    def forward(self, index: torch.Tensor) -> torch.Tensor:
-        """Look up int64 [K * b, ...] -> [K * b, ..., width]."""
-        index = self.batched(index)
-        inner: nn.Embedding = self.inner  # type: ignore[assignment]
-        K, weight = self.context.active, self.per_client("weight")
-        if weight is None:
-            out = F.embedding(index, inner.weight, inner.padding_idx)
-        else:
-            out = self._look_up(index, weight, K)
-        if (term := self.low_rank()) is not None:
-            factors, scale = term
-            rows = factors[0]
-            z = F.embedding(index, rows) if rows.dim() == 2 else self._look_up(index, rows, K)
-            for factor in factors[1:]:
-                z = times(z, factor.mT, K)
-            out = out + scale * z
-        return out
-
-    def _look_up(self, index: torch.Tensor, tables: torch.Tensor, K: int) -> torch.Tensor:
-        """Look up each client's rows in its own table [K, tokens, width]."""
-        inner: nn.Embedding = self.inner  # type: ignore[assignment]
-        shift = torch.arange(K, device=index.device) * tables.shape[1]
-        rows = index.reshape(K, -1) + shift[:, None]
-        out = F.embedding(rows, tables.reshape(-1, tables.shape[2]))
-        if inner.padding_idx is not None:  # the padding row is never trained, as in torch
-            fixed = (index.reshape(K, -1) == inner.padding_idx)[..., None]
-            out = torch.where(fixed, out.detach(), out)
-        return out.reshape(*index.shape, tables.shape[2])
 
 
 class CohortDropout(CohortLayer):

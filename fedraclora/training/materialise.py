@@ -34,8 +34,11 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
                 tall = factor.shape[0] > factor.shape[1]
                 start = starts[name].mT if tall else starts[name]
                 values[name] = per_client(start, K).mT if tall else per_client(start, K)
+    like = next(iter(base.values()))
     for name, slot in downlink.dense.items():
-        starts[name] = start_of(slot, base[name], order)
+        # A magnitude is no parameter of the base.
+        default = base[name] if name in base else torch.zeros(slot.shape).to(like)
+        starts[name] = start_of(slot, default, order)
         values[name] = per_client(starts[name], K)
     return values, starts, frozen
 

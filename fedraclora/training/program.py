@@ -14,10 +14,10 @@ from fedraclora.method import Downlink
 from fedraclora.samples import ClientData, Samples
 from fedraclora.task import Task
 from fedraclora.training.cohort_conv import CohortConv2d
+from fedraclora.training.cohort_embedding import CohortEmbedding
 from fedraclora.training.cohort_layers import (
     CohortContext,
     CohortDropout,
-    CohortEmbedding,
     CohortLayer,
     CohortLayerNorm,
     CohortLinear,
@@ -192,7 +192,7 @@ def has_tied(model: nn.Module, trained: list[str]) -> bool:
     counts: dict[int, int] = {}
     for parameter in owner.values():
         counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    return any(counts[id(owner[n])] > 1 for n in trained)
+    return any(counts[id(owner[n])] > 1 for n in trained if n in owner)
 
 
 def refuse_mixing(model: nn.Module) -> None:

@@ -25,11 +25,17 @@ def add_prox(
         mu: Strength of the pull.
 
     Raises:
-        ConfigError: For a term of three factors that trains more than its middle one, R.
+        ConfigError: For a term of three factors that trains more than its middle one, R; and for
+            rows with magnitudes, whose weights are no sum of the base and a term.
 
     References:
         Li et al., *Federated optimization in heterogeneous networks*, arXiv 1812.06127.
     """
+    if downlink.magnitudes():
+        raise ConfigError(
+            f"local.prox is {mu}, but under dora=true it is not defined: a weight is no sum of the "
+            "base and a low-rank term; set local.prox=0, or dora=false"
+        )
     for name in downlink.dense:
         active = leaves[name].shape[0]
         gradients[name] = gradients[name] + mu * (leaves[name] - starts[name][:active])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
+from fedraclora.dora import rescaled
 from fedraclora.method import Downlink, Plan
 from fedraclora.samples import Samples
 from fedraclora.tree import Tree
@@ -30,13 +31,23 @@ def effective_weights(
     Returns:
         Every parameter by name, in stored layout; differentiable in ``values``.
     """
+    out = adapted_weights(base, downlink, plan, values, frozen)
+    magnitudes = downlink.magnitudes()
+    for weight, name in magnitudes.items():
+        view = plan.targets[weight]
+        out[weight] = view.stored(rescaled(view.matrix(out[weight]), values[name]), base[weight])
+    return out | {n: values[n] for n in downlink.dense if n not in magnitudes.values()}
+
+
+def adapted_weights(base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree) -> Tree:
+    """Give the weights of one client with the low-rank terms alone; see `effective_weights`."""
     out = dict(base)
     for weight, adapter in downlink.adapters.items():
         names = [f"{weight}/{label}" for label in adapter.factors]
         product = torch.linalg.multi_dot([values.get(n, frozen.get(n)) for n in names])
         view = plan.targets[weight]
         out[weight] = view.stored(view.matrix(base[weight]) + adapter.scale * product, base[weight])
-    return out | {name: values[name] for name in downlink.dense}
+    return out
 
 
 def vmapped_forward(

@@ -57,7 +57,8 @@ def run(case: Case, method: Method, local: LocalConfig, rounds: int, check: set[
         assert masks
         for name, mask in masks.items():
             slot, value = sent.trained()[name], trial.trained[name]
-            start = torch.zeros(slot.shape) if slot.start is None else slot.start
+            opening = slot.opening()
+            start = torch.zeros(slot.shape) if opening is None else opening
             beyond = (~mask).expand_as(value)
             assert torch.equal(value[beyond], start.expand_as(value)[beyond].to(value)), name
             moved = (value != start)[mask.expand_as(value)]
