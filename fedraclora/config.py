@@ -52,9 +52,8 @@ def digested(plain: Plain) -> dict[str, object]:
         kept["data"] = without(data, "root")
     if isinstance(engine := kept.get("engine"), Mapping):
         kept["engine"] = {k: v for k, v in engine.items() if k in ENGINE_IN_DIGEST}
-    if kept.get("allocation") == {"name": Uniform.name}:  # runs of before the group are the same
-        del kept["allocation"]
-    return kept
+    unset = {"allocation": {"name": Uniform.name}, "dora": False}  # before these, runs are the same
+    return {k: v for k, v in kept.items() if k not in unset or v != unset[k]}
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,11 @@ class RunConfig(TaskConfig):
     Attributes:
         method: The method, its hyperparameters checked.
         allocation: Which layers it adapts, and at which rank.
+        dora: Whether adapted rows have trained magnitudes (`fedraclora.dora`).
         evaluate, output: Settings.
         rounds: Rounds.
         weights: examples or uniform.
-        privacy: What a round may tell of a client.
-        secure: What the server sees of a cohort.
+        privacy, secure: What a round may tell of a client; what the server sees of a cohort.
         aggregator: What happens to the updates before the method sees them.
         server_optimiser: What the server makes of the mean of a round.
         control_variates: Whether clients' drift is corrected by control variates (SCAFFOLD).
@@ -115,6 +114,7 @@ class RunConfig(TaskConfig):
 
     method: Method
     allocation: Uniform
+    dora: bool
     evaluate: EvaluateConfig
     output: OutputConfig
     rounds: int

@@ -51,6 +51,7 @@ class Traits:
         ranks: Clients may have rank budgets (`Cohort.ranks`): the method hands them on.
         looks_at_clients: It reports on single clients where their updates are there.
         step: The server's step, in `exact`.
+        rescales: The effective weights are not the base and what is added to it.
     """
 
     exact: bool
@@ -60,6 +61,7 @@ class Traits:
     ranks: bool = False
     looks_at_clients: bool = False
     step: float = 1.0
+    rescales: bool = False
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from strategies.server.loopconfig import loop_of
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
 from strategies.server.treatment import Treatment
-from strategies.wrappers.allocated import allocated
+from strategies.wrappers.dora import method_of
 
 RunGrid = LocalGrid | NodePerClient | DeployGrid
 
@@ -113,8 +113,7 @@ def assemble(
     base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
     draw = Draw(config.seed)
     flow = partial(flows, built.task.model, built.task.test)
-    fixed = config.control_variates or config.server_optimiser.space == "factors"
-    method = allocated(config.method, config.allocation, config.local.moments, flow, fixed=fixed)
+    method = method_of(config, flow)
     state = method.init(base, plan, draw)
     first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
     downlink = method.open_round(state, 1, first, draw)

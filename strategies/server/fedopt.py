@@ -61,6 +61,11 @@ def check_optimiser(rule: ServerOptimiser, method: Method, state: State, draw: D
                 "server_optimiser.space is weights, but with this method each client has weights "
                 "of its own, and the server none; take server_optimiser.space=factors"
             )
+        if traits.rescales:
+            raise ConfigError(
+                "server_optimiser.space is weights, but under dora=true what is added to a base "
+                "weight is not added to the effective one; take server_optimiser.space=factors"
+            )
         return
     if not traits.linear:
         raise ConfigError(

@@ -77,6 +77,7 @@ RUNS = {
     "left, clipped, pulled": ("method.side=left", "local.clip=1.0", "local.prox=0.1"),
     "projected": ("method.sketch=gaussian", "local.precondition=true"),
     "one by one": ("engine=inline",),
+    "rows of trained lengths": ("method=fedavg_lora", "dora=true", "model=cnn", "targets=all"),
     "made on demand": ("data=virtual", "partition=given", "data.features=6", "rounds=2"),
 }
 

@@ -1,0 +1,156 @@
+"""A method whose adapted rows have trained lengths of their own (``dora=true``).
+
+    V_k = W + s B_k A_k as the method has it;  client k: local steps on what it trains, and on M_k
+    W'_k = diag(M_k / ||V_k||) V_k;   M <- sum_k p_k M_k;   V as the method makes it
+    effective weight W' = diag(M / ||V||) V;  M = the lengths of the rows of W at the start
+
+- Uplink and downlink: those of the method, and m numbers each way per matrix and client.
+- Aggregation: **not exact**, whatever the method: M is averaged exactly, and V as the method
+  averages it, but the mean of the clients' W' is not the W' of the means. What a method reports of
+  its own error (``aggregation_error``) is that of V.
+- Fits methods that never fold an update into W: there is no low-rank term by which a client could
+  bring its W from one W' to the next. Clients that keep a factor for themselves share M.
+- Refused: embeddings, where a row of the table is no output of the layer; rows of zeros, which have
+  no direction; starts from gradients (``lora_ga``); an `allocation`.
+- Source: Liu et al., *DoRA: weight-decomposed low-rank adaptation*, ICML 2024, arXiv 2402.09353.
+- Departures: the federated form is ours. The rest is in `fedraclora.dora`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from typing_extensions import override
+
+from fedraclora.aggregate import Uplinks
+from fedraclora.config import RunConfig
+from fedraclora.dora import rescaled, row_lengths
+from fedraclora.downlink import magnitude_of
+from fedraclora.errors import ConfigError
+from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
+from fedraclora.recipe import RECIPES
+from fedraclora.tree import Tree
+from strategies.shared.common import server_step
+from strategies.wrappers.allocated import Allocated, Flow, allocated
+
+INSTEAD = "take fedavg_lora, ffa_lora, rolora, fedsa_lora or hetlora, or dora=false"
+
+
+def method_of(config: RunConfig, flow: Flow) -> Method:
+    """Give the method of a run with what is put around it.
+
+    Args:
+        config: Of the run.
+        flow: Scores the adapters of a downlink by SYNFLOW.
+
+    Raises:
+        ConfigError: If they do not fit.
+    """
+    fixed = config.control_variates or config.server_optimiser.space == "factors"
+    method = allocated(config.method, config.allocation, config.local.moments, flow, fixed=fixed)
+    return Dora(method) if config.dora else method
+
+
+@dataclass(frozen=True)
+class Dora(Method):
+    """A method under magnitudes.
+
+    Attributes:
+        inner: The method; it knows nothing of them.
+
+    Raises:
+        ConfigError: If it does not fit.
+    """
+
+    inner: Method
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit."""
+        if self.inner.traits.merges:
+            raise self._refused("it folds updates into W, and a rescaled weight is no W + s B A")
+        if isinstance(self.inner, Allocated):
+            raise ConfigError(
+                "dora is true, but an allocation changes which layers are adapted, and only those "
+                "have magnitudes; set allocation=none, or dora=false"
+            )
+
+    def _refused(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"dora is true, but does not fit {type(self.inner).__name__}: {why}; {INSTEAD}"
+        )
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return replace(self.inner.traits, exact=False, rescales=True)
+
+    @override
+    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        state = self.inner.init(base, plan, draw)
+        return replace(state, carried=state.carried | self._lengths(state, draw))
+
+    def _lengths(self, state: State, draw: Draw) -> Tree:
+        """Give the lengths of the rows of the method's effective weights, by magnitude's name."""
+        weights, found = self.inner.weights(state, draw), {}
+        for name, view in state.plan.targets.items():
+            if view.kind == "embedding":
+                raise ConfigError(
+                    f"dora is true, but {name} is an embedding, whose rows are no outputs of a "
+                    "layer; leave it out of targets, or set dora=false"
+                )
+            lengths = row_lengths(view.matrix(weights[name]).double())
+            if not lengths.all():
+                raise ConfigError(
+                    f"dora is true, but row {int(lengths.argmin())} of {name} is zero and so has "
+                    "no direction; leave the layer out of targets, or set dora=false"
+                )
+            found[magnitude_of(name)] = lengths.to("cpu", state.base[name].dtype)
+        return found
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        sent = self.inner.open_round(self._own(state), round_, cohort, draw)
+        return self._with_magnitudes(state, sent)
+
+    @override
+    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+        again = self.inner.next_exchange(self._own(state), sent, got)
+        return None if again is None else self._with_magnitudes(state, again)
+
+    def _own(self, state: State) -> State:
+        """Give the state as the method knows it."""
+        names = {magnitude_of(name) for name in state.plan.targets}
+        carried = {n: t for n, t in state.carried.items() if n not in names}
+        return replace(state, carried=carried)
+
+    def _with_magnitudes(self, state: State, sent: Downlink) -> Downlink:
+        if not RECIPES[sent.recipe].steps:
+            raise self._refused("its clients send gradients, by which it begins")
+        starts = {n: state.carried[n] for n in map(magnitude_of, sent.adapters)}
+        slots = {n: Trained(tuple(start.shape), start) for n, start in starts.items()}
+        return replace(sent, dense=sent.dense | slots)
+
+    @override
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        after = self.inner.close_round(self._own(state), sent, got)
+        mean, step = got.mean(), self.traits.step
+        new = {
+            n: server_step(state.carried[n], mean[n], step).to(state.carried[n])
+            for n in sent.magnitudes().values()
+        }
+        return replace(after, carried=after.carried | new)
+
+    @override
+    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        weights = dict(self.inner.weights(self._own(state), draw, own))
+        for name, view in state.plan.targets.items():
+            V = view.matrix(weights[name]).double()
+            W = rescaled(V, state.carried[magnitude_of(name)].to(V))
+            weights[name] = view.stored(W.to(weights[name].dtype), weights[name])
+        return weights
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        up, down = self.inner.floats(plan, round_)
+        rows = sum(view.shape[0] for view in plan.targets.values())
+        return up + rows, down + rows

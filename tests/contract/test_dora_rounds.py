@@ -1,0 +1,314 @@
+"""DoRA around methods: what is averaged and how, what is refused, bytes, runs that go on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_method_bytes import array_bytes, seeds
+from worlds import (
+    RAGGED,
+    World,
+    assert_close_trees,
+    assert_equal_trees,
+    client_weights,
+    conv1d,
+    distance,
+    label,
+    linear,
+    make_method,
+    make_world,
+    play_rounds,
+    run,
+    some_cohort,
+    variants,
+)
+
+from fedraclora.aggregator import Total
+from fedraclora.allocation import HeteroLora
+from fedraclora.chain import SEED_BYTES
+from fedraclora.devices.distributions import LogNormal
+from fedraclora.devices.system import SystemConfig
+from fedraclora.errors import ConfigError
+from fedraclora.layers import LayerView
+from fedraclora.method import Draw, Method, Plan, State
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.privacy.secagg import SecAgg
+from fedraclora.privacy.secret import Secret
+from fedraclora.server_optimiser import Momentum
+from fedraclora.training.optimiser import LocalConfig
+from fedraclora.tree import Tree
+from fedraclora.wire import Order, pack_downlink, unpack_downlink
+from strategies.buffered import BufferedStrategy
+from strategies.server.fleet import Fleet
+from strategies.server.treatment import Treatment
+from strategies.wrappers.allocated import allocated
+from strategies.wrappers.dora import Dora
+
+Variant = tuple[str, dict[str, Any]]
+DRAW = Draw(17)
+LAYERS = {"linear": linear, "conv1d": conv1d}
+
+
+def fits(variant: Variant) -> bool:
+    return not make_method(variant[0], **variant[1]).traits.merges
+
+
+FITTING = [v for v in variants() if fits(v) and v[1].get("initial") != "lora_ga"]
+MERGING = [v for v in variants() if not fits(v)]
+PERSONAL = [v for v in FITTING if make_method(v[0], **v[1]).traits.client_state]
+every_fitting = pytest.mark.parametrize("variant", FITTING, ids=label)
+
+
+def dora(name: str, **changes: Any) -> Dora:
+    return Dora(make_method(name, **changes))
+
+
+def magnitudes(state: State) -> Tree:
+    return {n: t for n, t in state.carried.items() if n.endswith(".magnitude")}
+
+
+def turned(weights: Tree, lengths: Tree, plan: Plan) -> Tree:
+    """Give the rows of weights these lengths, written out."""
+    out = dict(weights)
+    for name, view in plan.targets.items():
+        W = weights[name].T if view.kind == "conv1d" else weights[name]
+        m = lengths[name.replace("weight", "magnitude")]
+        new = torch.stack([m[i] * row / row.norm() for i, row in enumerate(W)])
+        out[name] = new.T if view.kind == "conv1d" else new
+    return out
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+def test_methods_of_all_kinds_fit() -> None:
+    names = {name for name, _ in FITTING}
+    assert {"fedavg_lora", "ffa_lora", "rolora", "fedsa_lora", "hetlora", "fed_sb"} <= names
+    assert {"fed_rac_lora", "flora_stacking", "fedex_lora", "fedavg"} <= {n for n, _ in MERGING}
+
+
+@every_fitting
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_start_is_the_method_s(layer: str, variant: Variant) -> None:
+    method, small = dora(variant[0], **variant[1]), make_world(LAYERS[layer])
+    state = method.init(small.base, small.plan, DRAW)
+    assert_close_trees(method.weights(state, DRAW), small.base)
+    rows = [view.shape[0] for view in small.plan.targets.values()]
+    assert [len(t) for t in magnitudes(state).values()] == rows
+
+
+@pytest.mark.parametrize("variant", [*FITTING, ("ffa_lora", {"server_lr": 1.75})], ids=label)
+def test_magnitudes_are_means_and_the_rest_is_the_method_s(variant: Variant) -> None:
+    method, small = dora(variant[0], **variant[1]), make_world(conv1d)
+    step = method.traits.step
+    for played in play_rounds(method, small, 3, DRAW):
+        before, rest = (
+            {n: t for n, t in s.carried.items() if not n.endswith(".magnitude")}
+            for s in (played.before, played.after)
+        )
+        plain = replace(played.before, carried=before)
+        inner = method.inner.close_round(plain, played.sent, played.got)
+        assert_equal_trees(rest, inner.carried)
+        assert_equal_trees(played.after.base, inner.base)
+        share, rows = played.got.weights / played.got.weights.sum(), played.got.stack()
+        new, old = magnitudes(played.after), magnitudes(played.before)
+        assert_close_trees(
+            new, {n: m + step * (share @ rows[n] - m) for n, m in old.items()}, 1e-14
+        )
+        wanted = turned(method.inner.weights(inner, DRAW), new, small.plan)
+        assert_close_trees(method.weights(played.after, DRAW), wanted)
+
+
+def test_no_method_is_exact(world: World) -> None:
+    """Not even FFA-LoRA, though every client has the same A: lengths are not linear in B."""
+    method = dora("ffa_lora")
+    (played,) = play_rounds(method, world, 1, DRAW)
+    assert method.inner.traits.exact
+    assert not method.traits.exact
+    rows, share = played.got.stack(), played.got.weights / played.got.weights.sum()
+    each = []
+    for k, V in enumerate(client_weights(played, k) for k in range(len(share))):
+        lengths = {n: rows[n][k] for n in played.sent.magnitudes().values()}
+        each.append(turned(V, lengths, world.plan))
+    found, names = method.weights(played.after, DRAW), list(world.plan.targets)
+    mean = {n: sum(p * W[n] for p, W in zip(share, each, strict=True)) for n in names}
+    assert distance(found, mean, names) > 0.01  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("variant", PERSONAL, ids=label)
+def test_a_client_s_own_weights_have_the_shared_lengths(variant: Variant, world: World) -> None:
+    method = dora(variant[0], **variant[1])
+    done = run(world, method, RAGGED, rounds=3, cohort=3)
+    state, draw = done.strategy.state, done.strategy.draw
+    for own in done.worker.store.latest(world.clients).values():
+        assert not [n for n in own if n.endswith("magnitude")]
+        mine = method.inner.weights(state, draw, own)
+        found = method.weights(state, draw, own)
+        assert_close_trees(found, turned(mine, magnitudes(state), world.plan))
+
+
+@every_fitting
+def test_bytes_are_the_formula_and_the_messages(variant: Variant, world: World) -> None:
+    method, cohort, rounds = dora(variant[0], **variant[1]), 3, 4
+    done = run(world, method, RAGGED, rounds=rounds, cohort=cohort, chunk=1)
+    rows = sum(view.shape[0] for view in world.plan.targets.values())
+    for round_ in range(1, rounds + 1):
+        row, places = done.rows[round_ - 1], slice((round_ - 1) * cohort, round_ * cohort)
+        up, down = method.floats(world.plan, round_)
+        plain = method.inner.floats(world.plan, round_)
+        assert (up, down) == (plain[0] + rows, plain[1] + rows)
+        answered, asked = done.worker.answered[places], done.worker.asked[places]
+        assert row["uplink_bytes"] == 8 * up * cohort == sum(map(array_bytes, answered))
+        sent = sum(array_bytes(c) + SEED_BYTES * seeds(c) for c in asked)
+        assert row["downlink_bytes"] == sent
+        assert sum(map(array_bytes, asked)) == 8 * down * cohort
+
+
+def test_a_message_brings_the_magnitudes(world: World) -> None:
+    method = dora("fedavg_lora")
+    state = method.init(world.base, world.plan, DRAW)
+    sent = method.open_round(state, 1, some_cohort(), DRAW)
+    order = Order(1, 0, 1.0, some_cohort().clients)
+    got, _ = unpack_downlink(pack_downlink(sent, order, "float64"))
+    assert got.magnitudes() == sent.magnitudes()
+    assert list(got.magnitudes()) == list(world.plan.targets)
+    for name in got.magnitudes().values():
+        assert torch.equal(got.dense[name].opening(), state.carried[name])  # type: ignore[arg-type]
+        assert got.dense[name].main
+
+
+@pytest.mark.parametrize("name", ["fedavg_lora", "ffa_lora", "fedsa_lora"])
+def test_a_run_resumes_to_the_bit(name: str, tmp_path: Path, world: World) -> None:
+    whole = run(world, dora(name), RAGGED, rounds=5, cohort=3)
+    run(world, dora(name), RAGGED, rounds=3, cohort=3, folder=tmp_path)
+    resumed = run(world, dora(name), RAGGED, rounds=5, cohort=3, folder=tmp_path, resume=True)
+    assert_equal_trees(resumed.weights, whole.weights)
+    assert_equal_trees(resumed.strategy.state.carried, whole.strategy.state.carried)
+    assert magnitudes(whole.strategy.state)
+
+
+@every_fitting
+def test_training_goes_on_from_what_was_learnt(variant: Variant, world: World) -> None:
+    done = run(world, dora(variant[0], **variant[1]), LocalConfig(lr=0.05, steps=3), rounds=6)
+    losses = [row["metrics"]["loss"] for row in done.rows]
+    assert losses == sorted(losses, reverse=True)
+    first = done.strategy.method.init(world.base, world.plan, done.strategy.draw)
+    for name, old in magnitudes(first).items():
+        assert not torch.equal(done.strategy.state.carried[name], old)
+
+
+# --- what stands beside a method ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fedavg_lora", "ffa_lora"])
+def test_sums_carry_the_magnitudes(name: str, world: World) -> None:
+    whole = run(world, dora(name), RAGGED, rounds=3, weights="uniform")
+    summed = run(world, dora(name), RAGGED, rounds=3, weights="uniform", aggregator=Total())
+    secure = Treatment(security=SecAgg(clip=50.0, max_weight=1))
+    hidden = run(world, dora(name), RAGGED, rounds=3, weights="uniform", treatment=secure)
+    assert_close_trees(summed.strategy.state.carried, whole.strategy.state.carried)
+    assert_close_trees(hidden.strategy.state.carried, whole.strategy.state.carried, 1e-5)
+
+
+def test_privacy_of_clients_bounds_the_magnitudes_with_the_rest(world: World) -> None:
+    """A clip of next to nothing and hardly any noise: they stay where they were."""
+    private = ClientLevel(clip=1e-6, noise_multiplier=0.5, delta=1e-3)
+    treatment = Treatment(privacy=private, secret=Secret(bytes(range(32))))
+    method = dora("ffa_lora")
+    done = run(world, method, RAGGED, rounds=2, weights="uniform", treatment=treatment)
+    start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
+    assert_close_trees(magnitudes(done.strategy.state), start, 1e-5)
+    free = run(world, method, RAGGED, rounds=2, weights="uniform")
+    assert any(
+        float((t - start[n]).abs().max()) > 1e-3 for n, t in magnitudes(free.strategy.state).items()
+    )
+
+
+def test_the_server_s_momentum_moves_the_magnitudes(world: World) -> None:
+    """With one round of momentum, the step is the mean change."""
+    rule = Treatment(optimiser=Momentum(space="factors", lr=0.5))
+    method = dora("fedavg_lora")
+    plain = run(world, method, RAGGED, rounds=1)
+    halved = run(world, method, RAGGED, rounds=1, treatment=rule)
+    start = magnitudes(method.init(world.base, world.plan, plain.strategy.draw))
+    mean = magnitudes(plain.strategy.state)
+    wanted = {n: m + 0.5 * (mean[n] - m) for n, m in start.items()}
+    assert_close_trees(magnitudes(halved.strategy.state), wanted)
+
+
+def test_control_variates_correct_the_magnitudes(world: World) -> None:
+    """One full step of all clients: the server's variates are the mean gradients."""
+    local, method = LocalConfig(lr=0.1, steps=1, batch_size=0), dora("fedavg_lora")
+    treatment = Treatment(variates=True)
+    done = run(world, method, local, rounds=1, weights="uniform", treatment=treatment)
+    start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
+    for name, now in magnitudes(done.strategy.state).items():
+        gradient = done.strategy.state.moments[f"variates/{name}"]
+        torch.testing.assert_close(now, start[name] - 0.1 * gradient)
+        assert float(gradient.abs().max()) > 1e-6
+
+
+def test_buffered_rounds_carry_the_magnitudes(world: World) -> None:
+    uneven = SystemConfig(speed=LogNormal(1.0, 1.2), jitter=0.4, buffer=2)
+    method = dora("ffa_lora")
+    done = run(
+        world,
+        method,
+        RAGGED,
+        rounds=6,
+        cohort=4,
+        kind=BufferedStrategy,
+        fleet=Fleet(uneven, 1, RAGGED),
+    )
+    start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
+    moved = magnitudes(done.strategy.state)
+    assert all(float((t - start[n]).abs().max()) > 1e-4 for n, t in moved.items())
+    assert max(row["report"]["staleness_max"] for row in done.rows) > 0
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", MERGING, ids=label)
+def test_methods_that_merge_are_refused(variant: Variant) -> None:
+    with pytest.raises(ConfigError, match="it folds updates into W"):
+        dora(variant[0], **variant[1])
+
+
+def test_a_start_from_gradients_is_refused(world: World) -> None:
+    method = dora("fedavg_lora", initial="lora_ga")
+    state = method.init(world.base, world.plan, DRAW)
+    with pytest.raises(ConfigError, match="does not fit FedAvgLora: its clients send gradients"):
+        method.open_round(state, 1, some_cohort(), DRAW)
+
+
+def test_an_allocation_is_refused() -> None:
+    inner: Method = allocated(make_method("fedavg_lora"), HeteroLora())
+    with pytest.raises(ConfigError, match="allocation=none, or dora=false"):
+        Dora(inner)
+
+
+def test_a_row_of_zeros_is_refused(world: World) -> None:
+    base = {n: t.clone() for n, t in world.base.items()}
+    base["fc2.weight"][4] = 0
+    with pytest.raises(ConfigError, match=r"row 4 of fc2\.weight is zero"):
+        dora("ffa_lora").init(base, world.plan, DRAW)
+
+
+def test_an_embedding_is_refused(world: World) -> None:
+    view = LayerView("embedding", (6, 7))
+    plan = replace(world.plan, targets=world.plan.targets | {"fc1.weight": view})
+    with pytest.raises(ConfigError, match=r"fc1\.weight is an embedding"):
+        dora("ffa_lora").init(world.base, plan, DRAW)
+
+
+def test_a_server_s_step_on_weights_is_refused(world: World) -> None:
+    rule = Treatment(optimiser=Momentum(space="weights"))
+    with pytest.raises(ConfigError, match=r"under dora=true .*space=factors"):
+        run(world, dora("fedavg_lora"), RAGGED, rounds=1, treatment=rule)
