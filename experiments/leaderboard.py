@@ -32,8 +32,8 @@ def leaderboard(study: Study, done: Mapping[str, Plain]) -> Table | None:
 
     Its columns are the metric with its spread over the seeds, rounds and bytes until the study's
     ``target`` is reached, bytes in all, the error of aggregation (of methods that are not exact:
-    the mean over the rounds), seconds of the server a round, tensors that live while one client
-    trains, and the tuned value.
+    the mean over the rounds), processor seconds of the server a round, tensors that live while one
+    client trains, and the tuned value.
 
     Args:
         study: The study.
@@ -101,7 +101,7 @@ def _record(entry: Entry) -> Plain:
         "traffic": entry.average(traffic),
         "exact": entry.method.traits.exact,
         "aggregation_error": mean("aggregation_error"),
-        "server_seconds": mean("server_seconds"),
+        "server_cpu_seconds": mean("server_cpu_seconds"),
         "client_bytes": mean("client_bytes"),
         str(entry.study.grid["key"]): entry.value,
     }
@@ -128,7 +128,7 @@ def _columns(study: Study) -> dict[str, Callable[[Plain], str]]:
     return found | {
         "MB up in all": shown("uplink", MEGABYTE),
         "exactness error": _exactness,
-        "server s a round": shown("server_seconds"),
+        "server CPU s a round": shown("server_cpu_seconds"),
         "client MB": shown("client_bytes", MEGABYTE),
         str(study.grid["key"]): lambda r: f"{number(r, str(study.grid['key'])):g}",
     }

@@ -95,7 +95,7 @@ def run_job(job: Job) -> Plain:
     errors = column(rows, "report", "aggregation_error")
     line |= summarise(run, time.perf_counter() - began)
     line["cpu_seconds"] = since(used)
-    line["server_seconds"] = server_seconds(rows)
+    line["server_cpu_seconds"] = server_cpu_seconds(rows)
     line["curve"] = curve(rows)
     line["aggregation_error"] = statistics.fmean(errors[np.isfinite(errors)].tolist() or [0.0])
     return line
@@ -127,9 +127,9 @@ def client_bytes(run: Assembled) -> int | None:
     return memory.weights + memory.training(1)
 
 
-def server_seconds(rows: list[Row]) -> float:
-    """Seconds that the server took to open and to close a round: the median over the rounds."""
-    laps = column(rows, "seconds", "open") + column(rows, "seconds", "close")
+def server_cpu_seconds(rows: list[Row]) -> float:
+    """Processor seconds of the server to open and to close a round: the median over the rounds."""
+    laps = column(rows, "cpu_seconds", "open") + column(rows, "cpu_seconds", "close")
     return round(float(np.median(laps[1:])), 6)
 
 

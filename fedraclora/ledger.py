@@ -23,7 +23,7 @@ from fedraclora.errors import CheckpointError
 Row = dict[str, object]
 
 NONDETERMINISTIC = frozenset(
-    {"seconds", "peak_memory_bytes", "timestamp", "incidents", "transport_bytes"}
+    {"seconds", "cpu_seconds", "peak_memory_bytes", "timestamp", "incidents", "transport_bytes"}
 )
 
 

@@ -26,16 +26,32 @@ from fedraclora.tree import Tree, digest
 
 @dataclass
 class Stopwatch:
-    """Seconds of the stations of a round."""
+    """Seconds of the stations of a round.
 
-    laps: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=time.perf_counter)
+    Attributes:
+        seconds: By the wall.
+        cpu_seconds: Of this process on its processors, all threads together: what a station costs
+            on a busy machine, too. What clients do in other processes or on a GPU is not in it.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Start."""
+        self._last = time.perf_counter(), time.process_time()
 
     def lap(self, name: str) -> None:
         """Add the time since the last lap to station ``name``."""
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        now = time.perf_counter(), time.process_time()
+        for laps, end, start in zip((self.seconds, self.cpu_seconds), now, self._last, strict=True):
+            laps[name] = laps.get(name, 0.0) + end - start
         self._last = now
+
+    @property
+    def columns(self) -> dict[str, dict[str, float]]:
+        """Both, as columns of a ledger."""
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
 
 class RunBook:

@@ -168,7 +168,7 @@ class FedStrategy(EvaluatesItself):
         self.book.link(round_, self.state.link)
         watch.lap("write")
         row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.fleet)
-        row |= {"effective_step": step, "seconds": watch.laps} | taken_incidents(grid)
+        row |= {"effective_step": step} | watch.columns | taken_incidents(grid)
         self._publish_row(row)
         # After the row: a checkpoint that is ahead of the ledger could not be resumed.
         if self.book.due(round_):

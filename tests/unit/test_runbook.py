@@ -216,9 +216,13 @@ def test_links_are_not_flushed_where_that_is_not_asked_for(
 
 
 def test_a_stopwatch_adds_up_laps_of_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([10.0, 11.0, 11.5, 14.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(times))
-    watch = Stopwatch(_last=next(times))
+    wall, cpu = iter([10.0, 11.0, 11.5, 14.0]), iter([5.0, 5.5, 5.5, 6.75])
+    monkeypatch.setattr("time.perf_counter", lambda: next(wall))
+    monkeypatch.setattr("time.process_time", lambda: next(cpu))
+    watch = Stopwatch()
     for name in ("train", "write", "train"):
         watch.lap(name)
-    assert watch.laps == {"train": 3.5, "write": 0.5}
+    assert watch.columns == {
+        "seconds": {"train": 3.5, "write": 0.5},
+        "cpu_seconds": {"train": 1.75, "write": 0.0},
+    }
