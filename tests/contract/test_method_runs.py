@@ -257,18 +257,16 @@ def test_uniform_weights_differ_from_examples_where_clients_do(
 # --- files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [2, 3])
 @every_variant
 def test_a_run_that_is_resumed_ends_with_the_same_bits(
     variant: Variant,
-    stop: int,
     world: World,
     whole_run: Callable[[Variant], tuple[Run, Path]],
     tmp_path: Path,
 ) -> None:
     method, cohort, (whole, folder) = method_of(variant), 3, whole_run(variant)
     part = tmp_path / "part"
-    run(world, method, RAGGED, rounds=stop, cohort=cohort, folder=part)
+    run(world, method, RAGGED, rounds=2, cohort=cohort, folder=part)
     rest = run(world, method, RAGGED, rounds=5, cohort=cohort, folder=part, resume=True)
     assert_same_bits(rest, whole)
     assert torch.equal(

@@ -368,7 +368,7 @@ def run(
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_method_on_every_model(name: str, case: str) -> None:
     run(CASES[case](), method_of(name), LOCAL, rounds=3, check={1, 3}, name=case)
 
@@ -529,7 +529,7 @@ def test_no_step_changes_nothing(setting: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("model", ["mlp", "bert"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", KINDS)
 def test_dropout_has_the_same_masks(name: str, model: str) -> None:
     task = mlp(dropout=0.4) if model == "mlp" else bert(dropout=0.3)
     case = Case(task, targets="all-linear" if model == "mlp" else "query,value")
@@ -563,7 +563,7 @@ def test_masks_are_drawn_anew_for_each_client_step_round_layer_and_seed() -> Non
         assert not any(torch.equal(mask, other) for other in apart[:i])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("sizes", [(1,), (9,), (1, 1, 1), (12, 1)])
 def test_one_client_and_clients_of_one_sample(sizes: tuple[int, ...], name: str) -> None:
     case = Case(mlp(sizes=sizes))
