@@ -41,6 +41,7 @@ RUNS = {
     "carried": ("method.rank=2", "method.resample_every=3"),
     "dense": ("method=fedavg",),
     "both factors": ("method=fedavg_lora",),
+    "lengths of rows": ("method=fedavg_lora", "method.alpha=4", "dora=true"),
     "moments": ("method=cola", "method.resample_every=2", "local.moments=link"),
     "secure": ("method.rank=2", "secure=secagg", "weights=uniform"),
     "ranks": ("method.rank=4", "system=mixed_ranks"),
