@@ -67,17 +67,15 @@ class Dora(Method):
     def __post_init__(self) -> None:
         """Refuse what does not fit."""
         if self.inner.traits.merges:
-            raise self._refused("it folds updates into W, and a rescaled weight is no W + s B A")
+            raise ConfigError(
+                f"dora is true, but does not fit {type(self.inner).__name__}: it folds updates "
+                f"into W, and a rescaled weight is no W + s B A; {INSTEAD}"
+            )
         if isinstance(self.inner, Allocated):
             raise ConfigError(
                 "dora is true, but an allocation changes which layers are adapted, and only those "
                 "have magnitudes; set allocation=none, or dora=false"
             )
-
-    def _refused(self, why: str) -> ConfigError:
-        return ConfigError(
-            f"dora is true, but does not fit {type(self.inner).__name__}: {why}; {INSTEAD}"
-        )
 
     @property
     @override
@@ -125,7 +123,10 @@ class Dora(Method):
 
     def _with_magnitudes(self, state: State, sent: Downlink) -> Downlink:
         if not RECIPES[sent.recipe].steps:
-            raise self._refused("its clients send gradients, by which it begins")
+            raise ConfigError(
+                "dora is true, but clients send gradients, from which the factors begin; take "
+                "another method.initial, or dora=false"
+            )
         starts = {n: state.carried[n] for n in map(magnitude_of, sent.adapters)}
         slots = {n: Trained(tuple(start.shape), start) for n, start in starts.items()}
         return replace(sent, dense=sent.dense | slots)

@@ -284,7 +284,7 @@ def test_methods_that_merge_are_refused(variant: Variant) -> None:
 def test_a_start_from_gradients_is_refused(world: World) -> None:
     method = dora("fedavg_lora", initial="lora_ga")
     state = method.init(world.base, world.plan, DRAW)
-    with pytest.raises(ConfigError, match="does not fit FedAvgLora: its clients send gradients"):
+    with pytest.raises(ConfigError, match=r"clients send gradients.* take another method\.initial"):
         method.open_round(state, 1, some_cohort(), DRAW)
 
 
