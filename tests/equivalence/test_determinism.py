@@ -39,6 +39,7 @@ SMALL = [
     "partition=dirichlet",
     "local=momentum",
     "local.schedule=cosine",
+    "local.batch_size=64",
     "model.hidden=[6]",
     "output=study",
     "output.chain=true",
@@ -65,7 +66,7 @@ RUNS = {name: [f"method={name}"] for name in METHODS} | {
         "local=adamw",
         "local.moments=run",
     ],
-    "adamw": ["method=fedavg_lora", "local=adamw", "local.batch_size=64"],
+    "adamw": ["method=fedavg_lora", "local=adamw"],
 }
 
 Plain = dict[str, object]

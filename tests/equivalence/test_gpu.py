@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from pretend import FREE, Card, pretend_card
-from test_vectorised_is_local import CASES, SEED, SIZES, Case, base_of, method_of, scaled
+from test_vectorised_is_local import CASES, KINDS, SEED, SIZES, Case, base_of, method_of, scaled
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
@@ -84,7 +84,7 @@ RUNS = {
 
 @pytest.mark.parametrize(
     ("method", "model"),
-    [*product(METHODS, ["mlp"]), *product(["fed_rac_lora", "fedavg_lora", "fedavg"], ["cnn"])],
+    [*product(KINDS, ["mlp"]), *product(["fed_rac_lora", "fedavg_lora", "fedavg"], ["cnn"])],
 )
 def test_every_method_agrees_with_the_cpu(method: str, model: str, card: Card) -> None:
     words = (f"method={method}", f"model={model}", "engine.chunk=4", "rounds=2")

@@ -147,7 +147,12 @@ def killed_run(plain: Plain, reaper: Reaper) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "torn"),
-    [("fed_rac_lora", False), ("fed_rac_lora", True), ("fedavg_lora", False), ("moments", False)],
+    [
+        ("fed_rac_lora", False),
+        ("fed_rac_lora", True),
+        pytest.param("fedavg_lora", False, marks=pytest.mark.slow),
+        ("moments", False),
+    ],
 )
 def test_a_run_that_dies_at_any_write_goes_on_to_the_same_end(
     name: str, torn: bool, tmp_path: Path

@@ -206,7 +206,9 @@ def left_running(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("how", ["end", "interrupt", "terminate"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("end", marks=pytest.mark.slow), "interrupt", "terminate"]
+)
 def test_nothing_is_left_running(how: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     rounds = "rounds=3" if how == "end" else "rounds=100000"
@@ -235,5 +237,6 @@ def test_nothing_is_left_running(how: str, tmp_path: Path) -> None:
     assert left_running(folder) == []
 
 
+@pytest.mark.slow  # that a pool replaces them, see test_ray_pool
 def test_workers_are_killed_and_the_digests_stand() -> None:
-    assert kill_workers.main(["--times", "1"]) == 0
+    assert kill_workers.main(["--times", "3"]) == 0
