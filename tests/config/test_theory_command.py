@@ -21,6 +21,7 @@ def status_of(*words: str) -> int:
     return ended.value.code
 
 
+@pytest.mark.slow  # what it asserts of curves, test_theory_bounds does of some
 def test_a_small_run_holds_and_writes_everything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,6 +105,7 @@ def test_strangers_are_refused(kind: str, deployment: LocalDeployment, tmp_path:
     assert "Exit Code: 305" in node.file.read_text()  # Flower's: no connection to the SuperLink
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_has_its_words_and_its_status(
     deployment: LocalDeployment, tmp_path: Path
 ) -> None:

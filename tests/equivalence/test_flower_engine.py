@@ -76,6 +76,7 @@ def bits(done: Assembled) -> tuple[str, str]:
     return digest(weights), strategy.book.ledger.digest()
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_replaced_and_no_bit_changes() -> None:
     """It is killed while it trains clients that keep tensors of their own."""
     words = (*RUNS["local head"], "rounds=2", "local.epochs=20")  # long enough to be met at work

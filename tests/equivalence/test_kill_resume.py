@@ -151,7 +151,7 @@ def killed_run(plain: Plain, reaper: Reaper) -> bool:
         ("fed_rac_lora", False),
         ("fed_rac_lora", True),
         pytest.param("fedavg_lora", False, marks=pytest.mark.slow),
-        ("moments", False),
+        pytest.param("moments", False, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_dies_at_any_write_goes_on_to_the_same_end(

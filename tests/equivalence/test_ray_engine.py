@@ -34,6 +34,7 @@ from fedraclora.tree import Tree, digest
 from fedraclora.wire import Order, pack_downlink
 from strategies import METHODS
 
+SLOW = pytest.mark.slow
 # Workers cannot import a test module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -115,12 +116,18 @@ def on_ray(name: str, workers: int) -> Assembled:
     return run(*words, "engine=ray", chunk, f"engine.workers={workers}")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in {"rows", "sums", "local head", "secure"} else pytest.param(name, marks=SLOW)
+        for name in RUNS
+    ],
+)
 def test_two_workers_are_one_process(name: str) -> None:
     assert bits(on_ray(name, 2)) == in_process(name)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=SLOW), 3])
 def test_the_number_of_workers_changes_no_bit(workers: int) -> None:
     assert bits(on_ray("rows", workers)) == in_process("rows")
 
@@ -207,7 +214,7 @@ def left_running(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "how", [pytest.param("end", marks=pytest.mark.slow), "interrupt", "terminate"]
+    "how", [pytest.param("end", marks=SLOW), pytest.param("interrupt", marks=SLOW), "terminate"]
 )
 def test_nothing_is_left_running(how: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
