@@ -26,11 +26,11 @@ def test_a_small_run_holds_and_writes_everything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "here"
-    assert status_of("size=small", "seeds=5", "jobs=2", f"out={out}") == 0
+    assert status_of("size=small", "jobs=2", f"out={out}") == 0
     assert {path.stem for path in out.glob("*.png")} == FIGURES
     report = json.loads((out / "theory.json").read_text())
     assert report["holds"] is True
-    assert report["seeds"] == 5
+    assert report["seeds"] == 20
     cases = {case["name"]: case for case in report["cases"]}
     assert {case["case"]["theorem"] for case in cases.values()} == {
         "gd",

@@ -192,16 +192,17 @@ def test_a_run_may_die_again_while_it_goes_on(tmp_path: Path) -> None:
         assert digests(folder) == wanted, trial
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_process_goes_on_to_the_same_end(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    times: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kill_resume, "JOB", JOB)  # synthetic data: the fewest imports
-    # Of this seed, the moment lies in the last fifth of the run: past the imports.
-    words = ["--times", "1", "--kills", "1", "--seed", "147", "rounds=40"]
+    # Of this seed, all moments lie in the last fifth of the run: past the imports.
+    words = ["--times", str(times), "--kills", "1", "--seed", "147", "rounds=40"]
     status = kill_resume.main(words)
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert "1 of 1 runs, killed 1 times in all" in printed
+    assert f"{times} of {times} runs, killed {times} times in all" in printed
 
 
 def test_a_difference_is_seen_and_ends_in_status_1(

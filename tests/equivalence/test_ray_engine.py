@@ -244,6 +244,6 @@ def test_nothing_is_left_running(how: str, tmp_path: Path) -> None:
     assert left_running(folder) == []
 
 
-@pytest.mark.slow  # that a pool replaces them, see test_ray_pool
+@SLOW  # that a pool replaces them, see test_ray_pool
 def test_workers_are_killed_and_the_digests_stand() -> None:
     assert kill_workers.main(["--times", "3"]) == 0
