@@ -66,6 +66,7 @@ def build_gpt(
         attn_pdrop=0.0,  # applied as a function, where no mask can be keyed by client and step
         bos_token_id=None,
         eos_token_id=None,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, as one kernel in place of eight
         tie_word_embeddings=False,
         use_cache=False,
         attn_implementation=attention,
