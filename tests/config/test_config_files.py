@@ -116,7 +116,10 @@ def test_every_file_composes_into_settings(name: str) -> None:
 RUN = [n for n in FILES if n not in COMPOSED and not n.startswith("method/")]
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    "name",  # the short suite has Ray in test_ray_engine
+    [pytest.param(n, marks=pytest.mark.slow) if n == "engine/ray" else n for n in RUN],
+)
 def test_what_is_here_runs_a_round(name: str) -> None:
     config = from_plain(composed(name, BESIDE.get(name, DIGITS)), METHODS)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,14 @@ RAGGED = LocalConfig(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
 # --- methods -------------------------------------------------------------------------------------
 
 
+@cache
+def _read(name: str) -> dict[str, Any]:
+    return dict(yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+
+
 def yaml_of(name: str) -> dict[str, Any]:
     """The defaults that a user gets with ``method=<name>``."""
-    return dict(yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    return dict(_read(name))
 
 
 def make_method(name: str, **changes: Any) -> Method:

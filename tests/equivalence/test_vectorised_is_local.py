@@ -428,8 +428,26 @@ TRAINED = (
 )
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", TRAINED)
+# Each setting on B, on both factors and on whole weights; those that meet most others on the rest.
+SETTINGS_SHORT = {
+    "momentum-decay-clip",
+    "prox-clip-momentum",
+    "dp-prox-momentum",
+    "adamw-decay-clip",
+    "steps",
+    "batch-of-one",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        pytest.param(n, s, marks=() if wide or s in SETTINGS_SHORT else pytest.mark.slow)
+        for n in TRAINED
+        for wide in [n in {"fed_rac_lora", "fedavg_lora", "fedavg"}]
+        for s in SETTINGS
+    ],
+)
 def test_every_local_setting(name: str, setting: str) -> None:
     local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
     run(CASES["mlp"](), method_of(name, sketch="gaussian"), local, rounds=2, check={2})
@@ -481,8 +499,17 @@ PAIRED_METHODS = {
 }
 
 
-@pytest.mark.parametrize("setting", PAIRED)
-@pytest.mark.parametrize("trained", PAIRED_METHODS)
+# Each setting on both factors, some of every kind on each choice of what is trained.
+PAIRED_SHORT = {"riemannian-prox-clip", "lora-pro-dp", "lora-rite-decay-prox", "gates-adamw-prox"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "setting"),
+    [
+        pytest.param(t, s, marks=() if t == "both" or s in PAIRED_SHORT else pytest.mark.slow)
+        for t, s in product(PAIRED_METHODS, PAIRED)
+    ],
+)
 def test_optimisers_of_pairs_of_factors(trained: str, setting: str) -> None:
     name, changes = PAIRED_METHODS[trained]
     local = replace(LOCAL, **PAIRED[setting])  # type: ignore[arg-type]
