@@ -9,9 +9,12 @@ steps are those of one long round if the moments (and Adam's count of steps) liv
 
 ``link`` is a chain whose links have an optimiser of their own (COLA). ``run`` is what the public
 code of RAC-LoRA does: its optimiser does not know of the merge. ``local.moments_kept`` lets a
-share of the moments outlive a link: for each tensor the entries of largest magnitude, the others
-are set to zero. That is the partial reset of ReLoRA (Lialin et al., ICLR 2024, arXiv 2307.05695),
-which keeps 1 % or less; like its public code it leaves the count of steps as it is.
+share of the moments outlive a link: for each tensor the entries whose first moment is largest, the
+others are set to zero. That is the partial reset of ReLoRA (Lialin et al., ICLR 2024, arXiv
+2307.05695), which keeps 1 % or less; like its public code it leaves the count of steps as it is.
+That code prunes the second moment by its own magnitude. Here both keep the same entries: where a
+first moment stays and its second is gone, Adam divides by eps, and A of a new link, whose gradient
+is zero while B is, moves by 1e8 times the step size unless the warm-up begins at a rate of zero.
 
 Moments do not travel: each client has its own, also of what is averaged. They are not exact under
 averaging, and one that is seldom asked has old ones; with one client there is no difference.
@@ -75,23 +78,29 @@ def begin_moments(held: Tree, local: LocalConfig, link: int) -> Tree:
         if name == "moments/steps":
             left = value if local.moments_kept else torch.zeros_like(value)
         else:
-            left = largest(value, local.moments_kept)
+            first = held[name.replace("moments/second/", "moments/first/")]
+            left = value.where(largest(first, local.moments_kept), 0)
         out[name] = torch.where(ended.reshape(-1, *[1] * (value.dim() - 1)), left, value)
     return out
 
 
 def largest(values: torch.Tensor, share: float) -> torch.Tensor:
-    """Keep the entries of largest magnitude of each client, and set the others to zero.
+    """Mark the entries of largest magnitude of each client.
 
     Args:
-        values: [K, ...]. Not modified.
-        share: Of each client's entries that is kept, rounded to a number of entries.
+        values: [K, ...].
+        share: Of each client's entries that is marked, rounded to a number of entries.
+
+    Returns:
+        Booleans [K, ...].
 
     Example:
         >>> largest(torch.tensor([[3.0, -4.0, 1.0, 0.0]]), 0.5)
-        tensor([[ 3., -4.,  0.,  0.]])
+        tensor([[ True,  True, False, False]])
     """
     rows = values.reshape(len(values), -1)
     order = rows.abs().argsort(dim=1, descending=True, stable=True)
     kept = order[:, : round(share * rows.shape[1])]
-    return torch.zeros_like(rows).scatter(1, kept, rows.gather(1, kept)).reshape(values.shape)
+    return (
+        torch.zeros_like(rows, dtype=torch.bool).scatter(1, kept, value=True).reshape(values.shape)
+    )

@@ -264,11 +264,11 @@ def test_rounds_with_kept_moments_are_one_long_round(
 
 
 def pruned(state: dict[str, Any], share: float) -> None:
-    """ReLoRA's partial reset: all but the largest entries of each moment are set to zero."""
+    """ReLoRA's partial reset, with both moments of an entry kept or neither."""
+    order = state["exp_avg"].flatten().abs().argsort(descending=True)
     for name in ("exp_avg", "exp_avg_sq"):
         flat = state[name].flatten()
-        small = flat.abs().argsort(descending=True)[round(share * flat.numel()) :]
-        flat[small] = 0.0
+        flat[order[round(share * flat.numel()) :]] = 0.0
         state[name].copy_(flat.reshape(state[name].shape))
 
 
