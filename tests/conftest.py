@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -40,6 +41,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-golden", action="store_true", help="write tests/golden/*.json instead of comparing"
     )
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark as slow the parameters of a test that its mark `short` does not keep."""
+    if (mark := item.get_closest_marker("short")) and isinstance(item, pytest.Function):
+        when = mark.kwargs["when"]
+        named = {n: item.callspec.params[n] for n in inspect.signature(when).parameters}
+        if not when(**named):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

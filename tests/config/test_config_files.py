@@ -112,14 +112,9 @@ def test_every_file_composes_into_settings(name: str) -> None:
         assert isinstance(config.method, METHODS[choice])
 
 
-# Methods run in test_determinism, from the same files.
-RUN = [n for n in FILES if n not in COMPOSED and not n.startswith("method/")]
-
-
-@pytest.mark.parametrize(
-    "name",  # the short suite has Ray in test_ray_engine
-    [pytest.param(n, marks=pytest.mark.slow) if n == "engine/ray" else n for n in RUN],
-)
+# The short suite runs methods in test_determinism, from the same files, and Ray in test_ray_engine.
+@pytest.mark.short(when=lambda name: name != "engine/ray" and not name.startswith("method/"))
+@pytest.mark.parametrize("name", [n for n in FILES if n not in COMPOSED])
 def test_what_is_here_runs_a_round(name: str) -> None:
     config = from_plain(composed(name, BESIDE.get(name, DIGITS)), METHODS)
     try:

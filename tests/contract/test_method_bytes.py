@@ -32,7 +32,7 @@ ITEM = 8  # bytes of a float64
 COHORT, ROUNDS = 3, 6
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=label)
-every_default = pytest.mark.parametrize("variant", [v for v in VARIANTS if not v[1]], ids=label)
+defaults_short = pytest.mark.short(when=lambda variant: not variant[1])
 
 
 def finished(variant: Variant, chunk: int = 1, width: int = 1, folder: Path | None = None) -> Run:
@@ -106,7 +106,8 @@ def test_the_downlink_of_the_ledger_is_the_message(variant: Variant, world: Worl
     assert most == formula
 
 
-@every_default
+@defaults_short
+@every_variant
 def test_bytes_do_not_depend_on_the_chunk(variant: Variant) -> None:
     """A chunk is a unit of work: each of its clients is charged as if it stood alone."""
     columns = ("uplink_bytes", "downlink_bytes", "catchup_bytes", "downlink_total")
@@ -115,7 +116,8 @@ def test_bytes_do_not_depend_on_the_chunk(variant: Variant) -> None:
         assert [left[c] for c in columns] == [right[c] for c in columns]
 
 
-@every_default
+@defaults_short
+@every_variant
 def test_what_a_message_holds_beside_its_numbers_does_not_grow(variant: Variant) -> None:
     small, large = finished(variant, width=1), finished(variant, width=8)
     for kind in ("asked", "answered"):

@@ -49,7 +49,7 @@ SKETCHING = sorted(
 )
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=label)
-every_default = pytest.mark.parametrize("variant", [v for v in VARIANTS if not v[1]], ids=label)
+defaults_short = pytest.mark.short(when=lambda variant: not variant[1])
 every_method = pytest.mark.parametrize("name", sorted(METHODS))
 
 
@@ -177,7 +177,8 @@ def test_the_loss_falls_on_a_quadratic(name: str) -> None:
     assert losses[-1] < bound * world.loss(world.base)
 
 
-@every_default
+@defaults_short
+@every_variant
 def test_a_conv1d_trains_as_the_linear_layer_that_it_transposes(variant: Variant) -> None:
     turned = make_world(conv1d)
     found = run(turned, method_of(variant), RAGGED, rounds=4, cohort=3).weights
@@ -216,7 +217,8 @@ def shuffled(messages: list[Message]) -> list[Message]:
     return [*messages[2::-1], *messages[3:]]
 
 
-@every_default
+@defaults_short
+@every_variant
 def test_replies_may_come_in_any_order(variant: Variant, world: World) -> None:
     found = run(world, method_of(variant), RAGGED, rounds=4, chunk=1, arrange=shuffled)
     assert_same_bits(found, usual(variant, rounds=4, chunk=1))
@@ -293,7 +295,8 @@ def test_the_chain_on_disk_rebuilds_the_base_to_the_bit(
         weights_at(folder, 6, world.plan)
 
 
-@every_default
+@defaults_short
+@every_variant
 def test_the_initial_weights_of_a_world_are_never_written_to(variant: Variant) -> None:
     fresh, used = make_world(), make_world()
     run(used, method_of(variant), RAGGED, rounds=4)

@@ -48,10 +48,9 @@ SMALL = [
     f"cohort={COHORT}",
     f"rounds={ROUNDS}",
 ]
-# One method of a class (its presets run in the contract suite), and sketches that live over the
-# places where runs are cut.
-KINDS = list({kind: name for name, kind in reversed(METHODS.items())}.values())
-RUNS = {name: [f"method={name}"] for name in KINDS} | {
+# Every method, and sketches that live over the places where runs are cut. The short suite has one
+# method of a class: the contract suite has their presets.
+RUNS = {name: [f"method={name}"] for name in METHODS} | {
     "carried": ["method=fed_rac_lora", "method.resample_every=4"],
     "left cover": ["method=fed_rac_lora", "method.side=left", "method.blocks=cover"],
     "moments": [
@@ -70,6 +69,8 @@ RUNS = {name: [f"method={name}"] for name in KINDS} | {
     ],
     "adamw": ["method=fedavg_lora", "local=adamw"],
 }
+KINDS = set({kind: name for name, kind in reversed(METHODS.items())}.values())
+one_of_a_class = pytest.mark.short(when=lambda name: name in KINDS or name not in METHODS)
 
 Plain = dict[str, object]
 Whole = Callable[[str], Assembled]
@@ -155,6 +156,7 @@ def assert_same(found: Assembled, wanted: Assembled) -> None:
 # ---- The seed and nothing else ------------------------------------------------------------------
 
 
+@one_of_a_class
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_seed_gives_the_same_run(
     configs: dict[str, Plain], whole: Whole, name: str
@@ -162,6 +164,7 @@ def test_the_same_seed_gives_the_same_run(
     assert_same(finished(configs[name]), whole(name))
 
 
+@one_of_a_class
 @pytest.mark.parametrize("name", RUNS)
 def test_another_seed_gives_another_run(configs: dict[str, Plain], whole: Whole, name: str) -> None:
     one, two = digests(whole(name)), digests(finished(changed(configs[name], seed=1)))
@@ -169,6 +172,7 @@ def test_another_seed_gives_another_run(configs: dict[str, Plain], whole: Whole,
     assert one[1] != two[1]
 
 
+@one_of_a_class
 @pytest.mark.parametrize("name", RUNS)
 def test_the_order_of_replies_changes_no_bit(
     configs: dict[str, Plain], whole: Whole, name: str
@@ -189,9 +193,9 @@ def test_the_order_of_replies_changes_no_bit(
 # ---- Stopped, and gone on with ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "every"), [*((n, 2) for n in RUNS), *((n, 3) for n in RUNS if n not in KINDS)]
-)
+@pytest.mark.short(when=lambda name, every: name not in METHODS or (name in KINDS and every == 2))
+@pytest.mark.parametrize("every", [3, 2])
+@pytest.mark.parametrize("name", RUNS)
 def test_three_rounds_and_three_more_are_six(
     configs: dict[str, Plain], whole: Whole, name: str, every: int, tmp_path: Path
 ) -> None:
@@ -294,7 +298,8 @@ def test_a_nan_loss_is_named_with_its_client_and_round(configs: dict[str, Plain]
 
 
 @pytest.mark.parametrize(("how", "weights"), [("raises", "examples"), ("nan", "uniform")])
-@pytest.mark.parametrize("name", KINDS)
+@one_of_a_class
+@pytest.mark.parametrize("name", METHODS)
 def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
     configs: dict[str, Plain],
     name: str,

@@ -82,9 +82,10 @@ RUNS = {
 }
 
 
+@pytest.mark.short(when=lambda method: method in KINDS)
 @pytest.mark.parametrize(
     ("method", "model"),
-    [*product(KINDS, ["mlp"]), *product(["fed_rac_lora", "fedavg_lora", "fedavg"], ["cnn"])],
+    [*product(METHODS, ["mlp"]), *product(["fed_rac_lora", "fedavg_lora", "fedavg"], ["cnn"])],
 )
 def test_every_method_agrees_with_the_cpu(method: str, model: str, card: Card) -> None:
     words = (f"method={method}", f"model={model}", "engine.chunk=4", "rounds=2")

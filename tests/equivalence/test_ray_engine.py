@@ -116,13 +116,8 @@ def on_ray(name: str, workers: int) -> Assembled:
     return run(*words, "engine=ray", chunk, f"engine.workers={workers}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in {"rows", "sums", "local head", "secure"} else pytest.param(name, marks=SLOW)
-        for name in RUNS
-    ],
-)
+@pytest.mark.short(when=lambda name: name in {"rows", "sums", "local head", "secure"})
+@pytest.mark.parametrize("name", RUNS)
 def test_two_workers_are_one_process(name: str) -> None:
     assert bits(on_ray(name, 2)) == in_process(name)
 

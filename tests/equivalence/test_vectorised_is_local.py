@@ -373,13 +373,9 @@ def run(
 SHORT = {*product(KINDS, ("mlp", "cnn-adapted"))} | {*product(("fed_rac_lora", "fedavg"), CASES)}
 
 
-@pytest.mark.parametrize(
-    ("name", "case"),
-    [
-        pytest.param(*pair, marks=[] if pair in SHORT else pytest.mark.slow)
-        for pair in product(KINDS, CASES)
-    ],
-)
+@pytest.mark.short(when=lambda name, case: (name, case) in SHORT)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_method_on_every_model(name: str, case: str) -> None:
     run(CASES[case](), method_of(name), LOCAL, rounds=3, check={1, 3}, name=case)
 
@@ -414,22 +410,12 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 
 
-# What clients train: B, B and A, either in turn, a core between frozen factors, one of several
-# heads, under a frozen factor of one's own, whole weights.
-TRAINED = (
-    "fed_rac_lora",
-    "fedavg_lora",
-    "rolora",
-    "fed_sb",
-    "ravan",
-    "flora_stacking",
-    "fedkrso",
-    "fedavg",
-)
-
-
-# Each setting on B, on both factors and on whole weights; those that meet most others on the rest.
-SETTINGS_SHORT = {
+# The short suite has each setting on B, on both factors and on whole weights, and those that meet
+# most others on either factor in turn, a core between frozen factors, one of several heads and
+# under a frozen factor of one's own.
+WIDELY = {"fed_rac_lora", "fedavg_lora", "fedavg"}
+ALSO = {"rolora", "fed_sb", "ravan", "flora_stacking", "fedkrso"}
+MEETING = {
     "momentum-decay-clip",
     "prox-clip-momentum",
     "dp-prox-momentum",
@@ -439,15 +425,11 @@ SETTINGS_SHORT = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "setting"),
-    [
-        pytest.param(n, s, marks=() if wide or s in SETTINGS_SHORT else pytest.mark.slow)
-        for n in TRAINED
-        for wide in [n in {"fed_rac_lora", "fedavg_lora", "fedavg"}]
-        for s in SETTINGS
-    ],
+@pytest.mark.short(
+    when=lambda name, setting: name in WIDELY or (name in ALSO and setting in MEETING)
 )
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_local_setting(name: str, setting: str) -> None:
     local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
     run(CASES["mlp"](), method_of(name, sketch="gaussian"), local, rounds=2, check={2})
@@ -503,13 +485,9 @@ PAIRED_METHODS = {
 PAIRED_SHORT = {"riemannian-prox-clip", "lora-pro-dp", "lora-rite-decay-prox", "gates-adamw-prox"}
 
 
-@pytest.mark.parametrize(
-    ("trained", "setting"),
-    [
-        pytest.param(t, s, marks=() if t == "both" or s in PAIRED_SHORT else pytest.mark.slow)
-        for t, s in product(PAIRED_METHODS, PAIRED)
-    ],
-)
+@pytest.mark.short(when=lambda trained, setting: trained == "both" or setting in PAIRED_SHORT)
+@pytest.mark.parametrize("setting", PAIRED)
+@pytest.mark.parametrize("trained", PAIRED_METHODS)
 def test_optimisers_of_pairs_of_factors(trained: str, setting: str) -> None:
     name, changes = PAIRED_METHODS[trained]
     local = replace(LOCAL, **PAIRED[setting])  # type: ignore[arg-type]
