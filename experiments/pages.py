@@ -22,7 +22,7 @@ from fedraclora.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
-PAGES = ROOT / "docs"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(
     r"(?P<head><!-- (?P<kind>table|beside|board|methods)(?P<words>.*?) -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
@@ -105,7 +105,7 @@ def _markdown(cells: Cells) -> str:
 
 def main() -> None:
     """Bring all pages up to date, and name those that changed."""
-    for page in sorted(PAGES.glob("*.md")):
+    for page in PAGES:
         text = page.read_text()
         try:
             made = filled(text)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.methods_page import board, method_of, methods
-from experiments.pages import PAGES, RESULTS
+from experiments.pages import RESULTS, ROOT
 from strategies import METHODS
 
-PAGE = (PAGES / "methods.md").read_text()
+PAGE = (ROOT / "docs" / "methods.md").read_text()
 
 
 def test_every_method_is_there_with_its_file() -> None:

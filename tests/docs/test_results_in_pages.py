@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.pages import BLOCK, PAGES, filled, read_table
+from experiments.pages import BLOCK, PAGES, ROOT, filled, read_table
 from fedraclora.errors import ConfigError
 
 TABLE = """| method | lr | accuracy | std | bytes |
@@ -25,7 +25,7 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_each_page_shows_the_results_of_record(page: Path) -> None:
     text = page.read_text()
     assert text == filled(text), "run python -m experiments.pages"
