@@ -3,10 +3,12 @@
 A page holds ``<!-- table NAME/table.md -->`` or ``<!-- table NAME/budgets.md: COLUMN, COLUMN -->``,
 where NAME is a folder of ``experiments/results``, or, for one column of several studies side by
 side, ``<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->``. ``<!-- board NAME -->`` is the
-leaderboard of a study, with its figure, and ``<!-- methods -->`` what the docstrings of the methods
-say (`experiments.methods_page`). What stands between such a line and the next ``<!-- end -->`` is
-made here. A column is named by how its title begins; ± is added where a column ``std`` follows. A
-test holds the pages to the results, so no figure is typed twice.
+leaderboard of a study, with its figure, ``<!-- methods -->`` what the docstrings of the methods
+say (`experiments.methods_page`), ``<!-- bench -->`` all tables of the benchmark, and
+``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->`` some of its rows side by side. What stands between
+such a line and the next ``<!-- end -->`` is made here. A column is named by how its title begins;
+± is added where a column ``std`` follows. A test holds the pages to the results, so no figure is
+typed twice.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiments.bench.table import side_by_side, tables
 from experiments.methods_page import board, methods
 from experiments.tables import Cells, Table, read_table
 from fedraclora.errors import ConfigError
@@ -24,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(
-    r"(?P<head><!-- (?P<kind>table|beside|board|methods)(?P<words>.*?) -->\n)"
+    r"(?P<head><!-- (?P<kind>table|beside|board|methods|bench)(?P<words>.*?) -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -49,6 +52,8 @@ def _made(found: re.Match[str], results: Path) -> str:
         return methods(results)
     if found["kind"] == "board":
         return board(head, results)
+    if found["kind"] == "bench":
+        return _bench(head, rest, results / "bench") + "\n"
     if found["kind"] == "table":
         cells = read_table(results / head)
         if rest:
@@ -59,6 +64,12 @@ def _made(found: re.Match[str], results: Path) -> str:
         wanted = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
         raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {wanted}")
     return _markdown(cells)
+
+
+def _bench(workloads: str, rows: list[str], folder: Path) -> str:
+    if not workloads:
+        return tables(folder)
+    return side_by_side(folder, _words(workloads), _words(", ".join(rows)))
 
 
 def _beside(file: str, column: str, names: list[str], results: Path) -> Cells:

@@ -1,21 +1,18 @@
 """Markdown tables from the JSON files of the benchmark.
 
-``python -m experiments.bench.table FOLDER`` prints them; a second argument names a file in which
-the text between the two marks is replaced by them.
+``fedraclora bench table=FOLDER`` prints them, ``python -m experiments.pages`` brings them into the
+pages that show them.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.bench.report import Report
 from experiments.bench.workloads import RAY, WORKLOADS
-from experiments.status import reported
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, unknown
 
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 LABELS = {
     "vectorised": "**`vectorised`**",
     "bf16": "**`vectorised`**, `precision=bf16-mixed`",
@@ -52,6 +49,27 @@ def tables(folder: Path) -> str:
     if not found:
         raise ConfigError(f"{folder} holds no figures of the benchmark")
     return "\n\n".join(table(report) for report in found)
+
+
+def side_by_side(folder: Path, workloads: Sequence[str], names: Sequence[str]) -> str:
+    """Make one table of CPU seconds over those of central: a row per name, a column per workload.
+
+    Raises:
+        ConfigError: If a workload has no file, or no row of that name.
+    """
+    reports = [Report.read(folder / f"{workload}.json") for workload in workloads]
+    titles = [WORKLOADS[report.workload].what for report in reports]
+    lines = [f"| CPU s / central | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+    for name in names:
+        for report in reports:
+            if name not in report.rows:
+                raise unknown(f"row of workload {report.workload}", name, report.rows)
+        cells = [
+            against(report.rows[name], report.rows.get("central"), "cpu_seconds")
+            for report in reports
+        ]
+        lines.append(f"| {' | '.join((label(name, reports[0].rows[name]), *cells))} |")
+    return "\n".join(lines)
 
 
 def table(report: Report) -> str:
@@ -119,31 +137,3 @@ def label(name: str, row: Mapping[str, object]) -> str:
     facts = row.get("facts")
     versions = facts.get("versions") if isinstance(facts, Mapping) else None
     return LABELS.get(name, name).format(**versions if isinstance(versions, Mapping) else {})
-
-
-def replace_between_marks(text: str, new: str) -> str:
-    """Put ``new`` between the marks of a document.
-
-    Raises:
-        ConfigError: If the marks are not there once each, in order.
-    """
-    before, mark, rest = text.partition(BEGIN)
-    _, last, after = rest.partition(END)
-    if not mark or not last:
-        raise ConfigError(f"the document needs the lines {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
-
-
-@reported
-def main(words: list[str]) -> int:
-    """Print the tables of a folder, or write them into a document."""
-    made = tables(Path(words[0] if words else "experiments/results/bench"))
-    for document in map(Path, words[1:2]):
-        document.write_text(replace_between_marks(document.read_text(), made))
-    if len(words) < 2:
-        print(made)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

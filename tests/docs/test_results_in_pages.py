@@ -57,6 +57,8 @@ def test_studies_stand_side_by_side(results: Path) -> None:
         ("table c/table.md", "run its study first"),
         ("table a/table.md: loss", "no column begins with 'loss'"),
         ("beside table.md: accuracy", "wanted"),
+        ("bench", "holds no figures"),
+        ("bench A: vectorised", "holds no figures"),
     ],
 )
 def test_what_is_not_there_is_named(results: Path, head: str, said: str) -> None:

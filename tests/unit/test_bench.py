@@ -24,8 +24,7 @@ from experiments.bench.launch import environment, interpreter, run_peer
 from experiments.bench.report import Report
 from experiments.bench.rows import BUILDERS, Case
 from experiments.bench.stations import profile
-from experiments.bench.table import BEGIN, END, replace_between_marks, tables
-from experiments.bench.table import main as table_main
+from experiments.bench.table import side_by_side, tables
 from experiments.bench.timing import training_loss
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import PEERS, WORKLOADS, Workload, mlp, vectors
@@ -177,10 +176,6 @@ def test_the_table_names_versions_and_ratios(tmp_path: Path) -> None:
     assert row == "| Flower 1.42.0, Ray 2.55.1, 2 actors | 0.5 | 1.5 | 2000 | 300 | 150 |"
     assert made.index("central") < made.index("`vectorised`") < made.index("pfl 0.6.0")
     assert "P, 2 cores; torch 2, 1 thread a process; revision abc." in made
-    text = replace_between_marks(f"a\n{BEGIN}\nold\n{END}\nb", "new")
-    assert text == f"a\n{BEGIN}\nnew\n{END}\nb"
-    with pytest.raises(ConfigError, match="needs the lines"):
-        replace_between_marks("none", "new")
     with pytest.raises(ConfigError, match="holds no figures"):
         tables(tmp_path / "nowhere")
 
@@ -313,18 +308,15 @@ def test_a_file_that_is_no_report_is_refused(text: str, tmp_path: Path) -> None:
         Report.read(tmp_path / "B.json")
 
 
-def test_the_tables_go_into_a_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_several_workloads_stand_side_by_side(tmp_path: Path) -> None:
     Report("A", ROWS, {}, {}).write(tmp_path)  # type: ignore[arg-type]
-    document = tmp_path / "page.md"
-    document.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
-    assert table_main([str(tmp_path), str(document)]) == 0
-    assert document.read_text() == f"before\n{BEGIN}\n{tables(tmp_path)}\n{END}\nafter\n"
-    assert capsys.readouterr().out == ""
-    assert table_main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out == tables(tmp_path) + "\n"
-    document.write_text("no marks")
-    assert table_main([str(tmp_path), str(document)]) == 1
-    assert "needs the lines" in capsys.readouterr().err
+    slower = ROWS | {"central": {**ROWS["central"], "cpu_seconds": 0.01}}
+    Report("C", slower, {}, {}).write(tmp_path)  # type: ignore[arg-type]
+    made = side_by_side(tmp_path, ["A", "C"], ["vectorised", "flower"])
+    assert "| CPU s / central | 100 clients, MLP 64-128-10 | 1,000 clients, MLP" in made
+    assert "| Flower 1.42.0, Ray 2.55.1, 2 actors | 300 | 150 |" in made
+    with pytest.raises(ConfigError, match="row of workload A"):
+        side_by_side(tmp_path, ["A"], ["nothing"])
 
 
 def test_bad_words_end_with_a_status_and_help_is_printed(
