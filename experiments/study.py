@@ -2,9 +2,10 @@
 
 A study names a preset, the rows to compare, one grid that every row is tuned on (on a validation
 split), and the seeds of the final runs; without ``tune`` all rows have the grid's one value, and
-``--tuned-by`` takes what another study has tuned, of the same rows on a like task. Every
-run that ends adds one line to ``runs.jsonl``; started again, the study goes on where it stopped.
-``fedraclora compare experiment=STUDY`` does the same and makes a leaderboard of it.
+``--tuned-by`` takes what another study has tuned, of the same rows on a like task. ``--tuning``
+gives overrides to the tuning runs alone. Every run that ends adds one line to ``runs.jsonl``;
+started again, the study goes on where it stopped. ``fedraclora compare experiment=STUDY`` does the
+same and makes a leaderboard of it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs")
     parser.add_argument("--metric", help="in place of the study's own")
+    parser.add_argument(
+        "--tuning", nargs="+", default=[], metavar="KEY=VALUE", help="of the tuning runs alone"
+    )
     parser.add_argument("--tuned-by", metavar="FOLDER", type=Path, help="take that study's values")
     parser.add_argument("--out", type=Path, help="default: experiments/results/<name>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -32,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or Path(__file__).parent / "results" / arguments.study.stem
     try:
-        study = Study.read(arguments.study, arguments.overrides, arguments.metric)
+        study = Study.read(arguments.study, arguments.overrides, arguments.metric, arguments.tuning)
         if source := arguments.tuned_by:
             other = Study.read(source / "study.yaml")
             study = tuned_by(study, other, read_lines(source / "runs.jsonl"), source)

@@ -73,22 +73,35 @@ class Study:
     fixed: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path, overrides: Sequence[str] = (), metric: str | None = None) -> Study:
-        """Read a study.
+    def read(
+        cls,
+        path: Path,
+        overrides: Sequence[str] = (),
+        metric: str | None = None,
+        tuning: Sequence[str] = (),
+    ) -> Study:
+        """Read a study; what is given beside its file becomes part of `text`.
 
         Args:
             path: The YAML file.
-            overrides: Of all runs, after the file's own; they become part of `text`.
-            metric: In place of the file's own; the same.
+            overrides: Of all runs, after the file's own.
+            metric: In place of the file's own.
+            tuning: Overrides of the tuning runs, after the file's own.
 
         Raises:
-            ConfigError: If it is no YAML mapping, or keys are missing or unknown.
+            ConfigError: If it is no YAML mapping, or keys are missing or unknown; or there are
+                overrides of tuning runs, and it tunes nothing.
         """
         if not path.is_file():
             raise ConfigError(f"there is no study {path}; see experiments/studies")
         study = cls.parse(path.read_text(), path, {})
         if overrides:
             study = study.changed(overrides=[*study.overrides, *overrides])
+        if tuning:
+            if study.tune is None:
+                raise ConfigError(f"{path} tunes nothing, but has {' '.join(tuning)} for tuning")
+            own = _list(study.tune["overrides"])
+            study = study.changed(tune={**study.tune, "overrides": [*own, *tuning]})
         return study if metric is None else study.changed(metric=metric)
 
     def changed(self, **keys: object) -> Study:

@@ -82,6 +82,19 @@ def test_words_of_the_command_line_join_every_job_and_the_text(tmp_path: Path) -
     assert Study.read(tmp_path / "b.yaml").overrides == ["partition.alpha=0.05"]
 
 
+def test_words_for_tuning_join_the_tuning_runs_alone_and_the_text(tmp_path: Path) -> None:
+    study(tmp_path)
+    plan = Study.read(tmp_path / "a.yaml", tuning=["rounds=9"])
+    (tmp_path / "b.yaml").write_text(plan.text)
+    for read in (plan, Study.read(tmp_path / "b.yaml")):
+        assert read.jobs("tune", "ours", [0.1])[0].overrides[-3] == "rounds=9"
+        assert "rounds=9" not in read.jobs("final", "ours", [0.1])[0].overrides
+    untuned = TEXT.replace("tune:", "target: 1 #").replace("values: [0.1, 0.4]", "values: [0.1]")
+    (tmp_path / "c.yaml").write_text(untuned)
+    with pytest.raises(ConfigError, match="tunes nothing, but has rounds=9"):
+        Study.read(tmp_path / "c.yaml", tuning=["rounds=9"])
+
+
 def test_a_row_may_scale_the_grid(tmp_path: Path) -> None:
     plan = study(tmp_path, TEXT.replace("refine: [0.5]", "scale: {full: 0.01}") + "  full: []\n")
     assert plan.values("ours") == [0.1, 0.4]
