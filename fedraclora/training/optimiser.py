@@ -112,6 +112,11 @@ class LocalConfig:
                 raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, 1)")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("local.nesterov=true needs local.momentum above 0")
+        if self.momentum and self.optimiser != "sgd":
+            raise ConfigError(
+                f"local.momentum is {self.momentum}, but it is that of sgd, and local.optimiser is "
+                f"{self.optimiser}; take local=momentum, or leave it at 0"
+            )
         refuse_together(self.adjust, self.precondition, self.optimiser, self.gate_penalty)
 
     def _check_moments(self) -> None:
