@@ -22,6 +22,8 @@ OPTIMISERS = ("sgd", "adamw", "lora_rite")
 MOMENTS = ("round", "link", "run")
 LEAST = dict.fromkeys(("epochs", "steps", "batch_size", "warmup"), 0)
 LEAST |= dict.fromkeys(("step_every", "restart_every"), 1)
+BELOW = dict.fromkeys(("prox", "weight_decay", "final", "step_factor"), math.inf)
+BELOW |= dict.fromkeys(("momentum", "beta1", "beta2"), 1)
 
 
 @dataclass(frozen=True)
@@ -102,20 +104,14 @@ class LocalConfig:
             if number is not None and number < least:
                 every = "0 (all)" if key == "batch_size" else least
                 raise ConfigError(f"local.{key} is {number}; {every} or more is wanted")
-        for key in ("prox", "weight_decay", "final", "step_factor"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ConfigError(
-                    f"local.{key} is {getattr(self, key)}; a finite number, 0 or more, is wanted"
-                )
-        for key in ("momentum", "beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, 1)")
+        for key, end in BELOW.items():
+            if not 0 <= getattr(self, key) < end:
+                raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, {end})")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("local.nesterov=true needs local.momentum above 0")
         if self.momentum and self.optimiser != "sgd":
             raise ConfigError(
-                f"local.momentum is {self.momentum}, but it is that of sgd, and local.optimiser is "
-                f"{self.optimiser}; take local=momentum, or leave it at 0"
+                f"local.momentum is {self.momentum}: sgd's; leave it at 0 for {self.optimiser}"
             )
         refuse_together(self.adjust, self.precondition, self.optimiser, self.gate_penalty)
 

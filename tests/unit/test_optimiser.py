@@ -179,6 +179,11 @@ NAN, INF = float("nan"), float("inf")
         ({"momentum": 1.0}, "local.momentum is 1.0; it must lie in [0, 1)"),
         ({"momentum": NAN}, "local.momentum is nan"),
         ({"nesterov": True}, "local.nesterov=true needs local.momentum above 0"),
+        (
+            {"momentum": 0.8, "optimiser": "adamw"},
+            "local.momentum is 0.8: sgd's; leave it at 0 for adamw",
+        ),
+        ({"momentum": 0.8, "optimiser": "lora_rite"}, "leave it at 0 for lora_rite"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(changes: dict[str, Any], words: str) -> None:
