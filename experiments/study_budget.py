@@ -6,6 +6,7 @@ measured round that is within the budget: nothing is interpolated.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
@@ -32,9 +33,10 @@ def traffic(point: Row) -> float:
 def budgets(study: Study, done: Mapping[str, Plain]) -> Table | None:
     """Compare the rows whose final runs are all there; None where there are no two of them.
 
-    With a ``reference`` in the study, the last column is the uplink at which a run first was as
-    good as the mean final run of the reference, over the reference's whole uplink: mean and
-    standard deviation over the seeds that got there.
+    With a ``reference`` in the study, two more columns hold the rows against it: the mean
+    difference of final runs seed by seed, with its standard error; and the uplink at which a run
+    first was as good as the mean final run of the reference, over the reference's whole uplink,
+    as mean and standard deviation over the seeds that got there.
 
     Args:
         study: The study.
@@ -57,6 +59,8 @@ def budgets(study: Study, done: Mapping[str, Plain]) -> Table | None:
             points = [_last_within(curve, way, least[way]) for curve in runs]
             record[titles[way]] = _spread(points, study.metric)
         if study.reference in curves:
+            against = _difference(finals[row], finals[study.reference], study.metric)
+            record[f"less {study.reference}, ± standard error"] = against
             goal = statistics.fmean(score(x, study.metric) for x in finals[study.reference])
             whole = statistics.fmean(uplink(curve[-1]) for curve in curves[study.reference])
             record[f"uplink to {goal:.4f} / that of {study.reference}"] = _share(
@@ -77,6 +81,15 @@ def _spread(points: Sequence[Row], metric: str) -> str:
     scores = [score(point, metric) for point in points]
     spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
     return f"{statistics.fmean(scores):.4f}{spread}"
+
+
+def _difference(lines: Sequence[Plain], others: Sequence[Plain], metric: str) -> str:
+    """Mean difference of runs of the same seeds, and its standard error; the seeds stand alike."""
+    if lines is others:
+        return ""
+    found = [score(x, metric) - score(y, metric) for x, y in zip(lines, others, strict=True)]
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    return f"{statistics.fmean(found):+.4f} ± {error:.4f}"
 
 
 def _share(curves: Sequence[Curve], metric: str, goal: float, whole: float) -> str:
