@@ -20,7 +20,7 @@ from experiments.study_table import (
     score,
     tuned_value,
 )
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, unknown
 from fedraclora.ledger import Row
 from fedraclora.method import Method
 from fedraclora.schema import bind
@@ -124,7 +124,7 @@ def best_rows(study: Study, results: Path) -> Study:
         results: The folder of all results.
 
     Raises:
-        ConfigError: If the other study has not run to its end.
+        ConfigError: If the other study has not run to its end, or the reference is none of them.
     """
     if study.best is None:
         return study
@@ -138,6 +138,8 @@ def best_rows(study: Study, results: Path) -> Study:
     beside, without = (_names(said.get(key, [])) for key in ("beside", "without"))
     fit = [e.row for e in ranked if not e.personal and e.row not in {*beside, *without}]
     kept = [*fit[: int(str(said["rows"]))], *beside]
+    if study.reference not in {None, *kept}:
+        raise unknown("row as reference", study.reference, kept)
     return study.changed(more={row: list(other.rows[row]) for row in kept}, only=kept)
 
 

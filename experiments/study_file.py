@@ -188,7 +188,8 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
         for row in group or ():
             if row not in loaded["rows"]:
                 raise unknown(f"row of {key}", row, loaded["rows"])
-    if loaded.get("reference") not in {None, *loaded["rows"]}:
+    # Where rows come from another study, that is known once they are there (`best_rows`).
+    if "best" not in loaded and loaded.get("reference") not in {None, *loaded["rows"]}:
         raise unknown("row as reference", loaded["reference"], loaded["rows"])
     if extra := set(loaded.get("tune") or ()) - {"seeds", "overrides", "by"}:
         raise unknown("key of tune", min(extra), ("seeds", "overrides", "by"))

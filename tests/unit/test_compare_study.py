@@ -121,6 +121,12 @@ def test_a_study_takes_the_best_rows_of_another(ran: Path, tmp_path: Path) -> No
     assert list(study.rows) == ["fedkrso", "fedavg_lora"]
     assert study.rows["fedkrso"] == ["method=fedkrso", "method.rank=2"]
     assert Study.parse(study.text, path, {}).rows == study.rows
+    path.write_text(f"{text}reference: fedavg_lora\n")
+    assert chosen(path, {}, [], results=ran).reference == "fedavg_lora"
+    assert chosen(path, {"methods": "fedkrso"}, [], results=ran).reference is None
+    path.write_text(f"{text}reference: fedkrsu\n")
+    with pytest.raises(ConfigError, match="row as reference 'fedkrsu'; did you mean 'fedkrso'"):
+        chosen(path, {}, [], results=ran)
     (tmp_path / "half").mkdir()
     for name in ("study.yaml", "runs.jsonl"):
         (tmp_path / "half" / name).write_text((ran / "out" / name).read_text())
