@@ -8,6 +8,7 @@ back in their places, is the same where it counts, and zero elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,10 +55,11 @@ def packed_linear(
         [N, T, m].
     """
     N, T, n = x.shape
-    rows: torch.Tensor = _Gather.apply(x.reshape(N * T, n), places)  # type: ignore[no-untyped-call]
-    out = F.linear(rows, weight, bias)
-    spread: torch.Tensor = _Scatter.apply(out, places, N * T)  # type: ignore[no-untyped-call]
-    return spread.reshape(N, T, -1)
+    # Some releases of torch type `apply` and some do not: with our own type both check alike.
+    gather: Callable[..., torch.Tensor] = _Gather.apply
+    scatter: Callable[..., torch.Tensor] = _Scatter.apply
+    out = F.linear(gather(x.reshape(N * T, n), places), weight, bias)
+    return scatter(out, places, N * T).reshape(N, T, -1)
 
 
 # Autograd's own way back from `index_select` adds row after row; no place comes twice here.
