@@ -11,8 +11,8 @@ from fedraclora.clientstore import ClientStore
 from fedraclora.downlink import opening_rows
 from fedraclora.method import Adapter, Downlink, Factor, Trained
 from fedraclora.recipe import RECIPES
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.moments import begin_moments, blank_moments
-from fedraclora.training.optimiser import LocalConfig
 from fedraclora.training.trial import Trial
 from fedraclora.training.variates import blank_variates, mean_gradients, moved_by, seen
 from fedraclora.tree import Layout, Tree

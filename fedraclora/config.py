@@ -36,7 +36,7 @@ from fedraclora.settings import (
     PretrainConfig,
     StopConfig,
 )
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import PRECISIONS
 
 DEVICES = ("auto", "cpu", "cuda")

@@ -22,7 +22,7 @@ from fedraclora.samples import Samples
 from fedraclora.task import Task, loss_function
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 from fedraclora.training.local_pairs import LocalGates, LocalRite, adjust_gradients
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.variates import add_own_variates
 from fedraclora.training.vmapped import adapted_weights, effective_weights

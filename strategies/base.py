@@ -28,7 +28,7 @@ from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, Stopwatch
 from fedraclora.sampling import client_weights
 from fedraclora.training.gates import pruned
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.steps import effective_step
 from fedraclora.tree import Tree
 from strategies.server.exchange import Exchange

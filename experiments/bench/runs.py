@@ -28,7 +28,7 @@ from fedraclora.settings import RayConfig
 from fedraclora.task import Task
 from fedraclora.training.chunking import plan_chunk
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import FLOAT32
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from experiments.theory.problems import Problem, problem
 from fedraclora.sketch import SKETCHES
 from fedraclora.theory import local_step_limit
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from strategies.fed_rac_lora import FedRacLora
 
 SCALE = 1.5  # s = alpha / r of every case, so that lr and the step in weight space differ

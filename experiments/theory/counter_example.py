@@ -22,7 +22,7 @@ from fedraclora.errors import ClientError
 from fedraclora.method import Method
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.task import Task
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg

@@ -15,7 +15,7 @@ from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook
 from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.server.loop import LoopConfig

@@ -12,7 +12,7 @@ from fedraclora.method import Downlink, Plan
 from fedraclora.robust.attack import Attack
 from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.trial import Trial
 from fedraclora.tree import Layout, Tree
 

@@ -19,8 +19,9 @@ from fedraclora.samples import ClientData
 from fedraclora.task import Task, forward, loss_function
 from fedraclora.training.gates import make_optimiser
 from fedraclora.training.gradients import clip_per_client, noisy_gradients, written_out_gradients
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import arrange, materialise
-from fedraclora.training.optimiser import CohortOptimiser, LocalConfig
+from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.training.pairs import Adjust, adjuster, pairs_of, preconditioner
 from fedraclora.training.precision import FLOAT32, check_precision, products_in
 from fedraclora.training.probe import GradientMean

@@ -32,8 +32,9 @@ from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
 from fedraclora.method import Downlink
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.lora_rite import CohortRite
-from fedraclora.training.optimiser import CohortOptimiser, LocalConfig
+from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.training.pairs import Pair
 from fedraclora.tree import Tree
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from fedraclora.method import Downlink
 from fedraclora.recipe import RECIPES
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 
 NOTHING = 1e-13  # of the largest eigenvalue: what float64 cannot tell from zero

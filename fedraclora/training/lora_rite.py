@@ -37,7 +37,8 @@ from __future__ import annotations
 import torch
 from typing_extensions import override
 
-from fedraclora.training.optimiser import CohortOptimiser, LocalConfig
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.training.pairs import Pair, gram
 from fedraclora.tree import Tree
 

@@ -22,7 +22,7 @@ from typing_extensions import override
 from fedraclora.downlink import Adapter, Downlink, Factor, Trained
 from fedraclora.samples import ClientData
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.optimiser import moment_kinds
+from fedraclora.training.localconfig import moment_kinds
 from fedraclora.training.program import OpenChunk
 from fedraclora.training.schedule import Batch
 from fedraclora.tree import Tree

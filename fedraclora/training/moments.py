@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 
 from fedraclora.method import Downlink
-from fedraclora.training.optimiser import LocalConfig, moment_kinds
+from fedraclora.training.localconfig import LocalConfig, moment_kinds
 from fedraclora.tree import Tree
 
 

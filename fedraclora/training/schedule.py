@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fedraclora.rng import cohort_permutations
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 
 
 class Batch(NamedTuple):

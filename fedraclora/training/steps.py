@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedraclora.method import Downlink, Sketched
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 
 
 def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) -> dict[str, float]:

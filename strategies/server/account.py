@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedraclora.privacy.sample_level import SampleNoise
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from strategies.server.rows import Row
 
 Sizes = Callable[[torch.Tensor], torch.Tensor]

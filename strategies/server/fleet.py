@@ -13,7 +13,7 @@ from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Method
 from fedraclora.ranks import check_ranks, uploaded_numbers
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.wire import DTYPES, payload_bytes
 from strategies.server.loop import LoopConfig
 

@@ -17,7 +17,7 @@ from fedraclora.aggregate import Uplinks
 from fedraclora.downlink import opening_rows
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.variates import blank_variates, mean_gradients, moved_by, seen
 from fedraclora.transport import held_beside
 from fedraclora.tree import Layout, Tree

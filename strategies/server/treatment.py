@@ -18,7 +18,7 @@ from fedraclora.privacy.secret import Secret
 from fedraclora.robust.attack import Attack
 from fedraclora.runbook import RunBook
 from fedraclora.server_optimiser import ServerOptimiser
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies.server.account import SampleAccount, Sizes
 from strategies.server.exchange import Exchange

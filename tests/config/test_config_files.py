@@ -19,7 +19,7 @@ from fedraclora.config import RunConfig, from_plain
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import DataError
 from fedraclora.settings import ENGINES, EvaluateConfig, OutputConfig, PretrainConfig
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from strategies import METHODS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

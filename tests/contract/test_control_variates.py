@@ -36,7 +36,7 @@ from fedraclora.sampling import draw_cohort
 from fedraclora.server_optimiser import Momentum
 from fedraclora.task import LOSSES
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.wire import payload_bytes
 from strategies.server.treatment import Treatment
 

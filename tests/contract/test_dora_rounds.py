@@ -39,7 +39,7 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.server_optimiser import Momentum
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.wire import Order, pack_downlink, unpack_downlink
 from strategies.buffered import BufferedStrategy

@@ -36,7 +36,7 @@ from fedraclora.checkpoint import read_links
 from fedraclora.errors import CheckpointError
 from fedraclora.method import Method
 from fedraclora.runbook import weights_at
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from strategies import METHODS
 
 Variant = tuple[str, dict[str, Any]]

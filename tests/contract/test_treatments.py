@@ -25,7 +25,7 @@ from fedraclora.method import Cohort, Draw
 from fedraclora.robust.attack import ALittleIsEnough, Attack, SignFlip
 from fedraclora.robust.attacked import AttackedTrainer
 from fedraclora.robust.rules import GeometricMedian, Krum, Median, MultiKrum, NormBound, TrimmedMean
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 
 Variant = tuple[str, dict[str, Any]]
 every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)

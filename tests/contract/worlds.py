@@ -39,7 +39,7 @@ from fedraclora.runbook import RunBook
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.task import LOSSES, Task
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.wire import uplink_layout
 from strategies import METHODS

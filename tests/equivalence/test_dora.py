@@ -42,7 +42,7 @@ from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Draw, Sketched, Trained
 from fedraclora.samples import Partitioned
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Layout, Tree
 from strategies.wrappers.dora import Dora

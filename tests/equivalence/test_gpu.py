@@ -31,8 +31,8 @@ from fedraclora.method import Cohort, Draw
 from fedraclora.samples import Partitioned
 from fedraclora.training.chunking import FREE_SHARE
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import LiveTensors, measure
-from fedraclora.training.optimiser import LocalConfig
 from fedraclora.training.trial import Trial
 from fedraclora.tree import Tree, digest
 from strategies import METHODS

@@ -27,7 +27,7 @@ from fedraclora.samples import ClientData
 from fedraclora.sampling import draw_cohort
 from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from strategies import METHODS
 from strategies.fed_rac_lora import FedRacLora
 

@@ -31,7 +31,7 @@ from fedraclora.aggregate import Uplinks
 from fedraclora.method import Adapter, Cohort, Downlink, Draw, Frozen, Method, Sketched, Trained
 from fedraclora.ranks import trainable
 from fedraclora.sampling import draw_cohort
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout
 
 RANKS = torch.tensor([1, 3, 2, 9, 1, 2])  # of each client; the method's rank is 3

@@ -19,7 +19,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.sketch import SKETCHES
 from fedraclora.task import Task, squared_error
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.fed_rac_lora import FedRacLora

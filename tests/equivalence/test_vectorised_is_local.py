@@ -49,7 +49,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.task import IGNORED_TOKEN, Task
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.program import Program
 from fedraclora.tree import Layout, Tree
 from strategies import METHODS

@@ -19,7 +19,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.wire import Order, pack_downlink, unpack_trial, uplink_layout
 
 CLIENTS = torch.tensor([0, 1, 2])

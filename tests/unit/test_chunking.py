@@ -22,8 +22,8 @@ from fedraclora.task import Task
 from fedraclora.training import chunking
 from fedraclora.training.chunking import FREE_SHARE, PROCESS_BYTES, ChunkPlan, budget_of, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import MemoryModel, measure
-from fedraclora.training.optimiser import LocalConfig
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
 

@@ -22,7 +22,7 @@ from fedraclora.settings import (
     PretrainConfig,
     RayConfig,
 )
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from strategies import METHODS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

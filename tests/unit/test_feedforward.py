@@ -19,7 +19,7 @@ from fedraclora.task import LOSSES, SLOPES, Task
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.feedforward import FeedForward, written_out
 from fedraclora.training.gradients import written_out_gradients
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.program import OpenChunk
 from fedraclora.training.stages import THIN
 

@@ -9,7 +9,7 @@ from fedraclora.aggregate import Uplinks
 from fedraclora.method import Adapter, Downlink, Trained
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.gates import CohortGates, pruned
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.pairs import Pair
 from fedraclora.tree import Layout, Tree
 

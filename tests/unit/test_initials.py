@@ -20,7 +20,7 @@ from fedraclora.samples import Partitioned, Samples
 from fedraclora.sketch import SketchSpec
 from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies import METHODS
 from strategies.fed_sb import FedSb

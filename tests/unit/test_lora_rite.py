@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedraclora.rng import generator, torch_normal
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.lora_rite import CohortRite, negligible, polar
-from fedraclora.training.optimiser import LocalConfig
 from fedraclora.training.pairs import Pair
 from fedraclora.tree import Tree
 

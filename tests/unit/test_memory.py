@@ -29,8 +29,8 @@ from fedraclora.samples import Partitioned, Samples
 from fedraclora.task import Task
 from fedraclora.training import memory
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import LiveTensors, MemoryModel, longest, measure, owned
-from fedraclora.training.optimiser import LocalConfig
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree, digest
 from strategies import METHODS

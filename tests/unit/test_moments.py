@@ -13,8 +13,9 @@ from fedraclora.downlink import Adapter, Downlink, Sketched, Trained
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.moments import begin_moments, blank_moments, largest
-from fedraclora.training.optimiser import CohortOptimiser, LocalConfig
+from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
 
 A = Sketched(SketchSpec("gaussian", "right", 2, 7, seed=3, index=0))

@@ -13,7 +13,8 @@ from torch import nn
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.gradients import clip_per_client
-from fedraclora.training.optimiser import CohortOptimiser, LocalConfig
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
 
 SETTINGS: list[dict[str, Any]] = [
@@ -181,9 +182,12 @@ NAN, INF = float("nan"), float("inf")
         ({"nesterov": True}, "local.nesterov=true needs local.momentum above 0"),
         (
             {"momentum": 0.8, "optimiser": "adamw"},
-            "local.momentum is 0.8: sgd's; leave it at 0 for adamw",
+            "local.momentum is 0.8, which adamw makes no use of; it is for sgd: leave it at 0.0",
         ),
-        ({"momentum": 0.8, "optimiser": "lora_rite"}, "leave it at 0 for lora_rite"),
+        ({"momentum": 0.8, "optimiser": "lora_rite"}, "which lora_rite makes no use of"),
+        ({"beta1": 0.5}, "which sgd makes no use of; it is for adamw and lora_rite"),
+        ({"beta2": 0.9}, "local.beta2 is 0.9"),
+        ({"eps": 1e-6}, "leave it at 1e-08"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(changes: dict[str, Any], words: str) -> None:

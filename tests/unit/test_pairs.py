@@ -13,7 +13,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.method import Adapter, Downlink, Factor, Frozen, Trained
 from fedraclora.recipe import projected
 from fedraclora.rng import generator, torch_normal
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.pairs import (
     Pair,
     adjuster,

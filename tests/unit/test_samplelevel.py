@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.schema import build
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from strategies.server.account import SampleAccount
 
 VALID = torch.tensor([[True, True, True], [True, True, False]])

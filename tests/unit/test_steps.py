@@ -7,7 +7,7 @@ import torch
 
 from fedraclora.method import Adapter, Downlink, Factor, Sketched, Trained
 from fedraclora.sketch import SketchSpec
-from fedraclora.training.optimiser import LocalConfig
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.steps import effective_step
 
 
