@@ -58,7 +58,7 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
     left.invert_yaxis()
     label_axes(left, metric, "")
     kinds = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
-    left.legend(kinds.values(), kinds.keys(), loc="upper left", frameon=False, fontsize=9)
+    figure.legend(kinds.values(), kinds.keys(), loc="outside lower center", ncols=2, frameon=False)
     label_axes(right, "uplink of all clients (MB)", metric)
     make_logarithmic(right, "x")
     write_png(figure, path)
