@@ -9,6 +9,8 @@ from pathlib import Path
 
 from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
 
+LABEL_HEIGHT = 0.14  # of the number beside a point, inches
+
 
 @dataclass(frozen=True)
 class Entrant:
@@ -46,8 +48,11 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
         kind = "exact" if entrant.exact else "not exact"
         left.errorbar(entrant.mean, place, xerr=spread, capsize=3, label=kind, **look)
         right.errorbar(entrant.uplink, entrant.mean, yerr=spread, capsize=3, **look)
+    low, high = right.get_ylim()
+    near = (high - low) * LABEL_HEIGHT / (figure.get_figheight() - 1.5)
+    for entrant, places in clusters(entrants, near):
         right.annotate(
-            str(place + 1),
+            places,
             (entrant.uplink, entrant.mean),
             xytext=(5, 3),
             textcoords="offset points",
@@ -62,3 +67,34 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
     label_axes(right, "uplink of all clients (MB)", metric)
     make_logarithmic(right, "x")
     write_png(figure, path)
+
+
+def clusters(entrants: Sequence[Entrant], near: float) -> list[tuple[Entrant, str]]:
+    """Give the points that want a label of their own, and the places that stand at each of them.
+
+    Args:
+        entrants: The best first.
+        near: Points of about the same uplink whose means differ by no more share a label, such as
+            "5, 6, 8-13"; their own would stand one over the other.
+    """
+    found: list[tuple[Entrant, list[int]]] = []
+    for place, entrant in enumerate(entrants, 1):
+        for first, places in found:
+            alike = math.isclose(first.uplink, entrant.uplink, rel_tol=0.1)
+            if alike and abs(first.mean - entrant.mean) <= near:
+                places.append(place)
+                break
+        else:
+            found.append((entrant, [place]))
+    return [(first, _ranges(places)) for first, places in found]
+
+
+def _ranges(places: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][-1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    short = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return ", ".join(short)

@@ -4,6 +4,7 @@ import math
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from fedraclora.errors import ShapeError
 from fedraclora.ledger import Row
 from fedraclora.plots import (
+    Entrant,
     compare_figure,
     comparison,
     curves,
@@ -20,6 +22,7 @@ from fedraclora.plots import (
     partition,
     run,
 )
+from fedraclora.plots.leaderboard import clusters
 from fedraclora.rng import generator
 
 
@@ -214,3 +217,21 @@ def test_no_figure_goes_through_pyplot(tmp_path: Path) -> None:
     words = [sys.executable, "-c", code, str(tmp_path / "curves.png")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_points_of_a_leaderboard_that_touch_share_a_label() -> None:
+    """Nearer than a label is tall, at about the same uplink: one label, at the best of them."""
+    means = [0.95, 0.91, 0.909, 0.905, 0.902, 0.5]
+    uplinks = [400.0, 34.0, 33.0, 35.0, 80.0, 34.0]
+    board = [
+        Entrant(label=f"m{i}", mean=mean, spread=0.0, uplink=uplink, exact=True)
+        for i, (mean, uplink) in enumerate(zip(means, uplinks, strict=True))
+    ]
+    found = [(first.label, places) for first, places in clusters(board, near=0.01)]
+    assert found == [("m0", "1"), ("m1", "2-4"), ("m4", "5"), ("m5", "6")]
+    both = [replace(board[0], uplink=34.0, mean=0.911), *board[1:4]]
+    assert [places for _, places in clusters(both, near=0.0015)] == ["1, 2", "3", "4"]
+    assert [places for _, places in clusters([*board[1:3], board[4], board[3]], 0.01)] == [
+        "1, 2, 4",
+        "3",
+    ]
