@@ -1,6 +1,6 @@
 """What a byte buys: the rows of a study at equal uplink, equal traffic and equal local steps.
 
-The budgets are those of the row that used least in all its rounds. A run counts with its last
+The budgets are what the run that used least used in all its rounds. A run counts with its last
 measured round that is within the budget: nothing is interpolated.
 """
 

@@ -142,13 +142,9 @@ def table(study: Study, done: Mapping[str, Plain]) -> list[dict[str, object]]:
                 "std": round(statistics.stdev(scores), 4) if stable else float("nan"),
                 **_beside(study, row, scores, lines),
                 "uplink floats": lines[0]["uplink_floats"],
-                "uplink MB": round(float(str(lines[0]["uplink_total"])) / 1e6, 2),
-                "downlink MB with catch-up": round(
-                    statistics.mean(float(str(x["downlink_total"])) for x in lines) / 1e6, 2
-                ),
-                "aggregation error": round(
-                    statistics.mean(float(str(x["aggregation_error"])) for x in lines), 4
-                ),
+                "uplink MB": round(_mean(lines, "uplink_total") / 1e6, 2),
+                "downlink MB with catch-up": round(_mean(lines, "downlink_total") / 1e6, 2),
+                "aggregation error": round(_mean(lines, "aggregation_error"), 4),
             }
         )
     return found
@@ -165,9 +161,14 @@ def _beside(study: Study, row: str, scores: list[float], lines: list[Plain]) -> 
     if len(best) == len(lines):
         at_best = [score(b, study.metric) for b in best]
         found["at the best round"] = round(statistics.fmean(at_best), 4)
-        found["best round"] = round(statistics.fmean(number(b, "round") for b in best), 1)
-        found["rounds"] = round(statistics.fmean(number(x, "rounds") for x in lines), 1)
+        found["best round"] = round(_mean(best, "round"), 1)
+        found["rounds"] = round(_mean(lines, "rounds"), 1)
     return found
+
+
+def _mean(lines: Sequence[Plain], key: str) -> float:
+    """Give the mean over runs: seeds whose clients have other data send other numbers of bytes."""
+    return statistics.fmean(number(line, key) for line in lines)
 
 
 def cost(done: Mapping[str, Plain]) -> str:
