@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
+from fedraclora.errors import ShapeError
 from fedraclora.tree import Layout, Tree
 
 GENERATIONS = 2
@@ -45,8 +46,17 @@ class ClientStore:
 
         Returns:
             Tensors [K, ...] by name.
+
+        Raises:
+            ShapeError: If clients hold tensors of other names or shapes: numbers that came from
+                one tensor are none of another's.
         """
-        layout = Layout.of(default)
+        layout, held = Layout.of(default), self._layout
+        if held is not None and held != layout:
+            raise ShapeError(
+                f"clients hold {dict(held.shapes)} from earlier rounds, but in round {round_} "
+                f"{dict(layout.shapes)} is asked of them"
+            )
         first = layout.pack(default)
         rows = [self._before(client, round_, first) for client in clients.tolist()]
         return layout.unpack(torch.stack(rows))

@@ -223,7 +223,7 @@ def shape_gradients(
     for name, gradient in hook(gradients).items():
         values[name].grad = gradient[0]
     adjust_gradients(local, downlink, values, frozen)
-    if local.clip is not None:
+    if local.clip is not None and RECIPES[downlink.recipe].steps:
         nn.utils.clip_grad_norm_(list(values.values()), local.clip)
 
 

@@ -52,6 +52,7 @@ class Traits:
         looks_at_clients: It reports on single clients where their updates are there.
         step: The server's step, in `exact`.
         rescales: The effective weights are not the base and what is added to it.
+        varies: What clients train differs from round to round, so nothing of it lives on there.
     """
 
     exact: bool
@@ -62,6 +63,7 @@ class Traits:
     looks_at_clients: bool = False
     step: float = 1.0
     rescales: bool = False
+    varies: bool = False
 
 
 @dataclass(frozen=True)

@@ -224,18 +224,21 @@ class Recipe:
             rank budgets.
         steps: Whether clients take local steps; False: they send the mean of their gradients, and
             stay where they are (`fedraclora.training.probe`).
+        fixes: Whether some entries of what is trained have no gradient, ever: they stay as they
+            are, unless something else than a gradient moves them.
     """
 
     gradient: Callable[[Tree, Arguments, torch.Tensor | None], GradientHook] = no_hook
     steps: bool = True
+    fixes: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
     "plain": Recipe(),
     "projected": Recipe(gradient=projected),
-    "block_diagonal": Recipe(gradient=block_diagonal),
+    "block_diagonal": Recipe(gradient=block_diagonal, fixes=True),
     "in_turn": Recipe(gradient=in_turn),
-    "sparse": Recipe(gradient=sparse),
+    "sparse": Recipe(gradient=sparse, fixes=True),
     "galore": Recipe(gradient=galore),
     "gradient": Recipe(steps=False),
 }

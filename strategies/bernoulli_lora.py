@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
@@ -65,12 +65,16 @@ class BernoulliLora(Method):
     def round_method(self, round_: int) -> FedRacLora:
         """Give the method of one round: Fed-RAC-LoRA with the side that the coin says."""
         left = generator(self.coins, "coin", round_).random() < self.probability
+        return self.sided("left" if left else "right")
+
+    def sided(self, side: str) -> FedRacLora:
+        """Give Fed-RAC-LoRA with one of the two sides."""
         return FedRacLora(
             rank=self.rank,
             alpha=self.alpha,
             rslora=self.rslora,
             sketch=self.sketch,
-            side="left" if left else "right",
+            side=side,
             normalise=self.normalise,
             cap=self.cap,
         )
@@ -78,11 +82,14 @@ class BernoulliLora(Method):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=True, ranks=True)
+        return Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        return self.round_method(1).init(base, plan, draw)
+        chances = {"left": self.probability, "right": 1 - self.probability}
+        states = [self.sided(s).init(base, plan, draw) for s, chance in chances.items() if chance]
+        notes = dict.fromkeys(note for state in states for note in state.notes)
+        return replace(states[0], notes=tuple(notes))
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:

@@ -12,9 +12,10 @@ factor for k rounds and merges it when the sketch is drawn anew; None never does
   missed: r m numbers per link, at most m n; plus the carried factor where k > 1.
 - Aggregation: exact and linear, since the factor that is not averaged is the same everywhere; with
   ``server_lr`` the new weights go beyond that mean by a known factor.
-- ``sketches = G`` deals the cohort at random into G groups of equal size, and cuts one drawing of
-  G r rows into G parts: group g trains r columns under part g. Uplink as before, and G r m numbers
-  per link to catch up on. ``server_lr = G`` then takes in each column the mean of its group.
+- ``sketches = G`` deals the cohort at random into G groups as equal as can be, and cuts one drawing
+  of G r rows into G parts: group g trains r columns under part g. Uplink as before, and G r m
+  numbers per link to catch up on. ``server_lr = G`` then takes in each column the mean of its
+  group, where groups have equal weights. With fewer clients than groups some parts stay zero.
 - ``server_lr = eta``: W <- W + eta (mean of the clients' weights - W), biases and head included.
 - Rank budgets: client k trains the first r_k components and sends r_k m numbers (left: r_k n); the
   rest of a carried factor, which it downloads whole, stays as it is (`fedraclora.ranks`). Exact.
@@ -63,7 +64,7 @@ class FedRacLora(Asymmetric):
         normalise: ``rows``, ``identity`` or ``none`` (`fedraclora.sketch`).
         blocks: ``independent``, or ``cover`` (row blocks of one basis without replacement).
         resample_every: Rounds that a sketch lives; None = for ever.
-        density: Share of non-zero entries of ``sparse_sign``.
+        density: Share of non-zero entries, of ``sparse_sign`` alone.
         cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
         sketches: G, groups of the cohort, each under rows of its own; G r is at most the dimension.
         server_lr: eta, the server's step.
@@ -83,6 +84,11 @@ class FedRacLora(Asymmetric):
         check_link(self.side, self.resample_every)
         if not 0 < self.density <= 1:
             raise ConfigError(f"method.density is {self.density}; it must lie in (0, 1]")
+        if self.density != FedRacLora.density and self.sketch != "sparse_sign":
+            raise ConfigError(
+                f"method.density is {self.density}, but a sketch of kind {self.sketch} has no use "
+                f"for it; leave it at {FedRacLora.density}, or take method.sketch=sparse_sign"
+            )
         if not 0 < self.server_lr < math.inf:
             raise ConfigError(f"method.server_lr is {self.server_lr}; a positive number is wanted")
 

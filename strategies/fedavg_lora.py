@@ -32,7 +32,8 @@ from typing_extensions import override
 from fedraclora.aggregate import Uplinks
 from fedraclora.method import Downlink, Plan, State, Traits
 from strategies.shared.common import check_link, close_by_means, link_age
-from strategies.shared.factored import Factored, separate_means_error
+from strategies.shared.factored import Factored
+from strategies.shared.replies import separate_means_error
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank import Product, balanced_factors, stack_products
 from fedraclora.method import Traits
-from strategies.shared.factored import Conclusion, Factored, Replies
+from strategies.shared.factored import Conclusion, Factored
+from strategies.shared.replies import Replies
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class FedExLora(Factored):
     def conclude(self, replies: Replies) -> Conclusion:
         rest: Product | None = residual(replies)
         if rest is not None and self.residual_rank is not None:
-            rest = balanced_factors(*rest, self.residual_rank)
+            rest = balanced_factors(*rest, min(self.residual_rank, rest[0].shape[1]))
         return Conclusion(carried=replies.mean, merged=rest)
 
 

@@ -11,8 +11,9 @@
 - Server: one mean and a merge of 2 m n G r operations.
 - Source: *FedKRSO*, INFOCOM 2026, arXiv 2602.03019.
 - Departures: the rows of all P_j are one drawing, of unit length in expectation; the paper has
-  E[P_j^T P_j] = I (``normalise=identity``), whose stable steps are n / r times smaller. With
-  momentum a subspace goes on moving after its turn.
+  E[P_j^T P_j] = I (``normalise=identity``), whose stable steps are n / r times smaller. Under
+  momentum or weight decay a subspace goes on moving after its turn. A turn that no local step
+  reaches (G times the interval above the steps of a client) leaves zeros, which are sent.
 - Unverified: only the abstract and a summary were read: the number of subspaces, how clients
   choose among them, the interval, and whether they are ever drawn anew.
 """
@@ -85,9 +86,3 @@ class FedKrso(Asymmetric):
     @override
     def spec(self, state: State, name: str, draw: Draw) -> SketchSpec:
         return replace(super().spec(state, name, draw), index=0)  # the P_j are drawn once
-
-    @override
-    def scale_of(self, plan: Plan, name: str) -> float:
-        # E[P^T P] = I is that of all rows together, and each part has a G-th of it.
-        parts = self.sketches**0.5 if self.normalise == "identity" else 1.0
-        return super().scale_of(plan, name) * parts

@@ -24,7 +24,8 @@ from typing_extensions import override
 
 from fedraclora.lowrank import padded_to, truncated_product
 from fedraclora.method import Traits
-from strategies.shared.factored import Conclusion, Factored, Replies
+from strategies.shared.factored import Conclusion, Factored
+from strategies.shared.replies import Replies
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
     client k: local steps on B_k from B under A;   B_bar = sum_k p_k B_k
     B_bar A = U S V^T;   B <- U S,  A <- V^T;   effective weight W + s B A
 
-A keeps orthonormal rows. While B_bar has rank r they span what they did before: the SVD turns the
-basis, and no new direction enters.
+A keeps r orthonormal rows, and they span what they did before: the SVD turns the basis, and no new
+direction enters.
 
 - Uplink: r m numbers per matrix and client. Downlink: a seed in the first round, then r (m + n).
 - Aggregation: exact and linear: the rank of B_bar A is at most r, so that nothing is cut.
@@ -12,7 +12,8 @@ basis, and no new direction enters.
 - Source: Lee et al., *FedSVD: adaptive orthogonalization for private federated learning with LoRA*,
   NeurIPS 2025, arXiv 2505.12805.
 - Departures: the first A is drawn with orthonormal rows; the SVD goes through the factors, where
-  the public code forms the m x n product (the same result); the head follows the run's policy,
+  the public code forms the m x n product: the same result, but for rows that belong to no singular
+  value, which stay in the span of A here and lie anywhere there; the head follows the run's policy,
   where the public code freezes it at random values.
 """
 
@@ -20,11 +21,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
 from fedraclora.link import matrices
-from fedraclora.lowrank import padded_to, truncated_product
+from fedraclora.lowrank import Product, fix_signs
 from fedraclora.method import (
     Adapter,
     Cohort,
@@ -90,9 +92,7 @@ class FedSvd(Drawn):
         carried: Tree = {}
         terms = terms_of(sent.adapters, mean_factors(state, sent, mean))
         for name, term in terms.items():
-            B, A = matrices(term)
-            u, s, vt = truncated_product(B, A, len(A))
-            B, A = padded_to(u * s, vt, len(A))
+            B, A = turned_to_singular_vectors(*matrices(term))
             dtype = state.base[name].dtype
             carried |= {f"{name}/B": B.to(dtype), f"{name}/A": A.to(dtype)}
         link = Link({}, dense_means(state, mean))
@@ -107,3 +107,17 @@ class FedSvd(Drawn):
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         B, A = self.numbers(plan)
         return B + dense_floats(plan), A + B if round_ > 1 else 0
+
+
+def turned_to_singular_vectors(B: torch.Tensor, A: torch.Tensor) -> Product:
+    """Give U S, [m, r], and V^T, [r, n] with orthonormal rows, of B A; in float64.
+
+    Where B A has fewer than r singular values (m < r), more rows of A's span make V^T whole.
+    """
+    ql, rl = torch.linalg.qr(B.to(torch.float64))
+    qr, rr = torch.linalg.qr(A.to(torch.float64).mT)
+    u, s, vt = torch.linalg.svd(rl @ rr.mT, full_matrices=True)
+    left, right = fix_signs(ql @ u, vt[: len(s)] @ qr.mT)
+    more, _ = fix_signs(qr @ vt[len(s) :].mT, vt[len(s) :])
+    zeros = left.new_zeros(len(left), more.shape[1])
+    return torch.cat([left * s, zeros], dim=1), torch.cat([right, more.mT])

@@ -25,8 +25,9 @@ from typing_extensions import override
 
 from fedraclora.lowrank import balanced_factors
 from fedraclora.method import Traits
-from strategies.shared.factored import Conclusion, Factored, Replies
+from strategies.shared.factored import Conclusion, Factored
 from strategies.shared.initials import STARTS
+from strategies.shared.replies import Replies
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from typing import ClassVar
 from typing_extensions import override
 
 from fedraclora.method import Traits
-from strategies.shared.factored import Conclusion, Factored, Replies
+from strategies.shared.factored import Conclusion, Factored
+from strategies.shared.replies import Replies
 
 
 @dataclass(frozen=True)

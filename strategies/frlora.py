@@ -40,9 +40,9 @@ from fedraclora.method import (
 from fedraclora.tree import Tree
 from strategies.shared.common import closed, dense_floats, dense_means, dense_slots
 from strategies.shared.drawn import Ranked
-from strategies.shared.factored import separate_means_error
 from strategies.shared.initials import begin
 from strategies.shared.products import with_carried
+from strategies.shared.replies import separate_means_error
 
 
 @dataclass(frozen=True)

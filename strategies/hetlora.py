@@ -14,7 +14,8 @@
 - Departures: ranks are the budgets of the clients' devices and stay as they are: the penalty on
   trailing components and the pruning of ranks are left out. The scale is alpha / r for all. The
   norms multiply the run's aggregation weights; with ``weights=uniform`` they are the paper's alone.
-  Clients that send nothing but zeros are averaged by p_k.
+  Clients that send nothing but zeros are averaged by p_k. Components that no client of a round has
+  stay as they were: the mean of nothing but padding would be zero, in both factors and so for good.
 - Unverified: how the paper scales adapters of several ranks.
 """
 
@@ -28,8 +29,9 @@ from typing_extensions import override
 
 from fedraclora.lowrank import product_norm
 from fedraclora.method import Traits
-from strategies.shared.factored import Conclusion, Factored, Replies
+from strategies.shared.factored import Conclusion, Factored
 from strategies.shared.initials import STARTS
+from strategies.shared.replies import Replies
 
 
 @dataclass(frozen=True)
@@ -62,4 +64,8 @@ class HetLora(Factored):
         w = replies.p * torch.tensor(norms, dtype=torch.float64).to(replies.p)
         w = w / w.sum() if any(norms) else replies.p
         mean = [(w[:, None, None] * factor).sum(dim=0) for factor in (B, A)]
-        return Conclusion(carried=(mean[0], mean[1]))
+        held = replies.kept.any(dim=0)
+        B, A = replies.start
+        return Conclusion(
+            carried=(mean[0].where(held, B), mean[1].where(held[:, None], A)),
+        )

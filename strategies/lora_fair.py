@@ -26,7 +26,8 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.method import Traits
 from strategies.fedex_lora import residual
-from strategies.shared.factored import Conclusion, Factored, Replies
+from strategies.shared.factored import Conclusion, Factored
+from strategies.shared.replies import Replies
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from fedraclora.config import RunConfig
 from fedraclora.data.partition import spread_clients
+from fedraclora.method import Method, Plan
 from fedraclora.runfolder import alone, begin, has_checkpoint, method_label, write_summary
 from fedraclora.tree import digest
 from strategies.assembly import Assembled
@@ -78,7 +79,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     strategy, ledger = run.strategy, run.strategy.book.ledger
     measured = [r for r in ledger.rows if r.get("metrics")]
     method, state = current(strategy.method, strategy.state)
-    up, down = method.floats(state.plan)
+    up, down = mean_floats(method, state.plan, strategy.done)
     more: dict[str, object] = {}
     if "virtual_seconds" in ledger.rows[-1]:
         more["virtual_seconds"] = ledger.rows[-1]["virtual_seconds"]
@@ -119,3 +120,14 @@ def draw(run: Assembled, folder: Path, label: str) -> None:
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))
         plots.label_distribution(counts, folder / "partition.png", population=run.built.clients)
+
+
+def mean_floats(method: Method, plan: Plan, rounds: int) -> tuple[float, float]:
+    """Give the numbers that a client sends and is sent in a round, the mean over the rounds.
+
+    They differ from round to round where a first round begins from seeds, or factors take turns.
+    """
+    each = [method.floats(plan, round_) for round_ in range(1, max(1, rounds) + 1)]
+    means = [sum(numbers) / len(each) for numbers in zip(*each, strict=True)]
+    up, down = (int(mean) if mean == int(mean) else round(mean, 1) for mean in means)
+    return up, down

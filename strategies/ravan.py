@@ -4,8 +4,8 @@
     client k: local steps on all cores H_ik (r x r) from H_i;   H_i <- sum_k p_k H_ik
     effective weight W + s sum_i B_i H_i A_i, with H_i = 0 at the start
 
-The heads are the diagonal blocks of one core of h r rows: the rank is h r for h r^2 parameters. The
-directions of all heads are orthogonal.
+The heads are the diagonal blocks of one core of h r rows: the rank is h r for h r^2 parameters.
+The directions of all heads are orthogonal under drawings with orthonormal rows, the default.
 
 - Uplink: (h r)^2 numbers per matrix and client, the zeros beside the blocks included, where h r^2
   would do. Downlink: two seeds, and (h r)^2 numbers after the first round.

@@ -61,7 +61,7 @@ class RoLora(Drawn):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=False, ranks=True)
+        return Traits(exact=True, linear=True, merges=False, ranks=True, varies=True)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:

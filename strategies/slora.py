@@ -41,8 +41,8 @@ from fedraclora.method import (
 from fedraclora.tree import Tree
 from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, turned
 from strategies.shared.drawn import Ranked
-from strategies.shared.factored import separate_means_error
 from strategies.shared.products import principal, with_carried
+from strategies.shared.replies import separate_means_error
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class SLora(Ranked):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=False, linear=True, merges=True, looks_at_clients=True)
+        return Traits(exact=False, linear=True, merges=True, looks_at_clients=True, varies=True)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:

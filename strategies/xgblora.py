@@ -35,7 +35,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Draw, Link, Plan, State, Term, Traits
 from fedraclora.rng import generator
 from strategies.shared.common import closed, dense_means
-from strategies.shared.factored import Factored, separate_means_error
+from strategies.shared.factored import Factored
+from strategies.shared.replies import separate_means_error
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,12 @@ class XgbLora(Factored):
     @override
     def traits(self) -> Traits:
         return Traits(
-            exact=False, linear=True, merges=True, looks_at_clients=True, step=self.server_lr
+            exact=False,
+            linear=True,
+            merges=True,
+            looks_at_clients=True,
+            step=self.server_lr,
+            varies=True,
         )
 
     @override

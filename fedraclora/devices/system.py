@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedraclora.devices.availability import Availability
+from fedraclora.devices.availability import Availability, Diurnal
 from fedraclora.devices.distributions import Distribution, LogNormal
 from fedraclora.devices.timeline import Load, Race, Timeline
 from fedraclora.errors import ClientError, ConfigError
@@ -72,7 +72,11 @@ class SystemConfig:
                 f"system.jitter is {self.jitter} and system.deadline is {self.deadline}, but no "
                 "client takes any time; set system.speed, downlink or uplink, or leave them out"
             )
-
+        if isinstance(self.availability, Diurnal) and not self.timed:
+            raise ConfigError(
+                "system.availability is diurnal, but no client takes any time, so that it is one "
+                "hour for ever; set system.speed, downlink or uplink"
+            )
         if self.buffer is not None:
             self._check_buffer(self.buffer)
 

@@ -37,6 +37,10 @@ _HIDDEN_DROPOUT = (
     "embd_pdrop",
     "hidden_dropout",
     "pooler_dropout",
+    "classifier_dropout_prob",
+    "dropout_rate",
+    "summary_first_dropout",
+    "summary_last_dropout",
 )
 _ATTENTION_DROPOUT = (
     "attention_probs_dropout_prob",

@@ -72,6 +72,13 @@ class ClientLevel(Privacy):
             value = getattr(self, key)
             if value is not None and not 0 < value < 1:
                 raise ConfigError(f"privacy.{key} is {value}; a number in (0, 1) is wanted")
+        adapts = {"clip_rate": ClientLevel.clip_rate, "count_noise": ClientLevel.count_noise}
+        for key, default in adapts.items():
+            if self.quantile is None and getattr(self, key) != default:
+                raise ConfigError(
+                    f"privacy.{key} is {getattr(self, key)}, but without privacy.quantile the clip "
+                    f"stays as it is; set a quantile, or leave {key} at {default}"
+                )
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ConfigError(
                 "privacy.noise_multiplier or privacy.target_epsilon is wanted, and not both"

@@ -187,7 +187,7 @@ class CohortTrainer:
             for hook in hooks:
                 gradients = hook(gradients)
             gradients = adjust(cut_gradients(gradients, masks), leaves)
-            if self.local.clip is not None:
+            if self.local.clip is not None and RECIPES[chunk.downlink.recipe].steps:
                 gradients = clip_per_client(gradients, self.local.clip)
             optimiser.step(gradients)
             hold(chunk.values, chunk.starts, masks, batch.active)

@@ -51,7 +51,8 @@ class LocalConfig:
         restart_every: Rounds after which the warm-up is done again, under the schedule: the jagged
             schedule of ReLoRA. None: never.
         final: Factor that cosine and linear fall to: the round after the last would have it.
-        step_every, step_factor: Schedule ``step``: multiply by the factor every so many rounds.
+        step_every, step_factor: Schedule ``step``: multiply by the factor every so many rounds, the
+            warm-up not counted.
     """
 
     optimiser: str = "sgd"
@@ -112,6 +113,17 @@ class LocalConfig:
                     f"{' and '.join(users)}: leave it at {default}"
                 )
         refuse_together(self.adjust, self.precondition, self.optimiser, self.gate_penalty)
+        self._check_warmup()
+
+    def _check_warmup(self) -> None:
+        every = self.restart_every
+        if every is not None and not 0 < self.warmup < every:
+            raise ConfigError(
+                f"local.restart_every is {every}, and local.warmup is {self.warmup} rounds: with 0 "
+                f"there is nothing to do again, and with {every} or more the step size never "
+                "reaches local.lr; set 0 < warmup < restart_every (under local=relora that is "
+                "method.resample_every), or restart_every=null"
+            )
 
     def _check_moments(self) -> None:
         if self.moments not in MOMENTS:
@@ -142,11 +154,12 @@ class LocalConfig:
         ramp = min(1.0, (age + 1) / (self.warmup + 1))
         if round_ <= self.warmup:
             return ramp
+        since = round_ - 1 - self.warmup
         if self.schedule == "step":
-            return ramp * float(self.step_factor ** ((round_ - 1) // self.step_every))
+            return ramp * float(self.step_factor ** (since // self.step_every))
         if self.schedule == "constant":
             return ramp
-        done = (round_ - 1 - self.warmup) / max(1, rounds - self.warmup)
+        done = since / max(1, rounds - self.warmup)
         shape = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
         return ramp * (self.final + (1 - self.final) * shape)
 

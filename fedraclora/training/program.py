@@ -209,6 +209,12 @@ def refuse_mixing(model: nn.Module) -> None:
                 "clients cannot share one: freeze its statistics with .eval(), or use GroupNorm or "
                 "LayerNorm"
             )
+        inside = isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout
+        if inside and module.training:
+            raise ModelError(
+                f"layer {name!r} ({type(module).__name__}) drops values by itself, with no mask "
+                "that could be seeded by client and step; set its dropout to 0"
+            )
         other = isinstance(module, nn.modules.dropout._DropoutNd) and type(module) is not nn.Dropout  # noqa: SLF001
         if other and module.p:
             raise ModelError(

@@ -114,7 +114,8 @@ class Fleet:
         if local.steps is None:
             return sizes * local.epochs
         batch = sizes if not local.batch_size else sizes.clamp(max=local.batch_size)
-        return batch * local.steps
+        in_epoch = (sizes + batch - 1) // batch  # the last batch of an epoch may be short
+        return local.steps // in_epoch * sizes + local.steps % in_epoch * batch
 
     def _rank(self, method: Method) -> int:
         rank = getattr(method, "rank", None)

@@ -23,6 +23,7 @@ from fedraclora.tree import Tree
 from strategies.server.account import SampleAccount, Sizes
 from strategies.server.exchange import Exchange
 from strategies.server.fedopt import check_optimiser, close_optimised
+from strategies.server.fits import check_fits
 from strategies.server.fleet import Fleet
 from strategies.server.loop import LoopConfig
 from strategies.server.private import PrivateRounds
@@ -73,6 +74,7 @@ class Treatment:
             ConfigError: Saying why.
         """
         self.aggregator.check(method.traits, loop.cohort)
+        check_fits(method, state, fleet.local, self.privacy, Draw(loop.seed))
         check_optimiser(self.optimiser, method, state, Draw(loop.seed))
         if self.variates:
             self.lifted = check_scaffold(method, state, fleet.local, Draw(loop.seed))

@@ -23,7 +23,7 @@ class Asymmetric(Ranked):
 
     Attributes:
         sketch: A key of `fedraclora.sketch.SKETCHES`.
-        normalise: ``rows``, ``identity`` or ``none`` (`fedraclora.sketch`).
+        normalise: ``rows``, ``identity`` (of each part) or ``none`` (`fedraclora.sketch`).
         sketches: G, equal parts of one drawing, of the rank each.
     """
 
@@ -47,6 +47,12 @@ class Asymmetric(Ranked):
     def layer_rank(self, plan: Plan, name: str) -> Rank:
         side, parts = self.drawn_side(), self.sketches
         return drawn_rank(self.rank, side, plan, name, cap=self.cap, parts=parts)
+
+    @override
+    def scale_of(self, plan: Plan, name: str) -> float:
+        # E[A^T A] = I is that of all rows together, and each part has a G-th of it.
+        parts = self.sketches**0.5 if self.normalise == "identity" else 1.0
+        return super().scale_of(plan, name) * parts
 
     def spec(self, state: State, name: str, draw: Draw) -> SketchSpec:
         """Give the drawing of one layer that is in force in ``state``, with all its parts."""

@@ -17,7 +17,8 @@ from typing_extensions import override
 
 from fedraclora.adapter import Rank
 from fedraclora.aggregate import Uplinks
-from fedraclora.lowrank import Product, stack_products, sum_products
+from fedraclora.errors import ConfigError
+from fedraclora.lowrank import Product, sum_products
 from fedraclora.method import (
     Adapter,
     Cohort,
@@ -44,36 +45,7 @@ from strategies.shared.common import (
 )
 from strategies.shared.drawn import Drawn, Ranked
 from strategies.shared.products import RoundError, carried_product, with_carried
-
-
-@dataclass(frozen=True)
-class Replies:
-    """The factors of one weight that came back, in float64.
-
-    Attributes:
-        B: [K, m, r].
-        A: [K, r, n].
-        p: Aggregation weights, [K], with sum 1.
-        mean: Their means, in the order of `fedraclora.aggregate`.
-        kept: Which components each client has, bool [K, r].
-    """
-
-    B: torch.Tensor
-    A: torch.Tensor
-    p: torch.Tensor
-    mean: Product
-    kept: torch.Tensor
-
-    @property
-    def rank(self) -> int:
-        """Components of the adapter."""
-        return self.B.shape[2]
-
-    def product(self) -> Product:
-        """``sum_k p_k B_k A_k`` as a stack of factors, without the components nobody has."""
-        left, right = stack_products(self.B, self.A, self.p)
-        kept = self.kept.reshape(-1)
-        return left[:, kept], right[kept]
+from strategies.shared.replies import Replies, replies_of
 
 
 @dataclass(frozen=True)
@@ -123,6 +95,11 @@ class Factored(Drawn):
         initials.check_start(
             self.initial, fits=self.lives_on, why="here they begin anew in each link"
         )
+        if self.initial in initials.STARTS and self.side != "right":
+            raise ConfigError(
+                f"method.side is {self.side}, which says what is drawn, but method.initial is "
+                f"{self.initial}, with which neither factor is; leave it at right"
+            )
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -176,7 +153,7 @@ class Factored(Drawn):
         terms: dict[str, Term] = {}
         error = RoundError()
         for name, adapter in sent.adapters.items():
-            replies = replies_of(sent, got, name, stack, mean)
+            replies = replies_of(state, sent, got, name, stack, mean)
             out = self.conclude(replies)
             parts = [part for part in (out.carried, out.merged) if part is not None]
             if not self.traits.exact:
@@ -222,24 +199,3 @@ class Factored(Drawn):
         right = draws_right(self.side, state.plan, name)
         spec = self.sketch(state.plan, name, draw, index=state.memo["sketch"], right=right)
         return {"B": None, "A": spec} if right else {"B": spec, "A": None}
-
-
-def replies_of(sent: Downlink, got: Uplinks, name: str, stack: Tree, mean: Tree) -> Replies:
-    """Read the factors of one weight off the uplinks, their stack and their mean."""
-    B, A = (stack[f"{name}/{label}"].to(torch.float64) for label in ("B", "A"))
-    kept = torch.ones(len(B), B.shape[2], dtype=torch.bool)
-    if sent.ranks is not None:
-        ranks = sent.ranks if got.places is None else sent.ranks[got.places]
-        kept = within(ranks, B.shape[2])
-    p = got.weights.to(B) / got.total
-    return Replies(B, A, p, (mean[f"{name}/B"], mean[f"{name}/A"]), kept.to(B.device))
-
-
-def separate_means_error(state: State, sent: Downlink, got: Uplinks) -> dict[str, float]:
-    """Give the figure of `RoundError` for ``B_bar A_bar``; it needs each client's own factors."""
-    stack, mean = got.stack(), got.mean()
-    error = RoundError()
-    for name, adapter in sent.adapters.items():
-        replies = replies_of(sent, got, name, stack, mean)
-        error.add(replies.product(), carried_product(state, name), replies.mean, adapter.scale)
-    return error.report()

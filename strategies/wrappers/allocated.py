@@ -60,7 +60,8 @@ class Allocated(Method):
     @property
     @override
     def traits(self) -> Traits:
-        return self.inner.traits
+        traits = self.inner.traits
+        return replace(traits, varies=traits.varies or self.rule.every is not None)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -127,7 +128,6 @@ class Allocated(Method):
 def allocated(
     method: Method,
     rule: Uniform,
-    moments: str = "round",
     flow: Flow | None = None,
     *,
     fixed: bool = False,
@@ -137,7 +137,6 @@ def allocated(
     Args:
         method: The method.
         rule: The rule.
-        moments: How long the moments of clients live (``local.moments``).
         flow: Scores the adapters of a downlink by SYNFLOW, where there is a model.
         fixed: Whether the server keeps tensors by the coordinates of what is trained.
 
@@ -155,11 +154,6 @@ def allocated(
         return method
     if not isinstance(method, FedAvgLora | FedExLora) or not method.lives_on:
         raise refused(method, "its components do not live on", "fedavg_lora, fedex_lora")
-    if moments != "round":
-        raise ConfigError(
-            f"local.moments is {moments}, but allocation=adalora changes the shapes of what is "
-            "trained: set local.moments=round"
-        )
     return Pruned(method, rule)
 
 

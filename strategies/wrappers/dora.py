@@ -47,7 +47,7 @@ def method_of(config: RunConfig, flow: Flow) -> Method:
         ConfigError: If they do not fit.
     """
     fixed = config.control_variates or config.server_optimiser.space == "factors"
-    method = allocated(config.method, config.allocation, config.local.moments, flow, fixed=fixed)
+    method = allocated(config.method, config.allocation, flow, fixed=fixed)
     return Dora(method) if config.dora else method
 
 

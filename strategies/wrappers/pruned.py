@@ -64,7 +64,7 @@ class Pruned(Method):
     @property
     @override
     def traits(self) -> Traits:
-        return replace(self.inner.traits, merges=True)
+        return replace(self.inner.traits, merges=True, varies=True)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:

@@ -154,8 +154,6 @@ def test_methods_whose_components_do_not_live_on_are_refused() -> None:
     for name in ("fed_cola", "flexlora", "fed_rac_lora", "fedavg"):
         with pytest.raises(ConfigError, match="components do not live on"):
             allocated(make_method(name), RULE)
-    with pytest.raises(ConfigError, match=r"local\.moments is link"):
-        allocated(make_method("fedavg_lora"), RULE, "link")
 
 
 @pytest.mark.parametrize(("target", "left"), [(4.0, 12), (0.1, 0)])

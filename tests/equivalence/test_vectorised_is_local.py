@@ -923,6 +923,32 @@ def test_dropout_of_another_kind_is_on_or_refused(layer: type[nn.Module]) -> Non
     assert layer.__name__ in refused or not torch.allclose(losses[0], losses[1])
 
 
+class Attentive(nn.Module):
+    """A layer that drops values inside, as a function of its own."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=dropout, batch_first=True)
+        self.wide = nn.Linear(4, 5)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.tanh(self.wide(self.attention(x, x, x)[0].mean(dim=1))))
+
+
+def test_dropout_inside_a_layer_is_refused() -> None:
+    """It would be off without a word: no mask of it can be keyed by client and step."""
+    for dropout in (0.0, 0.5):
+        model = Attentive(dropout)
+        task = task_of(model, {"x": normal(sum(SIZES), 6, 4)}, classes(3), head=("fc",))
+        plan = Case(task, targets="wide").plan()
+        if not dropout:
+            trainer_of(task, plan, LOCAL)
+            continue
+        with pytest.raises(ModelError, match=r"layer 'attention' .*set its dropout to 0"):
+            trainer_of(task, plan, LOCAL)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_layers_of_other_kinds_fall_back_to_vmap(name: str) -> None:
     model = nn.Sequential(

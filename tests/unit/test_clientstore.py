@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fedraclora.clientstore import ClientStore
+from fedraclora.errors import ShapeError
 from fedraclora.tree import Tree
 
 DEFAULT: Tree = {"head.weight": torch.zeros(2, 3), "head.bias": torch.ones(2)}
@@ -79,3 +81,15 @@ def test_an_empty_store_has_no_state() -> None:
     assert store.state() == {}
     store.restore({})
     assert store.latest(3) == {}
+
+
+def test_numbers_of_other_tensors_are_not_handed_out() -> None:
+    """As many numbers, under another name or in another shape: they are not what is asked."""
+    store = ClientStore()
+    store.stage(torch.tensor([2]), 1, values(20))
+    for default in (
+        {"tail.weight": torch.zeros(2, 3), "head.bias": torch.ones(2)},
+        {"head.weight": torch.zeros(3, 2), "head.bias": torch.ones(2)},
+    ):
+        with pytest.raises(ShapeError, match=r"from earlier rounds, but in round 2 .* is asked"):
+            store.read(torch.tensor([2]), 2, default)

@@ -11,6 +11,7 @@ from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.layers import find_targets, is_head
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
+from fedraclora.models.hf import _set_dropout
 from fedraclora.task import forward
 from fedraclora.tree import digest
 
@@ -195,6 +196,17 @@ def test_half_precision_weights_become_float32_masters(stored, tmp_path):
 def test_dropout_of_a_stored_model_is_set(stored):
     assert load(stored, dropout=0.3).model.config.hidden_dropout_prob == 0.3
     assert load(stored).model.config.hidden_dropout_prob == 0.0
+
+
+@pytest.mark.parametrize("kind", ["AlbertConfig", "T5Config", "XLNetConfig", "XLMConfig"])
+def test_dropout_has_another_name_in_some_architectures(kind):
+    import transformers
+
+    config = getattr(transformers, kind)()
+    named = {n for n in vars(config) if "dropout" in n and getattr(config, n)}
+    assert named
+    _set_dropout(config, 0.0)
+    assert not {n for n in named if getattr(config, n)}
 
 
 def test_the_draws_of_two_purposes_differ():

@@ -132,6 +132,7 @@ def test_clipping_leaves_zero_and_the_given_gradients_alone() -> None:
         ({"warmup": 2}, [1 / 3, 2 / 3, 1, 1, 1]),
         ({"warmup": 1, "schedule": "linear"}, [0.5, 1, 0.75, 0.5, 0.25]),
         ({"warmup": 1, "restart_every": 2}, [0.5, 1, 0.5, 1, 0.5]),
+        ({"warmup": 1, "schedule": "step", "step_every": 2}, [0.5, 1, 1, 0.5, 0.5]),
         (
             {"warmup": 1, "restart_every": 2, "schedule": "linear", "final": 0.2},
             [0.5, 1, 0.5 * 0.8, 0.6, 0.5 * 0.4],
@@ -185,6 +186,8 @@ NAN, INF = float("nan"), float("inf")
             "local.momentum is 0.8, which adamw makes no use of; it is for sgd: leave it at 0.0",
         ),
         ({"momentum": 0.8, "optimiser": "lora_rite"}, "which lora_rite makes no use of"),
+        ({"restart_every": 3}, "with 0 there is nothing to do again"),
+        ({"restart_every": 3, "warmup": 3}, "with 3 or more the step size never reaches"),
         ({"beta1": 0.5}, "which sgd makes no use of; it is for adamw and lora_rite"),
         ({"beta2": 0.9}, "local.beta2 is 0.9"),
         ({"eps": 1e-6}, "leave it at 1e-08"),

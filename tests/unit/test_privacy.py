@@ -164,6 +164,8 @@ def test_the_key_is_its_owners_and_stays(tmp_path: Path) -> None:
         ({"noise_multiplier": -1.0}, "privacy.noise_multiplier is -1.0"),
         ({"delta": 1.0}, "privacy.delta is 1.0"),
         ({"quantile": 0.0}, "privacy.quantile is 0.0"),
+        ({"clip_rate": 0.3}, "privacy.clip_rate is 0.3, but without privacy.quantile"),
+        ({"count_noise": 2.0}, "privacy.count_noise is 2.0, but without privacy.quantile"),
         ({"noise_multiplier": None}, "noise_multiplier or privacy.target_epsilon is wanted"),
         ({"target_epsilon": 1.0}, "and not both"),
     ],

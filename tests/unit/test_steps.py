@@ -53,6 +53,21 @@ def test_without_sketches_there_is_only_the_learning_rate() -> None:
         assert effective_step(downlink, LOCAL, 0.5) == {"lr": 0.1}
 
 
+def test_two_frozen_factors_give_the_product_of_their_scales() -> None:
+    """R under s B R A moves W by lr s^2 B B^T G A^T A: the c of B times the c of A."""
+    adapter = sketched(1.5, normalise="identity")  # A A^T = 4 I
+    left = sketched(1.5, side="left", dim=6, normalise="identity").factors["B"]  # B^T B = 3 I
+    core = Adapter({"B": left, "R": Trained((2, 2)), "A": adapter.factors["A"]}, 1.5)
+    found = effective_step(Downlink({"w": core}), LOCAL, 1.0)
+    assert found == pytest.approx({"lr": 0.2, "gamma_min": 5.4, "gamma_max": 5.4})
+
+
+def test_adaptive_optimisers_have_no_such_step() -> None:
+    for optimiser in ("adamw", "lora_rite"):
+        local = LocalConfig(lr=0.2, optimiser=optimiser)
+        assert effective_step(Downlink({"w": sketched(1.5)}), local, 0.5) == {"lr": 0.1}
+
+
 @pytest.mark.parametrize("normalise", ["rows", "identity"])
 def test_gamma_is_the_step_that_sgd_takes_inside_the_sketch(normalise: str) -> None:
     """B <- -lr s G A^T moves W by s B A = -lr s^2 G A^T A: gamma along a direction of A's rows."""

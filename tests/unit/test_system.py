@@ -21,8 +21,11 @@ from fedraclora.devices.distributions import Choice, Constant, LogNormal, Unifor
 from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load
 from fedraclora.errors import ClientError, ConfigError
+from fedraclora.local import batches
 from fedraclora.sampling import draw_cohort
 from fedraclora.schema import build, without
+from fedraclora.training.localconfig import LocalConfig
+from strategies.server.fleet import Fleet
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "system"
 PRESETS = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -79,7 +82,8 @@ def test_who_is_asked_is_there_once_and_enough(
 ) -> None:
     cohort = data.draw(st.integers(1, clients))
     row = data.draw(st.sampled_from([Bernoulli(0.6), Diurnal(0.5, 0.9), Bernoulli(0.05)]))
-    fleet = SystemConfig(availability=row, over_select=data.draw(st.sampled_from([1.0, 1.3, 4])))
+    over = data.draw(st.sampled_from([1.0, 1.3, 4]))
+    fleet = SystemConfig(speed=Constant(1.0), availability=row, over_select=over)
     now = data.draw(st.floats(0, 1e6))
     there = torch.nonzero(row.at(seed, 2, now, torch.arange(clients))).flatten().tolist()
     if not there:
@@ -105,7 +109,7 @@ def test_over_selection_asks_more_and_rounds_up(over: float, cohort: int, asked:
 
 
 def test_everyone_who_is_there_has_the_same_chance() -> None:
-    fleet, rounds = SystemConfig(availability=Diurnal(0.5)), 800
+    fleet, rounds = SystemConfig(speed=Constant(1.0), availability=Diurnal(0.5)), 800
     there = fleet.availability.at(0, 1, 0.0, torch.arange(40))
     counts = torch.zeros(40)
     for round_ in range(1, rounds + 1):
@@ -301,7 +305,24 @@ def test_the_phones_answer_in_most_rounds_and_lose_some() -> None:
     assert lost == 26 * 50 - kept
 
 
+@pytest.mark.parametrize("local", [{"steps": 10}, {"steps": 3}, {"epochs": 2}])
+@pytest.mark.parametrize("batch_size", [0, 4, 32])
+def test_a_client_passes_over_the_samples_of_its_batches(
+    local: dict[str, int], batch_size: int
+) -> None:
+    """The last batch of each epoch is short where the batch does not divide the samples."""
+    settings = LocalConfig(batch_size=batch_size, **local)
+    sizes = [33, 70, 32, 5, 1]
+    found = Fleet(SystemConfig(speed=Constant(1.0)), 0, settings).passes(torch.tensor(sizes))
+    wanted = [sum(map(len, batches(size, 0, settings, 0, 1))) for size in sizes]
+    assert found.tolist() == wanted
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"availability": {"name": "diurnal", "share": 0.5}},
+        "system.availability is diurnal, but no client takes any time",
+    ),
     ({"speed": {"name": "lognorml"}}, "unknown system.speed 'lognorml'; did you mean 'lognormal'"),
     ({"speed": {"median": 3.0}}, "unknown system.speed 'None'"),
     ({"speed": {"name": "lognormal", "median": 3}}, "system.speed.sigma is missing; float is want"),

@@ -1,0 +1,204 @@
+"""What goes with what a method asks of its clients, and what is refused since it would not act."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from worlds import (
+    RAGGED,
+    UNEQUAL,
+    World,
+    assert_close_trees,
+    assert_equal_trees,
+    label,
+    make_method,
+    make_world,
+    play,
+    play_rounds,
+    run,
+    some_cohort,
+    variants,
+)
+
+from fedraclora.allocation import HeteroLora
+from fedraclora.errors import ConfigError
+from fedraclora.method import Cohort, Draw
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.wire import unpack_downlink
+from strategies.fed_rac_lora import FedRacLora
+from strategies.outcome import mean_floats
+from strategies.server.treatment import Treatment
+from strategies.wrappers.allocated import allocated
+
+Variant = tuple[str, dict[str, Any]]
+every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
+DRAW = Draw(seed=17)
+LINKS = LocalConfig(lr=0.1, steps=2, batch_size=4, momentum=0.5, moments="run")
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+@every_variant
+def test_a_method_says_whether_what_clients_train_varies(variant: Variant, world: World) -> None:
+    name, changes = variant
+    method = make_method(name, **changes)
+    done = run(world, method, RAGGED, rounds=6, cohort=2)
+    asked = []
+    for content in done.worker.asked:
+        downlink, order = unpack_downlink(content)
+        if downlink.recipe != "gradient":
+            shapes = {n: tuple(slot.shape) for n, slot in downlink.trained().items()}
+            asked.append(shapes)
+        assert order.round_ >= 1
+    assert method.traits.varies or all(shapes == asked[0] for shapes in asked)
+
+
+VARYING = [
+    ("rolora", {}),
+    ("bernoulli_lora", {}),
+    ("xgblora", {}),
+    ("slora", {"sparse_rounds": 1}),
+]
+
+
+@pytest.mark.parametrize("variant", VARYING, ids=label)
+def test_moments_of_other_tensors_are_not_handed_on(variant: Variant, world: World) -> None:
+    name, changes = variant
+    for moments in ("run", "link"):
+        local = LocalConfig(lr=0.1, steps=2, momentum=0.5, moments=moments)
+        with pytest.raises(ConfigError, match=f"local.moments is {moments}, but with this method"):
+            run(world, make_method(name, **changes), local, rounds=2)
+    often = allocated(make_method("fed_rac_lora"), HeteroLora(share=0.67, every=1))
+    with pytest.raises(ConfigError, match="leave it at round"):
+        run(world, often, LINKS, rounds=2)
+    run(world, make_method("fedavg_lora"), LINKS, rounds=2)
+
+
+@pytest.mark.parametrize("name", ["slora", "ravan"])
+def test_noise_on_what_must_stay_is_refused(name: str, world: World) -> None:
+    private = Treatment(privacy=ClientLevel(clip=0.5, delta=0.01))
+    with pytest.raises(ConfigError, match="some of them are never trained"):
+        run(world, make_method(name), RAGGED, rounds=1, weights="uniform", treatment=private)
+
+
+def test_decay_of_what_a_mask_leaves_alone_is_refused(world: World) -> None:
+    method, decay = make_method("slora", density=0.2), LocalConfig(lr=0.1, weight_decay=0.01)
+    with pytest.raises(ConfigError, match=r"local.weight_decay is 0.01, but this method trains a"):
+        run(world, method, decay, rounds=1)
+    run(world, make_method("ravan"), decay, rounds=1)  # beside its blocks is zero, and stays so
+    moved = run(world, method, RAGGED, rounds=1).weights
+    for weight in world.plan.targets:
+        kept = int((moved[weight] == world.base[weight]).sum())
+        assert 0 < kept < moved[weight].numel(), weight
+
+
+@pytest.mark.parametrize("rank", [3, 6])
+def test_fedsvd_keeps_as_many_orthonormal_rows_as_its_rank(rank: int, world: World) -> None:
+    """Also where a layer has fewer outputs than the rank: its B A has fewer singular values."""
+    assert min(view.shape[0] for view in world.plan.targets.values()) < 6
+    for played in play_rounds(make_method("fedsvd", rank=rank), world, 3, DRAW):
+        for weight, adapter in played.sent.adapters.items():
+            A = played.after.carried[f"{weight}/A"]
+            torch.testing.assert_close(A @ A.mT, torch.eye(len(A), dtype=A.dtype))
+            if f"{weight}/A" in played.before.carried:
+                old = played.before.carried[f"{weight}/A"]
+                torch.testing.assert_close(A @ old.mT @ old, A)  # the span is that of before
+            assert adapter.scale
+
+
+def test_components_that_nobody_has_stay_under_hetlora(world: World) -> None:
+    method = make_method("hetlora", rank=3)
+    state = method.init(world.base, world.plan, DRAW)
+    for round_, budgets in enumerate(([1, 2, 1, 1], [3, 1, 2, 2], [1, 1, 1, 1]), start=1):
+        ranks = torch.tensor(budgets)
+        cohort = Cohort(some_cohort().clients, torch.tensor(UNEQUAL, dtype=torch.float64), ranks)
+        played = play(method, world, state, round_, cohort, DRAW)
+        most = max(budgets)
+        for weight in played.sent.adapters:
+            B, A = (played.after.carried[f"{weight}/{k}"] for k in ("B", "A"))
+            assert bool(A[most:].abs().sum(dim=1).gt(0).all())  # else they could never move again
+            if state.carried:
+                torch.testing.assert_close(A[most:], state.carried[f"{weight}/A"][most:])
+                torch.testing.assert_close(B[:, most:], state.carried[f"{weight}/B"][:, most:])
+        state = played.after
+
+
+def test_a_residual_is_no_larger_than_it_must_be(world: World) -> None:
+    """(K - 1) r components are all that it has, however many are allowed."""
+    sent = {
+        cut: play_rounds(make_method("fedex_lora", rank=1, residual_rank=cut), world, 1, DRAW)[0]
+        for cut in (None, 50)
+    }
+    for weight, term in sent[50].after.link.terms.items():  # type: ignore[union-attr]
+        assert [tuple(f.shape) for f in term.factors] == [
+            tuple(f.shape)
+            for f in sent[None].after.link.terms[weight].factors  # type: ignore[union-attr]
+        ]
+    assert_close_trees(sent[50].after.base, sent[None].after.base, 1e-12)
+
+
+def test_probes_are_not_clipped(world: World) -> None:
+    """LoRA-GA begins from the gradient that the server would see, whatever steps are cut to."""
+    method = make_method("fedavg_lora", rank=2, initial="lora_ga")
+    plain, cut = (
+        run(world, method, LocalConfig(lr=0.1, steps=2, batch_size=4, clip=clip), rounds=1)
+        for clip in (None, 0.01)
+    )
+    assert_equal_trees(cut.strategy.state.carried, plain.strategy.state.carried)
+
+
+def test_bernoulli_lora_looks_at_both_sides_before_it_begins(world: World) -> None:
+    for coins in range(4):
+        with pytest.raises(ConfigError, match="rank"):
+            make_method("bernoulli_lora", rank=6, cap=False, coins=coins).init(
+                world.base, world.plan, DRAW
+            )
+        notes = make_method("bernoulli_lora", rank=6, coins=coins).init(
+            world.base, world.plan, DRAW
+        )
+        assert notes.notes
+
+
+def test_the_summary_counts_the_numbers_of_a_mean_round(world: World) -> None:
+    method = make_method("rolora")
+    each = [method.floats(world.plan, t) for t in (1, 2, 3)]
+    assert mean_floats(method, world.plan, 3) == tuple(
+        pytest.approx(sum(numbers) / 3, abs=0.06) for numbers in zip(*each, strict=True)
+    )
+    same = make_method("fed_rac_lora")
+    assert mean_floats(same, world.plan, 7) == same.floats(world.plan)
+    assert mean_floats(same, world.plan, 0) == same.floats(world.plan)
+
+
+@pytest.mark.parametrize("name", ["fed_rac_lora", "fedkrso"])
+def test_groups_do_not_change_the_step_of_a_part(name: str, world: World) -> None:
+    """E[A^T A] = I of each part: lr s^2 c is n / r, in however many parts the drawing is cut."""
+    for sketches in (1, 2, 3):
+        method = make_method(name, rank=1, alpha="auto", sketches=sketches, normalise="identity")
+        sent = method.open_round(method.init(world.base, world.plan, DRAW), 1, some_cohort(), DRAW)
+        for weight, adapter in sent.adapters.items():
+            n = world.plan.targets[weight].shape[1]
+            spec = adapter.factors["A"].spec  # type: ignore[union-attr]
+            assert math.isclose(adapter.scale**2 * spec.gram_scale, n)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("fed_rac_lora", {"density": 0.3}, r"density is 0.3, but a sketch of kind orthonormal"),
+        ("fedavg_lora", {"initial": "pissa", "side": "left"}, "with which neither factor is"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(
+    name: str, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_method(name, **settings)
+    assert FedRacLora(sketch="sparse_sign", density=0.3).density == 0.3
