@@ -36,6 +36,7 @@ class Defect:
 
 
 FACTORED, COMMON = "strategies/shared/factored.py", "strategies/shared/common.py"
+REPLIES = "strategies/shared/replies.py"
 TERM = "terms[name] = Term((B, A), adapter.scale)"
 LEFT = "        left, right = stack_products(self.B, self.A, self.p)\n"
 STACK = "stacked=None if reduced else numbers,"
@@ -102,7 +103,7 @@ DEFECTS = (
     ),
     Defect(
         "factors_averaged_where_a_product_is_meant",
-        FACTORED,
+        REPLIES,
         LEFT,
         "        return self.mean\n" + LEFT,
         "flora_stacking or fedmomentum",
@@ -110,7 +111,7 @@ DEFECTS = (
     ),
     Defect(
         "weights_in_both_factors",
-        FACTORED,
+        REPLIES,
         LEFT,
         "        left, right = stack_products(self.B, self.p[:, None, None] * self.A, self.p)\n",
         "flora_stacking or flexlora",
@@ -201,8 +202,8 @@ DEFECTS = (
     Defect(
         "svd_without_the_singular_values",
         "strategies/fedsvd.py",
-        "            B, A = padded_to(u * s, vt, len(A))\n",
-        "            B, A = padded_to(u, vt, len(A))\n",
+        "torch.cat([left * s, zeros], dim=1)",
+        "torch.cat([left, zeros], dim=1)",
         "fedsvd",
         "FedSVD: B = U in place of U S",
     ),

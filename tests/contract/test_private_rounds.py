@@ -42,8 +42,11 @@ from strategies.server.treatment import Treatment
 
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
+MASKED = ("ravan", "slora")  # refused: noise would move what they leave alone (test_what_fits)
 every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
-every_linear = pytest.mark.parametrize("variant", LINEAR, ids=label)
+every_linear = pytest.mark.parametrize(
+    "variant", [v for v in LINEAR if v[0] not in MASKED], ids=label
+)
 KEY = bytes(range(32))
 LOOP = LoopConfig(3, 5, 5, 2, 0, "uniform")
 SILENT = Mechanism(1.0, 5, 1.0, 0.0, 1e-5)  # no noise on the sum: what is before it shows
@@ -152,7 +155,11 @@ def test_a_private_run_goes_on_bit_for_bit(
 ) -> None:
     """With a key that the run made itself, and the clip that it had come to."""
     config = ClientLevel(
-        clip=0.05, noise_multiplier=2.0, delta=1e-3, quantile=quantile, count_noise=1.5
+        clip=0.05,
+        noise_multiplier=2.0,
+        delta=1e-3,
+        quantile=quantile,
+        count_noise=None if quantile is None else 1.5,
     )
     method = make_method("fed_rac_lora", resample_every=2)
 
