@@ -17,10 +17,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.mutations.defects import DEFECTS, Defect
 from experiments.mutations.server_defects import SERVER_DEFECTS
+from experiments.status import reported
+from experiments.words import key_values
+from fedraclora.errors import ConfigError, unknown
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = (*DEFECTS, *SERVER_DEFECTS)
@@ -79,10 +83,18 @@ def failures(defect: Defect, root: Path) -> list[str]:
     return re.findall(r"^FAILED \S+::(\S+)", done.stdout, flags=re.MULTILINE)
 
 
-def main() -> int:
+@reported
+def main(words: Sequence[str] | None = None) -> int:
     """Plant every defect; status 1 if one is not found, or the suite fails without any."""
-    keys = dict(word.split("=", 1) for word in sys.argv[1:])
-    chosen = [d for d in EVERY if "only" not in keys or d.name in keys["only"].split(",")]
+    keys = key_values(sys.argv[1:] if words is None else words)
+    if not keys.keys() <= {"only", "out"}:
+        raise ConfigError("mutations takes only=NAME,NAME and out=FILE")
+    names = [defect.name for defect in EVERY]
+    wanted = str(keys["only"]).split(",") if "only" in keys else names
+    for name in wanted:
+        if name not in names:
+            raise unknown("defect", name, names)
+    chosen = [defect for defect in EVERY if defect.name in wanted]
     rows = ["| defect | found by | seen |", "|---|---|---|"]
     missed = []
     for defect in chosen:
@@ -94,5 +106,5 @@ def main() -> int:
             missed.append(defect.name)
         rows.append(f"| {defect.name} | `{found[0] if found else 'nothing'}` | {defect.seen} |")
     if "out" in keys:
-        Path(keys["out"]).write_text("\n".join(rows) + "\n")
+        Path(str(keys["out"])).write_text("\n".join(rows) + "\n")
     return 1 if missed else 0

@@ -63,6 +63,7 @@ BESIDE = {
         "cohort=3",
     ],
     "allocation/adalora": [*DIGITS, "method=fedavg_lora"],
+    "local/relora": [*DIGITS, "method=fed_relora"],
     "partition/fedslop": [*DIGITS, "partition.empty=drop"],
     "pretrain/digits_0_4": ["data=digits", "pretrain.epochs=2", *TINY],
     "experiment/fedslop_mnist": ["rounds=1"],
