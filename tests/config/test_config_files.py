@@ -31,6 +31,8 @@ DIGITS = ["data=digits", "pretrain=none", *TINY]  # digits 5-9, by the root's da
 SMALL = ["pretrain=none", "model.hidden=12", "model.layers=1"]
 ROLES = ["data=shakespeare", "data.labels=null", "partition=natural", "model=gpt", *SMALL]
 SYNTHETIC = ["partition=given", "model=linear", "model.bias=false", "pretrain=none", *TINY]
+# What a choice needs beside it to be a config at all: its warm-up is shorter than a link.
+WITH = {"local/relora": ["method=fed_relora"]}
 # What a choice needs beside it to run a round; digits and the other defaults where it is absent.
 BESIDE = {
     "config": TINY,
@@ -63,7 +65,7 @@ BESIDE = {
         "cohort=3",
     ],
     "allocation/adalora": [*DIGITS, "method=fedavg_lora"],
-    "local/relora": [*DIGITS, "method=fed_relora"],
+    "local/relora": [*DIGITS, *WITH["local/relora"]],
     "partition/fedslop": [*DIGITS, "partition.empty=drop"],
     "pretrain/digits_0_4": ["data=digits", "pretrain.epochs=2", *TINY],
     "experiment/fedslop_mnist": ["rounds=1"],
@@ -105,7 +107,7 @@ def composed(name: str, beside: list[str]) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_composes_into_settings(name: str) -> None:
-    plain = composed(name, [])
+    plain = composed(name, WITH.get(name, []))
     config = from_plain(plain, METHODS)
     assert set(plain) == set(inspect.signature(RunConfig).parameters) - {"plain"} | {"resume"}
     group, _, choice = name.rpartition("/")
