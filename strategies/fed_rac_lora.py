@@ -84,11 +84,6 @@ class FedRacLora(Asymmetric):
         check_link(self.side, self.resample_every)
         if not 0 < self.density <= 1:
             raise ConfigError(f"method.density is {self.density}; it must lie in (0, 1]")
-        if self.density != FedRacLora.density and self.sketch != "sparse_sign":
-            raise ConfigError(
-                f"method.density is {self.density}, but a sketch of kind {self.sketch} has no use "
-                f"for it; leave it at {FedRacLora.density}, or take method.sketch=sparse_sign"
-            )
         if not 0 < self.server_lr < math.inf:
             raise ConfigError(f"method.server_lr is {self.server_lr}; a positive number is wanted")
 

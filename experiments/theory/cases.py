@@ -57,7 +57,7 @@ class Case:
             sketch=self.sketch,
             side=self.side,
             blocks="cover" if self.theorem == "cover" else "independent",
-            density=0.25 if self.sketch == "sparse_sign" else FedRacLora.density,
+            density=0.25,
             cap=False,
         )
 

@@ -29,7 +29,6 @@ from fedraclora.method import Cohort, Draw
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.wire import unpack_downlink
-from strategies.fed_rac_lora import FedRacLora
 from strategies.outcome import mean_floats
 from strategies.server.treatment import Treatment
 from strategies.wrappers.allocated import allocated
@@ -192,7 +191,6 @@ def test_groups_do_not_change_the_step_of_a_part(name: str, world: World) -> Non
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("fed_rac_lora", {"density": 0.3}, r"density is 0.3, but a sketch of kind orthonormal"),
         ("fedavg_lora", {"initial": "pissa", "side": "left"}, "with which neither factor is"),
     ],
 )
@@ -201,4 +199,3 @@ def test_a_setting_without_effect_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_method(name, **settings)
-    assert FedRacLora(sketch="sparse_sign", density=0.3).density == 0.3
