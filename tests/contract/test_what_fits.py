@@ -189,5 +189,5 @@ def test_groups_do_not_change_the_step_of_a_part(name: str, world: World) -> Non
 
 
 def test_a_side_without_effect_is_refused() -> None:
-    with pytest.raises(ConfigError, match="method.side is left.* with which neither factor is"):
+    with pytest.raises(ConfigError, match=r"method\.side is left.* with which neither"):
         make_method("fedavg_lora", initial="pissa", side="left")
