@@ -32,6 +32,7 @@ class CohortOptimiser:
         self.held = held or {}
         self.count = 0
         self.before: torch.Tensor | None = None  # steps of each client in earlier rounds
+        self.room: torch.Tensor | None = None  # of `_scratch`
         self.first = self._of_kind("first")
         self.second = self._of_kind("second")
         if self.held:
@@ -85,7 +86,8 @@ class CohortOptimiser:
             self.second[name] = torch.zeros_like(self.values[name])
         active = gradient.shape[0]
         first, second = self.first[name][:active], self.second[name][:active]
-        value.mul_(1 - rate * config.weight_decay)
+        if config.weight_decay:
+            value.mul_(1 - rate * config.weight_decay)
         first.lerp_(gradient, 1 - config.beta1)
         second.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
         if self.before is not None:
@@ -97,5 +99,13 @@ class CohortOptimiser:
         # All clients that still train have taken the same number of steps.
         correction1 = 1 - config.beta1**self.count
         correction2 = 1 - config.beta2**self.count
-        scale = (second.sqrt() / math.sqrt(correction2)).add_(config.eps)
+        scale = torch.sqrt(second, out=self._scratch(second))
+        scale.div_(math.sqrt(correction2)).add_(config.eps)
         value.addcdiv_(first, scale, value=-rate / correction1)
+
+    def _scratch(self, like: torch.Tensor) -> torch.Tensor:
+        """Give room for a tensor, the same for all: fresh memory costs more than the writing."""
+        if self.room is None:
+            largest = max(value.numel() for value in self.values.values())
+            self.room = like.new_empty(largest)
+        return self.room[: like.numel()].view(like.shape)
