@@ -64,8 +64,7 @@ class HetLora(Factored):
         w = replies.p * torch.tensor(norms, dtype=torch.float64).to(replies.p)
         w = w / w.sum() if any(norms) else replies.p
         mean = [(w[:, None, None] * factor).sum(dim=0) for factor in (B, A)]
-        held = replies.kept.any(dim=0)
-        B, A = replies.start
-        return Conclusion(
-            carried=(mean[0].where(held, B), mean[1].where(held[:, None], A)),
-        )
+        if replies.start is not None:
+            held, (B, A) = replies.kept.any(dim=0), replies.start
+            mean = [mean[0].where(held, B), mean[1].where(held[:, None], A)]
+        return Conclusion(carried=(mean[0], mean[1]))

@@ -25,7 +25,8 @@ class Replies:
         p: Aggregation weights, [K], with sum 1.
         mean: Their means, in the order of `fedraclora.aggregate`.
         kept: Which components each client has, bool [K, r].
-        start: The factors before the round, [m, r] and [r, n].
+        start: The factors before the round, [m, r] and [r, n], where no client has some of their
+            components; else None.
     """
 
     B: torch.Tensor
@@ -33,7 +34,7 @@ class Replies:
     p: torch.Tensor
     mean: Product
     kept: torch.Tensor
-    start: Product
+    start: Product | None = None
 
     @property
     def rank(self) -> int:
@@ -57,7 +58,9 @@ def replies_of(
         ranks = sent.ranks if got.places is None else sent.ranks[got.places]
         kept = within(ranks, B.shape[2])
     p = got.weights.to(B) / got.total
-    start = carried_product(state, name) or opening_of(sent.adapters[name], B.device)
+    start = None
+    if not bool(kept.any(dim=0).all()):
+        start = carried_product(state, name) or opening_of(sent.adapters[name], B.device)
     return Replies(B, A, p, (mean[f"{name}/B"], mean[f"{name}/A"]), kept.to(B.device), start)
 
 
