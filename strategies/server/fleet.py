@@ -119,6 +119,11 @@ class Fleet:
 
     def _rank(self, method: Method) -> int:
         rank = getattr(method, "rank", None)
+        if rank is None:
+            raise ConfigError(
+                f"system.rank_budget is a share of method.rank, but {type(method).__name__} has no "
+                "one rank; set system.rank_budget=null, or allocation=none if one is set"
+            )
         if not isinstance(rank, int):
             raise ConfigError(
                 f"system.rank_budget is a share of method.rank, which is {rank!r}; a whole number "

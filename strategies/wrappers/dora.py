@@ -82,6 +82,11 @@ class Dora(Method):
     def traits(self) -> Traits:
         return replace(self.inner.traits, exact=False, rescales=True)
 
+    @property
+    def rank(self) -> object:
+        """Of which clients' rank budgets are shares: that of the method."""
+        return getattr(self.inner, "rank", None)
+
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
         state = self.inner.init(base, plan, draw)

@@ -24,14 +24,18 @@ from worlds import (
 )
 
 from fedraclora.allocation import HeteroLora
+from fedraclora.devices.distributions import Constant
+from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Draw, Sketched
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.wire import unpack_downlink
 from strategies.outcome import mean_floats
+from strategies.server.fleet import Fleet
 from strategies.server.treatment import Treatment
 from strategies.wrappers.allocated import allocated
+from strategies.wrappers.dora import Dora
 
 Variant = tuple[str, dict[str, Any]]
 every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
@@ -191,3 +195,14 @@ def test_groups_do_not_change_the_step_of_a_part(name: str, world: World) -> Non
 def test_a_side_without_effect_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"method\.side is left.* with which neither"):
         make_method("fedavg_lora", initial="pissa", side="left")
+
+
+def test_rank_budgets_are_shares_of_the_rank_under_magnitudes_too() -> None:
+    fleet = Fleet(SystemConfig(rank_budget=Constant(0.5)), 1, LINKS)
+    method = make_method("ffa_lora", rank=6)
+    fleet.check(Dora(method))
+    ranks = fleet.ranks(torch.arange(3), Dora(method))
+    assert ranks is not None
+    assert ranks.tolist() == [3, 3, 3]
+    with pytest.raises(ConfigError, match=r"has no one rank.*allocation=none"):
+        fleet.check(allocated(method, HeteroLora()))
