@@ -33,9 +33,9 @@ def traffic(point: Row) -> float:
 def budgets(study: Study, done: Mapping[str, Plain]) -> Table | None:
     """Compare the rows whose final runs are all there; None where there are no two of them.
 
-    With a ``reference`` in the study, two more columns hold the rows against it: the mean
-    difference of final runs seed by seed, with its standard error; and the uplink at which a run
-    first was as good as the mean final run of the reference, over the reference's whole uplink,
+    With a ``reference`` in the study, two more columns hold the rows against it, seed by seed: the
+    mean difference of final runs, with its standard error; and the uplink at which a run first was
+    as good as the reference's run of the same seed at its end, over the whole uplink of that run,
     as mean and standard deviation over the seeds that got there.
 
     Args:
@@ -61,11 +61,8 @@ def budgets(study: Study, done: Mapping[str, Plain]) -> Table | None:
         if study.reference in curves:
             against = _difference(finals[row], finals[study.reference], study.metric)
             record[f"less {study.reference}, ± standard error"] = against
-            goal = statistics.fmean(score(x, study.metric) for x in finals[study.reference])
-            whole = statistics.fmean(uplink(curve[-1]) for curve in curves[study.reference])
-            record[f"uplink to {goal:.4f} / that of {study.reference}"] = _share(
-                runs, study.metric, goal, whole
-            )
+            share = _share(runs, curves[study.reference], study.metric)
+            record[f"uplink to the final {study.metric} of {study.reference} / its uplink"] = share
         records.append(record)
     cells = tuple(tuple(str(value) for value in record.values()) for record in records)
     return Table(tuple(records[0]), cells, tuple(records))
@@ -92,10 +89,13 @@ def _difference(lines: Sequence[Plain], others: Sequence[Plain], metric: str) ->
     return f"{statistics.fmean(found):+.4f} ± {error:.4f}"
 
 
-def _share(curves: Sequence[Curve], metric: str, goal: float, whole: float) -> str:
-    """Uplink to the goal over the whole uplink of the reference, over the seeds that reach it."""
-    reached = [p for curve in curves if (p := first_reaching(curve, metric, goal)) is not None]
-    shares = [uplink(point) / whole for point in reached]
+def _share(curves: Sequence[Curve], others: Sequence[Curve], metric: str) -> str:
+    """Uplink to where the other run of the seed ends, over that run's: mean of those there."""
+    shares = [
+        uplink(point) / uplink(other[-1])
+        for curve, other in zip(curves, others, strict=True)
+        if (point := first_reaching(curve, metric, score(other[-1], metric))) is not None
+    ]
     if not shares:
         return "not reached"
     spread = f" ± {statistics.stdev(shares):.3f}" if len(shares) > 1 else ""
