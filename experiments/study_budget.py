@@ -90,7 +90,7 @@ def _difference(lines: Sequence[Plain], others: Sequence[Plain], metric: str) ->
 
 
 def _share(curves: Sequence[Curve], others: Sequence[Curve], metric: str) -> str:
-    """Uplink to where the other run of the seed ends, over that run's: mean of those there."""
+    """Uplink to the final score of the other run of its seed, over that run's whole uplink."""
     shares = [
         uplink(point) / uplink(other[-1])
         for curve, other in zip(curves, others, strict=True)
