@@ -19,7 +19,7 @@ from strategies import METHODS
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments", "conf")
 DOCUMENTED = ("fedraclora", "strategies", "clients")
-MAX_LINES = 250
+MAX_LINES = 400
 MAX_METHOD_LINES = 150
 TARGETS = (
     "help",
