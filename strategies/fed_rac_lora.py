@@ -42,7 +42,7 @@ from fedraclora.rng import generator
 from fedraclora.sketch import check_sketch
 from strategies.shared.asymmetric import Asymmetric
 from strategies.shared.common import check_link
-from strategies.shared.layerwise import Factor, Layer, LayerUpdate, Replies, Round, Value
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ class FedRacLora(Asymmetric):
         server_lr: eta, the server's step.
     """
 
-    carries = False
-
     side: str = "right"
     blocks: str = "independent"
     resample_every: int | None = 1
@@ -67,7 +65,7 @@ class FedRacLora(Asymmetric):
     server_lr: float = 1.0
 
     @override
-    def factors(self, layer: Layer, now: Round) -> dict[str, Factor | Value]:
+    def factors(self, layer: Layer, now: Round) -> Said:
         drawn, trained = self.sides(layer.shape)  # A and B; under a left sketch, B and A
         rows = layer.rank * self.sketches
         sketch = now.sketch(

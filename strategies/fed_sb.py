@@ -25,15 +25,7 @@ from typing_extensions import override
 from fedraclora.adapter import Rank
 from fedraclora.method import Plan, Traits
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import (
-    Factor,
-    Layer,
-    LayerMethod,
-    LayerUpdate,
-    Replies,
-    Round,
-    Value,
-)
+from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class FedSb(Drawn):
     initial: str = "orthonormal"
 
     @override
-    def factors(self, layer: Layer, now: Round) -> dict[str, Factor | Value]:
+    def factors(self, layer: Layer, now: Round) -> Said:
         rank, own = self.core_rank(layer), now.draw.sketch_seed(f"{layer.name}/B")
         return {
             "B": now.sketch(layer, "B", self.initial, rank=rank, seed=own),

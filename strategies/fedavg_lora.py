@@ -26,6 +26,7 @@ step size up anew, which are local settings (``local=relora``).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -43,7 +44,7 @@ class FedAvgLora(Factored):
         resample_every: Rounds of a link, after which it is merged; None = one link for ever.
     """
 
-    carries = False
+    carries: ClassVar[bool] = False
 
     resample_every: int | None = None
 

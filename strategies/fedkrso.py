@@ -28,7 +28,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.method import Plan, Traits
 from strategies.shared.asymmetric import Asymmetric
-from strategies.shared.layerwise import Factor, Layer, LayerUpdate, Replies, Round, Value
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,13 @@ class FedKrso(Asymmetric):
     """
 
     recipe: ClassVar[str] = "in_turn"
-    carries = False
 
     sketch: str = "gaussian"
     sketches: int = 2
     interval: int = 1
 
     @override
-    def factors(self, layer: Layer, now: Round) -> dict[str, Factor | Value]:
+    def factors(self, layer: Layer, now: Round) -> Said:
         rows = layer.rank * self.sketches
         P = now.sketch(layer, "A", self.sketch, rank=rows, normalise=self.normalise)  # drawn once
         return {"B": layer.trained("B", rank=rows), "A": P}

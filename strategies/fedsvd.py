@@ -29,19 +29,20 @@ from fedraclora.link import Term, matrices
 from fedraclora.lowrank import Product, fix_signs
 from fedraclora.method import Traits
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Factor, Layer, LayerUpdate, Replies, Round, Value
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
 
 
 @dataclass(frozen=True)
 class FedSvd(Drawn):
     """Hyperparameters of FedSVD: those of `Drawn`; A begins as a drawing, B at zero."""
 
+    carries: ClassVar[bool] = True
     keeps: ClassVar[tuple[str, ...]] = ("A",)
 
     initial: str = "orthonormal"
 
     @override
-    def factors(self, layer: Layer, now: Round) -> dict[str, Factor | Value]:
+    def factors(self, layer: Layer, now: Round) -> Said:
         A = layer.carried.get("A", self.first(layer, now))
         return {"B": layer.trained("B"), "A": A}
 

@@ -20,6 +20,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -27,20 +28,14 @@ from fedraclora.lowrank import minus, sum_products
 from fedraclora.method import Draw, Plan, State, Traits
 from fedraclora.tree import Tree
 from strategies.shared.initials import begin
-from strategies.shared.layerwise import (
-    Factor,
-    Layer,
-    LayerMethod,
-    LayerUpdate,
-    Replies,
-    Round,
-    Value,
-)
+from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
 
 
 @dataclass(frozen=True)
 class FrLora(LayerMethod):
     """Hyperparameters of FRLoRA: those of `LayerMethod`; the smaller side bounds the rank."""
+
+    carries: ClassVar[bool] = True
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -48,7 +43,7 @@ class FrLora(LayerMethod):
         return begin(state, "pissa", *self.ranks_and_scales(plan), draw)
 
     @override
-    def factors(self, layer: Layer, now: Round) -> dict[str, Factor | Value]:
+    def factors(self, layer: Layer, now: Round) -> Said:
         return {"B": layer.trained("B"), "A": layer.trained("A")}
 
     @override

@@ -19,21 +19,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from typing_extensions import override
 
 from fedraclora.method import Traits
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Factor, Layer, LayerUpdate, Replies, Round, Value
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
 
 
 @dataclass(frozen=True)
 class RoLora(Drawn):
     """Hyperparameters of RoLoRA: those of `Drawn`; A begins as a drawing, B at zero."""
 
+    carries: ClassVar[bool] = True
+
     @override
-    def factors(self, layer: Layer, now: Round) -> dict[str, Factor | Value]:
+    def factors(self, layer: Layer, now: Round) -> Said:
         A = self.first(layer, now)
         if now.number % 2:
             return {"B": layer.trained("B"), "A": layer.carried.get("A", A)}

@@ -30,15 +30,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Draw, Link, Plan, State, Trained, Traits
 from fedraclora.tree import Tree
 from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, turned
-from strategies.shared.layerwise import (
-    Factor,
-    Layer,
-    LayerMethod,
-    LayerUpdate,
-    Replies,
-    Round,
-    Value,
-)
+from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
 from strategies.shared.products import principal
 
 
@@ -57,7 +49,7 @@ class SLora(LayerMethod):
     # The second stage: FedAvg-LoRA from the factors that the first one found.
 
     @override
-    def factors(self, layer: Layer, now: Round) -> dict[str, Factor | Value]:
+    def factors(self, layer: Layer, now: Round) -> Said:
         return {"B": layer.trained("B"), "A": layer.trained("A")}
 
     @override

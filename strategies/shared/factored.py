@@ -23,7 +23,7 @@ from fedraclora.tree import Tree
 from strategies.shared import initials
 from strategies.shared.common import check_link, closed, drawn_rank, draws_right
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Layer, LayerMethod, Round, Value
+from strategies.shared.layerwise import Layer, LayerMethod, Round, Said
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Factored(Drawn):
             (the larger factor is drawn).
     """
 
+    carries: ClassVar[bool] = True
     truncates: ClassVar[bool] = False
     """Whether a client with a budget holds its own components alone, and not the rest frozen."""
 
@@ -64,7 +65,7 @@ class Factored(Drawn):
         return self.initial in initials.STARTS
 
     @override
-    def factors(self, layer: Layer, now: Round) -> dict[str, Factor | Value]:
+    def factors(self, layer: Layer, now: Round) -> Said:
         if layer.carried:
             return {"B": layer.trained("B"), "A": layer.trained("A")}
         if draws_right(self.side, layer.shape):

@@ -50,18 +50,17 @@ from strategies.shared.common import closed, dense_means, dense_slots, link_age
 from strategies.shared.products import RoundError
 from strategies.shared.replies import Replies, RoundReplies, Value
 
+Said = dict[str, Factor | Value]  # what a method says of the factors of a layer, by label
 LABELS = ("B", "R", "A")  # of factors, in the order of their product
 FIRST_LINK = {"sketch": 0, "age": 0}
 
 __all__ = [
-    "Factor",
     "Layer",
     "LayerMethod",
     "LayerUpdate",
     "Replies",
     "Round",
-    "Trained",
-    "Value",
+    "Said",
 ]
 
 
@@ -202,7 +201,7 @@ class LayerMethod(Method):
 
     recipe: ClassVar[str] = "plain"
     """A key of `fedraclora.recipe.RECIPES`: what clients do beyond plain local steps."""
-    carries: ClassVar[bool] = True
+    carries: ClassVar[bool] = False
     """Whether what is trained outlives its link; False: it is merged at the end."""
     keeps: ClassVar[tuple[str, ...]] = ()
     """Labels of factors that are carried though they are not trained."""
@@ -219,7 +218,7 @@ class LayerMethod(Method):
 
     # What a method says.
 
-    def factors(self, layer: Layer, now: Round) -> dict[str, Factor | Value]:
+    def factors(self, layer: Layer, now: Round) -> Said:
         """Say what clients get for one matrix, by label.
 
         Returns:
@@ -369,20 +368,28 @@ class LayerMethod(Method):
         first = max(1, round_ - link_age(round_, None if self.carries else self.link_rounds))
         base = {name: torch.empty(plan.shapes[name], device="meta") for name in plan.targets}
         state = State(base, plan, memo=dict(FIRST_LINK))
-        begun = [first] if self.begins_carried else []
+        if self.begins_carried:
+            state = replace(state, carried=self._blank(plan, ("B", "A")))
         # Factors that take turns are carried after a round each: two rounds show them all.
-        for opened in [*begun, *range(first, min(round_, first + 2))]:
-            state = replace(state, carried=state.carried | self._left(state, opened))
+        for opened in range(first, min(round_, first + 2)):
+            sent = self.open_round(state, opened, _nobody(), Draw(0))
+            left = {
+                name: torch.empty(slot.shape, device="meta")
+                for name, slot in sent.uploaded().items()
+                if name not in sent.dense
+            }
+            state = replace(state, carried=state.carried | left | self._blank(plan, self.keeps))
         return numbers(self.open_round(state, round_, _nobody(), Draw(0)))
 
-    def _left(self, state: State, round_: int) -> Tree:
-        """Give what is carried after a round, without numbers."""
-        sent = self.open_round(state, round_, _nobody(), Draw(0))
-        shapes = {n: s.shape for n, s in sent.trained().items() if s.upload and n not in sent.dense}
-        for name, label in ((n, k) for n in sent.adapters for k in self.keeps):
-            (m, n), r = state.plan.targets[name].shape, self.rank_of(state.plan, name)
-            shapes[f"{name}/{label}"] = (m, r) if label == "B" else (r, n)
-        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    def _blank(self, plan: Plan, labels: tuple[str, ...]) -> Tree:
+        """Give factors B or A of every matrix that have a shape and no numbers."""
+        found = {}
+        for name, view in plan.targets.items():
+            (m, n), r = view.shape, self.rank_of(plan, name)
+            for label in labels:
+                shape = (m, r) if label == "B" else (r, n)
+                found[f"{name}/{label}"] = torch.empty(shape, device="meta")
+        return found
 
 
 def numbers(sent: Downlink) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from formulas import FORMULAS, formula_of
 from worlds import (
     ALPHA,
     Played,
@@ -448,6 +449,15 @@ def test_floats_is_what_travels(variant: Variant, world: World) -> None:
         assert carried_down(played) <= down
         most, formula = max(most, carried_down(played)), max(formula, down)
     assert most == formula
+
+
+@every_variant
+def test_what_is_counted_is_the_formula_of_the_docstring(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    if type(method) not in {METHODS[name] for name in FORMULAS}:
+        return  # a method of somebody's own: its messages above are enough
+    counted = [method.floats(world.plan, round_) for round_ in range(1, 8)]
+    assert counted == [formula_of(method)(method, world.plan, round_) for round_ in range(1, 8)]
 
 
 # --- form ----------------------------------------------------------------------------------------
