@@ -41,6 +41,14 @@ LEFT = "        left, right = stack_products(self.B, self.A, self.p)\n"
 STACK = "stacked=None if reduced else numbers,"
 KEEP = "            keep(self.store, part, order, order.clients[index], trial, base, local)\n"
 WORKER, ATTEMPT = "clients/worker.py", "        trial, failure, starved = None, "
+BY_SHAPE = """def _by_shape(factors: Any) -> Any:
+    pairs = list(factors.items())
+    first = pairs[0][1]
+    square = isinstance(first, Trained) and first.shape[0] == first.shape[1]
+    return pairs[::-1] if square else pairs
+
+
+def opening("""
 DEFECTS = (
     Defect(
         "mean_of_the_first_client",
@@ -146,15 +154,7 @@ DEFECTS = (
         "            for label, factor in _by_shape(self.adapter.factors)\n",
         "fed_rac_lora or rolora",
         "FLoRA: A is what has shape[0] == r, which breaks for m == r",
-        (
-            "def opening(",
-            "def _by_shape(factors: Any) -> Any:\n"
-            "    pairs = list(factors.items())\n"
-            "    first = pairs[0][1]\n"
-            "    square = isinstance(first, Trained) and first.shape[0] == first.shape[1]\n"
-            "    return pairs[::-1] if square else pairs\n\n\n"
-            "def opening(",
-        ),
+        ("def opening(", BY_SHAPE),
     ),
     Defect(
         "scale_is_alpha",
