@@ -66,7 +66,7 @@ class Factored(Drawn):
 
     @override
     def factors(self, layer: Layer, now: Round) -> Said:
-        if layer.carried:
+        if layer.carried or self.initial in initials.STARTS:  # of which a probe comes first
             return {"B": layer.trained("B"), "A": layer.trained("A")}
         if draws_right(self.side, layer.shape):
             return {"B": layer.trained("B"), "A": layer.trained("A", self.first(layer, now, "A"))}

@@ -11,12 +11,10 @@ from fedraclora.aggregate import Uplinks
 from fedraclora.lowrank import Product, stack_products
 from fedraclora.method import Adapter, Downlink, Sketched, State, Trained
 from fedraclora.ranks import within
-from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from strategies.shared.common import server_step
+from strategies.shared.layer import Value
 from strategies.shared.products import carried_product
-
-Value = torch.Tensor | SketchSpec  # a matrix, or a drawing by its seed
 
 
 @dataclass(frozen=True)
