@@ -31,24 +31,18 @@ factor for k rounds and merges it when the sketch is drawn anew; None never does
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Plan, State, Traits
+from fedraclora.method import Cohort, Traits
 from fedraclora.rng import generator
-from fedraclora.sketch import SketchSpec, check_sketch
+from fedraclora.sketch import check_sketch
 from strategies.shared.asymmetric import Asymmetric
-from strategies.shared.common import (
-    check_link,
-    close_by_means,
-    dense_floats,
-    dense_slots,
-    link_age,
-)
+from strategies.shared.common import check_link
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
 
 
 @dataclass(frozen=True)
@@ -56,16 +50,10 @@ class FedRacLora(Asymmetric):
     """Hyperparameters of Fed-RAC-LoRA (and of FFA-LoRA, with ``resample_every=None``).
 
     Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        sketch: A key of `fedraclora.sketch.SKETCHES`.
         side: ``right`` (A drawn), ``left`` (B drawn), ``auto`` (the trained factor is smaller).
-        normalise: ``rows``, ``identity`` or ``none`` (`fedraclora.sketch`).
         blocks: ``independent``, or ``cover`` (row blocks of one basis without replacement).
         resample_every: Rounds that a sketch lives; None = for ever.
         density: Share of non-zero entries, of ``sparse_sign`` alone.
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
         sketches: G, groups of the cohort, each under rows of its own; G r is at most the dimension.
         server_lr: eta, the server's step.
     """
@@ -77,15 +65,45 @@ class FedRacLora(Asymmetric):
     server_lr: float = 1.0
 
     @override
-    def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
-        super().__post_init__()
-        check_sketch(self.sketch, self.normalise, self.blocks)
-        check_link(self.side, self.resample_every)
-        if not 0 < self.density <= 1:
-            raise ConfigError(f"method.density is {self.density}; it must lie in (0, 1]")
-        if not 0 < self.server_lr < math.inf:
-            raise ConfigError(f"method.server_lr is {self.server_lr}; a positive number is wanted")
+    def factors(self, layer: Layer, now: Round) -> Said:
+        drawn, trained = self.sides(layer.shape)  # A and B; under a left sketch, B and A
+        rows = layer.rank * self.sketches
+        sketch = now.sketch(
+            layer,
+            drawn,
+            self.sketch,
+            index=layer.link,
+            rank=rows,
+            normalise=self.normalise,
+            blocks=self.blocks,
+            density=self.density,
+        )
+        return {trained: layer.trained(trained, rank=rows), drawn: sketch}
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        factors = replies.means(self.server_lr)  # B_bar = sum_k p_k B_k, beside A_t
+        if layer.ends:
+            return LayerUpdate(merged=tuple(factors.values()))  # W <- W + s B_bar A_t
+        return LayerUpdate(carried=factors)
+
+    @property
+    @override
+    def link_rounds(self) -> int | None:
+        return self.resample_every
+
+    @property
+    @override
+    def drawn_side(self) -> str:
+        return self.side
+
+    @override
+    def components(self, cohort: Cohort, now: Round) -> torch.Tensor | None:
+        if self.sketches == 1:
+            return cohort.ranks
+        groups = generator(now.draw.seed, "groups", now.number)
+        dealt = groups.permutation(len(cohort)) % self.sketches
+        return torch.tensor([(g, self.sketches) for g in dealt.tolist()], dtype=torch.int64)
 
     @property
     @override
@@ -95,28 +113,12 @@ class FedRacLora(Asymmetric):
         return Traits(exact=True, linear=True, merges=merges, ranks=ranks, step=self.server_lr)
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        ranks, adapters = cohort.ranks, self.adapters(state, draw)
-        if self.sketches > 1:
-            dealt = generator(draw.seed, "groups", round_).permutation(len(cohort)) % self.sketches
-            ranks = torch.tensor([(g, self.sketches) for g in dealt.tolist()], dtype=torch.int64)
-        return Downlink(adapters, dense_slots(state), ranks=ranks, link=state.memo["sketch"])
-
-    @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        return close_by_means(state, sent, got.mean(), self.resample_every, step=self.server_lr)
-
-    @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        trained = self.trained_numbers(plan)
-        carried = trained * self.sketches if link_age(round_, self.resample_every) else 0
-        return trained + dense_floats(plan), carried
-
-    @override
-    def drawn_side(self) -> str:
-        return self.side
-
-    @override
-    def spec(self, state: State, name: str, draw: Draw) -> SketchSpec:
-        drawn = super().spec(state, name, draw)
-        return replace(drawn, blocks=self.blocks, density=self.density)
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        check_sketch(self.sketch, self.normalise, self.blocks)
+        check_link(self.side, self.resample_every)
+        if not 0 < self.density <= 1:
+            raise ConfigError(f"method.density is {self.density}; it must lie in (0, 1]")
+        if not 0 < self.server_lr < math.inf:
+            raise ConfigError(f"method.server_lr is {self.server_lr}; a positive number is wanted")

@@ -26,39 +26,44 @@ step size up anew, which are local settings (``local=relora``).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.method import Downlink, Plan, State, Traits
-from strategies.shared.common import check_link, close_by_means, link_age
+from fedraclora.method import Traits
+from strategies.shared.common import check_link
 from strategies.shared.factored import Factored
-from strategies.shared.replies import separate_means_error
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)
 class FedAvgLora(Factored):
-    """Hyperparameters of FedAvg-LoRA, COLA and ReLoRA.
+    """Hyperparameters of FedAvg-LoRA, COLA and ReLoRA, beside those of `Factored`.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
-            one of `strategies.shared.initials.STARTS`.
-        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
-            (the larger factor is drawn).
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
         resample_every: Rounds of a link, after which it is merged; None = one link for ever.
     """
+
+    carries: ClassVar[bool] = False
 
     resample_every: int | None = None
 
     @override
-    def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
-        super().__post_init__()
-        check_link(self.side, self.resample_every)
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        B, A = replies.mean_factors  # sum_k p_k B_k and sum_k p_k A_k
+        if layer.ends:
+            return LayerUpdate(merged=(B, A))  # W <- W + s B_bar A_bar
+        return LayerUpdate(carried={"B": B, "A": A})
+
+    @property
+    @override
+    def link_rounds(self) -> int | None:
+        return self.resample_every
+
+    @property
+    @override
+    def lives_on(self) -> bool:
+        return self.resample_every is None
 
     @property
     @override
@@ -66,19 +71,8 @@ class FedAvgLora(Factored):
         merges = self.resample_every is not None
         return Traits(exact=False, linear=True, merges=merges, looks_at_clients=True)
 
-    @property
     @override
-    def lives_on(self) -> bool:
-        return self.resample_every is None
-
-    @override
-    def close(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        report = separate_means_error(state, sent, got) if got.has_individuals else {}
-        return close_by_means(state, sent, got.mean(), self.resample_every, report=report)
-
-    @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        if self.lives_on:
-            return super().floats(plan, round_)
-        up, down = super().floats(plan, 2)
-        return up, down if link_age(round_, self.resample_every) else 0
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        check_link(self.side, self.resample_every)

@@ -22,35 +22,43 @@ client drops out, and the rank is (K - 1) r. ``residual_rank`` cuts it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank import Product, balanced_factors, stack_products
 from fedraclora.method import Traits
-from strategies.shared.factored import Conclusion, Factored
-from strategies.shared.replies import Replies
+from strategies.shared.factored import Factored
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)
 class FedExLora(Factored):
-    """Hyperparameters of FedEx-LoRA.
+    """Hyperparameters of FedEx-LoRA, beside those of `Factored`.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
-            one of `strategies.shared.initials.STARTS`.
-        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
-            (the larger factor is drawn).
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
         residual_rank: Components of the residual that are merged; None: all.
     """
 
-    continues: ClassVar[bool] = True
     residual_rank: int | None = None
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        B, A = replies.mean_factors
+        rest: Product | None = residual(replies)  # sum_k p_k B_k A_k - B_bar A_bar
+        if rest is not None and self.residual_rank is not None:
+            rest = balanced_factors(*rest, min(self.residual_rank, rest[0].shape[1]))
+        return LayerUpdate(carried={"B": B, "A": A}, merged=rest)
+
+    @property
+    @override
+    def link_rounds(self) -> int | None:
+        return None
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(exact=self.residual_rank is None, linear=False, merges=True)
 
     @override
     def __post_init__(self) -> None:
@@ -61,23 +69,11 @@ class FedExLora(Factored):
                 f"method.residual_rank is {self.residual_rank}; 1 or more, or null, is wanted"
             )
 
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=self.residual_rank is None, linear=False, merges=True)
-
-    @override
-    def conclude(self, replies: Replies) -> Conclusion:
-        rest: Product | None = residual(replies)
-        if rest is not None and self.residual_rank is not None:
-            rest = balanced_factors(*rest, min(self.residual_rank, rest[0].shape[1]))
-        return Conclusion(carried=replies.mean, merged=rest)
-
 
 def residual(replies: Replies) -> Product | None:
     """What separate averages miss, ``sum_k p_k B_k A_k - B_bar A_bar``; None for one client."""
-    last = len(replies.p) - 1
+    B, A, p = replies.B, replies.A, replies.p
+    last = len(p) - 1
     if not last:
         return None
-    gap = replies.B[:last] - replies.mean[0]
-    return stack_products(gap, replies.A[:last] - replies.A[last], replies.p[:last])
+    return stack_products(B[:last] - replies.mean("B"), A[:last] - A[last], p[:last])

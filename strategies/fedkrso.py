@@ -20,43 +20,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Plan, State, Traits
-from fedraclora.sketch import SketchSpec
+from fedraclora.method import Plan, Traits
 from strategies.shared.asymmetric import Asymmetric
-from strategies.shared.common import close_by_means, dense_floats, dense_slots
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
 
 
 @dataclass(frozen=True)
 class FedKrso(Asymmetric):
-    """Hyperparameters of FedKRSO.
+    """Hyperparameters of FedKRSO, beside those of `Asymmetric`. The rank is that of one subspace.
 
     Attributes:
-        rank: r, of one subspace; a fraction (0, 1] of n / G if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
         sketch: How the P_j are drawn, a key of `fedraclora.sketch.SKETCHES`.
-        normalise: ``rows``, ``identity`` (of each P_j) or ``none`` (`fedraclora.sketch`).
-        cap: Cut the rank at n / G, with a note; False refuses it.
         sketches: G.
         interval: Local steps of a turn.
     """
+
+    recipe: ClassVar[str] = "in_turn"
 
     sketch: str = "gaussian"
     sketches: int = 2
     interval: int = 1
 
     @override
-    def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
-        super().__post_init__()
-        if self.interval < 1:
-            raise ConfigError(f"method.interval is {self.interval}; 1 or more is wanted")
+    def factors(self, layer: Layer, now: Round) -> Said:
+        rows = layer.rank * self.sketches
+        P = now.sketch(layer, "A", self.sketch, rank=rows, normalise=self.normalise)  # drawn once
+        return {"B": layer.trained("B", rank=rows), "A": P}
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        return LayerUpdate(merged=(replies.mean("B"), replies["A"]))  # W + s sum_j B_bar_j P_j
+
+    @override
+    def arguments(self, plan: Plan) -> dict[str, float | int]:
+        return {"parts": self.sketches, "interval": self.interval}
 
     @property
     @override
@@ -64,25 +67,8 @@ class FedKrso(Asymmetric):
         return Traits(exact=True, linear=True, merges=True)
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        del round_, cohort
-        return Downlink(
-            self.adapters(state, draw),
-            dense_slots(state),
-            recipe="in_turn",
-            arguments={"parts": self.sketches, "interval": self.interval},
-            link=state.memo["sketch"],
-        )
-
-    @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        return close_by_means(state, sent, got.mean(), 1)
-
-    @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        del round_
-        return self.trained_numbers(plan) * self.sketches + dense_floats(plan), 0
-
-    @override
-    def spec(self, state: State, name: str, draw: Draw) -> SketchSpec:
-        return replace(super().spec(state, name, draw), index=0)  # the P_j are drawn once
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        if self.interval < 1:
+            raise ConfigError(f"method.interval is {self.interval}; 1 or more is wanted")

@@ -24,34 +24,24 @@ from typing_extensions import override
 
 from fedraclora.lowrank import padded_to, truncated_product
 from fedraclora.method import Traits
-from strategies.shared.factored import Conclusion, Factored
-from strategies.shared.replies import Replies
+from strategies.shared.factored import Factored
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)
 class FedMomentum(Factored):
-    """Hyperparameters of FedMomentum.
+    """Hyperparameters of FedMomentum: those of `Factored`."""
 
-    Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
-            one of `strategies.shared.initials.STARTS`.
-        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
-            (the larger factor is drawn).
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
-    """
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        left, right = replies.product()
+        u, s, vt = truncated_product(left, right, left.shape[1])
+        root, r = s.sqrt(), replies.rank
+        B, A = u * root, root[:, None] * vt
+        first = padded_to(B[:, :r], A[:r], r)
+        return LayerUpdate(carried=dict(zip("BA", first, strict=True)), merged=(B[:, r:], A[r:]))
 
     @property
     @override
     def traits(self) -> Traits:
         return Traits(exact=True, linear=False, merges=True)
-
-    @override
-    def conclude(self, replies: Replies) -> Conclusion:
-        left, right = replies.product()
-        u, s, vt = truncated_product(left, right, left.shape[1])
-        root, r = s.sqrt(), replies.rank
-        B, A = u * root, root[:, None] * vt
-        return Conclusion(padded_to(B[:, :r], A[:r], r), (B[:, r:], A[r:]))

@@ -20,71 +20,32 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.method import (
-    Adapter,
-    Cohort,
-    Downlink,
-    Draw,
-    Link,
-    Plan,
-    State,
-    Term,
-    Trained,
-    Traits,
-    apply_link,
-)
-from fedraclora.tree import Tree
-from strategies.shared.common import closed, dense_floats, dense_means, dense_slots
+from fedraclora.method import Traits
 from strategies.shared.drawn import Drawn
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
 
 
 @dataclass(frozen=True)
 class FedSaLora(Drawn):
-    """Hyperparameters of FedSA-LoRA.
+    """Hyperparameters of FedSA-LoRA: those of `Drawn`; A begins as a drawing, B at zero."""
 
-    Attributes:
-        rank: r; a fraction (0, 1] of n if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        initial: How A begins, a key of `fedraclora.sketch.SKETCHES`; B begins at zero.
-        cap: Cut the rank at n, with a note; False refuses it.
-    """
+    @override
+    def factors(self, layer: Layer, now: Round) -> Said:
+        return {
+            "B": layer.trained("B", upload=False),  # a client's own
+            "A": layer.trained("A", self.first(layer, now)),
+        }
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        return LayerUpdate(carried={"A": replies.mean("A")})  # A <- sum_k p_k A_k
+
+    @property
+    @override
+    def link_rounds(self) -> int | None:
+        return None
 
     @property
     @override
     def traits(self) -> Traits:
         return Traits(exact=True, linear=True, merges=False, client_state=True)
-
-    @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        del round_, cohort
-        adapters = {}
-        for name, view in state.plan.targets.items():
-            rank, (m, n) = self.rank_of(state.plan, name), view.shape
-            start = state.carried.get(f"{name}/A", self.sketch(state.plan, name, draw))
-            factors = {"B": Trained((m, rank), upload=False), "A": Trained((rank, n), start)}
-            adapters[name] = Adapter(dict(factors), self.scale_of(state.plan, name))
-        return Downlink(adapters, dense_slots(state), link=state.memo["sketch"])
-
-    @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        mean = got.mean()
-        carried = {f"{n}/A": mean[f"{n}/A"].to(state.base[n].dtype) for n in sent.adapters}
-        link = Link({}, dense_means(state, mean))
-        return closed(state, link, carried=carried, ends=False)
-
-    @override
-    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        terms = {}
-        for name in state.plan.targets:
-            B = (own or {}).get(f"{name}/B")
-            if B is not None:
-                A = state.carried.get(f"{name}/A", self.sketch(state.plan, name, draw))
-                terms[name] = Term((B, A), self.scale_of(state.plan, name))
-        return apply_link(state.base, Link(terms), state.plan)
-
-    @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        _, A = self.numbers(plan)
-        return A + dense_floats(plan), A if round_ > 1 else 0

@@ -20,93 +20,42 @@ direction enters.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.link import matrices
+from fedraclora.link import Term, matrices
 from fedraclora.lowrank import Product, fix_signs
-from fedraclora.method import (
-    Adapter,
-    Cohort,
-    Downlink,
-    Draw,
-    Factor,
-    Frozen,
-    Link,
-    Plan,
-    Sketched,
-    State,
-    Trained,
-    Traits,
-)
-from fedraclora.tree import Tree
-from strategies.shared.common import (
-    closed,
-    dense_floats,
-    dense_means,
-    dense_slots,
-    mean_factors,
-    terms_of,
-)
+from fedraclora.method import Traits
 from strategies.shared.drawn import Drawn
-from strategies.shared.products import with_carried
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
 
 
 @dataclass(frozen=True)
 class FedSvd(Drawn):
-    """Hyperparameters of FedSVD.
+    """Hyperparameters of FedSVD: those of `Drawn`; A begins as a drawing, B at zero."""
 
-    Attributes:
-        rank: r; a fraction (0, 1] of n if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        initial: How A begins, a key of `fedraclora.sketch.SKETCHES`; B begins at zero.
-        cap: Cut the rank at n, with a note; False refuses it.
-    """
+    carries: ClassVar[bool] = True
+    keeps: ClassVar[tuple[str, ...]] = ("A",)
 
     initial: str = "orthonormal"
+
+    @override
+    def factors(self, layer: Layer, now: Round) -> Said:
+        A = layer.carried.get("A", self.first(layer, now))
+        return {"B": layer.trained("B"), "A": A}
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        B = replies.mean("B").to(layer.dtype)  # what a client could be sent, the server turns
+        B, A = turned_to_singular_vectors(*matrices(Term((B, replies["A"]), layer.scale)))
+        return LayerUpdate(carried={"B": B, "A": A})  # B <- U S, A <- V^T of B_bar A
 
     @property
     @override
     def traits(self) -> Traits:
         return Traits(exact=True, linear=True, merges=False)
-
-    @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        del round_, cohort
-        adapters = {}
-        for name, view in state.plan.targets.items():
-            A: Factor = Sketched(self.sketch(state.plan, name, draw))
-            if f"{name}/A" in state.carried:
-                A = Frozen(state.carried[f"{name}/A"])
-            shape = (view.shape[0], self.rank_of(state.plan, name))
-            B = Trained(shape, state.carried.get(f"{name}/B"))
-            adapters[name] = Adapter({"B": B, "A": A}, self.scale_of(state.plan, name))
-        return Downlink(adapters, dense_slots(state), link=state.memo["sketch"])
-
-    @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        mean = got.mean()
-        carried: Tree = {}
-        terms = terms_of(sent.adapters, mean_factors(state, sent, mean))
-        for name, term in terms.items():
-            B, A = turned_to_singular_vectors(*matrices(term))
-            dtype = state.base[name].dtype
-            carried |= {f"{name}/B": B.to(dtype), f"{name}/A": A.to(dtype)}
-        link = Link({}, dense_means(state, mean))
-        return closed(state, link, carried=carried)
-
-    @override
-    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        del draw, own
-        return with_carried(state, self.scale_of)
-
-    @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        B, A = self.numbers(plan)
-        return B + dense_floats(plan), A + B if round_ > 1 else 0
 
 
 def turned_to_singular_vectors(B: torch.Tensor, A: torch.Tensor) -> Product:

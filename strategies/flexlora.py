@@ -25,33 +25,23 @@ from typing_extensions import override
 
 from fedraclora.lowrank import balanced_factors
 from fedraclora.method import Traits
-from strategies.shared.factored import Conclusion, Factored
+from strategies.shared.factored import Factored
 from strategies.shared.initials import STARTS
-from strategies.shared.replies import Replies
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)
 class FlexLora(Factored):
-    """Hyperparameters of FlexLoRA.
-
-    Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
-            one of `strategies.shared.initials.STARTS`.
-        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
-            (the larger factor is drawn).
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
-    """
+    """Hyperparameters of FlexLoRA: those of `Factored`."""
 
     truncates: ClassVar[bool] = True
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        B, A = balanced_factors(*replies.product(), replies.rank)  # U_r S_r^(1/2), S_r^(1/2) V_r^T
+        return LayerUpdate(carried={"B": B, "A": A})
 
     @property
     @override
     def traits(self) -> Traits:
         return Traits(exact=False, linear=False, merges=False, ranks=self.initial not in STARTS)
-
-    @override
-    def conclude(self, replies: Replies) -> Conclusion:
-        return Conclusion(carried=balanced_factors(*replies.product(), replies.rank))

@@ -22,31 +22,21 @@ from typing import ClassVar
 from typing_extensions import override
 
 from fedraclora.method import Traits
-from strategies.shared.factored import Conclusion, Factored
-from strategies.shared.replies import Replies
+from strategies.shared.factored import Factored
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)
 class FloraStacking(Factored):
-    """Hyperparameters of FLoRA.
-
-    Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
-        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
-            (the larger factor is drawn).
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
-    """
+    """Hyperparameters of FLoRA: those of `Factored`, with a drawing to begin from."""
 
     carries: ClassVar[bool] = False
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        return LayerUpdate(merged=replies.product())  # W <- W + s sum_k p_k B_k A_k
 
     @property
     @override
     def traits(self) -> Traits:
         return Traits(exact=True, linear=False, merges=True, ranks=True)
-
-    @override
-    def conclude(self, replies: Replies) -> Conclusion:
-        return Conclusion(merged=replies.product())

@@ -20,46 +20,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
 from fedraclora.lowrank import minus, sum_products
-from fedraclora.method import (
-    Adapter,
-    Cohort,
-    Downlink,
-    Draw,
-    Link,
-    Plan,
-    State,
-    Term,
-    Trained,
-    Traits,
-)
+from fedraclora.method import Draw, Plan, State, Traits
 from fedraclora.tree import Tree
-from strategies.shared.common import closed, dense_floats, dense_means, dense_slots
-from strategies.shared.drawn import Ranked
 from strategies.shared.initials import begin
-from strategies.shared.products import with_carried
-from strategies.shared.replies import separate_means_error
+from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
 
 
 @dataclass(frozen=True)
-class FrLora(Ranked):
-    """Hyperparameters of FRLoRA.
+class FrLora(LayerMethod):
+    """Hyperparameters of FRLoRA: those of `LayerMethod`; the smaller side bounds the rank."""
 
-    Attributes:
-        rank: r; a fraction (0, 1] of the smaller side if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        cap: Cut the rank at the smaller side, with a note; False refuses it.
-    """
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=False, linear=True, merges=True, looks_at_clients=True)
+    carries: ClassVar[bool] = True
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -67,36 +43,22 @@ class FrLora(Ranked):
         return begin(state, "pissa", *self.ranks_and_scales(plan), draw)
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        del round_, cohort, draw
-        adapters = {}
-        for name in state.plan.targets:
-            B, A = (state.carried[f"{name}/{label}"] for label in ("B", "A"))
-            factors = {"B": Trained(tuple(B.shape), B), "A": Trained(tuple(A.shape), A)}
-            adapters[name] = Adapter(dict(factors), self.scale_of(state.plan, name))
-        return Downlink(adapters, dense_slots(state), link=state.memo["sketch"])
+    def factors(self, layer: Layer, now: Round) -> Said:
+        return {"B": layer.trained("B"), "A": layer.trained("A")}
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        mean = got.mean()
-        terms = {}
-        for name, adapter in sent.adapters.items():
-            starts = [sent.trained()[f"{name}/{label}"].opening() for label in ("B", "A")]
-            B0, A0 = (start for start in starts if start is not None)
-            dtype = state.base[name].dtype
-            B, A = (mean[f"{name}/{label}"].to(dtype) for label in ("B", "A"))
-            terms[name] = Term(sum_products((B, A), minus((B0, A0))), adapter.scale)
-        link = Link(terms, dense_means(state, mean))
-        report = separate_means_error(state, sent, got) if got.has_individuals else {}
-        return closed(state, link, carried=state.carried, report=report)
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        first = layer.carried["B"], layer.carried["A"]  # B_0, A_0: they stay
+        B, A = (mean.to(layer.dtype) for mean in replies.mean_factors)
+        step = sum_products((B, A), minus(first))  # B_bar A_bar - B_0 A_0
+        return LayerUpdate(layer.carried, merged=step, aggregate=replies.mean_factors)
 
+    @property
     @override
-    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        del draw, own
-        return with_carried(state, self.scale_of)
+    def begins_carried(self) -> bool:
+        return True
 
+    @property
     @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        del round_
-        factors = sum(self.numbers(plan))
-        return factors + dense_floats(plan), factors
+    def traits(self) -> Traits:
+        return Traits(exact=False, linear=True, merges=True, looks_at_clients=True)

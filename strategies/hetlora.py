@@ -29,42 +29,32 @@ from typing_extensions import override
 
 from fedraclora.lowrank import product_norm
 from fedraclora.method import Traits
-from strategies.shared.factored import Conclusion, Factored
+from strategies.shared.factored import Factored
 from strategies.shared.initials import STARTS
-from strategies.shared.replies import Replies
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)
 class HetLora(Factored):
-    """Hyperparameters of HetLoRA.
-
-    Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
-            one of `strategies.shared.initials.STARTS`.
-        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
-            (the larger factor is drawn).
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
-    """
+    """Hyperparameters of HetLoRA: those of `Factored`."""
 
     truncates: ClassVar[bool] = True
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        kept, p = replies.kept, replies.p
+        Bs, As = replies.B * kept[:, None].to(p), replies.A * kept[..., None].to(p)
+        norms = [product_norm(B, A) for B, A in zip(Bs, As, strict=True)]
+        w = p * torch.tensor(norms, dtype=torch.float64).to(p)
+        w = w / w.sum() if any(norms) else p
+        B, A = ((w[:, None, None] * factor).sum(dim=0) for factor in (Bs, As))
+        held = kept.any(dim=0)
+        if not bool(held.all()):  # components that no client of this round has
+            B0, A0 = replies.start
+            B, A = B.where(held, B0), A.where(held[:, None], A0)
+        return LayerUpdate(carried={"B": B, "A": A})
 
     @property
     @override
     def traits(self) -> Traits:
         return Traits(exact=False, linear=False, merges=False, ranks=self.initial not in STARTS)
-
-    @override
-    def conclude(self, replies: Replies) -> Conclusion:
-        kept = replies.kept.to(replies.B)
-        B, A = replies.B * kept[:, None], replies.A * kept[..., None]
-        norms = [product_norm(b, a) for b, a in zip(B, A, strict=True)]
-        w = replies.p * torch.tensor(norms, dtype=torch.float64).to(replies.p)
-        w = w / w.sum() if any(norms) else replies.p
-        mean = [(w[:, None, None] * factor).sum(dim=0) for factor in (B, A)]
-        if replies.start is not None:
-            held, (B, A) = replies.kept.any(dim=0), replies.start
-            mean = [mean[0].where(held, B), mean[1].where(held[:, None], A)]
-        return Conclusion(carried=(mean[0], mean[1]))

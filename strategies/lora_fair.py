@@ -26,34 +26,28 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.method import Traits
 from strategies.fedex_lora import residual
-from strategies.shared.factored import Conclusion, Factored
-from strategies.shared.replies import Replies
+from strategies.shared.factored import Factored
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)
 class LoraFair(Factored):
-    """Hyperparameters of LoRA-FAIR.
+    """Hyperparameters of LoRA-FAIR, beside those of `Factored`.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
-            one of `strategies.shared.initials.STARTS`.
-        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
-            (the larger factor is drawn).
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
         ridge: Weight of the penalty on the correction D; positive.
     """
 
     ridge: float = 0.01
 
     @override
-    def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
-        super().__post_init__()
-        if not self.ridge > 0:
-            raise ConfigError(f"method.ridge is {self.ridge}; a positive number is wanted")
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        (B, A), rest = replies.mean_factors, residual(replies)
+        if rest is not None:
+            gram = A @ A.mT + self.ridge * torch.eye(len(A), dtype=A.dtype, device=A.device)
+            onto = rest[0] @ (rest[1] @ A.mT)  # R A^T
+            B = B + torch.linalg.solve(gram, onto.mT).mT
+        return LayerUpdate(carried={"B": B, "A": A})
 
     @property
     @override
@@ -61,10 +55,8 @@ class LoraFair(Factored):
         return Traits(exact=False, linear=False, merges=False)
 
     @override
-    def conclude(self, replies: Replies) -> Conclusion:
-        (B, A), rest = replies.mean, residual(replies)
-        if rest is not None:
-            gram = A @ A.mT + self.ridge * torch.eye(len(A), dtype=A.dtype, device=A.device)
-            onto = rest[0] @ (rest[1] @ A.mT)
-            B = B + torch.linalg.solve(gram, onto.mT).mT
-        return Conclusion(carried=(B, A))
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        if not self.ridge > 0:
+            raise ConfigError(f"method.ridge is {self.ridge}; a positive number is wanted")

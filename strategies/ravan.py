@@ -21,43 +21,38 @@ The directions of all heads are orthogonal under drawings with orthonormal rows,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
 from fedraclora.adapter import Rank, resolve_rank
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Plan, State
+from fedraclora.method import Plan
 from strategies.fed_sb import FedSb
+from strategies.shared.layerwise import Layer
 
 
 @dataclass(frozen=True)
 class Ravan(FedSb):
-    """Hyperparameters of RAVAN.
+    """Hyperparameters of RAVAN. The rank is that of one head, bounded by the smaller side over h.
 
     Attributes:
-        rank: r, of one head; a fraction (0, 1] of what the smaller side has for each head if
-            written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
         initial: How the factors are drawn, a key of `fedraclora.sketch.SKETCHES`.
-        cap: Cut the rank at the smaller side over h, with a note; False refuses it.
         heads: h.
     """
+
+    recipe: ClassVar[str] = "block_diagonal"
 
     heads: int = 2
 
     @override
-    def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
-        super().__post_init__()
-        if self.heads < 1:
-            raise ConfigError(f"method.heads is {self.heads}; 1 or more is wanted")
+    def core_rank(self, layer: Layer) -> int:
+        return self.heads * layer.rank  # the heads are the diagonal blocks of one core
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        sent = super().open_round(state, round_, cohort, draw)
-        return replace(sent, recipe="block_diagonal", arguments={"blocks": self.heads})
+    def arguments(self, plan: Plan) -> dict[str, float | int]:
+        return {"blocks": self.heads}
 
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:
@@ -70,5 +65,8 @@ class Ravan(FedSb):
         return resolve_rank(self.rank, side // self.heads, name, cap=self.cap)
 
     @override
-    def core_rank(self, plan: Plan, name: str) -> int:
-        return self.heads * self.rank_of(plan, name)
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        if self.heads < 1:
+            raise ConfigError(f"method.heads is {self.heads}; 1 or more is wanted")

@@ -27,33 +27,18 @@ from typing_extensions import override
 
 from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.method import (
-    Adapter,
-    Cohort,
-    Downlink,
-    Draw,
-    Link,
-    Plan,
-    State,
-    Trained,
-    Traits,
-)
+from fedraclora.method import Cohort, Downlink, Draw, Link, Plan, State, Trained, Traits
 from fedraclora.tree import Tree
 from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, turned
-from strategies.shared.drawn import Ranked
-from strategies.shared.products import principal, with_carried
-from strategies.shared.replies import separate_means_error
+from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
+from strategies.shared.products import principal
 
 
 @dataclass(frozen=True)
-class SLora(Ranked):
-    """Hyperparameters of SLoRA.
+class SLora(LayerMethod):
+    """Hyperparameters of SLoRA. The rank is bounded by the smaller side.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the smaller side if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        cap: Cut the rank at the smaller side, with a note; False refuses it.
         sparse_rounds: R, rounds of the first stage.
         density: d, the share of entries that it trains.
     """
@@ -61,19 +46,27 @@ class SLora(Ranked):
     sparse_rounds: int = 5
     density: float = 0.1
 
+    # The second stage: FedAvg-LoRA from the factors that the first one found.
+
     @override
-    def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
-        super().__post_init__()
-        if self.sparse_rounds < 1:
-            raise ConfigError(f"method.sparse_rounds is {self.sparse_rounds}; 1 or more is wanted")
-        if not 0 < self.density <= 1:
-            raise ConfigError(f"method.density is {self.density}; it must lie in (0, 1]")
+    def factors(self, layer: Layer, now: Round) -> Said:
+        return {"B": layer.trained("B"), "A": layer.trained("A")}
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        return LayerUpdate(carried=replies.means())
 
     @property
     @override
-    def traits(self) -> Traits:
-        return Traits(exact=False, linear=True, merges=True, looks_at_clients=True, varies=True)
+    def link_rounds(self) -> int | None:
+        return None
+
+    @property
+    @override
+    def begins_carried(self) -> bool:
+        return True
+
+    # The first stage: sparse full weights, which are no factors.
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -82,31 +75,20 @@ class SLora(Ranked):
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        del round_, cohort
-        plan, link = state.plan, state.memo["sketch"]
-        if not link:
-            full = {name: Trained(plan.shapes[name]) for name in plan.targets}
-            seeds = {f"seed/{name}": draw.sketch_seed(name) for name in full}
-            arguments = {"density": self.density, **seeds, **turned(plan)}
-            return Downlink(dense=full | dense_slots(state), recipe="sparse", arguments=arguments)
-        adapters = {}
-        for name in plan.targets:
-            B, A = (state.carried[f"{name}/{label}"] for label in ("B", "A"))
-            factors = {"B": Trained(tuple(B.shape), B), "A": Trained(tuple(A.shape), A)}
-            adapters[name] = Adapter(dict(factors), self.scale_of(plan, name))
-        return Downlink(adapters, dense_slots(state), link=link)
+        plan = state.plan
+        if state.memo["sketch"]:
+            return super().open_round(state, round_, cohort, draw)
+        full = {name: Trained(plan.shapes[name]) for name in plan.targets}
+        seeds = {f"seed/{name}": draw.sketch_seed(name) for name in full}
+        arguments = {"density": self.density, **seeds, **turned(plan)}
+        return Downlink(dense=full | dense_slots(state), recipe="sparse", arguments=arguments)
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        if sent.adapters:
+            return super().close_round(state, sent, got)
         mean, plan = got.mean(), state.plan
         dense = dense_means(state, mean)
-        if sent.adapters:
-            labels = [f"{name}/{label}" for name in sent.adapters for label in ("B", "A")]
-            carried = {n: mean[n].to(state.base[n.rpartition("/")[0]].dtype) for n in labels}
-            report = separate_means_error(state, sent, got) if got.has_individuals else {}
-            link = Link({}, dense)
-            return closed(state, link, carried=carried, ends=False, report=report)
-        exact = {"aggregation_error": 0.0}
         carried, ends = dict(state.carried), state.memo["age"] + 1 >= self.sparse_rounds
         for name, view in plan.targets.items():
             old, new = state.base[name], mean[name]
@@ -117,16 +99,26 @@ class SLora(Ranked):
                 carried |= {f"{name}/B": B, f"{name}/A": A}
                 new = view.stored(view.matrix(new) - scale * B.double() @ A.double(), old)
             dense[name] = new.to(old.dtype)
+        exact = {"aggregation_error": 0.0}
         return closed(state, Link({}, dense), carried=carried, ends=ends, report=exact)
 
     @override
-    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        del draw, own
-        return with_carried(state, self.scale_of)
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        if round_ <= self.sparse_rounds:
+            return sum(prod(plan.shapes[n]) for n in plan.targets) + dense_floats(plan), 0
+        factors = sum(self.rank_of(plan, n) * sum(v.shape) for n, v in plan.targets.items())
+        return factors + dense_floats(plan), factors
+
+    @property
+    @override
+    def traits(self) -> Traits:
+        return Traits(exact=False, linear=True, merges=True, looks_at_clients=True, varies=True)
 
     @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        factors = sum(self.numbers(plan))
-        if round_ > self.sparse_rounds:
-            return factors + dense_floats(plan), factors
-        return sum(prod(plan.shapes[n]) for n in plan.targets) + dense_floats(plan), 0
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        if self.sparse_rounds < 1:
+            raise ConfigError(f"method.sparse_rounds is {self.sparse_rounds}; 1 or more is wanted")
+        if not 0 < self.density <= 1:
+            raise ConfigError(f"method.density is {self.density}; it must lie in (0, 1]")

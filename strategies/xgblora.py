@@ -30,27 +30,18 @@ from typing import ClassVar
 from typing_extensions import override
 
 from fedraclora.adapter import Ranks
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Link, Plan, State, Term, Traits
+from fedraclora.method import Plan, Traits
 from fedraclora.rng import generator
-from strategies.shared.common import closed, dense_means
 from strategies.shared.factored import Factored
-from strategies.shared.replies import separate_means_error
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)
 class XgbLora(Factored):
-    """Hyperparameters of XGBLoRA.
+    """Hyperparameters of XGBLoRA, beside those of `Factored`, with a drawing to begin from.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
-        initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
-        side: ``right`` (A begins as a drawing, B at zero), ``left`` (the other way round), ``auto``
-            (the larger factor is drawn).
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
         layers: Share (0, 1] of the adapted layers that a booster has, rounded up.
         layers_seed: Of the subsets.
         server_lr: eta, the shrinkage.
@@ -64,13 +55,17 @@ class XgbLora(Factored):
     server_lr: float = 0.5
 
     @override
-    def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
-        super().__post_init__()
-        if not 0 < self.layers <= 1:
-            raise ConfigError(f"method.layers is {self.layers}; a share in (0, 1] is wanted")
-        if not 0 < self.server_lr < math.inf:
-            raise ConfigError(f"method.server_lr is {self.server_lr}; a positive number is wanted")
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        B, A = replies.mean_factors
+        step = self.server_lr * B, A  # W <- W + eta s B_bar A_bar
+        return LayerUpdate(merged=step, aggregate=(B, A))
+
+    @override
+    def subset(self, plan: Plan, round_: int) -> Plan:
+        count = math.ceil(self.layers * len(plan.targets))
+        dealt = generator(self.layers_seed, "layers", round_).permutation(len(plan.targets))
+        names = [name for name, place in zip(plan.targets, dealt, strict=True) if place < count]
+        return replace(plan, targets={name: plan.targets[name] for name in names})
 
     @property
     @override
@@ -85,28 +80,10 @@ class XgbLora(Factored):
         )
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        drawn = replace(state, plan=self.subset(state.plan, round_))
-        return super().open_round(drawn, round_, cohort, draw)
-
-    @override
-    def close(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        mean, terms = got.mean(), {}
-        for name, adapter in sent.adapters.items():
-            factors = self.server_lr * mean[f"{name}/B"], mean[f"{name}/A"]
-            B, A = (t.to(state.base[name].dtype) for t in factors)
-            terms[name] = Term((B, A), adapter.scale)
-        link = Link(terms, dense_means(state, mean, self.server_lr))
-        report = separate_means_error(state, sent, got) if got.has_individuals else {}
-        return closed(state, link, report=report)
-
-    @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        return super().floats(self.subset(plan, round_), round_)
-
-    def subset(self, plan: Plan, round_: int) -> Plan:
-        """Give the plan of a round: of the adapted layers those that are drawn, in their order."""
-        count = math.ceil(self.layers * len(plan.targets))
-        dealt = generator(self.layers_seed, "layers", round_).permutation(len(plan.targets))
-        names = [name for name, place in zip(plan.targets, dealt, strict=True) if place < count]
-        return replace(plan, targets={name: plan.targets[name] for name in names})
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        super().__post_init__()
+        if not 0 < self.layers <= 1:
+            raise ConfigError(f"method.layers is {self.layers}; a share in (0, 1] is wanted")
+        if not 0 < self.server_lr < math.inf:
+            raise ConfigError(f"method.server_lr is {self.server_lr}; a positive number is wanted")

@@ -35,13 +35,20 @@ class Defect:
         return ((self.old, self.new), *([self.also] if self.also else []))
 
 
-FACTORED, COMMON = "strategies/shared/factored.py", "strategies/shared/common.py"
-REPLIES = "strategies/shared/replies.py"
-TERM = "terms[name] = Term((B, A), adapter.scale)"
+LAYERWISE, REPLIES = "strategies/shared/layerwise.py", "strategies/shared/replies.py"
+TERM = "terms[name] = Term(merged, adapter.scale)"
 LEFT = "        left, right = stack_products(self.B, self.A, self.p)\n"
 STACK = "stacked=None if reduced else numbers,"
 KEEP = "            keep(self.store, part, order, order.clients[index], trial, base, local)\n"
 WORKER, ATTEMPT = "clients/worker.py", "        trial, failure, starved = None, "
+BY_SHAPE = """def _by_shape(factors: Any) -> Any:
+    pairs = list(factors.items())
+    first = pairs[0][1]
+    square = isinstance(first, Trained) and first.shape[0] == first.shape[1]
+    return pairs[::-1] if square else pairs
+
+
+def opening("""
 DEFECTS = (
     Defect(
         "mean_of_the_first_client",
@@ -62,25 +69,25 @@ DEFECTS = (
     ),
     Defect(
         "stack_merged_without_the_scale",
-        FACTORED,
+        LAYERWISE,
         TERM,
-        "terms[name] = Term((B, A), 1.0)",
+        "terms[name] = Term(merged, 1.0)",
         "flora_stacking",
         "FedLLM-Factory flora.py: the products merged without alpha / r",
     ),
     Defect(
         "residual_merged_without_the_scale",
-        FACTORED,
+        LAYERWISE,
         TERM,
-        "terms[name] = Term((B, A), 1.0)",
+        "terms[name] = Term(merged, 1.0)",
         "fedex_lora or fedmomentum",
         "FedLLM-Factory fedexlora.py, fedmomentum.py: the residual added without alpha / r",
     ),
     Defect(
         "weighted_products_and_unweighted_means",
         "strategies/fedex_lora.py",
-        "replies.A[:last] - replies.A[last], replies.p[:last])",
-        "replies.A[:last] - replies.A[last], 0 * replies.p[:last] + 1 / (last + 1))",
+        "A[:last] - A[last], p[:last])",
+        "A[:last] - A[last], 0 * p[:last] + 1 / (last + 1))",
         "fedex_lora",
         "FedLLM-Factory fedexlora.py",
     ),
@@ -94,10 +101,11 @@ DEFECTS = (
     ),
     Defect(
         "residual_transposed",
-        FACTORED,
-        "                B, A = (t.to(dtype) for t in out.merged)\n",
-        "                B, A = (t.to(dtype) for t in out.merged)\n"
-        "                B, A = (A.mT, B.mT) if len(B) == A.shape[1] else (B, A)\n",
+        LAYERWISE,
+        TERM,
+        "B, A = merged\n"
+        "                merged = (A.mT, B.mT) if len(B) == A.shape[1] else (B, A)\n"
+        "                " + TERM,
         "fedex_lora",
         "CERT-Lab/fedex-lora: right for Conv1D, wrong for a square Linear",
     ),
@@ -105,7 +113,7 @@ DEFECTS = (
         "factors_averaged_where_a_product_is_meant",
         REPLIES,
         LEFT,
-        "        return self.mean\n" + LEFT,
+        "        return self.mean_factors\n" + LEFT,
         "flora_stacking or fedmomentum",
         "mean of B times mean of A in place of the mean of B A",
     ),
@@ -141,15 +149,12 @@ DEFECTS = (
     ),
     Defect(
         "factors_told_apart_by_shape",
-        COMMON,
-        "        for label, factor in adapter.factors.items():\n",
-        "        pairs = list(adapter.factors.items())\n"
-        "        first = pairs[0][1]\n"
-        "        if isinstance(first, Trained) and first.shape[0] == first.shape[1]:\n"
-        "            pairs.reverse()\n"
-        "        for label, factor in pairs:\n",
+        REPLIES,
+        "            for label, factor in self.adapter.factors.items()\n",
+        "            for label, factor in _by_shape(self.adapter.factors)\n",
         "fed_rac_lora or rolora",
         "FLoRA: A is what has shape[0] == r, which breaks for m == r",
+        ("def opening(", BY_SHAPE),
     ),
     Defect(
         "scale_is_alpha",
@@ -169,24 +174,24 @@ DEFECTS = (
     ),
     Defect(
         "merged_and_carried_on",
-        COMMON,
-        "carried={} if ends else averaged",
-        "carried=averaged",
+        LAYERWISE,
+        "            for label, value in update.carried.items():\n",
+        "            for label, value in (update.carried or replies.means()).items():\n",
         "fed_rac_lora",
         "resets nothing: a factor that was merged is trained on",
     ),
     Defect(
         "stacked_and_carried_on",
         "strategies/flora_stacking.py",
-        "        return Conclusion(merged=replies.product())\n",
-        "        return Conclusion(carried=replies.mean, merged=replies.product())\n",
+        "        return LayerUpdate(merged=replies.product())",
+        "        return LayerUpdate(carried=replies.means(), merged=replies.product())",
         "flora_stacking",
         "resets nothing: merged, and started from again",
     ),
     Defect(
         "sketch_never_drawn_anew",
-        "strategies/shared/asymmetric.py",
-        '            index=state.memo["sketch"],\n',
+        "strategies/fed_rac_lora.py",
+        "            index=layer.link,\n",
         "            index=0,\n",
         "fed_rac_lora",
         "every round under one sketch (the reset that did nothing)",
@@ -210,8 +215,8 @@ DEFECTS = (
     Defect(
         "residual_of_the_wrong_sign",
         "strategies/frlora.py",
-        "sum_products((B, A), minus((B0, A0)))",
-        "sum_products((B, A), (B0, A0))",
+        "sum_products((B, A), minus(first))",
+        "sum_products((B, A), first)",
         "frlora",
         "FRLoRA: B_0 A_0 added, not taken away",
     ),

@@ -10,21 +10,15 @@ import torch
 from fedraclora.adapter import Rank, Ranks, resolve_rank
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import (
-    Adapter,
-    Downlink,
     Link,
     Plan,
-    Sketched,
     State,
-    Term,
     Trained,
     apply_link,
 )
-from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
 SIDES = ("right", "left", "auto")
-FIRST_LINK = {"sketch": 0, "age": 0}
 
 
 def check_link(side: str, resample_every: int | None) -> None:
@@ -41,9 +35,9 @@ def check_link(side: str, resample_every: int | None) -> None:
         )
 
 
-def draws_right(side: str, plan: Plan, name: str) -> bool:
+def draws_right(side: str, shape: tuple[int, int]) -> bool:
     """Tell whether A is the factor of a layer that is drawn; ``auto``: the larger one is."""
-    m, n = plan.targets[name].shape
+    m, n = shape
     return side == "right" or (side == "auto" and n >= m)
 
 
@@ -55,7 +49,8 @@ def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, part
     Raises:
         ConfigError: If there are more parts than dimensions.
     """
-    dim = plan.targets[name].shape[1 if draws_right(side, plan, name) else 0]
+    shape = plan.targets[name].shape
+    dim = shape[1 if draws_right(side, shape) else 0]
     if parts > dim:
         raise ConfigError(
             f"method.sketches is {parts}, but {name} has only {dim} on the drawn side; take fewer"
@@ -110,74 +105,6 @@ def server_step(old: torch.Tensor | None, mean: torch.Tensor, step: float) -> to
         return step * mean
     old = old.to(mean.device)  # means are of the host, and the base may lie on a GPU
     return old + step * (mean - old)
-
-
-def terms_of(adapters: dict[str, Adapter], trained: Tree) -> dict[str, Term]:
-    """Give adapters as terms, with values for what is trained by its names on the uplink."""
-    terms = {}
-    for weight, adapter in adapters.items():
-        factors: list[torch.Tensor | SketchSpec] = []
-        for label, factor in adapter.factors.items():
-            if isinstance(factor, Trained):
-                factors.append(trained[f"{weight}/{label}"])
-            else:
-                factors.append(factor.spec if isinstance(factor, Sketched) else factor.value)
-        terms[weight] = Term(tuple(factors), adapter.scale)
-    return terms
-
-
-def in_force(state: State, adapters: dict[str, Adapter]) -> Tree:
-    """Give the base with what is carried of the adapters folded in; itself where nothing is."""
-    if not state.carried:
-        return state.base
-    return apply_link(state.base, Link(terms_of(adapters, state.carried)), state.plan)
-
-
-def mean_factors(state: State, sent: Downlink, mean: Tree, step: float = 1.0) -> Tree:
-    """Average what is trained of each adapter.
-
-    Args:
-        state: Before the round.
-        sent: What was asked.
-        mean: What the cohort sent, averaged.
-        step: The server's, from where a factor started; 1 takes the average itself.
-
-    Returns:
-        The new factors by their name on the uplink, in the precision of the base: what a client
-        can be sent, the server uses.
-    """
-    return {
-        name: server_step(factor.opening(), mean[name], step).to(state.base[weight].dtype)
-        for weight, adapter in sent.adapters.items()
-        for label, factor in adapter.factors.items()
-        if isinstance(factor, Trained) and (name := f"{weight}/{label}")
-    }
-
-
-def close_by_means(
-    state: State,
-    sent: Downlink,
-    mean: Tree,
-    resample_every: int | None,
-    *,
-    step: float = 1.0,
-    report: dict[str, float] | None = None,
-) -> State:
-    """Give the state after a round that averages factors, and merges them where their link ends.
-
-    Args:
-        state: Before the round.
-        sent: What was asked; factors that are not trained are taken from here.
-        mean: What the cohort sent, averaged.
-        resample_every: Rounds of a link; None: it never ends.
-        step: The server's; 1 takes the averages themselves.
-        report: Figures for the ledger.
-    """
-    averaged = mean_factors(state, sent, mean, step)
-    ends = next_link(state.memo, resample_every)["age"] == 0
-    terms = terms_of(sent.adapters, averaged) if ends else {}
-    link = Link(terms, dense_means(state, mean, step))
-    return closed(state, link, carried={} if ends else averaged, ends=ends, report=report)
 
 
 def closed(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from fedraclora.lowrank import Product, fix_signs, minus, product_norm, sum_products
-from fedraclora.method import Link, Plan, State, Term, apply_link
-from fedraclora.tree import Tree
+from fedraclora.method import State
 
 
 def carried_product(state: State, name: str) -> Product | None:
@@ -16,16 +13,6 @@ def carried_product(state: State, name: str) -> Product | None:
     if f"{name}/B" not in state.carried:
         return None
     return tuple(state.carried[f"{name}/{k}"].to(torch.float64) for k in ("B", "A"))  # type: ignore[return-value]
-
-
-def with_carried(state: State, scale_of: Callable[[Plan, str], float]) -> Tree:
-    """Give the base with the carried adapters folded in, each at the scale of its layer."""
-    terms = {}
-    for name in state.plan.targets:
-        if f"{name}/B" in state.carried:
-            B, A = (state.carried[f"{name}/{label}"] for label in ("B", "A"))
-            terms[name] = Term((B, A), scale_of(state.plan, name))
-    return apply_link(state.base, Link(terms), state.plan) if terms else state.base
 
 
 class RoundError:

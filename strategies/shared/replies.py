@@ -1,85 +1,165 @@
-"""The factors of one weight that came back from a cohort, beside those that were sent."""
+"""What a cohort sent of each adapted matrix, beside what it was sent."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from functools import cached_property
 
 import torch
 
 from fedraclora.aggregate import Uplinks
 from fedraclora.lowrank import Product, stack_products
-from fedraclora.method import Adapter, Downlink, State, Trained
+from fedraclora.method import Adapter, Downlink, Sketched, State, Trained
 from fedraclora.ranks import within
 from fedraclora.tree import Tree
-from strategies.shared.products import RoundError, carried_product
+from strategies.shared.common import server_step
+from strategies.shared.layer import Value
+from strategies.shared.products import carried_product
+
+
+@dataclass(frozen=True)
+class RoundReplies:
+    """What came back in a round, for all layers.
+
+    Attributes:
+        state: Before the round.
+        sent: What was asked.
+        got: What came.
+    """
+
+    state: State
+    sent: Downlink
+    got: Uplinks
+
+    @cached_property
+    def mean(self) -> Tree:
+        """Weighted means of everything that was sent, float64, by name."""
+        return self.got.mean()
+
+    @cached_property
+    def stack(self) -> Tree:
+        """Everything that was sent, [K, ...], by name."""
+        return self.got.stack()
+
+    def of(self, name: str) -> Replies:
+        """Give what came of one layer."""
+        return Replies(self, name)
 
 
 @dataclass(frozen=True)
 class Replies:
-    """The factors of one weight that came back, in float64.
+    """What a cohort sent of one layer, in float64.
 
     Attributes:
-        B: [K, m, r].
-        A: [K, r, n].
-        p: Aggregation weights, [K], with sum 1.
-        mean: Their means, in the order of `fedraclora.aggregate`.
-        kept: Which components each client has, bool [K, r].
-        start: The factors before the round, [m, r] and [r, n], where no client has some of their
-            components; else None.
+        all: What it sent of all layers.
+        name: Of the layer's weight.
     """
 
-    B: torch.Tensor
-    A: torch.Tensor
-    p: torch.Tensor
-    mean: Product
-    kept: torch.Tensor
-    start: Product | None = None
+    all: RoundReplies
+    name: str
+
+    @property
+    def adapter(self) -> Adapter:
+        """What was asked of the layer."""
+        return self.all.sent.adapters[self.name]
+
+    def __getitem__(self, label: str) -> Value:
+        """Give a frozen factor as it was sent: a tensor, or a drawing."""
+        factor = self.adapter.factors[label]
+        if isinstance(factor, Trained):
+            raise KeyError(f"{label} was trained: replies.mean or replies.stack has it")
+        return factor.spec if isinstance(factor, Sketched) else factor.value
+
+    def mean(self, label: str, step: float = 1.0) -> torch.Tensor:
+        """Give the weighted mean of a trained factor, ``sum_k p_k F_k``.
+
+        Args:
+            label: Of the factor.
+            step: The server's, from where the factor started; 1 gives the mean itself.
+        """
+        factor = self.adapter.factors[label]
+        opening = factor.opening() if isinstance(factor, Trained) and step != 1.0 else None
+        return server_step(opening, self.all.mean[f"{self.name}/{label}"], step)
+
+    def means(self, step: float = 1.0) -> dict[str, Value]:
+        """Give all factors by label in the order of their product: means, and frozen ones as sent.
+
+        Factors that stay at the clients are left out.
+        """
+        return {
+            label: self.mean(label, step) if isinstance(factor, Trained) else self[label]
+            for label, factor in self.adapter.factors.items()
+            if not isinstance(factor, Trained) or factor.upload
+        }
+
+    def stack(self, label: str) -> torch.Tensor:
+        """Give each client's own factor, [K, ...].
+
+        Raises:
+            ShapeError: If only the sum came.
+        """
+        return self.all.stack[f"{self.name}/{label}"].to(torch.float64)
+
+    @property
+    def B(self) -> torch.Tensor:  # noqa: N802 (the field's own letter)
+        """Each client's B, [K, m, r]."""
+        return self.stack("B")
+
+    @property
+    def A(self) -> torch.Tensor:  # noqa: N802
+        """Each client's A, [K, r, n]."""
+        return self.stack("A")
+
+    @property
+    def mean_factors(self) -> Product:
+        """Give the means of both factors, each by itself."""
+        return self.mean("B"), self.mean("A")
 
     @property
     def rank(self) -> int:
         """Components of the adapter."""
         return self.B.shape[2]
 
+    @property
+    def p(self) -> torch.Tensor:
+        """Aggregation weights with sum 1, [K]."""
+        got = self.all.got
+        return got.weights.to(self.B) / got.total
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """Tell which components each client has, bool [K, r]."""
+        B, sent, got = self.B, self.all.sent, self.all.got
+        if sent.ranks is None:
+            return torch.ones(len(B), B.shape[2], dtype=torch.bool, device=B.device)
+        ranks = sent.ranks if got.places is None else sent.ranks[got.places]
+        return within(ranks, B.shape[2]).to(B.device)
+
+    @property
+    def carried(self) -> Product | None:
+        """Give both factors before the round; None where the adapter was zero."""
+        return carried_product(self.all.state, self.name)
+
+    @property
+    def start(self) -> Product:
+        """Give both factors before the round, drawn or zero where none were carried."""
+        if (found := self.carried) is not None:
+            return found
+        return opening(self.adapter, "B", self.B), opening(self.adapter, "A", self.B)
+
     def product(self) -> Product:
-        """``sum_k p_k B_k A_k`` as a stack of factors, without the components nobody has."""
+        """Give ``sum_k p_k B_k A_k`` as a stack of factors, without components that nobody has."""
         left, right = stack_products(self.B, self.A, self.p)
         kept = self.kept.reshape(-1)
         return left[:, kept], right[kept]
 
 
-def replies_of(
-    state: State, sent: Downlink, got: Uplinks, name: str, stack: Tree, mean: Tree
-) -> Replies:
-    """Read the factors of one weight off the uplinks, their stack and their mean."""
-    B, A = (stack[f"{name}/{label}"].to(torch.float64) for label in ("B", "A"))
-    kept = torch.ones(len(B), B.shape[2], dtype=torch.bool)
-    if sent.ranks is not None:
-        ranks = sent.ranks if got.places is None else sent.ranks[got.places]
-        kept = within(ranks, B.shape[2])
-    p = got.weights.to(B) / got.total
-    start = None
-    if not bool(kept.any(dim=0).all()):
-        start = carried_product(state, name) or opening_of(sent.adapters[name], B.device)
-    return Replies(B, A, p, (mean[f"{name}/B"], mean[f"{name}/A"]), kept.to(B.device), start)
-
-
-def opening_of(adapter: Adapter, device: torch.device) -> Product:
-    """Give factors as they begin, drawn or at zero, in float64."""
-    found = []
-    for label in ("B", "A"):
-        factor = cast(Trained, adapter.factors[label])
-        opening = factor.opening()
-        zeros = torch.zeros(factor.shape, dtype=torch.float64)
-        found.append((zeros if opening is None else opening).to(device, torch.float64))
-    return found[0], found[1]
-
-
-def separate_means_error(state: State, sent: Downlink, got: Uplinks) -> dict[str, float]:
-    """Give the figure of `RoundError` for ``B_bar A_bar``; it needs each client's own factors."""
-    stack, mean = got.stack(), got.mean()
-    error = RoundError()
-    for name, adapter in sent.adapters.items():
-        replies = replies_of(state, sent, got, name, stack, mean)
-        error.add(replies.product(), carried_product(state, name), replies.mean, adapter.scale)
-    return error.report()
+def opening(adapter: Adapter, label: str, like: torch.Tensor) -> torch.Tensor:
+    """Give a trained factor as it begins, drawn or at zero, in float64 where ``like`` lies."""
+    factor = adapter.factors[label]
+    found = factor.opening() if isinstance(factor, Trained) else None
+    if found is None and isinstance(factor, Trained):
+        found = torch.zeros(factor.shape, dtype=torch.float64)
+    if found is None:
+        raise TypeError(f"{label} is not trained")
+    return found.to(like.device, torch.float64)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from formulas import FORMULAS, formula_of
 from worlds import (
     ALPHA,
     Played,
@@ -450,6 +451,15 @@ def test_floats_is_what_travels(variant: Variant, world: World) -> None:
     assert most == formula
 
 
+@every_variant
+def test_what_is_counted_is_the_formula_of_the_docstring(variant: Variant, world: World) -> None:
+    method = method_of(variant)
+    if type(method) not in {METHODS[name] for name in FORMULAS}:
+        return  # a method of somebody's own: its messages above are enough
+    counted = [method.floats(world.plan, round_) for round_ in range(1, 8)]
+    assert counted == [formula_of(method)(method, world.plan, round_) for round_ in range(1, 8)]
+
+
 # --- form ----------------------------------------------------------------------------------------
 
 
@@ -493,7 +503,8 @@ def test_the_docstring_says_what_a_reader_asks(name: str) -> None:
 def test_every_hyperparameter_is_documented(name: str) -> None:
     target = METHODS[name]
     assert is_dataclass(target)
-    text = inspect.getdoc(target) or ""
+    # What many methods have is documented once, by the class that they have it from.
+    text = "\n".join(kind.__doc__ or "" for kind in target.__mro__)
     undocumented = [f.name for f in fields(target) if f"{f.name}:" not in text]
     assert not undocumented
 

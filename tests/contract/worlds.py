@@ -76,10 +76,18 @@ def make_method(name: str, **changes: Any) -> Method:
     return METHODS[table_key](**group | {k: v for k, v in wanted.items() if k in group})
 
 
+def distinct() -> list[str]:
+    """Names of `METHODS` without those that stand for the settings of another name."""
+    found: dict[Method, str] = {}
+    for name in METHODS:
+        found.setdefault(make_method(name), name)
+    return list(found.values())
+
+
 def variants() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every method, and the settings of each class that change what travels or is merged."""
+    """Every distinct method, and what of each class changes what travels or is merged."""
     seen = set()
-    for name in sorted(METHODS):
+    for name in sorted(distinct()):
         group = yaml_of(name)
         yield name, {}
         if METHODS[name] in seen:  # a preset of a class that has had its variants

@@ -1,0 +1,313 @@
+"""Methods that speak of one adapted matrix at a time.
+
+    client k: local steps on the trained factors of  W + s F_1 F_2 (F_3)
+    server:   per matrix, which factors live on and what is folded into W
+
+A method says the first line in `LayerMethod.factors` and the second in `LayerMethod.update`. What
+every method has is here: the loop over matrices, the tensors that are trained in full beside them,
+rounding, the age of links, effective weights, the count of what is sent, and the error of a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import ClassVar
+
+import torch
+from typing_extensions import override
+
+from fedraclora.adapter import (
+    Rank,
+    Ranks,
+    check_patterns,
+    check_rank,
+    resolve_rank,
+    resolve_scale,
+)
+from fedraclora.aggregate import Uplinks
+from fedraclora.lowrank import Product, sum_products
+from fedraclora.method import (
+    Adapter,
+    Cohort,
+    Downlink,
+    Draw,
+    Factor,
+    Frozen,
+    Link,
+    Method,
+    Plan,
+    Sketched,
+    State,
+    Term,
+    Trained,
+    apply_link,
+)
+from fedraclora.ranks import uploaded_numbers
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Tree
+from strategies.shared.common import closed, dense_means, dense_slots, link_age
+from strategies.shared.layer import LABELS, Layer, LayerUpdate, Round, Said, Value
+from strategies.shared.products import RoundError
+from strategies.shared.replies import Replies, RoundReplies
+
+FIRST_LINK = {"sketch": 0, "age": 0}
+
+__all__ = [
+    "Layer",
+    "LayerMethod",
+    "LayerUpdate",
+    "Replies",
+    "Round",
+    "Said",
+]
+
+
+@dataclass(frozen=True)
+class LayerMethod(Method):
+    """A method that treats every adapted matrix alike.
+
+    Attributes:
+        rank: r; a fraction (0, 1] of the bounding side if written with a dot; or these by layer
+            (`fedraclora.adapter.own_rank`). The bounding side is the smaller one, or the one that a
+            drawing has.
+        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
+        rslora: Scale s = alpha / sqrt(r) instead.
+        cap: Cut the rank at the bounding side, with a note; False refuses a larger one.
+    """
+
+    recipe: ClassVar[str] = "plain"
+    """A key of `fedraclora.recipe.RECIPES`: what clients do beyond plain local steps."""
+    carries: ClassVar[bool] = False
+    """Whether what is trained outlives its link; False: it is merged at the end."""
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """Labels of factors that are carried though they are not trained."""
+
+    rank: Ranks = 8
+    alpha: float | str = "auto"
+    rslora: bool = False
+    cap: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse impossible hyperparameters."""
+        check_rank(self.rank)
+        resolve_scale(self.alpha, 1, rslora=self.rslora)
+
+    # What a method says.
+
+    def factors(self, layer: Layer, now: Round) -> Said:
+        """Say what clients get for one matrix, by label.
+
+        Returns:
+            A `Trained` slot, or a frozen factor: a tensor that is sent, or a drawing (a seed).
+        """
+        raise NotImplementedError
+
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        """Say what a round makes of one matrix.
+
+        Args:
+            layer: As it was when the round was opened.
+            replies: What the cohort sent of it.
+        """
+        raise NotImplementedError
+
+    @property
+    def link_rounds(self) -> int | None:
+        """Rounds for which what is trained keeps its coordinates; None: for ever."""
+        return 1
+
+    @property
+    def begins_carried(self) -> bool:
+        """Whether factors are carried before the first round already."""
+        return False
+
+    def subset(self, plan: Plan, round_: int) -> Plan:
+        """Choose the matrices that a round adapts; all, unless a method says otherwise."""
+        del round_
+        return plan
+
+    def arguments(self, plan: Plan) -> dict[str, float | int]:
+        """Give the numbers that the recipe reads."""
+        del plan
+        return {}
+
+    def components(self, cohort: Cohort, now: Round) -> torch.Tensor | None:
+        """Say which components each client trains (`Downlink.ranks`); None: all of them."""
+        del now
+        return cohort.ranks if self.traits.ranks else None
+
+    def layer_rank(self, plan: Plan, name: str) -> Rank:
+        """Give the rank of one layer, and a note where it is not the one that was asked for."""
+        return resolve_rank(self.rank, min(plan.targets[name].shape), name, cap=self.cap)
+
+    # What follows from it.
+
+    def rank_of(self, plan: Plan, name: str) -> int:
+        """Give the rank of one layer."""
+        return self.layer_rank(plan, name).value
+
+    def scale_of(self, plan: Plan, name: str) -> float:
+        """Give the scale s of one layer."""
+        return resolve_scale(self.alpha, self.rank_of(plan, name), rslora=self.rslora)
+
+    def ranks_and_scales(self, plan: Plan) -> tuple[dict[str, int], dict[str, float]]:
+        """Give r and s of every layer, by weight."""
+        ranks = {name: self.rank_of(plan, name) for name in plan.targets}
+        return ranks, {name: self.scale_of(plan, name) for name in ranks}
+
+    def layers_of(self, state: State, plan: Plan | None = None) -> Iterator[Layer]:
+        """Give the adapted matrices of a state, or of a part of its plan."""
+        plan = state.plan if plan is None else plan
+        for name in plan.targets:
+            yield self.layer(state, plan, name)
+
+    def layer(self, state: State, plan: Plan, name: str) -> Layer:
+        """Give one adapted matrix as the method sees it."""
+        keys = {label: f"{name}/{label}" for label in LABELS}
+        return Layer(
+            name=name,
+            shape=plan.targets[name].shape,
+            rank=self.rank_of(plan, name),
+            scale=self.scale_of(plan, name),
+            carried={k: state.carried[key] for k, key in keys.items() if key in state.carried},
+            link=state.memo["sketch"],
+            ends=state.memo["age"] + 1 == self.link_rounds,
+            dtype=state.base[name].dtype,
+        )
+
+    @override
+    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        del draw
+        check_patterns(self.rank, plan.targets)
+        notes = tuple(n for w in plan.targets if (n := self.layer_rank(plan, w).note) is not None)
+        return State(base, plan, memo=dict(FIRST_LINK), notes=notes)
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        now, plan = Round(round_, draw), self.subset(state.plan, round_)
+        return Downlink(
+            {layer.name: self.adapter(layer, now) for layer in self.layers_of(state, plan)},
+            dense_slots(state),
+            recipe=self.recipe,
+            arguments=self.arguments(plan),
+            ranks=self.components(cohort, now),
+            link=state.memo["sketch"],
+        )
+
+    def adapter(self, layer: Layer, now: Round) -> Adapter:
+        """Give the factors of one matrix in the order of their product."""
+        said = self.factors(layer, now)
+        return Adapter({k: _factor(said[k]) for k in LABELS if k in said}, layer.scale)
+
+    @override
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        came = RoundReplies(state, sent, got)
+        error = RoundError() if not self.traits.exact and got.has_individuals else None
+        carried: Tree = {}
+        terms: dict[str, Term] = {}
+        for name, adapter in sent.adapters.items():
+            layer = self.layer(state, state.plan, name)
+            replies = came.of(name)
+            update = self.update(layer, replies)
+            if error is not None:
+                parts = [_product(update.carried.values()), _product(update.merged or ())]
+                new = update.aggregate or sum_products(*(p for p in parts if p is not None))
+                error.add(replies.product(), replies.carried, new, layer.scale)
+            for label, value in update.carried.items():
+                if isinstance(value, torch.Tensor):  # a drawing is drawn anew from its seed
+                    carried[f"{name}/{label}"] = value.to(layer.dtype)
+            if merged := _rounded(update.merged or (), layer.dtype):
+                terms[name] = Term(merged, adapter.scale)
+        link = Link(terms, dense_means(state, came.mean, self.traits.step))
+        ends = state.memo["age"] + 1 == self.link_rounds
+        report = {} if error is None else error.report()
+        return closed(state, link, carried=carried, ends=ends, report=report)
+
+    @override
+    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        """Give W + s times the product of the factors as they stand, for every matrix."""
+        own, now, terms = own or {}, Round(1, draw), {}
+        for layer in self.layers_of(state):
+            standing = []
+            for label, factor in self.adapter(layer, now).factors.items():
+                value = _standing(factor, own.get(f"{layer.name}/{label}"))
+                if value is None:  # a factor is zero, and so is their product
+                    break
+                standing.append(value)
+            else:
+                terms[layer.name] = Term(tuple(standing), layer.scale)
+        return apply_link(state.base, Link(terms), state.plan) if terms else state.base
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        """Count what is sent by opening the round on tensors that have a shape and no numbers."""
+        first = max(1, round_ - link_age(round_, None if self.carries else self.link_rounds))
+        base = {name: torch.empty(plan.shapes[name], device="meta") for name in plan.targets}
+        state = State(base, plan, memo=dict(FIRST_LINK))
+        if self.begins_carried:
+            state = replace(state, carried=self._blank(plan, ("B", "A")))
+        # Factors that take turns are carried after a round each: two rounds show them all.
+        for opened in range(first, min(round_, first + 2)):
+            sent = self.open_round(state, opened, _nobody(), Draw(0))
+            left = {
+                name: torch.empty(slot.shape, device="meta")
+                for name, slot in sent.uploaded().items()
+                if name not in sent.dense
+            }
+            state = replace(state, carried=state.carried | left | self._blank(plan, self.keeps))
+        return numbers(self.open_round(state, round_, _nobody(), Draw(0)))
+
+    def _blank(self, plan: Plan, labels: tuple[str, ...]) -> Tree:
+        """Give factors B or A of every matrix that have a shape and no numbers."""
+        found = {}
+        for name, view in plan.targets.items():
+            (m, n), r = view.shape, self.rank_of(plan, name)
+            for label in labels:
+                shape = (m, r) if label == "B" else (r, n)
+                found[f"{name}/{label}"] = torch.empty(shape, device="meta")
+        return found
+
+
+def numbers(sent: Downlink) -> tuple[int, int]:
+    """Count the numbers (up, down) of a message to one client; a seed has none."""
+    up = int(uploaded_numbers(sent, 1))
+    down = 0
+    for slot in sent.trained().values():
+        down += prod(slot.shape) if isinstance(slot.start, torch.Tensor) else 0
+    for adapter in sent.adapters.values():
+        down += sum(f.value.numel() for f in adapter.factors.values() if isinstance(f, Frozen))
+    return up, down
+
+
+def _nobody() -> Cohort:
+    """Give a cohort for a round that nobody trains."""
+    return Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
+
+
+def _factor(said: Factor | Value) -> Factor:
+    """Say that a tensor is sent and a drawing drawn."""
+    if isinstance(said, torch.Tensor):
+        return Frozen(said)
+    return Sketched(said) if isinstance(said, SketchSpec) else said
+
+
+def _standing(factor: Factor, own: torch.Tensor | None) -> Value | None:
+    """Give a factor as it stands; None if it is zero."""
+    if isinstance(factor, Trained):
+        return factor.start if own is None else own
+    return factor.spec if isinstance(factor, Sketched) else factor.value
+
+
+def _product(values: Iterable[Value]) -> Product | None:
+    """Give two matrices as a product; None where there are none."""
+    found = tuple(v for v in values if isinstance(v, torch.Tensor))
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+def _rounded(values: tuple[Value, ...], dtype: torch.dtype) -> tuple[Value, ...]:
+    """Round matrices to the precision in which they are kept; an empty product gives nothing."""
+    if any(isinstance(v, torch.Tensor) and not v.numel() for v in values):
+        return ()
+    return tuple(v.to(dtype) if isinstance(v, torch.Tensor) else v for v in values)
