@@ -8,6 +8,7 @@ answers) gets the very same bytes if it asks the very same, and nothing if it as
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,25 @@ class Answers:
     def __init__(self, folder: Path, rounds: int) -> None:
         self.folder, self.rounds = folder / "answers", rounds
 
+    def once(
+        self, content: RecordDict, version: str, compute: Callable[[], RecordDict]
+    ) -> RecordDict:
+        """Give the answer to a message: the one that was given before, or a new one.
+
+        Args:
+            content: The message.
+            version: Of the base weights that it comes with.
+            compute: Gives a new answer, once the client has noted on its disk that it did.
+
+        Raises:
+            ClientError: As `given` does.
+        """
+        reply = self.given(content, version)
+        if reply is None:
+            reply = compute()
+            self.keep(content, version, reply)  # before anybody gets it
+        return reply
+
     def given(self, content: RecordDict, version: str) -> RecordDict | None:
         """Give the answer to this very message, if it was given; None if it may be answered now.
 
@@ -81,7 +101,7 @@ class Answers:
         return None
 
     def keep(self, content: RecordDict, version: str, reply: RecordDict) -> None:
-        """Keep the answer to a message, before anybody gets it; arguments as for `given`."""
+        """Keep the answer to a message; arguments as for `given`."""
         kind = kind_of(content)
         if kind not in ONCE or not is_given(reply):
             return

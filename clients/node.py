@@ -58,11 +58,8 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     holding.begin(dict(trainer.task.model.named_parameters()))
     if not holding.follow(read_parcel(content)):
         return RecordDict({STALE: ConfigRecord({"held": holding.version})})
-    version = f"{holding.version} {holding.mark}"
-    once = trainer.local.dp is not None or terms is not None
-    answers = Answers(folder, int(json.loads(settings)["rounds"]))
-    reply = answers.given(content, version) if once else None
-    if reply is None:
+
+    def compute() -> RecordDict:
         # New for every answer that is computed: nothing that anybody could ask for draws it again.
         trainer.noise_key = os.urandom(KEY_BYTES)
         store = read_store(folder, generations(settings))
@@ -70,8 +67,13 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         if kept := store.since(0):
             save_tensors(store_file(folder), kept, {}, sync=True)
             store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
-        if once:
-            answers.keep(content, version, reply)
+        return reply
+
+    if trainer.local.dp is None and terms is None:
+        reply = compute()
+    else:
+        answers = Answers(folder, int(json.loads(settings)["rounds"]))
+        reply = answers.once(content, f"{holding.version} {holding.mark}", compute)
     reply["job"] = ConfigRecord({"held": holding.version, "mark": str(holding.mark)})
     return reply
 

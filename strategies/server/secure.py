@@ -116,7 +116,7 @@ class SecureSum:
         self.session = session
         try:
             if not session.asked:
-                self._mask(session, exchange, talk)
+                self._mask(session, talk)
             missing = session.ask_for_shares()
             found, failures = talk.collect("unmask", missing, session.check_shares)
             session.shares |= found
@@ -155,18 +155,22 @@ class SecureSum:
             c: {"shares": {str(n): sealed[n][str(c)] for n in graph[c] if n in sealed}}
             for c in sealed
         }
-        talk.enough(inbox, "masked")
-        return Session(
+        session = Session(
             exchange.round_,
             keys,
             sealed,
             self.config.shares(min(map(len, graph.values()))),
             self.config.step(len(exchange.cohort), clip, LARGEST),
             {c: {**shares, "without": []} for c, shares in inbox.items()},
-            list(exchange.failures),
+            [],
         )
+        leaves = session.thin_out()
+        talk.enough(session.told, "masked")
+        talk.name(leaves)
+        session.left = list(exchange.failures)
+        return session
 
-    def _mask(self, session: Session, exchange: Exchange, talk: Talk) -> None:
+    def _mask(self, session: Session, talk: Talk) -> None:
         """Gather the masked vectors, in a second exchange where shares cannot be opened."""
         if self.file is not None:
             with replacing(self.file) as partial:
@@ -180,10 +184,10 @@ class SecureSum:
             session.notes += [
                 f"client {c} cannot open the shares of {sorted(of)}" for c, of in complaints.items()
             ]
-            leaves = session.settle(complaints)
-            refusals = [Refusal(c, f"secure aggregation: {why}") for c, why in leaves.items()]
-            session.left += refusals
-            exchange.failures += refusals
+            session.left += talk.name(session.settle(complaints))
+            leaves = session.thin_out()
+            talk.enough(session.told, "masked")
+            session.left += talk.name(leaves)
             again = {c: session.told[c] for c in complaints if c in session.told}
             said, more = talk.masked(again, settings)
             failures |= more

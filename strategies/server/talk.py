@@ -163,6 +163,12 @@ class Talk:
         if len(exchange.all_failures) > loop.allowed(len(exchange.first.cohort)):
             raise too_many(exchange.all_failures, exchange.round_, loop.rule)
 
+    def name(self, leaves: dict[int, str]) -> list[Refusal]:
+        """Note who leaves, and why; give what was noted."""
+        noted = [Refusal(c, f"secure aggregation: {why}") for c, why in sorted(leaves.items())]
+        self.exchange.failures += noted
+        return noted
+
     def enough(self, clients: Collection[int], stage: str) -> None:
         """Refuse a sum of too few.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,33 @@ class Session:
         told = self.told[client]
         return [*map(int, told["shares"]), *told["without"]]
 
+    def thin_out(self) -> dict[int, str]:
+        """Take out those who have too few neighbours left to mask with, through no fault of theirs.
+
+        Returns:
+            Who leaves, and why.
+        """
+        leaves: dict[int, str] = {}
+        while True:
+            waiting = [c for c in self.told if c not in self.words]
+            short = {c: n for c in waiting if (n := len(self.near(c))) < self.threshold}
+            if not short:
+                return leaves
+            leaves |= {
+                c: f"only {n} of its neighbours are left; {self.threshold} or more are wanted"
+                for c, n in short.items()
+            }
+            self._forget(short)
+
+    def _forget(self, gone: Collection[int]) -> None:
+        """Tell those who have not masked yet that some are no neighbours of theirs any more."""
+        for client in gone:
+            del self.told[client]
+        for client in self.told.keys() - self.words.keys():
+            told = self.told[client]
+            told["shares"] = {n: s for n, s in told["shares"].items() if int(n) not in gone}
+            told["without"] = [n for n in told["without"] if n not in gone]
+
     def settle(self, complaints: dict[int, set[int]]) -> dict[int, str]:
         """Decide what becomes of shares that their receivers cannot open.
 
@@ -102,14 +130,7 @@ class Session:
             told = self.told[client]
             told["without"] += sorted(closed)
             told["shares"] = {c: s for c, s in told["shares"].items() if int(c) not in closed}
-        self.told = {
-            c: {
-                "shares": {n: s for n, s in told["shares"].items() if int(n) not in leaves},
-                "without": [n for n in told["without"] if n not in leaves],
-            }
-            for c, told in self.told.items()
-            if c not in leaves
-        }
+        self._forget([c for c in leaves if c in self.told])
         return leaves
 
     def ask_for_shares(self) -> dict[int, Any]:
@@ -122,7 +143,9 @@ class Session:
                 }
                 for c in self.words
             }
-        return {c: asked for c, asked in self.asked.items() if c not in self.shares}
+        # With fewer of them in the sum a client gives nothing.
+        able = [c for c, asked in self.asked.items() if len(asked["alive"]) >= self.threshold]
+        return {c: self.asked[c] for c in able if c not in self.shares}
 
     def check_shares(self, client: int, told: Any, said: Any) -> None:
         """Refuse other shares than were sealed for a client.
