@@ -87,7 +87,8 @@ class SecureSum:
             text = self.file.read_text().strip()
             if not text.isdecimal():
                 raise CheckpointError(
-                    f"{self.file} holds {text[:50]!r}; the number of a round is wanted"
+                    f"{self.file} holds {text[:50]!r}, but the number of the last round that asked "
+                    "clients for masked vectors is wanted; restore the file from a copy"
                 )
             self.answered = int(text)
 

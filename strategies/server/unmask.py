@@ -86,9 +86,10 @@ class Session:
             self._forget(short)
 
     def _forget(self, gone: Collection[int]) -> None:
-        """Tell those who have not masked yet that some are no neighbours of theirs any more."""
+        """Leave some out, and tell those who have not masked yet that they are no neighbours."""
         for client in gone:
             del self.told[client]
+            self.words.pop(client, None)
         for client in self.told.keys() - self.words.keys():
             told = self.told[client]
             told["shares"] = {n: s for n, s in told["shares"].items() if int(n) not in gone}

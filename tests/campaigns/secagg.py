@@ -328,6 +328,10 @@ class Bender:
         for number, said in stage.data.items():
             if stage.name == "shares" and not self.draw.integers(3):
                 stage.data[number] = resealed(client, said, self.draw)
+            elif stage.name == "shares" and not self.draw.integers(3):
+                some = int(self.draw.choice([1, 2, len(said), len(said)]))
+                bad = {c: ["garbage", *said[c][1:]] for c in [*said][:some]}
+                stage.data[number] = said | bad
             else:
                 stage.data[number] = bent_data(said, self.draw)
         record = stage.record()
