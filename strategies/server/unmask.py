@@ -127,10 +127,10 @@ class Session:
         for sender, why in leaves.items():
             if any(sender in self.near(c) for c in self.words):
                 raise blame(self.round_, sender, why)
-        for client, closed in complaints.items():
+        for client, senders in complaints.items():
             told = self.told[client]
-            told["without"] += sorted(closed)
-            told["shares"] = {c: s for c, s in told["shares"].items() if int(c) not in closed}
+            told["without"] += sorted(senders)
+            told["shares"] = {c: s for c, s in told["shares"].items() if int(c) not in senders}
         self._forget([c for c in leaves if c in self.told])
         return leaves
 

@@ -24,7 +24,7 @@ from worlds import (
 )
 
 from clients.worker import Worker
-from fedraclora.errors import ClientError, ConfigError
+from fedraclora.errors import ClientError, ConfigError, WireError
 from fedraclora.ledger import number
 from fedraclora.method import Cohort, Draw
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
@@ -176,6 +176,31 @@ def test_clients_may_leave_at_every_stage(
     )
     wanted = trial.trained["head.weight"].mean(dim=0)
     torch.testing.assert_close(found.strategy.state.base["head.weight"], wanted, rtol=0, atol=1e-6)
+
+
+def test_uplink_bytes_are_those_of_the_words(world: World) -> None:
+    """Words have 4 bytes, and there is one more than a client trains numbers: an odd number."""
+    found = secure(world, rounds=1, chunk=1)
+    sent = [
+        record["flat"].numpy().nbytes
+        for content in found.worker.answered
+        for record in content.array_records.values()
+        if record["flat"].numpy().dtype == np.uint32
+    ]
+    assert len(sent) == 5
+    assert sum(sent) % 8
+    assert found.rows[0]["uplink_bytes"] == sum(sent)
+
+
+def test_no_unmasked_update_is_given(world: World) -> None:
+    """A server that asks plainly where the config says secure sums, or the other way round."""
+    found, plain = secure(world), run(world, make_method("fed_rac_lora"), RAGGED, rounds=1)
+    for worker, content in (
+        (found.worker, plain.worker.asked[0]),
+        (plain.worker, found.worker.asked[0]),
+    ):
+        with pytest.raises(WireError, match="differ on secure aggregation"):
+            worker.train(content)
 
 
 def test_the_server_sees_no_client(world: World) -> None:
