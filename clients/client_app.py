@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from clients import node
 from clients.site import answer
 from clients.worker import Worker
-from fedraclora.build import build_task, fix_bits, pick_device, plan_of, trainer_of
+from fedraclora.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
 from fedraclora.config import task_from_plain
 from fedraclora.engines.local import error_of, failed
 from fedraclora.errors import WireError
@@ -74,4 +74,5 @@ def worker_of(folder: str) -> Worker:
     # The base weights come from the folder: to pretrain them here again would be for nothing.
     built = build_task(replace(config, pretrain=PretrainConfig()))
     trainer = trainer_of(config, built, plan_of(config, built.task))
-    return Worker(trainer, FileReplica(Path(folder), built.device))
+    replica = FileReplica(Path(folder), built.device)
+    return Worker(trainer, replica, terms=terms_of(config, built))

@@ -15,15 +15,17 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
+from clients.answers import Answers
 from clients.worker import Worker
-from fedraclora.build import build_task, fix_bits, pick_device, plan_of, trainer_of
+from fedraclora.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
 from fedraclora.checkpoint import load_tensors, save_tensors
 from fedraclora.clientstore import ClientStore
 from fedraclora.config import task_from_plain
 from fedraclora.engines.deploy.grid import STALE
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.parcel import Holding, read_holding
-from fedraclora.privacy.secret import Secret
+from fedraclora.privacy.secagg import Terms
+from fedraclora.privacy.secret import KEY_BYTES
 from fedraclora.settings import PretrainConfig
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.wire import clients_of
@@ -50,18 +52,28 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     own = context.node_config.get("data")
     settings = str(context.run_config.get("cfg-json", ""))
     # Without data of its own a client's trainer is every client's.
-    trainer = trainer_for(settings, None if own is None else str(own), 0 if own is None else client)
+    found = trainer_for(settings, None if own is None else str(own), 0 if own is None else client)
+    trainer, terms = found
     holding = Holding(folder, trainer.plan, trainer.device)
     holding.begin(dict(trainer.task.model.named_parameters()))
     if not holding.follow(read_parcel(content)):
         return RecordDict({STALE: ConfigRecord({"held": holding.version})})
-    if trainer.local.dp is not None:
-        trainer.noise_seed = Secret.of_folder(folder, resume=False).number("sample noise")
-    store = read_store(folder, generations(settings))
-    reply = Worker(trainer, holding, store).train(content)
-    if kept := store.since(0):
-        save_tensors(store_file(folder), kept, {}, sync=True)
-        store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
+
+    def compute() -> RecordDict:
+        # New for every answer that is computed: nothing that anybody could ask for draws it again.
+        trainer.noise_key = os.urandom(KEY_BYTES)
+        store = read_store(folder, generations(settings))
+        reply = Worker(trainer, holding, store, terms).train(content)
+        if kept := store.since(0):
+            save_tensors(store_file(folder), kept, {}, sync=True)
+            store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
+        return reply
+
+    if trainer.local.dp is None and terms is None:
+        reply = compute()
+    else:
+        answers = Answers(folder, int(json.loads(settings)["rounds"]))
+        reply = answers.once(content, f"{holding.version} {holding.mark}", compute)
     reply["job"] = ConfigRecord({"held": holding.version, "mark": str(holding.mark)})
     return reply
 
@@ -129,8 +141,8 @@ def read_store(folder: Path, rounds: int) -> ClientStore:
 
 
 @lru_cache(maxsize=1)
-def trainer_for(settings: str, own: str | None, client: int) -> CohortTrainer:
-    """Build data and model of a run.
+def trainer_for(settings: str, own: str | None, client: int) -> tuple[CohortTrainer, Terms | None]:
+    """Build data and model of a run, and what its clients insist on in secure aggregation.
 
     Args:
         settings: The config of the run, as JSON.
@@ -154,4 +166,5 @@ def trainer_for(settings: str, own: str | None, client: int) -> CohortTrainer:
     fix_bits(config.engine.threads, pick_device(config.device))
     # Pretrained weights come from the server.
     built = build_task(replace(config, pretrain=PretrainConfig()))
-    return trainer_of(config, built, plan_of(config, built.task))
+    trainer = trainer_of(config, built, plan_of(config, built.task))
+    return trainer, terms_of(config, built)

@@ -1,12 +1,15 @@
 """The client's side of secure aggregation: keys, shares, a masked vector, and shares again.
 
-A client answers each stage once and in order, and gives of each neighbour either the share of its
-own mask or that of its key, never both: with both anyone could unmask that neighbour.
+A client answers the stages of a round in order, sends one masked vector in a round, and gives of
+each neighbour either the share of its own mask or that of its key, never both: with both anyone
+could unmask that neighbour. How many neighbours it wants, and how many of them must agree, it
+takes from the config that it holds, never from a message.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,16 +19,19 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from fedraclora.aggregate import finite
 from fedraclora.clientstore import ClientStore
 from fedraclora.errors import ClientError, FedRacLoraError
+from fedraclora.privacy.secagg import Terms
 from fedraclora.wire import Order, round_of
 from fedraclora.wire.records import header_record, vector_record
 from fedraclora.wire.secagg import (
     Stage,
     Words,
+    mark,
     new_pair,
     new_seed,
     own_mask,
     pair_mask,
     quantised,
+    read_public,
     seal,
     shared_key,
     split,
@@ -34,15 +40,19 @@ from fedraclora.wire.secagg import (
 )
 
 Memory = dict[str, Any]
+BEFORE = {"shares": "keys", "masked": "shares", "unmask": "masked"}
+# What a message of another machine may raise where it is not what it should be.
+DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
-def answer_stage(content: RecordDict, stage: Stage, store: ClientStore) -> RecordDict:
+def answer_stage(content: RecordDict, stage: Stage, store: ClientStore, terms: Terms) -> RecordDict:
     """Answer a stage in which nobody trains.
 
     Args:
         content: The message.
         stage: Its stage.
         store: Where clients keep their keys from stage to stage.
+        terms: What clients insist on.
     """
     round_ = round_of(content)
     steps = {"keys": _keys, "shares": _shares, "unmask": _unmask}
@@ -51,23 +61,32 @@ def answer_stage(content: RecordDict, stage: Stage, store: ClientStore) -> Recor
     for client, data in stage.data.items():
         try:
             memory = _recall(store, client, round_, stage.name)
-            said[client] = steps[stage.name](client, memory, data)
-            memory["after"] = stage.name
-            store.secrets[client] = json.dumps(memory).encode()
-            if stage.name == "unmask":
-                store.secrets[client] = b""  # the keys of a round serve once
+            said[client] = steps[stage.name](client, memory, data, terms)
+            _remember(store, client, memory, stage.name)
         except FedRacLoraError as error:
             failures[client] = str(error)
+        except DAMAGED as error:
+            failures[client] = f"client {client} cannot read its message ({error!r})"
     return stage_message(round_, Stage(stage.name, {}, said), failures)
 
 
 def _recall(store: ClientStore, client: int, round_: int, stage: str) -> Memory:
-    """Give what a client remembers, if this is the stage that comes next."""
-    if stage == "keys":
-        return {"round": round_}
+    """Give what a client remembers, if this is the stage that comes next.
+
+    Raises:
+        ClientError: If it is not, or if the client has sent its masked vector in this round, or
+            in a later one: of two sums of one update the difference would tell of others.
+    """
     memory: Memory = json.loads(store.secrets.get(client) or b"{}")
-    before = {"shares": "keys", "masked": "shares", "unmask": "masked"}[stage]
-    if (memory.get("round"), memory.get("after")) != (round_, before):
+    last = int(memory.get("answered", 0))
+    if round_ <= last and not (stage == "unmask" and round_ == last):
+        raise ClientError(
+            f"client {client} was asked for the stage {stage} of round {round_}, but has sent its "
+            f"masked vector in round {last}: it does not answer twice"
+        )
+    if stage == "keys":
+        return {"round": round_, "answered": last}
+    if (memory.get("round"), memory.get("after")) != (round_, BEFORE[stage]):
         raise ClientError(
             f"client {client} was asked for the stage {stage} of round {round_}, but stands after "
             f"{memory.get('after')} of round {memory.get('round')}: it does not answer twice"
@@ -75,40 +94,61 @@ def _recall(store: ClientStore, client: int, round_: int, stage: str) -> Memory:
     return memory
 
 
-def _keys(client: int, memory: Memory, data: Any) -> Any:
+def _remember(store: ClientStore, client: int, memory: Memory, stage: str) -> None:
+    """Keep what the next stage needs; secrets are forgotten as soon as none does."""
+    memory["after"] = stage
+    if stage == "masked":
+        memory["answered"] = memory["round"]
+    kept = {
+        "masked": ("round", "after", "answered", "near", "held", "threshold"),
+        "unmask": ("answered",),
+    }
+    if stage in kept:
+        memory = {key: memory[key] for key in kept[stage]}
+    store.secrets[client] = json.dumps(memory).encode()
+
+
+def _keys(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
     """Make the keys of a round: for masks, and to seal shares."""
-    del client, data
+    del client, data, terms
     memory["mask"], mask = new_pair()
     memory["box"], box = new_pair()
     memory["seed"] = new_seed()
-    return {"mask": mask, "box": box}
+    return {"mask": mask, "box": box, "seed": mark(memory["seed"])}
 
 
-def _shares(client: int, memory: Memory, data: Any) -> Any:
+def _shares(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
     """Split key and seed among the neighbours."""
-    keys = {int(c): k for c, k in data["keys"].items()}
-    threshold = int(data["threshold"])
-    if client in keys or not len(keys) / 2 < threshold <= len(keys):
+    keys = {int(c): {name: str(k[name]) for name in ("mask", "box")} for c, k in data.items()}
+    if client in keys or len(keys) < terms.neighbours:
         raise ClientError(
-            f"client {client} was told to trust {threshold} of {len(keys)} neighbours; more than "
-            "half of them, itself left out, are wanted"
+            f"client {client} was told to trust {len(keys)} neighbours, itself among them or not; "
+            f"{terms.neighbours} or more others are wanted"
         )
-    memory["keys"], memory["threshold"] = data["keys"], threshold
+    for key in keys.values():
+        read_public(key["mask"])
+    threshold = terms.config.shares(len(keys))
+    memory["keys"], memory["threshold"] = keys, threshold
     seeds, scalars = (split(memory[name], threshold, len(keys)) for name in ("seed", "mask"))
     return {
-        other: seal(shared_key(memory["box"], key["box"]), client, other, [seed, scalar])
+        other: [
+            seal(shared_key(memory["box"], key["box"]), client, other, [seed, scalar]),
+            mark(seed),
+            mark(scalar),
+        ]
         for (other, key), seed, scalar in zip(keys.items(), seeds, scalars, strict=True)
     }
 
 
-def _unmask(client: int, memory: Memory, data: Any) -> Any:
+def _unmask(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
     """Give the seeds' shares of those who are in the sum, the keys' shares of those who are not."""
+    del terms
     alive, gone = ([int(c) for c in data[key]] for key in ("alive", "gone"))
-    held = memory["held"]
-    if set(alive) & set(gone) or not {*map(str, alive), *map(str, gone)} <= set(held):
+    near, held = {*memory["near"]}, memory["held"]
+    if len({*alive, *gone}) != len(alive) + len(gone) or not {*alive, *gone} <= near:
         raise ClientError(
             f"client {client} was asked for shares of {alive} and {gone}; each of its neighbours "
-            f"{[*held]} once is wanted"
+            f"{sorted(near)} once is wanted"
         )
     if len(alive) < memory["threshold"]:
         raise ClientError(
@@ -116,8 +156,8 @@ def _unmask(client: int, memory: Memory, data: Any) -> Any:
             f"{memory['threshold']} or more are wanted"
         )
     return {
-        "alive": {str(c): held[str(c)][0] for c in alive},
-        "gone": {str(c): held[str(c)][1] for c in gone},
+        "alive": {str(c): held[str(c)][0] for c in alive if str(c) in held},
+        "gone": {str(c): held[str(c)][1] for c in gone if str(c) in held},
     }
 
 
@@ -125,22 +165,28 @@ def masked_reply(
     order: Order,
     stage: Stage,
     store: ClientStore,
+    terms: Terms,
     trained: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     failures: dict[int, str],
     notes: list[str],
 ) -> RecordDict:
     """Write the masked vectors of those who trained, were told their neighbours' shares, and may.
 
+    A client that cannot open a share says whose, and sends no vector: then it is asked again, and
+    told whether to go on without that share or without that neighbour.
+
     Args:
         order: What was asked.
-        stage: The stage of the message, with clip, step and the greatest weight.
+        stage: The stage of the message, with the step.
         store: Where clients keep their keys.
-        trained: Ids int64 [k], updates float64 [k, P] within the clip, and weights float64 [k].
+        terms: What clients insist on.
+        trained: Ids int64 [k], updates float64 [k, P], and weights float64 [k].
         failures: Why a client trained nothing, by id.
         notes: Sentences for the ledger.
     """
     clients, updates, weights = trained
     failures, rows, kept = dict(failures), [], []
+    unopened: dict[int, Any] = {}
     sound = finite(updates)
     for i, client in enumerate(clients.tolist()):
         try:
@@ -149,12 +195,18 @@ def masked_reply(
             if not sound[i]:
                 raise ClientError("its update has a NaN or an infinity; lower local.lr")
             memory = _recall(store, client, order.round_, "masked")
-            rows.append(_masked(client, memory, stage, updates[i : i + 1], float(weights[i])))
+            if closed := _open(client, memory, stage.data[client]):
+                unopened[client] = {"unopened": closed}
+                continue
+            whole = _whole(updates[i], float(weights[i]), order.clip, stage.settings, terms)
+            row = _masked(client, memory, whole)
+            _remember(store, client, memory, "masked")
+            rows.append(row)
             kept.append(client)
-            memory["after"] = "masked"
-            store.secrets[client] = json.dumps(memory).encode()
         except FedRacLoraError as error:
             failures[client] = str(error)
+        except DAMAGED as error:
+            failures[client] = f"client {client} cannot read its message ({error!r})"
     words = np.stack(rows) if rows else np.zeros((0, updates.shape[1] + 1), dtype=np.uint32)
     header = {"round": order.round_, "version": order.version, "notes": notes}
     header["failures"] = {str(c): why for c, why in failures.items()}
@@ -165,34 +217,77 @@ def masked_reply(
             "config": header_record(header),
             "arrays": arrays,
             "chunk": vector_record({"clients": torch.tensor(kept, dtype=torch.int64)}),
-            "secure": Stage("masked", {}, {}).record(),
+            "secure": Stage("masked", {}, unopened).record(),
         }
     )
 
 
-def _masked(
-    client: int, memory: Memory, stage: Stage, update: torch.Tensor, weight: float
+def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:
+    """Open the shares that were sealed for a client; give those whose shares cannot be opened."""
+    senders = {int(c): [str(word) for word in sealed] for c, sealed in data["shares"].items()}
+    near = [*senders, *(int(c) for c in data["without"])]
+    strangers = {*near} - {int(c) for c in memory["keys"]}
+    if strangers or len({*near}) != len(near):
+        raise ClientError(
+            f"client {client} was named the neighbours {near}; of {[*memory['keys']]} each once, "
+            "and no others, are wanted"
+        )
+    if len(near) < memory["threshold"]:
+        raise ClientError(
+            f"only {len(near)} neighbours of client {client} are left; "
+            f"{memory['threshold']} or more are wanted"
+        )
+    memory["near"], memory["held"], closed = near, {}, []
+    for other, (text, *marks) in senders.items():
+        try:
+            box = shared_key(memory["box"], memory["keys"][str(other)]["box"])
+            shares = unseal(box, other, client, text)
+        except FedRacLoraError:
+            shares = []
+        if [mark(share) for share in shares] == marks:
+            memory["held"][str(other)] = shares
+        else:
+            closed.append(other)
+    return closed
+
+
+def _whole(
+    update: torch.Tensor,
+    weight: float,
+    clip: float | None,
+    settings: Mapping[str, Any],
+    terms: Terms,
 ) -> Words:
-    """Quantise one weighted update, and hide it with the weight behind it."""
-    most, step = float(stage.settings["max_weight"]), float(stage.settings["step"])
+    """Write a weighted update, and its weight behind it, as whole steps modulo 2^32.
+
+    The update is shortened once more, in float64: the numbers that clients train are rounded to the
+    precision of the wire, by which a short update from a distant start grows longer than the clip,
+    and a sum of such updates would run over.
+
+    Args:
+        update: float64 [P].
+        weight: Of the client.
+        clip: The greatest norm of an update; None: that of the config.
+        settings: Of the stage: the step.
+        terms: What clients insist on.
+    """
+    most = terms.config.max_weight
     if not 0 < weight <= most or weight != int(weight):
         raise ClientError(
             f"its weight is {weight:g}; a whole number up to secure.max_weight={most:g} is wanted"
         )
-    senders = {int(c): text for c, text in stage.data[client].items()}
-    if not {str(c) for c in senders} <= set(memory["keys"]):
-        raise ClientError(f"client {client} was sent shares by strangers: {[*senders]}")
-    if len(senders) < memory["threshold"]:
-        raise ClientError(
-            f"only {len(senders)} neighbours of client {client} are left; "
-            f"{memory['threshold']} or more are wanted"
-        )
-    memory["held"] = {}
-    row: Words = quantised(torch.cat([update * weight / step, torch.tensor([[weight]])], dim=1))[0]
-    row = row + own_mask(memory["seed"], len(row))
-    for other, text in senders.items():
-        keys = memory["keys"][str(other)]
-        box = shared_key(memory["box"], keys["box"])
-        memory["held"][str(other)] = unseal(box, other, client, text)
-        row = row + pair_mask(memory["mask"], keys["mask"], len(row), add=client > other)
+    norm, longest = float(update.norm()), terms.config.clip if clip is None else float(clip)
+    if norm > longest:
+        update = update * (longest / norm)
+    step = float(settings["step"])
+    whole: Words = quantised(torch.cat([update * weight / step, torch.tensor([weight])])[None])[0]
+    return whole
+
+
+def _masked(client: int, memory: Memory, whole: Words) -> Words:
+    """Hide whole numbers behind a client's own mask and those of its pairs."""
+    row = whole + own_mask(memory["seed"], len(whole))
+    for other in memory["near"]:
+        public = memory["keys"][str(other)]["mask"]
+        row = row + pair_mask(memory["mask"], public, len(row), add=client > other)
     return row

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flwr.app import RecordDict
 
 from clients.worker import Worker
-from fedraclora.build import BuiltTask, fix_bits, trainer_of
+from fedraclora.build import BuiltTask, fix_bits, terms_of, trainer_of
 from fedraclora.clientstore import ClientStore
 from fedraclora.config import TaskConfig
 from fedraclora.method import Plan
@@ -31,7 +31,8 @@ class Site:
     def __init__(self, parts: SiteParts) -> None:
         fix_bits(parts.config.engine.threads, parts.built.device)
         self.replica = Follower(parts.plan, parts.built.device)
-        self.worker = Worker(trainer_of(parts.config, parts.built, parts.plan), self.replica)
+        trainer = trainer_of(parts.config, parts.built, parts.plan)
+        self.worker = Worker(trainer, self.replica, terms=terms_of(parts.config, parts.built))
 
     def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
         """Answer a train message; see `answer`."""

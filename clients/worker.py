@@ -13,8 +13,9 @@ from clients.kept import held, keep
 from clients.secure import answer_stage, masked_reply
 from fedraclora.clientstore import ClientStore
 from fedraclora.downlink import opening_rows
-from fedraclora.errors import OF_THE_RUN, ConfigError
+from fedraclora.errors import OF_THE_RUN, ConfigError, WireError
 from fedraclora.method import Downlink
+from fedraclora.privacy.secagg import Terms
 from fedraclora.ranks import uploaded_mask
 from fedraclora.replica import Replica
 from fedraclora.robust.statistics import shortened
@@ -51,15 +52,20 @@ class Worker:
         trainer: Trains a chunk as one batch.
         replica: The base weights.
         store: What its clients keep between rounds.
+        terms: What its clients insist on in secure aggregation; None: the run has none.
 
     Attributes:
         limit: The most clients a batch may hold, once memory ran out with more; None before.
     """
 
     def __init__(
-        self, trainer: CohortTrainer, replica: Replica, store: ClientStore | None = None
+        self,
+        trainer: CohortTrainer,
+        replica: Replica,
+        store: ClientStore | None = None,
+        terms: Terms | None = None,
     ) -> None:
-        self.trainer, self.replica = trainer, replica
+        self.trainer, self.replica, self.terms = trainer, replica, terms
         self.store = ClientStore() if store is None else store
         self.limit: int | None = None
         self._reader = Reader()
@@ -70,10 +76,19 @@ class Worker:
         A chunk that raises is cut in halves until the clients at fault stand alone: they are
         reported by id, the others' results are used. Where memory runs out nobody is at fault:
         batches hold half as many clients from there on.
+
+        Raises:
+            WireError: If a run with secure aggregation is asked for more than sums, or the other
+                way round.
         """
         stage = read_stage(content)
-        if stage is not None and stage.name != "masked":
-            return answer_stage(content, stage, self.store)
+        if (stage is None) != (self.terms is None):
+            raise WireError(
+                "the config of this run and its messages differ on secure aggregation: updates "
+                f"are{'' if self.terms else ' not'} to be masked, and this message asks otherwise"
+            )
+        if stage is not None and self.terms is not None and stage.name != "masked":
+            return answer_stage(content, stage, self.store, self.terms)
         downlink, order = self._reader.read(content)
         base = self.replica.at(order.version, order.round_)
         downlink, moments = held(self.store, downlink, order, base, self.trainer.local)
@@ -85,8 +100,8 @@ class Worker:
             if len(again) == 1:
                 again = self._attempt(base, downlink, order, places, outcome, moments)
             waiting += reversed(again)
-        if stage is not None:
-            return self._masked(base, downlink, order, outcome, stage)
+        if stage is not None and self.terms is not None:
+            return self._masked(base, downlink, order, outcome, stage, self.terms)
         return self._reply(downlink, order, outcome)
 
     def _attempt(
@@ -162,7 +177,13 @@ class Worker:
         return parts(places, self.limit)
 
     def _masked(
-        self, base: Tree, downlink: Downlink, order: Order, outcome: Outcome, stage: Stage
+        self,
+        base: Tree,
+        downlink: Downlink,
+        order: Order,
+        outcome: Outcome,
+        stage: Stage,
+        terms: Terms,
     ) -> RecordDict:
         """Hide what clients send from everyone; see `clients.secure`."""
         places, layout = torch.tensor(outcome.places, dtype=torch.int64), uplink_layout(downlink)
@@ -170,9 +191,10 @@ class Worker:
         if (trial := join(outcome.trials)) is not None:
             rows = sent_rows(trial, layout)
             updates = rows - opening_rows(downlink, base, layout, places)
-            weights = client_weights(str(stage.settings["weights"]), trial.samples)
+            weights = client_weights(terms.weights, trial.samples)
         trained = (order.clients[places], updates, weights)
-        return masked_reply(order, stage, self.store, trained, outcome.failures, outcome.notes)
+        store, failures, notes = self.store, outcome.failures, outcome.notes
+        return masked_reply(order, stage, store, terms, trained, failures, notes)
 
     @staticmethod
     def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:

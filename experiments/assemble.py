@@ -8,6 +8,7 @@ from pathlib import Path
 from clients.app import make_client_app
 from clients.site import Site, SiteParts
 from clients.worker import Worker
+from fedraclora.build import terms_of
 from fedraclora.config import RunConfig
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.errors import ConfigError
@@ -78,5 +79,5 @@ def make_grid(crew: Crew) -> RunGrid:
             settings=config.engine,
             device=built.device.type,
         )
-    worker = Worker(crew.trainer, replica, crew.store)
+    worker = Worker(crew.trainer, replica, crew.store, terms_of(crew.config, built))
     return InProcessGrid(make_client_app(worker))

@@ -18,11 +18,14 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.method import Plan
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
 from fedraclora.robust.attack import LabelFlip
 from fedraclora.robust.attacked import AttackedTrainer
 from fedraclora.samples import Partitioned, Samples, count_labels
 from fedraclora.sampling import check_cohort
 from fedraclora.schema import bind, coerce, without
+from fedraclora.settings import DeployConfig
 from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.pretrain import pretrain
@@ -68,6 +71,20 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
         precision=config.precision,
     )
     return bind(task, plan, config.local)
+
+
+def terms_of(config: TaskConfig, built: BuiltTask) -> Terms | None:
+    """Give what the clients of a run insist on in secure aggregation; None without it."""
+    if not isinstance(config.secure, SecAgg):
+        return None
+    engine, cohort = config.engine, built.cohort
+    if config.system.enabled or isinstance(config.privacy, ClientLevel):
+        fewest = LEAST  # how many are asked is a matter of devices, or of coins
+    elif isinstance(engine, DeployConfig):
+        fewest = min(engine.min_clients or cohort, cohort)
+    else:
+        fewest = cohort - config.max_failures
+    return Terms(config.secure, config.weights, max(LEAST, fewest))
 
 
 def pick_device(name: str) -> torch.device:

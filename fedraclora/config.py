@@ -21,7 +21,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.method import Method
 from fedraclora.models import MODELS
 from fedraclora.privacy.client_level import PRIVACIES, Privacy
-from fedraclora.privacy.secagg import SECURES, Open
+from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.robust.attack import ATTACKS, Attack
 from fedraclora.robust.rules import AGGREGATORS
 from fedraclora.sampling import WEIGHTINGS
@@ -71,6 +71,10 @@ class TaskConfig:
         device: auto, cpu or cuda.
         precision: float32 or bf16-mixed.
         head, bias, targets, dense: The policy of `fedraclora.adapter.make_plan`.
+        weights: examples or uniform.
+        privacy, secure: What a round may tell of a client; what the server sees of a cohort.
+        max_failures: Clients that may fail in a round.
+        system: What the clients' devices are like.
     """
 
     plain: Plain
@@ -90,6 +94,11 @@ class TaskConfig:
     bias: str
     targets: str | list[str] | None
     dense: str | list[str] | None
+    weights: str
+    privacy: Privacy
+    secure: Open
+    max_failures: int
+    system: SystemConfig
 
 
 @dataclass(frozen=True)
@@ -102,13 +111,9 @@ class RunConfig(TaskConfig):
         dora: Whether adapted rows have trained magnitudes (`fedraclora.dora`).
         evaluate, output: Settings.
         rounds: Rounds.
-        weights: examples or uniform.
-        privacy, secure: What a round may tell of a client; what the server sees of a cohort.
         aggregator: What happens to the updates before the method sees them.
         server_optimiser: What the server makes of the mean of a round.
         control_variates: Whether clients' drift is corrected by control variates (SCAFFOLD).
-        max_failures: Clients that may fail in a round.
-        system: What the clients' devices are like.
         stop: When to end before the last round.
     """
 
@@ -118,14 +123,9 @@ class RunConfig(TaskConfig):
     evaluate: EvaluateConfig
     output: OutputConfig
     rounds: int
-    weights: str
-    privacy: Privacy
-    secure: Open
     aggregator: Aggregator
     server_optimiser: ServerOptimiser
     control_variates: bool
-    max_failures: int
-    system: SystemConfig
     stop: StopConfig
 
     @property
@@ -245,6 +245,13 @@ def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
         raise ConfigError(
             "head is local: such heads are measured where they are, and with engine=deploy they "
             "stay at the clients; choose head=adapt, average or frozen"
+        )
+    once = isinstance(config.secure, SecAgg) or config.local.dp is not None
+    if once and config.output.checkpoint_every != 1:
+        raise ConfigError(
+            f"output.checkpoint_every is {config.output.checkpoint_every}, but under secure=secagg "
+            "or local=dp_sgd a real client answers each round once, so that a server which went "
+            "back by more than a round could not go on: set output.checkpoint_every=1"
         )
     if engine.folder is not None and not engine.folder.startswith("/"):
         raise ConfigError(f"engine.folder is {engine.folder!r}; a whole path is wanted")

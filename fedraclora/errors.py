@@ -46,6 +46,10 @@ class ClientError(FedRacLoraError):
     """A client failed; the message names the client and the round."""
 
 
+class RoundLostError(ClientError):
+    """A round cannot be run, not a second time either; the message says why."""
+
+
 # Raised where clients train, these are no client's fault: every client of the run would raise them.
 OF_THE_RUN = (ConfigError, ModelError)
 

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from fedraclora.method import Downlink, Frozen, Plan, Sketched
 from fedraclora.privacy.local_dp import set_noisy_gradients
+from fedraclora.privacy.sample_level import answer_keys, seed_key
 from fedraclora.ranks import window
 from fedraclora.recipe import RECIPES, GradientHook
 from fedraclora.rng import cohort_permutations, hash_key
@@ -75,10 +76,8 @@ def train_one(
     optimiser = make_optimiser(local, downlink, values, frozen, rate_scale)
     start_weights = effective_weights(base, downlink, plan, values, frozen)
     start_weights = {n: w.detach().clone() for n, w in start_weights.items()}
-    samples = task.train.gather(
-        torch.tensor([client]), torch.arange(int(task.train.sizes(torch.tensor([client]))))[None]
-    )
-    losses = []
+    clients, losses = torch.tensor([client]), []
+    samples = task.train.gather(clients, torch.arange(int(task.train.sizes(clients)))[None])
     for step, rows in enumerate(batches(len(samples), client, local, seed, round_)):
         context.step, context.rows = step, len(rows)
         weights = effective_weights(base, downlink, plan, values, frozen)
@@ -90,7 +89,7 @@ def train_one(
             loss.backward(retain_graph=True)
         else:
             like = {n: start[None] for n, start in starts.items()}
-            noise = local.dp.noise(like, torch.tensor([client]), seed, round_, step)
+            noise = local.dp.noise(like, answer_keys(seed_key(seed), round_, clients), step)
             noise = {n: noise[n][0][parts[n]] for n in values}
             set_noisy_gradients(each / counts.clamp(min=1), values, local.dp, noise)
         if local.prox:

@@ -21,7 +21,7 @@ from fedraclora.chain import CatchUp
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
-from fedraclora.errors import FedRacLoraError, WireError
+from fedraclora.errors import FedRacLoraError, RoundLostError, WireError
 from fedraclora.ledger import number
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.replica import Replica
@@ -146,7 +146,13 @@ class FedStrategy(EvaluatesItself):
         watch.lap("open")
         while True:
             ask = partial(grid.send_and_receive, timeout=timeout)
-            got = self._treated(self.treatment.receive(ask, exchange, messages, self.state.base))
+            try:
+                came = self.treatment.receive(ask, exchange, messages, self.state.base)
+            except RoundLostError as lost:
+                if not self.loop.guarded:
+                    raise
+                return self._give_up(exchange, grid, str(lost), watch)
+            got = self._treated(came)
             watch.lap("train")
             moved.count(exchange, self.loop.dtype)
             again = self.method.next_exchange(self.state, exchange.downlink, got)
@@ -174,6 +180,22 @@ class FedStrategy(EvaluatesItself):
         if self.book.due(round_):
             self.book.save(self.state, round_, self.catch_up)
         return MetricRecord({"train-loss": exchange.mean_loss})
+
+    def _give_up(self, exchange: Exchange, grid: Grid, why: str, watch: Stopwatch) -> MetricRecord:
+        """Go on after a round that real clients will not answer again: nothing changes in it."""
+        round_, moved = exchange.round_, Moved()
+        moved.count(exchange, self.loop.dtype)
+        moved.fetch(self.catch_up, exchange, taken_traffic(grid))
+        self.done = round_
+        self.treatment.give_up(round_)
+        row = ledger_row(exchange, self.state, {"metrics": {}}, moved, self.book.totals())
+        row["notes"] = [why]
+        row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.fleet)
+        row |= {"effective_step": 0.0} | watch.columns | taken_incidents(grid)
+        self._publish_row(row)
+        if self.book.due(round_):
+            self.book.save(self.state, round_, self.catch_up)
+        return MetricRecord({"train-loss": float("nan")})
 
     def _current(self) -> Exchange:
         if self._exchange is None:

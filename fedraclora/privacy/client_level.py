@@ -160,10 +160,11 @@ class Mechanism:
     ) -> torch.Tensor:
         """Give a sum of updates, float64 [P], with its noise.
 
-        The noise is drawn from the round and from the sum: another sum of the same round (a run
-        that goes on from a checkpoint and meets other replies) so gets independent noise.
+        The noise is drawn from the round, the sum and the clip: another sum of the same round (a
+        run that goes on from a checkpoint and meets other replies) so gets independent noise.
         """
-        noise = secret.normals(len(total), "sum", round_, total)
+        about = torch.cat([total, torch.tensor([clip], dtype=torch.float64)])
+        noise = secret.normals(len(total), "sum", round_, about)
         return total + self.update_noise * clip * noise
 
     def noisy_count(self, shorter: int, came: int, secret: Secret, round_: int) -> float:

@@ -26,4 +26,4 @@ def set_noisy_gradients(each: torch.Tensor, values: Tree, dp: SampleNoise, noise
             total[name] += share * gradient
     for name, value in values.items():
         noisy = total[name] + dp.noise_multiplier * dp.clip * noise[name]
-        value.grad = noisy / len(each)
+        value.grad = (noisy / len(each)).to(value)

@@ -11,6 +11,11 @@ each pass over the data a sample is in one batch, and a pass costs one Gaussian 
 differ in one sample that is put out of action (its gradient is zero); how many samples a client
 has is public.
 
+The noise of a client's answer is a stream of a key that belongs to this answer alone. In a
+simulation that key comes from the seed: one process holds all data, and the run shows what privacy
+costs, to the bit, but protects nobody. A real client takes a new key from the operating system for
+every answer that it computes (`clients.node`), so that no two answers can be subtracted.
+
 References:
     Abadi et al., *Deep learning with differential privacy*, arXiv 1607.00133. Departures: batches
     and account as said above.
@@ -18,15 +23,17 @@ References:
 
 from __future__ import annotations
 
+import hmac
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.accountant import epsilon
-from fedraclora.rng import cohort_bits, hash_key
+from fedraclora.privacy.secret import normals_of, stream
+from fedraclora.rng import hash_key
 from fedraclora.tree import Tree
 
 
@@ -68,10 +75,13 @@ class SampleNoise:
     def gradients(self, own: Tree, valid: torch.Tensor, noise: Tree) -> Tree:
         """Make a batch's gradients of those of its samples.
 
+        The noise is added in float64, as the server adds its own, and the sum is rounded to the
+        type of the gradients afterwards.
+
         Args:
             own: [K * b, ...] by name, client after client.
             valid: Which samples count, bool [K, b].
-            noise: Standard normals [K, ...] by name.
+            noise: Standard normals, float64 [K, ...] by name, of `noise`.
 
         Returns:
             [K, ...] by name.
@@ -85,36 +95,42 @@ class SampleNoise:
         for name, gradient in own.items():
             rows = gradient.reshape(K, b, -1)
             total = torch.bmm(share.reshape(K, 1, b), rows).reshape(K, *gradient.shape[1:])
-            total = total.add(noise[name], alpha=self.noise_multiplier * self.clip)
-            found[name] = total / count.reshape(K, *[1] * (gradient.dim() - 1)).to(total)
+            if self.noise_multiplier:
+                scale = self.noise_multiplier * self.clip
+                total = total.double().add(noise[name], alpha=scale)
+            mean = total / count.reshape(K, *[1] * (gradient.dim() - 1)).to(total)
+            found[name] = mean.to(gradient)
         return found
 
-    def noise(
-        self,
-        like: Mapping[str, torch.Tensor],
-        clients: torch.Tensor,
-        seed: int,
-        round_: int,
-        step: int,
-    ) -> Tree:
-        """Draw standard normals for each client, in the shapes of ``like``.
-
-        A function of the seed: right for a simulation, where one process holds all data anyway.
-        A real client has to give a seed that nobody else can know.
+    def noise(self, like: Mapping[str, torch.Tensor], keys: Sequence[bytes], step: int) -> Tree:
+        """Draw standard normals for each client, in the shapes of ``like``: float64, from ChaCha20.
 
         Args:
             like: Tensors [K, ...] by name.
-            clients: Ids, int64 [K].
-            seed: From which it is drawn.
-            round_: From 1.
+            keys: Of the clients' answers, K of them: `answer_keys`.
             step: The local step.
         """
         if not self.noise_multiplier:
             return {name: torch.zeros_like(tensor) for name, tensor in like.items()}
         found: Tree = {}
         for name, tensor in like.items():
-            key = hash_key(seed, "sample noise", round_, name)
-            bits = cohort_bits(key, clients, tensor[0].numel(), stream=step)
-            normals = torch.special.ndtri((bits.double() + 0.5) * 2.0**-32)
-            found[name] = normals.reshape(tensor.shape).to(tensor)
+            leaf, count = f"{step}|{name}".encode(), 8 * tensor[0].numel()
+            raw = b"".join(stream(hmac.digest(key, leaf, "sha256"), count) for key in keys)
+            found[name] = normals_of(raw).reshape(tensor.shape).to(tensor.device)
         return found
+
+
+def seed_key(seed: int) -> bytes:
+    """Give the key of all noise of a simulation: whoever knows the seed knows it."""
+    return hash_key(seed, "sample noise").to_bytes(32, "big")
+
+
+def answer_keys(key: bytes, round_: int, clients: torch.Tensor) -> list[bytes]:
+    """Derive the keys of the noise of some clients (ids, int64) in a round, whatever the others do.
+
+    Args:
+        key: 32 bytes: `seed_key` in a simulation, new ones for every answer of a real client.
+        round_: From 1.
+        clients: Ids, int64 [K].
+    """
+    return [hmac.digest(key, f"{round_}|{c}".encode(), "sha256") for c in clients.tolist()]

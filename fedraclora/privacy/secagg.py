@@ -77,6 +77,11 @@ class SecAgg(Open):
             found[client] = sorted(near - {client})
         return found
 
+    def least(self, clients: int) -> int:
+        """Give the fewest neighbours that a client has where ``clients`` or more are asked."""
+        others = max(LEAST, clients) - 1
+        return others if self.neighbours is None else min(self.neighbours, others)
+
     def shares(self, neighbours: int) -> int:
         """Give how many shares of ``neighbours`` bring a secret back: more than half."""
         return int(self.threshold * neighbours) + 1
@@ -99,8 +104,29 @@ class SecAgg(Open):
                 f"{clients} clients of weight up to secure.max_weight={self.max_weight} do not fit "
                 "into 32 bits; lower it, or take a smaller cohort"
             )
-        # Room for the roundings: half a step of each client.
+        # Room for the roundings to whole steps, half of one for each client. There is none for an
+        # update that is longer than the clip: clients shorten theirs in float64, last of all.
         return clients * clip * self.max_weight / (largest - clients)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a client of secure aggregation insists on, whatever the server says.
+
+    Attributes:
+        config: Clip, neighbours, threshold, greatest weight.
+        weights: ``examples`` or ``uniform``.
+        fewest: Clients that a round has at the least: its cohort, less those that may fail.
+    """
+
+    config: SecAgg
+    weights: str
+    fewest: int = LEAST
+
+    @property
+    def neighbours(self) -> int:
+        """The fewest neighbours among whom a client splits its secrets."""
+        return self.config.least(self.fewest)
 
 
 SECURES: dict[str, type[Open]] = {kind.name: kind for kind in (Open, SecAgg)}

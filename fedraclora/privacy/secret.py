@@ -28,6 +28,18 @@ def stream(key: bytes, count: int) -> bytes:
     return Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(count))
 
 
+def uniforms_of(raw: bytes) -> torch.Tensor:
+    """Give one float64 in (0, 1) for each 8 bytes, from 52 of their bits."""
+    bits = np.frombuffer(raw, dtype="<u8") >> np.uint64(12)
+    return (torch.from_numpy(bits.astype(np.float64)) + 0.5) * 2.0**-52
+
+
+def normals_of(raw: bytes) -> torch.Tensor:
+    """Give one standard normal, float64, for each 8 bytes: the quantile of `uniforms_of`."""
+    normals: torch.Tensor = torch.special.ndtri(uniforms_of(raw))
+    return normals
+
+
 class Secret:
     """Draws from a key.
 
@@ -79,21 +91,14 @@ class Secret:
         text = f"{purpose}|{round_}|".encode() + hashlib.sha256(data).digest()
         return hmac.digest(self._key, text, "sha256")
 
-    def number(self, purpose: str) -> int:
-        """Give a whole number of 256 bits: a seed that nobody else knows."""
-        return int.from_bytes(self.derive(purpose, 0), "big")
-
     def uniforms(
         self, count: int, purpose: str, round_: int, about: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Draw float64 [count] in (0, 1), from 52 bits each; arguments as for `derive`."""
-        raw = stream(self.derive(purpose, round_, about), 8 * count)
-        bits = np.frombuffer(raw, dtype="<u8") >> np.uint64(12)
-        return (torch.from_numpy(bits.astype(np.float64)) + 0.5) * 2.0**-52
+        return uniforms_of(stream(self.derive(purpose, round_, about), 8 * count))
 
     def normals(
         self, count: int, purpose: str, round_: int, about: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Draw standard normals, float64 [count]; arguments as for `derive`."""
-        normals: torch.Tensor = torch.special.ndtri(self.uniforms(count, purpose, round_, about))
-        return normals
+        return normals_of(stream(self.derive(purpose, round_, about), 8 * count))

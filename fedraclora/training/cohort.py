@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from fedraclora.method import Downlink, Plan
+from fedraclora.privacy.sample_level import seed_key
 from fedraclora.ranks import cut_gradients, hold, trainable
 from fedraclora.recipe import RECIPES, GradientHook
 from fedraclora.rng import hash_key
@@ -69,7 +70,7 @@ class CohortTrainer:
         self.data: ClientData = task.train
         self.loss = loss_function(task.loss)
         self.dtype = next(task.model.parameters()).dtype
-        self.noise_seed = seed  # of `local.dp`: a real client puts one of its own here
+        self.noise_key = seed_key(seed)  # of `local.dp`: a real client puts one of its own here
         self._programs: dict[tuple[str, ...], Program] = {}
 
     def train(
@@ -172,7 +173,7 @@ class CohortTrainer:
         leaves, network = chunk.leaves(batch.active), chunk.network
         if self.local.dp is not None:
             loss, gradients = noisy_gradients(
-                self._forward, self.local.dp, chunk, step, batch, masks, self.noise_seed
+                self._forward, self.local.dp, chunk, step, batch, masks, self.noise_key
             )
         elif network is not None:
             loss, gradients = written_out_gradients(network, self.task, chunk, leaves, step, batch)

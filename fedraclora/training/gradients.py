@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.privacy.sample_level import SampleNoise, answer_keys
 from fedraclora.ranks import cut_gradients
 from fedraclora.task import SLOPES, Task
 from fedraclora.training.feedforward import FeedForward
@@ -50,7 +50,7 @@ def noisy_gradients(
     step: int,
     batch: Batch,
     masks: Tree,
-    seed: int,
+    key: bytes,
 ) -> tuple[torch.Tensor, Tree]:
     """Give the same with every sample's gradient clipped, and noise on their sum.
 
@@ -64,7 +64,7 @@ def noisy_gradients(
         step: The local step, from 0.
         batch: As above.
         masks: What of a tensor its client trains (`fedraclora.ranks.trainable`).
-        seed: Of the noise.
+        key: Of the noise (`fedraclora.privacy.sample_level.answer_keys`).
     """
     active, width = batch.active, batch.width
 
@@ -79,8 +79,8 @@ def noisy_gradients(
     own = dict(zip(leaves, found, strict=True))
     own = cut_gradients(own, {n: apart(mask) for n, mask in masks.items()})
     like = {n: v[:active] for n, v in chunk.values.items()}
-    round_ = chunk.program.context.round_
-    noise = dp.noise(like, chunk.clients[:active], seed, round_, step)
+    keys = answer_keys(key, chunk.program.context.round_, chunk.clients[:active])
+    noise = dp.noise(like, keys, step)
     total = (losses.detach() * valid).sum(dim=1) / (counts * valid).sum(dim=1).clamp(min=1)
     return total, dp.gradients(own, valid, noise)
 

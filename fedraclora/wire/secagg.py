@@ -4,6 +4,11 @@ A client's vector of whole numbers modulo 2^32 gets one mask of its own and one 
 which that neighbour takes off; what is left of a sum is the clients' own masks, whose seeds come
 back in shares once the server has said who is in the sum.
 
+Whatever a client will have to prove later it marks before (SHA-256): its seed with its keys, and
+each share with the sealed shares. So a share that is wrong is known to be wrong, and whose fault
+it is: of the client that sealed it, if its marks or its secret do not fit; of the one that handed
+it back otherwise.
+
 Keys, shares and encryption are Flower's primitives. The masks are not: its generator folds a seed
 to 32 bits and is no cipher. Here a mask is a ChaCha20 stream of the whole key.
 """
@@ -11,6 +16,7 @@ to 32 bits and is no cipher. Here a mask is a ChaCha20 stream of the whole key.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -41,7 +47,9 @@ from fedraclora.wire.records import array_record, header_record, vector_record
 Words = npt.NDArray[np.uint32]
 STAGES = ("keys", "shares", "masked", "unmask")
 LARGEST = 2**31 - 1  # whole numbers of either sign, modulo 2^32
-SCALAR_BYTES = 48  # of a private key on the curve of Flower's keys, P-384
+CURVE = ec.SECP384R1()  # of Flower's keys
+SCALAR_BYTES = 48  # of a private key on it
+PUBLIC_LENGTH, SEALED_LENGTH, SHARE_LENGTH, MARK_LENGTH = 400, 1000, 200, 64  # of texts, at most
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,8 @@ def read_stage(content: RecordDict) -> Stage | None:
         fields: dict[str, Any] = dict(record)
         head = json.loads(fields.pop("head"))
         data = {int(client): json.loads(value) for client, value in fields.items()}
-        stage = Stage(head["stage"], head["settings"], data)
-    except (KeyError, TypeError, ValueError) as error:
+        stage = Stage(head["stage"], dict(head["settings"]), data)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise WireError(f"a message of secure aggregation is damaged ({error})") from error
     if stage.name not in STAGES:
         raise WireError(f"secure aggregation has no stage {stage.name!r}; {STAGES} are known")
@@ -133,16 +141,34 @@ def new_pair() -> tuple[str, str]:
     return scalar.hex(), public_key_to_bytes(public).decode()
 
 
-def check_public(text: str) -> None:
-    """Raise a ValueError unless this is a public key."""
-    bytes_to_public_key(text.encode())
+def read_public(text: object) -> ec.EllipticCurvePublicKey:
+    """Read a public key.
+
+    Raises:
+        WireError: If it is none, or one of another kind or curve.
+    """
+    try:
+        key = bytes_to_public_key(checked_text(text, PUBLIC_LENGTH).encode())
+    except Exception as error:  # whatever the library says of what is no key
+        raise WireError(f"what came for a public key cannot be read ({error})"[:300]) from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != CURVE.name:
+        raise WireError(f"a public key is no point of the curve {CURVE.name}, which is wanted")
+    return key
 
 
 def shared_key(private: str, public: str) -> bytes:
     """Agree on a key with the owner of ``public``: 32 bytes in base64, as Fernet takes them."""
-    curve = ec.SECP384R1()
-    own = ec.derive_private_key(int(private, 16), curve)
-    return generate_shared_key(own, bytes_to_public_key(public.encode()))
+    own = ec.derive_private_key(int(private, 16), CURVE)
+    return generate_shared_key(own, read_public(public))
+
+
+def is_pair(private: str, public: str) -> bool:
+    """Tell whether two keys are those of one pair."""
+    try:
+        own = ec.derive_private_key(int(private, 16), CURVE)
+    except ValueError:
+        return False
+    return own.public_key().public_numbers() == read_public(public).public_numbers()
 
 
 def new_seed() -> str:
@@ -163,12 +189,29 @@ def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
     """
     try:
         said = json.loads(decrypt(key, text.encode()))
+        found = [said[0], said[1], *(checked_text(share, SHARE_LENGTH) for share in said[2:])]
     except Exception as error:  # whatever the cipher says of what is not its own
         raise WireError(f"shares of client {sender} cannot be opened ({error!r})") from error
-    if said[:2] != [sender, receiver]:
-        raise WireError(f"shares of client {said[0]} for client {said[1]} went astray")
-    shares: list[str] = said[2:]
-    return shares
+    if found[:2] != [sender, receiver]:
+        raise WireError(f"shares of client {found[0]} for client {found[1]} went astray")
+    return found[2:]
+
+
+def mark(text: str) -> str:
+    """Give what shows later that a text is this one, and tells nothing of it now (SHA-256)."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def checked_text(value: object, longest: int) -> str:
+    """Give what another machine sent, if it is a text, and not longer than it may be.
+
+    Raises:
+        WireError: If it is not.
+    """
+    if not isinstance(value, str) or len(value) > longest:
+        kind = f"one of {len(value)}" if isinstance(value, str) else type(value).__name__
+        raise WireError(f"a text of at most {longest} characters is wanted, {kind} came")
+    return value
 
 
 def split(secret: str, threshold: int, count: int) -> list[str]:
@@ -184,7 +227,7 @@ def combine(shares: list[str]) -> str:
     """
     try:
         return combine_shares([bytes.fromhex(share) for share in shares]).hex()
-    except ValueError as error:
+    except Exception as error:  # whatever the library says of what are no shares of one secret
         raise WireError(f"shares of a secret do not fit together ({error})") from error
 
 

@@ -36,6 +36,7 @@ class Exchange:
         replies: In ascending order of client, once collected.
         failures: Clients whose reply is not used.
         received: Numbers that clients sent, those of refused clients included.
+        sent_bytes: What they sent in bytes, where these are no numbers of the wire's kind.
         chunks: The messages that were sent, each with its clients.
         before: The exchange before this one in the same round.
         mean_loss: Mean training loss over the clients whose replies are used.
@@ -57,6 +58,7 @@ class Exchange:
     replies: list[Reply] = field(default_factory=list)
     failures: list[Refusal] = field(default_factory=list)
     received: int = 0
+    sent_bytes: int | None = None
     chunks: list[tuple[Message, list[int]]] = field(default_factory=list)
     mean_loss: float = float("nan")
     steps: int = 0

@@ -104,12 +104,16 @@ class PrivateRounds:
             short = int((norms < clip * WITHIN).sum())
             count = self.mechanism.noisy_count(short, K, self.key, setting.round_)
             self.clip = self.config.next_clip(clip, count, self.mechanism.cohort)
+        self.note(setting.round_, clip)
+        mean = start + noisy / self.mechanism.cohort
+        return replace(got, stacked=None, summed=mean, denominator=1.0)
+
+    def note(self, round_: int, clip: float) -> None:
+        """Write what the ledger says of a round whose clip was ``clip``."""
         self.row = {
-            "epsilon": self.mechanism.epsilon(setting.round_),
+            "epsilon": self.mechanism.epsilon(round_),
             "delta": self.mechanism.delta,
             "noise_multiplier": self.mechanism.noise,
             "clip": clip,
             "next_clip": self.clip,
         }
-        mean = start + noisy / self.mechanism.cohort
-        return replace(got, stacked=None, summed=mean, denominator=1.0)

@@ -34,7 +34,8 @@ class Moved:
         """Add an exchange: what each asked client was sent, and every row that came."""
         size = DTYPES[dtype].itemsize
         each = payload_bytes(exchange.downlink, len(exchange.cohort), size)
-        self.up += exchange.received * size
+        sent = exchange.sent_bytes
+        self.up += exchange.received * size if sent is None else sent
         self.down += each * len(exchange.asked)
 
     def fetch(self, catch_up: CatchUp, exchange: Exchange, sent: Traffic | None) -> None:

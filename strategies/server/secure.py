@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from fedraclora.aggregate import Uplinks
+from fedraclora.aggregate import Refusal, Uplinks
+from fedraclora.checkpoint import replacing
 from fedraclora.downlink import opening_rows
-from fedraclora.errors import ClientError, ConfigError, WireError
+from fedraclora.errors import CheckpointError, ConfigError, RoundLostError
 from fedraclora.method import Method
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.tree import Tree
-from fedraclora.wire.records import DTYPES
-from fedraclora.wire.secagg import (
-    LARGEST,
-    Words,
-    check_public,
-    combine,
-    own_mask,
-    pair_mask,
-    signed,
-)
+from fedraclora.wire.secagg import LARGEST, signed
 from strategies.server.exchange import Exchange
 from strategies.server.rows import Row
 from strategies.server.talk import Ask, Talk
+from strategies.server.unmask import CulpritError, Session, check_keys, check_sealed
 
+FILE = "masked.round"  # the last round that asked real clients for vectors
+WORD = 4  # bytes of a number
 SLACK = 1 + 1e-4  # of norms: updates are rounded to the wire's precision
 
 
@@ -38,10 +34,19 @@ class SecureSum:
     Attributes:
         config: Clip, neighbours, threshold, greatest weight.
         row: What the ledger says of the last sum.
+        session: A round that failed after clients were asked for masked vectors; None: none did.
+        banned: Clients that are asked no more, and why.
+        answered: The last round of which clients of an earlier process may have been asked for
+            masked vectors.
+        file: Where this is kept; None in a simulation, whose clients end with the process.
     """
 
     config: SecAgg
     row: Row = field(default_factory=dict)
+    session: Session | None = None
+    banned: dict[int, str] = field(default_factory=dict)
+    answered: int = 0
+    file: Path | None = None
 
     def check(self, method: Method, weights: str) -> None:
         """Refuse what needs more than a sum.
@@ -63,6 +68,30 @@ class SecureSum:
                 "have, or weights=uniform"
             )
 
+    def open(self, folder: Path | None, rows: Sequence[Row], *, real: bool) -> None:
+        """Learn what earlier processes of a run have done.
+
+        Args:
+            folder: The run folder.
+            rows: Of its ledger.
+            real: Whether clients are real, and remember what they have answered.
+
+        Raises:
+            CheckpointError: If what the folder says of it is damaged.
+        """
+        for row in rows:
+            if isinstance(said := row.get("secure"), dict) and "culprit" in said:
+                self.banned[int(said["culprit"])] = str(said["lost"])
+        self.file = folder / FILE if real and folder is not None else None
+        if self.file is not None and self.file.is_file():
+            text = self.file.read_text().strip()
+            if not text.isdecimal():
+                raise CheckpointError(
+                    f"{self.file} holds {text[:50]!r}, but the number of the last round that asked "
+                    "clients for masked vectors is wanted; restore the file from a copy"
+                )
+            self.answered = int(text)
+
     def receive(self, ask: Ask, exchange: Exchange, base: Tree, clip: float) -> Uplinks:
         """Run the stages and give the sum.
 
@@ -73,64 +102,128 @@ class SecureSum:
             clip: The greatest norm of an update.
 
         Raises:
-            ClientError: If too few clients stay, or the sum cannot be one of what they may send.
+            ClientError: If too few clients stay.
+            RoundLostError: If the sum cannot be had any more, or cannot be one of what clients may
+                send.
             ConfigError: If clients start apart.
         """
         if exchange.downlink.apart:
             raise ConfigError("secure=secagg needs all clients to train the same numbers")
-        talk = Talk(exchange, ask)
-        keys = talk.ask("keys", dict.fromkeys(exchange.cohort.clients.tolist()), check_keys)
+        talk, session = Talk(exchange, ask), self.session
+        if session is None or session.round_ != exchange.round_:
+            session = self._agree(exchange, talk, clip)
+        else:
+            exchange.failures += session.left
+        self.session = session
+        try:
+            if not session.asked:
+                self._mask(session, talk)
+            missing = session.ask_for_shares()
+            found, failures = talk.collect("unmask", missing, session.check_shares)
+            session.shares |= found
+            session.notes += [
+                f"client {c} gave no shares: {failures.get(c, 'no reply in time')}"
+                for c in sorted(missing.keys() - found.keys())
+            ]
+            whole = signed(session.total())
+            got = self._checked(exchange, session, whole, clip, base, talk)
+        except CulpritError as lost:
+            self.banned[lost.client] = lost.why
+            self.row = {"lost": lost.why, "culprit": lost.client}
+            raise
+        except RoundLostError as lost:
+            self.row = {"lost": str(lost)}
+            raise
+        self.session = None
+        return got
+
+    def _agree(self, exchange: Exchange, talk: Talk, clip: float) -> Session:
+        """Have clients exchange keys and shares."""
+        if exchange.round_ <= self.answered:
+            why = "the run was ended after clients had been asked for masked vectors; they give one"
+            self.row = {"lost": why}
+            raise RoundLostError(f"round {exchange.round_}: {why}")
+        cohort = exchange.cohort.clients.tolist()
+        out = {c: self.banned[c] for c in cohort if c in self.banned}
+        exchange.failures += [Refusal(c, f"left out since a sum was lost: {out[c]}") for c in out]
+        asked: dict[int, Any] = {c: None for c in cohort if c not in out}
+        keys = talk.ask("keys", asked, check_keys)
         graph = self.config.graph(sorted(keys), exchange.loop.seed, exchange.round_)
-        threshold = self.config.shares(min(map(len, graph.values()), default=0))
-        told = {
-            c: {"threshold": threshold, "keys": {str(n): keys[n] for n in graph[c]}} for c in graph
-        }
-        sealed = talk.ask("shares", told, check_shares)
+        pairs = {c: {name: keys[c][name] for name in ("mask", "box")} for c in keys}
+        told = {c: {str(n): pairs[n] for n in graph[c]} for c in graph}
+        sealed = talk.ask("shares", told, check_sealed)
         inbox: dict[int, Any] = {
-            c: {str(n): sealed[n][str(c)] for n in graph[c] if n in sealed} for c in sealed
+            c: {"shares": {str(n): sealed[n][str(c)] for n in graph[c] if n in sealed}}
+            for c in sealed
         }
-        step = self.config.step(len(exchange.cohort), clip, LARGEST)
-        settings = {"step": step, "max_weight": self.config.max_weight}
-        words = talk.masked(inbox, settings | {"weights": exchange.loop.weights})
-        asked = {
-            c: {
-                "alive": [int(n) for n in inbox[c] if int(n) in words],
-                "gone": [int(n) for n in inbox[c] if int(n) not in words],
-            }
-            for c in words
-        }
-        shares = talk.ask("unmask", asked, check_unmask, used=True)
-        total = unmasked(words, inbox, keys, shares, threshold)
-        return self._checked(exchange, sorted(words), signed(total), step, clip, base, talk)
+        session = Session(
+            exchange.round_,
+            keys,
+            sealed,
+            self.config.shares(min(map(len, graph.values()))),
+            self.config.step(len(exchange.cohort), clip, LARGEST),
+            {c: {**shares, "without": []} for c, shares in inbox.items()},
+            [],
+        )
+        leaves = session.thin_out()
+        talk.enough(session.told, "masked")
+        talk.name(leaves)
+        session.left = list(exchange.failures)
+        return session
+
+    def _mask(self, session: Session, talk: Talk) -> None:
+        """Gather the masked vectors, in a second exchange where shares cannot be opened."""
+        if self.file is not None:
+            with replacing(self.file) as partial:
+                partial.write_text(f"{session.round_}\n")
+        settings = {"step": session.step}
+        waiting = {c: told for c, told in session.told.items() if c not in session.words}
+        said, failures = talk.masked(waiting, settings)
+        complaints = {c: part for c, part in said.items() if isinstance(part, set)}
+        session.words |= {c: part for c, part in said.items() if c not in complaints}
+        if complaints:
+            session.notes += [
+                f"client {c} cannot open the shares of {sorted(of)}" for c, of in complaints.items()
+            ]
+            session.left += talk.name(session.settle(complaints))
+            leaves = session.thin_out()
+            talk.enough(session.told, "masked")
+            session.left += talk.name(leaves)
+            again = {c: session.told[c] for c in complaints if c in session.told}
+            said, more = talk.masked(again, settings)
+            failures |= more
+            session.words |= {c: part for c, part in said.items() if not isinstance(part, set)}
+        talk.leave("masked", session.told, session.words, failures)
+        talk.enough(session.words, "unmask")
 
     def _checked(
         self,
         exchange: Exchange,
-        clients: list[int],
+        session: Session,
         whole: torch.Tensor,
-        step: float,
         clip: float,
         base: Tree,
         talk: Talk,
     ) -> Uplinks:
         """Check what can be checked on a sum, and give it."""
+        clients, step = sorted(session.words), session.step
         K, weight = len(clients), int(whole[-1])
         update = whole[:-1].double() * step
         norm = float(update.norm())
         if not K <= weight <= K * self.config.max_weight or norm > weight * clip * SLACK:
-            raise ClientError(
+            raise RoundLostError(
                 f"round {exchange.round_}: the sum of {K} clients has the weight {weight} and the "
                 f"norm {norm:.4g}; {K} to {K * self.config.max_weight} and at most "
                 f"{weight * clip:.4g} are possible: some client sent what it may not"
             )
-        itemsize = DTYPES[exchange.loop.dtype].itemsize
-        exchange.received = K * len(whole) * 4 // itemsize
+        exchange.sent_bytes = K * len(whole) * WORD
         self.row = {
             "clients": K,
             "step": step,
             "error_bound": K * step / 2 / weight,
             "up": talk.up,
             "down": talk.down,
+            **({"notes": session.notes} if session.notes else {}),
         }
         ids = torch.tensor(clients, dtype=torch.int64)
         places = torch.searchsorted(exchange.cohort.clients, ids)
@@ -144,65 +237,3 @@ class SecureSum:
             places=places,
             denominator=float(weight),
         )
-
-
-def unmasked(
-    words: dict[int, Words],
-    inbox: dict[int, Any],
-    keys: dict[int, Any],
-    shares: dict[int, Any],
-    threshold: int,
-) -> Words:
-    """Add masked vectors and take off the masks that do not cancel.
-
-    Args:
-        words: The masked vector of each client in the sum.
-        inbox: With whom each client shares masks: those who had sent it shares.
-        keys: Public keys by client.
-        shares: What clients gave of their neighbours' secrets.
-        threshold: Shares that bring a secret back.
-
-    Raises:
-        ClientError: If too few shares came.
-    """
-
-    def secret(kind: str, owner: int) -> str:
-        came = [said[kind][str(owner)] for said in shares.values() if str(owner) in said[kind]]
-        if len(came) < threshold:
-            raise ClientError(
-                f"{len(came)} neighbours of client {owner} gave their shares; {threshold} are "
-                "wanted to take its masks off: too many clients left"
-            )
-        return combine(came[:threshold])
-
-    total = np.zeros_like(next(iter(words.values())))
-    for client, row in words.items():
-        total = total + row - own_mask(secret("alive", client), len(row))
-    gone = {int(n) for told in inbox.values() for n in told} - words.keys()
-    for client in sorted(gone):
-        near = [c for c in words if str(client) in inbox[c]]
-        scalar = secret("gone", client) if near else ""
-        for other in near:  # what it would have added to take off its neighbour's mask
-            mask = pair_mask(scalar, keys[other]["mask"], len(total), add=client > other)
-            total = total + mask
-    return total
-
-
-def check_keys(told: Any, said: Any) -> None:
-    """Refuse what are no public keys."""
-    del told
-    for name in ("mask", "box"):
-        check_public(said[name])
-
-
-def check_shares(told: Any, said: Any) -> None:
-    """Refuse shares that are not for each neighbour once."""
-    if {*said} != {*told["keys"]} or not all(isinstance(text, str) for text in said.values()):
-        raise WireError(f"it sealed shares for {[*said]}, wanted are {[*told['keys']]}")
-
-
-def check_unmask(told: Any, said: Any) -> None:
-    """Refuse shares of others than was asked for."""
-    for kind in ("alive", "gone"):
-        if {*said[kind]} != {*map(str, told[kind])}:
-            raise WireError(f"it gave shares of {[*said[kind]]}, wanted are {told[kind]}")

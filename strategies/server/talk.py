@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -14,7 +14,6 @@ from fedraclora.privacy.secagg import LEAST
 from fedraclora.wire.records import clients_of, read_header, read_vectors
 from fedraclora.wire.secagg import (
     Stage,
-    Words,
     read_stage,
     read_words,
     stage_message,
@@ -23,7 +22,9 @@ from fedraclora.wire.secagg import (
 from strategies.server.exchange import Exchange
 
 Ask = Callable[[Iterable[Message]], Iterable[Message]]
-Check = Callable[[Any, Any], None]
+Check = Callable[[int, Any, Any], None]
+Said = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not
+LONGEST_REASON = 500  # characters of what a client says of its failure
 
 
 class Talk:
@@ -39,29 +40,38 @@ class Talk:
         self.nodes = [m.metadata.dst_node_id for m, _ in exchange.chunks]
         self.up = self.down = 0
 
-    def ask(
-        self, stage: str, data: dict[int, Any], check: Check, *, used: bool = False
-    ) -> dict[int, Any]:
+    def ask(self, stage: str, data: dict[int, Any], check: Check) -> dict[int, Any]:
         """Ask clients for a stage in which nobody trains; give what each said.
 
         Args:
             stage: Its name.
             data: What each client is told, by id.
             check: Holds what a client said against what it was told; raises if it does not fit.
-            used: Whether a client that does not answer has sent its part already.
-        """
 
-        def read(content: RecordDict) -> dict[int, Any]:
+        Raises:
+            ClientError: If too few clients are left.
+        """
+        self.enough(data, stage)
+        said, failures = self.collect(stage, data, check)
+        self.leave(stage, data, said, failures)
+        return said
+
+    def collect(self, stage: str, data: dict[int, Any], check: Check) -> Said:
+        """Ask as `ask` does; whoever does not answer is nobody's business yet."""
+
+        def read(content: RecordDict) -> Said:
             answer = read_stage(content)
             if answer is None or answer.name != stage:
                 raise WireError(f"it is no answer to the stage {stage}")
-            found = {c: said for c, said in answer.data.items() if c in data}
-            for client, said in found.items():
-                check(data[client], said)
-            return found
+            found, bad = {}, {}
+            for client in answer.data.keys() & data.keys():
+                try:
+                    check(client, data[client], answer.data[client])
+                    found[client] = answer.data[client]
+                except Exception as error:  # whatever another machine may send
+                    bad[client] = f"its reply is refused: {error!r}"
+            return found, bad
 
-        if not used:
-            self._enough(data, stage)
         round_, messages = self.exchange.round_, []
         for node, (_, chunk) in zip(self.nodes, self.exchange.chunks, strict=True):
             part = {c: data[c] for c in chunk if c in data}
@@ -69,36 +79,39 @@ class Talk:
                 content = stage_message(round_, Stage(stage, {}, part))
                 group, ttl = str(round_), self.exchange.loop.timeout
                 messages.append(Message(content, node, "train.cohort", group_id=group, ttl=ttl))
-        said, failures = self._talk(messages, read)
-        if not used:
-            self._leave(stage, data, said, failures)
-        return said
+        return self._talk(messages, read)
 
-    def masked(self, inbox: dict[int, Any], settings: dict[str, Any]) -> dict[int, Words]:
-        """Have clients train; give their masked vectors."""
+    def masked(self, told: dict[int, Any], settings: dict[str, Any]) -> Said:
+        """Have clients train; give their masked vectors, or whose shares they could not open.
+
+        Args:
+            told: What each client is told of its neighbours, by id.
+            settings: What all are told.
+        """
         size = self.exchange.layout.size + 1
 
-        def read(content: RecordDict) -> dict[int, Words]:
+        def read(content: RecordDict) -> Said:
             rows, clients = read_words(content), read_vectors(content)["clients"].tolist()
             if rows.shape != (len(clients), size):
                 raise WireError(f"words {rows.shape} came, wanted {(len(clients), size)}")
-            return {c: row for c, row in zip(clients, rows, strict=True) if c in inbox}
+            stage = read_stage(content)
+            found: dict[int, Any] = {}
+            for client, said in (stage.data if stage is not None else {}).items():
+                closed = {int(c) for c in said["unopened"]}
+                if client in told and closed <= {int(c) for c in told[client]["shares"]}:
+                    found[client] = closed
+            return found | dict(zip(clients, rows, strict=True)), {}
 
-        self._enough(inbox, "masked")
         messages = []
         for message, chunk in self.exchange.chunks:
-            part = {c: inbox[c] for c in chunk if c in inbox}
+            part = {c: told[c] for c in chunk if c in told}
             if part:
                 message.content["secure"] = Stage("masked", settings, part).record()
                 messages.append(message)
-        words, failures = self._talk(messages, read)
-        self._leave("masked", inbox, words, failures)
-        self._enough(words, "unmask")
-        return words
+        found, failures = self._talk(messages, read)
+        return {c: part for c, part in found.items() if c in told}, failures
 
-    def _talk(
-        self, messages: list[Message], read: Callable[[RecordDict], dict[int, Any]]
-    ) -> tuple[dict[int, Any], dict[int, str]]:
+    def _talk(self, messages: list[Message], read: Callable[[RecordDict], Said]) -> Said:
         """Send messages; give what clients said, and why others did not.
 
         What cannot be read, or comes from another client than was asked, is a failure of those
@@ -121,16 +134,16 @@ class Talk:
                 failures |= dict.fromkeys(asked, reason)
                 continue
             try:
-                found = read(reply.content)
-                why = {int(c): w for c, w in read_header(reply.content)["failures"].items()}
+                found, why = read(reply.content)
+                why |= {int(c): str(w) for c, w in read_header(reply.content)["failures"].items()}
                 self.up += text_bytes(reply.content)
             except Exception as error:  # whatever another machine may send
                 why, found = dict.fromkeys(asked, f"its reply is refused: {error!r}"), {}
             said |= {c: part for c, part in found.items() if c in asked}
-            failures |= why
+            failures |= {c: text[:LONGEST_REASON] for c, text in why.items() if c in asked}
         return said, failures
 
-    def _leave(
+    def leave(
         self,
         stage: str,
         asked: dict[int, Any],
@@ -146,10 +159,22 @@ class Talk:
             why = failures.get(client, "no reply in time")
             self.exchange.failures.append(Refusal(client, f"secure aggregation, {stage}: {why}"))
         exchange, loop = self.exchange, self.exchange.loop
+        exchange.failures.sort(key=lambda f: f.client)
         if len(exchange.all_failures) > loop.allowed(len(exchange.first.cohort)):
             raise too_many(exchange.all_failures, exchange.round_, loop.rule)
 
-    def _enough(self, clients: dict[int, Any], stage: str) -> None:
+    def name(self, leaves: dict[int, str]) -> list[Refusal]:
+        """Note who leaves, and why; give what was noted."""
+        noted = [Refusal(c, f"secure aggregation: {why}") for c, why in sorted(leaves.items())]
+        self.exchange.failures += noted
+        return noted
+
+    def enough(self, clients: Collection[int], stage: str) -> None:
+        """Refuse a sum of too few.
+
+        Raises:
+            ClientError: If fewer than `LEAST` clients are left.
+        """
         if len(clients) < LEAST:
             raise ClientError(
                 f"round {self.exchange.round_}: {len(clients)} client(s) are left for the stage "

@@ -113,6 +113,8 @@ class Treatment:
         """Fetch what a private run keeps, before its first round or the one after ``done``."""
         if self.private is not None:
             self.private.open(book.folder, book.ledger.rows)
+        if self.secure is not None:
+            self.secure.open(book.folder, book.ledger.rows, real=loop.guarded)
         if self.samples is not None:
             for round_ in range(1, done + 1):
                 self._count(round_, loop, fleet)
@@ -198,6 +200,11 @@ class Treatment:
         rates = {n: local.rate(s.main, scale) for n, s in sent.uploaded().items()}
         moments = close_corrected(state, sent, got, rates, local.steps or 1, share)
         return replace(after, moments=after.moments | moments)
+
+    def give_up(self, round_: int) -> None:
+        """Count a round that releases nothing as if it had."""
+        if self.private is not None:
+            self.private.note(round_, self.private.clip)
 
     def columns(self, round_: int, cohort: Cohort, loop: LoopConfig, fleet: Fleet) -> Row:
         """What the ledger says of a round: attackers in the cohort, and what privacy it cost.

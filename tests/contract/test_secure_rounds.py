@@ -24,7 +24,7 @@ from worlds import (
 )
 
 from clients.worker import Worker
-from fedraclora.errors import ClientError, ConfigError
+from fedraclora.errors import ClientError, ConfigError, WireError
 from fedraclora.ledger import number
 from fedraclora.method import Cohort, Draw
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
@@ -178,6 +178,31 @@ def test_clients_may_leave_at_every_stage(
     torch.testing.assert_close(found.strategy.state.base["head.weight"], wanted, rtol=0, atol=1e-6)
 
 
+def test_uplink_bytes_are_those_of_the_words(world: World) -> None:
+    """Words have 4 bytes, and there is one more than a client trains numbers: an odd number."""
+    found = secure(world, rounds=1, chunk=1)
+    sent = [
+        record["flat"].numpy().nbytes
+        for content in found.worker.answered
+        for record in content.array_records.values()
+        if record["flat"].numpy().dtype == np.uint32
+    ]
+    assert len(sent) == 5
+    assert sum(sent) % 8
+    assert found.rows[0]["uplink_bytes"] == sum(sent)
+
+
+def test_no_unmasked_update_is_given(world: World) -> None:
+    """A server that asks plainly where the config says secure sums, or the other way round."""
+    found, plain = secure(world), run(world, make_method("fed_rac_lora"), RAGGED, rounds=1)
+    for worker, content in (
+        (found.worker, plain.worker.asked[0]),
+        (plain.worker, found.worker.asked[0]),
+    ):
+        with pytest.raises(WireError, match="differ on secure aggregation"):
+            worker.train(content)
+
+
 def test_the_server_sees_no_client(world: World) -> None:
     """No message of the server's holds a client's numbers, in the clear or as quantised words."""
     found = secure(world, rounds=1, chunk=1)
@@ -252,7 +277,7 @@ def test_no_client_says_two_things_about_one_neighbour(world: World) -> None:
     assert said.data == {}
     failures = json.loads(str(reply["config"]["header"]))["failures"]
     assert all("does not answer twice" in why for why in failures.values())
-    assert set(found.worker.store.secrets.values()) == {b""}
+    assert set(found.worker.store.secrets.values()) == {b'{"answered": 1}'}
 
 
 def test_what_a_client_checks_itself(world: World) -> None:

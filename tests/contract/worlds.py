@@ -31,6 +31,7 @@ from fedraclora.clientstore import ClientStore
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.link import Plan
 from fedraclora.method import Cohort, Downlink, Draw, Frozen, Method, Sketched, State, Trained
+from fedraclora.privacy.secagg import SecAgg, Terms
 from fedraclora.ranks import uploaded_mask, widen
 from fedraclora.replica import Replica
 from fedraclora.rng import generator, torch_normal
@@ -395,8 +396,10 @@ def assert_close_trees(left: Tree, right: Tree, tolerance: float = 1e-12) -> Non
 class RecordingWorker(Worker):
     """Keeps every message that it is sent and every reply that it gives."""
 
-    def __init__(self, trainer: CohortTrainer, replica: Replica, store: ClientStore) -> None:
-        super().__init__(trainer, replica, store)
+    def __init__(
+        self, trainer: CohortTrainer, replica: Replica, store: ClientStore, terms: Terms | None
+    ) -> None:
+        super().__init__(trainer, replica, store, terms)
         self.asked: list[RecordDict] = []
         self.answered: list[RecordDict] = []
 
@@ -473,7 +476,10 @@ def run(
     replica, store = Replica(world.base), ClientStore()
     device = torch.device("cpu")
     trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
-    worker = RecordingWorker(trainer, replica, store)
+    treatment = treatment or Treatment(aggregator, attack or Attack())
+    security = treatment.security
+    terms = Terms(security, weights) if isinstance(security, SecAgg) else None
+    worker = RecordingWorker(trainer, replica, store, terms)
     book = RunBook(folder, every=1, sync=False, store=store)
     strategy = kind(
         method,
@@ -483,7 +489,7 @@ def run(
         replica=replica,
         evaluate=lambda w: {"loss": world.loss(personal(strategy, store, w))},
         book=book,
-        treatment=treatment or Treatment(aggregator, attack or Attack()),
+        treatment=treatment,
         fleet=fleet,
     )
     if resume:

@@ -24,7 +24,8 @@ from fedraclora.privacy.secret import FILE
 from fedraclora.wire import clients_of
 from fedraclora.wire.secagg import read_stage
 
-SECURE = ["clients=5", "cohort=5", "weights=uniform", "secure=secagg", "rounds=2"]
+ONCE = "output.checkpoint_every=1"  # real clients answer a round once
+SECURE = ["clients=5", "cohort=5", "weights=uniform", "secure=secagg", "rounds=2", ONCE]
 
 
 def test_the_bits_are_those_of_a_simulation_and_keys_are_forgotten(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_the_bits_are_those_of_a_simulation_and_keys_are_forgotten(tmp_path: Pat
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         store = ClientStore()
         store.restore(load_tensors(path, "")[0])
-        assert set(store.secrets.values()) == {b""}
+        assert set(store.secrets.values()) == {b'{"answered": 2}'}
 
 
 def test_the_server_sees_masks_and_sealed_shares_only(tmp_path: Path) -> None:
@@ -115,15 +116,15 @@ def test_what_a_client_sends_amiss_is_its_failure_alone(
 
 
 def test_the_noise_of_a_real_client_is_not_in_the_seed(tmp_path: Path) -> None:
-    words = ["local=dp_sgd", "rounds=1", "local.lr=0.1"]
+    words = ["local=dp_sgd", "rounds=1", "local.lr=0.1", ONCE]
     digests = []
     for name in ("one", "two"):
         network = Network(tmp_path / name / "cache", nodes_for(3))
         deploy(words, tmp_path / name / "run", network)
         digests.append(summary(tmp_path / name / "run")["weights_digest"])
-        keys = list((tmp_path / name / "cache").rglob(FILE.name))
-        assert len(keys) == 3
-        assert {stat.S_IMODE(path.stat().st_mode) for path in keys} == {0o600}
+        answers = list((tmp_path / name / "cache").rglob("answers/train.safetensors"))
+        assert len(answers) == 3
+        assert {stat.S_IMODE(path.stat().st_mode) for path in answers} == {0o600}
         assert number(rows(tmp_path / name / "run")[-1], "sample_privacy", "epsilon") > 0
     assert digests[0] != digests[1]
 
@@ -151,7 +152,7 @@ def test_an_attack_is_for_simulations(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_secure_sums_of_real_nodes_of_which_one_is_killed(tmp_path: Path) -> None:
     """Four SuperNodes with TLS; one dies in the second round, with a client process in it."""
-    words = ["clients=4", "cohort=4", "rounds=2", "weights=uniform"]
+    words = ["clients=4", "cohort=4", "rounds=2", "weights=uniform", ONCE]
     secured = [*words, "secure=secagg", "secure.clip=100"]
     with LocalDeployment([[0], [1], [2], [3]]) as running:
         job = Drill(running, tmp_path / "run", secured)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
-from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
 from fedraclora.schema import build
 from fedraclora.training.localconfig import LocalConfig
 from strategies.server.account import SampleAccount
@@ -69,23 +69,58 @@ def test_padding_counts_for_nothing() -> None:
     assert torch.equal(flat(dp.gradients(gradients, VALID, silence())), found)
 
 
+def keys_of(*clients: int, seed: int = 5, round_: int = 2) -> list[bytes]:
+    return answer_keys(seed_key(seed), round_, torch.tensor(clients))
+
+
 def test_noise_is_of_the_clip_over_the_batch() -> None:
     dp = SampleNoise(0.4, 1.5)
     like = {"b": torch.zeros(2, 50_000).double()}
-    noise = dp.noise(like, torch.tensor([3, 8]), 5, 2, 1)
+    noise = dp.noise(like, keys_of(3, 8), 1)
     zero = {"b": torch.zeros(6, 50_000).double()}
     deviations = dp.gradients(zero, VALID, noise)["b"].std(dim=1)
     torch.testing.assert_close(
         deviations, torch.tensor([0.6 / 3, 0.6 / 2]).double(), rtol=0.02, atol=0
     )
     assert abs(float(torch.corrcoef(noise["b"])[0, 1])) < 0.02
-    alone = dp.noise({"b": like["b"][1:]}, torch.tensor([8]), 5, 2, 1)
-    assert torch.equal(alone["b"][0], noise["b"][1])
-    for other in ((6, 2, 1), (5, 3, 1), (5, 2, 2)):
-        assert not torch.equal(dp.noise(like, torch.tensor([3, 8]), *other)["b"], noise["b"])
-    assert not any(
-        t.any() for t in SampleNoise(1, 0).noise(like, torch.arange(2), 0, 1, 0).values()
-    )
+    assert not any(t.any() for t in SampleNoise(1, 0).noise(like, keys_of(0, 1), 0).values())
+
+
+def test_noise_is_of_the_client_the_round_the_step_and_the_tensor_alone() -> None:
+    """Whoever else is in the batch, and however many: what a client adds is the same."""
+    dp = SampleNoise()
+    like = {"b": torch.zeros(2, 7, 3), "w/B": torch.zeros(2, 21)}
+    noise = dp.noise(like, keys_of(3, 8), 1)
+    alone = dp.noise({n: t[1:] for n, t in like.items()}, keys_of(8), 1)
+    for name, drawn in noise.items():
+        assert drawn.dtype == torch.float64
+        assert torch.equal(alone[name][0], drawn[1])
+    assert not torch.equal(noise["b"].flatten(1), noise["w/B"])
+    others = [dp.noise(like, keys, step)["b"] for keys, step in (
+        (keys_of(3, 8, seed=6), 1), (keys_of(3, 8, round_=3), 1), (keys_of(3, 8), 2)
+    )]  # fmt: skip
+    assert not any(bool((other == noise["b"]).any()) for other in others)
+
+
+def test_noise_is_no_grid_of_32_bits() -> None:
+    """Of 2^32 values a number, 300,000 draws would hit some ten twice."""
+    drawn = SampleNoise().noise({"b": torch.zeros(1, 300_000)}, keys_of(1), 0)["b"]
+    assert drawn.unique().numel() == drawn.numel()
+    assert abs(float(drawn.mean())) < 0.01
+    assert abs(float(drawn.std()) - 1) < 0.01
+    assert abs(float((drawn.abs() > 1.959964).double().mean()) - 0.05) < 0.003
+
+
+def test_noise_is_added_before_the_sum_is_rounded() -> None:
+    """The gradients are 1e4 times the noise: what comes is the sum of both, rounded once."""
+    dp = SampleNoise(1e4, 1e-4)
+    gradients = {"b": torch.full((1, 1000), 300.0)}
+    noise = dp.noise({"b": torch.zeros(1, 1000)}, keys_of(1), 0)
+    found = dp.gradients(gradients, torch.ones(1, 1, dtype=torch.bool), noise)["b"]
+    share = 1e4 / torch.linalg.vector_norm(gradients["b"]).clamp(min=1e4)
+    wanted = (gradients["b"] * share).double() + noise["b"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted.float())
 
 
 def test_epsilon_is_the_librarys_for_one_release_a_pass() -> None:

@@ -12,13 +12,15 @@ from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clients.secure import _whole
 from fedraclora.clientstore import ClientStore
 from fedraclora.errors import ConfigError, WireError
-from fedraclora.privacy.secagg import SecAgg
+from fedraclora.privacy.secagg import SecAgg, Terms
 from fedraclora.wire.secagg import (
     LARGEST,
     Stage,
     combine,
+    is_pair,
     new_pair,
     new_seed,
     own_mask,
@@ -48,6 +50,33 @@ def test_whole_steps_never_run_over_and_are_off_by_half_a_step(
         assert float(gap.abs().max()) <= K * step / 2 * (1 + 1e-6)
 
 
+@given(
+    K=st.integers(3, 40),
+    weight=st.integers(1, 300),
+    clip=st.floats(1e-3, 50.0),
+    start=st.floats(-100.0, 100.0),
+    sign=st.sampled_from([-1.0, 1.0]),
+)
+def test_what_float32_adds_to_the_clip_does_not_run_over(
+    K: int, weight: int, clip: float, start: float, sign: float
+) -> None:
+    """All clients at the clip in one coordinate, from a start whose rounding is as long again."""
+    terms = Terms(SecAgg(clip, max_weight=weight), "examples")
+    step = terms.config.step(K, clip, LARGEST)
+    begin = torch.tensor([start, start, 0.0], dtype=torch.float64)
+    reached = (begin + torch.tensor([sign * clip, 0.0, 0.0])).float()
+    further = torch.nextafter(reached, torch.full((3,), sign * torch.inf))
+    for row in (reached, further):
+        update = row.double() - begin
+        whole = _whole(update, float(weight), None, {"step": step}, terms)
+        total = signed(np.sum([whole] * K, axis=0, dtype=np.uint32))
+        short = update * min(1.0, clip / float(update.norm()))
+        gap = total[:-1].double() * step - K * weight * short
+        assert float(gap.abs().max()) <= K * step * 0.51
+        assert float(total[:-1].double().norm() * step) <= K * weight * clip * (1 + 1e-6)
+        assert int(total[-1]) == K * weight
+
+
 def test_words_of_either_sign() -> None:
     words = np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 1], dtype=np.uint32)
     assert signed(words).tolist() == [0, 1, 2**31 - 1, -(2**31), -1]
@@ -75,6 +104,19 @@ def test_any_threshold_of_shares_brings_a_secret_back() -> None:
             assert combine([shares[i] for i in chosen]) == secret
         with suppress(WireError):  # mostly: too few shares give bytes that are no secret
             assert combine(shares[:2]) != secret
+
+
+@pytest.mark.parametrize("shares", [[], ["ab"], ["zz"], [5], [None], ["ab" * 52, "cd" * 68]])
+def test_what_are_no_shares_is_said_to_be_none(shares: list[object]) -> None:
+    with pytest.raises(WireError, match="do not fit together"):
+        combine(shares)  # type: ignore[arg-type]
+
+
+def test_a_pair_of_keys_is_known_as_one() -> None:
+    (a, A), (_, B) = new_pair(), new_pair()
+    assert is_pair(a, A)
+    assert not is_pair(a, B)
+    assert not is_pair("0", A)
 
 
 def test_shares_open_for_their_receiver_only() -> None:

@@ -1,0 +1,124 @@
+"""The answers that a real client gives once, on its disk: repeated word for word, or refused.
+
+What protects a client covers one answer a round: one noisy update, one masked vector, one set of
+shares. A server that asks again (it was restored, a reply was lost, or it hopes to subtract two
+answers) gets the very same bytes if it asks the very same, and nothing if it asks anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+
+from fedraclora.checkpoint import load_tensors, save_tensors
+from fedraclora.errors import ClientError
+from fedraclora.wire.records import clients_of, round_of
+from fedraclora.wire.secagg import read_stage
+
+ASKS = ("config", "arrays", "own", "chunk", "secure")  # records of a message that it answers
+ONCE = ("train", "masked", "unmask")  # what is answered once in a round
+
+
+def kind_of(content: RecordDict) -> str:
+    """Name what a message asks for: ``train``, or a stage of secure aggregation."""
+    stage = read_stage(content)
+    return "train" if stage is None else stage.name
+
+
+def is_given(reply: RecordDict) -> bool:
+    """Tell whether a reply says more than why there is none."""
+    stage = read_stage(reply)
+    return bool(stage.data if stage is not None and stage.name == "unmask" else clients_of(reply))
+
+
+class Answers:
+    """What a client has answered last, by kind.
+
+    Args:
+        folder: Of the client in a run.
+        rounds: The last round of the run.
+    """
+
+    def __init__(self, folder: Path, rounds: int) -> None:
+        self.folder, self.rounds = folder / "answers", rounds
+
+    def once(
+        self, content: RecordDict, version: str, compute: Callable[[], RecordDict]
+    ) -> RecordDict:
+        """Give the answer to a message: the one that was given before, or a new one.
+
+        Args:
+            content: The message.
+            version: Of the base weights that it comes with.
+            compute: Gives a new answer, once the client has noted on its disk that it did.
+
+        Raises:
+            ClientError: As `given` does.
+        """
+        reply = self.given(content, version)
+        if reply is None:
+            reply = compute()
+            self.keep(content, version, reply)  # before anybody gets it
+        return reply
+
+    def given(self, content: RecordDict, version: str) -> RecordDict | None:
+        """Give the answer to this very message, if it was given; None if it may be answered now.
+
+        Args:
+            content: The message.
+            version: Of the base weights that it comes with.
+
+        Raises:
+            ClientError: If another message of this round or of a later one was answered, or the
+                run has no such round.
+        """
+        kind, round_ = kind_of(content), round_of(content)
+        if not 1 <= round_ <= self.rounds:
+            raise ClientError(
+                f"round {round_} was asked for; the run has rounds 1 to {self.rounds}"
+            )
+        path = self._path(kind)
+        if kind not in ONCE or not path.is_file():
+            return None
+        tensors, meta = load_tensors(path, "restore it, or remove the folder of this run")
+        answered = int(str(meta["round"]))
+        if answered == round_ and meta["question"] == question(content, version):
+            raw = tensors["reply"].numpy().tobytes()
+            return recorddict_from_proto(ProtoRecordDict.FromString(raw))
+        if answered >= round_:
+            raise ClientError(
+                f"{clients_of(content)} of this node answered round {answered} before, and another "
+                f"question of round {round_} came: a client answers a round once, since two "
+                "answers could be subtracted"
+            )
+        return None
+
+    def keep(self, content: RecordDict, version: str, reply: RecordDict) -> None:
+        """Keep the answer to a message; arguments as for `given`."""
+        kind = kind_of(content)
+        if kind not in ONCE or not is_given(reply):
+            return
+        raw = recorddict_to_proto(reply).SerializeToString()
+        meta = {"round": round_of(content), "question": question(content, version)}
+        path = self._path(kind)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        numbers = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
+        save_tensors(path, {"reply": numbers}, meta, sync=True)
+        path.chmod(0o600)
+
+    def _path(self, kind: str) -> Path:
+        return self.folder / f"{kind}.safetensors"
+
+
+def question(content: RecordDict, version: str) -> str:
+    """Digest what a message asks (SHA-256): how base weights travel is left out."""
+    asked = RecordDict({name: content[name] for name in ASKS if name in content})
+    raw = recorddict_to_proto(asked).SerializeToString(deterministic=True)
+    return hashlib.sha256(f"{version}|".encode() + raw).hexdigest()

@@ -1,0 +1,241 @@
+"""What a round of secure aggregation agreed on, and how a sum comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedraclora.aggregate import Refusal
+from fedraclora.errors import ClientError, RoundLostError, WireError
+from fedraclora.wire.secagg import (
+    MARK_LENGTH,
+    PUBLIC_LENGTH,
+    SEALED_LENGTH,
+    SHARE_LENGTH,
+    Words,
+    checked_text,
+    combine,
+    is_pair,
+    mark,
+    own_mask,
+    pair_mask,
+    read_public,
+)
+
+KINDS = {"alive": 1, "gone": 2}  # of shares, and where the mark of each is among what was sealed
+
+
+@dataclass
+class Session:
+    """A round, from the first request for masked vectors on.
+
+    Clients answer that request once, so a round that fails after it is not begun anew: it goes on
+    from here, and asks only those who have not answered.
+
+    Attributes:
+        round_: From 1.
+        keys: What each client said of its keys.
+        sealed: What each client sealed for its neighbours, with marks.
+        threshold: Shares that bring a secret back.
+        step: Of the whole numbers.
+        told: What each client is told of its neighbours: ``shares`` by sender, and ``without``,
+            neighbours whose share it cannot open and masks with all the same.
+        left: Who left before.
+        words: Masked vectors.
+        asked: Of which neighbours each client is asked for which share.
+        shares: What clients gave.
+        notes: What else went wrong: sentences for the ledger.
+    """
+
+    round_: int
+    keys: dict[int, Any]
+    sealed: dict[int, Any]
+    threshold: int
+    step: float
+    told: dict[int, Any]
+    left: list[Refusal]
+    words: dict[int, Words] = field(default_factory=dict)
+    asked: dict[int, Any] = field(default_factory=dict)
+    shares: dict[int, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def near(self, client: int) -> list[int]:
+        """The neighbours with whom a client masks its vector."""
+        told = self.told[client]
+        return [*map(int, told["shares"]), *told["without"]]
+
+    def thin_out(self) -> dict[int, str]:
+        """Take out those who have too few neighbours left to mask with, through no fault of theirs.
+
+        Returns:
+            Who leaves, and why.
+        """
+        leaves: dict[int, str] = {}
+        while True:
+            waiting = [c for c in self.told if c not in self.words]
+            short = {c: n for c in waiting if (n := len(self.near(c))) < self.threshold}
+            if not short:
+                return leaves
+            leaves |= {
+                c: f"only {n} of its neighbours are left; {self.threshold} or more are wanted"
+                for c, n in short.items()
+            }
+            self._forget(short)
+
+    def _forget(self, gone: Collection[int]) -> None:
+        """Leave some out, and tell those who have not masked yet that they are no neighbours."""
+        for client in gone:
+            del self.told[client]
+            self.words.pop(client, None)
+        for client in self.told.keys() - self.words.keys():
+            told = self.told[client]
+            told["shares"] = {n: s for n, s in told["shares"].items() if int(n) not in gone}
+            told["without"] = [n for n in told["without"] if n not in gone]
+
+    def settle(self, complaints: dict[int, set[int]]) -> dict[int, str]:
+        """Decide what becomes of shares that their receivers cannot open.
+
+        Either end may be at fault, so nobody is blamed while enough neighbours hold a share of the
+        sender: they mask with it all the same. A sender with too few leaves, and is named.
+
+        Args:
+            complaints: By receiver, whose shares it cannot open.
+
+        Returns:
+            Who leaves, and why.
+
+        Raises:
+            RoundLostError: If two disagree and none of them can be left out, or a sender cannot
+                leave any more, since some have masked with it.
+        """
+        leaves = {}
+        for sender in sorted(set().union(*complaints.values())):
+            near = [c for c, told in self.told.items() if str(sender) in told["shares"]]
+            closed = [c for c in near if sender in complaints.get(c, ())]
+            if len(near) - len(closed) >= self.threshold:
+                continue
+            if len(closed) == 1:
+                raise RoundLostError(
+                    f"round {self.round_}: client {closed[0]} cannot open the share of client "
+                    f"{sender}, and all {len(near)} of its neighbours are needed: either of them "
+                    "may be at fault; take a larger cohort or a lower secure.threshold"
+                )
+            leaves[sender] = f"clients {closed} cannot open the shares that it sealed for them"
+        for sender, why in leaves.items():
+            if any(sender in self.near(c) for c in self.words):
+                raise blame(self.round_, sender, why)
+        for client, senders in complaints.items():
+            told = self.told[client]
+            told["without"] += sorted(senders)
+            told["shares"] = {c: s for c, s in told["shares"].items() if int(c) not in senders}
+        self._forget([c for c in leaves if c in self.told])
+        return leaves
+
+    def ask_for_shares(self) -> dict[int, Any]:
+        """Fix who is in the sum; give what is asked of those who have not answered yet."""
+        if not self.asked:
+            self.asked = {
+                c: {
+                    "alive": [n for n in self.near(c) if n in self.words],
+                    "gone": [n for n in self.near(c) if n not in self.words],
+                }
+                for c in self.words
+            }
+        # With fewer of them in the sum a client gives nothing.
+        able = [c for c, asked in self.asked.items() if len(asked["alive"]) >= self.threshold]
+        return {c: self.asked[c] for c in able if c not in self.shares}
+
+    def check_shares(self, client: int, told: Any, said: Any) -> None:
+        """Refuse other shares than were sealed for a client.
+
+        Raises:
+            WireError: Saying what came.
+        """
+        held = self.told[client]["shares"]
+        for kind, place in KINDS.items():
+            wanted = {str(n) for n in told[kind]} & held.keys()
+            if {*said[kind]} != wanted:
+                raise WireError(f"it gave shares of {[*said[kind]]}, wanted are {sorted(wanted)}")
+            for owner, share in said[kind].items():
+                if mark(checked_text(share, SHARE_LENGTH)) != held[owner][place]:
+                    raise WireError(f"its share of client {owner} is not the one that was sealed")
+
+    def total(self) -> Words:
+        """Add masked vectors and take off the masks that do not cancel.
+
+        Raises:
+            ClientError: If too few shares came.
+            RoundLostError: If the shares of a client are not those of its secret.
+        """
+        total = np.zeros_like(next(iter(self.words.values())))
+        for client, row in self.words.items():
+            total = total + row - own_mask(self._secret("alive", client), len(row))
+        masked = {n for c in self.words for n in self.near(c)}
+        for client in sorted(masked - self.words.keys()):
+            scalar = self._secret("gone", client)
+            for other in self.words:  # what it would have added to take off its neighbour's mask
+                if client in self.near(other):
+                    public = self.keys[other]["mask"]
+                    total = total + pair_mask(scalar, public, len(total), add=client > other)
+        return total
+
+    def _secret(self, kind: str, owner: int) -> str:
+        """Bring the secret of a client back: the seed of its own mask, or its key."""
+        came = [said[kind][str(owner)] for said in self.shares.values() if str(owner) in said[kind]]
+        if len(came) < self.threshold:
+            raise ClientError(
+                f"round {self.round_}: {len(came)} neighbours of client {owner} gave their shares; "
+                f"{self.threshold} are wanted to take its masks off: too many clients left"
+            )
+        secret, known = "", self.keys[owner]
+        try:
+            secret = combine(came[: self.threshold])
+        except WireError as error:
+            raise blame(self.round_, owner, f"what it sealed are no shares ({error})") from error
+        fits = mark(secret) == known["seed"] if kind == "alive" else is_pair(secret, known["mask"])
+        if not fits:
+            raise blame(self.round_, owner, "the shares that it sealed are not of its own secret")
+        return secret
+
+
+class CulpritError(RoundLostError):
+    """A round is lost by one client's doing.
+
+    Attributes:
+        client: Which.
+        why: What it did.
+    """
+
+    def __init__(self, text: str, client: int, why: str) -> None:
+        super().__init__(text)
+        self.client, self.why = client, why
+
+
+def blame(round_: int, client: int, why: str) -> CulpritError:
+    """Build the error of a sum that one client has spoilt."""
+    text = f"round {round_}: the sum is lost by client {client}: {why}"
+    return CulpritError(text, client, why)
+
+
+def check_keys(client: int, told: Any, said: Any) -> None:
+    """Refuse what are no public keys."""
+    del client, told
+    if {*said} != {"mask", "box", "seed"}:
+        raise WireError(f"its keys are called {[*said]}, wanted are mask, box and seed")
+    for name in ("mask", "box"):
+        read_public(checked_text(said[name], PUBLIC_LENGTH))
+    checked_text(said["seed"], MARK_LENGTH)
+
+
+def check_sealed(client: int, told: Any, said: Any) -> None:
+    """Refuse what is not sealed for each neighbour once, with two marks."""
+    del client
+    if {*said} != {*told}:
+        raise WireError(f"it sealed shares for {[*said]}, wanted are {[*told]}")
+    for text, *marks in said.values():
+        checked_text(text, SEALED_LENGTH)
+        if [len(checked_text(m, MARK_LENGTH)) for m in marks] != [MARK_LENGTH] * 2:
+            raise WireError(f"its shares have the marks {marks}; two of SHA-256 are wanted")

@@ -1,0 +1,258 @@
+"""A short form of the campaign, and the attacks and faults that it came from, by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message, RecordDict
+
+from clients.secure import answer_stage
+from fedraclora.clientstore import ClientStore
+from fedraclora.errors import ClientError, RoundLostError
+from fedraclora.privacy.secagg import SecAgg, Terms
+from fedraclora.wire.secagg import LARGEST, Stage, read_stage, signed, stage_message
+from strategies.server.secure import SecureSum
+from strategies.server.unmask import CulpritError
+from tests.campaigns.secagg import (
+    CLIP,
+    FOREIGN_KEYS,
+    ROUND,
+    WEIGHT,
+    Client,
+    Random,
+    Wire,
+    campaign,
+    resealed,
+    sum_of,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for the disk: these tests kill no process."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+def test_eighty_mutants() -> None:
+    assert sum(campaign(80, first=10_000).values()) == 80
+
+
+@pytest.mark.slow
+def test_two_thousand_mutants() -> None:
+    assert sum(campaign(2000).values()) == 2000
+
+
+def secure_sum() -> SecureSum:
+    return SecureSum(SecAgg(CLIP, max_weight=WEIGHT))
+
+
+def six() -> dict[int, Client]:
+    return {c: Client(c, 3) for c in range(6)}
+
+
+def exactly(got: Any, clients: dict[int, Client], members: list[int]) -> None:
+    """The sum is that of these clients, to the last step."""
+    assert got.clients.tolist() == members
+    step = SecAgg(CLIP, max_weight=WEIGHT).step(len(clients), CLIP, LARGEST)
+    whole = signed(np.sum([clients[c].whole(step) for c in members], axis=0, dtype=np.uint32))
+    start = torch.full((6,), 0.25, dtype=torch.float64)
+    assert torch.equal(got.summed, start * float(whole[-1]) + whole[:-1].double() * step)
+
+
+def bend(stage: str, client: int, change: Any) -> Any:
+    """Change what one client says at one stage."""
+
+    def bent(name: str, who: Client, message: Message) -> list[Message]:
+        said = read_stage(message.content) if not message.has_error() else None
+        if name == stage and who.number == client and said is not None:
+            data = {c: change(copy.deepcopy(data)) for c, data in said.data.items()}
+            message.content["secure"] = Stage(name, {}, data).record()
+        return [message]
+
+    return bent
+
+
+# ---- A round is answered once -------------------------------------------------------------------
+
+
+def test_two_sums_of_a_round_cannot_be_subtracted() -> None:
+    """Asked again without client 2, under new keys: the difference would be its update."""
+    clients = six()
+    _, first = sum_of(secure_sum(), Wire(clients))
+    exactly(first, clients, [*range(6)])
+    others = {c: client for c, client in clients.items() if c != 2}
+    exchange, second = sum_of(secure_sum(), Wire(others))
+    assert isinstance(second, ClientError)
+    reasons = [f.reason for f in exchange.failures]
+    assert len(reasons) == 5
+    assert all("has sent its masked vector in round 4" in reason for reason in reasons)
+
+
+def test_an_earlier_round_is_not_answered_later() -> None:
+    clients = six()
+    sum_of(secure_sum(), Wire(clients))
+    for round_, answers in ((ROUND - 1, False), (ROUND, False), (ROUND + 1, True)):
+        stage = Stage("keys", {}, {1: None})
+        content = stage_message(round_, stage)
+        reply = answer_stage(content, stage, clients[1].store, clients[1].terms)
+        said = read_stage(reply)
+        assert said is not None
+        assert bool(said.data) == answers
+
+
+def test_a_round_that_failed_goes_on_and_asks_nobody_twice() -> None:
+    """Four clients are cut off when vectors are gathered: the next attempt asks these alone."""
+    clients, cut = six(), {0, 1, 4, 5}
+    secure, wire = secure_sum(), Wire(clients)
+    whole = Client.compute
+
+    def cut_off(self: Client, content: RecordDict) -> RecordDict:
+        stage = read_stage(content)
+        if stage is not None and stage.name == "masked" and self.number in cut:
+            raise ClientError("its machine was restarted")
+        return whole(self, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Client, "compute", cut_off)
+        _, first = sum_of(secure, wire)
+    assert isinstance(first, ClientError)
+    again = Wire(clients)
+    exchange, second = sum_of(secure, again)
+    exactly(second, clients, [*range(6)])
+    assert exchange.failures == []
+    assert {c for stage, c in again.asked if stage == "masked"} == cut
+    assert not [c for stage, c in again.asked if stage in {"keys", "shares"}]
+
+
+def test_a_node_repeats_its_answer_and_gives_no_other(tmp_path: Path) -> None:
+    clients = {c: Client(c, 3, tmp_path / str(c)) for c in range(4)}
+    wire = Wire(clients)
+    _, got = sum_of(secure_sum(), wire)
+    exactly(got, clients, [*range(4)])
+    anew = Client(2, 3, tmp_path / "2")  # another process, with what is on the disk alone
+    anew.store.restore(clients[2].store.since(0))
+    for stage in ("masked", "unmask"):
+        content = wire.asked[stage, 2]
+        replies = [anew.answer(copy.deepcopy(content)) for _ in range(2)]
+        assert replies[0] == replies[1]
+        found = read_stage(content)
+        assert found is not None
+        other = Stage(stage, {"step": 1.0}, found.data)
+        content["secure"] = other.record()
+        with pytest.raises(ClientError, match=r"another question of round 4 came: .* once"):
+            anew.answer(content)
+    header = json.loads(str(content["config"]["header"])) | {"round": 11}
+    content["config"]["header"] = json.dumps(header)
+    with pytest.raises(ClientError, match="round 11 was asked for; the run has rounds 1 to 10"):
+        anew.answer(content)
+
+
+# ---- What a client insists on -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("told", "fewest"), [(1, 3), (4, 6), (0, 3)])
+def test_a_client_wants_its_own_number_of_neighbours(told: int, fewest: int) -> None:
+    terms = Terms(SecAgg(CLIP), "uniform", fewest)
+    store, keys = ClientStore(), {}
+    for client in range(6):
+        stage = Stage("keys", {}, {client: None})
+        said = read_stage(answer_stage(stage_message(1, stage), stage, store, terms))
+        assert said is not None
+        keys[client] = {name: said.data[client][name] for name in ("mask", "box")}
+    stage = Stage("shares", {"threshold": 1}, {0: {str(c): keys[c] for c in range(1, 1 + told)}})
+    reply = answer_stage(stage_message(1, stage), stage, store, terms)
+    (why,) = json.loads(str(reply["config"]["header"]))["failures"].values()
+    assert f"trust {told} neighbours" in why
+    assert f"{fewest - 1} or more others are wanted" in why
+
+
+def test_of_a_graph_a_client_wants_its_degree() -> None:
+    assert [SecAgg(neighbours=6).least(n) for n in (3, 5, 7, 100)] == [2, 4, 6, 6]
+    assert [SecAgg().least(n) for n in (1, 3, 20)] == [2, 2, 19]
+
+
+# ---- Whose fault it is --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", FOREIGN_KEYS, ids=range(len(FOREIGN_KEYS)))
+def test_a_key_of_another_kind_is_its_senders_failure(key: str) -> None:
+    clients = six()
+    exchange, got = sum_of(
+        secure_sum(), Wire(clients, bend("keys", 3, lambda s: s | {"mask": key}))
+    )
+    exactly(got, clients, [0, 1, 2, 4, 5])
+    (failure,) = exchange.failures
+    assert failure.client == 3
+    assert "which is wanted" in failure.reason or "cannot be read" in failure.reason
+
+
+def garbage(receivers: list[str]) -> Any:
+    return lambda said: {c: ["garbage", *v[1:]] if c in receivers else v for c, v in said.items()}
+
+
+def test_who_seals_garbage_for_all_is_left_out() -> None:
+    clients = six()
+    change = garbage([*"01245"])
+    exchange, got = sum_of(secure_sum(), Wire(clients, bend("shares", 3, change)))
+    exactly(got, clients, [0, 1, 2, 4, 5])
+    (failure,) = exchange.failures
+    assert failure.client == 3
+    assert "clients [0, 1, 2, 4, 5] cannot open the shares that it sealed" in failure.reason
+
+
+def test_garbage_for_one_neighbour_costs_nobody_the_round() -> None:
+    """Which of the two lies is not known, and need not be."""
+    clients, secure = six(), secure_sum()
+    exchange, got = sum_of(secure, Wire(clients, bend("shares", 3, garbage(["4"]))))
+    exactly(got, clients, [*range(6)])
+    assert exchange.failures == []
+    assert secure.row["notes"] == ["client 4 cannot open the shares of [3]"]
+
+
+def test_shares_that_are_of_no_secret_are_their_senders_fault() -> None:
+    clients, secure = six(), secure_sum()
+    draw: Random = np.random.default_rng(0)
+    change = bend("shares", 3, lambda said: resealed(clients[3], said, draw))
+    _, got = sum_of(secure, Wire(clients, change))
+    assert isinstance(got, CulpritError)
+    assert [*secure.banned] == [3]
+    later = {c: Client(c, 3) for c in range(6)}
+    secure.session = None
+    exchange, got = sum_of(secure, Wire(later))
+    exactly(got, later, [0, 1, 2, 4, 5])
+    assert [f.client for f in exchange.failures] == [3]
+
+
+@pytest.mark.parametrize("share", [5, None, "zz", "ab", ["ab"], "ab" * 52, "x" * 10_000])
+def test_a_share_that_is_none_is_not_used(share: object) -> None:
+    clients, secure = six(), secure_sum()
+
+    def change(said: Any) -> Any:
+        return said | {"alive": said["alive"] | {"1": share}}
+
+    exchange, got = sum_of(secure, Wire(clients, bend("unmask", 3, change)))
+    exactly(got, clients, [*range(6)])
+    assert exchange.failures == []
+    (note,) = secure.row["notes"]  # type: ignore[misc]
+    assert "client 3 gave no shares" in note
+
+
+def test_a_sum_that_nobody_can_be_blamed_for_is_lost() -> None:
+    """Of three clients all are needed: where two of them disagree, neither is called a liar."""
+    clients = {c: Client(c, 3) for c in range(3)}
+    exchange, got = sum_of(secure_sum(), Wire(clients, bend("shares", 1, garbage(["2"]))))
+    assert isinstance(got, RoundLostError)
+    assert "either of them may be at fault" in str(got)
+    assert exchange.failures == []
+
+
+def test_bytes_are_those_of_the_words() -> None:
+    clients = six()
+    exchange, _ = sum_of(secure_sum(), Wire(clients))
+    assert exchange.sent_bytes == 6 * (6 + 1) * 4
