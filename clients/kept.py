@@ -47,7 +47,8 @@ def held(
     variates = blank_variates(downlink, dtype) if downlink.variates else {}
     if not default and not blank and not variates:
         return downlink, {}
-    found = store.read(order.clients, order.round_, default | blank | variates)
+    link = downlink.link if local.moments == "link" else None
+    found = store.read(order.clients, order.round_, default | blank | variates, link)
     moments = begin_moments({n: found[n] for n in blank}, local, downlink.link)
     if variates:
         own = seen({n: found[n] for n in variates}, downlink)
