@@ -123,7 +123,7 @@ class ClientStore:
 
     def state(self) -> Tree:
         """Tensors for a checkpoint."""
-        return _packed({c: kept for c, kept in sorted(self._kept.items())})
+        return _packed(dict(sorted(self._kept.items())))
 
     def part(self, clients: list[int], round_: int) -> Tree:
         """What clients held before a round, in the form of `state`: to train elsewhere."""
@@ -179,7 +179,7 @@ def _packed(kept: Mapping[int, list[Entry]]) -> Tree:
     """Write entries as tensors: those of one layout together, each layout under a name of its own.
 
     Where all are alike, as they are unless what is trained changes, that is ``store/keys`` (client
-    and round of each row) and ``store/values/<name>``; a second layout is ``store+/keys`` and so on.
+    and round of each row) and ``store/values/<name>``; a second layout is ``store+/...`` and so on.
     """
     groups: dict[Layout, list[tuple[int, Entry]]] = {}
     for client, entries in kept.items():
