@@ -17,6 +17,7 @@ from fedraclora.errors import EngineError
 from fedraclora.parcel import Archive
 from fedraclora.settings import DeployConfig
 from fedraclora.wire import clients_of
+from fedraclora.wire.fields import shown
 from fedraclora.wire.parcel import add_parcel
 
 NODE_UNAVAILABLE = 5  # Flower's code for a node that is not there
@@ -115,6 +116,8 @@ class DeployGrid(ForwardingGrid):
                 message = waiting.pop(asked, None)
                 if message is None:
                     self.incidents.append("a second reply to a message was ignored")
+                elif not (reply.has_error() or reply.has_content()):
+                    replies.append(failed(message, Error(WRONG_WEIGHTS, "its reply is empty")))
                 elif not _is_stale(reply):
                     replies.append(self._accept(reply, message))
                 elif asked in again:
@@ -154,7 +157,8 @@ class DeployGrid(ForwardingGrid):
         said = reply.content.get("job")
         proof = (said.get("held"), said.get("mark")) if isinstance(said, ConfigRecord) else None
         if proof != (wanted := (newest.version, str(newest.mark))):
-            why = f"it trained on weights of version and fingerprint {proof}, wanted are {wanted}"
+            came = "None" if proof is None else f"({', '.join(map(shown, proof))})"
+            why = f"it trained on weights of version and fingerprint {came}, wanted are {wanted}"
             return failed(message, Error(WRONG_WEIGHTS, why))
         self.roster.held[node, self._client(message)] = newest.version
         return reply

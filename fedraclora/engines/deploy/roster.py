@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from fedraclora.engines.deploy.traffic import Traffic
 from fedraclora.errors import ClientError
 from fedraclora.settings import DeployConfig
+from fedraclora.wire.fields import printable, shown, whole
 
 PATIENCE = 60.0  # seconds for nodes that are there to say whom they serve, once enough have
 
@@ -120,9 +121,10 @@ class Roster:
         """Note whom a node serves; nobody, if it cannot say."""
         try:
             mine = _read(reply)
-        except (KeyError, TypeError, ValueError) as error:
-            self.post.incidents.append(f"a node cannot take part: {error}")
-            self._serving[node], self._unfit[node] = [], str(error)
+        except Exception as error:  # whatever another machine may send
+            why = printable(str(error))
+            self.post.incidents.append(f"a node cannot take part: {why}")
+            self._serving[node], self._unfit[node] = [], why
             return
         for client in sorted(mine.keys() & {c for each in self._serving.values() for c in each}):
             self.post.incidents.append(f"a second node says that it serves client {client}")
@@ -139,5 +141,8 @@ def _read(reply: Message) -> dict[int, int]:
         raise TypeError("its answer is no record of settings")
     ids, held = said["ids"], said["held"]
     if not isinstance(ids, list) or not isinstance(held, list):
-        raise TypeError(f"it serves {ids!r}; a list of clients is wanted")
-    return {int(str(c)): int(str(v)) for c, v in zip(ids, held, strict=True)}
+        raise TypeError(f"it serves {shown(ids)}; a list of clients is wanted")
+    return {
+        whole(c, "a client that it serves"): whole(v, "the version that it holds", -1)
+        for c, v in zip(ids, held, strict=True)
+    }
