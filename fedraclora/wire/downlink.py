@@ -11,7 +11,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedraclora.chain import SEED_BYTES
-from fedraclora.errors import ConfigError, WireError
+from fedraclora.errors import WireError
 from fedraclora.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
 from fedraclora.recipe import RECIPES
 from fedraclora.sketch import SketchSpec
@@ -166,7 +166,7 @@ class Reader:
             vectors = read_vectors(content)
             order = _order(header, vectors, read_first(content))
             if header["own"]:
-                rows = read_array(content, "own")
+                rows = _floats(content, "own", 2)
                 if len(rows) != len(order.clients):
                     raise WireError(
                         f"{len(order.clients)} clients are asked, but {len(rows)} have own tensors"
@@ -182,9 +182,7 @@ class Reader:
         self._arrays = None  # a message that is refused is not remembered
         self._header = header = read_header(content)
         exactly(header, HEADER, "the header of a train message")
-        flat = read_array(content, "arrays")
-        if flat.dim() != 1 or not flat.is_floating_point():
-            raise WireError(f"{tuple(flat.shape)} numbers of {flat.dtype} came, wanted is a row")
+        flat = _floats(content, "arrays", 1)
         layout = read_layout(header["layout"], "the layout")
         if len(flat) != layout.size:
             raise WireError(f"{len(flat)} numbers came, the layout has {layout.size}")
@@ -192,6 +190,17 @@ class Reader:
         if not header["own"]:
             self._downlink = _downlink(header, self._tensors, set())
         self._arrays = content["arrays"]
+
+
+def _floats(content: RecordDict, record: str, axes: int) -> torch.Tensor:
+    """Read an array of the numbers that travel."""
+    found = read_array(content, record)
+    if found.dim() != axes or found.dtype not in DTYPES.values():
+        raise WireError(
+            f"the record {record} holds {tuple(found.shape)} numbers of {found.dtype}; {axes} axes "
+            f"of one of {[*DTYPES]} are wanted"
+        )
+    return found
 
 
 def _order(header: Mapping[str, Any], vectors: Tree, first: int) -> Order:
@@ -343,7 +352,4 @@ def _spec(described: object, key: str) -> SketchSpec:
     exactly(plain, frozenset(SPEC), f"the sketch of {key}")
     check = {"int": whole, "float": real, "str": named}
     read = {k: check[kind](plain[k], f"{k} of the sketch of {key}") for k, kind in SPEC.items()}
-    try:
-        return SketchSpec(**read)  # type: ignore[arg-type]
-    except ConfigError as error:  # of a message, not of this run
-        raise WireError(f"the sketch of {key} cannot be drawn: {error}") from error
+    return SketchSpec(**read)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fedraclora.errors import FedRacLoraError, WireError
+from fedraclora.errors import WireError
 
 LONGEST = 1000  # characters of a text that another machine wrote
 MANY = 100  # sentences in one message
@@ -29,11 +29,11 @@ def reading(what: str) -> Iterator[None]:
         what: Is read, to begin the sentence.
 
     Raises:
-        WireError: For any exception that is none of this project's own.
+        WireError: For any exception that is not one already.
     """
     try:
         yield
-    except FedRacLoraError:
+    except WireError:
         raise
     except Exception as error:
         told = printable(f"{type(error).__name__}: {error}")

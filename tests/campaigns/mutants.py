@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
@@ -199,7 +200,9 @@ def array_values(record: str) -> Change:
 
 def _as(array: Any, kind: str) -> Any:
     try:
-        return array.astype(kind)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return array.astype(kind)
     except (TypeError, ValueError):
         return array.astype("O")
 

@@ -3,8 +3,8 @@
     python -m tests.campaigns.wire --times 30000
 
 Of a reply either nothing that counts has changed, and the round is the one that it says; or its
-client is left out by name, nobody else is, and the round is that of the others to the bit. A downlink
-is read as it says or refused. The ledger stays readable in any case.
+client is left out by name, nobody else is, and the round is that of the others to the bit. A
+downlink is read as it says or refused. The ledger stays readable in any case.
 """
 
 from __future__ import annotations
@@ -485,6 +485,10 @@ def check_downlink(scene: Scene, random: Random) -> str:
         if record == "config":
             came, back = ({"header": json.loads(str(c["header"]))} for c in (came, back))
         must(back.items() <= came.items() or back == came, f"{record}: {came} is read as {back}")
+    for record in ("arrays", "own"):
+        if record in again:
+            came, back = (c[record]["flat"].numpy() for c in (content, again))  # type: ignore[index, union-attr]
+            must(np.array_equal(came, back, equal_nan=True), f"{record} is read as another one")
     return "taken"
 
 
@@ -522,7 +526,9 @@ def campaign(
                 if not tell:
                     raise
                 what = "a downlink" if case is None else case.kind
-                print(f"mutant {number} ({scene.name}, {what}):\n{traceback.format_exc()}")
+                sys.stdout.write(
+                    f"mutant {number} ({scene.name}, {what}): {traceback.format_exc()}"
+                )
                 verdict = "wrong"
             counts[verdict] += 1
         rows = read_ledger(Path(made) / "ledger.jsonl")
@@ -543,7 +549,8 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     words = parser.parse_args()
     counts = campaign(words.times, first=words.first, tell=True)
-    print(", ".join(f"{what}: {count}" for what, count in sorted(counts.items())))
+    told = ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
+    sys.stdout.write(f"{told}\n")
     return int(counts["wrong"] > 0)
 
 
