@@ -47,7 +47,8 @@ def held(
     variates = blank_variates(downlink, dtype) if downlink.variates else {}
     if not default and not blank and not variates:
         return downlink, {}
-    found = store.read(order.clients, order.round_, default | blank | variates)
+    link = downlink.link if local.moments == "link" else None
+    found = store.read(order.clients, order.round_, default | blank | variates, link)
     moments = begin_moments({n: found[n] for n in blank}, local, downlink.link)
     if variates:
         own = seen({n: found[n] for n in variates}, downlink)
@@ -81,6 +82,7 @@ def keep(
     trial: Trial,
     base: Tree,
     local: LocalConfig,
+    among: torch.Tensor | None = None,
 ) -> None:
     """Keep what stays; a client that diverged keeps what it had before.
 
@@ -89,9 +91,11 @@ def keep(
         downlink: What these clients were asked, by `held`.
         order: Says in which round.
         clients: Ids, int64 [K].
-        trial: What came of it.
+        trial: What came of it, as the server will see it: clipped where clients clip. A control
+            variate of an update that the server knows otherwise would run apart from its own.
         base: Global weights.
         local: Local settings.
+        among: Whose work is sent, bool [K]; None: everyone's.
     """
     own = {n: trial.trained[n].cpu() for n, s in downlink.trained().items() if not s.upload}
     kept = own | {n: t.cpu() for n, t in trial.moments.items()}
@@ -100,6 +104,8 @@ def keep(
     if not kept:
         return
     sound = torch.isfinite(trial.losses)
+    if among is not None:
+        sound &= among
     for tensor in kept.values():
         sound &= finite(tensor.reshape(len(tensor), -1))
     if sound.any():

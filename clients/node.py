@@ -1,7 +1,9 @@
 """What a SuperNode keeps on its disk, and how it answers: base weights, and what stays with it.
 
 Flower starts a fresh process for every message. The folder of a client is
-``<cache>/<run>/<client>``, where ``cache`` is a key of the node's configuration.
+``<cache>/fedraclora-cache/<run>/<client>``, where ``cache`` is a key of the node's configuration: a
+folder that may hold anything else. What is made here has a file `MARKER` in it, and nothing without
+one is written into or removed.
 """
 
 from __future__ import annotations
@@ -32,11 +34,14 @@ from fedraclora.wire import clients_of
 from fedraclora.wire.parcel import read_parcel
 
 RUNS = 4  # of whose weights a cache keeps
+CACHE = "fedraclora-cache"  # inside the folder that the node's configuration names
+MARKER = ".made-by-fedraclora"
 
 
 def introduce(context: Context, run: str) -> RecordDict:
     """Say which clients this node serves, and which version of the base weights each holds."""
-    held = [read_holding(folder_of(context, run, client)) for client in served(context)]
+    folders = [folder_of(context, run, client) for client in served(context)]
+    held = [read_holding(folder) if is_own(folder.parent) else None for folder in folders]
     versions = [-1 if found is None else found[1] for found in held]
     record = ConfigRecord({"ids": served(context), "held": versions})
     return RecordDict({"partition": record})
@@ -97,20 +102,45 @@ def served(context: Context) -> list[int]:
 
 def folder_of(context: Context, run: str, client: int) -> Path:
     """Give the folder in which a client keeps what it holds of a run."""
-    home = os.environ.get("FLWR_HOME", "~/.flwr")
-    cache = str(context.node_config.get("cache", Path(home) / "fedraclora"))
-    if not run.isalnum():  # it becomes a path, and comes from outside
-        raise WireError(f"a run is called {run!r}; letters and digits are wanted")
-    return Path(cache).expanduser() / run / str(client)
+    cache = context.node_config.get("cache", os.environ.get("FLWR_HOME", "~/.flwr"))
+    if not (run.isascii() and run.isalnum()):  # it becomes a path, and comes from outside
+        raise WireError(f"a run is called {run!r:.100}; letters and digits are wanted")
+    return Path(str(cache)).expanduser() / CACHE / run / str(client)
 
 
 def make_room(folder: Path) -> None:
-    """Make the folder of a run, and remove those of the oldest where there are too many."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the folder of a run, and remove those of the oldest where there are too many.
+
+    Raises:
+        ConfigError: If it, or the cache that it lies in, is a folder of somebody else.
+    """
+    claim(folder.parent)
+    claim(folder)
     folder.touch()
-    runs = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
-    for old in runs[:-RUNS]:
+    made = [p for p in folder.parent.iterdir() if is_own(p) and not p.is_symlink()]
+    for old in sorted(made, key=lambda path: path.stat().st_mtime)[:-RUNS]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def claim(folder: Path) -> None:
+    """Make a folder with the marker; one that is there must have it, or be empty.
+
+    Raises:
+        ConfigError: If it has something else in it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Looked at twice: another process of this node may be claiming it now.
+    if not is_own(folder) and any(folder.iterdir()) and not is_own(folder):
+        raise ConfigError(
+            f"{folder} was not made by fedraclora (it has no file {MARKER}), and is left as it is; "
+            "move it away, or name another folder as cache in node-config"
+        )
+    (folder / MARKER).touch()
+
+
+def is_own(folder: Path) -> bool:
+    """Tell whether a folder was made by `claim`."""
+    return (folder / MARKER).is_file()
 
 
 def store_file(folder: Path) -> Path:

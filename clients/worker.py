@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,7 +25,7 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.training.trial import Trial, join
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire import Order, Reader, pack_trial, uplink_layout
+from fedraclora.wire import Order, Reader, clients_of, pack_trial, uplink_layout
 from fedraclora.wire.secagg import Stage, read_stage
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,25 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Outcome:
-    """Trials of the parts of a chunk that succeeded, and the clients that failed."""
+    """Trials of the parts of a chunk that succeeded, and the clients that failed.
 
+    Attributes:
+        hidden: Whether what they send is rounded and masked, and only then known to be sent.
+    """
+
+    hidden: bool = False
     places: list[int] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def parts(self) -> Iterator[tuple[list[int], Trial]]:
+        """Give each trial with the places of its clients."""
+        start = 0
+        for trial in self.trials:
+            end = start + len(trial.losses)
+            yield self.places[start:end], trial
+            start = end
 
     def note(self, text: str) -> None:
         """Add a sentence for the ledger, once."""
@@ -92,7 +106,7 @@ class Worker:
         downlink, order = self._reader.read(content)
         base = self.replica.at(order.version, order.round_)
         downlink, moments = held(self.store, downlink, order, base, self.trainer.local)
-        outcome = Outcome()
+        outcome = Outcome(hidden=stage is not None)
         waiting = [list(range(len(order.clients)))]
         while waiting:
             places = waiting.pop()
@@ -135,11 +149,12 @@ class Worker:
         # Out of the handler: the error's traceback would keep the attempt's memory alive.
         if trial is not None:
             local = self.trainer.local
-            keep(self.store, part, order, order.clients[index], trial, base, local)
+            if order.clip is not None:  # first: what clients keep is what they send
+                trial = within(order.clip, trial, part, base)
+            if not outcome.hidden:
+                keep(self.store, part, order, order.clients[index], trial, base, local)
             if local.dp is not None:  # no noise covers a loss: it stays at home
                 trial = replace(trial, losses=torch.zeros_like(trial.losses))
-            if order.clip is not None:
-                trial = within(order.clip, trial, part, base)
             outcome.places += places
             outcome.trials.append(trial)
             return []
@@ -194,7 +209,16 @@ class Worker:
             weights = client_weights(terms.weights, trial.samples)
         trained = (order.clients[places], updates, weights)
         store, failures, notes = self.store, outcome.failures, outcome.notes
-        return masked_reply(order, stage, store, terms, trained, failures, notes)
+        reply = masked_reply(order, stage, store, terms, trained, failures, notes)
+        sent, step = torch.tensor(clients_of(reply), dtype=torch.int64), stage.settings["step"]
+        for part_places, trial in outcome.parts():
+            index = torch.tensor(part_places)
+            part = downlink.select(index)
+            kept = torch.isin(order.clients[index], sent)
+            words = in_steps(float(step), weights[torch.isin(places, index)], trial, part, base)
+            clients, local = order.clients[index], self.trainer.local
+            keep(self.store, part, order, clients, words, base, local, among=kept)
+        return reply
 
     @staticmethod
     def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:
@@ -213,6 +237,18 @@ class Worker:
 def sent_rows(trial: Trial, layout: Layout) -> torch.Tensor:
     """Give what clients send as rows, float64 [k, P]."""
     return layout.pack({n: trial.trained[n].cpu().double() for n, _ in layout.shapes}, lead=1)
+
+
+def in_steps(
+    step: float, weights: torch.Tensor, trial: Trial, downlink: Downlink, base: Tree
+) -> Trial:
+    """Round what clients send as secure aggregation does: weighted updates to whole steps."""
+    rows = sent_rows(trial, layout := uplink_layout(downlink))
+    start = opening_rows(downlink, base, layout, torch.arange(len(rows)))
+    each = weights[:, None]
+    rounded = layout.unpack(start + torch.round((rows - start) * each / step) * step / each)
+    sent = {name: tensor.to(trial.trained[name]) for name, tensor in rounded.items()}
+    return replace(trial, trained=trial.trained | sent)
 
 
 def within(clip: float, trial: Trial, downlink: Downlink, base: Tree) -> Trial:

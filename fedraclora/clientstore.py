@@ -7,15 +7,25 @@ again; the client then starts from what it had before that round, not from what 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
 from fedraclora.errors import ShapeError
-from fedraclora.tree import Layout, Tree
+from fedraclora.tree import Layout, Tree, difference
 
 GENERATIONS = 2
 KEPT = "store/kept/"  # of the names of `ClientStore.secrets` among tensors
-NO_WEIGHTS = ("moments/", "variates/")  # what clients keep that is no part of their models
+MOMENTS = "moments/"
+NO_WEIGHTS = (MOMENTS, "variates/")  # what clients keep that is no part of their models
+
+
+class Entry(NamedTuple):
+    """What a client held after a round: one packed row, and the names and shapes in it."""
+
+    round_: int
+    layout: Layout
+    row: torch.Tensor
 
 
 class ClientStore:
@@ -33,16 +43,19 @@ class ClientStore:
     def __init__(self, generations: int = GENERATIONS) -> None:
         self.generations = generations
         self.secrets: dict[int, bytes] = {}
-        self._layout: Layout | None = None
-        self._kept: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        self._kept: dict[int, list[Entry]] = {}
 
-    def read(self, clients: torch.Tensor, round_: int, default: Tree) -> Tree:
+    def read(
+        self, clients: torch.Tensor, round_: int, default: Tree, link: int | None = None
+    ) -> Tree:
         """Give what each client held before a round.
 
         Args:
             clients: Ids, int64 [K].
             round_: The round that starts.
             default: For clients that hold nothing yet, without a client axis.
+            link: The link in progress: moments of another, whose tensors were others, have ended
+                with it, and the client begins with those of ``default``. None: they never end.
 
         Returns:
             Tensors [K, ...] by name.
@@ -51,15 +64,37 @@ class ClientStore:
             ShapeError: If clients hold tensors of other names or shapes: numbers that came from
                 one tensor are none of another's.
         """
-        layout, held = Layout.of(default), self._layout
-        if held is not None and held != layout:
-            raise ShapeError(
-                f"clients hold {dict(held.shapes)} from earlier rounds, but in round {round_} "
-                f"{dict(layout.shapes)} is asked of them"
-            )
+        layout = Layout.of(default)
         first = layout.pack(default)
-        rows = [self._before(client, round_, first) for client in clients.tolist()]
+        rows = []
+        for client in clients.tolist():
+            held = [entry for entry in self._kept.get(client, []) if entry.round_ < round_]
+            if not held:
+                rows.append(first)
+            elif held[-1].layout == layout:
+                rows.append(held[-1].row.to(first.device))
+            else:
+                values = default | self._lasting(client, held[-1], round_, layout, link)
+                rows.append(layout.pack({n: t.to(first.device) for n, t in values.items()}))
         return layout.unpack(torch.stack(rows))
+
+    def _lasting(
+        self, client: int, held: Entry, round_: int, wanted: Layout, link: int | None
+    ) -> Tree:
+        """Give what a client holds beside moments that have ended; raises as `read` does."""
+        values = held.layout.unpack(held.row)
+        of_link = values.get(f"{MOMENTS}link")
+        if link is not None and of_link is not None and int(of_link) != link:
+            values = {n: t for n, t in values.items() if not n.startswith(MOMENTS)}
+            wanted = Layout(tuple(s for s in wanted.shapes if not s[0].startswith(MOMENTS)))
+        if (found := Layout.of(values)) != wanted:
+            raise ShapeError(
+                f"client {client} holds other tensors from round {held.round_} than round "
+                f"{round_} asks for: {difference(found, wanted)}. What clients keep must stay the "
+                "same from round to round; moments may change with the number of the link "
+                "(local.moments=link), which the method gives"
+            )
+        return values
 
     def stage(self, clients: torch.Tensor, round_: int, values: Tree) -> None:
         """Keep what clients hold after a round; older rounds than the one before it are dropped.
@@ -69,20 +104,18 @@ class ClientStore:
             round_: The round that they trained.
             values: Tensors [K, ...] by name.
         """
-        self._layout = Layout.of(values, skip=1)
-        rows = self._layout.pack(values, lead=1).cpu()
+        layout = Layout.of(values, skip=1)
+        rows = layout.pack(values, lead=1).cpu()
         for client, row in zip(clients.tolist(), rows, strict=True):
-            self._keep(client, round_, row.clone())
+            self._keep(client, Entry(round_, layout, row.clone()))
 
     def latest(self, count: int) -> dict[int, Tree]:
         """Give the tensors of the ``count`` clients that trained last (the smaller id in a tie).
 
         Moments of optimisers and control variates are no part of a client's model and are left out.
         """
-        if self._layout is None:
-            return {}
-        recent = sorted(self._kept.items(), key=lambda item: (-item[1][-1][0], item[0]))
-        held = {c: self._layout.unpack(kept[-1][1]) for c, kept in recent[:count]}
+        recent = sorted(self._kept.items(), key=lambda item: (-item[1][-1].round_, item[0]))
+        held = {c: kept[-1].layout.unpack(kept[-1].row) for c, kept in recent[:count]}
         return {
             c: {n: t for n, t in own.items() if not n.startswith(NO_WEIGHTS)}
             for c, own in held.items()
@@ -90,63 +123,79 @@ class ClientStore:
 
     def state(self) -> Tree:
         """Tensors for a checkpoint."""
-        return self._packed([(c, r, t) for c, kept in sorted(self._kept.items()) for r, t in kept])
+        return _packed(dict(sorted(self._kept.items())))
 
     def part(self, clients: list[int], round_: int) -> Tree:
         """What clients held before a round, in the form of `state`: to train elsewhere."""
-        held = {c: [(r, t) for r, t in self._kept.get(c, []) if r < round_] for c in clients}
-        packed = self._packed([(c, *kept[-1]) for c, kept in held.items() if kept])
-        return packed | self._secrets(clients)
+        held = {c: [e for e in self._kept.get(c, []) if e.round_ < round_] for c in clients}
+        return _packed({c: kept[-1:] for c, kept in held.items()}) | self._secrets(clients)
 
     def absorb(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep what clients hold that trained elsewhere: the `state` of another store."""
         other = ClientStore()
         other.restore(tensors)
-        self._layout = other._layout or self._layout
         self.secrets |= other.secrets
         for client, kept in other._kept.items():
-            for round_, row in kept:
-                self._keep(client, round_, row)
+            for entry in kept:
+                self._keep(client, entry)
 
     def since(self, round_: int) -> Tree:
         """What was staged in a round or later, in the form of `state`."""
-        entries = [(c, r, t) for c, kept in sorted(self._kept.items()) for r, t in kept]
-        kept = self._packed([entry for entry in entries if entry[1] >= round_])
-        return kept | self._secrets(list(self.secrets))
+        kept = {c: [e for e in kept if e.round_ >= round_] for c, kept in self._kept.items()}
+        return _packed(dict(sorted(kept.items()))) | self._secrets(list(self.secrets))
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the tensors of `state` back."""
-        prefix = "store/values/"
-        values = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        self._kept = {}
         self.secrets = {
             int(n.removeprefix(KEPT)): bytes(t.tolist())
             for n, t in tensors.items()
             if n.startswith(KEPT)
         }
-        self._layout = Layout.of(values, skip=1) if values else None
-        if self._layout is None:
-            return
-        rows = self._layout.pack(values, lead=1)
-        for (client, round_), row in zip(tensors["store/keys"].tolist(), rows, strict=True):
-            self._kept.setdefault(client, []).append((round_, row.clone()))
+        found: list[tuple[int, Entry]] = []
+        group = "store"
+        while f"{group}/keys" in tensors:
+            prefix = f"{group}/values/"
+            values = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            layout = Layout.of(values, skip=1)
+            rows = layout.pack(values, lead=1)
+            for (client, round_), row in zip(tensors[f"{group}/keys"].tolist(), rows, strict=True):
+                found.append((client, Entry(round_, layout, row.clone())))
+            group = _next(group)
+        self._kept = {}
+        for client, entry in sorted(found, key=lambda each: each[1].round_):
+            self._kept.setdefault(client, []).append(entry)
 
     def _secrets(self, clients: list[int]) -> Tree:
         """Write secrets as tensors of bytes: to travel with what else a client holds."""
         held = {c: self.secrets[c] for c in clients if c in self.secrets}
         return {f"{KEPT}{c}": torch.tensor(list(s), dtype=torch.uint8) for c, s in held.items()}
 
-    def _packed(self, entries: list[tuple[int, int, torch.Tensor]]) -> Tree:
-        if self._layout is None or not entries:
-            return {}
-        names = self._layout.unpack(torch.stack([t for _, _, t in entries]))
-        keys = torch.tensor([(c, r) for c, r, _ in entries], dtype=torch.int64)
-        return {"store/keys": keys} | {f"store/values/{n}": t for n, t in names.items()}
+    def _keep(self, client: int, entry: Entry) -> None:
+        older = [e for e in self._kept.get(client, []) if e.round_ < entry.round_]
+        self._kept[client] = [*older, entry][-self.generations :]
 
-    def _keep(self, client: int, round_: int, row: torch.Tensor) -> None:
-        older = [(r, t) for r, t in self._kept.get(client, []) if r < round_]
-        self._kept[client] = [*older, (round_, row)][-self.generations :]
 
-    def _before(self, client: int, round_: int, first: torch.Tensor) -> torch.Tensor:
-        held = [t for r, t in self._kept.get(client, []) if r < round_]
-        return held[-1].to(first.device) if held else first
+def _packed(kept: Mapping[int, list[Entry]]) -> Tree:
+    """Write entries as tensors: those of one layout together, each layout under a name of its own.
+
+    Where all are alike, as they are unless what is trained changes, that is ``store/keys`` (client
+    and round of each row) and ``store/values/<name>``; a second layout is ``store+/...`` and so on.
+    """
+    groups: dict[Layout, list[tuple[int, Entry]]] = {}
+    for client, entries in kept.items():
+        for entry in entries:
+            groups.setdefault(entry.layout, []).append((client, entry))
+    found: Tree = {}
+    group = "store"
+    for layout, entries_ in groups.items():
+        keys = [(client, entry.round_) for client, entry in entries_]
+        found[f"{group}/keys"] = torch.tensor(keys, dtype=torch.int64)
+        values = layout.unpack(torch.stack([entry.row for _, entry in entries_]))
+        found |= {f"{group}/values/{n}": t for n, t in values.items()}
+        group = _next(group)
+    return found
+
+
+def _next(group: str) -> str:
+    """Name the group after this one."""
+    return f"{group}+"

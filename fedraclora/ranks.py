@@ -178,7 +178,9 @@ def uploaded_mask(downlink: Downlink, places: torch.Tensor) -> torch.Tensor | No
     masks = trainable(downlink, downlink.ranks[places])
     whole = torch.ones(1, dtype=torch.bool)
     parts = [
-        masks.get(name, whole).expand(len(places), *slot.shape).reshape(len(places), -1)
+        masks.get(name, whole)
+        .expand(len(places), *slot.shape)
+        .reshape(len(places), prod(slot.shape))
         for name, slot in downlink.uploaded().items()
     ]
     return torch.cat(parts, dim=1) if parts else torch.zeros(len(places), 0, dtype=torch.bool)

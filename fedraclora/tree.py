@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 
 import numpy as np
@@ -49,10 +50,7 @@ class Layout:
             ShapeError: If the names or the shapes differ from the layout.
         """
         if Layout.of(tree, lead) != self:
-            raise ShapeError(
-                f"cannot pack: the layout wants {dict(self.shapes)}, "
-                f"the tensors are {dict(Layout.of(tree, lead).shapes)}"
-            )
+            raise ShapeError(f"cannot pack: {difference(Layout.of(tree, lead), self)}")
         if not self.shapes:
             return torch.empty(0)
         sizes = [prod(shape) for _, shape in self.shapes]
@@ -77,6 +75,22 @@ class Layout:
             name: part.reshape((*lead, *shape))
             for (name, shape), part in zip(self.shapes, parts, strict=True)
         }
+
+
+def difference(found: Layout, wanted: Layout) -> str:
+    """Say where a layout first departs from the one that is wanted, and how often it does.
+
+    Example:
+        >>> one = Layout((("w", (5, 2)), ("b", (5,))))
+        >>> print(difference(one, Layout((("w", (2, 7)), ("b", (5,))))))
+        w (5, 2), wanted is w (2, 7) (1 of 2 tensors differ)
+    """
+    pairs = list(zip_longest(found.shapes, wanted.shapes))
+    differ = [pair for pair in pairs if pair[0] != pair[1]]
+    if not differ:
+        return "nothing differs"
+    came, asked = ("nothing" if each is None else f"{each[0]} {each[1]}" for each in differ[0])
+    return f"{came}, wanted is {asked} ({len(differ)} of {len(pairs)} tensors differ)"
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:

@@ -21,7 +21,7 @@ from fedraclora.chain import CatchUp
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
-from fedraclora.errors import FedRacLoraError, RoundLostError, WireError
+from fedraclora.errors import RoundLostError, WireError
 from fedraclora.ledger import number
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.replica import Replica
@@ -128,8 +128,10 @@ class FedStrategy(EvaluatesItself):
             try:
                 run = partial(self._round, grid, round_, timeout or self.loop.timeout)
                 metrics = persistently(run, self.loop.retries, getattr(grid, "incidents", []))
-            except FedRacLoraError:
-                self.book.save(self.state, self.done, self.catch_up)
+            except Exception:
+                # A checkpoint ahead of the ledger, whose row failed, could not be resumed.
+                if number(self.book.ledger.rows[-1], "round") == self.done:
+                    self.book.save(self.state, self.done, self.catch_up)
                 raise
             result.train_metrics_clientapp[round_] = metrics
         self.book.save(self.state, self.done, self.catch_up)

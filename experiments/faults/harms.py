@@ -90,7 +90,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "whole numbers": (numbers(torch.Tensor.int), "its numbers are torch.int32"),
     "another round": (header(round=1), "answered for round 1 from version 1"),
     "another version": (header(version=0), "answered for round 2 from version 0"),
-    "another layout": (header(layout=[["w", [66]]]), "wanted {"),
+    "another layout": (header(layout=[["w", [66]]]), "w (66,), wanted is fc1"),
     "a sum": (header(reduced=True), "reduced=True"),
     "another client": (vector("clients", 2), "the reply is of clients [2], asked were [1]"),
     "two clients": (vector("clients", 1, 2), "with 2 ids"),

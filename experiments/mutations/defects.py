@@ -141,9 +141,8 @@ DEFECTS = (
     Defect(
         "clients_share_what_they_keep",
         "fedraclora/clientstore.py",
-        "        rows = [self._before(client, round_, first) for client in clients.tolist()]\n",
-        "        least = min(self._kept, default=0)\n"
-        "        rows = [self._before(least, round_, first) for _ in clients]\n",
+        "        for client in clients.tolist():\n            held = [",
+        "        for client in [min(self._kept, default=0)] * len(clients):\n            held = [",
         "fedsa_lora",
         "FedLLM-Factory fedsalora.py: no B of each client's own",
     ),

@@ -9,11 +9,14 @@ from collections.abc import Iterable
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from typing_extensions import override
 
 from fedraclora.errors import OF_THE_RUN, WireError
 
 NODE_ID = 2  # 1 is the SuperLink's own id in Flower
+# What Flower raises where the bytes of a message are no message.
+UNREADABLE = (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError)
 APP_RAISED = 2  # Flower's code for a ClientApp that raised
 RUN_AT_FAULT = 1000  # ours, far from Flower's: it raised what no client is to blame for
 

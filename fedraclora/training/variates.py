@@ -6,7 +6,8 @@
 
 c_k is what the client keeps, c comes down with the round. The server needs no more than the mean of
 y: clients take one number of plain SGD steps, so the mean of g_k is (x - mean y) / (K eta). That
-saves half of the paper's uplink, where c_k is sent, too.
+saves half of the paper's uplink, where c_k is sent, too. y is what the client sends, clipped where
+it clips: c stays the mean of the c_k only if both are formed from the same y.
 
 A factor that is trained from round to round under the same coordinates has its variate in them:
 FFA-LoRA's B under one A, both factors of FedAvg-LoRA, full weights. Under a **fresh sketch** a

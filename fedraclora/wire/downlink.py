@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,20 +13,40 @@ from flwr.app import RecordDict
 from fedraclora.chain import SEED_BYTES
 from fedraclora.errors import WireError
 from fedraclora.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.recipe import RECIPES
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
+from fedraclora.wire.fields import (
+    exactly,
+    flag,
+    listed,
+    mapping,
+    named,
+    reading,
+    real,
+    shown,
+    whole,
+)
 from fedraclora.wire.records import (
     DTYPES,
     array_record,
     header_record,
     read_array,
+    read_first,
     read_header,
     read_layout,
+    read_shape,
     read_vectors,
     vector_record,
 )
 
 VARIATE = "variate/"  # of the names of control variates among tensors
+WEIGHTS = (None, "examples", "uniform")
+ASKED = frozenset({"recipe", "arguments", "link", "variates", "lifted", "adapters", "dense"})
+HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
+ADAPTER = frozenset({"scale", "factors"})
+TRAINED = frozenset({"role", "shape", "main", "upload", "started", "spec"})
+SPEC = {field.name: str(field.type) for field in dataclasses.fields(SketchSpec)}
 
 
 def uplink_layout(downlink: Downlink) -> Layout:
@@ -136,33 +157,81 @@ class Reader:
         """Read a train message.
 
         Raises:
-            WireError: If a record or a tensor is missing.
+            WireError: If a record, a field or a tensor is missing, or is not what it should be.
         """
-        if self._arrays is None or content.get("arrays") is not self._arrays:
-            self._header = header = read_header(content)
-            self._tensors = read_layout(header["layout"]).unpack(read_array(content, "arrays"))
-            if not header["own"]:
-                self._downlink = _downlink(header, self._tensors)
-            self._arrays = content["arrays"]
-        header, downlink = self._header, self._downlink
-        if header["own"]:
-            own = read_layout(header["own"]).unpack(read_array(content, "own"))
-            downlink = _downlink(header, self._tensors | own)
-        chunk, vectors = content["chunk"], read_vectors(content)
-        if "ranks" in vectors:
-            ranks = vectors["ranks"]
-            pairs = len(ranks) == 2 * len(vectors["clients"])
-            downlink = replace(downlink, ranks=ranks.reshape(-1, 2) if pairs else ranks)
-        order = Order(
-            header["round"],
-            header["version"],
-            header["rate_scale"],
-            vectors["clients"],
-            int(str(chunk["first"])),
-            header["reduce"],
-            header["clip"],
-        )
+        with reading("a train message"):
+            if self._arrays is None or content.get("arrays") is not self._arrays:
+                self._read_shared(content)
+            header, downlink = self._header, self._downlink
+            vectors = read_vectors(content)
+            order = _order(header, vectors, read_first(content))
+            if header["own"]:
+                rows = _floats(content, "own", 2)
+                if len(rows) != len(order.clients):
+                    raise WireError(
+                        f"{len(order.clients)} clients are asked, but {len(rows)} have own tensors"
+                    )
+                own = read_layout(header["own"], "own").unpack(rows)
+                downlink = _downlink(header, self._tensors | own, own.keys())
+            if "ranks" in vectors:
+                downlink = replace(downlink, ranks=_ranks(vectors["ranks"], len(order.clients)))
         return downlink, order
+
+    def _read_shared(self, content: RecordDict) -> None:
+        """Read what all messages of an exchange share."""
+        self._arrays = None  # a message that is refused is not remembered
+        self._header = header = read_header(content)
+        exactly(header, HEADER, "the header of a train message")
+        flat = _floats(content, "arrays", 1)
+        layout = read_layout(header["layout"], "the layout")
+        if len(flat) != layout.size:
+            raise WireError(f"{len(flat)} numbers came, the layout has {layout.size}")
+        self._tensors = layout.unpack(flat)
+        if not header["own"]:
+            self._downlink = _downlink(header, self._tensors, set())
+        self._arrays = content["arrays"]
+
+
+def _floats(content: RecordDict, record: str, axes: int) -> torch.Tensor:
+    """Read an array of the numbers that travel."""
+    found = read_array(content, record)
+    if found.dim() != axes or found.dtype not in DTYPES.values():
+        raise WireError(
+            f"the record {record} holds {tuple(found.shape)} numbers of {found.dtype}; {axes} axes "
+            f"of one of {[*DTYPES]} are wanted"
+        )
+    return found
+
+
+def _order(header: Mapping[str, Any], vectors: Tree, first: int) -> Order:
+    """Read what a train message says beside the downlink."""
+    clients = vectors.get("clients", torch.zeros(0))
+    if not len(clients) or (clients < 0).any() or (clients.diff() <= 0).any():
+        raise WireError(f"a message is for the clients {shown(clients.tolist())}; ids that rise")
+    if header["reduce"] not in WEIGHTS:
+        raise WireError(f"reduce is {shown(header['reduce'])}; one of {WEIGHTS} is wanted")
+    clip = header["clip"]
+    if clip is not None and not real(clip, "clip") > 0:
+        raise WireError(f"clip is {shown(clip)}; a positive number is wanted")
+    return Order(
+        whole(header["round"], "its round"),
+        whole(header["version"], "its version"),
+        real(header["rate_scale"], "rate_scale"),
+        clients,
+        first,
+        header["reduce"],
+        clip,
+    )
+
+
+def _ranks(ranks: torch.Tensor, clients: int) -> torch.Tensor:
+    """Read the rank budgets of the clients of a message; see `fedraclora.ranks.spans`."""
+    if len(ranks) == clients and (ranks > 0).all():
+        return ranks
+    pairs = ranks.reshape(-1, 2) if len(ranks) == 2 * clients else ranks.new_zeros(1, 2)
+    if not ((pairs[:, 0] >= 0) & (pairs[:, 0] < pairs[:, 1])).all():
+        raise WireError(f"the rank budgets of {clients} clients are {shown(ranks.tolist())}")
+    return pairs
 
 
 def unpack_downlink(content: RecordDict) -> tuple[Downlink, Order]:
@@ -170,29 +239,53 @@ def unpack_downlink(content: RecordDict) -> tuple[Downlink, Order]:
     return Reader().read(content)
 
 
-def _downlink(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Downlink:
-    """Build a downlink from its description and the tensors that the cohort shares."""
-    adapters = {
-        w: Adapter(
-            {k: _factor(f, tensors.get(f"{w}/{k}")) for k, f in a["factors"].items()}, a["scale"]
+def _downlink(
+    header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], own: Collection[str]
+) -> Downlink:
+    """Build a downlink from its description and its tensors; ``own`` are one per client."""
+    adapters = {}
+    for weight, described in mapping(header["adapters"], "adapters").items():
+        exactly(
+            mapping(described, weight), frozenset({"scale", "factors"}), f"the adapter {weight}"
         )
-        for w, a in header["adapters"].items()
-    }
+        factors = {}
+        for label, factor in mapping(described["factors"], f"the factors of {weight}").items():
+            key = f"{weight}/{label}"
+            factors[label] = _factor(factor, key, tensors.get(key), key in own)
+        adapters[weight] = Adapter(factors, real(described["scale"], f"the scale of {weight}"))
     dense = {}
-    for name, described in header["dense"].items():
-        slot = _factor(described, tensors.get(name))
+    for key, described in mapping(header["dense"], "dense").items():
+        slot = _factor(described, key, tensors.get(key), key in own)
         if not isinstance(slot, Trained):
-            raise WireError(f"dense tensor {name} is not trained")
-        dense[name] = slot
-    return Downlink(
+            raise WireError(f"dense tensor {key} is not trained")
+        dense[key] = slot
+    if header["recipe"] not in RECIPES:
+        raise WireError(f"its recipe is {shown(header['recipe'])}; {sorted(RECIPES)} are known")
+    arguments = mapping(header["arguments"], "arguments")
+    downlink = Downlink(
         adapters,
         dense,
         header["recipe"],
-        header["arguments"],
-        link=int(header["link"]),
-        variates={n: tensors[f"{VARIATE}{n}"] for n in header["variates"]},
-        lifted=bool(header["lifted"]),
+        {key: real(value, f"the argument {key}") for key, value in arguments.items()},
+        link=whole(header["link"], "its link"),
+        variates=_variates(header["variates"], tensors),
+        lifted=flag(header["lifted"], "lifted"),
     )
+    slots = downlink.trained()
+    for key, variate in downlink.variates.items():
+        if key not in slots or tuple(variate.shape) != slots[key].shape:
+            raise WireError(f"the variate of {key} is {tuple(variate.shape)}, of what is trained")
+    return downlink
+
+
+def _variates(names: object, tensors: Mapping[str, torch.Tensor]) -> Tree:
+    """Read the control variates that come down."""
+    found = {}
+    for key in (named(each, "a variate") for each in listed(names, "variates")):
+        if (value := tensors.get(f"{VARIATE}{key}")) is None:
+            raise WireError(f"the variate of {key} came without its numbers")
+        found[key] = value
+    return found
 
 
 def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
@@ -224,16 +317,39 @@ def _describe(factor: Factor) -> dict[str, object]:
     }
 
 
-def _factor(described: Mapping[str, Any], value: torch.Tensor | None) -> Factor:
-    """Undo `_describe`."""
-    if described["role"] == "sketched":
-        return Sketched(SketchSpec(**described["spec"]))
-    if described["role"] == "frozen":
-        if value is None:
-            raise WireError("a frozen factor came without its numbers")
+def _factor(described: object, key: str, value: torch.Tensor | None, own: bool) -> Factor:
+    """Undo `_describe` for the factor or tensor ``key``; ``own``: its value is one per client."""
+    plain = mapping(described, key)
+    role = plain.get("role")
+    if role == "sketched":
+        exactly(plain, frozenset({"role", "spec"}), key)
+        return Sketched(_spec(plain["spec"], key))
+    if role == "frozen":
+        exactly(plain, frozenset({"role"}), key)
+        if value is None or value.dim() != 2 + own:
+            raise WireError("a frozen factor came without its numbers, or is no matrix")
         return Frozen(value)
-    shape = tuple(described["shape"])
-    start: torch.Tensor | SketchSpec | None = value if described["started"] else None
-    if described["spec"] is not None:
-        start = SketchSpec(**described["spec"])
-    return Trained(shape, start, bool(described["main"]), bool(described["upload"]))
+    if role != "trained":
+        raise WireError(f"{key} is {shown(role)}; sketched, frozen or trained is wanted")
+    exactly(plain, TRAINED, key)
+    shape = read_shape(plain["shape"], f"the shape of {key}")
+    start: torch.Tensor | SketchSpec | None = None
+    if flag(plain["started"], "started"):
+        start = value
+        if value is None or tuple(value.shape[own:]) != shape:
+            raise WireError(f"{key} came without the numbers from which it starts")
+    elif plain["spec"] is not None:
+        start = _spec(plain["spec"], key)
+        drawn = (start.rank, start.dim) if start.side == "right" else (start.dim, start.rank)
+        if drawn != shape:
+            raise WireError(f"{key} is {shape}, but starts as a drawing of {drawn}")
+    return Trained(shape, start, flag(plain["main"], "main"), flag(plain["upload"], "upload"))
+
+
+def _spec(described: object, key: str) -> SketchSpec:
+    """Read a sketch back from JSON."""
+    plain = mapping(described, f"the sketch of {key}")
+    exactly(plain, frozenset(SPEC), f"the sketch of {key}")
+    check = {"int": whole, "float": real, "str": named}
+    read = {k: check[kind](plain[k], f"{k} of the sketch of {key}") for k, kind in SPEC.items()}
+    return SketchSpec(**read)  # type: ignore[arg-type]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from io import BytesIO
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedraclora.errors import WireError
 from fedraclora.tree import Layout, Tree, to_numpy
+from fedraclora.wire.fields import listed, named, parsed, reading, shown, whole
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 VECTORS = {
@@ -24,6 +27,7 @@ VECTORS = {
     "steps": np.int64,
     "losses": np.float64,
 }
+AXES, LONGEST_AXIS = 8, 2**40  # of a shape that a message names
 
 
 def header_record(header: object) -> ConfigRecord:
@@ -68,7 +72,7 @@ def read_header(content: RecordDict) -> dict[str, Any]:
     config = content.get("config")
     if not isinstance(config, ConfigRecord) or "arrays" not in content or "chunk" not in content:
         raise WireError(
-            f"a message holds {list(content)}; wanted the records config, arrays and chunk"
+            f"a message holds {shown(list(content))}; wanted the records config, arrays and chunk"
         )
     return read_json(content, "config")
 
@@ -77,44 +81,111 @@ def read_json(content: RecordDict, name: str) -> dict[str, Any]:
     """Read the header in the record ``name``.
 
     Raises:
-        WireError: If it is missing.
+        WireError: If it is missing, or no JSON object.
     """
     record = content.get(name)
     if not isinstance(record, ConfigRecord):
-        raise WireError(f"a message holds {list(content)}; a record {name} is wanted")
-    header: dict[str, Any] = json.loads(str(record["header"]))
-    return header
+        raise WireError(f"a message holds {shown(list(content))}; a record {name} is wanted")
+    return parsed(record.get("header"), f"the header in the record {name}")
 
 
 def round_of(content: RecordDict) -> int:
     """Read the round of a message."""
-    return int(read_header(content)["round"])
+    return whole(read_header(content).get("round"), "its round")
 
 
 def clients_of(content: RecordDict) -> list[int]:
-    """Read the ids of the clients of a message."""
-    ids: list[int] = read_vectors(content)["clients"].tolist()
+    """Read the ids of the clients of a message.
+
+    Raises:
+        WireError: If it names none.
+    """
+    vectors = read_vectors(content)
+    if "clients" not in vectors:
+        raise WireError("a message does not say which clients it is for")
+    ids: list[int] = vectors["clients"].tolist()
     return ids
 
 
 def read_array(content: RecordDict, name: str) -> torch.Tensor:
-    """Read the array of the record ``name``; the tensor may lie anywhere in memory."""
+    """Read the array of the record ``name``; the tensor may lie anywhere in memory.
+
+    Raises:
+        WireError: If it is missing, or its bytes are not those of the shape that it names.
+    """
     record = content.get(name)
     if not isinstance(record, ArrayRecord):
-        raise WireError(f"a message holds {list(content)}; an array record {name} is wanted")
-    return torch.from_numpy(record["flat"].numpy())
+        raise WireError(f"a message holds {shown(list(content))}; an array record {name} is wanted")
+    with reading(f"the array of the record {name}"):
+        array = record["flat"]
+        _check_bytes(array.data)
+        return torch.from_numpy(array.numpy())
+
+
+def _check_bytes(data: bytes) -> None:
+    """Refuse bytes that are no array, or are not as many as it says: before memory is taken."""
+    stream = BytesIO(data)
+    formats = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, _, dtype = formats[np.lib.format.read_magic(stream)](stream)
+    size, came = prod(shape) * dtype.itemsize, len(data) - stream.tell()
+    if size != came:
+        raise WireError(f"{shown(shape)} numbers of {dtype} are {size} bytes, but {came} came")
 
 
 def read_vectors(content: RecordDict) -> Tree:
-    """Read the vectors of a message."""
-    chunk = content["chunk"]
-    return {
-        name: torch.from_numpy(np.frombuffer(chunk[name], kind).copy())  # type: ignore[arg-type]
-        for name, kind in VECTORS.items()
-        if name in chunk
-    }
+    """Read the vectors of a message.
+
+    Raises:
+        WireError: If they are not whole.
+    """
+    chunk = _chunk(content)
+    with reading("a vector of the record chunk"):
+        return {
+            name: torch.from_numpy(np.frombuffer(chunk[name], kind).copy())  # type: ignore[arg-type]
+            for name, kind in VECTORS.items()
+            if name in chunk
+        }
 
 
-def read_layout(shapes: list[list[Any]]) -> Layout:
-    """Read a layout back from JSON."""
-    return Layout(tuple((name, tuple(shape)) for name, shape in shapes))
+def read_first(content: RecordDict) -> int:
+    """Read the place of a message's first client in the cohort."""
+    return whole(_chunk(content).get("first"), "the place of its first client")
+
+
+def _chunk(content: RecordDict) -> ConfigRecord:
+    record = content.get("chunk")
+    if not isinstance(record, ConfigRecord):
+        raise WireError(f"a message holds {shown(list(content))}; a record chunk is wanted")
+    return record
+
+
+def read_layout(shapes: object, what: str) -> Layout:
+    """Read a layout back from JSON.
+
+    Args:
+        shapes: Pairs of a name and a shape.
+        what: It is, to begin the sentence.
+
+    Raises:
+        WireError: If it is none, or names a tensor twice.
+    """
+    found = []
+    for pair in listed(shapes, what):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise WireError(f"{what} holds {shown(pair)}; a name and a shape are wanted")
+        found.append((named(pair[0], what), read_shape(pair[1], what)))
+    if len(dict(found)) != len(found):
+        raise WireError(f"{what} names a tensor twice")
+    return Layout(tuple(found))
+
+
+def read_shape(sizes: object, what: str) -> tuple[int, ...]:
+    """Read a shape back from JSON.
+
+    Raises:
+        WireError: If it is none.
+    """
+    return tuple(whole(size, what, most=LONGEST_AXIS) for size in listed(sizes, what, AXES))

@@ -12,12 +12,25 @@ from fedraclora.aggregate import SUM_BLOCK, Refusal, block_sums, check_rows
 from fedraclora.errors import WireError
 from fedraclora.sampling import client_weights
 from fedraclora.training.trial import Trial
-from fedraclora.tree import Layout
+from fedraclora.tree import Layout, difference
 from fedraclora.wire.downlink import Order
+from fedraclora.wire.fields import (
+    MANY,
+    client_id,
+    exactly,
+    flag,
+    listed,
+    mapping,
+    reading,
+    shown,
+    whole,
+    worded,
+)
 from fedraclora.wire.records import (
     array_record,
     header_record,
     read_array,
+    read_first,
     read_header,
     read_layout,
     read_vectors,
@@ -25,6 +38,7 @@ from fedraclora.wire.records import (
 )
 
 WANTED = {"clients", "losses", "samples", "steps"}
+HEADER = frozenset({"round", "version", "failures", "refused", "reduced", "notes", "layout"})
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,10 @@ def pack_trial(
 
 
 def unpack_trial(content: RecordDict, layout: Layout, ranks: torch.Tensor | None = None) -> Reply:
-    """Read a reply back and hold it against what was asked.
+    """Read a reply back: the one place where what another machine sent is looked at unchecked.
+
+    Every field has the type, the range and the length that it should have, or the reply is
+    refused. Whether it is the answer to the message is for the server to say.
 
     Args:
         content: The reply.
@@ -123,38 +140,68 @@ def unpack_trial(content: RecordDict, layout: Layout, ranks: torch.Tensor | None
             left to `fedraclora.ranks.widen`.
 
     Raises:
-        WireError: If the layout is not the one that was asked for, or numbers are missing.
+        WireError: Saying what came and what was wanted.
     """
-    header, vectors = read_header(content), read_vectors(content)
-    numbers = read_array(content, "arrays")
-    sent = read_layout(header["layout"])
-    if sent != layout:
-        raise WireError(
-            f"round {header['round']}: clients {vectors['clients'].tolist()} sent "
-            f"{dict(sent.shapes)}, wanted {dict(layout.shapes)}"
+    with reading("a reply"):
+        header = read_header(content)
+        exactly(header, HEADER, "the header of a reply")
+        round_ = whole(header["round"], "its round")
+        reply = Reply(
+            round_,
+            whole(header["version"], "its version"),
+            read_first(content),
+            **_vectors(content, round_),
+            numbers=read_array(content, "arrays"),
+            reduced=flag(header["reduced"], "reduced"),
+            failures=_failures(header["failures"]),
+            refused=_refused(header["refused"]),
+            notes=[worded(note, "a note") for note in listed(header["notes"], "notes", MANY)],
         )
+        sent = read_layout(header["layout"], f"round {round_}: the layout")
+        if sent != layout:
+            raise WireError(
+                f"round {round_}: clients {reply.clients.tolist()} sent other tensors than "
+                f"was asked: {difference(sent, layout)}"
+            )
+        _check_sizes(reply, layout, cut=ranks is not None and not reply.reduced)
+    return reply
+
+
+def _vectors(content: RecordDict, round_: int) -> dict[str, torch.Tensor]:
+    """Read the vectors of a reply, all of them."""
+    vectors = read_vectors(content)
     if vectors.keys() != WANTED:
-        raise WireError(f"round {header['round']}: {[*vectors]} came, {[*WANTED]} were wanted")
-    count = len(vectors["clients"])
-    rows = len(numbers) if header["reduced"] else count
-    cut = ranks is not None and not header["reduced"]
+        raise WireError(f"round {round_}: {[*vectors]} came, {sorted(WANTED)} were wanted")
+    return vectors
+
+
+def _failures(value: object) -> dict[int, str]:
+    """Read why clients trained nothing, by id."""
+    return {
+        client_id(client, "failures"): worded(why, "the reason of a failure")
+        for client, why in mapping(value, "failures").items()
+    }
+
+
+def _refused(value: object) -> list[Refusal]:
+    """Read which clients a sum leaves out, and why."""
+    found = []
+    for pair in listed(value, "refused"):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise WireError(f"refused holds {shown(pair)}; an id and a reason are wanted")
+        client = whole(pair[0], "a client that is refused")
+        found.append(Refusal(client, worded(pair[1], "the reason of a refusal")))
+    return found
+
+
+def _check_sizes(reply: Reply, layout: Layout, *, cut: bool) -> None:
+    """Refuse another number of rows, losses or sizes than of clients."""
+    numbers, count = reply.numbers, len(reply.clients)
+    rows = len(numbers) if reply.reduced and numbers.dim() else count
     fits = numbers.dim() == 1 if cut else tuple(numbers.shape) == (rows, layout.size)
-    if not fits or {len(v) for v in vectors.values()} != {count}:
+    lengths = [len(v) for v in (reply.clients, reply.losses, reply.samples, reply.steps)]
+    if not fits or set(lengths) != {count}:
         raise WireError(
-            f"round {header['round']}: rows {tuple(numbers.shape)}, wanted {(rows, layout.size)}, "
-            f"with {count} ids, losses and sizes; {[len(v) for v in vectors.values()]} came"
+            f"round {reply.round_}: rows {tuple(numbers.shape)}, wanted {(rows, layout.size)}, "
+            f"with {count} ids, losses and sizes; {lengths} came"
         )
-    return Reply(
-        header["round"],
-        header["version"],
-        int(str(content["chunk"]["first"])),
-        vectors["clients"],
-        vectors["losses"],
-        vectors["samples"],
-        vectors["steps"],
-        numbers,
-        bool(header["reduced"]),
-        {int(c): r for c, r in header["failures"].items()},
-        [Refusal(int(c), r) for c, r in header["refused"]],
-        header["notes"],
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from flwr.app import Message
@@ -11,11 +12,13 @@ from flwr.app import Message
 from fedraclora.aggregate import Refusal, Uplinks, check_rows, sum_blocks, too_many
 from fedraclora.devices.timeline import Timeline
 from fedraclora.engines.local import RUN_AT_FAULT
-from fedraclora.errors import ClientError, WireError
+from fedraclora.errors import ClientError, FedRacLoraError, WireError
 from fedraclora.method import Cohort, Downlink
 from fedraclora.ranks import check_budgets, uploaded_numbers, widen
 from fedraclora.sampling import client_weights
 from fedraclora.wire import Order, Packed, Reply, unpack_trial, uplink_layout
+from fedraclora.wire.fields import printable
+from fedraclora.wire.records import read_first
 from strategies.server.guard import check_reply
 from strategies.server.loop import LoopConfig
 
@@ -104,7 +107,22 @@ class Exchange:
             WireError: If a reply is of another round, another layout or another client; where
                 clients are other people's machines, that is a failure of the client.
         """
-        self._read_all(messages)
+        try:
+            self._read_all(messages)
+            return self._used()
+        except FedRacLoraError:
+            raise
+        except Exception as error:
+            if not self.loop.guarded:
+                raise
+            # What other machines sent must end in words and a checkpoint, whatever it was.
+            told = printable(f"{type(error).__name__}: {error}")
+            raise ClientError(
+                f"round {self.round_}: its replies cannot be used ({told})"
+            ) from error
+
+    def _used(self) -> Uplinks:
+        """Give what was read of the clients that pass; raises as `collect` does."""
         if not len(self.cohort):  # the coins of Poisson sampling may choose nobody
             none = torch.zeros(0, dtype=torch.int64)
             return Uplinks(none, none.double(), self.layout, torch.zeros(0, self.layout.size))
@@ -127,7 +145,7 @@ class Exchange:
         refused = [] if reduced else check_rows(clients, weights, losses, numbers)
         out = torch.tensor([f.client for r in self.replies for f in r.refused], dtype=torch.int64)
         came = torch.searchsorted(self.cohort.clients, torch.cat([clients, out]))
-        self.received = int(uploaded_numbers(self.downlink, len(self.cohort))[came].sum())
+        self.received = int(self.counts[came].sum())
         self.failures += refused
         self.failures.sort(key=lambda f: f.client)
         if len(self.all_failures) > allowed or len(refused) == len(clients):
@@ -147,6 +165,11 @@ class Exchange:
             places=places,
         )
 
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """How many numbers each client of the cohort sends, int64 [K]."""
+        return uploaded_numbers(self.downlink, len(self.cohort))
+
     def _read_all(self, messages: Iterable[Message]) -> None:
         """Read each reply, and note whose message it answers."""
         sent = {m.metadata.message_id: (m, clients) for m, clients in self.chunks}
@@ -157,21 +180,30 @@ class Exchange:
                 self._take(self._read(message, clients))
             elif order is not None:
                 del sent[asked]  # whatever else answers it is a replay
-                first = int(str(order.content["chunk"]["first"]))
                 try:
                     reply = self._read(message, clients)
                     if reply is not None:
-                        check_reply(reply, clients, first, self.loop, reduced=self.reduced)
-                    self._take(reply)
+                        self._check(reply, order, clients)
                 except Exception as error:  # whatever another machine may send
-                    self.failures += [Refusal(c, f"its reply is refused: {error}") for c in clients]
+                    why = printable(f"its reply is refused: {error}")
+                    self.failures += [Refusal(c, why) for c in clients]
+                else:
+                    self._take(reply)
+
+    def _check(self, reply: Reply, order: Message, clients: Sequence[int]) -> None:
+        """Hold a reply against the message that it answers."""
+        first = read_first(order.content)
+        counts = self.counts[first : first + len(clients)]
+        loop, reduced = self.loop, self.reduced
+        check_reply(reply, clients, first, loop, reduced=reduced, counts=counts)
 
     def _read(self, message: Message, asked: Sequence[int]) -> Reply | None:
         """Read a reply; None where it is an error, which is noted."""
         if message.has_error():
+            reason = str(message.error.reason)
             if message.error.code == RUN_AT_FAULT and not self.loop.guarded:
-                raise ClientError(f"round {self.round_} cannot be run: {message.error.reason}")
-            self.failures += [Refusal(c, str(message.error.reason)) for c in asked]
+                raise ClientError(f"round {self.round_} cannot be run: {reason}")
+            self.failures += [Refusal(c, printable(reason)) for c in asked]
             return None
         reply = unpack_trial(message.content, self.layout, self.downlink.ranks)
         if (reply.round_, reply.version) != (self.round_, self.version):

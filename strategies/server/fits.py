@@ -26,11 +26,12 @@ def check_fits(
     Raises:
         ConfigError: Saying why, and what to take.
     """
-    if method.traits.varies and local.moments != "round":
+    if method.traits.varies and (local.moments == "run" or local.moments_kept):
+        key = "moments_kept" if local.moments_kept else "moments"
         raise ConfigError(
-            f"local.moments is {local.moments}, but with this method clients train other tensors "
-            "from round to round, so that moments of the last are none of the next; leave it at "
-            "round"
+            f"local.{key} is {getattr(local, key)}, but with this method clients train other "
+            "tensors from round to round, so that moments of the last are none of the next; set "
+            "local.moments to round, or to link, and local.moments_kept to 0"
         )
     sent = method.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), draw)
     if not RECIPES[sent.recipe].fixes:

@@ -14,9 +14,11 @@ from dataclasses import replace
 import torch
 
 from fedraclora.aggregate import Uplinks
+from fedraclora.aggregator import Aggregator
 from fedraclora.downlink import opening_rows
 from fedraclora.errors import ConfigError
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.privacy.client_level import ClientLevel, Privacy
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.variates import blank_variates, mean_gradients, moved_by, seen
 from fedraclora.transport import held_beside
@@ -60,6 +62,30 @@ def check_scaffold(method: Method, state: State, local: LocalConfig, draw: Draw)
                 f"a shared one, {OFF}"
             )
     return True
+
+
+def check_seen(aggregator: Aggregator, privacy: Privacy) -> None:
+    """Refuse what lets the server know other updates than those that clients keep variates of.
+
+    The server's variate is the mean of the clients' because both are formed from the same numbers.
+    Clips at the clients (``secure=secagg``) come before either.
+
+    Raises:
+        ConfigError: Saying why, and what to take.
+    """
+    if isinstance(privacy, ClientLevel):
+        raise ConfigError(
+            "control_variates is true, but privacy=client_level adds noise to the mean from which "
+            "the server's variate is formed. No client knows that noise, so it would add up in the "
+            f"correction from round to round; take privacy=none, {OFF}"
+        )
+    if aggregator.individuals:
+        raise ConfigError(
+            f"control_variates is true, but aggregator={aggregator.name} changes or leaves out "
+            "updates when they have arrived. Clients keep variates of what they sent, so the "
+            "correction would point to what the server has cut away; take aggregator=mean (a clip "
+            f"at the clients is that of secure=secagg), {OFF}"
+        )
 
 
 def _check_local(local: LocalConfig) -> None:

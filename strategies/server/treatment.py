@@ -28,7 +28,7 @@ from strategies.server.fleet import Fleet
 from strategies.server.loop import LoopConfig
 from strategies.server.private import PrivateRounds
 from strategies.server.rows import Row
-from strategies.server.scaffold import check_scaffold, close_corrected, open_corrected
+from strategies.server.scaffold import check_scaffold, check_seen, close_corrected, open_corrected
 from strategies.server.secure import SecureSum
 from strategies.server.talk import Ask
 
@@ -77,6 +77,7 @@ class Treatment:
         check_fits(method, state, fleet.local, self.privacy, Draw(loop.seed))
         check_optimiser(self.optimiser, method, state, Draw(loop.seed))
         if self.variates:
+            check_seen(self.aggregator, self.privacy)
             self.lifted = check_scaffold(method, state, fleet.local, Draw(loop.seed))
         if loop.guarded and self.attack.share:
             raise ConfigError(

@@ -29,14 +29,18 @@ from worlds import (
 from fedraclora.errors import ConfigError
 from fedraclora.local import train_one
 from fedraclora.method import Cohort, Downlink, Draw, Method, Sketched, Trained
+from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.privacy.secagg import SecAgg
 from fedraclora.rng import generator, torch_normal
+from fedraclora.robust.rules import Krum, Median, NormBound
 from fedraclora.samples import Samples
 from fedraclora.sampling import draw_cohort
 from fedraclora.server_optimiser import Momentum
 from fedraclora.task import LOSSES
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
+from fedraclora.tree import Tree
 from fedraclora.wire import payload_bytes
 from strategies.server.treatment import Treatment
 
@@ -206,6 +210,82 @@ def test_what_comes_down_is_counted_and_what_goes_up_is_the_methods() -> None:
         assert one["uplink_bytes"] == two["uplink_bytes"]
         assert one["downlink_bytes"] == two["downlink_bytes"] + COHORT * 8 * trained
     assert payload_bytes(sent, 3, 8) * COHORT == without.rows[0]["downlink_bytes"]
+
+
+def population_mean(done: Run) -> Tree:
+    """The mean of what clients keep, over all of them; those who keep nothing count as zero."""
+    moments, store = done.strategy.state.moments, done.worker.store
+    blank = {n: torch.zeros_like(t) for n, t in moments.items() if n.startswith("variates/")}
+    kept = store.read(torch.arange(done.strategy.loop.clients), 99, blank)
+    return {n: t.mean(dim=0) for n, t in kept.items()}
+
+
+def servers(done: Run) -> Tree:
+    return {n: t for n, t in done.strategy.state.moments.items() if n.startswith("variates/")}
+
+
+CLIP = 0.02  # of the longest updates here it leaves a tenth
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "secagg"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=label)
+def test_the_servers_variate_is_the_mean_of_the_clients(variant: Variant, secure: bool) -> None:
+    """Also where clients clip what they send: c_k is that of the update which the server saw."""
+    world, method = make_world(), make_method(variant[0], **variant[1])
+    beside: dict[str, Any] = {}
+    if secure:
+        beside = {"security": SecAgg(clip=CLIP, max_weight=1, neighbours=2, threshold=0.6)}
+    treatment = Treatment(**beside, variates=True)
+    done = run(
+        world, method, STEPS, rounds=5, cohort=COHORT, weights="uniform", treatment=treatment
+    )
+    found = servers(done)
+    assert max(float(t.abs().max()) for t in found.values()) > 1e-3
+    # RoLoRA's dense estimates go through the pseudoinverse of a B that is hardly there yet.
+    tolerance = 1e-10 if variant[0] == "rolora" else 1e-12
+    assert_close_trees(found, population_mean(done), tolerance)
+    if secure:
+        free = run(
+            world, method, STEPS, rounds=5, cohort=COHORT, weights="uniform",
+            treatment=Treatment(variates=True),
+        )  # fmt: skip
+        gaps = [float((found[n] - t).abs().max()) for n, t in servers(free).items()]
+        assert max(gaps) > 1e-2, "the clip does nothing"
+
+
+def test_a_client_whose_masked_update_does_not_go_out_keeps_what_it_had() -> None:
+    """The one with nine samples may not send a weight above eight: the sum is without it."""
+    secure = SecAgg(clip=CLIP, max_weight=8, neighbours=4, threshold=0.6)
+    treatment = Treatment(security=secure, variates=True)
+    world = make_world()
+    more: dict[str, Any] = {"rounds": 3, "max_failures": 1, "treatment": treatment}
+    done = run(world, make_method("fed_rac_lora"), STEPS, **more)
+    assert [[f["client"] for f in row["failures"]] for row in done.rows] == [[1]] * 3
+    assert {client for client, _ in done.worker.store.state()["store/keys"].tolist()} == {
+        0,
+        2,
+        3,
+        4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("beside", "told"),
+    [
+        ({"aggregator": NormBound(bound=0.5)}, "aggregator=norm_bound changes or leaves out"),
+        ({"aggregator": Median()}, "aggregator=median changes or leaves out"),
+        ({"aggregator": Krum(attackers=0)}, "aggregator=krum changes or leaves out"),
+        ({"privacy": ClientLevel(clip=0.5, delta=0.01)}, "privacy=client_level adds noise"),
+        (
+            {"privacy": ClientLevel(clip=0.5, delta=0.01, quantile=0.5)},
+            "privacy=client_level adds noise",
+        ),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_what_changes_updates_at_the_server_is_refused(beside: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        corrected(make_world(), make_method("fed_rac_lora"), 1, beside=beside, weights="uniform")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,14 +75,38 @@ VARYING = [
 @pytest.mark.parametrize("variant", VARYING, ids=label)
 def test_moments_of_other_tensors_are_not_handed_on(variant: Variant, world: World) -> None:
     name, changes = variant
-    for moments in ("run", "link"):
-        local = LocalConfig(lr=0.1, steps=2, momentum=0.5, moments=moments)
-        with pytest.raises(ConfigError, match=f"local.moments is {moments}, but with this method"):
-            run(world, make_method(name, **changes), local, rounds=2)
+    with pytest.raises(ConfigError, match=r"local.moments is run, but with this method"):
+        run(world, make_method(name, **changes), LINKS, rounds=2)
+    some = replace(LINKS, moments="link", moments_kept=0.5)
+    with pytest.raises(ConfigError, match=r"local.moments_kept is 0.5, but with this method"):
+        run(world, make_method(name, **changes), some, rounds=2)
     often = allocated(make_method("fed_rac_lora"), HeteroLora(share=0.67, every=1))
-    with pytest.raises(ConfigError, match="leave it at round"):
+    with pytest.raises(ConfigError, match=r"set local.moments to round, or to link"):
         run(world, often, LINKS, rounds=2)
     run(world, make_method("fedavg_lora"), LINKS, rounds=2)
+
+
+@pytest.mark.parametrize("variant", VARYING, ids=label)
+def test_moments_end_with_their_link_where_other_tensors_are_trained(
+    variant: Variant, world: World, tmp_path: Path
+) -> None:
+    """Links of one round: the run is that of moments of a round, and it is resumed to the bit."""
+    name, changes = variant
+    link, rounds = replace(LINKS, moments="link"), 6
+    for method in (
+        make_method(name, **changes),
+        allocated(make_method("fed_rac_lora"), HeteroLora(share=0.67, every=1)),
+    ):
+        more: dict[str, Any] = {"rounds": rounds, "cohort": 3}
+        found = run(world, method, link, **more)
+        if name != "slora":  # its second stage is one link
+            wanted = run(world, method, replace(link, moments="round"), **more)
+            assert_equal_trees(found.weights, wanted.weights)
+        folder = tmp_path / type(method).__name__
+        run(world, method, link, **more | {"rounds": 3}, folder=folder)
+        rest = run(world, method, link, **more, folder=folder, resume=True)
+        assert_equal_trees(found.weights, rest.weights)
+        assert_equal_trees(found.worker.store.state(), rest.worker.store.state())
 
 
 @pytest.mark.parametrize("name", ["slora", "ravan"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +10,16 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from typing_extensions import override
 
 from clients.app import make_client_app
 from clients.worker import Worker
 from experiments.choices import CONF
 from fedraclora.adapter import make_plan
 from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.errors import ClientError
 from fedraclora.link import Plan
-from fedraclora.method import Draw, Method
+from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.replica import Replica
 from fedraclora.rng import generator, torch_normal
 from fedraclora.runbook import RunBook
@@ -30,6 +31,7 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies import METHODS
 from strategies.base import FedStrategy
+from strategies.fed_rac_lora import FedRacLora
 from strategies.server.loop import LoopConfig
 
 SEED, RANK, ALPHA, SIZE, BATCH = 5, 2, 3.0, 11, 4
@@ -304,12 +306,65 @@ def test_relora_keeps_the_largest_moments_and_the_count_of_steps() -> None:
     assert_close(weights_of(found), W)
 
 
-NAMES: list[Callable[[], Method]] = [lambda: preset("cola"), lambda: preset("rac_lora")]
+NAMES = ["cola", "rac_lora", "rolora", "bernoulli_lora", "xgblora", "B and A by turns"]
 
 
-@pytest.mark.parametrize("make", NAMES, ids=["cola", "rac_lora"])
-def test_moments_of_a_link_of_one_round_are_those_of_the_round(make: Callable[[], Method]) -> None:
-    found = trained(make(), replace(ADAMW, moments="link"), rounds=3)
-    wanted = trained(make(), ADAMW, rounds=3)
+@dataclass(frozen=True)
+class ByTurns(FedRacLora):
+    """Fed-RAC-LoRA whose links train B and A by turns, as a user may write it."""
+
+    def turn(self, state: State) -> FedRacLora:
+        side = "left" if state.memo["sketch"] % 2 else "right"
+        return FedRacLora(**vars(self) | {"side": side})
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        return self.turn(state).open_round(state, round_, cohort, draw)
+
+
+def by_turns(every: int) -> Method:
+    return ByTurns(rank=RANK, alpha=ALPHA, sketch="gaussian", resample_every=every)
+
+
+@LOCALS
+@pytest.mark.parametrize("clients", [1, 3])
+def test_links_that_train_other_factors_begin_with_no_moments(
+    clients: int, local: LocalConfig
+) -> None:
+    """A link of three rounds of one epoch is one round of three, B and A by turns."""
+    long = trained(by_turns(1), replace(local, epochs=3), rounds=4, clients=clients)
+    short = trained(by_turns(3), replace(local, moments="link"), rounds=12, clients=clients)
+    assert_close(weights_of(short), weights_of(long))
+    reset = trained(by_turns(3), local, rounds=12, clients=clients)
+    gaps = [(weights_of(reset)[n] - v).abs().max() for n, v in weights_of(long).items()]
+    assert max(float(g) for g in gaps) > 1e-3, "the moments do not matter here"
+
+
+def test_other_factors_under_one_link_are_an_error_that_names_the_first() -> None:
+    """Of a method that gives its links no numbers: its moments are none of the next round's."""
+
+    @dataclass(frozen=True)
+    class Unnumbered(ByTurns):
+        @override
+        def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+            return replace(super().open_round(state, round_, cohort, draw), link=0)
+
+    method = Unnumbered(rank=RANK, alpha=ALPHA, resample_every=1)
+    with pytest.raises(ClientError) as caught:
+        trained(method, replace(ADAMW, moments="link"), rounds=2)
+    told = str(caught.value)
+    assert "client 0 holds other tensors from round 1 than round 2 asks for" in told
+    assert "fc1.weight/B (6, 2), wanted is moments/first/fc1.weight/A (2, 7)" in told
+    assert "(4 of 6 tensors differ)" in told
+    assert len(told) < 600
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_of_a_link_of_one_round_are_those_of_the_round(name: str) -> None:
+    def make() -> Method:
+        return by_turns(1) if "turns" in name else preset(name)
+
+    found = trained(make(), replace(ADAMW, moments="link"), rounds=5, clients=2)
+    wanted = trained(make(), ADAMW, rounds=5, clients=2)
     assert found.book.ledger.digest() == wanted.book.ledger.digest()
     assert_close(weights_of(found), weights_of(wanted))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
+from clients.node import CACHE, MARKER
 from experiments.assemble import assemble
 from experiments.faults.network import (
     Network,
@@ -40,7 +41,7 @@ def inline(words: list[str], folder: Path) -> dict[str, object]:
 def file_of(network: Network, folder: Path, id_: int) -> Path:
     """The folder in which a client keeps what it holds."""
     (node,) = [n for n, config in network.nodes.items() if config["partition-id"] == id_]
-    return network.cache / str(node) / (folder / "run_id").read_text() / str(id_)
+    return network.cache / str(node) / CACHE / (folder / "run_id").read_text() / str(id_)
 
 
 def base_at(folder: Path, version: int, words: list[str]) -> str:
@@ -101,7 +102,7 @@ def test_whoever_was_away_ends_with_the_right_weights(tmp_path: Path) -> None:
     wanted = base_at(folder, 50, words)
     run = (folder / "run_id").read_text()
     for k in range(3):
-        held = read_holding(network.cache / str(names[k]) / run / str(k))
+        held = read_holding(network.cache / str(names[k]) / CACHE / run / str(k))
         assert held is not None
         assert (digest(held[0]), held[1]) == (wanted, 50)
     assert found[29]["incidents"] == ["client 0 was sent every base weight"]
@@ -232,7 +233,7 @@ def test_the_cache_of_a_node_keeps_few_runs(tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", nodes_for(3))
     for i in range(6):
         deploy(["rounds=1"], tmp_path / f"run{i}", network)
-    kept = {p.name for p in (network.cache / "1000").iterdir()}
+    kept = {p.name for p in (network.cache / "1000" / CACHE).iterdir()} - {MARKER}
     wanted = {(tmp_path / f"run{i}" / "run_id").read_text() for i in range(6)[-4:]}
     assert kept == wanted
 

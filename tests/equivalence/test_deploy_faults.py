@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from flwr.app import Message
+from typing_extensions import override
 
 from experiments.faults.harms import BEHAVIOURS, HARMS, Once, changed, raises, replies_twice
 from experiments.faults.network import (
@@ -18,6 +20,7 @@ from experiments.faults.network import (
     small,
     summary,
 )
+from fedraclora.aggregate import Uplinks
 from fedraclora.build import build_task, plan_of
 from fedraclora.config import from_plain
 from fedraclora.errors import ClientError
@@ -25,6 +28,7 @@ from fedraclora.runbook import weights_at
 from fedraclora.sketch import SketchSpec
 from fedraclora.wire import unpack_downlink, unpack_trial, uplink_layout
 from strategies import METHODS
+from strategies.server.exchange import Exchange
 
 ONE = 1  # the client at fault
 ROUND = 2  # when
@@ -103,6 +107,54 @@ def test_a_reply_that_comes_twice_counts_once(tmp_path: Path) -> None:
     done = rows(tmp_path / "run")
     assert done[2]["incidents"] == ["a second reply to a message was ignored"]
     deploy(WORDS, tmp_path / "plain", Network(tmp_path / "cache", nodes_for(3)))
+    wanted, found = summary(tmp_path / "plain"), summary(tmp_path / "run")
+    assert found["weights_digest"] == wanted["weights_digest"]
+
+
+class Undecodable(Network):
+    """Where one client's reply is bytes that Flower cannot decode: it then gives none back."""
+
+    @override
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        found = list(super().pull_messages(message_ids))
+        for reply in found:
+            if reply.metadata.group_id == str(ROUND) and reply.metadata.src_node_id == 993:
+                raise ValueError("invalid object\x1b content")
+        return found
+
+
+def test_a_reply_that_cannot_be_decoded_is_found_in_the_next_try(tmp_path: Path) -> None:
+    network = Undecodable(tmp_path / "cache", nodes_for(3))
+    deploy([*WORDS, "engine.retries=1"], tmp_path / "run", network)
+    done = rows(tmp_path / "run")
+    (said,) = done[2]["incidents"]  # type: ignore[misc, has-type]
+    assert said.startswith(r"run again: a client's reply cannot be decoded (invalid object\x1b")
+    (failure,) = done[2]["failures"]  # type: ignore[misc, has-type]
+    assert failure["client"] == ONE
+    assert failure["reason"] == r"its reply cannot be decoded: invalid object\x1b content"
+    check_mean_of_the_rest(tmp_path / "run", network)
+
+
+def test_an_error_that_nobody_foresaw_leaves_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the reading of a round may still raise: nothing of the rounds before is lost."""
+    network = Network(tmp_path / "cache", nodes_for(3))
+    read = Exchange._used
+
+    def broken(exchange: Exchange) -> Uplinks:
+        if exchange.round_ == ROUND:
+            raise TypeError("'int' object is not iterable")
+        return read(exchange)
+
+    monkeypatch.setattr(Exchange, "_used", broken)
+    with pytest.raises(
+        ClientError, match=r"round 2: its replies cannot be used \(TypeError: 'int'"
+    ):
+        deploy(["output.checkpoint_every=9"], tmp_path / "run", network)
+    monkeypatch.undo()
+    deploy(["output.checkpoint_every=9"], tmp_path / "run", network, resume=True)
+    deploy([], tmp_path / "plain", Network(tmp_path / "cache", nodes_for(3)))
     wanted, found = summary(tmp_path / "plain"), summary(tmp_path / "run")
     assert found["weights_digest"] == wanted["weights_digest"]
 

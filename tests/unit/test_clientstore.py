@@ -91,5 +91,49 @@ def test_numbers_of_other_tensors_are_not_handed_out() -> None:
         {"tail.weight": torch.zeros(2, 3), "head.bias": torch.ones(2)},
         {"head.weight": torch.zeros(3, 2), "head.bias": torch.ones(2)},
     ):
-        with pytest.raises(ShapeError, match=r"from earlier rounds, but in round 2 .* is asked"):
+        with pytest.raises(ShapeError, match=r"client 2 holds other tensors from round 1 than"):
             store.read(torch.tensor([2]), 2, default)
+        assert torch.equal(store.read(torch.tensor([3]), 2, default)["head.bias"], torch.ones(1, 2))
+
+
+def moments(name: str, link: int, *shape: int) -> Tree:
+    first = {f"moments/first/{name}": torch.full((1, *shape), float(link))}
+    return first | {"moments/steps": torch.ones(1), "moments/link": torch.full((1,), float(link))}
+
+
+def test_moments_of_another_link_are_dropped_where_their_tensors_are_others() -> None:
+    store, client = ClientStore(), torch.tensor([4])
+    own = {"head.bias": torch.full((1, 2), 7.0)}
+    store.stage(client, 1, own | moments("w/B", 3, 5, 2))
+    blank = {n: torch.zeros(t.shape[1:]) for n, t in moments("w/A", 0, 2, 5).items()}
+    default = {"head.bias": torch.ones(2)} | blank
+    found = store.read(client, 2, default, link=4)
+    assert torch.equal(found["head.bias"], own["head.bias"])
+    assert not found["moments/first/w/A"].any()
+    assert not found["moments/steps"].any()
+    for link in (3, None):  # they have not ended
+        with pytest.raises(ShapeError, match=r"first/w/B \(5, 2\), wanted is .*first/w/A \(2, 5\)"):
+            store.read(client, 2, default, link=link)
+    other = {"head.bias": torch.ones(3)} | blank
+    with pytest.raises(ShapeError, match=r"head.bias \(2,\), wanted is head.bias \(3,\) \(1 of 1"):
+        store.read(client, 2, other, link=4)
+
+
+def test_generations_of_unlike_tensors_come_back_from_a_checkpoint() -> None:
+    """A round may be run again after what is trained has changed, at some clients before others."""
+    store, back = ClientStore(), ClientStore()
+    store.stage(torch.tensor([3]), 1, moments("w/B", 1, 5, 2))
+    store.stage(torch.tensor([9]), 1, moments("w/B", 1, 5, 2))
+    store.stage(torch.tensor([3]), 2, moments("w/A", 2, 2, 5))
+    back.restore(store.state())
+    part = ClientStore()
+    part.absorb(store.part([3, 9], 3))
+    for where in (store, back, part):
+        for client, round_, name, shape in ((9, 3, "w/B", (5, 2)), (3, 3, "w/A", (2, 5))):
+            blank = {n: torch.zeros(t.shape[1:]) for n, t in moments(name, 0, *shape).items()}
+            found = where.read(torch.tensor([client]), round_, blank)
+            wanted = moments(name, 2 if name == "w/A" else 1, *shape)
+            assert all(torch.equal(found[n], t) for n, t in wanted.items())
+    blank = {n: torch.zeros(t.shape[1:]) for n, t in moments("w/B", 0, 5, 2).items()}
+    assert float(back.read(torch.tensor([3]), 2, blank)["moments/link"]) == 1
+    assert list(back.latest(2)) == [3, 9]

@@ -12,11 +12,12 @@ from typing_extensions import override
 from fedraclora.engines.deploy.roster import Roster
 from fedraclora.engines.deploy.traffic import Traffic
 from fedraclora.engines.forwarding import ForwardingGrid
-from fedraclora.engines.local import NODE_ID, failed
-from fedraclora.errors import EngineError
+from fedraclora.engines.local import NODE_ID, UNREADABLE, failed
+from fedraclora.errors import ClientError, EngineError
 from fedraclora.parcel import Archive
 from fedraclora.settings import DeployConfig
 from fedraclora.wire import clients_of
+from fedraclora.wire.fields import printable, shown
 from fedraclora.wire.parcel import add_parcel
 
 NODE_UNAVAILABLE = 5  # Flower's code for a node that is not there
@@ -41,6 +42,7 @@ class DeployGrid(ForwardingGrid):
         incidents: What went wrong and was mended: sentences for the ledger.
         traffic: Bytes since the strategy last looked.
         roster: Who is where, and holds which version.
+        one_by_one: Whether replies are asked for one by one: once one could not be decoded.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class DeployGrid(ForwardingGrid):
         self.incidents: list[str] = []
         self.traffic = Traffic()
         self.roster = Roster(self)
+        self.one_by_one = False
 
     @override
     def get_node_ids(self) -> Iterable[int]:
@@ -108,13 +111,15 @@ class DeployGrid(ForwardingGrid):
         """Wait for replies; whoever asks for every weight gets them, once."""
         replies, again = [], set[str]()
         while waiting:
-            came = list(self.grid.pull_messages(list(waiting)))
+            came = self._pulled(waiting)
             for reply in came:
                 self.traffic.count(reply)
                 asked = reply.metadata.reply_to_message_id
                 message = waiting.pop(asked, None)
                 if message is None:
                     self.incidents.append("a second reply to a message was ignored")
+                elif not (reply.has_error() or reply.has_content()):
+                    replies.append(failed(message, Error(WRONG_WEIGHTS, "its reply is empty")))
                 elif not _is_stale(reply):
                     replies.append(self._accept(reply, message))
                 elif asked in again:
@@ -131,6 +136,34 @@ class DeployGrid(ForwardingGrid):
             if waiting and not came:
                 self.wait("all clients had replied")
         return replies
+
+    def _pulled(self, waiting: dict[str, Message]) -> list[Message]:
+        """Give the replies that are there.
+
+        Flower decodes them together: if one is damaged it gives none back, and does not say whose
+        it is. Then the round is run again and replies are asked for one by one, so that a damaged
+        one is the failure of its client.
+
+        Raises:
+            ClientError: The first time that a reply cannot be decoded.
+        """
+        if not self.one_by_one:
+            try:
+                return list(self.grid.pull_messages(list(waiting)))
+            except UNREADABLE as error:
+                self.one_by_one = True
+                raise ClientError(
+                    f"a client's reply cannot be decoded ({printable(str(error))}); from here on "
+                    "replies are asked for one by one, so that such a client is left out by name"
+                ) from error
+        found: list[Message] = []
+        for name, message in waiting.items():
+            try:
+                found += self.grid.pull_messages([name])
+            except UNREADABLE as error:
+                why = f"its reply cannot be decoded: {printable(str(error))}"
+                found.append(failed(message, Error(WRONG_WEIGHTS, why)))
+        return found
 
     def _push(self, message: Message, node: int, held: int | None, seconds: float) -> str:
         """Send a message with what brings the client from version ``held`` to the newest."""
@@ -154,7 +187,8 @@ class DeployGrid(ForwardingGrid):
         said = reply.content.get("job")
         proof = (said.get("held"), said.get("mark")) if isinstance(said, ConfigRecord) else None
         if proof != (wanted := (newest.version, str(newest.mark))):
-            why = f"it trained on weights of version and fingerprint {proof}, wanted are {wanted}"
+            came = "None" if proof is None else f"({', '.join(map(shown, proof))})"
+            why = f"it trained on weights of version and fingerprint {came}, wanted are {wanted}"
             return failed(message, Error(WRONG_WEIGHTS, why))
         self.roster.held[node, self._client(message)] = newest.version
         return reply

@@ -14,8 +14,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedraclora.engines.deploy.traffic import Traffic
-from fedraclora.errors import ClientError
+from fedraclora.engines.local import UNREADABLE
+from fedraclora.errors import ClientError, WireError
 from fedraclora.settings import DeployConfig
+from fedraclora.wire.fields import printable, shown, whole
 
 PATIENCE = 60.0  # seconds for nodes that are there to say whom they serve, once enough have
 
@@ -110,20 +112,21 @@ class Roster:
             self._asked[name] = node
         if not self._asked:
             return
-        for reply in post.grid.pull_messages(list(self._asked)):
-            post.traffic.count(reply)
-            node_ = self._asked.pop(reply.metadata.reply_to_message_id, None)
-            if node_ is not None:
-                self._introduce(node_, reply)
+        for question, node in list(self._asked.items()):
+            # One by one: Flower gives back none of several replies if one cannot be decoded.
+            try:
+                for reply in post.grid.pull_messages([question]):
+                    del self._asked[question]
+                    post.traffic.count(reply)
+                    self._introduce(node, _read(reply))
+            except (*UNREADABLE, WireError) as error:
+                self._asked.pop(question, None)
+                why = printable(str(error))
+                post.incidents.append(f"a node cannot take part: {why}")
+                self._serving[node], self._unfit[node] = [], why
 
-    def _introduce(self, node: int, reply: Message) -> None:
-        """Note whom a node serves; nobody, if it cannot say."""
-        try:
-            mine = _read(reply)
-        except (KeyError, TypeError, ValueError) as error:
-            self.post.incidents.append(f"a node cannot take part: {error}")
-            self._serving[node], self._unfit[node] = [], str(error)
-            return
+    def _introduce(self, node: int, mine: dict[int, int]) -> None:
+        """Note whom a node serves, each with the version that it holds; -1 for none."""
         for client in sorted(mine.keys() & {c for each in self._serving.values() for c in each}):
             self.post.incidents.append(f"a second node says that it serves client {client}")
         self._serving[node] = sorted(mine)
@@ -139,5 +142,8 @@ def _read(reply: Message) -> dict[int, int]:
         raise TypeError("its answer is no record of settings")
     ids, held = said["ids"], said["held"]
     if not isinstance(ids, list) or not isinstance(held, list):
-        raise TypeError(f"it serves {ids!r}; a list of clients is wanted")
-    return {int(str(c)): int(str(v)) for c, v in zip(ids, held, strict=True)}
+        raise TypeError(f"it serves {shown(ids)}; a list of clients is wanted")
+    return {
+        whole(c, "a client that it serves"): whole(v, "the version that it holds", -1)
+        for c, v in zip(ids, held, strict=True)
+    }

@@ -1,0 +1,192 @@
+"""What a field of a message may be: checked before anything reads it.
+
+A message comes from another machine. Its header is JSON, in which any field may be anything: a
+number where a list is wanted, a list a thousand deep, a text of a gigabyte, or one that moves the
+cursor of the terminal it is printed on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fedraclora.errors import WireError
+
+LONGEST = 1000  # characters of a text that another machine wrote
+MANY = 100  # sentences in one message
+LARGEST = 2**63 - 1
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Let whatever a message still makes raise be an error of that message.
+
+    Args:
+        what: Is read, to begin the sentence.
+
+    Raises:
+        WireError: For any exception that is not one already.
+    """
+    try:
+        yield
+    except WireError:
+        raise
+    except Exception as error:
+        told = printable(f"{type(error).__name__}: {error}")
+        raise WireError(f"{what} cannot be read ({told})") from error
+
+
+def printable(text: str, longest: int = LONGEST) -> str:
+    r"""Make a text that came from elsewhere fit for a line of a file or of a terminal.
+
+    Args:
+        text: Of any length, with any characters.
+        longest: Characters that are kept; of the others their number is said.
+
+    Example:
+        >>> print(printable("lost\n\x1b[2Jeverything", longest=14))
+        lost\n\x1b[2Jevery ... (5 characters more)
+    """
+    kept = text[:longest]
+    if not kept.isprintable():
+        kept = "".join(c if c.isprintable() else repr(c)[1:-1] for c in kept)
+    more = len(text) - longest
+    return kept if more <= 0 else f"{kept} ... ({more} characters more)"
+
+
+def shown(value: object) -> str:
+    """Show a value of any size in a few words."""
+    return printable(_SHORT.repr(value), 100)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
+
+
+def parsed(text: object, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        WireError: If it is none, names a key twice, or has a number that JSON does not know.
+    """
+    if not isinstance(text, str):
+        raise WireError(f"{what} is {shown(text)}; a text of JSON is wanted")
+    try:
+        found = json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"{what} is no JSON ({printable(str(error))})") from error
+    return mapping(found, what)
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is named twice")
+    return found
+
+
+def exactly(header: dict[str, Any], wanted: frozenset[str], what: str) -> None:
+    """Refuse a header that lacks a field, or has one that is not known."""
+    if missing := wanted - header.keys():
+        raise WireError(f"{what} has no {', '.join(sorted(missing))}")
+    if more := header.keys() - wanted:
+        raise WireError(f"{what} has {shown(sorted(more))}, which no message has")
+
+
+def whole(value: object, what: str, least: int = 0, most: int = LARGEST) -> int:
+    """Take a whole number.
+
+    Raises:
+        WireError: If it is none, or outside of ``least`` to ``most``; a truth value is none.
+    """
+    if type(value) is not int or not least <= value <= most:
+        raise WireError(f"{what} is {shown(value)}; a whole number of at least {least} is wanted")
+    return value
+
+
+def real(value: object, what: str) -> float:
+    """Take a finite number; a whole one is kept as it is.
+
+    Raises:
+        WireError: If it is none.
+    """
+    if type(value) not in {int, float} or not math.isfinite(float(value)):  # type: ignore[arg-type]
+        raise WireError(f"{what} is {shown(value)}; a finite number is wanted")
+    return value  # type: ignore[return-value]
+
+
+def flag(value: object, what: str) -> bool:
+    """Take true or false.
+
+    Raises:
+        WireError: If it is neither.
+    """
+    if not isinstance(value, bool):
+        raise WireError(f"{what} is {shown(value)}; true or false is wanted")
+    return value
+
+
+def worded(value: object, what: str) -> str:
+    """Take a text, made printable and cut to `LONGEST` characters.
+
+    Raises:
+        WireError: If it is none.
+    """
+    if not isinstance(value, str):
+        raise WireError(f"{what} is {shown(value)}; a text is wanted")
+    return printable(value)
+
+
+def named(value: object, what: str) -> str:
+    """Take a name, as it is.
+
+    Raises:
+        WireError: If it is no text, or one that no name is.
+    """
+    if not isinstance(value, str) or len(value) > LONGEST or not value.isprintable():
+        raise WireError(f"{what} is {shown(value)}; a name is wanted")
+    return value
+
+
+def listed(value: object, what: str, most: int | None = None) -> list[Any]:
+    """Take a list.
+
+    Raises:
+        WireError: If it is none, or has more than ``most`` elements.
+    """
+    if not isinstance(value, list):
+        raise WireError(f"{what} is {shown(value)}; a list is wanted")
+    if most is not None and len(value) > most:
+        raise WireError(f"{what} has {len(value)} elements; at most {most} are wanted")
+    return value
+
+
+def mapping(value: object, what: str) -> dict[str, Any]:
+    """Take a JSON object.
+
+    Raises:
+        WireError: If it is none.
+    """
+    if not isinstance(value, dict):
+        raise WireError(f"{what} is {shown(value)}; a JSON object is wanted")
+    return value
+
+
+def client_id(value: object, what: str) -> int:
+    """Take the id of a client, as a key of a JSON object writes it.
+
+    Raises:
+        WireError: If it is none.
+    """
+    number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 20 else -1
+    if str(number) != value or number > LARGEST:
+        raise WireError(f"{what} names {shown(value)}; the id of a client is wanted")
+    return number

@@ -1,0 +1,82 @@
+"""A short form of the campaign, and the messages that once ended a run, by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message
+
+from fedraclora.engines.local import become_a_task
+from fedraclora.ledger import Ledger
+from fedraclora.wire import unpack_trial
+from tests.campaigns.mutants import claimed, deep, stored
+from tests.campaigns.wire import Case, campaign, collected, judged, read, scene_of
+
+
+def test_fifteen_hundred_mutants() -> None:
+    assert sum(campaign(1500, first=100_000).values()) == 1500
+
+
+ENDED = {
+    "notes": [5, None, "x", [5], [deep(900)], {"a": "b"}, ["x"] * 101],
+    "failures": [5, None, [], {"x": "y"}, {"1": 5}, {"01": "y"}, {"1": deep(900)}],
+    "refused": [5, None, {}, [5], [[1]], [["1", "x"]], [[1, None]], deep(900)],
+    "round": [True, 3.0, "3", None, 2**63, 10**400],
+    "reduced": [0, None, "false", []],
+    "layout": [5, None, [5], [["w"]], [["w", [-1]]], [["w", [2**62]]], [[5, [2]]], deep(900)],
+}
+
+
+@pytest.mark.parametrize("name", ENDED)
+def test_a_field_that_is_something_else_is_the_failure_of_its_client(name: str) -> None:
+    become_a_task()
+    scene = scene_of("rows")
+    for value in ENDED[name]:
+        content = read(scene.replies[1])
+        header = json.loads(str(content["config"]["header"]))  # type: ignore[index]
+        content["config"] = ConfigRecord({"header": json.dumps(header | {name: value})})
+        answers = scene.answers()
+        answers[1] = Message(content, reply_to=scene.exchange.chunks[1][0])
+        verdict = judged(scene, Case("by hand", 1, answers, content), Ledger(None))
+        assert verdict == "refused", value
+        (failure,) = [f for f in collected(scene, answers).exchange.failures if f.client == 1]
+        assert "its reply is refused: " in failure.reason
+        assert len(failure.reason) < 400
+
+
+def test_too_few_numbers_under_a_budget_are_the_failure_of_their_client() -> None:
+    become_a_task()
+    scene = scene_of("rank budgets")
+    content = read(scene.replies[2])
+    numbers = content["arrays"]["flat"].numpy()  # type: ignore[index, union-attr]
+    data = claimed((len(numbers) - 1,), "<f4", numbers[1:].tobytes())
+    content["arrays"] = ArrayRecord({"flat": stored(data)})
+    answers = scene.answers()
+    answers[2] = Message(content, reply_to=scene.exchange.chunks[2][0])
+    assert judged(scene, Case("by hand", 2, answers, content), Ledger(None)) == "refused"
+
+
+def test_an_array_that_claims_to_be_large_takes_no_memory() -> None:
+    become_a_task()
+    scene = scene_of("rows")
+    content = read(scene.replies[0])
+    content["arrays"] = ArrayRecord({"flat": stored(claimed((10**13,), "<f4", b"\0" * 16))})
+    with pytest.raises(Exception, match=r"are 40000000000000 bytes, but 16 came"):
+        unpack_trial(content, scene.exchange.layout)
+
+
+def test_texts_of_clients_are_cut_and_made_printable() -> None:
+    become_a_task()
+    scene = scene_of("rows")
+    content = read(scene.replies[0])
+    header = json.loads(str(content["config"]["header"]))  # type: ignore[index]
+    notes: list[Any] = ["a\nb\x1b[2J\ud800\u202e", "y" * 5000]
+    content["config"] = ConfigRecord({"header": json.dumps(header | {"notes": notes})})
+    answers = scene.answers()
+    answers[0] = Message(content, reply_to=scene.exchange.chunks[0][0])
+    assert judged(scene, Case("by hand", 0, answers, content), Ledger(None)) == "taken"
+    told = collected(scene, answers).exchange.notes
+    assert told[0] == r"a\nb\x1b[2J\ud800\u202e"
+    assert told[1] == "y" * 1000 + " ... (4000 characters more)"

@@ -1,0 +1,558 @@
+"""What clients and a server may send each other that they should not: mutants of real messages.
+
+    python -m tests.campaigns.wire --times 30000
+
+Of a reply either nothing that counts has changed, and the round is the one that it says; or its
+client is left out by name, nobody else is, and the round is that of the others to the bit. A
+downlink is read as it says or refused. The ledger stays readable in any case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Error, Message, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from torch import nn
+
+from clients.worker import Worker
+from fedraclora.adapter import make_plan
+from fedraclora.aggregate import Uplinks
+from fedraclora.engines.local import become_a_task
+from fedraclora.errors import ClientError, WireError
+from fedraclora.ledger import Ledger, read_ledger
+from fedraclora.method import Cohort, Draw, State
+from fedraclora.parcel import Archive
+from fedraclora.ranks import uploaded_mask
+from fedraclora.replica import Replica
+from fedraclora.rng import generator, torch_normal
+from fedraclora.samples import Partitioned, Samples
+from fedraclora.task import Task
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.wire import Packed, Reader
+from fedraclora.wire.fields import LONGEST
+from fedraclora.wire.parcel import HEADER, NUMBERS, add_parcel, read_parcel
+from strategies import METHODS
+from strategies.server.exchange import Exchange
+from strategies.server.loop import LoopConfig
+from strategies.server.rows import Moved, ledger_row
+from strategies.server.scaffold import open_corrected
+from tests.campaigns.mutants import (
+    Change,
+    Random,
+    array_bytes,
+    array_values,
+    header,
+    header_text,
+    pick,
+    records,
+    vector,
+)
+
+SEED, ROUND, CLIENTS, BUSY = 7, 3, 5, 2
+MOMENTUM = LocalConfig(lr=0.1, steps=2, batch_size=4, momentum=0.5, moments="link")
+PLAIN = LocalConfig(lr=0.1, steps=2, batch_size=4)
+
+
+def raw(content: RecordDict) -> bytes:
+    """Write a message as it goes over the wire."""
+    found: bytes = recorddict_to_proto(content).SerializeToString()
+    return found
+
+
+def read(data: bytes) -> RecordDict:
+    """Read it at the other end."""
+    return recorddict_from_proto(ProtoRecordDict.FromString(data))
+
+
+@dataclass
+class Scene:
+    """A round of a run: what was asked, and what honest clients answer.
+
+    Attributes:
+        name: For the record.
+        exchange: With its messages.
+        state: Of the method before it.
+        replies: Of each message, as bytes.
+        fails: Clients that fail honestly.
+        old: Replies of the round before.
+    """
+
+    name: str
+    exchange: Exchange
+    state: State
+    replies: list[bytes]
+    fails: set[int]
+    old: list[bytes]
+    rest: dict[int, Outcome] = field(default_factory=dict)
+    honest_: list[Outcome] = field(default_factory=list)
+
+    def honest(self) -> Outcome:
+        """What comes of the round where nobody does harm."""
+        if not self.honest_:
+            self.honest_.append(collected(self, self.answers()))
+        return self.honest_[0]
+
+    def fresh(self) -> Exchange:
+        """The exchange, before anything has come."""
+        found = replace(self.exchange, replies=[], failures=[], received=0)
+        found.reduced = self.exchange.reduced
+        return found
+
+    def answers(self) -> list[Message]:
+        """The honest replies."""
+        pairs = zip(self.exchange.chunks, self.replies, strict=True)
+        return [Message(read(data), reply_to=message) for (message, _), data in pairs]
+
+    def without(self, place: int) -> Outcome:
+        """What must come of the round where the clients of one message are left out."""
+        if place not in self.rest:
+            answers = self.answers()
+            message = self.exchange.chunks[place][0]
+            answers[place] = Message(Error(2, "left out"), reply_to=message)
+            self.rest[place] = collected(self, answers)
+        return self.rest[place]
+
+
+@dataclass
+class Outcome:
+    """What came of a round: uplinks, or the error that says that too many failed."""
+
+    exchange: Exchange
+    got: Uplinks | None
+    error: str = ""
+
+    def same(self, other: Outcome) -> bool:
+        """Whether the next state is the same, to the bit, and so is the row of the ledger."""
+        if self.got is None or other.got is None:
+            return self.got is other.got
+        mine, others = (
+            [
+                o.got.clients,
+                o.got.weights,
+                o.got.places,
+                o.got.stacked,
+                o.got.summed,
+                o.got.versions,
+            ]
+            for o in (self, other)
+            if o.got is not None
+        )
+        numbers = [(o.exchange.mean_loss, o.exchange.steps) for o in (self, other)]
+        return numbers[0] == numbers[1] and all(
+            a is b if a is None or b is None else torch.equal(a, b)
+            for a, b in zip(mine, others, strict=True)
+        )
+
+
+def collected(scene: Scene, answers: list[Message]) -> Outcome:
+    """Hand replies to the exchange."""
+    exchange = scene.fresh()
+    try:
+        return Outcome(exchange, exchange.collect(answers))
+    except ClientError as error:
+        return Outcome(exchange, None, str(error))
+
+
+# ---- Scenes -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A scene in words: a method, its settings, and what stands beside it."""
+
+    method: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    local: LocalConfig = MOMENTUM
+    cohort: int = CLIENTS
+    chunk: int = 1
+    reduce: bool = False
+    ranks: bool = False
+    variates: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+SETTINGS = {
+    "rows": Setting("fed_rac_lora", {"rank": 2, "alpha": 3.0}),
+    "links of two rounds": Setting("fed_rac_lora", {"rank": 2, "resample_every": 3}),
+    "rank budgets": Setting("fed_rac_lora", {"rank": 3}, ranks=True),
+    "parts of a sketch": Setting("fed_rac_lora", {"rank": 2, "sketches": 2}),
+    "both factors": Setting("fedavg_lora", {"rank": 2, "alpha": 3.0}),
+    "own factors": Setting("fedsa_lora", {"rank": 2}),
+    "three factors": Setting("fed_sb", {"rank": 2}),
+    "own starts": Setting("hetlora", {"rank": 2}, ranks=True),
+    "full weights": Setting("fedavg", dtype=torch.float64),
+    "variates": Setting("fed_rac_lora", {"rank": 2}, local=PLAIN, variates=True),
+    "a sum of one": Setting("fed_rac_lora", {"rank": 2}, cohort=1, reduce=True),
+    "sums of blocks": Setting("fed_rac_lora", {"rank": 2}, cohort=70, chunk=32, reduce=True),
+}
+
+
+class Failing:
+    """Data of clients, one of whom has lost them."""
+
+    def __init__(self, data: Partitioned, client: int) -> None:
+        self.data, self.client = data, client
+        self.num_clients, self.sizes, self.lengths = data.num_clients, data.sizes, data.lengths
+
+    def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
+        """Samples by position, or an error."""
+        if self.client in clients.tolist():
+            raise OSError("no disk\nat all")
+        return self.data.gather(clients, positions)
+
+
+def task_of(clients: int, dtype: torch.dtype) -> Task:
+    """7 -> 6 -> 4 with tanh; a client has two samples or three."""
+    model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4)).to(dtype)
+    for name, parameter in model.named_parameters():
+        drawn = torch_normal(generator(SEED, name), *parameter.shape) / 2
+        parameter.data.copy_(drawn)
+    sizes = [2 + k % 2 for k in range(clients)]
+    labels = torch.from_numpy(generator(SEED, "labels").integers(0, 4, sum(sizes)))
+    x = torch_normal(generator(SEED, "x"), sum(sizes), 7).to(dtype)
+    ends = np.cumsum([0, *sizes])
+    parts = [np.arange(a, b) for a, b in pairwise(ends)]
+    samples = Samples({"x": x}, labels)
+    data: Any = Partitioned.of(samples, parts)
+    if clients > 1:
+        data = Failing(data, clients - 1)
+    return Task(model, ("2",), "cross_entropy", ("loss",), data, samples)
+
+
+def scene_of(name: str) -> Scene:
+    """Run the rounds before the one that is attacked, and have honest clients answer it."""
+    setting = SETTINGS[name]
+    method = METHODS[setting.method](**setting.changes)
+    task = task_of(setting.cohort, setting.dtype)
+    plan = make_plan(task.model, task.head, head_policy="average", bias_policy="average")
+    base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    loop = LoopConfig(
+        rounds=9, clients=setting.cohort, cohort=setting.cohort, chunk=setting.chunk, seed=SEED,
+        dtype=str(setting.dtype).removeprefix("torch."), guarded=True, min_clients=1,
+    )  # fmt: skip
+    replica = Replica(base)
+    trainer = CohortTrainer(task, plan, setting.local, seed=SEED, device=torch.device("cpu"))
+    worker, draw = Worker(trainer, replica), Draw(SEED)
+    clients = torch.arange(setting.cohort)
+    ranks = 1 + clients % 3 if setting.ranks else None
+    cohort = Cohort(clients, torch.ones(len(clients), dtype=torch.float64), ranks)
+    state, scene = method.init(base, plan, draw), None
+    for round_ in range(1, ROUND + 1):
+        sent = method.open_round(state, round_, cohort, draw)
+        if setting.variates:
+            sent = open_corrected(sent, state, lifted=True)
+        replica.publish(state.base, round_ - 1)
+        exchange = Exchange(sent, round_, round_ - 1, cohort, cohort, loop, reduce=setting.reduce)
+        messages = exchange.messages([2])
+        for i, message in enumerate(messages):
+            message.metadata.__dict__["_message_id"] = f"{round_}/{i}"
+        replies = [raw(worker.train(read(raw(m.content)))) for m in messages]
+        fails = {setting.cohort - 1} - {0}
+        scene = Scene(name, exchange, state, replies, fails, scene.replies if scene else replies)
+        outcome = collected(scene, scene.answers())
+        if outcome.got is None:
+            raise RuntimeError(f"{name}: honest clients fail: {outcome.error}")
+        if round_ < ROUND:
+            state = method.close_round(state, sent, outcome.got)
+    assert scene is not None  # there is more than one round
+    return scene
+
+
+# ---- Replies ------------------------------------------------------------------------------------
+
+REPLY: dict[str, Change] = {
+    "a value of the header": header("config"),
+    "another value of the header": header("config"),
+    "the text of the header": header_text("config"),
+    "values of the array": array_values("arrays"),
+    "bytes of the array": array_bytes("arrays"),
+    "a vector": vector,
+    "records": records,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A round in which one message is answered otherwise than by an honest client.
+
+    Attributes:
+        kind: What was done.
+        place: Of the message.
+        answers: All replies.
+        content: What the reply became; None where it is another altogether.
+    """
+
+    kind: str
+    place: int
+    answers: list[Message]
+    content: RecordDict | None = None
+
+
+def changed(changes: list[Change], random: Random, content: RecordDict) -> RecordDict:
+    """Make changes one after another, as long as what is left can go over a wire."""
+    first = data = raw(content)
+    for _ in range(20):
+        for change in changes:
+            try:
+                change(random, content)
+                data = raw(content)
+            except Exception:  # an earlier change has broken what this one changes; or protobuf's
+                break
+        content = read(data)
+        if data != first:
+            break
+    return content
+
+
+def attack(scene: Scene, random: Random) -> Case:
+    """Let the reply to one message become something else."""
+    place = int(random.integers(len(scene.replies)))
+    answers = scene.answers()
+    message, _ = scene.exchange.chunks[place]
+    kind = pick(random, [*REPLY, *REPLY, *REPLY, *WHOLE])
+    content = None
+    if kind in REPLY:
+        changes = [REPLY[kind]] * pick(random, [1, 1, 1, 2, 3])
+        content = changed(changes, random, answers[place].content)
+        answers[place] = Message(content, reply_to=message)
+    else:
+        answers[place : place + 1] = WHOLE[kind](random, scene, place)
+    if random.random() < 0.5:
+        answers.reverse()
+    return Case(kind, place, answers, content)
+
+
+def error_reply(random: Random, scene: Scene, place: int) -> list[Message]:
+    """An error, in words of any length and kind."""
+    words = ["", "x" * 10**6, "no disk\n\x1b[2J\x00", "\ud800\u202e", "{}", "%s {0}"]
+    error = Error(pick(random, [0, 2, 5, 1000, 1001, -1, 2**31]), pick(random, words))
+    return [Message(error, reply_to=scene.exchange.chunks[place][0])]
+
+
+def of_another(random: Random, scene: Scene, place: int) -> list[Message]:
+    """The reply of another client, or its own of the round before."""
+    data = pick(random, [scene.old[place], scene.replies[place - 1], scene.old[place - 1]])
+    return [Message(read(data), reply_to=scene.exchange.chunks[place][0])]
+
+
+def twice(random: Random, scene: Scene, place: int) -> list[Message]:
+    """The same reply twice, and once as if it answered nobody's message."""
+    found = [
+        Message(read(scene.replies[place]), reply_to=scene.exchange.chunks[place][0])
+        for _ in range(3)
+    ]
+    found[2].metadata.__dict__["_reply_to_message_id"] = pick(random, ["", "9/9", "x" * 5000])
+    return found
+
+
+def silence(random: Random, scene: Scene, place: int) -> list[Message]:
+    """No reply."""
+    del random, scene, place
+    return []
+
+
+WHOLE: dict[str, Callable[[Random, Scene, int], list[Message]]] = {
+    "an error": error_reply,
+    "another's reply": of_another,
+    "the same reply twice": twice,
+    "silence": silence,
+}
+
+
+def judged(scene: Scene, case: Case, ledger: Ledger) -> str:
+    """Hold what came of a round against what must.
+
+    Returns:
+        ``refused`` or ``taken``.
+
+    Raises:
+        AssertionError: Saying what is wrong; any other exception is wrong, too.
+    """
+    outcome = collected(scene, case.answers)
+    suspects = set(scene.exchange.chunks[case.place][1])
+    failures = {f.client: f.reason for f in outcome.exchange.all_failures}
+    must(failures.keys() <= suspects | scene.fails, f"others are blamed: {failures}")
+    for text in [*failures.values(), *outcome.exchange.notes, outcome.error]:
+        must(text.isprintable() and len(text) < 12 * LONGEST, f"a text is {text[:99]!r}")
+    if outcome.got is not None:
+        row = ledger_row(outcome.exchange, scene.state, {"metrics": {}}, Moved(1, 2, 3), (0, 0))
+        ledger.append(row | {"round": len(ledger.rows)}, sync=False)
+    if suspects - scene.fails <= failures.keys() or "no client replied in time" in outcome.error:
+        must(outcome.same(scene.without(case.place)), "the others' result is another one")
+        return "refused"
+    if case.content is None:
+        must(outcome.same(scene.honest()), "what was no answer has changed the result")
+    else:
+        check_taken(scene, case.place, outcome, case.content)
+    return "taken"
+
+
+def must(right: bool, what: str) -> None:
+    """Raise an AssertionError that says what is wrong."""
+    if not right:
+        raise AssertionError(what)
+
+
+def check_taken(scene: Scene, place: int, outcome: Outcome, content: RecordDict) -> None:
+    """See that a reply that was taken says what was asked, and counts for what it says."""
+    got, honest = outcome.got, scene.honest().got
+    if got is None or honest is None:
+        raise AssertionError(f"too many failed, though the reply was taken: {outcome.error}")
+    (told, chunk, numbers), (wanted, asked, _) = plain(content), plain(read(scene.replies[place]))
+    must(all(isinstance(note, str) for note in told.pop("notes")), "notes")
+    wanted.pop("notes")
+    must(told.pop("failures").keys() == wanted.pop("failures").keys(), "failures of others")
+    must(json.dumps(told) == json.dumps(wanted), f"the header says {told}")
+    must((chunk["first"], chunk["clients"]) == (asked["first"], asked["clients"]), "of others")
+    must(torch.equal(got.clients, honest.clients), "other clients")
+    mine = torch.isin(got.clients, torch.tensor(np.frombuffer(chunk["clients"], np.int64)))
+    samples = np.frombuffer(chunk["samples"], np.int64)
+    must(np.array_equal(got.weights[mine].numpy(), samples), "other weights")
+    must(bool(np.isfinite(numbers).all()), "numbers that are none")
+    if scene.exchange.reduced:
+        blocks = [plain(read(data))[2] for data in scene.replies]
+        blocks[place] = numbers
+        total = np.concatenate(blocks).sum(axis=0)
+        must(np.allclose(got.sum().numpy(), total, rtol=1e-9, atol=1e-9), "another sum")
+        return
+    must(torch.equal(got.rows()[~mine], honest.rows()[~mine]), "rows of others")
+    mask = uploaded_mask(scene.exchange.downlink, torch.nonzero(mine).flatten())
+    sent = got.rows()[mine] if mask is None else got.rows()[mine][mask]
+    must(np.array_equal(sent.numpy().reshape(-1), numbers.reshape(-1)), "other numbers")
+
+
+def plain(content: RecordDict) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Read header, vectors and numbers of a reply without the code that is tested."""
+    config: Any = content["config"]
+    arrays: Any = content["arrays"]
+    chunk: Any = content["chunk"]
+    return json.loads(config["header"]), dict(chunk), np.load(BytesIO(arrays["flat"].data))
+
+
+# ---- Downlinks ----------------------------------------------------------------------------------
+
+DOWN: dict[str, Change] = REPLY | {
+    "what clients do not share": array_values("own"),
+    "a value of a parcel": header(HEADER),
+    "the text of a parcel": header_text(HEADER),
+    "numbers of a parcel": array_bytes(NUMBERS),
+}
+
+
+def check_downlink(scene: Scene, random: Random) -> str:
+    """Let a message to a client become something else: it is refused, or means what it says.
+
+    Returns:
+        ``refused`` or ``taken``, each of a downlink.
+    """
+    message, _ = scene.exchange.chunks[int(random.integers(len(scene.exchange.chunks)))]
+    content = read(raw(message.content))
+    archive = Archive()
+    archive.publish(scene.state.base, 0)
+    archive.publish(scene.state.base, 1, scene.state.link)
+    add_parcel(content, archive.since(pick(random, [None, 0])))
+    kind = pick(random, list(DOWN))
+    content = changed([DOWN[kind]] * pick(random, [1, 1, 2]), random, content)
+    try:
+        downlink, order = Reader().read(content)
+        if HEADER in content:
+            read_parcel(content)
+    except WireError as error:
+        must(str(error).isprintable() and len(str(error)) < 12 * LONGEST, "the error's text")
+        return "refused"
+    again = Packed(downlink, order, scene.exchange.loop.dtype).message(order.clients, 0)
+    chunk: Any = again["chunk"]
+    chunk["first"] = order.first
+    for record in ("config", "chunk"):
+        came, back = (dict(c[record]) for c in (content, again))  # type: ignore[arg-type]
+        if record == "config":
+            came, back = ({"header": json.loads(str(c["header"]))} for c in (came, back))
+        must(back.items() <= came.items() or back == came, f"{record}: {came} is read as {back}")
+    for record in ("arrays", "own"):
+        if record in again:
+            came, back = (c[record]["flat"].numpy() for c in (content, again))  # type: ignore[index, union-attr]
+            must(np.array_equal(came, back, equal_nan=True), f"{record} is read as another one")
+    return "taken"
+
+
+# ---- The campaign -------------------------------------------------------------------------------
+
+
+def campaign(
+    times: int, names: Sequence[str] = tuple(SETTINGS), first: int = 0, tell: bool = False
+) -> Counter[str]:
+    """Try mutants, of replies and (every fifth) of downlinks; give how many were what.
+
+    Args:
+        times: How many.
+        names: Of `SETTINGS`, in turn.
+        first: Number of the first mutant: each is drawn from its own.
+        tell: Whether to print what is wrong, and go on.
+    """
+    become_a_task()
+    for chatty in ("clients.worker", "flwr"):  # of honest failures, of records in others' places
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    scenes = [scene_of(name) for name in names]
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as made:
+        ledger = Ledger(Path(made) / "ledger.jsonl")
+        for number in range(first, first + times):
+            scene, random = scenes[number % len(scenes)], generator(SEED, "mutant", number)
+            case = None
+            try:
+                if number // len(scenes) % 5 == 4:
+                    verdict = f"downlink {check_downlink(scene, random)}"
+                else:
+                    case = attack(scene, random)
+                    verdict = f"reply {judged(scene, case, ledger)}"
+            except Exception:
+                if not tell:
+                    raise
+                what = "a downlink" if case is None else case.kind
+                sys.stdout.write(
+                    f"mutant {number} ({scene.name}, {what}): {traceback.format_exc()}"
+                )
+                verdict = "wrong"
+            counts[verdict] += 1
+        rows = read_ledger(Path(made) / "ledger.jsonl")
+        must(len(rows) == len(ledger.rows), "the ledger has lost rows")
+        must(all(b" " <= bytes([b]) <= b"~" for b in set(ledger_bytes(made))), "control characters")
+    return counts
+
+
+def ledger_bytes(folder: str) -> bytes:
+    """The bytes of a ledger, but for the ends of its lines."""
+    return (Path(folder) / "ledger.jsonl").read_bytes().replace(b"\n", b"")
+
+
+def main() -> int:
+    """Run the campaign; the status is 1 if a mutant came out wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, default=30_000)
+    parser.add_argument("--first", type=int, default=0)
+    words = parser.parse_args()
+    counts = campaign(words.times, first=words.first, tell=True)
+    told = ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
+    sys.stdout.write(f"{told}\n")
+    return int(counts["wrong"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""A node's cache: it removes what it has made, and nothing that lies beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from clients.node import CACHE, MARKER, RUNS, folder_of, introduce, make_room
+from fedraclora.errors import ConfigError, WireError
+
+
+def node(cache: Path) -> Context:
+    return Context(1, 2, {"partition-id": 3, "cache": str(cache)}, RecordDict(), {})
+
+
+def run_once(cache: Path, run: str) -> Path:
+    """What a node does when it is asked by a run: makes room and writes weights."""
+    folder = folder_of(node(cache), run, 3)
+    make_room(folder.parent)
+    folder.mkdir(exist_ok=True)
+    (folder / "weights.safetensors").write_bytes(b"weights")
+    return folder.parent
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_what_else_lies_in_the_folder_of_a_cache_is_left_alone(tmp_path: Path) -> None:
+    """The attack: a cache is a folder with others' folders in it, older than any run."""
+    home = tmp_path / "home"
+    for i in range(7):
+        (home / f"patients{i}" / "3").mkdir(parents=True)
+        (home / f"patients{i}" / "3" / "weights.safetensors").write_text(f"records {i}")
+        os.utime(home / f"patients{i}", (1000 + i, 1000 + i))
+    (home / "notes.txt").write_text("mine")
+    before = snapshot(home)
+    for i in range(9):
+        run_once(home, f"run{i}")
+        run_once(home, "patients0")  # a run may have the name of somebody's folder
+    after = snapshot(home)
+    assert {n: t for n, t in after.items() if not n.startswith(CACHE)} == before
+    made = {p.name for p in (home / CACHE).iterdir()} - {MARKER}
+    assert made == {"patients0", *(f"run{i}" for i in range(9)[1 - RUNS :])}
+
+
+@pytest.mark.parametrize("depth", ["cache", "run"])
+def test_a_folder_of_that_name_that_somebody_else_has_filled_is_an_error(
+    depth: str, tmp_path: Path
+) -> None:
+    foreign = tmp_path / CACHE
+    if depth == "run":
+        run_once(tmp_path, "other")
+        foreign = tmp_path / CACHE / "mine"
+    (foreign / "3").mkdir(parents=True)
+    (foreign / "3" / "weights.safetensors").write_text("no tensors")
+    before = snapshot(foreign)
+    with pytest.raises(ConfigError, match=r"was not made by fedraclora .* is left as it is"):
+        run_once(tmp_path, "mine")
+    introduce(node(tmp_path), "mine")  # which removes weights of its own that are damaged
+    assert snapshot(foreign) == before
+
+
+def test_folders_without_the_marker_and_links_are_never_removed(tmp_path: Path) -> None:
+    aside = run_once(tmp_path / "aside", "old")
+    run_once(tmp_path, "first")
+    (tmp_path / CACHE / "by hand").mkdir()
+    (tmp_path / CACHE / "by hand" / "a").write_text("mine")
+    (tmp_path / CACHE / "link").symlink_to(aside)
+    for i in range(RUNS + 2):
+        run_once(tmp_path, f"run{i}")
+    there = {p.name for p in (tmp_path / CACHE).iterdir()}
+    assert {"by hand", "link"} < there
+    assert "first" not in there
+    assert (aside / "3" / "weights.safetensors").is_file()
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    """Where a process died between making it and marking it."""
+    (tmp_path / CACHE).mkdir()
+    assert (run_once(tmp_path, "first").parent / MARKER).is_file()
+    (tmp_path / CACHE / "second").mkdir()
+    assert (run_once(tmp_path, "second") / MARKER).is_file()
+
+
+@pytest.mark.parametrize("run", ["", "..", "a/b", "/etc", "run 1", "x\n", "\u0662"])
+def test_a_run_is_called_by_letters_and_digits(run: str, tmp_path: Path) -> None:
+    with pytest.raises(WireError, match="letters and digits are wanted"):
+        folder_of(node(tmp_path), run, 3)
