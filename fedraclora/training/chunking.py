@@ -16,7 +16,7 @@ from fedraclora.aggregate import SUM_BLOCK
 from fedraclora.downlink import Downlink
 from fedraclora.errors import ConfigError
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.memory import LOOKED_AT, MemoryModel, is_out_of_memory, measure
+from fedraclora.training.memory import LOOKED_AT, MemoryModel, is_out_of_memory, measure, try_step
 from fedraclora.tree import Tree
 
 LARGEST = {"cpu": 256, "cuda": 4096}  # more bring nothing: the products are large by then
@@ -118,6 +118,7 @@ def plan_chunk(
     """
     if isinstance(chunk, int) or cohort == 1:
         most = cohort if chunk == "auto" else int(chunk)
+        try_step(trainer, base, downlink)
         return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
     try:

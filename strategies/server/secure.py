@@ -12,7 +12,7 @@ from fedraclora.aggregate import Uplinks
 from fedraclora.downlink import opening_rows
 from fedraclora.errors import ClientError, ConfigError, WireError
 from fedraclora.method import Method
-from fedraclora.privacy.secagg import SecAgg
+from fedraclora.privacy.secagg import LEAST, SecAgg
 from fedraclora.tree import Tree
 from fedraclora.wire.records import DTYPES
 from fedraclora.wire.secagg import (
@@ -43,12 +43,17 @@ class SecureSum:
     config: SecAgg
     row: Row = field(default_factory=dict)
 
-    def check(self, method: Method, weights: str) -> None:
+    def check(self, method: Method, weights: str, cohort: int) -> None:
         """Refuse what needs more than a sum.
 
         Raises:
             ConfigError: Saying why.
         """
+        if cohort < LEAST:
+            raise ConfigError(
+                f"secure=secagg hides a client among {LEAST} or more, but a round asks {cohort}; "
+                f"set cohort to {LEAST} or more, or secure=none"
+            )
         traits = method.traits
         if not traits.linear:
             raise ConfigError(
