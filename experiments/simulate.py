@@ -163,7 +163,7 @@ def compose_and_run(cfg: DictConfig) -> float | None:
         if not isinstance(plain, dict):
             raise CheckpointError("the config must be a mapping")
         summary = run_one({str(k): v for k, v in plain.items()}, typed, sweep)
-    except Exception as error:  # noqa: BLE001  # the other jobs of a sweep go on
+    except Exception as error:  # the other jobs of a sweep go on
         tell(error)
         FAILED.append(sweep or "run")
         return None

@@ -24,7 +24,7 @@ def reported(command: Callable[P, int]) -> Callable[P, int]:
     def main(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return command(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001  # this is where all of them end
+        except Exception as error:  # this is where all of them end
             return tell(error)
 
     return main

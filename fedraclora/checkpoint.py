@@ -50,7 +50,8 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
         raise
     if sync:
-        _flush(path.parent)
+        with named(path):
+            _flush(path.parent)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from fedraclora.ledger import number, read_ledger
 from fedraclora.schema import Plain, section
 
 # What a start makes; the lock comes last, so that nobody else begins meanwhile.
-MADE = ("config.yaml", "ledger.jsonl", "chain", "private", "run_id", ".lock")
+MADE = ("digests.json", "config.yaml", "ledger.jsonl", "chain", "private", "run_id", ".lock")
 PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
 
 
@@ -87,12 +87,14 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 
 def begin(folder: Path, plain: Plain) -> None:
-    """Write the config of a new run into its folder.
+    """Write the config of a new run into its folder, in place of a start that was killed.
 
     Raises:
         CheckpointError: If a run is there already.
     """
     refuse_existing(folder)
+    if (folder / "config.yaml").exists():
+        _remove(folder, ("ledger.jsonl", "chain", "private"))
     with replacing(folder / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(plain, sort_keys=False))
 
@@ -169,6 +171,13 @@ def run_id(folder: Path) -> str:
     return path.read_text()
 
 
+def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
+    """Write summary.json in one move, with versions and revision."""
+    found = {**summary, **provenance()}
+    with replacing(folder / "summary.json") as partial:
+        partial.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
 def read_summary(folder: Path) -> dict[str, object]:
     """Read the summary of a finished run.
 
@@ -186,13 +195,6 @@ def read_summary(folder: Path) -> dict[str, object]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no summary; remove it and resume={folder}")
     return found
-
-
-def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
-    """Write summary.json in one move, with versions and revision."""
-    found = {**summary, **provenance()}
-    with replacing(folder / "summary.json") as partial:
-        partial.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
 def provenance() -> dict[str, object]:
