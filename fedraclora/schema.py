@@ -158,17 +158,18 @@ def check_size(key: str, value: object) -> None:
     if isinstance(value, list | tuple):
         for element in value:
             check_size(key, element)
-    elif isinstance(value, int):
-        if abs(value) > LARGEST_INT:
-            raise ConfigError(
-                f"{key} is {_short(value)}; whole numbers go up to {LARGEST_INT} (64 bits)"
-            )
-    elif isinstance(value, float) and value and math.isfinite(value):
-        if not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
-            raise ConfigError(
-                f"{key} is {value}; it is used as a float32 number, which is 0 or lies between "
-                f"{SMALLEST_FLOAT:.2g} and {LARGEST_FLOAT:.2g}"
-            )
+    elif isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise ConfigError(f"{key} is {_short(value)}; whole numbers go up to {LARGEST_INT}")
+    elif isinstance(value, float) and value and not _is_float32(value):
+        raise ConfigError(
+            f"{key} is {value}; it is used as a float32 number, which is 0 or lies between "
+            f"{SMALLEST_FLOAT:.2g} and {LARGEST_FLOAT:.2g}"
+        )
+
+
+def _is_float32(value: float) -> bool:
+    """Infinities and NaN are left to those who know what the key is for."""
+    return not math.isfinite(value) or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT
 
 
 def _short(value: int) -> str:

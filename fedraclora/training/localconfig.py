@@ -101,9 +101,9 @@ class LocalConfig:
             if number is not None and number < least:
                 every = "0 (all)" if key == "batch_size" else least
                 raise ConfigError(f"local.{key} is {number}; {every} or more is wanted")
-        for key in ("epochs", "steps"):
-            if (number := getattr(self, key)) is not None and number > MOST:
-                raise ConfigError(f"local.{key} is {number}; {MOST} or fewer are wanted in a round")
+        if max(self.epochs, self.steps or 0) > MOST:
+            key = "steps" if self.epochs <= MOST else "epochs"
+            raise ConfigError(f"local.{key} is {getattr(self, key)}; {MOST} or fewer are wanted")
         for key, end in BELOW.items():
             if not 0 <= getattr(self, key) < end:
                 raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, {end})")

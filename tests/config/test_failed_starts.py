@@ -73,7 +73,7 @@ REFUSED: dict[str, list[str]] = {
     "system=phones system.over_select=1e308": ["system.over_select is 1e+308", "float32"],
     "local=dp_sgd local.dp.noise_multiplier=1e308": ["local.dp.noise_multiplier is 1e+308"],
     "local.dp={name: gaussian, clip: 1e30, noise_multiplier: 1e30}": ["local.dp.", "product"],
-    "seed=99999999999999999999": ["seed is 99999999999999999999", "64 bits"],
+    "seed=99999999999999999999": ["seed is 99999999999999999999", "up to 9223372"],
     "local.epochs=2147483648": ["local.epochs is 2147483648", "1000000 or fewer"],
     "engine=inline method=fed_sb local=lora_rite": ["lora_rite is defined for adapters B A"],
     "secure=secagg weights=uniform cohort=2": ["3 or more", "a round asks 2", "secure=none"],
@@ -100,7 +100,8 @@ def test_a_model_of_somebody_elses_says_what_it_is_called_with(
     command: Run, tmp_path: Path
 ) -> None:
     words = [word for word in SMALL if not word.startswith("model.")]
-    for function, said in (("math:sqrt", ["shape, classes", "takes (x, /)"]), ("nix:f", ["'nix'"])):
+    functions = {"math:sqrt": ["shape, classes", "takes (x, /)"], "nix:f": ["'nix'"]}
+    for function, said in functions.items():
         status, error = command(
             *words, "model=function", f"model.function={function}", "model.head=[]"
         )

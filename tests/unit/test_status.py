@@ -73,7 +73,7 @@ def test_a_bug_keeps_its_traceback_and_says_so(capsys: pytest.CaptureFixture[str
 
 
 def test_the_status_of_a_command_is_its_own() -> None:
-    assert [reported(lambda: status)() for status in (0, 3)] == [0, 3]
+    assert (reported(lambda: 0)(), reported(lambda: 3)()) == (0, 3)
 
 
 def test_what_hydra_raises_by_mistake_speaks_of_the_words() -> None:

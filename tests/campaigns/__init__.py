@@ -1,0 +1,1 @@
+"""Campaigns: very many inputs that nobody should send, and what must hold all the same."""
