@@ -50,7 +50,7 @@ $(STAMP): pyproject.toml requirements-data.txt
 	@touch $@
 
 simulate: install ## Run the main job: Fed-RAC-LoRA over 200 simulated clients (ARGS="key=value ...")
-	$(BIN)/python -m experiments.simulate $(ARGS)
+	$(BIN)/python -m experiments.cli simulate $(ARGS)
 
 test: lint ## Check style, types and imports, then run the tests (not the slow ones, no GPU)
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE) $(ARGS)

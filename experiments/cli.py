@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from experiments.choices import groups
-from fedraclora.errors import FedRacLoraError, unknown
+from experiments.interrupt import at_once, in_order
+from experiments.status import reported
+from fedraclora.errors import unknown
 
 COMMANDS = {
     "simulate": "run a federated experiment in this process; -m sweeps",
@@ -38,24 +40,29 @@ def usage() -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run a subcommand; every error raised on purpose ends in one line and status 1."""
+    """Run a subcommand, and end with its status; `experiments.status` says what went wrong."""
     words = sys.argv[1:] if words is None else list(words)
     if not words or words[0] in {"-h", "--help", "help"}:
         print(usage())
         return
-    command, rest = words[0], words[1:]
-    try:
-        if command not in COMMANDS:
-            raise unknown("command", command, COMMANDS)
-        if command == "simulate" and {"-h", "--help"} & set(rest):
-            print(usage())
-            return
-        sys.argv = [f"fedraclora {command}", *rest]
-        status = importlib.import_module(f"experiments.{command}").main()
-    except FedRacLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    sys.exit(status if isinstance(status, int) else 0)
+    with in_order():
+        status = run(words[0], words[1:])
+    sys.exit(status)
+
+
+@reported
+def run(command: str, rest: Sequence[str]) -> int:
+    """Run a subcommand; give its status."""
+    if command not in COMMANDS:
+        raise unknown("command", command, COMMANDS)
+    if command == "simulate" and {"-h", "--help"} & set(rest):
+        print(usage())
+        return 0
+    sys.argv = [f"fedraclora {command}", *rest]
+    with at_once():
+        module = importlib.import_module(f"experiments.{command}")
+    status = module.main()
+    return status if isinstance(status, int) else 0
 
 
 if __name__ == "__main__":

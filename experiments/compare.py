@@ -18,9 +18,11 @@ from pathlib import Path
 
 from experiments.compare_study import compare_study, is_study
 from experiments.groups import Group, group_runs, values
+from experiments.interrupt import in_order
 from experiments.reports import Run, find_runs, read_run
+from experiments.status import reported
 from experiments.tables import Table
-from fedraclora.errors import CheckpointError, FedRacLoraError, unknown
+from fedraclora.errors import CheckpointError, unknown
 from fedraclora.ledger import number
 from fedraclora.metrics import higher_is_better
 from fedraclora.plots import MEGABYTE, compare_figure
@@ -211,6 +213,8 @@ def _format(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+@reported
+@in_order()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see the module's docstring.
 
@@ -231,16 +235,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", type=float, help="value of the metric to be reached")
     parser.add_argument("--by", default="", metavar="KEY[,KEY]", help="config keys to group by")
     words = sys.argv[1:] if argv is None else argv
-    try:
-        if is_study(words):
-            compare_study(words)
-            return 0
-        chosen = parser.parse_args(words)
-        by = [key.strip() for key in chosen.by.split(",") if key.strip()]
-        table = compare(chosen.runs, chosen.out, chosen.metric, chosen.target, by)
-    except FedRacLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if is_study(words):
+        compare_study(words)
+        return 0
+    chosen = parser.parse_args(words)
+    by = [key.strip() for key in chosen.by.split(",") if key.strip()]
+    table = compare(chosen.runs, chosen.out, chosen.metric, chosen.target, by)
     table.print()
     print(f"written: {chosen.out}/table.md, table.csv, compare.png")
     return 0

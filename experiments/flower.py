@@ -25,7 +25,7 @@ from fedraclora.config import RunConfig
 from fedraclora.engines.flower.grid import run_options
 from fedraclora.engines.flower.superlink import Options, SuperLink, words_of
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.runfolder import is_finished
+from fedraclora.runfolder import is_finished, read_summary
 from fedraclora.settings import FlowerConfig, PretrainConfig
 from strategies.server_app import read_config, settings_of
 
@@ -91,8 +91,7 @@ def run(order: Order) -> None:
     if not ended.completed or not is_finished(order.folder):
         print(ended.log, end="", file=sys.stderr)
         raise EngineError(f"{ended.details.removeprefix(FAILED)} ({ended.status})")
-    summary = json.loads((order.folder / "summary.json").read_text())
-    conclude(summary, order.folder)
+    conclude(read_summary(order.folder), order.folder)
 
 
 def write(order: Order, path: Path) -> None:

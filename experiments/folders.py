@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +15,7 @@ from fedraclora.config import digested
 from fedraclora.errors import CheckpointError
 
 STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
+LONGEST = 255  # bytes of a name that file systems take
 Plain = dict[str, object]
 
 
@@ -41,7 +44,13 @@ def sweep_name(overrides: Sequence[str]) -> str:
         'method=fedavg,seed=1'
     """
     kept = sorted(o for o in overrides if not o.startswith(("output.", "resume=", "output=")))
-    return ",".join(kept).replace("/", "_") or "run"
+    name = ",".join(kept).replace("/", "_") or "run"
+    if len(os.fsencode(name)) <= LONGEST:
+        return name
+    # What is cut off is in the digest: the same overrides have the same name, others another.
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    room = LONGEST - len(digest) - 1
+    return f"{os.fsencode(name)[:room].decode(errors='ignore')}_{digest}"
 
 
 def read_config(folder: Path) -> Plain:
@@ -55,7 +64,7 @@ def read_config(folder: Path) -> Plain:
         raise CheckpointError(f"{folder} is no run folder: it has no config.yaml")
     try:
         loaded = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, too
         raise CheckpointError(f"{path} is damaged: {error}; restore the config file") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} does not hold a config; restore the file from a copy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -31,3 +32,24 @@ def in_order() -> Iterator[None]:
         sys.exit(STATUS)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """End the process at the first SIGTERM or Ctrl-C, while libraries are being loaded.
+
+    Nothing has been started yet. An exception would not do: modules that are half loaded turn it
+    into errors of their own.
+    """
+
+    def leave(*_: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(STATUS)
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, leave) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,11 @@ from experiments.assemble import Assembled, assemble
 from experiments.choices import CONF, check_choices
 from experiments.interrupt import in_order
 from experiments.progress import RunProgress
+from experiments.status import composing, reported, tell
 from fedraclora.config import RunConfig, from_plain
-from fedraclora.errors import CheckpointError, FedRacLoraError
+from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.ledger import headline, number
-from fedraclora.runfolder import is_finished, method_label, refuse_existing
+from fedraclora.runfolder import is_finished, method_label, read_summary, refuse_existing
 from strategies import METHODS
 from strategies.outcome import run_in_folder
 from strategies.server.rows import Row
@@ -98,6 +100,8 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
         CheckpointError: If a run is in the way, or differs from what is asked for.
     """
     wanted = plain.get("resume")
+    if not isinstance(wanted, str | None):
+        raise ConfigError(f"resume is {wanted!r}; the folder of a run, auto or null is wanted")
     output = plain["output"] if isinstance(plain["output"], dict) else {}
     if wanted not in {None, "auto"}:
         folder = Path(str(wanted)).expanduser()
@@ -129,45 +133,43 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
     plain, folder, resume = choose(plain, typed, sweep_job)
     if resume and is_finished(folder):
         Console().print(f"{folder} is finished already")
-        loaded: Plain = json.loads((folder / "summary.json").read_text())
-        return loaded
+        return read_summary(folder)
     summary = simulate(plain, folder, resume=resume)
     report(summary, folder)
     return summary
 
 
-def main() -> None:
+@reported
+@in_order()
+def main() -> int:
     """Run what the command line asks for."""
     FAILED.clear()
-    try:
-        check_choices(sys.argv[1:])
-    except FedRacLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    with in_order():
+    check_choices(sys.argv[1:])
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra reports errors itself, in ways of its own
+    with composing():
         compose_and_run()
-    if FAILED:
-        sys.exit(1)
+    return 1 if FAILED else 0
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose_and_run(cfg: DictConfig) -> float | None:
     """Run what Hydra composed; the headline metric is the value of a sweep's job."""
-    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    if not isinstance(plain, dict):
-        raise CheckpointError("the config must be a mapping")
     job = HydraConfig.get()
-    typed = [o.lstrip("+~").partition("=")[0] for o in job.overrides.task]
-    sweep = folders.sweep_name(job.overrides.task) if job.mode == RunMode.MULTIRUN else None
+    words = list(map(str, OmegaConf.to_container(job.overrides.task, resolve=False) or ()))
+    typed = [word.lstrip("+~").partition("=")[0] for word in words]
+    sweep = folders.sweep_name(words) if job.mode == RunMode.MULTIRUN else None
     try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        if not isinstance(plain, dict):
+            raise CheckpointError("the config must be a mapping")
         summary = run_one({str(k): v for k, v in plain.items()}, typed, sweep)
-    except FedRacLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        FAILED.append(sweep or "run")  # the other jobs of a sweep go on
+    except Exception as error:  # the other jobs of a sweep go on
+        tell(error)
+        FAILED.append(sweep or "run")
         return None
     name = headline([summary])
     return None if name is None else number(summary, "metrics", name)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

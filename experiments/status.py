@@ -1,26 +1,129 @@
-"""How commands end where something is wrong: in one line and a status."""
+"""How commands end where something is wrong: in one message and a status, whatever it was."""
 
 from __future__ import annotations
 
+import errno
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec
 
-from fedraclora.errors import FedRacLoraError
+from fedraclora.errors import ConfigError, FedRacLoraError
 
 P = ParamSpec("P")
+FULL = {errno.ENOSPC, errno.EDQUOT}
+CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def reported(command: Callable[P, int]) -> Callable[P, int]:
-    """Have a command print an error that is raised on purpose, and give status 1."""
+    """Have a command say what went wrong, and give the status: 0, its own, or 1."""
 
     @wraps(command)
     def main(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return command(*args, **kwargs)
-        except FedRacLoraError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        except Exception as error:  # this is where all of them end
+            return tell(error)
 
     return main
+
+
+def tell(error: Exception) -> int:
+    """Print an error, and give the status of a command that ends with it.
+
+    What a user can mend is one message. What nobody foresaw keeps its traceback.
+    """
+    said = explained(error)
+    if said is None:
+        traceback.print_exception(error)
+        said = (
+            f"this is a bug of fedraclora, not of what you asked for ({type(error).__name__}): "
+            "please report it with the traceback above and the command"
+        )
+    print(f"error: {said}", file=sys.stderr)
+    return 1
+
+
+def explained(error: Exception) -> str | None:
+    """Say in the user's terms what is wrong; None for what nobody foresaw."""
+    if isinstance(error, FedRacLoraError):
+        return str(error)
+    if (said := _of_config(error)) is not None:  # before OSError, which Hydra's are in part
+        return said
+    if isinstance(error, OSError):
+        return _of_system(error)
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return (
+            f"memory ran out ({str(error) or type(error).__name__}): make the model, "
+            "local.batch_size, evaluate.batch_size or the cohort smaller"
+        )
+    return None
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """Have whatever Hydra raises over the words of a command be an error that says so.
+
+    Raises:
+        ConfigError: For an error that is none of Hydra's own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if explained(error) is not None:
+            raise
+        raise ConfigError(
+            f"Hydra makes nothing of these words: {error}; key=value, group=choice, +key=value "
+            "and ~key are wanted"
+        ) from error
+
+
+def _of_system(error: OSError) -> str:
+    """What the operating system refuses: a full disk, a folder that may not be written."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    what = f"{where}{error.strerror or error}"
+    if error.errno in FULL:
+        return f"{what}; make room there, then go on with resume=FOLDER (the folder of the run)"
+    if error.errno in CLOSED:
+        return f"{what}; choose another output.dir, or have its owner let you write there"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{what}; choose a shorter name"
+    return what
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError):
+        return False
+    from fedraclora.training.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def _of_config(error: Exception) -> str | None:
+    """What Hydra and OmegaConf refuse; None for other errors."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import (
+        InterpolationKeyError,
+        InterpolationResolutionError,
+        MissingMandatoryValue,
+        OmegaConfBaseException,
+    )
+
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    text = " ".join(str(error).partition("\n    full_key:")[0].split())
+    key = getattr(error, "full_key", None) or "the config"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} is ???, which stands for a value that is still to be given; set {key}=VALUE"
+    if isinstance(error, InterpolationKeyError):
+        return (
+            f"{key} takes its value from another key, which this config does not have ({text}): "
+            f"set {key} itself, or choose what has that key"
+        )
+    if isinstance(error, InterpolationResolutionError):
+        return f"{key} takes its value from elsewhere, and there is none ({text}); set {key} itself"
+    if key != "the config" and key not in text:
+        text = f"{key}: {text}"
+    return text

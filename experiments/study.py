@@ -14,13 +14,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from experiments.interrupt import in_order
+from experiments.status import reported
 from experiments.study_file import Study
 from experiments.study_run import read_lines, run_study, write_results
 from experiments.study_table import tuned_by
-from fedraclora.errors import FedRacLoraError
 
 
-def main() -> None:
+@reported
+@in_order()
+def main() -> int:
     """Run a study to its end."""
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
     parser.add_argument("study", type=Path)
@@ -35,18 +38,16 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the tables only")
     arguments = parser.parse_args()
     out = arguments.out or Path(__file__).parent / "results" / arguments.study.stem
-    try:
-        study = Study.read(arguments.study, arguments.overrides, arguments.metric, arguments.tuning)
-        if source := arguments.tuned_by:
-            other = Study.read(source / "study.yaml")
-            study = tuned_by(study, other, read_lines(source / "runs.jsonl"), source)
-        if arguments.table:
-            write_results(study, read_lines(out / "runs.jsonl"), out)
-        else:
-            run_study(study, out, arguments.jobs)
-    except FedRacLoraError as error:
-        sys.exit(f"error: {error}")
+    study = Study.read(arguments.study, arguments.overrides, arguments.metric, arguments.tuning)
+    if source := arguments.tuned_by:
+        other = Study.read(source / "study.yaml")
+        study = tuned_by(study, other, read_lines(source / "runs.jsonl"), source)
+    if arguments.table:
+        write_results(study, read_lines(out / "runs.jsonl"), out)
+    else:
+        run_study(study, out, arguments.jobs)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -40,15 +40,28 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
-        if sync:
-            _flush(partial)
-        partial.replace(path)
+        with named(path):
+            yield partial
+            if sync:
+                _flush(partial)
+            partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
     if sync:
-        _flush(path.parent)
+        with named(path):
+            _flush(path.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Have an error of the system name the file: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _flush(path: Path) -> None:
@@ -146,7 +159,7 @@ def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync:
     """Write tensors and JSON values to one file, in one move.
 
     Raises:
-        CheckpointError: If ``meta`` is not JSON.
+        CheckpointError: If ``meta`` is not JSON, or the file cannot be written.
     """
     try:
         text = json.dumps(meta)
@@ -155,7 +168,13 @@ def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync:
     own = _own(tensors)
     header = {"meta": text, "names": json.dumps(list(own)), "sha256": _digest(own, text)}
     with replacing(path, sync=sync) as partial:
-        save_file(own, partial, metadata=header)
+        try:
+            save_file(own, partial, metadata=header)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path} cannot be written ({error}); make room there, or have its owner let you "
+                "write, and go on with resume and the folder of the run"
+            ) from error
 
 
 def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, object]]:

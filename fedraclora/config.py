@@ -25,7 +25,7 @@ from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.robust.attack import ATTACKS, Attack
 from fedraclora.robust.rules import AGGREGATORS
 from fedraclora.sampling import WEIGHTINGS
-from fedraclora.schema import Plain, bind, build, coerce, section, without
+from fedraclora.schema import Plain, bind, build, coerce, row_of, section, without
 from fedraclora.server_optimiser import SERVER_OPTIMISERS, ServerOptimiser
 from fedraclora.settings import (
     ENGINES,
@@ -188,10 +188,8 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
         if key in GROUPS:
             found[key] = GROUPS[key](section(plain, key))
         elif key in TABLES:
-            found[key] = section(plain, key)
-            name = section(plain, key).get("name")
-            if name not in [*TABLES[key]]:
-                raise unknown(key, name, TABLES[key])
+            found[key] = group = section(plain, key)
+            row_of(key, dict.fromkeys(TABLES[key]), group.get("name"))
         elif key not in {"plain", "method"}:
             if key not in plain:
                 raise ConfigError(f"the config has no key {key}; see conf/config.yaml")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.checkpoint import replacing
+from fedraclora.checkpoint import named, replacing
 from fedraclora.errors import CheckpointError
 
 Row = dict[str, object]
@@ -72,7 +72,7 @@ class Ledger:
         plain = {str(key): _plain(value, str(key)) for key, value in row.items()}
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
+            with named(self.path), self.path.open("ab") as file:
                 file.write(_line(plain))
                 file.flush()
                 if sync:

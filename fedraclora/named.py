@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from fedraclora.errors import ConfigError
@@ -27,7 +29,7 @@ def import_function(key: str, name: str) -> Any:
         raise ConfigError(f"{key} is {name!r}; package.module:function is wanted")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a module of somebody else's does when it is imported
         raise ConfigError(
             f"{key} is {name!r}, which cannot be imported here ({error}): the package must be "
             "installed on this machine, for the Python that runs this"
@@ -35,3 +37,27 @@ def import_function(key: str, name: str) -> Any:
     if not callable(found):
         raise ConfigError(f"{key} is {name!r}, which is a {type(found).__name__}, no function")
     return found
+
+
+def check_call(key: str, function: Callable[..., object], **arguments: object) -> None:
+    """Refuse a function that does not take these arguments, before it is called.
+
+    Args:
+        key: Of the config that names it, for messages.
+        function: What `import_function` gave.
+        **arguments: With which it is going to be called.
+
+    Raises:
+        ConfigError: Naming the arguments that are handed over, and those that it takes.
+    """
+    try:
+        wanted = inspect.signature(function)
+    except ValueError:  # of some functions of C nobody knows
+        return
+    try:
+        wanted.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{key}: the function is called with {', '.join(arguments)} by name, and takes "
+            f"{wanted} ({error})"
+        ) from error

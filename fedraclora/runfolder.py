@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import secrets
+import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,10 +16,12 @@ from pathlib import Path
 import yaml
 
 from fedraclora.checkpoint import replacing
-from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
 from fedraclora.ledger import number, read_ledger
 from fedraclora.schema import Plain, section
 
+# What a start makes; the lock comes last, so that nobody else begins meanwhile.
+MADE = ("digests.json", "config.yaml", "ledger.jsonl", "chain", "private", "run_id", ".lock")
 PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
 
 
@@ -27,26 +30,71 @@ def is_finished(folder: Path) -> bool:
     return (folder / "summary.json").is_file()
 
 
+def has_begun(folder: Path) -> bool:
+    """Tell whether a folder holds a run that has come to its first row, or more.
+
+    What holds less was a start that failed or was killed: nothing is lost where another is made.
+
+    Raises:
+        CheckpointError: If its ledger is damaged.
+    """
+    later = ("summary.json", "checkpoint/checkpoint.safetensors")
+    if any((folder / name).exists() for name in later):
+        return True
+    ledger = folder / "ledger.jsonl"
+    return ledger.is_file() and bool(read_ledger(ledger))
+
+
 def refuse_existing(folder: Path) -> None:
     """Refuse to write over a run.
 
     Raises:
         CheckpointError: If a run is there already.
     """
-    if (folder / "config.yaml").exists() or (folder / "ledger.jsonl").exists():
+    if has_begun(folder):
         raise CheckpointError(
             f"{folder} holds a run already; choose another output.dir, "
             f"or go on with resume={folder}"
         )
 
 
+@contextmanager
+def withdrawn(folder: Path) -> Iterator[None]:
+    """Take away what a start has made in a run folder, where it fails before the run has begun.
+
+    What was there before stays, and so does a folder that holds something else.
+    """
+    known = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+    try:
+        yield
+    except BaseException:
+        if folder.is_dir():
+            with suppress(OSError, FedRacLoraError), alone(folder):  # nobody else's, who came first
+                if not has_begun(folder):
+                    _remove(folder, [name for name in MADE if name not in (known or ())])
+                    if known is None:
+                        folder.rmdir()
+        raise
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def begin(folder: Path, plain: Plain) -> None:
-    """Write the config of a new run into its folder.
+    """Write the config of a new run into its folder, in place of a start that was killed.
 
     Raises:
         CheckpointError: If a run is there already.
     """
     refuse_existing(folder)
+    if (folder / "config.yaml").exists():
+        _remove(folder, ("ledger.jsonl", "chain", "private"))
     with replacing(folder / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(plain, sort_keys=False))
 
@@ -128,6 +176,25 @@ def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
     found = {**summary, **provenance()}
     with replacing(folder / "summary.json") as partial:
         partial.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
+def read_summary(folder: Path) -> dict[str, object]:
+    """Read the summary of a finished run.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    path = folder / "summary.json"
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}; restore it from a copy, or remove it: resume={folder} "
+            "then writes it again"
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no summary; remove it and resume={folder}")
+    return found
 
 
 def provenance() -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -12,6 +13,9 @@ from collections.abc import Callable, Mapping
 from fedraclora.errors import ConfigError, unknown
 
 Plain = Mapping[str, object]
+# Of a number in the config: seeds and counts are int64 in tensors, the others float32.
+LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38
 
 
 def section(plain: Plain, key: str) -> dict[str, object]:
@@ -51,14 +55,22 @@ def bind(
     Raises:
         ConfigError: For an unknown name or key, or a value of the wrong type.
     """
-    name = group.get("name")
-    if name not in table:
-        raise unknown(kind, name, table)
-    target = table[str(name)]
+    target = row_of(kind, table, group.get("name"))
     arguments = checked_arguments(kind, target, without(group, "name"))
     wanted = inspect.signature(target).parameters
     given = {k: v for k, v in given.items() if k in wanted and k not in arguments}
     return functools.partial(target, **arguments, **given)
+
+
+def row_of(kind: str, table: Mapping[str, T], name: object) -> T:
+    """Look a name up in a table.
+
+    Raises:
+        ConfigError: With the names that exist; a name that is no text is none of them.
+    """
+    if not isinstance(name, str) or name not in table:
+        raise unknown(kind, name, table)
+    return table[name]
 
 
 def build(kind: str, target: Callable[..., T], group: Plain) -> T:
@@ -116,6 +128,7 @@ def coerce(key: str, value: object, hint: object) -> object:
         ...
         fedraclora.errors.ConfigError: method.rank is 'four'; int is wanted
     """
+    check_size(key, value)
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     for option in options:
         if (table := _table(option)) and isinstance(value, Mapping):
@@ -136,11 +149,37 @@ def coerce(key: str, value: object, hint: object) -> object:
     raise ConfigError(f"{key} is {value!r}; {_shown(hint)} is wanted")
 
 
+def check_size(key: str, value: object) -> None:
+    """Refuse numbers that no tensor holds: they would overflow where they are first used.
+
+    Raises:
+        ConfigError: Naming the key and the largest number.
+    """
+    if isinstance(value, list | tuple):
+        for element in value:
+            check_size(key, element)
+    elif isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise ConfigError(f"{key} is {_short(value)}; whole numbers go up to {LARGEST_INT}")
+    elif isinstance(value, float) and value and not _is_float32(value):
+        raise ConfigError(
+            f"{key} is {value}; it is used as a float32 number, which is 0 or lies between "
+            f"{SMALLEST_FLOAT:.2g} and {LARGEST_FLOAT:.2g}"
+        )
+
+
+def _is_float32(value: float) -> bool:
+    """Infinities and NaN are left to those who know what the key is for."""
+    return not math.isfinite(value) or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT
+
+
+def _short(value: int) -> str:
+    """A whole number of any length, for a message: Python writes no more than 4300 digits."""
+    return str(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
+
+
 def _row(key: str, table: Mapping[str, Callable[..., object]], group: Plain) -> object:
     """Make what a nested group names."""
-    if (name := group.get("name")) not in table:
-        raise unknown(key, name, table)
-    row = table[str(name)]
+    row = row_of(key, table, group.get("name"))
     arguments = _all_arguments(key, row, without(group, "name"))
     try:
         return row(**arguments)

@@ -11,6 +11,8 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError, unknown
 
+MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends without a word
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -27,8 +29,8 @@ class EngineConfig:
             raise ConfigError(f"engine.chunk is {self.chunk!r}; a number of clients or auto")
         if isinstance(self.chunk, int) and self.chunk < 1:
             raise ConfigError(f"engine.chunk is {self.chunk}; 1 or more is wanted")
-        if self.threads < 1:
-            raise ConfigError(f"engine.threads is {self.threads}; 1 or more is wanted")
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise ConfigError(f"engine.threads is {self.threads}; 1 to {MOST_THREADS} are wanted")
 
 
 @dataclass(frozen=True)

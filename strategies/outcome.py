@@ -11,7 +11,14 @@ from typing import Protocol
 from fedraclora.config import RunConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.method import Method, Plan
-from fedraclora.runfolder import alone, begin, has_checkpoint, method_label, write_summary
+from fedraclora.runfolder import (
+    alone,
+    begin,
+    has_checkpoint,
+    method_label,
+    withdrawn,
+    write_summary,
+)
 from fedraclora.tree import digest
 from strategies.assembly import Assembled
 from strategies.server.rows import Row
@@ -58,8 +65,7 @@ def run_in_folder(
     """
     began = time.perf_counter()
     with ExitStack() as stack:
-        if resume:
-            stack.enter_context(alone(folder))
+        stack.enter_context(alone(folder) if resume else withdrawn(folder))
         goes_on = resume and has_checkpoint(folder, config.output.checkpoint_every)
         run = assemble(config, folder, resume=goes_on, on_round=on_round)
         stack.callback(run.grid.close)

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedraclora.errors import ConfigError
 from fedraclora.models.built import Built, seeded
-from fedraclora.named import import_function
+from fedraclora.named import check_call, import_function
 
 
 def build_function(
@@ -39,6 +39,7 @@ def build_function(
         ConfigError: If it cannot be imported, or gives something else.
     """
     build = import_function("model.function", function)
+    check_call("model.function", build, shape=shape, classes=classes, **(arguments or {}))
     with seeded(seed, "model"):
         model = build(shape=shape, classes=classes, **(arguments or {}))
     if not isinstance(model, nn.Module):

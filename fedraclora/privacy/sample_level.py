@@ -36,6 +36,8 @@ from fedraclora.privacy.secret import normals_of, stream
 from fedraclora.rng import hash_key
 from fedraclora.tree import Tree
 
+LARGEST = 3e38  # of float32
+
 
 @dataclass(frozen=True)
 class SampleNoise:
@@ -59,6 +61,11 @@ class SampleNoise:
             raise ConfigError(
                 f"noise_multiplier is {self.noise_multiplier}; a finite number, 0 or more, is "
                 "wanted"
+            )
+        if not self.noise_multiplier * self.clip < LARGEST:
+            raise ConfigError(
+                f"noise_multiplier is {self.noise_multiplier} and clip is {self.clip}; their "
+                f"product, the noise on a gradient, must stay below {LARGEST:.2g}"
             )
         if not 0 < self.delta < 1:
             raise ConfigError(f"delta is {self.delta}; a number in (0, 1) is wanted")

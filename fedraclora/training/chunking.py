@@ -16,7 +16,7 @@ from fedraclora.aggregate import SUM_BLOCK
 from fedraclora.downlink import Downlink
 from fedraclora.errors import ConfigError
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.memory import LOOKED_AT, MemoryModel, is_out_of_memory, measure
+from fedraclora.training.memory import LOOKED_AT, MemoryModel, is_out_of_memory, measure, try_step
 from fedraclora.tree import Tree
 
 LARGEST = {"cpu": 256, "cuda": 4096}  # more bring nothing: the products are large by then
@@ -114,10 +114,11 @@ def plan_chunk(
         The plan.
 
     Raises:
-        ConfigError: If memory runs out already with two clients.
+        ConfigError: If memory runs out already with two clients, or with the one of a chunk.
     """
     if isinstance(chunk, int) or cohort == 1:
         most = cohort if chunk == "auto" else int(chunk)
+        _try_one(trainer, base, downlink)
         return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
     try:
@@ -145,3 +146,16 @@ def plan_chunk(
     if SUM_BLOCK <= found < cohort:
         found -= found % SUM_BLOCK
     return ChunkPlan(found, reason, memory, budget, device)
+
+
+def _try_one(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
+    """Take a step of one client where nothing is measured: what cannot train is refused at once."""
+    try:
+        try_step(trainer, base, downlink)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"memory runs out with one client ({error}); lower local.batch_size, the size of a "
+            "sample (data.max_length) or the model, or set precision=bf16-mixed"
+        ) from error

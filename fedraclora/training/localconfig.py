@@ -14,6 +14,7 @@ OPTIMISERS = ("sgd", "adamw", "lora_rite")
 MOMENTS = ("round", "link", "run")
 LEAST = dict.fromkeys(("epochs", "steps", "batch_size", "warmup"), 0)
 LEAST |= dict.fromkeys(("step_every", "restart_every"), 1)
+MOST = 1_000_000  # local steps or epochs of a round, all of which are laid out before it
 BELOW = dict.fromkeys(("prox", "weight_decay", "final", "step_factor"), math.inf)
 BELOW |= dict.fromkeys(("momentum", "beta1", "beta2"), 1)
 # What an optimiser would pass over: a run would not be what its config says.
@@ -100,6 +101,9 @@ class LocalConfig:
             if number is not None and number < least:
                 every = "0 (all)" if key == "batch_size" else least
                 raise ConfigError(f"local.{key} is {number}; {every} or more is wanted")
+        if max(self.epochs, self.steps or 0) > MOST:
+            key = "steps" if self.epochs <= MOST else "epochs"
+            raise ConfigError(f"local.{key} is {getattr(self, key)}; {MOST} or fewer are wanted")
         for key, end in BELOW.items():
             if not 0 <= getattr(self, key) < end:
                 raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, {end})")

@@ -184,6 +184,16 @@ def measure(
     )
 
 
+def try_step(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
+    """Take the first step of one client, so that what cannot train is refused before a run begins.
+
+    Arguments as for `measure`, which does it as well.
+    """
+    client = torch.zeros(1, dtype=torch.int64, device=trainer.device)
+    with suppress(Enough):
+        Probe(trainer, None).train(base, owned(downlink, 1), client, round_=1, rate_scale=1.0)
+
+
 class Enough(Exception):  # noqa: N818  it is no error
     """Ends the training of a `Probe`."""
 

@@ -14,7 +14,7 @@ from fedraclora.checkpoint import replacing
 from fedraclora.downlink import opening_rows
 from fedraclora.errors import CheckpointError, ConfigError, RoundLostError
 from fedraclora.method import Method
-from fedraclora.privacy.secagg import SecAgg
+from fedraclora.privacy.secagg import LEAST, SecAgg
 from fedraclora.tree import Tree
 from fedraclora.wire.secagg import LARGEST, signed
 from strategies.server.exchange import Exchange
@@ -48,12 +48,17 @@ class SecureSum:
     answered: int = 0
     file: Path | None = None
 
-    def check(self, method: Method, weights: str) -> None:
+    def check(self, method: Method, weights: str, cohort: int) -> None:
         """Refuse what needs more than a sum.
 
         Raises:
             ConfigError: Saying why.
         """
+        if cohort < LEAST:
+            raise ConfigError(
+                f"secure=secagg hides a client among {LEAST} or more, but a round asks {cohort}; "
+                f"set cohort to {LEAST} or more, or secure=none"
+            )
         traits = method.traits
         if not traits.linear:
             raise ConfigError(

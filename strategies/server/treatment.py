@@ -92,7 +92,7 @@ class Treatment:
                     "secure=none"
                 )
             self.secure = SecureSum(self.security)
-            self.secure.check(method, loop.weights)
+            self.secure.check(method, loop.weights, loop.cohort)
         if (dp := fleet.local.dp) is not None:
             none = torch.zeros(loop.clients, dtype=torch.int64)
             self.samples = SampleAccount(dp, fleet.local, sizes, none)

@@ -1,0 +1,249 @@
+"""What is refused leaves no folder, and no start that failed is in the way of the next one."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments.assemble import assemble
+from experiments.choices import composed
+from experiments.cli import main
+from experiments.compare import compare
+from experiments.folders import sweep_name
+from fedraclora.config import RunConfig, from_plain
+from fedraclora.privacy.secagg import SecAgg
+from fedraclora.runfolder import has_begun
+from strategies import METHODS
+from strategies.base import FedStrategy
+from strategies.outcome import run_in_folder
+
+SMALL = [
+    *("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]"),
+    *("clients=8", "cohort=4", "rounds=1", "output=study"),
+]
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Call ``fedraclora simulate`` in this process; give its status and what it wrote to stderr."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.delenv("FEDRACLORA_DATA", raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # which simulate sets
+
+    def call(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fedraclora"])
+        with pytest.raises(SystemExit) as end:
+            main(["simulate", *words])
+        assert isinstance(end.value.code, int)
+        return end.value.code, capsys.readouterr().err
+
+    yield call
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def configured(folder: Path, *words: str) -> RunConfig:
+    return from_plain(composed([*SMALL, f"output.dir={folder}", *words]), METHODS)
+
+
+# ---- Before a folder is made --------------------------------------------------------------------
+
+REFUSED: dict[str, list[str]] = {
+    "method.name=[]": ["unknown method '[]'", "There are: "],
+    "method.name={a: 1}": ["unknown method", "There are: "],
+    "engine.name=[]": ["unknown engine '[]'", "There are: "],
+    "data.name=[0]": ["unknown data '[0]'", "There are: "],
+    "secure.name=[]": ["unknown secure '[]'", "There are: "],
+    "++local.dp.name=[0]": ["unknown local.dp '[0]'", "gaussian"],
+    "resume=[]": ["resume is []", "auto or null"],
+    "resume=2": ["resume is 2", "auto or null"],
+    "engine.threads=2147483648": ["engine.threads is 2147483648", "1 to 1024"],
+    "local.lr=1e308": ["local.lr is 1e+308", "float32"],
+    "method.alpha=1e308": ["method.alpha is 1e+308", "float32"],
+    "system=phones system.over_select=1e308": ["system.over_select is 1e+308", "float32"],
+    "local=dp_sgd local.dp.noise_multiplier=1e308": ["local.dp.noise_multiplier is 1e+308"],
+    "local.dp={name: gaussian, clip: 1e30, noise_multiplier: 1e30}": ["local.dp.", "product"],
+    "seed=99999999999999999999": ["seed is 99999999999999999999", "up to 9223372"],
+    "local.epochs=2147483648": ["local.epochs is 2147483648", "1000000 or fewer"],
+    "engine=inline method=fed_sb local=lora_rite": ["lora_rite is defined for adapters B A"],
+    "secure=secagg weights=uniform cohort=2": ["3 or more", "a round asks 2", "secure=none"],
+    "local=relora method=fedmomentum": ["local.restart_every", "'method.resample_every'"],
+    "method.rank=${foo}": ["method.rank takes its value", "'foo'"],
+    "seed=???": ["seed is ???", "set seed=VALUE"],
+    "=3": ["these words", "group=choice"],
+    "method=": ["Could not find 'method/'"],
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_is_refused_leaves_no_folder(command: Run, words: str, tmp_path: Path) -> None:
+    typed = [words] if ": " in words else words.split(" ")
+    status, error = command(*SMALL, f"output.dir={tmp_path / 'run'}", *typed)
+    assert status == 1
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    assert [part for part in REFUSED[words] if part not in error] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_somebody_elses_says_what_it_is_called_with(
+    command: Run, tmp_path: Path
+) -> None:
+    words = [word for word in SMALL if not word.startswith("model.")]
+    functions = {"math:sqrt": ["shape, classes", "takes (x, /)"], "nix:f": ["'nix'"]}
+    for function, said in functions.items():
+        status, error = command(
+            *words, "model=function", f"model.function={function}", "model.head=[]"
+        )
+        assert status == 1
+        assert error.startswith("error: model.function")
+        assert [part for part in said if part not in error] == []
+
+
+# ---- A start that failed ------------------------------------------------------------------------
+
+
+def test_a_start_that_fails_takes_its_folder_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    config = configured(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(FedStrategy, "_measured", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_in_folder(config, folder, assemble)
+    assert not folder.exists()
+    run_in_folder(config, folder, assemble)
+    assert (folder / "summary.json").is_file()
+
+
+def test_what_somebody_else_has_in_the_folder_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "chain").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(FedStrategy, "_measured", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_in_folder(configured(tmp_path), tmp_path, assemble)
+    assert {path.name for path in tmp_path.iterdir()} == {"chain", "notes.txt"}
+
+
+def test_a_start_that_was_killed_is_not_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tmp_path / "other")
+    wanted = run_in_folder(config, tmp_path / "other", assemble)["weights_digest"]
+    folder = tmp_path / "run"
+
+    def killed(self: FedStrategy) -> dict[str, object]:
+        # Nothing is cleared after a kill.
+        monkeypatch.setattr("fedraclora.runfolder._remove", lambda *_: None)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FedStrategy, "_measured", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_in_folder(configured(folder, "seed=1"), folder, assemble)
+    monkeypatch.undo()
+    assert (folder / "config.yaml").is_file()
+    assert not has_begun(folder)
+    found = run_in_folder(configured(folder), folder, assemble)["weights_digest"]
+    assert found == wanted
+    assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 0
+
+
+def test_a_round_that_is_left_to_too_few_names_the_stage(command: Run, tmp_path: Path) -> None:
+    assert SecAgg().shares(2) == 2
+    words = ["secure=secagg", "weights=uniform", "cohort=3", f"output.dir={tmp_path / 'run'}"]
+    assert command(*SMALL, *words)[0] == 0
+
+
+# ---- Disks and files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", range(12))
+@pytest.mark.short(when=lambda place: place in {0, 4, 8, 11})
+def test_a_full_disk_names_the_file_and_costs_nothing(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ["output.chain=true", "output.sync=true"]
+    flushed: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", flushed.append)
+        wanted = run_in_folder(configured(tmp_path / "a", *kept), tmp_path / "a", assemble)
+    left = place * (len(flushed) - 1) // 11  # from the first flush of the run to its last
+    folder = tmp_path / "b"
+    config = configured(folder, *kept)
+
+    def full(handle: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            run_in_folder(config, folder, assemble)
+    assert Path(str(caught.value.filename)).is_relative_to(folder)
+    resume = folder.exists() and has_begun(folder)
+    found = run_in_folder(config, folder, assemble, resume=resume)
+    assert found["weights_digest"] == wanted["weights_digest"]
+    assert found["ledger_digest"] == wanted["ledger_digest"]
+
+
+def test_a_place_where_no_folder_can_be_made_is_one_line(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, error = command(*SMALL, f"output.dir={tmp_path / 'file' / 'run'}")
+    assert status == 1
+    assert error.startswith("error: ")
+    assert "choose another" in error
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
+@pytest.mark.parametrize("bytes_", [b"\xff\xfe\x00\x9c" * 9, b"[1, 2"], ids=["binary", "cut"])
+def test_a_damaged_file_is_named(command: Run, name: str, bytes_: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_in_folder(configured(folder), folder, assemble)
+    (folder / name).write_bytes(bytes_)
+    status, error = command(f"resume={folder}")
+    assert status == 1
+    assert error.startswith("error: ")
+    assert f"{folder / name}" in error
+
+
+# ---- Sweeps with long names ---------------------------------------------------------------------
+
+
+def test_a_long_name_is_cut_and_stays_unique() -> None:
+    words = [f"key{i}.of_a_group={i}" for i in range(40)]
+    name = sweep_name(words)
+    assert len(name.encode()) == 255
+    assert name == sweep_name(reversed(words))  # type: ignore[arg-type]
+    assert name[:200] == sweep_name([*words, "seed=1"])[:200]
+    assert len({name, sweep_name([*words, "seed=1"]), sweep_name([*words, "seed=2"])}) == 3
+    wide = sweep_name([f"model.name={'é' * 200}"])
+    assert len(wide.encode()) <= 255
+    assert "\ufffd" not in wide
+
+
+def test_a_sweep_with_a_long_name_runs_and_is_found_again(command: Run, tmp_path: Path) -> None:
+    long = [f"local.lr={0.5:.230f}", f"output.dir={tmp_path}"]
+    words = ["-m", *SMALL, "output.sync=false", "method.rank=1,2", *long]
+    assert command(*words) == (0, "")
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert len(folders) == 2
+    assert command(*words, "resume=auto")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == folders
+    table: Any = compare([tmp_path], tmp_path / "out")
+    assert {row[0] for row in table.cells} == {"fed_rac_lora rank=1", "fed_rac_lora rank=2"}
