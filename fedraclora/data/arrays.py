@@ -1,4 +1,4 @@
-"""Arrays of samples, images for one: a ``.npz`` file, or a folder of IDX files as MNIST has them."""
+"""Arrays of samples, images for one: a ``.npz`` file, or a folder of IDX files like MNIST's."""
 
 from __future__ import annotations
 

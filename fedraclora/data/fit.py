@@ -192,13 +192,7 @@ def as_tensor(value: Any, where: str) -> torch.Tensor:
 
 
 def _kind(array: np.ndarray[Any, Any]) -> str:
-    kinds = {
-        "U": "words",
-        "S": "words",
-        "O": "Python objects",
-        "c": "complex numbers",
-        "M": "dates",
-    }
+    kinds = {"U": "words", "S": "words", "O": "Python objects", "c": "complex numbers"}
     return kinds.get(array.dtype.kind, f"values of type {array.dtype}")
 
 

@@ -276,7 +276,8 @@ def _completed(form: Form, tables: Sequence[Samples]) -> Form:
         raise ConfigError(
             f"data.classes is not set: say how many outputs the loss {form.loss} wants"
         )
-    return replace(form, shape=form.shape or found_shape(first), classes=classes)
+    shape = found_shape(first) if form.shape is None else form.shape
+    return replace(form, shape=shape, classes=classes)
 
 
 def _none_of(table: Samples) -> Samples:

@@ -227,9 +227,9 @@ def _rows(
     if missing == "error" and gone.any():
         told = [f"{name} in {int(gap.sum())} rows" for name, gap in gaps.items() if gap.any()]
         raise DataError(
-            f"{path}: values are missing (or infinite): {', '.join(told[:5])}; the first of them in "
-            f"row {int(np.flatnonzero(gone)[0]) + 1}. Set data.missing=drop to leave such rows out, "
-            "data.features to leave columns out, or fill them in the file"
+            f"{path}: values are missing (or infinite): {', '.join(told[:5])}; the first of them "
+            f"in row {int(np.flatnonzero(gone)[0]) + 1}. Set data.missing=drop to leave such rows "
+            "out, data.features to leave columns out, or fill them in the file"
         )
     if gone.all():
         raise DataError(f"{path}: no row is whole: check data.features, data.label, data.client")
