@@ -95,6 +95,7 @@ def load_table(
     owner = None if client is None else _column(frame, "data.client", client, path)
     used, left_out = _features(frame, features, named, owner, path)
     table, dropped = _rows(frame, used, named, owner, missing, path)
+    classes = _classes(table, named, task, path)
     if test is None:
         table, held = _split(table, SHARE if test_share is None else test_share, split_seed, task)
     else:
@@ -104,7 +105,6 @@ def load_table(
             _column(found, "data.test", column, other)
         held, more = _rows(found, used, _label(found, label, other), None, missing, other)
         dropped += more
-    classes = _classes(table, named, task, path)
     x, test_x = _scaled(table.x, held.x) if standardise else (table.x, held.x)
     train = Samples(_inputs(x), target_of(table.labels, classes, task))
     info: dict[str, object] = {"source": str(file), "rows_dropped": dropped}
