@@ -78,6 +78,7 @@ def prepare(words: Sequence[str], local: int | None) -> Order:
     asked = composed(["engine=deploy", *sizes, *words])
     check_own(asked, typed, local)
     plain, folder, resume = choose(asked, typed, None)
+    check_own(plain, [], local)  # of a run to go on with
     folder = folder.resolve()
     # The engine is what this command is for, also where a run goes on that began elsewhere.
     stored = plain["engine"] if isinstance(plain["engine"], dict) else {}

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from fedraclora.data.checks import check_count, check_fraction
@@ -49,6 +50,8 @@ class Brought:
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
     _found: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
+    _held: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
+    _read: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, client: int) -> Samples:
         """Give the training samples of one client.
@@ -58,29 +61,42 @@ class Brought:
             DataError: If they are missing, or not what they should be.
         """
         if client not in self._found:
-            kept = self._split(client)[0]
-            self._found[client] = kept.to(self.device, self.dtype)
+            self._split(client)
         return self._found[client]
 
-    def held_out(self, client: int) -> Samples:
-        """Give the samples of one client that it does not train on."""
-        return self._split(client)[1]
+    def held_out(self) -> Samples:
+        """Give the samples of all clients that they do not train on."""
+        for client in range(self.num_clients):
+            self.client(client)
+        parts = [self._held.pop(client) for client in range(self.num_clients)]
+        inputs = {n: torch.cat([part.inputs[n] for part in parts]) for n in parts[0].inputs}
+        return Samples(inputs, torch.cat([part.target for part in parts]))
 
     @property
     def found(self) -> list[Samples]:
         """The samples of the clients that were asked so far."""
         return [*self._found.values()]
 
-    def _split(self, client: int) -> tuple[Samples, Samples]:
-        whole = self.form.fit(self.read(client), told(self.source, client))
+    def _split(self, client: int) -> None:
+        """Part what a client trains on from what is held out, in one reading."""
+        whole = self.whole(client)
+        self._read.pop(client, None)
         rng = generator(self.split_seed, "split", "test", client)
         kept, held = split_rows(len(whole), self.share, rng)
         if not len(kept):  # a client has something to train on
             kept, held = held, kept
-        return take(whole, kept) if len(held) else whole, take(whole, held)
+        found = take(whole, kept) if len(held) else whole
+        self._found[client] = found.to(self.device, self.dtype)
+        if self.share and self.only is None:
+            self._held[client] = take(whole, held)
 
-    def read(self, client: int) -> Samples:
-        """Read the samples of one client, with the types that they come in."""
+    def whole(self, client: int) -> Samples:
+        """Give all samples of one client; it is asked for them once."""
+        if client not in self._read:
+            self._read[client] = self._ask(client)
+        return self.form.fit(self._read[client], told(self.source, client))
+
+    def _ask(self, client: int) -> Samples:
         if self.source is None:
             raise ConfigError(
                 "data=own: the samples are with their owners; run it with engine=deploy, or set "
@@ -176,13 +192,14 @@ def own_samples(
         form = brought.form
         table = test_table
     check_count("data.classes", form.classes)
+    labelled = loss == "cross_entropy" and samples is not None and client is None
     return DataSet(
         train=_none_of(table),
         test=test_table,
         classes=int(form.classes or 0),
         loss=loss,
         metrics=tuple(metrics or METRICS.get(loss, METRICS["cross_entropy"])),
-        columns={},
+        columns={"label": np.zeros(0, dtype=np.int64)} if labelled else {},
         sample_shape=form.shape if form.shape is not None else found_shape(table),
         parts=brought,
         info={"source": "each client's own"} | ({"held_out": share} if share else {}),
@@ -248,15 +265,11 @@ def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
         tables = [] if named is None else [brought.form.fit(named, told(test))]
         if brought.source is not None:
             some = spread_clients(brought.num_clients, LOOKED_AT).tolist()
-            tables += [brought.form.fit(brought.read(c), told(brought.source, c)) for c in some]
+            tables += [brought.whole(client) for client in some]
         brought = replace(brought, form=_completed(brought.form, tables))
     if named is not None:
         return brought, brought.form.fit(named, told(test))
-    held = [brought.held_out(client) for client in range(brought.num_clients)]
-    table = Samples(
-        {n: torch.cat([part.inputs[n] for part in held]) for n in held[0].inputs},
-        torch.cat([part.target for part in held]),
-    )
+    table = brought.held_out()
     if not len(table):
         raise ConfigError(
             f"data.test_share={brought.share} holds no sample out: raise it, or name test samples "

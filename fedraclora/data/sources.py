@@ -32,7 +32,7 @@ def counted(samples: str | None, clients: int | None) -> int:
         raise ConfigError(
             "clients is not set: say for how many clients there are samples, for example clients=3"
         )
-    folder = Path(samples).expanduser()
+    folder = _folder(samples)
     numbers = _numbers(folder)
     if not numbers:
         if (folder / ALONE).is_file():
@@ -47,6 +47,17 @@ def counted(samples: str | None, clients: int | None) -> int:
             "are numbered from 0 without a gap"
         )
     return len(numbers)
+
+
+def _folder(samples: str) -> Path:
+    folder = Path(samples).expanduser()
+    if folder.is_file():
+        raise DataError(
+            f"data.samples={samples} is a file; a folder with 0.npz, 1.npz, ... or module:function "
+            "is wanted. A file that is to be divided among clients is for data=table (CSV, "
+            "Parquet) or data=arrays (.npz)"
+        )
+    return folder
 
 
 def _numbers(folder: Path) -> set[int]:
@@ -75,7 +86,7 @@ def read_own(source: str, client: int, *, alone: bool = False) -> Samples:
     where = told(source, client)
     if is_function(source):
         return gathered(call_function("data.samples", source, client), where)
-    folder = Path(source).expanduser()
+    folder = _folder(source)
     named, only = folder / f"{client}.npz", folder / ALONE
     if named.is_file():
         return read_npz(named, where)

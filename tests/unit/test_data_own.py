@@ -99,6 +99,39 @@ def test_the_client_and_its_file_are_named(folder: Path) -> None:
         own_samples(clients=3, samples=str(folder), test=str(folder / "t.csv"))
 
 
+def test_each_client_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is held out and what is trained on are parts of one answer."""
+    (tmp_path / "asked_once.py").write_text(
+        "import numpy as np\nASKED = []\n"
+        "def samples(k):\n    ASKED.append(k)\n"
+        "    return np.random.default_rng().normal(size=(10, 2)), np.arange(10) % 2\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = own_samples(clients=3, samples="asked_once:samples")
+    data.parts.sizes(torch.arange(3))  # type: ignore[union-attr]
+    import asked_once  # type: ignore[import-not-found]
+
+    assert asked_once.ASKED == [0, 1, 2]
+
+
+def test_what_a_function_raises_is_told_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "raises.py").write_text("def samples(k):\n    return {}[k]\n")
+    (tmp_path / "unfinished.py").write_text("def samples(k:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"with \(0\) raises KeyError.*raises\.py, line 2"
+    ):
+        own_samples(clients=1, samples="raises:samples")
+    with pytest.raises(
+        ConfigError, match=r"raises SyntaxError.*unfinished\.py, line 1"
+    ):
+        own_samples(clients=1, samples="unfinished:samples")
+    with pytest.raises(DataError, match=r"is a file; a folder.*data=table"):
+        own_samples(clients=1, samples=str(tmp_path / "raises.py"))
+
+
 def test_one_file_is_one_clients(tmp_path: Path) -> None:
     """A folder with train.npz alone gave every client the same samples."""
     x, y = arrays()
