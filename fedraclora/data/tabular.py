@@ -71,7 +71,8 @@ def load_table(
         split_seed: Seed of that choice.
         task: ``classification`` or ``regression``.
         metrics: Names of metrics, the headline first; None for those usual for the task.
-        standardise: Give each feature mean 0 and deviation 1 over the training rows.
+        standardise: Give each feature, and a number to predict, mean 0 and deviation 1 over the
+            training rows.
         missing: What becomes of rows in which something is missing: ``error`` or ``drop``.
         separator: What parts the columns; None: a comma, in .tsv a tab.
 
@@ -93,6 +94,8 @@ def load_table(
     frame = read_frame(path, _names(label, client), separator)
     named = _label(frame, label, path)
     owner = None if client is None else _column(frame, "data.client", client, path)
+    if owner == named:
+        raise ConfigError(f"data.client={client} is data.label, too: name another column, or none")
     used, left_out = _features(frame, features, named, owner, path)
     table, dropped = _rows(frame, used, named, owner, missing, path)
     classes = _classes(table, named, task, path)
@@ -105,15 +108,18 @@ def load_table(
             _column(found, "data.test", column, other)
         held, more = _rows(found, used, _label(found, label, other), None, missing, other)
         dropped += more
-    x, test_x = _scaled(table.x, held.x) if standardise else (table.x, held.x)
-    train = Samples(_inputs(x), target_of(table.labels, classes, task))
+    train, held_out = (_samples(rows, classes, task) for rows in (table, held))
     info: dict[str, object] = {"source": str(file), "rows_dropped": dropped}
+    if standardise:
+        train, held_out, scale = _standardised(train, held_out)
+        info |= scale
+    train, held_out = (part.clone().to("cpu", torch.float32) for part in (train, held_out))
     info["features"] = used if len(used) <= TOLD else len(used)
     info |= {"columns_left_out": left_out} if left_out else {}
     info |= {"classes": classes} if classes else {}
     data = DataSet(
         train=train,
-        test=Samples(_inputs(test_x), target_of(held.labels, classes, task)),
+        test=held_out,
         classes=max(1, len(classes)),
         loss=LOSSES[task],
         metrics=tuple(metrics or METRICS[task]),
@@ -278,14 +284,24 @@ def _classes(table: _Rows, label: str, task: str, path: Path) -> list[str]:
     return names
 
 
-def _scaled(
-    x: npt.NDArray[np.float64], test: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Standardise by the training rows; a constant column becomes 0."""
-    mean, deviation = x.mean(axis=0), x.std(axis=0)
-    deviation[deviation == 0] = 1.0
-    return (x - mean) / deviation, (test - mean) / deviation
+def _samples(rows: _Rows, classes: Sequence[str], task: str) -> Samples:
+    """Make samples, their features in float64."""
+    return Samples({"x": torch.from_numpy(rows.x)}, target_of(rows.labels, classes, task))
 
 
-def _inputs(x: npt.NDArray[np.float64]) -> dict[str, torch.Tensor]:
-    return {"x": torch.from_numpy(x.astype(np.float32)).clone()}
+def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict[str, object]]:
+    """Standardise features, and a number to predict, by the training rows; say its scale."""
+    x, test_x = _scaled(train.inputs["x"], test.inputs["x"])
+    if not train.target.is_floating_point():
+        return Samples({"x": x}, train.target), Samples({"x": test_x}, test.target), {}
+    wide = train.target.double()
+    y, test_y = _scaled(wide, test.target.double())
+    told = {"label_mean": float(wide.mean()), "label_deviation": float(wide.std(correction=0))}
+    return Samples({"x": x}, y), Samples({"x": test_x}, test_y), dict(told)
+
+
+def _scaled(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give both mean 0 and deviation 1 over the rows of the first; what is constant becomes 0."""
+    mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0)
+    deviation = torch.where(deviation == 0, torch.ones_like(deviation), deviation)
+    return (train - mean) / deviation, (test - mean) / deviation

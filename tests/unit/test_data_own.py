@@ -120,13 +120,9 @@ def test_what_a_function_raises_is_told_with_its_line(
     (tmp_path / "raises.py").write_text("def samples(k):\n    return {}[k]\n")
     (tmp_path / "unfinished.py").write_text("def samples(k:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(
-        DataError, match=r"with \(0\) raises KeyError.*raises\.py, line 2"
-    ):
+    with pytest.raises(DataError, match=r"with \(0\) raises KeyError.*raises\.py, line 2"):
         own_samples(clients=1, samples="raises:samples")
-    with pytest.raises(
-        ConfigError, match=r"raises SyntaxError.*unfinished\.py, line 1"
-    ):
+    with pytest.raises(ConfigError, match=r"raises SyntaxError.*unfinished\.py, line 1"):
         own_samples(clients=1, samples="unfinished:samples")
     with pytest.raises(DataError, match=r"is a file; a folder.*data=table"):
         own_samples(clients=1, samples=str(tmp_path / "raises.py"))

@@ -93,6 +93,10 @@ def test_a_number_is_predicted_where_it_is_asked_for(tmp_path: Path) -> None:
     data = load(written(tmp_path, ".csv"), label="dose", task="regression")
     assert (data.loss, data.classes, data.train.target.dtype) == ("squared_error", 1, torch.float32)
     assert "label" not in data.columns
+    assert abs(float(data.train.target.mean())) < 1e-6
+    raw = load(written(tmp_path, ".csv"), label="dose", task="regression", standardise=False)
+    mean, deviation = data.info["label_mean"], data.info["label_deviation"]
+    torch.testing.assert_close(data.test.target * deviation + mean, raw.test.target)
 
 
 def test_rows_that_miss_a_value_are_refused_or_dropped_and_counted(tmp_path: Path) -> None:
@@ -110,6 +114,7 @@ def test_rows_that_miss_a_value_are_refused_or_dropped_and_counted(tmp_path: Pat
 BAD = {
     "no label": ({"label": None}, r"data\.label is not set.*'outcome', 'site'"),
     "label": ({"label": "outcom"}, r"data\.label: .*did you mean 'outcome'"),
+    "client and label": ({"client": "outcome"}, r"is data\.label, too"),
     "client": ({"client": "sites"}, r"data\.client: .*did you mean 'site'"),
     "words": ({"features": ["age", "note"]}, r"and words in \['note'\]"),
     "the label": ({"label": "age", "features": ["age"]}, "without the label"),
