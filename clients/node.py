@@ -56,8 +56,10 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     make_room(folder.parent)
     own = context.node_config.get("data")
     settings = str(context.run_config.get("cfg-json", ""))
-    # Without data of its own a client's trainer is every client's.
-    found = trainer_for(settings, None if own is None else str(own), 0 if own is None else client)
+    if own is None:  # then a client's trainer is every client's
+        found = trainer_for(settings, None, 0, alone=False)
+    else:
+        found = trainer_for(settings, str(own), client, alone=len(served(context)) == 1)
     trainer, terms = found
     holding = Holding(folder, trainer.plan, trainer.device)
     holding.begin(dict(trainer.task.model.named_parameters()))
@@ -171,13 +173,16 @@ def read_store(folder: Path, rounds: int) -> ClientStore:
 
 
 @lru_cache(maxsize=1)
-def trainer_for(settings: str, own: str | None, client: int) -> tuple[CohortTrainer, Terms | None]:
+def trainer_for(
+    settings: str, own: str | None, client: int, *, alone: bool
+) -> tuple[CohortTrainer, Terms | None]:
     """Build data and model of a run, and what its clients insist on in secure aggregation.
 
     Args:
         settings: The config of the run, as JSON.
         own: What the node's configuration says of its data, or None.
         client: Whose they are.
+        alone: Whether the node has no other client.
 
     Raises:
         ConfigError: If the run wants data of the clients' own and the node has none, or it has
@@ -191,7 +196,7 @@ def trainer_for(settings: str, own: str | None, client: int) -> tuple[CohortTrai
             "no other run has a use for it"
         )
     if own is not None:
-        plain["data"] |= {"samples": own, "client": client}
+        plain["data"] |= {"samples": own, "client": client, "alone": alone}
     config = task_from_plain(plain)
     fix_bits(config.engine.threads, pick_device(config.device))
     # Pretrained weights come from the server.

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from fedraclora.engines.deploy.control import COMPLETED, PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
+from fedraclora.named import is_function
 from fedraclora.runfolder import alone, method_label
 from fedraclora.settings import DeployConfig, PretrainConfig
 from strategies.server_app import ROW, SUMMARY, read_config, settings_of
@@ -75,7 +76,9 @@ def prepare(words: Sequence[str], local: int | None) -> Order:
     if local is not None and "resume" not in typed and "clients" not in typed:
         sizes = [f"clients={local}", *([] if "cohort" in typed else [f"cohort={local}"])]
     asked = composed(["engine=deploy", *sizes, *words])
+    check_own(asked, typed, local)
     plain, folder, resume = choose(asked, typed, None)
+    check_own(plain, [], local)  # of a run to go on with
     folder = folder.resolve()
     # The engine is what this command is for, also where a run goes on that began elsewhere.
     stored = plain["engine"] if isinstance(plain["engine"], dict) else {}
@@ -88,7 +91,7 @@ def prepare(words: Sequence[str], local: int | None) -> Order:
     config = read_config(json.dumps({**plain, "output": {**output, "dir": str(there)}}))
     if not isinstance(settings_of(config), DeployConfig):
         raise ConfigError(f"engine is {config.engine.name}: fedraclora deploy has engine=deploy")
-    built = build_task(replace(config, pretrain=PretrainConfig()))
+    built = build_task(replace(config, pretrain=PretrainConfig()))  # reads the nodes' data, too
     return Order(config, plain, folder, resume, built.clients)
 
 
@@ -168,8 +171,38 @@ def place(order: Order, local: int | None, name: str) -> Iterator[tuple[Connecti
         with alone(order.folder):  # the server will hold it: better to know before all of it starts
             pass
     served = [list(range(k, order.clients, local)) for k in range(local)]
-    with LocalDeployment([ids for ids in served if ids]) as deployment:
+    with LocalDeployment([ids for ids in served if ids], data=own_data(order.plain)) as deployment:
         yield deployment.connection, None
+
+
+def own_data(plain: Mapping[str, object]) -> str | None:
+    """Give what nodes of this machine are told of their data: None where the run brings them."""
+    data = plain["data"]
+    if not isinstance(data, Mapping) or data["name"] != "own":
+        return None
+    samples = str(data["samples"])
+    return samples if is_function(samples) else str(Path(samples).expanduser().resolve())
+
+
+def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | None) -> None:
+    """Check that it is said where the clients' own samples are, and once.
+
+    Raises:
+        ConfigError: If nodes of this machine are told nothing, or others twice.
+    """
+    data = plain["data"]
+    if not isinstance(data, Mapping) or data.get("name") != "own":
+        return
+    if local and data.get("samples") is None:
+        raise ConfigError(
+            "data=own with local=: say what the nodes on this machine train on, by data.samples, a "
+            "folder or module:function that has the samples of every client"
+        )
+    if not local and "data.samples" in typed:
+        raise ConfigError(
+            f"data.samples={data['samples']} is for simulate and local=: at a connection each node "
+            "says where its samples are, by data in its node-config; leave it out"
+        )
 
 
 def split(words: Sequence[str]) -> tuple[str, int | None, list[str]]:

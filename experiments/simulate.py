@@ -21,6 +21,7 @@ from experiments.choices import CONF, check_choices
 from experiments.interrupt import in_order
 from experiments.progress import RunProgress
 from experiments.status import composing, reported, tell
+from fedraclora.build import settled
 from fedraclora.config import RunConfig, from_plain
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.ledger import headline, number
@@ -108,7 +109,7 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
         stored = folders.read_config(folder)
         folders.refuse_changes(folder, stored, plain, typed)
         return where_now(stored, plain, typed), folder, True
-    folder = folders.run_folder(output, sweep_job)
+    plain, folder = settled(plain), folders.run_folder(output, sweep_job)
     if wanted == "auto" and (folder / "config.yaml").is_file():
         stored = folders.read_config(folder)
         folders.refuse_changes(folder, stored, plain, None)

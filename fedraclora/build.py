@@ -13,6 +13,8 @@ from threadpoolctl import threadpool_limits
 from fedraclora.adapter import make_plan
 from fedraclora.config import TaskConfig
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
+from fedraclora.data.leak import refuse_shared
+from fedraclora.data.own import Brought, settled_own
 from fedraclora.data.partition import make_partition
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.method import Plan
@@ -24,7 +26,7 @@ from fedraclora.robust.attack import LabelFlip
 from fedraclora.robust.attacked import AttackedTrainer
 from fedraclora.samples import Partitioned, Samples, count_labels
 from fedraclora.sampling import check_cohort
-from fedraclora.schema import bind, coerce, without
+from fedraclora.schema import Plain, bind, coerce, section, without
 from fedraclora.settings import DeployConfig
 from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
@@ -57,6 +59,25 @@ class BuiltTask:
     def label_counts(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
         """Count the samples of each label at some clients: ids [K] -> [K, classes]."""
         return count_labels(self.task.train, clients.to(self.device), self.classes)
+
+
+def settled(plain: Plain) -> dict[str, object]:
+    """Fill in what data of the clients' own say of themselves, for processes that have one's alone.
+
+    Args:
+        plain: The config of a new run.
+
+    Returns:
+        The config, with the number of clients, and the shape and classes of their samples.
+
+    Raises:
+        FedRacLoraError: If the samples are missing or wrong, or do not say it.
+    """
+    data = section(plain, "data")
+    if data.get("name") != "own":
+        return dict(plain)
+    data, clients = settled_own(data, plain.get("clients"))
+    return {**plain, "data": data, "clients": clients}
 
 
 def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTrainer:
@@ -166,11 +187,16 @@ def build_task(config: TaskConfig) -> BuiltTask:
         classes=data.classes,
         seed=config.seed,
     )()
-    for part in (data.train, data.test):
-        check_fit(built.model, part.inputs)
+    brought = [data.train, *(parts.found if isinstance(parts, Brought) else ())]
+    if not data.measures_training:
+        refuse_shared(brought, data.test)
+    for table in (*brought, data.test):
+        if len(table):
+            check_fit(built.model, table.inputs)
     dtype = _float_dtype(data.train)
     model = built.model.to(dtype)
-    facts: dict[str, object] = {**data.info, "partition": info, "train": len(data.train)}
+    facts: dict[str, object] = {**data.info, "partition": info}
+    facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
     if config.pretrain.epochs:
         facts["pretrain"] = _pretrained(config, whole, model)
@@ -201,6 +227,18 @@ def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> d
     The newest results are kept in this process: the runs of a study begin from few of them.
     """
     asked = config.pretrain
+    if whole.aside is None and section(config.plain, "pretrain").get("name") == "aside":
+        raise ConfigError(
+            "pretrain=aside trains on samples that the data set sets aside, and "
+            f"data={config.data['name']} sets none aside: set data.aside where it has that key, or "
+            "pretrain=none"
+        )
+    if not len(whole.train):
+        raise ConfigError(
+            f"data={config.data['name']}: the clients bring all training samples, so that the "
+            "server has nothing to pretrain on: set pretrain=none (a model of your own may bring "
+            "trained weights)"
+        )
     try:
         part = whole if asked.labels is None else select_labels(whole, asked.labels)
     except FedRacLoraError as error:

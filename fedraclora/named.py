@@ -1,13 +1,25 @@
-"""Functions of other people's packages, named in a config as ``package.module:function``."""
+"""Functions of other people's modules, named in a config as ``package.module:function``.
+
+The module is installed, or lies on Python's path or in the working folder.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+
+
+def is_function(name: str) -> bool:
+    """Tell ``package.module:function`` from the path of a file or a folder."""
+    module, mark, attribute = name.partition(":")
+    return bool(mark) and bool(module) and "/" not in module and attribute.isidentifier()
 
 
 def import_function(key: str, name: str) -> Any:
@@ -15,7 +27,7 @@ def import_function(key: str, name: str) -> Any:
 
     Args:
         key: Of the config, for messages.
-        name: ``package.module:function``; the package is installed wherever it is asked for.
+        name: ``package.module:function``; it is wherever it is asked for.
 
     Raises:
         ConfigError: If it is not of that form, cannot be imported, or cannot be called.
@@ -27,13 +39,24 @@ def import_function(key: str, name: str) -> Any:
     module, mark, attribute = name.partition(":")
     if not (module and mark and attribute):
         raise ConfigError(f"{key} is {name!r}; package.module:function is wanted")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last: a file here hides no package
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a module of somebody else's does when it is imported
+        imported = importlib.import_module(module)
+    except ImportError as error:
         raise ConfigError(
-            f"{key} is {name!r}, which cannot be imported here ({error}): the package must be "
-            "installed on this machine, for the Python that runs this"
+            f"{key} is {name!r}, which cannot be imported here ({error}): the module must lie in "
+            f"the working folder ({here}) or be installed for the Python that runs this"
         ) from error
+    except Exception as error:
+        raise ConfigError(f"{key} is {name!r}, and {_failure(error, 'importing it')}") from error
+    found = getattr(imported, attribute, None)
+    if found is None:
+        origin = getattr(imported, "__file__", None) or "built into Python"
+        raise ConfigError(
+            f"{key} is {name!r}, which cannot be imported here: the module {module} ({origin}) "
+            f"has no {attribute}"
+        )
     if not callable(found):
         raise ConfigError(f"{key} is {name!r}, which is a {type(found).__name__}, no function")
     return found
@@ -61,3 +84,30 @@ def check_call(key: str, function: Callable[..., object], **arguments: object) -
             f"{key}: the function is called with {', '.join(arguments)} by name, and takes "
             f"{wanted} ({error})"
         ) from error
+
+
+def call_function(key: str, name: str, *arguments: object) -> object:
+    """Call what a config names; what it raises is told with its place.
+
+    Raises:
+        ConfigError: As `import_function`.
+        DataError: If the call fails.
+    """
+    function = import_function(key, name)
+    try:
+        found: object = function(*arguments)
+    except FedRacLoraError:
+        raise
+    except Exception as error:
+        said = ", ".join(map(repr, arguments))
+        raise DataError(f"{key}={name}: {_failure(error, f'calling it with ({said})')}") from error
+    return found
+
+
+def _failure(error: Exception, what: str) -> str:
+    """Say what was raised, and in which line."""
+    if isinstance(error, SyntaxError):
+        return f"{what} raises SyntaxError: {error}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(last.filename).name}, line {last.lineno}"
+    return f"{what} raises {type(error).__name__}: {error} ({place})"

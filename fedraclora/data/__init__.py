@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fedraclora.data.arrays import load_arrays
 from fedraclora.data.dataset import DataSet, hold_out, select_labels
 from fedraclora.data.digits import load_digits
 from fedraclora.data.mnist import load_mnist, load_mnist_5k
@@ -11,6 +12,7 @@ from fedraclora.data.own import own_samples
 from fedraclora.data.partition import PARTITIONS, make_partition
 from fedraclora.data.shakespeare import load_shakespeare
 from fedraclora.data.synthetic import least_squares, logistic_regression
+from fedraclora.data.tabular import load_table
 from fedraclora.data.text import load_text
 from fedraclora.data.virtual import virtual
 
@@ -23,6 +25,8 @@ DATASETS: dict[str, Callable[..., DataSet]] = {
     "least_squares": least_squares,
     "logistic_regression": logistic_regression,
     "text": load_text,
+    "table": load_table,
+    "arrays": load_arrays,
     "shakespeare": load_shakespeare,
     "virtual": virtual,
     "own": own_samples,

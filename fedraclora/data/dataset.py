@@ -25,21 +25,23 @@ class DataSet:
     """Training and test samples with what a model and a partition need to know of them.
 
     Attributes:
-        train: Training samples; beside ``parts`` that are made on demand, samples to pretrain on.
-        test: Held-out samples; the object ``train`` itself where the figure of merit is the
-            training objective (synthetic data).
+        train: Training samples; beside ``parts`` that are made or found on demand, samples to
+            pretrain on, or none.
+        test: Held-out samples; the object ``train`` itself where ``measures_training``.
         classes: Number of outputs: classes, or 1 for a scalar regression or a binary score.
         loss: A key of `fedraclora.task.LOSSES`.
         metrics: Names of metrics, the headline first.
         columns: One value per training row, to partition by: ``"label"`` wherever there are
             classes, ``"client"`` and its own name for a natural client.
         sample_shape: Shape of one input ``"x"``; empty for token ids.
-        parts: The clients, where the data set brings its own division.
+        parts: The clients, where the data set brings its own division. Rows of each client are a
+            proposal; clients that are made or found on demand are the only division there is.
         optimum: Least value of the training objective, where it is known.
         held_by: A column whose values are held out whole, for test and validation alike; None
             where rows are.
         aside: Training and test samples that no client has, for pretraining; None where there
             are none.
+        measures_training: Whether the figure of merit is the training objective (synthetic data).
         info: Facts for the summary.
     """
 
@@ -54,7 +56,13 @@ class DataSet:
     optimum: float | None = None
     held_by: str | None = None
     aside: tuple[Samples, Samples] | None = None
+    measures_training: bool = False
     info: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether clients are made or found when asked: then no table is to be divided."""
+        return not isinstance(self.parts, list | None)
 
 
 def classification(train: Samples, test: Samples, classes: int, info: dict[str, object]) -> DataSet:
@@ -161,7 +169,7 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
     """
     if data.loss != "cross_entropy":
         raise ConfigError("data.labels is for data sets with classes; set data.labels=null")
-    if not isinstance(data.parts, list | None):
+    if data.on_demand:
         raise ConfigError(
             "data.labels is for samples that are there, and these clients' are made on demand; "
             "set data.labels=null"
@@ -214,6 +222,11 @@ def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, Sample
     check_fraction("data.validation", fraction)
     if fraction == 0:
         return data, None
+    if not len(data.train):
+        raise ConfigError(
+            f"data.validation={fraction}, but these clients bring all training samples, and none "
+            "of them is at the server: leave data.validation at 0"
+        )
     rng = generator(seed, "split", "validation")
     if data.held_by is None:
         kept, held = split_rows(len(data.train), fraction, rng, data.columns.get("label"))

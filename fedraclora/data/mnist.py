@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.dataset import DataSet, classification, train_test
+from fedraclora.data.idx import parse_idx
 from fedraclora.data.locate import (
     check_file,
     install_command,
@@ -124,9 +125,7 @@ def read_idx(folder: Path, name: str) -> npt.NDArray[np.uint8]:
         )
     get = _get(str(folder.parents[1]))
     require_sha256(str(folder / name), sha256_of(data), IDX_SHA256[name], get)
-    axes = data[3]  # then one big-endian 32-bit size per axis
-    shape = np.frombuffer(data, ">i4", count=axes, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    return parse_idx(data, str(folder / name))
 
 
 def _get(root: str) -> str:

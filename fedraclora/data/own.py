@@ -1,25 +1,28 @@
 """Samples that each client brings itself: files of its own, or a function of its own.
 
 The server knows what a sample looks like, and has samples to measure on. In a deployment every
-other sample stays where it is.
+other sample stays where it is. Nothing is trained on at the server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 
-from fedraclora.data.checks import check_count
-from fedraclora.data.dataset import DataSet
-from fedraclora.errors import ConfigError, DataError
-from fedraclora.named import import_function
+from fedraclora.data.checks import check_count, check_fraction
+from fedraclora.data.dataset import DataSet, split_rows, take
+from fedraclora.data.fit import METRICS, Form, found_shape
+from fedraclora.data.partition import LOOKED_AT, spread_clients
+from fedraclora.data.sources import counted, read_own, read_table, told
+from fedraclora.errors import ConfigError
+from fedraclora.rng import generator
 from fedraclora.samples import Samples
 
-TARGET = "target"
+SHARE = 0.2  # of each client's samples, held out where there are no test samples
 
 
 @dataclass(frozen=True)
@@ -29,36 +32,77 @@ class Brought:
     Attributes:
         source: A folder, or ``package.module:function``; None: they are on other machines.
         num_clients: Size of the population.
-        shape: Of one input ``"x"``; empty for token ids.
+        form: What samples look like.
         only: The one client that is here; None: all are, if any.
+        alone: Whether the client that is here is its node's only one.
+        share: Fraction of each client's samples that is held out, to measure on.
+        split_seed: Of that choice.
         device, dtype: Where to, and what floating samples become; None: as they come.
     """
 
     source: str | None
     num_clients: int
-    shape: tuple[int, ...]
+    form: Form
     only: int | None = None
+    alone: bool = False
+    share: float = 0.0
+    split_seed: int = 0
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
     _found: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
+    _held: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
+    _read: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, client: int) -> Samples:
-        """Give the samples of one client.
+        """Give the training samples of one client.
 
         Raises:
             ConfigError: If they are on another machine.
             DataError: If they are missing, or not what they should be.
         """
+        if client not in self._found:
+            self._split(client)
+        return self._found[client]
+
+    def held_out(self) -> Samples:
+        """Give the samples of all clients that they do not train on."""
+        for client in range(self.num_clients):
+            self.client(client)
+        parts = [self._held.pop(client) for client in range(self.num_clients)]
+        inputs = {n: torch.cat([part.inputs[n] for part in parts]) for n in parts[0].inputs}
+        return Samples(inputs, torch.cat([part.target for part in parts]))
+
+    @property
+    def found(self) -> list[Samples]:
+        """The samples of the clients that were asked so far."""
+        return [*self._found.values()]
+
+    def _split(self, client: int) -> None:
+        """Part what a client trains on from what is held out, in one reading."""
+        whole = self.whole(client)
+        self._read.pop(client, None)
+        rng = generator(self.split_seed, "split", "test", client)
+        kept, held = split_rows(len(whole), self.share, rng)
+        if not len(kept):  # a client has something to train on
+            kept, held = held, kept
+        found = take(whole, kept) if len(held) else whole
+        self._found[client] = found.to(self.device, self.dtype)
+        if self.share and self.only is None:
+            self._held[client] = take(whole, held)
+
+    def whole(self, client: int) -> Samples:
+        """Give all samples of one client; it is asked for them once."""
+        if client not in self._read:
+            self._read[client] = self._ask(client)
+        return self.form.fit(self._read[client], told(self.source, client))
+
+    def _ask(self, client: int) -> Samples:
         if self.source is None:
             raise ConfigError(
                 "data=own: the samples are with their owners; run it with engine=deploy, or set "
                 "data.samples to a folder or a function that has those of every client"
             )
-        if client not in self._found:
-            self._found[client] = read_own(self.source, client, self.shape).to(
-                self.device, self.dtype
-            )
-        return self._found[client]
+        return read_own(self.source, client, alone=self.alone or self.num_clients == 1)
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K]; 1 for those that are elsewhere."""
@@ -91,138 +135,164 @@ class Brought:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Brought:
         """Move to a device; floating samples take ``dtype`` when given."""
-        return Brought(self.source, self.num_clients, self.shape, self.only, device, dtype)
+        found = {client: samples.to(device, dtype) for client, samples in self._found.items()}
+        return replace(self, device=device, dtype=dtype, _found=found)
 
 
 def own_samples(
     *,
-    clients: int,
-    classes: int,
-    shape: Sequence[int] = (),
+    clients: int | None,
+    classes: int | None = None,
+    shape: Sequence[int] | None = None,
     samples: str | None = None,
     test: str | None = None,
+    test_share: float | None = None,
+    split_seed: int = 0,
     client: int | None = None,
+    alone: bool = False,
     loss: str = "cross_entropy",
-    metrics: Sequence[str] = ("accuracy", "loss"),
+    metrics: Sequence[str] | None = None,
 ) -> DataSet:
-    """Describe samples that clients bring. Use it with ``partition=given``.
+    """Describe samples that clients bring; they are the division, too.
 
     Args:
-        clients: Number of clients.
-        classes: Number of outputs: classes, or 1 for a scalar.
-        shape: Shape of one input ``"x"``; empty for token ids.
+        clients: Number of clients; None: as many as the folder ``samples`` has files.
+        classes: Number of outputs: classes, or 1 for a scalar; None: as the samples have.
+        shape: Shape of one input ``"x"``; empty for token ids; None: as the samples have.
         samples: Those of the clients: a folder or ``package.module:function``. A node sets it from
             its own configuration; in a simulation it has the samples of every client.
         test: Those that the server measures on: a ``.npz`` file or ``package.module:function``.
+        test_share: Without them, the fraction of each client's samples that is held out for it;
+            None: 0.2.
+        split_seed: Seed of that choice.
         client: Set by a node: its client. Nothing is measured there.
+        alone: Set by a node: it serves this client only.
         loss: A key of `fedraclora.task.LOSSES`, or ``package.module:function``.
-        metrics: Names of metrics, the headline first.
+        metrics: Names of metrics, the headline first; None for those usual for the loss.
 
     Returns:
-        Floating numbers in float32. The clients are `parts` that are looked for on demand; the
-        table beside them is that of the server, at a node that of its client.
+        Floating numbers in float32. The clients are `parts` that are looked for on demand; no
+        training table is beside them, and at a node no test table either.
 
     Raises:
         ConfigError: If a key is wrong or missing.
         DataError: If samples are missing, or not what they should be.
     """
-    check_count("data.classes", classes)
-    brought = Brought(samples, clients, tuple(shape), client)
+    form = Form(None if shape is None else tuple(shape), loss, classes)
+    share = _share(test, test_share, samples)
+    bring = partial(Brought, only=client, alone=alone, share=share, split_seed=split_seed)
+    brought = bring(samples, counted(samples, clients), form)
     if client is not None:
+        if classes is None:
+            raise ConfigError("data.classes is not set, and a node cannot know it")
         table = brought.client(client)
-    elif test is None:
+        test_table = _none_of(table)
+    else:
+        brought, test_table = _measured(brought, test)
+        form = brought.form
+        table = test_table
+    check_count("data.classes", form.classes)
+    labelled = loss == "cross_entropy" and samples is not None and client is None
+    return DataSet(
+        train=_none_of(table),
+        test=test_table,
+        classes=int(form.classes or 0),
+        loss=loss,
+        metrics=tuple(metrics or METRICS.get(loss, METRICS["cross_entropy"])),
+        columns={"label": np.zeros(0, dtype=np.int64)} if labelled else {},
+        sample_shape=form.shape if form.shape is not None else found_shape(table),
+        parts=brought,
+        info={"source": "each client's own"} | ({"held_out": share} if share else {}),
+    )
+
+
+def settled_own(data: Mapping[str, object], clients: object) -> tuple[dict[str, object], object]:
+    """Fill in what the samples say of themselves: how many clients, what shape, how many classes.
+
+    Processes that have one client's samples could not know it.
+
+    Args:
+        data: The group of the config.
+        clients: What the config says; None: as many as there are files.
+
+    Returns:
+        The group, and the number of clients.
+    """
+    samples = data.get("samples")
+    source = samples if isinstance(samples, str) else None
+    if clients is None:
+        clients = counted(source, None)
+    found = {**data, "clients": clients}
+    if found.get("classes") is None or found.get("shape") is None:
+        known = own_samples(**{k: v for k, v in found.items() if k in _SETTLED})  # type: ignore[arg-type]
+        found |= {"classes": known.classes, "shape": [*known.sample_shape]}
+    return found, clients
+
+
+_SETTLED = (
+    *("clients", "classes", "shape", "samples", "test", "test_share", "split_seed"),
+    *("loss", "metrics"),
+)
+
+
+def _share(test: str | None, share: float | None, samples: str | None) -> float:
+    """Fraction of each client's samples that is held out.
+
+    Raises:
+        ConfigError: If there are two answers to the question what is measured on.
+    """
+    if share is not None:
+        check_fraction("data.test_share", share)
+        if test is not None:
+            raise ConfigError(
+                f"data.test={test} names the test samples, and data.test_share={share} holds some "
+                "of each client's out: leave one of them out"
+            )
+    if test is not None:
+        return 0.0
+    if samples is None:
         raise ConfigError(
             "data.test is not set: the server measures on samples of its own; give a .npz file or "
             "package.module:function"
         )
-    else:
-        table = read_table(test, tuple(shape))
-    return DataSet(
-        train=table,
-        test=table,
-        classes=classes,
-        loss=loss,
-        metrics=tuple(metrics),
-        columns={},
-        sample_shape=tuple(shape),
-        parts=brought,
-        info={"source": "each client's own"},
-    )
+    return SHARE if share is None else share
 
 
-def read_own(source: str, client: int, shape: tuple[int, ...]) -> Samples:
-    """Read the samples of one client.
-
-    Args:
-        source: ``package.module:function``, which is called with the client's id; or a folder with
-            ``<id>.npz``, or ``train.npz`` where it has one client's alone.
-        client: The id.
-        shape: Of one input ``"x"``.
-    """
-    if ":" in source:
-        return checked(import_function("data", source)(client), source, shape)
-    folder = Path(source).expanduser()
-    named = [folder / f"{client}.npz", folder / "train.npz"]
-    for path in named:
-        if path.is_file():
-            return checked(_read_npz(path), str(path), shape)
-    raise DataError(f"client {client} has no samples: neither {named[0]} nor {named[1]} is there")
-
-
-def read_table(source: str, shape: tuple[int, ...]) -> Samples:
-    """Read samples from a ``.npz`` file, or from a function without arguments."""
-    if ":" in source:
-        return checked(import_function("data.test", source)(), source, shape)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise DataError(f"data.test: there is no file {path}")
-    return checked(_read_npz(path), source, shape)
-
-
-def _read_npz(path: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as file:  # pickles could run code
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if TARGET not in arrays or len(arrays) < 2:
-        raise DataError(
-            f"{path} holds {[*arrays]}; {TARGET} is wanted, and x (or the inputs of the model by "
-            "name)"
+def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
+    """Find what is measured on, and with it what samples look like."""
+    named = None if test is None else read_table(test)
+    if brought.form.classes is None or brought.form.shape is None:
+        tables = [] if named is None else [brought.form.fit(named, told(test))]
+        if brought.source is not None:
+            some = spread_clients(brought.num_clients, LOOKED_AT).tolist()
+            tables += [brought.whole(client) for client in some]
+        brought = replace(brought, form=_completed(brought.form, tables))
+    if named is not None:
+        return brought, brought.form.fit(named, told(test))
+    table = brought.held_out()
+    if not len(table):
+        raise ConfigError(
+            f"data.test_share={brought.share} holds no sample out: raise it, or name test samples "
+            "with data.test"
         )
-    target = arrays.pop(TARGET)
-    return arrays, target
+    return brought, table
 
 
-def checked(found: object, source: str, shape: tuple[int, ...]) -> Samples:
-    """Make samples of what was found, and hold them against what they should be.
-
-    Args:
-        found: `Samples`, or (inputs, target) where inputs are one array or a dict of arrays.
-        source: For messages.
-        shape: Of one input ``"x"``; empty for token ids.
-
-    Raises:
-        DataError: Saying what came and what was wanted.
-    """
-    if isinstance(found, Samples):
-        samples = found
-    elif isinstance(found, tuple) and len(found) == 2:
-        inputs = found[0] if isinstance(found[0], dict) else {"x": found[0]}
-        samples = Samples(
-            {n: torch.as_tensor(a) for n, a in inputs.items()}, torch.as_tensor(found[1])
+def _completed(form: Form, tables: Sequence[Samples]) -> Form:
+    """Read from samples what is not said of them."""
+    first, classes = tables[0], form.classes
+    if classes is None and form.loss in {"squared_error", "logistic"}:
+        classes = first.target[0].numel()
+    elif classes is None and not first.target.is_floating_point():
+        classes = max(2, 1 + max(int(table.target.max()) for table in tables))
+    if classes is None:
+        raise ConfigError(
+            f"data.classes is not set: say how many outputs the loss {form.loss} wants"
         )
-    else:
-        raise DataError(f"{source} gives a {type(found).__name__}; (inputs, target) is wanted")
-    sizes = {name: len(tensor) for name, tensor in samples.inputs.items()}
-    if not len(samples) or {*sizes.values()} != {len(samples)}:
-        raise DataError(
-            f"{source}: {len(samples)} targets and inputs of {sizes} samples; one or more are "
-            "wanted, of each as many"
-        )
-    x = samples.inputs.get("x")
-    if shape and (x is None or tuple(x.shape[1:]) != shape):
-        came = [*sizes] if x is None else tuple(x.shape[1:])
-        raise DataError(f"{source}: one input is {came}; x of shape {shape} is wanted (data.shape)")
-    # Copied into memory of torch's own: matrix products round by alignment.
-    return samples.clone().to("cpu", torch.float32)
+    shape = found_shape(first) if form.shape is None else form.shape
+    return replace(form, shape=shape, classes=classes)
+
+
+def _none_of(table: Samples) -> Samples:
+    """Give a table of the same kind without a row."""
+    return table.take(torch.zeros(0, dtype=torch.int64))

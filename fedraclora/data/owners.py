@@ -56,7 +56,10 @@ def given(data: DataSet, *, clients: int | None, seed: int) -> Division:
     """
     del seed
     if data.parts is None:
-        raise ConfigError("partition=given: this data set brings no division; use partition=iid")
+        raise ConfigError(
+            "partition=given: this data set brings no division of its own; choose another, such "
+            "as partition=iid"
+        )
     parts = data.parts
     if isinstance(parts, list):
         parts = [np.sort(part) for part in parts]

@@ -17,6 +17,34 @@ from fedraclora.data.partitioners import dirichlet, fedslop, iid, pathological, 
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.samples import ClientData
 
+
+def fitting(data: DataSet) -> str:
+    """Name the division that fits a data set: its own, by its client column, or at random."""
+    if data.parts is not None:
+        return "given"
+    return "natural" if "client" in data.columns else "iid"
+
+
+def auto(data: DataSet, *, clients: int | None, seed: int) -> Division:
+    """Divide a data set in the way that fits it.
+
+    Args:
+        data: The data set.
+        clients: Number of clients; None where the data decide.
+        seed: The seed of the run.
+
+    Returns:
+        What `fitting` names.
+    """
+    name = fitting(data)
+    if name == "iid" and clients is None:
+        raise ConfigError(
+            "clients is not set, and no column says whose each row is: set clients=10, say, to "
+            "divide the rows at random, or data.client to such a column"
+        )
+    return PARTITIONS[name](data, clients=clients, seed=seed)
+
+
 PARTITIONS: dict[str, Callable[..., Division]] = {
     "iid": iid,
     "dirichlet": dirichlet,
@@ -26,6 +54,7 @@ PARTITIONS: dict[str, Callable[..., Division]] = {
     "fedslop": fedslop,
     "given": given,
     "bootstrap": bootstrap,
+    "auto": auto,
 }
 LOOKED_AT = 1000  # clients made on demand whose sizes the summary tells
 
@@ -44,7 +73,7 @@ def make_partition(
     Args:
         data: The data set.
         name: A key of `PARTITIONS`.
-        clients: Number of clients; None where the data decide (``natural``, ``given``).
+        clients: Number of clients; None where the data decide (``natural``, ``given``, ``auto``).
         seed: The seed of the run.
         empty: ``drop`` removes clients without samples, ``error`` refuses them.
         **args: Arguments of the partition.
@@ -56,13 +85,19 @@ def make_partition(
 
     Raises:
         ConfigError: If the name or an argument is wrong or the division is impossible, naming
-            the key, or if clients are empty and ``empty`` is ``error``.
+            the key, if the data know their clients and another division is asked for, or if clients
+            are empty and ``empty`` is ``error``.
     """
     if name not in PARTITIONS:
         raise unknown("partition", name, PARTITIONS)
     check_choice("partition.empty", empty, ("drop", "error"))
     _check_arguments(name, args)
-    if clients is not None or name not in {"natural", "given"}:
+    if data.on_demand and name not in {"given", "auto"}:
+        raise ConfigError(
+            f"partition={name} divides a table, but here each client has samples of its own, which "
+            "are made or found when it is asked: leave partition out, or set partition=given"
+        )
+    if clients is not None or name not in {"natural", "given", "auto"}:
         check_count("clients", clients)
     try:
         parts = PARTITIONS[name](data, clients=clients, seed=seed, **args)
@@ -72,6 +107,7 @@ def make_partition(
             f"partition={name}, clients={clients}{told} cannot divide {len(data.train)} "
             f"samples: {error}"
         ) from error
+    name = fitting(data) if name == "auto" else name
     if not isinstance(parts, list):
         return parts, _facts_on_demand(name, parts)
     empties = [client for client, part in enumerate(parts) if not len(part)]

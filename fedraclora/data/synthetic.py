@@ -81,6 +81,7 @@ def least_squares(
         sample_shape=(features,),
         parts=_parts(clients, samples),
         optimum=float(0.5 * (gap * gap).sum() / len(table)),
+        measures_training=True,
         info={
             "source": "synthetic least squares",
             "smoothness": float(curvature[-1]),
@@ -145,6 +146,7 @@ def logistic_regression(
         sample_shape=(features,),
         parts=_parts(clients, samples),
         optimum=optimum,
+        measures_training=True,
         info={
             "source": "synthetic logistic regression",
             "smoothness": float(np.linalg.eigvalsh(wide.T @ wide / len(table))[-1] / 4),

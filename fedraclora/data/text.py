@@ -6,20 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from fedraclora.data.checks import check_choice, check_count, check_fraction
 from fedraclora.data.dataset import Column, DataSet, Rows, split_owners, split_rows
+from fedraclora.data.labels import LOSSES, METRICS, class_names, target_of
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.table import read_columns
 from fedraclora.data.tokens import make_encoder
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.rng import generator
 from fedraclora.samples import Samples
-
-METRICS = {"classification": ("accuracy", "loss"), "regression": ("pearson", "spearman", "loss")}
-LOSSES = {"classification": "cross_entropy", "regression": "squared_error"}
 
 
 @dataclass(frozen=True)
@@ -116,12 +112,12 @@ def load_text(
         table, held = _split(table, test, test_by_client, split_seed, task)
     if subsample is not None:
         table = _subsample(table, subsample, split_seed)
-    names = _classes(table.labels, values) if task == "classification" else []
+    names = class_names(table.labels, values) if task == "classification" else []
     encode = make_encoder(tokenizer, root=root, max_length=max_length)
-    train = Samples(encode(table.texts), _target(table.labels, names, task))
+    train = Samples(encode(table.texts), target_of(table.labels, names, task))
     data = DataSet(
         train=train,
-        test=Samples(encode(held.texts), _target(held.labels, names, task)),
+        test=Samples(encode(held.texts), target_of(held.labels, names, task)),
         classes=max(len(names), 1),
         loss=LOSSES[task],
         metrics=tuple(metrics or METRICS[task]),
@@ -181,34 +177,3 @@ def _subsample(table: _Table, rows: int, split_seed: int) -> _Table:
         )
     drawn = generator(split_seed, "split", "subsample").permutation(len(table.labels))[:rows]
     return table.rows(np.sort(drawn))
-
-
-def _classes(labels: list[str], values: Sequence[str] | None) -> list[str]:
-    """Name the classes in their order: as asked for, else sorted (numbers by size)."""
-    found = set(labels)
-    if values is not None:
-        names = [str(value) for value in values]
-        missing = sorted(set(names) - found)
-        if missing or len(set(names)) < len(names):
-            raise ConfigError(
-                f"data.values={names}: want different labels that occur; {missing} do not"
-            )
-        return names
-    numeric = all(name.removeprefix("-").isdigit() for name in found)
-    return sorted(found, key=int) if numeric else sorted(found)
-
-
-def _target(labels: list[str], names: list[str], task: str) -> torch.Tensor:
-    if task == "regression":
-        try:
-            scores: npt.NDArray[np.float32] = np.array(labels, dtype=np.float32)
-        except ValueError as error:
-            raise DataError(f"data.label: a score is not a number: {error}") from error
-        if not np.isfinite(scores).all():
-            raise DataError("data.label: a score is not finite")
-        return torch.from_numpy(scores)
-    number = {name: index for index, name in enumerate(names)}
-    strange = sorted(set(labels) - set(number))
-    if strange:
-        raise DataError(f"test labels {strange} do not occur in the training rows {names}")
-    return torch.tensor([number[name] for name in labels], dtype=torch.int64)

@@ -101,9 +101,9 @@ def virtual(
 ) -> DataSet:
     """Make a population of clients whose samples are a function of (seed, client, position).
 
-    Use it with ``partition=given``. Training and test table hold one sample each of further
-    clients, who never train: the test table measures the population, and the training table is
-    for what is done before the first round (pretraining, validation), not for the clients.
+    Training and test table hold one sample each of further clients, who never train: the test
+    table measures the population, and the training table is set aside for what is done before the
+    first round (pretraining, validation), not for the clients.
 
     Args:
         clients: Number of clients; memory does not depend on it.
@@ -170,4 +170,4 @@ def virtual(
         classes,
         {"source": "synthetic mixture, clients made on demand; train is a table beside them"},
     )
-    return replace(data, parts=population)
+    return replace(data, parts=population, aside=(data.train, data.test))

@@ -10,7 +10,9 @@ import torch
 
 from experiments.faults.network import Network, composed, rows, serve, summary
 from experiments.simulate import simulate
-from fedraclora.data.own import checked, own_samples, read_own
+from fedraclora.data.fit import Form, gathered
+from fedraclora.data.own import own_samples
+from fedraclora.data.sources import read_own
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.named import import_function
 
@@ -25,8 +27,6 @@ WORDS = [
     "model.function=clinic.model:network",
     "model.head=[classifier]",
     "+model.arguments.width=24",
-    "partition=given",
-    "pretrain=none",
     "method.rank=3",
     "method.alpha=2",
     "clients=3",
@@ -95,7 +95,7 @@ def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:
 )
 def test_sources_that_are_none_are_named(source: str, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
-        read_own(source, 1, (64,))
+        read_own(source, 1)
 
 
 @pytest.mark.parametrize(
@@ -109,17 +109,18 @@ def test_sources_that_are_none_are_named(source: str, error: type[Exception], sa
     ],
 )
 def test_samples_that_do_not_fit_are_named(found: object, said: str) -> None:
+    form = Form((4,), "clinic.model:smoothed", 10)
     with pytest.raises(DataError, match=said):
-        checked(found, "it", (4,))
+        form.fit(gathered(found, "it"), "it")
 
 
 def test_files_without_a_target_or_with_pickles_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "1.npz", x=np.zeros((2, 4)))
     with pytest.raises(DataError, match="target is wanted"):
-        read_own(str(tmp_path), 1, (4,))
+        read_own(str(tmp_path), 1)
     np.savez(tmp_path / "2.npz", x=np.array([{}, {}], object), target=np.zeros(2))
     with pytest.raises(DataError, match="cannot be read"):
-        read_own(str(tmp_path), 2, (4,))
+        read_own(str(tmp_path), 2)
 
 
 def test_what_is_with_its_owners_is_not_simulated() -> None:

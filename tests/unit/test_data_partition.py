@@ -215,4 +215,4 @@ def test_a_division_by_class_needs_classes(name):
 
 
 def test_all_partitions_are_tested():
-    assert set(PARTITIONS) == set(ARGS) | {"natural", "given", "bootstrap"}
+    assert set(PARTITIONS) == set(ARGS) | {"natural", "given", "bootstrap", "auto"}

@@ -6,6 +6,7 @@ goes with it; all processes are on a tether.
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ class LocalDeployment:
 
     Args:
         served: The clients of each node.
+        data: Where the nodes find their samples, for runs with ``data=own``; None for others.
 
     Attributes:
         home: The folder; gone after the end.
@@ -38,8 +40,8 @@ class LocalDeployment:
         connection: To it.
     """
 
-    def __init__(self, served: Sequence[Sequence[int]]) -> None:
-        self.served = served
+    def __init__(self, served: Sequence[Sequence[int]], data: str | None = None) -> None:
+        self.served, self.data = served, data
         self._made = private_folder()
         self.home = Path(self._made.name)
         self.environ = environment(self.home)
@@ -129,7 +131,10 @@ class LocalDeployment:
         ids = ",".join(map(str, self.served[k]))
         secure = ["--root-certificates", str(self.authority.certificate)]
         secure += ["--auth-supernode-private-key", str(self.key(k))]
-        self.nodes[k] = node = self.node(secure, f"node{k}.log", f"partition-ids='{ids}'")
+        config = f"partition-ids='{ids}'"
+        if self.data is not None:
+            config += f" data={json.dumps(self.data)}"  # a JSON string is a TOML string, too
+        self.nodes[k] = node = self.node(secure, f"node{k}.log", config)
         return node
 
     def node(self, secure: Sequence[str], log: str, config: str) -> Program:

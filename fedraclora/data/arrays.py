@@ -1,0 +1,234 @@
+"""Arrays of samples, images for one: a ``.npz`` file, or a folder of IDX files like MNIST's."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedraclora.data.checks import check_choice, check_fraction
+from fedraclora.data.dataset import DataSet, split_rows, take
+from fedraclora.data.fit import Form, found_shape, gathered
+from fedraclora.data.idx import parse_idx
+from fedraclora.data.labels import LOSSES, METRICS, class_names, target_of
+from fedraclora.data.locate import resolve
+from fedraclora.data.sources import read_arrays
+from fedraclora.errors import ConfigError, DataError
+from fedraclora.rng import generator
+from fedraclora.samples import Samples
+
+Array = npt.NDArray[Any]
+
+SHARE = 0.2  # of the samples, held out where there are no test samples
+SPELLINGS = {
+    "x": ("x", "X", "images", "x_train", "train_images"),
+    "target": ("target", "y", "Y", "labels", "y_train", "train_labels"),
+    "test_x": ("x_test", "test_x", "test_images"),
+    "test_target": ("target_test", "y_test", "test_target", "test_labels"),
+    "client": ("client",),
+}
+IDX = {
+    "x": ("train-images",),
+    "target": ("train-labels",),
+    "test_x": ("t10k-images", "test-images"),
+    "test_target": ("t10k-labels", "test-labels"),
+}
+
+
+def load_arrays(
+    *,
+    file: str | None,
+    root: str | None = None,
+    test: str | None = None,
+    test_share: float | None = None,
+    split_seed: int = 0,
+    task: str = "classification",
+    metrics: Sequence[str] | None = None,
+) -> DataSet:
+    """Load arrays of inputs and targets.
+
+    Args:
+        file: A ``.npz`` file with ``x`` and ``target`` (or a usual spelling of them), which may
+            have ``x_test`` and ``target_test``, and ``client``, whose each sample is; or a folder
+            with IDX files for ``train`` and ``t10k``, packed by gzip or not. A path (also relative
+            to ``root``) or ``package:NAME/path``.
+        root: The data root, or None.
+        test: A ``.npz`` file of test samples, where ``file`` has none.
+        test_share: Without test samples, the fraction that is held out, per class; None for 0.2.
+        split_seed: Seed of that choice.
+        task: ``classification`` or ``regression``.
+        metrics: Names of metrics, the headline first; None for those usual for the task.
+
+    Returns:
+        Inputs ``"x"`` float32: images of bytes from 0 to 1, with channels first. Classes are
+        numbered in the sorted order of their names.
+
+    Raises:
+        ConfigError: If a key is wrong, naming it.
+        DataError: If a file is missing, or not what it should be.
+    """
+    check_choice("data.task", task, tuple(METRICS))
+    path = resolve(str(file or ""), key="data.file", root=root)
+    arrays = read_folder(path) if path.is_dir() else read_file(path)
+    source = f"data.file={file}"
+    if test is not None:
+        if "test_x" in arrays or test_share is not None:
+            also = source if "test_x" in arrays else f"data.test_share={test_share}"
+            raise ConfigError(
+                f"data.test={test} names test samples, and {also} gives others: leave one out"
+            )
+        other = read_file(resolve(test, key="data.test", root=root))
+        arrays |= {"test_x": other["x"], "test_target": other["target"]}
+    elif "test_x" in arrays and test_share is not None:
+        raise ConfigError(
+            f"data.test_share={test_share}, but {source} has test samples itself: leave it out"
+        )
+    names = _classes(arrays["target"], task, source)
+    form = Form(None, LOSSES[task])
+    train = form.fit(_samples(arrays["x"], arrays["target"], names, task, source), source)
+    owners = _owners(arrays, len(train), source)
+    if "test_x" in arrays:
+        where = source if test is None else f"data.test={test}"
+        form = replace(form, shape=found_shape(train))
+        held = form.fit(
+            _samples(arrays["test_x"], arrays["test_target"], names, task, where), where
+        )
+    else:
+        rows, others = _split(train, SHARE if test_share is None else test_share, split_seed, task)
+        train, held = take(train, rows), take(train, others)
+        owners = owners if owners is None else owners[rows]
+    columns = {"label": train.target.numpy()} if names else {}
+    columns |= {} if owners is None else {"client": owners}
+    return DataSet(
+        train=train,
+        test=held,
+        classes=len(names) or max(1, train.target[0].numel()),
+        loss=LOSSES[task],
+        metrics=tuple(metrics or (METRICS[task] if train.target.dim() == 1 else ("loss",))),
+        columns=columns,
+        sample_shape=found_shape(train),
+        info={"source": str(file)} | ({"classes": names} if names else {}),
+    )
+
+
+def read_file(path: Path) -> dict[str, Array]:
+    """Read a ``.npz`` file; its arrays get the names ``x``, ``target``, ``test_x``, ...
+
+    Raises:
+        DataError: If it has no inputs or targets, or two arrays for one of them.
+    """
+    if path.suffix.lower() != ".npz":
+        raise DataError(
+            f"{path}: a .npz file or a folder of IDX files is wanted; for CSV and Parquet there is "
+            "data=table"
+        )
+    arrays = read_arrays(path)
+    found: dict[str, Array] = {}
+    for name, spellings in SPELLINGS.items():
+        there = [spelling for spelling in spellings if spelling in arrays]
+        if len(there) > 1:
+            raise DataError(f"{path}: the arrays {there} could each be {name}; keep one of them")
+        found |= {name: arrays[there[0]]} if there else {}
+    _require_pairs(found, path, [*arrays])
+    return found
+
+
+def read_folder(folder: Path) -> dict[str, Array]:
+    """Read the IDX files of a folder, by what their names begin with.
+
+    Raises:
+        DataError: If there are none, two for one purpose, or one is damaged.
+    """
+    found: dict[str, Array] = {}
+    names = sorted(file.name for file in folder.iterdir() if "-ubyte" in file.name)
+    for name, words in IDX.items():
+        # Raw beside packed is the same file twice.
+        there = {file.removesuffix(".gz"): file for file in names if any(w in file for w in words)}
+        if len(there) > 1:
+            raise DataError(f"{folder}: {sorted(there)} could each be {name}; keep one of them")
+        for file in there.values():
+            found[name] = _read_idx(folder / file)
+    _require_pairs(found, folder, names)
+    return found
+
+
+def _read_idx(path: Path) -> Array:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    return parse_idx(data, str(path))
+
+
+def _require_pairs(found: dict[str, Array], path: Path, names: list[str]) -> None:
+    wanted = ["x", "target"] + ["test_x", "test_target"] * any("test" in name for name in found)
+    if missing := [name for name in wanted if name not in found]:
+        raise DataError(
+            f"{path} holds {names}, but nothing for {missing[0]}: a .npz file has arrays x and "
+            "target (and perhaps x_test, target_test, client), a folder the files train-images... "
+            "and train-labels... of IDX"
+        )
+
+
+def _classes(target: Array, task: str, source: str) -> list[str]:
+    """Name the classes; [] for a regression."""
+    if task != "classification":
+        return []
+    if target.dtype.kind not in "biuUS":
+        return []  # refused where it is fitted, in words
+    names = class_names([str(label) for label in np.unique(target)])
+    if len(names) < 2:
+        raise DataError(f"{source}: the target has the one value {names} only")
+    return names
+
+
+def _samples(x: Array, target: Array, names: list[str], task: str, source: str) -> Samples:
+    """Put channels first, and number the labels."""
+    if names and target.ndim == 2 and target.shape[1] == 1:
+        target = target[:, 0]
+    if names and target.ndim == 1:
+        texts = [str(label) for label in target.tolist()]
+        return gathered((_channels_first(x), target_of(texts, names, task)), source)
+    return gathered((_channels_first(x), target), source)
+
+
+def _channels_first(x: Array) -> Array:
+    """Images [N, H, W] become [N, 1, H, W], and [N, H, W, C] becomes [N, C, H, W]."""
+    if x.ndim == 3 and x.dtype == np.uint8:
+        return x[:, None]
+    colours = (1, 3, 4)
+    if x.ndim == 4 and x.shape[-1] in colours and x.shape[1] not in colours:
+        return np.moveaxis(x, -1, 1)
+    return x
+
+
+def _owners(arrays: dict[str, Array], samples: int, source: str) -> Array | None:
+    owners = arrays.get("client")
+    if owners is not None and owners.shape != (samples,):
+        raise DataError(
+            f"{source}: client has shape {owners.shape}; one value for each of the {samples} "
+            "samples is wanted"
+        )
+    return owners
+
+
+def _split(
+    samples: Samples, share: float, split_seed: int, task: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Hold samples out, the same fraction of every class."""
+    check_fraction("data.test_share", share)
+    labels = samples.target.numpy() if task == "classification" else None
+    rng = generator(split_seed, "split", "test")
+    kept, held = split_rows(len(samples), share, rng, labels)
+    if not len(kept) or not len(held):
+        raise ConfigError(
+            f"data.test_share={share} of {len(samples)} samples leaves {len(kept)} to train on and "
+            f"{len(held)} to test on: choose another fraction"
+        )
+    return kept, held

@@ -1,0 +1,201 @@
+"""Samples from other people's arrays: converted where there is one meaning, else refused by name.
+
+Images of bytes become numbers from 0 to 1, labels of any whole type int64, and labels in a column
+[N, 1] a row [N]. What could mean two things (fractions as labels, one-hot rows) is refused, with
+what to write instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedraclora.errors import DataError
+from fedraclora.samples import Samples
+from fedraclora.task import IGNORED_TOKEN
+
+WIDER = {"uint16": "int32", "uint32": "int64", "float16": "float32"}  # what torch has little of
+METRICS = {
+    "cross_entropy": ("accuracy", "loss"),
+    "squared_error": ("loss",),
+    "logistic": ("accuracy", "loss"),
+    "next_token": ("accuracy", "perplexity", "loss"),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What samples must look like.
+
+    Attributes:
+        shape: Of one input ``"x"``; empty for token ids; None for numbers of any shape.
+        loss: A key of `fedraclora.task.LOSSES`, or ``package.module:function``.
+        classes: Number of outputs; None where it is to be found.
+    """
+
+    shape: tuple[int, ...] | None
+    loss: str
+    classes: int | None = None
+
+    def fit(self, samples: Samples, where: str) -> Samples:
+        """Convert samples, and check them.
+
+        Args:
+            samples: As they came.
+            where: A file or function and a client, for messages.
+
+        Returns:
+            Floating numbers in float32, in memory of torch's own: products round by alignment.
+
+        Raises:
+            DataError: Saying where, what came, what was wanted and what to do.
+        """
+        inputs = {n: self._input(n, t, samples, where) for n, t in samples.inputs.items()}
+        fitted = Samples(inputs, self._target(samples.target, where)).clone()
+        self._require_shape(fitted, where)
+        return fitted
+
+    def _input(self, name: str, value: torch.Tensor, samples: Samples, where: str) -> torch.Tensor:
+        if self.shape == () or set(samples.inputs) != {"x"}:
+            value = value.float() if value.is_floating_point() else value.long()
+        else:
+            value = value / 255.0 if value.dtype == torch.uint8 else value.float()
+            value = value[:, None] if value.dim() == 1 else value
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            row = int((~torch.isfinite(value.reshape(len(value), -1))).any(dim=1).nonzero()[0])
+            raise DataError(
+                f"{where}: {name} holds NaN or an infinity, first in row {row}: fill such values, "
+                "or leave the rows out"
+            )
+        return value
+
+    def _require_shape(self, samples: Samples, where: str) -> None:
+        x = samples.inputs.get("x")
+        if self.shape and (x is None or tuple(x.shape[1:]) != self.shape):
+            came = [*samples.inputs] if x is None else tuple(x.shape[1:])
+            raise DataError(
+                f"{where}: one input is {came}; x of shape {self.shape} is wanted (data.shape)"
+            )
+
+    def _target(self, target: torch.Tensor, where: str) -> torch.Tensor:
+        if self.loss in {"cross_entropy", "logistic"}:
+            return self._labels(target, where)
+        if self.loss == "squared_error":
+            numbers = target.float()
+            if not bool(torch.isfinite(numbers).all()):
+                raise DataError(f"{where}: the target holds NaN or an infinity")
+            found = prod(numbers.shape[1:])
+            if self.classes is not None and found != self.classes:
+                raise DataError(
+                    f"{where}: the target has {found} numbers a sample, but data.classes, the "
+                    f"number of outputs, is {self.classes}: set data.classes={found}"
+                )
+            return numbers
+        if target.is_floating_point() and self.loss != "next_token":
+            return target.float()  # what a loss of another package makes of it is its own business
+        if target.is_floating_point():
+            raise DataError(f"{where}: the target holds fractions; token ids are wanted")
+        tokens = target.long()
+        if self.loss == "next_token" and self.classes is not None:
+            self._require_range(tokens[tokens != IGNORED_TOKEN], where)
+        return tokens
+
+    def _labels(self, target: torch.Tensor, where: str) -> torch.Tensor:
+        if target.dim() == 2 and target.shape[1] == 1:
+            target = target[:, 0]
+        if target.dim() != 1:
+            raise DataError(
+                f"{where}: the target has shape {tuple(target.shape)}; one class a sample, [N], is "
+                "wanted. Of one-hot rows target.argmax(1) is that; for several numbers to predict "
+                "set data.loss=squared_error"
+            )
+        if target.is_floating_point():
+            raise DataError(
+                f"{where}: the target holds {target.dtype} numbers, such as {float(target[0]):g}; "
+                "whole numbers, the classes from 0, are wanted. If they are classes, convert them "
+                "to int64; if they are numbers to predict, set data.loss=squared_error"
+            )
+        labels = target.long()
+        if self.classes is not None or bool((labels < 0).any()):
+            self._require_range(labels, where)
+        return labels
+
+    def _require_range(self, labels: torch.Tensor, where: str) -> None:
+        classes = 2 if self.loss == "logistic" else self.classes
+        least, most = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+        if least < 0 or (classes is not None and most >= classes):
+            wanted = "from 0 on" if classes is None else f"0 to {classes - 1}"
+            mend = "" if least < 0 or self.loss == "logistic" else f", or data.classes={most + 1}"
+            raise DataError(
+                f"{where}: the labels go from {least} to {most}; {wanted} is wanted: number the "
+                f"classes from 0{mend}"
+            )
+
+
+def gathered(found: object, where: str) -> Samples:
+    """Make samples of what a file or a function gives, with the types that they come in.
+
+    Args:
+        found: `Samples`, or (inputs, target) where inputs are one array or a dict of arrays.
+        where: For messages.
+
+    Raises:
+        DataError: If it is something else, or inputs and targets are not equally many.
+    """
+    if isinstance(found, Samples):
+        samples = found
+    elif isinstance(found, tuple | list) and len(found) == 2:
+        inputs = found[0] if isinstance(found[0], dict) else {"x": found[0]}
+        tensors = {str(n): as_tensor(a, f"{where}: {n}") for n, a in inputs.items()}
+        samples = Samples(tensors, as_tensor(found[1], f"{where}: the target"))
+    else:
+        raise DataError(f"{where} gives a {type(found).__name__}; (inputs, target) is wanted")
+    scalars = [n for n, t in [*samples.inputs.items(), ("target", samples.target)] if not t.dim()]
+    if scalars:
+        raise DataError(f"{where}: {scalars[0]} is one number; an array of samples is wanted")
+    sizes = {name: len(tensor) for name, tensor in samples.inputs.items()}
+    if not len(samples) or {*sizes.values()} != {len(samples)}:
+        raise DataError(
+            f"{where}: {len(samples)} targets and inputs of {sizes} samples; one or more are "
+            "wanted, of each as many"
+        )
+    return samples
+
+
+def as_tensor(value: Any, where: str) -> torch.Tensor:
+    """Make a tensor of an array, a list or a column of a table.
+
+    Raises:
+        DataError: If it does not hold real numbers.
+    """
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach()
+    else:
+        try:
+            array = np.array(value)
+        except ValueError as error:
+            raise DataError(f"{where} is no array: {error}") from error
+        if array.dtype.kind not in "biuf":
+            raise DataError(
+                f"{where} holds {_kind(array)}; numbers are wanted. Number the words first, or "
+                "use data=table, which does it"
+            )
+        native = array.astype(WIDER.get(array.dtype.name, array.dtype.newbyteorder("=")))
+        tensor = torch.from_numpy(native)
+    if tensor.is_complex():
+        raise DataError(f"{where} holds complex numbers; real ones are wanted")
+    return tensor
+
+
+def _kind(array: np.ndarray[Any, Any]) -> str:
+    kinds = {"U": "words", "S": "words", "O": "Python objects", "c": "complex numbers"}
+    return kinds.get(array.dtype.kind, f"values of type {array.dtype}")
+
+
+def found_shape(samples: Samples) -> tuple[int, ...]:
+    """Shape of one input ``"x"``; empty where inputs have names of their own (token ids)."""
+    return tuple(samples.inputs["x"].shape[1:]) if set(samples.inputs) == {"x"} else ()

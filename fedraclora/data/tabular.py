@@ -1,0 +1,307 @@
+"""Tables of numbers: CSV, TSV or Parquet, with a column to predict and perhaps one of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedraclora.data.checks import check_choice, check_fraction
+from fedraclora.data.dataset import DataSet, split_rows
+from fedraclora.data.labels import LOSSES, METRICS, class_names, target_of
+from fedraclora.data.locate import resolve
+from fedraclora.errors import ConfigError, DataError, unknown
+from fedraclora.rng import generator
+from fedraclora.samples import Samples
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SHARE = 0.2  # of the rows, held out where there is no file of test rows
+TOLD = 50  # columns that the summary names
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Features float64 [N, d], labels as they are written, and clients."""
+
+    x: npt.NDArray[np.float64]
+    labels: list[str]
+    clients: list[str] | None
+
+    def take(self, rows: npt.NDArray[np.int64]) -> _Rows:
+        """Select rows."""
+        clients = self.clients and [self.clients[row] for row in rows]
+        return _Rows(self.x[rows], [self.labels[row] for row in rows], clients)
+
+
+def load_table(
+    *,
+    file: str | None,
+    label: str | int | None,
+    client: str | int | None = None,
+    features: Sequence[str | int] | None = None,
+    root: str | None = None,
+    test: str | None = None,
+    test_share: float | None = None,
+    split_seed: int = 0,
+    task: str = "classification",
+    metrics: Sequence[str] | None = None,
+    standardise: bool = True,
+    missing: str = "error",
+    separator: str | None = None,
+) -> DataSet:
+    """Load a table of numbers.
+
+    Args:
+        file: The rows: a path (also relative to ``root``) or ``package:NAME/path``, of a file whose
+            name ends in .csv or .tsv (with .gz, .bz2, .xz, .zip or not) or in .parquet.
+        label: The column to predict. Classes are numbered in the sorted order of their names.
+        client: The column that says whose a row is, or None.
+        features: The columns to predict from; None for all others that hold numbers.
+        root: The data root, or None.
+        test: A file of test rows, or None to hold rows of ``file`` out.
+        test_share: The fraction that is held out, per class; None for 0.2.
+        split_seed: Seed of that choice.
+        task: ``classification`` or ``regression``.
+        metrics: Names of metrics, the headline first; None for those usual for the task.
+        standardise: Give each feature, and a number to predict, mean 0 and deviation 1 over the
+            training rows.
+        missing: What becomes of rows in which something is missing: ``error`` or ``drop``.
+        separator: What parts the columns; None: a comma, in .tsv a tab.
+
+    Returns:
+        Inputs ``"x"`` float32 [N, features]; targets int64 [N] (classes) or float32 [N].
+
+    Raises:
+        ConfigError: If a key is wrong, naming it.
+        DataError: If a file is missing, or rows cannot be used.
+    """
+    check_choice("data.task", task, tuple(METRICS))
+    check_choice("data.missing", missing, ("error", "drop"))
+    if test is not None and test_share is not None:
+        raise ConfigError(
+            f"data.test={test} names the test rows, and data.test_share={test_share} holds some "
+            "out: leave one of them out"
+        )
+    path = resolve(str(file or ""), key="data.file", root=root)
+    frame = read_frame(path, _names(label, client), separator)
+    named = _label(frame, label, path)
+    owner = None if client is None else _column(frame, "data.client", client, path)
+    if owner == named:
+        raise ConfigError(f"data.client={client} is data.label, too: name another column, or none")
+    used, left_out = _features(frame, features, named, owner, path)
+    table, dropped = _rows(frame, used, named, owner, missing, path)
+    classes = _classes(table, named, task, path)
+    if test is None:
+        table, held = _split(table, SHARE if test_share is None else test_share, split_seed, task)
+    else:
+        other = resolve(test, key="data.test", root=root)
+        found = read_frame(other, _names(label, None), separator)
+        for column in used:
+            _column(found, "data.test", column, other)
+        held, more = _rows(found, used, _label(found, label, other), None, missing, other)
+        dropped += more
+    train, held_out = (_samples(rows, classes, task) for rows in (table, held))
+    info: dict[str, object] = {"source": str(file), "rows_dropped": dropped}
+    if standardise:
+        train, held_out, scale = _standardised(train, held_out)
+        info |= scale
+    train, held_out = (part.clone().to("cpu", torch.float32) for part in (train, held_out))
+    info["features"] = used if len(used) <= TOLD else len(used)
+    info |= {"columns_left_out": left_out} if left_out else {}
+    info |= {"classes": classes} if classes else {}
+    data = DataSet(
+        train=train,
+        test=held_out,
+        classes=max(1, len(classes)),
+        loss=LOSSES[task],
+        metrics=tuple(metrics or METRICS[task]),
+        columns={"label": train.target.numpy()} if classes else {},
+        sample_shape=(len(used),),
+        info=info,
+    )
+    if table.clients is None:
+        return data
+    owners = np.array(table.clients)
+    return replace(data, columns={str(client): owners, "client": owners} | data.columns)
+
+
+def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataFrame:
+    """Read a whole table.
+
+    Args:
+        path: The file.
+        words: Columns whose values are kept as they are written.
+        separator: What parts the columns, or None.
+
+    Raises:
+        ConfigError: If the kind of file is not known.
+        DataError: If it cannot be read, or has no rows.
+    """
+    import pandas as pd
+
+    kind = next((s for s in reversed(path.suffixes) if s in {*SEPARATORS, ".parquet"}), None)
+    try:
+        if kind is None:
+            raise ConfigError(
+                f"{path}: a name that ends in .csv, .tsv (packed or not) or .parquet is wanted; "
+                "for .npz and IDX files there is data=arrays"
+            )
+        if kind == ".parquet":
+            frame = pd.read_parquet(path)
+        else:
+            frame = pd.read_csv(
+                path,
+                sep=separator or SEPARATORS[kind],
+                dtype=dict.fromkeys(words, str),
+                encoding="utf-8-sig",
+                skipinitialspace=True,
+                low_memory=False,
+            )
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as a table: {error}") from error
+    frame.columns = [str(name).strip() for name in frame.columns]
+    if not len(frame):
+        raise DataError(f"{path} holds no rows")
+    if len(frame.columns) == 1 and ";" in frame.columns[0]:
+        raise DataError(f"{path}: the columns are parted by semicolons; set data.separator=';'")
+    return frame
+
+
+def _names(*columns: str | int | None) -> list[str]:
+    return [str(column) for column in columns if column is not None]
+
+
+def _label(frame: DataFrame, label: str | int | None, path: Path) -> str:
+    if label is None:
+        raise ConfigError(
+            f"data.label is not set: name the column to predict; {path} has {[*frame.columns]}"
+        )
+    return _column(frame, "data.label", label, path)
+
+
+def _column(frame: DataFrame, key: str, column: str | int, path: Path) -> str:
+    if str(column) not in frame.columns:
+        raise ConfigError(f"{key}: {path}: {unknown('column', column, [*frame.columns])}")
+    return str(column)
+
+
+def _features(
+    frame: DataFrame,
+    asked: Sequence[str | int] | None,
+    label: str,
+    client: str | None,
+    path: Path,
+) -> tuple[list[str], list[str]]:
+    """Choose the columns to predict from; give those that are left out, too."""
+    from pandas.api.types import is_numeric_dtype
+
+    numeric = {str(name) for name in frame.columns if is_numeric_dtype(frame[name])}
+    others = [str(name) for name in frame.columns if name not in {label, client}]
+    if asked is None:
+        used = [name for name in others if name in numeric]
+    else:
+        used = [_column(frame, "data.features", name, path) for name in asked]
+    words = [name for name in used if name not in numeric]
+    if label in used or words or not used or len(set(used)) < len(used):
+        raise ConfigError(
+            f"data.features={used}: different columns of numbers, without the label, are wanted; "
+            f"{path} has {[name for name in others if name in numeric]}"
+            + (f", and words in {words}" if words else "")
+        )
+    return used, [name for name in others if name not in used]
+
+
+def _rows(
+    frame: DataFrame, features: list[str], label: str, client: str | None, missing: str, path: Path
+) -> tuple[_Rows, int]:
+    """Take the columns that are used, and refuse or drop rows that miss something."""
+    try:
+        x = frame[features].to_numpy(dtype=np.float64, na_value=np.nan)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: {features} do not all hold numbers: {error}") from error
+    gaps = {name: ~np.isfinite(x[:, place]) for place, name in enumerate(features)}
+    gaps |= {name: frame[name].isna().to_numpy() for name in (label, client) if name is not None}
+    gone = np.logical_or.reduce([*gaps.values()])
+    if missing == "error" and gone.any():
+        told = [f"{name} in {int(gap.sum())} rows" for name, gap in gaps.items() if gap.any()]
+        raise DataError(
+            f"{path}: values are missing (or infinite): {', '.join(told[:5])}; the first of them "
+            f"in row {int(np.flatnonzero(gone)[0]) + 1}. Set data.missing=drop to leave such rows "
+            "out, data.features to leave columns out, or fill them in the file"
+        )
+    if gone.all():
+        raise DataError(f"{path}: no row is whole: check data.features, data.label, data.client")
+    kept = frame[~gone]
+    clients = None if client is None else _written(kept[client])
+    return _Rows(x[~gone], _written(kept[label]), clients), int(gone.sum())
+
+
+def _written(column: object) -> list[str]:
+    """Values as texts; whole numbers without a point, whatever type holds them."""
+    values = np.asarray(column, dtype=object)
+    whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in values)
+    return [str(value).strip() for value in whole]
+
+
+def _split(table: _Rows, share: float, split_seed: int, task: str) -> tuple[_Rows, _Rows]:
+    """Hold rows out, the same fraction of every class."""
+    check_fraction("data.test_share", share)
+    labels = np.array(table.labels) if task == "classification" else None
+    rng = generator(split_seed, "split", "test")
+    kept, held = split_rows(len(table.labels), share, rng, labels)
+    if not len(kept) or not len(held):
+        raise ConfigError(
+            f"data.test_share={share} of {len(table.labels)} rows leaves {len(kept)} to train on "
+            f"and {len(held)} to test on: choose another fraction"
+        )
+    return table.take(kept), table.take(held)
+
+
+def _classes(table: _Rows, label: str, task: str, path: Path) -> list[str]:
+    """Name the classes.
+
+    Raises:
+        ConfigError: If the labels look like numbers to predict, or are all the same.
+    """
+    if task != "classification":
+        return []
+    names = class_names(table.labels)
+    if any("." in name and name.replace(".", "", 1).lstrip("-").isdigit() for name in names):
+        raise ConfigError(
+            f"data.label={label}: the values ({', '.join(names[:3])}, ...) are fractions, not "
+            "classes; to predict a number set data.task=regression"
+        )
+    if len(names) < 2:
+        raise ConfigError(f"data.label={label}: {path} has the one value {names} only")
+    return names
+
+
+def _samples(rows: _Rows, classes: Sequence[str], task: str) -> Samples:
+    """Make samples, their features in float64."""
+    return Samples({"x": torch.from_numpy(rows.x)}, target_of(rows.labels, classes, task))
+
+
+def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict[str, object]]:
+    """Standardise features, and a number to predict, by the training rows; say its scale."""
+    x, test_x = _scaled(train.inputs["x"], test.inputs["x"])
+    if not train.target.is_floating_point():
+        return Samples({"x": x}, train.target), Samples({"x": test_x}, test.target), {}
+    wide = train.target.double()
+    y, test_y = _scaled(wide, test.target.double())
+    told = {"label_mean": float(wide.mean()), "label_deviation": float(wide.std(correction=0))}
+    return Samples({"x": x}, y), Samples({"x": test_x}, test_y), dict(told)
+
+
+def _scaled(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give both mean 0 and deviation 1 over the rows of the first; what is constant becomes 0."""
+    mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0)
+    deviation = torch.where(deviation == 0, torch.ones_like(deviation), deviation)
+    return (train - mean) / deviation, (test - mean) / deviation

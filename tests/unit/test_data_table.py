@@ -1,0 +1,216 @@
+"""Tables of numbers and arrays of images of one's own."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from fedraclora.data import DATASETS, DataSet, make_partition
+from fedraclora.data.idx import parse_idx
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+
+DRAW = np.random.default_rng(5)
+ROWS = 60
+FRAME = pd.DataFrame(
+    {
+        "age": DRAW.integers(20, 80, ROWS),
+        "dose": DRAW.normal(3, 2, ROWS),
+        "constant": 4,
+        "note": ["x, y"] * ROWS,
+        "smoker": DRAW.random(ROWS) < 0.5,
+        "outcome": [("well", "ill", "None ")[k % 3].strip() for k in range(ROWS)],
+        "site": [f"site {k % 4}" for k in range(ROWS)],
+    }
+).replace({"outcome": {"None": "gone"}})
+
+
+def load(table: Path, **words: Any) -> DataSet:
+    return DATASETS["table"](**{"file": str(table), "label": "outcome"} | words)
+
+
+def written(folder: Path, kind: str, frame: pd.DataFrame = FRAME) -> Path:
+    path = folder / f"table{kind}"
+    if kind == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if ".tsv" in kind else ",")
+    return path
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".csv.gz", ".parquet"])
+def test_every_kind_of_file_is_the_same_table(tmp_path: Path, kind: str) -> None:
+    data, csv = load(written(tmp_path, kind)), load(written(tmp_path, ".csv"))
+    assert torch.equal(data.train.inputs["x"], csv.train.inputs["x"])
+    assert torch.equal(data.test.target, csv.test.target)
+    assert data.info["classes"] == ["gone", "ill", "well"]
+    assert data.info["features"] == ["age", "dose", "constant", "smoker"]
+    assert data.info["columns_left_out"] == ["note", "site"]
+    assert (len(data.train), len(data.test)) == (48, 12)
+    assert np.bincount(data.test.target).tolist() == [4, 4, 4]
+
+
+def test_features_are_standardised_by_the_training_rows(tmp_path: Path) -> None:
+    file = written(tmp_path, ".csv")
+    data, raw = load(file), load(file, standardise=False)
+    x, plain = data.train.inputs["x"], raw.train.inputs["x"]
+    torch.testing.assert_close(x.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std(0, correction=0), torch.tensor([1.0, 1, 0, 1]))
+    mean, deviation = plain.mean(0), plain.std(0, correction=0).clamp(min=1e-9)
+    scaled = (raw.test.inputs["x"] - mean) / deviation
+    torch.testing.assert_close(data.test.inputs["x"], scaled, atol=1e-4, rtol=1e-4)
+
+
+def test_a_column_of_clients_is_the_partition_and_else_rows_are_divided(tmp_path: Path) -> None:
+    file = written(tmp_path, ".csv")
+    data = load(file, client="site")
+    parts, info = make_partition(data, name="auto", clients=None, seed=1)
+    assert (info["partition"], info["clients"]) == ("natural", 4)
+    assert isinstance(parts, list)
+    assert {*data.columns["site"][parts[2]]} == {"site 2"}
+    parts, info = make_partition(load(file), name="auto", clients=7, seed=1)
+    assert (info["partition"], info["clients"], info["samples_max"]) == ("iid", 7, 7)
+    assert make_partition(data, name="dirichlet", clients=3, seed=1, alpha=1.0)[1]["clients"] == 3
+    with pytest.raises(ConfigError, match=r"clients is not set, and no column.*data\.client"):
+        make_partition(load(file), name="auto", clients=None, seed=1)
+
+
+def test_test_rows_may_have_a_file_of_their_own(tmp_path: Path) -> None:
+    file, other = written(tmp_path, ".csv", FRAME[:40]), written(tmp_path, ".parquet", FRAME[40:])
+    data = load(file, test=str(other), features=["dose", "age"])
+    assert (len(data.train), len(data.test), data.sample_shape) == (40, 20, (2,))
+    strange = written(tmp_path, ".tsv", FRAME[40:].assign(outcome="new"))
+    with pytest.raises(DataError, match=r"test labels \['new'\] do not occur"):
+        load(file, test=str(strange))
+
+
+def test_a_number_is_predicted_where_it_is_asked_for(tmp_path: Path) -> None:
+    data = load(written(tmp_path, ".csv"), label="dose", task="regression")
+    assert (data.loss, data.classes, data.train.target.dtype) == ("squared_error", 1, torch.float32)
+    assert "label" not in data.columns
+    assert abs(float(data.train.target.mean())) < 1e-6
+    raw = load(written(tmp_path, ".csv"), label="dose", task="regression", standardise=False)
+    mean, deviation = data.info["label_mean"], data.info["label_deviation"]
+    torch.testing.assert_close(data.test.target * deviation + mean, raw.test.target)
+
+
+def test_rows_that_miss_a_value_are_refused_or_dropped_and_counted(tmp_path: Path) -> None:
+    frame = FRAME.copy()
+    frame.loc[[7, 9], "dose"] = np.nan
+    frame.loc[11, "outcome"] = None
+    file = written(tmp_path, ".csv", frame)
+    with pytest.raises(DataError, match=r"dose in 2 rows, outcome in 1 rows.*row 8\. Set data\.mi"):
+        load(file)
+    data = load(file, missing="drop")
+    assert data.info["rows_dropped"] == 3
+    assert len(data.train) + len(data.test) == 57
+
+
+BAD = {
+    "no label": ({"label": None}, r"data\.label is not set.*'outcome', 'site'"),
+    "label": ({"label": "outcom"}, r"data\.label: .*did you mean 'outcome'"),
+    "client and label": ({"client": "outcome"}, r"is data\.label, too"),
+    "client": ({"client": "sites"}, r"data\.client: .*did you mean 'site'"),
+    "words": ({"features": ["age", "note"]}, r"and words in \['note'\]"),
+    "the label": ({"label": "age", "features": ["age"]}, "without the label"),
+    "fractions": ({"label": "dose"}, r"are fractions.*data\.task=regression"),
+    "one class": ({"label": "constant"}, "has the one value"),
+    "share": ({"test_share": 0.0}, r"data\.test_share=0\.0 of 60 rows"),
+    "both": ({"test": "x.csv", "test_share": 0.1}, "leave one of them out"),
+    "file": ({"file": None}, r"data\.file is not set"),
+    "missing": ({"missing": "guess"}, "want one of error, drop"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), BAD.values(), ids=BAD)
+def test_a_wrong_key_is_named(tmp_path: Path, words: dict[str, Any], said: str) -> None:
+    with pytest.raises(FedRacLoraError, match=f"(?i){said}"):
+        load(written(tmp_path, ".csv"), **words)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("t.csv", "a;outcome\n1;2\n", r"data\.separator=';'"),
+        ("t.csv", "a,outcome\n", "holds no rows"),
+        ("t.csv", "", "cannot be read as a table"),
+        ("t.parquet", "a", "cannot be read as a table"),
+        ("t.xlsx", "a", r"ends in \.csv, \.tsv .* or \.parquet"),
+    ],
+)
+def test_a_file_that_is_no_table_is_named(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(FedRacLoraError, match=rf"{name}.*{said}"):
+        load(tmp_path / name)
+
+
+IMAGES = DRAW.integers(0, 256, (50, 6, 5), dtype=np.uint8)
+LABELS = (np.arange(50) % 5 + 1).astype(np.uint8)  # from 1, as EMNIST's
+
+
+def idx(array: np.ndarray) -> bytes:
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+
+
+def test_images_are_the_same_from_npz_and_idx(tmp_path: Path) -> None:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    (folder / "train-images-idx3-ubyte").write_bytes(idx(IMAGES[:40]))
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(LABELS[:40])))
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(IMAGES[40:])))
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(LABELS[40:]))
+    names = {"x_train": IMAGES[:40], "y_train": LABELS[:40]}
+    np.savez(tmp_path / "a.npz", **names, x_test=IMAGES[40:], y_test=LABELS[40:][:, None])
+    one, two = (DATASETS["arrays"](file=str(tmp_path / name)) for name in ("raw", "a.npz"))
+    assert one.sample_shape == (1, 6, 5)
+    assert one.info["classes"] == ["1", "2", "3", "4", "5"]
+    assert torch.equal(one.test.target, torch.arange(10) % 5)
+    assert torch.equal(one.test.inputs["x"], two.test.inputs["x"])
+    wanted = torch.from_numpy(IMAGES[:40]) / 255
+    torch.testing.assert_close(one.train.inputs["x"][:, 0], wanted)
+
+
+def test_colours_go_first_and_clients_are_kept_with_their_samples(tmp_path: Path) -> None:
+    x = DRAW.integers(0, 256, (20, 6, 5, 3), dtype=np.uint8)
+    owner = np.arange(20) // 5
+    words = np.array(["cat", "dog"])[np.arange(20) % 2]
+    np.savez(tmp_path / "a.npz", x=x, target=words, client=owner)
+    data = DATASETS["arrays"](file=str(tmp_path / "a.npz"), test_share=0.25)
+    assert data.sample_shape == (3, 6, 5)
+    assert data.info["classes"] == ["cat", "dog"]
+    parts, info = make_partition(data, name="auto", clients=None, seed=1)
+    assert info["partition"] == "natural"
+    pictures = torch.from_numpy(np.moveaxis(x, -1, 1)) / 255
+    for row in parts[2].tolist():  # type: ignore[index]
+        place = (pictures == data.train.inputs["x"][row]).flatten(1).all(1).nonzero().item()
+        assert owner[int(place)] == 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"x": IMAGES}, "nothing for target"),
+        ({"x": IMAGES, "target": LABELS, "y": LABELS}, r"\['target', 'y'\] could each be target"),
+        ({"x": IMAGES, "target": LABELS, "x_test": IMAGES}, "nothing for test_target"),
+        ({"x": IMAGES, "target": LABELS[:9]}, "9 targets and inputs of {'x': 50}"),
+        ({"x": IMAGES, "target": np.eye(50)}, r"target\.argmax\(1\)"),
+        ({"x": IMAGES, "target": LABELS * 0}, r"the one value \['0'\] only"),
+        ({"x": IMAGES, "target": LABELS, "client": LABELS[:9]}, r"client has shape \(9,\)"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(tmp_path: Path, arrays: Any, said: str) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(FedRacLoraError, match=rf"a\.npz.*{said}"):
+        DATASETS["arrays"](file=str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\3\4", idx(LABELS)[:-1], b"\0\0\7\1\0\0\0\0"])
+def test_a_damaged_idx_file_is_named(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"it is (no IDX file|not whole)"):
+        parse_idx(data, "it")
