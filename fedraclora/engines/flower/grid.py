@@ -113,6 +113,7 @@ class FlowerGrid(NodePerClient):
 
     @override
     def wait(self, what: str) -> None:
+        self.runtime.keep_sigterm()
         try:
             super().wait(what)
         except EngineError as error:

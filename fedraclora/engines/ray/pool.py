@@ -143,6 +143,9 @@ class Pool:
                         )
                     self._replace(task.seat, f"worker {task.seat.number} {cause}", task.job)
                     queue.appendleft(task.job)
+        except KeyboardInterrupt:  # the run ends: nothing new is started
+            running.clear()
+            raise
         finally:
             for task in running.values():  # out of time, or an error: nobody waits for these
                 self._replace(task.seat, f"worker {task.seat.number} was given up", task.job)
