@@ -30,7 +30,8 @@ ENVIRONMENT = {
 # Ray's own name for "no cluster of several machines". It is off where Ray has no clusters, and then
 # every process listens at 127.0.0.1 alone; Ray has no other setting that it obeys.
 NO_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-LONGEST = 40  # characters of the folder: below it lie Ray's sockets, whose paths may have 107
+# Characters of the folder's path: that of a socket below it has 68 more, and may have 103.
+LONGEST = 34
 PATIENCE = 3.0  # seconds in which processes must end that were told to
 
 

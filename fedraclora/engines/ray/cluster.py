@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
 from fedraclora.engines.private_ray import ENVIRONMENT
 from fedraclora.engines.ray.session import RaySession, own_sigterm, refuse_open_ray
@@ -66,11 +67,12 @@ class Cluster:
                 log_to_driver=False,
                 configure_logging=False,
             )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
             where = "on this machine" if alone else f"at {settings.address}"
             raise EngineError(
-                f"Ray cannot be reached or started {where}: {error}; check engine.address, and "
-                "that the cluster runs this version of Ray and Python "
+                f"Ray cannot be reached or started {where}: {error}; check engine.address, that "
+                "the cluster's token is here (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN), if it asks "
+                "for one, and that it runs this version of Ray and Python "
                 f"({ray.__version__}, {sys.version.split()[0]})"
             ) from error
         if alone:
