@@ -99,6 +99,8 @@ class Runtime:
     def _run(self) -> None:
         from flwr.simulation import run_simulation
 
+        from fedraclora.engines.ray.session import deaf_children
+
         server = ServerApp()
 
         @server.main()
@@ -110,7 +112,7 @@ class Runtime:
                 pass
 
         try:
-            with own_environment():
+            with own_environment(), deaf_children():
                 run_simulation(server, self.app, self.clients, backend_config=self.config)
         except Exception as error:
             self._broken = error
