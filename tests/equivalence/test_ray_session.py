@@ -6,6 +6,8 @@ import os
 import signal
 import stat
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -18,18 +20,33 @@ from fedraclora.engines.ray.cluster import Cluster
 from fedraclora.errors import EngineError
 from fedraclora.settings import RayConfig
 
-NODES = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"  # what anybody would ask a Ray first
+# One call of each of Ray's services; a service that a process does not have is UNIMPLEMENTED there.
+CALLS = (
+    "NodeInfoGcsService/GetAllNodeInfo",
+    "NodeManagerService/GetNodeStats",
+    "ObjectManagerService/Push",
+    "CoreWorkerService/PushTask",  # runs code
+)
+AGENT = "ray::RuntimeEnvAgent"  # speaks HTTP
 
 
-def asked_without_a_token(address: str) -> grpc.StatusCode:
-    """Ask a Ray for its nodes as a stranger would, and give the status of its answer."""
-    with grpc.insecure_channel(address) as channel:
+def answer_to_a_stranger(port: int, call: str) -> str:
+    """Give the status of the answer to a call without a token."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:
-            channel.unary_unary(NODES)(b"", timeout=30)
+            channel.unary_unary(f"/ray.rpc.{call}")(b"", timeout=30)
         except grpc.RpcError as error:
-            code: grpc.StatusCode = error.code()
-            return code
-    return grpc.StatusCode.OK
+            return str(error.code().name)
+    return "OK"
+
+
+def http_answer_to_a_stranger(port: int) -> int:
+    """Give the status of the answer to a request without a token."""
+    url = f"http://127.0.0.1:{port}/get_or_create_runtime_env"
+    with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(url, data=b""):
+        pass
+    refused.value.close()
+    return refused.value.code
 
 
 @needs_proc
@@ -41,8 +58,13 @@ def test_only_this_user_on_this_machine_reaches_it() -> None:
         found = listeners()
         assert any("gcs_server" in command for command in found.values())
         assert off_loopback(found) == {}
-        address = ray.get_runtime_context().gcs_address
-        assert asked_without_a_token(address) == grpc.StatusCode.UNAUTHENTICATED
+        for address, command in found.items():
+            port = int(address.rpartition(":")[2], 16)
+            if command.startswith(AGENT):
+                assert http_answer_to_a_stranger(port) == 401
+            else:
+                answers = {answer_to_a_stranger(port, call) for call in CALLS}
+                assert answers == {"UNAUTHENTICATED", "UNIMPLEMENTED"}, command
         folder = Path(os.environ["RAY_TMPDIR"])
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert [*folder.glob("ray/session_*/sockets/*")]

@@ -13,12 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from fedraclora.engines.private_ray import ENVIRONMENT
-from fedraclora.engines.ray.session import (
-    RaySession,
-    deaf_children,
-    own_sigterm,
-    refuse_open_ray,
-)
+from fedraclora.engines.ray.session import RaySession, own_sigterm, refuse_open_ray
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.settings import RayConfig
 
@@ -48,7 +43,7 @@ class Cluster:
         self._session: RaySession | None = None  # of a Ray that is started here
         try:
             if not self.joined:
-                with own_sigterm(), deaf_children():
+                with own_sigterm():
                     self._start(settings)
             self.workers = self._count(settings)
         except BaseException:

@@ -103,7 +103,8 @@ def deaf_children() -> Iterator[None]:
     """Let processes that this thread starts inside not hear SIGTERM, nor those that they start.
 
     Where it goes to the whole group (a batch system, systemd), Ray's server would be gone before
-    this process can end Ray in order: calls hang, and after ten seconds Ray aborts this process.
+    this process has ended what uses it: calls hang, and after ten seconds Ray aborts this process.
+    The price is that Ray waits a second for each of its four programs before it kills it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
