@@ -212,6 +212,11 @@ def await_start(folder: Path) -> bool:
     return any(folder.glob("fedraclora-*/ray/session_*"))
 
 
+def await_workers(folder: Path) -> bool:
+    """Tell whether workers have begun to start."""
+    return any(folder.glob("fedraclora-*/ray/session_*/logs/worker-*"))
+
+
 def await_rounds(folder: Path) -> bool:
     """Tell whether some rounds are done."""
     ledger = folder / "run" / "ledger.jsonl"
@@ -225,7 +230,8 @@ ENDS = {
     "Ctrl-C": (signal.SIGINT, True, await_rounds),
     "terminate": (signal.SIGTERM, False, await_rounds),
     "terminate all": (signal.SIGTERM, True, await_rounds),
-    "terminate early": (signal.SIGTERM, False, await_start),
+    "terminate at the start": (signal.SIGTERM, False, await_start),
+    "terminate before the workers": (signal.SIGTERM, False, await_workers),
 }
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from experiments import app, choices, compare_study
+from fedraclora import runfolder
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
 KINDS = {".py", ".yaml", ".toml", ".typed"}
+EMPTY_COMMIT = ["commit", "-q", "--allow-empty", "-m", "a"]
 MOST = 2_000_000  # bytes of all files
 
 
@@ -54,3 +57,13 @@ def test_a_flower_app_is_made_of_it(
     made = [path for path in (tmp_path / "app").rglob("*") if path.is_file()]
     assert {p.relative_to(tmp_path / "app").as_posix() for p in made} == {*wanted, "pyproject.toml"}
     assert (tmp_path / "app/pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()
+
+
+def test_installed_code_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the project in whose folder the environment lies."""
+    site = tmp_path / "project" / ".venv" / "fedraclora"
+    site.mkdir(parents=True)
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a", *EMPTY_COMMIT]):
+        subprocess.run(["git", "-C", str(tmp_path / "project"), *words], check=True)
+    monkeypatch.setattr(runfolder, "__file__", str(site / "runfolder.py"))
+    assert runfolder.git_revision.__wrapped__() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -11,7 +12,7 @@ from types import FrameType
 
 import ray
 from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from fedraclora.engines.private_ray import RayFolder
 from fedraclora.errors import EngineError
@@ -34,9 +35,11 @@ class RaySession:
         self._folder = RayFolder()
         os.environ.update(self._folder.environ)
         self._read_environment(clusters=False)
+        atexit.register(self.close)  # where nobody came to close it
 
     def close(self) -> None:
         """End the Ray that ran, whatever is left of it, and put the environment back."""
+        atexit.unregister(self.close)
         try:
             with own_sigterm():
                 ray.shutdown()
