@@ -91,6 +91,16 @@ class Runtime:
         finally:
             self._thread = self._session = None
 
+    def check(self) -> None:
+        """Refuse a Ray that other machines can reach, once processes have answered.
+
+        Raises:
+            EngineError: If it does not listen at this machine's own address alone.
+        """
+        from fedraclora.engines.ray.session import refuse_open_ray
+
+        refuse_open_ray()
+
     def keep_sigterm(self) -> None:
         """Let SIGTERM do what it did before Ray, which starts in a thread at some time, took it."""
         if self._session is not None:
