@@ -79,7 +79,7 @@ class Pool:
             except GetTimeoutError as error:
                 raise EngineError(
                     f"worker {seat.number} of {len(self.seats)} was not ready after {timeout:g} s; "
-                    "lower engine.workers, or look into Ray's log"
+                    "lower engine.workers; on a cluster Ray's log says more"
                 ) from error
             except RayError as error:
                 lost += 1
