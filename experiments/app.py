@@ -12,7 +12,8 @@ from fedraclora.config import RunConfig
 from fedraclora.errors import ConfigError
 from fedraclora.runfolder import is_finished, write_summary
 
-APP = Path(__file__).resolve().parents[1]  # the checkout: its pyproject.toml is the app's
+ROOT = Path(__file__).resolve().parents[1]  # of the packages: a checkout, or where a wheel is
+PROJECT = "pyproject.toml"
 
 
 def run_config_of(config: RunConfig, *, resume: bool) -> str:
@@ -22,22 +23,43 @@ def run_config_of(config: RunConfig, *, resume: bool) -> str:
     return f"cfg-json = {text}\nresume = {json.dumps(resume)}\n"
 
 
+def project_file() -> Path:
+    """Find the pyproject.toml that says what the app is made of.
+
+    A wheel brings it in this package: what lies beside installed packages is not theirs.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    for path in (Path(__file__).with_name(PROJECT), ROOT / PROJECT):
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"there is no {PROJECT} in {ROOT}, from which a Flower app is made: install fedraclora "
+        "from a wheel, or from a checkout"
+    )
+
+
+def checkout() -> Path | None:
+    """Find the checkout that runs, which is a Flower app as it is; None for an installed wheel."""
+    return ROOT if project_file().parent == ROOT else None
+
+
 def copy_app(folder: Path) -> None:
     """Copy the files that the app's bundle is made of.
 
     To make it Flower looks at every file that it finds; beside them lie virtual environments.
 
     Raises:
-        ConfigError: If this is not a checkout.
+        ConfigError: If they are not all there.
     """
-    if not (APP / "pyproject.toml").is_file():
-        raise ConfigError(f"{APP} has no pyproject.toml: a Flower app is made from a checkout")
-    project = tomllib.loads((APP / "pyproject.toml").read_text())
-    for pattern in ["pyproject.toml", *project["tool"]["flwr"]["app"]["fab-include"]]:
-        for path in APP.glob(pattern):
-            copy = folder / path.relative_to(APP)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+    project = project_file()
+    copies = {project: folder / PROJECT}
+    for pattern in tomllib.loads(project.read_text())["tool"]["flwr"]["app"]["fab-include"]:
+        copies |= {path: folder / path.relative_to(ROOT) for path in ROOT.glob(pattern)}
+    for path, copy in copies.items():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def is_done(folder: Path, *, resume: bool) -> bool:

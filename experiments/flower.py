@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.app import APP, conclude, copy_app, is_done, run_config_of
+from experiments.app import checkout, conclude, copy_app, is_done, run_config_of
 from experiments.choices import check_choices, composed
 from experiments.interrupt import in_order
 from experiments.simulate import choose
@@ -95,12 +95,19 @@ def run(order: Order) -> None:
 
 
 def write(order: Order, path: Path) -> None:
-    """Write the run config for a ``flwr run`` by hand, and print that command."""
+    """Write the run config for a ``flwr run`` by hand, and print that command.
+
+    Without a checkout the app is written, too, into a folder beside it.
+    """
     if path.suffix != ".toml":
         raise ConfigError(f"--write {path}: Flower reads a run config from a file named *.toml")
     path.write_text(order.run_config)
+    app = checkout()
+    if app is None:
+        app = path.with_name(f"{path.stem}-app")
+        copy_app(app)
     options = f"--federation-config {shlex.quote(words_of(order.options))}"
-    print(f"flwr run {shlex.quote(str(APP))} --stream -c {shlex.quote(str(path))} {options}")
+    print(f"flwr run {shlex.quote(str(app))} --stream -c {shlex.quote(str(path))} {options}")
 
 
 @reported

@@ -130,6 +130,12 @@ def best_rows(study: Study, results: Path) -> Study:
         return study
     said = dict(study.best)
     folder = results / str(said["of"])
+    if not folder.is_dir():
+        raise ConfigError(
+            f"the study takes its rows from the results of {said['of']}, and {folder} is not "
+            "there: a checkout has it, a wheel has no results; name the rows yourself, in a study "
+            "file of your own"
+        )
     other, done = Study.read(folder / "study.yaml"), read_lines(folder / "runs.jsonl")
     ranked = entries(other, done)
     missing = [r for r in other.rows if not final_lines(other, r, done)]

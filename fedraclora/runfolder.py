@@ -210,6 +210,8 @@ def provenance() -> dict[str, object]:
 def git_revision() -> str | None:
     """Give the revision of the checkout that runs, with a plus where files differ from it.
 
+    None for an installed package, also where it lies in the folder of another project.
+
     That of the first call: what a process runs is what it has loaded.
     """
     here = Path(__file__).parent
@@ -223,6 +225,8 @@ def git_revision() -> str | None:
         )
         return done.stdout.strip()
 
+    if not git("ls-files", Path(__file__).name):
+        return None
     revision = git("rev-parse", "--short=12", "HEAD")
     return f"{revision}{'+' if git('status', '--porcelain', '-uno') else ''}" if revision else None
 

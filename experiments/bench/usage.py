@@ -15,13 +15,13 @@ TICK = os.sysconf("SC_CLK_TCK")
 PROC = Path("/proc")
 
 
-def descendants() -> list[int]:
-    """Give the ids of the living descendants of this process."""
+def descendants(top: int | None = None) -> list[int]:
+    """Give the ids of the living descendants of a process; of this one by default."""
     children: dict[int, list[int]] = {}
     for name in filter(str.isdigit, os.listdir(PROC)):  # noqa: PTH208  iterdir is slower
         if fields := _stat(int(name)):
             children.setdefault(int(fields[1]), []).append(int(name))
-    found = [*children.get(os.getpid(), [])]
+    found = [*children.get(top or os.getpid(), [])]
     for pid in found:  # grows while it is read
         found += children.get(pid, [])
     return found

@@ -13,10 +13,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from listeners import listeners, needs_proc, off_loopback
 
 from experiments.assemble import Assembled, assemble
 from experiments.bench.usage import descendants
 from experiments.choices import composed
+from experiments.interrupt import STATUS
 from fedraclora.config import from_plain
 from fedraclora.engines.flower import FlowerGrid
 from fedraclora.errors import ClientError
@@ -129,35 +131,42 @@ def left_running(mark: str) -> list[str]:
 
 
 @pytest.mark.slow
+@needs_proc
 @pytest.mark.parametrize("command", ["simulate", "flower"])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_running(command: str, how: int, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_nobody_else_reaches_it_and_nothing_is_left(command: str, how: int, tmp_path: Path) -> None:
     words = [*WORDS, "method.rank=2", "rounds=100000", "engine=flower", "engine.workers=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"experiments.{command}", *words, f"output.dir={folder}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "MARK_OF_THIS_TEST": str(tmp_path),
-            "OMP_NUM_THREADS": "1",
-            "TMPDIR": str(tmp_path),
-            "RAY_TMPDIR": tempfile.gettempdir(),
-        },
-    )
-    deadline = time.monotonic() + 300
-    ledger = folder / "ledger.jsonl"
-    while not (ledger.is_file() and ledger.read_bytes().count(b"\n") > 3):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(how)
-    status = process.wait(timeout=120)
-    assert status == (-how if how == signal.SIGKILL else 130)
-    while left_running(str(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left_running(str(tmp_path)) == []
-    if how != signal.SIGKILL:
-        assert list(tmp_path.glob("fedraclora-*")) == []
+    with tempfile.TemporaryDirectory(prefix="r") as made:  # short, for Ray's sockets
+        folder = Path(made) / "run"
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"experiments.{command}", *words, f"output.dir={folder}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "MARK_OF_THIS_TEST": made,
+                "OMP_NUM_THREADS": "1",
+                "TMPDIR": made,
+                "RAY_TMPDIR": made,
+            },
+        )
+        deadline = time.monotonic() + 300
+        ledger = folder / "ledger.jsonl"
+        while not (ledger.is_file() and ledger.read_bytes().count(b"\n") > 3):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        found = listeners(process.pid)
+        assert any("gcs_server" in who for who in found.values())
+        assert off_loopback(found) == {}
+        process.send_signal(how)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == (-how if how == signal.SIGKILL else STATUS)
+        assert ("interrupted" in said) == (how != signal.SIGKILL)
+        while left_running(made) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert left_running(made) == []
+        if how != signal.SIGKILL:
+            assert [*Path(made).glob("fedraclora-*")] == []

@@ -35,9 +35,12 @@ WORDS = (
 DIGESTS = ("weights_digest", "ledger_digest")
 
 
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "7d" * 32}
+
+
 @pytest.fixture
 def address() -> Iterator[str]:
-    """Start a head with two CPUs in a process of its own; end it after."""
+    """Start a head with two CPUs, which asks for a token, in a process of its own; end it after."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -48,7 +51,7 @@ def address() -> Iterator[str]:
             [Path(sys.executable).parent / "ray", "start", *words],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | TOKEN,
         )
         try:
             end = time.monotonic() + 120
@@ -69,7 +72,11 @@ def digests(folder: Path, *words: str) -> list[str]:
     end = time.monotonic() + 60
     while True:  # the head listens a moment before its node is there
         done = subprocess.run(
-            [*command, f"output.dir={folder}"], capture_output=True, text=True, check=False
+            [*command, f"output.dir={folder}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **TOKEN},
         )
         if done.returncode == 0 or time.monotonic() > end:
             break
@@ -79,6 +86,16 @@ def digests(folder: Path, *words: str) -> list[str]:
 
 
 def test_a_cluster_is_joined_and_left_and_joined_again(address: str, tmp_path: Path) -> None:
+    """By those who have its token."""
     wanted = digests(tmp_path / "here")
     for name in ("first", "second"):
         assert digests(tmp_path / name, "engine=ray", f"engine.address={address}") == wanted
+    words = ["engine=ray", f"engine.address={address}", f"output.dir={tmp_path / 'stranger'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.simulate", *WORDS, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "check engine.address, that the cluster's token is here" in done.stderr.splitlines()[-1]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,11 +22,12 @@ from ray import cloudpickle
 from experiments import kill_workers
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
+from experiments.interrupt import STATUS
 from fedraclora.clientstore import ClientStore
 from fedraclora.config import from_plain
 from fedraclora.engines.local import RUN_AT_FAULT
 from fedraclora.engines.ray import Cluster, RayGrid
-from fedraclora.engines.ray.cluster import ENVIRONMENT
+from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.method import Downlink, Plan
 from fedraclora.replica import Chronicle, Follower
@@ -79,9 +81,7 @@ RUNS = {
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     """One Ray for the module: engines join what is there, and leave it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
+    with closing(RaySession()):
         ray.init(
             address="local",
             num_cpus=3,
@@ -90,7 +90,6 @@ def cluster() -> Iterator[None]:
             log_to_driver=False,
         )
         yield
-        ray.shutdown()
 
 
 def run(*words: str) -> Assembled:
@@ -208,35 +207,66 @@ def left_running(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param("end", marks=SLOW), pytest.param("interrupt", marks=SLOW), "terminate"]
-)
-def test_nothing_is_left_running(how: str, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    rounds = "rounds=3" if how == "end" else "rounds=100000"
+def await_start(folder: Path) -> bool:
+    """Tell whether Ray has begun to start."""
+    return any(folder.glob("fedraclora-*/ray/session_*"))
+
+
+def await_workers(folder: Path) -> bool:
+    """Tell whether workers have begun to start."""
+    return any(folder.glob("fedraclora-*/ray/session_*/logs/worker-*"))
+
+
+def await_rounds(folder: Path) -> bool:
+    """Tell whether some rounds are done."""
+    ledger = folder / "run" / "ledger.jsonl"
+    return ledger.is_file() and ledger.read_bytes().count(b"\n") > 3
+
+
+# name -> what is sent, to its group, when
+ENDS = {
+    "end": (None, False, await_rounds),
+    "interrupt": (signal.SIGINT, False, await_rounds),
+    "Ctrl-C": (signal.SIGINT, True, await_rounds),
+    "terminate": (signal.SIGTERM, False, await_rounds),
+    "terminate all": (signal.SIGTERM, True, await_rounds),
+    "terminate at the start": (signal.SIGTERM, False, await_start),
+    "terminate before the workers": (signal.SIGTERM, False, await_workers),
+}
+
+
+@pytest.mark.short(when=lambda how: how == "terminate")
+@pytest.mark.parametrize("how", ENDS)
+def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
+    sign, group, due = ENDS[how]
+    rounds = "rounds=3" if sign is None else "rounds=100000"
     words = [*WORDS, "method.rank=2", "engine=ray", "engine.workers=1", rounds]
     # A shell lets what it starts in the background ignore Ctrl-C, and that is inherited.
     heeded = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.simulate", *words, f"output.dir={folder}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=tmp_path,
-        env={**os.environ, "MARK_OF_THIS_TEST": str(folder), "OMP_NUM_THREADS": "1"},
-    )
-    signal.signal(signal.SIGINT, heeded)
-    deadline = time.monotonic() + 120
-    while how != "end" and time.monotonic() < deadline:
-        ledger = folder / "ledger.jsonl"
-        if ledger.is_file() and ledger.read_bytes().count(b"\n") > 3:
-            process.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGTERM)
-            break
-        time.sleep(0.05)
-    status = process.wait(timeout=120)
-    assert (status == 0) == (how == "end")
-    while left_running(folder) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left_running(folder) == []
+    with tempfile.TemporaryDirectory(prefix="r") as made:  # short, for Ray's sockets
+        folder = Path(made)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.simulate", *words, f"output.dir={folder / 'run'}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "RAY_TMPDIR": made, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        signal.signal(signal.SIGINT, heeded)
+        deadline = time.monotonic() + 300
+        while sign is not None and not due(folder):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if sign is not None:
+            (os.killpg if group else os.kill)(process.pid, sign)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == (0 if sign is None else STATUS)
+        assert ("interrupted" in said) == (sign is not None)
+        assert left_running(folder) == []
+        assert [*folder.glob("fedraclora-*")] == []
 
 
 @SLOW  # that a pool replaces them, see test_ray_pool

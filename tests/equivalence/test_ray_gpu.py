@@ -21,7 +21,7 @@ from experiments.bench.workloads import WORKLOADS
 from experiments.choices import composed
 from fedraclora.config import from_plain
 from fedraclora.engines.ray import Cluster
-from fedraclora.engines.ray.cluster import ENVIRONMENT
+from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ConfigError
 from fedraclora.tree import digest
 from strategies import METHODS
@@ -44,9 +44,7 @@ HALVES = ("engine=ray", "engine.workers=2", "engine.gpus=0.5")
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """A cluster with one GPU, real or told of, and where clients train."""
-    with pytest.MonkeyPatch.context() as patches:
-        for name, value in ENVIRONMENT.items():
-            patches.setenv(name, value)
+    with closing(RaySession()):
         ray.init(
             address="local",
             num_cpus=6,
@@ -56,7 +54,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
             log_to_driver=False,
         )
         yield str(request.param)
-        ray.shutdown()
 
 
 def job(*words: str) -> Assembled:

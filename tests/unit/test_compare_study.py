@@ -135,6 +135,8 @@ def test_a_study_takes_the_best_rows_of_another(ran: Path, tmp_path: Path) -> No
     half.write_text("\n".join(kept))
     with pytest.raises(ConfigError, match="no final runs of fedkrso yet"):
         best_rows(study.changed(best={"of": "half", "rows": 1}), tmp_path)
+    with pytest.raises(ConfigError, match="a checkout has it, a wheel has no results"):
+        best_rows(study.changed(best={"of": "absent", "rows": 1}), tmp_path)
 
 
 def tiny(tmp_path: Path, text: str = TINY) -> Path:

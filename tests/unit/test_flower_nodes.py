@@ -7,11 +7,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 from typing_extensions import override
 
 from fedraclora.clientstore import ClientStore
@@ -283,13 +283,11 @@ def test_a_backend_that_does_not_start_is_an_error_and_no_hang(
 
 
 def test_a_ray_that_runs_already_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        runtime.sys.modules,
-        "ray",
-        SimpleNamespace(is_initialized=lambda: True),  # type: ignore[arg-type]
-    )
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    started = runtime.Runtime(ClientApp(), 3, {})
     with pytest.raises(EngineError, match="Ray runs in this process already"):
-        runtime.refuse_running_ray()
+        started.grid()
+    started.close()
 
 
 def test_more_than_the_machine_has_is_refused() -> None:

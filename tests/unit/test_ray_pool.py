@@ -141,6 +141,22 @@ def test_what_is_not_done_in_time_yields_nothing(tmp_path: Path, cluster: Cluste
     pool.close()
 
 
+def test_a_run_that_is_interrupted_starts_no_worker(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    pool = pool_of(tmp_path, cluster)
+    actors = [seat.actor for seat in pool.seats]
+    monkeypatch.setattr(ray, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        done(pool, ["ok 1", "ok 2"])
+    assert [seat.actor for seat in pool.seats] == actors
+    assert pool.incidents == []
+    pool.close()
+
+
 def test_a_worker_that_dies_at_its_start_is_replaced(tmp_path: Path, cluster: Cluster) -> None:
     kind = ray.remote(Toy).options(num_cpus=1)
     pool = Pool(lambda: kind.remote(str(tmp_path), "die"), 1, 1, 30.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import torch
 from flwr.clientapp import ClientApp
@@ -112,7 +113,15 @@ class FlowerGrid(NodePerClient):
         )
 
     @override
+    def get_node_ids(self) -> Iterable[int]:
+        if not self._nodes:
+            super().get_node_ids()
+            self.runtime.check()
+        return self._nodes
+
+    @override
     def wait(self, what: str) -> None:
+        self.runtime.keep_sigterm()
         try:
             super().wait(what)
         except EngineError as error:

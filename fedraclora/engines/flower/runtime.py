@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context
 from flwr.clientapp import ClientApp
@@ -23,12 +23,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedraclora.errors import EngineError
 
-ENVIRONMENT = {
-    # Ray may not hide GPUs from processes that ask for none, nor say that it will.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Seconds for which helpers of Ray look for one that was killed, before they end as well.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-}
+if TYPE_CHECKING:
+    from fedraclora.engines.ray.session import RaySession
+
 # What they log as an error is raised here. (Ray sets the level of its upper logger at import.)
 LOGGERS = ("flwr", "ray._private.worker")
 
@@ -53,14 +50,18 @@ class Runtime:
         self._handed: SimpleQueue[Grid | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._broken: Exception | None = None
+        self._session: RaySession | None = None
 
     def grid(self) -> Grid:
         """Start the runtime and give its grid.
 
         Raises:
-            EngineError: If it does not start.
+            EngineError: If it does not start, or this process has a Ray already, which Flower would
+                use and then end.
         """
-        refuse_running_ray()
+        from fedraclora.engines.ray.session import RaySession
+
+        self._session = RaySession()
         self._thread = Thread(target=self._run, name="flower", daemon=True)
         self._thread.start()
         grid = self._handed.get()
@@ -79,15 +80,36 @@ class Runtime:
 
     def close(self) -> None:
         """End it, and wait for the end."""
-        if self._thread is None:
+        if self._session is None:
             return
-        with hushed():
-            self._done.set()
-            self._thread.join()
-        self._thread = None
+        try:
+            with hushed():
+                self._done.set()
+                if self._thread is not None:
+                    self._thread.join()
+                self._session.close()
+        finally:
+            self._thread = self._session = None
+
+    def check(self) -> None:
+        """Refuse a Ray that other machines can reach, once processes have answered.
+
+        Raises:
+            EngineError: If it does not listen at this machine's own address alone.
+        """
+        from fedraclora.engines.ray.session import refuse_open_ray
+
+        refuse_open_ray()
+
+    def keep_sigterm(self) -> None:
+        """Let SIGTERM do what it did before Ray, which starts in a thread at some time, took it."""
+        if self._session is not None:
+            self._session.keep_sigterm()
 
     def _run(self) -> None:
         from flwr.simulation import run_simulation
+
+        from fedraclora.engines.ray.session import deaf_children
 
         server = ServerApp()
 
@@ -100,7 +122,7 @@ class Runtime:
                 pass
 
         try:
-            with own_environment():
+            with own_environment(), deaf_children():
                 run_simulation(server, self.app, self.clients, backend_config=self.config)
         except Exception as error:
             self._broken = error
@@ -110,25 +132,11 @@ class Runtime:
             self._handed.put(None)
 
 
-def refuse_running_ray() -> None:
-    """Refuse to run beside a Ray of this process, which Flower would use and then end.
-
-    Raises:
-        EngineError: If there is one.
-    """
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        raise EngineError(
-            "Ray runs in this process already, and engine=flower starts its own: end it first"
-        )
-
-
 @contextmanager
 def own_environment() -> Iterator[None]:
-    """Set what Ray shall heed, quieten the logs, and put back what Flower changes."""
+    """Quieten the logs, and put back what Flower changes."""
     before, loggers = dict(os.environ), [logging.getLogger(n) for n in LOGGERS]
     levels = [logger.level for logger in loggers]
-    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in before})
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:

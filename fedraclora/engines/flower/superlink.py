@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from fedraclora.engines import programs
-from fedraclora.engines.flower.runtime import ENVIRONMENT
+from fedraclora.engines.private_ray import RayFolder
 from fedraclora.errors import EngineError
 
 NAME = "local"  # of the connection, in Flower's own configuration
@@ -46,11 +45,10 @@ class Ended:
         return self.status == COMPLETED
 
 
-def environment(home: Path) -> dict[str, str]:
+def environment(home: Path, ray: RayFolder) -> dict[str, str]:
     """Give the environment for Flower's programs where they start a Ray of their own."""
     kept = {k: v for k, v in programs.environment(home).items() if k != "RAY_ADDRESS"}
-    # The paths of Ray's sockets may not be long.
-    return {**ENVIRONMENT, "RAY_TMPDIR": tempfile.gettempdir(), **kept}
+    return {**kept, **ray.environ}
 
 
 class SuperLink:
@@ -64,6 +62,7 @@ class SuperLink:
         self.show = show
         self._made = programs.private_folder()
         self.home = Path(self._made.name)
+        self._ray = RayFolder()
         self._program: programs.Program | None = None
 
     def __enter__(self) -> SuperLink:
@@ -99,7 +98,7 @@ class SuperLink:
             EngineError: If it did not begin, or the SuperLink is gone.
         """
         words = ["run", str(app), NAME, "--stream", "-c", str(run_config)]
-        environ = environment(self.home)
+        environ = environment(self.home, self._ray)
         run = programs.flwr(
             [*words, "--federation-config", words_of(options)],
             environ,
@@ -123,14 +122,16 @@ class SuperLink:
         (self.home / "config.toml").write_text(connection)
         words = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
         log = self.home / "superlink.log"
-        self._program = programs.Program("flower-superlink", words, environment(self.home), log)
+        environ = environment(self.home, self._ray)
+        self._program = programs.Program("flower-superlink", words, environ, log)
         self._program.await_listening(port)
 
     def _end(self) -> None:
-        """End it with all that it has started, and remove its folder."""
+        """End it with all that it has started, and remove its folders."""
         if self._program is not None:
             self._program.end()
             self._program = None
+        self._ray.close()
         self._made.cleanup()
 
 

@@ -10,17 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
+from fedraclora.engines.private_ray import ENVIRONMENT
+from fedraclora.engines.ray.session import RaySession, own_sigterm, refuse_open_ray
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.settings import RayConfig
 
-# No usage report; Ray may not hide GPUs from workers that ask for none, nor say that it will; and
-# when this process was killed its helpers end in ten seconds; they would linger for a minute.
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-}
 # The top of this checkout: workers import the code that the driver runs.
 CODE = str(Path(__file__).resolve().parents[3])
 
@@ -44,18 +40,22 @@ class Cluster:
     def __init__(self, settings: RayConfig, device: str) -> None:
         self.gpus = float(device == "cuda") if settings.gpus is None else settings.gpus
         self.joined = ray.is_initialized()
-        os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
-        if not self.joined:
-            self._start(settings)
+        self._session: RaySession | None = None  # of a Ray that is started here
         try:
+            if not self.joined:
+                with own_sigterm():
+                    self._start(settings)
             self.workers = self._count(settings)
-        except ConfigError:
+        except BaseException:
             self.close()
             raise
 
     def _start(self, settings: RayConfig) -> None:
         alone = settings.address is None
-        if settings.address is not None:
+        if settings.address is None:
+            self._session = RaySession()
+        else:
+            os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
             check_address(settings.address)
         try:
             ray.init(
@@ -67,13 +67,16 @@ class Cluster:
                 log_to_driver=False,
                 configure_logging=False,
             )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
             where = "on this machine" if alone else f"at {settings.address}"
             raise EngineError(
-                f"Ray cannot be reached or started {where}: {error}; check engine.address, and "
-                "that the cluster runs this version of Ray and Python "
+                f"Ray cannot be reached or started {where}: {error}; check engine.address, that "
+                "the cluster's token is here (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN), if it asks "
+                "for one, and that it runs this version of Ray and Python "
                 f"({ray.__version__}, {sys.version.split()[0]})"
             ) from error
+        if alone:
+            refuse_open_ray()
 
     def _count(self, settings: RayConfig) -> int:
         there: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -90,8 +93,12 @@ class Cluster:
 
     def close(self) -> None:
         """End what was started, leave what was joined."""
-        if not self.joined and ray.is_initialized():
-            ray.shutdown()
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        elif not self.joined:
+            with own_sigterm():
+                ray.shutdown()
 
 
 def check_address(address: str) -> None:

@@ -140,24 +140,28 @@ class RayGrid(LocalGrid):
         super().__init__()
         self.cluster, self.chronicle, self.store = cluster, chronicle, store
         self._refs: dict[tuple[str, int], Any] = {}
+        try:
+            self._start(build, parts, settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, build: Callable[[Any], Site], parts: object, settings: RayConfig) -> None:
+        """Start the workers, and wait until all of them are ready."""
         held = ray.put(parts)
         kind = ray.remote(Resident).options(
             num_cpus=1,
-            num_gpus=cluster.gpus,
+            num_gpus=self.cluster.gpus,
             max_restarts=0,
             runtime_env={"env_vars": worker_environment(settings.threads)},
         )
         self.pool = Pool(
             lambda: kind.remote(build, [held]),
-            cluster.workers,
+            self.cluster.workers,
             settings.retries,
             settings.timeout,
         )
-        try:
-            self._check(self.pool.facts())
-        except Exception:
-            self.close()
-            raise
+        self._check(self.pool.facts())
 
     def _check(self, found: list[dict[str, str]]) -> None:
         here = {"python": platform.python_version(), "torch": torch.__version__}

@@ -79,7 +79,7 @@ class Pool:
             except GetTimeoutError as error:
                 raise EngineError(
                     f"worker {seat.number} of {len(self.seats)} was not ready after {timeout:g} s; "
-                    "lower engine.workers, or look into Ray's log"
+                    "lower engine.workers; on a cluster Ray's log says more"
                 ) from error
             except RayError as error:
                 lost += 1
@@ -143,6 +143,9 @@ class Pool:
                         )
                     self._replace(task.seat, f"worker {task.seat.number} {cause}", task.job)
                     queue.appendleft(task.job)
+        except KeyboardInterrupt:  # the run ends: nothing new is started
+            running.clear()
+            raise
         finally:
             for task in running.values():  # out of time, or an error: nobody waits for these
                 self._replace(task.seat, f"worker {task.seat.number} was given up", task.job)

@@ -1,0 +1,82 @@
+"""A Ray for one run on this machine: nobody else may reach it, and nothing of it stays.
+
+As Ray comes, its processes listen on all interfaces and run what anybody sends them, and its
+sockets and logs lie in a folder where all may write. Here they listen at 127.0.0.1, ask for a
+token that is made for the run, and lie in a folder that only this user can enter.
+
+What must be set where this process starts Ray itself is in `fedraclora.engines.ray.session`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray may not hide GPUs from processes that ask for none, nor say that it will.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Seconds for which helpers of Ray look for one that was killed, before they end as well.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+}
+# Ray's own name for "no cluster of several machines". It is off where Ray has no clusters, and then
+# every process listens at 127.0.0.1 alone; Ray has no other setting that it obeys.
+NO_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Characters of the folder's path: that of a socket below it has 68 more, and may have 103.
+LONGEST = 34
+PATIENCE = 3.0  # seconds in which processes must end that were told to
+
+
+class RayFolder:
+    """Where a Ray keeps its sockets and logs: a private folder, and the token that it asks for.
+
+    Attributes:
+        path: The folder; gone after `close`.
+        environ: What processes of this Ray, and those that start it, must have set.
+    """
+
+    def __init__(self) -> None:
+        home = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        if len(home) > LONGEST - len("/fedraclora-12345678") and Path("/tmp").is_dir():  # noqa: S108
+            home = "/tmp"  # noqa: S108
+        self._made = tempfile.TemporaryDirectory(
+            prefix="fedraclora-", dir=home, ignore_cleanup_errors=True
+        )
+        self.path = Path(self._made.name)
+        self.environ = {
+            **{k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()},
+            **NO_CLUSTER,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_TMPDIR": str(self.path),  # Ray makes a folder in it that all may enter
+        }
+
+    def close(self) -> None:
+        """Kill what is left of this Ray, which should have ended, and remove the folder."""
+        end = time.monotonic() + PATIENCE
+        while (left := self._processes()) and time.monotonic() < end:
+            time.sleep(0.05)
+        for pid in left:
+            log.info("%g s after the end of Ray its process %d is killed", PATIENCE, pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._made.cleanup()
+
+    def _processes(self) -> list[int]:
+        """Find those that inherited the name of the folder; none where there is no /proc."""
+        mark = f"RAY_TMPDIR={self.path}".encode()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has just ended, or is another user's
+                words = (entry / "environ").read_bytes().split(b"\0")
+                if mark in words and int(entry.name) != os.getpid():
+                    found.append(int(entry.name))
+        return found

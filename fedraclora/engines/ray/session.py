@@ -1,0 +1,122 @@
+"""Lets this process start a Ray of its own that nobody else can reach, and end it in order."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+from fedraclora.engines.private_ray import RayFolder
+from fedraclora.errors import EngineError
+
+Handler = Callable[[int, FrameType | None], object] | int | None
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class RaySession:
+    """While it is open, a Ray that this process starts is private; see `private_ray`.
+
+    Raises:
+        EngineError: If a Ray runs in this process already.
+    """
+
+    def __init__(self) -> None:
+        if ray.is_initialized():
+            raise EngineError("Ray runs in this process already: end it before another one starts")
+        self._environ, self._clusters = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
+        self._folder = RayFolder()
+        os.environ.update(self._folder.environ)
+        self._read_environment(clusters=False)
+        atexit.register(self.close)  # where nobody came to close it
+
+    def close(self) -> None:
+        """End the Ray that ran, whatever is left of it, and put the environment back."""
+        atexit.unregister(self.close)
+        try:
+            with own_sigterm():
+                ray.shutdown()
+        finally:
+            self._restore()
+
+    @staticmethod
+    def keep_sigterm() -> None:
+        """Put Python's handler of SIGTERM back where Ray, in another thread, has put its own."""
+        set_sigterm(signal.getsignal(signal.SIGTERM))
+
+    def _restore(self) -> None:
+        self._folder.close()
+        for name in os.environ.keys() - self._environ.keys():
+            del os.environ[name]
+        os.environ.update(self._environ)
+        self._read_environment(clusters=self._clusters)
+
+    def _read_environment(self, *, clusters: bool) -> None:
+        """Have Ray read again what it reads once, when it is imported or first used."""
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+def refuse_open_ray() -> None:
+    """Refuse a Ray of this process that other machines can reach.
+
+    Raises:
+        EngineError: If it does not listen at this machine's own address alone.
+    """
+    address = ray.get_runtime_context().gcs_address
+    if address.rpartition(":")[0].strip("[]") not in LOOPBACK:
+        raise EngineError(
+            f"Ray {ray.__version__} listens at {address}, which other machines may reach, though "
+            "it was told to listen at 127.0.0.1 alone; install the version that Flower asks for "
+            "(pip install 'flwr[simulation]')"
+        )
+
+
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM that this process has while Ray starts or ends inside.
+
+    Ray puts a handler of its own into Python when it starts, which exits with status 15, and one
+    below Python, which aborts the process three seconds later. When it ends, it leaves the signal
+    with no handler at all.
+
+    Raises:
+        KeyboardInterrupt: If SIGTERM came while Ray's handler was there.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        signal.alarm(0)
+        raise KeyboardInterrupt from error
+    finally:
+        set_sigterm(before)
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Let processes that this thread starts inside not hear SIGTERM, nor those that they start.
+
+    Where it goes to the whole group (a batch system, systemd), Ray's server would be gone before
+    this process has ended what uses it: calls hang, and after ten seconds Ray aborts this process.
+    The price is that Ray waits a second for each of its four programs before it kills it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def set_sigterm(handler: Handler) -> None:
+    """Set the handler of SIGTERM, where this thread may: Ray sets none in Python in others."""
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,69 @@
+"""What a wheel holds: the code, what commands read when they run, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from experiments import app, choices, compare_study
+from fedraclora import runfolder
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
+KINDS = {".py", ".yaml", ".toml", ".typed"}
+EMPTY_COMMIT = ["commit", "-q", "--allow-empty", "-m", "a"]
+MOST = 2_000_000  # bytes of all files
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Mapping[str, Path]:
+    """The files of the wheel by their path in it, as the build of one would choose them."""
+    wheels = pytest.importorskip("hatchling.builders.wheel")
+    builder = wheels.WheelBuilder(str(ROOT))
+    return {f.distribution_path: Path(f.path) for f in builder.recurse_included_files()}
+
+
+def test_it_holds_code_and_settings_and_no_results(wheel: Mapping[str, Path]) -> None:
+    assert {Path(name).suffix for name in wheel} == KINDS
+    assert not [name for name in wheel if "results" in Path(name).parts]
+    assert {Path(name).parts[0] for name in wheel} == {*PACKAGES, "conf"}
+    assert sum(path.stat().st_size for path in wheel.values()) < MOST
+
+
+def test_it_holds_all_code_and_all_that_is_read(wheel: Mapping[str, Path]) -> None:
+    read = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
+    read += [*choices.CONF.rglob("*.yaml"), *compare_study.STUDIES.glob("*.yaml")]
+    read += [path for name in PACKAGES for path in (ROOT / name).rglob("py.typed")]
+    assert {path.relative_to(ROOT).as_posix() for path in read} <= wheel.keys()
+
+
+def test_a_flower_app_is_made_of_it(
+    wheel: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is installed, beside what others have installed."""
+    site = tmp_path / "site"
+    for name, path in wheel.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_bytes(path.read_bytes())
+    (site / "pyproject.toml").write_text("# of another package, which should not have brought it\n")
+    monkeypatch.setattr(app, "ROOT", site)
+    monkeypatch.setattr(app, "__file__", str(site / "experiments" / "app.py"))
+    assert app.checkout() is None
+    app.copy_app(tmp_path / "app")
+    wanted = {n for n in wheel if n.startswith(PACKAGES[:3]) and n.endswith(".py")}
+    made = [path for path in (tmp_path / "app").rglob("*") if path.is_file()]
+    assert {p.relative_to(tmp_path / "app").as_posix() for p in made} == {*wanted, "pyproject.toml"}
+    assert (tmp_path / "app/pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()
+
+
+def test_installed_code_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the project in whose folder the environment lies."""
+    site = tmp_path / "project" / ".venv" / "fedraclora"
+    site.mkdir(parents=True)
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a", *EMPTY_COMMIT]):
+        subprocess.run(["git", "-C", str(tmp_path / "project"), *words], check=True)
+    monkeypatch.setattr(runfolder, "__file__", str(site / "runfolder.py"))
+    assert runfolder.git_revision.__wrapped__() is None
