@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ModelError
-from fedraclora.layers import layer_kind
+from fedraclora.layers import is_batch_norm, layer_kind
 from fedraclora.method import Downlink
 from fedraclora.samples import ClientData, Samples
 from fedraclora.task import Task
@@ -204,11 +204,15 @@ def refuse_mixing(model: nn.Module) -> None:
         ModelError: Naming the layer.
     """
     for name, module in model.named_modules():
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001
-        if norm and (module.training or module.running_mean is None):
+        if is_batch_norm(module) and (module.training or module.running_mean is None):
             raise ModelError(
-                f"layer {name!r} ({type(module).__name__}) mixes the samples of a batch, so "
-                "clients cannot share one: freeze its statistics with .eval(), or use GroupNorm or "
+                f"layer {name!r} ({type(module).__name__}) normalises by the batch, and no engine "
+                "trains such layers. Its outputs for one sample depend on the others of the batch, "
+                "those of other clients and padding included; and its running statistics are no "
+                "weights, so no method averages them, and the server would evaluate with those "
+                "from before the run. Freeze the layer: call .eval() on it where the model is "
+                "built, as is usual in fine-tuning, and it applies the statistics that it has "
+                "(its weight and bias can still be trained). Or build the model with GroupNorm or "
                 "LayerNorm"
             )
         inside = isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout
