@@ -46,6 +46,10 @@ class ClientError(FedRacLoraError):
     """A client failed; the message names the client and the round."""
 
 
+class DivergenceError(ClientError):
+    """Clients' losses or updates are not finite any more: the run cannot go on as it is."""
+
+
 # Raised where clients train, these are no client's fault: every client of the run would raise them.
 OF_THE_RUN = (ConfigError, ModelError)
 
