@@ -79,4 +79,4 @@ class Record:
 
             picture = self.folder / "curves.png"
             rounds = int(str(self.plain["rounds"]))
-            plots.curves(self.ledger.rows, picture, run_title(self.plain), rounds=rounds)
+            plots.curves(self.ledger.rows, picture, run_title(self.plain), planned=rounds)

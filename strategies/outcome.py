@@ -140,7 +140,7 @@ def draw(run: Assembled, folder: Path) -> None:
     from fedraclora import plots
 
     rows, plain = run.strategy.book.ledger.rows, run.config.plain
-    plots.curves(rows, folder / "curves.png", run_title(plain), rounds=run.config.rounds)
+    plots.curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))
         plots.label_distribution(counts, folder / "partition.png", population=run.built.clients)

@@ -24,7 +24,7 @@ from fedraclora.plots.axes import (
 _STEPS = ("lr", "gamma_min", "gamma_max")
 
 
-def curves(rows: Sequence[Row], path: Path, title: str, *, rounds: int | None = None) -> None:
+def curves(rows: Sequence[Row], path: Path, title: str, *, planned: int | None = None) -> None:
     """Draw one run: metric and losses, metric against bytes, bytes, seconds, diagnostics.
 
     A run on simulated devices gets two panels more: metric against virtual time, dropped clients.
@@ -33,11 +33,11 @@ def curves(rows: Sequence[Row], path: Path, title: str, *, rounds: int | None = 
         rows: The run's ledger rows; columns that are absent leave their panel empty.
         path: The PNG to write; its folder is made where it is missing.
         title: Title of the figure; below it stands what the run came to.
-        rounds: Rounds that the run was to have; None for as many as it has.
+        planned: Rounds that the run was to have; None for as many as it has.
     """
     devices = any("virtual_seconds" in row or "dropped" in row for row in rows)
     figure = new_figure(18 if devices else 14, 7.5)
-    figure.suptitle(f"{title}\n{outcome(rows, rounds)}", fontsize=13)
+    figure.suptitle(f"{title}\n{outcome(rows, planned)}", fontsize=13)
     panels = figure.subplots(2, 4 if devices else 3).ravel()
     metric = headline(rows) or "metric"
     rounds, sent = column(rows, "round"), column(rows, "uplink_total") / MEGABYTE
@@ -64,12 +64,12 @@ def curves(rows: Sequence[Row], path: Path, title: str, *, rounds: int | None = 
     write_png(figure, path)
 
 
-def outcome(rows: Sequence[Row], rounds: int | None = None) -> str:
+def outcome(rows: Sequence[Row], planned: int | None = None) -> str:
     """Say in words what a run came to: its metrics where they were last measured, and the round.
 
     Args:
         rows: Of its ledger.
-        rounds: Rounds that the run was to have; None for as many as it has.
+        planned: Rounds that the run was to have; None for as many as it has.
 
     Example:
         >>> outcome([{"round": 12, "metrics": {"accuracy": 0.5}}], 150)
@@ -78,7 +78,7 @@ def outcome(rows: Sequence[Row], rounds: int | None = None) -> str:
     if not rows:
         return "no rounds yet"
     last = int(number(rows[-1], "round"))
-    where = f"round {last}" if rounds in {None, last} else f"round {last} of {rounds}"
+    where = f"round {last}" if planned in {None, last} else f"round {last} of {planned}"
     measured = [row for row in rows if row.get("metrics")]
     if not measured:
         return f"not evaluated, {where}"
