@@ -14,6 +14,7 @@ from fedraclora.aggregate import Refusal, too_many
 from fedraclora.errors import ClientError, DivergenceError
 from fedraclora.runfolder import run_title
 from fedraclora.stopped import FILE, divergence
+from strategies import outcome
 from strategies.outcome import stopping_noted
 
 PLAIN = {
@@ -68,21 +69,23 @@ def test_a_run_that_stops_before_its_first_row_leaves_nothing(tmp_path: Path) ->
 
 
 def test_what_cannot_be_noted_does_not_hide_the_error(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(outcome, "note_stop", full)
     with pytest.raises(ClientError, match="round 3"), stopping_noted(assembled(ROWS), tmp_path):
-        tmp_path.rmdir()
-        tmp_path.write_text("no folder")
         raise ClientError("round 3")
     assert "could not be noted" in caplog.text
 
 
 def test_a_record_of_a_run_elsewhere_is_drawn_where_it_stops(tmp_path: Path) -> None:
-    with (
-        pytest.raises(KeyboardInterrupt),
-        Record(tmp_path / "run", dict(PLAIN), resume=False) as record,
-    ):
+    record = Record(tmp_path / "run", dict(PLAIN), resume=False)
+    with record:
         record.take(dict(ROWS[0]))
+    record.resume = True
+    with pytest.raises(KeyboardInterrupt), record:
         raise KeyboardInterrupt
     assert (tmp_path / "run" / "curves.png").is_file()
 
