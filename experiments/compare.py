@@ -68,7 +68,7 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table.markdown(), encoding="utf-8")
     table.write_csv(out / "table.csv")
-    ledgers = {group.label: [run.rows for run in group.runs] for group in groups}
+    ledgers = {group.title: [run.rows for run in group.runs] for group in groups}
     compare_figure(ledgers, metric, out / "compare.png")
     return table
 

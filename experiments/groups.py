@@ -30,7 +30,12 @@ class Group:
     @property
     def label(self) -> str:
         """The name, and where unfinished runs are."""
-        return f"{self.name} ({self.state})" if self.unfinished else self.name
+        return self.title if self.unfinished else self.name
+
+    @property
+    def title(self) -> str:
+        """The name, and how the runs ended if that is worth saying."""
+        return f"{self.name} ({self.state})" if self.state else self.name
 
     @property
     def seeds(self) -> list[str]:
