@@ -1,10 +1,11 @@
-"""Compare finished runs: one table and one figure, with the spread over seeds.
+"""Compare runs: one table that ranks them and one figure, with the spread over seeds.
 
 ``python -m experiments.compare RUN [RUN ...] --out DIR --metric NAME --target X --by KEY[,KEY]``
 
 RUN is the folder of a run or of a sweep. Runs that differ in nothing but seed and output folder
-are one group. Unfinished and broken runs are named and left out. With ``experiment=STUDY`` the runs
-are made first: `experiments.compare_study`.
+are one group. Groups are ranked by the metric; runs that diverged, or are unfinished, are named and
+have no rank; broken ones are left out. With ``experiment=STUDY`` the runs are made first:
+`experiments.compare_study`.
 """
 
 from __future__ import annotations
@@ -49,27 +50,27 @@ def compare(
         by: Config keys that part the groups besides the method, instead of all that differ.
 
     Returns:
-        The table; its notes name the runs that were left out, and why.
+        The table, the best group first; its notes name the runs that were left out, and why.
 
     Raises:
-        CheckpointError: If no path has a finished run.
+        CheckpointError: If no path has a run with rounds.
         ConfigError: If the metric or a key of ``by`` does not exist.
     """
     runs, notes = _read(paths)
     metric = _metric(runs, metric, notes)
     groups = group_runs(runs, by, notes)
     _warn(runs, groups, notes)
-    records = [_record(group, metric, target) for group in groups]
+    groups, records = _ranked([(group, _record(group, metric, target)) for group in groups])
     columns = _columns(records, metric, target)
     cells = tuple(
         tuple(_cell(record, keys, len(group.runs)) for keys in columns.values())
         for record, group in zip(records, groups, strict=True)
     )
-    table = Table(tuple(columns), cells, tuple(records), tuple(notes))
+    table = Table(tuple(columns), cells, tuple(records), tuple(notes), texts=2)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table.markdown(), encoding="utf-8")
     table.write_csv(out / "table.csv")
-    ledgers = {group.label: [run.rows for run in group.runs] for group in groups}
+    ledgers = {group.title: [run.rows for run in group.runs] for group in groups}
     compare_figure(ledgers, metric, out / "compare.png")
     return table
 
@@ -82,7 +83,7 @@ def _read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
         except CheckpointError as error:
             notes.append(f"left out: {error}")
     if not runs:
-        raise CheckpointError("there is no finished run to compare\n" + "\n".join(notes))
+        raise CheckpointError("there is no run to compare\n" + "\n".join(notes))
     return runs, notes
 
 
@@ -94,12 +95,39 @@ def _metric(runs: Sequence[Run], asked: str | None, notes: list[str]) -> str:
     metric = asked or known[0]
     if metric not in known:
         raise unknown("metric", metric, known)
-    notes += [
-        f"warning: {run.folder}: {metric} is absent or not finite at the last evaluated round"
-        for run in runs
-        if not math.isfinite(run.final(metric))
-    ]
+    for run in runs:
+        if run.diverged_at is not None:
+            advice = "it cannot go on as it is; lower local.lr or set local.clip"
+            notes.append(f"warning: {run.folder}: diverged (round {run.diverged_at}), {advice}")
+        elif run.unfinished:
+            where = f"round {run.last} of {run.config.get('rounds')}"
+            notes.append(f"{run.folder}: unfinished, {where}; go on with resume={run.folder}")
+        elif not math.isfinite(run.final(metric)):
+            notes.append(
+                f"warning: {run.folder}: {metric} is absent or not finite at the last evaluated "
+                "round"
+            )
     return metric
+
+
+def _ranked(
+    found: Sequence[tuple[Group, dict[str, object]]],
+) -> tuple[list[Group], list[dict[str, object]]]:
+    """Sort groups, the best first, and number them; behind them what has no rank."""
+
+    def place(pair: tuple[Group, dict[str, object]]) -> tuple[bool, bool, float]:
+        group, record = pair
+        sign = -1.0 if higher_is_better(str(record["metric"])) else 1.0
+        mean = number(record, "metric_mean")
+        known = math.isfinite(mean)
+        return not known, group.unfinished, sign * mean if known else 0.0
+
+    ordered = sorted(found, key=place)
+    for rank, (group, record) in enumerate(ordered, 1):
+        known = math.isfinite(number(record, "metric_mean"))
+        if known and not group.unfinished:
+            record["rank"] = rank
+    return [group for group, _ in ordered], [record for _, record in ordered]
 
 
 def _warn(runs: Sequence[Run], groups: Sequence[Group], notes: list[str]) -> None:
@@ -119,11 +147,13 @@ def _warn(runs: Sequence[Run], groups: Sequence[Group], notes: list[str]) -> Non
 
 def _record(group: Group, metric: str, target: float | None) -> dict[str, object]:
     """The numbers of one group: means over its runs, and the deviation of the metric."""
-    finals = [run.final(metric) for run in group.runs]
+    finals = [math.nan if run.diverged_at else run.final(metric) for run in group.runs]
     # One diverged seed makes the mean undefined: leaving it out would flatter the method.
     whole = all(math.isfinite(value) for value in finals)
     record: dict[str, object] = {
+        "rank": math.nan,
         "label": group.label,
+        "state": group.state,
         "seeds": len(group.seeds),
         "rounds": group.mean(lambda run: number(run.rows[-1], "round")),
         "metric": metric,
@@ -172,12 +202,13 @@ def _columns(
         return any(math.isfinite(number(record, key)) for record in records)
 
     columns: dict[str, tuple[str, ...]] = {
+        "rank": ("rank",),
         "group": ("label",),
+        f"{metric} (mean ± std)": ("metric_mean", "metric_std"),
         "seeds": ("seeds",),
         "rounds": ("rounds",),
-        f"{metric} (mean ± std)": ("metric_mean", "metric_std"),
-        "MB up per client and round": ("uplink_mb_per_client_round",),
         "MB up": ("uplink_mb",),
+        "MB up per client and round": ("uplink_mb_per_client_round",),
         "MB down with catch-up": ("downlink_mb",),
         "floats up per client and round": ("uplink_floats",),
     }
@@ -202,6 +233,8 @@ def _cell(record: dict[str, object], keys: tuple[str, ...], runs: int) -> str:
     second = number(record, keys[-1])
     if keys[-1] == "target_reached" and second < runs:
         return f"{text} ({second:g} of {runs} runs)" if second else "not reached"
+    if keys[-1] == "metric_std" and not math.isfinite(number(record, keys[0])):
+        return str(record["state"]) or text
     if keys[-1] == "metric_std" and math.isfinite(second):
         return f"{text} ± {second:.2g}"
     return text
@@ -226,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m experiments.compare",
-        description="Compare finished runs: table.md, table.csv, compare.png.",
+        description="Compare and rank runs: table.md, table.csv, compare.png.",
         epilog="Or experiment=STUDY [KEY=VALUE ...]: run methods alike first, and rank them.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run or sweep folder")
@@ -242,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     by = [key.strip() for key in chosen.by.split(",") if key.strip()]
     table = compare(chosen.runs, chosen.out, chosen.metric, chosen.target, by)
     table.print()
-    print(f"written: {chosen.out}/table.md, table.csv, compare.png")
+    print(f"written: {chosen.out}/table.md, table.csv, compare.png")  # with every column
     return 0
 
 

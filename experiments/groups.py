@@ -17,10 +17,25 @@ _ABSENT = "absent"
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed."""
+    """Runs that differ in their seed: all at their end, or all on the way."""
 
-    label: str
+    name: str
     runs: list[Run]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the runs go on, or can."""
+        return self.runs[0].unfinished
+
+    @property
+    def label(self) -> str:
+        """The name, and where unfinished runs are."""
+        return self.title if self.unfinished else self.name
+
+    @property
+    def title(self) -> str:
+        """The name, and how the runs ended if that is worth saying."""
+        return f"{self.name} ({self.state})" if self.state else self.name
 
     @property
     def seeds(self) -> list[str]:
@@ -32,12 +47,25 @@ class Group:
         known = [x for x in map(figure, self.runs) if math.isfinite(x)]
         return statistics.fmean(known) if known else math.nan
 
+    @property
+    def state(self) -> str:
+        """How the runs ended, in words; empty where nothing is to be said."""
+        rounds = [run.diverged_at for run in self.runs if run.diverged_at is not None]
+        if rounds:
+            which = f"{len(rounds)} of {len(self.runs)} " if len(self.runs) > 1 else ""
+            return f"{which}diverged (round {min(rounds)})"
+        if not self.unfinished:
+            return ""
+        first, last = min(run.last for run in self.runs), max(run.last for run in self.runs)
+        reached = f"round {last}" if first == last else f"rounds {first} to {last}"
+        return f"unfinished, {reached} of {self.runs[0].config.get('rounds')}"
+
 
 def group_runs(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list[Group]:
     """Part runs into groups, in order of appearance.
 
     Args:
-        runs: Finished runs.
+        runs: Runs; those that are unfinished have groups of their own.
         by: Config keys (in full, or their last part) that part the groups besides the method's
             name; none: all keys that differ, but seed and output.
         notes: Takes a line for each group that pools different configs.
@@ -53,7 +81,8 @@ def group_runs(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list
     parted: dict[str, list[Run]] = {}
     for run in runs:
         keys = [_NAME, *shown] if by else whole
-        parted.setdefault(json.dumps([_text(run, key) for key in keys]), []).append(run)
+        texts = [*(_text(run, key) for key in keys), str(run.unfinished)]
+        parted.setdefault(json.dumps(texts), []).append(run)
     groups = [Group(_label(members[0], shown), members) for members in parted.values()]
     for group in groups:
         pooled = [key for key in whole if len(values(group.runs, key)) > 1]

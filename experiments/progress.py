@@ -1,37 +1,45 @@
-"""The progress bar of a run."""
+"""How a run goes, while it goes: a bar on a terminal, and one plain line a round elsewhere."""
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
-from fedraclora.ledger import headline, number
+from fedraclora.ledger import headline, number, round_seconds
+
+AVERAGED = 20  # rounds, for the time that is left
+LEAST_BAR = 4  # characters
 
 
 class RunProgress:
-    """A rich bar: round, headline metric, bytes so far, seconds left.
+    """Round, headline metric, bytes so far and time left, on standard error.
 
     Args:
         rounds: Rounds in all.
-        shown: False draws nothing.
+        shown: False shows nothing.
         label: What runs.
     """
 
     def __init__(self, rounds: int, *, shown: bool, label: str) -> None:
-        self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[metric]}"),
-            TextColumn("{task.fields[moved]}"),
-            TimeRemainingColumn(compact=True),
-            console=Console(stderr=True),
-            disable=not shown,
-        )
-        self.task = self.bar.add_task(label, total=rounds, metric="", moved="")
+        self.rounds, self.shown, self.label = rounds, shown, label
+        self.console = Console(stderr=True)
+        self.drawn = shown and self.console.is_interactive
+        self._recent: deque[float] = deque(maxlen=AVERAGED)
         self._metric = ""
+        self.bar = Progress(
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[text]}", markup=False),
+            console=self.console,
+            disable=not self.drawn,
+            expand=True,
+        )
+        self.task = self.bar.add_task("", total=rounds, text=label)
 
     def __enter__(self) -> RunProgress:
         """Start drawing."""
@@ -48,19 +56,80 @@ class RunProgress:
         self.bar.stop()
 
     def say(self, text: str) -> None:
-        """Write a line above the bar."""
-        if not self.bar.disable:
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Write a line, above the bar if there is one."""
+        if self.shown:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def show(self, row: dict[str, object]) -> None:
-        """Draw a new ledger row."""
-        name = headline([row])
-        if name is not None:
-            self._metric = f"{name} {number(row, 'metrics', name):.4f}"
-        up, down = number(row, "uplink_total") / 1e6, number(row, "downlink_total") / 1e6
-        self.bar.update(
-            self.task,
-            completed=number(row, "round"),
-            metric=self._metric,
-            moved=f"up {up:.2f} MB, down {down:.2f} MB",
-        )
+    def show(self, row: Mapping[str, object]) -> None:
+        """Show a new ledger row."""
+        if seconds := round_seconds(row):
+            self._recent.append(seconds)
+        round_, left = number(row, "round"), self._left(row)
+        measured = metric_of(row)
+        self._metric = measured or self._metric
+        up, down = number(row, "uplink_total"), number(row, "downlink_total")
+        if not self.drawn:
+            loss = number(row, "train_loss")
+            lost = f"training loss {loss:.4f}" if math.isfinite(loss) else ""
+            moved = f"up {size(up)}, down {size(down)}"
+            parts = [part for part in (lost, measured, moved, left) if part]
+            self.say(f"round {round_:.0f} of {self.rounds}: {', '.join(parts)}")
+            return
+        moved = f"up {up / 1e6:.1f}, down {down / 1e6:.1f} MB"
+        parts = [f"{round_:.0f}/{self.rounds}", left, self.label, self._metric, moved]
+        text = fitted(parts, self.console.width - LEAST_BAR - 1)
+        self.bar.update(self.task, completed=round_, text=text)
+
+    def _left(self, row: Mapping[str, object]) -> str:
+        """Say how long the rounds take that are left, at the pace of the last ones."""
+        rounds = self.rounds - number(row, "round")
+        if not self._recent or rounds <= 0:
+            return ""
+        return f"{duration(rounds * statistics.fmean(self._recent))} left"
+
+
+def metric_of(row: Mapping[str, object]) -> str:
+    """Give the headline metric of a row as text; empty where it was not measured."""
+    name = headline([row])
+    if name is None:
+        return ""
+    value = number(row, "metrics", name)
+    return f"{name} {value:.4f}" if math.isfinite(value) else f"{name} not finite"
+
+
+def fitted(parts: Sequence[str], width: int) -> str:
+    """Join as many parts as fit into a width; the first ones matter most.
+
+    Example:
+        >>> fitted(["fedavg", "", "3/9", "accuracy 0.8"], 20)
+        'fedavg  3/9'
+    """
+    text = ""
+    for part in filter(None, parts):
+        longer = f"{text}  {part}" if text else part
+        if len(longer) > width:
+            break
+        text = longer
+    return text
+
+
+def size(count: float) -> str:
+    """Give bytes as text.
+
+    Example:
+        >>> size(1_234_567), size(9.87e10)
+        ('1.23 MB', '98.70 GB')
+    """
+    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Give a time as text, in a unit that leaves one to three digits.
+
+    Example:
+        >>> duration(7.4), duration(600.0), duration(12_000.0)
+        ('7 s', '10 min', '3.3 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fedraclora.ledger import Ledger
-from fedraclora.runfolder import alone, begin, method_label
+from fedraclora.runfolder import alone, begin, run_title
 
 Plain = dict[str, object]
 
@@ -50,8 +50,10 @@ class Record:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Let it go."""
-        self._stack.close()
+        """Let it go, with the curves of a run that did not come to its end."""
+        with self._stack, suppress(OSError):  # which must not hide the error
+            if error is not None and self.ledger.rows:
+                self.draw()
 
     def withdraw(self) -> None:
         """Remove what was not there before, for a run that was not taken: nothing is in the way."""
@@ -76,4 +78,5 @@ class Record:
             from fedraclora import plots
 
             picture = self.folder / "curves.png"
-            plots.curves(self.ledger.rows, picture, title=method_label(self.plain))
+            rounds = int(str(self.plain["rounds"]))
+            plots.curves(self.ledger.rows, picture, run_title(self.plain), planned=rounds)

@@ -15,6 +15,7 @@ import yaml
 from fedraclora.checkpoint import flatten
 from fedraclora.errors import CheckpointError
 from fedraclora.ledger import Row, column, digest_rows, number, read_ledger, round_seconds
+from fedraclora.stopped import divergence
 
 RUN_FILES = ("config.yaml", "ledger.jsonl", "summary.json")
 NOT_THE_RUN = ("seed", "output", "resume", "data.root")  # where and which draw, not what
@@ -22,19 +23,21 @@ NOT_THE_RUN = ("seed", "output", "resume", "data.root")  # where and which draw,
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A run, finished or not.
 
     Attributes:
         folder: Its folder.
         config: The resolved config, nested.
         rows: The ledger, in ascending order of rounds.
-        summary: The run's ``summary.json``.
+        summary: The run's ``summary.json``; empty where it is unfinished.
+        diverged: The round in which a run diverged that stopped for it; None if it did not.
     """
 
     folder: Path
     config: dict[str, object]
     rows: list[Row]
     summary: dict[str, object]
+    diverged: int | None = None
 
     @cached_property
     def keys(self) -> dict[str, object]:
@@ -67,6 +70,32 @@ class Run:
     def final(self, metric: str) -> float:
         """The metric at the last evaluated round; NaN where it is missing or not finite."""
         return number(self.evaluated[-1], "metrics", metric) if self.evaluated else math.nan
+
+    @cached_property
+    def diverged_at(self) -> int | None:
+        """The round from which on the run has no finite loss, to its end; None if it has one.
+
+        A metric can look sound with weights that are not: the classes of NaN are all the first.
+        """
+        if self.diverged is not None:
+            return self.diverged
+        found = None
+        for row in reversed(self.evaluated):
+            names = ["loss"] if "loss" in self.metrics else self.metrics
+            if any(math.isfinite(number(row, "metrics", name)) for name in names):
+                break
+            found = int(number(row, "round"))
+        return found
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the run goes on, or can."""
+        return not self.summary and self.diverged_at is None
+
+    @property
+    def last(self) -> int:
+        """The last round in the ledger."""
+        return int(number(self.rows[-1], "round"))
 
     @cached_property
     def totals(self) -> dict[str, float]:
@@ -122,26 +151,23 @@ def _runs_below(folder: Path) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a finished run, and check that its ledger is the one of its summary.
+    """Read a run; that of a finished one is checked to have the ledger of its summary.
 
     Raises:
-        CheckpointError: Naming the folder, if the run is unfinished or a file is damaged.
+        CheckpointError: Naming the folder, if a file is damaged or no round has been written.
     """
     config = _read_mapping(folder / "config.yaml")
     rows = read_ledger(folder / "ledger.jsonl")
-    last = number(rows[-1], "round") if rows else math.nan
-    if not (folder / "summary.json").is_file():
-        raise CheckpointError(
-            f"{folder} is unfinished: {len(rows)} rows of {config.get('rounds')} rounds and no "
-            f"summary.json; continue it with resume={folder}"
-        )
-    summary = _read_mapping(folder / "summary.json")
     if not rows:
-        raise CheckpointError(f"{folder} is broken: its ledger has no rows; run it again")
+        raise CheckpointError(f"{folder} has no rounds yet: its ledger has no rows; run it again")
+    if not (folder / "summary.json").is_file():
+        return Run(folder, config, rows, {}, divergence(folder))
+    summary = _read_mapping(folder / "summary.json")
+    last = number(rows[-1], "round")
     if number(summary, "rounds") != last:
         raise CheckpointError(
             f"{folder}: the ledger ends at round {last:g}, the summary at round "
-            f"{summary.get('rounds')}; the run goes on, or continue it with resume={folder}"
+            f"{summary.get('rounds')}; restore the file that is not of this run from a copy"
         )
     if summary.get("ledger_digest", digest_rows(rows)) != digest_rows(rows):
         raise CheckpointError(

@@ -70,6 +70,8 @@ def report(summary: Plain, folder: Path) -> None:
     if isinstance(metrics, dict):
         for name, value in metrics.items():
             table.add_row(f"final {name}", "not finite" if value is None else f"{value:.4f}")
+        if metrics.get("loss", 0.0) is None:
+            table.add_row("diverged", "lower local.lr or set local.clip; it cannot go on as it is")
     table.add_row("rounds", str(summary["rounds"]))
     table.add_row("clients", f"{summary['clients']}, {summary['cohort']} a round")
     table.add_row("uplink", f"{summary['uplink_floats']} floats a client and round")

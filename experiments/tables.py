@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import re
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table as RichTable
 
 from fedraclora.errors import ConfigError
@@ -25,16 +27,19 @@ class Table:
         cells: Text for people, one row per group.
         records: The same with plain numbers, for files and programs.
         notes: What the reader must know: runs left out, tasks that differ.
+        texts: How many of the first columns are texts, which are not flush right.
     """
 
     header: tuple[str, ...]
     cells: tuple[tuple[str, ...], ...]
     records: tuple[dict[str, object], ...]
     notes: tuple[str, ...] = ()
+    texts: int = 1
 
     def markdown(self) -> str:
         """The table and its notes as Markdown."""
-        rows = [self.header, ("---",) + ("---:",) * (len(self.header) - 1), *self.cells]
+        numbers = len(self.header) - self.texts
+        rows = [self.header, ("---",) * self.texts + ("---:",) * numbers, *self.cells]
         lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"
 
@@ -46,18 +51,47 @@ class Table:
             writer.writerows({k: _known(v) for k, v in row.items()} for row in self.records)
 
     def print(self) -> None:
-        """Show the table and its notes on the terminal."""
+        """Show the table and its notes on the terminal; of the columns, the first that fit."""
         console = Console(markup=False, highlight=False)
-        if not console.is_terminal:
+        if not console.is_terminal and "COLUMNS" not in os.environ:
             console = Console(markup=False, highlight=False, width=240)  # a pipe has no width
+        widths = self._widths(console.width)
+        shown = len(widths)
         table = RichTable()
-        for index, title in enumerate(self.header):
-            table.add_column(title, justify="right" if index else "left")
+        for index, width in enumerate(widths):
+            justify: JustifyMethod = "left" if index < self.texts else "right"
+            table.add_column(self.header[index], justify=justify, width=width)
         for row in self.cells:
-            table.add_row(*row)
+            table.add_row(*row[:shown])
         console.print(table)
+        if left := self.header[shown:]:
+            console.print(f"no room here for: {', '.join(left)}", soft_wrap=True)
         for note in self.notes:
             console.print(note, soft_wrap=True)
+
+    def _widths(self, room: int) -> list[int]:
+        """Divide the room among the first columns that fit.
+
+        A column needs the width of its longest number or word; what is left over goes to those
+        whose texts would be broken into lines, the label first.
+        """
+        least, whole = [], []
+        for index, title in enumerate(self.header):
+            cells = [row[index] for row in self.cells]
+            texts = [title, *(cell for cell in cells if cell[:1].isalpha())]
+            words = [word for text in texts for word in text.split()]
+            least.append(max(map(len, [*words, *set(cells).difference(texts)]), default=1))
+            whole.append(max(map(len, [title, *cells])))
+        # A line before every column and behind the last, and a blank on either side of a text.
+        needed = list(accumulate(width + 3 for width in least))
+        shown = max(self.texts + 1, sum(total < room for total in needed))
+        widths, spare = least[:shown], room - 1 - needed[min(shown, len(needed)) - 1]
+        label = self.texts - 1
+        for index in sorted(range(len(widths)), key=lambda index: index != label):
+            more = max(0, min(spare, whole[index] - widths[index]))
+            widths[index] += more
+            spare -= more
+        return widths
 
 
 def read_table(path: Path) -> Cells:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedraclora.errors import ClientError, ShapeError
+from fedraclora.errors import ClientError, DivergenceError, ShapeError
 from fedraclora.tree import Layout, Tree
 
 SUM_BLOCK = 32
+CALMER = "lower local.lr"  # what is advised where a client's numbers are not finite
 AT_ONCE = 1 << 17  # numbers in float64, which then stay in the cache
 
 
@@ -195,4 +196,5 @@ def too_many(refused: Sequence[Refusal], round_: int, rule: str) -> ClientError:
     """Build the error for a round that lost more clients than a rule of the config allows."""
     lines = "; ".join(f"client {r.client}: {r.reason}" for r in refused[:5])
     more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
-    return ClientError(f"round {round_}: {len(refused)} client(s) failed, {rule}. {lines}{more}")
+    kind = DivergenceError if all(CALMER in r.reason for r in refused) else ClientError
+    return kind(f"round {round_}: {len(refused)} client(s) failed, {rule}. {lines}{more}")

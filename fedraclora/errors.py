@@ -50,6 +50,10 @@ class RoundLostError(ClientError):
     """A round cannot be run, not a second time either; the message says why."""
 
 
+class DivergenceError(ClientError):
+    """Clients' losses or updates are not finite any more: the run cannot go on as it is."""
+
+
 # Raised where clients train, these are no client's fault: every client of the run would raise them.
 OF_THE_RUN = (ConfigError, ModelError)
 

@@ -49,6 +49,11 @@ def layer_kind(module: nn.Module) -> str | None:
     return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Tell whether a module is BatchNorm, of any number of dimensions."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001
+
+
 def layer_view(module: nn.Module) -> LayerView:
     """Give the matrix view of a module's weight.
 

@@ -236,3 +236,11 @@ def method_label(plain: Plain) -> str:
     method = section(plain, "method")
     rank = f" r={method['rank']}" if "rank" in method else ""
     return f"{method['name']}{rank}"
+
+
+def run_title(plain: Plain) -> str:
+    """Name a run as the title of a picture does: method, data and division, step size, seed."""
+    data, partition, local = (section(plain, key) for key in ("data", "partition", "local"))
+    division = "" if partition.get("name") == "given" else f" ({partition.get('name')})"
+    named = f"{method_label(plain)} on {data['name']}{division}"
+    return f"{named}, {local.get('name', 'lr')} lr={local.get('lr')}, seed {plain.get('seed')}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -15,14 +16,17 @@ from fedraclora.runfolder import (
     alone,
     begin,
     has_checkpoint,
-    method_label,
+    run_title,
     withdrawn,
     write_summary,
 )
+from fedraclora.stopped import forget_stop, note_stop
 from fedraclora.tree import digest
 from strategies.assembly import Assembled
 from strategies.server.rows import Row
 from strategies.wrappers.allocated import current
+
+log = logging.getLogger(__name__)
 
 SHOWN = 1000  # clients in partition.png, spread over the population
 
@@ -72,12 +76,31 @@ def run_in_folder(
         if not resume:
             stack.enter_context(alone(folder))
             begin(folder, config.plain)
-        run.strategy.start(run.grid)
+        with stopping_noted(run, folder):
+            run.strategy.start(run.grid)
     summary = summarise(run, time.perf_counter() - began)
     if config.output.plots:
-        draw(run, folder, method_label(config.plain))
+        draw(run, folder)
     write_summary(folder, summary)
     return summary
+
+
+@contextmanager
+def stopping_noted(run: Assembled, folder: Path) -> Iterator[None]:
+    """Have a run that stops before its end leave the reason and its curves in the folder."""
+    forget_stop(folder)
+    try:
+        yield
+    except BaseException as error:
+        if not run.strategy.book.ledger.rows:
+            raise
+        try:
+            note_stop(folder, run.strategy.done, error)
+            if run.config.output.plots:
+                draw(run, folder)
+        except Exception as second:  # must not hide the first
+            log.warning("the end of the run could not be noted in %s: %r", folder, second)
+        raise
 
 
 def summarise(run: Assembled, seconds: float) -> dict[str, object]:
@@ -118,11 +141,12 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     }
 
 
-def draw(run: Assembled, folder: Path, label: str) -> None:
+def draw(run: Assembled, folder: Path) -> None:
     """Draw the curves and, for a task with classes, the labels of up to `SHOWN` clients."""
     from fedraclora import plots
 
-    plots.curves(run.strategy.book.ledger.rows, folder / "curves.png", title=label)
+    rows, plain = run.strategy.book.ledger.rows, run.config.plain
+    plots.curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))
         plots.label_distribution(counts, folder / "partition.png", population=run.built.clients)

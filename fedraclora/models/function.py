@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, ModelError
+from fedraclora.layers import is_batch_norm
 from fedraclora.models.built import Built, seeded
 from fedraclora.named import check_call, import_function
 
@@ -27,7 +29,8 @@ def build_function(
         function: ``package.module:function``; it is called with ``shape`` and ``classes`` of the
             data and with ``arguments``, and gives a `torch.nn.Module`. Its draws from torch's
             global generator are fixed by the seed of the run. Dropout must be a module
-            (`torch.nn.Dropout`): as a function that asks ``self.training`` it stays off.
+            (`torch.nn.Dropout`): as a function that asks ``self.training`` it stays off. Layers of
+            BatchNorm must be frozen, that is in evaluation mode, with statistics of their own.
         head: Name prefixes of the final layer; empty where there is nothing but one layer.
         shape: Shape of one input.
         classes: Number of outputs.
@@ -37,6 +40,7 @@ def build_function(
 
     Raises:
         ConfigError: If it cannot be imported, or gives something else.
+        ModelError: If a frozen layer of BatchNorm has never seen a batch.
     """
     build = import_function("model.function", function)
     check_call("model.function", build, shape=shape, classes=classes, **(arguments or {}))
@@ -47,4 +51,21 @@ def build_function(
             f"model.function: {function} gives a {type(model).__name__}; a torch.nn.Module is "
             "wanted"
         )
-    return Built(model.train(), tuple(head), targets)
+    frozen = {n: m for n, m in model.named_modules() if is_batch_norm(m) and not m.training}
+    model.train()
+    for name, layer in frozen.items():
+        if is_blank(layer.eval()):
+            raise ModelError(
+                f"layer {name!r} ({type(layer).__name__}) is frozen before it has seen a batch: "
+                "with a mean of 0 and a variance of 1 it normalises nothing. Load pretrained "
+                f"weights in {function}, or use GroupNorm or LayerNorm"
+            )
+    return Built(model, tuple(head), targets)
+
+
+def is_blank(layer: nn.Module) -> bool:
+    """Tell whether the running statistics of a layer are still those of its construction."""
+    mean, variance = layer.running_mean, layer.running_var
+    if not isinstance(mean, torch.Tensor) or not isinstance(variance, torch.Tensor):
+        return False  # it has none, and is refused for that
+    return bool((mean == 0).all() and (variance == 1).all())

@@ -96,7 +96,8 @@ def build_hf(
         _set_dropout(config, dropout)
         _cut_layers(config, layers)
         if config.pad_token_id is None:
-            config.pad_token_id = config.eos_token_id
+            ends = config.eos_token_id  # Llama 3 has several
+            config.pad_token_id = ends[0] if isinstance(ends, list) else ends
         with seeded(seed, "model"), _quiet():
             model = AutoModelForSequenceClassification.from_pretrained(
                 source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fedraclora.devices.timeline import REASONS
-from fedraclora.ledger import Row, column, headline, round_seconds
+from fedraclora.ledger import Row, column, headline, number, round_seconds
 from fedraclora.plots.axes import (
     COLOURS,
     MEGABYTE,
@@ -23,7 +24,7 @@ from fedraclora.plots.axes import (
 _STEPS = ("lr", "gamma_min", "gamma_max")
 
 
-def curves(rows: Sequence[Row], path: Path, title: str) -> None:
+def curves(rows: Sequence[Row], path: Path, title: str, *, planned: int | None = None) -> None:
     """Draw one run: metric and losses, metric against bytes, bytes, seconds, diagnostics.
 
     A run on simulated devices gets two panels more: metric against virtual time, dropped clients.
@@ -31,11 +32,12 @@ def curves(rows: Sequence[Row], path: Path, title: str) -> None:
     Args:
         rows: The run's ledger rows; columns that are absent leave their panel empty.
         path: The PNG to write; its folder is made where it is missing.
-        title: Title of the figure.
+        title: Title of the figure; below it stands what the run came to.
+        planned: Rounds that the run was to have; None for as many as it has.
     """
     devices = any("virtual_seconds" in row or "dropped" in row for row in rows)
     figure = new_figure(18 if devices else 14, 7.5)
-    figure.suptitle(title, fontsize=14)
+    figure.suptitle(f"{title}\n{outcome(rows, planned)}", fontsize=13)
     panels = figure.subplots(2, 4 if devices else 3).ravel()
     metric = headline(rows) or "metric"
     rounds, sent = column(rows, "round"), column(rows, "uplink_total") / MEGABYTE
@@ -60,6 +62,31 @@ def curves(rows: Sequence[Row], path: Path, title: str) -> None:
         draw_lines(panels[6], ("virtual seconds so far", metric), clock, {metric: measured})
         _stack(panels[7], "clients dropped", rounds, _dropped(rows))
     write_png(figure, path)
+
+
+def outcome(rows: Sequence[Row], planned: int | None = None) -> str:
+    """Say in words what a run came to: its metrics where they were last measured, and the round.
+
+    Args:
+        rows: Of its ledger.
+        planned: Rounds that the run was to have; None for as many as it has.
+
+    Example:
+        >>> outcome([{"round": 12, "metrics": {"accuracy": 0.5}}], 150)
+        'accuracy 0.5000, round 12 of 150'
+    """
+    if not rows:
+        return "no rounds yet"
+    last = int(number(rows[-1], "round"))
+    where = f"round {last}" if planned in {None, last} else f"round {last} of {planned}"
+    measured = [row for row in rows if row.get("metrics")]
+    if not measured:
+        return f"not evaluated, {where}"
+    metrics = measured[-1]["metrics"]
+    names = [*metrics] if isinstance(metrics, Mapping) else []
+    found = {str(name): number(measured[-1], "metrics", str(name)) for name in names}
+    words = [f"{n} {v:.4f}" if math.isfinite(v) else f"{n} not finite" for n, v in found.items()]
+    return f"{', '.join(words)}, {where}"
 
 
 def _seconds(rows: Sequence[Row]) -> dict[str, Vector]:

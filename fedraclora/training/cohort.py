@@ -216,22 +216,15 @@ class CohortTrainer:
         context, active = program.context, len(next(iter(leaves.values())))
         context.active = active
         products = products_in(self.precision, self.device)
-        if program.model is None:
+        if not program.folded:
             output = vmapped_forward(
-                self.task.model,
-                program.base,
-                downlink,
-                self.plan,
-                leaves,
-                frozen,
-                samples,
-                products,
+                program, downlink, self.plan, leaves, frozen, samples, products
             )
         else:
             context.rows = len(samples)
             context.factors, context.dense = arrange(downlink, leaves, frozen, active)
             with products:
-                output = forward(program.model, samples.inputs)
+                output = forward(program.copied, samples.inputs)
             context.places = None  # of this batch alone
         # Outside, so that the loss is formed as precisely on any device.
         losses, counts = self.loss(output.to(self.dtype), samples.target)

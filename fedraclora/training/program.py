@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ModelError
-from fedraclora.layers import layer_kind
+from fedraclora.layers import is_batch_norm, layer_kind
 from fedraclora.method import Downlink
 from fedraclora.samples import ClientData, Samples
 from fedraclora.task import Task
@@ -52,18 +52,22 @@ class Program:
     """How a model serves many clients.
 
     Attributes:
-        model: A copy whose trained layers are cohort layers, or None to fall back to vmap.
+        copied: A copy of the model, in evaluation mode: functional dropout and the like stay off.
+        folded: Whether its trained layers are cohort layers; else it is run under vmap.
         context: What those layers read.
         parameters: Of the copy.
         base: The replica's weights.
         plain: The model itself, if it fits into `fedraclora.training.feedforward`.
+        in_turn: Whether vmap cannot run it: then clients follow one another.
     """
 
-    model: nn.Module | None
+    copied: nn.Module
+    folded: bool
     context: CohortContext
     parameters: dict[str, nn.Parameter]
     base: Tree
     plain: nn.Module | None = None
+    in_turn: bool = False
 
     @classmethod
     def build(cls, task: Task, downlink: Downlink, device: torch.device) -> Program:
@@ -90,7 +94,7 @@ class Program:
                     "Linear, Conv1D, Conv2d, LayerNorm and Embedding needs torch.func.vmap; "
                     "set the model's dropout to 0"
                 )
-            return cls(None, context, parameters, {})
+            return cls(copied.eval(), False, context, parameters, {})
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         for owner in owners:
@@ -99,9 +103,8 @@ class Program:
                 replace(copied, owner, kind(modules[owner], owner, context))
         for name in dropouts:
             replace(copied, name, CohortDropout(modules[name], name, context))
-        # Functional dropout and the like stay off; CohortDropout is always on.
         plain = model if written_out(task, downlink) else None
-        return cls(copied.eval(), context, parameters, {}, plain)
+        return cls(copied.eval(), True, context, parameters, {}, plain)  # CohortDropout stays on
 
     def network(self, downlink: Downlink, frozen: Tree) -> FeedForward | None:
         """Give the network with its gradients written out, if it fits."""
@@ -112,9 +115,8 @@ class Program:
     def load(self, base: Tree) -> None:
         """Point the model's parameters at the replica's weights (no copy on one device)."""
         self.base = base
-        if self.model is not None:
-            for name, parameter in self.parameters.items():
-                parameter.data = base[name]
+        for name, parameter in self.parameters.items():
+            parameter.data = base[name]
 
 
 @dataclass(frozen=True)
@@ -202,11 +204,15 @@ def refuse_mixing(model: nn.Module) -> None:
         ModelError: Naming the layer.
     """
     for name, module in model.named_modules():
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001
-        if norm and (module.training or module.running_mean is None):
+        if is_batch_norm(module) and (module.training or module.running_mean is None):
             raise ModelError(
-                f"layer {name!r} ({type(module).__name__}) mixes the samples of a batch, so "
-                "clients cannot share one: freeze its statistics with .eval(), or use GroupNorm or "
+                f"layer {name!r} ({type(module).__name__}) normalises by the batch, and no engine "
+                "trains such layers. Its outputs for one sample depend on the others of the batch, "
+                "those of other clients and padding included; and its running statistics are no "
+                "weights, so no method averages them, and the server would evaluate with those "
+                "from before the run. Freeze the layer: call .eval() on it where the model is "
+                "built, as is usual in fine-tuning, and it applies the statistics that it has "
+                "(its weight and bias can still be trained). Or build the model with GroupNorm or "
                 "LayerNorm"
             )
         inside = isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout

@@ -1,19 +1,32 @@
 """The fall-back for models whose trained tensors cannot be folded into the batch: torch.func.vmap.
 
 Slower (every client has its own dense effective weight), but it serves any module: tied weights,
-bare parameters, layers of unknown kind.
+bare parameters, layers of unknown kind. A model that looks at its data to decide what to do cannot
+run under vmap: its clients follow one another.
 """
 
 from __future__ import annotations
 
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from torch import nn
 from torch.func import functional_call, vmap
 
 from fedraclora.dora import rescaled
 from fedraclora.method import Downlink, Plan
 from fedraclora.samples import Samples
+from fedraclora.training.program import Program
 from fedraclora.tree import Tree
+
+log = logging.getLogger(__name__)
+
+# How errors of vmap begin, as against those of the model.
+REFUSED = ("vmap: ", "Batching rule not implemented", "accessing `data` under vmap")
 
 
 def effective_weights(
@@ -51,8 +64,7 @@ def adapted_weights(base: Tree, downlink: Downlink, plan: Plan, values: Tree, fr
 
 
 def vmapped_forward(
-    model: nn.Module,
-    base: Tree,
+    program: Program,
     downlink: Downlink,
     plan: Plan,
     leaves: Tree,
@@ -73,14 +85,68 @@ def vmapped_forward(
     shared = {n: f for n, f in frozen.items() if f.dim() == 2}
 
     def one(values: Tree, own: Tree, inputs: Tree) -> torch.Tensor:
-        weights = effective_weights(base, downlink, plan, values, shared | own)
+        weights = effective_weights(program.base, downlink, plan, values, shared | own)
         plain = set(inputs) == {"x"}
         with products:
             output = functional_call(
-                model, weights, (inputs["x"],) if plain else (), None if plain else inputs
+                program.copied,
+                weights,
+                (inputs["x"],) if plain else (),
+                None if plain else inputs,
             )
         logits: torch.Tensor = getattr(output, "logits", output)
         return logits
 
     inputs = {n: split(v) for n, v in batch.inputs.items()}
-    return vmap(one)(leaves, per_client, inputs).flatten(0, 1)
+    if not program.in_turn:
+        try:
+            with masks_written_out(), warnings.catch_warnings():
+                # A kernel of attention that is called client by client is the fastest still.
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                return vmap(one)(leaves, per_client, inputs).flatten(0, 1)
+        except RuntimeError as error:
+            if not str(error).startswith(REFUSED):
+                raise
+            program.in_turn = True  # so that no later step tries in vain
+            log.warning(
+                "%s cannot train several clients as one batch, they train one after another: %s",
+                type(program.copied).__name__,
+                str(error).partition(". ")[0],
+            )
+    rows = [
+        [{n: t[k] for n, t in tree.items()} for tree in (leaves, per_client, inputs)]
+        for k in range(K)
+    ]
+    return torch.cat([one(*row) for row in rows])
+
+
+@contextmanager
+def masks_written_out() -> Iterator[None]:
+    """Have the models of transformers form every mask of attention that has padding.
+
+    They look whether a batch is padded at all, to leave out a mask that masks nothing; under vmap
+    nothing can be looked at. The mask that is left out and the one that is written out give the
+    same attention. Where there is no ``attention_mask`` there is nothing to look at.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    if masking is None:  # then no model is of transformers, which need not be installed
+        yield
+        return
+    table = masking.ALL_MASK_ATTENTION_FUNCTIONS
+    kinds = {name: table[name] for name in ("sdpa", "eager")}
+
+    def written_out(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def mask(*args: Any, **given: Any) -> Any:
+            if given.get("attention_mask") is not None:
+                given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            return plain(*args, **given)
+
+        return mask
+
+    for name, plain in kinds.items():
+        table[name] = written_out(plain)  # in this instance's own entries, before the class's
+    try:
+        yield
+    finally:
+        for name in kinds:
+            del table[name]

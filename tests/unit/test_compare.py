@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments import compare as comparing
 from experiments.compare import compare, main
 from experiments.reports import find_runs, read_run
+from experiments.tables import Table
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.ledger import Ledger, Row
 
@@ -108,6 +110,12 @@ def make(tmp_path: Path) -> Make:
     return write
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do without the figure, which takes the longest."""
+    monkeypatch.setattr(comparing, "compare_figure", lambda *_: None)
+
+
 def rac(rank: int = 4) -> dict[str, object]:
     return {"name": "fed_rac_lora", "rank": rank, "alpha": "auto"}
 
@@ -118,8 +126,9 @@ def test_seeds_are_joined_and_the_numbers_are_right(make: Make, tmp_path: Path) 
         make(f"rac/{seed}", rac(), seed, final=final, up=1000)
         make(f"avg/{seed}", {"name": "fedavg"}, seed, final=0.4, up=50_000, error=1e-3)
     table = compare([tmp_path / "sweep"], tmp_path / "out", None, target=0.72)
-    assert [r["label"] for r in table.records] == ["fedavg", "fed_rac_lora"]
-    record = table.records[1]
+    assert [r["label"] for r in table.records] == ["fed_rac_lora", "fedavg"]
+    record, other = table.records
+    assert (record["rank"], other["rank"]) == (1, 2)
     assert record["seeds"] == 3
     assert record["rounds"] == ROUNDS
     assert record["metric"] == "accuracy"
@@ -135,8 +144,8 @@ def test_seeds_are_joined_and_the_numbers_are_right(make: Make, tmp_path: Path) 
     assert record["target_uplink_mb"] == pytest.approx(1000 * COHORT * 17 / 1e6)
     assert record["target_reached"] == 2
     assert math.isnan(float(str(record["aggregation_error_last"])))
-    assert table.records[0]["aggregation_error_last"] == pytest.approx(1e-3 * ROUNDS)
-    assert table.records[0]["aggregation_error_mean"] == pytest.approx(1e-3 * (ROUNDS + 1) / 2)
+    assert other["aggregation_error_last"] == pytest.approx(1e-3 * ROUNDS)
+    assert other["aggregation_error_mean"] == pytest.approx(1e-3 * (ROUNDS + 1) / 2)
     assert table.notes == ()
 
 
@@ -145,10 +154,10 @@ def test_virtual_time_and_dropped_clients_get_columns(make: Make, tmp_path: Path
         make(f"phones/{seed}", rac(), seed, pace=pace, system={"name": "phones"})
     make("none", rac(), 0, final=0.1, system={"name": "none"})
     table = compare([tmp_path / "sweep"], tmp_path / "out", target=0.72)
-    none, phones = table.records
-    assert [none["label"], phones["label"]] == [
-        "fed_rac_lora system=none",
+    phones, none = table.records
+    assert [phones["label"], none["label"]] == [
         "fed_rac_lora system=phones",
+        "fed_rac_lora system=none",
     ]
     assert phones["virtual_seconds"] == pytest.approx(40.0 * ROUNDS)
     assert phones["dropped_per_round"] == pytest.approx(0.5)
@@ -156,9 +165,9 @@ def test_virtual_time_and_dropped_clients_get_columns(make: Make, tmp_path: Path
     for key in ("virtual_seconds", "dropped_per_round", "target_virtual_seconds"):
         assert math.isnan(float(str(none[key])))
     shown = dict(zip(table.header, zip(*table.cells, strict=True), strict=True))
-    assert shown["virtual seconds"] == ("-", "800")
-    assert shown["virtual seconds to 0.72"] == ("not reached", "720")
-    assert shown["dropped per round"] == ("-", "0.5")
+    assert shown["virtual seconds"] == ("800", "-")
+    assert shown["virtual seconds to 0.72"] == ("720", "not reached")
+    assert shown["dropped per round"] == ("0.5", "-")
 
 
 def test_without_devices_there_is_no_column_of_theirs(make: Make, tmp_path: Path) -> None:
@@ -175,7 +184,7 @@ def test_the_files_hold_the_table(make: Make, tmp_path: Path) -> None:
     table = compare([tmp_path / "sweep"], out, "accuracy", target=0.55)
     text = (out / "table.md").read_text()
     assert text == table.markdown()
-    assert "| fed_rac_lora local=sgd | 2 | 20 | 0.55 ± 0.071 |" in text
+    assert "| 1 | fed_rac_lora local=sgd | 0.55 ± 0.071 | 2 | 20 |" in text
     assert "20 (1 of 2 runs)" in text
     assert "not reached" in text
     assert "local=a\\|b" in text
@@ -255,12 +264,90 @@ def test_different_tasks_are_compared_with_a_warning(make: Make, tmp_path: Path)
     assert any("sweep/b: accuracy is absent" in note for note in table.notes)
 
 
-def test_a_diverged_seed_is_not_averaged_away(make: Make, tmp_path: Path) -> None:
+def test_a_metric_that_is_not_finite_is_not_averaged_away(make: Make, tmp_path: Path) -> None:
     make("a", rac(), 0)
-    make("b", rac(), 1, final=math.nan)
+    make("b", rac(), 1, final=math.nan)  # with a finite loss: as a correlation with constants
     table = compare([tmp_path / "sweep"], tmp_path / "out")
     assert math.isnan(float(str(table.records[0]["metric_mean"])))
     assert any("sweep/b: accuracy is absent or not finite" in note for note in table.notes)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_are_ranked_by_the_metric(make: Make, tmp_path: Path) -> None:
+    for index, final in enumerate((0.5, 0.9, 0.7)):
+        make(f"run{index}", rac(index + 1), final=final)
+    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    assert [row[0] for row in table.cells] == ["1", "2", "3"]
+    assert [r["metric_mean"] for r in table.records] == pytest.approx([0.9, 0.7, 0.5])
+    make("more", {"name": "fedavg"}, metric="mse", final=0.1)
+    loss = compare([tmp_path / "sweep"], tmp_path / "out", "loss")
+    assert [r["rank"] for r in loss.records] == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_diverged_run_is_named_and_not_advised_to_go_on(make: Make, tmp_path: Path) -> None:
+    """By its losses, or because it stopped for it; its accuracy may look like one."""
+    make("good", rac(4))
+    for seed in range(2):
+        make(f"lost{seed}", rac(8), seed)
+    ledger = Ledger(tmp_path / "sweep" / "lost1" / "ledger.jsonl")
+    rows = [*ledger.rows]
+    ledger.cut(11)
+    for row in rows[12:]:
+        ledger.append(row | {"metrics": {"accuracy": 0.1, "loss": None} if row["metrics"] else {}})
+    summary = json.loads((ledger.path.parent / "summary.json").read_text())  # type: ignore[union-attr]
+    summary["ledger_digest"] = ledger.digest()
+    (tmp_path / "sweep" / "lost1" / "summary.json").write_text(json.dumps(summary))
+    stopped(make("stopped", rac(2)), {"kind": "diverged", "round": ROUNDS, "reason": "loss"})
+    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    assert [row[:3] for row in table.cells] == [
+        ("1", "fed_rac_lora rank=4", "0.8"),
+        ("-", "fed_rac_lora rank=8", "1 of 2 diverged (round 12)"),
+        ("-", "fed_rac_lora rank=2", "diverged (round 21)"),
+    ]
+    assert len(table.notes) == 2
+    assert all("lower local.lr" in note and "resume" not in note for note in table.notes)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_unfinished_run_is_shown_without_a_rank(make: Make, tmp_path: Path) -> None:
+    """Apart from the seeds that are finished, whatever it has come to."""
+    make("a", rac(), 0)
+    for seed, round_ in ((1, 12), (2, 16)):
+        folder = make(f"b{seed}", rac(), seed, final=0.99)
+        stopped(folder, {"kind": "interrupted", "round": round_, "reason": ""})
+        Ledger(folder / "ledger.jsonl").cut(round_)
+    (tmp_path / "sweep" / "b2" / "stopped.json").unlink()  # as after kill -9
+    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    assert [row[:4] for row in table.cells] == [
+        ("1", "fed_rac_lora", "0.8", "1"),
+        ("-", "fed_rac_lora (unfinished, rounds 12 to 16 of 20)", "0.693 ± 0.14", "2"),
+    ]
+    assert [note.rpartition("; ")[2] for note in table.notes] == [
+        f"go on with resume={tmp_path / 'sweep' / name}" for name in ("b1", "b2")
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 240])
+def test_a_table_fits_the_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    header = ("rank", "group", "accuracy (mean ± std)", "seeds", "MB up", "MB down", "seconds")
+    best = ("1", "fed_rac_lora local.lr=0.1 rank=8", "0.83 ± 0.012", "3", "1,234", "5,678", "9.5")
+    lost = ("-", "a-name-that-cannot-be-broken", "diverged (round 7)", "1", "0", "0", "0.1")
+    Table(header, (best, lost), (), ("a note",), texts=2).print()
+    *drawn, note = capsys.readouterr().out.splitlines()
+    assert note == "a note"
+    if width < 240:
+        left = drawn.pop()
+        assert left.startswith("no room here for: ")
+        assert left.endswith("seconds")
+    assert {len(line) for line in drawn} == {len(drawn[0])}
+    assert len(drawn[0]) <= width
+    shown = " ".join(drawn)
+    assert all(text in shown for text in ("0.83 ± 0.012", "diverged", "cannot-be-broken"))
+    assert ("seconds" in shown) == (width == 240)
 
 
 def test_a_seed_that_comes_twice_is_told(make: Make, tmp_path: Path) -> None:
@@ -278,8 +365,13 @@ def spoil_nothing_left(folder: Path) -> None:
     (folder / "config.yaml").write_text("a: 1")
 
 
+def stopped(folder: Path, found: object) -> None:
+    """Take a run's summary away, and say how it ended."""
+    (folder / "summary.json").unlink()
+    (folder / "stopped.json").write_text(json.dumps(found))
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "unfinished": (lambda f: (f / "summary.json").unlink(), r"21 rows of 20 rounds.*resume="),
     "no config": (lambda f: (f / "config.yaml").unlink(), r"cannot read config\.yaml"),
     "bad yaml": (lambda f: (f / "config.yaml").write_text("a: [1"), r"cannot read config\.yaml"),
     "no mapping": (lambda f: (f / "config.yaml").write_text("7"), r"config\.yaml is not a mapping"),
@@ -287,7 +379,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no ledger": (lambda f: (f / "ledger.jsonl").unlink(), r"no ledger .*ledger\.jsonl"),
     "empty ledger": (lambda f: (f / "ledger.jsonl").write_text(""), "has no rows"),
     "bad ledger": (lambda f: (f / "ledger.jsonl").write_text("x\n{}\n"), "line 1 is damaged"),
-    "goes on": (lambda f: Ledger(f / "ledger.jsonl").append({"round": 21}), "ends at round 21"),
+    "bad end": (lambda f: stopped(f, 7), r"stopped\.json is damaged.*remove it"),
+    "longer": (lambda f: Ledger(f / "ledger.jsonl").append({"round": 21}), "ends at round 21"),
     "changed": (
         lambda f: (f / "ledger.jsonl").write_text(
             (f / "ledger.jsonl").read_text().replace('"cohort": 5', '"cohort": 6')
@@ -311,7 +404,7 @@ def test_bad_runs_are_named_and_left_out(make: Make, tmp_path: Path, case: str) 
     (note,) = table.notes
     assert str(bad) in note
     assert note in (tmp_path / "out" / "table.md").read_text()
-    with pytest.raises(CheckpointError, match=r"no finished run to compare\n.*sweep/bad"):
+    with pytest.raises(CheckpointError, match=r"no run to compare\n.*sweep/bad"):
         compare([bad], tmp_path / "out")
 
 

@@ -272,3 +272,15 @@ def test_a_stored_model_that_is_wrong_is_named(stored, tmp_path):
         load(stored, layers=3)
     with pytest.raises(ConfigError, match=r"model=hf reads token ids"):
         load(stored, shape=(4,))
+
+
+def test_a_decoder_with_several_ends_pads_with_the_first(tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 9}
+    config = LlamaConfig(**sizes, bos_token_id=1, eos_token_id=[4, 5], pad_token_id=None)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    built = load(str(tmp_path))
+    assert built.model.config.pad_token_id == 4
+    assert tuple(forward(built.model, batch("transformer")).shape) == (2, 3)

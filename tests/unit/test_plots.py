@@ -87,6 +87,20 @@ def test_curves_draw_any_run(tmp_path: Path, found: list[Row]) -> None:
     assert_picture(tmp_path / "new" / "curves.png")
 
 
+def test_the_title_says_what_a_run_came_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(run, "write_png", lambda figure, _: figures.append(figure))
+    curves(rows(12, 5), tmp_path / "curves.png", "fedavg on mnist, sgd lr=0.1, seed 3", planned=150)
+    assert figures[0].get_suptitle().splitlines() == [
+        "fedavg on mnist, sgd lr=0.1, seed 3",
+        "accuracy 0.6708, loss 0.2000, round 12 of 150",
+    ]
+    assert run.outcome([]) == "no rounds yet"
+    assert run.outcome([{"round": 3}], 3) == "not evaluated, round 3"
+    lost: Row = {"round": 4, "metrics": {"accuracy": 0.1, "loss": None}}
+    assert run.outcome([lost], 4) == "accuracy 0.1000, loss not finite, round 4"
+
+
 def test_compare_draws_groups_of_seeds(tmp_path: Path) -> None:
     groups = {
         "fed_rac_lora rank=4": [rows(20), rows(20), rows(14)],

@@ -1,0 +1,85 @@
+"""Progress: one plain line a round off a terminal, and a bar that keeps its estimate on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from experiments import progress
+from experiments.progress import RunProgress, fitted
+from fedraclora.ledger import Row
+
+
+def row(
+    round_: int, accuracy: float | None = 0.5, seconds: float = 2.0, name: str = "accuracy"
+) -> Row:
+    return {
+        "round": round_,
+        "metrics": {} if round_ % 2 else {name: accuracy, "loss": 1.0},
+        "train_loss": 0.25,
+        "uplink_total": 1_500_000 * round_,
+        "downlink_total": 3_000_000_000 * round_,
+        "seconds": {"train": seconds},
+    }
+
+
+def test_off_a_terminal_each_round_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunProgress(100, shown=True, label="fedavg") as bar:
+        bar.say("chunk: 3 clients")
+        bar.show({"round": 0, "metrics": {"accuracy": 0.1}, "uplink_total": 0, "downlink_total": 0})
+        bar.show(row(1))
+        bar.show(row(2, None, name="f1"))
+        bar.show(row(100))
+    out, lines = capsys.readouterr()
+    assert out == ""
+    assert lines.splitlines() == [
+        "chunk: 3 clients",
+        "round 0 of 100: accuracy 0.1000, up 0.00 MB, down 0.00 MB",
+        "round 1 of 100: training loss 0.2500, up 1.50 MB, down 3.00 GB, 3 min left",
+        "round 2 of 100: training loss 0.2500, f1 not finite, up 3.00 MB, down 6.00 GB, 3 min left",
+        "round 100 of 100: training loss 0.2500, accuracy 0.5000, up 150.00 MB, down 300.00 GB",
+    ]
+
+
+def test_a_run_that_is_resumed_is_timed_by_its_own_rounds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with RunProgress(100, shown=True, label="fedavg") as bar:
+        bar.show(row(91, seconds=5.0))
+    assert capsys.readouterr().err.endswith(", 45 s left\n")
+
+
+def test_nothing_is_shown_that_is_not_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunProgress(100, shown=False, label="fedavg") as bar:
+        bar.say("chunk: 3 clients")
+        bar.show(row(1))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_bar_keeps_its_estimate_however_narrow(
+    width: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "drawn").open("w+") as file:
+
+        def terminal(**_: object) -> Console:
+            return Console(file=file, force_terminal=True, width=width, _environ={"TERM": "xterm"})
+
+        monkeypatch.setattr(progress, "Console", terminal)
+        with RunProgress(150, shown=True, label="asymmetric_lora r=4") as bar:
+            bar.show(row(12))
+            assert bar.drawn
+        file.seek(0)
+        drawn = file.read()
+    assert "12/150  5 min left" in drawn
+    assert ("asymmetric_lora r=4" in drawn.partition("12/150")[2]) == (width > 40)
+    assert ("accuracy 0.5000" in drawn) == (width > 60)
+    assert ("down" in drawn) == (width > 80)
+
+
+def test_the_first_parts_matter_most() -> None:
+    assert fitted(["fedavg", "3/9", "", "1 s left"], 21) == "fedavg  3/9  1 s left"
+    assert fitted(["fedavg", "3/9", "", "1 s left"], 20) == "fedavg  3/9"
+    assert fitted(["a long label", "3/9"], 5) == ""
