@@ -101,7 +101,7 @@ def plan_of(config: TaskConfig, task: Task) -> Plan:
     return make_plan(
         task.model,
         task.head,
-        targets=config.targets or task.targets,
+        targets=task.targets if config.targets is None else config.targets,
         head_policy=config.head,
         bias_policy=config.bias,
         dense=config.dense,
