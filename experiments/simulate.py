@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from experiments import folders
 from experiments.assemble import Assembled, assemble
-from experiments.choices import CONF, check_choices
+from experiments.choices import CONF
 from experiments.interrupt import in_order
+from experiments.overrides import flags_first, in_plain_words, key_of, plain_of, settled
 from experiments.progress import RunProgress
 from fedraclora.config import RunConfig, from_plain
-from fedraclora.errors import CheckpointError, FedRacLoraError
+from fedraclora.errors import FedRacLoraError
 from fedraclora.ledger import headline, number
 from fedraclora.runfolder import is_finished, method_label, refuse_existing
 from strategies import METHODS
@@ -29,6 +32,7 @@ from strategies.server.rows import Row
 
 Plain = dict[str, object]
 FAILED: list[str] = []
+SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
@@ -42,7 +46,7 @@ def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
     Returns:
         The summary.
     """
-    config = from_plain(plain, METHODS)
+    config = from_plain(plain, METHODS, began=resume)
     label = method_label(plain)
     with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
 
@@ -139,28 +143,42 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
 def main() -> None:
     """Run what the command line asks for."""
     FAILED.clear()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra reports errors itself, in ways of its own
+    sys.argv[1:] = flags_first(sys.argv[1:])
     try:
-        check_choices(sys.argv[1:])
+        with in_order(), in_plain_words(sys.argv[1:]):
+            compose_and_run()
     except FedRacLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    with in_order():
-        compose_and_run()
     if FAILED:
         sys.exit(1)
+
+
+def shown(words: Sequence[str]) -> bool:
+    """Print what a command would compose, if its words ask Hydra for that (``--cfg job``)."""
+    if not any(word.partition("=")[0] in SHOWS for word in words):
+        return False
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = flags_first(words)
+    with in_plain_words(words):
+        compose_and_run()
+    return True
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose_and_run(cfg: DictConfig) -> float | None:
     """Run what Hydra composed; the headline metric is the value of a sweep's job."""
-    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    if not isinstance(plain, dict):
-        raise CheckpointError("the config must be a mapping")
     job = HydraConfig.get()
-    typed = [o.lstrip("+~").partition("=")[0] for o in job.overrides.task]
-    sweep = folders.sweep_name(job.overrides.task) if job.mode == RunMode.MULTIRUN else None
+    words = list(job.overrides.task)
+    sweep = folders.sweep_name(words) if job.mode == RunMode.MULTIRUN else None
+
+    def again(words: Sequence[str]) -> Plain:
+        return plain_of(compose("config", [*job.overrides.hydra, *words]), job.runtime.choices)
+
     try:
-        summary = run_one({str(k): v for k, v in plain.items()}, typed, sweep)
+        plain = settled(plain_of(cfg, job.runtime.choices), words, again)
+        summary = run_one(plain, [key_of(word) for word in words], sweep)
     except FedRacLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         FAILED.append(sweep or "run")  # the other jobs of a sweep go on

@@ -18,6 +18,7 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.method import Plan
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
+from fedraclora.models.dropout import refuse_functions
 from fedraclora.robust.attack import LabelFlip
 from fedraclora.robust.attacked import AttackedTrainer
 from fedraclora.samples import Partitioned, Samples, count_labels
@@ -151,6 +152,8 @@ def build_task(config: TaskConfig) -> BuiltTask:
     )()
     for part in (data.train, data.test):
         check_fit(built.model, part.inputs)
+    if config.model.get("name") == "function":
+        refuse_functions(built.model, data.train.inputs)
     dtype = _float_dtype(data.train)
     model = built.model.to(dtype)
     facts: dict[str, object] = {**data.info, "partition": info, "train": len(data.train)}

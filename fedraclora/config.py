@@ -11,7 +11,6 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from fedraclora.adapter import BIAS_POLICIES, HEAD_POLICIES
 from fedraclora.aggregator import Aggregator
@@ -146,18 +145,17 @@ class RunConfig(TaskConfig):
         return digested(self.plain)
 
 
-def _chosen(group: str, plain: Plain) -> object:
-    return bind(group, ROWS[group], plain)()
-
-
-GROUPS: dict[str, Callable[[Plain], object]] = {
-    "local": lambda g: build("local", LocalConfig, without(g, "name")),
-    "evaluate": lambda g: build("evaluate", EvaluateConfig, g),
-    "pretrain": lambda g: build("pretrain", PretrainConfig, without(g, "name")),
-    "output": lambda g: build("output", OutputConfig, without(g, "name")),
-    "system": lambda g: build("system", SystemConfig, without(g, "name")),
-    "stop": lambda g: build("stop", StopConfig, g),
+# Groups of one kind each; a name says which of the files it is.
+KINDS: dict[str, Callable[..., object]] = {
+    "local": LocalConfig,
+    "evaluate": EvaluateConfig,
+    "pretrain": PretrainConfig,
+    "output": OutputConfig,
+    "system": SystemConfig,
+    "stop": StopConfig,
 }
+NAMED = ("local", "pretrain", "output", "system")
+# Groups that choose a row of a table: those that are called at once, and those that wait for data.
 ROWS: dict[str, Mapping[str, Callable[..., object]]] = {
     "allocation": ALLOCATIONS,
     "engine": ENGINES,
@@ -167,7 +165,6 @@ ROWS: dict[str, Mapping[str, Callable[..., object]]] = {
     "secure": SECURES,
     "attack": ATTACKS,
 }
-GROUPS |= {group: partial(_chosen, group) for group in ROWS}
 TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
     "data": DATASETS,
     "model": MODELS,
@@ -226,15 +223,17 @@ def _refuse_unknown(plain: Plain) -> None:
     if not found:
         return
     whole = [f"{key}.{inner}" for key in known for inner in _keys(plain.get(key))]
-    lines = []
-    for key in found:
-        near = " or ".join(map(repr, nearest(str(key), [*known, *whole], count=2)))
-        lines.append(
-            f"unknown key {key!r}"
-            + (f"; did you mean {near}?" if near else "")
-            + " All keys are in conf/config.yaml and in what `fedraclora simulate --cfg job` prints"
-        )
+    lines = [unknown_key(str(key), [*known, *whole]) for key in found]
     raise UnreadKeysError("\n  ".join(lines), found)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Say that a key does not exist, which is like it, and where all of them are."""
+    near = " or ".join(map(repr, nearest(key, known, count=2)))
+    return (
+        f"unknown key {key!r}{f'; did you mean {near}?' if near else '.'} All keys are in "
+        "conf/config.yaml and in what `fedraclora simulate --cfg job` prints"
+    )
 
 
 def _keys(group: object) -> list[str]:
@@ -272,8 +271,12 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
         if key not in plain:
             continue
         try:
-            if key in GROUPS:
-                found[key] = GROUPS[key](section(plain, key))
+            if key in KINDS:
+                group = section(plain, key)
+                group = without(group, "name") if key in NAMED else group
+                found[key] = build(key, KINDS[key], group)
+            elif key in ROWS:
+                found[key] = bind(key, ROWS[key], section(plain, key))()
             elif key in TABLES:
                 found[key] = _checked_row(key, section(plain, key))
             else:
@@ -304,9 +307,13 @@ def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
     Args:
         key: A path, of one dot.
         methods: The METHODS table of `strategies`.
+
+    Returns:
+        Names of rows; the group itself where it is of one kind.
     """
     group, _, inner = key.partition(".")
-    table = {**TABLES, **ROWS, "method": methods}.get(group, {})
+    tables = {kind: {kind: target} for kind, target in KINDS.items()}
+    table = {**tables, **TABLES, **ROWS, "method": methods}.get(group, {})
     return [name for name, row in table.items() if inner in inspect.signature(row).parameters]
 
 

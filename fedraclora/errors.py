@@ -100,7 +100,7 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     Args:
         name: What came.
         known: The names that exist.
-        count: The most that are given.
+        count: The most that are given, where several are alike.
 
     Example:
         >>> nearest("local.learning_rate", ["local.epochs", "local.lr", "pretrain.lr"])
@@ -115,19 +115,20 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
         return _alike(leaf, last) + 0.1 * (group == there)
 
     ranked = sorted(known, key=likeness, reverse=True)
-    return [other for other in ranked[:count] if likeness(other) >= 0.6]
+    best = max(0.6, likeness(ranked[0])) if ranked else 0.6
+    return [other for other in ranked[:count] if likeness(other) >= best]
 
 
 def _alike(one: str, other: str) -> float:
     """How alike two words are, from 0 to 1."""
     if one == other:
         return 1.0
-    if other == _initials(one) or one == _initials(other):
+    if {one, other} & {_initials(one), _initials(other)}:
         return 0.9
     return SequenceMatcher(None, one, other).ratio()
 
 
-def _initials(words: str) -> str:
-    """The initials of words that underscores join; nothing for one word."""
+def _initials(words: str) -> str | None:
+    """The initials of words that underscores join; None for one word."""
     parts = words.split("_")
-    return "".join(part[:1] for part in parts) if len(parts) > 1 else ""
+    return "".join(part[:1] for part in parts) if len(parts) > 1 else None

@@ -92,9 +92,14 @@ RULES = (
         "pretrain",
         ["labels", "lr", "batch_size"],
         lambda g: g.pretrain.epochs > 0,
-        "pretrain.epochs above 0, and without pretraining pretrain=none has all of them right",
+        "pretrain.epochs above 0 (pretrain=none leaves all of it out)",
     ),
-    Rule("attack", ["share"], lambda g: type(g.attack) is not Attack, "attacks, and attack=none has none"),
+    Rule(
+        "attack",
+        ["share"],
+        lambda g: type(g.attack) is not Attack,
+        "attacks, and attack=none has none",
+    ),
     Rule(
         "evaluate",
         ["clients"],

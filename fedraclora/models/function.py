@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.layers import is_head
 from fedraclora.models.built import Built, seeded
 from fedraclora.named import import_function
 
@@ -36,7 +37,8 @@ def build_function(
         targets: The default pattern of adapted layers.
 
     Raises:
-        ConfigError: If it cannot be imported, or gives something else.
+        ConfigError: If it cannot be imported, gives something else, or has no layer that ``head``
+            names.
     """
     build = import_function("model.function", function)
     with seeded(seed, "model"):
@@ -46,4 +48,10 @@ def build_function(
             f"model.function: {function} gives a {type(model).__name__}; a torch.nn.Module is "
             "wanted"
         )
+    weights = [name for name, _ in model.named_parameters()]
+    for name in head:
+        if not any(is_head(weight, (name,)) for weight in weights):
+            raise unknown(
+                "layer as model.head", name, {w.rpartition(".")[0] for w in weights} - {""}
+            )
     return Built(model.train(), tuple(head), targets)
