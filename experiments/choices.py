@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from experiments import CONF
 
+__all__ = ["CONF", "composed", "groups"]
+
 
 def groups() -> dict[str, dict[str, str]]:
     """List the config groups: group -> choice -> the first comment line of its file."""

@@ -27,9 +27,9 @@ def usage() -> str:
     lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     lines += [
         "",
-        "overrides are Hydra's: group=choice, key=value, -m group=a,b key=1,2 for a sweep; a list is",
-        "  quoted for the shell, 'targets=[query,value]'. A key that only some of the choices of a",
-        "  sweep have, or read, is written with ++: -m attack=none,sign_flip ++attack.scale=5",
+        "overrides are Hydra's: group=choice, key=value, -m group=a,b key=1,2 for a sweep.",
+        "  A list is quoted for the shell: 'targets=[query,value]'. A key that only some of the",
+        "  choices of a sweep have, or read, has ++: -m attack=none,sign_flip ++attack.scale=5",
         "configs of your own: --config-dir DIR experiment=NAME for DIR/experiment/NAME.yaml",
         'what a run would have: --cfg job; completion: eval "$(fedraclora -sc install=bash)"',
         "keys typed most: method.rank method.alpha data.root local.lr local.epochs clients cohort",
@@ -53,7 +53,9 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"fedraclora {metadata.version('fedraclora')}")
         return
     if words[0] in completion.FLAGS:
-        completion.complete(words[1:], COMMANDS)
+        if asked := completion.asked(words[1:], COMMANDS):
+            sys.argv = ["fedraclora", *asked]
+            importlib.import_module("experiments.simulate").compose_and_run()
         return
     command, rest = words[0], words[1:]
     try:

@@ -7,7 +7,6 @@ here, and left out of the line that it is asked about.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Collection, Sequence
 
 FLAGS = ("-sc", "--shell-completion")
@@ -15,31 +14,30 @@ COMPOSED = ("simulate", "flower", "deploy")  # the commands whose words Hydra co
 FOLDER_FLAGS = ("--config-dir", "-cd")
 
 
-def complete(words: Sequence[str], commands: Collection[str]) -> None:
-    """Do as Hydra's ``--shell-completion`` does.
+def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
+    """Print what may follow, where that is a subcommand; else give what Hydra is to be asked.
 
     Args:
-        words: ``install=SHELL``, ``uninstall=SHELL``, or ``query=SHELL``, which prints what may
-            stand at the end of the line in ``COMP_LINE``.
+        words: ``install=SHELL``, ``uninstall=SHELL``, or ``query=SHELL``, for the line in
+            ``COMP_LINE``. That loses its subcommand.
         commands: The subcommands.
-    """
-    folder: list[str] = []
-    if any(word.startswith("query=") for word in words):
-        line = os.environ.get("COMP_LINE", "")
-        program, *typed = line.split() or [""]
-        if not typed or (len(typed) == 1 and not line.endswith(" ")):
-            begun = typed[0] if typed else ""
-            print(" ".join(name for name in commands if name.startswith(begun)))
-            return
-        if typed[0] not in COMPOSED:
-            return
-        folder = _folder(typed)
-        rest = line.split(maxsplit=1)[1][len(typed[0]) :].lstrip()
-        os.environ["COMP_LINE"] = f"{program} {rest}"
-    from experiments.simulate import compose_and_run
 
-    sys.argv = ["fedraclora", *folder, FLAGS[0], *words]
-    compose_and_run()
+    Returns:
+        Words for Hydra; none where it has nothing to say.
+    """
+    if not any(word.startswith("query=") for word in words):
+        return [FLAGS[0], *words]
+    line = os.environ.get("COMP_LINE", "")
+    program, *typed = line.split() or [""]
+    if not typed or (len(typed) == 1 and not line.endswith(" ")):
+        begun = typed[0] if typed else ""
+        print(" ".join(name for name in commands if name.startswith(begun)))
+        return []
+    if typed[0] not in COMPOSED:
+        return []
+    rest = line.split(maxsplit=2)[2:]  # as it is: a space at its end begins a word
+    os.environ["COMP_LINE"] = " ".join([program, *rest]) + " " * (not rest)
+    return [*_folder(typed), FLAGS[0], *words]
 
 
 def _folder(typed: Sequence[str]) -> list[str]:

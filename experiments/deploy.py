@@ -21,7 +21,7 @@ from pathlib import Path
 from experiments.app import conclude, copy_app, is_done, run_config_of
 from experiments.choices import composed
 from experiments.interrupt import in_order
-from experiments.overrides import key_of, searched
+from experiments.overrides import is_override, key_of, searched
 from experiments.progress import RunProgress
 from experiments.record import Record
 from experiments.simulate import choose, shown
@@ -98,7 +98,7 @@ def deployed(words: Sequence[str], local: object) -> list[str]:
         words: The overrides.
         local: Nodes on this machine, or None.
     """
-    typed = [key_of(word) for word in words]
+    typed = [key_of(word) for word in words if is_override(word)]
     sizes = []
     if local is not None and "resume" not in typed and "clients" not in typed:
         sizes = [f"clients={local}", *([] if "cohort" in typed else [f"cohort={local}"])]

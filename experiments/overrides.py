@@ -132,6 +132,11 @@ def searched(words: Sequence[str]) -> list[str]:
     return [*(word for word in rest if word not in typed), *path]
 
 
+def is_override(word: str) -> bool:
+    """Tell overrides from flags and their values."""
+    return not word.startswith("-") and ("=" in word or word.startswith("~"))
+
+
 def flags_first(words: Sequence[str]) -> list[str]:
     """Move overrides behind flags: Hydra reads them in one piece.
 
@@ -139,8 +144,7 @@ def flags_first(words: Sequence[str]) -> list[str]:
         >>> flags_first(["seed=1", "--config-dir", "mine", "rounds=2"])
         ['--config-dir', 'mine', 'seed=1', 'rounds=2']
     """
-    behind = [w for w in words if not w.startswith("-") and ("=" in w or w.startswith("~"))]
-    return [*(word for word in words if word not in behind), *behind]
+    return [*(word for word in words if not is_override(word)), *filter(is_override, words)]
 
 
 @contextmanager
@@ -158,7 +162,7 @@ def in_plain_words(words: Sequence[str]) -> Iterator[None]:
             warnings.filterwarnings("error", NO_FOLDER, UserWarning)
             yield
     except HydraException as error:
-        raise explained(error, searched([w for w in words if not _is_flag(w)])) from error
+        raise explained(error, [*filter(is_override, searched(words))]) from error
     except UserWarning as error:
         if not re.match(NO_FOLDER, str(error)):
             raise
@@ -230,11 +234,7 @@ def _paths(cfg: DictConfig, before: str = "") -> list[str]:
     """The paths of all keys."""
     found = []
     for key in cfg:
-        path = f"{before}{key}"
+        path = before + str(key)
         node = cfg._get_node(key)  # noqa: SLF001  # as it is written: nothing is resolved
         found += [path, *(_paths(node, f"{path}.") if isinstance(node, DictConfig) else ())]
     return found
-
-
-def _is_flag(word: str) -> bool:
-    return word.startswith("-") and not word.startswith(FOLDER_FLAGS)

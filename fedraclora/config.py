@@ -312,8 +312,13 @@ def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
         Names of rows; the group itself where it is of one kind.
     """
     group, _, inner = key.partition(".")
-    tables = {kind: {kind: target} for kind, target in KINDS.items()}
-    table = {**tables, **TABLES, **ROWS, "method": methods}.get(group, {})
+    found: Mapping[str, Mapping[str, Callable[..., object]]] = {
+        **{kind: {kind: target} for kind, target in KINDS.items()},
+        **TABLES,
+        **ROWS,
+        "method": methods,
+    }
+    table = found.get(group, {})
     return [name for name, row in table.items() if inner in inspect.signature(row).parameters]
 
 

@@ -95,7 +95,7 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     """Find the names that are most like one that does not exist; none where no name is like it.
 
     Of dotted names the last part decides: the same, its initials, or most of its letters. Among
-    equals, those of the same group come first, then those that stand first in ``known``.
+    equals, those of the likest group come first, then those that stand first in ``known``.
 
     Args:
         name: What came.
@@ -112,7 +112,7 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
 
     def likeness(other: str) -> float:
         there, _, last = other.rpartition(".")
-        return _alike(leaf, last) + 0.1 * (group == there)
+        return _alike(leaf, last) + 0.1 * _alike(group, there)
 
     ranked = sorted(known, key=likeness, reverse=True)
     best = max(0.6, likeness(ranked[0])) if ranked else 0.6

@@ -48,10 +48,8 @@ def build_function(
             f"model.function: {function} gives a {type(model).__name__}; a torch.nn.Module is "
             "wanted"
         )
-    weights = [name for name, _ in model.named_parameters()]
+    layers = {name.rpartition(".")[0] for name, _ in model.named_parameters()} - {""}
     for name in head:
-        if not any(is_head(weight, (name,)) for weight in weights):
-            raise unknown(
-                "layer as model.head", name, {w.rpartition(".")[0] for w in weights} - {""}
-            )
+        if not any(is_head(layer, (name,)) for layer in layers):
+            raise unknown("layer as model.head", name, layers)
     return Built(model.train(), tuple(head), targets)
