@@ -7,10 +7,12 @@ here, and left out of the line that it is asked about.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Sequence
 
 FLAGS = ("-sc", "--shell-completion")
 COMPOSED = ("simulate", "flower", "deploy")  # the commands whose words Hydra composes
+NODES = re.compile(r"\s(?:local|connection)=\S*")  # of deploy, where it runs: no config has them
 FOLDER_FLAGS = ("--config-dir", "-cd")
 
 
@@ -35,8 +37,10 @@ def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
         return []
     if typed[0] not in COMPOSED:
         return []
-    rest = line.split(maxsplit=2)[2:]  # as it is: a space at its end begins a word
-    os.environ["COMP_LINE"] = " ".join([program, *rest]) + " " * (not rest)
+    rest = line.partition(typed[0])[2]
+    if typed[0] == "deploy":
+        rest = NODES.sub(" ", rest)
+    os.environ["COMP_LINE"] = f"{program} {rest.lstrip()}"
     return [*_folder(typed), FLAGS[0], *words]
 
 

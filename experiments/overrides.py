@@ -163,6 +163,14 @@ def in_plain_words(words: Sequence[str]) -> Iterator[None]:
             yield
     except HydraException as error:
         raise explained(error, [*filter(is_override, searched(words))]) from error
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):
+            raise
+        typed = [word for word in words if is_override(word) and _choosable(key_of(word))]
+        raise ConfigError(
+            f"{' '.join(typed)}: a group is chosen by the name of one of its files, as in "
+            f"method=fedavg ({error})"
+        ) from error
     except UserWarning as error:
         if not re.match(NO_FOLDER, str(error)):
             raise

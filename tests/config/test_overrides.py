@@ -46,6 +46,7 @@ def configs(tmp_path: Path) -> Path:
         (["+local.lr=3"], ["local.lr is there already: write it without the +"]),
         (["attack.scale=5"], ["attack=none has no key scale", "sign_flip, scaled_noise"]),
         (["method=fedavg", "method.rank=3"], ["method=fedavg has no key rank", "++method.rank=3"]),
+        (["local=null"], ["local=null: a group is chosen by the name"]),
         (["local=adam"], ["unknown local 'adam'; did you mean 'adamw'?"]),
         (["targets=query,value"], ["needs -m", "a list is written 'targets=[query,value]'"]),
         (["seed=range(3)"], ["needs -m: fedraclora simulate -m 'seed=range(3)'"]),
@@ -58,7 +59,7 @@ def configs(tmp_path: Path) -> Path:
         (["hydra.searchpath=[/nowhere]"], ["a folder that is not there", "/nowhere"]),
         (["--config-dir", "/nowhere"], ["--config-dir '/nowhere': there is no such folder"]),
     ],
-    ids=lambda value: " ".join(value),
+    ids=" ".join,
 )
 def test_what_does_not_compose_is_said_in_plain_words(words: list[str], said: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
