@@ -37,7 +37,7 @@ def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
         return []
     if typed[0] not in COMPOSED:
         return []
-    rest = line.partition(typed[0])[2]
+    rest = line.lstrip().removeprefix(program).lstrip().removeprefix(typed[0])
     if typed[0] == "deploy":
         rest = NODES.sub(" ", rest)
     os.environ["COMP_LINE"] = f"{program} {rest.lstrip()}"
