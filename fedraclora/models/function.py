@@ -28,7 +28,8 @@ def build_function(
         function: ``package.module:function``; it is called with ``shape`` and ``classes`` of the
             data and with ``arguments``, and gives a `torch.nn.Module`. Its draws from torch's
             global generator are fixed by the seed of the run. Dropout must be a module
-            (`torch.nn.Dropout`): as a function that asks ``self.training`` it stays off.
+            (`torch.nn.Dropout`): as a function it would stay off, and is refused
+            (`fedraclora.models.dropout`).
         head: Name prefixes of the final layer; empty where there is nothing but one layer.
         shape: Shape of one input.
         classes: Number of outputs.
