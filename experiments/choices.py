@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from fedraclora.errors import ConfigError, unknown
+from experiments import CONF
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+__all__ = ["CONF", "composed", "groups"]
 
 
 def groups() -> dict[str, dict[str, str]]:
@@ -20,11 +19,12 @@ def groups() -> dict[str, dict[str, str]]:
     return found
 
 
-def composed(overrides: Sequence[str]) -> dict[str, object]:
+def composed(words: Sequence[str]) -> dict[str, object]:
     """Compose the config as the command line would, as a plain, resolved dict.
 
     Args:
-        overrides: Hydra's, for example ``["method=fedavg", "seed=1"]``.
+        words: Hydra's overrides, for example ``["method=fedavg", "seed=1"]``, and
+            ``--config-dir DIR``.
 
     Returns:
         The config.
@@ -33,31 +33,17 @@ def composed(overrides: Sequence[str]) -> dict[str, object]:
         ConfigError: If it does not compose.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
 
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            config = compose("config", overrides=list(overrides))
-    except HydraException as error:
-        raise ConfigError(str(error)) from error
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    return {str(key): value for key, value in dict(plain).items()}  # type: ignore[arg-type]
+    from experiments.overrides import in_plain_words, plain_of, searched, without_idle
 
+    words = searched(words)
 
-def check_choices(words: Sequence[str]) -> None:
-    """Refuse a choice of a group that does not exist, before Hydra composes.
+    def once(words: Sequence[str]) -> dict[str, object]:
+        cfg = compose("config", overrides=list(words), return_hydra_config=True)
+        return plain_of(cfg, cfg.hydra.runtime.choices)
 
-    Raises:
-        ConfigError: With the choices that exist and the nearest one.
-    """
-    table = groups()
-    for word in words:
-        key, _, value = word.lstrip("+").partition("=")
-        if "(" in value:  # Hydra's own syntax for sweeps
-            continue
-        if key not in table or not value:
-            continue
-        for choice in value.split(","):
-            if choice not in table[key]:
-                raise unknown(key, choice, table[key])
+    with (
+        in_plain_words(words),
+        initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
+    ):
+        return without_idle(once(words), words, once)

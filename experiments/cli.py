@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
+from experiments import completion
 from experiments.choices import groups
 from experiments.interrupt import at_once, in_order
 from experiments.status import reported
@@ -23,11 +25,15 @@ COMMANDS = {
 
 def usage() -> str:
     """Write the help text."""
-    lines = ["usage: fedraclora COMMAND [OVERRIDE ...]", "", "commands:"]
+    lines = ["usage: fedraclora COMMAND [OVERRIDE ...] | --version", "", "commands:"]
     lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     lines += [
         "",
         "overrides are Hydra's: group=choice, key=value, -m group=a,b key=1,2 for a sweep.",
+        "  A list is quoted for the shell: 'targets=[query,value]'. A key that only some of the",
+        "  choices of a sweep have, or read, has ++: -m attack=none,sign_flip ++attack.scale=5",
+        "configs of your own: --config-dir DIR experiment=NAME for DIR/experiment/NAME.yaml",
+        'what a run would have: --cfg job; completion: eval "$(fedraclora -sc install=bash)"',
         "keys typed most: method.rank method.alpha data.root local.lr local.epochs clients cohort",
         "  rounds seed device output.dir resume experiment; all of them: conf/config.yaml",
         "",
@@ -44,6 +50,14 @@ def main(words: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else list(words)
     if not words or words[0] in {"-h", "--help", "help"}:
         print(usage())
+        return
+    if words[0] == "--version":
+        print(f"fedraclora {metadata.version('fedraclora')}")
+        return
+    if words[0] in completion.FLAGS:
+        if asked := completion.asked(words[1:], COMMANDS):
+            sys.argv = ["fedraclora", *asked]
+            importlib.import_module("experiments.simulate").compose_and_run()
         return
     with in_order():
         status = run(words[0], words[1:])

@@ -2,7 +2,7 @@
 
 ``connection=NAME`` starts it at a SuperLink that Flower's configuration names, and follows it;
 ``local=N`` makes a SuperLink and N SuperNodes on this machine for it. The other words are those of
-simulate. The status is that of the run.
+simulate. The status is that of the run. ``--cfg job`` prints the config, and starts nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.app import conclude, copy_app, is_done, run_config_of
-from experiments.choices import check_choices, composed
+from experiments.choices import composed
 from experiments.interrupt import in_order
+from experiments.overrides import is_override, key_of, searched
 from experiments.progress import RunProgress
 from experiments.record import Record
-from experiments.simulate import choose
+from experiments.simulate import choose, shown
 from experiments.status import reported
 from experiments.words import key_values
 from fedraclora.build import build_task
@@ -70,12 +71,9 @@ def prepare(words: Sequence[str], local: int | None) -> Order:
     Raises:
         FedRacLoraError: Whatever is wrong with what is asked for.
     """
-    check_choices(words)
-    typed = [word.lstrip("+~").partition("=")[0] for word in words]
-    sizes = []
-    if local is not None and "resume" not in typed and "clients" not in typed:
-        sizes = [f"clients={local}", *([] if "cohort" in typed else [f"cohort={local}"])]
-    asked = composed(["engine=deploy", *sizes, *words])
+    words = searched(words)
+    typed = [key_of(word) for word in words]
+    asked = composed(deployed(words, local))
     check_own(asked, typed, local)
     plain, folder, resume = choose(asked, typed, None)
     check_own(plain, [], local)  # of a run to go on with
@@ -88,11 +86,26 @@ def prepare(words: Sequence[str], local: int | None) -> Order:
     plain = {**plain, "engine": engine}
     output = plain["output"] if isinstance(plain["output"], dict) else {}
     there = folder if local else engine.get("folder") or f"~/fedraclora/{folder.name}"
-    config = read_config(json.dumps({**plain, "output": {**output, "dir": str(there)}}))
+    whole = json.dumps({**plain, "output": {**output, "dir": str(there)}})
+    config = read_config(whole, began=resume)
     if not isinstance(settings_of(config), DeployConfig):
         raise ConfigError(f"engine is {config.engine.name}: fedraclora deploy has engine=deploy")
     built = build_task(replace(config, pretrain=PretrainConfig()))  # reads the nodes' data, too
     return Order(config, plain, folder, resume, built.clients)
+
+
+def deployed(words: Sequence[str], local: object) -> list[str]:
+    """Add what this command takes where nothing else is typed: engine, and a client for each node.
+
+    Args:
+        words: The overrides.
+        local: Nodes on this machine, or None.
+    """
+    typed = [key_of(word) for word in words if is_override(word)]
+    sizes = []
+    if local is not None and "resume" not in typed and "clients" not in typed:
+        sizes = [f"clients={local}", *([] if "cohort" in typed else [f"cohort={local}"])]
+    return ["engine=deploy", *sizes, *words]
 
 
 def run(order: Order, connection: Connection, record: Record | None) -> None:
@@ -205,14 +218,19 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | No
         )
 
 
+def parted(words: Sequence[str]) -> tuple[dict[str, object], list[str]]:
+    """Part the words of this command, by key, from the others."""
+    own = [word for word in words if word.partition("=")[0] in OWN]
+    return key_values(own), [word for word in words if word not in own]
+
+
 def split(words: Sequence[str]) -> tuple[str, int | None, list[str]]:
     """Part the words of this command from those of simulate.
 
     Raises:
         ConfigError: If it is not one of ``connection=NAME`` and ``local=N``.
     """
-    own = key_values([w for w in words if w.partition("=")[0] in OWN])
-    rest = [w for w in words if w.partition("=")[0] not in OWN]
+    own, rest = parted(words)
     local, name = own.get("local"), str(own.get("connection", ""))
     if (local is None) == (not name):
         raise ConfigError(
@@ -231,6 +249,9 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else list(words)
     if {"-h", "--help"} & set(words):
         print(__doc__)
+        return 0
+    own, rest = parted(words)
+    if shown(deployed(rest, own.get("local"))):
         return 0
     name, local, rest = split(words)
     order = prepare(rest, local)

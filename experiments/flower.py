@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.app import checkout, conclude, copy_app, is_done, run_config_of
-from experiments.choices import check_choices, composed
+from experiments.choices import composed
 from experiments.interrupt import in_order
-from experiments.simulate import choose
+from experiments.overrides import key_of, searched
+from experiments.simulate import choose, shown
 from experiments.status import reported
 from fedraclora.build import build_task
 from fedraclora.config import RunConfig
@@ -60,15 +61,15 @@ def prepare(words: Sequence[str]) -> Order:
     Raises:
         FedRacLoraError: Whatever is wrong with what is asked for.
     """
-    check_choices(words)
+    words = searched(words)
     asked = composed(["engine=flower", *words])
-    typed = [word.lstrip("+~").partition("=")[0] for word in words]
+    typed = [key_of(word) for word in words]
     plain, folder, resume = choose(asked, typed, None)
     folder = folder.resolve()
     output = plain["output"] if isinstance(plain["output"], dict) else {}
     # The engine is what this command is for, also where a run goes on that began elsewhere.
     plain = {**plain, "engine": asked["engine"], "output": {**output, "dir": str(folder)}}
-    config = read_config(json.dumps(plain))
+    config = read_config(json.dumps(plain), began=resume)
     built = build_task(replace(config, pretrain=PretrainConfig()))
     settings = settings_of(config)
     if not isinstance(settings, FlowerConfig):
@@ -121,8 +122,16 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--write", metavar="FILE.toml", type=Path, help="write the run config, and do not run"
     )
+    parser.add_argument("--cfg", "-c", metavar="job", help="print the config, and do not run")
+    parser.add_argument(
+        "--config-dir", "-cd", metavar="DIR", help="a folder with config files of your own"
+    )
+    words = sys.argv[1:] if words is None else list(words)
+    if shown(["engine=flower", *words]):
+        return 0
     asked = parser.parse_intermixed_args(words)
-    order = prepare(asked.overrides)
+    folder = [] if asked.config_dir is None else ["--config-dir", asked.config_dir]
+    order = prepare([*folder, *asked.overrides])
     if asked.write is not None:
         write(order, asked.write)
     elif not is_done(order.folder, resume=order.resume):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -17,13 +18,14 @@ from rich.table import Table
 
 from experiments import folders
 from experiments.assemble import Assembled, assemble
-from experiments.choices import CONF, check_choices
+from experiments.choices import CONF
 from experiments.interrupt import in_order
+from experiments.overrides import flags_first, in_plain_words, key_of, plain_of, without_idle
 from experiments.progress import RunProgress
 from experiments.status import composing, reported, tell
 from fedraclora.build import settled
 from fedraclora.config import RunConfig, from_plain
-from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.errors import ConfigError
 from fedraclora.ledger import headline, number
 from fedraclora.runfolder import is_finished, method_label, read_summary, refuse_existing
 from strategies import METHODS
@@ -32,6 +34,7 @@ from strategies.server.rows import Row
 
 Plain = dict[str, object]
 FAILED: list[str] = []
+SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
@@ -45,7 +48,7 @@ def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
     Returns:
         The summary.
     """
-    config = from_plain(plain, METHODS)
+    config = from_plain(plain, METHODS, began=resume)
     label = method_label(plain)
     with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
 
@@ -147,11 +150,22 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
 def main() -> int:
     """Run what the command line asks for."""
     FAILED.clear()
-    check_choices(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra reports errors itself, in ways of its own
-    with composing():
+    sys.argv[1:] = flags_first(sys.argv[1:])
+    with composing(), in_plain_words(sys.argv[1:]):
         compose_and_run()
     return 1 if FAILED else 0
+
+
+def shown(words: Sequence[str]) -> bool:
+    """Print what a command would compose, if its words ask Hydra for that (``--cfg job``)."""
+    if not any(word.partition("=")[0] in SHOWS for word in words):
+        return False
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = flags_first(words)
+    with in_plain_words(words):
+        compose_and_run()
+    return True
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -159,13 +173,14 @@ def compose_and_run(cfg: DictConfig) -> float | None:
     """Run what Hydra composed; the headline metric is the value of a sweep's job."""
     job = HydraConfig.get()
     words = list(map(str, OmegaConf.to_container(job.overrides.task, resolve=False) or ()))
-    typed = [word.lstrip("+~").partition("=")[0] for word in words]
     sweep = folders.sweep_name(words) if job.mode == RunMode.MULTIRUN else None
+
+    def again(words: Sequence[str]) -> Plain:
+        return plain_of(compose("config", [*job.overrides.hydra, *words]), job.runtime.choices)
+
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        if not isinstance(plain, dict):
-            raise CheckpointError("the config must be a mapping")
-        summary = run_one({str(k): v for k, v in plain.items()}, typed, sweep)
+        plain = without_idle(plain_of(cfg, job.runtime.choices), words, again)
+        summary = run_one(plain, [key_of(word) for word in words], sweep)
     except Exception as error:  # the other jobs of a sweep go on
         tell(error)
         FAILED.append(sweep or "run")

@@ -78,7 +78,7 @@ def make_plan(
     full = set(heads_own) if head_policy == "average" else set()
     if bias_policy == "average":
         full |= {n for n in parameters if n.endswith("bias") and f"{n[:-4]}weight" in views}
-    if dense:
+    if dense is not None:
         full |= _matching_parameters(parameters, dense) - local
     views = {n: views[n] for n in parameters if n in views and n not in full}
     weights = [
@@ -160,9 +160,10 @@ def own_rank(ranks: Mapping[str, int | float], name: str) -> int | float:
     for pattern, rank in ranks.items():
         if matches(layer, pattern):
             return rank
+    whole = ", ".join(f"{pattern}: {rank}" for pattern, rank in [*ranks.items(), ("*", rank)])
     raise ConfigError(
         f"method.rank has no pattern that fits the layer {layer}; there are {', '.join(ranks)}: "
-        'add one, such as "*"'
+        f"add one for all others, as in 'method.rank={{{whole}}}'"
     )
 
 

@@ -20,6 +20,7 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.method import Plan
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
+from fedraclora.models.dropout import refuse_functions
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
 from fedraclora.robust.attack import LabelFlip
@@ -139,7 +140,7 @@ def plan_of(config: TaskConfig, task: Task) -> Plan:
     return make_plan(
         task.model,
         task.head,
-        targets=config.targets or task.targets,
+        targets=task.targets if config.targets is None else config.targets,
         head_policy=config.head,
         bias_policy=config.bias,
         dense=config.dense,
@@ -193,6 +194,8 @@ def build_task(config: TaskConfig) -> BuiltTask:
     for table in (*brought, data.test):
         if len(table):
             check_fit(built.model, table.inputs)
+    if config.model.get("name") == "function":
+        refuse_functions(built.model, data.train.inputs)
     dtype = _float_dtype(data.train)
     model = built.model.to(dtype)
     facts: dict[str, object] = {**data.info, "partition": info}

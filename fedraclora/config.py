@@ -17,15 +17,26 @@ from fedraclora.aggregator import Aggregator
 from fedraclora.allocation import ALLOCATIONS, Uniform
 from fedraclora.data import DATASETS, PARTITIONS
 from fedraclora.devices.system import SystemConfig
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest, unknown
 from fedraclora.method import Method
+from fedraclora.metrics import METRICS
 from fedraclora.models import MODELS
 from fedraclora.privacy.client_level import PRIVACIES, Privacy
 from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.robust.attack import ATTACKS, Attack
 from fedraclora.robust.rules import AGGREGATORS
 from fedraclora.sampling import WEIGHTINGS
-from fedraclora.schema import Plain, bind, build, coerce, row_of, section, without
+from fedraclora.schema import (
+    Plain,
+    bind,
+    build,
+    checked_arguments,
+    coerce,
+    refuse_missing,
+    row_of,
+    section,
+    without,
+)
 from fedraclora.server_optimiser import SERVER_OPTIMISERS, ServerOptimiser
 from fedraclora.settings import (
     ENGINES,
@@ -38,6 +49,7 @@ from fedraclora.settings import (
 )
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import PRECISIONS
+from fedraclora.unread import Groups, refuse_unread
 
 DEVICES = ("auto", "cpu", "cuda")
 NOT_IN_DIGEST = ("output", "resume")
@@ -134,22 +146,38 @@ class RunConfig(TaskConfig):
         return digested(self.plain)
 
 
-GROUPS: dict[str, Callable[[Plain], object]] = {
-    "allocation": lambda g: bind("allocation", ALLOCATIONS, g)(),
-    "local": lambda g: build("local", LocalConfig, without(g, "name")),
-    "engine": lambda g: bind("engine", ENGINES, g)(),
-    "evaluate": lambda g: build("evaluate", EvaluateConfig, g),
-    "pretrain": lambda g: build("pretrain", PretrainConfig, without(g, "name")),
-    "output": lambda g: build("output", OutputConfig, without(g, "name")),
-    "system": lambda g: build("system", SystemConfig, without(g, "name")),
-    "aggregator": lambda g: bind("aggregator", AGGREGATORS, g)(),
-    "server_optimiser": lambda g: bind("server_optimiser", SERVER_OPTIMISERS, g)(),
-    "privacy": lambda g: bind("privacy", PRIVACIES, g)(),
-    "secure": lambda g: bind("secure", SECURES, g)(),
-    "attack": lambda g: bind("attack", ATTACKS, g)(),
-    "stop": lambda g: build("stop", StopConfig, g),
+# Groups of one kind each; a name says which of the files it is.
+KINDS: dict[str, Callable[..., object]] = {
+    "local": LocalConfig,
+    "evaluate": EvaluateConfig,
+    "pretrain": PretrainConfig,
+    "output": OutputConfig,
+    "system": SystemConfig,
+    "stop": StopConfig,
 }
-TABLES: dict[str, Iterable[str]] = {"data": DATASETS, "model": MODELS, "partition": PARTITIONS}
+NAMED = ("local", "pretrain", "output", "system")
+# Groups that choose a row of a table: those that are called at once, and those that wait for data.
+ROWS: dict[str, Mapping[str, Callable[..., object]]] = {
+    "allocation": ALLOCATIONS,
+    "engine": ENGINES,
+    "aggregator": AGGREGATORS,
+    "server_optimiser": SERVER_OPTIMISERS,
+    "privacy": PRIVACIES,
+    "secure": SECURES,
+    "attack": ATTACKS,
+}
+TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
+    "data": DATASETS,
+    "model": MODELS,
+    "partition": PARTITIONS,
+}
+# Keys of a group beside those of its row, and arguments of the row that are no keys.
+BESIDE = {"data": ("labels", "validation"), "partition": ("empty",)}
+GIVEN = {
+    "data": ("clients", "seed"),
+    "model": ("shape", "classes", "seed"),
+    "partition": ("data", "clients", "seed"),
+}
 
 
 def task_from_plain(plain: Plain) -> TaskConfig:
@@ -161,12 +189,16 @@ def task_from_plain(plain: Plain) -> TaskConfig:
     return TaskConfig(**_fields(TaskConfig, plain))  # type: ignore[arg-type]
 
 
-def from_plain(plain: Plain, methods: Mapping[str, type[Method]]) -> RunConfig:
+def from_plain(
+    plain: Plain, methods: Mapping[str, type[Method]], *, began: bool = False
+) -> RunConfig:
     """Check a plain config and build the settings.
 
     Args:
         plain: Nested dict of plain values (see ``conf/config.yaml`` for the keys).
         methods: The METHODS table of `strategies`, handed in since it lies above this module.
+        began: Whether it is that of a run that goes on, which an earlier version may have begun:
+            keys that nothing reads are then left as they are.
 
     Returns:
         The settings.
@@ -174,27 +206,118 @@ def from_plain(plain: Plain, methods: Mapping[str, type[Method]]) -> RunConfig:
     Raises:
         ConfigError: Naming the key, what came and what was wanted.
     """
+    if not began:
+        _refuse_unknown(plain)
     method = bind("method", methods, section(plain, "method"))()
     config = RunConfig(method=method, **_fields(RunConfig, plain))  # type: ignore[arg-type]
     _check(config)
+    if not began:
+        refuse_unread(_groups(config))
     return config
 
 
+def _refuse_unknown(plain: Plain) -> None:
+    """Refuse keys of the config itself that do not exist."""
+    known = [*inspect.signature(RunConfig).parameters, "resume"]
+    known.remove("plain")
+    found = [key for key in plain if key not in known]
+    if not found:
+        return
+    whole = [f"{key}.{inner}" for key in known for inner in _keys(plain.get(key))]
+    lines = [unknown_key(str(key), [*known, *whole]) for key in found]
+    raise UnreadKeysError("\n  ".join(lines), found)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Say that a key does not exist, which is like it, and where all of them are."""
+    near = " or ".join(map(repr, nearest(key, known, count=2)))
+    return (
+        f"unknown key {key!r}{f'; did you mean {near}?' if near else '.'} All keys are in "
+        "conf/config.yaml and in what `fedraclora simulate --cfg job` prints"
+    )
+
+
+def _keys(group: object) -> list[str]:
+    return [str(key) for key in group] if isinstance(group, Mapping) else []
+
+
+def _groups(config: RunConfig) -> Groups:
+    """Give the groups that say which keys are read."""
+    in_full = config.head in {"average", "local"} or config.bias == "average"
+    return Groups(
+        method=config.method,
+        allocation=config.allocation,
+        local=config.local,
+        pretrain=config.pretrain,
+        attack=config.attack,
+        evaluate=config.evaluate,
+        stop=config.stop,
+        trained_in_full=in_full or bool(config.dense),
+        local_head=config.head == "local",
+    )
+
+
 def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
-    """Read the fields of a config class, the method left out, from the keys of their names."""
+    """Read the fields of a config class, the method left out, from the keys of their names.
+
+    Raises:
+        MissingKeysError: Naming all keys that are missing.
+    """
     hints = typing.get_type_hints(kind)
     found: dict[str, object] = {"plain": plain}
-    for key in inspect.signature(kind).parameters:
-        if key in GROUPS:
-            found[key] = GROUPS[key](section(plain, key))
-        elif key in TABLES:
-            found[key] = group = section(plain, key)
-            row_of(key, dict.fromkeys(TABLES[key]), group.get("name"))
-        elif key not in {"plain", "method"}:
-            if key not in plain:
-                raise ConfigError(f"the config has no key {key}; see conf/config.yaml")
-            found[key] = coerce(key, plain[key], hints[key])
+    wanted = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
+    missing = [key for key in wanted if key not in plain]
+    said = [f"the config has no key {', '.join(missing)}; see conf/config.yaml"] if missing else []
+    for key in wanted:
+        if key not in plain:
+            continue
+        try:
+            if key in KINDS:
+                group = section(plain, key)
+                group = without(group, "name") if key in NAMED else group
+                found[key] = build(key, KINDS[key], group)
+            elif key in ROWS:
+                found[key] = bind(key, ROWS[key], section(plain, key))()
+            elif key in TABLES:
+                found[key] = _checked_row(key, section(plain, key))
+            else:
+                found[key] = coerce(key, plain[key], hints[key])
+        except MissingKeysError as error:
+            said.append(str(error))
+            missing += error.keys
+    if missing:
+        raise MissingKeysError("\n  ".join(said), missing)
     return found
+
+
+def _checked_row(kind: str, group: Plain) -> Plain:
+    """Hold a group against its row, which is called once it is known what else it is given."""
+    row = row_of(kind, TABLES[kind], group.get("name"))
+    rest = without(group, "name", *BESIDE.get(kind, ()))
+    checked_arguments(kind, row, rest)
+    refuse_missing(kind, row, {*rest, *GIVEN[kind]})
+    return group
+
+
+def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
+    """Name the choices of a key's group that have it: ``method.rank`` is one of many methods.
+
+    Args:
+        key: A path, of one dot.
+        methods: The METHODS table of `strategies`.
+
+    Returns:
+        Names of rows; the group itself where it is of one kind.
+    """
+    group, _, inner = key.partition(".")
+    found: Mapping[str, Mapping[str, Callable[..., object]]] = {
+        **{kind: {kind: target} for kind, target in KINDS.items()},
+        **TABLES,
+        **ROWS,
+        "method": methods,
+    }
+    table = found.get(group, {})
+    return [name for name, row in table.items() if inner in inspect.signature(row).parameters]
 
 
 def _check(config: RunConfig) -> None:
@@ -226,6 +349,9 @@ def _check(config: RunConfig) -> None:
     for key, known in choices.items():
         if getattr(config, key) not in known:
             raise unknown(key, getattr(config, key), known)
+    measured = [*METRICS, "gap", *(f"personal_{name}" for name in METRICS)]
+    if config.stop.metric not in measured:
+        raise unknown("stop.metric", config.stop.metric, measured)
     if config.output.checkpoint_every < 1:
         raise ConfigError("output.checkpoint_every must be 1 or more")
 

@@ -7,7 +7,7 @@ a traceback and exits with status 1, so the words must be enough for the reader.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 
 class FedRacLoraError(Exception):
@@ -16,6 +16,26 @@ class FedRacLoraError(Exception):
 
 class ConfigError(FedRacLoraError):
     """The configuration asks for something impossible; the message names the key."""
+
+
+class KeysError(ConfigError):
+    """The configuration has keys that it should not have, or lacks some.
+
+    Attributes:
+        keys: Their paths, for example ``local.lr``.
+    """
+
+    def __init__(self, message: str, keys: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
+
+
+class UnreadKeysError(KeysError):
+    """Keys that do not exist, or that nothing reads in this configuration."""
+
+
+class MissingKeysError(KeysError):
+    """Keys that are not there and have no default."""
 
 
 class ShapeError(FedRacLoraError):
@@ -74,6 +94,49 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
         unknown method 'fed_rac_lorra'; did you mean 'fed_rac_lora'? There are: fed_rac_lora, fedavg
     """
     names = sorted(known)
-    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    near = nearest(str(name), names)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return ConfigError(f"unknown {kind} {str(name)!r}{hint} There are: {', '.join(names)}")
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """Find the names that are most like one that does not exist; none where no name is like it.
+
+    Of dotted names the last part decides: the same, its initials, or most of its letters. Among
+    equals, those of the likest group come first, then those that stand first in ``known``.
+
+    Args:
+        name: What came.
+        known: The names that exist.
+        count: The most that are given, where several are alike.
+
+    Example:
+        >>> nearest("local.learning_rate", ["local.epochs", "local.lr", "pretrain.lr"])
+        ['local.lr']
+        >>> nearest("lr", ["local.epochs", "local.lr", "pretrain.lr"], count=2)
+        ['local.lr', 'pretrain.lr']
+    """
+    group, _, leaf = name.rpartition(".")
+
+    def likeness(other: str) -> float:
+        there, _, last = other.rpartition(".")
+        return _alike(leaf, last) + 0.1 * _alike(group, there)
+
+    ranked = sorted(known, key=likeness, reverse=True)
+    best = max(0.6, likeness(ranked[0])) if ranked else 0.6
+    return [other for other in ranked[:count] if likeness(other) >= best]
+
+
+def _alike(one: str, other: str) -> float:
+    """How alike two words are, from 0 to 1."""
+    if one == other:
+        return 1.0
+    if {one, other} & {_initials(one), _initials(other)}:
+        return 0.9
+    return SequenceMatcher(None, one, other).ratio()
+
+
+def _initials(words: str) -> str | None:
+    """The initials of words that underscores join; None for one word."""
+    parts = words.split("_")
+    return "".join(part[:1] for part in parts) if len(parts) > 1 else None

@@ -95,12 +95,19 @@ def matches(name: str, pattern: str) -> bool:
 def split_patterns(patterns: str | Sequence[str]) -> list[str]:
     """Give patterns one by one, from a list or from one text with commas.
 
+    Raises:
+        ConfigError: If one is empty.
+
     Example:
         >>> split_patterns("query, value") == split_patterns(["query", "value"])
         True
     """
-    parts = patterns.split(",") if isinstance(patterns, str) else patterns
-    return [part.strip() for part in parts]
+    parts = [p.strip() for p in (patterns.split(",") if isinstance(patterns, str) else patterns)]
+    if "" in parts:
+        raise ConfigError(
+            f"an empty pattern names no layer: {patterns!r}; name layers as in [query,value]"
+        )
+    return parts
 
 
 def find_targets(
@@ -124,6 +131,11 @@ def find_targets(
     named = {n: m for n, m in model.named_modules() if layer_kind(m) and not is_head(n, head)}
     wide = {"all-linear": {"linear", "conv1d"}, "all": {"linear", "conv1d", "conv"}}
     parts = split_patterns(pattern)
+    if not parts:
+        raise ConfigError(
+            "targets is an empty list, which adapts nothing: name layers as in [query,value], take "
+            "all-linear, or null for the model's own default"
+        )
     if len(parts) == 1 and parts[0] in wide:
         chosen = {n: m for n, m in named.items() if layer_kind(m) in wide[parts[0]]}
         if not chosen and not any(layer_kind(m) for m in model.modules()):

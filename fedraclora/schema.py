@@ -8,9 +8,9 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 
 Plain = Mapping[str, object]
 # Of a number in the config: seeds and counts are int64 in tensors, the others float32.
@@ -59,6 +59,7 @@ def bind(
     arguments = checked_arguments(kind, target, without(group, "name"))
     wanted = inspect.signature(target).parameters
     given = {k: v for k, v in given.items() if k in wanted and k not in arguments}
+    refuse_missing(kind, target, {*arguments, *given})
     return functools.partial(target, **arguments, **given)
 
 
@@ -89,7 +90,8 @@ def checked_arguments(kind: str, target: Callable[..., object], group: Plain) ->
     arguments = {}
     for key, value in group.items():
         if key not in parameters:
-            raise unknown("key", f"{kind}.{key}", [f"{kind}.{p}" for p in parameters])
+            error = unknown("key", f"{kind}.{key}", [f"{kind}.{p}" for p in parameters])
+            raise UnreadKeysError(str(error), [f"{kind}.{key}"])
         arguments[key] = coerce(f"{kind}.{key}", value, hints.get(key, object))
     return arguments
 
@@ -97,10 +99,22 @@ def checked_arguments(kind: str, target: Callable[..., object], group: Plain) ->
 def _all_arguments(kind: str, target: Callable[..., object], group: Plain) -> dict[str, object]:
     """Give `checked_arguments`, and refuse a group that leaves out what has no default."""
     arguments = checked_arguments(kind, target, group)
-    for key, parameter in inspect.signature(target).parameters.items():
-        if parameter.default is parameter.empty and key not in arguments:
-            raise ConfigError(f"{kind}.{key} is missing; {_shown(_hints(target)[key])} is wanted")
+    refuse_missing(kind, target, arguments)
     return arguments
+
+
+def refuse_missing(kind: str, target: Callable[..., object], there: Collection[str]) -> None:
+    """Refuse a group that leaves out what has no default.
+
+    Raises:
+        MissingKeysError: Naming all of its keys that are missing, and what is wanted of each.
+    """
+    parameters = inspect.signature(target).parameters.items()
+    missing = [k for k, p in parameters if p.default is p.empty and k not in there]
+    if missing:
+        hints = _hints(target)
+        said = [f"{kind}.{k} is missing; {_shown(hints.get(k, object))} is wanted" for k in missing]
+        raise MissingKeysError("\n  ".join(said), [f"{kind}.{k}" for k in missing])
 
 
 def _hints(target: Callable[..., object]) -> dict[str, object]:

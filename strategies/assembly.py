@@ -24,7 +24,7 @@ from fedraclora.config import RunConfig
 from fedraclora.engines.deploy import DeployGrid
 from fedraclora.engines.flower import NodePerClient
 from fedraclora.engines.local import LocalGrid
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluate import evaluate
 from fedraclora.method import Cohort, Downlink, Draw, Plan
 from fedraclora.parcel import Archive
@@ -207,6 +207,9 @@ def stopping(
     """Make what ends a run early, by the validation split."""
     if config.stop.patience is None:
         return Stopping()
+    metric = config.stop.metric
+    if metric.removeprefix("personal_") not in {*built.task.metrics, "gap"}:
+        raise unknown("stop.metric of these data", metric, built.task.metrics)
     measure = measurement(config, built, plan, store, "validation", personal)
     return Stopping(config.stop, measure)
 

@@ -45,7 +45,8 @@ def main(grid: Grid, context: Context) -> None:
     Raises:
         ConfigError: If it is missing, or of another engine.
     """
-    config = read_config(str(context.run_config.get("cfg-json", "")))
+    resume = bool(context.run_config.get("resume", False))
+    config = read_config(str(context.run_config.get("cfg-json", "")), began=resume)
 
     ended = watch()
 
@@ -80,7 +81,6 @@ def main(grid: Grid, context: Context) -> None:
 
         return assembly.assemble(config, folder, replica, engine, resume=resume, on_round=on_round)
 
-    resume = bool(context.run_config.get("resume", False))
     folder = Path(str(config.output.dir)).expanduser()
     deployed = isinstance(config.engine, DeployConfig)
     on_round = tell_row if deployed else tell
@@ -89,8 +89,8 @@ def main(grid: Grid, context: Context) -> None:
         write_line(SUMMARY, summary)
 
 
-def read_config(text: str) -> RunConfig:
-    """Read the config of a run.
+def read_config(text: str, *, began: bool = False) -> RunConfig:
+    """Read the config of a run, which goes on if it ``began`` before.
 
     Raises:
         ConfigError: If it is missing, not JSON, of another engine or without ``output.dir``.
@@ -105,7 +105,7 @@ def read_config(text: str) -> RunConfig:
             "run.toml ...` and pass it with `flwr run . -c run.toml`, or do both by "
             "`fedraclora flower ...`"
         )
-    config = from_plain(plain, METHODS)
+    config = from_plain(plain, METHODS, began=began)
     settings_of(config)
     if config.output.dir is None or not Path(config.output.dir).expanduser().is_absolute():
         raise ConfigError(

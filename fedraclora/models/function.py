@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from fedraclora.errors import ConfigError, ModelError
-from fedraclora.layers import is_batch_norm
+from fedraclora.errors import ConfigError, ModelError, unknown
+from fedraclora.layers import is_batch_norm, is_head
 from fedraclora.models.built import Built, seeded
 from fedraclora.named import check_call, import_function
 
@@ -29,8 +29,9 @@ def build_function(
         function: ``package.module:function``; it is called with ``shape`` and ``classes`` of the
             data and with ``arguments``, and gives a `torch.nn.Module`. Its draws from torch's
             global generator are fixed by the seed of the run. Dropout must be a module
-            (`torch.nn.Dropout`): as a function that asks ``self.training`` it stays off. Layers of
-            BatchNorm must be frozen, that is in evaluation mode, with statistics of their own.
+            (`torch.nn.Dropout`): as a function it would stay off, and is refused
+            (`fedraclora.models.dropout`). Layers of BatchNorm must be frozen, that is in evaluation
+            mode, with statistics of their own.
         head: Name prefixes of the final layer; empty where there is nothing but one layer.
         shape: Shape of one input.
         classes: Number of outputs.
@@ -39,7 +40,8 @@ def build_function(
         targets: The default pattern of adapted layers.
 
     Raises:
-        ConfigError: If it cannot be imported, or gives something else.
+        ConfigError: If it cannot be imported, gives something else, or has no layer that ``head``
+            names.
         ModelError: If a frozen layer of BatchNorm has never seen a batch.
     """
     build = import_function("model.function", function)
@@ -60,6 +62,10 @@ def build_function(
                 "with a mean of 0 and a variance of 1 it normalises nothing. Load pretrained "
                 f"weights in {function}, or use GroupNorm or LayerNorm"
             )
+    layers = {name.rpartition(".")[0] for name, _ in model.named_parameters()} - {""}
+    for name in head:
+        if not any(is_head(layer, (name,)) for layer in layers):
+            raise unknown("layer as model.head", name, layers)
     return Built(model, tuple(head), targets)
 
 

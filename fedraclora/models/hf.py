@@ -26,6 +26,7 @@ from fedraclora.models.built import (
     require_text,
     seeded,
 )
+from fedraclora.models.dropout import refuse_idle_rate
 
 # The names that architectures give to dropout in their configurations.
 _HIDDEN_DROPOUT = (
@@ -40,6 +41,10 @@ _HIDDEN_DROPOUT = (
     "classifier_dropout_prob",
     "dropout_rate",
     "summary_first_dropout",
+    "resid_dropout",
+    "embed_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
     "summary_last_dropout",
 )
 _ATTENTION_DROPOUT = (
@@ -77,7 +82,7 @@ def build_hf(
         or all linear layers where none has that name.
 
     Raises:
-        ConfigError: If a key is wrong, naming it.
+        ConfigError: If a key is wrong, naming it, or the model takes no dropout.
         DataError: If the model is missing or its weights are another file.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -109,6 +114,7 @@ def build_hf(
             )
     except (OSError, ValueError) as error:
         raise DataError(f"model.path={path} cannot be loaded: {error}") from error
+    refuse_idle_rate(model, dropout)
     return _built(model)
 
 

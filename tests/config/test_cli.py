@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiments.cli import main
 from fedraclora.sampling import draw_cohort
@@ -153,6 +155,15 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "lr nan": (["local.lr=nan"], ["local.lr is nan", "positive finite number"]),
     "dense lr": (["local.dense_lr=0"], ["local.dense_lr is 0", "positive finite number"]),
     "targets": (["targets=fc9"], ["targets=fc9", "did you mean 'fc1'?", NAMES]),
+    "no targets": (["targets=[]"], ["targets is an empty list", "null for the model's own"]),
+    "empty pattern": (["targets=[fc1,'']"], ["an empty pattern names no layer"]),
+    "unknown key": (["lr=0.1"], ["unknown key 'lr'; did you mean 'local.lr'"]),
+    "key that is added": (["+lr=0.1"], ["unknown key 'lr'; did you mean 'local.lr'"]),
+    "key that nothing reads": (["attack.share=0.3"], ["attack.share is 0.3, which nothing reads"]),
+    "metric of other data": (
+        ["stop.metric=pearson", "stop.patience=2", "data.validation=0.1"],
+        ["'pearson'", "There are: accuracy, loss"],
+    ),
     "dense": (["dense=conv*"], ["dense=conv*", NAMES, "fc1"]),
     "empty client": (
         ["partition=fedslop", "partition.alpha=0.01", "clients=60"],
@@ -188,7 +199,11 @@ def test_bad_input_is_refused_with_what_to_do(simulate: Run, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["method", "sketch", "rank above the layer", "targets", "empty client", "missing data"]
+    "case",
+    [
+        *("method", "sketch", "rank above the layer", "targets", "empty client", "missing data"),
+        *("no targets", "key that is added", "key that nothing reads", "metric of other data"),
+    ],
 )
 def test_a_config_that_cannot_run_leaves_no_folder_behind(
     simulate: Run, case: str, tmp_path: Path
@@ -375,6 +390,90 @@ def test_help_lists_the_groups_with_one_line_each(
         assert "fed_rac_lora" in printed
         assert "a fresh shared sketch each round" in printed
         assert all(f"  {group}=" in printed for group in ("method", "data", "engine", "experiment"))
+
+
+def test_the_version_is_that_of_the_package(
+    command: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"fedraclora {metadata.version('fedraclora')}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("fedraclora ", {"simulate", "deploy", "compare"}),
+        ("fedraclora si", {"simulate"}),
+        ("fedraclora simulate eng", {"engine="}),
+        ("fedraclora simulate -m seed=1,2 method=fedavg", {"method=fedavg", "method=fedavg_lora"}),
+        (
+            "fedraclora deploy local=3 method=fedavg local.mom",
+            {"local.momentum=", "local.moments="},
+        ),
+        ("fedraclora simulate --config-dir {own} experiment=mi", {"experiment=mine"}),
+        ("fedraclora compare ", set()),
+    ],
+)
+def test_tab_completes_commands_and_configs(
+    command: Run,
+    line: str,
+    found: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
+    monkeypatch.setenv("COMP_LINE", line.format(own=tmp_path))
+    main(["-sc", "query=bash"])
+    printed = set(capsys.readouterr().out.split())
+    assert found <= printed
+    assert bool(found) == bool(printed)
+    assert not any(name.startswith("aggregator") for name in printed)
+
+
+def test_completion_is_installed_for_the_script(
+    command: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["-sc", "install=bash"])
+    assert capsys.readouterr().out.endswith("-F hydra_bash_completion fedraclora\n")
+
+
+@pytest.mark.parametrize("name", ["flower", "deploy"])
+def test_what_flower_would_run_is_printed(
+    command: Run, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "seed=3", "--cfg", "job", "clients=7", "cohort=2"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["engine"]["name"], printed["seed"], printed["clients"]) == (name, 3, 7)
+
+
+def test_deploy_prints_a_client_for_each_node(
+    command: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["deploy", "local=3", "--cfg", "job", "-p", "clients"])
+    assert capsys.readouterr().out == "3\n"
+
+
+def test_a_sweep_over_choices_may_have_keys_of_some(command: Run, tmp_path: Path) -> None:
+    own = tmp_path / "own" / "experiment" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\nrounds: 0\n")
+    sweep = ["attack=none,sign_flip", "++attack.scale=5", f"output.dir={tmp_path / 'runs'}"]
+    words = [word for word in SMALL if not word.startswith("rounds")]
+    first = ["-m", "--config-dir", str(own.parents[1]), "experiment=mine"]
+    status, error = command("simulate", *words, *first, *sweep)
+    assert (status, error) == (
+        0,
+        "note: nothing reads attack.scale here: ++attack.scale=5 is left out\n",
+    )
+    configs = [yaml.safe_load(p.read_text()) for p in (tmp_path / "runs").glob("*/config.yaml")]
+    attacks = sorted((c["attack"] for c in configs), key=lambda attack: str(attack["name"]))
+    assert [a.get("scale") for a in attacks] == [None, 5]
+    assert {c["rounds"] for c in configs} == {0}
 
 
 def console(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -31,8 +31,12 @@ DIGITS = ["data=digits", "pretrain=none", *TINY]  # digits 5-9, by the root's da
 SMALL = ["pretrain=none", "model.hidden=12", "model.layers=1"]
 ROLES = ["data=shakespeare", "data.labels=null", "partition=natural", "model=gpt", *SMALL]
 SYNTHETIC = ["partition=given", "model=linear", "model.bias=false", "pretrain=none", *TINY]
-# What a choice needs beside it to be a config at all: its warm-up is shorter than a link.
-WITH = {"local/relora": ["method=fed_relora"]}
+# What a choice needs beside it to be a config at all: a warm-up shorter than a link, a file.
+WITH = {
+    "local/relora": ["method=fed_relora"],
+    "data/text": ["data.file=mine.csv"],
+    "model/hf": ["model.path=mine"],
+}
 # What a choice needs beside it to run a round; digits and the other defaults where it is absent.
 BESIDE = {
     "config": TINY,

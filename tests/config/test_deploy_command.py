@@ -54,7 +54,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["local=three"], "local is 'three'; a number of SuperNodes is wanted"),
         (["local=3", "engine=ray"], "engine is ray"),
         (["local=3", "engine=inlne"], "did you mean 'inline'?"),
-        (["local=3", "clints=3"], "Could not override 'clints'"),
+        (["local=3", "clints=3"], "unknown key 'clints'; did you mean 'clients'?"),
         (["local=3", "engine.min_clients=0"], "engine.min_clients is 0"),
         (["local=3", "engine.timeout=0"], "engine.timeout is 0"),
         (["local=3", "engine.max_samples=0"], "engine.max_samples is 0"),

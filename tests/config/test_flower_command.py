@@ -75,7 +75,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
         (["engine.workers=0"], "engine.workers is 0"),
         (["engine.workers=1000"], "Flower serves at most"),
         (["engine.gpus=99"], "engine.gpus is 99 for each process"),
-        (["clints=3"], "Could not override 'clints'"),
+        (["clints=3"], "unknown key 'clints'; did you mean 'clients'?"),
         (["method.rnk=3"], "rnk"),
         (["method=fed_rac_lorra"], "did you mean 'fed_rac_lora'?"),
         (["data.name=digit"], "did you mean 'digits'?"),

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import deploy
 from experiments.bench.config import parse
-from experiments.choices import check_choices, composed
+from experiments.choices import composed
 from experiments.compare_study import chosen, find
 from experiments.theory.config import TheoryConfig
 from experiments.words import key_values
@@ -37,7 +37,6 @@ BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 @pytest.mark.parametrize("line", SIMULATIONS)
 def test_each_simulation_composes(line: str) -> None:
     words = shlex.split(line)[2:]
-    check_choices(words)
     from_plain(composed(words), METHODS)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fedraclora.config import RunConfig, TaskConfig, from_plain, task_from_plain
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.config import RunConfig, TaskConfig, choices_with, from_plain, task_from_plain
+from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.method import Method
 from fedraclora.schema import bind, build, checked_arguments, coerce, section, without
 from fedraclora.settings import (
@@ -51,7 +53,7 @@ def plain(**changes: Any) -> dict[str, Any]:
         place, keys = top, dotted.split("__")
         for key in keys[:-1]:
             place = place[key]
-        place[keys[-1]] = value
+        place[keys[-1]] = copy.deepcopy(value)
     return top
 
 
@@ -177,11 +179,117 @@ def test_what_cannot_run_is_refused_by_its_key(changes: dict[str, Any], words: s
     assert words in refusal(**changes)
 
 
-def test_a_key_that_is_missing_is_named() -> None:
-    whole = plain()
-    del whole["cohort"]
-    with pytest.raises(ConfigError, match="the config has no key cohort; see conf"):
+def test_keys_that_are_missing_are_named_in_one_message() -> None:
+    whole = plain(system__speed={"name": "lognormal", "median": 3.0})
+    del whole["cohort"], whole["rounds"]
+    with pytest.raises(MissingKeysError) as caught:
         from_plain(whole, METHOD_TABLE)
+    assert "the config has no key cohort, rounds; see conf" in str(caught.value)
+    assert "system.speed.sigma is missing; float is wanted" in str(caught.value)
+    assert set(caught.value.keys) == {"cohort", "rounds", "system.speed.sigma"}
+
+
+def test_all_that_a_row_lacks_is_named() -> None:
+    def row(*, first: int, second: float, given: int) -> None:
+        del first, second, given
+
+    with pytest.raises(MissingKeysError) as caught:
+        bind("thing", {"a": row}, {"name": "a"}, given=3)
+    assert caught.value.keys == ("thing.first", "thing.second")
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("lr", "did you mean 'local.lr' or 'pretrain.lr'?"),
+        ("learning_rate", "did you mean 'local.lr' or 'pretrain.lr'?"),
+        ("clints", "did you mean 'clients'?"),
+        ("zzzzzz", "unknown key 'zzzzzz'. All keys"),
+    ],
+)
+def test_a_key_of_the_config_that_does_not_exist_is_refused(key: str, near: str) -> None:
+    with pytest.raises(UnreadKeysError, match=re.escape(near)):
+        from_plain({**plain(), key: 3}, METHOD_TABLE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data__rot": "x"}, "unknown key 'data.rot'; did you mean 'data.root'"),
+        ({"model__hiden": [3]}, "unknown key 'model.hiden'; did you mean 'model.hidden'"),
+        ({"partition__alpa": 1.0}, "unknown key 'partition.alpa'; did you mean 'partition.alpha'"),
+    ],
+)
+def test_keys_of_data_model_and_partition_are_checked_with_the_others(
+    changes: dict[str, Any], words: str
+) -> None:
+    assert words in refusal(**changes)
+
+
+STEPS = {"local__schedule": "step"}
+FACTORS = {**read(CONF / "method" / "fedavg_lora.yaml")}
+IDLE: list[tuple[str, object, dict[str, Any]]] = [  # key, value, and what it takes to read it
+    ("local.damping", 0.1, {"method": FACTORS, "local__adjust": "riemannian"}),
+    ("local.final", 0.3, {"local__schedule": "cosine"}),
+    ("local.step_factor", 0.1, STEPS),
+    ("local.step_every", 7, STEPS),
+    ("local.epochs", 3, {"local__steps": None}),
+    ("local.dense_lr", 0.3, {"bias": "average"}),
+    ("local.moments_kept", 0.1, {"method": FACTORS | {"resample_every": 4}}),
+    ("method.density", 0.3, {"method__sketch": "sparse_sign"}),
+    ("pretrain.lr", 0.1, {"pretrain__epochs": 2}),
+    ("pretrain.batch_size", 7, {"pretrain__epochs": 2}),
+    ("pretrain.labels", [1], {"pretrain__epochs": 2}),
+    ("attack.share", 0.3, {"attack": {"name": "label_flip"}}),
+    ("evaluate.clients", 7, {"head": "local"}),
+    ("stop.metric", "accuracy", {"stop__patience": 3}),
+]
+BESIDE: dict[str, Any] = {  # what puts all of these out of action
+    "local__steps": 2,
+    "bias": "frozen",
+    "local__moments": "link",
+    "local__momentum": 0.5,
+    "pretrain": {"name": "none"},
+}
+
+
+@pytest.mark.parametrize(("key", "value", "reader"), IDLE, ids=[key for key, *_ in IDLE])
+def test_a_key_that_nothing_reads_is_refused_by_name(
+    key: str, value: object, reader: dict[str, Any]
+) -> None:
+    dotted = key.replace(".", "__")
+    idle = {**BESIDE, "method": FACTORS} if key == "local.moments_kept" else BESIDE
+    with pytest.raises(UnreadKeysError, match=f"^{key} is .*which nothing reads here") as caught:
+        from_plain(plain(**idle, **{dotted: value}), METHOD_TABLE)
+    assert caught.value.keys == (key,)
+    from_plain(plain(**{**BESIDE, **reader, dotted: value}), METHOD_TABLE)
+
+
+def test_all_keys_that_nothing_reads_are_named_at_once() -> None:
+    said = refusal(attack__share=0.3, local__final=0.1, evaluate__clients=3)
+    assert [line.split()[0] for line in said.splitlines()] == [
+        "local.final",
+        "attack.share",
+        "evaluate.clients",
+    ]
+
+
+def test_a_run_that_goes_on_keeps_what_an_earlier_version_passed_over() -> None:
+    old = {**plain(attack__share=0.3, local__name="mine"), "lr": 0.1}
+    assert from_plain(old, METHOD_TABLE, began=True).attack.share == 0.3
+
+
+def test_a_metric_that_does_not_exist_stops_nothing() -> None:
+    assert "unknown stop.metric 'acuracy'; did you mean 'accuracy'?" in refusal(
+        stop__metric="acuracy"
+    )
+
+
+def test_choices_that_have_a_key() -> None:
+    assert choices_with("attack.scale", METHOD_TABLE) == ["sign_flip", "scaled_noise"]
+    assert choices_with("local.lr", METHOD_TABLE) == ["local"]
+    assert "fedavg" not in choices_with("method.rank", METHOD_TABLE)
+    assert choices_with("method.rnak", METHOD_TABLE) == choices_with("seed", METHOD_TABLE) == []
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
+from torch import nn
+from torch.nn import functional
 
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.layers import find_targets, is_head
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
+from fedraclora.models.dropout import refuse_functions
 from fedraclora.models.hf import _set_dropout
 from fedraclora.task import forward
 from fedraclora.tree import digest
@@ -284,3 +290,87 @@ def test_a_decoder_with_several_ends_pads_with_the_first(tmp_path):
     built = load(str(tmp_path))
     assert built.model.config.pad_token_id == 4
     assert tuple(forward(built.model, batch("transformer")).shape) == (2, 3)
+
+
+# --- what would do nothing -----------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A layer, what drops values, and a head."""
+
+    def __init__(self, drop: Callable[[torch.Tensor, bool], torch.Tensor] | nn.Module) -> None:
+        super().__init__()
+        self.body, self.head, self.drop = nn.Linear(4, 6), nn.Linear(6, 3), drop
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.body(x)
+        if not isinstance(self.drop, nn.Module):
+            return self.head(self.drop(hidden, self.training))
+        return self.head(self.drop(hidden))
+
+
+def attention(x: torch.Tensor, training: bool) -> torch.Tensor:
+    one = x[:, None]
+    return functional.scaled_dot_product_attention(one, one, one, dropout_p=0.2 * training)[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("drop", "name"),
+    [
+        (lambda x, training: functional.dropout(x, 0.3, training), "dropout (rate 0.3)"),
+        (lambda x, training: functional.dropout(x, training=training), "dropout (rate 0.5)"),
+        (lambda x, training: functional.alpha_dropout(x, p=0.1, training=training), "alpha_drop"),
+        (attention, "scaled_dot_product_attention (rate 0.2)"),
+    ],
+    ids=["rate", "default", "alpha", "attention"],
+)
+def test_dropout_by_a_function_is_refused(drop, name):
+    with pytest.raises(ConfigError, match=re.escape(f"drops values by {name}")):
+        refuse_functions(Net(drop).train(), {"x": torch.rand(2, 4)})
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        nn.Dropout(0.3),
+        lambda x, training: functional.dropout(x, 0.0, training),
+        lambda x, training: functional.dropout(x, 0.3, training=False),
+    ],
+    ids=["module", "rate 0", "off"],
+)
+def test_dropout_that_acts_or_is_off_passes(drop):
+    model = Net(drop).train()
+    before = torch.random.get_rng_state()
+    refuse_functions(model, {"x": torch.rand(2, 4, generator=torch.Generator())})
+    refuse_functions(model, {"x": torch.rand(0, 4)})  # nobody here has samples
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not isinstance(drop, nn.Dropout) or drop.p == 0.3
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_a_rate_that_no_module_takes_is_refused(kind, tmp_path):
+    # OPT drops by a function, Llama not at all.
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1}
+    more = {"ffn_dim": 12, "word_embed_proj_dim": 8} if kind == "opt" else {"intermediate_size": 12}
+    config = transformers.AutoConfig.for_model(
+        kind, **sizes, **more, pad_token_id=0, bos_token_id=1
+    )
+    config.num_attention_heads, config.eos_token_id = 2, 2
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    arguments = {"shape": (), "classes": 3, "seed": 0, "path": str(tmp_path)}
+    assert MODELS["hf"](**arguments).head == ("score",)
+    with pytest.raises(ConfigError, match=r"model.dropout is 0.3, but \w+ has no torch.nn.Dropout"):
+        MODELS["hf"](**arguments, dropout=0.3)
+
+
+def net(shape, classes):
+    return Net(nn.Identity())
+
+
+@pytest.mark.parametrize("head", ["classifier", "drop", "hea", ""])
+def test_a_head_that_names_no_layer_with_weights_is_refused(head, monkeypatch):
+    monkeypatch.setattr("fedraclora.models.function.import_function", lambda *_: net)
+    arguments = {"function": "mine:net", "shape": (4,), "classes": 3, "seed": 0}
+    with pytest.raises(ConfigError, match=r"layer as model.head .* There are: body, head"):
+        MODELS["function"](**arguments, head=["head", head])
+    assert MODELS["function"](**arguments, head=["head"]).head == ("head",)

@@ -1,0 +1,53 @@
+"""Completion by the TAB key: ``eval "$(fedraclora -sc install=bash)"``; zsh and fish likewise.
+
+Hydra knows what may follow in a config. It knows nothing of subcommands, so that they are completed
+here, and left out of the line that it is asked about.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Sequence
+
+FLAGS = ("-sc", "--shell-completion")
+COMPOSED = ("simulate", "flower", "deploy")  # the commands whose words Hydra composes
+NODES = re.compile(r"\s(?:local|connection)=\S*")  # of deploy, where it runs: no config has them
+FOLDER_FLAGS = ("--config-dir", "-cd")
+
+
+def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
+    """Print what may follow, where that is a subcommand; else give what Hydra is to be asked.
+
+    Args:
+        words: ``install=SHELL``, ``uninstall=SHELL``, or ``query=SHELL``, for the line in
+            ``COMP_LINE``. That loses its subcommand.
+        commands: The subcommands.
+
+    Returns:
+        Words for Hydra; none where it has nothing to say.
+    """
+    if not any(word.startswith("query=") for word in words):
+        return [FLAGS[0], *words]
+    line = os.environ.get("COMP_LINE", "")
+    program, *typed = line.split() or [""]
+    if not typed or (len(typed) == 1 and not line.endswith(" ")):
+        begun = typed[0] if typed else ""
+        print(" ".join(name for name in commands if name.startswith(begun)))
+        return []
+    if typed[0] not in COMPOSED:
+        return []
+    rest = line.lstrip().removeprefix(program).lstrip().removeprefix(typed[0])
+    if typed[0] == "deploy":
+        rest = NODES.sub(" ", rest)
+    os.environ["COMP_LINE"] = f"{program} {rest.lstrip()}"
+    return [*_folder(typed), FLAGS[0], *words]
+
+
+def _folder(typed: Sequence[str]) -> list[str]:
+    """The flag of a line that names a folder of configs, if there is one."""
+    for word, following in zip(typed, [*typed[1:], ""], strict=True):
+        flag, mark, folder = word.partition("=")
+        if flag in FOLDER_FLAGS and (mark or following):
+            return [flag, folder or following]
+    return []

@@ -1,0 +1,250 @@
+"""What is typed for a config: Hydra's overrides, and what is wrong with them in plain words.
+
+``key=value`` sets a key, ``group=choice`` chooses a file, ``+key`` adds and ``~key`` removes. A
+word that begins with ``++`` may be of no use to what is chosen beside it, so that one command can
+sweep over choices of which only some have the key:
+
+    -m attack=none,sign_flip ++attack.scale=5
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import CONF
+from experiments.completion import FOLDER_FLAGS
+from fedraclora.config import NAMED, choices_with, from_plain, unknown_key
+from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
+from strategies import METHODS
+
+Plain = dict[str, object]
+# How Hydra begins what it has to say.
+NO_SUCH_KEY = re.compile(r"Could not (?:override|delete from config\.) '([^']+)'")
+IS_THERE = re.compile(r"Could not append to config\. An item is already at '([^']+)'")
+NO_FOLDER = r"provider=hydra\.searchpath"
+SWEEP = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?:\n| requires)")
+
+
+def key_of(word: str) -> str:
+    """Give the key of an override.
+
+    Example:
+        >>> key_of("++local.lr=0.1")
+        'local.lr'
+    """
+    return word.lstrip("+~").partition("=")[0]
+
+
+def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> Plain:
+    """Resolve a config to a plain dict.
+
+    Args:
+        cfg: What Hydra composed; its own node is left out.
+        choices: The file that each group was read from.
+
+    Raises:
+        ConfigError: If values are still to be given, or a group has the name of another choice.
+    """
+    cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise MissingKeysError(
+            f"{', '.join(missing)}: ??? stands for a value that is still to be given; set "
+            + " ".join(f"{key}=VALUE" for key in missing),
+            missing,
+        )
+    found = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    plain = {str(key): value for key, value in dict(found).items()}  # type: ignore[arg-type]
+    for group in NAMED:
+        section, choice = plain.get(group), choices.get(group)
+        if not isinstance(choice, str) or not isinstance(section, Mapping):
+            continue
+        if (name := section.get("name", choice)) != choice:
+            raise ConfigError(
+                f"{group}.name is {name!r}, but what is chosen is {group}={choice}: the name "
+                f"chooses nothing; write {group}={name} for another choice, and in a file of "
+                "your own the name of the file"
+            )
+    return plain
+
+
+def without_idle(
+    plain: Plain, words: Sequence[str], again: Callable[[Sequence[str]], Plain]
+) -> Plain:
+    """Leave out the words with ``++`` that are of no use to what is chosen beside them.
+
+    Args:
+        plain: The config with all words.
+        words: The overrides.
+        again: Composes the config of other words.
+
+    Returns:
+        The config without them; each is named on stderr.
+
+    Raises:
+        ConfigError: If it cannot run for another reason: a key that no choice has, for one.
+    """
+    while any(word.startswith("++") for word in words):
+        try:
+            from_plain(plain, METHODS)
+        except UnreadKeysError as error:
+            idle = [w for w in words if w.startswith("++") and key_of(w) in error.keys]
+            if not idle or any(not choices_with(key_of(w), METHODS) for w in idle):
+                raise
+            for word in idle:
+                print(
+                    f"note: nothing reads {key_of(word)} here: {word} is left out", file=sys.stderr
+                )
+            words = [word for word in words if word not in idle]
+            plain = again(words)
+        else:
+            break
+    return plain
+
+
+def searched(words: Sequence[str]) -> list[str]:
+    """Turn ``--config-dir DIR`` into the override that does the same: ``hydra.searchpath``.
+
+    Raises:
+        ConfigError: If there is no such folder.
+    """
+    rest, folders = [], []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        flag, _, folder = word.partition("=")
+        if flag not in FOLDER_FLAGS:
+            rest.append(word)
+            continue
+        folder = folder or (words.pop(0) if words else "")
+        if not Path(folder).is_dir() or not folder:
+            raise ConfigError(f"{flag} {folder!r}: there is no such folder of configs")
+        folders.append(f"file://{Path(folder).resolve()}")
+    typed = [word for word in rest if key_of(word) == "hydra.searchpath"]
+    folders += [word.partition("=")[2].strip("[]") for word in typed]
+    path = [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
+    return [*(word for word in rest if word not in typed), *path]
+
+
+def is_override(word: str) -> bool:
+    """Tell overrides from flags and their values."""
+    return not word.startswith("-") and ("=" in word or word.startswith("~"))
+
+
+def flags_first(words: Sequence[str]) -> list[str]:
+    """Move overrides behind flags: Hydra reads them in one piece.
+
+    Example:
+        >>> flags_first(["seed=1", "--config-dir", "mine", "rounds=2"])
+        ['--config-dir', 'mine', 'seed=1', 'rounds=2']
+    """
+    return [*(word for word in words if not is_override(word)), *filter(is_override, words)]
+
+
+@contextmanager
+def in_plain_words(words: Sequence[str]) -> Iterator[None]:
+    """Say what Hydra refuses in the words of this project.
+
+    Args:
+        words: What was typed.
+
+    Raises:
+        ConfigError: In place of Hydra's errors.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", NO_FOLDER, UserWarning)
+            yield
+    except HydraException as error:
+        raise explained(error, [*filter(is_override, searched(words))]) from error
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):
+            raise
+        typed = [word for word in words if is_override(word) and _choosable(key_of(word))]
+        raise ConfigError(
+            f"{' '.join(typed)}: a group is chosen by the name of one of its files, as in "
+            f"method=fedavg ({error})"
+        ) from error
+    except UserWarning as error:
+        if not re.match(NO_FOLDER, str(error)):
+            raise
+        raise ConfigError(f"hydra.searchpath names a folder that is not there: {error}") from error
+
+
+def explained(error: HydraException, words: Sequence[str]) -> ConfigError:
+    """Give the error that says what to do about one of Hydra's.
+
+    Args:
+        error: Hydra's.
+        words: The overrides.
+    """
+    said = (str(error) or str(error.__cause__)).partition("\nTo append to your config")[0]
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).partition("/")
+        return unknown(group, choice, error.options)
+    if isinstance(error, OverrideParseException):
+        return ConfigError(
+            f"{error.override!r} cannot be read as key=value ({said.splitlines()[0]}); in a list "
+            "[a, b] or a mapping {a: 1, *: 2} names stand without quotes, and the shell wants "
+            "quotes around the whole: 'key=[a, b]'"
+        )
+    if NO_SUCH_KEY.search(said):
+        return _unknown_keys(words, said)
+    if found := IS_THERE.search(said):
+        return ConfigError(f"{found[1]} is there already: write it without the +")
+    if found := SWEEP.search(said):
+        key, _, values = found[1].partition("=")
+        listed = "" if "(" in values else f"; a list is written '{key}=[{values}]'"
+        return ConfigError(
+            f"{found[1]} is a sweep, one run for each value, which needs -m: fedraclora simulate "
+            f"-m '{found[1]}'{listed} (the quotes are for the shell)"
+        )
+    return ConfigError(" ".join(said.split()))
+
+
+def _unknown_keys(words: Sequence[str], said: str) -> ConfigError:
+    """Name all keys among what was typed that do not exist, with the nearest that do."""
+    groups = [word for word in words if "." not in key_of(word) and _choosable(key_of(word))]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        path = [word for word in words if key_of(word) == "hydra.searchpath"]
+        first = [re.sub(r"=([^\[(]*?),.*", r"=\1", word) for word in groups]  # of a sweep
+        cfg = compose("config", overrides=[*first, *path], return_hydra_config=True)
+    there = [key for key in _paths(cfg) if not key.startswith("hydra.")]
+    lines = []
+    for word in words:
+        key = key_of(word)
+        if word.startswith("+") or word in groups or key in there or key.startswith("hydra"):
+            continue
+        if OmegaConf.select(cfg, key, default=None) is not None:
+            continue
+        group, _, inner = key.partition(".")
+        if rows := choices_with(key, METHODS):
+            lines.append(
+                f"{group}={cfg[group].get('name')} has no key {inner}; these have it: "
+                f"{', '.join(rows)} (in a sweep over them and others write ++{word})"
+            )
+        else:
+            lines.append(unknown_key(key, there))
+    return ConfigError("\n  ".join(lines) or " ".join(said.split()))
+
+
+def _choosable(group: str) -> bool:
+    return (CONF / group).is_dir()
+
+
+def _paths(cfg: DictConfig, before: str = "") -> list[str]:
+    """The paths of all keys."""
+    found = []
+    for key in cfg:
+        path = before + str(key)
+        node = cfg._get_node(key)  # noqa: SLF001  # as it is written: nothing is resolved
+        found += [path, *(_paths(node, f"{path}.") if isinstance(node, DictConfig) else ())]
+    return found
