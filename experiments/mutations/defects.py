@@ -133,10 +133,8 @@ DEFECTS = (
     Defect(
         "clients_share_what_they_keep",
         "fedraclora/clientstore.py",
-        "        for client in clients.tolist():\n"
-        "            held = [",
-        "        for client in [min(self._kept, default=0)] * len(clients):\n"
-        "            held = [",
+        "        for client in clients.tolist():\n            held = [",
+        "        for client in [min(self._kept, default=0)] * len(clients):\n            held = [",
         "fedsa_lora",
         "FedLLM-Factory fedsalora.py: no B of each client's own",
     ),
