@@ -158,7 +158,8 @@ def array_values(record: str) -> Change:
         new = old.copy()
         if old.size and old.dtype.kind == "f":
             # A number that is not the one that was there: else nothing has changed.
-            new[at] = pick(random, [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, 7.5])
+            with np.errstate(all="ignore"):
+                new[at] = pick(random, [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, 7.5])
         shapes = [
             old.reshape(-1),
             old.T,
