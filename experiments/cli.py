@@ -48,7 +48,8 @@ def usage() -> str:
 def main(words: Sequence[str] | None = None) -> None:
     """Run a subcommand, and end with its status; `experiments.status` says what went wrong."""
     words = sys.argv[1:] if words is None else list(words)
-    if not words or words[0] in {"-h", "--help", "help"}:
+    asks = {"-h", "--help"} & set(words) and words[0] == "simulate"
+    if not words or words[0] in {"-h", "--help", "help"} or asks:
         print(usage())
         return
     if words[0] == "--version":
@@ -69,9 +70,6 @@ def run(command: str, rest: Sequence[str]) -> int:
     """Run a subcommand; give its status."""
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
-    if command == "simulate" and {"-h", "--help"} & set(rest):
-        print(usage())
-        return 0
     sys.argv = [f"fedraclora {command}", *rest]
     with at_once():
         module = importlib.import_module(f"experiments.{command}")
