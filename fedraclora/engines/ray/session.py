@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,17 +89,31 @@ def own_sigterm() -> Iterator[None]:
     below Python, which aborts the process three seconds later. When it ends, it leaves the signal
     with no handler at all.
 
+    An exception of a handler is lost where it comes while Python works for itself, as in the
+    imports of Ray's start. So what came is read from where Python writes it before any handler.
+
     Raises:
-        KeyboardInterrupt: If SIGTERM came while Ray's handler was there.
+        KeyboardInterrupt: If SIGTERM or Ctrl-C came.
     """
-    before = signal.getsignal(signal.SIGTERM)
-    try:
+    if threading.current_thread() is not threading.main_thread():  # no place for handlers
         yield
-    except SystemExit as error:
-        signal.alarm(0)
-        raise KeyboardInterrupt from error
-    finally:
-        set_sigterm(before)
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        except SystemExit as error:
+            raise KeyboardInterrupt from error
+        finally:
+            signal.set_wakeup_fd(before)
+            set_sigterm(handler)
+            writer.close()
+            if {signal.SIGTERM, signal.SIGINT} & set(reader.recv(1024)):
+                signal.alarm(0)
+                raise KeyboardInterrupt
 
 
 @contextmanager
