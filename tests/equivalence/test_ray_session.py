@@ -14,6 +14,7 @@ import grpc
 import pytest
 import ray
 from listeners import listeners, needs_proc, off_loopback
+from ray._private import utils
 
 from fedraclora.engines.private_ray import LONGEST, RayFolder
 from fedraclora.engines.ray.cluster import Cluster
@@ -91,18 +92,24 @@ def test_a_ray_that_listens_elsewhere_is_ended(monkeypatch: pytest.MonkeyPatch) 
     assert ended
 
 
-def test_a_signal_while_ray_starts_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's handler, which is there by then, would exit with the signal's number."""
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_ray_starts_waits_and_is_an_interrupt(
+    sign: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own handler would exit with the signal's number, from the midst of the start."""
+    started = []
 
     def start(**_: object) -> None:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-        signal.raise_signal(signal.SIGTERM)
+        utils.set_sigterm_handler(lambda number, _: sys.exit(number))
+        signal.raise_signal(sign)
+        started.append(True)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(sign)
     monkeypatch.setattr(ray, "init", start)
     with pytest.raises(KeyboardInterrupt):
         Cluster(RayConfig(), "cpu")
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert started
+    assert signal.getsignal(sign) is before
     assert "RAY_AUTH_TOKEN" not in os.environ
 
 

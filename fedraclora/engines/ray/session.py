@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, utils
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from fedraclora.engines.private_ray import RayFolder
@@ -82,23 +82,41 @@ def refuse_open_ray() -> None:
 
 @contextmanager
 def own_sigterm() -> Iterator[None]:
-    """Keep the handler of SIGTERM that this process has while Ray starts or ends inside.
+    """Keep SIGTERM from Ray while it starts or ends inside; an interrupt waits until it has.
 
     Ray puts a handler of its own into Python when it starts, which exits with status 15, and one
     below Python, which aborts the process three seconds later. When it ends, it leaves the signal
-    with no handler at all.
+    with no handler at all. And a start that an exception cuts off leaves Ray in a state in which
+    its end crashes; in the midst of an import Python even drops the exception.
 
     Raises:
-        KeyboardInterrupt: If SIGTERM came while Ray's handler was there.
+        KeyboardInterrupt: If SIGTERM or Ctrl-C came; at once if one comes again.
     """
-    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():  # no place for handlers
+        yield
+        return
+    came = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        del frame
+        signal.alarm(0)
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    asked, before = utils.set_sigterm_handler, signal.signal(signal.SIGTERM, wait)
+    interrupt = signal.getsignal(signal.SIGINT)
+    if callable(interrupt):  # else nobody listens to it
+        signal.signal(signal.SIGINT, wait)
+    utils.set_sigterm_handler = lambda _: None
     try:
         yield
-    except SystemExit as error:
-        signal.alarm(0)
-        raise KeyboardInterrupt from error
     finally:
+        utils.set_sigterm_handler = asked
         set_sigterm(before)
+        signal.signal(signal.SIGINT, interrupt)
+        if came:
+            raise KeyboardInterrupt
 
 
 @contextmanager
