@@ -114,9 +114,7 @@ def links_end(method: Method, allocation: Uniform) -> bool:
     """Tell whether what a method trains is ever begun anew, as far as its settings say."""
     if type(allocation) is not Uniform:  # components are cut, and those that stay are other ones
         return True
-    if hasattr(method, "resample_every"):
-        return method.resample_every is not None
-    return hasattr(method, "rank") and not getattr(method, "continues", False)
+    return getattr(method, "link_rounds", None) is not None
 
 
 def refuse_unread(groups: Groups) -> None:

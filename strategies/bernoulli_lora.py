@@ -80,6 +80,11 @@ class BernoulliLora(Method):
         )
 
     @property
+    def link_rounds(self) -> int:
+        """Rounds of a link: a coin is thrown for each."""
+        return 1
+
+    @property
     @override
     def traits(self) -> Traits:
         return Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
