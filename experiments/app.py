@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
+from experiments.resume import is_done as resume_is_done
 from experiments.simulate import report
 from fedraclora.config import RunConfig
 from fedraclora.errors import ConfigError
-from fedraclora.runfolder import is_finished, write_summary
+from fedraclora.runfolder import write_summary
 
 ROOT = Path(__file__).resolve().parents[1]  # of the packages: a checkout, or where a wheel is
 PROJECT = "pyproject.toml"
@@ -62,9 +64,9 @@ def copy_app(folder: Path) -> None:
         shutil.copyfile(path, copy)
 
 
-def is_done(folder: Path, *, resume: bool) -> bool:
+def is_done(folder: Path, plain: Mapping[str, object], *, resume: bool) -> bool:
     """Tell whether a run that is to go on is finished already, and say so."""
-    done = resume and is_finished(folder)
+    done = resume and resume_is_done(folder, plain)
     if done:
         print(f"{folder} is finished already")
     return done

@@ -255,7 +255,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     name, local, rest = split(words)
     order = prepare(rest, local)
-    if not is_done(order.folder, resume=order.resume):
+    if not is_done(order.folder, order.plain, resume=order.resume):
         with place(order, local, name) as (connection, record):
             run(order, connection, record)
     return 0

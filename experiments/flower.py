@@ -134,7 +134,7 @@ def main(words: Sequence[str] | None = None) -> int:
     order = prepare([*folder, *asked.overrides])
     if asked.write is not None:
         write(order, asked.write)
-    elif not is_done(order.folder, resume=order.resume):
+    elif not is_done(order.folder, order.config.plain, resume=order.resume):
         run(order)
     return 0
 

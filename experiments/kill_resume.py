@@ -9,7 +9,6 @@ the time that the whole job takes, from the start of the process on, and gone on
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from fedraclora.checkpoint import load_checkpoint
 from fedraclora.errors import FedRacLoraError
 from fedraclora.ledger import digest_rows, read_ledger
 from fedraclora.rng import generator
+from fedraclora.runfolder import read_summary
 
 JOB = (
     "data=digits",
@@ -112,7 +112,7 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> dict[str, str]:
         said = folder.with_suffix(".log").read_text(errors="replace").strip().splitlines()
         last = " / ".join(said[-3:])
         raise TrialError(f"status {process.returncode} from [{left_behind(folder)}]: {last}")
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_summary(folder)
     found = {name: str(summary[name]) for name in DIGESTS}
     return found | {"ledger.jsonl": digest_rows(read_ledger(folder / "ledger.jsonl"))}
 

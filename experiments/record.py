@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fedraclora.ledger import Ledger
-from fedraclora.runfolder import alone, begin, run_title
+from fedraclora.runfolder import alone, amend, begin, run_title
 
 Plain = dict[str, object]
 
@@ -33,12 +33,16 @@ class Record:
 
     def __enter__(self) -> Record:
         """Take hold of the folder."""
-        inside = [self.folder / name for name in (".lock", "config.yaml", "ledger.jsonl")]
+        inside = [
+            self.folder / name for name in (".lock", "config.yaml", "digests.json", "ledger.jsonl")
+        ]
         outside = [self.folder, *self.folder.parents]
         self._new = [path for path in (*inside, *outside) if not path.exists()]
         with ExitStack() as stack:
             stack.enter_context(alone(self.folder))
-            if not self.resume:
+            if self.resume:
+                amend(self.folder, self.plain)
+            else:
                 begin(self.folder, self.plain)
             self.ledger = Ledger(self.folder / "ledger.jsonl")
             self._stack = stack.pop_all()

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from fedraclora.checkpoint import flatten
+from fedraclora.digests import check_config, opened
 from fedraclora.errors import CheckpointError
 from fedraclora.ledger import Row, column, digest_rows, number, read_ledger, round_seconds
 from fedraclora.stopped import divergence
@@ -157,12 +158,13 @@ def read_run(folder: Path) -> Run:
         CheckpointError: Naming the folder, if a file is damaged or no round has been written.
     """
     config = _read_mapping(folder / "config.yaml")
+    check_config(folder)
     rows = read_ledger(folder / "ledger.jsonl")
     if not rows:
         raise CheckpointError(f"{folder} has no rounds yet: its ledger has no rows; run it again")
     if not (folder / "summary.json").is_file():
         return Run(folder, config, rows, {}, divergence(folder))
-    summary = _read_mapping(folder / "summary.json")
+    summary = opened(_read_mapping(folder / "summary.json"), folder / "summary.json")
     last = number(rows[-1], "round")
     if number(summary, "rounds") != last:
         raise CheckpointError(

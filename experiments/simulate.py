@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,12 +21,13 @@ from experiments.choices import CONF
 from experiments.interrupt import in_order
 from experiments.overrides import flags_first, in_plain_words, key_of, plain_of, without_idle
 from experiments.progress import RunProgress
+from experiments.resume import go_on, is_done
 from experiments.status import composing, reported, tell
 from fedraclora.build import settled
 from fedraclora.config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
 from fedraclora.ledger import headline, number
-from fedraclora.runfolder import is_finished, method_label, read_summary, refuse_existing
+from fedraclora.runfolder import method_label, read_config, read_summary, refuse_existing
 from strategies import METHODS
 from strategies.outcome import run_in_folder
 from strategies.server.rows import Row
@@ -111,33 +111,18 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
     output = plain["output"] if isinstance(plain["output"], dict) else {}
     if wanted not in {None, "auto"}:
         folder = Path(str(wanted)).expanduser()
-        stored = folders.read_config(folder)
-        folders.refuse_changes(folder, stored, plain, typed)
-        return where_now(stored, plain, typed), folder, True
+        return go_on(folder, read_config(folder), plain, typed), folder, True
     plain, folder = settled(plain), folders.run_folder(output, sweep_job)
     if wanted == "auto" and (folder / "config.yaml").is_file():
-        stored = folders.read_config(folder)
-        folders.refuse_changes(folder, stored, plain, None)
-        return where_now(stored, plain, typed), folder, True
+        return go_on(folder, read_config(folder), plain, None), folder, True
     refuse_existing(folder)
     return plain, folder, False
-
-
-def where_now(stored: Plain, plain: Plain, typed: list[str]) -> Plain:
-    """Take from what was typed now what does not decide the result: output and data.root."""
-    found = json.loads(json.dumps(stored))
-    for key in typed:
-        group, _, leaf = key.partition(".")
-        new = plain.get(group)
-        if (group == "output" or key == "data.root") and isinstance(new, dict):
-            found[group] = {**found[group], **({leaf: new[leaf]} if leaf else new)}
-    return {str(k): v for k, v in found.items()}
 
 
 def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
     """Run, go on with, or skip one run; print and give its summary."""
     plain, folder, resume = choose(plain, typed, sweep_job)
-    if resume and is_finished(folder):
+    if resume and is_done(folder, plain):
         Console().print(f"{folder} is finished already")
         return read_summary(folder)
     summary = simulate(plain, folder, resume=resume)

@@ -159,10 +159,30 @@ def finite(rows: torch.Tensor) -> torch.Tensor:
     return greatest.isfinite()
 
 
+def greatest_norm(dtype: torch.dtype) -> float:
+    """Give the greatest norm with which anything can be computed: 4e9 in float32, 1e77 in float64.
+
+    A loss squares what a weight gives, and the norm of its gradient squares that: where the fourth
+    power overflows, weights may be finite, and all that comes of them is not.
+    """
+    return math.sqrt(math.sqrt(torch.finfo(dtype).max))
+
+
+def computable(rows: torch.Tensor) -> torch.Tensor:
+    """Tell which rows of [K, P] have a norm that is no more than `greatest_norm`: bool [K].
+
+    One pass and no copy; a NaN passes through a norm, and is no number below any other.
+    """
+    if not rows.shape[1]:
+        return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms <= greatest_norm(rows.dtype)
+
+
 def check_rows(
     clients: torch.Tensor, weights: torch.Tensor, losses: torch.Tensor, stacked: torch.Tensor
 ) -> list[Refusal]:
-    """Check each client's row before any sum: finite numbers, a usable weight, a finite loss.
+    """Check each client's row before any sum: numbers that are no NaN and not absurd, weight, loss.
 
     Args:
         clients: int64 [K].
@@ -173,19 +193,20 @@ def check_rows(
     Returns:
         One refusal per client that fails; empty if all pass.
     """
-    finite_rows = finite(stacked).cpu()
+    fine = computable(stacked).cpu()
     refused = []
     for k in (
-        torch.nonzero(
-            ~(finite_rows & torch.isfinite(losses) & torch.isfinite(weights) & (weights > 0))
-        )
+        torch.nonzero(~(fine & torch.isfinite(losses) & torch.isfinite(weights) & (weights > 0)))
         .flatten()
         .tolist()
     ):
         if not torch.isfinite(losses[k]):
             reason = f"its training loss is {float(losses[k])}; lower local.lr or set local.clip"
-        elif not finite_rows[k]:
+        elif not fine[k]:
             reason = "its update has a NaN or an infinity; lower local.lr or set local.clip"
+            if stacked[k].isfinite().all():
+                norm = float(torch.linalg.vector_norm(stacked[k].double()))
+                reason = f"its update is too long, of norm {norm:.3g}; lower local.lr"
         else:
             reason = f"its weight is {float(weights[k])}; a positive finite number is wanted"
         refused.append(Refusal(int(clients[k]), reason))

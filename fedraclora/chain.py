@@ -8,11 +8,13 @@ public checkpoint, or a seed).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedraclora.layers import LayerView
 from fedraclora.method import Link, Plan, Term, apply_link
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
@@ -130,6 +132,20 @@ def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         rest.append(read_link(own, part))
     return Link(terms, dense, tuple(rest))
+
+
+def plan_meta(plan: Plan) -> dict[str, object]:
+    """Describe a plan in plain JSON."""
+    targets = {name: [view.kind, *view.shape] for name, view in plan.targets.items()}
+    return {**vars(plan), "targets": targets}
+
+
+def read_plan(meta: Mapping[str, Any]) -> Plan:
+    """Undo `plan_meta`."""
+    targets = {name: LayerView(kind, (m, n)) for name, (kind, m, n) in meta["targets"].items()}
+    parts = {key: tuple(meta[key]) for key in ("dense", "local", "weights")}
+    shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
+    return Plan(targets, **parts, shapes=shapes)
 
 
 def replay(base: Tree, links: list[Link], plan: Plan) -> Tree:

@@ -1,6 +1,10 @@
 """The ledger: one line of JSON per round, append-only; every table and plot is made from it.
 
 A writer that is killed leaves at most one unfinished last line, which every reader leaves out.
+Each line ends with a digest of its row and of all rows before, which every reader checks: no digit
+can change unseen. The digest of the last row is kept where the run is vouched for (checkpoint and
+summary). Rows of older releases have none, and are read as they are.
+
 Columns that no seed can fix (`NONDETERMINISTIC`) are not part of the ledger's digest.
 """
 
@@ -10,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from fedraclora.checkpoint import named, replacing
 from fedraclora.errors import CheckpointError
 
 Row = dict[str, object]
+_SEAL = "sha256"  # of a line: of its row and those before; readers do not see it
 
 NONDETERMINISTIC = frozenset(
     {"seconds", "cpu_seconds", "peak_memory_bytes", "timestamp", "incidents", "transport_bytes"}
@@ -50,6 +55,7 @@ class Ledger:
             self.rows = _parse(data, path)
             if data and not data.endswith(b"\n"):
                 self._rewrite()
+        self._seals = [*seals(self.rows)]
 
     def append(self, row: Mapping[str, object], *, sync: bool = True) -> None:
         """Add the row of one round and write it.
@@ -70,20 +76,27 @@ class Ledger:
                 f"got {round_!r}; to write a round again, cut the ledger first"
             )
         plain = {str(key): _plain(value, str(key)) for key, value in row.items()}
+        seal = _seal(self.seal(), plain)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with named(self.path), self.path.open("ab") as file:
-                file.write(_line(plain))
+                file.write(_line(plain, seal))
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
         self.rows.append(plain)
+        self._seals.append(seal)
+
+    def seal(self, round_: int | None = None) -> str:
+        """Give the digest of all rows up to a round, every column; empty where there is none."""
+        count = len(self.rows) if round_ is None else sum(_round(r) <= round_ for r in self.rows)
+        return self._seals[count - 1] if count else ""
 
     def cut(self, round_: int) -> None:
         """Drop the rows of all rounds after ``round_``, so that the run can go on from there."""
         kept = [row for row in self.rows if _round(row) <= round_]
         if len(kept) < len(self.rows):
-            self.rows = kept
+            self.rows, self._seals = kept, self._seals[: len(kept)]
             self._rewrite()
 
     def digest(self) -> str:
@@ -93,7 +106,8 @@ class Ledger:
     def _rewrite(self) -> None:
         if self.path is not None:
             with replacing(self.path) as partial:
-                partial.write_bytes(b"".join(map(_line, self.rows)))
+                lines = map(_line, self.rows, seals(self.rows))
+                partial.write_bytes(b"".join(lines))
 
     def _where(self) -> str:
         return "ledger" if self.path is None else f"ledger {self.path}"
@@ -125,6 +139,14 @@ def digest_rows(rows: Iterable[Mapping[str, object]]) -> str:
         fixed = {key: value for key, value in row.items() if key not in NONDETERMINISTIC}
         h.update(json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     return h.hexdigest()
+
+
+def seals(rows: Iterable[Mapping[str, object]]) -> Iterator[str]:
+    """Give the digest at each row: of all its columns, and of all rows before."""
+    before = ""
+    for row in rows:
+        before = _seal(before, row)
+        yield before
 
 
 def number(row: Mapping[str, object], *path: str) -> float:
@@ -175,6 +197,7 @@ def headline(rows: Sequence[Mapping[str, object]]) -> str | None:
 
 def _parse(data: bytes, path: Path) -> list[Row]:
     rows: list[Row] = []
+    sealed, seal = False, ""
     lines = data.split(b"\n")
     for index, line in enumerate(lines):
         last = index == len(lines) - 1
@@ -183,6 +206,11 @@ def _parse(data: bytes, path: Path) -> list[Row]:
             wanted = _round(rows[-1]) + 1 if rows else 0
             if not isinstance(row, dict) or _round(row) < wanted:
                 raise ValueError(f"a row must be a mapping with a round from {wanted} on")
+            claimed = row.pop(_SEAL, None)
+            seal = _seal(seal, row)
+            if claimed != seal and (claimed is not None or sealed):
+                raise ValueError("its digest does not fit, or a row before it is gone")
+            sealed = claimed is not None
         except ValueError as error:
             if last:
                 break  # what follows the last newline: nothing, or the torn line of a killed run
@@ -199,8 +227,12 @@ def _round(row: Mapping[str, object]) -> int:
     return value if isinstance(value, int) else -1
 
 
-def _line(row: Row) -> bytes:
-    return json.dumps(row, allow_nan=False).encode() + b"\n"
+def _line(row: Row, seal: str) -> bytes:
+    return json.dumps({**row, _SEAL: seal}, allow_nan=False).encode() + b"\n"
+
+
+def _seal(before: str, row: Mapping[str, object]) -> str:
+    return hashlib.sha256(f"{before}|{json.dumps(row)}".encode()).hexdigest()
 
 
 def _plain(value: object, where: str) -> object:

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedraclora.chain import CatchUp, link_tensors, read_link, replay
+import torch
+
+from fedraclora.chain import CatchUp, link_tensors, plan_meta, read_link
 from fedraclora.checkpoint import (
     append_link,
     cut_links,
     difference,
+    has_checkpoint,
+    link_digest,
     load_checkpoint,
     read_links,
     save_checkpoint,
+    stored_digest,
 )
 from fedraclora.clientstore import ClientStore
 from fedraclora.errors import CheckpointError
 from fedraclora.ledger import Ledger
-from fedraclora.method import Link, Plan, State
+from fedraclora.method import Link, State
+from fedraclora.privacy.secret import FILE as KEY
 from fedraclora.tree import Tree, digest
+
+CARRIED = "carried|"  # of the tensors of a link: what the method carries, where it changed
+# Files of a run folder that a run which goes on rests on, beside the config and these three.
+BESIDE = (str(KEY), "run_id")
+PRESENT = ("config.yaml", "digests.json")  # these have digests of their own
+WEIGHTS = (
+    "base/ alone is the trained model only for methods that merge everything into it: "
+    "strategies.weights.load_weights(folder) gives the model of every method"
+)
 
 
 @dataclass
@@ -65,6 +81,10 @@ class RunBook:
         sync: Flush to the disk with each row and link.
         chain: Keep the links.
         store: What stays at simulated clients, part of the run's checkpoint.
+        free: Keys of ``fixed`` that may change where a run goes on.
+
+    Attributes:
+        incidents: Sentences for the next row: under what other settings the run goes on.
     """
 
     def __init__(
@@ -76,17 +96,26 @@ class RunBook:
         sync: bool = True,
         chain: bool = True,
         store: ClientStore | None = None,
+        free: Iterable[str] = (),
     ) -> None:
         self.folder, self.fixed, self.every = folder, dict(fixed or {}), every
         self.sync, self.keep_chain = sync, chain and folder is not None
         self.store = ClientStore() if store is None else store
         self.ledger = Ledger(None if folder is None else folder / "ledger.jsonl")
+        self.free = tuple(f"{key}:" for key in free)
         self._totals = (0, 0)
+        self._link, self._carried = "", Tree()
+        self.incidents: list[str] = []
 
     def begin(self, state: State) -> None:
-        """Store the initial weights, from which the chain rebuilds all later ones."""
-        if self.keep_chain:
-            self._append(0, dict(state.base), {"initial": True})
+        """Store the initial weights, from which the chain rebuilds all later ones.
+
+        Links that an earlier attempt has left, which was killed before its first checkpoint, go.
+        """
+        if self.keep_chain and self.folder is not None:
+            cut_links(self.folder / "chain", -1)
+            meta: dict[str, object] = {"initial": True, "plan": plan_meta(state.plan)}
+            self._keep(0, state, dict(state.base), meta)
 
     def totals(self) -> tuple[int, int]:
         """Bytes up and down (with catch-up) over all rounds so far."""
@@ -95,13 +124,20 @@ class RunBook:
     def append(self, row: Mapping[str, object]) -> None:
         """Write a ledger row, with the peak memory of this process."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.ledger.append({**row, "peak_memory_bytes": peak}, sync=self.sync)
+        row = {**row, "peak_memory_bytes": peak}
+        if self.incidents:
+            row["incidents"] = [*self.incidents, *_strings(row.get("incidents"))]
+            self.incidents = []
+        self.ledger.append(row, sync=self.sync)
         self._totals = (int(str(row["uplink_total"])), int(str(row["downlink_total"])))
 
-    def link(self, round_: int, link: Link | None) -> None:
-        """Append the link of a round to the chain."""
-        if self.keep_chain and link is not None:
-            self._append(round_, *link_tensors(link))
+    def link(self, round_: int, state: State) -> None:
+        """Append the link of a round to the chain: what it changed, in the base and beside it.
+
+        Every round has one: where nothing changed it is empty, so that a missing one is seen.
+        """
+        if self.keep_chain:
+            self._keep(round_, state, *link_tensors(state.link or Link()))
 
     def links(self) -> Iterator[tuple[int, Link]]:
         """Read the links of the chain back, each with its round; none where none are kept."""
@@ -110,9 +146,18 @@ class RunBook:
                 if number:  # 0 is the initial weights
                     yield number, read_link(tensors, meta)
 
-    def _append(self, round_: int, tensors: Tree, meta: dict[str, object]) -> None:
-        if self.folder is not None:
-            append_link(self.folder / "chain", round_, tensors, meta, sync=self.sync)
+    def _keep(self, round_: int, state: State, tensors: Tree, meta: dict[str, object]) -> None:
+        """Write a link, with what the method carries where that is not what it was."""
+        if self.folder is None:
+            return
+        old, new = self._carried, dict(state.carried)
+        changed = {n: t for n, t in new.items() if n not in old or not _same(old[n], t)}
+        gone = [n for n in old if n not in new]
+        more = {"memo": state.memo} | ({"gone": gone} if gone else {})
+        tensors = tensors | {f"{CARRIED}{n}": t for n, t in changed.items()}
+        chain = self.folder / "chain"
+        path = append_link(chain, round_, tensors, meta | more, previous=self._link, sync=self.sync)
+        self._link, self._carried = stored_digest(path), new
 
     def due(self, round_: int) -> bool:
         """Whether a checkpoint is due after this round."""
@@ -130,6 +175,11 @@ class RunBook:
             "memo": state.memo,
             "fixed": self.fixed,
             "base_digest": digest(state.base),
+            "plan": plan_meta(state.plan),
+            "weights": WEIGHTS,
+            "ledger": self.ledger.seal(round_),
+            "chain": self._link if self.keep_chain else None,
+            "files": beside(self.folder),
         }
         tensors |= catch_up.state() | self.store.state()
         save_checkpoint(self.folder / "checkpoint", tensors, meta)
@@ -152,6 +202,7 @@ class RunBook:
         tensors, meta = load_checkpoint(self.folder / "checkpoint")
         stored = meta.get("fixed")
         changed = difference(stored, self.fixed) if isinstance(stored, dict) else ["fixed: unknown"]
+        changed = [line for line in changed if not line.startswith(self.free)]
         if changed:
             raise CheckpointError(
                 f"{self.folder}: the checkpoint was written under another configuration "
@@ -161,53 +212,107 @@ class RunBook:
         if not isinstance(memo, dict):
             raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")
         round_ = int(str(meta["round"]))
+        self._verify(meta, round_)
         self.ledger.cut(round_)
         cut_links(self.folder / "chain", round_)
-        last = self.ledger.rows[-1] if self.ledger.rows else {"round": None}
-        if last["round"] != round_:
-            raise CheckpointError(
-                f"{self.folder / 'ledger.jsonl'} ends before round {round_}, where the checkpoint "
-                "stands; restore the file from a copy, or start the run anew without resume"
-            )
+        last = self.ledger.rows[-1]
         self._totals = (int(str(last["uplink_total"])), int(str(last["downlink_total"])))
         catch_up.restore(tensors)
         self.store.restore(tensors)
-
         device = next(iter(start.base.values())).device
+        base = {n: t.to(device) for n, t in part(tensors, "base/").items()}
+        carried, moments = part(tensors, "carried/"), part(tensors, "moments/")
+        if self.keep_chain:
+            self._link = link_digest(self.folder / "chain")
+            # The links of older releases lack what is carried: the next one has all of it.
+            self._carried = dict(carried) if isinstance(meta.get("chain"), str) else {}
+        return State(base, start.plan, carried, memo, moments=moments), round_
 
-        def part(prefix: str) -> Tree:
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    def _verify(self, meta: Mapping[str, object], round_: int) -> None:
+        """Hold what the run rests on against the digests in its checkpoint, before any cut.
 
-        base = {n: t.to(device) for n, t in part("base/").items()}
-        moments = part("moments/")
-        return State(base, start.plan, part("carried/"), memo, moments=moments), round_
+        Checkpoints of older releases name none.
+
+        Raises:
+            CheckpointError: Naming the file that is damaged, missing or of another run.
+        """
+        assert self.folder is not None  # noqa: S101
+        advice = "restore the file from a copy, or start the run anew without resume"
+        path = self.folder / "ledger.jsonl"
+        if round_ not in {row["round"] for row in self.ledger.rows[: round_ + 1]}:
+            raise CheckpointError(
+                f"{path} ends before round {round_}, where the checkpoint stands; {advice}"
+            )
+        if meta.get("ledger", self.ledger.seal(round_)) != self.ledger.seal(round_):
+            raise CheckpointError(
+                f"{path} is not the ledger that the checkpoint of round {round_} belongs to; "
+                f"{advice}"
+            )
+        chain = self.folder / "chain"
+        if self.keep_chain and meta.get("chain", "") is None:
+            raise CheckpointError(
+                f"{self.folder} keeps no chain, and one that begins at round {round_ + 1} has no "
+                "initial weights; go on with output.chain=false"
+            )
+        kept = meta.get("chain") if self.keep_chain else None
+        if isinstance(kept, str) and link_digest(chain, round_) != kept:
+            raise CheckpointError(
+                f"{chain / f'{round_:06d}.safetensors'} is missing or of another run; {advice}"
+            )
+        found = beside(self.folder)
+        for name, wanted in dict(meta.get("files", {})).items():  # type: ignore[call-overload]
+            if found.get(name) != wanted:
+                raise CheckpointError(
+                    f"{self.folder / name} is missing, or is not what it was when the checkpoint "
+                    f"was written; {advice}"
+                )
+
+
+def _strings(value: object) -> list[str]:
+    return [str(part) for part in value] if isinstance(value, list) else []
+
+
+def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
+    return old is new or (old.dtype == new.dtype and torch.equal(old, new))
+
+
+def beside(folder: Path) -> dict[str, str]:
+    """Give the SHA-256 of each file of `BESIDE` that a run folder has, and what else it must have.
+
+    A digest of a key of 32 random bytes tells nobody the key.
+    """
+    there = [name for name in BESIDE if (folder / name).is_file()]
+    digests = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in there}
+    return digests | {name: "present" for name in PRESENT if (folder / name).is_file()}
+
+
+def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tree:
+    """Give the tensors whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def stored_chunk(folder: Path) -> int | None:
     """Give the chunk of the run whose checkpoint a folder holds; None if it does not say."""
-    fixed = load_checkpoint(folder / "checkpoint")[1].get("fixed")
-    resolved = fixed.get("resolved") if isinstance(fixed, dict) else None
-    chunk = resolved.get("chunk") if isinstance(resolved, dict) else None
+    chunk = _resolved(folder).get("chunk")
     return chunk if isinstance(chunk, int) else None
 
 
-def weights_at(folder: Path, round_: int, plan: Plan) -> Tree:
-    """Rebuild the base weights after a round from the chain of a run.
+def stored_device(folder: Path) -> str | None:
+    """Give the kind of device of the run of a folder; None if no checkpoint says it."""
+    if not has_checkpoint(folder / "checkpoint"):
+        return None
+    device = _resolved(folder).get("device")
+    return device if isinstance(device, str) else None
 
-    Args:
-        folder: The run folder, written with ``output.chain=true``.
-        round_: 0 gives the initial weights.
-        plan: Of the run.
 
-    Returns:
-        The weights; bit for bit those of the run on the same build.
+def stands_at(folder: Path) -> int | None:
+    """Give the round at which the checkpoint of a folder stands; None if there is none."""
+    if not has_checkpoint(folder / "checkpoint"):
+        return None
+    return int(str(load_checkpoint(folder / "checkpoint")[1]["round"]))
 
-    Raises:
-        CheckpointError: If the chain has no initial weights or does not reach the round.
-    """
-    stored = list(read_links(folder / "chain"))
-    if not stored or stored[0][0] != 0 or stored[-1][0] < round_:
-        reached = stored[-1][0] if stored else "no"
-        raise CheckpointError(f"{folder / 'chain'} reaches {reached} round, not round {round_}")
-    links = [read_link(tensors, meta) for number, tensors, meta in stored[1:] if number <= round_]
-    return replay(stored[0][1], links, plan)
+
+def _resolved(folder: Path) -> Mapping[str, object]:
+    fixed = load_checkpoint(folder / "checkpoint")[1].get("fixed")
+    resolved = fixed.get("resolved") if isinstance(fixed, dict) else None
+    return resolved if isinstance(resolved, dict) else {}

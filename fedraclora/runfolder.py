@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import secrets
 import shutil
 import subprocess
@@ -15,11 +14,14 @@ from pathlib import Path
 
 import yaml
 
-from fedraclora.checkpoint import replacing
+from fedraclora.checkpoint import difference, replacing
+from fedraclora.digests import check_config, data_files, read_sealed, sealed, write_digests
 from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
-from fedraclora.ledger import number, read_ledger
+from fedraclora.ledger import number, read_ledger, seals
+from fedraclora.runbook import BESIDE
 from fedraclora.schema import Plain, section
 
+LEDGER = "ledger_sha256"  # of the summary: the seal of the ledger's last row
 # What a start makes; the lock comes last, so that nobody else begins meanwhile.
 MADE = ("digests.json", "config.yaml", "ledger.jsonl", "chain", "private", "run_id", ".lock")
 PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
@@ -87,7 +89,9 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 
 def begin(folder: Path, plain: Plain) -> None:
-    """Write the config of a new run into its folder, in place of a start that was killed.
+    """Write the config of a new run into its folder, with digests of it and of the data's files.
+
+    What a start that was killed has left makes room.
 
     Raises:
         CheckpointError: If a run is there already.
@@ -95,14 +99,56 @@ def begin(folder: Path, plain: Plain) -> None:
     refuse_existing(folder)
     if (folder / "config.yaml").exists():
         _remove(folder, ("ledger.jsonl", "chain", "private"))
+    text = yaml.safe_dump(plain, sort_keys=False)
+    write_digests(folder, text, data_files(section(plain, "data")))
     with replacing(folder / "config.yaml") as partial:
-        partial.write_text(yaml.safe_dump(plain, sort_keys=False))
+        partial.write_text(text)
+
+
+def read_config(folder: Path) -> Plain:
+    """Read the resolved config of a run.
+
+    Raises:
+        CheckpointError: If the folder has none, or it was changed since the run wrote it.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no run folder: it has no config.yaml")
+    try:
+        loaded = yaml.safe_load(check_config(folder))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, too
+        raise CheckpointError(f"{path} is damaged: {error}; restore the config file") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} does not hold a config; restore the file from a copy")
+    return loaded
+
+
+def amend(folder: Path, plain: Plain) -> list[str]:
+    """Write the config under which a run goes on, where that is another than it was.
+
+    A summary goes: the run has not come to its end any more.
+
+    Returns:
+        One line for each key that is another, for the ledger; where output goes is left out.
+    """
+    stored = read_config(folder)
+    if stored == plain:
+        return []
+    (folder / "summary.json").unlink(missing_ok=True)
+    text = yaml.safe_dump(plain, sort_keys=False)
+    write_digests(folder, text, None)
+    with replacing(folder / "config.yaml") as partial:
+        partial.write_text(text)
+    # Keys that one side lacks came or went with the choice of their group, which is named.
+    changed = [line for line in difference(stored, plain) if "(absent)" not in line]
+    return [f"goes on with {x}" for x in changed if not x.startswith(("output.", "resume:"))]
 
 
 def has_checkpoint(folder: Path, every: int) -> bool:
     """Tell whether a run can go on, or was killed so early that it must start again.
 
-    A run that was killed before its first checkpoint is cleared, so that it can.
+    A run that was killed before its first checkpoint is cleared, so that it can. It is another run
+    then, with a key and a name of its own: what the first attempt drew must not be drawn again.
 
     Args:
         folder: The run folder.
@@ -120,7 +166,8 @@ def has_checkpoint(folder: Path, every: int) -> bool:
             f"{folder} has no checkpoint, though its ledger reaches round {rows[-1]['round']}; "
             "restore the checkpoint from a copy, or start anew in another folder"
         )
-    ledger.unlink(missing_ok=True)
+    for name in ("ledger.jsonl", *BESIDE):
+        (folder / name).unlink(missing_ok=True)
     return False
 
 
@@ -172,28 +219,26 @@ def run_id(folder: Path) -> str:
 
 
 def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
-    """Write summary.json in one move, with versions and revision."""
-    found = {**summary, **provenance()}
+    """Write summary.json in one move, with versions, revision and the digest of the ledger."""
+    rows = read_ledger(folder / "ledger.jsonl")
+    found = {**summary, **provenance(), LEDGER: [*seals(rows)][-1]}
     with replacing(folder / "summary.json") as partial:
-        partial.write_text(json.dumps(found, indent=1, default=str) + "\n")
+        partial.write_text(sealed(found))
 
 
 def read_summary(folder: Path) -> dict[str, object]:
-    """Read the summary of a finished run.
+    """Read the summary of a finished run; it must be that of the ledger beside it.
 
     Raises:
-        CheckpointError: If it is damaged.
+        CheckpointError: If a file is damaged, missing or of another run.
     """
     path = folder / "summary.json"
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
+    found = read_sealed(path)
+    if LEDGER in found and found[LEDGER] != ["", *seals(read_ledger(folder / "ledger.jsonl"))][-1]:
         raise CheckpointError(
-            f"{path} is damaged: {error}; restore it from a copy, or remove it: resume={folder} "
-            "then writes it again"
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no summary; remove it and resume={folder}")
+            f"{path} and ledger.jsonl beside it are not of one run, or one of them was changed; "
+            "restore it from a copy"
+        )
     return found
 
 

@@ -21,6 +21,7 @@ from fedraclora.build import (
 )
 from fedraclora.clientstore import ClientStore
 from fedraclora.config import RunConfig
+from fedraclora.continued import free_keys
 from fedraclora.engines.deploy import DeployGrid
 from fedraclora.engines.flower import NodePerClient
 from fedraclora.engines.local import LocalGrid
@@ -194,6 +195,7 @@ def book_of(
         sync=config.output.sync,
         chain=config.output.chain,
         store=store,
+        free=("device", *free_keys(config.plain)),  # what the device came to is in `resolved`
     )
 
 

@@ -21,7 +21,7 @@ from fedraclora.chain import CatchUp
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
-from fedraclora.errors import RoundLostError, WireError
+from fedraclora.errors import ClientError, RoundLostError, WireError
 from fedraclora.ledger import number
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.replica import Replica
@@ -37,6 +37,7 @@ from strategies.server.guard import persistently
 from strategies.server.loop import LoopConfig
 from strategies.server.rows import Moved, Row, fleet_columns, ledger_row
 from strategies.server.serverside import EvaluatesItself
+from strategies.server.sound import largest, overflowing
 from strategies.server.stopping import Stopping
 from strategies.server.treatment import Treatment
 
@@ -149,12 +150,12 @@ class FedStrategy(EvaluatesItself):
         while True:
             ask = partial(grid.send_and_receive, timeout=timeout)
             try:
-                came = self.treatment.receive(ask, exchange, messages, self.state.base)
+                raw = self.treatment.receive(ask, exchange, messages, self.state.base)
             except RoundLostError as lost:
                 if not self.loop.guarded:
                     raise
                 return self._give_up(exchange, grid, str(lost), watch)
-            got = self._treated(came)
+            got = self._treated(raw)
             watch.lap("train")
             moved.count(exchange, self.loop.dtype)
             again = self.method.next_exchange(self.state, exchange.downlink, got)
@@ -162,9 +163,10 @@ class FedStrategy(EvaluatesItself):
                 break
             messages = self._messages(again, exchange.survivors(), round_, grid, exchange)
             exchange = self._current()
+        after = self._sound(exchange, raw, got)
         # Only now: a round that fails must not count its clients as caught up.
         moved.fetch(self.catch_up, exchange, taken_traffic(grid))
-        self._close(round_, exchange, got)
+        self._close(round_, after)
         watch.lap("close")
         due = round_ % self.loop.evaluate_every == 0 or round_ == self.loop.rounds
         measured = self._measured() if due else {"metrics": {}}
@@ -173,7 +175,7 @@ class FedStrategy(EvaluatesItself):
         row = ledger_row(exchange, self.state, measured, moved, self.book.totals())
         row |= fleet_columns(exchange, self.fleet.clock) if self.fleet.enabled else {}
         row |= pruned(exchange.downlink, got) if self.local.gate_penalty is not None else {}
-        self.book.link(round_, self.state.link)
+        self.book.link(round_, self.state)
         watch.lap("write")
         row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.fleet)
         row |= {"effective_step": step} | watch.columns | taken_incidents(grid)
@@ -204,15 +206,51 @@ class FedStrategy(EvaluatesItself):
             raise WireError("replies came before a round was opened")
         return self._exchange
 
-    def _treated(self, got: Uplinks) -> Uplinks:
+    def _setting(self) -> Setting:
         exchange = self._current()
-        setting = Setting(exchange.downlink, exchange.round_, self.draw, self.state.base)
-        return self.treatment.treat(got, setting)
+        return Setting(exchange.downlink, exchange.round_, self.draw, self.state.base)
 
-    def _close(self, round_: int, exchange: Exchange, got: Uplinks) -> None:
-        """Let the method make the next state, and publish its weights."""
+    def _treated(self, got: Uplinks) -> Uplinks:
+        return self.treatment.treat(got, self._setting())
+
+    def _next(self, exchange: Exchange, got: Uplinks) -> State:
+        """Give the method's next state; nothing is kept yet."""
         close, local = self.treatment.close, self.local
-        self.state = close(self.method, self.state, exchange, got, self.draw, local)
+        return close(self.method, self.state, exchange, got, self.draw, local)
+
+    def _sound(self, exchange: Exchange, raw: Uplinks, got: Uplinks) -> State:
+        """Give the next state, whose tensors are finite: where they are not, a client has failed.
+
+        Args:
+            exchange: The last of the round.
+            raw: What came.
+            got: The same, treated.
+
+        Raises:
+            ClientError: Naming the client with the largest update, if it may not be left out.
+        """
+        after = self._next(exchange, got)
+        while names := overflowing(after, self.state):
+            what = f"the merged weights are too large ({', '.join(names[:3])})"
+            if not raw.has_individuals or not self.divisible:
+                raise ClientError(
+                    f"round {exchange.round_}: {what}, after updates of clients "
+                    f"{raw.clients.tolist()}; lower local.lr or set local.clip"
+                )
+            client, norm = largest(raw, self._setting())
+            reason = f"{what}, and its update is the largest, of norm {norm:.3g}"
+            raw = exchange.without(raw, client, reason)
+            after = self._next(exchange, self._treated(raw))
+        return after
+
+    @property
+    def divisible(self) -> bool:
+        """Whether a round can be closed again without a client: no noise may be drawn twice."""
+        return self.treatment.private is None
+
+    def _close(self, round_: int, after: State) -> None:
+        """Keep the next state, and publish its weights."""
+        self.state = after
         self.catch_up.add(self.state.link)
         self.replica.publish(self.state.base, self.catch_up.version, self.state.link)
         self.done = round_
@@ -268,7 +306,8 @@ class FedStrategy(EvaluatesItself):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Close a round that `configure_train` opened (Flower's own loop calls this)."""
-        got = self._treated(self._current().collect(replies))
-        self._close(server_round, self._current(), got)
+        raw = self._current().collect(replies)
+        got = self._treated(raw)
+        self._close(server_round, self._sound(self._current(), raw, got))
         token = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})
         return token, MetricRecord({"clients": len(got.clients)})

@@ -20,7 +20,7 @@ from fedraclora.aggregator import Mean
 from fedraclora.devices.buffer import Airspace, Leg
 from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink
+from fedraclora.method import Cohort, Downlink, State
 from fedraclora.ranks import uploaded_numbers
 from fedraclora.recipe import RECIPES
 from fedraclora.sampling import client_weights
@@ -108,8 +108,13 @@ class BufferedStrategy(FedStrategy):
         space = Airspace(fleet.system, fleet.seed, round_, loop.clients, loop.cohort, load)
         return space.fly(fleet.now, flying, fleet.system.buffer or 1)
 
+    @property
     @override
-    def _close(self, round_: int, exchange: Exchange, got: Uplinks) -> None:
+    def divisible(self) -> bool:
+        return False  # replies of other rounds are merged with this one's
+
+    @override
+    def _next(self, exchange: Exchange, got: Uplinks) -> State:
         """Merge the replies that have come; the others lie in wait."""
         leg, before = self._leg, self.state
         if leg is None:
@@ -121,15 +126,17 @@ class BufferedStrategy(FedStrategy):
         came = [part for b in batches if (part := b.select(landed)).flights]
         after = replace(before, link=None, report={}, notes=())
         if came:
-            after = merge(self.method, before, came, exchange.downlink, round_)
+            after = merge(self.method, before, came, exchange.downlink, exchange.round_)
             if self.treatment.optimiser.name != "none":
                 rule = self.treatment.optimiser
                 after = step_in_weights(rule, self.method, before, after, self.draw)
         waiting = [batch.select(flying) for batch in batches]
         lost = tuple(sorted(f for f in flying if f.lost))
         kept = {n: m for n, m in after.moments.items() if not n.startswith(PREFIX)}
-        self.state = replace(after, moments=kept | write_batches(waiting, lost, self.loop.dtype))
-        self.fleet.now = leg.end
-        self.catch_up.add(self.state.link)
-        self.replica.publish(self.state.base, self.catch_up.version, self.state.link)
-        self.done = round_
+        return replace(after, moments=kept | write_batches(waiting, lost, self.loop.dtype))
+
+    @override
+    def _close(self, round_: int, after: State) -> None:
+        super()._close(round_, after)
+        if self._leg is not None:
+            self.fleet.now = self._leg.end

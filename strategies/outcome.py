@@ -11,15 +11,19 @@ from typing import Protocol
 
 from fedraclora.config import RunConfig
 from fedraclora.data.partition import spread_clients
+from fedraclora.digests import check_data
 from fedraclora.method import Method, Plan
 from fedraclora.runfolder import (
     alone,
+    amend,
     begin,
     has_checkpoint,
+    read_config,
     run_title,
     withdrawn,
     write_summary,
 )
+from fedraclora.schema import section
 from fedraclora.stopped import forget_stop, note_stop
 from fedraclora.tree import digest
 from strategies.assembly import Assembled
@@ -69,11 +73,17 @@ def run_in_folder(
     """
     began = time.perf_counter()
     with ExitStack() as stack:
+        goes_on = False
         stack.enter_context(alone(folder) if resume else withdrawn(folder))
-        goes_on = resume and has_checkpoint(folder, config.output.checkpoint_every)
+        if resume:
+            stored = section(read_config(folder), "output")
+            check_data(folder, config.data)
+            goes_on = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
         run = assemble(config, folder, resume=goes_on, on_round=on_round)
         stack.callback(run.grid.close)
-        if not resume:
+        if resume:
+            run.strategy.book.incidents += amend(folder, config.plain)
+        else:
             stack.enter_context(alone(folder))
             begin(folder, config.plain)
         with stopping_noted(run, folder):

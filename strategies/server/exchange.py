@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -231,6 +231,30 @@ class Exchange:
             )
         missing = sorted(set(wanted) - set(answered))
         self.failures += [Refusal(c, "no reply in time") for c in missing]
+
+    def without(self, got: Uplinks, client: int, reason: str) -> Uplinks:
+        """Take a client out of what was collected: it failed.
+
+        Raises:
+            ClientError: If more clients failed than allowed, or none is left.
+        """
+        self.failures = sorted([*self.failures, Refusal(client, reason)], key=lambda f: f.client)
+        failed = len(self.all_failures)
+        if failed > self.loop.allowed(len(self.first.cohort)) or len(got.clients) == 1:
+            raise too_many(self.all_failures, self.round_, self.loop.rule)
+        kept = got.clients != client
+        answered = torch.cat([r.clients for r in self.replies])
+        used = torch.isin(answered, got.clients[kept])
+        self.mean_loss = float(torch.cat([r.losses for r in self.replies])[used].mean())
+        self.steps = int(torch.cat([r.steps for r in self.replies])[used].sum())
+        return replace(
+            got,
+            clients=got.clients[kept],
+            weights=got.weights[kept],
+            stacked=got.rows()[kept],
+            versions=got.versions[kept],
+            places=None if got.places is None else got.places[kept],
+        )
 
     def survivors(self) -> Cohort:
         """The clients whose replies were used: those whom the next exchange asks."""

@@ -36,12 +36,12 @@ from strategies.wrappers.allocated import Allocated, Flow, allocated
 INSTEAD = "take fedavg_lora, ffa_lora, rolora, fedsa_lora or hetlora, or dora=false"
 
 
-def method_of(config: RunConfig, flow: Flow) -> Method:
+def method_of(config: RunConfig, flow: Flow | None = None) -> Method:
     """Give the method of a run with what is put around it.
 
     Args:
         config: Of the run.
-        flow: Scores the adapters of a downlink by SYNFLOW.
+        flow: Scores the adapters of a downlink by SYNFLOW; not wanted where no round is opened.
 
     Raises:
         ConfigError: If they do not fit.

@@ -31,14 +31,13 @@ from fedraclora.devices.distributions import LogNormal
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.method import Downlink, Draw, State
+from fedraclora.rebuild import state_at
 from fedraclora.robust.rules import Median
-from fedraclora.runbook import weights_at
 from fedraclora.server_optimiser import Momentum
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree
 from strategies.buffered import BufferedStrategy
 from strategies.server.buffer import read_batches
-from strategies.server.exchange import Exchange
 from strategies.server.fleet import Fleet
 from strategies.server.treatment import Treatment
 
@@ -60,11 +59,11 @@ class Watched(BufferedStrategy):
     seen: list[tuple[State, Downlink, Leg]]
 
     @override
-    def _close(self, round_: int, exchange: Exchange, got: Uplinks) -> None:
+    def _close(self, round_: int, after: State) -> None:
         leg, before = self._leg, self.state
         assert leg is not None
-        self.seen = [*getattr(self, "seen", []), (before, exchange.downlink, leg)]
-        super()._close(round_, exchange, got)
+        self.seen = [*getattr(self, "seen", []), (before, self._current().downlink, leg)]
+        super()._close(round_, after)
 
 
 def go(world: World, variant: Variant, rounds: int, **more: Any) -> Run:
@@ -159,7 +158,7 @@ def test_links_are_one_for_each_sketch_and_rebuild_the_base(tmp_path: Path) -> N
     done = go(world, ("fed_rac_lora", {}), 6, folder=tmp_path)
     strategy = done.strategy
     assert isinstance(strategy, Watched)
-    assert_equal_trees(weights_at(tmp_path, 6, world.plan), strategy.state.base)
+    assert_equal_trees(state_at(tmp_path, 6).base, strategy.state.base)
     states = [s for s, _, _ in strategy.seen[1:]] + [strategy.state]
     sketches: set[Any] = set()
     for state, (_, _, leg) in zip(states, strategy.seen, strict=True):

@@ -34,9 +34,10 @@ from worlds import (
 from fedraclora.aggregator import Total
 from fedraclora.checkpoint import read_links
 from fedraclora.errors import CheckpointError
-from fedraclora.method import Method
-from fedraclora.runbook import weights_at
+from fedraclora.method import Draw, Method, State
+from fedraclora.rebuild import state_at, weights_at
 from fedraclora.training.localconfig import LocalConfig
+from fedraclora.tree import Tree
 from strategies import METHODS
 
 Variant = tuple[str, dict[str, Any]]
@@ -287,12 +288,36 @@ def test_the_chain_on_disk_rebuilds_the_base_to_the_bit(
     variant: Variant, world: World, whole_run: Callable[[Variant], tuple[Run, Path]]
 ) -> None:
     done, folder = whole_run(variant)
-    rebuilt = weights_at(folder, 5, world.plan)
+    rebuilt = state_at(folder, 5).base
     assert_equal_trees(rebuilt, done.strategy.state.base)
     part = run(world, method_of(variant), RAGGED, rounds=2, cohort=3)
-    assert_equal_trees(weights_at(folder, 2, world.plan), part.strategy.state.base)
+    assert_equal_trees(state_at(folder, 2).base, part.strategy.state.base)
     with pytest.raises(CheckpointError, match="not round 6"):
-        weights_at(folder, 6, world.plan)
+        state_at(folder, 6)
+
+
+@defaults_short
+@every_variant
+def test_the_chain_on_disk_rebuilds_the_weights_of_every_round_to_the_bit(
+    variant: Variant, world: World, tmp_path: Path
+) -> None:
+    method, measured = method_of(variant), []
+    weights = type(method).weights
+
+    def watched(self: Method, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        found = weights(self, state, draw, own)
+        if own is None:
+            measured.append(found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(method), "weights", watched)
+        done = run(world, method, RAGGED, rounds=4, cohort=3, folder=tmp_path)
+    assert len(measured) >= 5
+    for round_, wanted in enumerate(measured[:5]):
+        assert_equal_trees(weights_at(tmp_path, round_, method, done.strategy.draw), wanted)
+    last = weights_at(tmp_path, None, method, done.strategy.draw)  # of the checkpoint
+    assert_equal_trees(last, measured[4])
 
 
 @defaults_short

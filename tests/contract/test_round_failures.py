@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from fedraclora.checkpoint import load_checkpoint
 from fedraclora.errors import ClientError, WireError
 from fedraclora.ledger import read_ledger
 from fedraclora.samples import Partitioned, Samples
+from fedraclora.wire import Reply
+from strategies.server import exchange
 
 METHOD = make_method("fed_rac_lora")
 
@@ -107,6 +110,64 @@ def test_the_others_go_on_where_that_is_allowed(kind: str, chunk: int) -> None:
     alone = run(left, METHOD, RAGGED, weights="uniform", rounds=3, chunk=1)
     for name, value in alone.weights.items():
         torch.testing.assert_close(done.weights[name], value, rtol=1e-11, atol=1e-11)
+
+
+def huge(patch: pytest.MonkeyPatch, client: int, size: float) -> None:
+    """Let a client's numbers be of a size, whatever it has trained."""
+    unpack = exchange.unpack_trial
+
+    def unpacked(*given: Any) -> Reply:
+        reply = unpack(*given)
+        rows = reply.clients == client
+        return replace(reply, numbers=reply.numbers.masked_fill(rows[:, None], size))
+
+    patch.setattr(exchange, "unpack_trial", unpacked)
+
+
+# float64: a row of 1e80 is too long itself, one of 1e60 only where two factors are multiplied.
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("fed_rac_lora", 1e80, "its update is too long"),
+        ("fedavg_lora", 1e60, "the merged weights are too large"),
+        ("fedex_lora", 1e60, "the merged weights are too large"),
+    ],
+)
+def test_a_huge_finite_update_is_not_merged_and_the_run_goes_on_without_it(
+    name: str, size: float, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, method = make_world(), make_method(name)
+    run(world, method, RAGGED, rounds=2, chunk=1, weights="uniform", folder=tmp_path)
+    with monkeypatch.context() as patch:
+        huge(patch, 4, size)
+        with pytest.raises(ClientError, match=f"round 3: 1 client.*client 4: {said}.*norm"):
+            run(
+                world,
+                method,
+                RAGGED,
+                rounds=4,
+                chunk=1,
+                weights="uniform",
+                folder=tmp_path,
+                resume=True,
+            )
+        rest = run(
+            world,
+            method,
+            RAGGED,
+            rounds=4,
+            chunk=1,
+            weights="uniform",
+            folder=tmp_path,
+            resume=True,
+            max_failures=1,
+        )
+    assert [[f["client"] for f in row] for row in failures(rest)] == [[], [], [4], [4]]
+    assert all(t.isfinite().all() for t in rest.weights.values())
+    whole = run(world, method, RAGGED, rounds=2, chunk=1, weights="uniform")
+    left = run(without_client(world, 4), method, RAGGED, rounds=4, chunk=1, weights="uniform")
+    assert whole.rows[-1]["train_loss"] == rest.rows[1]["train_loss"]
+    assert rest.rows[-1]["local_steps"] == left.rows[-1]["local_steps"]
 
 
 def test_a_round_that_nobody_survives_stops_the_run() -> None:

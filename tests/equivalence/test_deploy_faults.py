@@ -17,17 +17,13 @@ from experiments.faults.network import (
     deploy,
     nodes_for,
     rows,
-    small,
     summary,
 )
 from fedraclora.aggregate import Uplinks
-from fedraclora.build import build_task, plan_of
-from fedraclora.config import from_plain
 from fedraclora.errors import ClientError
-from fedraclora.runbook import weights_at
+from fedraclora.rebuild import state_at
 from fedraclora.sketch import SketchSpec
 from fedraclora.wire import unpack_downlink, unpack_trial, uplink_layout
-from strategies import METHODS
 from strategies.server.exchange import Exchange
 
 ONE = 1  # the client at fault
@@ -40,9 +36,7 @@ def at_fault(message: Message) -> bool:
 
 def check_mean_of_the_rest(folder: Path, network: Network) -> None:
     """W_2 = W_1 + s (sum of p_k B_k) A over the clients 0 and 2, worked out from the messages."""
-    config = from_plain(small(WORDS, folder, "deploy"), METHODS)
-    plan = plan_of(config, build_task(config).task)
-    before, after = (weights_at(folder, version, plan) for version in (ROUND - 1, ROUND))
+    before, after = (state_at(folder, version).base for version in (ROUND - 1, ROUND))
     sent = [m for m in network.train_messages() if m.metadata.group_id == str(ROUND)]
     downlink, _ = unpack_downlink(sent[0].content)
     layout = uplink_layout(downlink)

@@ -15,6 +15,7 @@ from fedraclora.aggregate import (
     Uplinks,
     block_sums,
     check_rows,
+    computable,
     finite,
     too_many,
     weighted_sum,
@@ -187,3 +188,16 @@ def test_rows_that_are_not_finite_are_found(bad: float, dtype: torch.dtype) -> N
     assert finite(rows).tolist() == [True, True, False, False]
     assert finite(rows[:0]).tolist() == []
     assert finite(rows[:, :0]).tolist() == [True] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rows_with_whose_fourth_power_nothing_overflows_pass(
+    bad: float, dtype: torch.dtype
+) -> None:
+    limit = float(torch.finfo(dtype).max) ** 0.25
+    rows = torch.full((4, 77), limit / 16, dtype=dtype)  # of norm 0.55 times the limit
+    rows[0, 3], rows[2, 50] = 1.1 * limit, bad
+    rows[3, 0], rows[3, 1] = float("inf"), float("nan")
+    assert computable(rows).tolist() == [False, True, False, False]
+    assert computable(rows[:, :0]).tolist() == [True] * 4

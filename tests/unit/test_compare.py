@@ -385,7 +385,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "ledger.jsonl").write_text(
             (f / "ledger.jsonl").read_text().replace('"cohort": 5', '"cohort": 6')
         ),
-        "was changed after the run",
+        "is damaged .its digest does not fit",
     ),
     "nothing left": (spoil_nothing_left, "no ledger"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def filled(folder: Path, rounds: int = 4, **settings: object) -> RunBook:
     book.begin(state())
     book.append(row(0))
     for round_ in range(1, rounds + 1):
-        book.link(round_, LINK)
+        book.link(round_, state())
         book.append(row(round_, 10 * round_, 20 * round_))
         if round_ == 2:
             book.save(state(), round_, caught_up())
@@ -135,7 +136,7 @@ def test_a_run_without_a_folder_cannot_be_resumed() -> None:
     book = RunBook(None)
     book.begin(state())
     book.append(row(0))
-    book.link(1, LINK)
+    book.link(1, state())
     book.save(state(), 1, caught_up())
     assert not book.due(10)
     assert len(book.ledger.rows) == 1
@@ -175,10 +176,11 @@ def test_the_chain_starts_with_the_initial_weights(tmp_path: Path) -> None:
     assert len(links) == 4
 
 
-def test_a_round_without_a_link_leaves_no_file(tmp_path: Path) -> None:
-    book = RunBook(tmp_path)
-    book.link(1, None)
-    assert not (tmp_path / "chain").exists()
+def test_a_round_that_changed_nothing_has_an_empty_link(tmp_path: Path) -> None:
+    book = filled(tmp_path, 1)
+    book.link(2, replace(state(), link=None))
+    *_, (round_, tensors, meta) = read_links(tmp_path / "chain")
+    assert (round_, tensors, meta["terms"]) == (2, {}, {})
 
 
 def test_the_chain_can_be_left_out(tmp_path: Path) -> None:
@@ -211,7 +213,7 @@ def test_links_are_not_flushed_where_that_is_not_asked_for(
 ) -> None:
     book = RunBook(tmp_path, sync=False)
     book.begin(state())
-    book.link(1, LINK)
+    book.link(1, state())
     assert flushes == []
 
 

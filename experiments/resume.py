@@ -1,0 +1,160 @@
+"""What a run may go on with: keys that move no bit are taken, all others are refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedraclora.build import pick_device
+from fedraclora.checkpoint import difference, flatten
+from fedraclora.config import ENGINE_IN_DIGEST, digested
+from fedraclora.continued import free_keys, plans_rounds
+from fedraclora.digests import known_data
+from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.runbook import stands_at, stored_device
+from fedraclora.runfolder import is_finished, read_summary
+from fedraclora.schema import section
+
+Plain = dict[str, object]
+
+
+def go_on(
+    folder: Path, stored: Mapping[str, object], plain: Plain, typed: Sequence[str] | None
+) -> Plain:
+    """Give the config under which a run goes on.
+
+    Args:
+        folder: The run folder.
+        stored: Its config.
+        plain: The config that is asked for now.
+        typed: The keys that the user typed; None: all of ``plain`` is meant (``resume=auto``).
+
+    Returns:
+        The stored config, with what may change taken from ``plain``.
+
+    Raises:
+        CheckpointError: Naming each key that may not.
+    """
+    refused = []
+    if typed is not None and "experiment" in typed:
+        refused.append("experiment: a preset cannot be laid over a run; leave it out")
+    taken: Plain = {}
+    left, right = digested(stored), digested(plain)
+    new = flatten(plain)
+    for line in difference(left, right):
+        key = line.partition(":")[0]
+        if key.startswith("engine.") or not _meant(key, typed, right):
+            continue
+        if (why := _refusal(folder, key, stored, plain)) is None:
+            taken[key] = new[key]
+        else:
+            refused.append(f"{line}{why}")
+    engine = _engine(section(stored, "engine"), section(plain, "engine"), typed)
+    for key in ENGINE_IN_DIGEST:
+        old = section(stored, "engine").get(key)
+        if engine.get(key) != old:
+            texts = (json.dumps(old), json.dumps(engine.get(key)))
+            refused.append(f"engine.{key}: {texts[0]} -> {texts[1]} (it decides bits)")
+    output, wrong = _output(folder, section(stored, "output"), section(plain, "output"), typed)
+    refused += wrong
+    if refused:
+        raise CheckpointError(
+            f"{folder} was run under another config, and cannot go on under this one:\n  "
+            + "\n  ".join(refused)
+        )
+    if "data.root" in new and (typed is None or "data.root" in typed):
+        taken["data.root"] = new["data.root"]
+    return _laid_over({**stored, "engine": engine, "output": output}, taken)
+
+
+def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
+    """Tell whether the run of a folder has come to the end that is asked for."""
+    if not is_finished(folder):
+        return False
+    summary = read_summary(folder)
+    return summary.get("stopped") is True or summary.get("rounds") == plain.get("rounds")
+
+
+def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -> bool:
+    """Tell whether the user has asked for a key; of a group that was chosen, its name counts."""
+    if typed is None:
+        return True
+    chosen = {f"{k}.name" if isinstance(plain.get(k), dict) else k for k in typed}
+    return key in chosen or any(key.startswith(f"{k}.") for k in typed if "." in k)
+
+
+def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: Plain) -> str | None:
+    """Say why a run may not go on with another value of a key; None if it may."""
+    if key == "device":
+        return None if _device(str(plain["device"])) == _was_on(folder, stored) else ""
+    if key == "rounds":
+        return _refused_rounds(folder, stored, int(str(plain["rounds"])))
+    if key.startswith("data.") and key in free_keys(stored):
+        known = key.partition(".")[2] in known_data(folder)
+        return None if known else " (no digest says that the data are the same)"
+    return None if key in free_keys(stored) else ""
+
+
+def _refused_rounds(folder: Path, stored: Mapping[str, object], rounds: int) -> str | None:
+    """Say why a run may not go on to another last round; None if it may."""
+    if planned := plans_rounds(stored):
+        return f" ({planned} is planned over all rounds)"
+    done = stands_at(folder)
+    if done is not None and rounds < done:
+        return f" (it stands at round {done})"
+    if is_finished(folder) and read_summary(folder).get("stopped"):
+        return f" (it was ended by stop.patience after round {done})"
+    return None
+
+
+def _device(name: str) -> str | None:
+    try:
+        return pick_device(name).type
+    except ConfigError:
+        return None
+
+
+def _was_on(folder: Path, stored: Mapping[str, object]) -> str | None:
+    return stored_device(folder) or _device(str(stored.get("device")))
+
+
+def _engine(old: Plain, new: Plain, typed: Sequence[str] | None) -> Plain:
+    """Give the engine that is asked for; one that finds its chunk itself keeps the run's."""
+    leaves = set(new) if typed is None else {k.partition(".")[2] for k in typed if "engine" in k}
+    if typed is not None and "engine" not in typed:
+        return {**old, **{k: v for k, v in new.items() if k in leaves and k in old}}
+    if old.get("name") == new.get("name"):
+        return {**old, **{k: v for k, v in new.items() if k in leaves}}
+    kept = {k for k in ENGINE_IN_DIGEST if k not in leaves or typed is None}
+    kept = {k for k in kept if k != "chunk" or new.get("chunk") == "auto"}
+    return {**new, **{k: old[k] for k in kept if k in old}}
+
+
+def _output(
+    folder: Path, old: Plain, new: Plain, typed: Sequence[str] | None
+) -> tuple[Plain, list[str]]:
+    """Give where and how the run writes from now on, and what is refused of it."""
+    keys = [*new] if typed is None or "output" in typed else []
+    keys = keys or [k.partition(".")[2] for k in typed or () if k.startswith("output.")]
+    if typed is not None:
+        asked = new.get("dir")
+        if "dir" in keys and asked is not None and Path(str(asked)).resolve() != folder.resolve():
+            return old, [f"output.dir: {folder} -> {asked} (a run goes on in its own folder)"]
+        keys = [key for key in keys if key != "dir"]
+    if "chain" in keys and new.get("chain") and old.get("chain") is False:
+        return old, ["output.chain: false -> true (the links of its first rounds are not there)"]
+    return {**old, **{key: new[key] for key in keys if key in new}}, []
+
+
+def _laid_over(plain: Plain, taken: Plain) -> Plain:
+    """Give a copy of a config with other values of some dotted keys."""
+    found: Plain = json.loads(json.dumps(plain))
+    for key, value in taken.items():
+        group, _, leaf = key.partition(".")
+        inner = found.get(group)
+        if leaf and isinstance(inner, dict):
+            inner[leaf] = value
+        elif not leaf:
+            found[group] = value
+    return found

@@ -1,0 +1,41 @@
+"""The trained weights of a run, read from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedraclora.build import build_task, plan_of
+from fedraclora.config import from_plain
+from fedraclora.errors import CheckpointError
+from fedraclora.method import Draw
+from fedraclora.rebuild import stored_plan, weights_at
+from fedraclora.runfolder import read_config
+from fedraclora.tree import Tree
+from strategies import METHODS
+from strategies.wrappers.dora import method_of
+
+
+def load_weights(folder: Path | str, round_: int | None = None) -> Tree:
+    """Give the effective weights after a round, W_t: what the run measured, bit for bit.
+
+    They are what a model with the parameters of the run takes (``load_state_dict``): what adapters
+    carry is folded in, whatever the method. Data and model are needed for the folders of older
+    releases alone.
+
+    Args:
+        folder: The run folder.
+        round_: 0 to the last one, from the chain; None takes the last checkpoint.
+
+    Returns:
+        The weights by name, on the CPU. Where clients keep a part of the model to themselves (a
+        local head, a factor of their own), these are the server's.
+
+    Raises:
+        CheckpointError: If a file is damaged, missing or of another run, or does not reach so far.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no run folder {folder}")
+    config = from_plain(read_config(folder), METHODS)
+    plan = stored_plan(folder) or plan_of(config, build_task(config).task)
+    return weights_at(folder, round_, method_of(config), Draw(config.seed), plan)
