@@ -6,26 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_vectorised_is_local import (
-    CASES,
-    FORMS,
-    LAYERS,
-    LOCAL,
-    PROJECTED,
-    SEED,
-    SETTINGS,
-    SIZES,
-    Case,
-    adapters_of,
-    assert_agrees,
-    base_of,
-    convolution,
-    foldable,
-    method_of,
-    mlp,
-    trained_in,
-    trainer_of,
-)
+from vectorised_agreement import LOCAL, assert_agrees, base_of, foldable, method_of, trainer_of
+from vectorised_cases import CASES, SEED, SIZES, Case, convolution, mlp
+from vectorised_settings import FORMS, LAYERS, PROJECTED, SETTINGS, adapters_of, trained_in
 
 from fedraclora.aggregate import Uplinks
 from fedraclora.method import Adapter, Cohort, Downlink, Draw, Frozen, Method, Sketched, Trained
