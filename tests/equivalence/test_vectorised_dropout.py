@@ -9,12 +9,18 @@ import torch
 from torch import nn
 from vectorised_agreement import KINDS, LOCAL, base_of, method_of, run, trainer_of
 from vectorised_cases import SEED, SIZES, Case, bert, classes, mlp, normal, scaled, task_of
+from vectorised_settings import ALSO, WIDELY
 
 from fedraclora.errors import ModelError
 from fedraclora.method import Cohort, Downlink, Draw, Trained
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 
 
+@pytest.mark.short(
+    when=lambda name, model: (
+        name in WIDELY - {"fedavg"} or (name in WIDELY | ALSO and model == "mlp")
+    )
+)
 @pytest.mark.parametrize("model", ["mlp", "bert"])
 @pytest.mark.parametrize("name", KINDS)
 def test_dropout_has_the_same_masks(name: str, model: str) -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from vectorised_agreement import LOCAL, assert_agrees, base_of, foldable, trainer_of
 from vectorised_cases import SIZES, Case, mlp, normal, reader, scaled
-from vectorised_settings import FORMS, LAYERS, adapters_of, trained_in
+from vectorised_settings import A_FEW, FORMS, LAYERS, LIKE_LINEAR, adapters_of, trained_in
 
 from fedraclora.errors import ConfigError
 from fedraclora.method import Downlink, Trained
 
 
+@pytest.mark.short(when=lambda kind, forms: kind not in LIKE_LINEAR or forms in A_FEW)
 @pytest.mark.parametrize("forms", FORMS, ids="-".join)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_factors_of_every_form(kind: str, forms: tuple[str, ...]) -> None:

@@ -8,27 +8,9 @@ import pytest
 import torch
 from vectorised_agreement import ATOL, KINDS, LOCAL, assert_agrees, base_of, method_of, run
 from vectorised_cases import CASES, SEED, SIZES
-from vectorised_settings import PAIRED_METHODS, PROJECTED, SETTINGS
+from vectorised_settings import ALSO, MEETING, PAIRED_METHODS, PROJECTED, SETTINGS, WIDELY
 
 from fedraclora.method import Cohort, Draw
-
-# The short suite has each setting on B, on both factors and on whole weights, and those that meet
-# most others on either factor in turn, a core between frozen factors, one of several heads and
-# under a frozen factor of one's own.
-WIDELY = {"fed_rac_lora", "fedavg_lora", "fedavg"}
-
-
-ALSO = {"rolora", "fed_sb", "ravan", "flora_stacking", "fedkrso"}
-
-
-MEETING = {
-    "momentum-decay-clip",
-    "prox-clip-momentum",
-    "dp-prox-momentum",
-    "adamw-decay-clip",
-    "steps",
-    "batch-of-one",
-}
 
 
 @pytest.mark.short(

@@ -34,6 +34,19 @@ SETTINGS: dict[str, dict[str, object]] = {
     "one-rate": {"dense_lr": None},
 }
 
+# The short suite has each setting, kind of layer and mask on B, on both factors and on whole
+# weights, and those that meet most others on either factor in turn, a core between frozen factors,
+# one of several heads and under a frozen factor of one's own.
+WIDELY = {"fed_rac_lora", "fedavg_lora", "fedavg"}
+ALSO = {"rolora", "fed_sb", "ravan", "flora_stacking", "fedkrso"}
+MEETING = {
+    "momentum-decay-clip",
+    "prox-clip-momentum",
+    "dp-prox-momentum",
+    "adamw-decay-clip",
+    "steps",
+    "batch-of-one",
+}
 
 PROJECTED: dict[str, dict[str, object]] = {
     "precondition": {"precondition": True},
@@ -127,7 +140,17 @@ FORMS = [
     ("starts", "own", "starts"),
 ]
 
-
+# Each form once, on either place, in two and in three factors: for kinds of layers that are trained
+# by the same product as a linear one, and cost most. All forms on all kinds are slow.
+A_FEW = {
+    ("start", "sketched"),
+    ("starts", "own"),
+    ("frozen", "starts"),
+    ("starts", "starts"),
+    ("own", "zero", "own"),
+    ("starts", "own", "starts"),
+}
+LIKE_LINEAR = {"conv1d", "square conv1d"}
 LAYERS: dict[str, tuple[Callable[[], Task], tuple[str, ...]]] = {
     "linear": (mlp, ("fc1.weight", "fc2.weight")),
     "conv": (cnn, ("conv1.weight", "conv2.weight")),
