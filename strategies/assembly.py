@@ -32,7 +32,7 @@ from fedraclora.parcel import Archive
 from fedraclora.personal import personal_accuracy
 from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, stored_chunk
-from fedraclora.settings import RayConfig
+from fedraclora.settings import DeployConfig, RayConfig
 from fedraclora.synflow import flows
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
@@ -175,7 +175,17 @@ def settle_chunk(
         return ChunkPlan(stored, "as it began")
     ray = isinstance(engine, RayConfig)
     share = engine.share if isinstance(engine, RayConfig) else None
-    return plan_chunk(engine.chunk, trainer, base, downlink, cohort, share=share, spread=ray)
+    elsewhere = isinstance(engine, DeployConfig)
+    return plan_chunk(
+        engine.chunk,
+        trainer,
+        base,
+        downlink,
+        cohort,
+        share=share,
+        spread=ray,
+        elsewhere=elsewhere,
+    )
 
 
 def book_of(

@@ -96,6 +96,7 @@ def plan_chunk(
     *,
     share: float | None = None,
     spread: bool = False,
+    elsewhere: bool = False,
 ) -> ChunkPlan:
     """Turn ``engine.chunk`` into a number of clients.
 
@@ -107,6 +108,7 @@ def plan_chunk(
         downlink: Of a round, for ``cohort`` clients.
         cohort: Clients per round, the most a chunk can hold.
         share: See `budget_of`.
+        elsewhere: Whether clients train on other machines: nothing is tried here.
         spread: Whether several processes train: ``auto`` leaves chunks for several of them. For
             how many does not depend on how many there are, so that the bits do not.
 
@@ -118,7 +120,8 @@ def plan_chunk(
     """
     if isinstance(chunk, int) or cohort == 1:
         most = cohort if chunk == "auto" else int(chunk)
-        _try_one(trainer, base, downlink)
+        if not elsewhere:
+            _try_one(trainer, base, downlink)
         return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
     try:

@@ -79,9 +79,9 @@ REFUSED: dict[str, list[str]] = {
     "secure=secagg weights=uniform cohort=2": ["3 or more", "a round asks 2", "secure=none"],
     "local=relora method=fedmomentum": ["local.restart_every", "'method.resample_every'"],
     "method.rank=${foo}": ["method.rank takes its value", "'foo'"],
-    "seed=???": ["seed is ???", "set seed=VALUE"],
-    "=3": ["these words", "group=choice"],
-    "method=": ["Could not find 'method/'"],
+    "seed=???": ["seed: ??? stands for", "set seed=VALUE"],
+    "=3": ["a group is chosen by the name of one of its files"],
+    "method=": ["unknown method ''", "There are: "],
 }
 
 
@@ -246,4 +246,4 @@ def test_a_sweep_with_a_long_name_runs_and_is_found_again(command: Run, tmp_path
     assert command(*words, "resume=auto")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == folders
     table: Any = compare([tmp_path], tmp_path / "out")
-    assert {row[0] for row in table.cells} == {"fed_rac_lora rank=1", "fed_rac_lora rank=2"}
+    assert {row[1] for row in table.cells} == {"fed_rac_lora rank=1", "fed_rac_lora rank=2"}

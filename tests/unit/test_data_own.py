@@ -194,7 +194,7 @@ def test_the_default_partition_fits_the_data(folder: Path) -> None:
     ("words", "said"),
     [
         (["pretrain=aside"], "sets none aside"),
-        (["pretrain=aside", "pretrain.name=mine"], "has nothing to pretrain on"),
+        (["pretrain=digits_0_4"], "has nothing to pretrain on"),
         (["data.validation=0.2"], "none of them is at the server"),
         (["data.test=x.npz", "data.test_share=0.2"], "leave one of them out"),
         (["clients=null", "data.samples=mine:samples"], "clients is not set"),
