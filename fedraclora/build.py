@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +22,7 @@ from fedraclora.method import Plan
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.models.dropout import refuse_functions
+from fedraclora.models.interaction import refuse_interaction
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
 from fedraclora.robust.attack import LabelFlip
@@ -126,6 +128,8 @@ def fix_bits(threads: int, device: torch.device) -> None:
     """Fix what changes bits: threads of torch and of every BLAS, and the free choices of a GPU."""
     torch.set_num_threads(threads)
     threadpool_limits(limits=threads)
+    # The fast path of torch's own transformer blocks has no derivative, and other bits.
+    torch.backends.mha.set_fastpath_enabled(False)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
@@ -195,7 +199,10 @@ def build_task(config: TaskConfig) -> BuiltTask:
         if len(table):
             check_fit(built.model, table.inputs)
     if config.model.get("name") == "function":
-        refuse_functions(built.model, data.train.inputs)
+        tables = [table for table in (*brought, data.test) if len(table)]
+        seen: Mapping[str, torch.Tensor] = tables[0].inputs if tables else {}
+        refuse_functions(built.model, seen)
+        refuse_interaction(built.model, seen)
     dtype = _float_dtype(data.train)
     model = built.model.to(dtype)
     facts: dict[str, object] = {**data.info, "partition": info}

@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from fedraclora.aggregate import SUM_BLOCK
 from fedraclora.downlink import Downlink
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, FedRacLoraError, ModelError
+from fedraclora.named import failure_of
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.memory import LOOKED_AT, MemoryModel, is_out_of_memory, measure, try_step
 from fedraclora.tree import Tree
@@ -126,9 +127,11 @@ def plan_chunk(
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
     try:
         memory = measure(trainer, base, downlink, population)
-    except RuntimeError as error:
+    except FedRacLoraError:
+        raise
+    except Exception as error:
         if not is_out_of_memory(error):
-            raise
+            raise _untrainable(error) from error
         raise ConfigError(
             f"memory runs out with two clients in a batch ({error}); set engine.chunk=1, or lower "
             "local.batch_size"
@@ -155,10 +158,20 @@ def _try_one(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
     """Take a step of one client where nothing is measured: what cannot train is refused at once."""
     try:
         try_step(trainer, base, downlink)
-    except RuntimeError as error:
+    except FedRacLoraError:
+        raise
+    except Exception as error:
         if not is_out_of_memory(error):
-            raise
+            raise _untrainable(error) from error
         raise ConfigError(
             f"memory runs out with one client ({error}); lower local.batch_size, the size of a "
             "sample (data.max_length) or the model, or set precision=bf16-mixed"
         ) from error
+
+
+def _untrainable(error: Exception) -> ModelError:
+    """Say that the model does not take the samples, or what comes of them the loss."""
+    return ModelError(
+        f"{failure_of(error, 'the first training step of a client')}. Check that the model takes "
+        "inputs of the data's shape, and gives as many outputs as there are classes"
+    )

@@ -250,3 +250,11 @@ def test_test_samples_that_clients_have_are_refused_where_the_task_is_built(fold
     config = from_plain(settled(composed([*words, *TINY])), METHODS)
     with pytest.raises(DataError, match="the same rows as the 33 training samples"):
         build_task(config)
+
+
+def test_labels_with_a_gap_ask_how_many_classes_there_are(tmp_path: Path) -> None:
+    for client in range(3):
+        np.savez(tmp_path / f"{client}.npz", x=np.zeros((3, 4)), target=np.array([0, 1, 7]))
+    with pytest.raises(DataError, match=r"the labels are \[0, 1, 7\], and most between 0 and 7"):
+        own_samples(clients=3, samples=str(tmp_path))
+    assert own_samples(clients=3, samples=str(tmp_path), classes=8).classes == 8
