@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from clients.engines import engine_of
 from experiments import folders
-from experiments.assemble import Assembled, assemble
 from experiments.choices import CONF
 from experiments.interrupt import in_order
 from experiments.overrides import flags_first, in_plain_words, key_of, plain_of, without_idle
@@ -24,13 +24,12 @@ from experiments.progress import RunProgress
 from experiments.resume import go_on, is_done
 from experiments.status import composing, reported, tell
 from fedraclora.build import settled
-from fedraclora.config import RunConfig, from_plain
+from fedraclora.config import from_plain
 from fedraclora.errors import ConfigError
 from fedraclora.ledger import headline, number
 from fedraclora.runfolder import method_label, read_config, read_summary, refuse_existing
 from strategies import METHODS
-from strategies.outcome import run_in_folder
-from strategies.server.rows import Row
+from strategies.outcome import execute
 
 Plain = dict[str, object]
 FAILED: list[str] = []
@@ -38,7 +37,7 @@ SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that p
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
-    """Run to the end with a progress bar; see `strategies.outcome.run_in_folder`.
+    """Run to the end with a progress bar; see `strategies.outcome.execute`.
 
     Args:
         plain: The resolved config.
@@ -51,19 +50,14 @@ def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
     config = from_plain(plain, METHODS, began=resume)
     label = method_label(plain)
     with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
-
-        def begin(
-            config: RunConfig,
-            folder: Path | None,
-            *,
-            resume: bool = False,
-            on_round: Callable[[Row], None] | None = None,
-        ) -> Assembled:
-            run = assemble(config, folder, resume=resume, on_round=on_round)
-            progress.say(f"chunk: {run.chunk}")
-            return run
-
-        return run_in_folder(config, folder, begin, resume=resume, on_round=progress.show)
+        return execute(
+            config,
+            folder,
+            engine_of,
+            resume=resume,
+            on_round=progress.show,
+            on_start=lambda run: progress.say(f"chunk: {run.chunk}"),
+        ).summary
 
 
 def report(summary: Plain, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs a run in its folder, and closes it: summary and figures."""
+"""Carries a run out, in its folder or in memory, and closes it: summary and figures."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from fedraclora.config import RunConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.digests import check_data
+from fedraclora.engine import MakeEngine
 from fedraclora.method import Method, Plan
 from fedraclora.runfolder import (
     alone,
@@ -25,8 +26,8 @@ from fedraclora.runfolder import (
 )
 from fedraclora.schema import section
 from fedraclora.stopped import forget_stop, note_stop
-from fedraclora.tree import digest
-from strategies.assembly import Assembled
+from fedraclora.tree import Tree, digest
+from strategies.assembly import Assembled, assemble
 from strategies.server.rows import Row
 from strategies.wrappers.allocated import current
 
@@ -35,64 +36,93 @@ log = logging.getLogger(__name__)
 SHOWN = 1000  # clients in partition.png, spread over the population
 
 
-class Assemble(Protocol):
-    """Builds every part of a run, on some engine."""
+@dataclass(frozen=True)
+class Run:
+    """A run that has come to its end.
 
-    def __call__(
-        self,
-        config: RunConfig,
-        folder: Path | None,
-        *,
-        resume: bool = False,
-        on_round: Callable[[Row], None] | None = None,
-    ) -> Assembled:
-        """See `strategies.assembly.assemble`."""
-        ...
+    Attributes:
+        summary: Its final figures, as in ``summary.json``.
+        history: The rows of its ledger, one per round; row 0 is what it began from. A row has
+            ``round``, ``metrics`` (by name, of the measured split), ``uplink_total`` and
+            ``downlink_total`` in bytes, ``train_loss``, ``seconds`` by phase, and what the choices
+            of the run add.
+        folder: Where its files lie; None where it ran in memory.
+        parts: What it was made of.
+    """
+
+    summary: dict[str, object]
+    history: list[Row]
+    folder: Path | None
+    parts: Assembled
+
+    @property
+    def config(self) -> dict[str, object]:
+        """The whole config, as plain values: what `fedraclora.simulate` takes for the same run."""
+        return dict(self.parts.config.plain)
+
+    def weights(self) -> Tree:
+        """Give the effective weights after the last round, with all adapters merged.
+
+        Returns:
+            Name of a parameter of the model -> tensor of its shape, on the CPU: a state dict for
+            ``model.load_state_dict(weights, strict=False)``. Tensors are copies.
+        """
+        return {n: t.detach().cpu().clone() for n, t in self.parts.weights().items()}
 
 
-def run_in_folder(
+def execute(
     config: RunConfig,
-    folder: Path,
-    assemble: Assemble,
+    folder: Path | None,
+    engine_of: MakeEngine,
     *,
     resume: bool = False,
     on_round: Callable[[Row], None] | None = None,
-) -> dict[str, object]:
+    on_start: Callable[[Assembled], None] | None = None,
+) -> Run:
     """Run to the end and write everything that a run leaves behind.
 
     Args:
         config: Checked settings.
         folder: The run folder; made once every part of the run has been built, so that a config
-            that cannot run leaves none behind.
-        assemble: Builds the parts.
+            that cannot run leaves none behind. None: the run leaves nothing behind.
+        engine_of: Makes the engine.
         resume: Go on with the run in the folder.
         on_round: Called with each new ledger row.
+        on_start: Called once with all parts, before the first round.
 
     Returns:
-        The summary.
+        The run, its engine ended.
+
+    Raises:
+        FedRacLoraError: Whatever is wrong with the config, the data, the folder or the clients.
     """
     began = time.perf_counter()
     with ExitStack() as stack:
         goes_on = False
-        stack.enter_context(alone(folder) if resume else withdrawn(folder))
-        if resume:
+        if folder is not None:
+            stack.enter_context(alone(folder) if resume else withdrawn(folder))
+        if resume and folder is not None:
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
             goes_on = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
-        run = assemble(config, folder, resume=goes_on, on_round=on_round)
-        stack.callback(run.grid.close)
-        if resume:
-            run.strategy.book.incidents += amend(folder, config.plain)
-        else:
-            stack.enter_context(alone(folder))
-            begin(folder, config.plain)
-        with stopping_noted(run, folder):
-            run.strategy.start(run.grid)
+        run = assemble(config, folder, engine_of=engine_of, resume=goes_on, on_round=on_round)
+        stack.callback(run.close)
+        if folder is not None:
+            if resume:
+                run.strategy.book.incidents += amend(folder, config.plain)
+            else:
+                stack.enter_context(alone(folder))
+                begin(folder, config.plain)
+            stack.enter_context(stopping_noted(run, folder))
+        if on_start is not None:
+            on_start(run)
+        run.start()
     summary = summarise(run, time.perf_counter() - began)
-    if config.output.plots:
-        draw(run, folder)
-    write_summary(folder, summary)
-    return summary
+    if folder is not None:
+        if config.output.plots:
+            draw(run, folder)
+        write_summary(folder, summary)
+    return Run(summary, run.strategy.book.ledger.rows, folder, run)
 
 
 @contextmanager
@@ -134,7 +164,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     return {
         "rounds": strategy.done,
         "metrics": measured[-1]["metrics"] if measured else {},
-        "weights_digest": digest(strategy.method.weights(strategy.state, strategy.draw)),
+        "weights_digest": digest(run.weights()),
         "ledger_digest": ledger.digest(),
         "uplink_floats": up,
         "downlink_floats": down,
