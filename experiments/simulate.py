@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
@@ -29,35 +29,54 @@ from fedraclora.errors import ConfigError
 from fedraclora.ledger import headline, number
 from fedraclora.runfolder import method_label, read_config, read_summary, refuse_existing
 from strategies import METHODS
-from strategies.outcome import execute
+from strategies.outcome import Run, execute
+from strategies.server.rows import Row
 
 Plain = dict[str, object]
 FAILED: list[str] = []
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
 
 
-def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
-    """Run to the end with a progress bar; see `strategies.outcome.execute`.
+def carry_out(
+    plain: Plain,
+    folder: Path | None,
+    *,
+    resume: bool = False,
+    on_round: Callable[[Row], None] | None = None,
+) -> Run:
+    """Run to the end in this process with a progress bar; see `strategies.outcome.execute`.
 
     Args:
         plain: The resolved config.
-        folder: The run folder.
+        folder: The run folder; None: the run leaves nothing behind.
         resume: Go on with the run in the folder.
+        on_round: Called with each new ledger row.
 
     Returns:
-        The summary.
+        The run.
     """
     config = from_plain(plain, METHODS, began=resume)
     label = method_label(plain)
     with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
+
+        def show(row: Row) -> None:
+            progress.show(row)
+            if on_round is not None:
+                on_round(row)
+
         return execute(
             config,
             folder,
             engine_of,
             resume=resume,
-            on_round=progress.show,
+            on_round=show,
             on_start=lambda run: progress.say(f"chunk: {run.chunk}"),
-        ).summary
+        )
+
+
+def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
+    """Give the summary of `carry_out`."""
+    return carry_out(plain, folder, resume=resume).summary
 
 
 def report(summary: Plain, folder: Path) -> None:

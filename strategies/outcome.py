@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedraclora.config import RunConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.digests import check_data
 from fedraclora.engine import MakeEngine
+from fedraclora.ledger import read_ledger
 from fedraclora.method import Method, Plan
 from fedraclora.runfolder import (
     alone,
@@ -20,6 +21,7 @@ from fedraclora.runfolder import (
     begin,
     has_checkpoint,
     read_config,
+    read_summary,
     run_title,
     withdrawn,
     write_summary,
@@ -41,33 +43,57 @@ class Run:
     """A run that has come to its end.
 
     Attributes:
-        summary: Its final figures, as in ``summary.json``.
-        history: The rows of its ledger, one per round; row 0 is what it began from. A row has
-            ``round``, ``metrics`` (by name, of the measured split), ``uplink_total`` and
-            ``downlink_total`` in bytes, ``train_loss``, ``seconds`` by phase, and what the choices
-            of the run add.
+        summary: Its final figures, as in ``summary.json``: ``metrics``, ``rounds``,
+            ``uplink_total`` and ``downlink_total`` in bytes, ``weights_digest`` and more.
+        history: The rows of its ledger. Row 0 is what it began from, then one per round: ``round``,
+            ``metrics`` by name, ``uplink_total`` and ``downlink_total`` so far in bytes,
+            ``train_loss``, ``seconds`` by phase, and what the choices of the run add.
         folder: Where its files lie; None where it ran in memory.
-        parts: What it was made of.
+        config: The whole config as plain values; `fedraclora.simulate` takes it for the same run.
+        effective: Gives the weights for `weights`.
     """
 
     summary: dict[str, object]
-    history: list[Row]
+    history: list[Row] = field(repr=False)
     folder: Path | None
-    parts: Assembled
-
-    @property
-    def config(self) -> dict[str, object]:
-        """The whole config, as plain values: what `fedraclora.simulate` takes for the same run."""
-        return dict(self.parts.config.plain)
+    config: dict[str, object] = field(repr=False)
+    effective: Callable[[], Tree] = field(repr=False)
 
     def weights(self) -> Tree:
-        """Give the effective weights after the last round, with all adapters merged.
+        """Give the effective weights after the last round, all adapters merged.
+
+        Where clients keep a part of the model to themselves, these are the server's weights.
 
         Returns:
-            Name of a parameter of the model -> tensor of its shape, on the CPU: a state dict for
-            ``model.load_state_dict(weights, strict=False)``. Tensors are copies.
+            Name of a parameter of the model -> tensor of the parameter's shape, copied to the CPU:
+            ``model.load_state_dict(run.weights(), strict=False)`` takes it.
+
+        Raises:
+            FedRacLoraError: If they are read from the files of a finished run, and these or its
+                data are missing or damaged.
         """
-        return {n: t.detach().cpu().clone() for n, t in self.parts.weights().items()}
+        return {n: t.detach().cpu().clone() for n, t in self.effective().items()}
+
+
+def finished(config: RunConfig, folder: Path, engine_of: MakeEngine) -> Run:
+    """Read a run that has come to its end from its folder; nothing is written.
+
+    Args:
+        config: Its settings, as they are stored.
+        folder: The run folder.
+        engine_of: Makes the engine; it is started where weights are asked for, for no round.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+
+    def effective() -> Tree:
+        run = assemble(config, folder, engine_of=engine_of, resume=True)
+        run.close()
+        return run.weights()
+
+    rows = read_ledger(folder / "ledger.jsonl")
+    return Run(read_summary(folder), rows, folder, dict(config.plain), effective)
 
 
 def execute(
@@ -122,7 +148,8 @@ def execute(
         if config.output.plots:
             draw(run, folder)
         write_summary(folder, summary)
-    return Run(summary, run.strategy.book.ledger.rows, folder, run)
+    rows = list(run.strategy.book.ledger.rows)
+    return Run(summary, rows, folder, dict(config.plain), run.weights)
 
 
 @contextmanager
