@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from clients.engines import engine_of
 from experiments.resume import is_done
 from experiments.simulate import carry_out, choose
 from experiments.values import config_of
@@ -90,7 +89,7 @@ def simulate(
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
     found, place, goes_on = choose(asked, typed, None)
     if goes_on and is_done(place, found):
-        return finished(from_plain(found, METHODS, began=True), place, engine_of)
+        return finished(from_plain(found, METHODS, began=True), place)
     return carry_out(found, place, resume=goes_on, on_round=on_round)
 
 

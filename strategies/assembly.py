@@ -88,65 +88,54 @@ def assemble(
     with ExitStack() as failed:
         engine = engine_of(config)
         failed.callback(engine.close)
-        run = assemble_on(engine, config, folder, resume=resume, on_round=on_round)
+        fix_bits(config.engine.threads, pick_device(config.device))
+        built = build_task(config)
+        plan = plan_of(config, built.task)
+        if plan.local and not built.classes:
+            raise ConfigError(
+                "head is local, which is measured by class, but the data have no classes"
+            )
+        base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
+        draw = Draw(config.seed)
+        flow = partial(flows, built.task.model, built.task.test)
+        method = method_of(config, flow)
+        state = method.init(base, plan, draw)
+        first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
+        downlink = method.open_round(state, 1, first, draw)
+        trainer = trainer_of(config, built, plan)
+        stored = stored_chunk(folder) if resume and folder is not None else None
+        chunk = settle_chunk(config, engine, trainer, built.cohort, base, downlink, stored)
+        loop = loop_of(config, built, chunk.chunk, trainer.dtype)
+        store = ClientStore()
+
+        def personal(own: Tree) -> Tree:
+            """Give the weights of a client from what it keeps."""
+            dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
+            return method.weights(wired.strategy.state, draw, own) | dense
+
+        wired = wire(
+            method,
+            EngineParts(built, trainer, store, terms_of(config, built)),
+            loop,
+            engine,
+            state=state,
+            book=book_of(config, folder, loop, built.device, store),
+            resume=resume,
+            evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
+            treatment=Treatment(
+                config.aggregator,
+                config.attack,
+                config.privacy,
+                security=config.secure,
+                optimiser=config.server_optimiser,
+                variates=config.control_variates,
+            ),
+            system=config.system,
+            stop=stopping(config, built, plan, store, personal),
+            sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
+            on_round=on_round,
+        )
         failed.pop_all()
-    return run
-
-
-def assemble_on(
-    engine: Engine,
-    config: RunConfig,
-    folder: Path | None,
-    *,
-    resume: bool,
-    on_round: Callable[[Row], None] | None,
-) -> Assembled:
-    """Build every part of a run on an engine; see `assemble`."""
-    fix_bits(config.engine.threads, pick_device(config.device))
-    built = build_task(config)
-    plan = plan_of(config, built.task)
-    if plan.local and not built.classes:
-        raise ConfigError("head is local, which is measured by class, but the data have no classes")
-    base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
-    draw = Draw(config.seed)
-    flow = partial(flows, built.task.model, built.task.test)
-    method = method_of(config, flow)
-    state = method.init(base, plan, draw)
-    first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
-    downlink = method.open_round(state, 1, first, draw)
-    trainer = trainer_of(config, built, plan)
-    stored = stored_chunk(folder) if resume and folder is not None else None
-    chunk = settle_chunk(config, engine, trainer, built.cohort, base, downlink, stored)
-    loop = loop_of(config, built, chunk.chunk, trainer.dtype)
-    store = ClientStore()
-
-    def personal(own: Tree) -> Tree:
-        """Give the weights of a client from what it keeps."""
-        dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
-        return method.weights(wired.strategy.state, draw, own) | dense
-
-    wired = wire(
-        method,
-        EngineParts(built, trainer, store, terms_of(config, built)),
-        loop,
-        engine,
-        state=state,
-        book=book_of(config, folder, loop, built.device, store),
-        resume=resume,
-        evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
-        treatment=Treatment(
-            config.aggregator,
-            config.attack,
-            config.privacy,
-            security=config.secure,
-            optimiser=config.server_optimiser,
-            variates=config.control_variates,
-        ),
-        system=config.system,
-        stop=stopping(config, built, plan, store, personal),
-        sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
-        on_round=on_round,
-    )
     return Assembled(
         **vars(wired), config=config, built=built, plan=plan, trainer=trainer, chunk=chunk
     )

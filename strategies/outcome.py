@@ -6,8 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from typing_extensions import override
 
 from fedraclora.config import RunConfig
 from fedraclora.data.partition import spread_clients
@@ -31,6 +34,7 @@ from fedraclora.stopped import forget_stop, note_stop
 from fedraclora.tree import Tree, digest
 from strategies.assembly import Assembled, assemble
 from strategies.server.rows import Row
+from strategies.weights import load_weights
 from strategies.wrappers.allocated import current
 
 log = logging.getLogger(__name__)
@@ -38,7 +42,7 @@ log = logging.getLogger(__name__)
 SHOWN = 1000  # clients in partition.png, spread over the population
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run that has come to its end.
 
@@ -54,10 +58,15 @@ class Run:
     """
 
     summary: dict[str, object]
-    history: list[Row] = field(repr=False)
+    history: list[Row]
     folder: Path | None
-    config: dict[str, object] = field(repr=False)
-    effective: Callable[[], Tree] = field(repr=False)
+    config: dict[str, object]
+    effective: Callable[[], Tree]
+
+    @override
+    def __repr__(self) -> str:
+        said = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
+        return f"Run({', '.join(said)}, folder={self.folder})"
 
     def weights(self) -> Tree:
         """Give the effective weights after the last round, all adapters merged.
@@ -69,30 +78,24 @@ class Run:
             ``model.load_state_dict(run.weights(), strict=False)`` takes it.
 
         Raises:
-            FedRacLoraError: If they are read from the files of a finished run, and these or its
-                data are missing or damaged.
+            CheckpointError: If they are read from the files of a run that was finished before, and
+                one is missing or damaged.
         """
         return {n: t.detach().cpu().clone() for n, t in self.effective().items()}
 
 
-def finished(config: RunConfig, folder: Path, engine_of: MakeEngine) -> Run:
-    """Read a run that has come to its end from its folder; nothing is written.
+def finished(config: RunConfig, folder: Path) -> Run:
+    """Read a run that has come to its end from its folder; nothing is run or written.
 
     Args:
         config: Its settings, as they are stored.
         folder: The run folder.
-        engine_of: Makes the engine; it is started where weights are asked for, for no round.
 
     Raises:
         CheckpointError: If a file is missing or damaged.
     """
-
-    def effective() -> Tree:
-        run = assemble(config, folder, engine_of=engine_of, resume=True)
-        run.close()
-        return run.weights()
-
     rows = read_ledger(folder / "ledger.jsonl")
+    effective = partial(load_weights, folder)
     return Run(read_summary(folder), rows, folder, dict(config.plain), effective)
 
 

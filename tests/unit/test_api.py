@@ -55,6 +55,17 @@ def test_the_engine_is_a_choice(engine: str) -> None:
     assert run(engine=engine).summary["chunk"] == {"vectorised": 3, "inline": 1}[engine]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("other", "same"), [("ray", "vectorised"), ("flower", "inline")])
+def test_engines_of_many_processes_have_the_bits_of_one(other: str, same: str) -> None:
+    found = run(engine={"name": other, "workers": 2})
+    assert digest(found.weights()) == digest(run(engine=same).weights())
+
+
+def test_a_run_says_what_it_is_in_a_line() -> None:
+    assert repr(run(rounds=1)).startswith("Run(rounds=1, metrics={'accuracy': ")
+
+
 def test_a_run_goes_on_and_a_finished_one_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
@@ -89,7 +100,8 @@ def test_a_config_of_a_run_is_the_same_run() -> None:
     assert again.summary["weights_digest"] == first.summary["weights_digest"]
     assert len(other.history) == 2
     assert other.config["method"] == first.config["method"]
-    assert other.config["local"] == {**first.config["local"], "lr": 0.1}
+    local: Any = first.config["local"]
+    assert other.config["local"] == {**local, "lr": 0.1}
 
 
 BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
@@ -118,7 +130,7 @@ def test_bad_input_is_one_clear_error(case: str) -> None:
 
 def test_an_attribute_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'simulat'"):
-        fedraclora.simulat  # type: ignore[attr-defined]  # noqa: B018
+        fedraclora.simulat  # noqa: B018
 
 
 def test_to_import_the_package_imports_nothing_heavy() -> None:
