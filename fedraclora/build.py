@@ -30,7 +30,6 @@ from fedraclora.robust.attacked import AttackedTrainer
 from fedraclora.samples import Partitioned, Samples, count_labels
 from fedraclora.sampling import check_cohort
 from fedraclora.schema import Plain, bind, coerce, section, without
-from fedraclora.settings import DeployConfig
 from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.pretrain import pretrain
@@ -101,13 +100,10 @@ def terms_of(config: TaskConfig, built: BuiltTask) -> Terms | None:
     """Give what the clients of a run insist on in secure aggregation; None without it."""
     if not isinstance(config.secure, SecAgg):
         return None
-    engine, cohort = config.engine, built.cohort
     if config.system.enabled or isinstance(config.privacy, ClientLevel):
         fewest = LEAST  # how many are asked is a matter of devices, or of coins
-    elif isinstance(engine, DeployConfig):
-        fewest = min(engine.min_clients or cohort, cohort)
     else:
-        fewest = cohort - config.max_failures
+        fewest = config.engine.fewest(built.cohort, config.max_failures)
     return Terms(config.secure, config.weights, max(LEAST, fewest))
 
 
