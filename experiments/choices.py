@@ -15,7 +15,7 @@ from pathlib import Path
 from experiments import CONF
 from fedraclora.errors import unknown
 
-__all__ = ["CONF", "choice", "composed", "groups", "keys_of"]
+__all__ = ["CONF", "choice", "composed", "groups", "keys_of", "lineage"]
 
 # A line of a file: indentation, key, value (in which "#1" is no comment), comment.
 LINE = re.compile(r"( *)(\w+):(?: .*?)??(?: +# (.*))?")
@@ -51,9 +51,35 @@ def choice(group: str, name: str, *, folders: Sequence[Path] = ()) -> dict[str, 
     """
     from omegaconf import OmegaConf
 
-    files = [OmegaConf.load(path) for path in _lineage(f"{group}/{name}", [CONF, *folders])]
+    files = [OmegaConf.load(path) for path in lineage(f"{group}/{name}", [CONF, *folders])]
     merged = OmegaConf.to_container(OmegaConf.merge(*files), resolve=False)
     return {str(k): v for k, v in dict(merged).items() if k != "defaults"}  # type: ignore[arg-type]
+
+
+def lineage(name: str, roots: Sequence[Path] = (CONF,)) -> list[Path]:
+    """List the files that a config is composed of: those that it builds on, then its own.
+
+    Args:
+        name: Its path below a root, without the suffix.
+        roots: Folders; the first that has a file of the name counts.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    import yaml
+
+    group, _, last = name.rpartition("/")
+    there = [root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()]
+    if not there:
+        known = {path.stem for root in roots for path in (root / group).glob("*.yaml")}
+        raise unknown(group, last, known)
+    found = []
+    loaded = yaml.safe_load(there[0].read_text(encoding="utf-8")) or {}
+    for base in loaded.get("defaults", ()):
+        if isinstance(base, str) and base != "_self_":  # the others choose in other groups
+            above = "" if base.startswith("/") or not group else f"{group}/"
+            found += lineage(above + base.lstrip("/"), roots)
+    return [*found, there[0]]
 
 
 def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
@@ -67,7 +93,7 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
     Raises:
         ConfigError: If there is no such choice.
     """
-    files = _lineage(f"{group}/{name}", [CONF, *folders])
+    files = lineage(f"{group}/{name}", [CONF, *folders])
     comments: dict[str, str] = {}
     for file in files:  # what is said last holds
         comments |= _comments(file)
@@ -77,9 +103,8 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
         word = f"{before}{key}={value if isinstance(value, str) else json.dumps(value)}"
         rows.append((word, comments.get(key, comments.get(key.removesuffix(".name"), ""))))
     width = max((len(word) for word, text in rows if text), default=0)
-    lines = [f"{group}={name}", *_comment(files[-1]), ""]
-    lines += [f"{word:<{width}}  {text}" for word, text in rows]
-    return "\n  ".join(line.rstrip() for line in lines)
+    lines = [*_comment(files[-1]), "", *(f"{word:<{width}}  {text}" for word, text in rows)]
+    return "\n".join([f"{group}={name}", *(f"  {line}".rstrip() for line in lines)])
 
 
 def composed(words: Sequence[str]) -> dict[str, object]:
@@ -110,32 +135,6 @@ def composed(words: Sequence[str]) -> dict[str, object]:
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
     ):
         return without_idle(once(words), words, once)
-
-
-def _lineage(name: str, roots: Sequence[Path]) -> list[Path]:
-    """List the files that a config is composed of: those that it builds on, then its own.
-
-    Args:
-        name: Its path below a root, without the suffix.
-        roots: Folders; the first that has a file of the name counts.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    import yaml
-
-    group, _, last = name.rpartition("/")
-    there = [root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()]
-    if not there:
-        known = {path.stem for root in roots for path in (root / group).glob("*.yaml")}
-        raise unknown(group, last, known)
-    found = []
-    loaded = yaml.safe_load(there[0].read_text(encoding="utf-8")) or {}
-    for base in loaded.get("defaults", ()):
-        if isinstance(base, str) and base != "_self_":  # the others choose in other groups
-            above = "" if base.startswith("/") or not group else f"{group}/"
-            found += _lineage(above + base.lstrip("/"), roots)
-    return [*found, there[0]]
 
 
 def _comment(path: Path) -> list[str]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
-from experiments.choices import CONF, groups
+from experiments.choices import choice, groups
 from experiments.study_entries import docstring, is_unverified
 from experiments.tables import Table, read_table
 from fedraclora.method import Method
@@ -53,8 +51,7 @@ def methods(results: Path) -> str:
 
 def method_of(name: str) -> Method:
     """Make a method as its YAML in conf/method has it."""
-    group = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
-    return bind("method", METHODS, group)()
+    return bind("method", METHODS, choice("method", name))()
 
 
 def _overview(costs: Mapping[str, str]) -> Table:

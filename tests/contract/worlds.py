@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from flwr.app import Message, RecordDict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +23,7 @@ from typing_extensions import override
 
 from clients.app import make_client_app
 from clients.worker import Worker
+from experiments.choices import choice
 from fedraclora.adapter import make_plan
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Aggregator, Setting, mean
@@ -49,7 +49,6 @@ from strategies.server.fleet import Fleet
 from strategies.server.loop import LoopConfig
 from strategies.server.treatment import Treatment
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
 SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample
 FULL_BATCH = LocalConfig(lr=0.1, steps=1, batch_size=0, shuffle=False)
@@ -61,7 +60,7 @@ RAGGED = LocalConfig(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
 
 @cache
 def _read(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    return choice("method", name)
 
 
 def yaml_of(name: str) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from experiments.assemble import assemble
-from experiments.choices import CONF, composed
+from experiments.choices import choice, composed
 from fedraclora.config import from_plain
 from fedraclora.ledger import column
 from strategies import METHODS
@@ -44,8 +43,8 @@ LOCAL = {"": [], "adamw_": ["local.optimiser=adamw", "local.lr=0.02"]}
 
 def settings_of(name: str) -> tuple[str, str]:
     """Class and settings of a method: names that share both are one method."""
-    group = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
-    return METHODS[name].__name__, json.dumps({k: v for k, v in group.items() if k != "name"})
+    group = choice("method", name) | {"name": None}
+    return METHODS[name].__name__, json.dumps(group, sort_keys=True)
 
 
 DISTINCT = list({settings_of(name): name for name in reversed(METHODS)}.values())
