@@ -33,18 +33,14 @@ from strategies.fed_rac_lora import FedRacLora
 
 @dataclass(frozen=True)
 class BernoulliLora(Method):
-    """Hyperparameters of Bernoulli-LoRA.
+    """Hyperparameters of Bernoulli-LoRA; rank, alpha, rslora and cap as of `LayerMethod`.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
         sketch: A key of `fedraclora.sketch.SKETCHES`.
         normalise: ``rows``, ``identity`` or ``none`` (`fedraclora.sketch`).
         probability: p, that B is drawn and A trained; m / (m + n) makes both outcomes cost the same
             on average.
         coins: Seed of the coins.
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
     """
 
     rank: Ranks = 8
