@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from experiments.choices import choice, groups
@@ -54,6 +55,14 @@ def method_of(name: str) -> Method:
     return bind("method", METHODS, choice("method", name))()
 
 
+@cache
+def aliases() -> Mapping[str, str]:
+    """List the names that stand for the settings of another name: name -> the other."""
+    first: dict[Method, str] = {}
+    found = {name: first.setdefault(method_of(name), name) for name in METHODS}
+    return {name: other for name, other in found.items() if name != other}
+
+
 def _overview(costs: Mapping[str, str]) -> Table:
     lines = groups()["method"]
     cells = []
@@ -85,8 +94,10 @@ def _overview(costs: Mapping[str, str]) -> Table:
 
 def _section(kind: type[Method], names: list[str]) -> str:
     path = kind.__module__.replace(".", "/") + ".py"
-    others = f" Also as {', '.join(f'`{name}`' for name in names[1:])}." if names[1:] else ""
+    same = aliases()
+    others = [f"`{n}`" + (f" (= `{same[n]}`)" if n in same else "") for n in names[1:]]
+    also = f" Also as {', '.join(others)}." if others else ""
     return (
-        f"### {names[0]}\n\n[{path}](../{path}), `conf/method/{names[0]}.yaml`.{others}\n\n"
+        f"### {names[0]}\n\n[{path}](../{path}), `conf/method/{names[0]}.yaml`.{also}\n\n"
         f"{docstring(kind).strip()}\n"
     )

@@ -22,18 +22,18 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.adapter import Ranks
 from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State, Traits
+from fedraclora.method import Cohort, Downlink, Draw, Plan, State, Traits
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
+from strategies.shared.layerwise import LowRank
 
 
 @dataclass(frozen=True)
-class BernoulliLora(Method):
-    """Hyperparameters of Bernoulli-LoRA; rank, alpha, rslora and cap as of `LayerMethod`.
+class BernoulliLora(LowRank):
+    """Hyperparameters of Bernoulli-LoRA, beside those of `LowRank`.
 
     Attributes:
         sketch: A key of `fedraclora.sketch.SKETCHES`.
@@ -43,17 +43,15 @@ class BernoulliLora(Method):
         coins: Seed of the coins.
     """
 
-    rank: Ranks = 8
-    alpha: float | str = "auto"
-    rslora: bool = False
     sketch: str = "orthonormal"
     normalise: str = "rows"
     probability: float = 0.5
     coins: int = 0
-    cap: bool = True
 
+    @override
     def __post_init__(self) -> None:
         """Refuse impossible hyperparameters."""
+        super().__post_init__()
         if not 0 <= self.probability <= 1:
             raise ConfigError(f"method.probability is {self.probability}; it must lie in [0, 1]")
         self.round_method(1)

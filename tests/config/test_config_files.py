@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from experiments.assemble import assemble
 from experiments.choices import CONF, choice, groups, lineage
+from experiments.methods_page import aliases
 from fedraclora.checkpoint import flatten
 from fedraclora.config import RunConfig, from_plain
 from fedraclora.devices.system import SystemConfig
@@ -222,6 +223,10 @@ def test_another_name_of_a_method_has_no_settings_of_its_own(name: str) -> None:
     lines = FILES[f"method/{name}"].read_text().splitlines()
     assert lines[1:] == [f"defaults: [{ALIASES[name]}]", f"name: {name}"]
     assert METHODS[name] is METHODS[ALIASES[name]]
+
+
+def test_no_method_has_its_settings_twice() -> None:
+    assert aliases() == ALIASES
 
 
 def test_what_choices_share_is_used_and_is_no_choice() -> None:

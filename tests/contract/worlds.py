@@ -24,6 +24,7 @@ from typing_extensions import override
 from clients.app import make_client_app
 from clients.worker import Worker
 from experiments.choices import choice
+from experiments.methods_page import aliases
 from fedraclora.adapter import make_plan
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Aggregator, Setting, mean
@@ -78,10 +79,7 @@ def make_method(name: str, **changes: Any) -> Method:
 
 def distinct() -> list[str]:
     """Names of `METHODS` without those that stand for the settings of another name."""
-    found: dict[Method, str] = {}
-    for name in METHODS:
-        found.setdefault(make_method(name), name)
-    return list(found.values())
+    return [name for name in METHODS if name not in aliases()]
 
 
 def variants() -> Iterator[tuple[str, dict[str, Any]]]:

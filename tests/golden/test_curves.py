@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from experiments.assemble import assemble
-from experiments.choices import choice, composed
+from experiments.choices import composed
+from experiments.methods_page import aliases
 from fedraclora.config import from_plain
 from fedraclora.ledger import column
 from strategies import METHODS
@@ -41,13 +41,7 @@ JOB = [
 LOCAL = {"": [], "adamw_": ["local.optimiser=adamw", "local.lr=0.02"]}
 
 
-def settings_of(name: str) -> tuple[str, str]:
-    """Class and settings of a method: names that share both are one method."""
-    group = choice("method", name) | {"name": None}
-    return METHODS[name].__name__, json.dumps(group, sort_keys=True)
-
-
-DISTINCT = list({settings_of(name): name for name in reversed(METHODS)}.values())
+DISTINCT = [name for name in METHODS if name not in aliases()]
 
 
 def curves_of(name: str, local: list[str], prefix: str) -> dict[str, list[float]]:
