@@ -50,6 +50,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from experiments.choices import CONF
+from experiments.choices import choice as choice_of
 from experiments.cli import main
 from fedraclora.checkpoint import flatten
 from fedraclora.rng import generator
@@ -115,7 +116,7 @@ def schema() -> tuple[dict[str, Any], dict[str, list[str]], dict[tuple[str, str]
         group, choice = path.parent.name, path.stem
         if group != "experiment" and choice not in SLOW.get(group, ()):
             groups[group].append(choice)
-            keys[group, choice] = flatten(yaml.safe_load(path.read_text()) or {})
+            keys[group, choice] = flatten(choice_of(group, choice))
     defaults = {
         k: v for entry in top["defaults"] if isinstance(entry, dict) for k, v in entry.items()
     }

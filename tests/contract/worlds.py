@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from flwr.app import Message, RecordDict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +23,8 @@ from typing_extensions import override
 
 from clients.engines import InProcess
 from clients.worker import Worker
+from experiments.choices import choice
+from experiments.methods_page import aliases
 from fedraclora.adapter import make_plan
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Aggregator, Setting, mean
@@ -50,7 +51,6 @@ from strategies.server.loop import LoopConfig
 from strategies.server.treatment import Treatment
 from strategies.wiring import wire
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
 SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample
 FULL_BATCH = LocalConfig(lr=0.1, steps=1, batch_size=0, shuffle=False)
@@ -62,7 +62,7 @@ RAGGED = LocalConfig(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
 
 @cache
 def _read(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    return choice("method", name)
 
 
 def yaml_of(name: str) -> dict[str, Any]:
@@ -80,10 +80,7 @@ def make_method(name: str, **changes: Any) -> Method:
 
 def distinct() -> list[str]:
     """Names of `METHODS` without those that stand for the settings of another name."""
-    found: dict[Method, str] = {}
-    for name in METHODS:
-        found.setdefault(make_method(name), name)
-    return list(found.values())
+    return [name for name in METHODS if name not in aliases()]
 
 
 def variants() -> Iterator[tuple[str, dict[str, Any]]]:

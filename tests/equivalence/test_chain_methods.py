@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import nn
 from typing_extensions import override
 
 from clients.engines import InProcess
-from experiments.choices import CONF
+from experiments.choices import choice
 from fedraclora.adapter import make_plan
 from fedraclora.engine import EngineParts
 from fedraclora.errors import ClientError
@@ -59,7 +58,7 @@ def problem(bias: str = "frozen") -> tuple[Task, Plan]:
 
 
 def preset(name: str, **changes: object) -> Method:
-    group: dict[str, Any] = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+    group: dict[str, Any] = choice("method", name)
     wanted = {"rank": RANK, "alpha": ALPHA} | changes
     group |= {k: v for k, v in wanted.items() if k in group}
     return METHODS[group.pop("name")](**group)

@@ -9,16 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import nn
 from typing_extensions import override
 
+from experiments.choices import choice
 from fedraclora.adapter import make_plan
 from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError, ModelError
@@ -56,7 +55,6 @@ from fedraclora.tree import Layout, Tree
 from strategies import METHODS
 from strategies.fedavg import FedAvg
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 SEED = 11
 ATOL = 1e-10
 SIZES = (5, 1, 9, 3, 4, 7)  # with batches of 4: 2, 1, 3, 1, 1 and 2 steps an epoch
@@ -247,7 +245,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 def method_of(name: str, **changes: object) -> Method:
     """The method as its YAML has it, but with alpha apart from a rank that fits small layers."""
-    group = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+    group = choice("method", name)
     wanted = {"rank": 3, "alpha": 2.0, **changes}
     return bind("method", METHODS, group | {k: v for k, v in wanted.items() if k in group})()
 
