@@ -38,7 +38,8 @@ def simulate(
         choices: Words of the command line (``"method=ffa_lora"``, ``"local.lr=0.1"``), or nested
             mappings that say the same (``{"method": "ffa_lora", "local": {"lr": 0.1}}``; in a
             group ``name`` chooses its file). A mapping with every key of the config, such as
-            `Run.config`, stands alone: it is taken as it is, and ``keys`` are laid over it.
+            `Run.config`, stands alone: it is taken as it is, but for ``resume`` and
+            ``output.dir``, which say where its run was, and ``keys`` are laid over it.
         folder: Where the run leaves its files, as ``output.dir``; None with ``output.dir=null``:
             it runs in memory and leaves nothing behind.
         resume: Go on with the run in the folder; where there is none, begin it. A run that has

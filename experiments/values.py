@@ -15,6 +15,7 @@ from fedraclora.errors import ConfigError
 
 Plain = dict[str, object]
 BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are
+ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")  # in the keys of a mapping, which have no quotes
 NOT_STRINGS = {"null", "true", "false", "nan", "inf"}
 
 
@@ -30,7 +31,7 @@ def config_of(
         ConfigError: If it does not compose, or a value is none that a config can hold.
     """
     if len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0]):
-        whole = {str(key): plain_value(str(key), value) for key, value in choices[0].items()}
+        whole = nowhere({str(k): plain_value(str(k), value) for k, value in choices[0].items()})
         said = {key: plain_value(key, value) for key, value in keys.items()}
         return laid_over(whole, said), [word.partition("=")[0] for word in words_of(said)]
     words: list[str] = []
@@ -50,6 +51,13 @@ def config_of(
 def is_whole(mapping: Mapping[str, object]) -> bool:
     """Tell whether a mapping has every key of a config."""
     return {key for key in inspect.signature(RunConfig).parameters if key != "plain"} <= {*mapping}
+
+
+def nowhere(config: Plain) -> Plain:
+    """Give a config without what says where its run was: the folder, and whether it went on."""
+    output = config["output"]
+    kept = {**output, "dir": None} if isinstance(output, dict) else output
+    return {**config, "output": kept, "resume": None}
 
 
 def laid_over(config: Plain, changes: Plain) -> Plain:
@@ -97,7 +105,7 @@ def literal(key: str, value: object) -> str:
 
     Example:
         >>> literal("a", [None, True, 0.5, "it's", "null", {"*": 1}])
-        "[null,true,0.5,'it\\'s','null',{'*':1}]"
+        "[null,true,0.5,'it\\'s','null',{*:1}]"
     """
     value = plain_value(key, value)
     if value is None or isinstance(value, bool):
@@ -110,7 +118,8 @@ def literal(key: str, value: object) -> str:
     if isinstance(value, list):
         return f"[{','.join(literal(key, v) for v in value)}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{literal(key, k)}:{literal(key, v)}' for k, v in value.items())}}}"
+        pairs = ((ESCAPED.sub(r"\\\g<0>", k), literal(key, v)) for k, v in value.items())
+        return f"{{{','.join(f'{name}:{text}' for name, text in pairs)}}}"
     return repr(value)
 
 

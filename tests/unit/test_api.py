@@ -158,13 +158,22 @@ def test_hydra_reads_back_the_value_that_was_written(value: object) -> None:
     assert parsed.value() == value
 
 
+def test_hydra_reads_back_a_mapping() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    value = {"*": 1, "fc*.weight": [2.5, None], "a b": {"c=d": "e,f"}, "x\\y": "'"}
+    parsed = OverridesParser.create().parse_override(f"key={literal('key', value)}")
+    assert parsed.value() == value
+
+
 def test_values_of_other_libraries_are_plain_ones() -> None:
     words = words_of({"seed": np.int64(3), "local": {"lr": np.float32(0.5)}, "a": Path("/b c")})
     assert words == ["seed=3", "local.lr=0.5", "a='/b c'"]
 
 
 def test_a_written_config_is_a_whole_config(tmp_path: Path) -> None:
-    first = run(STUDY, folder=tmp_path / "run")
+    first = run(STUDY, folder=tmp_path / "run", resume=True)
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    again = fedraclora.simulate(stored, folder=tmp_path / "other", output={"dir": None})
+    again = fedraclora.simulate(stored, folder=tmp_path / "other")
     assert again.summary["weights_digest"] == first.summary["weights_digest"]
+    assert fedraclora.simulate(first.config).folder is None
