@@ -31,7 +31,6 @@ VARIANTS = list(variants())
 ITEM = 8  # bytes of a float64
 COHORT, ROUNDS = 3, 6
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=label)
 defaults_short = pytest.mark.short(when=lambda variant: not variant[1])
 
 
@@ -44,6 +43,23 @@ def finished(variant: Variant, chunk: int = 1, width: int = 1, folder: Path | No
 @pytest.fixture(scope="module")
 def world() -> World:
     return make_world()
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=label)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    found: Variant = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(variant: Variant, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def done(variant: Variant, folder: Path) -> Run:
+    """A run of the variant, one client in each message: whatever is counted in it, it is one."""
+    return finished(variant, folder=folder)
 
 
 def array_bytes(content: RecordDict) -> int:
@@ -74,11 +90,7 @@ def seeds(content: RecordDict) -> int:
     )
 
 
-@every_variant
-def test_the_uplink_of_the_ledger_is_the_formula_and_the_message(
-    variant: Variant, world: World
-) -> None:
-    done = finished(variant)
+def test_the_uplink_of_the_ledger_is_the_formula_and_the_message(done: Run, world: World) -> None:
     replies = [done.worker.answered[i : i + COHORT] for i in range(0, ROUNDS * COHORT, COHORT)]
     total = 0
     for round_, (row, contents) in enumerate(zip(done.rows, replies, strict=True), start=1):
@@ -89,9 +101,7 @@ def test_the_uplink_of_the_ledger_is_the_formula_and_the_message(
         assert row["uplink_total"] == total
 
 
-@every_variant
-def test_the_downlink_of_the_ledger_is_the_message(variant: Variant, world: World) -> None:
-    done = finished(variant)
+def test_the_downlink_of_the_ledger_is_the_message(done: Run, world: World) -> None:
     asked = [done.worker.asked[i : i + COHORT] for i in range(0, ROUNDS * COHORT, COHORT)]
     total = most = formula = 0
     for round_, (row, contents) in enumerate(zip(done.rows, asked, strict=True), start=1):
@@ -107,21 +117,19 @@ def test_the_downlink_of_the_ledger_is_the_message(variant: Variant, world: Worl
 
 
 @defaults_short
-@every_variant
-def test_bytes_do_not_depend_on_the_chunk(variant: Variant) -> None:
+def test_bytes_do_not_depend_on_the_chunk(variant: Variant, done: Run) -> None:
     """A chunk is a unit of work: each of its clients is charged as if it stood alone."""
     columns = ("uplink_bytes", "downlink_bytes", "catchup_bytes", "downlink_total")
-    alone, together = finished(variant, chunk=1), finished(variant, chunk=3)
-    for left, right in zip(alone.rows, together.rows, strict=True):
+    together = finished(variant, chunk=3)
+    for left, right in zip(done.rows, together.rows, strict=True):
         assert [left[c] for c in columns] == [right[c] for c in columns]
 
 
 @defaults_short
-@every_variant
-def test_what_a_message_holds_beside_its_numbers_does_not_grow(variant: Variant) -> None:
-    small, large = finished(variant, width=1), finished(variant, width=8)
+def test_what_a_message_holds_beside_its_numbers_does_not_grow(variant: Variant, done: Run) -> None:
+    large = finished(variant, width=8)
     for kind in ("asked", "answered"):
-        pairs = zip(getattr(small.worker, kind), getattr(large.worker, kind), strict=True)
+        pairs = zip(getattr(done.worker, kind), getattr(large.worker, kind), strict=True)
         for few, many in pairs:
             assert array_bytes(many) >= array_bytes(few)
             extra = [message_bytes(c) - array_bytes(c) for c in (few, many)]
@@ -130,12 +138,8 @@ def test_what_a_message_holds_beside_its_numbers_does_not_grow(variant: Variant)
             assert extra[1] - extra[0] < 100
 
 
-@every_variant
-def test_catch_up_is_the_links_a_client_missed_or_the_dense_weight(
-    variant: Variant, tmp_path: Path
-) -> None:
-    done = finished(variant, folder=tmp_path)
-    stored = list(read_links(tmp_path / "chain"))
+def test_catch_up_is_the_links_a_client_missed_or_the_dense_weight(done: Run, folder: Path) -> None:
+    stored = list(read_links(folder / "chain"))
     dense = {n: t.numel() * ITEM for n, t in stored[0][1].items()}
     links = [read_link(tensors, meta) for _, tensors, meta in stored[1:]]
 

@@ -226,6 +226,8 @@ def test_replies_may_come_in_any_order(variant: Variant, world: World) -> None:
     assert_same_bits(found, usual(variant, rounds=4, chunk=1))
 
 
+# That two runs of a variant have the same bits is shown where one of them is resumed, too.
+@defaults_short
 @every_variant
 def test_the_same_seed_gives_the_same_bits(variant: Variant, world: World) -> None:
     first = usual(variant, rounds=4, cohort=3)

@@ -43,6 +43,7 @@ from strategies.server.treatment import Treatment
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
 MASKED = ("ravan", "slora")  # refused: noise would move what they leave alone (test_what_fits)
+defaults_short = pytest.mark.short(when=lambda variant: not variant[1])
 every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
 every_linear = pytest.mark.parametrize(
     "variant", [v for v in LINEAR if v[0] not in MASKED], ids=label
@@ -92,6 +93,7 @@ def test_one_client_moves_the_sum_by_no_more_than_the_clip(
     assert moved > 0.9 * clip or clip > 1
 
 
+@defaults_short
 @every_linear
 def test_without_noise_and_with_a_wide_clip_it_is_the_plain_mean(
     variant: Variant, world: World, monkeypatch: pytest.MonkeyPatch

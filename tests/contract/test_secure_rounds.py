@@ -96,6 +96,8 @@ def leaving(monkeypatch: pytest.MonkeyPatch, when: dict[str, set[int]]) -> None:
     monkeypatch.setattr(Worker, "train", train)
 
 
+# Sums are of packed vectors, laid out by the method; its variants differ in their size alone.
+@pytest.mark.short(when=lambda variant, weights: not variant[1] or weights == "examples")
 @pytest.mark.parametrize(
     ("variant", "weights"),
     [*((v, "uniform") for v in SAME), *((v, "examples") for v in SAME if v[0] == "fed_rac_lora")],

@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pretend import Card, pretend_card
 
+# Where tests of several modules assert: a failure shows the values.
+pytest.register_assert_rewrite("vectorised_agreement")
+
 
 @pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
 def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:

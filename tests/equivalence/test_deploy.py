@@ -11,15 +11,6 @@ from flwr.app import ArrayRecord
 
 from clients.engines import engine_of
 from clients.node import CACHE, MARKER
-from experiments.faults.network import (
-    Network,
-    client,
-    deploy,
-    nodes_for,
-    rows,
-    small,
-    summary,
-)
 from experiments.simulate import simulate
 from fedraclora.checkpoint import load_tensors, save_tensors
 from fedraclora.config import from_plain
@@ -30,6 +21,15 @@ from fedraclora.tree import digest
 from strategies import METHODS
 from strategies.outcome import execute
 from strategies.server.rows import Row
+from tests.campaigns.faults.network import (
+    Network,
+    client,
+    deploy,
+    nodes_for,
+    rows,
+    small,
+    summary,
+)
 
 
 def inline(words: list[str], folder: Path) -> dict[str, object]:

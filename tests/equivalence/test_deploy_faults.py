@@ -10,8 +10,14 @@ import torch
 from flwr.app import Message
 from typing_extensions import override
 
-from experiments.faults.harms import BEHAVIOURS, HARMS, Once, changed, raises, replies_twice
-from experiments.faults.network import (
+from fedraclora.aggregate import Uplinks
+from fedraclora.errors import ClientError
+from fedraclora.rebuild import state_at
+from fedraclora.sketch import SketchSpec
+from fedraclora.wire import unpack_downlink, unpack_trial, uplink_layout
+from strategies.server.exchange import Exchange
+from tests.campaigns.faults.harms import BEHAVIOURS, HARMS, Once, changed, raises, replies_twice
+from tests.campaigns.faults.network import (
     Network,
     client,
     deploy,
@@ -19,12 +25,6 @@ from experiments.faults.network import (
     rows,
     summary,
 )
-from fedraclora.aggregate import Uplinks
-from fedraclora.errors import ClientError
-from fedraclora.rebuild import state_at
-from fedraclora.sketch import SketchSpec
-from fedraclora.wire import unpack_downlink, unpack_trial, uplink_layout
-from strategies.server.exchange import Exchange
 
 ONE = 1  # the client at fault
 ROUND = 2  # when

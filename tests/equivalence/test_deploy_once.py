@@ -10,8 +10,11 @@ import pytest
 import torch
 from flwr.app import Message
 
-from experiments.faults.harms import Once, raises
-from experiments.faults.network import (
+from fedraclora.errors import ClientError, ConfigError
+from fedraclora.wire.records import round_of
+from fedraclora.wire.secagg import read_stage
+from tests.campaigns.faults.harms import Once, raises
+from tests.campaigns.faults.network import (
     Fault,
     Network,
     client,
@@ -21,9 +24,6 @@ from experiments.faults.network import (
     rows,
     summary,
 )
-from fedraclora.errors import ClientError, ConfigError
-from fedraclora.wire.records import round_of
-from fedraclora.wire.secagg import read_stage
 
 ONCE = "output.checkpoint_every=1"
 NOISY = ["local=dp_sgd", "local.lr=0.1", "local.dp.noise_multiplier=3", ONCE]

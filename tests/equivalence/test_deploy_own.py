@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.faults.network import Network, composed, rows, serve, summary
 from experiments.simulate import simulate
 from fedraclora.data.fit import Form, gathered
 from fedraclora.data.own import own_samples
 from fedraclora.data.sources import read_own
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.named import import_function
+from tests.campaigns.faults.network import Network, composed, rows, serve, summary
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "deploy"
 WORDS = [

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from experiments.faults.network import Network, deploy, nodes_for, rows, small, summary
-from experiments.faults.real import Drill, end_node
-from experiments.faults.trials import absent
 from experiments.simulate import simulate
 from fedraclora.checkpoint import load_tensors, read_links
 from fedraclora.clientstore import ClientStore
@@ -23,6 +20,9 @@ from fedraclora.ledger import number
 from fedraclora.privacy.secret import FILE
 from fedraclora.wire import clients_of
 from fedraclora.wire.secagg import read_stage
+from tests.campaigns.faults.network import Network, deploy, nodes_for, rows, small, summary
+from tests.campaigns.faults.real import Drill, end_node
+from tests.campaigns.faults.trials import absent
 
 ONCE = "output.checkpoint_every=1"  # real clients answer a round once
 SECURE = ["clients=5", "cohort=5", "weights=uniform", "secure=secagg", "rounds=2", ONCE]

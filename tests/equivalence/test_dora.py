@@ -13,30 +13,13 @@ import torch
 import torch.nn.functional as F
 from test_precision import gap, single
 from test_precision import trained as trained_in
-from test_vectorised_is_local import (
-    CASES,
-    LOCAL,
-    PAIRED,
-    SEED,
-    SETTINGS,
-    SIZES,
-    Case,
-    assert_agrees,
-    base_of,
-    classes,
-    convolution,
-    foldable,
-    method_of,
-    normal,
-    reader,
-    run,
-    task_of,
-    trainer_of,
-)
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
+from vectorised_agreement import LOCAL, assert_agrees, base_of, foldable, method_of, run, trainer_of
+from vectorised_cases import CASES, SEED, SIZES, Case, classes, convolution, normal, reader, task_of
+from vectorised_settings import PAIRED, SETTINGS
 
 from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from pretend import FREE, Card, pretend_card
-from test_vectorised_is_local import CASES, KINDS, SEED, SIZES, Case, base_of, method_of, scaled
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
+from vectorised_agreement import KINDS, base_of, method_of
+from vectorised_cases import CASES, SEED, SIZES, Case, scaled
 
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed

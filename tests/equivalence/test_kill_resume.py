@@ -15,11 +15,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from experiments import kill_resume
 from experiments.simulate import run_one
 from fedraclora.checkpoint import read_links
 from fedraclora.ledger import digest_rows, read_ledger
 from fedraclora.rng import generator
+from tests.campaigns import kill_resume
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 JOB = [

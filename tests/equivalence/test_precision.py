@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_vectorised_is_local import CASES, LOCAL, SEED, SIZES, Case, base_of, method_of, scaled
+from vectorised_agreement import LOCAL, base_of, method_of
+from vectorised_cases import CASES, SEED, SIZES, Case, scaled
 
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed

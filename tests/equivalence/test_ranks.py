@@ -6,25 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_vectorised_is_local import (
-    CASES,
+from vectorised_agreement import LOCAL, assert_agrees, base_of, foldable, method_of, trainer_of
+from vectorised_cases import CASES, SEED, SIZES, Case, convolution, mlp
+from vectorised_settings import (
+    A_FEW,
     FORMS,
     LAYERS,
-    LOCAL,
+    LIKE_LINEAR,
+    MEETING,
     PROJECTED,
-    SEED,
     SETTINGS,
-    SIZES,
-    Case,
     adapters_of,
-    assert_agrees,
-    base_of,
-    convolution,
-    foldable,
-    method_of,
-    mlp,
     trained_in,
-    trainer_of,
 )
 
 from fedraclora.aggregate import Uplinks
@@ -70,6 +63,8 @@ def run(case: Case, method: Method, local: LocalConfig, rounds: int, check: set[
         )
 
 
+# Each setting on one side, and on both those that meet most others.
+@pytest.mark.short(when=lambda side, setting: side == "right" or setting in MEETING | {*PROJECTED})
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("setting", EVERY_SETTING)
 def test_every_local_setting(setting: str, side: str) -> None:
@@ -79,6 +74,8 @@ def test_every_local_setting(setting: str, side: str) -> None:
     run(CASES["mlp"](), method, local, rounds=3, check={1, 3})
 
 
+# Where a client's components begin is no matter of the setting: those that meet most others.
+@pytest.mark.short(when=lambda setting: setting in MEETING | {*PROJECTED})
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("setting", EVERY_SETTING)
 def test_parts_of_one_sketch(setting: str, side: str) -> None:
@@ -104,6 +101,7 @@ def test_what_falls_back_to_vmap() -> None:
     run(case, method, replace(LOCAL, weight_decay=0.1, clip=0.5), rounds=2, check={1, 2})
 
 
+@pytest.mark.short(when=lambda kind, forms: kind not in LIKE_LINEAR or forms in A_FEW)
 @pytest.mark.parametrize("forms", ONE_TRAINED, ids="-".join)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_factors_of_every_form(kind: str, forms: tuple[str, ...]) -> None:

@@ -19,7 +19,6 @@ import torch
 from flwr.app import RecordDict
 from ray import cloudpickle
 
-from experiments import kill_workers
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
 from experiments.interrupt import STATUS
@@ -35,6 +34,7 @@ from fedraclora.settings import RayConfig
 from fedraclora.tree import Tree, digest
 from fedraclora.wire import Order, pack_downlink
 from strategies import METHODS
+from tests.campaigns import kill_workers
 
 SLOW = pytest.mark.slow
 # Workers cannot import a test module.

@@ -1,7 +1,7 @@
 """Faults by the hundred, each in a small deployment: every run ends right, or stops and goes on.
 
-``python -m experiments.fault_campaign out=DIR [drills=2]``: each kind of fault under each policy,
-in this process; then so many drills with real processes. What is done is not done again.
+``python -m tests.campaigns.fault_campaign out=DIR [drills=2]``: each kind of fault under each
+policy, in this process; then so many drills with real processes. What is done is not done again.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments.faults.real import LINK, drill
-from experiments.faults.trials import KINDS, Outcome, inject
 from experiments.status import reported
 from experiments.words import key_values
 from fedraclora.errors import ConfigError
 from fedraclora.runfolder import provenance
+from tests.campaigns.faults.real import LINK, drill
+from tests.campaigns.faults.trials import KINDS, Outcome, inject
 
 TURNS, SHIFT, LONG = 3, 5, 8  # series of all kinds, by how much they are shifted, kinds a run
 DRILL_ROUNDS = 14

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from experiments.faults.network import Fault, client, over_the_wire
 from fedraclora.engines.deploy.grid import STALE
+from tests.campaigns.faults.network import Fault, client, over_the_wire
 
 Harm = Callable[[RecordDict], None]
 Guilty = Callable[[Message], bool]

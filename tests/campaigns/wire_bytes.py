@@ -1,6 +1,6 @@
 """Bytes of a round of MiniLM on the wire, beside the formulas.
 
-``python -m experiments.wire_bytes out=DIR``: two clients and two rounds of each method, their
+``python -m tests.campaigns.wire_bytes out=DIR``: two clients and two rounds of each method, their
 messages written as a SuperLink writes them. In the second round clients catch up on the first.
 """
 
@@ -15,12 +15,12 @@ from io import StringIO
 from pathlib import Path
 
 from experiments.choices import composed
-from experiments.faults.network import Network, nodes_for, rows, serve, summary
 from experiments.status import reported
 from experiments.words import key_values
 from fedraclora.engines.deploy.traffic import message_bytes
 from fedraclora.errors import ConfigError
 from fedraclora.runfolder import provenance
+from tests.campaigns.faults.network import Network, nodes_for, rows, serve, summary
 
 RANK = ["method.rank=8"]
 METHODS = {

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import deploy
-from experiments.faults.network import RANK, SMALL
-from experiments.faults.trials import Outcome, absent, final_weights
 from fedraclora.engines.deploy.control import Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import EngineError, FedRacLoraError
 from fedraclora.ledger import read_ledger
+from tests.campaigns.faults.network import RANK, SMALL
+from tests.campaigns.faults.trials import Outcome, absent, final_weights
 
 # A node that was killed is missed after a minute; its key is refused for as long. No limit here is
 # a measure: they end what hangs.
@@ -108,7 +108,7 @@ def client_processes(deployment: LocalDeployment, k: int) -> list[int]:
 def pgrep(*words: str) -> list[int]:
     """Find processes."""
     asked = ["pgrep", *words]
-    listed = subprocess.run(asked, capture_output=True, text=True, check=False)  # noqa: S603
+    listed = subprocess.run(asked, capture_output=True, text=True, check=False)
     return [int(pid) for pid in listed.stdout.split()]
 
 

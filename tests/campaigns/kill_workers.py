@@ -1,4 +1,4 @@
-"""``python -m experiments.kill_workers``: a Ray run that loses a worker ends like one that did not.
+"""``python -m tests.campaigns.kill_workers``: a Ray run that loses a worker ends as if it had not.
 
 A small job runs once on the engine ``vectorised``, for the digests of its weights and its ledger.
 Then, as often as asked, it runs on Ray workers, one of which is killed with SIGKILL at a random
@@ -22,10 +22,10 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.bench.usage import descendants
-from experiments.kill_resume import TrialError, finish, launch
 from fedraclora.errors import FedRacLoraError
 from fedraclora.ledger import read_ledger
 from fedraclora.rng import generator
+from tests.campaigns.kill_resume import TrialError, finish, launch
 
 ROUNDS = 60
 JOB = (

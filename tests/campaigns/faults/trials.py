@@ -13,9 +13,9 @@ from pathlib import Path
 
 from flwr.app import Message
 
-from experiments.faults.harms import BEHAVIOURS, HARMS, Once, fault_of, raises
-from experiments.faults.network import Fault, Network, client, deploy, nodes_for, rows, summary
 from fedraclora.errors import ClientError
+from tests.campaigns.faults.harms import BEHAVIOURS, HARMS, Once, fault_of, raises
+from tests.campaigns.faults.network import Fault, Network, client, deploy, nodes_for, rows, summary
 
 ONE = 1  # the client at fault
 # What an operator asks for: the round goes on without it; is run again; or the run stops.

@@ -1,4 +1,4 @@
-"""``python -m experiments.kill_resume``: a run killed at random moments ends like one that was not.
+"""``python -m tests.campaigns.kill_resume``: a run that was killed ends like one that was not.
 
 A small job runs once to its end, for the digests of its weights and its ledger. Then, as often as
 asked, it is started in a process of its own, killed with SIGKILL at a moment drawn uniformly over
@@ -93,7 +93,7 @@ def launch(job: Sequence[str], folder: Path, *, resume: bool) -> subprocess.Pope
     """Start the job in a process of its own; what it says goes to ``<folder>.log``."""
     words = [*job, f"output.dir={folder}", *(["resume=auto"] if resume else [])]
     with folder.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(  # noqa: S603
+        return subprocess.Popen(
             [sys.executable, "-m", "experiments.simulate", *words],
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -208,7 +208,9 @@ def show(found: Sequence[Trial]) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Read the command line, run the trials, and give the exit status: 1 on any difference."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.kill_resume", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.campaigns.kill_resume", description=__doc__
+    )
     parser.add_argument("--times", type=int, default=20, help="trials (20)")
     parser.add_argument("--method", default="fed_rac_lora", help="method (fed_rac_lora)")
     parser.add_argument("--kills", type=int, default=4, help="kills per trial at most (4)")

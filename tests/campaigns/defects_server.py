@@ -1,0 +1,321 @@
+"""Defects of what stands beside the methods: server optimisers, control variates, buffers.
+
+Each names the law that it breaks, by the name of the test that must find it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import clients.kept
+import strategies.server.buffer
+import strategies.server.fedopt
+import strategies.server.treatment
+from clients.kept import held
+from fedraclora.aggregate import Uplinks
+from fedraclora.method import Downlink, State
+from fedraclora.server_optimiser import Adaptive, Momentum, ServerOptimiser, Yogi
+from fedraclora.training.variates import correcting, mean_gradients, moved_by
+from fedraclora.transport import transported
+from fedraclora.tree import Tree
+from strategies.buffered import BufferedStrategy
+from strategies.server.buffer import Batch, batch_of, merge
+from strategies.server.exchange import Exchange
+from strategies.server.fedopt import step_in_weights
+from strategies.server.scaffold import check_scaffold
+from tests.campaigns.planting import Planting, defect, defects_of
+
+OPTIMISERS = ("tests/contract/test_server_optimisers.py",)
+DRIFT = ("tests/contract/test_control_variates.py",)
+BUFFERED = ("tests/contract/test_buffered_rounds.py",)
+IN_WEIGHTS = "test_in_weights_the_server_follows_the_mean_of_the_clients_weights"
+IN_FACTORS = "test_in_factors_momentum_is_projected_on_what_the_round_trains"
+SCAFFOLD = "test_a_run_is_scaffold_on_the_weights_that_it_trains"
+STEP = "test_every_step_is_the_discounted_mean_of_what_came"
+
+Advanced = tuple[Tree, Tree]
+
+
+# ---- Server optimisers ----------------------------------------------------------------
+
+
+@defect(
+    f"{IN_WEIGHTS} and momentum",
+    "FedAvgM: the velocity is not carried from round to round",
+    OPTIMISERS,
+)
+def server_momentum_forgotten(planting: Planting) -> None:
+    sound = Momentum.advance
+    planting.put(Momentum, "advance", lambda self, *given: sound(replace(self, beta=0.0), *given))
+
+
+@defect(f"{IN_WEIGHTS} and adam", "FedAdam: the last change scaled by V alone", OPTIMISERS)
+def first_moment_forgotten(planting: Planting) -> None:
+    sound = Adaptive.advance
+    planting.put(Adaptive, "advance", lambda self, *given: sound(replace(self, beta1=0.0), *given))
+
+
+@defect(
+    f"{IN_WEIGHTS} and adam",
+    "Flower's FedAdam: the first rounds corrected, which algorithm 2 of FedOpt has not",
+    OPTIMISERS,
+)
+def moments_corrected_as_adam_does(planting: Planting) -> None:
+    sound = Adaptive.advance
+
+    def advance(self: Adaptive, change: Tree, moments: Tree) -> Advanced:
+        steps, new = sound(self, change, moments)
+        begun = {n: 1.0 if f"first/{n}" in moments else 1 - self.beta1 for n in steps}
+        return {n: t / begun[n] for n, t in steps.items()}, new
+
+    planting.put(Adaptive, "advance", advance)
+
+
+@defect(
+    f"{IN_WEIGHTS} and adagrad",
+    "Flower's FedOpt: V begins at 0, where the paper has tau^2",
+    OPTIMISERS,
+)
+def second_moment_begins_at_nothing(planting: Planting) -> None:
+    sound = Adaptive.advance
+
+    def advance(self: Adaptive, change: Tree, moments: Tree) -> Advanced:
+        nothing = {f"second/{n}": torch.zeros_like(t) for n, t in change.items()}
+        return sound(self, change, nothing | moments)
+
+    planting.put(Adaptive, "advance", advance)
+
+
+@defect(f"{IN_WEIGHTS} and yogi", "FedYogi: sign(Delta^2 - V)", OPTIMISERS)
+def yogi_moves_the_wrong_way(planting: Planting) -> None:
+    def second(self: Yogi, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        return old - (1 - self.beta2) * square * torch.sign(square - old)
+
+    planting.put(Yogi, "second", second)
+
+
+@defect(f"{IN_WEIGHTS} and momentum", "an optimiser that is made anew in each round", OPTIMISERS)
+def server_moments_begin_anew(planting: Planting) -> None:
+    planting.put(strategies.server.fedopt, "_own", lambda state: {})
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A server optimiser that steps beside the mean, in the place of stepping instead of it."""
+
+    rule: ServerOptimiser
+
+    def advance(self, change: Tree, moments: Tree) -> Advanced:
+        """Give the sum of both steps."""
+        steps, new = self.rule.advance(change, moments)
+        return {n: change[n] + t for n, t in steps.items()}, new
+
+
+@defect(
+    f"{IN_WEIGHTS} and momentum",
+    "resets nothing: the mean is merged, and the server's step is added",
+    OPTIMISERS,
+)
+def server_steps_beside_the_mean(planting: Planting) -> None:
+    def beside(rule: ServerOptimiser, *given: Any) -> State:
+        return step_in_weights(Beside(rule), *given)  # type: ignore[arg-type]
+
+    planting.function(step_in_weights, beside)
+
+
+@defect(IN_FACTORS, "momentum of B under one A added under another", OPTIMISERS)
+def momentum_left_beside_the_old_sketch(planting: Planting) -> None:
+    planting.function(transported, lambda label, trained, old, new: trained)
+
+
+@defect(IN_FACTORS, "B A_old A_new^T, which is right for orthonormal rows alone", OPTIMISERS)
+def momentum_moved_without_the_gram(planting: Planting) -> None:
+    def moved(
+        label: str, trained: torch.Tensor, old: torch.Tensor, new: torch.Tensor
+    ) -> torch.Tensor:
+        if label == "A":
+            return moved("B", trained.T, old.T, new.T).T
+        return trained @ (old @ new.T)
+
+    planting.function(transported, moved)
+
+
+# ---- Control variates -----------------------------------------------------------------
+
+
+def negative(tree: Tree) -> Tree:
+    return {n: -t for n, t in tree.items()}
+
+
+@defect(SCAFFOLD, "SCAFFOLD: g + c_k - c", DRIFT)
+def correction_of_the_wrong_sign(planting: Planting) -> None:
+    def turned(*given: Any) -> tuple[Downlink, Tree]:
+        sent, moments = held(*given)
+        return replace(sent, variates=negative(sent.variates)), moments
+
+    planting.function(held, turned)
+
+
+@defect(
+    "test_the_batch_of_clients_adds_what_the_one_client_loop_adds",
+    "SCAFFOLD: the correction subtracted from the gradient",
+    DRIFT,
+)
+def correction_taken_away(planting: Planting) -> None:
+    def away(sent: Downlink, order: torch.Tensor) -> Callable[[Tree], Tree]:
+        return correcting(replace(sent, variates=negative(sent.variates)), order)
+
+    planting.function(correcting, away)
+
+
+@defect(SCAFFOLD, "option II: c_k <- (x - y) / (K eta), without c_k - c", DRIFT)
+def correction_counted_as_gradient(planting: Planting) -> None:
+    sound = clients.kept._variates
+
+    def variates(store: Any, sent: Downlink, *given: Any) -> Tree:
+        nothing = {n: torch.zeros_like(t) for n, t in sent.variates.items()}
+        return sound(store, replace(sent, variates=nothing), *given)
+
+    planting.put(clients.kept, "_variates", variates)
+
+
+@defect(SCAFFOLD, "a variate of B kept as it is while A is drawn anew", DRIFT)
+def variates_in_the_coordinates_of_the_old_sketch(planting: Planting) -> None:
+    def never(*given: Any) -> bool:
+        check_scaffold(*given)
+        return False
+
+    planting.function(check_scaffold, never)
+
+
+@defect(SCAFFOLD, "a gradient of B taken for one of the weight: alpha / r is forgotten", DRIFT)
+def variates_lifted_without_the_scale(planting: Planting) -> None:
+    def moved(kept: Tree, sent: Downlink, *given: Any) -> Tree:
+        out = moved_by(kept, sent, *given)
+        for weight, adapter in sent.adapters.items():
+            if (key := f"variates/{weight}") in out:
+                out[key] = kept[key] + adapter.scale * (out[key] - kept[key])
+        return out
+
+    planting.function(moved_by, moved)
+
+
+def close_with(planting: Planting, counted: Callable[[float], float]) -> None:
+    """Move the server's variates by another share than that of the cohort."""
+    sound = strategies.server.treatment.close_corrected
+
+    def close(*given: Any) -> Tree:
+        *before, share = given
+        return sound(*before, counted(share))
+
+    planting.put(strategies.server.treatment, "close_corrected", close)
+
+
+@defect(
+    SCAFFOLD,
+    "c replaced by the mean over the cohort, whatever share of the clients that is",
+    DRIFT,
+)
+def cohort_taken_for_everyone(planting: Planting) -> None:
+    close_with(planting, lambda share: 1.0)
+
+
+@defect(
+    SCAFFOLD,
+    "the mean taken over all clients, then weighted by the cohort's share once more",
+    DRIFT,
+)
+def cohort_counted_twice(planting: Planting) -> None:
+    close_with(planting, lambda share: share**2)
+
+
+@defect(SCAFFOLD, "(x - y) / eta, the sum of K gradients", DRIFT)
+def steps_forgotten_in_the_mean_gradient(planting: Planting) -> None:
+    def summed(start: Tree, end: Tree, steps: int, rates: dict[str, float]) -> Tree:
+        return mean_gradients(start, end, 1, rates)
+
+    planting.function(mean_gradients, summed)
+
+
+# ---- Buffered rounds ------------------------------------------------------------------
+
+
+@defect(f"{STEP} and fed_rac_lora", "B trained under A_t merged with A_(t + tau)", BUFFERED)
+def stale_factor_beside_the_new_sketch(planting: Planting) -> None:
+    def beside(
+        method: Any, state: State, batches: list[Batch], now: Downlink, round_: int
+    ) -> State:
+        fresh = [replace(b, sent=replace(now, link=b.sent.link)) for b in batches]
+        return merge(method, state, fresh, now, round_)
+
+    planting.function(merge, beside)
+
+
+def close_group(
+    planting: Planting,
+    change: Callable[[list[Batch], float, int], tuple[list[Batch], float]],
+) -> None:
+    """Change the replies that are merged together, or what their sum is divided by."""
+    sound = strategies.server.buffer._closed
+
+    def closed(
+        method: Any, state: State, sent: Downlink, group: list[Batch], total: float, round_: int
+    ) -> State:
+        return sound(method, state, sent, *change(group, total, round_), round_)
+
+    planting.put(strategies.server.buffer, "_closed", closed)
+
+
+@defect(STEP, "FedBuff: s(tau) = 1", BUFFERED)
+def stale_replies_count_in_full(planting: Planting) -> None:
+    close_group(
+        planting, lambda group, total, now: ([replace(b, round_=now) for b in group], total)
+    )
+
+
+@defect(
+    STEP,
+    "a mean by discounted weights: a buffer of stale replies moves as far as one of fresh ones",
+    BUFFERED,
+)
+def discount_divided_out_again(planting: Planting) -> None:
+    def left(batch: Batch, now: int) -> float:
+        return float(batch.weights.sum()) / (1 + now - batch.round_) ** 0.5
+
+    close_group(planting, lambda group, total, now: (group, sum(left(b, now) for b in group)))
+
+
+@defect(
+    f"{STEP} and (ffa_lora or fedavg)",
+    "a reply taken for what the client ends with, not for what it has changed",
+    BUFFERED,
+)
+def stale_weights_in_the_place_of_changes(planting: Planting) -> None:
+    def whole(got: Uplinks, *given: Any) -> Batch:
+        return replace(batch_of(got, *given), rows=got.rows().cpu())
+
+    planting.function(batch_of, whole)
+
+
+@defect(
+    "test_a_reply_is_merged_once_and_waits_until_then",
+    "resets nothing: what was merged lies in the buffer still",
+    BUFFERED,
+)
+def buffer_never_emptied(planting: Planting) -> None:
+    sound = BufferedStrategy._next
+
+    def next_(self: BufferedStrategy, exchange: Exchange, got: Uplinks) -> State:
+        leg = self._leg
+        assert leg is not None
+        self._leg = replace(leg, flying=(*leg.flying, *leg.landed))
+        return sound(self, exchange, got)
+
+    planting.put(BufferedStrategy, "_next", next_)
+
+
+SERVER_DEFECTS = defects_of(globals())

@@ -1,0 +1,92 @@
+"""How a defect of public code is planted: objects of the project are replaced in this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
+
+
+@dataclass
+class Planting:
+    """Replaces objects of the project, and remembers what stood there.
+
+    Attributes:
+        patch: Undoes it.
+        replaced: Owner, name and what stood there before, of each.
+    """
+
+    patch: pytest.MonkeyPatch
+    replaced: list[tuple[object, str, object]] = field(default_factory=list)
+
+    def put(self, owner: object, name: str, new: object) -> None:
+        """Replace an attribute of a class, or a name as one module knows it.
+
+        Raises:
+            AttributeError: If the owner has no such attribute.
+        """
+        self.replaced.append((owner, name, getattr(owner, name)))
+        self.patch.setattr(owner, name, new)
+
+    def function(self, old: Callable[..., Any], new: Callable[..., Any]) -> None:
+        """Replace a function in every module that knows it; later imports find the new one.
+
+        Raises:
+            AttributeError: If its own module does not know it by its name.
+        """
+        name = old.__name__
+        if getattr(sys.modules[old.__module__], name) is not old:
+            raise AttributeError(f"{old.__module__}.{name} is another function")
+        for module in [m for n, m in sys.modules.items() if n.partition(".")[0] in PACKAGES]:
+            for known, value in list(vars(module).items()):
+                if value is old:
+                    self.put(module, known, new)
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A change of the code that must be found.
+
+    Attributes:
+        name: Of the defect.
+        plant: Puts it into this process.
+        methods: A pytest expression for the methods, or tests, that it concerns.
+        seen: Where public code has it, or what it stands for.
+        tests: Files in which it must be found; none: the suite that all methods go through.
+    """
+
+    name: str
+    plant: Callable[[Planting], None]
+    methods: str
+    seen: str
+    tests: tuple[str, ...] = ()
+
+    @contextmanager
+    def planted(self) -> Iterator[Planting]:
+        """Have the defect in this process for a while."""
+        with pytest.MonkeyPatch.context() as patch:
+            planting = Planting(patch)
+            self.plant(planting)
+            yield planting
+
+
+def defect(
+    methods: str, seen: str, tests: tuple[str, ...] = ()
+) -> Callable[[Callable[[Planting], None]], Defect]:
+    """Make a defect of the function that plants it, whose name it takes; see `Defect`."""
+
+    def made(plant: Callable[[Planting], None]) -> Defect:
+        return Defect(plant.__name__, plant, methods, seen, tests)
+
+    return made
+
+
+def defects_of(module: dict[str, object]) -> tuple[Defect, ...]:
+    """Give the defects among the names of a module, in the order in which they stand there."""
+    return tuple(value for value in module.values() if isinstance(value, Defect))

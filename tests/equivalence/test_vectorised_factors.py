@@ -1,0 +1,72 @@
+"""A batch of clients comes to what each comes to alone: factors that no method sends yet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from vectorised_agreement import LOCAL, assert_agrees, base_of, foldable, trainer_of
+from vectorised_cases import SIZES, Case, mlp, normal, reader, scaled
+from vectorised_settings import A_FEW, FORMS, LAYERS, LIKE_LINEAR, adapters_of, trained_in
+
+from fedraclora.errors import ConfigError
+from fedraclora.method import Downlink, Trained
+
+
+@pytest.mark.short(when=lambda kind, forms: kind not in LIKE_LINEAR or forms in A_FEW)
+@pytest.mark.parametrize("forms", FORMS, ids="-".join)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_factors_of_every_form(kind: str, forms: tuple[str, ...]) -> None:
+    make, names = LAYERS[kind]
+    case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="adapt")
+    plan = case.plan()
+    downlink = Downlink(adapters_of(forms, names, plan.targets))
+    clients = torch.arange(len(SIZES))
+    assert_agrees(case, plan, LOCAL, base_of(case.task), downlink, clients)
+
+
+@pytest.mark.parametrize("forms", [f for f in FORMS if len(f) == 2], ids="-".join)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_prox_and_preconditioner_with_factors_of_every_form(
+    kind: str, forms: tuple[str, ...]
+) -> None:
+    make, names = LAYERS[kind]
+    case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="average")
+    plan = case.plan()
+    dense = {n: Trained(plan.shapes[n], main=False) for n in plan.dense}
+    downlink = Downlink(adapters_of(forms, names, plan.targets), dense)
+    local = replace(LOCAL, lr=0.02, prox=0.4, precondition=trained_in(forms) == 1, momentum=0.5)
+    assert_agrees(case, plan, local, base_of(case.task), downlink, torch.arange(len(SIZES)))
+
+
+def test_dense_tensors_may_start_at_each_client() -> None:
+    case = Case(reader(), dense="norm")
+    plan, K = case.plan(), len(SIZES)
+    dense = {
+        name: Trained(shape, 0.4 * normal(K, *shape, key=name), main=False)
+        for name, shape in plan.shapes.items()
+    }
+    base, local = base_of(case.task), replace(LOCAL, prox=0.4)
+    assert_agrees(case, plan, local, base, Downlink(dense=dense), torch.arange(K))
+
+
+def test_prox_refuses_three_factors() -> None:
+    case = Case(mlp(), targets="fc1")
+    plan = case.plan()
+    downlink = Downlink(adapters_of(("own", "zero", "own"), ("fc1.weight",), plan.targets))
+    trainer = trainer_of(case.task, plan, replace(LOCAL, prox=0.1))
+    with pytest.raises(ConfigError, match=r"prox.*'M'"):
+        trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, rate_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "forms", [("own", "starts"), ("starts", "sketched"), ("own", "zero", "own")]
+)
+def test_factors_of_each_client_under_vmap(forms: tuple[str, ...]) -> None:
+    case = Case(scaled(), targets="inner", dense="gain")
+    plan = case.plan()
+    dense = {"gain": Trained((6,), 1 + 0.1 * normal(len(SIZES), 6, key="gain"))}
+    downlink = Downlink(adapters_of(forms, ("inner.weight",), plan.targets), dense)
+    assert not foldable(case, downlink)
+    assert_agrees(case, plan, LOCAL, base_of(case.task), downlink, torch.arange(len(SIZES)))
