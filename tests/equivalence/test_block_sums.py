@@ -112,6 +112,7 @@ def test_rows_come_where_a_block_is_cut_or_a_method_looks_at_clients(
     assert [r.reduced for r in seen] == [False] * len(seen)
 
 
+@pytest.mark.short(when=lambda chunk, weights: weights == "examples" or chunk == WHOLE[0])
 @pytest.mark.usefixtures("broken")
 @pytest.mark.parametrize("weights", ["examples", "uniform"])
 @pytest.mark.parametrize("chunk", WHOLE)

@@ -253,6 +253,7 @@ WORLDS: dict[str, Callable[[], World]] = {
 }
 
 
+@pytest.mark.short(when=lambda name: name != "transformer-adamw")  # each is there beside the other
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_model_is_what_training_takes(name: str) -> None:
     """For as many clients as one likes: never too little, and less than a third too much."""
