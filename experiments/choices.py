@@ -1,22 +1,110 @@
-"""The choices of the config groups, read from the folder ``conf``."""
+"""The choices of the config groups, read from the folder ``conf``.
+
+A choice says what is its own, and in ``defaults`` on which other files it builds: ``[sgd]`` is a
+choice of its group, ``[/lowrank]`` a file beside ``config.yaml``, which is no choice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
 
 from experiments import CONF
+from fedraclora.errors import unknown
 
-__all__ = ["CONF", "composed", "groups"]
+__all__ = ["CONF", "choice", "composed", "groups", "keys_of", "lineage"]
+
+# A line of a file: indentation, key, value (in which "#1" is no comment), comment.
+LINE = re.compile(r"( *)(\w+):(?: .*?)??(?: +# (.*))?")
+GLOBAL = "@package _global_"  # its keys are those of the config itself: clients, data.file
 
 
 def groups() -> dict[str, dict[str, str]]:
     """List the config groups: group -> choice -> the first comment line of its file."""
     found: dict[str, dict[str, str]] = {}
     for path in sorted(CONF.glob("*/*.yaml")):
-        lines = path.read_text().splitlines()
-        first = next(text for text in lines if "@package" not in text)  # Hydra wants that on line 1
-        found.setdefault(path.parent.name, {})[path.stem] = first.lstrip("# ").rstrip()
+        found.setdefault(path.parent.name, {})[path.stem] = _comment(path)[0]
     return found
+
+
+def choice(group: str, name: str, *, folders: Sequence[Path] = ()) -> dict[str, object]:
+    """Read a choice of a group with all that it builds on, as Hydra composes it.
+
+    Args:
+        group: For example ``local``.
+        name: Of the choice. That it chooses others beside it, as some data do, is left out.
+        folders: Where it may be beside ``conf``.
+
+    Returns:
+        Its keys; those of the config where the file is for the whole of it. Nothing is resolved.
+
+    Raises:
+        ConfigError: If there is no such choice.
+
+    Example:
+        >>> momentum = choice("local", "momentum")
+        >>> momentum["momentum"], momentum["batch_size"]
+        (0.9, 16)
+    """
+    from omegaconf import OmegaConf
+
+    files = [OmegaConf.load(path) for path in lineage(f"{group}/{name}", [CONF, *folders])]
+    merged = OmegaConf.to_container(OmegaConf.merge(*files), resolve=False)
+    return {str(k): v for k, v in dict(merged).items() if k != "defaults"}  # type: ignore[arg-type]
+
+
+def lineage(name: str, roots: Sequence[Path] = (CONF,)) -> list[Path]:
+    """List the files that a config is composed of: those that it builds on, then its own.
+
+    Args:
+        name: Its path below a root, without the suffix.
+        roots: Folders; the first that has a file of the name counts.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    import yaml
+
+    group, _, last = name.rpartition("/")
+    there = [root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()]
+    if not there:
+        known = {path.stem for root in roots for path in (root / group).glob("*.yaml")}
+        raise unknown(group, last, known)
+    found = []
+    loaded = yaml.safe_load(there[0].read_text(encoding="utf-8")) or {}
+    for base in loaded.get("defaults", ()):
+        if isinstance(base, str) and base != "_self_":  # the others choose in other groups
+            above = "" if base.startswith("/") or not group else f"{group}/"
+            found += lineage(above + base.lstrip("/"), roots)
+    return [*found, there[0]]
+
+
+def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
+    """Write what a choice is, and a line for each of its keys: what it is set to, what it means.
+
+    Args:
+        group: For example ``local``.
+        name: Of the choice.
+        folders: Where it may be beside ``conf``.
+
+    Raises:
+        ConfigError: If there is no such choice.
+    """
+    files = lineage(f"{group}/{name}", [CONF, *folders])
+    comments: dict[str, str] = {}
+    for file in files:  # what is said last holds
+        comments |= _comments(file)
+    before = "" if GLOBAL in files[-1].read_text(encoding="utf-8") else f"{group}."
+    rows = []
+    for key, value in _flat(choice(group, name, folders=folders)):
+        word = f"{before}{key}={value if isinstance(value, str) else json.dumps(value)}"
+        rows.append((word, comments.get(key, comments.get(key.removesuffix(".name"), ""))))
+    width = max((len(word) for word, text in rows if text), default=0)
+    lines = [*_comment(files[-1]), "", *(f"{word:<{width}}  {text}" for word, text in rows)]
+    return "\n".join([f"{group}={name}", *(f"  {line}".rstrip() for line in lines)])
 
 
 def composed(words: Sequence[str]) -> dict[str, object]:
@@ -47,3 +135,32 @@ def composed(words: Sequence[str]) -> dict[str, object]:
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
     ):
         return without_idle(once(words), words, once)
+
+
+def _comment(path: Path) -> list[str]:
+    """Give the comment that a file begins with, but for what Hydra wants on the first line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = takewhile(lambda text: text.startswith("#"), lines)
+    return [text.removeprefix("#").strip() for text in head if "@package" not in text]
+
+
+def _comments(path: Path) -> dict[str, str]:
+    """Read the comments beside the keys of a file, by dotted key."""
+    found: dict[str, str] = {}
+    within: list[tuple[int, str]] = []  # the keys that the line stands under, with their depth
+    for text in path.read_text(encoding="utf-8").splitlines():
+        if line := LINE.fullmatch(text):
+            depth = len(line[1])
+            within = [*(above for above in within if above[0] < depth), (depth, line[2])]
+            if line[3]:
+                found[".".join(key for _, key in within)] = line[3]
+    return found
+
+
+def _flat(tree: Mapping[str, object], before: str = "") -> Iterator[tuple[str, object]]:
+    """Go through the values of nested mappings, by dotted key."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value

@@ -6,9 +6,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 from experiments import completion
-from experiments.choices import groups
+from experiments.choices import groups, keys_of
 from experiments.interrupt import at_once, in_order
 from experiments.status import reported
 from fedraclora.errors import unknown
@@ -34,6 +35,7 @@ def usage() -> str:
         "  choices of a sweep have, or read, has ++: -m attack=none,sign_flip ++attack.scale=5",
         "configs of your own: --config-dir DIR experiment=NAME for DIR/experiment/NAME.yaml",
         'what a run would have: --cfg job; completion: eval "$(fedraclora -sc install=bash)"',
+        "keys of a choice, and what they mean: fedraclora simulate local=momentum --help",
         "keys typed most: method.rank method.alpha data.root local.lr local.epochs clients cohort",
         "  rounds seed device output.dir resume experiment; all of them: conf/config.yaml",
         "",
@@ -48,9 +50,12 @@ def usage() -> str:
 def main(words: Sequence[str] | None = None) -> None:
     """Run a subcommand, and end with its status; `experiments.status` says what went wrong."""
     words = sys.argv[1:] if words is None else list(words)
-    asks = {"-h", "--help"} & set(words) and words[0] == "simulate"
-    if not words or words[0] in {"-h", "--help", "help"} or asks:
+    if not words or words[0] in {"-h", "--help", "help"}:
         print(usage())
+        return
+    if {"-h", "--help"} & set(words) and words[0] == "simulate":
+        if status := explain(words[1:]):
+            sys.exit(status)
         return
     if words[0] == "--version":
         print(f"fedraclora {metadata.version('fedraclora')}")
@@ -63,6 +68,16 @@ def main(words: Sequence[str] | None = None) -> None:
     with in_order():
         status = run(words[0], words[1:])
     sys.exit(status)
+
+
+@reported
+def explain(words: Sequence[str]) -> int:
+    """Print the keys of the choices among some words, or the help text if there are none."""
+    typed = [word.lstrip("+").partition("=") for word in words]
+    chosen = [(group, name) for group, mark, name in typed if mark and group in groups()]
+    folders = [Path(name) for name in completion.folder(words)[1:]]
+    print("\n\n".join(keys_of(*words, folders=folders) for words in chosen) or usage())
+    return 0
 
 
 @reported

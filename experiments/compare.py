@@ -27,6 +27,7 @@ from fedraclora.errors import CheckpointError, unknown
 from fedraclora.ledger import number
 from fedraclora.metrics import higher_is_better
 from fedraclora.plots import MEGABYTE, compare_figure
+from fedraclora.runfolder import resume_word
 
 __all__ = ["Table", "compare", "main"]
 
@@ -101,7 +102,7 @@ def _metric(runs: Sequence[Run], asked: str | None, notes: list[str]) -> str:
             notes.append(f"warning: {run.folder}: diverged (round {run.diverged_at}), {advice}")
         elif run.unfinished:
             where = f"round {run.last} of {run.config.get('rounds')}"
-            notes.append(f"{run.folder}: unfinished, {where}; go on with resume={run.folder}")
+            notes.append(f"{run.folder}: unfinished, {where}; go on with {resume_word(run.folder)}")
         elif not math.isfinite(run.final(metric)):
             notes.append(
                 f"warning: {run.folder}: {metric} is absent or not finite at the last evaluated "
@@ -258,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error that was printed.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.compare",
+        prog="fedraclora compare",
         description="Compare and rank runs: table.md, table.csv, compare.png.",
         epilog="Or experiment=STUDY [KEY=VALUE ...]: run methods alike first, and rank them.",
     )

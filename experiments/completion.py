@@ -41,13 +41,13 @@ def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
     if typed[0] == "deploy":
         rest = NODES.sub(" ", rest)
     os.environ["COMP_LINE"] = f"{program} {rest.lstrip()}"
-    return [*_folder(typed), FLAGS[0], *words]
+    return [*folder(typed), FLAGS[0], *words]
 
 
-def _folder(typed: Sequence[str]) -> list[str]:
+def folder(typed: Sequence[str]) -> list[str]:
     """The flag of a line that names a folder of configs, if there is one."""
     for word, following in zip(typed, [*typed[1:], ""], strict=True):
-        flag, mark, folder = word.partition("=")
+        flag, mark, named = word.partition("=")
         if flag in FOLDER_FLAGS and (mark or following):
-            return [flag, folder or following]
+            return [flag, named or following]
     return []

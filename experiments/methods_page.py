@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
-import yaml
-
-from experiments.choices import CONF, groups
+from experiments.choices import choice, groups
 from experiments.study_entries import docstring, is_unverified
 from experiments.tables import Table, read_table
 from fedraclora.method import Method
@@ -53,8 +52,15 @@ def methods(results: Path) -> str:
 
 def method_of(name: str) -> Method:
     """Make a method as its YAML in conf/method has it."""
-    group = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
-    return bind("method", METHODS, group)()
+    return bind("method", METHODS, choice("method", name))()
+
+
+@cache
+def aliases() -> Mapping[str, str]:
+    """List the names that stand for the settings of another name: name -> the other."""
+    first: dict[Method, str] = {}
+    found = {name: first.setdefault(method_of(name), name) for name in METHODS}
+    return {name: other for name, other in found.items() if name != other}
 
 
 def _overview(costs: Mapping[str, str]) -> Table:
@@ -88,8 +94,10 @@ def _overview(costs: Mapping[str, str]) -> Table:
 
 def _section(kind: type[Method], names: list[str]) -> str:
     path = kind.__module__.replace(".", "/") + ".py"
-    others = f" Also as {', '.join(f'`{name}`' for name in names[1:])}." if names[1:] else ""
+    same = aliases()
+    others = [f"`{n}`" + (f" (= `{same[n]}`)" if n in same else "") for n in names[1:]]
+    also = f" Also as {', '.join(others)}." if others else ""
     return (
-        f"### {names[0]}\n\n[{path}](../{path}), `conf/method/{names[0]}.yaml`.{others}\n\n"
+        f"### {names[0]}\n\n[{path}](../{path}), `conf/method/{names[0]}.yaml`.{also}\n\n"
         f"{docstring(kind).strip()}\n"
     )

@@ -192,7 +192,9 @@ def explained(error: HydraException, words: Sequence[str]) -> ConfigError:
         return unknown(group, choice, error.options)
     if isinstance(error, OverrideParseException):
         return ConfigError(
-            f"{error.override!r} cannot be read as key=value ({said.splitlines()[0]}); in a list "
+            f"{error.override!r} cannot be read as key=value, which is written without blanks "
+            f"({said.splitlines()[0]}); what holds other signs stands in quotes of its own: "
+            "\"key=';'\"; in a list "
             "[a, b] or a mapping {a: 1, *: 2} names stand without quotes, and the shell wants "
             "quotes around the whole: 'key=[a, b]'"
         )

@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from clients.engines import engine_of
 from experiments import folders
-from experiments.assemble import Assembled, assemble
 from experiments.choices import CONF
 from experiments.interrupt import in_order
 from experiments.overrides import flags_first, in_plain_words, key_of, plain_of, without_idle
@@ -24,12 +24,12 @@ from experiments.progress import RunProgress
 from experiments.resume import go_on, is_done
 from experiments.status import composing, reported, tell
 from fedraclora.build import settled
-from fedraclora.config import RunConfig, from_plain
+from fedraclora.config import from_plain
 from fedraclora.errors import ConfigError
 from fedraclora.ledger import headline, number
 from fedraclora.runfolder import method_label, read_config, read_summary, refuse_existing
 from strategies import METHODS
-from strategies.outcome import run_in_folder
+from strategies.outcome import Run, execute
 from strategies.server.rows import Row
 
 Plain = dict[str, object]
@@ -37,33 +37,46 @@ FAILED: list[str] = []
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
 
 
-def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
-    """Run to the end with a progress bar; see `strategies.outcome.run_in_folder`.
+def carry_out(
+    plain: Plain,
+    folder: Path | None,
+    *,
+    resume: bool = False,
+    on_round: Callable[[Row], None] | None = None,
+) -> Run:
+    """Run to the end in this process with a progress bar; see `strategies.outcome.execute`.
 
     Args:
         plain: The resolved config.
-        folder: The run folder.
+        folder: The run folder; None: the run leaves nothing behind.
         resume: Go on with the run in the folder.
+        on_round: Called with each new ledger row.
 
     Returns:
-        The summary.
+        The run.
     """
     config = from_plain(plain, METHODS, began=resume)
     label = method_label(plain)
     with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
 
-        def begin(
-            config: RunConfig,
-            folder: Path | None,
-            *,
-            resume: bool = False,
-            on_round: Callable[[Row], None] | None = None,
-        ) -> Assembled:
-            run = assemble(config, folder, resume=resume, on_round=on_round)
-            progress.say(f"chunk: {run.chunk}")
-            return run
+        def show(row: Row) -> None:
+            progress.show(row)
+            if on_round is not None:
+                on_round(row)
 
-        return run_in_folder(config, folder, begin, resume=resume, on_round=progress.show)
+        return execute(
+            config,
+            folder,
+            engine_of,
+            resume=resume,
+            on_round=show,
+            on_start=lambda run: progress.say(f"chunk: {run.chunk}"),
+        )
+
+
+def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
+    """Give the summary of `carry_out`."""
+    return carry_out(plain, folder, resume=resume).summary
 
 
 def report(summary: Plain, folder: Path) -> None:

@@ -88,9 +88,11 @@ def run_job(job: Job) -> Plain:
     if job.phase == "final":
         line["client_bytes"] = client_bytes(run)
     try:
-        run.strategy.start(run.grid)
+        run.start()
     except FedRacLoraError as error:  # a learning rate that diverges is a result, not a failure
         return line | {"diverged": str(error), "metrics": {}, "cpu_seconds": since(used)}
+    finally:
+        run.close()
     rows = run.strategy.book.ledger.rows
     errors = column(rows, "report", "aggregation_error")
     line |= summarise(run, time.perf_counter() - began)

@@ -55,7 +55,7 @@ class Table:
         console = Console(markup=False, highlight=False)
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console = Console(markup=False, highlight=False, width=240)  # a pipe has no width
-        widths = self._widths(console.width)
+        widths = self._widths(console.width) if self.header else []
         shown = len(widths)
         table = RichTable()
         for index, width in enumerate(widths):
@@ -63,7 +63,8 @@ class Table:
             table.add_column(self.header[index], justify=justify, width=width)
         for row in self.cells:
             table.add_row(*row[:shown])
-        console.print(table)
+        if widths:
+            console.print(table)
         if left := self.header[shown:]:
             console.print(f"no room here for: {', '.join(left)}", soft_wrap=True)
         for note in self.notes:

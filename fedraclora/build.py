@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +22,7 @@ from fedraclora.method import Plan
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.models.dropout import refuse_functions
+from fedraclora.models.interaction import refuse_interaction
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
 from fedraclora.robust.attack import LabelFlip
@@ -28,7 +30,6 @@ from fedraclora.robust.attacked import AttackedTrainer
 from fedraclora.samples import Partitioned, Samples, count_labels
 from fedraclora.sampling import check_cohort
 from fedraclora.schema import Plain, bind, coerce, section, without
-from fedraclora.settings import DeployConfig
 from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.pretrain import pretrain
@@ -99,13 +100,10 @@ def terms_of(config: TaskConfig, built: BuiltTask) -> Terms | None:
     """Give what the clients of a run insist on in secure aggregation; None without it."""
     if not isinstance(config.secure, SecAgg):
         return None
-    engine, cohort = config.engine, built.cohort
     if config.system.enabled or isinstance(config.privacy, ClientLevel):
         fewest = LEAST  # how many are asked is a matter of devices, or of coins
-    elif isinstance(engine, DeployConfig):
-        fewest = min(engine.min_clients or cohort, cohort)
     else:
-        fewest = cohort - config.max_failures
+        fewest = config.engine.fewest(built.cohort, config.max_failures)
     return Terms(config.secure, config.weights, max(LEAST, fewest))
 
 
@@ -126,6 +124,8 @@ def fix_bits(threads: int, device: torch.device) -> None:
     """Fix what changes bits: threads of torch and of every BLAS, and the free choices of a GPU."""
     torch.set_num_threads(threads)
     threadpool_limits(limits=threads)
+    # The fast path of torch's own transformer blocks has no derivative, and other bits.
+    torch.backends.mha.set_fastpath_enabled(False)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
@@ -195,7 +195,10 @@ def build_task(config: TaskConfig) -> BuiltTask:
         if len(table):
             check_fit(built.model, table.inputs)
     if config.model.get("name") == "function":
-        refuse_functions(built.model, data.train.inputs)
+        tables = [table for table in (*brought, data.test) if len(table)]
+        seen: Mapping[str, torch.Tensor] = tables[0].inputs if tables else {}
+        refuse_functions(built.model, seen)
+        refuse_interaction(built.model, seen)
     dtype = _float_dtype(data.train)
     model = built.model.to(dtype)
     facts: dict[str, object] = {**data.info, "partition": info}

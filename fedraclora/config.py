@@ -225,6 +225,8 @@ def _refuse_unknown(plain: Plain) -> None:
         return
     whole = [f"{key}.{inner}" for key in known for inner in _keys(plain.get(key))]
     lines = [unknown_key(str(key), [*known, *whole]) for key in found]
+    if "experiment" in found:
+        lines.append("the first line of a preset of your own is '# @package _global_'")
     raise UnreadKeysError("\n  ".join(lines), found)
 
 

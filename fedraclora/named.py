@@ -49,7 +49,7 @@ def import_function(key: str, name: str) -> Any:
             f"the working folder ({here}) or be installed for the Python that runs this"
         ) from error
     except Exception as error:
-        raise ConfigError(f"{key} is {name!r}, and {_failure(error, 'importing it')}") from error
+        raise ConfigError(f"{key} is {name!r}, and {failure_of(error, 'importing it')}") from error
     found = getattr(imported, attribute, None)
     if found is None:
         origin = getattr(imported, "__file__", None) or "built into Python"
@@ -100,14 +100,18 @@ def call_function(key: str, name: str, *arguments: object) -> object:
         raise
     except Exception as error:
         said = ", ".join(map(repr, arguments))
-        raise DataError(f"{key}={name}: {_failure(error, f'calling it with ({said})')}") from error
+        raised = failure_of(error, f"calling it with ({said})")
+        raise DataError(f"{key}={name}: {raised}") from error
     return found
 
 
-def _failure(error: Exception, what: str) -> str:
-    """Say what was raised, and in which line."""
+def failure_of(error: Exception, what: str) -> str:
+    """Say what was raised, and in which line: the last one that is no library's."""
     if isinstance(error, SyntaxError):
         return f"{what} raises SyntaxError: {error}"
-    last = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    here = str(Path(__file__).parents[1])
+    own = [f for f in frames if "site-packages" not in f.filename and here not in f.filename]
+    last = (own or frames)[-1]
     place = f"{Path(last.filename).name}, line {last.lineno}"
     return f"{what} raises {type(error).__name__}: {error} ({place})"

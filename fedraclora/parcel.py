@@ -86,6 +86,7 @@ class Archive(Replica):
         self._mark = None
         super().publish(base, version)
 
+    @override
     def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:
         """Take over the history of a run that goes on.
 

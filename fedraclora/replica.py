@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,16 @@ class Replica:
         """
         del link  # for replicas that are elsewhere
         self.base, self.version = base, version
+
+    def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:
+        """Take over the history of a run that goes on, where links of its past are of use.
+
+        Args:
+            base: Its weights now.
+            links: Of its rounds, in order, where they were kept.
+            version: Where it stands.
+        """
+        # The strategy publishes the weights themselves when it starts.
 
     def at(self, version: int, round_: int) -> Tree:
         """Give the weights, which must stand at ``version``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import secrets
 import shutil
 import subprocess
@@ -47,6 +48,17 @@ def has_begun(folder: Path) -> bool:
     return ledger.is_file() and bool(read_ledger(ledger))
 
 
+def resume_word(folder: Path) -> str:
+    r"""Give the word that goes on with a run, as it can be pasted into a shell.
+
+    Example:
+        >>> resume_word(Path("runs/a")), resume_word(Path("sweep/seed=1"))
+        ('resume=runs/a', '"resume=\'sweep/seed=1\'"')
+    """
+    plain = re.fullmatch(r"[\w./~+-]+", str(folder)) is not None
+    return f"resume={folder}" if plain else f"\"resume='{folder}'\""
+
+
 def refuse_existing(folder: Path) -> None:
     """Refuse to write over a run.
 
@@ -56,7 +68,7 @@ def refuse_existing(folder: Path) -> None:
     if has_begun(folder):
         raise CheckpointError(
             f"{folder} holds a run already; choose another output.dir, "
-            f"or go on with resume={folder}"
+            f"or go on with {resume_word(folder)}"
         )
 
 

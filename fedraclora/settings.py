@@ -15,6 +15,17 @@ MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends 
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """How the loop waits for clients on an engine; the fields are those of its `LoopConfig`."""
+
+    timeout: float | None = None
+    guarded: bool = False
+    min_clients: int | None = None
+    max_samples: int = 10_000_000
+    retries: int = 0
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """What every engine has. ``chunk``: clients per batch or ``auto``; ``threads``: of torch."""
 
@@ -31,6 +42,22 @@ class EngineConfig:
             raise ConfigError(f"engine.chunk is {self.chunk}; 1 or more is wanted")
         if not 1 <= self.threads <= MOST_THREADS:
             raise ConfigError(f"engine.threads is {self.threads}; 1 to {MOST_THREADS} are wanted")
+
+    def waiting(self, cohort: int) -> Waiting:
+        """Say how the loop waits for clients.
+
+        Args:
+            cohort: Clients that a round asks.
+
+        Raises:
+            ConfigError: If a round needs more replies than that.
+        """
+        del cohort
+        return Waiting()  # Ray's workers have a limit for each chunk; in this process none waits
+
+    def fewest(self, cohort: int, max_failures: int) -> int:
+        """Give how many clients of a cohort a round has at least, where all are asked."""
+        return cohort - max_failures
 
 
 @dataclass(frozen=True)
@@ -120,6 +147,10 @@ class FlowerConfig(InlineConfig):
         super().__post_init__()
         check_workers(self)
 
+    @override
+    def waiting(self, cohort: int) -> Waiting:
+        return Waiting(timeout=self.timeout)
+
 
 @dataclass(frozen=True)
 class DeployConfig(InlineConfig):
@@ -159,6 +190,18 @@ class DeployConfig(InlineConfig):
                 f"engine.retries is {self.retries} and engine.max_samples is {self.max_samples}; "
                 "0 or more and 1 or more are wanted"
             )
+
+    @override
+    def waiting(self, cohort: int) -> Waiting:
+        if (self.min_clients or 1) > cohort:
+            raise ConfigError(
+                f"engine.min_clients is {self.min_clients}, but a round asks {cohort} clients"
+            )
+        return Waiting(self.timeout, True, self.min_clients, self.max_samples, self.retries)
+
+    @override
+    def fewest(self, cohort: int, max_failures: int) -> int:
+        return min(self.min_clients or cohort, cohort)
 
 
 ENGINES: dict[str, type[EngineConfig]] = {

@@ -1,8 +1,9 @@
-"""Puts a run together: task, method, the one strategy, and the engine that is handed in."""
+"""Puts a run together from its config: task, method, what is measured, and the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,79 +18,55 @@ from fedraclora.build import (
     measured_samples,
     pick_device,
     plan_of,
+    terms_of,
     trainer_of,
 )
 from fedraclora.clientstore import ClientStore
 from fedraclora.config import RunConfig
 from fedraclora.continued import free_keys
-from fedraclora.engines.deploy import DeployGrid
-from fedraclora.engines.flower import NodePerClient
-from fedraclora.engines.local import LocalGrid
+from fedraclora.engine import Engine, EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluate import evaluate
 from fedraclora.method import Cohort, Downlink, Draw, Plan
-from fedraclora.parcel import Archive
 from fedraclora.personal import personal_accuracy
-from fedraclora.replica import Replica
 from fedraclora.runbook import RunBook, stored_chunk
-from fedraclora.settings import RayConfig
 from fedraclora.synflow import flows
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
-from strategies.base import FedStrategy
-from strategies.buffered import BufferedStrategy
-from strategies.server.fleet import Fleet
 from strategies.server.loop import LoopConfig
 from strategies.server.loopconfig import loop_of
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
 from strategies.server.treatment import Treatment
+from strategies.wiring import Wired, wire
 from strategies.wrappers.dora import method_of
-
-RunGrid = LocalGrid | NodePerClient | DeployGrid
 
 
 @dataclass(frozen=True)
-class Crew:
-    """What an engine is made of.
+class Assembled(Wired):
+    """A run of a config that is ready to start.
 
     Attributes:
-        config: Settings of the run.
+        config: Its settings.
         built: Task and sizes.
         plan: Which weights are trained how.
         trainer: Trains chunks of clients in this process.
-        replica: Where the strategy publishes base weights.
-        store: What clients keep between rounds.
+        chunk: Clients that train as one batch, and why so many.
     """
 
     config: RunConfig
     built: BuiltTask
     plan: Plan
     trainer: CohortTrainer
-    replica: Replica
-    store: ClientStore
-
-
-@dataclass(frozen=True)
-class Assembled:
-    """A run that is ready to start: ``strategy.start(grid)``."""
-
-    config: RunConfig
-    built: BuiltTask
-    plan: Plan
-    trainer: CohortTrainer
-    strategy: FedStrategy
-    grid: RunGrid
     chunk: ChunkPlan
 
 
 def assemble(
     config: RunConfig,
     folder: Path | None,
-    replica: Replica,
-    engine: Callable[[Crew], RunGrid],
     *,
+    engine_of: MakeEngine,
     resume: bool = False,
     on_round: Callable[[Row], None] | None = None,
 ) -> Assembled:
@@ -98,84 +75,95 @@ def assemble(
     Args:
         config: Checked settings.
         folder: The run folder, which exists; None keeps the ledger in memory.
-        replica: Where base weights are published.
-        engine: Starts what runs clients.
+        engine_of: Makes the engine.
         resume: Go on from the folder's checkpoint.
         on_round: Called with each new ledger row.
 
     Returns:
-        The parts.
+        The parts; whoever has them closes them.
+
+    Raises:
+        FedRacLoraError: Whatever is wrong with the config, the data or the engine.
     """
-    fix_bits(config.engine.threads, pick_device(config.device))
-    built = build_task(config)
-    plan = plan_of(config, built.task)
-    if plan.local and not built.classes:
-        raise ConfigError("head is local, which is measured by class, but the data have no classes")
-    base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
-    draw = Draw(config.seed)
-    flow = partial(flows, built.task.model, built.task.test)
-    method = method_of(config, flow)
-    state = method.init(base, plan, draw)
-    first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
-    downlink = method.open_round(state, 1, first, draw)
-    trainer = trainer_of(config, built, plan)
-    stored = stored_chunk(folder) if resume and folder is not None else None
-    chunk = settle_chunk(config, built.cohort, trainer, base, downlink, stored)
-    loop = loop_of(config, built, chunk.chunk, trainer.dtype)
-    store = ClientStore()
-    book = book_of(config, folder, loop, built.device, store)
+    with ExitStack() as failed:
+        engine = engine_of(config)
+        failed.callback(engine.close)
+        fix_bits(config.engine.threads, pick_device(config.device))
+        built = build_task(config)
+        plan = plan_of(config, built.task)
+        if plan.local and not built.classes:
+            raise ConfigError(
+                "head is local, which is measured by class, but the data have no classes"
+            )
+        base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
+        draw = Draw(config.seed)
+        flow = partial(flows, built.task.model, built.task.test)
+        method = method_of(config, flow)
+        state = method.init(base, plan, draw)
+        first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
+        downlink = method.open_round(state, 1, first, draw)
+        trainer = trainer_of(config, built, plan)
+        stored = stored_chunk(folder) if resume and folder is not None else None
+        chunk = settle_chunk(config, engine, trainer, built.cohort, base, downlink, stored)
+        loop = loop_of(config, built, chunk.chunk, trainer.dtype)
+        store = ClientStore()
 
-    def personal(own: Tree) -> Tree:
-        """Give the weights of a client from what it keeps."""
-        dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
-        return method.weights(strategy.state, draw, own) | dense
+        def personal(own: Tree) -> Tree:
+            """Give the weights of a client from what it keeps."""
+            dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
+            return method.weights(wired.strategy.state, draw, own) | dense
 
-    kind = FedStrategy if config.system.buffer is None else BufferedStrategy
-    strategy = kind(
-        method,
-        state,
-        config.local,
-        loop,
-        replica=replica,
-        evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
-        book=book,
-        treatment=Treatment(
-            config.aggregator,
-            config.attack,
-            config.privacy,
-            security=config.secure,
-            optimiser=config.server_optimiser,
-            variates=config.control_variates,
-        ),
-        on_round=on_round,
-        sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
-        fleet=Fleet(config.system, config.seed, config.local),
-        stop=stopping(config, built, plan, store, personal),
+        wired = wire(
+            method,
+            EngineParts(built, trainer, store, terms_of(config, built)),
+            loop,
+            engine,
+            state=state,
+            book=book_of(config, folder, loop, built.device, store),
+            resume=resume,
+            evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
+            treatment=Treatment(
+                config.aggregator,
+                config.attack,
+                config.privacy,
+                security=config.secure,
+                optimiser=config.server_optimiser,
+                variates=config.control_variates,
+            ),
+            system=config.system,
+            stop=stopping(config, built, plan, store, personal),
+            sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
+            on_round=on_round,
+        )
+        failed.pop_all()
+    return Assembled(
+        **vars(wired), config=config, built=built, plan=plan, trainer=trainer, chunk=chunk
     )
-    if resume:
-        restored, done = book.restore(state, strategy.catch_up)
-        strategy.resume(restored, done)
-        if isinstance(replica, Archive) and config.output.chain:
-            replica.recall(restored.base, book.links(), strategy.catch_up.version)
-    grid = engine(Crew(config, built, plan, trainer, replica, store))
-    return Assembled(config, built, plan, trainer, strategy, grid, chunk)
 
 
 def settle_chunk(
     config: RunConfig,
-    cohort: int,
+    engine: Engine,
     trainer: CohortTrainer,
+    cohort: int,
     base: Tree,
     downlink: Downlink,
     stored: int | None,
 ) -> ChunkPlan:
     """Plan the chunk of a run; one that goes on keeps its own, whatever memory is free now."""
-    engine = config.engine
-    if engine.chunk == "auto" and stored is not None:
+    chunk, share, spread = config.engine.chunk, engine.share, engine.spread
+    if chunk == "auto" and stored is not None:
         return ChunkPlan(stored, "as it began")
-    ray = isinstance(engine, RayConfig)
-    share = engine.share if isinstance(engine, RayConfig) else None
-    return plan_chunk(engine.chunk, trainer, base, downlink, cohort, share=share, spread=ray)
+    return plan_chunk(
+        chunk,
+        trainer,
+        base,
+        downlink,
+        cohort,
+        share=share,
+        spread=spread,
+        elsewhere=engine.elsewhere,
+    )
 
 
 def book_of(

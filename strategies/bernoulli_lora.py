@@ -22,42 +22,36 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.adapter import Ranks
 from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State, Traits
+from fedraclora.method import Cohort, Downlink, Draw, Plan, State, Traits
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
+from strategies.shared.layerwise import LowRank
 
 
 @dataclass(frozen=True)
-class BernoulliLora(Method):
-    """Hyperparameters of Bernoulli-LoRA.
+class BernoulliLora(LowRank):
+    """Hyperparameters of Bernoulli-LoRA, beside those of `LowRank`.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the drawn side's dimension if written with a dot.
-        alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
-        rslora: Scale s = alpha / sqrt(r) instead.
         sketch: A key of `fedraclora.sketch.SKETCHES`.
         normalise: ``rows``, ``identity`` or ``none`` (`fedraclora.sketch`).
         probability: p, that B is drawn and A trained; m / (m + n) makes both outcomes cost the same
             on average.
         coins: Seed of the coins.
-        cap: Cut the rank at the drawn side's dimension, with a note; False refuses it.
     """
 
-    rank: Ranks = 8
-    alpha: float | str = "auto"
-    rslora: bool = False
     sketch: str = "orthonormal"
     normalise: str = "rows"
     probability: float = 0.5
     coins: int = 0
-    cap: bool = True
 
+    @override
     def __post_init__(self) -> None:
         """Refuse impossible hyperparameters."""
+        super().__post_init__()
         if not 0 <= self.probability <= 1:
             raise ConfigError(f"method.probability is {self.probability}; it must lie in [0, 1]")
         self.round_method(1)

@@ -6,8 +6,9 @@
 - Aggregation: exact and linear.
 - Source: McMahan et al., *Communication-efficient learning of deep networks from decentralized
   data*, AISTATS 2017, arXiv 1602.05629.
-- Departures: head and biases follow the run's policy (frozen biases stay frozen), so that a
-  comparison with adapters changes one thing only.
+- Departures: head and biases follow the run's policy, so that a comparison with adapters changes
+  one thing only: biases of adapted layers are trained (``bias=average``), those of other layers
+  (of a LayerNorm) where ``dense`` names the layer.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class FrLora(LayerMethod):
-    """Hyperparameters of FRLoRA: those of `LayerMethod`; the smaller side bounds the rank."""
+    """Hyperparameters of FRLoRA: those of `LowRank`; the smaller side bounds the rank."""
 
     carries: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""Runs a run in its folder, and closes it: summary and figures."""
+"""Carries a run out, in its folder or in memory, and closes it: summary and figures."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+
+from typing_extensions import override
 
 from fedraclora.config import RunConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.digests import check_data
+from fedraclora.engine import MakeEngine
+from fedraclora.ledger import read_ledger
 from fedraclora.method import Method, Plan
 from fedraclora.runfolder import (
     alone,
@@ -19,15 +24,17 @@ from fedraclora.runfolder import (
     begin,
     has_checkpoint,
     read_config,
+    read_summary,
     run_title,
     withdrawn,
     write_summary,
 )
 from fedraclora.schema import section
 from fedraclora.stopped import forget_stop, note_stop
-from fedraclora.tree import digest
-from strategies.assembly import Assembled
+from fedraclora.tree import Tree, digest
+from strategies.assembly import Assembled, assemble
 from strategies.server.rows import Row
+from strategies.weights import load_weights
 from strategies.wrappers.allocated import current
 
 log = logging.getLogger(__name__)
@@ -35,64 +42,117 @@ log = logging.getLogger(__name__)
 SHOWN = 1000  # clients in partition.png, spread over the population
 
 
-class Assemble(Protocol):
-    """Builds every part of a run, on some engine."""
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run that has come to its end.
 
-    def __call__(
-        self,
-        config: RunConfig,
-        folder: Path | None,
-        *,
-        resume: bool = False,
-        on_round: Callable[[Row], None] | None = None,
-    ) -> Assembled:
-        """See `strategies.assembly.assemble`."""
-        ...
+    Attributes:
+        summary: Its final figures, as in ``summary.json``: ``metrics``, ``rounds``,
+            ``uplink_total`` and ``downlink_total`` in bytes, ``weights_digest`` and more.
+        history: The rows of its ledger. Row 0 is what it began from, then one per round: ``round``,
+            ``metrics`` by name, ``uplink_total`` and ``downlink_total`` so far in bytes,
+            ``train_loss``, ``seconds`` by phase, and what the choices of the run add.
+        folder: Where its files lie; None where it ran in memory.
+        config: The whole config as plain values; `fedraclora.simulate` takes it for the same run.
+        effective: Gives the weights for `weights`.
+    """
+
+    summary: dict[str, object]
+    history: list[Row]
+    folder: Path | None
+    config: dict[str, object]
+    effective: Callable[[], Tree]
+
+    @override
+    def __repr__(self) -> str:
+        said = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
+        return f"Run({', '.join(said)}, folder={self.folder})"
+
+    def weights(self) -> Tree:
+        """Give the effective weights after the last round, all adapters merged.
+
+        Where clients keep a part of the model to themselves, these are the server's weights.
+
+        Returns:
+            Name of a parameter of the model -> tensor of the parameter's shape, copied to the CPU:
+            ``model.load_state_dict(run.weights(), strict=False)`` takes it.
+
+        Raises:
+            CheckpointError: If they are read from the files of a run that was finished before, and
+                one is missing or damaged.
+        """
+        return {n: t.detach().cpu().clone() for n, t in self.effective().items()}
 
 
-def run_in_folder(
+def finished(config: RunConfig, folder: Path) -> Run:
+    """Read a run that has come to its end from its folder; nothing is run or written.
+
+    Args:
+        config: Its settings, as they are stored.
+        folder: The run folder.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    rows = read_ledger(folder / "ledger.jsonl")
+    effective = partial(load_weights, folder)
+    return Run(read_summary(folder), rows, folder, dict(config.plain), effective)
+
+
+def execute(
     config: RunConfig,
-    folder: Path,
-    assemble: Assemble,
+    folder: Path | None,
+    engine_of: MakeEngine,
     *,
     resume: bool = False,
     on_round: Callable[[Row], None] | None = None,
-) -> dict[str, object]:
+    on_start: Callable[[Assembled], None] | None = None,
+) -> Run:
     """Run to the end and write everything that a run leaves behind.
 
     Args:
         config: Checked settings.
         folder: The run folder; made once every part of the run has been built, so that a config
-            that cannot run leaves none behind.
-        assemble: Builds the parts.
+            that cannot run leaves none behind. None: the run leaves nothing behind.
+        engine_of: Makes the engine.
         resume: Go on with the run in the folder.
         on_round: Called with each new ledger row.
+        on_start: Called once with all parts, before the first round.
 
     Returns:
-        The summary.
+        The run, its engine ended.
+
+    Raises:
+        FedRacLoraError: Whatever is wrong with the config, the data, the folder or the clients.
     """
     began = time.perf_counter()
     with ExitStack() as stack:
         goes_on = False
-        stack.enter_context(alone(folder) if resume else withdrawn(folder))
-        if resume:
+        if folder is not None:
+            stack.enter_context(alone(folder) if resume else withdrawn(folder))
+        if resume and folder is not None:
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
             goes_on = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
-        run = assemble(config, folder, resume=goes_on, on_round=on_round)
-        stack.callback(run.grid.close)
-        if resume:
-            run.strategy.book.incidents += amend(folder, config.plain)
-        else:
-            stack.enter_context(alone(folder))
-            begin(folder, config.plain)
-        with stopping_noted(run, folder):
-            run.strategy.start(run.grid)
+        run = assemble(config, folder, engine_of=engine_of, resume=goes_on, on_round=on_round)
+        stack.callback(run.close)
+        if folder is not None:
+            if resume:
+                run.strategy.book.incidents += amend(folder, config.plain)
+            else:
+                stack.enter_context(alone(folder))
+                begin(folder, config.plain)
+            stack.enter_context(stopping_noted(run, folder))
+        if on_start is not None:
+            on_start(run)
+        run.start()
     summary = summarise(run, time.perf_counter() - began)
-    if config.output.plots:
-        draw(run, folder)
-    write_summary(folder, summary)
-    return summary
+    if folder is not None:
+        if config.output.plots:
+            draw(run, folder)
+        write_summary(folder, summary)
+    rows = list(run.strategy.book.ledger.rows)
+    return Run(summary, rows, folder, dict(config.plain), run.weights)
 
 
 @contextmanager
@@ -134,7 +194,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     return {
         "rounds": strategy.done,
         "metrics": measured[-1]["metrics"] if measured else {},
-        "weights_digest": digest(strategy.method.weights(strategy.state, strategy.draw)),
+        "weights_digest": digest(run.weights()),
         "ledger_digest": ledger.digest(),
         "uplink_floats": up,
         "downlink_floats": down,

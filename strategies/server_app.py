@@ -15,19 +15,21 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from typing_extensions import override
 
 from fedraclora.config import RunConfig, from_plain
+from fedraclora.engine import Engine, EngineParts
 from fedraclora.engines.deploy import DeployGrid
 from fedraclora.engines.flower import NodePerClient
+from fedraclora.engines.local import MessageGrid
 from fedraclora.errors import ConfigError
 from fedraclora.job import JobFolder
 from fedraclora.ledger import headline, number
 from fedraclora.parcel import Archive
 from fedraclora.runfolder import run_id
 from fedraclora.settings import DeployConfig, FlowerConfig
-from strategies import METHODS, assembly
-from strategies.assembly import Assembled, Crew, RunGrid
-from strategies.outcome import run_in_folder
+from strategies import METHODS
+from strategies.outcome import execute
 from strategies.server.rows import Row
 
 log = logging.getLogger("flwr")  # the log that Flower streams to its user
@@ -48,45 +50,88 @@ def main(grid: Grid, context: Context) -> None:
     resume = bool(context.run_config.get("resume", False))
     config = read_config(str(context.run_config.get("cfg-json", "")), began=resume)
 
-    ended = watch()
+    folder, ended = Path(str(config.output.dir)).expanduser(), watch()
+    deployed = config.engine.name == DeployConfig.name
 
-    def assemble(
-        config: RunConfig,
-        folder: Path | None,
-        *,
-        resume: bool = False,
-        on_round: Callable[[Row], None] | None = None,
-    ) -> Assembled:
-        replica: JobFolder | Archive
+    def engine_of(config: RunConfig) -> Engine:
+        settings = settings_of(config)
+        if isinstance(settings, DeployConfig):
+            known = not config.pretrain.epochs
+            return OnHosts(grid, settings, folder, known=known, ended=ended)
+        return InServerApp(grid, settings, config, ended=ended)
 
-        if isinstance(settings := settings_of(config), DeployConfig):
-            replica = archive = Archive()
-
-            def engine(crew: Crew) -> RunGrid:
-                del crew
-                name, known = run_id(Path(str(folder))), not config.pretrain.epochs
-                return DeployGrid(grid, archive, name, settings, known=known, ended=ended)
-        else:
-            replica = job = JobFolder(config.plain)
-
-            def engine(crew: Crew) -> RunGrid:
-                return NodePerClient(
-                    lambda: grid,
-                    crew.built.clients,
-                    job,
-                    store=crew.store,
-                    timeout=settings.timeout,
-                    ended=ended,
-                )
-
-        return assembly.assemble(config, folder, replica, engine, resume=resume, on_round=on_round)
-
-    folder = Path(str(config.output.dir)).expanduser()
-    deployed = isinstance(config.engine, DeployConfig)
     on_round = tell_row if deployed else tell
-    summary = run_in_folder(config, folder, assemble, resume=resume, on_round=on_round)
+    run = execute(config, folder, engine_of, resume=resume, on_round=on_round)
     if deployed:
-        write_line(SUMMARY, summary)
+        write_line(SUMMARY, run.summary)
+
+
+class OnHosts(Engine):
+    """Real SuperNodes; each message brings what its client's base weights lack.
+
+    Args:
+        grid: Flower's own.
+        settings: How long to wait, and how many clients are enough.
+        folder: Of the run, whose name clients know it by.
+        known: Whether clients can make the initial weights themselves.
+        ended: Tells whether the runtime has ended.
+    """
+
+    elsewhere = True
+
+    def __init__(
+        self,
+        grid: Grid,
+        settings: DeployConfig,
+        folder: Path,
+        *,
+        known: bool,
+        ended: Callable[[], bool],
+    ) -> None:
+        self.flower, self.settings, self.folder = grid, settings, folder
+        self.known, self.ended, self.archive = known, ended, Archive()
+        super().__init__(self.archive)
+
+    @override
+    def make_grid(self, parts: EngineParts) -> MessageGrid:
+        name, known = run_id(self.folder), self.known
+        return DeployGrid(
+            self.flower, self.archive, name, self.settings, known=known, ended=self.ended
+        )
+
+
+class InServerApp(Engine):
+    """Flower's simulation, started by ``flwr run`` with this process in it.
+
+    Args:
+        grid: Flower's own.
+        settings: How long to wait.
+        config: Of the run; the processes read it from a folder.
+        ended: Tells whether the runtime has ended.
+    """
+
+    def __init__(
+        self, grid: Grid, settings: FlowerConfig, config: RunConfig, *, ended: Callable[[], bool]
+    ) -> None:
+        self.flower, self.settings, self.ended = grid, settings, ended
+        self.job = JobFolder(config.plain)
+        super().__init__(self.job)
+
+    @override
+    def make_grid(self, parts: EngineParts) -> MessageGrid:
+        return NodePerClient(
+            lambda: self.flower,
+            parts.built.clients,
+            self.job,
+            store=parts.store,
+            timeout=self.settings.timeout,
+            ended=self.ended,
+        )
+
+    @override
+    def close(self) -> None:
+        super().close()
+        self.job.close()
 
 
 def read_config(text: str, *, began: bool = False) -> RunConfig:

@@ -11,18 +11,16 @@ from pathlib import Path
 import torch
 from flwr.app import RecordDict
 
-from clients.app import make_client_app
+from clients.engines import InProcess, OnRay
 from clients.worker import Worker
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import LR, Workload
 from fedraclora.adapter import make_plan
 from fedraclora.build import fix_bits
-from fedraclora.clientstore import ClientStore
-from fedraclora.engines.inprocess import InProcessGrid
-from fedraclora.engines.local import LocalGrid
+from fedraclora.engine import Engine, EngineParts
 from fedraclora.ledger import Ledger
 from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State
-from fedraclora.replica import Chronicle, Follower, Replica
+from fedraclora.replica import Follower
 from fedraclora.runbook import RunBook
 from fedraclora.settings import RayConfig
 from fedraclora.task import Task
@@ -31,10 +29,10 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import FLOAT32
 from fedraclora.tree import Tree
-from strategies.base import FedStrategy
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg
 from strategies.server.loop import LoopConfig
+from strategies.wiring import Wired, wire
 
 ENDLESS = 1 << 30
 RAY_WORKERS = 5  # of all Ray rows of a workload, which are there at the same time
@@ -74,22 +72,21 @@ class FederatedRun:
     """A run of one method without evaluation and checkpoints; each round writes its ledger row.
 
     Args:
-        strategy: Drives the rounds.
-        grid: Where clients run.
+        run: Ready to start.
     """
 
-    def __init__(self, strategy: FedStrategy, grid: LocalGrid) -> None:
-        self.strategy, self.grid = strategy, grid
+    def __init__(self, run: Wired) -> None:
+        self.run, self.strategy = run, run.strategy
         self._laps: Laps | None = None
         self.strategy.on_round = self._end
 
     def round(self, laps: Laps) -> None:
         """Run one whole round: cohort, messages, training, aggregation, merge, ledger row."""
         if not self.strategy.book.ledger.rows:
-            self.strategy.start(self.grid, num_rounds=0)  # writes row 0
+            self.run.start(0)  # writes row 0
         self._laps = laps
         laps.begin()
-        self.strategy.start(self.grid, num_rounds=self.strategy.done + 1)
+        self.run.start(self.strategy.done + 1)
 
     def _end(self, _: object) -> None:
         # At the ledger row: the rest of `start` is done once a run, not once a round.
@@ -97,10 +94,6 @@ class FederatedRun:
             settle()
             self._laps.end()
             self._laps = None
-
-    def weights(self) -> Tree:
-        """The effective weights after the last round."""
-        return self.strategy.method.weights(self.strategy.state, self.strategy.draw)
 
 
 @dataclass(frozen=True)
@@ -211,20 +204,17 @@ def federated(
     folder = tempfile.TemporaryDirectory()
     book = RunBook(None, sync=False)  # no folder: no chain, no checkpoints
     book.ledger = Ledger(Path(folder.name) / "ledger.jsonl")
-    replica = Chronicle() if workers else Replica(state.base)
-    strategy = FedStrategy(
-        method, state, parts.local, loop, replica=replica, evaluate=None, book=book
-    )
     crew = Path(folder.name)
-    grid = make_grid(replace(parts, crew=crew), replica, workers)
-    run = FederatedRun(strategy, grid)
+    engine = make_engine(replace(parts, crew=crew), workers)
+    run = wire(method, EngineParts.of(trainer, cohort), loop, engine, state=state, book=book)
+    rounds = FederatedRun(run)
 
     def close() -> None:
-        grid.close()
+        run.close()
         folder.cleanup()
 
     return Row(
-        run.round,
+        rounds.round,
         workers=(lambda: [int(path.stem) for path in crew.glob("*.pid")]) if workers else None,
         weights=run.weights if isinstance(method, FedAvg) else None,
         facts={"chunk": float(size)},
@@ -232,18 +222,8 @@ def federated(
     )
 
 
-def make_grid(parts: Parts, replica: Replica, workers: int) -> LocalGrid:
-    """Start what runs clients: Ray workers, or this process."""
-    if not isinstance(replica, Chronicle):
-        return InProcessGrid(make_client_app(Worker(parts.trainer(), replica)))
-    from fedraclora.engines.ray import Cluster, RayGrid
-
-    settings = ray_settings(workers, parts.device)
-    return RayGrid(
-        Cluster(settings, parts.device.type),
-        BenchSite,
-        parts,
-        chronicle=replica,
-        store=ClientStore(),
-        settings=settings,
-    )
+def make_engine(parts: Parts, workers: int) -> Engine:
+    """Make what runs clients: Ray workers, or this process."""
+    if not workers:
+        return InProcess()
+    return OnRay(ray_settings(workers, parts.device), BenchSite, lambda _: parts)

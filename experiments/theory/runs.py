@@ -6,19 +6,17 @@ from collections.abc import Callable
 
 import torch
 
-from clients.app import make_client_app
-from clients.worker import Worker
+from clients.engines import InProcess
 from fedraclora.adapter import make_plan
-from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.engine import EngineParts
 from fedraclora.method import Cohort, Downlink, Draw, Method, Plan
-from fedraclora.replica import Replica
-from fedraclora.runbook import RunBook
 from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.server.loop import LoopConfig
+from strategies.wiring import wire
 
 
 def federate(
@@ -49,23 +47,12 @@ def federate(
     Returns:
         The strategy, whose ledger has T + 1 rows.
     """
-    plan = plan_of(task)
-    base = start_of(task)
     clients = task.train.num_clients
     loop = LoopConfig(rounds, clients, cohort, chunk or cohort, seed, weights, "float64")
-    replica = Replica(base)
-    trainer = CohortTrainer(task, plan, local, seed=seed, device=torch.device("cpu"))
-    strategy = FedStrategy(
-        method,
-        method.init(base, plan, Draw(seed)),
-        local,
-        loop,
-        replica=replica,
-        evaluate=measure,
-        book=RunBook(None),
-    )
-    strategy.start(InProcessGrid(make_client_app(Worker(trainer, replica))))
-    return strategy
+    trainer = CohortTrainer(task, plan_of(task), local, seed=seed, device=torch.device("cpu"))
+    run = wire(method, EngineParts.of(trainer, cohort), loop, InProcess(), evaluate=measure)
+    run.start()
+    return run.strategy
 
 
 def first_downlink(task: Task, method: Method) -> Downlink:

@@ -18,7 +18,7 @@ from fedraclora.data.dataset import DataSet, split_rows, take
 from fedraclora.data.fit import METRICS, Form, found_shape
 from fedraclora.data.partition import LOOKED_AT, spread_clients
 from fedraclora.data.sources import counted, read_own, read_table, told
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, DataError
 from fedraclora.rng import generator
 from fedraclora.samples import Samples
 
@@ -284,7 +284,14 @@ def _completed(form: Form, tables: Sequence[Samples]) -> Form:
     if classes is None and form.loss in {"squared_error", "logistic"}:
         classes = first.target[0].numel()
     elif classes is None and not first.target.is_floating_point():
-        classes = max(2, 1 + max(int(table.target.max()) for table in tables))
+        seen = torch.cat([table.target for table in tables]).unique()
+        classes = max(2, 1 + int(seen.max()))
+        if 2 * len(seen) < classes:
+            raise DataError(
+                f"data.samples: the labels are {seen.tolist()[:10]}, and most between 0 and "
+                f"{classes - 1} never occur: number the classes from 0, or say how many there are "
+                "with data.classes"
+            )
     if classes is None:
         raise ConfigError(
             f"data.classes is not set: say how many outputs the loss {form.loss} wants"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -132,6 +134,10 @@ def read_npz(path: Path, where: str) -> Samples:
     return gathered((arrays, target), where)
 
 
+# What numpy and zipfile raise where a file is damaged.
+UNREADABLE = (OSError, ValueError, TypeError, EOFError, AttributeError, BadZipFile, zlib.error)
+
+
 def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     """Read every array of a ``.npz`` file.
 
@@ -139,7 +145,8 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
         DataError: If it cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:  # pickles could run code
+        # Pickles could run code; numpy does not close a damaged file that it has opened itself.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise DataError(f"{path} cannot be read: {error}; is the file whole?") from error

@@ -130,6 +130,7 @@ def load_table(
     if table.clients is None:
         return data
     owners = np.array(table.clients)
+    info["clients"] = sorted(set(table.clients))[:TOLD]  # by number: client 0 is the first
     return replace(data, columns={str(client): owners, "client": owners} | data.columns)
 
 
@@ -165,13 +166,16 @@ def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataF
                 skipinitialspace=True,
                 low_memory=False,
             )
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as a table: {error}") from error
+        said = " ".join(str(error).split())
+        raise DataError(f"{path} cannot be read as a table: {said}") from error
     frame.columns = [str(name).strip() for name in frame.columns]
     if not len(frame):
         raise DataError(f"{path} holds no rows")
     if len(frame.columns) == 1 and ";" in frame.columns[0]:
-        raise DataError(f"{path}: the columns are parted by semicolons; set data.separator=';'")
+        raise DataError(f"{path}: the columns are parted by semicolons; set \"data.separator=';'\"")
     return frame
 
 
@@ -207,6 +211,9 @@ def _features(
     others = [str(name) for name in frame.columns if name not in {label, client}]
     if asked is None:
         used = [name for name in others if name in numeric]
+        for name in others:
+            if name not in numeric:
+                _refuse_spoilt(frame, name, path)
     else:
         used = [_column(frame, "data.features", name, path) for name in asked]
     words = [name for name in used if name not in numeric]
@@ -217,6 +224,28 @@ def _features(
             + (f", and words in {words}" if words else "")
         )
     return used, [name for name in others if name not in used]
+
+
+def _refuse_spoilt(frame: DataFrame, name: str, path: Path) -> None:
+    """Refuse a column of numbers with a cell that is none: it would be left out in silence.
+
+    Raises:
+        DataError: Naming the first such cell.
+    """
+    import pandas as pd
+
+    cells = frame[name].dropna().astype(str)
+    if pd.to_numeric(cells, errors="coerce").notna().mean() > 0.5:
+        row = pd.to_numeric(cells, errors="coerce").isna().idxmax()
+        raise DataError(
+            f"{path}: column {name} holds numbers, but {cells[row]!r} in row {int(row) + 1}: mend "
+            "the cell (leave it empty if it is missing), or list columns in data.features"
+        )
+    if pd.to_numeric(cells.str.replace(",", "."), errors="coerce").notna().mean() > 0.5:
+        raise DataError(
+            f"{path}: column {name} holds numbers with decimal commas, such as {cells.iloc[0]!r}: "
+            "write them with points"
+        )
 
 
 def _rows(

@@ -53,7 +53,10 @@ def taken_incidents(grid: Grid) -> dict[str, object]:
 
 
 class MessageGrid(Grid):
-    """A grid whose messages are made as everywhere."""
+    """A grid whose messages are made as everywhere, and which can be ended."""
+
+    def close(self) -> None:
+        """End what the grid has started."""
 
     @override
     def create_message(
@@ -93,9 +96,6 @@ class LocalGrid(MessageGrid):
         Returns:
             Replies, in any order.
         """
-
-    def close(self) -> None:
-        """End what the grid has started."""
 
     @override
     def set_run(self, run: Run) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from fedraclora.errors import ConfigError, ModelError, unknown
+from fedraclora.errors import ConfigError, FedRacLoraError, ModelError, unknown
 from fedraclora.layers import is_batch_norm, is_head
 from fedraclora.models.built import Built, seeded
-from fedraclora.named import check_call, import_function
+from fedraclora.named import check_call, failure_of, import_function
 
 
 def build_function(
@@ -47,7 +47,13 @@ def build_function(
     build = import_function("model.function", function)
     check_call("model.function", build, shape=shape, classes=classes, **(arguments or {}))
     with seeded(seed, "model"):
-        model = build(shape=shape, classes=classes, **(arguments or {}))
+        try:
+            model = build(shape=shape, classes=classes, **(arguments or {}))
+        except FedRacLoraError:
+            raise
+        except Exception as error:
+            raised = failure_of(error, "calling it")
+            raise ModelError(f"model.function={function}: {raised}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model.function: {function} gives a {type(model).__name__}; a torch.nn.Module is "

@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from fedraclora.aggregate import SUM_BLOCK
 from fedraclora.downlink import Downlink
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, FedRacLoraError, ModelError
+from fedraclora.named import failure_of
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.memory import LOOKED_AT, MemoryModel, is_out_of_memory, measure, try_step
 from fedraclora.tree import Tree
@@ -96,6 +97,7 @@ def plan_chunk(
     *,
     share: float | None = None,
     spread: bool = False,
+    elsewhere: bool = False,
 ) -> ChunkPlan:
     """Turn ``engine.chunk`` into a number of clients.
 
@@ -107,6 +109,7 @@ def plan_chunk(
         downlink: Of a round, for ``cohort`` clients.
         cohort: Clients per round, the most a chunk can hold.
         share: See `budget_of`.
+        elsewhere: Whether clients train on other machines: nothing is tried here.
         spread: Whether several processes train: ``auto`` leaves chunks for several of them. For
             how many does not depend on how many there are, so that the bits do not.
 
@@ -118,14 +121,17 @@ def plan_chunk(
     """
     if isinstance(chunk, int) or cohort == 1:
         most = cohort if chunk == "auto" else int(chunk)
-        _try_one(trainer, base, downlink)
+        if not elsewhere:
+            _try_one(trainer, base, downlink)
         return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
     try:
         memory = measure(trainer, base, downlink, population)
-    except RuntimeError as error:
+    except FedRacLoraError:
+        raise
+    except Exception as error:
         if not is_out_of_memory(error):
-            raise
+            raise _untrainable(error) from error
         raise ConfigError(
             f"memory runs out with two clients in a batch ({error}); set engine.chunk=1, or lower "
             "local.batch_size"
@@ -152,10 +158,20 @@ def _try_one(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
     """Take a step of one client where nothing is measured: what cannot train is refused at once."""
     try:
         try_step(trainer, base, downlink)
-    except RuntimeError as error:
+    except FedRacLoraError:
+        raise
+    except Exception as error:
         if not is_out_of_memory(error):
-            raise
+            raise _untrainable(error) from error
         raise ConfigError(
             f"memory runs out with one client ({error}); lower local.batch_size, the size of a "
             "sample (data.max_length) or the model, or set precision=bf16-mixed"
         ) from error
+
+
+def _untrainable(error: Exception) -> ModelError:
+    """Say that the model does not take the samples, or what comes of them the loss."""
+    return ModelError(
+        f"{failure_of(error, 'the first training step of a client')}. Check that the model takes "
+        "inputs of the data's shape, and gives as many outputs as there are classes"
+    )

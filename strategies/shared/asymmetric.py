@@ -16,7 +16,7 @@ from strategies.shared.layerwise import LayerMethod
 
 @dataclass(frozen=True)
 class Asymmetric(LayerMethod):
-    """Hyperparameters that all of them have, beside those of `LayerMethod`.
+    """Hyperparameters that all of them have, beside those of `LowRank`.
 
     The rank is bounded by a part of the drawn side: n / G where A is drawn.
 

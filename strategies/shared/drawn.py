@@ -16,7 +16,7 @@ from strategies.shared.layerwise import Layer, LayerMethod, Round
 
 @dataclass(frozen=True)
 class Drawn(LayerMethod):
-    """Hyperparameters that all of them have, beside those of `LayerMethod`.
+    """Hyperparameters that all of them have, beside those of `LowRank`.
 
     The rank is bounded by the drawn side: n where A is drawn.
 

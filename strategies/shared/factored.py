@@ -28,7 +28,7 @@ from strategies.shared.layerwise import Layer, LayerMethod, Round, Said
 
 @dataclass(frozen=True)
 class Factored(Drawn):
-    """Hyperparameters that all of them have, beside those of `LayerMethod`.
+    """Hyperparameters that all of them have, beside those of `LowRank`.
 
     Attributes:
         initial: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,

@@ -58,6 +58,7 @@ __all__ = [
     "Layer",
     "LayerMethod",
     "LayerUpdate",
+    "LowRank",
     "Replies",
     "Round",
     "Said",
@@ -65,8 +66,8 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class LayerMethod(Method):
-    """A method that treats every adapted matrix alike.
+class LowRank(Method):
+    """Hyperparameters of all low-rank methods (``conf/lowrank.yaml``).
 
     Attributes:
         rank: r; a fraction (0, 1] of the bounding side if written with a dot; or these by layer
@@ -77,13 +78,6 @@ class LayerMethod(Method):
         cap: Cut the rank at the bounding side, with a note; False refuses a larger one.
     """
 
-    recipe: ClassVar[str] = "plain"
-    """A key of `fedraclora.recipe.RECIPES`: what clients do beyond plain local steps."""
-    carries: ClassVar[bool] = False
-    """Whether what is trained outlives its link; False: it is merged at the end."""
-    keeps: ClassVar[tuple[str, ...]] = ()
-    """Labels of factors that are carried though they are not trained."""
-
     rank: Ranks = 8
     alpha: float | str = "auto"
     rslora: bool = False
@@ -93,6 +87,18 @@ class LayerMethod(Method):
         """Refuse impossible hyperparameters."""
         check_rank(self.rank)
         resolve_scale(self.alpha, 1, rslora=self.rslora)
+
+
+@dataclass(frozen=True)
+class LayerMethod(LowRank):
+    """A method that treats every adapted matrix alike; it has the settings of `LowRank`."""
+
+    recipe: ClassVar[str] = "plain"
+    """A key of `fedraclora.recipe.RECIPES`: what clients do beyond plain local steps."""
+    carries: ClassVar[bool] = False
+    """Whether what is trained outlives its link; False: it is merged at the end."""
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """Labels of factors that are carried though they are not trained."""
 
     # What a method says.
 

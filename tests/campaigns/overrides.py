@@ -50,6 +50,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from experiments.choices import CONF
+from experiments.choices import choice as choice_of
 from experiments.cli import main
 from fedraclora.checkpoint import flatten
 from fedraclora.rng import generator
@@ -115,7 +116,7 @@ def schema() -> tuple[dict[str, Any], dict[str, list[str]], dict[tuple[str, str]
         group, choice = path.parent.name, path.stem
         if group != "experiment" and choice not in SLOW.get(group, ()):
             groups[group].append(choice)
-            keys[group, choice] = flatten(yaml.safe_load(path.read_text()) or {})
+            keys[group, choice] = flatten(choice_of(group, choice))
     defaults = {
         k: v for entry in top["defaults"] if isinstance(entry, dict) for k, v in entry.items()
     }
@@ -290,7 +291,7 @@ def judged(words: Sequence[str], ended: Ended) -> str | None:
         return refused(ended)
     if ended.status or ended.config is None:
         return f"died: {ended.status}"
-    return accepted(words, ended.config)
+    return accepted(words, ended.config, ended.said)
 
 
 def refused(ended: Ended) -> str | None:
@@ -303,8 +304,11 @@ def refused(ended: Ended) -> str | None:
     return "folder" if ended.left and not messages[0].startswith("error: round ") else None
 
 
-def accepted(words: Sequence[str], config: Mapping[str, Any]) -> str | None:
-    """Say which key of an accepted set is not in the config of its run, or in no schema."""
+def accepted(words: Sequence[str], config: Mapping[str, Any], said: str) -> str | None:
+    """Say which key of an accepted set is not in the config of its run, or in no schema.
+
+    What is left out of a word with ``++`` is said, and so is not dropped in silence.
+    """
     parsed = OverridesParser.create().parse_overrides([*words])
     last = {str(override.key_or_group): override for override in parsed}
     tops = {key.partition(".")[0] for key in TOP} | {*GROUPS, "experiment"}
@@ -315,6 +319,8 @@ def accepted(words: Sequence[str], config: Mapping[str, Any]) -> str | None:
             o != key and (o.startswith(f"{key}.") or key.startswith(f"{o}.")) for o in last
         )
         if override.is_delete() or key in GROUPS or inside:
+            continue
+        if f"note: nothing reads {key} here" in said:
             continue
         found: Any = config
         for part in key.split("."):

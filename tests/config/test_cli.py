@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments.choices import choice
 from experiments.cli import main
+from fedraclora.checkpoint import flatten
 from fedraclora.sampling import draw_cohort
 
 SMALL = [
@@ -390,6 +393,37 @@ def test_help_lists_the_groups_with_one_line_each(
         assert "fed_rac_lora" in printed
         assert "a fresh shared sketch each round" in printed
         assert all(f"  {group}=" in printed for group in ("method", "data", "engine", "experiment"))
+
+
+def test_help_with_a_choice_explains_its_keys_wherever_they_stand(
+    command: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    main(["simulate", "local=relora", "seed=1", "method=fedslop", "--help"])
+    printed = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    for wanted in (
+        "local=relora",
+        "ReLoRA's AdamW (method=relora): 1 % of the moments outlives a link, then a new warm-up.",
+        "local.warmup=1 rounds, of each link",
+        "local.moments_kept=0.01 share of them that outlives a link",  # explained in sgd.yaml
+        "local.prox=0.0 FedProx constant",
+        "method.name=fedslop",
+        "method.alpha=auto scale s = alpha / rank; auto: s = 1",
+    ):
+        assert wanted in lines
+    keys = {line.partition("=")[0] for line in lines if line.startswith(("local.", "method."))}
+    assert keys == set(flatten({"local": choice("local", "relora")})) | set(
+        flatten({"method": choice("method", "fed_rac_lora")})
+    )
+    (tmp_path / "local").mkdir()
+    own = "# Mine.\ndefaults: [momentum]\nname: mine\nlr: 0.1  # slow\n"
+    (tmp_path / "local/mine.yaml").write_text(own)
+    main(["simulate", "--config-dir", str(tmp_path), "local=mine", "--help"])
+    printed = capsys.readouterr().out
+    assert "  Mine.\n" in printed
+    assert re.search(r"local\.lr=0\.1 +slow\n", printed)
+    assert "local.momentum=0.9\n" in printed
+    assert_refused(command("simulate", "local=momentun", "--help"), "did you mean 'momentum'?")
 
 
 def test_the_version_is_that_of_the_package(

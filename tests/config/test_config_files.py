@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +14,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.assemble import assemble
-from experiments.choices import groups
+from experiments.choices import CONF, choice, groups, lineage
+from experiments.methods_page import aliases
+from fedraclora.checkpoint import flatten
 from fedraclora.config import RunConfig, from_plain
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import DataError
@@ -22,8 +24,9 @@ from fedraclora.settings import ENGINES, EvaluateConfig, OutputConfig, PretrainC
 from fedraclora.training.localconfig import LocalConfig
 from strategies import METHODS
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-FILES = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
+ALL = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
+FILES = {name: path for name, path in ALL.items() if "/" in name or name == "config"}
+SHARED = sorted(set(ALL) - set(FILES))  # what choices build on, and no choice
 GROUPS = {"output": OutputConfig, "pretrain": PretrainConfig, "system": SystemConfig}
 
 TINY = ["rounds=1", "clients=10", "cohort=3"]
@@ -109,14 +112,26 @@ def composed(name: str, beside: list[str]) -> dict[str, object]:
     return {str(k): v for k, v in plain.items()}
 
 
+def stored(name: str) -> dict[str, object]:
+    """What a choice says, with all that it builds on."""
+    return choice(*name.split("/"))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_composes_into_settings(name: str) -> None:
     plain = composed(name, WITH.get(name, []))
     config = from_plain(plain, METHODS)
     assert set(plain) == set(inspect.signature(RunConfig).parameters) - {"plain"} | {"resume"}
-    group, _, choice = name.rpartition("/")
+    group, _, chosen = name.rpartition("/")
     if group == "method":
-        assert isinstance(config.method, METHODS[choice])
+        assert isinstance(config.method, METHODS[chosen])
+    if group:  # what is read without Hydra is what Hydra composes
+        whole = "@package _global_" in FILES[name].read_text()
+        said, found = flatten(stored(name) if whole else {group: stored(name)}), flatten(plain)
+        free = {key for key, value in said.items() if "${" in str(value)}
+        free |= {word.partition("=")[0] for word in WITH.get(name, [])}
+        assert {k: v for k, v in said.items() if k not in free and found.get(k, ...) != v} == {}
+        assert whole or set(stored(name)) == set(plain[group])  # type: ignore[call-overload]
 
 
 # The short suite runs methods in test_determinism, from the same files, and Ray in test_ray_engine.
@@ -147,22 +162,22 @@ def test_the_lists_above_name_files_that_exist() -> None:
 @pytest.mark.parametrize("name", [n for n in FILES if n.partition("/")[0] in GROUPS])
 def test_keys_are_the_fields(name: str) -> None:
     group = name.partition("/")[0]
-    keys = set(yaml.safe_load(FILES[name].read_text()))
+    keys = set(stored(name))
     assert keys | {"name"} == set(inspect.signature(GROUPS[group]).parameters) | {"name"}
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_engine_has_a_file_whose_keys_are_its_fields(name: str) -> None:
-    stored = yaml.safe_load(FILES[f"engine/{name}"].read_text())
-    assert stored.pop("name") == name
-    assert set(stored) == set(inspect.signature(ENGINES[name]).parameters)
+    keys = stored(f"engine/{name}")
+    assert keys.pop("name") == name
+    assert set(keys) == set(inspect.signature(ENGINES[name]).parameters)
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("method/")])
 def test_keys_of_a_method_are_its_hyperparameters(name: str) -> None:
-    stored = yaml.safe_load(FILES[name].read_text())
-    method = METHODS[stored.pop("name")]
-    assert set(stored) == set(inspect.signature(method).parameters)
+    keys = stored(name)
+    method = METHODS[str(keys.pop("name"))]
+    assert set(keys) == set(inspect.signature(method).parameters)
 
 
 def test_every_method_has_a_file_of_its_name() -> None:
@@ -171,17 +186,53 @@ def test_every_method_has_a_file_of_its_name() -> None:
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("local/")])
 def test_keys_of_local_are_fields(name: str) -> None:
-    stored = yaml.safe_load(FILES[name].read_text())
+    keys = stored(name)
     fields = set(inspect.signature(LocalConfig).parameters)
     of_moments = {"beta1", "beta2", "eps"}
-    assert set(stored) - {"name"} == fields - (
-        of_moments if stored["optimiser"] == "sgd" else set()
-    )
+    assert set(keys) - {"name"} == fields - (of_moments if keys["optimiser"] == "sgd" else set())
 
 
 def test_keys_of_evaluate_are_the_fields() -> None:
-    stored = yaml.safe_load(FILES["config"].read_text())
-    assert set(stored["evaluate"]) == set(inspect.signature(EvaluateConfig).parameters)
+    keys = yaml.safe_load(FILES["config"].read_text())
+    assert set(keys["evaluate"]) == set(inspect.signature(EvaluateConfig).parameters)
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if len(lineage(n)) > 1])
+def test_a_choice_lists_what_it_changes(name: str) -> None:
+    """What it says again though it is the same has a comment of its own, on what it means here."""
+    *bases, own = map(OmegaConf.load, lineage(name))
+    before, text = flatten(OmegaConf.to_container(OmegaConf.merge(*bases))), FILES[name].read_text()
+    for key, value in flatten(OmegaConf.to_container(own)).items():
+        again = key != "defaults" and before.get(key, ...) == value
+        line = re.search(rf"^ *{key.rpartition('.')[2]}: .* # ", text, re.MULTILINE)
+        assert line or not again, key
+
+
+ALIASES = {
+    "fedslop": "fed_rac_lora",
+    "asymmetric_lora": "ffa_lora",
+    "full": "fedavg",
+    "lora": "fedavg_lora",
+    "cola": "fed_cola",
+    "relora": "fed_relora",
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_another_name_of_a_method_has_no_settings_of_its_own(name: str) -> None:
+    lines = FILES[f"method/{name}"].read_text().splitlines()
+    assert lines[1:] == [f"defaults: [{ALIASES[name]}]", f"name: {name}"]
+    assert METHODS[name] is METHODS[ALIASES[name]]
+
+
+def test_no_method_has_its_settings_twice() -> None:
+    assert aliases() == ALIASES
+
+
+def test_what_choices_share_is_used_and_is_no_choice() -> None:
+    used = {path.stem for name in FILES for path in lineage(name) if path.parent == CONF}
+    assert used == {*SHARED, "config"}
+    assert not {name for choices in groups().values() for name in choices} & set(SHARED)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -163,8 +163,8 @@ def test_a_server_that_went_back_overwrites_rounds(order: deploy.Order) -> None:
 
 
 def test_a_folder_with_a_run_is_not_written_over(order: deploy.Order) -> None:
-    with Record(order.folder, order.plain, resume=False):
-        pass
+    with Record(order.folder, order.plain, resume=False) as record:
+        record.take({"round": 0})
     with (
         pytest.raises(CheckpointError, match="holds a run already"),
         Record(order.folder, order.plain, resume=False),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.assemble import assemble
+from clients.engines import engine_of
 from experiments.choices import composed
 from experiments.cli import main
 from experiments.compare import compare
@@ -23,7 +23,7 @@ from fedraclora.privacy.secagg import SecAgg
 from fedraclora.runfolder import has_begun
 from strategies import METHODS
 from strategies.base import FedStrategy
-from strategies.outcome import run_in_folder
+from strategies.outcome import execute
 
 SMALL = [
     *("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]"),
@@ -79,9 +79,9 @@ REFUSED: dict[str, list[str]] = {
     "secure=secagg weights=uniform cohort=2": ["3 or more", "a round asks 2", "secure=none"],
     "local=relora method=fedmomentum": ["local.restart_every", "'method.resample_every'"],
     "method.rank=${foo}": ["method.rank takes its value", "'foo'"],
-    "seed=???": ["seed is ???", "set seed=VALUE"],
-    "=3": ["these words", "group=choice"],
-    "method=": ["Could not find 'method/'"],
+    "seed=???": ["seed: ??? stands for", "set seed=VALUE"],
+    "=3": ["a group is chosen by the name of one of its files"],
+    "method=": ["unknown method ''", "There are: "],
 }
 
 
@@ -121,9 +121,9 @@ def test_a_start_that_fails_takes_its_folder_away(
     with monkeypatch.context() as patch:
         patch.setattr(FedStrategy, "_measured", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run_in_folder(config, folder, assemble)
+            execute(config, folder, engine_of)
     assert not folder.exists()
-    run_in_folder(config, folder, assemble)
+    execute(config, folder, engine_of)
     assert (folder / "summary.json").is_file()
 
 
@@ -134,7 +134,7 @@ def test_what_somebody_else_has_in_the_folder_stays(
     (tmp_path / "notes.txt").write_text("mine")
     monkeypatch.setattr(FedStrategy, "_measured", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run_in_folder(configured(tmp_path), tmp_path, assemble)
+        execute(configured(tmp_path), tmp_path, engine_of)
     assert {path.name for path in tmp_path.iterdir()} == {"chain", "notes.txt"}
 
 
@@ -142,7 +142,7 @@ def test_a_start_that_was_killed_is_not_in_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(tmp_path / "other")
-    wanted = run_in_folder(config, tmp_path / "other", assemble)["weights_digest"]
+    wanted = execute(config, tmp_path / "other", engine_of).summary["weights_digest"]
     folder = tmp_path / "run"
 
     def killed(self: FedStrategy) -> dict[str, object]:
@@ -153,11 +153,11 @@ def test_a_start_that_was_killed_is_not_in_the_way(
     with monkeypatch.context() as patch:
         patch.setattr(FedStrategy, "_measured", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_in_folder(configured(folder, "seed=1"), folder, assemble)
+            execute(configured(folder, "seed=1"), folder, engine_of)
     monkeypatch.undo()
     assert (folder / "config.yaml").is_file()
     assert not has_begun(folder)
-    found = run_in_folder(configured(folder), folder, assemble)["weights_digest"]
+    found = execute(configured(folder), folder, engine_of).summary["weights_digest"]
     assert found == wanted
     assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 0
 
@@ -180,7 +180,7 @@ def test_a_full_disk_names_the_file_and_costs_nothing(
     flushed: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", flushed.append)
-        wanted = run_in_folder(configured(tmp_path / "a", *kept), tmp_path / "a", assemble)
+        wanted = execute(configured(tmp_path / "a", *kept), tmp_path / "a", engine_of).summary
     left = place * (len(flushed) - 1) // 11  # from the first flush of the run to its last
     folder = tmp_path / "b"
     config = configured(folder, *kept)
@@ -194,10 +194,10 @@ def test_a_full_disk_names_the_file_and_costs_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left") as caught:
-            run_in_folder(config, folder, assemble)
+            execute(config, folder, engine_of)
     assert Path(str(caught.value.filename)).is_relative_to(folder)
     resume = folder.exists() and has_begun(folder)
-    found = run_in_folder(config, folder, assemble, resume=resume)
+    found = execute(config, folder, engine_of, resume=resume).summary
     assert found["weights_digest"] == wanted["weights_digest"]
     assert found["ledger_digest"] == wanted["ledger_digest"]
 
@@ -214,7 +214,7 @@ def test_a_place_where_no_folder_can_be_made_is_one_line(command: Run, tmp_path:
 @pytest.mark.parametrize("bytes_", [b"\xff\xfe\x00\x9c" * 9, b"[1, 2"], ids=["binary", "cut"])
 def test_a_damaged_file_is_named(command: Run, name: str, bytes_: bytes, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run_in_folder(configured(folder), folder, assemble)
+    execute(configured(folder), folder, engine_of)
     (folder / name).write_bytes(bytes_)
     status, error = command(f"resume={folder}")
     assert status == 1
@@ -246,4 +246,4 @@ def test_a_sweep_with_a_long_name_runs_and_is_found_again(command: Run, tmp_path
     assert command(*words, "resume=auto")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == folders
     table: Any = compare([tmp_path], tmp_path / "out")
-    assert {row[0] for row in table.cells} == {"fed_rac_lora rank=1", "fed_rac_lora rank=2"}
+    assert {row[1] for row in table.cells} == {"fed_rac_lora rank=1", "fed_rac_lora rank=2"}

@@ -38,7 +38,6 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree
 from strategies.buffered import BufferedStrategy
 from strategies.server.buffer import read_batches
-from strategies.server.fleet import Fleet
 from strategies.server.treatment import Treatment
 
 Variant = tuple[str, dict[str, Any]]
@@ -69,10 +68,9 @@ class Watched(BufferedStrategy):
 def go(world: World, variant: Variant, rounds: int, **more: Any) -> Run:
     system = more.pop("system", UNEVEN)
     local = more.pop("local", RAGGED)
-    fleet = Fleet(system, SEED, local)
     method = make_method(variant[0], **variant[1])
     return run(
-        world, method, local, rounds=rounds, cohort=COHORT, seed=SEED, fleet=fleet, kind=Watched,
+        world, method, local, rounds=rounds, cohort=COHORT, seed=SEED, system=system, kind=Watched,
         **more,
     )  # fmt: skip
 

@@ -42,8 +42,6 @@ from fedraclora.server_optimiser import Momentum
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.wire import Order, pack_downlink, unpack_downlink
-from strategies.buffered import BufferedStrategy
-from strategies.server.fleet import Fleet
 from strategies.server.treatment import Treatment
 from strategies.wrappers.allocated import allocated
 from strategies.wrappers.dora import Dora
@@ -263,8 +261,7 @@ def test_buffered_rounds_carry_the_magnitudes(world: World) -> None:
         RAGGED,
         rounds=6,
         cohort=4,
-        kind=BufferedStrategy,
-        fleet=Fleet(uneven, 1, RAGGED),
+        system=uneven,
     )
     start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
     moved = magnitudes(done.strategy.state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -16,19 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from flwr.app import Message, RecordDict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from clients.app import make_client_app
+from clients.engines import InProcess
 from clients.worker import Worker
+from experiments.choices import choice
+from experiments.methods_page import aliases
 from fedraclora.adapter import make_plan
 from fedraclora.aggregate import Uplinks
 from fedraclora.aggregator import Aggregator, Setting, mean
 from fedraclora.clientstore import ClientStore
-from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.devices.system import SystemConfig
+from fedraclora.engine import EngineParts
 from fedraclora.link import Plan
 from fedraclora.method import Cohort, Downlink, Draw, Frozen, Method, Sketched, State, Trained
 from fedraclora.privacy.secagg import SecAgg, Terms
@@ -45,11 +47,10 @@ from fedraclora.tree import Tree
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
-from strategies.server.fleet import Fleet
 from strategies.server.loop import LoopConfig
 from strategies.server.treatment import Treatment
+from strategies.wiring import wire
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
 SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample
 FULL_BATCH = LocalConfig(lr=0.1, steps=1, batch_size=0, shuffle=False)
@@ -61,7 +62,7 @@ RAGGED = LocalConfig(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
 
 @cache
 def _read(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    return choice("method", name)
 
 
 def yaml_of(name: str) -> dict[str, Any]:
@@ -79,10 +80,7 @@ def make_method(name: str, **changes: Any) -> Method:
 
 def distinct() -> list[str]:
     """Names of `METHODS` without those that stand for the settings of another name."""
-    found: dict[Method, str] = {}
-    for name in METHODS:
-        found.setdefault(make_method(name), name)
-    return list(found.values())
+    return [name for name in METHODS if name not in aliases()]
 
 
 def variants() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -412,6 +410,18 @@ class RecordingWorker(Worker):
         return reply
 
 
+class Recording(InProcess):
+    """The engine of this process, with such a worker."""
+
+    worker: RecordingWorker
+
+    @override
+    def make_worker(self, parts: EngineParts) -> Worker:
+        """Make the worker, and keep it."""
+        self.worker = RecordingWorker(parts.trainer, self.replica, parts.store, parts.terms)
+        return self.worker
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that has ended."""
@@ -457,12 +467,10 @@ def run(
     resume: bool = False,
     max_failures: int = 0,
     treatment: Treatment | None = None,
-    fleet: Fleet | None = None,
-    kind: type[FedStrategy] = FedStrategy,
+    system: SystemConfig | None = None,
+    kind: type[FedStrategy] | None = None,
 ) -> Run:
     """Run a method from start to end as `fedraclora simulate` does, with its one strategy."""
-    draw = Draw(seed)
-    state = method.init(world.base, world.plan, draw)
     loop = LoopConfig(
         rounds=rounds,
         clients=world.clients,
@@ -473,26 +481,25 @@ def run(
         dtype=str(world.dtype).removeprefix("torch."),
         max_failures=max_failures,
     )
-    replica, store = Replica(world.base), ClientStore()
+    engine = Recording(arrange)
     device = torch.device("cpu")
     trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
     treatment = treatment or Treatment(aggregator, attack or Attack())
     security = treatment.security
     terms = Terms(security, weights) if isinstance(security, SecAgg) else None
-    worker = RecordingWorker(trainer, replica, store, terms)
-    book = RunBook(folder, every=1, sync=False, store=store)
-    strategy = kind(
+    parts = replace(EngineParts.of(trainer, loop.cohort), terms=terms)
+    wired = wire(
         method,
-        state,
-        local,
+        parts,
         loop,
-        replica=replica,
-        evaluate=lambda w: {"loss": world.loss(personal(strategy, store, w))},
-        book=book,
+        engine,
+        state=method.init(world.base, world.plan, Draw(seed)),
+        evaluate=lambda w: {"loss": world.loss(personal(wired.strategy, parts.store, w))},
+        book=RunBook(folder, every=1, sync=False, store=parts.store),
+        resume=resume,
         treatment=treatment,
-        fleet=fleet,
+        system=system,
+        kind=kind,
     )
-    if resume:
-        strategy.resume(*book.restore(state, strategy.catch_up))
-    strategy.start(InProcessGrid(make_client_app(worker), arrange))
-    return Run(strategy, worker)
+    wired.start()
+    return Run(wired.strategy, engine.worker)

@@ -8,21 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import nn
 from typing_extensions import override
 
-from clients.app import make_client_app
-from clients.worker import Worker
-from experiments.choices import CONF
+from clients.engines import InProcess
+from experiments.choices import choice
 from fedraclora.adapter import make_plan
-from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.engine import EngineParts
 from fedraclora.errors import ClientError
 from fedraclora.link import Plan
 from fedraclora.method import Cohort, Downlink, Draw, Method, State
-from fedraclora.replica import Replica
 from fedraclora.rng import generator, torch_normal
-from fedraclora.runbook import RunBook
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.sketch import SketchSpec
 from fedraclora.task import Task
@@ -33,6 +29,7 @@ from strategies import METHODS
 from strategies.base import FedStrategy
 from strategies.fed_rac_lora import FedRacLora
 from strategies.server.loop import LoopConfig
+from strategies.wiring import wire
 
 SEED, RANK, ALPHA, SIZE, BATCH = 5, 2, 3.0, 11, 4
 ADAMW = LocalConfig(optimiser="adamw", lr=0.05, weight_decay=0.1, batch_size=BATCH, shuffle=False)
@@ -61,7 +58,7 @@ def problem(bias: str = "frozen") -> tuple[Task, Plan]:
 
 
 def preset(name: str, **changes: object) -> Method:
-    group: dict[str, Any] = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+    group: dict[str, Any] = choice("method", name)
     wanted = {"rank": RANK, "alpha": ALPHA} | changes
     group |= {k: v for k, v in wanted.items() if k in group}
     return METHODS[group.pop("name")](**group)
@@ -76,16 +73,11 @@ def trained(
         assert isinstance(task.train, Partitioned)
         train = Partitioned.of(task.train.samples, [np.arange(SIZE)] * clients)
         task = replace(task, train=train)
-    base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    replica = Replica(base)
     trainer = CohortTrainer(task, plan, local, seed=SEED, device=torch.device("cpu"))
-    worker = Worker(trainer, replica)
     loop = LoopConfig(rounds, clients, clients, chunk=2, seed=SEED, dtype="float64")
-    state = method.init(base, plan, Draw(SEED))
-    book = RunBook(None, store=worker.store)
-    strategy = FedStrategy(method, state, local, loop, replica=replica, evaluate=None, book=book)
-    strategy.start(InProcessGrid(make_client_app(worker)))
-    return strategy
+    run = wire(method, EngineParts.of(trainer, clients), loop, InProcess())
+    run.start()
+    return run.strategy
 
 
 def weights_of(strategy: FedStrategy) -> Tree:

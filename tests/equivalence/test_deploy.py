@@ -9,8 +9,8 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
+from clients.engines import engine_of
 from clients.node import CACHE, MARKER
-from experiments.assemble import assemble
 from experiments.simulate import simulate
 from fedraclora.checkpoint import load_tensors, save_tensors
 from fedraclora.config import from_plain
@@ -19,7 +19,7 @@ from fedraclora.parcel import holding_file, read_holding
 from fedraclora.rebuild import state_at
 from fedraclora.tree import digest
 from strategies import METHODS
-from strategies.outcome import run_in_folder
+from strategies.outcome import execute
 from strategies.server.rows import Row
 from tests.campaigns.faults.network import (
     Network,
@@ -191,7 +191,7 @@ def test_a_run_that_began_in_process_goes_on_deployed(tmp_path: Path) -> None:
 
     config = from_plain(small(words, cut, "inline"), METHODS)
     with pytest.raises(KeyboardInterrupt):
-        run_in_folder(config, cut, assemble, on_round=stop)
+        execute(config, cut, engine_of, on_round=stop)
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy(words, cut, network, resume=True)
     assert summary(cut)["weights_digest"] == wanted["weights_digest"]

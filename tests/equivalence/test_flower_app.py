@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from clients.engines import engine_of
 from experiments import flower
 from experiments.app import copy_app
-from experiments.assemble import assemble
 from experiments.choices import composed
 from experiments.simulate import simulate
 from fedraclora.config import from_plain
 from fedraclora.engines.flower.superlink import Ended, SuperLink
 from strategies import METHODS
-from strategies.outcome import run_in_folder
+from strategies.outcome import execute
 from strategies.server.rows import Row
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def test_a_run_that_began_in_process_goes_on_as_an_app(tmp_path: Path) -> None:
 
     config = from_plain(composed([*inline, f"output.dir={cut}"]), METHODS)
     with pytest.raises(KeyboardInterrupt):
-        run_in_folder(config, cut, assemble, on_round=stop)
+        execute(config, cut, engine_of, on_round=stop)
     assert flower.main([f"resume={cut}", "engine.workers=2"]) == 0
     found, wanted = summary(cut), summary(whole)
     assert [found[name] for name in DIGESTS] == [wanted[name] for name in DIGESTS]

@@ -70,8 +70,10 @@ class Reaper:
 
     def watch(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(first: Any, *rest: Any, **named: Any) -> Any:
+            if self.dead and name == "open":
+                raise OSError("a killed process opens nothing")
             if self.dead:
-                return None  # a killed process cleans nothing up
+                return None  # and cleans nothing up
             target = Path(str(rest[0])) if name == "save_file" else first
             if name == "open" and rest[:1] != ("ab",):
                 return call(first, *rest, **named)

@@ -17,13 +17,14 @@ from fedraclora.method import Draw, Method
 from fedraclora.models.mlp import build_mlp
 from fedraclora.rng import generator, torch_normal
 from fedraclora.samples import Partitioned, Samples
-from fedraclora.sketch import SKETCHES
+from fedraclora.sketch import SKETCHES, SketchSpec
 from fedraclora.task import Task, squared_error
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg
+from strategies.shared.layerwise import Round
 
 SEED = 5
 M, N, R = 5, 8, 3
@@ -94,8 +95,12 @@ def sketch(strategy: FedStrategy, name: str, round_: int = 1) -> torch.Tensor:
     """The drawn factor of one layer in a round, with ``resample_every=1``."""
     method, state = strategy.method, strategy.state
     assert isinstance(method, FedRacLora)
-    spec = method.spec(state, name, Draw(SEED))
-    return replace(spec, index=round_ - 1).draw()
+    before = replace(state, memo={"sketch": round_ - 1, "age": 0})
+    layer = method.layer(before, state.plan, name)
+    drawn, _ = method.sides(layer.shape)
+    spec = method.factors(layer, Round(round_, Draw(SEED)))[drawn]
+    assert isinstance(spec, SketchSpec)
+    return spec.draw()
 
 
 def projected(step: torch.Tensor, drawn: torch.Tensor, side: str) -> torch.Tensor:

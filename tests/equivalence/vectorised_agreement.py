@@ -7,14 +7,13 @@ import io
 import pickle
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from typing_extensions import override
 from vectorised_cases import SEED, SIZES, Case
 
+from experiments.choices import choice
 from fedraclora.aggregate import Uplinks
 from fedraclora.local import train_one
 from fedraclora.method import Cohort, Downlink, Draw, Method, Plan
@@ -27,9 +26,6 @@ from fedraclora.training.program import Program
 from fedraclora.tree import Layout, Tree
 from strategies import METHODS
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-
-
 ATOL = 1e-10
 
 
@@ -41,7 +37,7 @@ LOCAL = LocalConfig(lr=0.2, dense_lr=0.1, batch_size=4, epochs=2)
 
 def method_of(name: str, **changes: object) -> Method:
     """The method as its YAML has it, but with alpha apart from a rank that fits small layers."""
-    group = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+    group = choice("method", name)
     wanted = {"rank": 3, "alpha": 2.0, **changes}
     return bind("method", METHODS, group | {k: v for k, v in wanted.items() if k in group})()
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from experiments.assemble import assemble
-from experiments.choices import CONF, composed
+from experiments.choices import composed
+from experiments.methods_page import aliases
 from fedraclora.config import from_plain
 from fedraclora.ledger import column
 from strategies import METHODS
@@ -42,13 +41,7 @@ JOB = [
 LOCAL = {"": [], "adamw_": ["local.optimiser=adamw", "local.lr=0.02"]}
 
 
-def settings_of(name: str) -> tuple[str, str]:
-    """Class and settings of a method: names that share both are one method."""
-    group = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
-    return METHODS[name].__name__, json.dumps({k: v for k, v in group.items() if k != "name"})
-
-
-DISTINCT = list({settings_of(name): name for name in reversed(METHODS)}.values())
+DISTINCT = [name for name in METHODS if name not in aliases()]
 
 
 def curves_of(name: str, local: list[str], prefix: str) -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedraclora.adapter import make_plan
 from fedraclora.aggregate import SUM_BLOCK
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, ModelError
 from fedraclora.method import Cohort, Downlink, Draw
 from fedraclora.samples import Partitioned, Samples
 from fedraclora.settings import RayConfig
@@ -246,9 +246,13 @@ def test_two_clients_that_do_not_fit_are_an_error_with_advice(
         plan(trainer, 1, 10)
 
 
-def test_another_error_is_handed_on(
-    trainer: CohortTrainer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("chunk", ["auto", 1])
+def test_a_model_that_does_not_take_the_samples_says_where(
+    trainer: CohortTrainer, monkeypatch: pytest.MonkeyPatch, chunk: int | str
 ) -> None:
-    starve(monkeypatch, RuntimeError("shapes cannot be multiplied"), 2)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        plan(trainer, "auto", 10)
+    starve(monkeypatch, RuntimeError("shapes cannot be multiplied"), 1)
+    said = (
+        r"training step .* RuntimeError: shapes cannot be multiplied \(test_chunking\.py, line \d+"
+    )
+    with pytest.raises(ModelError, match=said):
+        plan(trainer, chunk, 10)

@@ -438,8 +438,12 @@ def test_an_unknown_metric_names_the_known_ones(make: Make, tmp_path: Path) -> N
 
 
 def test_the_command_prints_the_table_or_the_error(
-    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # a runner of tests may set it
     for rank in (4, 8):
         make(f"rank{rank}", rac(rank))
     out = str(tmp_path / "out")

@@ -7,12 +7,12 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from experiments.choices import CONF, choice
 from fedraclora.config import RunConfig, TaskConfig, choices_with, from_plain, task_from_plain
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.method import Method
@@ -27,7 +27,6 @@ from fedraclora.settings import (
 from fedraclora.training.localconfig import LocalConfig
 from strategies import METHODS
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 METHOD_TABLE: Mapping[str, type[Method]] = METHODS
 GROUPS = (
     *("method", "data", "partition", "model", "local", "engine", "system", "pretrain", "output"),
@@ -35,20 +34,16 @@ GROUPS = (
 )
 
 
-def read(path: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load(path.read_text()))
-
-
 def plain(**changes: Any) -> dict[str, Any]:
     """conf/config.yaml and the groups that it chooses, with dotted changes."""
-    top = read(CONF / "config.yaml")
+    top = dict(yaml.safe_load((CONF / "config.yaml").read_text()))
     chosen: dict[str, str] = {}
     for entry in top.pop("defaults"):
         if isinstance(entry, dict):
             chosen |= entry
     top.pop("hydra", None)
     for group in GROUPS:
-        top[group] = read(CONF / group / f"{chosen[group]}.yaml") | top.get(group, {})
+        top[group] = choice(group, chosen[group]) | top.get(group, {})
     for dotted, value in changes.items():
         place, keys = top, dotted.split("__")
         for key in keys[:-1]:
@@ -78,7 +73,7 @@ def test_the_defaults_are_a_run() -> None:
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_of_the_table_is_read_from_its_yaml(name: str) -> None:
-    group = read(CONF / "method" / f"{name}.yaml")
+    group = choice("method", name)
     config = from_plain(plain() | {"method": group}, METHOD_TABLE)
     wanted = METHODS[name](**without(group, "name"))
     assert config.method == wanted
@@ -94,7 +89,7 @@ def test_what_decides_the_result_is_digested_and_no_more() -> None:
 
 
 def test_where_clients_run_does_not_decide_the_result() -> None:
-    groups = [read(CONF / "engine" / f"{name}.yaml") for name in ("vectorised", "ray")]
+    groups = [choice("engine", name) for name in ("vectorised", "ray")]
     first, second = (from_plain(plain() | {"engine": g}, METHOD_TABLE) for g in groups)
     assert first.digested == second.digested
     assert isinstance(second.engine, RayConfig)
@@ -227,7 +222,7 @@ def test_keys_of_data_model_and_partition_are_checked_with_the_others(
 
 
 STEPS = {"local__schedule": "step"}
-FACTORS = {**read(CONF / "method" / "fedavg_lora.yaml")}
+FACTORS = {**choice("method", "fedavg_lora")}
 IDLE: list[tuple[str, object, dict[str, Any]]] = [  # key, value, and what it takes to read it
     ("local.damping", 0.1, {"method": FACTORS, "local__adjust": "riemannian"}),
     ("local.final", 0.3, {"local__schedule": "cosine"}),
@@ -339,14 +334,14 @@ def test_what_cannot_run_is_refused_before_anything_runs(
     ],
 )
 def test_a_group_sets_every_field_by_its_own_name(target: type[Any], path: str) -> None:
-    group = read(CONF / f"{path}.yaml")
+    group = choice(*path.split("/"))
     parameters = set(inspect.signature(target).parameters)
     assert set(group) - ({"name"} - parameters) == parameters
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum"])
 def test_sgd_leaves_out_the_constants_of_adamw_and_nothing_else(name: str) -> None:
-    keys = set(read(CONF / "local" / f"{name}.yaml")) - {"name"}
+    keys = set(choice("local", name)) - {"name"}
     assert set(LocalConfig.__dataclass_fields__) - keys == {"beta1", "beta2", "eps"}
     assert keys <= set(LocalConfig.__dataclass_fields__)
 

@@ -3,48 +3,39 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 
 import pytest
-import yaml
 
+from experiments.choices import choice, groups
 from fedraclora.data import DATASETS, PARTITIONS
 from fedraclora.models import MODELS
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = {
     "data": (DATASETS, {"labels", "validation"}, set()),
     "partition": (PARTITIONS, {"empty"}, {"data", "clients", "seed"}),
     "model": (MODELS, set(), {"shape", "classes", "seed"}),
 }
-FILES = [(group, file) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+CHOICES = [(group, name) for group in GROUPS for name in groups()[group]]
 
 
-def group_of(file):
+def group_of(group, name):
     """Give the keys of the group, also of a file that says more than these."""
-    keys = yaml.safe_load(file.read_text())
-    return keys.get(file.parent.name, keys)
+    keys = choice(group, name)
+    return keys.get(group, keys)
 
 
-@pytest.mark.parametrize(("group", "file"), FILES, ids=[f"{g}/{f.stem}" for g, f in FILES])
-def test_keys_are_the_arguments(group, file):
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{g}/{n}" for g, n in CHOICES])
+def test_keys_are_the_arguments(group, name):
     table, common, passed = GROUPS[group]
-    keys = group_of(file)
-    name = keys.pop("name")
-    if name == "own":
+    keys = group_of(group, name)
+    kind = keys.pop("name")
+    if kind == "own":
         passed = {"client", "alone"}  # each node says which it is
-    wanted = set(inspect.signature(table[name]).parameters) - passed
+    wanted = set(inspect.signature(table[kind]).parameters) - passed
     assert set(keys) == wanted | common
-
-
-@pytest.mark.parametrize(("group", "file"), FILES, ids=[f"{g}/{f.stem}" for g, f in FILES])
-def test_the_first_line_says_what_it_is(group, file):
-    first = next(line for line in file.read_text().splitlines() if "@package" not in line)
-    assert first.startswith("# ")
-    assert len(first) > 10
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_name_has_a_file(group):
-    names = {group_of(file)["name"] for g, file in FILES if g == group}
+    names = {group_of(g, name)["name"] for g, name in CHOICES if g == group}
     assert names == set(GROUPS[group][0])

@@ -194,7 +194,7 @@ def test_the_default_partition_fits_the_data(folder: Path) -> None:
     ("words", "said"),
     [
         (["pretrain=aside"], "sets none aside"),
-        (["pretrain=aside", "pretrain.name=mine"], "has nothing to pretrain on"),
+        (["pretrain=digits_0_4"], "has nothing to pretrain on"),
         (["data.validation=0.2"], "none of them is at the server"),
         (["data.test=x.npz", "data.test_share=0.2"], "leave one of them out"),
         (["clients=null", "data.samples=mine:samples"], "clients is not set"),
@@ -250,3 +250,11 @@ def test_test_samples_that_clients_have_are_refused_where_the_task_is_built(fold
     config = from_plain(settled(composed([*words, *TINY])), METHODS)
     with pytest.raises(DataError, match="the same rows as the 33 training samples"):
         build_task(config)
+
+
+def test_labels_with_a_gap_ask_how_many_classes_there_are(tmp_path: Path) -> None:
+    for client in range(3):
+        np.savez(tmp_path / f"{client}.npz", x=np.zeros((3, 4)), target=np.array([0, 1, 7]))
+    with pytest.raises(DataError, match=r"the labels are \[0, 1, 7\], and most between 0 and 7"):
+        own_samples(clients=3, samples=str(tmp_path))
+    assert own_samples(clients=3, samples=str(tmp_path), classes=8).classes == 8

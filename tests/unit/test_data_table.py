@@ -214,3 +214,27 @@ def test_arrays_that_do_not_fit_are_named(tmp_path: Path, arrays: Any, said: str
 def test_a_damaged_idx_file_is_named(data: bytes) -> None:
     with pytest.raises(DataError, match=r"it is (no IDX file|not whole)"):
         parse_idx(data, "it")
+
+
+def test_a_column_that_one_cell_spoils_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    rows = [f"{value},{value % 2},word" for value in range(9)]
+    for cell, said in (("n/a?", r"column a holds numbers, but 'n/a\?' in row 4"),):
+        lines = ["a,label,b", *rows]
+        lines[4] = f"{cell},1,word"
+        (tmp_path / "t.csv").write_text("\n".join(lines))
+        with pytest.raises(DataError, match=said):
+            load(tmp_path / "t.csv", label="label")
+    (tmp_path / "t.csv").write_text("a;label\n" + "\n".join(f"{v},5;{v % 2}" for v in range(9)))
+    with pytest.raises(DataError, match="decimal commas, such as '0,5'"):
+        load(tmp_path / "t.csv", label="label", separator=";")
+    (tmp_path / "t.csv").write_bytes("name,label\nM\xfcller,1\n".encode("latin-1"))
+    with pytest.raises(DataError, match="is no UTF-8 text"):
+        load(tmp_path / "t.csv", label="label")
+
+
+def test_half_of_an_npz_file_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((20, 9)), target=np.arange(20) % 2)
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a\.npz cannot be read: .* is the file whole\?"):
+        DATASETS["arrays"](file=str(tmp_path / "a.npz"))

@@ -350,12 +350,12 @@ def test_dropout_that_acts_or_is_off_passes(drop):
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_a_rate_that_no_module_takes_is_refused(kind, tmp_path):
     # OPT drops by a function, Llama not at all.
-    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1}
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     more = {"ffn_dim": 12, "word_embed_proj_dim": 8} if kind == "opt" else {"intermediate_size": 12}
     config = transformers.AutoConfig.for_model(
         kind, **sizes, **more, pad_token_id=0, bos_token_id=1
     )
-    config.num_attention_heads, config.eos_token_id = 2, 2
+    config.eos_token_id = 2
     transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     arguments = {"shape": (), "classes": 3, "seed": 0, "path": str(tmp_path)}
     assert MODELS["hf"](**arguments).head == ("score",)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from typing_extensions import override
 
+from experiments.choices import choice, groups
 from fedraclora import rng
 from fedraclora.devices.availability import Availability, Bernoulli, Diurnal
 from fedraclora.devices.distributions import Choice, Constant, LogNormal, Uniform
@@ -27,8 +26,7 @@ from fedraclora.schema import build, without
 from fedraclora.training.localconfig import LocalConfig
 from strategies.server.fleet import Fleet
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "system"
-PRESETS = sorted(path.stem for path in CONF.glob("*.yaml"))
+PRESETS = list(groups()["system"])
 FLEET = SystemConfig(
     speed=LogNormal(50.0, 0.7),
     downlink=LogNormal(4.0, 1.0),
@@ -51,7 +49,7 @@ def read(group: dict[str, Any]) -> SystemConfig:
 
 
 def preset(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    return choice("system", name)
 
 
 # --- who is asked --------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ class DeployGrid(ForwardingGrid):
                 replies.append(failed(message, Error(NODE_UNAVAILABLE, "it is not connected")))
         return replies + self._receive(waiting, time.monotonic() + seconds)
 
+    @override
     def close(self) -> None:
         """The runtime is Flower's to end."""
 

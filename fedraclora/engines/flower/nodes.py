@@ -90,6 +90,7 @@ class NodePerClient(ForwardingGrid):
         seconds = self.timeout if timeout is None else timeout
         return self._exchange((self._address(m) for m in messages), seconds)
 
+    @override
     def close(self) -> None:
         """Remove the folder of the job; the runtime is Flower's to end."""
         self.job.close()

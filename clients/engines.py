@@ -1,0 +1,130 @@
+"""The engines of one machine: in this process, on Ray's workers, in Flower's simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Message
+from typing_extensions import override
+
+from clients.app import make_client_app
+from clients.site import Site, SiteParts
+from clients.worker import Worker
+from fedraclora.config import RunConfig
+from fedraclora.engine import Engine, EngineParts
+from fedraclora.engines.inprocess import InProcessGrid
+from fedraclora.engines.local import MessageGrid
+from fedraclora.errors import ConfigError
+from fedraclora.job import JobFolder
+from fedraclora.replica import Chronicle, Replica
+from fedraclora.settings import DeployConfig, FlowerConfig, RayConfig
+
+if TYPE_CHECKING:  # Ray is imported where it is started
+    from fedraclora.engines.ray import Site as WorkerSite
+
+
+class InProcess(Engine):
+    """Clients in this process, one message after another; they read the server's own weights.
+
+    Args:
+        arrange: Changes the order of replies; see `InProcessGrid`.
+    """
+
+    def __init__(self, arrange: Callable[[list[Message]], list[Message]] | None = None) -> None:
+        super().__init__(Replica({}))
+        self.arrange = arrange
+
+    @override
+    def make_grid(self, parts: EngineParts) -> MessageGrid:
+        return InProcessGrid(make_client_app(self.make_worker(parts)), self.arrange)
+
+    def make_worker(self, parts: EngineParts) -> Worker:
+        """Make what answers the messages."""
+        return Worker(parts.trainer, self.replica, parts.store, parts.terms)
+
+
+class OnRay(Engine):
+    """Chunks of clients on resident Ray workers, which follow the server's weights by links.
+
+    Args:
+        settings: How many workers, of which cluster.
+        site: Makes what a worker holds between rounds; importable on every node.
+        given: Gives what sites are made of; it travels once to each machine.
+    """
+
+    spread = True
+
+    def __init__(
+        self,
+        settings: RayConfig,
+        site: Callable[[Any], WorkerSite],
+        given: Callable[[EngineParts], object],
+    ) -> None:
+        self.settings, self.site, self.given = settings, site, given
+        self.share, self.chronicle = settings.share, Chronicle()
+        super().__init__(self.chronicle)
+
+    @override
+    def make_grid(self, parts: EngineParts) -> MessageGrid:
+        from fedraclora.engines.ray import Cluster, RayGrid
+
+        return RayGrid(
+            Cluster(self.settings, parts.built.device.type),
+            self.site,
+            self.given(parts),
+            chronicle=self.chronicle,
+            store=parts.store,
+            settings=self.settings,
+        )
+
+
+class InFlower(Engine):
+    """Flower's simulation runtime, one node per client; processes read weights from a folder.
+
+    Args:
+        settings: How many processes.
+        config: Of the run; the processes read it from the folder.
+    """
+
+    def __init__(self, settings: FlowerConfig, config: RunConfig) -> None:
+        self.settings, self.job = settings, JobFolder(config.plain)
+        super().__init__(self.job)
+
+    @override
+    def make_grid(self, parts: EngineParts) -> MessageGrid:
+        from clients.client_app import app
+        from fedraclora.engines.flower import FlowerGrid
+
+        return FlowerGrid(
+            app,
+            self.job,
+            clients=parts.built.clients,
+            store=parts.store,
+            settings=self.settings,
+            device=parts.built.device.type,
+        )
+
+    @override
+    def close(self) -> None:
+        super().close()
+        self.job.close()
+
+
+def engine_of(config: RunConfig) -> Engine:
+    """Make the engine that a config names.
+
+    Raises:
+        ConfigError: If its clients are on hosts that are not this process's to start.
+    """
+    match config.engine:
+        case DeployConfig():
+            raise ConfigError(
+                "engine=deploy is for fedraclora deploy, with connection=NAME or local=3"
+            )
+        case RayConfig() as settings:
+            return OnRay(settings, Site, lambda parts: SiteParts(config, parts.built, parts.plan))
+        case FlowerConfig() as settings:
+            return InFlower(settings, config)
+        case _:
+            return InProcess()

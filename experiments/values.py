@@ -1,0 +1,147 @@
+"""Choices that are said in Python, as the config that the command line would compose."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments.choices import CONF, composed
+from experiments.overrides import key_of
+from fedraclora.config import RunConfig
+from fedraclora.errors import ConfigError
+
+Plain = dict[str, object]
+BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are
+ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")  # in the keys of a mapping, which have no quotes
+NOT_STRINGS = {"null", "true", "false", "nan", "inf"}
+
+
+def config_of(
+    choices: tuple[str | Mapping[str, object], ...], keys: Mapping[str, object]
+) -> tuple[Plain, list[str]]:
+    """Compose the config that is asked for.
+
+    Returns:
+        The resolved config, and the keys that were said.
+
+    Raises:
+        ConfigError: If it does not compose, or a value is none that a config can hold.
+    """
+    if len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0]):
+        whole = nowhere({str(k): plain_value(str(k), value) for k, value in choices[0].items()})
+        said = {key: plain_value(key, value) for key, value in keys.items()}
+        return laid_over(whole, said), [word.partition("=")[0] for word in words_of(said)]
+    words: list[str] = []
+    for choice in (*choices, keys):
+        if isinstance(choice, str):
+            words.append(choice)
+        elif isinstance(choice, Mapping):
+            words += words_of(choice)
+        else:
+            raise ConfigError(
+                f"{choice!r:.200} is of type {type(choice).__name__}; a word such as "
+                "'method=fedavg' or a mapping of keys is wanted"
+            )
+    return composed(words), [key_of(word) for word in words]
+
+
+def is_whole(mapping: Mapping[str, object]) -> bool:
+    """Tell whether a mapping has every key of a config."""
+    return {key for key in inspect.signature(RunConfig).parameters if key != "plain"} <= {*mapping}
+
+
+def nowhere(config: Plain) -> Plain:
+    """Give a config without what says where its run was: the folder, and whether it went on."""
+    output = config["output"]
+    kept = {**output, "dir": None} if isinstance(output, dict) else output
+    return {**config, "output": kept, "resume": None}
+
+
+def laid_over(config: Plain, changes: Plain) -> Plain:
+    """Give a config with other values, group by group."""
+    found = dict(config)
+    for key, value in changes.items():
+        group, _, leaf = key.partition(".")
+        inner = found.get(group)
+        more = {leaf: value} if leaf else value
+        if isinstance(inner, dict) and isinstance(more, dict):
+            found[group] = {**inner, **more}
+        else:
+            found[key] = value
+    return found
+
+
+def words_of(mapping: Mapping[str, object], before: str = "") -> list[str]:
+    """Write nested choices as words of the command line.
+
+    Example:
+        >>> words_of({"local": {"lr": 0.1}, "data": {"name": "digits", "labels": [5, 6]}})
+        ['local.lr=0.1', 'data=digits', 'data.labels=[5,6]']
+    """
+    words = []
+    for key, value in mapping.items():
+        path = f"{before}{key}"
+        if isinstance(value, Mapping) and not before:
+            words += words_of(value, f"{path}.")
+        elif key == "name" and before and (CONF / before[:-1]).is_dir():
+            words.append(f"{before[:-1]}={literal(path, value)}")
+        else:
+            words.append(f"{path}={literal(path, value)}")
+    return words
+
+
+def literal(key: str, value: object) -> str:
+    r"""Write a value as Hydra reads it.
+
+    Args:
+        key: Whose it is, for the message.
+        value: The value.
+
+    Raises:
+        ConfigError: If no config can hold it.
+
+    Example:
+        >>> literal("a", [None, True, 0.5, "it's", "null", {"*": 1}])
+        "[null,true,0.5,'it\\'s','null',{*:1}]"
+    """
+    value = plain_value(key, value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        if BARE.fullmatch(value) and value.lower() not in NOT_STRINGS:
+            return value
+        escaped = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + (m[2] and r"\'"), value)
+        return f"'{escaped}'"
+    if isinstance(value, list):
+        return f"[{','.join(literal(key, v) for v in value)}]"
+    if isinstance(value, dict):
+        pairs = ((ESCAPED.sub(r"\\\g<0>", k), literal(key, v)) for k, v in value.items())
+        return f"{{{','.join(f'{name}:{text}' for name, text in pairs)}}}"
+    return repr(value)
+
+
+def plain_value(key: str, value: object) -> object:
+    """Turn a value into plain ones: dicts, lists, strings, numbers, None.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain_value(f"{key}.{k}", v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(key, v) for v in value]
+    raise ConfigError(
+        f"{key} is of type {type(value).__name__}; a number, a string, a list or a mapping is "
+        "wanted"
+    )

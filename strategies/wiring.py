@@ -1,0 +1,134 @@
+"""Wires a run: the one place where the strategy, its files and its engine meet.
+
+Whatever runs rounds goes through `wire`: the command line and `fedraclora.simulate` (by
+`strategies.assembly`), Flower's app, the benchmark, the curves of the theory, the contract tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from fedraclora.devices.system import SystemConfig
+from fedraclora.engine import Engine, EngineParts
+from fedraclora.engines.local import MessageGrid
+from fedraclora.method import Draw, Method, State
+from fedraclora.runbook import RunBook
+from fedraclora.tree import Tree
+from strategies.base import FedStrategy
+from strategies.buffered import BufferedStrategy
+from strategies.server.fleet import Fleet
+from strategies.server.loop import LoopConfig
+from strategies.server.rows import Row
+from strategies.server.stopping import Stopping
+from strategies.server.treatment import Treatment
+
+
+@dataclass(frozen=True)
+class Wired:
+    """A run that is ready to start.
+
+    Attributes:
+        strategy: Drives the rounds.
+        engine: Owns the grid.
+        grid: Where clients run.
+    """
+
+    strategy: FedStrategy
+    engine: Engine
+    grid: MessageGrid
+
+    def start(self, last: int | None = None) -> None:
+        """Run the rounds that are left.
+
+        Args:
+            last: The last round; None: that of the loop.
+
+        Raises:
+            ClientError: If more clients failed than allowed, after a checkpoint.
+        """
+        self.strategy.start(self.grid, num_rounds=last)
+
+    def weights(self) -> Tree:
+        """Give the effective weights now: name of a parameter -> tensor of its shape."""
+        return self.strategy.method.weights(self.strategy.state, self.strategy.draw)
+
+    def close(self) -> None:
+        """End what the engine started."""
+        self.engine.close()
+
+
+def wire(
+    method: Method,
+    parts: EngineParts,
+    loop: LoopConfig,
+    engine: Engine,
+    *,
+    state: State | None = None,
+    book: RunBook | None = None,
+    resume: bool = False,
+    evaluate: Callable[[Tree], dict[str, float]] | None = None,
+    treatment: Treatment | None = None,
+    system: SystemConfig | None = None,
+    stop: Stopping | None = None,
+    sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
+    on_round: Callable[[Row], None] | None = None,
+    kind: type[FedStrategy] | None = None,
+) -> Wired:
+    """Build the strategy and start the engine.
+
+    Args:
+        method: The algorithm.
+        parts: Task, trainer and what clients keep.
+        loop: Settings of the round loop.
+        engine: Where clients run; it is ended where the run cannot be wired.
+        state: The method's state before round 1; None: it begins from the weights of the model.
+        book: Ledger, chain and checkpoints; None: rows are kept in memory alone.
+        resume: Go on from the book's checkpoint.
+        evaluate: Gives the metrics of dense weights; None: there are none.
+        treatment: What happens to updates between the checks and the method.
+        system: The clients' devices; None: ideal ones.
+        stop: Says when to end before the last round.
+        sizes: Samples of clients [K], where the server knows them before they train.
+        on_round: Called with each new ledger row.
+        kind: The strategy; None: the one that these devices need.
+
+    Returns:
+        The run; whoever has it closes it.
+
+    Raises:
+        FedRacLoraError: Whatever cannot be together, or does not start.
+    """
+    trainer, system = parts.trainer, system or SystemConfig()
+    if state is None:
+        base = {n: p.detach().clone() for n, p in trainer.task.model.named_parameters()}
+        state = method.init(base, trainer.plan, Draw(loop.seed))
+    book = book or RunBook(None, store=parts.store)
+    kind = kind or (FedStrategy if system.buffer is None else BufferedStrategy)
+    with ExitStack() as failed:
+        failed.callback(engine.close)
+        strategy = kind(
+            method,
+            state,
+            trainer.local,
+            loop,
+            replica=engine.replica,
+            evaluate=evaluate,
+            book=book,
+            treatment=treatment,
+            on_round=on_round,
+            sizes=sizes,
+            fleet=Fleet(system, loop.seed, trainer.local),
+            stop=stop,
+        )
+        if resume:
+            restored, done = book.restore(state, strategy.catch_up)
+            strategy.resume(restored, done)
+            if book.keep_chain:
+                engine.replica.recall(restored.base, book.links(), strategy.catch_up.version)
+        wired = Wired(strategy, engine, engine.start(parts))
+        failed.pop_all()
+    return wired

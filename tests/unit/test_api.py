@@ -1,0 +1,179 @@
+"""`fedraclora.simulate`: the same runs and the same errors as the command line, from Python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedraclora
+from experiments.choices import composed
+from experiments.simulate import simulate
+from experiments.values import literal, words_of
+from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.tree import digest
+
+WORDS = ("data=digits", "pretrain=none", "output.progress=false")
+SMALL: dict[str, Any] = {"model": {"hidden": [7]}, "clients": 6, "cohort": 3}
+STUDY = "output=study"  # no pictures, no chain
+
+
+def run(*words: str | Mapping[str, object], **keys: Any) -> fedraclora.Run:
+    return fedraclora.simulate(*WORDS, *words, **(SMALL | {"rounds": 2} | keys))
+
+
+@pytest.mark.parametrize("method", ["fed_rac_lora", "fedavg"])
+def test_a_run_in_memory_is_that_of_the_command_line(method: str, tmp_path: Path) -> None:
+    seen: list[object] = []
+    found = run(method=method, on_round=lambda row: seen.append(row["round"]))
+    words = [*WORDS, STUDY, "model.hidden=[7]", "clients=6", "cohort=3", "rounds=2"]
+    wanted = simulate(composed([*words, f"method={method}"]), tmp_path / "run")
+    assert found.folder is None
+    assert [row["round"] for row in found.history] == seen == [0, 1, 2]
+    assert found.summary["weights_digest"] == wanted["weights_digest"]
+    assert digest(found.weights()) == wanted["weights_digest"]
+    assert found.summary["ledger_digest"] == wanted["ledger_digest"]
+
+
+def test_weights_are_copies() -> None:
+    found = run()
+    found.weights()["fc1.weight"].zero_()
+    assert digest(found.weights()) == found.summary["weights_digest"]
+
+
+@pytest.mark.parametrize("engine", ["vectorised", "inline"])
+def test_the_engine_is_a_choice(engine: str) -> None:
+    assert run(engine=engine).summary["chunk"] == {"vectorised": 3, "inline": 1}[engine]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("other", "same"), [("ray", "vectorised"), ("flower", "inline")])
+def test_engines_of_many_processes_have_the_bits_of_one(other: str, same: str) -> None:
+    found = run(engine={"name": other, "workers": 2})
+    assert digest(found.weights()) == digest(run(engine=same).weights())
+
+
+def test_a_run_says_what_it_is_in_a_line() -> None:
+    assert repr(run(rounds=1)).startswith("Run(rounds=1, metrics={'accuracy': ")
+
+
+def test_a_run_goes_on_and_a_finished_one_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def stop(row: Mapping[str, object]) -> None:
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+
+    words = (STUDY, "output.checkpoint_every=1")
+    with pytest.raises(KeyboardInterrupt):
+        run(*words, folder=folder, rounds=3, on_round=stop)
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        run(*words, folder=folder, rounds=3)
+    done = run(*words, folder=folder, resume=True, rounds=3)
+    whole = run(*words, folder=tmp_path / "whole", resume=True, rounds=3)
+    assert done.folder == folder
+    assert [row["round"] for row in done.history] == [0, 1, 2, 3]
+    assert digest(done.weights()) == digest(whole.weights()) == whole.summary["weights_digest"]
+    kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    again = run(*words, folder=folder, resume=True, rounds=3)
+    assert again.summary["seconds"] == done.summary["seconds"]
+    assert again.history == done.history
+    assert digest(again.weights()) == digest(done.weights())
+    assert {p: p.read_bytes() for p in kept} == kept
+    with pytest.raises(CheckpointError, match=r"seed: 0 -> 1"):
+        run(*words, folder=folder, resume=True, rounds=3, seed=1)
+
+
+def test_a_config_of_a_run_is_the_same_run() -> None:
+    first = run({"method": {"name": "ffa_lora", "rank": 3}, "local": {"lr": 0.2}})
+    again = fedraclora.simulate(first.config)
+    other = fedraclora.simulate(first.config, rounds=1, local={"lr": 0.1})
+    assert again.summary["weights_digest"] == first.summary["weights_digest"]
+    assert len(other.history) == 2
+    assert other.config["method"] == first.config["method"]
+    local: Any = first.config["local"]
+    assert other.config["local"] == {**local, "lr": 0.1}
+
+
+BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    "choice": ((), {"method": "fedavgg"}, "fedavg"),
+    "key": ((), {"round": 3}, "rounds"),
+    "inner": (({"local": {"learning": 1.0}},), {}, "learning"),
+    "value": ((), {"cohort": 7}, "cohort is 7, but there are only 6 clients"),
+    "deploy": ((), {"engine": "deploy"}, "engine=deploy is for fedraclora deploy"),
+    "object": ((), {"model": torch.nn.Linear(2, 3)}, "model is of type Linear"),
+    "no word": ((5,), {}, "5 is of type int"),
+    "sweep": (("seed=1,2",), {}, "sweep"),
+    "resume word": (("resume=auto",), {}, "resume=True"),
+    "no folder": ((), {"resume": True}, "folder"),
+    "idle": (("output.chain=false",), {}, "output.chain"),
+    "two folders": (("output.dir=a",), {"folder": "b"}, "name one of them"),
+    "whole": (({"local": {"lr": "much"}},), {}, r"local\.lr"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_error(case: str) -> None:
+    words, keys, said = BAD[case]
+    with pytest.raises(ConfigError, match=said):
+        run(*words, **keys)
+
+
+def test_an_attribute_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'simulat'"):
+        fedraclora.simulat  # noqa: B018
+
+
+def test_to_import_the_package_imports_nothing_heavy() -> None:
+    heavy = ("torch", "flwr", "hydra", "ray", "numpy", "experiments")
+    code = f"import sys, fedraclora; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---- Values as words ----------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(codec="ascii", exclude_categories=["Cc"], exclude_characters="$"))
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(value=PLAIN)
+def test_hydra_reads_back_the_value_that_was_written(value: object) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_override(f"key={literal('key', value)}")
+    assert parsed.value() == value
+
+
+def test_hydra_reads_back_a_mapping() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    value = {"*": 1, "fc*.weight": [2.5, None], "a b": {"c=d": "e,f"}, "x\\y": "'"}
+    parsed = OverridesParser.create().parse_override(f"key={literal('key', value)}")
+    assert parsed.value() == value
+
+
+def test_values_of_other_libraries_are_plain_ones() -> None:
+    words = words_of({"seed": np.int64(3), "local": {"lr": np.float32(0.5)}, "a": Path("/b c")})
+    assert words == ["seed=3", "local.lr=0.5", "a='/b c'"]
+
+
+def test_a_written_config_is_a_whole_config(tmp_path: Path) -> None:
+    first = run(STUDY, folder=tmp_path / "run", resume=True)
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    again = fedraclora.simulate(stored, folder=tmp_path / "other")
+    assert again.summary["weights_digest"] == first.summary["weights_digest"]
+    assert fedraclora.simulate(first.config).folder is None

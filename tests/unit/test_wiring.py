@@ -1,0 +1,148 @@
+"""Engines and the one wiring: who owns what, and what is ended where a run is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typing_extensions import override
+
+from clients.engines import InFlower, InProcess, OnRay, engine_of
+from experiments.choices import composed
+from fedraclora.adapter import make_plan
+from fedraclora.config import RunConfig, from_plain
+from fedraclora.devices.distributions import Constant
+from fedraclora.devices.system import SystemConfig
+from fedraclora.engine import EngineParts
+from fedraclora.errors import ConfigError, EngineError
+from fedraclora.job import JobFolder
+from fedraclora.replica import Chronicle
+from fedraclora.samples import Partitioned, Samples
+from fedraclora.settings import DeployConfig, EngineConfig, FlowerConfig, Waiting
+from fedraclora.task import Task
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.localconfig import LocalConfig
+from strategies import METHODS
+from strategies.assembly import assemble
+from strategies.base import FedStrategy
+from strategies.buffered import BufferedStrategy
+from strategies.fed_rac_lora import FedRacLora
+from strategies.server.loop import LoopConfig
+from strategies.wiring import Wired, wire
+
+LOOP = LoopConfig(rounds=1, clients=3, cohort=2, chunk=2, seed=4)
+
+
+def config(*words: str) -> RunConfig:
+    return from_plain(composed(["data=digits", "pretrain=none", *words]), METHODS)
+
+
+def parts() -> EngineParts:
+    model = nn.Sequential(nn.Linear(5, 3))
+    samples = Samples({"x": torch.ones(6, 5)}, torch.tensor([0, 1, 2, 0, 1, 2]))
+    train = Partitioned.of(samples, list(np.arange(6).reshape(3, 2)))
+    task = Task(model, ("0",), "cross_entropy", ("loss",), train, samples)
+    plan = make_plan(model, ("0",), head_policy="adapt", bias_policy="frozen")
+    local = LocalConfig(lr=0.1, steps=1)
+    trainer = CohortTrainer(task, plan, local, seed=4, device=torch.device("cpu"))
+    return EngineParts.of(trainer, 2)
+
+
+class Watched(InProcess):
+    """Notes its end, and starts only where it is told to."""
+
+    def __init__(self, *, starts: bool = True) -> None:
+        super().__init__()
+        self.starts, self.ended = starts, 0
+
+    @override
+    def make_grid(self, parts: EngineParts):
+        if not self.starts:
+            raise EngineError("nobody is there")
+        return super().make_grid(parts)
+
+    @override
+    def close(self) -> None:
+        super().close()
+        self.ended += 1
+
+
+def wired(engine: Watched, **more: object) -> Wired:
+    method = FedRacLora(rank=2, alpha=3.0)
+    return wire(method, parts(), LOOP, engine, **more)  # type: ignore[arg-type]
+
+
+def test_a_wired_run_runs_and_is_ended_by_who_has_it() -> None:
+    engine = Watched()
+    run = wired(engine)
+    run.start()
+    assert (run.strategy.done, engine.ended) == (1, 0)
+    assert {n: tuple(t.shape) for n, t in run.weights().items()} == {
+        "0.weight": (3, 5),
+        "0.bias": (3,),
+    }
+    run.close()
+    assert engine.ended == 1
+
+
+def test_devices_decide_on_the_strategy() -> None:
+    buffered = SystemConfig(speed=Constant(1.0), buffer=1)
+    assert type(wired(Watched()).strategy) is FedStrategy
+    assert type(wired(Watched(), system=buffered).strategy) is BufferedStrategy
+
+
+def test_an_engine_that_does_not_start_is_ended() -> None:
+    engine = Watched(starts=False)
+    with pytest.raises(EngineError, match="nobody is there"):
+        wired(engine)
+    assert engine.ended == 1
+
+
+def test_an_engine_of_a_run_that_is_refused_is_ended() -> None:
+    engine = Watched()
+    with pytest.raises(ConfigError, match=r"targets|zzz"):
+        assemble(config("targets=[zzz]"), None, engine_of=lambda _: engine)
+    assert engine.ended == 1
+
+
+def test_flower_leaves_no_folder_where_its_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    begin = JobFolder.__init__
+
+    def noted(self: JobFolder, plain: dict[str, object]) -> None:
+        begin(self, plain)
+        made.append(self.folder)
+
+    monkeypatch.setattr(JobFolder, "__init__", noted)
+    with pytest.raises(ConfigError):
+        assemble(config("engine=flower", "targets=[zzz]"), None, engine_of=engine_of)
+    assert [folder.exists() for folder in made] == [False]
+
+
+def test_an_engine_owns_the_replica_that_its_workers_follow() -> None:
+    found = engine_of(config("engine=ray", "engine.gpus=0.5"))
+    assert isinstance(found, OnRay)
+    assert isinstance(found.replica, Chronicle)
+    assert (found.spread, found.share) == (True, 0.5)
+    flower = engine_of(config("engine=flower"))
+    assert isinstance(flower, InFlower)
+    assert flower.replica is flower.job
+    flower.close()
+    flower.close()  # a second call does nothing
+    here = engine_of(config("engine=inline"))
+    assert isinstance(here, InProcess)
+    assert (here.spread, here.share) == (False, None)
+
+
+def test_settings_say_how_the_loop_waits() -> None:
+    assert EngineConfig().waiting(5) == Waiting()
+    assert FlowerConfig(timeout=7.0).waiting(5) == Waiting(timeout=7.0)
+    real = DeployConfig(min_clients=3, timeout=7.0, retries=4, max_samples=9)
+    assert real.waiting(5) == Waiting(7.0, True, 3, 9, 4)
+    with pytest.raises(ConfigError, match=r"min_clients is 3, but a round asks 2 clients"):
+        real.waiting(2)
+    assert [real.fewest(n, 1) for n in (2, 5)] == [2, 3]
+    assert EngineConfig().fewest(5, 1) == 4
