@@ -56,8 +56,8 @@ def build_cnn(
     if not channels or not height or not width:
         raise ConfigError(
             f"model.channels={list(channels)}: want at least one convolution, each halves the "
-            f"image, and an image of {image[1]} x {image[2]} (of a shape {tuple(shape)}: channels, "
-            "height, width) must not vanish"
+            f"image, and an image of {image[1]} x {image[2]} must not vanish (a shape is read as "
+            f"channels, height, width; this one is {tuple(shape)})"
         )
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if len(shape) == 1:
