@@ -7,6 +7,8 @@ once, and stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -125,17 +127,9 @@ def plan_chunk(
             _try_one(trainer, base, downlink)
         return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
-    try:
+    advice = "set engine.chunk=1, or lower local.batch_size"
+    with _told("two clients in a batch", advice):
         memory = measure(trainer, base, downlink, population)
-    except FedRacLoraError:
-        raise
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise _untrainable(error) from error
-        raise ConfigError(
-            f"memory runs out with two clients in a batch ({error}); set engine.chunk=1, or lower "
-            "local.batch_size"
-        ) from error
     device = trainer.device.type
     budget = budget_of(trainer.device, share)
     bounds = {
@@ -154,24 +148,32 @@ def plan_chunk(
     return ChunkPlan(found, reason, memory, budget, device)
 
 
-def _try_one(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
-    """Take a step of one client where nothing is measured: what cannot train is refused at once."""
+@contextmanager
+def _told(clients: str, advice: str) -> Iterator[None]:
+    """Say what to do where memory runs out, and where a step fails.
+
+    Args:
+        clients: Who takes the step, for the message.
+        advice: What to do where that takes too much memory.
+    """
     try:
-        try_step(trainer, base, downlink)
+        yield
     except FedRacLoraError:
         raise
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise _untrainable(error) from error
-        raise ConfigError(
-            f"memory runs out with one client ({error}); lower local.batch_size, the size of a "
-            "sample (data.max_length) or the model, or set precision=bf16-mixed"
+        if is_out_of_memory(error):
+            raise ConfigError(f"memory runs out with {clients} ({error}); {advice}") from error
+        raise ModelError(
+            f"{failure_of(error, 'the first training step of a client')}. Check that the model "
+            "takes inputs of the data's shape, and gives as many outputs as there are classes"
         ) from error
 
 
-def _untrainable(error: Exception) -> ModelError:
-    """Say that the model does not take the samples, or what comes of them the loss."""
-    return ModelError(
-        f"{failure_of(error, 'the first training step of a client')}. Check that the model takes "
-        "inputs of the data's shape, and gives as many outputs as there are classes"
+def _try_one(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
+    """Take a step of one client where nothing is measured: what cannot train is refused at once."""
+    advice = (
+        "lower local.batch_size, the size of a sample (data.max_length) or the model, or set "
+        "precision=bf16-mixed"
     )
+    with _told("one client", advice):
+        try_step(trainer, base, downlink)
