@@ -10,7 +10,8 @@ from experiments.simulate import carry_out, choose
 from experiments.values import config_of
 from fedraclora.build import settled
 from fedraclora.config import from_plain
-from fedraclora.errors import ConfigError
+from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.runfolder import has_begun
 from strategies import METHODS
 from strategies.outcome import Run, finished
 from strategies.server.rows import Row
@@ -73,6 +74,8 @@ def simulate(
         >>> tuple(run.weights()["fc1.weight"].shape)
         (12, 64)
     """
+    if not isinstance(resume, bool):
+        raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
     plain, typed = config_of(choices, keys)
     output = plain.get("output")
     output = dict(output) if isinstance(output, Mapping) else {}
@@ -88,6 +91,12 @@ def simulate(
             )
         return carry_out(settled(plain), None, on_round=on_round)
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
+    if not resume and has_begun(place):
+        raise CheckpointError(
+            f"{place} holds a run already; say resume=True to go on with it, under its own config "
+            "(run.config, or config.yaml in the folder, with rounds=... on top), or name another "
+            "folder"
+        )
     found, place, goes_on = choose(asked, typed, None)
     if goes_on and is_done(place, found):
         return finished(from_plain(found, METHODS, began=True), place)

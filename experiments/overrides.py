@@ -228,7 +228,7 @@ def _unknown_keys(words: Sequence[str], said: str) -> ConfigError:
         if OmegaConf.select(cfg, key, default=None) is not None:
             continue
         group, _, inner = key.partition(".")
-        if rows := choices_with(key, METHODS):
+        if rows := choices_with(key, METHODS) or _deep(group, inner):
             lines.append(
                 f"{group}={cfg[group].get('name')} has no key {inner}; these have it: "
                 f"{', '.join(rows)} (in a sweep over them and others write ++{word})"
@@ -236,6 +236,14 @@ def _unknown_keys(words: Sequence[str], said: str) -> ConfigError:
         else:
             lines.append(unknown_key(key, there))
     return ConfigError("\n  ".join(lines) or " ".join(said.split()))
+
+
+def _deep(group: str, inner: str) -> list[str]:
+    """Name the choices of a group that have a key of two parts or more, such as ``dp.clip``."""
+    if "." not in inner or not _choosable(group):
+        return []
+    files = sorted((CONF / group).glob("*.yaml"))
+    return [f.stem for f in files if OmegaConf.select(OmegaConf.load(f), inner) is not None]
 
 
 def _choosable(group: str) -> bool:

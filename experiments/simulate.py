@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -99,7 +100,11 @@ def report(summary: Plain, folder: Path) -> None:
     for key, whose in (("privacy", "clients"), ("sample_privacy", "samples")):
         if key in summary:
             cost, delta = (number(summary, key, part) for part in ("epsilon", "delta"))
-            table.add_row("privacy", f"epsilon {cost:.3f} at delta {delta:g}, of {whose}")
+            said = f"epsilon {cost:.3f} at delta {delta:g}, of {whose}"
+            table.add_row(
+                "privacy",
+                said if math.isfinite(cost) else f"none: {whose} are clipped, without noise",
+            )
     if "virtual_seconds" in summary:
         table.add_row("virtual seconds", f"{number(summary, 'virtual_seconds'):.1f}")
     table.add_row("seconds", f"{summary['seconds']}")

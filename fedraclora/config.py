@@ -232,6 +232,10 @@ def _refuse_unknown(plain: Plain) -> None:
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """Say that a key does not exist, which is like it, and where all of them are."""
+    group = key.rpartition(".")[0].partition(".")[0]
+    known = [*known]
+    inside = [other for other in known if other.startswith(f"{group}.")]
+    known = inside if group and inside else known  # of a group that exists its own keys are meant
     near = " or ".join(map(repr, nearest(key, known, count=2)))
     return (
         f"unknown key {key!r}{f'; did you mean {near}?' if near else '.'} All keys are in "

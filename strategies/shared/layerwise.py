@@ -251,19 +251,25 @@ class LayerMethod(LowRank):
         """Count what is sent by opening the round on tensors that have a shape and no numbers."""
         first = max(1, round_ - link_age(round_, None if self.carries else self.link_rounds))
         base = {name: torch.empty(plan.shapes[name], device="meta") for name in plan.targets}
-        state = State(base, plan, memo=dict(FIRST_LINK))
+        state = State(base, plan)
         if self.begins_carried:
             state = replace(state, carried=self._blank(plan, ("B", "A")))
         # Factors that take turns are carried after a round each: two rounds show them all.
         for opened in range(first, min(round_, first + 2)):
-            sent = self.open_round(state, opened, _nobody(), Draw(0))
+            sent = self._opened(state, opened)
             left = {
                 name: torch.empty(slot.shape, device="meta")
                 for name, slot in sent.uploaded().items()
                 if name not in sent.dense
             }
             state = replace(state, carried=state.carried | left | self._blank(plan, self.keeps))
-        return numbers(self.open_round(state, round_, _nobody(), Draw(0)))
+        return numbers(self._opened(state, round_))
+
+    def _opened(self, state: State, round_: int) -> Downlink:
+        """Open a round for nobody, in the link that it belongs to."""
+        rounds = self.link_rounds or round_
+        memo = {"sketch": (round_ - 1) // rounds, "age": (round_ - 1) % rounds}
+        return self.open_round(replace(state, memo=memo), round_, _nobody(), Draw(0))
 
     def _blank(self, plan: Plan, labels: tuple[str, ...]) -> Tree:
         """Give factors B or A of every matrix that have a shape and no numbers."""

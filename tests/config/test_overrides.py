@@ -152,3 +152,11 @@ def test_a_word_of_use_stays(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_key_that_no_choice_has_is_no_word_of_use(word: str) -> None:
     with pytest.raises(ConfigError, match="unknown key"):
         composed([word])
+
+
+def test_a_key_of_two_parts_is_explained_by_the_choice_that_has_it() -> None:
+    with pytest.raises(ConfigError, match=r"local=sgd has no key dp\.clip; these have it: dp_sgd"):
+        composed(["local.dp.clip=0.5"])
+    with pytest.raises(ConfigError, match="unknown key") as found:
+        composed(["local=dp_sgd", "local.dp.target_epsilon=2"])
+    assert "'targets'" not in str(found.value)

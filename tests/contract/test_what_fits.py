@@ -61,7 +61,8 @@ def test_a_method_says_whether_what_clients_train_varies(variant: Variant, world
         if downlink.recipe != "gradient":
             shapes = {n: tuple(slot.shape) for n, slot in downlink.trained().items()}
             asked.append(shapes)
-    assert method.traits.varies or all(shapes == asked[0] for shapes in asked)
+    alike = all(shapes == asked[0] for shapes in asked)
+    assert method.traits.varies or alike, "what is trained changes: say varies=True in its traits"
 
 
 VARYING = [
