@@ -108,7 +108,7 @@ class Factored(Drawn):
         if self.probes(state):
             return initials.first_probe(state.plan, self.ranks_and_scales(state.plan)[0], draw)
         sent = super().open_round(state, round_, cohort, draw)
-        return truncated(sent) if self.truncates and sent.ranks is not None else sent
+        return truncated(sent, sent.ranks) if self.truncates and sent.ranks is not None else sent
 
     @override
     def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
@@ -130,18 +130,18 @@ class Factored(Drawn):
         return replace(self, initial="pissa", rank=self.ranks_and_scales(plan)[0]).floats(plan, 2)
 
 
-def truncated(sent: Downlink) -> Downlink:
+def truncated(sent: Downlink, ranks: torch.Tensor) -> Downlink:
     """Send each client its own components of the factors that are carried, and zeros beside them.
 
     Args:
-        sent: What all are sent, with their budgets.
+        sent: What all are sent.
+        ranks: Their budgets (`Downlink.ranks`).
     """
-    assert sent.ranks is not None  # noqa: S101 (the caller looked)
 
     def own(label: str, factor: Factor) -> Factor:
         if not isinstance(factor, Trained) or not isinstance(factor.start, torch.Tensor):
             return factor
-        kept = within(sent.ranks, factor.shape[1 if label == "B" else 0])  # type: ignore[arg-type]
+        kept = within(ranks, factor.shape[1 if label == "B" else 0])
         mask = (kept[:, None] if label == "B" else kept[..., None]).to(factor.start)
         return replace(factor, start=factor.start * mask)
 
