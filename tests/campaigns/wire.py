@@ -16,7 +16,8 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import pairwise
@@ -495,6 +496,19 @@ def check_downlink(scene: Scene, random: Random) -> str:
 # ---- The campaign -------------------------------------------------------------------------------
 
 
+@contextmanager
+def only_errors(*loggers: str) -> Iterator[None]:
+    """Keep warnings of these loggers away: of honest failures, of records in others' places."""
+    before = {name: logging.getLogger(name).level for name in loggers}
+    for name in before:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
 def campaign(
     times: int, names: Sequence[str] = tuple(SETTINGS), first: int = 0, tell: bool = False
 ) -> Counter[str]:
@@ -507,11 +521,9 @@ def campaign(
         tell: Whether to print what is wrong, and go on.
     """
     become_a_task()
-    for chatty in ("clients.worker", "flwr"):  # of honest failures, of records in others' places
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     scenes = [scene_of(name) for name in names]
     counts: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as made, only_errors("clients.worker", "flwr"):
         ledger = Ledger(Path(made) / "ledger.jsonl")
         for number in range(first, first + times):
             scene, random = scenes[number % len(scenes)], generator(SEED, "mutant", number)
