@@ -15,15 +15,15 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import node
-from clients.site import answer
+from clients.ray_worker import answer
 from clients.worker import Worker
-from fedraclora.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
-from fedraclora.config import task_from_plain
+from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
+from fedraclora.config.run_config import task_from_plain
+from fedraclora.config.settings import PretrainConfig
 from fedraclora.engines.local import error_of, failed
 from fedraclora.errors import WireError
-from fedraclora.job import read_settings
-from fedraclora.replica import FileReplica
-from fedraclora.settings import PretrainConfig
+from fedraclora.weights.job import read_settings
+from fedraclora.weights.replica import FileReplica
 from fedraclora.wire.records import read_tree, tree_record
 
 app = ClientApp()
@@ -67,7 +67,7 @@ def worker_of(folder: str) -> Worker:
     """Build data and model of a run, once in each process.
 
     Args:
-        folder: Of a `fedraclora.job.JobFolder`.
+        folder: Of a `fedraclora.weights.job.JobFolder`.
     """
     config = task_from_plain(read_settings(Path(folder)))
     fix_bits(config.engine.threads, pick_device(config.device))

@@ -9,16 +9,16 @@ from flwr.app import Message
 from typing_extensions import override
 
 from clients.app import make_client_app
-from clients.site import Site, SiteParts
+from clients.ray_worker import Site, SiteParts
 from clients.worker import Worker
-from fedraclora.config import RunConfig
-from fedraclora.engine import Engine, EngineParts
+from fedraclora.config.run_config import RunConfig
+from fedraclora.config.settings import DeployConfig, FlowerConfig, RayConfig
+from fedraclora.engines.base import Engine, EngineParts
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.engines.local import MessageGrid
 from fedraclora.errors import ConfigError
-from fedraclora.job import JobFolder
-from fedraclora.replica import Chronicle, Replica
-from fedraclora.settings import DeployConfig, FlowerConfig, RayConfig
+from fedraclora.weights.job import JobFolder
+from fedraclora.weights.replica import Replica, VersionLog
 
 if TYPE_CHECKING:  # Ray is imported where it is started
     from fedraclora.engines.ray import Site as WorkerSite
@@ -62,7 +62,7 @@ class OnRay(Engine):
         given: Callable[[EngineParts], object],
     ) -> None:
         self.settings, self.site, self.given = settings, site, given
-        self.share, self.chronicle = settings.share, Chronicle()
+        self.share, self.chronicle = settings.share, VersionLog()
         super().__init__(self.chronicle)
 
     @override

@@ -19,19 +19,19 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from clients.answers import Answers
 from clients.worker import Worker
-from fedraclora.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
-from fedraclora.checkpoint import load_tensors, save_tensors
-from fedraclora.clientstore import ClientStore
-from fedraclora.config import task_from_plain
+from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
+from fedraclora.config.run_config import task_from_plain
+from fedraclora.config.settings import PretrainConfig
 from fedraclora.engines.deploy.grid import STALE
 from fedraclora.errors import ConfigError, WireError
-from fedraclora.parcel import Holding, read_holding
 from fedraclora.privacy.secagg import Terms
 from fedraclora.privacy.secret import KEY_BYTES
-from fedraclora.settings import PretrainConfig
+from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.weights.files import load_tensors, save_tensors
+from fedraclora.weights.update import StoredReplica, read_stored_replica
 from fedraclora.wire import clients_of
-from fedraclora.wire.parcel import read_parcel
+from fedraclora.wire.weight_update import read_weight_update
 
 RUNS = 4  # of whose weights a cache keeps
 CACHE = "fedraclora-cache"  # inside the folder that the node's configuration names
@@ -41,7 +41,7 @@ MARKER = ".made-by-fedraclora"
 def introduce(context: Context, run: str) -> RecordDict:
     """Say which clients this node serves, and which version of the base weights each holds."""
     folders = [folder_of(context, run, client) for client in served(context)]
-    held = [read_holding(folder) if is_own(folder.parent) else None for folder in folders]
+    held = [read_stored_replica(folder) if is_own(folder.parent) else None for folder in folders]
     versions = [-1 if found is None else found[1] for found in held]
     record = ConfigRecord({"ids": served(context), "held": versions})
     return RecordDict({"partition": record})
@@ -61,9 +61,9 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     else:
         found = trainer_for(settings, str(own), client, alone=len(served(context)) == 1)
     trainer, terms = found
-    holding = Holding(folder, trainer.plan, trainer.device)
+    holding = StoredReplica(folder, trainer.plan, trainer.device)
     holding.begin(dict(trainer.task.model.named_parameters()))
-    if not holding.follow(read_parcel(content)):
+    if not holding.follow(read_weight_update(content)):
         return RecordDict({STALE: ConfigRecord({"held": holding.version})})
 
     def compute() -> RecordDict:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedraclora.aggregate import finite
-from fedraclora.clientstore import ClientStore
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.privacy.secagg import Terms
-from fedraclora.wire import Order, round_of
+from fedraclora.protocol.uplinks import finite
+from fedraclora.run.client_state import ClientStore
+from fedraclora.wire import TrainRequest, round_of
 from fedraclora.wire.records import header_record, vector_record
 from fedraclora.wire.secagg import (
     Stage,
@@ -162,7 +162,7 @@ def _unmask(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
 
 
 def masked_reply(
-    order: Order,
+    request: TrainRequest,
     stage: Stage,
     store: ClientStore,
     terms: Terms,
@@ -176,7 +176,7 @@ def masked_reply(
     told whether to go on without that share or without that neighbour.
 
     Args:
-        order: What was asked.
+        request: What was asked.
         stage: The stage of the message, with the step.
         store: Where clients keep their keys.
         terms: What clients insist on.
@@ -194,11 +194,11 @@ def masked_reply(
                 raise ClientError(f"client {client} left secure aggregation at an earlier stage")
             if not sound[i]:
                 raise ClientError("its update has a NaN or an infinity; lower local.lr")
-            memory = _recall(store, client, order.round_, "masked")
+            memory = _recall(store, client, request.round_, "masked")
             if closed := _open(client, memory, stage.data[client]):
                 unopened[client] = {"unopened": closed}
                 continue
-            whole = _whole(updates[i], float(weights[i]), order.clip, stage.settings, terms)
+            whole = _whole(updates[i], float(weights[i]), request.clip, stage.settings, terms)
             row = _masked(client, memory, whole)
             _remember(store, client, memory, "masked")
             rows.append(row)
@@ -208,7 +208,7 @@ def masked_reply(
         except DAMAGED as error:
             failures[client] = f"client {client} cannot read its message ({error!r})"
     words = np.stack(rows) if rows else np.zeros((0, updates.shape[1] + 1), dtype=np.uint32)
-    header = {"round": order.round_, "version": order.version, "notes": notes}
+    header = {"round": request.round_, "version": request.version, "notes": notes}
     header["failures"] = {str(c): why for c, why in failures.items()}
     arrays = ArrayRecord()
     arrays["flat"] = Array(words)

@@ -10,22 +10,22 @@ from dataclasses import dataclass, field, replace
 import torch
 from flwr.app import RecordDict
 
-from clients.kept import held, keep
+from clients.client_state import held, keep
 from clients.secure import answer_stage, masked_reply
-from fedraclora.clientstore import ClientStore
-from fedraclora.downlink import opening_rows
+from fedraclora.aggregation.statistics import shortened
 from fedraclora.errors import OF_THE_RUN, ConfigError, WireError
-from fedraclora.method import Downlink
 from fedraclora.privacy.secagg import Terms
-from fedraclora.ranks import uploaded_mask
-from fedraclora.replica import Replica
-from fedraclora.robust.statistics import shortened
-from fedraclora.sampling import client_weights
+from fedraclora.protocol.cohorts import client_weights
+from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.rank_budgets import uploaded_mask
+from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.local_result import LocalResult, join
 from fedraclora.training.memory import is_out_of_memory
-from fedraclora.training.trial import Trial, join
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire import Order, Reader, clients_of, pack_trial, uplink_layout
+from fedraclora.weights.replica import Replica
+from fedraclora.wire import Reader, TrainRequest, clients_of, pack_result, uplink_layout
 from fedraclora.wire.secagg import Stage, read_stage
 
 log = logging.getLogger(__name__)
@@ -41,16 +41,16 @@ class Outcome:
 
     hidden: bool = False
     places: list[int] = field(default_factory=list)
-    trials: list[Trial] = field(default_factory=list)
+    results: list[LocalResult] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def parts(self) -> Iterator[tuple[list[int], Trial]]:
+    def parts(self) -> Iterator[tuple[list[int], LocalResult]]:
         """Give each trial with the places of its clients."""
         start = 0
-        for trial in self.trials:
-            end = start + len(trial.losses)
-            yield self.places[start:end], trial
+        for result in self.results:
+            end = start + len(result.losses)
+            yield self.places[start:end], result
             start = end
 
     def note(self, text: str) -> None:
@@ -103,41 +103,41 @@ class Worker:
             )
         if stage is not None and self.terms is not None and stage.name != "masked":
             return answer_stage(content, stage, self.store, self.terms)
-        downlink, order = self._reader.read(content)
-        base = self.replica.at(order.version, order.round_)
-        downlink, moments = held(self.store, downlink, order, base, self.trainer.local)
+        downlink, request = self._reader.read(content)
+        base = self.replica.at(request.version, request.round_)
+        downlink, moments = held(self.store, downlink, request, base, self.trainer.local)
         outcome = Outcome(hidden=stage is not None)
-        waiting = [list(range(len(order.clients)))]
+        waiting = [list(range(len(request.clients)))]
         while waiting:
             places = waiting.pop()
             again = parts(places, self.limit)
             if len(again) == 1:
-                again = self._attempt(base, downlink, order, places, outcome, moments)
+                again = self._attempt(base, downlink, request, places, outcome, moments)
             waiting += reversed(again)
         if stage is not None and self.terms is not None:
-            return self._masked(base, downlink, order, outcome, stage, self.terms)
-        return self._reply(downlink, order, outcome)
+            return self._masked(base, downlink, request, outcome, stage, self.terms)
+        return self._reply(downlink, request, outcome)
 
     def _attempt(
         self,
         base: Tree,
         downlink: Downlink,
-        order: Order,
+        request: TrainRequest,
         places: list[int],
         outcome: Outcome,
         moments: Tree,
     ) -> list[list[int]]:
         """Train the clients at ``places`` as one batch; give the parts that must be tried again."""
         index = torch.tensor(places)
-        part = downlink.select(index) if len(places) < len(order.clients) else downlink
-        trial, failure, starved = None, "", False
+        part = downlink.select(index) if len(places) < len(request.clients) else downlink
+        result, failure, starved = None, "", False
         try:
-            trial = self.trainer.train(
+            result = self.trainer.train(
                 base,
                 part,
-                order.clients[index],
-                round_=order.round_,
-                rate_scale=order.rate_scale,
+                request.clients[index],
+                round_=request.round_,
+                rate_scale=request.rate_scale,
                 moments={n: t[index] for n, t in moments.items()},
             )
         except OF_THE_RUN:
@@ -145,29 +145,29 @@ class Worker:
         except Exception as error:  # whatever a model or data set raises is the client's
             failure, starved = f"{type(error).__name__}: {error}", is_out_of_memory(error)
             if not starved:
-                log.warning("round %d: clients failed", order.round_, exc_info=True)
+                log.warning("round %d: clients failed", request.round_, exc_info=True)
         # Out of the handler: the error's traceback would keep the attempt's memory alive.
-        if trial is not None:
+        if result is not None:
             local = self.trainer.local
-            if order.clip is not None:  # first: what clients keep is what they send
-                trial = within(order.clip, trial, part, base)
+            if request.clip is not None:  # first: what clients keep is what they send
+                result = within(request.clip, result, part, base)
             if not outcome.hidden:
-                keep(self.store, part, order, order.clients[index], trial, base, local)
+                keep(self.store, part, request, request.clients[index], result, base, local)
             if local.dp is not None:  # no noise covers a loss: it stays at home
-                trial = replace(trial, losses=torch.zeros_like(trial.losses))
+                result = replace(result, losses=torch.zeros_like(result.losses))
             outcome.places += places
-            outcome.trials.append(trial)
+            outcome.results.append(result)
             return []
         if starved:
-            return self._shrink(order, places, outcome, failure)
+            return self._shrink(request, places, outcome, failure)
         if len(places) == 1:
-            outcome.failures[int(order.clients[places[0]])] = failure
+            outcome.failures[int(request.clients[places[0]])] = failure
             return []
-        outcome.note(f"round {order.round_}: a chunk was cut because clients failed in it")
+        outcome.note(f"round {request.round_}: a chunk was cut because clients failed in it")
         return parts(places, -(-len(places) // 2))
 
     def _shrink(
-        self, order: Order, places: list[int], outcome: Outcome, failure: str
+        self, request: TrainRequest, places: list[int], outcome: Outcome, failure: str
     ) -> list[list[int]]:
         """Halve the largest batch, for the rest of the run, and cut these clients to it.
 
@@ -178,13 +178,13 @@ class Worker:
         torch.cuda.empty_cache()
         if len(places) == 1:
             raise ConfigError(
-                f"round {order.round_}: client {int(order.clients[places[0]])} alone needs more "
-                f"memory than there is ({failure}); lower local.batch_size, the size of a sample "
-                "(data.max_length) or the model, or set precision=bf16-mixed"
+                f"round {request.round_}: client {int(request.clients[places[0]])} alone needs "
+                f"more memory than there is ({failure}); lower local.batch_size, the size of a "
+                "sample (data.max_length) or the model, or set precision=bf16-mixed"
             )
         self.limit = len(places) // 2
         text = (
-            f"round {order.round_}: out of memory with {len(places)} clients a batch; "
+            f"round {request.round_}: out of memory with {len(places)} clients a batch; "
             f"{self.limit} from here on; bits may differ from a run without"
         )
         log.warning("%s (%s)", text, failure)
@@ -195,7 +195,7 @@ class Worker:
         self,
         base: Tree,
         downlink: Downlink,
-        order: Order,
+        request: TrainRequest,
         outcome: Outcome,
         stage: Stage,
         terms: Terms,
@@ -203,62 +203,62 @@ class Worker:
         """Hide what clients send from everyone; see `clients.secure`."""
         places, layout = torch.tensor(outcome.places, dtype=torch.int64), uplink_layout(downlink)
         updates, weights = torch.zeros(0, layout.size).double(), torch.zeros(0).double()
-        if (trial := join(outcome.trials)) is not None:
-            rows = sent_rows(trial, layout)
+        if (result := join(outcome.results)) is not None:
+            rows = sent_rows(result, layout)
             updates = rows - opening_rows(downlink, base, layout, places)
-            weights = client_weights(terms.weights, trial.samples)
-        trained = (order.clients[places], updates, weights)
+            weights = client_weights(terms.weights, result.samples)
+        trained = (request.clients[places], updates, weights)
         store, failures, notes = self.store, outcome.failures, outcome.notes
-        reply = masked_reply(order, stage, store, terms, trained, failures, notes)
+        reply = masked_reply(request, stage, store, terms, trained, failures, notes)
         sent, step = torch.tensor(clients_of(reply), dtype=torch.int64), stage.settings["step"]
-        for part_places, trial in outcome.parts():
+        for part_places, result in outcome.parts():
             index = torch.tensor(part_places)
             part = downlink.select(index)
-            kept = torch.isin(order.clients[index], sent)
-            words = in_steps(float(step), weights[torch.isin(places, index)], trial, part, base)
-            clients, local = order.clients[index], self.trainer.local
-            keep(self.store, part, order, clients, words, base, local, among=kept)
+            kept = torch.isin(request.clients[index], sent)
+            words = in_steps(float(step), weights[torch.isin(places, index)], result, part, base)
+            clients, local = request.clients[index], self.trainer.local
+            keep(self.store, part, request, clients, words, base, local, among=kept)
         return reply
 
     @staticmethod
-    def _reply(downlink: Downlink, order: Order, outcome: Outcome) -> RecordDict:
+    def _reply(downlink: Downlink, request: TrainRequest, outcome: Outcome) -> RecordDict:
         places = torch.tensor(outcome.places, dtype=torch.int64)
-        return pack_trial(
-            join(outcome.trials),
-            order,
-            order.clients[places],
+        return pack_result(
+            join(outcome.results),
+            request,
+            request.clients[places],
             uplink_layout(downlink),
             outcome.failures,
             outcome.notes,
-            uploaded_mask(downlink, places) if order.reduce is None else None,
+            uploaded_mask(downlink, places) if request.reduce is None else None,
         )
 
 
-def sent_rows(trial: Trial, layout: Layout) -> torch.Tensor:
+def sent_rows(result: LocalResult, layout: Layout) -> torch.Tensor:
     """Give what clients send as rows, float64 [k, P]."""
-    return layout.pack({n: trial.trained[n].cpu().double() for n, _ in layout.shapes}, lead=1)
+    return layout.pack({n: result.trained[n].cpu().double() for n, _ in layout.shapes}, lead=1)
 
 
 def in_steps(
-    step: float, weights: torch.Tensor, trial: Trial, downlink: Downlink, base: Tree
-) -> Trial:
+    step: float, weights: torch.Tensor, result: LocalResult, downlink: Downlink, base: Tree
+) -> LocalResult:
     """Round what clients send as secure aggregation does: weighted updates to whole steps."""
-    rows = sent_rows(trial, layout := uplink_layout(downlink))
+    rows = sent_rows(result, layout := uplink_layout(downlink))
     start = opening_rows(downlink, base, layout, torch.arange(len(rows)))
     each = weights[:, None]
     rounded = layout.unpack(start + torch.round((rows - start) * each / step) * step / each)
-    sent = {name: tensor.to(trial.trained[name]) for name, tensor in rounded.items()}
-    return replace(trial, trained=trial.trained | sent)
+    sent = {name: tensor.to(result.trained[name]) for name, tensor in rounded.items()}
+    return replace(result, trained=result.trained | sent)
 
 
-def within(clip: float, trial: Trial, downlink: Downlink, base: Tree) -> Trial:
+def within(clip: float, result: LocalResult, downlink: Downlink, base: Tree) -> LocalResult:
     """Shorten what clients send to updates of norm ``clip``, over all that each of them sends."""
     layout = uplink_layout(downlink)
-    rows = sent_rows(trial, layout)
+    rows = sent_rows(result, layout)
     start = opening_rows(downlink, base, layout, torch.arange(len(rows)))
     short = layout.unpack(shortened(rows, start, clip))
-    sent = {name: tensor.to(trial.trained[name]) for name, tensor in short.items()}
-    return replace(trial, trained=trial.trained | sent)
+    sent = {name: tensor.to(result.trained[name]) for name, tensor in short.items()}
+    return replace(result, trained=result.trained | sent)
 
 
 def parts(places: list[int], size: int | None) -> list[list[int]]:

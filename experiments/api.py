@@ -8,10 +8,10 @@ from pathlib import Path
 from experiments.resume import is_done
 from experiments.simulate import carry_out, choose
 from experiments.values import config_of
-from fedraclora.build import settled
-from fedraclora.config import from_plain
+from fedraclora.config.build import settled
+from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.runfolder import has_begun
+from fedraclora.run.folder import has_begun
 from strategies import METHODS
 from strategies.outcome import Run, finished
 from strategies.server.rows import Row

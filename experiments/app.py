@@ -10,9 +10,9 @@ from pathlib import Path
 
 from experiments.resume import is_done as resume_is_done
 from experiments.simulate import report
-from fedraclora.config import RunConfig
+from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError
-from fedraclora.runfolder import write_summary
+from fedraclora.run.folder import write_summary
 
 ROOT = Path(__file__).resolve().parents[1]  # of the packages: a checkout, or where a wheel is
 PROJECT = "pyproject.toml"

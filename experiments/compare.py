@@ -24,10 +24,10 @@ from experiments.reports import Run, find_runs, read_run
 from experiments.status import reported
 from experiments.tables import Table
 from fedraclora.errors import CheckpointError, unknown
-from fedraclora.ledger import number
-from fedraclora.metrics import higher_is_better
+from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.plots import MEGABYTE, compare_figure
-from fedraclora.runfolder import resume_word
+from fedraclora.run.folder import resume_word
+from fedraclora.run.ledger import number
 
 __all__ = ["Table", "compare", "main"]
 

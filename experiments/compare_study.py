@@ -26,10 +26,10 @@ from pathlib import Path
 
 from experiments.choices import groups
 from experiments.leaderboard import write_leaderboard
-from experiments.study_entries import best_rows
-from experiments.study_file import Study
-from experiments.study_run import read_lines, run_study, write_results
-from experiments.study_table import tuned_by
+from experiments.study.entries import best_rows
+from experiments.study.file import Study
+from experiments.study.run import read_lines, run_study, write_results
+from experiments.study.table import tuned_by
 from experiments.words import key_values
 from fedraclora.errors import ConfigError, unknown
 

@@ -27,15 +27,15 @@ from experiments.record import Record
 from experiments.simulate import choose, shown
 from experiments.status import reported
 from experiments.words import key_values
-from fedraclora.build import build_task
-from fedraclora.config import RunConfig
+from fedraclora.config.build import build_task
+from fedraclora.config.run_config import RunConfig
+from fedraclora.config.settings import DeployConfig, PretrainConfig
 from fedraclora.engines.deploy.control import COMPLETED, PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.named import is_function
-from fedraclora.runfolder import alone, method_label
-from fedraclora.settings import DeployConfig, PretrainConfig
+from fedraclora.imports import is_function
+from fedraclora.run.folder import alone, method_label
 from strategies.server_app import ROW, SUMMARY, read_config, settings_of
 
 OWN = ("connection", "local")  # words of this command alone
@@ -43,7 +43,7 @@ KEPT = 40  # lines of a log that are shown where a run fails
 
 
 @dataclass(frozen=True)
-class Order:
+class RunRequest:
     """What is asked for.
 
     Attributes:
@@ -61,7 +61,7 @@ class Order:
     clients: int
 
 
-def prepare(words: Sequence[str], local: int | None) -> Order:
+def prepare(words: Sequence[str], local: int | None) -> RunRequest:
     """Compose and check a run.
 
     Args:
@@ -91,7 +91,7 @@ def prepare(words: Sequence[str], local: int | None) -> Order:
     if not isinstance(settings_of(config), DeployConfig):
         raise ConfigError(f"engine is {config.engine.name}: fedraclora deploy has engine=deploy")
     built = build_task(replace(config, pretrain=PretrainConfig()))  # reads the nodes' data, too
-    return Order(config, plain, folder, resume, built.clients)
+    return RunRequest(config, plain, folder, resume, built.clients)
 
 
 def deployed(words: Sequence[str], local: object) -> list[str]:
@@ -108,11 +108,11 @@ def deployed(words: Sequence[str], local: object) -> list[str]:
     return ["engine=deploy", *sizes, *words]
 
 
-def run(order: Order, connection: Connection, record: Record | None) -> None:
+def run(request: RunRequest, connection: Connection, record: Record | None) -> None:
     """Start a run, follow it to its end, and print the outcome.
 
     Args:
-        order: What is asked for.
+        request: What is asked for.
         connection: Where.
         record: Keeps what the server tells, where its folder is on another machine.
 
@@ -122,13 +122,13 @@ def run(order: Order, connection: Connection, record: Record | None) -> None:
     summary: dict[str, object] = {}
     said: deque[str] = deque(maxlen=KEPT)
     try:
-        number = submit(order, connection)
+        number = submit(request, connection)
     except Exception:
         if record is not None:
             record.withdraw()
         raise
-    label, shown = method_label(order.plain), order.config.output.progress
-    with RunProgress(order.config.rounds, shown=shown, label=label) as progress:
+    label, shown = method_label(request.plain), request.config.output.progress
+    with RunProgress(request.config.rounds, shown=shown, label=label) as progress:
         progress.say(f"run {number} at connection {connection.name}")
         try:
             for line in lines_of(connection, number):
@@ -152,14 +152,14 @@ def run(order: Order, connection: Connection, record: Record | None) -> None:
         raise EngineError(f"run {number} ended as {status.word}: {status.details}")
     if record is not None:
         record.draw()
-    conclude(summary, order.folder)
+    conclude(summary, request.folder)
 
 
-def submit(order: Order, connection: Connection) -> int:
+def submit(request: RunRequest, connection: Connection) -> int:
     """Start a run; give Flower's number of it."""
     with tempfile.TemporaryDirectory(prefix="fedraclora-") as made:
         run_config = Path(made) / "run.toml"
-        run_config.write_text(run_config_of(order.config, resume=order.resume))
+        run_config.write_text(run_config_of(request.config, resume=request.resume))
         copy_app(Path(made) / "app")
         return connection.submit(Path(made) / "app", run_config)
 
@@ -174,17 +174,23 @@ def lines_of(connection: Connection, number: int) -> Iterator[str]:
 
 
 @contextmanager
-def place(order: Order, local: int | None, name: str) -> Iterator[tuple[Connection, Record | None]]:
+def place(
+    request: RunRequest, local: int | None, name: str
+) -> Iterator[tuple[Connection, Record | None]]:
     """Give the connection to run at, and what keeps the record here."""
     if local is None:
-        with Record(order.folder, order.plain, resume=order.resume) as record:
+        with Record(request.folder, request.plain, resume=request.resume) as record:
             yield Connection(name, command_line(os.environ)), record
         return
-    if order.resume:
-        with alone(order.folder):  # the server will hold it: better to know before all of it starts
+    if request.resume:
+        with alone(
+            request.folder
+        ):  # the server will hold it: better to know before all of it starts
             pass
-    served = [list(range(k, order.clients, local)) for k in range(local)]
-    with LocalDeployment([ids for ids in served if ids], data=own_data(order.plain)) as deployment:
+    served = [list(range(k, request.clients, local)) for k in range(local)]
+    with LocalDeployment(
+        [ids for ids in served if ids], data=own_data(request.plain)
+    ) as deployment:
         yield deployment.connection, None
 
 
@@ -254,10 +260,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if shown(deployed(rest, own.get("local"))):
         return 0
     name, local, rest = split(words)
-    order = prepare(rest, local)
-    if not is_done(order.folder, order.plain, resume=order.resume):
-        with place(order, local, name) as (connection, record):
-            run(order, connection, record)
+    request = prepare(rest, local)
+    if not is_done(request.folder, request.plain, resume=request.resume):
+        with place(request, local, name) as (connection, record):
+            run(request, connection, record)
     return 0
 
 

@@ -21,20 +21,20 @@ from experiments.interrupt import in_order
 from experiments.overrides import key_of, searched
 from experiments.simulate import choose, shown
 from experiments.status import reported
-from fedraclora.build import build_task
-from fedraclora.config import RunConfig
+from fedraclora.config.build import build_task
+from fedraclora.config.run_config import RunConfig
+from fedraclora.config.settings import FlowerConfig, PretrainConfig
 from fedraclora.engines.flower.grid import run_options
 from fedraclora.engines.flower.superlink import Options, SuperLink, words_of
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.runfolder import is_finished, read_summary
-from fedraclora.settings import FlowerConfig, PretrainConfig
+from fedraclora.run.folder import is_finished, read_summary
 from strategies.server_app import read_config, settings_of
 
 FAILED = "Simulation failed with exception: "  # how Flower begins
 
 
 @dataclass(frozen=True)
-class Order:
+class RunRequest:
     """What ``flwr run`` is asked for.
 
     Attributes:
@@ -55,7 +55,7 @@ class Order:
         return run_config_of(self.config, resume=self.resume)
 
 
-def prepare(words: Sequence[str]) -> Order:
+def prepare(words: Sequence[str]) -> RunRequest:
     """Compose and check a run.
 
     Raises:
@@ -75,39 +75,39 @@ def prepare(words: Sequence[str]) -> Order:
     if not isinstance(settings, FlowerConfig):
         raise ConfigError(f"engine is {settings.name}: that is for fedraclora deploy")
     options = run_options(settings, built.device.type, built.clients)
-    return Order(config, folder, resume, options)
+    return RunRequest(config, folder, resume, options)
 
 
-def run(order: Order) -> None:
+def run(request: RunRequest) -> None:
     """Have ``flwr run`` run it, and print the outcome.
 
     Raises:
         EngineError: If it did not come to its end, with what Flower says.
     """
-    with SuperLink(show=order.config.output.progress) as link:
+    with SuperLink(show=request.config.output.progress) as link:
         run_config = link.home / "run.toml"
-        run_config.write_text(order.run_config)
+        run_config.write_text(request.run_config)
         copy_app(link.home / "app")
-        ended = link.run_app(link.home / "app", run_config, order.options)
-    if not ended.completed or not is_finished(order.folder):
+        ended = link.run_app(link.home / "app", run_config, request.options)
+    if not ended.completed or not is_finished(request.folder):
         print(ended.log, end="", file=sys.stderr)
         raise EngineError(f"{ended.details.removeprefix(FAILED)} ({ended.status})")
-    conclude(read_summary(order.folder), order.folder)
+    conclude(read_summary(request.folder), request.folder)
 
 
-def write(order: Order, path: Path) -> None:
+def write(request: RunRequest, path: Path) -> None:
     """Write the run config for a ``flwr run`` by hand, and print that command.
 
     Without a checkout the app is written, too, into a folder beside it.
     """
     if path.suffix != ".toml":
         raise ConfigError(f"--write {path}: Flower reads a run config from a file named *.toml")
-    path.write_text(order.run_config)
+    path.write_text(request.run_config)
     app = checkout()
     if app is None:
         app = path.with_name(f"{path.stem}-app")
         copy_app(app)
-    options = f"--federation-config {shlex.quote(words_of(order.options))}"
+    options = f"--federation-config {shlex.quote(words_of(request.options))}"
     print(f"flwr run {shlex.quote(str(app))} --stream -c {shlex.quote(str(path))} {options}")
 
 
@@ -131,11 +131,11 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     asked = parser.parse_intermixed_args(words)
     folder = [] if asked.config_dir is None else ["--config-dir", asked.config_dir]
-    order = prepare([*folder, *asked.overrides])
+    request = prepare([*folder, *asked.overrides])
     if asked.write is not None:
-        write(order, asked.write)
-    elif not is_done(order.folder, order.config.plain, resume=order.resume):
-        run(order)
+        write(request, asked.write)
+    elif not is_done(request.folder, request.config.plain, resume=request.resume):
+        run(request)
     return 0
 
 

@@ -11,13 +11,13 @@ import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments.study_budget import traffic, uplink
-from experiments.study_entries import Entry, entries, is_unverified
-from experiments.study_file import Study
-from experiments.study_table import cost
+from experiments.study.budget import traffic, uplink
+from experiments.study.entries import Entry, entries, is_unverified
+from experiments.study.file import Study
+from experiments.study.table import cost
 from experiments.tables import Table
-from fedraclora.ledger import Row, number
 from fedraclora.plots import MEGABYTE, Entrant, leaderboard_figure
+from fedraclora.run.ledger import Row, number
 
 Plain = dict[str, object]
 NOTES = {

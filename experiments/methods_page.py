@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 
 from experiments.choices import choice, groups
-from experiments.study_entries import docstring, is_unverified
+from experiments.study.entries import docstring, is_unverified
 from experiments.tables import Table, read_table
-from fedraclora.method import Method
-from fedraclora.schema import bind
+from fedraclora.config.schema import bind
+from fedraclora.protocol.method import Method
 from strategies import METHODS
 
 SERVERS = "servers/README.md"  # seconds of a server, one matrix of 4096 x 4096

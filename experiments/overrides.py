@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import CONF
 from experiments.completion import FOLDER_FLAGS
-from fedraclora.config import NAMED, choices_with, from_plain, unknown_key
+from fedraclora.config.run_config import NAMED, choices_with, from_plain, unknown_key
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from strategies import METHODS
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fedraclora.ledger import headline, number, round_seconds
+from fedraclora.run.ledger import headline, number, round_seconds
 
 AVERAGED = 20  # rounds, for the time that is left
 LEAST_BAR = 4  # characters

@@ -6,8 +6,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
-from fedraclora.ledger import Ledger
-from fedraclora.runfolder import alone, amend, begin, run_title
+from fedraclora.run.folder import alone, amend, begin, run_title
+from fedraclora.run.ledger import Ledger
 
 Plain = dict[str, object]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from fedraclora.checkpoint import flatten
-from fedraclora.digests import check_config, opened
 from fedraclora.errors import CheckpointError
-from fedraclora.ledger import Row, column, digest_rows, number, read_ledger, round_seconds
-from fedraclora.stopped import divergence
+from fedraclora.run.digests import check_config, opened
+from fedraclora.run.ledger import Row, column, digest_rows, number, read_ledger, round_seconds
+from fedraclora.run.stopped import divergence
+from fedraclora.weights.files import flatten
 
 RUN_FILES = ("config.yaml", "ledger.jsonl", "summary.json")
 NOT_THE_RUN = ("seed", "output", "resume", "data.root")  # where and which draw, not what

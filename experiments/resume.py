@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedraclora.build import pick_device
-from fedraclora.checkpoint import difference, flatten
-from fedraclora.config import ENGINE_IN_DIGEST, digested
-from fedraclora.continued import free_keys, plans_rounds
-from fedraclora.digests import known_data
+from fedraclora.config.build import pick_device
+from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
+from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.runbook import stands_at, stored_device
-from fedraclora.runfolder import is_finished, read_summary
-from fedraclora.schema import section
+from fedraclora.run.continued import free_keys, plans_rounds
+from fedraclora.run.digests import known_data
+from fedraclora.run.folder import is_finished, read_summary
+from fedraclora.run.recorder import stands_at, stored_device
+from fedraclora.weights.files import difference, flatten
 
 Plain = dict[str, object]
 

@@ -24,11 +24,11 @@ from experiments.overrides import flags_first, in_plain_words, key_of, plain_of,
 from experiments.progress import RunProgress
 from experiments.resume import go_on, is_done
 from experiments.status import composing, reported, tell
-from fedraclora.build import settled
-from fedraclora.config import from_plain
+from fedraclora.config.build import settled
+from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
-from fedraclora.ledger import headline, number
-from fedraclora.runfolder import method_label, read_config, read_summary, refuse_existing
+from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
+from fedraclora.run.ledger import headline, number
 from strategies import METHODS
 from strategies.outcome import Run, execute
 from strategies.server.rows import Row

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments.choices import CONF, composed
 from experiments.overrides import key_of
-from fedraclora.config import RunConfig
+from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError
 
 Plain = dict[str, object]

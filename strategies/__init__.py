@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedraclora.method import Method
+from fedraclora.protocol.method import Method
 from strategies.bernoulli_lora import BernoulliLora
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fed_sb import FedSb

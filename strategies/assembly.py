@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from fedraclora.aggregate import SUM_BLOCK
-from fedraclora.build import (
+from fedraclora.allocation.synflow import flows
+from fedraclora.config.build import (
     BuiltTask,
     build_task,
     fix_bits,
@@ -21,16 +21,16 @@ from fedraclora.build import (
     terms_of,
     trainer_of,
 )
-from fedraclora.clientstore import ClientStore
-from fedraclora.config import RunConfig
-from fedraclora.continued import free_keys
-from fedraclora.engine import Engine, EngineParts, MakeEngine
+from fedraclora.config.run_config import RunConfig
+from fedraclora.engines.base import Engine, EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.evaluate import evaluate
-from fedraclora.method import Cohort, Downlink, Draw, Plan
-from fedraclora.personal import personal_accuracy
-from fedraclora.runbook import RunBook, stored_chunk
-from fedraclora.synflow import flows
+from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.evaluation.personal import personal_accuracy
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan
+from fedraclora.protocol.uplinks import SUM_BLOCK
+from fedraclora.run.client_state import ClientStore
+from fedraclora.run.continued import free_keys
+from fedraclora.run.recorder import RunRecorder, stored_chunk
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
@@ -119,7 +119,7 @@ def assemble(
             loop,
             engine,
             state=state,
-            book=book_of(config, folder, loop, built.device, store),
+            recorder=book_of(config, folder, loop, built.device, store),
             resume=resume,
             evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
             treatment=Treatment(
@@ -172,11 +172,11 @@ def book_of(
     loop: LoopConfig,
     device: torch.device,
     store: ClientStore,
-) -> RunBook:
+) -> RunRecorder:
     """Make the files of a run; a resume under other values than these is refused."""
     resolved = {"chunk": loop.chunk, "device": device.type, "dtype": loop.dtype}
     resolved["summation_block"] = SUM_BLOCK
-    return RunBook(
+    return RunRecorder(
         folder,
         fixed={**config.digested, "resolved": resolved},
         every=config.output.checkpoint_every,

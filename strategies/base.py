@@ -15,24 +15,24 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.aggregator import Setting
-from fedraclora.chain import CatchUp
+from fedraclora.aggregation.base import AggregationContext
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
 from fedraclora.errors import ClientError, RoundLostError, WireError
-from fedraclora.ledger import number
-from fedraclora.method import Cohort, Downlink, Draw, Method, State
-from fedraclora.replica import Replica
-from fedraclora.runbook import RunBook, Stopwatch
-from fedraclora.sampling import client_weights
+from fedraclora.protocol.cohorts import client_weights
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.ledger import number
+from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.training.gates import pruned
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.steps import effective_step
 from fedraclora.tree import Tree
+from fedraclora.weights.chain import CatchUp
+from fedraclora.weights.replica import Replica
+from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.exchange import Exchange
-from strategies.server.fleet import Fleet
 from strategies.server.guard import persistently
 from strategies.server.loop import LoopConfig
 from strategies.server.rows import Moved, Row, fleet_columns, ledger_row
@@ -52,11 +52,11 @@ class FedStrategy(EvaluatesItself):
         loop: Settings of the loop.
         replica: Where new base weights are published.
         evaluate: Gives the metrics of dense weights.
-        book: Ledger, chain and checkpoints.
+        recorder: Ledger, chain and checkpoints.
         treatment: What happens to updates between the checks and the method.
         on_round: Called with each new ledger row.
         sizes: Samples of clients [K], where the server knows them before they train.
-        fleet: The clients' devices; ideal ones by default.
+        devices: The clients' devices; ideal ones by default.
         stop: Says when to end before the last round.
     """
 
@@ -69,28 +69,31 @@ class FedStrategy(EvaluatesItself):
         *,
         replica: Replica,
         evaluate: Callable[[Tree], dict[str, float]] | None,
-        book: RunBook,
+        recorder: RunRecorder,
         treatment: Treatment | None = None,
         on_round: Callable[[Row], None] | None = None,
         sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
-        fleet: Fleet | None = None,
+        devices: DeviceSimulator | None = None,
         stop: Stopping | None = None,
     ) -> None:
         self.method, self.state, self.local, self.loop = method, state, local, loop
-        self.replica, self.evaluate, self.book = replica, evaluate, book
+        self.replica, self.evaluate, self.recorder = replica, evaluate, recorder
         self.on_round, self.sizes, self.treatment = on_round, sizes, treatment or Treatment()
         self.draw = Draw(loop.seed)
-        self.fleet, self.stop = fleet or Fleet(SystemConfig(), loop.seed, local), stop or Stopping()
-        self.fleet.check(method)
-        self.treatment.begin(method, state, loop, self.fleet, sizes)
+        self.devices, self.stop = (
+            devices or DeviceSimulator(SystemConfig(), loop.seed, local),
+            stop or Stopping(),
+        )
+        self.devices.check(method)
+        self.treatment.begin(method, state, loop, self.devices, sizes)
         self.catch_up, self.done = CatchUp(state.base, loop.clients), 0
         self._exchange: Exchange | None = None
 
     def resume(self, state: State, done: int) -> None:
         """Go on after round ``done`` from a restored state (`catch_up` is restored in place)."""
         self.state, self.done = state, done
-        if self.fleet.system.timed:
-            self.fleet.now = number(self.book.ledger.rows[-1], "virtual_seconds")
+        if self.devices.system.timed:
+            self.devices.now = number(self.recorder.ledger.rows[-1], "virtual_seconds")
 
     @override
     def start(  # type: ignore[override]
@@ -115,27 +118,27 @@ class FedStrategy(EvaluatesItself):
         Raises:
             ClientError: If more clients failed than allowed, after a checkpoint.
         """
-        self.treatment.open(self.book, self.done, self.loop, self.fleet)
+        self.treatment.open(self.recorder, self.done, self.loop, self.devices)
         self.replica.publish(self.state.base, self.catch_up.version)
         result = Result()
-        if not self.book.ledger.rows:
-            self.book.begin(self.state)
+        if not self.recorder.ledger.rows:
+            self.recorder.begin(self.state)
             row: Row = {"round": 0} | self._measured() | {"notes": list(self.state.notes)}
-            self._publish_row(row | {"uplink_total": 0, "downlink_total": 0} | self.fleet.clock)
+            self._publish_row(row | {"uplink_total": 0, "downlink_total": 0} | self.devices.clock)
         last = self.loop.rounds if num_rounds is None else num_rounds
         for round_ in range(self.done + 1, last + 1):
-            if self.stop.due(self.book.ledger.rows):
+            if self.stop.due(self.recorder.ledger.rows):
                 break
             try:
                 run = partial(self._round, grid, round_, timeout or self.loop.timeout)
                 metrics = persistently(run, self.loop.retries, getattr(grid, "incidents", []))
             except Exception:
                 # A checkpoint ahead of the ledger, whose row failed, could not be resumed.
-                if number(self.book.ledger.rows[-1], "round") == self.done:
-                    self.book.save(self.state, self.done, self.catch_up)
+                if number(self.recorder.ledger.rows[-1], "round") == self.done:
+                    self.recorder.save(self.state, self.done, self.catch_up)
                 raise
             result.train_metrics_clientapp[round_] = metrics
-        self.book.save(self.state, self.done, self.catch_up)
+        self.recorder.save(self.state, self.done, self.catch_up)
         weights = self.method.weights(self.state, self.draw)
         result.arrays = ArrayRecord({n: Array(t.cpu().numpy()) for n, t in weights.items()})
         return result
@@ -172,17 +175,17 @@ class FedStrategy(EvaluatesItself):
         measured = self._measured() if due else {"metrics": {}}
         watch.lap("evaluate")
         step = effective_step(exchange.downlink, self.local, exchange.rate_scale)
-        row = ledger_row(exchange, self.state, measured, moved, self.book.totals())
-        row |= fleet_columns(exchange, self.fleet.clock) if self.fleet.enabled else {}
+        row = ledger_row(exchange, self.state, measured, moved, self.recorder.totals())
+        row |= fleet_columns(exchange, self.devices.clock) if self.devices.enabled else {}
         row |= pruned(exchange.downlink, got) if self.local.gate_penalty is not None else {}
-        self.book.link(round_, self.state)
+        self.recorder.link(round_, self.state)
         watch.lap("write")
-        row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.fleet)
+        row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.devices)
         row |= {"effective_step": step} | watch.columns | taken_incidents(grid)
         self._publish_row(row)
         # After the row: a checkpoint that is ahead of the ledger could not be resumed.
-        if self.book.due(round_):
-            self.book.save(self.state, round_, self.catch_up)
+        if self.recorder.due(round_):
+            self.recorder.save(self.state, round_, self.catch_up)
         return MetricRecord({"train-loss": exchange.mean_loss})
 
     def _give_up(self, exchange: Exchange, grid: Grid, why: str, watch: Stopwatch) -> MetricRecord:
@@ -192,13 +195,13 @@ class FedStrategy(EvaluatesItself):
         moved.fetch(self.catch_up, exchange, taken_traffic(grid))
         self.done = round_
         self.treatment.give_up(round_)
-        row = ledger_row(exchange, self.state, {"metrics": {}}, moved, self.book.totals())
+        row = ledger_row(exchange, self.state, {"metrics": {}}, moved, self.recorder.totals())
         row["notes"] = [why]
-        row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.fleet)
+        row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.devices)
         row |= {"effective_step": 0.0} | watch.columns | taken_incidents(grid)
         self._publish_row(row)
-        if self.book.due(round_):
-            self.book.save(self.state, round_, self.catch_up)
+        if self.recorder.due(round_):
+            self.recorder.save(self.state, round_, self.catch_up)
         return MetricRecord({"train-loss": float("nan")})
 
     def _current(self) -> Exchange:
@@ -206,9 +209,9 @@ class FedStrategy(EvaluatesItself):
             raise WireError("replies came before a round was opened")
         return self._exchange
 
-    def _setting(self) -> Setting:
+    def _setting(self) -> AggregationContext:
         exchange = self._current()
-        return Setting(exchange.downlink, exchange.round_, self.draw, self.state.base)
+        return AggregationContext(exchange.downlink, exchange.round_, self.draw, self.state.base)
 
     def _treated(self, got: Uplinks) -> Uplinks:
         return self.treatment.treat(got, self._setting())
@@ -262,9 +265,9 @@ class FedStrategy(EvaluatesItself):
         return {"metrics": self.evaluate(weights)} | self.stop.columns(weights)
 
     def _publish_row(self, row: Row) -> None:
-        self.book.append(row)
+        self.recorder.append(row)
         if self.on_round is not None:
-            self.on_round(self.book.ledger.rows[-1])
+            self.on_round(self.recorder.ledger.rows[-1])
 
     @override
     def configure_train(
@@ -272,9 +275,9 @@ class FedStrategy(EvaluatesItself):
     ) -> Iterable[Message]:
         """Draw the cohort, open the round, and write one message per chunk."""
         loop = self.loop
-        clients = self.treatment.ask(server_round, loop, self.fleet)
+        clients = self.treatment.ask(server_round, loop, self.devices)
         weights = client_weights(loop.weights, self.sizes(clients))
-        cohort = Cohort(clients, weights, self.fleet.ranks(clients, self.method))
+        cohort = Cohort(clients, weights, self.devices.ranks(clients, self.method))
         downlink = self.method.open_round(self.state, server_round, cohort, self.draw)
         sent = self.treatment.opened(downlink, self.state)
         return self._messages(sent, cohort, server_round, grid, None)
@@ -283,7 +286,7 @@ class FedStrategy(EvaluatesItself):
         self, downlink: Downlink, cohort: Cohort, round_: int, grid: Grid, before: Exchange | None
     ) -> list[Message]:
         """Open an exchange: one message per chunk of the clients whose replies will count."""
-        held, downlink, timeline = self.fleet.race(
+        held, downlink, timeline = self.devices.race(
             round_, cohort, downlink, self.sizes, None if before else self.catch_up, self.loop
         )
         self._exchange = Exchange(

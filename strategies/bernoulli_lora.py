@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Plan, State, Traits
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State, Traits
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora

@@ -15,15 +15,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.aggregator import Mean
-from fedraclora.devices.buffer import Airspace, Leg
+from fedraclora.aggregation.base import Mean
+from fedraclora.devices.asynchronous import AsyncClock, AsyncStep
 from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, State
-from fedraclora.ranks import uploaded_numbers
-from fedraclora.recipe import RECIPES
-from fedraclora.sampling import client_weights
+from fedraclora.protocol.cohorts import client_weights
+from fedraclora.protocol.method import Cohort, Downlink, State
+from fedraclora.protocol.rank_budgets import uploaded_numbers
+from fedraclora.protocol.recipes import RECIPES
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.wire import DTYPES, payload_bytes
 from strategies.base import FedStrategy
 from strategies.server.buffer import PREFIX, batch_of, merge, read_batches, write_batches
@@ -42,7 +42,7 @@ class BufferedStrategy(FedStrategy):
 
     def __init__(self, *given: object, **named: object) -> None:
         super().__init__(*given, **named)  # type: ignore[arg-type]
-        self._leg: Leg | None = None
+        self._leg: AsyncStep | None = None
         traits, beside = self.method.traits, self.treatment
         refused = {
             "a method that needs each client's own update": not traits.linear,
@@ -79,7 +79,7 @@ class BufferedStrategy(FedStrategy):
         clients = torch.tensor([f.client for f in started], dtype=torch.int64)
         asked = Cohort(clients, client_weights(loop.weights, self.sizes(clients)))
         answers = torch.tensor([not f.lost for f in started], dtype=torch.bool)
-        took = torch.tensor([f.lands for f in started], dtype=torch.float64) - self.fleet.now
+        took = torch.tensor([f.lands for f in started], dtype=torch.float64) - self.devices.now
         kept = torch.nonzero(answers).flatten()
         self._exchange = Exchange(
             sent,
@@ -89,24 +89,24 @@ class BufferedStrategy(FedStrategy):
             asked,
             loop,
             rate_scale=self.local.rate_scale(server_round, loop.rounds),
-            timeline=Timeline(kept, list(leg.dropped), leg.end - self.fleet.now, took, []),
+            timeline=Timeline(kept, list(leg.dropped), leg.end - self.devices.now, took, []),
         )
         return self._exchange.messages(list(grid.get_node_ids()))
 
-    def _passed(self, round_: int, sent: Downlink) -> Leg:
+    def _passed(self, round_: int, sent: Downlink) -> AsyncStep:
         """Find who starts in a round, and who answers."""
-        size, fleet, loop = DTYPES[self.loop.dtype].itemsize, self.fleet, self.loop
+        size, devices, loop = DTYPES[self.loop.dtype].itemsize, self.devices, self.loop
 
         def load(clients: torch.Tensor) -> Load:
             down = torch.full((len(clients),), payload_bytes(sent, len(clients), size))
             down += torch.from_numpy(self.catch_up.missing(clients))
             up = uploaded_numbers(sent, len(clients)) * size
-            return Load(fleet.passes(self.sizes(clients)), down, up)
+            return Load(devices.passes(self.sizes(clients)), down, up)
 
         batches, lost = read_batches(self.state)
         flying = (*(f for batch in batches for f in batch.flights), *lost)
-        space = Airspace(fleet.system, fleet.seed, round_, loop.clients, loop.cohort, load)
-        return space.fly(fleet.now, flying, fleet.system.buffer or 1)
+        space = AsyncClock(devices.system, devices.seed, round_, loop.clients, loop.cohort, load)
+        return space.fly(devices.now, flying, devices.system.buffer or 1)
 
     @property
     @override
@@ -139,4 +139,4 @@ class BufferedStrategy(FedStrategy):
     def _close(self, round_: int, after: State) -> None:
         super()._close(round_, after)
         if self._leg is not None:
-            self.fleet.now = self._leg.end
+            self.devices.now = self._leg.end

@@ -18,7 +18,8 @@ factor for k rounds and merges it when the sketch is drawn anew; None never does
   group, where groups have equal weights. With fewer clients than groups some parts stay zero.
 - ``server_lr = eta``: W <- W + eta (mean of the clients' weights - W), biases and head included.
 - Rank budgets: client k trains the first r_k components and sends r_k m numbers (left: r_k n); the
-  rest of a carried factor, which it downloads whole, stays as it is (`fedraclora.ranks`). Exact.
+  rest of a carried factor, which it downloads whole, stays as it is
+  (`fedraclora.protocol.rank_budgets`). Exact.
 - Source: Malinovsky et al., *Randomized Asymmetric Chain of LoRA*, 2024, arXiv 2410.08305.
   FFA-LoRA: Sun et al., *Improving LoRA in privacy-preserving federated learning*, ICLR 2024,
   arXiv 2403.12313.
@@ -37,7 +38,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Traits
+from fedraclora.protocol.method import Cohort, Traits
 from fedraclora.rng import generator
 from fedraclora.sketch import check_sketch
 from strategies.shared.asymmetric import Asymmetric

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.adapter import Rank
-from fedraclora.method import Plan, Traits
+from fedraclora.protocol.method import Plan, Traits
+from fedraclora.protocol.plan import Rank
 from strategies.shared.drawn import Drawn
 from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
 

@@ -18,8 +18,7 @@ from math import prod
 
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.method import (
+from fedraclora.protocol.method import (
     Cohort,
     Downlink,
     Draw,
@@ -31,6 +30,7 @@ from fedraclora.method import (
     Traits,
     apply_link,
 )
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.shared.common import dense_floats, dense_slots
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.lowrank import Product, balanced_factors, stack_products
-from fedraclora.method import Traits
+from fedraclora.lowrank.algebra import Product, balanced_factors, stack_products
+from fedraclora.protocol.method import Traits
 from strategies.shared.factored import Factored
 from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 

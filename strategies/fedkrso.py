@@ -26,7 +26,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.method import Plan, Traits
+from fedraclora.protocol.method import Plan, Traits
 from strategies.shared.asymmetric import Asymmetric
 from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
 

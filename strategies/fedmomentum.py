@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.lowrank import padded_to, truncated_product
-from fedraclora.method import Traits
+from fedraclora.lowrank.algebra import padded_to, truncated_product
+from fedraclora.protocol.method import Traits
 from strategies.shared.factored import Factored
 from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 

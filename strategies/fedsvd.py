@@ -25,9 +25,9 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.link import Term, matrices
-from fedraclora.lowrank import Product, fix_signs
-from fedraclora.method import Traits
+from fedraclora.lowrank.algebra import Product, fix_signs
+from fedraclora.protocol.link import Term, matrices
+from fedraclora.protocol.method import Traits
 from strategies.shared.drawn import Drawn
 from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
 

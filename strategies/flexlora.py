@@ -23,8 +23,8 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from fedraclora.lowrank import balanced_factors
-from fedraclora.method import Traits
+from fedraclora.lowrank.algebra import balanced_factors
+from fedraclora.protocol.method import Traits
 from strategies.shared.factored import Factored
 from strategies.shared.initials import STARTS
 from strategies.shared.layerwise import Layer, LayerUpdate, Replies

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from fedraclora.method import Traits
+from fedraclora.protocol.method import Traits
 from strategies.shared.factored import Factored
 from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 

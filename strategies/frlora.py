@@ -24,8 +24,8 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from fedraclora.lowrank import minus, sum_products
-from fedraclora.method import Draw, Plan, State, Traits
+from fedraclora.lowrank.algebra import minus, sum_products
+from fedraclora.protocol.method import Draw, Plan, State, Traits
 from fedraclora.tree import Tree
 from strategies.shared.initials import begin
 from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said

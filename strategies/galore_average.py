@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.adapter import resolve_rank
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, State
+from fedraclora.protocol.method import Cohort, Downlink, Draw, State
+from fedraclora.protocol.plan import resolve_rank
 from strategies.fedavg import FedAvg
 from strategies.shared.common import turned
 

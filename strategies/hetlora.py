@@ -27,8 +27,8 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.lowrank import product_norm
-from fedraclora.method import Traits
+from fedraclora.lowrank.algebra import product_norm
+from fedraclora.protocol.method import Traits
 from strategies.shared.factored import Factored
 from strategies.shared.initials import STARTS
 from strategies.shared.layerwise import Layer, LayerUpdate, Replies

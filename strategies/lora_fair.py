@@ -24,7 +24,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.method import Traits
+from fedraclora.protocol.method import Traits
 from strategies.fedex_lora import residual
 from strategies.shared.factored import Factored
 from strategies.shared.layerwise import Layer, LayerUpdate, Replies

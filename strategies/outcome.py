@@ -12,13 +12,13 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from fedraclora.config import RunConfig
+from fedraclora.config.run_config import RunConfig
+from fedraclora.config.schema import section
 from fedraclora.data.partition import spread_clients
-from fedraclora.digests import check_data
-from fedraclora.engine import MakeEngine
-from fedraclora.ledger import read_ledger
-from fedraclora.method import Method, Plan
-from fedraclora.runfolder import (
+from fedraclora.engines.base import MakeEngine
+from fedraclora.protocol.method import Method, Plan
+from fedraclora.run.digests import check_data
+from fedraclora.run.folder import (
     alone,
     amend,
     begin,
@@ -29,8 +29,8 @@ from fedraclora.runfolder import (
     withdrawn,
     write_summary,
 )
-from fedraclora.schema import section
-from fedraclora.stopped import forget_stop, note_stop
+from fedraclora.run.ledger import read_ledger
+from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.tree import Tree, digest
 from strategies.assembly import Assembled, assemble
 from strategies.server.rows import Row
@@ -138,7 +138,7 @@ def execute(
         stack.callback(run.close)
         if folder is not None:
             if resume:
-                run.strategy.book.incidents += amend(folder, config.plain)
+                run.strategy.recorder.incidents += amend(folder, config.plain)
             else:
                 stack.enter_context(alone(folder))
                 begin(folder, config.plain)
@@ -151,7 +151,7 @@ def execute(
         if config.output.plots:
             draw(run, folder)
         write_summary(folder, summary)
-    rows = list(run.strategy.book.ledger.rows)
+    rows = list(run.strategy.recorder.ledger.rows)
     return Run(summary, rows, folder, dict(config.plain), run.weights)
 
 
@@ -162,7 +162,7 @@ def stopping_noted(run: Assembled, folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not run.strategy.book.ledger.rows:
+        if not run.strategy.recorder.ledger.rows:
             raise
         try:
             note_stop(folder, run.strategy.done, error)
@@ -175,7 +175,7 @@ def stopping_noted(run: Assembled, folder: Path) -> Iterator[None]:
 
 def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     """Collect the final figures of a run."""
-    strategy, ledger = run.strategy, run.strategy.book.ledger
+    strategy, ledger = run.strategy, run.strategy.recorder.ledger
     measured = [r for r in ledger.rows if r.get("metrics")]
     method, state = current(strategy.method, strategy.state)
     up, down = mean_floats(method, state.plan, strategy.done)
@@ -215,7 +215,7 @@ def draw(run: Assembled, folder: Path) -> None:
     """Draw the curves and, for a task with classes, the labels of up to `SHOWN` clients."""
     from fedraclora import plots
 
-    rows, plain = run.strategy.book.ledger.rows, run.config.plain
+    rows, plain = run.strategy.recorder.ledger.rows, run.config.plain
     plots.curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))

@@ -26,9 +26,9 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from fedraclora.adapter import Rank, resolve_rank
 from fedraclora.errors import ConfigError
-from fedraclora.method import Plan
+from fedraclora.protocol.method import Plan
+from fedraclora.protocol.plan import Rank, resolve_rank
 from strategies.fed_sb import FedSb
 from strategies.shared.layerwise import Layer
 

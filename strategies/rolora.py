@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.method import Traits
+from fedraclora.protocol.method import Traits
 from strategies.shared.drawn import Drawn
 from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
 

@@ -17,17 +17,17 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from typing_extensions import override
 
-from fedraclora.config import RunConfig, from_plain
-from fedraclora.engine import Engine, EngineParts
+from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.config.settings import DeployConfig, FlowerConfig
+from fedraclora.engines.base import Engine, EngineParts
 from fedraclora.engines.deploy import DeployGrid
 from fedraclora.engines.flower import NodePerClient
 from fedraclora.engines.local import MessageGrid
 from fedraclora.errors import ConfigError
-from fedraclora.job import JobFolder
-from fedraclora.ledger import headline, number
-from fedraclora.parcel import Archive
-from fedraclora.runfolder import run_id
-from fedraclora.settings import DeployConfig, FlowerConfig
+from fedraclora.run.folder import run_id
+from fedraclora.run.ledger import headline, number
+from fedraclora.weights.job import JobFolder
+from fedraclora.weights.update import WeightHistory
 from strategies import METHODS
 from strategies.outcome import execute
 from strategies.server.rows import Row
@@ -89,7 +89,7 @@ class OnHosts(Engine):
         ended: Callable[[], bool],
     ) -> None:
         self.flower, self.settings, self.folder = grid, settings, folder
-        self.known, self.ended, self.archive = known, ended, Archive()
+        self.known, self.ended, self.archive = known, ended, WeightHistory()
         super().__init__(self.archive)
 
     @override

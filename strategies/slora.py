@@ -25,9 +25,9 @@ from math import prod
 
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Link, Plan, State, Trained, Traits
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Trained, Traits
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, turned
 from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedraclora.build import build_task, plan_of
-from fedraclora.config import from_plain
+from fedraclora.config.build import build_task, plan_of
+from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
-from fedraclora.method import Draw
-from fedraclora.rebuild import stored_plan, weights_at
-from fedraclora.runfolder import read_config
+from fedraclora.protocol.method import Draw
+from fedraclora.run.folder import read_config
+from fedraclora.run.rebuild import stored_plan, weights_at
 from fedraclora.tree import Tree
 from strategies import METHODS
 from strategies.wrappers.dora import method_of

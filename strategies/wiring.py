@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from fedraclora.devices.system import SystemConfig
-from fedraclora.engine import Engine, EngineParts
+from fedraclora.engines.base import Engine, EngineParts
 from fedraclora.engines.local import MessageGrid
-from fedraclora.method import Draw, Method, State
-from fedraclora.runbook import RunBook
+from fedraclora.protocol.method import Draw, Method, State
+from fedraclora.run.recorder import RunRecorder
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.buffered import BufferedStrategy
-from strategies.server.fleet import Fleet
+from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.loop import LoopConfig
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
@@ -68,7 +68,7 @@ def wire(
     engine: Engine,
     *,
     state: State | None = None,
-    book: RunBook | None = None,
+    recorder: RunRecorder | None = None,
     resume: bool = False,
     evaluate: Callable[[Tree], dict[str, float]] | None = None,
     treatment: Treatment | None = None,
@@ -86,7 +86,7 @@ def wire(
         loop: Settings of the round loop.
         engine: Where clients run; it is ended where the run cannot be wired.
         state: The method's state before round 1; None: it begins from the weights of the model.
-        book: Ledger, chain and checkpoints; None: rows are kept in memory alone.
+        recorder: Ledger, chain and checkpoints; None: rows are kept in memory alone.
         resume: Go on from the book's checkpoint.
         evaluate: Gives the metrics of dense weights; None: there are none.
         treatment: What happens to updates between the checks and the method.
@@ -106,7 +106,7 @@ def wire(
     if state is None:
         base = {n: p.detach().clone() for n, p in trainer.task.model.named_parameters()}
         state = method.init(base, trainer.plan, Draw(loop.seed))
-    book = book or RunBook(None, store=parts.store)
+    recorder = recorder or RunRecorder(None, store=parts.store)
     kind = kind or (FedStrategy if system.buffer is None else BufferedStrategy)
     with ExitStack() as failed:
         failed.callback(engine.close)
@@ -117,18 +117,18 @@ def wire(
             loop,
             replica=engine.replica,
             evaluate=evaluate,
-            book=book,
+            recorder=recorder,
             treatment=treatment,
             on_round=on_round,
             sizes=sizes,
-            fleet=Fleet(system, loop.seed, trainer.local),
+            devices=DeviceSimulator(system, loop.seed, trainer.local),
             stop=stop,
         )
         if resume:
-            restored, done = book.restore(state, strategy.catch_up)
+            restored, done = recorder.restore(state, strategy.catch_up)
             strategy.resume(restored, done)
-            if book.keep_chain:
-                engine.replica.recall(restored.base, book.links(), strategy.catch_up.version)
+            if recorder.keep_chain:
+                engine.replica.recall(restored.base, recorder.links(), strategy.catch_up.version)
         wired = Wired(strategy, engine, engine.start(parts))
         failed.pop_all()
     return wired

@@ -29,9 +29,9 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from fedraclora.adapter import Ranks
 from fedraclora.errors import ConfigError
-from fedraclora.method import Plan, Traits
+from fedraclora.protocol.method import Plan, Traits
+from fedraclora.protocol.plan import Ranks
 from fedraclora.rng import generator
 from strategies.shared.factored import Factored
 from strategies.shared.layerwise import Layer, LayerUpdate, Replies

@@ -10,8 +10,8 @@ from torch import nn
 from typing_extensions import override
 
 from experiments.bench.workloads import LR, Workload
-from fedraclora.adapter import make_plan
-from fedraclora.task import LOSSES, Task, forward
+from fedraclora.data.task import LOSSES, Task, forward
+from fedraclora.protocol.plan import make_plan
 
 
 class LowRankLinear(nn.Module):

@@ -29,16 +29,16 @@ from experiments.bench.bounds import disagreements, judge
 from experiments.bench.capacity import largest_chunk
 from experiments.bench.config import BenchConfig, parse
 from experiments.bench.launch import interpreter, run_peer
+from experiments.bench.phases import profile
 from experiments.bench.report import Report, about
 from experiments.bench.rows import BUILDERS, Case, hosted
-from experiments.bench.stations import profile
 from experiments.bench.table import table as markdown
 from experiments.bench.table import tables
 from experiments.bench.timing import Measured, interleaved, training_loss
 from experiments.bench.usage import PROC
 from experiments.bench.workloads import PEERS, RAY, WORKLOADS
 from experiments.status import reported
-from fedraclora.build import fix_bits, pick_device
+from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 
 from experiments.bench.workloads import WORKLOADS
 from experiments.words import key_values
+from fedraclora.config.schema import build
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.schema import build
 
 ROWS = tuple(dict.fromkeys(row for workload in WORKLOADS.values() for row in workload.rows))
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from experiments.bench.workloads import LR, Workload
+from fedraclora.data.samples import Partitioned
+from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
-from fedraclora.samples import Partitioned
-from fedraclora.task import Task
 
 PATIENCE = 1800.0  # seconds for one peer
 ROOT = Path(__file__).resolve().parents[2]

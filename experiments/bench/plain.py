@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from experiments.bench.runs import settle
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import LR, Workload
-from fedraclora.task import Task, forward
+from fedraclora.data.task import Task, forward
 from fedraclora.tree import Tree
 
 

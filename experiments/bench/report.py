@@ -14,7 +14,7 @@ import torch
 
 from experiments.bench.workloads import WORKLOADS
 from fedraclora.errors import ConfigError
-from fedraclora.runfolder import git_revision
+from fedraclora.run.folder import git_revision
 
 PACKAGES = ("torch", "flwr", "ray", "numpy")
 Rows = Mapping[str, Mapping[str, object]]

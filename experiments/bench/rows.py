@@ -15,7 +15,7 @@ from experiments.bench.plain import PlainLoop
 from experiments.bench.runs import RAY_WORKERS, Row, federated, ray_settings, settle
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import RAY, Workload
-from fedraclora.task import Task
+from fedraclora.data.task import Task
 from fedraclora.training.precision import BF16_MIXED
 from strategies.fedavg import FedAvg
 

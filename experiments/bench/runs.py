@@ -15,20 +15,20 @@ from clients.engines import InProcess, OnRay
 from clients.worker import Worker
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import LR, Workload
-from fedraclora.adapter import make_plan
-from fedraclora.build import fix_bits
-from fedraclora.engine import Engine, EngineParts
-from fedraclora.ledger import Ledger
-from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State
-from fedraclora.replica import Follower
-from fedraclora.runbook import RunBook
-from fedraclora.settings import RayConfig
-from fedraclora.task import Task
+from fedraclora.config.build import fix_bits
+from fedraclora.config.settings import RayConfig
+from fedraclora.data.task import Task
+from fedraclora.engines.base import Engine, EngineParts
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State
+from fedraclora.protocol.plan import make_plan
+from fedraclora.run.ledger import Ledger
+from fedraclora.run.recorder import RunRecorder
 from fedraclora.training.chunking import plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import FLOAT32
 from fedraclora.tree import Tree
+from fedraclora.weights.replica import Follower
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg
 from strategies.server.loop import LoopConfig
@@ -82,7 +82,7 @@ class FederatedRun:
 
     def round(self, laps: Laps) -> None:
         """Run one whole round: cohort, messages, training, aggregation, merge, ledger row."""
-        if not self.strategy.book.ledger.rows:
+        if not self.strategy.recorder.ledger.rows:
             self.run.start(0)  # writes row 0
         self._laps = laps
         laps.begin()
@@ -202,11 +202,13 @@ def federated(
     size = plan_chunk(chunk, trainer, state.base, downlink, cohort, share=share).chunk
     loop = LoopConfig(rounds=ENDLESS, clients=workload.clients, cohort=cohort, chunk=size, seed=0)
     folder = tempfile.TemporaryDirectory()
-    book = RunBook(None, sync=False)  # no folder: no chain, no checkpoints
-    book.ledger = Ledger(Path(folder.name) / "ledger.jsonl")
+    recorder = RunRecorder(None, sync=False)  # no folder: no chain, no checkpoints
+    recorder.ledger = Ledger(Path(folder.name) / "ledger.jsonl")
     crew = Path(folder.name)
     engine = make_engine(replace(parts, crew=crew), workers)
-    run = wire(method, EngineParts.of(trainer, cohort), loop, engine, state=state, book=book)
+    run = wire(
+        method, EngineParts.of(trainer, cohort), loop, engine, state=state, recorder=recorder
+    )
     rounds = FederatedRun(run)
 
     def close() -> None:

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.chain import term_bytes
-from fedraclora.layers import LayerView
-from fedraclora.method import Cohort, Draw, Method, Plan, State
+from fedraclora.config.schema import bind
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.method import Cohort, Draw, Method, Plan, State
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
-from fedraclora.schema import bind
+from fedraclora.weights.chain import term_bytes
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.fedavg import FedAvg

@@ -11,10 +11,10 @@ import torch
 
 from experiments.bench.runs import Row
 from experiments.bench.usage import Laps, peak, reset_peak, tree_peak
+from fedraclora.data.samples import Partitioned
+from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
-from fedraclora.evaluate import evaluate
-from fedraclora.samples import Partitioned
-from fedraclora.task import Task
+from fedraclora.evaluation.evaluate import evaluate
 
 PATIENCE = 60.0  # seconds of counted rounds, after which a slow row stops early
 LEAST = 3  # counted rounds of a row, however slow

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedraclora.data.samples import ClientData, Partitioned, Samples
+from fedraclora.data.task import Task
 from fedraclora.data.virtual import virtual
 from fedraclora.models import MODELS
 from fedraclora.rng import generator
-from fedraclora.samples import ClientData, Partitioned, Samples
-from fedraclora.task import Task
 
 LR = 0.1
 OURS = ("vectorised", "central", "inline", "idle", "fedavg", "loop")

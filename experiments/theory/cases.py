@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from experiments.theory.bounds import local_step_limit
 from experiments.theory.problems import Problem, problem
 from fedraclora.sketch import SKETCHES
-from fedraclora.theory import local_step_limit
 from fedraclora.training.localconfig import LocalConfig
 from strategies.fed_rac_lora import FedRacLora
 

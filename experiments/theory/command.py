@@ -40,9 +40,9 @@ from experiments.theory.report import bounds_table, example_table, slowdown_tabl
 from experiments.theory.slowdown import slowdowns
 from experiments.theory.verdict import judge
 from experiments.words import key_values
-from fedraclora.build import fix_bits
-from fedraclora.runfolder import provenance
-from fedraclora.schema import build
+from fedraclora.config.build import fix_bits
+from fedraclora.config.schema import build
+from fedraclora.run.folder import provenance
 
 T = TypeVar("T")
 

@@ -18,10 +18,10 @@ from torch import nn
 from typing_extensions import override
 
 from experiments.theory.runs import federate
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import Task
 from fedraclora.errors import ClientError
-from fedraclora.method import Method
-from fedraclora.samples import Partitioned, Samples
-from fedraclora.task import Task
+from fedraclora.protocol.method import Method
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora

@@ -12,15 +12,15 @@ from functools import cache
 import numpy as np
 import torch
 
+from experiments.theory.bounds import logistic_pl
 from experiments.theory.runs import start_of
 from fedraclora.data.dataset import DataSet
+from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.synthetic import least_squares, logistic_regression
+from fedraclora.data.task import SLOPES, Task
 from fedraclora.errors import unknown
 from fedraclora.models.linear import build_linear
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Partitioned, Samples
-from fedraclora.task import SLOPES, Task
-from fedraclora.theory import logistic_pl
 from fedraclora.tree import Tree
 
 WEIGHT = "fc1.weight"

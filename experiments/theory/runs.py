@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 
 from clients.engines import InProcess
-from fedraclora.adapter import make_plan
-from fedraclora.engine import EngineParts
-from fedraclora.method import Cohort, Downlink, Draw, Method, Plan
-from fedraclora.task import Task
+from fedraclora.data.task import Task
+from fedraclora.engines.base import EngineParts
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
+from fedraclora.protocol.plan import make_plan
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree

@@ -7,10 +7,19 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
+from experiments.theory.bounds import (
+    Descent,
+    Given,
+    cover,
+    federated,
+    gd,
+    of_downlink,
+    reshuffling,
+    sgd,
+)
 from experiments.theory.cases import Case
 from experiments.theory.problems import MEASURES, problem
 from experiments.theory.runs import federate, first_downlink, start_of
-from fedraclora.theory import Descent, Given, cover, federated, gd, of_downlink, reshuffling, sgd
 
 Vector = npt.NDArray[np.float64]
 
@@ -38,7 +47,7 @@ def run(case: Case, seed: int) -> Path:
         seed=seed,
         measure=ground.measure,
     )
-    rows = strategy.book.ledger.rows
+    rows = strategy.recorder.ledger.rows
     metrics: list[dict[str, float]] = [row["metrics"] for row in rows]  # type: ignore[misc]
     measures = {key: np.array([m[key] for m in metrics]) for key in MEASURES}
     return Path(measures, np.array([float(str(row["uplink_total"])) for row in rows]))

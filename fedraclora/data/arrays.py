@@ -18,10 +18,10 @@ from fedraclora.data.fit import Form, found_shape, gathered
 from fedraclora.data.idx import parse_idx
 from fedraclora.data.labels import LOSSES, METRICS, class_names, target_of
 from fedraclora.data.locate import resolve
+from fedraclora.data.samples import Samples
 from fedraclora.data.sources import read_arrays
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.rng import generator
-from fedraclora.samples import Samples
 
 Array = npt.NDArray[Any]
 

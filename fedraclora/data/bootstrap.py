@@ -9,9 +9,9 @@ import torch
 
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.partitioners import class_labels
+from fedraclora.data.samples import Samples
 from fedraclora.data.virtual_clients import ClientLaw, check_law, make_law, pick
 from fedraclora.rng import generator, hash_key
-from fedraclora.samples import Samples
 
 
 @dataclass(frozen=True)

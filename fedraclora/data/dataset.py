@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.checks import check_fraction
+from fedraclora.data.samples import ClientData, Samples
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator
-from fedraclora.samples import ClientData, Samples
 
 Rows = npt.NDArray[np.int64]
 Column = npt.NDArray[Any]
@@ -29,7 +29,7 @@ class DataSet:
             pretrain on, or none.
         test: Held-out samples; the object ``train`` itself where ``measures_training``.
         classes: Number of outputs: classes, or 1 for a scalar regression or a binary score.
-        loss: A key of `fedraclora.task.LOSSES`.
+        loss: A key of `fedraclora.data.task.LOSSES`.
         metrics: Names of metrics, the headline first.
         columns: One value per training row, to partition by: ``"label"`` wherever there are
             classes, ``"client"`` and its own name for a natural client.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedraclora.data.dataset import DataSet, classification, train_test
-from fedraclora.samples import Samples
+from fedraclora.data.samples import Samples
 
 
 def load_digits(*, test: float = 0.25, split_seed: int = 0) -> DataSet:

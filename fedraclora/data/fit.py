@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import DataError
-from fedraclora.samples import Samples
-from fedraclora.task import IGNORED_TOKEN
 
 WIDER = {"uint16": "int32", "uint32": "int64", "float16": "float32"}  # what torch has little of
 METRICS = {
@@ -33,7 +33,7 @@ class Form:
 
     Attributes:
         shape: Of one input ``"x"``; empty for token ids; None for numbers of any shape.
-        loss: A key of `fedraclora.task.LOSSES`, or ``package.module:function``.
+        loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``.
         classes: Number of outputs; None where it is to be found.
     """
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedraclora.data.samples import Samples
 from fedraclora.errors import DataError
 from fedraclora.rng import generator
-from fedraclora.samples import Samples
 
 Keys = npt.NDArray[np.int64]
 

@@ -22,8 +22,8 @@ from fedraclora.data.locate import (
     resolve,
     sha256_of,
 )
+from fedraclora.data.samples import Samples
 from fedraclora.errors import DataError
-from fedraclora.samples import Samples
 
 MEAN, STD = 0.1307, 0.3081  # of the 60,000 training images in [0, 1]
 

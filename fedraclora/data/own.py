@@ -17,10 +17,10 @@ from fedraclora.data.checks import check_count, check_fraction
 from fedraclora.data.dataset import DataSet, split_rows, take
 from fedraclora.data.fit import METRICS, Form, found_shape
 from fedraclora.data.partition import LOOKED_AT, spread_clients
+from fedraclora.data.samples import Samples
 from fedraclora.data.sources import counted, read_own, read_table, told
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.rng import generator
-from fedraclora.samples import Samples
 
 SHARE = 0.2  # of each client's samples, held out where there are no test samples
 
@@ -167,7 +167,7 @@ def own_samples(
         split_seed: Seed of that choice.
         client: Set by a node: its client. Nothing is measured there.
         alone: Set by a node: it serves this client only.
-        loss: A key of `fedraclora.task.LOSSES`, or ``package.module:function``.
+        loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``.
         metrics: Names of metrics, the headline first; None for those usual for the loss.
 
     Returns:

@@ -14,8 +14,8 @@ from fedraclora.data.checks import check_choice, check_count
 from fedraclora.data.dataset import DataSet, Division
 from fedraclora.data.owners import given, natural
 from fedraclora.data.partitioners import dirichlet, fedslop, iid, pathological, shards
+from fedraclora.data.samples import ClientData
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.samples import ClientData
 
 
 def fitting(data: DataSet) -> str:

@@ -17,8 +17,8 @@ import torch
 from fedraclora.data.checks import check_count, check_fraction
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.locate import resolve
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
-from fedraclora.samples import Samples
 
 Role = tuple[str, str]  # play, name
 Windows = npt.NDArray[np.int64]  # [windows, length]

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from fedraclora.data.checks import check_count
 from fedraclora.data.fit import gathered
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.named import call_function, is_function
-from fedraclora.samples import Samples
+from fedraclora.imports import call_function, is_function
 
 TARGET = "target"
 ALONE = "train.npz"  # the file of a folder that is one client's

@@ -13,9 +13,9 @@ import torch
 
 from fedraclora.data.checks import check_choice, check_count, check_number
 from fedraclora.data.dataset import DataSet
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator
-from fedraclora.samples import Samples
 
 Matrix = npt.NDArray[np.float64]
 

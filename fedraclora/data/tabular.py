@@ -15,9 +15,9 @@ from fedraclora.data.checks import check_choice, check_fraction
 from fedraclora.data.dataset import DataSet, split_rows
 from fedraclora.data.labels import LOSSES, METRICS, class_names, target_of
 from fedraclora.data.locate import resolve
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
 from fedraclora.rng import generator
-from fedraclora.samples import Samples
 
 if TYPE_CHECKING:
     from pandas import DataFrame

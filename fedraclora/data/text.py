@@ -11,11 +11,11 @@ from fedraclora.data.checks import check_choice, check_count, check_fraction
 from fedraclora.data.dataset import Column, DataSet, Rows, split_owners, split_rows
 from fedraclora.data.labels import LOSSES, METRICS, class_names, target_of
 from fedraclora.data.locate import check_file, resolve
+from fedraclora.data.samples import Samples
 from fedraclora.data.table import read_columns
 from fedraclora.data.tokens import make_encoder
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.rng import generator
-from fedraclora.samples import Samples
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import torch
 
 from fedraclora.data.checks import check_choice, check_count, check_number
 from fedraclora.data.dataset import DataSet, classification
+from fedraclora.data.samples import Samples
 from fedraclora.data.virtual_clients import ClientLaw, check_law, make_law, pick
 from fedraclora.rng import generator, hash_key
-from fedraclora.samples import Samples
 
 POOL_NUMBERS = 1 << 21  # in the table of normals, over all features
 

@@ -18,8 +18,8 @@ from fedraclora.devices.availability import Availability, Diurnal
 from fedraclora.devices.distributions import Distribution, LogNormal
 from fedraclora.devices.timeline import Load, Race, Timeline
 from fedraclora.errors import ClientError, ConfigError
+from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.rng import cohort_uniforms, generator, hash_key
-from fedraclora.sampling import draw_cohort
 
 _MEGABYTE = 1e6
 _SEARCH = 64  # clients looked at for each one wanted, before a smaller cohort is taken
@@ -39,7 +39,7 @@ class SystemConfig:
         deadline: Virtual seconds after which replies are late; None = wait.
         over_select: Clients asked for each one wanted; the first to answer are taken.
         buffer: Replies that a step of the server waits for, the others staying on their way
-            (`fedraclora.devices.buffer`); None = a round waits for its cohort.
+            (`fedraclora.devices.asynchronous`); None = a round waits for its cohort.
     """
 
     speed: Distribution | None = None
@@ -120,7 +120,7 @@ class SystemConfig:
         Returns:
             Ids in ascending order, int64. Fewer than ``over_select * cohort`` where no more are
             there, or no more were found among 64 times as many. Without availability and
-            over-selection, just `fedraclora.sampling.draw_cohort`.
+            over-selection, just `fedraclora.protocol.cohorts.draw_cohort`.
 
         Raises:
             ClientError: If nobody is available.

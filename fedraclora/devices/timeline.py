@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedraclora.aggregate import Refusal
 from fedraclora.errors import ClientError
+from fedraclora.protocol.uplinks import Refusal
 
 # How the reasons for a dropped client begin.
 REASONS = ("dropped out", "late", "not among the first")

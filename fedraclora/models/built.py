@@ -23,7 +23,7 @@ class Built:
     Attributes:
         model: The network, float32, with its initial weights; in training mode.
         head: Name prefixes of the final layer; empty where there is nothing but one layer.
-        targets: The default pattern of adapted layers (`fedraclora.layers.find_targets`).
+        targets: The default pattern of adapted layers (`fedraclora.lowrank.layers.find_targets`).
     """
 
     model: nn.Module

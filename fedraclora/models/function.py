@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError, FedRacLoraError, ModelError, unknown
-from fedraclora.layers import is_batch_norm, is_head
+from fedraclora.imports import check_call, failure_of, import_function
+from fedraclora.lowrank.layers import is_batch_norm, is_head
 from fedraclora.models.built import Built, seeded
-from fedraclora.named import check_call, failure_of, import_function
 
 
 def build_function(

@@ -9,7 +9,6 @@ from textwrap import fill
 
 import numpy as np
 
-from fedraclora.ledger import Row, column, round_seconds
 from fedraclora.plots.axes import (
     COLOURS,
     DASHES,
@@ -21,6 +20,7 @@ from fedraclora.plots.axes import (
     new_figure,
     write_png,
 )
+from fedraclora.run.ledger import Row, column, round_seconds
 
 _POSITIONS = (
     "round",

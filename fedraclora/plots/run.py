@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fedraclora.devices.timeline import REASONS
-from fedraclora.ledger import Row, column, headline, number, round_seconds
 from fedraclora.plots.axes import (
     COLOURS,
     MEGABYTE,
@@ -20,6 +19,7 @@ from fedraclora.plots.axes import (
     new_figure,
     write_png,
 )
+from fedraclora.run.ledger import Row, column, headline, number, round_seconds
 
 _STEPS = ("lr", "gamma_min", "gamma_max")
 

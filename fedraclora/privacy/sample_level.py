@@ -54,7 +54,7 @@ class SampleNoise:
     delta: float = 1e-5
 
     def __post_init__(self) -> None:
-        """Refuse impossible settings; `fedraclora.schema` puts the path before the key."""
+        """Refuse impossible settings; `fedraclora.config.schema` puts the path before the key."""
         if not 0 < self.clip < math.inf:
             raise ConfigError(f"clip is {self.clip}; a positive finite number is wanted")
         if not 0 <= self.noise_multiplier < math.inf:

@@ -4,5 +4,5 @@
 (`program`, `cohort_layers`, `cohort_conv`, `vmapped`), where gradients come from (`gradients`,
 `feedforward`, `stages`), and what a step is (`schedule`, `optimiser`, `prox`, `precision`).
 `memory` and `chunking` say how many clients fit. The same for one client, written to be read, is
-`fedraclora.local`.
+`fedraclora.reference.client`.
 """

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 import torch
 from typing_extensions import override
 
-from fedraclora.aggregate import SUM_BLOCK
-from fedraclora.downlink import Downlink
 from fedraclora.errors import ConfigError, FedRacLoraError, ModelError
-from fedraclora.named import failure_of
+from fedraclora.imports import failure_of
+from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.memory import LOOKED_AT, MemoryModel, is_out_of_memory, measure, try_step
 from fedraclora.tree import Tree

@@ -2,7 +2,8 @@
 
 All clients of a chunk share the frozen weights and differ only in what they train, so K clients
 train as one: see `fedraclora.training.cohort_layers`. The result equals that of K runs of the
-one-client loop in `fedraclora.local` (to 1e-10 in float64; a batched product rounds differently).
+one-client loop in `fedraclora.reference.client` (to 1e-10 in float64; a batched product rounds
+differently).
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from functools import partial
 
 import torch
 
-from fedraclora.method import Downlink, Plan
+from fedraclora.data.samples import ClientData
+from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.privacy.sample_level import seed_key
-from fedraclora.ranks import cut_gradients, hold, trainable
-from fedraclora.recipe import RECIPES, GradientHook
+from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
+from fedraclora.protocol.recipes import RECIPES, GradientHook
 from fedraclora.rng import hash_key
-from fedraclora.samples import ClientData
-from fedraclora.task import Task, forward, loss_function
 from fedraclora.training.gates import make_optimiser
 from fedraclora.training.gradients import clip_per_client, noisy_gradients, written_out_gradients
+from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import arrange, materialise
 from fedraclora.training.optimiser import CohortOptimiser
@@ -29,7 +31,6 @@ from fedraclora.training.probe import GradientMean
 from fedraclora.training.program import OpenChunk, Program, refuse_mixing
 from fedraclora.training.prox import add_prox
 from fedraclora.training.schedule import Batch, Schedule
-from fedraclora.training.trial import Trial
 from fedraclora.training.variates import correcting
 from fedraclora.training.vmapped import vmapped_forward
 from fedraclora.tree import Tree
@@ -82,7 +83,7 @@ class CohortTrainer:
         round_: int,
         rate_scale: float,
         moments: Tree | None = None,
-    ) -> Trial:
+    ) -> LocalResult:
         """Train a chunk of clients from the round's downlink.
 
         Args:
@@ -123,7 +124,7 @@ class CohortTrainer:
         if isinstance(optimiser, GradientMean):
             values = optimiser.means(schedule.steps[order])
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)).to(order))
-        return Trial(
+        return LocalResult(
             trained={name: value[back] for name, value in values.items()},
             losses=(losses[back] / schedule.steps.clamp(min=1)).cpu(),
             steps=schedule.steps.cpu(),

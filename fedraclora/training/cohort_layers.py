@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.dora import row_lengths
 from fedraclora.errors import ModelError
-from fedraclora.layers import layer_view
+from fedraclora.lowrank.dora import row_lengths
+from fedraclora.lowrank.layers import layer_view
 from fedraclora.rng import cohort_bits, hash_key
 from fedraclora.training.packing import packed_linear
 from fedraclora.tree import Tree

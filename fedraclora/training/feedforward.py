@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fedraclora.method import Downlink
-from fedraclora.task import SLOPES, Task
+from fedraclora.data.task import SLOPES, Task
+from fedraclora.protocol.method import Downlink
 from fedraclora.training.stages import ACTIVATIONS, SHAPES, Flatten, Linear, Stage
 from fedraclora.tree import Tree
 

@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.method import Downlink
+from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.lora_rite import CohortRite
 from fedraclora.training.optimiser import CohortOptimiser

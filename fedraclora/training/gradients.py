@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from fedraclora.data.task import SLOPES, Task
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys
-from fedraclora.ranks import cut_gradients
-from fedraclora.task import SLOPES, Task
+from fedraclora.protocol.rank_budgets import cut_gradients
 from fedraclora.training.feedforward import FeedForward
 from fedraclora.training.program import OpenChunk
 from fedraclora.training.schedule import Batch
@@ -63,7 +63,7 @@ def noisy_gradients(
         chunk: Of `CohortTrainer.open`.
         step: The local step, from 0.
         batch: As above.
-        masks: What of a tensor its client trains (`fedraclora.ranks.trainable`).
+        masks: What of a tensor its client trains (`fedraclora.protocol.rank_budgets.trainable`).
         key: Of the noise (`fedraclora.privacy.sample_level.answer_keys`).
     """
     active, width = batch.active, batch.width

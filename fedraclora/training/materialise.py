@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedraclora.method import Adapter, Downlink, Frozen, Sketched, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Frozen, Sketched, Trained
 from fedraclora.tree import Tree
 
 

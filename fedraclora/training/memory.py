@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
-from fedraclora.downlink import Adapter, Downlink, Factor, Trained
-from fedraclora.samples import ClientData
+from fedraclora.data.samples import ClientData
+from fedraclora.protocol.downlink import Adapter, Downlink, Factor, Trained
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import moment_kinds
 from fedraclora.training.program import OpenChunk

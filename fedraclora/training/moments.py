@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import torch
 
-from fedraclora.method import Downlink
+from fedraclora.protocol.method import Downlink
 from fedraclora.training.localconfig import LocalConfig, moment_kinds
 from fedraclora.tree import Tree
 

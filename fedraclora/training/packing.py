@@ -1,9 +1,9 @@
 """Shared products over the real tokens of a padded batch, and not over its padding.
 
 What a layer gives at a padded token reaches no loss: attention gives padding a weight of exactly
-zero (see `fedraclora.samples.Samples.trim`). Sentences of a batch differ in length, so that half of
-a trimmed batch may still be padding; a product over the real tokens alone, whose rows are then put
-back in their places, is the same where it counts, and zero elsewhere.
+zero (see `fedraclora.data.samples.Samples.trim`). Sentences of a batch differ in length, so that
+half of a trimmed batch may still be padding; a product over the real tokens alone, whose rows are
+then put back in their places, is the same where it counts, and zero elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
-from fedraclora.samples import Samples
+from fedraclora.data.samples import Samples
 
 WORTH_PACKING = 0.85  # share of real tokens above which moving the rows costs what it saves
 

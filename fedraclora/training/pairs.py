@@ -15,7 +15,7 @@ nearest to g_B and g_A among all that move the weight so.
 
 Where one factor is frozen, both give the other one's gradient times the inverse Gram matrix of the
 frozen one (``lora_pro`` over s^2, without P_B and X): projected SGD on the weight, the gradient of
-LoRA-FA (Zhang et al., arXiv 2308.03303), and `fedraclora.recipe.projected` but for d.
+LoRA-FA (Zhang et al., arXiv 2308.03303), and `fedraclora.protocol.recipes.projected` but for d.
 
 Nothing more travels. Cost of a step: r x r algebra in float64 for each client and adapter, and
 products of size r (m + n) r.
@@ -38,10 +38,10 @@ from dataclasses import dataclass
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.lowrank import sylvester
-from fedraclora.method import Downlink, Trained
-from fedraclora.ranks import within
-from fedraclora.recipe import RECIPES, GradientHook, projected
+from fedraclora.lowrank.algebra import sylvester
+from fedraclora.protocol.method import Downlink, Trained
+from fedraclora.protocol.rank_budgets import within
+from fedraclora.protocol.recipes import RECIPES, GradientHook, projected
 from fedraclora.tree import Tree
 
 Adjust = Callable[[Tree, Tree], Tree]
@@ -99,7 +99,7 @@ def pairs_of(
     Args:
         downlink: Says what is trained.
         frozen: Factors that are not, by name.
-        ranks: Rank budgets of the clients (`fedraclora.ranks.spans`), or None.
+        ranks: Rank budgets of the clients (`fedraclora.protocol.rank_budgets.spans`), or None.
         setting: What needs them, for messages.
 
     Raises:
@@ -133,7 +133,7 @@ def pairs_of(
 
 
 def preconditioner(pairs: list[Pair], ranks: torch.Tensor | None) -> GradientHook:
-    """Give the hook of ``local.precondition``, `fedraclora.recipe.projected`.
+    """Give the hook of ``local.precondition``, `fedraclora.protocol.recipes.projected`.
 
     Args:
         pairs: The adapters.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fedraclora.evaluate import evaluate
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import forward, loss_function
+from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.rng import generator
-from fedraclora.samples import Samples
-from fedraclora.task import forward, loss_function
 
 
 def pretrain(
@@ -29,7 +29,7 @@ def pretrain(
         model: The network.
         train: What it learns from.
         test: What it is measured on afterwards.
-        loss: A key of `fedraclora.task.LOSSES`.
+        loss: A key of `fedraclora.data.task.LOSSES`.
         metrics: Of the test.
         seed: Of the run; orders the samples.
         epochs: Passes over ``train``.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fedraclora.data.samples import ClientData, Samples
+from fedraclora.data.task import Task
 from fedraclora.errors import ModelError
-from fedraclora.layers import is_batch_norm, layer_kind
-from fedraclora.method import Downlink
-from fedraclora.samples import ClientData, Samples
-from fedraclora.task import Task
+from fedraclora.lowrank.layers import is_batch_norm, layer_kind
+from fedraclora.protocol.method import Downlink
 from fedraclora.training.cohort_conv import CohortConv2d
 from fedraclora.training.cohort_embedding import CohortEmbedding
 from fedraclora.training.cohort_layers import (

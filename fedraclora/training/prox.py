@@ -7,7 +7,7 @@ need only r x r Gram matrices and never an m x n product.
 from __future__ import annotations
 
 from fedraclora.errors import ConfigError
-from fedraclora.method import Adapter, Downlink
+from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.tree import Tree
 
 

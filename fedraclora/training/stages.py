@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedraclora.method import Downlink
+from fedraclora.protocol.method import Downlink
 from fedraclora.training.cohort_layers import times
 from fedraclora.tree import Tree
 

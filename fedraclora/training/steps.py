@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from fedraclora.method import Downlink, Sketched
+from fedraclora.protocol.method import Downlink, Sketched
 from fedraclora.training.localconfig import LocalConfig
 
 

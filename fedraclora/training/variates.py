@@ -29,9 +29,9 @@ from __future__ import annotations
 
 import torch
 
-from fedraclora.downlink import Adapter, Downlink
-from fedraclora.recipe import GradientHook
-from fedraclora.transport import held_beside
+from fedraclora.protocol.change_of_basis import held_beside
+from fedraclora.protocol.downlink import Adapter, Downlink
+from fedraclora.protocol.recipes import GradientHook
 from fedraclora.tree import Tree
 
 

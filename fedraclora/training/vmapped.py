@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.func import functional_call, vmap
 
-from fedraclora.dora import rescaled
-from fedraclora.method import Downlink, Plan
-from fedraclora.samples import Samples
+from fedraclora.data.samples import Samples
+from fedraclora.lowrank.dora import rescaled
+from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.training.program import Program
 from fedraclora.tree import Tree
 

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from fedraclora.wire.downlink import (
-    Order,
     Packed,
     Reader,
+    TrainRequest,
     pack_downlink,
     payload_bytes,
     unpack_downlink,
     uplink_layout,
 )
 from fedraclora.wire.records import DTYPES, clients_of, round_of
-from fedraclora.wire.reply import Reply, pack_trial, unpack_trial
+from fedraclora.wire.reply import Reply, pack_result, unpack_result
 
 __all__ = [
     "DTYPES",
-    "Order",
     "Packed",
     "Reader",
     "Reply",
+    "TrainRequest",
     "clients_of",
     "pack_downlink",
-    "pack_trial",
+    "pack_result",
     "payload_bytes",
     "round_of",
     "unpack_downlink",
-    "unpack_trial",
+    "unpack_result",
     "uplink_layout",
 ]

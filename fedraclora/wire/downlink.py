@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
-from fedraclora.chain import SEED_BYTES
 from fedraclora.errors import WireError
-from fedraclora.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
-from fedraclora.recipe import RECIPES
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.protocol.recipes import RECIPES
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
+from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.fields import (
     exactly,
     flag,
@@ -55,7 +55,7 @@ def uplink_layout(downlink: Downlink) -> Layout:
 
 
 @dataclass(frozen=True)
-class Order:
+class TrainRequest:
     """What a train message says beside the downlink.
 
     Attributes:
@@ -65,7 +65,7 @@ class Order:
         clients: Ids, int64 [k].
         first: Place of the first of them in the cohort.
         reduce: None for one row per client; ``examples`` or ``uniform`` for weighted sums of
-            blocks of clients (`fedraclora.aggregate`), where ``first`` opens a block.
+            blocks of clients (`fedraclora.protocol.uplinks`), where ``first`` opens a block.
         clip: The greatest norm of the update that a client may send; None: any.
     """
 
@@ -92,11 +92,11 @@ class Packed:
 
     Args:
         downlink: What to train.
-        order: Round, version and step sizes.
+        request: Round, version and step sizes.
         dtype: Of the numbers on the wire: float32 or float64.
     """
 
-    def __init__(self, downlink: Downlink, order: Order, dtype: str) -> None:
+    def __init__(self, downlink: Downlink, request: TrainRequest, dtype: str) -> None:
         sent = _sent(downlink)
         shared = {n: t.to(DTYPES[dtype]) for n, (t, own) in sent.items() if not own}
         self.own = {n: t.to(DTYPES[dtype]) for n, (t, own) in sent.items() if own}
@@ -104,11 +104,11 @@ class Packed:
         self.own_layout = Layout.of(self.own, skip=1)
         self.ranks = downlink.ranks
         header = {
-            "round": order.round_,
-            "version": order.version,
-            "rate_scale": order.rate_scale,
-            "reduce": order.reduce,
-            "clip": order.clip,
+            "round": request.round_,
+            "version": request.version,
+            "rate_scale": request.rate_scale,
+            "reduce": request.reduce,
+            "clip": request.clip,
             "recipe": downlink.recipe,
             "arguments": downlink.arguments,
             "link": downlink.link,
@@ -139,9 +139,9 @@ class Packed:
         return content
 
 
-def pack_downlink(downlink: Downlink, order: Order, dtype: str) -> RecordDict:
+def pack_downlink(downlink: Downlink, request: TrainRequest, dtype: str) -> RecordDict:
     """Write a downlink for the clients of one order; see `Packed`."""
-    return Packed(downlink, order, dtype).message(order.clients, order.first)
+    return Packed(downlink, request, dtype).message(request.clients, request.first)
 
 
 class Reader:
@@ -153,7 +153,7 @@ class Reader:
         self._tensors: Tree = {}
         self._downlink = Downlink()
 
-    def read(self, content: RecordDict) -> tuple[Downlink, Order]:
+    def read(self, content: RecordDict) -> tuple[Downlink, TrainRequest]:
         """Read a train message.
 
         Raises:
@@ -164,18 +164,19 @@ class Reader:
                 self._read_shared(content)
             header, downlink = self._header, self._downlink
             vectors = read_vectors(content)
-            order = _order(header, vectors, read_first(content))
+            request = _request(header, vectors, read_first(content))
             if header["own"]:
                 rows = _floats(content, "own", 2)
-                if len(rows) != len(order.clients):
+                if len(rows) != len(request.clients):
                     raise WireError(
-                        f"{len(order.clients)} clients are asked, but {len(rows)} have own tensors"
+                        f"{len(request.clients)} clients are asked, but {len(rows)} have own "
+                        "tensors"
                     )
                 own = read_layout(header["own"], "own").unpack(rows)
                 downlink = _downlink(header, self._tensors | own, own.keys())
             if "ranks" in vectors:
-                downlink = replace(downlink, ranks=_ranks(vectors["ranks"], len(order.clients)))
-        return downlink, order
+                downlink = replace(downlink, ranks=_ranks(vectors["ranks"], len(request.clients)))
+        return downlink, request
 
     def _read_shared(self, content: RecordDict) -> None:
         """Read what all messages of an exchange share."""
@@ -203,7 +204,7 @@ def _floats(content: RecordDict, record: str, axes: int) -> torch.Tensor:
     return found
 
 
-def _order(header: Mapping[str, Any], vectors: Tree, first: int) -> Order:
+def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainRequest:
     """Read what a train message says beside the downlink."""
     clients = vectors.get("clients", torch.zeros(0))
     if not len(clients) or (clients < 0).any() or (clients.diff() <= 0).any():
@@ -213,7 +214,7 @@ def _order(header: Mapping[str, Any], vectors: Tree, first: int) -> Order:
     clip = header["clip"]
     if clip is not None and not real(clip, "clip") > 0:
         raise WireError(f"clip is {shown(clip)}; a positive number is wanted")
-    return Order(
+    return TrainRequest(
         whole(header["round"], "its round"),
         whole(header["version"], "its version"),
         real(header["rate_scale"], "rate_scale"),
@@ -225,7 +226,7 @@ def _order(header: Mapping[str, Any], vectors: Tree, first: int) -> Order:
 
 
 def _ranks(ranks: torch.Tensor, clients: int) -> torch.Tensor:
-    """Read the rank budgets of the clients of a message; see `fedraclora.ranks.spans`."""
+    """Read the rank budgets of the clients of a message (`rank_budgets.spans`)."""
     if len(ranks) == clients and (ranks > 0).all():
         return ranks
     pairs = ranks.reshape(-1, 2) if len(ranks) == 2 * clients else ranks.new_zeros(1, 2)
@@ -234,7 +235,7 @@ def _ranks(ranks: torch.Tensor, clients: int) -> torch.Tensor:
     return pairs
 
 
-def unpack_downlink(content: RecordDict) -> tuple[Downlink, Order]:
+def unpack_downlink(content: RecordDict) -> tuple[Downlink, TrainRequest]:
     """Read one train message back; see `Reader`."""
     return Reader().read(content)
 

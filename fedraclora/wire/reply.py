@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from flwr.app import RecordDict
 
-from fedraclora.aggregate import SUM_BLOCK, Refusal, block_sums, check_rows
 from fedraclora.errors import WireError
-from fedraclora.sampling import client_weights
-from fedraclora.training.trial import Trial
+from fedraclora.protocol.cohorts import client_weights
+from fedraclora.protocol.uplinks import SUM_BLOCK, Refusal, block_sums, check_rows
+from fedraclora.training.local_result import LocalResult
 from fedraclora.tree import Layout, difference
-from fedraclora.wire.downlink import Order
+from fedraclora.wire.downlink import TrainRequest
 from fedraclora.wire.fields import (
     MANY,
     client_id,
@@ -72,9 +72,9 @@ class Reply:
     notes: list[str] = field(default_factory=list)
 
 
-def pack_trial(
-    trial: Trial | None,
-    order: Order,
+def pack_result(
+    result: LocalResult | None,
+    request: TrainRequest,
     clients: torch.Tensor,
     layout: Layout,
     failures: Mapping[int, str],
@@ -84,50 +84,52 @@ def pack_trial(
     """Write what a chunk brought back.
 
     Args:
-        trial: Of the clients that trained, or None if none did.
-        order: What was asked. With ``reduce``, rows are checked and summed here, so that what
+        result: Of the clients that trained, or None if none did.
+        request: What was asked. With ``reduce``, rows are checked and summed here, so that what
             goes back does not grow with the chunk.
-        clients: Who trained, int64 [k], a part of ``order.clients``.
+        clients: Who trained, int64 [k], a part of ``request.clients``.
         layout: What each client sends.
         failures: Why a client trained nothing, by id.
         notes: Sentences for the ledger.
         mask: Which numbers of its row each client sends, bool [k, P]; None: all.
     """
-    if trial is None:  # every client of the chunk failed
+    if result is None:  # every client of the chunk failed
         none = torch.zeros(0, dtype=torch.int64)
-        trial = Trial({n: torch.empty(0, *s) for n, s in layout.shapes}, none.double(), none, none)
-    numbers = layout.pack({n: trial.trained[n] for n, _ in layout.shapes}, lead=1)
+        result = LocalResult(
+            {n: torch.empty(0, *s) for n, s in layout.shapes}, none.double(), none, none
+        )
+    numbers = layout.pack({n: result.trained[n] for n, _ in layout.shapes}, lead=1)
     refused: list[Refusal] = []
-    vectors = {"clients": clients, "losses": trial.losses}
-    vectors |= {"samples": trial.samples, "steps": trial.steps}
-    if order.reduce is not None:
-        weights = client_weights(order.reduce, trial.samples)
-        refused = check_rows(clients, weights, trial.losses, numbers)
+    vectors = {"clients": clients, "losses": result.losses}
+    vectors |= {"samples": result.samples, "steps": result.steps}
+    if request.reduce is not None:
+        weights = client_weights(request.reduce, result.samples)
+        refused = check_rows(clients, weights, result.losses, numbers)
         kept = ~torch.isin(clients, torch.tensor([r.client for r in refused], dtype=torch.int64))
-        places = torch.searchsorted(order.clients, clients[kept])
+        places = torch.searchsorted(request.clients, clients[kept])
         sums = block_sums(numbers[kept.to(numbers.device)], weights[kept], places)
-        numbers = torch.zeros(-(-len(order.clients) // SUM_BLOCK), layout.size).to(sums)
+        numbers = torch.zeros(-(-len(request.clients) // SUM_BLOCK), layout.size).to(sums)
         numbers[: len(sums)] = sums
         vectors = {name: vector[kept] for name, vector in vectors.items()}
     elif mask is not None:
         numbers = numbers[mask.to(numbers.device)]
     header = {
-        "round": order.round_,
-        "version": order.version,
+        "round": request.round_,
+        "version": request.version,
         "failures": {str(c): r for c, r in failures.items()},
         "refused": [[r.client, r.reason] for r in refused],
-        "reduced": order.reduce is not None,
+        "reduced": request.reduce is not None,
         "notes": notes,
         "layout": layout.shapes,
     }
     chunk = vector_record(vectors)
-    chunk["first"] = order.first
+    chunk["first"] = request.first
     return RecordDict(
         {"config": header_record(header), "arrays": array_record(numbers), "chunk": chunk}
     )
 
 
-def unpack_trial(content: RecordDict, layout: Layout, ranks: torch.Tensor | None = None) -> Reply:
+def unpack_result(content: RecordDict, layout: Layout, ranks: torch.Tensor | None = None) -> Reply:
     """Read a reply back: the one place where what another machine sent is looked at unchecked.
 
     Every field has the type, the range and the length that it should have, or the reply is
@@ -137,7 +139,7 @@ def unpack_trial(content: RecordDict, layout: Layout, ranks: torch.Tensor | None
         content: The reply.
         layout: What a client sends, budgets aside.
         ranks: The cohort's rank budgets, if it has any: then rows are cut, and their sizes are
-            left to `fedraclora.ranks.widen`.
+            left to `fedraclora.protocol.rank_budgets.widen`.
 
     Raises:
         WireError: Saying what came and what was wanted.

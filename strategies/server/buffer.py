@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedraclora.aggregate import Uplinks, weighted_sum
-from fedraclora.devices.buffer import Flight
-from fedraclora.downlink import opening_rows
+from fedraclora.devices.asynchronous import PendingClient
 from fedraclora.errors import ConfigError
-from fedraclora.method import Downlink, Link, Method, State
+from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import Downlink, Link, Method, State
+from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.tree import Tree
-from fedraclora.wire import Order, pack_downlink, unpack_downlink, uplink_layout
+from fedraclora.wire import TrainRequest, pack_downlink, unpack_downlink, uplink_layout
 from fedraclora.wire.records import array_record, header_record, read_array, read_header
 
 PREFIX = "buffer/"
@@ -49,11 +49,11 @@ class Batch:
 
     round_: int
     sent: Downlink
-    flights: tuple[Flight, ...]
+    flights: tuple[PendingClient, ...]
     rows: torch.Tensor
     weights: torch.Tensor
 
-    def select(self, flights: frozenset[Flight]) -> Batch:
+    def select(self, flights: frozenset[PendingClient]) -> Batch:
         """Keep these clients alone."""
         kept = [i for i, flight in enumerate(self.flights) if flight in flights]
         places = torch.tensor(kept, dtype=torch.int64)
@@ -65,7 +65,7 @@ class Batch:
         )
 
 
-def batch_of(got: Uplinks, sent: Downlink, base: Tree, started: tuple[Flight, ...]) -> Batch:
+def batch_of(got: Uplinks, sent: Downlink, base: Tree, started: tuple[PendingClient, ...]) -> Batch:
     """Make a batch of the replies of a round, of all clients that answer sooner or later.
 
     Args:
@@ -81,7 +81,7 @@ def batch_of(got: Uplinks, sent: Downlink, base: Tree, started: tuple[Flight, ..
     return Batch(flights[0].round_, sent, flights, rows - start.to(rows), got.weights)
 
 
-def write_batches(batches: list[Batch], lost: tuple[Flight, ...], dtype: str) -> Tree:
+def write_batches(batches: list[Batch], lost: tuple[PendingClient, ...], dtype: str) -> Tree:
     """Write what is on its way as tensors; batches without clients are left out.
 
     Args:
@@ -94,7 +94,7 @@ def write_batches(batches: list[Batch], lost: tuple[Flight, ...], dtype: str) ->
         if not batch.flights:
             continue
         clients = torch.tensor([f.client for f in batch.flights])
-        packed = pack_downlink(batch.sent, Order(batch.round_, 0, 1.0, clients), dtype)
+        packed = pack_downlink(batch.sent, TrainRequest(batch.round_, 0, 1.0, clients), dtype)
         text = json.dumps(read_header(packed)).encode()
         found |= {
             f"{PREFIX}{batch.round_}/clients": clients,
@@ -110,11 +110,11 @@ def write_batches(batches: list[Batch], lost: tuple[Flight, ...], dtype: str) ->
     return found
 
 
-def _lands(flights: tuple[Flight, ...]) -> torch.Tensor:
+def _lands(flights: tuple[PendingClient, ...]) -> torch.Tensor:
     return torch.tensor([f.lands for f in flights], dtype=torch.float64)
 
 
-def read_batches(state: State) -> tuple[list[Batch], tuple[Flight, ...]]:
+def read_batches(state: State) -> tuple[list[Batch], tuple[PendingClient, ...]]:
     """Undo `write_batches`: the batches in ascending order of round, and who will vanish."""
     held = {n.removeprefix(PREFIX): t for n, t in state.moments.items() if n.startswith(PREFIX)}
     rounds = sorted({int(n.partition("/")[0]) for n in held if not n.startswith("lost/")})
@@ -122,19 +122,20 @@ def read_batches(state: State) -> tuple[list[Batch], tuple[Flight, ...]]:
     for round_ in rounds:
         clients, lands = held[f"{round_}/clients"], held[f"{round_}/lands"]
         header = json.loads(bytes(held[f"{round_}/header"].tolist()))
-        content = pack_downlink(Downlink(), Order(round_, 0, 1.0, clients), "float32")
+        content = pack_downlink(Downlink(), TrainRequest(round_, 0, 1.0, clients), "float32")
         content["config"] = header_record(header)
         content["arrays"] = array_record(held[f"{round_}/numbers"])
         sent, _ = unpack_downlink(content)
         flights = tuple(
-            Flight(at, k, round_) for k, at in zip(clients.tolist(), lands.tolist(), strict=True)
+            PendingClient(at, k, round_)
+            for k, at in zip(clients.tolist(), lands.tolist(), strict=True)
         )
         rows, weights = held[f"{round_}/rows"], held[f"{round_}/weights"]
         batches.append(Batch(round_, sent, flights, rows, weights))
-    lost: tuple[Flight, ...] = ()
+    lost: tuple[PendingClient, ...] = ()
     if "lost/who" in held:
         pairs = zip(held["lost/who"].tolist(), held["lost/lands"].tolist(), strict=True)
-        lost = tuple(Flight(at, k, round_, lost=True) for (k, round_), at in pairs)
+        lost = tuple(PendingClient(at, k, round_, lost=True) for (k, round_), at in pairs)
     return batches, lost
 
 

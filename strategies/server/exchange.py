@@ -9,14 +9,14 @@ from functools import cached_property
 import torch
 from flwr.app import Message
 
-from fedraclora.aggregate import Refusal, Uplinks, check_rows, sum_blocks, too_many
 from fedraclora.devices.timeline import Timeline
 from fedraclora.engines.local import RUN_AT_FAULT
 from fedraclora.errors import ClientError, FedRacLoraError, WireError
-from fedraclora.method import Cohort, Downlink
-from fedraclora.ranks import check_budgets, uploaded_numbers, widen
-from fedraclora.sampling import client_weights
-from fedraclora.wire import Order, Packed, Reply, unpack_trial, uplink_layout
+from fedraclora.protocol.cohorts import client_weights
+from fedraclora.protocol.method import Cohort, Downlink
+from fedraclora.protocol.rank_budgets import check_budgets, uploaded_numbers, widen
+from fedraclora.protocol.uplinks import Refusal, Uplinks, check_rows, sum_blocks, too_many
+from fedraclora.wire import Packed, Reply, TrainRequest, unpack_result, uplink_layout
 from fedraclora.wire.fields import printable
 from fedraclora.wire.records import read_first
 from strategies.server.guard import check_reply
@@ -80,10 +80,10 @@ class Exchange:
         # Sums of blocks: only where no block lies in two chunks.
         self.reduced = self.reduce and loop.whole_blocks(len(clients))
         reduce = loop.weights if self.reduced else None
-        order = Order(
+        request = TrainRequest(
             self.round_, self.version, self.rate_scale, clients, reduce=reduce, clip=self.clip
         )
-        packed = Packed(self.downlink, order, loop.dtype)
+        packed = Packed(self.downlink, request, loop.dtype)
         for i, first in enumerate(range(0, len(clients), loop.chunk)):
             chunk = clients[first : first + loop.chunk]
             content, node = packed.message(chunk, first), nodes[i % len(nodes)]
@@ -175,24 +175,24 @@ class Exchange:
         sent = {m.metadata.message_id: (m, clients) for m, clients in self.chunks}
         for message in messages:
             asked = message.metadata.reply_to_message_id
-            order, clients = sent.get(asked, (None, []))
+            request, clients = sent.get(asked, (None, []))
             if not self.loop.guarded:
                 self._take(self._read(message, clients))
-            elif order is not None:
+            elif request is not None:
                 del sent[asked]  # whatever else answers it is a replay
                 try:
                     reply = self._read(message, clients)
                     if reply is not None:
-                        self._check(reply, order, clients)
+                        self._check(reply, request, clients)
                 except Exception as error:  # whatever another machine may send
                     why = printable(f"its reply is refused: {error}")
                     self.failures += [Refusal(c, why) for c in clients]
                 else:
                     self._take(reply)
 
-    def _check(self, reply: Reply, order: Message, clients: Sequence[int]) -> None:
+    def _check(self, reply: Reply, request: Message, clients: Sequence[int]) -> None:
         """Hold a reply against the message that it answers."""
-        first = read_first(order.content)
+        first = read_first(request.content)
         counts = self.counts[first : first + len(clients)]
         loop, reduced = self.loop, self.reduced
         check_reply(reply, clients, first, loop, reduced=reduced, counts=counts)
@@ -205,7 +205,7 @@ class Exchange:
                 raise ClientError(f"round {self.round_} cannot be run: {reason}")
             self.failures += [Refusal(c, printable(reason)) for c in asked]
             return None
-        reply = unpack_trial(message.content, self.layout, self.downlink.ranks)
+        reply = unpack_result(message.content, self.layout, self.downlink.ranks)
         if (reply.round_, reply.version) != (self.round_, self.version):
             raise WireError(
                 f"clients {reply.clients.tolist()} answered for round {reply.round_} from version "

@@ -12,8 +12,9 @@ low-rank method has r m. Uplink and what the cohort trains stay as they are.
 In the space of **factors** Delta is the mean of what clients sent less what they started from, and
 the method gets start + step(Delta) for the mean: links, bytes and merges are those of the method.
 Moments of a factor belong to the frozen factor beside it. Where that changes from round to round
-momentum is moved along (`fedraclora.transport`), which keeps a share r/n of its energy for a fresh
-sketch; the ledger says what was kept (``momentum_kept``). Second moments have no such form.
+momentum is moved along (`fedraclora.protocol.change_of_basis`), which keeps a share r/n of its
+energy for a fresh sketch; the ledger says what was kept (``momentum_kept``). Second moments have
+no such form.
 
 The exactness of a method is then that of Delta: the server goes on from it.
 
@@ -27,14 +28,14 @@ from dataclasses import replace
 
 import torch
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.downlink import opening_rows
+from fedraclora.aggregation.server_optimisers import ServerOptimiser
 from fedraclora.errors import ConfigError
-from fedraclora.lowrank import product_norm
-from fedraclora.method import Cohort, Downlink, Draw, Link, Method, State, apply_link
-from fedraclora.recipe import RECIPES
-from fedraclora.server_optimiser import ServerOptimiser
-from fedraclora.transport import as_product, held_beside, transported
+from fedraclora.lowrank.algebra import product_norm
+from fedraclora.protocol.change_of_basis import as_product, held_beside, transported
+from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Method, State, apply_link
+from fedraclora.protocol.recipes import RECIPES
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 
 INSTEAD = "take server_optimiser.space=weights, or server_optimiser=none"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Draw, Method, State
 from fedraclora.privacy.client_level import ClientLevel, Privacy
-from fedraclora.recipe import RECIPES
+from fedraclora.protocol.method import Cohort, Draw, Method, State
+from fedraclora.protocol.recipes import RECIPES
 from fedraclora.training.localconfig import LocalConfig
 
 

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from fedraclora.aggregate import SUM_BLOCK, finite
 from fedraclora.errors import ClientError, WireError
+from fedraclora.protocol.uplinks import SUM_BLOCK, finite
 from fedraclora.wire import DTYPES, Reply
 from strategies.server.loop import LoopConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedraclora.aggregate import SUM_BLOCK
+from fedraclora.protocol.uplinks import SUM_BLOCK
 
 
 @dataclass(frozen=True)

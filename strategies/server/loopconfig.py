@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fedraclora.build import BuiltTask
-from fedraclora.config import RunConfig
+from fedraclora.config.build import BuiltTask
+from fedraclora.config.run_config import RunConfig
 from strategies.server.loop import LoopConfig
 
 

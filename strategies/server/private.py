@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from fedraclora.aggregate import Uplinks, weighted_sum
-from fedraclora.aggregator import Setting, rows_of, starts
+from fedraclora.aggregation.base import AggregationContext, rows_of, starts
+from fedraclora.aggregation.statistics import shortened
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.ledger import number
-from fedraclora.method import Method
 from fedraclora.privacy.client_level import WITHIN, ClientLevel, Mechanism
 from fedraclora.privacy.secret import Secret
-from fedraclora.robust.statistics import shortened
+from fedraclora.protocol.method import Method
+from fedraclora.protocol.uplinks import Uplinks, weighted_sum
+from fedraclora.run.ledger import number
 from strategies.server.loop import LoopConfig
 from strategies.server.rows import Row
 
@@ -81,7 +81,7 @@ class PrivateRounds:
         """Draw whom a round asks; it may be nobody."""
         return self.mechanism.drawn(self.key, round_, clients)
 
-    def treat(self, got: Uplinks, setting: Setting) -> Uplinks:
+    def treat(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         """Give the noisy mean of updates; those that are too long are shortened here, too."""
         start = starts(setting, got)
         if start.dim() > 1:

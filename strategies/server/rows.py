@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedraclora.chain import CatchUp
 from fedraclora.engines.deploy import Traffic
-from fedraclora.method import State
+from fedraclora.protocol.method import State
+from fedraclora.weights.chain import CatchUp
 from fedraclora.wire import DTYPES, payload_bytes
 from strategies.server.exchange import Exchange
 

@@ -13,15 +13,15 @@ from dataclasses import replace
 
 import torch
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.aggregator import Aggregator
-from fedraclora.downlink import opening_rows
+from fedraclora.aggregation.base import Aggregator
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.privacy.client_level import ClientLevel, Privacy
+from fedraclora.protocol.change_of_basis import held_beside
+from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.variates import blank_variates, mean_gradients, moved_by, seen
-from fedraclora.transport import held_beside
 from fedraclora.tree import Layout, Tree
 
 OFF = "or set control_variates=false"

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from fedraclora.aggregate import Refusal, Uplinks
-from fedraclora.checkpoint import replacing
-from fedraclora.downlink import opening_rows
 from fedraclora.errors import CheckpointError, ConfigError, RoundLostError
-from fedraclora.method import Method
 from fedraclora.privacy.secagg import LEAST, SecAgg
+from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import Method
+from fedraclora.protocol.uplinks import Refusal, Uplinks
 from fedraclora.tree import Tree
+from fedraclora.weights.files import replacing
 from fedraclora.wire.secagg import LARGEST, signed
 from strategies.server.exchange import Exchange
 from strategies.server.rows import Row
-from strategies.server.talk import Ask, Talk
+from strategies.server.secagg_session import Ask, SecAggSession
 from strategies.server.unmask import CulpritError, Session, check_keys, check_sealed
 
 FILE = "masked.round"  # the last round that asked real clients for vectors
@@ -114,7 +114,7 @@ class SecureSum:
         """
         if exchange.downlink.apart:
             raise ConfigError("secure=secagg needs all clients to train the same numbers")
-        talk, session = Talk(exchange, ask), self.session
+        talk, session = SecAggSession(exchange, ask), self.session
         if session is None or session.round_ != exchange.round_:
             session = self._agree(exchange, talk, clip)
         else:
@@ -142,7 +142,7 @@ class SecureSum:
         self.session = None
         return got
 
-    def _agree(self, exchange: Exchange, talk: Talk, clip: float) -> Session:
+    def _agree(self, exchange: Exchange, talk: SecAggSession, clip: float) -> Session:
         """Have clients exchange keys and shares."""
         if exchange.round_ <= self.answered:
             why = "the run was ended after clients had been asked for masked vectors; they give one"
@@ -176,7 +176,7 @@ class SecureSum:
         session.left = list(exchange.failures)
         return session
 
-    def _mask(self, session: Session, talk: Talk) -> None:
+    def _mask(self, session: Session, talk: SecAggSession) -> None:
         """Gather the masked vectors, in a second exchange where shares cannot be opened."""
         if self.file is not None:
             with replacing(self.file) as partial:
@@ -208,7 +208,7 @@ class SecureSum:
         whole: torch.Tensor,
         clip: float,
         base: Tree,
-        talk: Talk,
+        talk: SecAggSession,
     ) -> Uplinks:
         """Check what can be checked on a sum, and give it."""
         clients, step = sorted(session.words), session.step

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fedraclora.aggregate import Uplinks, greatest_norm
-from fedraclora.aggregator import Setting, rows_of, starts
-from fedraclora.method import State
+from fedraclora.aggregation.base import AggregationContext, rows_of, starts
+from fedraclora.protocol.method import State
+from fedraclora.protocol.uplinks import Uplinks, greatest_norm
 
 
 def overflowing(after: State, before: State) -> list[str]:
@@ -34,7 +34,7 @@ def _limit(tensor: torch.Tensor) -> float:
     return greatest_norm(tensor.dtype) if tensor.is_floating_point() else 0.0
 
 
-def largest(got: Uplinks, setting: Setting) -> tuple[int, float]:
+def largest(got: Uplinks, setting: AggregationContext) -> tuple[int, float]:
     """Give the client whose update has the largest norm, and that norm."""
     norms = torch.linalg.vector_norm(rows_of(got) - starts(setting, got), dim=1)
     place = int(norms.argmax())

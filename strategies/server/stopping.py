@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from fedraclora.config.settings import StopConfig
 from fedraclora.errors import unknown
-from fedraclora.ledger import Row, number
-from fedraclora.metrics import higher_is_better
-from fedraclora.settings import StopConfig
+from fedraclora.evaluation.metrics import higher_is_better
+from fedraclora.run.ledger import Row, number
 from fedraclora.tree import Tree
 
 

@@ -8,29 +8,29 @@ from dataclasses import dataclass, field, replace
 import torch
 from flwr.app import Message
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.aggregator import Aggregator, Mean, Setting, rows_of
+from fedraclora.aggregation.base import AggregationContext, Aggregator, Mean, rows_of
+from fedraclora.aggregation.server_optimisers import ServerOptimiser
+from fedraclora.attacks.attack import Attack
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.privacy.client_level import ClientLevel, Privacy
 from fedraclora.privacy.secagg import Open, SecAgg
 from fedraclora.privacy.secret import Secret
-from fedraclora.robust.attack import Attack
-from fedraclora.runbook import RunBook
-from fedraclora.server_optimiser import ServerOptimiser
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.recorder import RunRecorder
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies.server.account import SampleAccount, Sizes
+from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.exchange import Exchange
 from strategies.server.fedopt import check_optimiser, close_optimised
 from strategies.server.fits import check_fits
-from strategies.server.fleet import Fleet
 from strategies.server.loop import LoopConfig
 from strategies.server.private import PrivateRounds
 from strategies.server.rows import Row
 from strategies.server.scaffold import check_scaffold, check_seen, close_corrected, open_corrected
+from strategies.server.secagg_session import Ask
 from strategies.server.secure import SecureSum
-from strategies.server.talk import Ask
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Treatment:
     attackers: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def begin(
-        self, method: Method, state: State, loop: LoopConfig, fleet: Fleet, sizes: Sizes
+        self, method: Method, state: State, loop: LoopConfig, devices: DeviceSimulator, sizes: Sizes
     ) -> None:
         """Refuse what cannot be together, and draw who attacks.
 
@@ -74,11 +74,11 @@ class Treatment:
             ConfigError: Saying why.
         """
         self.aggregator.check(method.traits, loop.cohort)
-        check_fits(method, state, fleet.local, self.privacy, Draw(loop.seed))
+        check_fits(method, state, devices.local, self.privacy, Draw(loop.seed))
         check_optimiser(self.optimiser, method, state, Draw(loop.seed))
         if self.variates:
             check_seen(self.aggregator, self.privacy)
-            self.lifted = check_scaffold(method, state, fleet.local, Draw(loop.seed))
+            self.lifted = check_scaffold(method, state, devices.local, Draw(loop.seed))
         if loop.guarded and self.attack.share:
             raise ConfigError(
                 f"attack={self.attack.name} is for simulations; real clients need nobody's leave"
@@ -93,12 +93,12 @@ class Treatment:
                 )
             self.secure = SecureSum(self.security)
             self.secure.check(method, loop.weights, loop.cohort)
-        if (dp := fleet.local.dp) is not None:
+        if (dp := devices.local.dp) is not None:
             none = torch.zeros(loop.clients, dtype=torch.int64)
-            self.samples = SampleAccount(dp, fleet.local, sizes, none)
+            self.samples = SampleAccount(dp, devices.local, sizes, none)
         if not isinstance(self.privacy, ClientLevel):
             return
-        if fleet.enabled or not isinstance(self.aggregator, Mean):
+        if devices.enabled or not isinstance(self.aggregator, Mean):
             raise ConfigError(
                 "privacy=client_level draws its cohorts and takes its mean itself, so system=none "
                 f"and aggregator=mean are wanted; aggregator is {self.aggregator.name}"
@@ -110,28 +110,30 @@ class Treatment:
             )
         self.private = PrivateRounds.begin(self.privacy, method, loop, self.secret)
 
-    def open(self, book: RunBook, done: int, loop: LoopConfig, fleet: Fleet) -> None:
+    def open(
+        self, recorder: RunRecorder, done: int, loop: LoopConfig, devices: DeviceSimulator
+    ) -> None:
         """Fetch what a private run keeps, before its first round or the one after ``done``."""
         if self.private is not None:
-            self.private.open(book.folder, book.ledger.rows)
+            self.private.open(recorder.folder, recorder.ledger.rows)
         if self.secure is not None:
-            self.secure.open(book.folder, book.ledger.rows, real=loop.guarded)
+            self.secure.open(recorder.folder, recorder.ledger.rows, real=loop.guarded)
         if self.samples is not None:
             for round_ in range(1, done + 1):
-                self._count(round_, loop, fleet)
+                self._count(round_, loop, devices)
 
-    def _count(self, round_: int, loop: LoopConfig, fleet: Fleet) -> None:
+    def _count(self, round_: int, loop: LoopConfig, devices: DeviceSimulator) -> None:
         """Count a round in the account of samples; where devices differ, as if all took part."""
         if self.samples is not None:
             everyone = torch.arange(loop.clients)
-            asked = everyone if fleet.enabled else self.ask(round_, loop, fleet)
+            asked = everyone if devices.enabled else self.ask(round_, loop, devices)
             self.samples.add(asked)
 
-    def ask(self, round_: int, loop: LoopConfig, fleet: Fleet) -> torch.Tensor:
+    def ask(self, round_: int, loop: LoopConfig, devices: DeviceSimulator) -> torch.Tensor:
         """Draw whom a round asks; ids in ascending order, int64."""
         if self.private is not None:
             return self.private.ask(round_, loop.clients)
-        return fleet.ask(round_, loop.clients, loop.cohort)
+        return devices.ask(round_, loop.clients, loop.cohort)
 
     def clip(self, *, first: bool) -> float | None:
         """Give the greatest norm of an update that clients are told to send; None: any.
@@ -172,7 +174,7 @@ class Treatment:
         looks = traits.looks_at_clients or self.aggregator.individuals or self.attack.colludes
         return traits.linear and not looks and self.private is None
 
-    def treat(self, got: Uplinks, setting: Setting) -> Uplinks:
+    def treat(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         """Give what the method sees of what came."""
         if self.attack.colludes:
             agreed = self.attack.colluded(rows_of(got), torch.isin(got.clients, self.attackers))
@@ -207,7 +209,9 @@ class Treatment:
         if self.private is not None:
             self.private.note(round_, self.private.clip)
 
-    def columns(self, round_: int, cohort: Cohort, loop: LoopConfig, fleet: Fleet) -> Row:
+    def columns(
+        self, round_: int, cohort: Cohort, loop: LoopConfig, devices: DeviceSimulator
+    ) -> Row:
         """What the ledger says of a round: attackers in the cohort, and what privacy it cost.
 
         The mean training loss of a private round is left out: no noise covers it.
@@ -220,6 +224,6 @@ class Treatment:
         if self.secure is not None:
             found |= {"train_loss": None, "secure": self.secure.row}
         if self.samples is not None:
-            self._count(round_, loop, fleet)
+            self._count(round_, loop, devices)
             found |= {"train_loss": None, "sample_privacy": self.samples.row()}
         return found

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fedraclora.aggregate import Refusal
 from fedraclora.errors import ClientError, RoundLostError, WireError
+from fedraclora.protocol.uplinks import Refusal
 from fedraclora.wire.secagg import (
     MARK_LENGTH,
     PUBLIC_LENGTH,

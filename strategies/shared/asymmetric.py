@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.adapter import Rank
 from fedraclora.errors import ConfigError
-from fedraclora.method import Plan
+from fedraclora.protocol.method import Plan
+from fedraclora.protocol.plan import Rank
 from fedraclora.sketch import check_sketch
 from strategies.shared.common import drawn_rank, draws_right
 from strategies.shared.layerwise import LayerMethod

@@ -7,15 +7,15 @@ from math import prod
 
 import torch
 
-from fedraclora.adapter import Rank, Ranks, resolve_rank
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.method import (
+from fedraclora.protocol.method import (
     Link,
     Plan,
     State,
     Trained,
     apply_link,
 )
+from fedraclora.protocol.plan import Rank, Ranks, resolve_rank
 from fedraclora.tree import Tree
 
 SIDES = ("right", "left", "auto")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.adapter import Rank
-from fedraclora.method import Plan
+from fedraclora.protocol.method import Plan
+from fedraclora.protocol.plan import Rank
 from fedraclora.sketch import SketchSpec
 from strategies.shared.common import drawn_rank
 from strategies.shared.initials import check_start

@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.adapter import Rank
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.method import Adapter, Cohort, Downlink, Draw, Factor, Plan, State, Trained
-from fedraclora.ranks import within
+from fedraclora.protocol.method import Adapter, Cohort, Downlink, Draw, Factor, Plan, State, Trained
+from fedraclora.protocol.plan import Rank
+from fedraclora.protocol.rank_budgets import within
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.shared import initials
 from strategies.shared.common import check_link, closed, drawn_rank, draws_right

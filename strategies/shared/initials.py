@@ -44,11 +44,9 @@ from typing import cast
 
 import torch
 
-from fedraclora.adapter import Rank
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.lowrank import Product, fix_signs
-from fedraclora.method import (
+from fedraclora.lowrank.algebra import Product, fix_signs
+from fedraclora.protocol.method import (
     Adapter,
     Downlink,
     Draw,
@@ -61,6 +59,8 @@ from fedraclora.method import (
     Trained,
     apply_link,
 )
+from fedraclora.protocol.plan import Rank
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
 from fedraclora.tree import Tree

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedraclora.lowrank import Product
-from fedraclora.method import Draw, Factor, Trained
+from fedraclora.lowrank.algebra import Product
+from fedraclora.protocol.method import Draw, Factor, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 

@@ -18,17 +18,8 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.adapter import (
-    Rank,
-    Ranks,
-    check_patterns,
-    check_rank,
-    resolve_rank,
-    resolve_scale,
-)
-from fedraclora.aggregate import Uplinks
-from fedraclora.lowrank import Product, sum_products
-from fedraclora.method import (
+from fedraclora.lowrank.algebra import Product, sum_products
+from fedraclora.protocol.method import (
     Adapter,
     Cohort,
     Downlink,
@@ -44,7 +35,16 @@ from fedraclora.method import (
     Trained,
     apply_link,
 )
-from fedraclora.ranks import uploaded_numbers
+from fedraclora.protocol.plan import (
+    Rank,
+    Ranks,
+    check_patterns,
+    check_rank,
+    resolve_rank,
+    resolve_scale,
+)
+from fedraclora.protocol.rank_budgets import uploaded_numbers
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from strategies.shared.common import closed, dense_means, dense_slots, link_age
@@ -71,8 +71,8 @@ class LowRank(Method):
 
     Attributes:
         rank: r; a fraction (0, 1] of the bounding side if written with a dot; or these by layer
-            (`fedraclora.adapter.own_rank`). The bounding side is the smaller one, or the one that a
-            drawing has.
+            (`fedraclora.protocol.plan.own_rank`). The bounding side is the smaller one, or the one
+            that a drawing has.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
         rslora: Scale s = alpha / sqrt(r) instead.
         cap: Cut the rank at the bounding side, with a note; False refuses a larger one.
@@ -94,7 +94,7 @@ class LayerMethod(LowRank):
     """A method that treats every adapted matrix alike; it has the settings of `LowRank`."""
 
     recipe: ClassVar[str] = "plain"
-    """A key of `fedraclora.recipe.RECIPES`: what clients do beyond plain local steps."""
+    """A key of `fedraclora.protocol.recipes.RECIPES`: what clients do beyond plain local steps."""
     carries: ClassVar[bool] = False
     """Whether what is trained outlives its link; False: it is merged at the end."""
     keeps: ClassVar[tuple[str, ...]] = ()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fedraclora.lowrank import Product, fix_signs, minus, product_norm, sum_products
-from fedraclora.method import State
+from fedraclora.lowrank.algebra import Product, fix_signs, minus, product_norm, sum_products
+from fedraclora.protocol.method import State
 
 
 def carried_product(state: State, name: str) -> Product | None:

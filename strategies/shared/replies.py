@@ -7,10 +7,10 @@ from functools import cached_property
 
 import torch
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.lowrank import Product, stack_products
-from fedraclora.method import Adapter, Downlink, Sketched, State, Trained
-from fedraclora.ranks import within
+from fedraclora.lowrank.algebra import Product, stack_products
+from fedraclora.protocol.method import Adapter, Downlink, Sketched, State, Trained
+from fedraclora.protocol.rank_budgets import within
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.shared.common import server_step
 from strategies.shared.layer import Value

@@ -1,4 +1,4 @@
-"""A method whose adapted layers are chosen by an `fedraclora.allocation` rule.
+"""A method whose adapted layers are chosen by an `fedraclora.allocation.rules` rule.
 
 HeteroLoRA (``allocation=heterolora``), in round 1, or every so many rounds:
 
@@ -29,10 +29,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.allocation import SYNFLOW, AdaLora, HeteroLora, Uniform
+from fedraclora.allocation.rules import SYNFLOW, AdaLora, HeteroLora, Uniform
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora

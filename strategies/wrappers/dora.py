@@ -13,7 +13,7 @@
 - Refused: embeddings, where a row of the table is no output of the layer; rows of zeros, which have
   no direction; starts from gradients (``lora_ga``); an `allocation`.
 - Source: Liu et al., *DoRA: weight-decomposed low-rank adaptation*, ICML 2024, arXiv 2402.09353.
-- Departures: the federated form is ours. The rest is in `fedraclora.dora`.
+- Departures: the federated form is ours. The rest is in `fedraclora.lowrank.dora`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.config import RunConfig
-from fedraclora.dora import rescaled, row_lengths
-from fedraclora.downlink import magnitude_of
+from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
-from fedraclora.recipe import RECIPES
+from fedraclora.lowrank.dora import rescaled, row_lengths
+from fedraclora.protocol.downlink import magnitude_of
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
+from fedraclora.protocol.recipes import RECIPES
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.shared.common import server_step
 from strategies.wrappers.allocated import Allocated, Flow, allocated

@@ -3,8 +3,9 @@
     after round t, for theta in (B, A) of every layer, g = theta_before - theta_after:
         I = |theta_before g|;  I_bar, U_bar smoothed;  an entry scores I_bar U_bar
         a component scores the mean over its column of B plus the mean over its row of A
-    the b(t) components of highest score over all layers are kept (`fedraclora.allocation.AdaLora`)
-    the others are merged: W <- W + s B_out A_out, and B is scaled by s / s' where alpha / r changes
+    the b(t) components of highest score over all layers are kept
+    (`fedraclora.allocation.rules.AdaLora`) the others are merged: W <- W + s B_out A_out, and B is
+    scaled by s / s' where alpha / r changes
 
 - Bytes: those of the method at the ranks that are left, and r (m + n) numbers to catch up for each
   component that is merged. Scores cost nothing: they are taken of what the round moved.
@@ -25,11 +26,10 @@ from dataclasses import dataclass, replace
 import torch
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.allocation import AdaLora, component_scores, kept_components
+from fedraclora.allocation.rules import AdaLora, component_scores, kept_components
 from fedraclora.errors import ConfigError
-from fedraclora.lowrank import Product, sum_products
-from fedraclora.method import (
+from fedraclora.lowrank.algebra import Product, sum_products
+from fedraclora.protocol.method import (
     Cohort,
     Downlink,
     Draw,
@@ -41,6 +41,7 @@ from fedraclora.method import (
     Traits,
     apply_link,
 )
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora

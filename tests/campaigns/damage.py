@@ -26,11 +26,11 @@ from experiments.choices import composed
 from experiments.reports import read_run
 from experiments.resume import is_done
 from experiments.simulate import choose, simulate
-from fedraclora.checkpoint import link_digest
 from fedraclora.errors import FedRacLoraError
 from fedraclora.rng import generator
-from fedraclora.runfolder import read_summary
+from fedraclora.run.folder import read_summary
 from fedraclora.tree import digest
+from fedraclora.weights.files import link_digest
 from strategies.weights import load_weights
 
 Plain = dict[str, object]

@@ -18,21 +18,21 @@ import strategies.fedsvd
 import strategies.frlora
 import strategies.shared.layerwise
 import strategies.shared.replies
-from clients.kept import start_from
-from fedraclora.adapter import resolve_scale
-from fedraclora.aggregate import Uplinks, weighted_sum
-from fedraclora.clientstore import ClientStore
-from fedraclora.link import Link, Term
-from fedraclora.lowrank import (
+from clients.client_state import start_from
+from fedraclora.lowrank.algebra import (
     Product,
     balanced_factors,
     padded_to,
     stack_products,
     truncated_product,
 )
-from fedraclora.method import Downlink, Draw, State, Trained
+from fedraclora.protocol.link import Link, Term
+from fedraclora.protocol.method import Downlink, Draw, State, Trained
+from fedraclora.protocol.plan import resolve_scale
+from fedraclora.protocol.uplinks import Uplinks, weighted_sum
+from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.trial import Trial
+from fedraclora.training.local_result import LocalResult
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
 from strategies.flora_stacking import FloraStacking
@@ -141,7 +141,7 @@ def factor_runs_on_from_client_to_client(planting: Planting) -> None:
 
     def train(
         self: Any, base: Tree, sent: Downlink, clients: torch.Tensor, *, round_: int, **more: Any
-    ) -> Trial:
+    ) -> LocalResult:
         last, ran = getattr(self, "_ran", (0, {}))
         if last == round_:
             factors = {n: t for n, t in ran.items() if "/" in n}
@@ -194,7 +194,9 @@ def scale_is_alpha(planting: Planting) -> None:
 def client_and_server_scale_differently(planting: Planting) -> None:
     sound = CohortTrainer.train
 
-    def train(self: CohortTrainer, base: Tree, sent: Downlink, *given: Any, **more: Any) -> Trial:
+    def train(
+        self: CohortTrainer, base: Tree, sent: Downlink, *given: Any, **more: Any
+    ) -> LocalResult:
         adapters = {n: replace(a, scale=2.0) for n, a in sent.adapters.items()}
         return sound(self, base, replace(sent, adapters=adapters), *given, **more)
 

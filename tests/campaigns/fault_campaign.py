@@ -15,7 +15,7 @@ from pathlib import Path
 from experiments.status import reported
 from experiments.words import key_values
 from fedraclora.errors import ConfigError
-from fedraclora.runfolder import provenance
+from fedraclora.run.folder import provenance
 from tests.campaigns.faults.real import LINK, drill
 from tests.campaigns.faults.trials import KINDS, Outcome, inject
 

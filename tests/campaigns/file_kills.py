@@ -22,9 +22,9 @@ from typing import Any
 
 from experiments.choices import composed
 from experiments.simulate import run_one
-from fedraclora import checkpoint
-from fedraclora.checkpoint import link_digest
-from fedraclora.runfolder import read_summary
+from fedraclora.run.folder import read_summary
+from fedraclora.weights import files as checkpoint
+from fedraclora.weights.files import link_digest
 
 Plain = dict[str, object]
 DEAD = 9  # status of a process that was killed here

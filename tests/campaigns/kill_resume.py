@@ -21,11 +21,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedraclora.checkpoint import load_checkpoint
 from fedraclora.errors import FedRacLoraError
-from fedraclora.ledger import digest_rows, read_ledger
 from fedraclora.rng import generator
-from fedraclora.runfolder import read_summary
+from fedraclora.run.folder import read_summary
+from fedraclora.run.ledger import digest_rows, read_ledger
+from fedraclora.weights.files import load_checkpoint
 
 JOB = (
     "data=digits",

@@ -23,8 +23,8 @@ from rich.console import Console
 
 from experiments.bench.usage import descendants
 from fedraclora.errors import FedRacLoraError
-from fedraclora.ledger import read_ledger
 from fedraclora.rng import generator
+from fedraclora.run.ledger import read_ledger
 from tests.campaigns.kill_resume import TrialError, finish, launch
 
 ROUNDS = 60

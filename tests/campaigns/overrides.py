@@ -52,8 +52,8 @@ from omegaconf import OmegaConf
 from experiments.choices import CONF
 from experiments.choices import choice as choice_of
 from experiments.cli import main
-from fedraclora.checkpoint import flatten
 from fedraclora.rng import generator
+from fedraclora.weights.files import flatten
 from strategies.base import FedStrategy
 
 T = TypeVar("T")

@@ -29,13 +29,13 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 
 from clients.answers import Answers
 from clients.secure import answer_stage, masked_reply
-from fedraclora.clientstore import ClientStore
-from fedraclora.downlink import Downlink, Trained
 from fedraclora.engines.local import become_a_task
 from fedraclora.errors import FedRacLoraError, RoundLostError
-from fedraclora.method import Cohort
 from fedraclora.privacy.secagg import SecAgg, Terms
+from fedraclora.protocol.downlink import Downlink, Trained
+from fedraclora.protocol.method import Cohort
 from fedraclora.rng import generator
+from fedraclora.run.client_state import ClientStore
 from fedraclora.wire import unpack_downlink
 from fedraclora.wire.secagg import (
     LARGEST,

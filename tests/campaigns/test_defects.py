@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedraclora.aggregate import finite
+from fedraclora.protocol.uplinks import finite
 from tests.campaigns import defects_methods, defects_server
 from tests.campaigns.defects import DEFECTS, FOUND, found_by, main, pytest_exception_interact
 from tests.campaigns.planting import Defect, Planting

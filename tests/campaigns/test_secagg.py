@@ -13,9 +13,9 @@ import torch
 from flwr.app import Message, RecordDict
 
 from clients.secure import answer_stage
-from fedraclora.clientstore import ClientStore
 from fedraclora.errors import ClientError, RoundLostError
 from fedraclora.privacy.secagg import SecAgg, Terms
+from fedraclora.run.client_state import ClientStore
 from fedraclora.wire.secagg import LARGEST, Stage, read_stage, signed, stage_message
 from strategies.server.secure import SecureSum
 from strategies.server.unmask import CulpritError

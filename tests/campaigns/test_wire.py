@@ -9,8 +9,8 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from fedraclora.engines.local import become_a_task
-from fedraclora.ledger import Ledger
-from fedraclora.wire import unpack_trial
+from fedraclora.run.ledger import Ledger
+from fedraclora.wire import unpack_result
 from tests.campaigns.mutants import claimed, deep, stored
 from tests.campaigns.wire import Case, campaign, collected, judged, read, scene_of
 
@@ -64,7 +64,7 @@ def test_an_array_that_claims_to_be_large_takes_no_memory() -> None:
     content = read(scene.replies[0])
     content["arrays"] = ArrayRecord({"flat": stored(claimed((10**13,), "<f4", b"\0" * 16))})
     with pytest.raises(Exception, match=r"are 40000000000000 bytes, but 16 came"):
-        unpack_trial(content, scene.exchange.layout)
+        unpack_result(content, scene.exchange.layout)
 
 
 def test_texts_of_clients_are_cut_and_made_printable() -> None:

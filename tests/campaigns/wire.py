@@ -32,23 +32,23 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from torch import nn
 
 from clients.worker import Worker
-from fedraclora.adapter import make_plan
-from fedraclora.aggregate import Uplinks
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import Task
 from fedraclora.engines.local import become_a_task
 from fedraclora.errors import ClientError, WireError
-from fedraclora.ledger import Ledger, read_ledger
-from fedraclora.method import Cohort, Draw, State
-from fedraclora.parcel import Archive
-from fedraclora.ranks import uploaded_mask
-from fedraclora.replica import Replica
+from fedraclora.protocol.method import Cohort, Draw, State
+from fedraclora.protocol.plan import make_plan
+from fedraclora.protocol.rank_budgets import uploaded_mask
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Partitioned, Samples
-from fedraclora.task import Task
+from fedraclora.run.ledger import Ledger, read_ledger
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
+from fedraclora.weights.replica import Replica
+from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import Packed, Reader
 from fedraclora.wire.fields import LONGEST
-from fedraclora.wire.parcel import HEADER, NUMBERS, add_parcel, read_parcel
+from fedraclora.wire.weight_update import HEADER, NUMBERS, add_weight_update, read_weight_update
 from strategies import METHODS
 from strategies.server.exchange import Exchange
 from strategies.server.loop import LoopConfig
@@ -465,16 +465,16 @@ def check_downlink(scene: Scene, random: Random) -> str:
     """
     message, _ = scene.exchange.chunks[int(random.integers(len(scene.exchange.chunks)))]
     content = read(raw(message.content))
-    archive = Archive()
+    archive = WeightHistory()
     archive.publish(scene.state.base, 0)
     archive.publish(scene.state.base, 1, scene.state.link)
-    add_parcel(content, archive.since(pick(random, [None, 0])))
+    add_weight_update(content, archive.since(pick(random, [None, 0])))
     kind = pick(random, list(DOWN))
     content = changed([DOWN[kind]] * pick(random, [1, 1, 2]), random, content)
     try:
         downlink, order = Reader().read(content)
         if HEADER in content:
-            read_parcel(content)
+            read_weight_update(content)
     except WireError as error:
         must(str(error).isprintable() and len(str(error)) < 12 * LONGEST, "the error's text")
         return "refused"

@@ -19,7 +19,7 @@ from experiments.status import reported
 from experiments.words import key_values
 from fedraclora.engines.deploy.traffic import message_bytes
 from fedraclora.errors import ConfigError
-from fedraclora.runfolder import provenance
+from fedraclora.run.folder import provenance
 from tests.campaigns.faults.network import Network, nodes_for, rows, serve, summary
 
 RANK = ["method.rank=8"]

@@ -17,8 +17,8 @@ import yaml
 
 from experiments.choices import choice
 from experiments.cli import main
-from fedraclora.checkpoint import flatten
-from fedraclora.sampling import draw_cohort
+from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.weights.files import flatten
 
 SMALL = [
     "data=digits",

@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 from experiments.assemble import assemble
 from experiments.choices import CONF, choice, groups, lineage
 from experiments.methods_page import aliases
-from fedraclora.checkpoint import flatten
-from fedraclora.config import RunConfig, from_plain
+from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.config.settings import ENGINES, EvaluateConfig, OutputConfig, PretrainConfig
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import DataError
-from fedraclora.settings import ENGINES, EvaluateConfig, OutputConfig, PretrainConfig
 from fedraclora.training.localconfig import LocalConfig
+from fedraclora.weights.files import flatten
 from strategies import METHODS
 
 ALL = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
@@ -145,7 +145,7 @@ def test_what_is_here_runs_a_round(name: str) -> None:
         pytest.skip(f"composed only: {error}")
     with closing(run.grid):
         run.strategy.start(run.grid)
-    rows = run.strategy.book.ledger.rows
+    rows = run.strategy.recorder.ledger.rows
     assert [row["round"] for row in rows] == [0, 1]
     for row in rows:
         metrics = row["metrics"]

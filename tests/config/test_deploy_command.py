@@ -15,13 +15,13 @@ from experiments import deploy
 from experiments.assemble import assemble
 from experiments.choices import composed
 from experiments.record import Record
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
 from fedraclora.engines.deploy import control
 from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import CheckpointError, ConfigError, EngineError
-from fedraclora.ledger import read_ledger
-from fedraclora.runfolder import alone
+from fedraclora.run.folder import alone
+from fedraclora.run.ledger import read_ledger
 from strategies import METHODS
 from strategies.server_app import ROW, SUMMARY
 
@@ -90,17 +90,17 @@ def test_clients_are_as_many_as_nodes_unless_typed(
         with pytest.raises(Exception, match="cohort is 20, but there are only 8 clients"):
             deploy.prepare([*SMALL, *words], 3)
         return
-    order = deploy.prepare([*SMALL, *words, f"output.dir={tmp_path}/run"], 3)
-    assert (order.config.clients, order.config.cohort) == (clients, cohort)
-    assert order.config.output.dir == str(tmp_path / "run")
+    asked = deploy.prepare([*SMALL, *words, f"output.dir={tmp_path}/run"], 3)
+    assert (asked.config.clients, asked.config.cohort) == (clients, cohort)
+    assert asked.config.output.dir == str(tmp_path / "run")
 
 
 def test_the_server_has_a_folder_of_its_own(tmp_path: Path) -> None:
     words = [*SMALL, "clients=3", "cohort=3", f"output.dir={tmp_path}/run"]
     assert deploy.prepare(words, None).config.output.dir == "~/fedraclora/run"
-    order = deploy.prepare([*words, "engine.folder=/srv/run"], None)
-    assert order.config.output.dir == "/srv/run"
-    assert order.plain["output"]["dir"] == f"{tmp_path}/run"  # type: ignore[index]
+    asked = deploy.prepare([*words, "engine.folder=/srv/run"], None)
+    assert asked.config.output.dir == "/srv/run"
+    assert asked.plain["output"]["dir"] == f"{tmp_path}/run"  # type: ignore[index]
 
 
 class Elsewhere(Connection):
@@ -135,64 +135,64 @@ LINES = [line(ROW, row) for row in ROWS]
 
 
 @pytest.fixture
-def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> deploy.Order:
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> deploy.RunRequest:
     monkeypatch.setattr(deploy, "PAUSE", 0.0)
     words = [*SMALL, "clients=3", "cohort=3", "output.progress=false", "output.plots=true"]
     return deploy.prepare([*words, f"output.dir={tmp_path}/run"], None)
 
 
-def test_a_run_elsewhere_leaves_its_record_here(order: deploy.Order) -> None:
+def test_a_run_elsewhere_leaves_its_record_here(asked: deploy.RunRequest) -> None:
     """The stream breaks once, and begins anew."""
     streams = [["INFO: hello\n", *LINES[:2]], [*LINES, line(SUMMARY, OUTCOME)]]
-    with Record(order.folder, order.plain, resume=False) as record:
-        deploy.run(order, Elsewhere(streams), record)
-    assert read_ledger(order.folder / "ledger.jsonl") == ROWS
-    assert json.loads((order.folder / "summary.json").read_text())["rounds"] == 2
-    assert (order.folder / "curves.png").is_file()
-    assert yaml.safe_load((order.folder / "config.yaml").read_text()) == order.plain
+    with Record(asked.folder, asked.plain, resume=False) as record:
+        deploy.run(asked, Elsewhere(streams), record)
+    assert read_ledger(asked.folder / "ledger.jsonl") == ROWS
+    assert json.loads((asked.folder / "summary.json").read_text())["rounds"] == 2
+    assert (asked.folder / "curves.png").is_file()
+    assert yaml.safe_load((asked.folder / "config.yaml").read_text()) == asked.plain
 
 
-def test_a_server_that_went_back_overwrites_rounds(order: deploy.Order) -> None:
-    with Record(order.folder, order.plain, resume=False) as record:
+def test_a_server_that_went_back_overwrites_rounds(asked: deploy.RunRequest) -> None:
+    with Record(asked.folder, asked.plain, resume=False) as record:
         for row in ROWS:
             record.take(row)
     again = {**ROWS[1], "uplink_total": 5}
-    with Record(order.folder, order.plain, resume=True) as record:
+    with Record(asked.folder, asked.plain, resume=True) as record:
         record.take(again)
-    assert read_ledger(order.folder / "ledger.jsonl") == [ROWS[0], again]
+    assert read_ledger(asked.folder / "ledger.jsonl") == [ROWS[0], again]
 
 
-def test_a_folder_with_a_run_is_not_written_over(order: deploy.Order) -> None:
-    with Record(order.folder, order.plain, resume=False) as record:
+def test_a_folder_with_a_run_is_not_written_over(asked: deploy.RunRequest) -> None:
+    with Record(asked.folder, asked.plain, resume=False) as record:
         record.take({"round": 0})
     with (
         pytest.raises(CheckpointError, match="holds a run already"),
-        Record(order.folder, order.plain, resume=False),
+        Record(asked.folder, asked.plain, resume=False),
     ):
         pass
 
 
 @pytest.mark.usefixtures("nothing_starts")
-def test_a_run_that_goes_on_is_not_started_again(order: deploy.Order) -> None:
+def test_a_run_that_goes_on_is_not_started_again(asked: deploy.RunRequest) -> None:
     with (
-        alone(order.folder),
+        alone(asked.folder),
         pytest.raises(CheckpointError, match="another process is running in"),
-        deploy.place(replace(order, resume=True), 3, ""),
+        deploy.place(replace(asked, resume=True), 3, ""),
     ):
         pass
 
 
 @pytest.mark.parametrize("word", ["finished:failed", "finished:stopped"])
 def test_a_run_that_failed_has_its_words(
-    word: str, order: deploy.Order, capsys: pytest.CaptureFixture[str]
+    word: str, asked: deploy.RunRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     link = Elsewhere([["ERROR: no space\n", LINES[0]]], word)
     with pytest.raises(EngineError, match=f"run 7 ended as {word}: the disk is full"):
-        deploy.run(order, link, None)
+        deploy.run(asked, link, None)
     assert "ERROR: no space" in capsys.readouterr().err
 
 
-def test_ctrl_c_stops_the_run(order: deploy.Order) -> None:
+def test_ctrl_c_stops_the_run(asked: deploy.RunRequest) -> None:
     class Interrupted(Elsewhere):
         def follow(self, run: int) -> Iterator[str]:
             yield LINES[0]
@@ -200,7 +200,7 @@ def test_ctrl_c_stops_the_run(order: deploy.Order) -> None:
 
     link = Interrupted([])
     with pytest.raises(KeyboardInterrupt):
-        deploy.run(order, link, None)
+        deploy.run(asked, link, None)
     assert link.stopped == [7]
 
 
@@ -258,8 +258,8 @@ def test_a_run_that_is_not_taken_leaves_what_was_there(
     (folder / "notes.txt").write_text("mine")
     assert deploy.main([*WORDS, f"output.dir={folder}"]) == 1
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
-    order = deploy.prepare([*WORDS[:-1], f"output.dir={folder}"], None)
-    with Record(folder, order.plain, resume=False) as record:
+    asked = deploy.prepare([*WORDS[:-1], f"output.dir={folder}"], None)
+    with Record(folder, asked.plain, resume=False) as record:
         record.take(ROWS[0])
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert deploy.main([*SMALL[-2:], "connection=house", f"resume={folder}"]) == 1

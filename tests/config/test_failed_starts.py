@@ -18,9 +18,9 @@ from experiments.choices import composed
 from experiments.cli import main
 from experiments.compare import compare
 from experiments.folders import sweep_name
-from fedraclora.config import RunConfig, from_plain
+from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.privacy.secagg import SecAgg
-from fedraclora.runfolder import has_begun
+from fedraclora.run.folder import has_begun
 from strategies import METHODS
 from strategies.base import FedStrategy
 from strategies.outcome import execute
@@ -147,7 +147,7 @@ def test_a_start_that_was_killed_is_not_in_the_way(
 
     def killed(self: FedStrategy) -> dict[str, object]:
         # Nothing is cleared after a kill.
-        monkeypatch.setattr("fedraclora.runfolder._remove", lambda *_: None)
+        monkeypatch.setattr("fedraclora.run.folder._remove", lambda *_: None)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -139,10 +139,10 @@ def test_relative_folders_are_those_of_the_caller(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert flower.prepare([*SMALL, "output.dir=here"]).folder == tmp_path / "here"
-    order = flower.prepare(SMALL)
-    assert order.folder.is_absolute()
-    assert order.config.output.dir == str(order.folder)
-    assert order.folder.is_relative_to(tmp_path / "runs")
+    request = flower.prepare(SMALL)
+    assert request.folder.is_absolute()
+    assert request.config.output.dir == str(request.folder)
+    assert request.folder.is_relative_to(tmp_path / "runs")
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from experiments.choices import CONF, composed
-from experiments.study_file import Study
-from fedraclora.adapter import make_plan
-from fedraclora.config import from_plain
+from experiments.study.file import Study
+from fedraclora.config.run_config import from_plain
+from fedraclora.config.schema import bind
 from fedraclora.models import MODELS
-from fedraclora.schema import bind
+from fedraclora.protocol.plan import make_plan
 from strategies import METHODS
 
 STUDY = Study.read(CONF.parent / "experiments" / "studies" / "mnist_table3.yaml")

@@ -9,9 +9,9 @@ import pytest
 
 from experiments.choices import composed
 from experiments.overrides import flags_first, searched
-from fedraclora.adapter import own_rank
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
+from fedraclora.protocol.plan import own_rank
 from strategies import METHODS
 
 OWN = """# @package _global_

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from fedraclora.link import Plan
-from fedraclora.method import Method
+from fedraclora.protocol.link import Plan
+from fedraclora.protocol.method import Method
 from strategies import METHODS
 from strategies.shared.initials import STARTS
 

@@ -23,10 +23,10 @@ from worlds import (
     run,
 )
 
-from fedraclora.allocation import AdaLora, HeteroLora, Uniform
+from fedraclora.allocation.rules import AdaLora, HeteroLora, Uniform
+from fedraclora.allocation.synflow import flows
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Draw, Method, Sketched
-from fedraclora.synflow import flows
+from fedraclora.protocol.method import Cohort, Draw, Method, Sketched
 from fedraclora.wire import unpack_downlink
 from strategies import METHODS
 from strategies.frlora import FrLora

@@ -16,7 +16,7 @@ from worlds import (
 )
 
 from fedraclora.errors import ConfigError
-from fedraclora.method import Draw
+from fedraclora.protocol.method import Draw
 from fedraclora.training.cohort import PROGRAMS_KEPT
 from strategies.xgblora import XgbLora
 

@@ -24,18 +24,18 @@ from worlds import (
     run,
 )
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.chain import CatchUp, link_tensors, read_link, term_bytes
-from fedraclora.devices.buffer import Leg
+from fedraclora.aggregation.robust import Median
+from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.devices.asynchronous import AsyncStep
 from fedraclora.devices.distributions import LogNormal
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
-from fedraclora.method import Downlink, Draw, State
-from fedraclora.rebuild import state_at
-from fedraclora.robust.rules import Median
-from fedraclora.server_optimiser import Momentum
+from fedraclora.protocol.method import Downlink, Draw, State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.rebuild import state_at
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree
+from fedraclora.weights.chain import CatchUp, link_tensors, read_link, term_bytes
 from strategies.buffered import BufferedStrategy
 from strategies.server.buffer import read_batches
 from strategies.server.treatment import Treatment
@@ -55,7 +55,7 @@ EXACT: list[Variant] = [
 class Watched(BufferedStrategy):
     """Keeps what each round began from, asked, and how it passed on the clock."""
 
-    seen: list[tuple[State, Downlink, Leg]]
+    seen: list[tuple[State, Downlink, AsyncStep]]
 
     @override
     def _close(self, round_: int, after: State) -> None:
@@ -75,14 +75,16 @@ def go(world: World, variant: Variant, rounds: int, **more: Any) -> Run:
     )  # fmt: skip
 
 
-def trained(world: World, seen: tuple[State, Downlink, Leg], client: int, round_: int) -> Played:
+def trained(
+    world: World, seen: tuple[State, Downlink, AsyncStep], client: int, round_: int
+) -> Played:
     """One client trained again, from what its round began with."""
     before, sent, _ = seen
     trainer = CohortTrainer(world.task, world.plan, RAGGED, seed=SEED, device=torch.device("cpu"))
     one = torch.tensor([client])
-    trial = trainer.train(before.base, sent, one, round_=round_, rate_scale=1.0)
-    layout = Layout.of(trial.trained, skip=1)
-    got = Uplinks(one, trial.samples.double(), layout, layout.pack(trial.trained, lead=1))
+    result = trainer.train(before.base, sent, one, round_=round_, rate_scale=1.0)
+    layout = Layout.of(result.trained, skip=1)
+    got = Uplinks(one, result.samples.double(), layout, layout.pack(result.trained, lead=1))
     return Played(before, sent, got, before)
 
 
@@ -194,7 +196,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
     for other in (rest, turned):
         assert_equal_trees(other.strategy.state.base, whole.strategy.state.base)
         assert_equal_trees(other.strategy.state.moments, whole.strategy.state.moments)
-        assert other.strategy.book.ledger.digest() == whole.strategy.book.ledger.digest()
+        assert other.strategy.recorder.ledger.digest() == whole.strategy.recorder.ledger.digest()
     assert any(n.startswith("buffer/") for n in whole.strategy.state.moments)
     assert sum(len(row["dropped"]) for row in whole.rows) > 0
 

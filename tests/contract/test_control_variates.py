@@ -26,18 +26,18 @@ from worlds import (
     run,
 )
 
+from fedraclora.aggregation.robust import Krum, Median, NormBound
+from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError
-from fedraclora.local import train_one
-from fedraclora.method import Cohort, Downlink, Draw, Method, Sketched, Trained
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
+from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Sketched, Trained
+from fedraclora.reference.client import train_one
 from fedraclora.rng import generator, torch_normal
-from fedraclora.robust.rules import Krum, Median, NormBound
-from fedraclora.samples import Samples
-from fedraclora.sampling import draw_cohort
-from fedraclora.server_optimiser import Momentum
-from fedraclora.task import LOSSES
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
@@ -168,19 +168,19 @@ def test_the_batch_of_clients_adds_what_the_one_client_loop_adds(
     sent = replace(sent, variates=variates)
     local = replace(RAGGED, momentum=0.0)
     trainer = CohortTrainer(world.task, world.plan, local, seed=2, device=torch.device("cpu"))
-    trial = trainer.train(world.base, sent, clients, round_=1, rate_scale=1.0)
+    result = trainer.train(world.base, sent, clients, round_=1, rate_scale=1.0)
     for place, client in enumerate(clients.tolist()):
         wanted, _ = train_one(
             world.task, world.plan, local, world.base, sent, client=client, place=place, round_=1,
             seed=2,
         )  # fmt: skip
         for key, value in wanted.items():
-            torch.testing.assert_close(trial.trained[key][place], value, rtol=0, atol=1e-10)
+            torch.testing.assert_close(result.trained[key][place], value, rtol=0, atol=1e-10)
     part = trainer.train(
         world.base, sent.select(torch.tensor([2])), clients[2:3], round_=1, rate_scale=1.0
     )
     for key, value in part.trained.items():
-        torch.testing.assert_close(value[0], trial.trained[key][2], rtol=0, atol=1e-10)
+        torch.testing.assert_close(value[0], result.trained[key][2], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["ffa_lora", "fed_rac_lora", "fedavg_lora"])

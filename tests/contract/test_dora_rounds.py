@@ -27,21 +27,21 @@ from worlds import (
     variants,
 )
 
-from fedraclora.aggregator import Total
-from fedraclora.allocation import HeteroLora
-from fedraclora.chain import SEED_BYTES
+from fedraclora.aggregation.base import Total
+from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.allocation.rules import HeteroLora
 from fedraclora.devices.distributions import LogNormal
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
-from fedraclora.layers import LayerView
-from fedraclora.method import Draw, Method, Plan, State
+from fedraclora.lowrank.layers import LayerView
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
-from fedraclora.server_optimiser import Momentum
+from fedraclora.protocol.method import Draw, Method, Plan, State
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
-from fedraclora.wire import Order, pack_downlink, unpack_downlink
+from fedraclora.weights.chain import SEED_BYTES
+from fedraclora.wire import TrainRequest, pack_downlink, unpack_downlink
 from strategies.server.treatment import Treatment
 from strategies.wrappers.allocated import allocated
 from strategies.wrappers.dora import Dora
@@ -172,8 +172,8 @@ def test_a_message_brings_the_magnitudes(world: World) -> None:
     method = dora("fedavg_lora")
     state = method.init(world.base, world.plan, DRAW)
     sent = method.open_round(state, 1, some_cohort(), DRAW)
-    order = Order(1, 0, 1.0, some_cohort().clients)
-    got, _ = unpack_downlink(pack_downlink(sent, order, "float64"))
+    request = TrainRequest(1, 0, 1.0, some_cohort().clients)
+    got, _ = unpack_downlink(pack_downlink(sent, request, "float64"))
     assert got.magnitudes() == sent.magnitudes()
     assert list(got.magnitudes()) == list(world.plan.targets)
     for name in got.magnitudes().values():

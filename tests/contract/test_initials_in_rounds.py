@@ -20,11 +20,11 @@ from worlds import (
     run,
 )
 
-from fedraclora.allocation import HeteroLora, Uniform
-from fedraclora.chain import SEED_BYTES
+from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.allocation.rules import HeteroLora, Uniform
 from fedraclora.errors import ConfigError
-from fedraclora.link import Plan
-from fedraclora.server_optimiser import Momentum
+from fedraclora.protocol.link import Plan
+from fedraclora.weights.chain import SEED_BYTES
 from strategies.server.treatment import Treatment
 from strategies.shared.initials import GAMMA, STARTS
 from strategies.wrappers.allocated import allocated

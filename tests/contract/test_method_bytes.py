@@ -18,12 +18,12 @@ from worlds import (
     variants,
 )
 
-from fedraclora.chain import SEED_BYTES, read_link
-from fedraclora.checkpoint import read_links
-from fedraclora.link import Link
-from fedraclora.method import Sketched
-from fedraclora.sampling import draw_cohort
+from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.protocol.link import Link
+from fedraclora.protocol.method import Sketched
 from fedraclora.sketch import SketchSpec
+from fedraclora.weights.chain import SEED_BYTES, read_link
+from fedraclora.weights.files import read_links
 from fedraclora.wire import unpack_downlink
 
 Variant = tuple[str, dict[str, Any]]

@@ -42,15 +42,15 @@ from worlds import (
     yaml_of,
 )
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.aggregator import Setting, Total
-from fedraclora.chain import replay
+from fedraclora.aggregation.base import AggregationContext, Total
 from fedraclora.errors import ConfigError, ShapeError
-from fedraclora.link import apply_link
-from fedraclora.method import Draw, Method, Sketched, Trained
-from fedraclora.ranks import uploaded_numbers
+from fedraclora.protocol.link import apply_link
+from fedraclora.protocol.method import Draw, Method, Sketched, Trained
+from fedraclora.protocol.rank_budgets import uploaded_numbers
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
+from fedraclora.weights.chain import replay
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.shared.initials import STARTS
@@ -196,7 +196,7 @@ def test_the_scale_of_the_aggregation_weights_is_irrelevant(variant: Variant, wo
 def test_linear_methods_need_only_the_weighted_sum(variant: Variant, world: World) -> None:
     method = method_of(variant)
     played = play_rounds(method, world, 1, DRAW)[0]
-    summed = Total()(played.got, Setting(played.sent, 1, DRAW))
+    summed = Total()(played.got, AggregationContext(played.sent, 1, DRAW))
     assert summed.stacked is None
     if not method.traits.linear:
         with pytest.raises(ShapeError, match="each client's own update"):

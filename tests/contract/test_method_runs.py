@@ -32,13 +32,13 @@ from worlds import (
     variants,
 )
 
-from fedraclora.aggregator import Total
-from fedraclora.checkpoint import read_links
+from fedraclora.aggregation.base import Total
 from fedraclora.errors import CheckpointError
-from fedraclora.method import Draw, Method, State
-from fedraclora.rebuild import state_at, weights_at
+from fedraclora.protocol.method import Draw, Method, State
+from fedraclora.run.rebuild import state_at, weights_at
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
+from fedraclora.weights.files import read_links
 from strategies.fed_sb import FedSb
 
 Variant = tuple[str, dict[str, Any]]
@@ -115,7 +115,7 @@ def assert_same_bits(left: Run, right: Run) -> None:
     assert_equal_trees(left.strategy.state.carried, right.strategy.state.carried)
     assert left.strategy.state.memo == right.strategy.state.memo
     assert_equal_trees(left.weights, right.weights)
-    assert left.strategy.book.ledger.digest() == right.strategy.book.ledger.digest()
+    assert left.strategy.recorder.ledger.digest() == right.strategy.recorder.ledger.digest()
 
 
 # --- training ------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ import pytest
 import torch
 from worlds import RAGGED, Run, assert_equal_trees, make_method, make_world, run
 
+from fedraclora.data.samples import ClientData, Samples
 from fedraclora.errors import ClientError
-from fedraclora.samples import ClientData, Samples
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.trial import Trial
+from fedraclora.training.local_result import LocalResult
 
 METHOD = make_method("fed_rac_lora")
 CARD = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -26,13 +26,13 @@ KINDS = pytest.mark.parametrize("error", [CARD, HOST, LIBRARY], ids=["card", "ho
 @pytest.fixture
 def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Let a trainer fail above so many clients; gives the sizes of all batches it was asked for."""
-    train: Callable[..., Trial] = CohortTrainer.train
+    train: Callable[..., LocalResult] = CohortTrainer.train
     asked: list[int] = []
 
     def limit(clients: int, error: Exception = CARD) -> list[int]:
         def starved(
             self: CohortTrainer, base: Any, down: Any, ids: torch.Tensor, **k: Any
-        ) -> Trial:
+        ) -> LocalResult:
             asked.append(len(ids))
             if len(ids) > clients:
                 raise error

@@ -20,8 +20,8 @@ from worlds import (
     variants,
 )
 
-from fedraclora.method import Draw, Trained
-from fedraclora.sampling import draw_cohort
+from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.protocol.method import Draw, Trained
 from fedraclora.tree import Tree
 
 Variant = tuple[str, dict[str, Any]]

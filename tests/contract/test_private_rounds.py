@@ -24,18 +24,18 @@ from worlds import (
     variants,
 )
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.aggregator import Setting
+from fedraclora.aggregation.base import AggregationContext
+from fedraclora.aggregation.robust import Median
+from fedraclora.attacks.attack import SignFlip
 from fedraclora.errors import ConfigError
-from fedraclora.ledger import number
-from fedraclora.method import Cohort, Draw
 from fedraclora.privacy.accountant import epsilon
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secret import FILE, Secret
-from fedraclora.robust.attack import SignFlip
-from fedraclora.robust.rules import Median
-from fedraclora.sampling import draw_cohort
+from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.protocol.method import Cohort, Draw
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.ledger import number
 from strategies.server.loop import LoopConfig
 from strategies.server.private import PrivateRounds
 from strategies.server.treatment import Treatment
@@ -79,7 +79,7 @@ def test_one_client_moves_the_sum_by_no_more_than_the_clip(
     cohort = Cohort(torch.arange(5), torch.ones(5).double())
     state = method.init(world.base, world.plan, draw)
     sent = method.open_round(state, 1, cohort, draw)
-    setting = Setting(sent, 1, draw, world.base)
+    setting = AggregationContext(sent, 1, draw, world.base)
     got = random_replies(sent, cohort, torch.float64, seed)
     assert got.stacked is not None
     keep = torch.arange(5) != gone
@@ -181,7 +181,7 @@ def test_a_private_run_goes_on_bit_for_bit(
     go(3)
     key = (tmp_path / FILE).read_bytes()
     went_on = go(6, resume=True)
-    rows = list(went_on.strategy.book.ledger.rows)
+    rows = list(went_on.strategy.recorder.ledger.rows)
     for path in tmp_path.rglob("*"):
         if path.is_file() and path.name != FILE.name:
             assert key not in path.read_bytes(), path
@@ -195,7 +195,7 @@ def test_a_private_run_goes_on_bit_for_bit(
         treatment=Treatment(privacy=config, secret=Secret(key)),
     )
     assert_equal_trees(went_on.weights, whole.weights)
-    again = whole.strategy.book.ledger.rows
+    again = whole.strategy.recorder.ledger.rows
     assert [r.get("privacy") for r in rows] == [r.get("privacy") for r in again]
     clips = {number(r, "privacy", "next_clip") for r in whole.rows}
     assert (len(clips) > 1) == (quantile is not None)
@@ -208,7 +208,7 @@ def test_an_attacker_is_shortened_by_the_server(world: World) -> None:
     got = random_replies(sent, cohort, torch.float64, 1)
     assert got.stacked is not None
     got.stacked[3] *= 1e9
-    setting = Setting(sent, 1, draw, world.base)
+    setting = AggregationContext(sent, 1, draw, world.base)
     found = got.layout.pack(silent(2.0).treat(got, setting).mean())
     assert float(found.abs().max()) < 5 * 2.0 + float(
         max(t.abs().max() for t in world.base.values())
@@ -253,7 +253,7 @@ def test_the_account_of_samples_goes_on(world: World, tmp_path: Path) -> None:
     whole = run(world, method, local, rounds=6, cohort=2)
     assert_equal_trees(went_on.weights, whole.weights)
     rows = [
-        [r.get("sample_privacy") for r in x.strategy.book.ledger.rows] for x in (went_on, whole)
+        [r.get("sample_privacy") for r in x.strategy.recorder.ledger.rows] for x in (went_on, whole)
     ]
     assert rows[0] == rows[1]
 

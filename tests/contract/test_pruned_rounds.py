@@ -23,11 +23,11 @@ from worlds import (
     some_cohort,
 )
 
-from fedraclora.allocation import AdaLora
-from fedraclora.chain import replay
+from fedraclora.allocation.rules import AdaLora
 from fedraclora.errors import ConfigError
-from fedraclora.method import Draw, State
+from fedraclora.protocol.method import Draw, State
 from fedraclora.tree import Tree
+from fedraclora.weights.chain import replay
 from strategies.wrappers.allocated import allocated, current
 from strategies.wrappers.pruned import Pruned
 

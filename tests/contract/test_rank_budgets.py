@@ -33,10 +33,9 @@ from worlds import (
     variants,
 )
 
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.ledger import digest_rows
-from fedraclora.method import (
+from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.protocol.method import (
     Cohort,
     Downlink,
     Draw,
@@ -48,8 +47,9 @@ from fedraclora.method import (
     Trained,
     Traits,
 )
-from fedraclora.ranks import check_ranks
-from fedraclora.sampling import draw_cohort
+from fedraclora.protocol.rank_budgets import check_ranks
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.ledger import digest_rows
 from fedraclora.tree import Tree
 from strategies.server.loop import LoopConfig
 

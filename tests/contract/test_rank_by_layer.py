@@ -14,7 +14,7 @@ from worlds import (
 )
 
 from fedraclora.errors import ConfigError
-from fedraclora.method import Draw, Sketched, Trained
+from fedraclora.protocol.method import Draw, Sketched, Trained
 
 DRAW = Draw(17)
 RANKS = {"fc1": 2, "*": 4}

@@ -19,10 +19,10 @@ from worlds import (
     run,
 )
 
-from fedraclora.checkpoint import load_checkpoint
+from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.errors import ClientError, WireError
-from fedraclora.ledger import read_ledger
-from fedraclora.samples import Partitioned, Samples
+from fedraclora.run.ledger import read_ledger
+from fedraclora.weights.files import load_checkpoint
 from fedraclora.wire import Reply
 from strategies.server import exchange
 
@@ -114,14 +114,14 @@ def test_the_others_go_on_where_that_is_allowed(kind: str, chunk: int) -> None:
 
 def huge(patch: pytest.MonkeyPatch, client: int, size: float) -> None:
     """Let a client's numbers be of a size, whatever it has trained."""
-    unpack = exchange.unpack_trial
+    unpack = exchange.unpack_result
 
     def unpacked(*given: Any) -> Reply:
         reply = unpack(*given)
         rows = reply.clients == client
         return replace(reply, numbers=reply.numbers.masked_fill(rows[:, None], size))
 
-    patch.setattr(exchange, "unpack_trial", unpacked)
+    patch.setattr(exchange, "unpack_result", unpacked)
 
 
 # float64: a row of 1e80 is too long itself, one of 1e60 only where two factors are multiplied.

@@ -24,14 +24,14 @@ from worlds import (
 )
 
 from clients.worker import Worker
+from fedraclora.aggregation.robust import Median
+from fedraclora.attacks.attack import ALittleIsEnough
 from fedraclora.errors import ClientError, ConfigError, WireError
-from fedraclora.ledger import number
-from fedraclora.method import Cohort, Draw
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
-from fedraclora.robust.attack import ALittleIsEnough
-from fedraclora.robust.rules import Median
+from fedraclora.protocol.method import Cohort, Draw
+from fedraclora.run.ledger import number
 from fedraclora.wire.secagg import read_stage
 from strategies.server.treatment import Treatment
 
@@ -126,7 +126,7 @@ def test_the_error_of_a_round_is_within_the_bound(monkeypatch: pytest.MonkeyPatc
     assert row["secure"]["clients"] == 18
     monkeypatch.undo()
     rest = [c for c in range(20) if c not in {4, 11}]
-    trial = found.worker.trainer.train(
+    result = found.worker.trainer.train(
         world.base,
         method.open_round(
             method.init(world.base, world.plan, found.strategy.draw),
@@ -138,7 +138,7 @@ def test_the_error_of_a_round_is_within_the_bound(monkeypatch: pytest.MonkeyPatc
         round_=1,
         rate_scale=1.0,
     )
-    mean = {n: t.mean(dim=0) for n, t in trial.trained.items()}
+    mean = {n: t.mean(dim=0) for n, t in result.trained.items()}
     bound, step = row["secure"]["error_bound"], row["secure"]["step"]
     assert step == pytest.approx(20 * 2.0 / 2**31, rel=1e-6)
     assert bound == pytest.approx(step / 2)
@@ -173,10 +173,10 @@ def test_clients_may_leave_at_every_stage(
     method, draw = found.strategy.method, found.strategy.draw
     state = method.init(world.base, world.plan, draw)
     sent = method.open_round(state, 1, cohort_of(rest), draw)
-    trial = found.worker.trainer.train(
+    result = found.worker.trainer.train(
         world.base, sent, torch.tensor(rest), round_=1, rate_scale=1.0
     )
-    wanted = trial.trained["head.weight"].mean(dim=0)
+    wanted = result.trained["head.weight"].mean(dim=0)
     torch.testing.assert_close(found.strategy.state.base["head.weight"], wanted, rtol=0, atol=1e-6)
 
 
@@ -208,7 +208,7 @@ def test_no_unmasked_update_is_given(world: World) -> None:
 def test_the_server_sees_no_client(world: World) -> None:
     """No message of the server's holds a client's numbers, in the clear or as quantised words."""
     found = secure(world, rounds=1, chunk=1)
-    trial = found.worker.trainer.train(
+    result = found.worker.trainer.train(
         world.base,
         *opened(found, world),
         round_=1,
@@ -216,9 +216,9 @@ def test_the_server_sees_no_client(world: World) -> None:
     )
     (row,) = found.rows
     step, seen = row["secure"]["step"], 0
-    names = list(trial.trained)
+    names = list(result.trained)
     updates = torch.cat(
-        [(trial.trained[n] - world.base.get(n, torch.zeros(1))).reshape(5, -1) for n in names],
+        [(result.trained[n] - world.base.get(n, torch.zeros(1))).reshape(5, -1) for n in names],
         dim=1,
     )
     for content in (*found.worker.asked, *found.worker.answered):

@@ -27,12 +27,17 @@ from worlds import (
     stepped,
 )
 
-from fedraclora.chain import CatchUp, replay
+from fedraclora.aggregation.server_optimisers import (
+    SERVER_OPTIMISERS,
+    Adam,
+    Momentum,
+    ServerOptimiser,
+)
 from fedraclora.errors import ConfigError
-from fedraclora.method import Draw, Method, Sketched
-from fedraclora.rebuild import state_at
-from fedraclora.server_optimiser import SERVER_OPTIMISERS, Adam, Momentum, ServerOptimiser
+from fedraclora.protocol.method import Draw, Method, Sketched
+from fedraclora.run.rebuild import state_at
 from fedraclora.tree import Tree
+from fedraclora.weights.chain import CatchUp, replay
 from strategies.server.fedopt import check_optimiser, close_optimised
 from strategies.server.treatment import Treatment
 
@@ -283,6 +288,6 @@ def test_a_run_goes_on_bit_for_bit_with_its_moments(
     for other in (rest, turned):
         assert_equal_trees(other.strategy.state.base, whole.strategy.state.base)
         assert_equal_trees(other.strategy.state.moments, whole.strategy.state.moments)
-        assert other.strategy.book.ledger.digest() == whole.strategy.book.ledger.digest()
+        assert other.strategy.recorder.ledger.digest() == whole.strategy.recorder.ledger.digest()
     assert_equal_trees(state_at(tmp_path / "part", 4).base, whole.strategy.state.base)
     assert whole.rows[-1]["report"]["server_step"] > 0

@@ -19,12 +19,19 @@ from worlds import (
     variants,
 )
 
-from fedraclora.aggregator import Aggregator
+from fedraclora.aggregation.base import Aggregator
+from fedraclora.aggregation.robust import (
+    GeometricMedian,
+    Krum,
+    Median,
+    MultiKrum,
+    NormBound,
+    TrimmedMean,
+)
+from fedraclora.attacks.attack import ALittleIsEnough, Attack, SignFlip
+from fedraclora.attacks.training import AttackedTrainer
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Draw
-from fedraclora.robust.attack import ALittleIsEnough, Attack, SignFlip
-from fedraclora.robust.attacked import AttackedTrainer
-from fedraclora.robust.rules import GeometricMedian, Krum, Median, MultiKrum, NormBound, TrimmedMean
+from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.training.localconfig import LocalConfig
 
 Variant = tuple[str, dict[str, Any]]
@@ -76,16 +83,16 @@ def test_attackers_and_no_others_send_something_else(variant: Variant, world: Wo
     clients = torch.arange(5)
     state = method.init(world.base, world.plan, draw)
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(5)), draw)
-    trials = []
+    results = []
     for attack in (Attack(), SignFlip(0.4, 3.0)):
         trainer = AttackedTrainer(
             world.task, world.plan, RAGGED, seed=1, device=CPU, precision="float32", attack=attack
         )
-        trials.append(trainer.train(world.base, sent, clients, round_=1, rate_scale=1.0))
+        results.append(trainer.train(world.base, sent, clients, round_=1, rate_scale=1.0))
     bad = torch.isin(clients, SignFlip(0.4).attackers(1, 5))
     assert int(bad.sum()) == 2
     for key, slot in sent.uploaded().items():
-        honest, found = trials[0].trained[key], trials[1].trained[key]
+        honest, found = results[0].trained[key], results[1].trained[key]
         assert torch.equal(found[~bad], honest[~bad]), key
         start = slot.opening()
         if start is None:
@@ -93,7 +100,7 @@ def test_attackers_and_no_others_send_something_else(variant: Variant, world: Wo
         start = start[bad] if slot.per_client else start
         wanted = start - 3 * (honest[bad] - start)
         torch.testing.assert_close(found[bad], wanted.double(), rtol=1e-9, atol=1e-12)
-    assert torch.equal(trials[0].losses, trials[1].losses)
+    assert torch.equal(results[0].losses, results[1].losses)
 
 
 def test_colluders_act_on_what_came_and_the_ledger_counts_them(world: World) -> None:

@@ -9,9 +9,9 @@ import torch
 from test_round_failures import faulty, without_client
 from worlds import RAGGED, assert_equal_trees, make_method, make_world, run
 
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ClientError
-from fedraclora.method import Downlink, State
+from fedraclora.protocol.method import Downlink, State
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.wire import unpack_downlink
 from strategies.fed_rac_lora import FedRacLora
 

@@ -25,16 +25,16 @@ from worlds import (
     variants,
 )
 
-from fedraclora.allocation import HeteroLora
+from fedraclora.allocation.rules import HeteroLora
 from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Draw, Sketched
 from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.protocol.method import Cohort, Draw, Sketched
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.wire import unpack_downlink
 from strategies.outcome import mean_floats
-from strategies.server.fleet import Fleet
+from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.treatment import Treatment
 from strategies.wrappers.allocated import allocated
 from strategies.wrappers.dora import Dora
@@ -225,11 +225,11 @@ def test_a_side_without_effect_is_refused() -> None:
 
 
 def test_rank_budgets_are_shares_of_the_rank_under_magnitudes_too() -> None:
-    fleet = Fleet(SystemConfig(rank_budget=Constant(0.5)), 1, LINKS)
+    devices = DeviceSimulator(SystemConfig(rank_budget=Constant(0.5)), 1, LINKS)
     method = make_method("ffa_lora", rank=6)
-    fleet.check(Dora(method))
-    ranks = fleet.ranks(torch.arange(3), Dora(method))
+    devices.check(Dora(method))
+    ranks = devices.ranks(torch.arange(3), Dora(method))
     assert ranks is not None
     assert ranks.tolist() == [3, 3, 3]
     with pytest.raises(ConfigError, match=r"has no one rank.*allocation=none"):
-        fleet.check(allocated(method, HeteroLora()))
+        devices.check(allocated(method, HeteroLora()))

@@ -25,25 +25,34 @@ from clients.engines import InProcess
 from clients.worker import Worker
 from experiments.choices import choice
 from experiments.methods_page import aliases
-from fedraclora.adapter import make_plan
-from fedraclora.aggregate import Uplinks
-from fedraclora.aggregator import Aggregator, Setting, mean
-from fedraclora.clientstore import ClientStore
+from fedraclora.aggregation.base import AggregationContext, Aggregator, mean
+from fedraclora.attacks.attack import Attack
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import LOSSES, Task
 from fedraclora.devices.system import SystemConfig
-from fedraclora.engine import EngineParts
-from fedraclora.link import Plan
-from fedraclora.method import Cohort, Downlink, Draw, Frozen, Method, Sketched, State, Trained
+from fedraclora.engines.base import EngineParts
 from fedraclora.privacy.secagg import SecAgg, Terms
-from fedraclora.ranks import uploaded_mask, widen
-from fedraclora.replica import Replica
+from fedraclora.protocol.link import Plan
+from fedraclora.protocol.method import (
+    Cohort,
+    Downlink,
+    Draw,
+    Frozen,
+    Method,
+    Sketched,
+    State,
+    Trained,
+)
+from fedraclora.protocol.plan import make_plan
+from fedraclora.protocol.rank_budgets import uploaded_mask, widen
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
-from fedraclora.robust.attack import Attack
-from fedraclora.runbook import RunBook
-from fedraclora.samples import Partitioned, Samples
-from fedraclora.task import LOSSES, Task
+from fedraclora.run.client_state import ClientStore
+from fedraclora.run.recorder import RunRecorder
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
+from fedraclora.weights.replica import Replica
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
@@ -304,7 +313,7 @@ def play(
     exchange = 0
     while True:
         replies = random_replies(sent, cohort, world.dtype, round_, exchange)
-        got = aggregator(replies, Setting(sent, round_, draw, state.base))
+        got = aggregator(replies, AggregationContext(sent, round_, draw, state.base))
         again = method.next_exchange(state, sent, got)
         if again is None:
             return Played(state, sent, got, method.close_round(state, sent, got))
@@ -326,7 +335,7 @@ def play_rounds(
 def client_weights(played: Played, k: int) -> Tree:
     """Dense effective weights of the client at place ``k``: W + scale F_1 F_2, written out.
 
-    Written without `fedraclora.link` and `LayerView`, so that it is a second opinion.
+    Written without `fedraclora.protocol.link` and `LayerView`, so that it is a second opinion.
     """
     base, plan = played.before.base, played.before.plan
     rows = played.got.stack()
@@ -438,7 +447,7 @@ class Run:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The ledger, without row 0."""
-        return list(self.strategy.book.ledger.rows[1:])
+        return list(self.strategy.recorder.ledger.rows[1:])
 
 
 def personal(strategy: FedStrategy, store: ClientStore, weights: Tree) -> Tree:
@@ -495,7 +504,7 @@ def run(
         engine,
         state=method.init(world.base, world.plan, Draw(seed)),
         evaluate=lambda w: {"loss": world.loss(personal(wired.strategy, parts.store, w))},
-        book=RunBook(folder, every=1, sync=False, store=parts.store),
+        recorder=RunRecorder(folder, every=1, sync=False, store=parts.store),
         resume=resume,
         treatment=treatment,
         system=system,

@@ -14,8 +14,8 @@ from experiments.choices import composed
 from experiments.compare_study import chosen, find
 from experiments.theory.config import TheoryConfig
 from experiments.words import key_values
-from fedraclora.config import from_plain
-from fedraclora.schema import build
+from fedraclora.config.run_config import from_plain
+from fedraclora.config.schema import build
 from strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]

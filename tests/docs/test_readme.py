@@ -10,7 +10,7 @@ import pytest
 
 from experiments.choices import composed
 from experiments.cli import COMMANDS
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
 from strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]

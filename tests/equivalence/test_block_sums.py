@@ -7,11 +7,11 @@ import torch
 
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
-from fedraclora.config import from_plain
-from fedraclora.ledger import NONDETERMINISTIC
-from fedraclora.samples import Partitioned, Samples
+from fedraclora.config.run_config import from_plain
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.run.ledger import NONDETERMINISTIC
 from fedraclora.tree import digest
-from fedraclora.wire import Reply, unpack_trial
+from fedraclora.wire import Reply, unpack_result
 from strategies import METHODS
 from strategies.server import exchange as exchange_module
 from strategies.server.loop import LoopConfig
@@ -43,7 +43,7 @@ def bits(run: Assembled) -> tuple[str, list[dict[str, object]]]:
     weights = strategy.method.weights(strategy.state, strategy.draw)
     rows = [
         {k: v for k, v in row.items() if k not in NONDETERMINISTIC}
-        for row in strategy.book.ledger.rows
+        for row in strategy.recorder.ledger.rows
     ]
     return digest(weights), rows
 
@@ -70,10 +70,10 @@ def replies_of(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
     seen: list[Reply] = []
 
     def read(*arguments: object) -> Reply:
-        seen.append(unpack_trial(*arguments))  # type: ignore[arg-type]
+        seen.append(unpack_result(*arguments))  # type: ignore[arg-type]
         return seen[-1]
 
-    monkeypatch.setattr(exchange_module, "unpack_trial", read)
+    monkeypatch.setattr(exchange_module, "unpack_result", read)
     return seen
 
 

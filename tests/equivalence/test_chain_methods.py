@@ -13,15 +13,15 @@ from typing_extensions import override
 
 from clients.engines import InProcess
 from experiments.choices import choice
-from fedraclora.adapter import make_plan
-from fedraclora.engine import EngineParts
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import Task
+from fedraclora.engines.base import EngineParts
 from fedraclora.errors import ClientError
-from fedraclora.link import Plan
-from fedraclora.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.link import Plan
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Partitioned, Samples
 from fedraclora.sketch import SketchSpec
-from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
@@ -358,5 +358,5 @@ def test_moments_of_a_link_of_one_round_are_those_of_the_round(name: str) -> Non
 
     found = trained(make(), replace(ADAMW, moments="link"), rounds=5, clients=2)
     wanted = trained(make(), ADAMW, rounds=5, clients=2)
-    assert found.book.ledger.digest() == wanted.book.ledger.digest()
+    assert found.recorder.ledger.digest() == wanted.recorder.ledger.digest()
     assert_close(weights_of(found), weights_of(wanted))

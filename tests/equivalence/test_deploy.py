@@ -12,12 +12,12 @@ from flwr.app import ArrayRecord
 from clients.engines import engine_of
 from clients.node import CACHE, MARKER
 from experiments.simulate import simulate
-from fedraclora.checkpoint import load_tensors, save_tensors
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
 from fedraclora.engines.deploy.traffic import message_bytes
-from fedraclora.parcel import holding_file, read_holding
-from fedraclora.rebuild import state_at
+from fedraclora.run.rebuild import state_at
 from fedraclora.tree import digest
+from fedraclora.weights.files import load_tensors, save_tensors
+from fedraclora.weights.update import read_stored_replica, replica_file
 from strategies import METHODS
 from strategies.outcome import execute
 from strategies.server.rows import Row
@@ -100,7 +100,7 @@ def test_whoever_was_away_ends_with_the_right_weights(tmp_path: Path) -> None:
     wanted = base_at(folder, 50)
     run = (folder / "run_id").read_text()
     for k in range(3):
-        held = read_holding(network.cache / str(names[k]) / CACHE / run / str(k))
+        held = read_stored_replica(network.cache / str(names[k]) / CACHE / run / str(k))
         assert held is not None
         assert (digest(held[0]), held[1]) == (wanted, 50)
     assert found[29]["incidents"] == ["client 0 was sent every base weight"]
@@ -116,7 +116,7 @@ def test_a_cache_that_is_not_what_it_was_is_replaced_once(harm: str, tmp_path: P
     def hurt(round_: int) -> None:
         if round_ == 3 and not hurt.__dict__.setdefault("done", False):
             hurt.__dict__["done"] = True
-            file = holding_file(file_of(network, folder, 1))
+            file = replica_file(file_of(network, folder, 1))
             if harm == "gone":
                 file.unlink()
             elif harm == "cut short":
@@ -170,7 +170,7 @@ def test_a_server_that_goes_on_from_a_checkpoint_takes_clients_back_with_it(
         patch.setattr("strategies.server_app.tell_row", stop)
         with pytest.raises(KeyboardInterrupt):
             deploy(words, cut, network)
-    held = read_holding(file_of(network, cut, 0))
+    held = read_stored_replica(file_of(network, cut, 0))
     assert held is not None
     assert held[1] == 5
     deploy(words, cut, network, resume=True)
@@ -241,6 +241,6 @@ def test_aligned_copies(tmp_path: Path) -> None:
     """What a parcel brings lies as torch allocates it: matrix products round by alignment."""
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy(["rounds=1"], tmp_path / "run", network)
-    held = read_holding(file_of(network, tmp_path / "run", 0))
+    held = read_stored_replica(file_of(network, tmp_path / "run", 0))
     assert held is not None
     assert all(isinstance(t, torch.Tensor) and t.data_ptr() % 64 == 0 for t in held[0].values())

@@ -10,11 +10,11 @@ import torch
 from flwr.app import Message
 from typing_extensions import override
 
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ClientError
-from fedraclora.rebuild import state_at
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
-from fedraclora.wire import unpack_downlink, unpack_trial, uplink_layout
+from fedraclora.wire import unpack_downlink, unpack_result, uplink_layout
 from strategies.server.exchange import Exchange
 from tests.campaigns.faults.harms import BEHAVIOURS, HARMS, Once, changed, raises, replies_twice
 from tests.campaigns.faults.network import (
@@ -45,7 +45,7 @@ def check_mean_of_the_rest(folder: Path, network: Network) -> None:
     for message in sent:
         k = asked.get(message.metadata.reply_to_message_id, ONE)
         if k != ONE:
-            found[k] = unpack_trial(message.content, layout)
+            found[k] = unpack_result(message.content, layout)
     rest = [found[k] for k in (0, 2)]
     weights = torch.cat([r.samples for r in rest]).double()
     assert weights[0] != weights[1]

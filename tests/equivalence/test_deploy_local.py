@@ -54,11 +54,11 @@ def test_final_weights_and_ledger_are_those_of_inline(
 ) -> None:
     """Followed from here as one on another machine would be: the server has its own folder."""
     here, there, inline = (tmp_path / name for name in ("here", "there", "inline"))
-    order = deploy.prepare(
+    request = deploy.prepare(
         [*WORDS, "clients=3", "cohort=3", f"output.dir={here}", f"engine.folder={there}"], None
     )
-    with Record(here, order.plain, resume=False) as record:
-        deploy.run(order, deployment.connection, record)
+    with Record(here, request.plain, resume=False) as record:
+        deploy.run(request, deployment.connection, record)
     assert "final accuracy" in capsys.readouterr().out
     sizes = ["clients=3", "cohort=3", "engine=inline", f"output.dir={inline}"]
     simulate(composed([*WORDS, *sizes]), inline)
@@ -112,9 +112,9 @@ def test_a_run_that_fails_has_its_words_and_its_status(
     """The server cannot make its folder."""
     (tmp_path / "file").write_text("")
     words = [*WORDS, "clients=3", "cohort=3", f"output.dir={tmp_path / 'here'}"]
-    order = deploy.prepare([*words, f"engine.folder={tmp_path / 'file' / 'run'}"], None)
+    request = deploy.prepare([*words, f"engine.folder={tmp_path / 'file' / 'run'}"], None)
     with pytest.raises(EngineError, match=r"finished:failed: .*cannot make the folder"):
-        deploy.run(order, deployment.connection, None)
+        deploy.run(request, deployment.connection, None)
 
 
 @pytest.mark.slow

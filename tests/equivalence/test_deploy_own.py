@@ -13,7 +13,7 @@ from fedraclora.data.fit import Form, gathered
 from fedraclora.data.own import own_samples
 from fedraclora.data.sources import read_own
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.named import import_function
+from fedraclora.imports import import_function
 from tests.campaigns.faults.network import Network, composed, rows, serve, summary
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "deploy"

@@ -11,13 +11,13 @@ import pytest
 from flwr.app import Message
 
 from experiments.simulate import simulate
-from fedraclora.checkpoint import load_tensors, read_links
-from fedraclora.clientstore import ClientStore
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import ConfigError
-from fedraclora.ledger import number
 from fedraclora.privacy.secret import FILE
+from fedraclora.run.client_state import ClientStore
+from fedraclora.run.ledger import number
+from fedraclora.weights.files import load_tensors, read_links
 from fedraclora.wire import clients_of
 from fedraclora.wire.secagg import read_stage
 from tests.campaigns.faults.network import Network, deploy, nodes_for, rows, small, summary

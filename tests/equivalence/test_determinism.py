@@ -16,15 +16,15 @@ from omegaconf import OmegaConf
 
 from experiments.assemble import Assembled, assemble
 from experiments.simulate import run_one
-from fedraclora.aggregate import Uplinks
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
+from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ClientError
-from fedraclora.ledger import NONDETERMINISTIC, read_ledger
-from fedraclora.method import Cohort
-from fedraclora.samples import Partitioned
-from fedraclora.sampling import draw_cohort
+from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.protocol.method import Cohort
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.ledger import NONDETERMINISTIC, read_ledger
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.trial import Trial
+from fedraclora.training.local_result import LocalResult
 from fedraclora.tree import Tree, digest
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
@@ -131,11 +131,11 @@ def weights_of(run: Assembled) -> Tree:
 
 
 def digests(run: Assembled) -> tuple[str, str]:
-    return digest(weights_of(run)), run.strategy.book.ledger.digest()
+    return digest(weights_of(run)), run.strategy.recorder.ledger.digest()
 
 
 def fixed_rows(run: Assembled) -> list[Plain]:
-    rows = run.strategy.book.ledger.rows
+    rows = run.strategy.recorder.ledger.rows
     return [{k: v for k, v in row.items() if k not in NONDETERMINISTIC} for row in rows]
 
 
@@ -249,7 +249,7 @@ def break_client(monkeypatch: pytest.MonkeyPatch, client: int, round_: int) -> N
 
     def train(
         self: CohortTrainer, base: Tree, downlink: object, clients: torch.Tensor, **rest: object
-    ) -> Trial:
+    ) -> LocalResult:
         if rest["round_"] == round_ and client in clients.tolist():
             raise RuntimeError("its disk is full")
         return whole(self, base, downlink, clients, **rest)  # type: ignore[arg-type]
@@ -265,7 +265,7 @@ def poison_client(run: Assembled, client: int) -> None:
 
 
 def ledger_failures(run: Assembled, round_: int) -> list[Plain]:
-    failures = run.strategy.book.ledger.rows[round_]["failures"]
+    failures = run.strategy.recorder.ledger.rows[round_]["failures"]
     assert isinstance(failures, list)
     return failures
 
@@ -319,10 +319,10 @@ def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
         run.built.task, run.plan, run.config.local, seed=0, device=torch.device("cpu")
     )
     factor = run.config.local.rate_scale(1, ROUNDS)
-    trial = trainer.train(start.base, sent, clients, round_=1, rate_scale=factor)
+    result = trainer.train(start.base, sent, clients, round_=1, rate_scale=factor)
     layout = uplink_layout(sent)
-    rows = layout.pack({n: trial.trained[n] for n, _ in layout.shapes}, lead=1)
-    shares = trial.samples.double() if weights == "examples" else torch.ones(len(rest)).double()
+    rows = layout.pack({n: result.trained[n] for n, _ in layout.shapes}, lead=1)
+    shares = result.samples.double() if weights == "examples" else torch.ones(len(rest)).double()
     closed = strategy.method.close_round(start, sent, Uplinks(clients, shares, layout, rows))
     wanted = strategy.method.weights(closed, strategy.draw)
 
@@ -343,7 +343,7 @@ def test_a_tolerated_failure_leaves_the_train_loss_of_the_rest(configs: dict[str
     run = prepared(changed(configs["fed_rac_lora"], max_failures=1))
     poison_client(run, someone(1))
     run.strategy.start(run.grid, num_rounds=1)
-    loss = run.strategy.book.ledger.rows[1]["train_loss"]
+    loss = run.strategy.recorder.ledger.rows[1]["train_loss"]
     assert isinstance(loss, float)
     assert 0 < loss < 5
 

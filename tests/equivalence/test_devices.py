@@ -11,10 +11,10 @@ import torch
 
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
-from fedraclora.aggregate import Uplinks
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ClientError
-from fedraclora.method import Cohort
+from fedraclora.protocol.method import Cohort
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree, digest
 from strategies import METHODS
@@ -67,11 +67,11 @@ def played(done: Assembled) -> Assembled:
 
 
 def rows(done: Assembled) -> list[dict[str, Any]]:
-    return list(done.strategy.book.ledger.rows[1:])
+    return list(done.strategy.recorder.ledger.rows[1:])
 
 
 def bits(done: Assembled) -> tuple[str, str]:
-    return digest(done.strategy.state.base), done.strategy.book.ledger.digest()
+    return digest(done.strategy.state.base), done.strategy.recorder.ledger.digest()
 
 
 def test_a_round_takes_what_its_slowest_client_takes() -> None:
@@ -107,7 +107,7 @@ def test_who_was_asked_has_caught_up_dropped_or_not() -> None:
     done = played(job(ROUGH))
     strategy = done.strategy
     now = float(rows(done)[-2]["virtual_seconds"])
-    asked = strategy.fleet.system.ask(done.config.seed, 6, 30, 8, now)
+    asked = strategy.devices.system.ask(done.config.seed, 6, 30, 8, now)
     assert len(asked) == rows(done)[-1]["asked"] > rows(done)[-1]["cohort"]
     assert len(set(strategy.catch_up.missing(asked).tolist())) == 1
     others = torch.tensor([k for k in range(30) if k not in asked.tolist()])
@@ -118,11 +118,11 @@ def test_the_merge_is_that_of_the_clients_that_answered_with_their_budgets() -> 
     done = played(job(ROUGH, "rounds=1"))
     (row,) = rows(done)
     strategy, task, config = done.strategy, done.built.task, done.config
-    asked = strategy.fleet.system.ask(config.seed, 1, 30, 8, 0.0).tolist()
+    asked = strategy.devices.system.ask(config.seed, 1, 30, 8, 0.0).tolist()
     lost = {d["client"] for d in row["dropped"]}
     kept = torch.tensor([k for k in asked if k not in lost])
     assert 1 < len(kept) < len(asked)
-    ranks = strategy.fleet.ranks(kept, config.method)
+    ranks = strategy.devices.ranks(kept, config.method)
     assert ranks is not None
     assert len(set(ranks.tolist())) > 1
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
@@ -136,8 +136,8 @@ def test_the_merge_is_that_of_the_clients_that_answered_with_their_budgets() -> 
     scale = config.local.rate_scale(1, 1)
     for place, client in enumerate(kept):  # one by one, as the chunks were other ones
         one = sent.select(torch.tensor([place]))
-        trial = trainer.train(base, one, client[None], round_=1, rate_scale=scale)
-        for name, value in trial.trained.items():
+        result = trainer.train(base, one, client[None], round_=1, rate_scale=scale)
+        for name, value in result.trained.items():
             trained.setdefault(name, []).append(value)
     stacked = {name: torch.cat(values) for name, values in trained.items()}
     layout = Layout.of(stacked, skip=1)

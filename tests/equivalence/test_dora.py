@@ -21,10 +21,10 @@ from vectorised_agreement import LOCAL, assert_agrees, base_of, foldable, method
 from vectorised_cases import CASES, SEED, SIZES, Case, classes, convolution, normal, reader, task_of
 from vectorised_settings import PAIRED, SETTINGS
 
-from fedraclora.aggregate import Uplinks
+from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ConfigError
-from fedraclora.method import Cohort, Downlink, Draw, Sketched, Trained
-from fedraclora.samples import Partitioned
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Sketched, Trained
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Layout, Tree
@@ -138,10 +138,10 @@ def test_rounds_are_those_of_plain_autograd(kind: str, name: str, how: str) -> N
     assert set(scales.values()) == {2.0 / 3}  # alpha is not the rank
     for round_ in (1, 2):
         sent = method.open_round(state, round_, COHORT, draw)
-        trial = trainer.train(state.base, sent, COHORT.clients, round_=round_, rate_scale=1.0)
+        result = trainer.train(state.base, sent, COHORT.clients, round_=round_, rate_scale=1.0)
         layout = Layout(tuple((n, s.shape) for n, s in sent.uploaded().items()))
-        rows = layout.pack(trial.trained, lead=1)
-        got = Uplinks(COHORT.clients, trial.samples.double(), layout, rows)
+        rows = layout.pack(result.trained, lead=1)
+        got = Uplinks(COHORT.clients, result.samples.double(), layout, rows)
         state = method.close_round(state, sent, got)
         each = [trained_alone(case, start, scales, k, how) for k in range(len(SIZES))]
         share = COHORT.weights / COHORT.weights.sum()

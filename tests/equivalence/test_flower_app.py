@@ -16,7 +16,7 @@ from experiments import flower
 from experiments.app import copy_app
 from experiments.choices import composed
 from experiments.simulate import simulate
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
 from fedraclora.engines.flower.superlink import Ended, SuperLink
 from strategies import METHODS
 from strategies.outcome import execute
@@ -111,10 +111,10 @@ def kill_a_client_process(link: SuperLink, ledger: Path) -> None:
 
 def test_a_process_that_dies_under_flwr_run_ends_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    order = flower.prepare([*WORDS, "rounds=100000", f"output.dir={folder}"])
+    request = flower.prepare([*WORDS, "rounds=100000", f"output.dir={folder}"])
     with SuperLink(show=False) as link, ThreadPoolExecutor() as thread:
         killed = thread.submit(kill_a_client_process, link, folder / "ledger.jsonl")
-        ended = run_app(link, order.run_config, dict(order.options))
+        ended = run_app(link, request.run_config, dict(request.options))
         killed.result(timeout=60)
     assert not ended.completed
     assert "the process that trained client" in ended.details

@@ -19,7 +19,7 @@ from experiments.assemble import Assembled, assemble
 from experiments.bench.usage import descendants
 from experiments.choices import composed
 from experiments.interrupt import STATUS
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
 from fedraclora.engines.flower import FlowerGrid
 from fedraclora.errors import ClientError
 from fedraclora.tree import digest
@@ -75,7 +75,7 @@ def run(*words: str, watch: Callable[[Assembled], None] = lambda _: None) -> Ass
 def bits(done: Assembled) -> tuple[str, str]:
     strategy = done.strategy
     weights = strategy.method.weights(strategy.state, strategy.draw)
-    return digest(weights), strategy.book.ledger.digest()
+    return digest(weights), strategy.recorder.ledger.digest()
 
 
 @pytest.mark.slow
@@ -85,12 +85,12 @@ def test_a_killed_process_is_replaced_and_no_bit_changes() -> None:
     killed: list[int] = []
 
     def lie_in_wait(done: Assembled) -> None:
-        grid, book = done.grid, done.strategy.book
+        grid, recorder = done.grid, done.strategy.recorder
         assert isinstance(grid, FlowerGrid)
         wait = grid.wait
 
         def strike(what: str) -> None:
-            if len(book.ledger.rows) > 1 and not killed and (victims := processes(busy=True)):
+            if len(recorder.ledger.rows) > 1 and not killed and (victims := processes(busy=True)):
                 os.kill(victims[0], signal.SIGKILL)
                 killed.append(victims[0])
             wait(what)
@@ -99,7 +99,7 @@ def test_a_killed_process_is_replaced_and_no_bit_changes() -> None:
 
     on_flower = run(*words, "engine=flower", "engine.workers=1", watch=lie_in_wait)
     assert len(killed) == 1
-    assert on_flower.strategy.book.ledger.rows[-1]["failures"] == []
+    assert on_flower.strategy.recorder.ledger.rows[-1]["failures"] == []
     assert bits(on_flower) == bits(run(*words, "engine=inline"))
     assert processes() == []
 

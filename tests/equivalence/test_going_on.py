@@ -13,9 +13,9 @@ from experiments.choices import composed
 from experiments.resume import go_on
 from experiments.simulate import run_one
 from fedraclora.errors import CheckpointError, DataError
-from fedraclora.ledger import read_ledger
 from fedraclora.rng import generator
-from fedraclora.runfolder import read_config, read_summary
+from fedraclora.run.folder import read_config, read_summary
+from fedraclora.run.ledger import read_ledger
 
 JOB = [
     "data=least_squares",

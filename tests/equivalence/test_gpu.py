@@ -26,15 +26,15 @@ from vectorised_cases import CASES, SEED, SIZES, Case, scaled
 
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
-from fedraclora import link
-from fedraclora.config import from_plain
-from fedraclora.method import Cohort, Draw
-from fedraclora.samples import Partitioned
+from fedraclora.config.run_config import from_plain
+from fedraclora.data.samples import Partitioned
+from fedraclora.protocol import link
+from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.training.chunking import FREE_SHARE
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import LiveTensors, measure
-from fedraclora.training.trial import Trial
 from fedraclora.tree import Tree, digest
 from strategies import METHODS
 
@@ -99,7 +99,7 @@ def test_every_kind_of_run_agrees_with_the_cpu(name: str, card: Card) -> None:
     there, here = (run(*RUNS[name], f"device={d}") for d in ("cuda", "cpu"))
     card.assert_near(weights(there), weights(here), 1e-3)
     if card.pretended:
-        assert there.strategy.book.ledger.digest() == here.strategy.book.ledger.digest()
+        assert there.strategy.recorder.ledger.digest() == here.strategy.recorder.ledger.digest()
 
 
 def moved(case: Case, device: str) -> Case:
@@ -109,7 +109,7 @@ def moved(case: Case, device: str) -> Case:
     return replace(case, task=replace(task, model=model, train=data, test=test))
 
 
-def trained(case: Case, device: str, name: str, local: LocalConfig, **settings: Any) -> Trial:
+def trained(case: Case, device: str, name: str, local: LocalConfig, **settings: Any) -> LocalResult:
     """Train all clients of a case for a round."""
     there = moved(case, device)
     plan, draw, base = there.plan(), Draw(SEED), base_of(there.task)
@@ -326,7 +326,7 @@ def test_a_chunk_that_is_too_large_is_halved(card: Card, caplog: pytest.LogCaptu
     done = job(*words, "engine.chunk=64")
     with bounded(card, memory.training(40)), caplog.at_level(logging.WARNING):
         done.strategy.start(done.grid)
-    first, second = ([*row["notes"]] for row in done.strategy.book.ledger.rows[1:])  # type: ignore[misc]
+    first, second = ([*row["notes"]] for row in done.strategy.recorder.ledger.rows[1:])  # type: ignore[misc]
     said = "out of memory with 64 clients a batch; 32 from here on"
     assert said in first[0]
     assert second == []

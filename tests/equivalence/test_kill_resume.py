@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from experiments.simulate import run_one
-from fedraclora.checkpoint import read_links
-from fedraclora.ledger import digest_rows, read_ledger
 from fedraclora.rng import generator
+from fedraclora.run.ledger import digest_rows, read_ledger
+from fedraclora.weights.files import read_links
 from tests.campaigns import kill_resume
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -107,7 +107,7 @@ def reaping(reaper: Reaper) -> Iterator[None]:
             patch.setattr(Path, name, reaper.watch(name, getattr(Path, name)))
         # Nothing is flushed in earnest: that is most of the time of a run this small.
         patch.setattr(os, "fsync", reaper.watch("fsync", lambda _: None))
-        patch.setattr("fedraclora.checkpoint.save_file", reaper.watch("save_file", save_file))
+        patch.setattr("fedraclora.weights.files.save_file", reaper.watch("save_file", save_file))
         yield
 
 
@@ -213,7 +213,7 @@ def test_a_difference_is_seen_and_ends_in_status_1(
     found = iter([{"weights_digest": "a", "ledger_digest": "b"}])
     monkeypatch.setattr(kill_resume, "finish", lambda *_: next(found))
     monkeypatch.setattr(kill_resume, "launch", lambda *_, **__: None)
-    bad = kill_resume.Trial(1, [kill_resume.Kill(0.5, "nothing")])
+    bad = kill_resume.LocalResult(1, [kill_resume.Kill(0.5, "nothing")])
     other = {"weights_digest": "a", "ledger_digest": "c"}
     monkeypatch.setattr(kill_resume, "kill_and_resume", lambda *_, **__: (bad, other))
     assert kill_resume.main(["--times", "1"]) == 1

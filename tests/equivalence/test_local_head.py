@@ -13,10 +13,10 @@ from torch import nn
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
 from experiments.methods_page import aliases
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.personal import class_accuracies, personal_accuracy
-from fedraclora.samples import Samples
+from fedraclora.evaluation.personal import class_accuracies, personal_accuracy
 from fedraclora.tree import digest
 from strategies import METHODS
 
@@ -40,7 +40,7 @@ def job(*words: str, folder: Path | None = None, resume: bool = False) -> Assemb
 
 
 def store_digest(run: Assembled) -> str:
-    return digest(run.strategy.book.store.state())
+    return digest(run.strategy.recorder.store.state())
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in aliases()])
@@ -50,11 +50,11 @@ def test_heads_stay_at_home_and_differ(method: str) -> None:
     before = {n: run.strategy.state.base[n].clone() for n in run.plan.local}
     run.strategy.start(run.grid)
     assert all(torch.equal(run.strategy.state.base[n], t) for n, t in before.items())
-    owned = run.strategy.book.store.latest(12)
+    owned = run.strategy.recorder.store.latest(12)
     heads = [own["fc2.weight"] for own in owned.values()]
     assert len(heads) > 4
     assert not any(torch.equal(heads[0], other) for other in heads[1:])
-    row = run.strategy.book.ledger.rows[-1]
+    row = run.strategy.recorder.ledger.rows[-1]
     assert row["uplink_bytes"] == 4 * 4 * run.config.method.floats(run.plan, row["round"])[0]
     accuracy: Any = row["metrics"]
     assert 0.3 < accuracy["personal_accuracy"] <= 1
@@ -70,7 +70,7 @@ def test_a_resumed_run_has_the_same_heads(tmp_path: Path) -> None:
     rest.strategy.start(rest.grid)
     assert store_digest(rest) == store_digest(whole)
     assert digest(rest.strategy.state.base) == digest(whole.strategy.state.base)
-    assert rest.strategy.book.ledger.digest() == whole.strategy.book.ledger.digest()
+    assert rest.strategy.recorder.ledger.digest() == whole.strategy.recorder.ledger.digest()
 
 
 def test_a_server_that_is_behind_its_clients_rolls_them_back(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_server_that_is_behind_its_clients_rolls_them_back(tmp_path: Path) -> 
 def test_a_failed_round_does_not_move_a_head() -> None:
     run = job("rounds=3")
     run.strategy.start(run.grid, num_rounds=2)
-    store = run.strategy.book.store
+    store = run.strategy.recorder.store
     clients = torch.arange(12)
     default = {n: run.strategy.state.base[n] for n in run.plan.local}
     before = store.read(clients, 3, default)
@@ -110,7 +110,7 @@ def test_inline_and_vectorised_agree() -> None:
     runs = [job(f"engine={engine}", "rounds=3") for engine in ("inline", "vectorised")]
     for run in runs:
         run.strategy.start(run.grid)
-    left, right = (run.strategy.book.store.state() for run in runs)
+    left, right = (run.strategy.recorder.store.state() for run in runs)
     for name, value in left.items():
         torch.testing.assert_close(value, right[name], rtol=1e-4, atol=1e-5)
 

@@ -15,17 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from experiments.assemble import Assembled, assemble
-from fedraclora.adapter import make_plan
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
 from fedraclora.data.bootstrap import bootstrap
 from fedraclora.data.digits import load_digits
+from fedraclora.data.samples import ClientData
+from fedraclora.data.task import Task
 from fedraclora.data.virtual import virtual
-from fedraclora.local import train_one
-from fedraclora.method import Cohort, Draw
 from fedraclora.models.mlp import build_mlp
-from fedraclora.samples import ClientData
-from fedraclora.sampling import draw_cohort
-from fedraclora.task import Task
+from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.protocol.method import Cohort, Draw
+from fedraclora.protocol.plan import make_plan
+from fedraclora.reference.client import train_one
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from strategies import METHODS
@@ -74,15 +74,15 @@ def test_a_chunk_trains_as_its_clients_do_one_by_one(make: object, features: int
     state = method.init(base, plan, Draw(0))
     downlink = method.open_round(state, 1, Cohort(clients, torch.ones(6)), Draw(0))
     trainer = CohortTrainer(task, plan, local, seed=5, device=torch.device("cpu"))
-    trial = trainer.train(base, downlink, clients, round_=1, rate_scale=1.0)
+    result = trainer.train(base, downlink, clients, round_=1, rate_scale=1.0)
     for place, client in enumerate(clients.tolist()):
         alone, loss = train_one(
             task, plan, local, base, downlink, client=client, place=place, round_=1, seed=5
         )
-        assert float(trial.losses[place]) == pytest.approx(loss, abs=1e-10)
+        assert float(result.losses[place]) == pytest.approx(loss, abs=1e-10)
         for name, value in alone.items():
             assert float(value.abs().max()) > 0
-            torch.testing.assert_close(trial.trained[name][place], value, rtol=0, atol=1e-10)
+            torch.testing.assert_close(result.trained[name][place], value, rtol=0, atol=1e-10)
 
 
 class Largest(TorchDispatchMode):
@@ -121,7 +121,7 @@ def test_a_round_of_a_million_clients_looks_at_its_cohort_alone(name: str, tmp_p
         with heap() as peak, Largest() as seen:
             run.strategy.start(run.grid)
             run.built.label_counts(torch.arange(20))
-        assert [row["round"] for row in run.strategy.book.ledger.rows] == [0, 1, 2, 3]
+        assert [row["round"] for row in run.strategy.recorder.ledger.rows] == [0, 1, 2, 3]
         cost[clients] = (seen.numel, peak[0])
     # Clients differ in size, so cohorts do a little: by less than a factor of two.
     assert cost[MANY][0] < 2 * cost[1000][0] < MANY // 5

@@ -11,15 +11,15 @@ from vectorised_cases import CASES, SEED, SIZES, Case, scaled
 
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
+from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ConfigError
-from fedraclora.local import train_one
-from fedraclora.method import Cohort, Downlink, Draw, Trained
-from fedraclora.samples import Partitioned
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
+from fedraclora.reference.client import train_one
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.local_result import LocalResult
 from fedraclora.training.precision import BF16_MIXED, FLOAT32, PRECISIONS
-from fedraclora.training.trial import Trial
 from fedraclora.tree import Tree
 from strategies import METHODS
 
@@ -42,7 +42,7 @@ def sent_of(case: Case, name: str = "fed_rac_lora") -> tuple[Tree, Downlink]:
     return base, method.open_round(state, 1, Cohort(CLIENTS, torch.ones(len(SIZES))), Draw(SEED))
 
 
-def trained(case: Case, base: Tree, sent: Downlink, precision: str, **local: int) -> Trial:
+def trained(case: Case, base: Tree, sent: Downlink, precision: str, **local: int) -> LocalResult:
     settings, plan, cpu = replace(LOCAL, **local), case.plan(), torch.device("cpu")  # type: ignore[arg-type]
     trainer = CohortTrainer(case.task, plan, settings, seed=SEED, device=cpu, precision=precision)
     return trainer.train(base, sent, CLIENTS, round_=1, rate_scale=1.0)
@@ -137,7 +137,7 @@ def run(*words: str) -> Assembled:
 
 
 def metrics(done: Assembled, row: int) -> dict[str, float]:
-    found: dict[str, float] = done.strategy.book.ledger.rows[row]["metrics"]  # type: ignore[assignment]
+    found: dict[str, float] = done.strategy.recorder.ledger.rows[row]["metrics"]  # type: ignore[assignment]
     return found
 
 

@@ -20,10 +20,19 @@ from vectorised_settings import (
     trained_in,
 )
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.method import Adapter, Cohort, Downlink, Draw, Frozen, Method, Sketched, Trained
-from fedraclora.ranks import trainable
-from fedraclora.sampling import draw_cohort
+from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.protocol.method import (
+    Adapter,
+    Cohort,
+    Downlink,
+    Draw,
+    Frozen,
+    Method,
+    Sketched,
+    Trained,
+)
+from fedraclora.protocol.rank_budgets import trainable
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout
 
@@ -45,11 +54,11 @@ def run(case: Case, method: Method, local: LocalConfig, rounds: int, check: set[
         assert sent.ranks is not None
         if round_ in check:
             assert_agrees(case, plan, local, state.base, sent, clients, round_=round_)
-        trial = trainer.train(state.base, sent, clients, round_=round_, rate_scale=1.0)
+        result = trainer.train(state.base, sent, clients, round_=round_, rate_scale=1.0)
         masks = trainable(sent, sent.ranks)
         assert masks
         for name, mask in masks.items():
-            slot, value = sent.trained()[name], trial.trained[name]
+            slot, value = sent.trained()[name], result.trained[name]
             opening = slot.opening()
             start = torch.zeros(slot.shape) if opening is None else opening
             beyond = (~mask).expand_as(value)
@@ -57,9 +66,9 @@ def run(case: Case, method: Method, local: LocalConfig, rounds: int, check: set[
             moved = (value != start)[mask.expand_as(value)]
             assert float(moved.double().mean()) > 0.5, name  # all, but for units that are off
         layout = Layout(tuple((n, s.shape) for n, s in sent.uploaded().items()))
-        rows = layout.pack({n: trial.trained[n] for n, _ in layout.shapes}, lead=1)
+        rows = layout.pack({n: result.trained[n] for n, _ in layout.shapes}, lead=1)
         state = method.close_round(
-            state, sent, Uplinks(clients, trial.samples.to(torch.float64), layout, rows)
+            state, sent, Uplinks(clients, result.samples.to(torch.float64), layout, rows)
         )
 
 
@@ -137,10 +146,10 @@ def test_budgets_of_the_whole_rank_are_no_budgets_to_the_bit(setting: str) -> No
     trained = []
     for ranks in (None, torch.full((len(SIZES),), 3), torch.arange(3, 3 + len(SIZES))):
         sent = method.open_round(state, 1, Cohort(clients, weights, ranks), Draw(SEED))
-        trial = trainer_of(case.task, plan, local).train(
+        result = trainer_of(case.task, plan, local).train(
             state.base, sent, clients, round_=1, rate_scale=1.0
         )
-        trained.append(trial.trained)
+        trained.append(result.trained)
     for name, value in trained[0].items():
         assert torch.equal(trained[1][name], value), name
         assert torch.equal(trained[2][name], value), name

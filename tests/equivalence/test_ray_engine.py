@@ -22,17 +22,17 @@ from ray import cloudpickle
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
 from experiments.interrupt import STATUS
-from fedraclora.clientstore import ClientStore
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
+from fedraclora.config.settings import RayConfig
 from fedraclora.engines.local import RUN_AT_FAULT
 from fedraclora.engines.ray import Cluster, RayGrid
 from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.method import Downlink, Plan
-from fedraclora.replica import Chronicle, Follower
-from fedraclora.settings import RayConfig
+from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree, digest
-from fedraclora.wire import Order, pack_downlink
+from fedraclora.weights.replica import Follower, VersionLog
+from fedraclora.wire import TrainRequest, pack_downlink
 from strategies import METHODS
 from tests.campaigns import kill_workers
 
@@ -102,7 +102,7 @@ def run(*words: str) -> Assembled:
 def bits(done: Assembled) -> tuple[str, str]:
     strategy = done.strategy
     weights = strategy.method.weights(strategy.state, strategy.draw)
-    return digest(weights), strategy.book.ledger.digest()
+    return digest(weights), strategy.recorder.ledger.digest()
 
 
 @cache
@@ -155,7 +155,7 @@ def test_a_worker_that_drifted_gets_the_whole_weights(monkeypatch: pytest.Monkey
     with closing(grid):
         done.strategy.start(grid)
     assert bits(done) == in_process("rows")
-    rows = done.strategy.book.ledger.rows
+    rows = done.strategy.recorder.ledger.rows
     assert any("got the whole of version" in i for row in rows for i in row.get("incidents", ()))
 
 
@@ -175,7 +175,7 @@ class BrokenSite:
 
 
 def test_what_is_no_clients_fault_is_told_from_a_client_that_failed() -> None:
-    settings, chronicle = RayConfig(workers=1), Chronicle()
+    settings, chronicle = RayConfig(workers=1), VersionLog()
     chronicle.publish({"W": torch.ones(2, 3)}, 0)
     grid = RayGrid(
         Cluster(settings, "cpu"),
@@ -185,8 +185,8 @@ def test_what_is_no_clients_fault_is_told_from_a_client_that_failed() -> None:
         store=ClientStore(),
         settings=settings,
     )
-    order = Order(1, 0, 1.0, torch.tensor([4, 7]))
-    content = pack_downlink(Downlink(), order, "float32")
+    request = TrainRequest(1, 0, 1.0, torch.tensor([4, 7]))
+    content = pack_downlink(Downlink(), request, "float32")
     with closing(grid):
         (reply,) = grid.send_and_receive([grid.create_message(content, "train.cohort", 2, "1")])
     assert reply.error.code == RUN_AT_FAULT

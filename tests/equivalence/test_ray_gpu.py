@@ -19,7 +19,7 @@ from experiments.bench.rows import Case
 from experiments.bench.runs import RAY_WORKERS, ray_settings
 from experiments.bench.workloads import WORKLOADS
 from experiments.choices import composed
-from fedraclora.config import from_plain
+from fedraclora.config.run_config import from_plain
 from fedraclora.engines.ray import Cluster
 from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ConfigError
@@ -63,7 +63,7 @@ def job(*words: str) -> Assembled:
 def bits(done: Assembled) -> tuple[str, str]:
     with closing(done.grid):
         done.strategy.start(done.grid)
-    return digest(done.strategy.state.base), done.strategy.book.ledger.digest()
+    return digest(done.strategy.state.base), done.strategy.recorder.ledger.digest()
 
 
 def all_is_taken() -> bool:

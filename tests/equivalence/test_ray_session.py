@@ -16,10 +16,10 @@ import ray
 from listeners import listeners, needs_proc, off_loopback
 from ray._private import utils
 
+from fedraclora.config.settings import RayConfig
 from fedraclora.engines.private_ray import LONGEST, RayFolder
 from fedraclora.engines.ray.cluster import Cluster
 from fedraclora.errors import EngineError
-from fedraclora.settings import RayConfig
 
 # One call of each of Ray's services; a service that a process does not have is UNIMPLEMENTED there.
 CALLS = (

@@ -1,4 +1,4 @@
-"""Measured curves of the framework's own loop lie within the bounds of `fedraclora.theory`.
+"""Measured curves of the framework's own loop lie within the bounds of `experiments.theory.bounds`.
 
 The mean over 20 seeds, less three standard errors, is at most the bound, after every round: on the
 isotropic quadratic the bound is the expectation, so the plain mean crosses it half of the time.

@@ -13,12 +13,12 @@ from torch.func import functional_call
 
 from experiments.theory import runs
 from experiments.theory.runs import start_of
-from fedraclora.method import Draw, Method
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import Task, squared_error
 from fedraclora.models.mlp import build_mlp
+from fedraclora.protocol.method import Draw, Method
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Partitioned, Samples
 from fedraclora.sketch import SKETCHES, SketchSpec
-from fedraclora.task import Task, squared_error
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy

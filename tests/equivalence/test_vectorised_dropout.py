@@ -12,7 +12,7 @@ from vectorised_cases import SEED, SIZES, Case, bert, classes, mlp, normal, scal
 from vectorised_settings import ALSO, WIDELY
 
 from fedraclora.errors import ModelError
-from fedraclora.method import Cohort, Downlink, Draw, Trained
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 
 
@@ -82,8 +82,8 @@ def test_dropout_of_another_kind_is_on_or_refused(layer: type[nn.Module]) -> Non
     try:
         for training in (True, False):
             trainer = trainer_of(replace(case.task, model=model.train(training)), plan, LOCAL)
-            trial = trainer.train(state.base, sent, clients, round_=1, rate_scale=1.0)
-            losses.append(trial.losses)
+            result = trainer.train(state.base, sent, clients, round_=1, rate_scale=1.0)
+            losses.append(result.losses)
     except ModelError as error:
         refused = str(error)
     assert layer.__name__ in refused or not torch.allclose(losses[0], losses[1])

@@ -11,7 +11,7 @@ from vectorised_cases import SIZES, Case, mlp, normal, reader, scaled
 from vectorised_settings import A_FEW, FORMS, LAYERS, LIKE_LINEAR, adapters_of, trained_in
 
 from fedraclora.errors import ConfigError
-from fedraclora.method import Downlink, Trained
+from fedraclora.protocol.method import Downlink, Trained
 
 
 @pytest.mark.short(when=lambda kind, forms: kind not in LIKE_LINEAR or forms in A_FEW)

@@ -12,8 +12,8 @@ from vectorised_agreement import KINDS, LOCAL, base_of, foldable, method_of, run
 from vectorised_cases import SEED, SIZES, Case, classes, normal, reader, scaled, task_of
 
 from fedraclora.errors import ModelError
-from fedraclora.method import Cohort, Downlink, Draw, Trained
 from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
 from fedraclora.training.localconfig import LocalConfig
 from strategies import METHODS
 from strategies.fedavg import FedAvg

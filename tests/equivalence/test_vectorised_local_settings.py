@@ -10,7 +10,7 @@ from vectorised_agreement import ATOL, KINDS, LOCAL, assert_agrees, base_of, met
 from vectorised_cases import CASES, SEED, SIZES
 from vectorised_settings import ALSO, MEETING, PAIRED_METHODS, PROJECTED, SETTINGS, WIDELY
 
-from fedraclora.method import Cohort, Draw
+from fedraclora.protocol.method import Cohort, Draw
 
 
 @pytest.mark.short(

@@ -18,7 +18,7 @@ from vectorised_agreement import (
 )
 from vectorised_cases import CASES, SEED, SIZES, Case, mlp
 
-from fedraclora.method import Cohort, Draw
+from fedraclora.protocol.method import Cohort, Draw
 
 # Every method on a model of each way to train, and what clients train on every model; the rest is
 # for the long suite.
@@ -57,8 +57,8 @@ def test_results_come_in_the_order_that_was_asked() -> None:
     clients = torch.tensor([4, 0, 5, 2, 1, 3])
     sent = method.open_round(state, 1, Cohort(clients, torch.ones(len(SIZES))), Draw(SEED))
     assert_agrees(case, plan, LOCAL, state.base, sent, clients)
-    trial = trainer_of(case.task, plan, LOCAL).train(
+    result = trainer_of(case.task, plan, LOCAL).train(
         state.base, sent, clients, round_=1, rate_scale=1.0
     )
-    assert trial.samples.tolist() == [SIZES[c] for c in clients.tolist()]
-    assert trial.steps.tolist() == [2 * -(-SIZES[c] // 4) for c in clients.tolist()]
+    assert result.samples.tolist() == [SIZES[c] for c in clients.tolist()]
+    assert result.steps.tolist() == [2 * -(-SIZES[c] // 4) for c in clients.tolist()]

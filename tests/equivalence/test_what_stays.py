@@ -11,16 +11,16 @@ from flwr.app import RecordDict
 from torch import nn
 
 from clients.worker import Worker
-from fedraclora.adapter import make_plan
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
-from fedraclora.method import Adapter, Downlink, Frozen, Trained
-from fedraclora.replica import Replica
+from fedraclora.protocol.method import Adapter, Downlink, Frozen, Trained
+from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Partitioned, Samples
-from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.wire import Order, pack_downlink, unpack_trial, uplink_layout
+from fedraclora.weights.replica import Replica
+from fedraclora.wire import TrainRequest, pack_downlink, unpack_result, uplink_layout
 
 CLIENTS = torch.tensor([0, 1, 2])
 
@@ -33,8 +33,8 @@ class Bench:
     downlink: Downlink
 
     def round(self, number: int) -> RecordDict:
-        order = Order(number, 0, 1.0, CLIENTS)
-        return self.worker.train(pack_downlink(self.downlink, order, "float64"))
+        request = TrainRequest(number, 0, 1.0, CLIENTS)
+        return self.worker.train(pack_downlink(self.downlink, request, "float64"))
 
     def held(self, round_: int) -> torch.Tensor:
         default = {"weight/B": torch.zeros(2, 2, dtype=torch.float64)}
@@ -71,7 +71,7 @@ def test_a_factor_that_stays_goes_on_where_its_client_left_off() -> None:
 
 def test_a_factor_that_stays_does_not_travel() -> None:
     bench = make_bench()
-    reply = unpack_trial(bench.round(1), uplink_layout(bench.downlink))
+    reply = unpack_result(bench.round(1), uplink_layout(bench.downlink))
     assert tuple(reply.numbers.shape) == (3, 10)
 
 

@@ -14,12 +14,12 @@ from typing_extensions import override
 from vectorised_cases import SEED, SIZES, Case
 
 from experiments.choices import choice
-from fedraclora.aggregate import Uplinks
-from fedraclora.local import train_one
-from fedraclora.method import Cohort, Downlink, Draw, Method, Plan
-from fedraclora.sampling import draw_cohort
-from fedraclora.schema import bind
-from fedraclora.task import Task
+from fedraclora.config.schema import bind
+from fedraclora.data.task import Task
+from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.reference.client import train_one
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.program import Program

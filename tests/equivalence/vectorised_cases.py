@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.adapter import make_plan
-from fedraclora.method import Plan
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import IGNORED_TOKEN, Task
 from fedraclora.models.cnn import build_cnn
 from fedraclora.models.gpt import build_gpt
 from fedraclora.models.hf import build_transformer
 from fedraclora.models.mlp import build_mlp
+from fedraclora.protocol.method import Plan
+from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Partitioned, Samples
-from fedraclora.task import IGNORED_TOKEN, Task
 
 SEED = 11
 

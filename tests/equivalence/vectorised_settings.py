@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from vectorised_cases import SIZES, cnn, gpt2, mlp, normal, reader
 
-from fedraclora.layers import LayerView
-from fedraclora.method import Adapter, Factor, Frozen, Sketched, Trained
+from fedraclora.data.task import Task
+from fedraclora.lowrank.layers import LayerView
 from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.protocol.method import Adapter, Factor, Frozen, Sketched, Trained
 from fedraclora.sketch import SketchSpec
-from fedraclora.task import Task
 
 SETTINGS: dict[str, dict[str, object]] = {
     "momentum": {"momentum": 0.9},

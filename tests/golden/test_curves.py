@@ -12,8 +12,8 @@ import pytest
 from experiments.assemble import assemble
 from experiments.choices import composed
 from experiments.methods_page import aliases
-from fedraclora.config import from_plain
-from fedraclora.ledger import column
+from fedraclora.config.run_config import from_plain
+from fedraclora.run.ledger import column
 from strategies import METHODS
 
 GOLDEN = Path(__file__).parent
@@ -52,7 +52,7 @@ def curves_of(name: str, local: list[str], prefix: str) -> dict[str, list[float]
     plain = composed([*JOB, f"method={name}", *extra, *local])
     run = assemble(from_plain(plain, METHODS), None)
     run.strategy.start(run.grid)
-    rows = run.strategy.book.ledger.rows
+    rows = run.strategy.recorder.ledger.rows
     loss = "personal_loss" if run.config.method.traits.client_state else "loss"
     return {
         f"{prefix}test_loss": column(rows, "metrics", loss).tolist(),

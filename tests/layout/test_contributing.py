@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from experiments.choices import choice
-from fedraclora.aggregate import Uplinks
-from fedraclora.layers import LayerView
-from fedraclora.method import Cohort, Draw, Method, Plan, Sketched
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.method import Cohort, Draw, Method, Plan, Sketched
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Layout
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import app, choices, compare_study
-from fedraclora import runfolder
+from fedraclora.run import folder as runfolder
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments")

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedraclora.adapter import (
+from fedraclora.errors import ConfigError, ModelError
+from fedraclora.protocol.plan import (
     Rank,
     check_patterns,
     check_rank,
@@ -18,7 +19,6 @@ from fedraclora.adapter import (
     resolve_rank,
     resolve_scale,
 )
-from fedraclora.errors import ConfigError, ModelError
 
 
 def network() -> nn.Module:

@@ -9,7 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.aggregate import (
+from fedraclora.aggregation.base import AggregationContext, Mean, Total
+from fedraclora.errors import ClientError, ShapeError
+from fedraclora.protocol.method import Downlink, Draw
+from fedraclora.protocol.uplinks import (
     SUM_BLOCK,
     Refusal,
     Uplinks,
@@ -20,9 +23,6 @@ from fedraclora.aggregate import (
     too_many,
     weighted_sum,
 )
-from fedraclora.aggregator import Mean, Setting, Total
-from fedraclora.errors import ClientError, ShapeError
-from fedraclora.method import Downlink, Draw
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Layout
 
@@ -122,7 +122,7 @@ def test_the_mean_by_hand() -> None:
 
 def test_the_mean_of_a_sum_is_the_mean_of_the_clients() -> None:
     got = uplinks(45)
-    setting = Setting(Downlink(), 1, Draw(0))
+    setting = AggregationContext(Downlink(), 1, Draw(0))
     summed = Total()(got, setting)
     assert not summed.has_individuals
     assert all(torch.equal(summed.mean()[n], t) for n, t in got.mean().items())

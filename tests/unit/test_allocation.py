@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedraclora.allocation import (
+from fedraclora.allocation.rules import (
     ALLOCATIONS,
     PROXIES,
     AdaLora,
@@ -15,12 +15,12 @@ from fedraclora.allocation import (
     kept_components,
     snip,
 )
+from fedraclora.allocation.synflow import flows
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
-from fedraclora.layers import LayerView
-from fedraclora.method import Adapter, Downlink, Plan, Trained
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.method import Adapter, Downlink, Plan, Trained
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Samples
-from fedraclora.synflow import flows
 from fedraclora.tree import Tree
 
 B, A = torch.tensor([[1.0], [-2.0]]), torch.tensor([[0.5, 0.0, 4.0]])

@@ -12,14 +12,14 @@ import torch
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
 from experiments.simulate import simulate
-from fedraclora import build
-from fedraclora.build import build_task
-from fedraclora.checkpoint import load_checkpoint, save_checkpoint
-from fedraclora.config import from_plain
+from fedraclora.config import build
+from fedraclora.config.build import build_task
+from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
-from fedraclora.runbook import stored_chunk
+from fedraclora.run.recorder import stored_chunk
 from fedraclora.training import chunking
 from fedraclora.tree import digest
+from fedraclora.weights.files import load_checkpoint, save_checkpoint
 from strategies import METHODS
 from strategies.assembly import loop_of
 
@@ -42,7 +42,7 @@ def job(folder: Path | None, *words: str, resume: bool = False) -> Assembled:
 
 
 def bits(run: Assembled) -> tuple[str, str]:
-    return digest(run.strategy.state.base), run.strategy.book.ledger.digest()
+    return digest(run.strategy.state.base), run.strategy.recorder.ledger.digest()
 
 
 @pytest.fixture

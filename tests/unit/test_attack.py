@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedraclora.errors import ConfigError, DataError
-from fedraclora.robust.attack import (
+from fedraclora.attacks.attack import (
     ATTACKS,
     ALittleIsEnough,
     Attack,
@@ -17,7 +16,8 @@ from fedraclora.robust.attack import (
     ScaledNoise,
     SignFlip,
 )
-from fedraclora.samples import Partitioned, Samples
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.errors import ConfigError, DataError
 
 
 def normals(*shape: int) -> torch.Tensor:

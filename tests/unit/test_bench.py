@@ -21,15 +21,15 @@ from experiments.bench.capacity import largest, largest_chunk
 from experiments.bench.command import measure, run, timed
 from experiments.bench.config import BenchConfig, parse
 from experiments.bench.launch import environment, interpreter, run_peer
+from experiments.bench.phases import profile
 from experiments.bench.report import Report
 from experiments.bench.rows import BUILDERS, Case
-from experiments.bench.stations import profile
 from experiments.bench.table import side_by_side, tables
 from experiments.bench.timing import training_loss
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import PEERS, WORKLOADS, Workload, mlp, vectors
 from fedraclora.errors import ConfigError
-from fedraclora.method import Downlink
+from fedraclora.protocol.method import Downlink
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
 

@@ -11,7 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.chain import (
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.link import Link, Plan, Term, apply_link, matrices
+from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Tree
+from fedraclora.weights.chain import (
     SEED_BYTES,
     CatchUp,
     link_tensors,
@@ -19,11 +24,6 @@ from fedraclora.chain import (
     replay,
     term_bytes,
 )
-from fedraclora.layers import LayerView
-from fedraclora.link import Link, Plan, Term, apply_link, matrices
-from fedraclora.rng import generator, torch_normal
-from fedraclora.sketch import SketchSpec
-from fedraclora.tree import Tree
 
 M, N, R, SCALE = 5, 7, 2, 1.5
 SPEC = SketchSpec("orthonormal", "right", R, N, seed=4, index=3)

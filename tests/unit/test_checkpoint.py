@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.checkpoint import (
+from fedraclora.errors import CheckpointError
+from fedraclora.tree import Tree
+from fedraclora.weights.files import (
     FILE,
     append_link,
     cut_links,
@@ -20,8 +22,6 @@ from fedraclora.checkpoint import (
     replacing,
     save_checkpoint,
 )
-from fedraclora.errors import CheckpointError
-from fedraclora.tree import Tree
 
 META: dict[str, object] = {"round": 3, "config_digest": "ab", "memo": {"drawn": 2}, "none": None}
 

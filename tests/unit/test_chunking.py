@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedraclora.adapter import make_plan
-from fedraclora.aggregate import SUM_BLOCK
+from fedraclora.config.settings import RayConfig
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError, ModelError
-from fedraclora.method import Cohort, Downlink, Draw
-from fedraclora.samples import Partitioned, Samples
-from fedraclora.settings import RayConfig
-from fedraclora.task import Task
+from fedraclora.protocol.method import Cohort, Downlink, Draw
+from fedraclora.protocol.plan import make_plan
+from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.training import chunking
 from fedraclora.training.chunking import FREE_SHARE, PROCESS_BYTES, ChunkPlan, budget_of, plan_chunk
 from fedraclora.training.cohort import CohortTrainer

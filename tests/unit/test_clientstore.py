@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedraclora.clientstore import ClientStore
 from fedraclora.errors import ShapeError
+from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
 
 DEFAULT: Tree = {"head.weight": torch.zeros(2, 3), "head.bias": torch.ones(2)}

@@ -15,7 +15,7 @@ from experiments.compare import compare, main
 from experiments.reports import find_runs, read_run
 from experiments.tables import Table
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.ledger import Ledger, Row
+from fedraclora.run.ledger import Ledger, Row
 
 ROUNDS = 20
 COHORT = 5

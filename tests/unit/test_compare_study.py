@@ -13,10 +13,10 @@ import pytest
 from experiments.compare import main
 from experiments.compare_study import STUDIES, chosen, find
 from experiments.leaderboard import leaderboard
-from experiments.study_entries import best_rows, entries, is_unverified
-from experiments.study_file import Study
-from experiments.study_run import execute, read_lines
-from experiments.study_same import check_same
+from experiments.study.entries import best_rows, entries, is_unverified
+from experiments.study.file import Study
+from experiments.study.run import execute, read_lines
+from experiments.study.same import check_same
 from fedraclora.errors import ConfigError
 from strategies import METHODS
 

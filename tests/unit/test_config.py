@@ -13,17 +13,23 @@ import pytest
 import yaml
 
 from experiments.choices import CONF, choice
-from fedraclora.config import RunConfig, TaskConfig, choices_with, from_plain, task_from_plain
-from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
-from fedraclora.method import Method
-from fedraclora.schema import bind, build, checked_arguments, coerce, section, without
-from fedraclora.settings import (
+from fedraclora.config.run_config import (
+    RunConfig,
+    TaskConfig,
+    choices_with,
+    from_plain,
+    task_from_plain,
+)
+from fedraclora.config.schema import bind, build, checked_arguments, coerce, section, without
+from fedraclora.config.settings import (
     ENGINES,
     EvaluateConfig,
     OutputConfig,
     PretrainConfig,
     RayConfig,
 )
+from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
+from fedraclora.protocol.method import Method
 from fedraclora.training.localconfig import LocalConfig
 from strategies import METHODS
 

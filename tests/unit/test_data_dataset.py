@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.dataset import split_rows
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, FedRacLoraError
-from fedraclora.samples import Samples
 
 
 def table(labels: list[int], start: int = 0) -> Samples:

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from experiments.choices import composed
-from fedraclora.build import build_task, settled
-from fedraclora.config import from_plain
+from fedraclora.config.build import build_task, settled
+from fedraclora.config.run_config import from_plain
 from fedraclora.data import DATASETS, make_partition
 from fedraclora.data.fit import Form, gathered
 from fedraclora.data.leak import refuse_shared
 from fedraclora.data.own import own_samples
+from fedraclora.data.samples import Samples
 from fedraclora.data.sources import read_own
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.samples import Samples
 from strategies import METHODS
 
 TINY = ["model.hidden=[3]", "method.rank=2", "rounds=1"]

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedraclora.data import PARTITIONS, DataSet, make_partition, partitioners
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator
-from fedraclora.samples import Samples
 
 ARGS = {
     "iid": {},

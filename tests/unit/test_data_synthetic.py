@@ -9,8 +9,8 @@ from scipy.optimize import minimize
 
 from fedraclora.data import DATASETS, make_partition
 from fedraclora.data.synthetic import logistic_optimum
+from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError
-from fedraclora.task import LOSSES
 
 LEAST = {"clients": 5, "samples": 7, "features": 4, "outputs": 3, "dtype": "float64"}
 LOGIT = {"clients": 6, "samples": 30, "features": 3, "dtype": "float64"}

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from fedraclora.data import DATASETS, DataSet, hold_out, make_partition, select_labels
 from fedraclora.data.bootstrap import bootstrap
 from fedraclora.data.partition import spread_clients
+from fedraclora.data.samples import ClientData, Samples, count_labels
 from fedraclora.data.virtual import Mixture, virtual
 from fedraclora.errors import ConfigError
-from fedraclora.samples import ClientData, Samples, count_labels
 
 MANY = 10**6
 PLAIN = {"sizes": "constant", "alpha": None, "noise": 0.0, "shift": 0.0}

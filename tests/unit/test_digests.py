@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedraclora.chain import CatchUp
-from fedraclora.digests import FILE, check_data, data_files, opened, read_sealed, sealed
+from fedraclora.config.schema import Plain
 from fedraclora.errors import CheckpointError, DataError
-from fedraclora.ledger import Ledger, read_ledger
-from fedraclora.link import Plan
-from fedraclora.method import State
-from fedraclora.runbook import RunBook
-from fedraclora.runfolder import amend, begin, read_config, read_summary, write_summary
-from fedraclora.schema import Plain
+from fedraclora.protocol.link import Plan
+from fedraclora.protocol.method import State
+from fedraclora.run.digests import FILE, check_data, data_files, opened, read_sealed, sealed
+from fedraclora.run.folder import amend, begin, read_config, read_summary, write_summary
+from fedraclora.run.ledger import Ledger, read_ledger
+from fedraclora.run.recorder import RunRecorder
+from fedraclora.weights.chain import CatchUp
 
 PLAIN: Plain = {"seed": 10, "rounds": 3, "data": {"name": "digits"}, "output": {"dir": None}}
 
@@ -124,30 +124,30 @@ def saved(folder: Path) -> State:
     (folder / "private").mkdir()
     (folder / "private" / "noise.key").write_bytes(bytes(range(32)))
     state = State({"w": torch.zeros(5, 7)}, Plan({}), memo={"age": 1})
-    book = RunBook(folder, sync=False)
-    book.begin(state)
+    recorder = RunRecorder(folder, sync=False)
+    recorder.begin(state)
     for round_ in (0, 1, 2):
         if round_:
-            book.link(round_, state)
-        book.append({"round": round_, "uplink_total": 7, "downlink_total": 7})
-    book.save(state, 2, CatchUp(state.base, 3))
+            recorder.link(round_, state)
+        recorder.append({"round": round_, "uplink_total": 7, "downlink_total": 7})
+    recorder.save(state, 2, CatchUp(state.base, 3))
     return state
 
 
 @pytest.mark.parametrize("name", ["private/noise.key", "config.yaml", FILE, "ledger.jsonl"])
 def test_what_a_checkpoint_rests_on_must_be_there(name: str, tmp_path: Path) -> None:
     state = saved(tmp_path)
-    assert RunBook(tmp_path).restore(state, CatchUp(state.base, 3))[1] == 2
+    assert RunRecorder(tmp_path).restore(state, CatchUp(state.base, 3))[1] == 2
     (tmp_path / name).unlink()
     with pytest.raises(CheckpointError, match=Path(name).name):
-        RunBook(tmp_path).restore(state, CatchUp(state.base, 3))
+        RunRecorder(tmp_path).restore(state, CatchUp(state.base, 3))
 
 
 def test_a_bit_of_the_key_is_seen(tmp_path: Path) -> None:
     state = saved(tmp_path)
     (tmp_path / "private" / "noise.key").write_bytes(bytes([1, *range(1, 32)]))
     with pytest.raises(CheckpointError, match=r"noise\.key is missing, or is not what it was"):
-        RunBook(tmp_path).restore(state, CatchUp(state.base, 3))
+        RunRecorder(tmp_path).restore(state, CatchUp(state.base, 3))
 
 
 def test_the_ledger_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_the_ledger_of_another_run_is_refused(tmp_path: Path) -> None:
     Ledger(other).append({"round": 2, "uplink_total": 8, "downlink_total": 7})
     (tmp_path / "it" / "ledger.jsonl").write_bytes(other.read_bytes())
     with pytest.raises(CheckpointError, match=r"ledger\.jsonl is not the ledger that"):
-        RunBook(tmp_path / "it").restore(state, CatchUp(state.base, 3))
+        RunRecorder(tmp_path / "it").restore(state, CatchUp(state.base, 3))
 
 
 def test_files_of_the_data_are_known_by_content(tmp_path: Path) -> None:

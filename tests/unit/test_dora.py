@@ -10,10 +10,10 @@ from torch import nn
 
 from experiments.assemble import assemble
 from experiments.choices import composed
-from fedraclora.config import RunConfig, from_plain
-from fedraclora.dora import rescaled, row_lengths
-from fedraclora.downlink import magnitude_of
+from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
+from fedraclora.lowrank.dora import rescaled, row_lengths
+from fedraclora.protocol.downlink import magnitude_of
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
 from strategies import METHODS
@@ -79,7 +79,7 @@ def test_the_setting_puts_magnitudes_around_the_method() -> None:
     run = assemble(config("method=fedavg_lora", "method.alpha=4", "dora=true"), None)
     assert isinstance(run.strategy.method, Dora)
     run.strategy.start(run.grid)
-    row = run.strategy.book.ledger.rows[-1]
+    row = run.strategy.recorder.ledger.rows[-1]
     up, down = run.strategy.method.floats(run.plan, 1)
     assert row["uplink_bytes"] == 3 * 4 * up
     assert down == 9 + 10  # magnitudes of the hidden layer and the head: A is a seed, B is zero

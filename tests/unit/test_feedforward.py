@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedraclora.adapter import make_plan
-from fedraclora.method import Adapter, Downlink, Frozen, Trained
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import LOSSES, SLOPES, Task
+from fedraclora.protocol.method import Adapter, Downlink, Frozen, Trained
+from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Partitioned, Samples
-from fedraclora.task import LOSSES, SLOPES, Task
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.feedforward import FeedForward, written_out
 from fedraclora.training.gradients import written_out_gradients

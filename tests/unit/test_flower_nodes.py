@@ -14,15 +14,15 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from typing_extensions import override
 
-from fedraclora.clientstore import ClientStore
+from fedraclora.config.settings import FlowerConfig
 from fedraclora.engines.flower import grid as flower_grid
 from fedraclora.engines.flower import nodes, runtime
 from fedraclora.engines.flower.grid import FlowerGrid, backend, run_options
 from fedraclora.engines.flower.nodes import PROCESS_DIED, NodePerClient
 from fedraclora.engines.local import MessageGrid, become_a_task
 from fedraclora.errors import ClientError, ConfigError, EngineError
-from fedraclora.job import JobFolder
-from fedraclora.settings import FlowerConfig
+from fedraclora.run.client_state import ClientStore
+from fedraclora.weights.job import JobFolder
 from fedraclora.wire.records import read_tree, tree_record, vector_record
 
 PARTITIONS = {71: 2, 5: 0, 99: 3, 12: 1}  # node -> the client that it serves, in no order

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.method import Adapter, Downlink, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Trained
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.gates import CohortGates, pruned
 from fedraclora.training.localconfig import LocalConfig

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from fedraclora.adapter import make_plan
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
-from fedraclora.layers import LayerView
-from fedraclora.local import train_one
-from fedraclora.method import Adapter, Downlink, Draw, Plan, Sketched, State, Trained
-from fedraclora.ranks import check_ranks
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.method import Adapter, Downlink, Draw, Plan, Sketched, State, Trained
+from fedraclora.protocol.plan import make_plan
+from fedraclora.protocol.rank_budgets import check_ranks
+from fedraclora.reference.client import train_one
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Partitioned, Samples
 from fedraclora.sketch import SketchSpec
-from fedraclora.task import Task
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree

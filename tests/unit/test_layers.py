@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedraclora.errors import ConfigError, ModelError
-from fedraclora.layers import (
+from fedraclora.lowrank.layers import (
     LayerView,
     find_targets,
     is_head,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from typing_extensions import override
 
-from fedraclora.layers import LayerView
-from fedraclora.method import Cohort, Draw, Plan, Traits
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.method import Cohort, Draw, Plan, Traits
 from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import CheckpointError
-from fedraclora.ledger import (
+from fedraclora.run.ledger import (
     NONDETERMINISTIC,
     Ledger,
     column,

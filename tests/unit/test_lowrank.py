@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ShapeError
-from fedraclora.lowrank import (
+from fedraclora.lowrank.algebra import (
     balanced_factors,
     effective_rank,
     fix_signs,

@@ -19,14 +19,14 @@ from typing_extensions import override
 
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
-from fedraclora.adapter import make_plan
-from fedraclora.config import from_plain
-from fedraclora.method import Cohort, Downlink, Draw, Trained
+from fedraclora.config.run_config import from_plain
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import Task
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_transformer
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
+from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Partitioned, Samples
-from fedraclora.task import Task
 from fedraclora.training import memory
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig

@@ -8,10 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError
-from fedraclora.layers import LayerView
-from fedraclora.method import Cohort, Downlink, Draw, Frozen, Method, Plan, Sketched, State, Trained
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.method import (
+    Cohort,
+    Downlink,
+    Draw,
+    Frozen,
+    Method,
+    Plan,
+    Sketched,
+    State,
+    Trained,
+)
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.wire import uplink_layout
 from strategies.bernoulli_lora import BernoulliLora

@@ -14,12 +14,12 @@ from scipy import stats
 from sklearn import metrics as reference
 from torch import nn
 
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError, DataError, ShapeError
-from fedraclora.evaluate import METRICS, evaluate
-from fedraclora.metrics import higher_is_better
+from fedraclora.evaluation.evaluate import METRICS, evaluate
+from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Samples
-from fedraclora.task import LOSSES
 
 torch.set_num_threads(1)
 
@@ -258,8 +258,8 @@ def test_bad_samples_and_weights_are_refused() -> None:
 def test_cheap_metrics_import_no_statistics_library() -> None:
     code = (
         "import sys, torch\n"
-        "from fedraclora.evaluate import evaluate\n"
-        "from fedraclora.samples import Samples\n"
+        "from fedraclora.evaluation.evaluate import evaluate\n"
+        "from fedraclora.data.samples import Samples\n"
         "m = torch.nn.Linear(2, 3)\n"
         "s = Samples({'x': torch.ones(4, 2)}, torch.zeros(4, dtype=torch.int64))\n"
         "evaluate(m, {}, s, 'cross_entropy', ('accuracy', 'loss'))\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedraclora.build import fix_bits
+from fedraclora.config.build import fix_bits
 from fedraclora.errors import ModelError
 from fedraclora.models.interaction import refuse_interaction
 

@@ -12,13 +12,13 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
+from fedraclora.data.task import forward
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
-from fedraclora.layers import find_targets, is_head
+from fedraclora.lowrank.layers import find_targets, is_head
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.models.dropout import refuse_functions
 from fedraclora.models.hf import _set_dropout
-from fedraclora.task import forward
 from fedraclora.tree import digest
 
 SMALL = {"hidden": 8, "layers": 2, "heads": 2, "intermediate": 12, "vocab": 20, "max_length": 9}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedraclora.downlink import Adapter, Downlink, Sketched, Trained
 from fedraclora.errors import ConfigError
+from fedraclora.protocol.downlink import Adapter, Downlink, Sketched, Trained
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fedraclora.data.samples import Samples
 from fedraclora.rng import generator
-from fedraclora.samples import Samples
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
 from fedraclora.training.packing import packed_linear, real_tokens
 from fedraclora.training.schedule import Batch, Schedule

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
-from fedraclora.method import Adapter, Downlink, Factor, Frozen, Trained
-from fedraclora.recipe import projected
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Trained
+from fedraclora.protocol.recipes import projected
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.pairs import (

@@ -12,7 +12,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from fedraclora.errors import ShapeError
-from fedraclora.ledger import Row
 from fedraclora.plots import (
     Entrant,
     compare_figure,
@@ -24,6 +23,7 @@ from fedraclora.plots import (
 )
 from fedraclora.plots.leaderboard import clusters
 from fedraclora.rng import generator
+from fedraclora.run.ledger import Row
 
 
 def rows(rounds: int, every: int = 1, *, up: int = 4000, error: float | None = None) -> list[Row]:

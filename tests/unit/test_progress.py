@@ -9,7 +9,7 @@ from rich.console import Console
 
 from experiments import progress
 from experiments.progress import RunProgress, fitted
-from fedraclora.ledger import Row
+from fedraclora.run.ledger import Row
 
 
 def row(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
-from fedraclora.method import Adapter, Downlink, Factor, Frozen, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Trained
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.prox import add_prox
 from fedraclora.tree import Tree

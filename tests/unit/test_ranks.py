@@ -7,11 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.aggregate import Uplinks
 from fedraclora.errors import ConfigError, ShapeError, WireError
-from fedraclora.layers import LayerView
-from fedraclora.method import Adapter, Cohort, Downlink, Draw, Frozen, Plan, Sketched, Trained
-from fedraclora.ranks import (
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.method import (
+    Adapter,
+    Cohort,
+    Downlink,
+    Draw,
+    Frozen,
+    Plan,
+    Sketched,
+    Trained,
+)
+from fedraclora.protocol.rank_budgets import (
     check_budgets,
     check_ranks,
     cut_gradients,
@@ -23,6 +31,7 @@ from fedraclora.ranks import (
     widen,
     within,
 )
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.wire import uplink_layout
 from strategies.fed_rac_lora import FedRacLora

@@ -14,10 +14,10 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import ObjectLostError
 
+from fedraclora.config.settings import RayConfig
 from fedraclora.engines.ray.cluster import Cluster, check_address, worker_environment
 from fedraclora.engines.ray.pool import Pool, Seat
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.settings import RayConfig
 
 # Workers cannot import a test module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

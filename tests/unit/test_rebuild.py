@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedraclora.chain import CatchUp, link_tensors
-from fedraclora.checkpoint import append_link, link_digest
 from fedraclora.errors import CheckpointError
-from fedraclora.layers import LayerView
-from fedraclora.ledger import Ledger
-from fedraclora.link import Link, Plan, Term
-from fedraclora.method import State
-from fedraclora.rebuild import state_at, stored_plan
-from fedraclora.runbook import RunBook
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.link import Link, Plan, Term
+from fedraclora.protocol.method import State
+from fedraclora.run.ledger import Ledger
+from fedraclora.run.rebuild import state_at, stored_plan
+from fedraclora.run.recorder import RunRecorder
 from fedraclora.tree import Tree, digest
+from fedraclora.weights.chain import CatchUp, link_tensors
+from fedraclora.weights.files import append_link, link_digest
 
 PLAN = Plan({"w": LayerView("conv1d", (5, 7))}, ("b",), weights=("w",), shapes={"w": (7, 5)})
 ROUNDS = 9
@@ -37,14 +37,14 @@ def states(seed: float) -> list[State]:
 
 def written(folder: Path, seed: float = 0.5, last: int = ROUNDS) -> Path:
     """A run folder up to a round, with a checkpoint at its end."""
-    book = RunBook(folder, sync=False)
+    recorder = RunRecorder(folder, sync=False)
     first, *rest = states(seed)
-    book.begin(first)
-    book.append({"round": 0, "uplink_total": 0, "downlink_total": 0})
+    recorder.begin(first)
+    recorder.append({"round": 0, "uplink_total": 0, "downlink_total": 0})
     for round_, state in enumerate(rest[:last], start=1):
-        book.link(round_, state)
-        book.append({"round": round_, "cohort": 3, "uplink_total": 0, "downlink_total": 0})
-    book.save([first, *rest][last], last, CatchUp(first.base, 3))
+        recorder.link(round_, state)
+        recorder.append({"round": round_, "cohort": 3, "uplink_total": 0, "downlink_total": 0})
+    recorder.save([first, *rest][last], last, CatchUp(first.base, 3))
     return folder
 
 
@@ -92,7 +92,7 @@ def test_a_run_with_a_missing_link_does_not_go_on(gone: int, tmp_path: Path) -> 
     folder = written(tmp_path)
     link(folder, gone).unlink()
     with pytest.raises(CheckpointError, match=rf"{gone:06d}\.safetensors"):
-        RunBook(folder).restore(states(0.5)[0], CatchUp(states(0.5)[0].base, 3))
+        RunRecorder(folder).restore(states(0.5)[0], CatchUp(states(0.5)[0].base, 3))
 
 
 def older(folder: Path, rounds: list[int], cohort: int) -> Path:

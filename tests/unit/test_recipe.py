@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.recipe import RECIPES, block_diagonal, galore, in_turn, projected, sparse
+from fedraclora.protocol.recipes import RECIPES, block_diagonal, galore, in_turn, projected, sparse
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
 

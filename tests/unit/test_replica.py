@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fedraclora.errors import WireError
-from fedraclora.layers import LayerView
-from fedraclora.link import Link, Plan, Term, apply_link
-from fedraclora.replica import Chronicle, FileReplica, Follower, Replica
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree, digest
+from fedraclora.weights.replica import FileReplica, Follower, Replica, VersionLog
 
 
 def test_a_replica_gives_the_weights_of_its_version_without_a_copy() -> None:
@@ -94,9 +94,9 @@ def link_of(seed: int) -> Link:
     return Link({"w": Term((torch_normal(rng, 6, 2), torch_normal(rng, 2, 8)), 1.5)})
 
 
-def told(versions: int, first: int = 0) -> Chronicle:
+def told(versions: int, first: int = 0) -> VersionLog:
     """A chronicle that began at ``first`` and has had so many links since."""
-    chronicle, base = Chronicle(), {"w": torch_normal(generator(0, "w"), 6, 8).float()}
+    chronicle, base = VersionLog(), {"w": torch_normal(generator(0, "w"), 6, 8).float()}
     chronicle.publish(base, first)
     for seed in range(versions):
         base = apply_link(base, link_of(seed), PLAN)

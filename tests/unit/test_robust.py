@@ -9,12 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.aggregate import Uplinks
-from fedraclora.aggregator import Aggregator, Mean, Setting
-from fedraclora.downlink import Adapter, Downlink, Sketched, Trained
-from fedraclora.errors import ConfigError, ShapeError
-from fedraclora.method import Draw, Traits
-from fedraclora.robust.rules import (
+from fedraclora.aggregation.base import AggregationContext, Aggregator, Mean
+from fedraclora.aggregation.robust import (
     AGGREGATORS,
     GeometricMedian,
     Krum,
@@ -23,7 +19,7 @@ from fedraclora.robust.rules import (
     NormBound,
     TrimmedMean,
 )
-from fedraclora.robust.statistics import (
+from fedraclora.aggregation.statistics import (
     geometric_median,
     krum_order,
     median,
@@ -31,6 +27,10 @@ from fedraclora.robust.statistics import (
     shortened,
     trimmed_mean,
 )
+from fedraclora.errors import ConfigError, ShapeError
+from fedraclora.protocol.downlink import Adapter, Downlink, Sketched, Trained
+from fedraclora.protocol.method import Draw, Traits
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout
 
@@ -48,7 +48,7 @@ DOWNLINK = Downlink(
     },
     {"b": Trained((1,), main=False)},
 )
-SETTING = Setting(DOWNLINK, 1, Draw(0), {"b": torch.tensor([-2.0])})
+SETTING = AggregationContext(DOWNLINK, 1, Draw(0), {"b": torch.tensor([-2.0])})
 WEISZFELD = {"smoothing": 1e-9, "tolerance": 1e-15, "iterations": 2000}
 
 
@@ -146,7 +146,7 @@ def test_a_start_of_each_client_is_its_own() -> None:
         rows + torch.eye(3, 7).double(),
         places=torch.tensor([0, 2, 3]),
     )
-    bounded = NormBound(0.5)(got, Setting(sent, 1, Draw(0), {"b": torch.tensor([-2.0])}))
+    bounded = NormBound(0.5)(got, AggregationContext(sent, 1, Draw(0), {"b": torch.tensor([-2.0])}))
     assert bounded.stacked is not None
     torch.testing.assert_close(bounded.stacked, rows + torch.eye(3, 7).double() / 2)
 

@@ -8,8 +8,8 @@ import pytest
 
 from experiments.assemble import assemble
 from experiments.choices import composed
-from fedraclora.config import from_plain
-from fedraclora.ledger import Row, number
+from fedraclora.config.run_config import from_plain
+from fedraclora.run.ledger import Row, number
 from strategies import METHODS
 
 SMALL = [
@@ -24,7 +24,7 @@ def last_row(*words: str) -> Row:
     """The last row of a run."""
     run = assemble(from_plain(composed([*SMALL, *words]), METHODS), None)
     run.strategy.start(run.grid)
-    return run.strategy.book.ledger.rows[-1]
+    return run.strategy.recorder.ledger.rows[-1]
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean", "geometric_median", "multi_krum"])

@@ -9,9 +9,9 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedraclora.config.schema import build
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
-from fedraclora.schema import build
 from fedraclora.training.localconfig import LocalConfig
 from strategies.server.account import SampleAccount
 

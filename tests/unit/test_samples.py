@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedraclora.data.samples import Partitioned, Samples, count_labels
 from fedraclora.errors import DataError
-from fedraclora.samples import Partitioned, Samples, count_labels
 
 TABLE = Samples({"x": torch.arange(10.0).reshape(5, 2)}, torch.arange(5) * 10)
 # Client 0 holds rows 4 and 0, client 1 none, client 2 rows 2, 2 and 1 (a row may be shared).

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
-from fedraclora.sampling import check_cohort, client_weights, draw_cohort
+from fedraclora.protocol.cohorts import check_cohort, client_weights, draw_cohort
 
 
 @given(st.integers(0, 2**31), st.integers(1, 500), st.data())

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.secure import _whole
-from fedraclora.clientstore import ClientStore
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.secagg import SecAgg, Terms
+from fedraclora.run.client_state import ClientStore
 from fedraclora.wire.secagg import (
     LARGEST,
     Stage,

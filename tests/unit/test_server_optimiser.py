@@ -8,10 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fedraclora.downlink import Adapter, Frozen, Sketched, Trained
-from fedraclora.errors import ConfigError
-from fedraclora.rng import generator, torch_normal
-from fedraclora.server_optimiser import (
+from fedraclora.aggregation.server_optimisers import (
     SERVER_OPTIMISERS,
     Adagrad,
     Adam,
@@ -19,8 +16,11 @@ from fedraclora.server_optimiser import (
     ServerOptimiser,
     Yogi,
 )
+from fedraclora.errors import ConfigError
+from fedraclora.protocol.change_of_basis import held_beside, transported
+from fedraclora.protocol.downlink import Adapter, Frozen, Sketched, Trained
+from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
-from fedraclora.transport import held_beside, transported
 from fedraclora.tree import Tree
 
 CHANGES = (0.5, -0.25, 0.0, 2.0)

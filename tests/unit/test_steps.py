@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedraclora.method import Adapter, Downlink, Factor, Sketched, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Sketched, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.steps import effective_step

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from experiments.record import Record
-from fedraclora.aggregate import Refusal, too_many
 from fedraclora.errors import ClientError, DivergenceError
-from fedraclora.runfolder import run_title
-from fedraclora.stopped import FILE, divergence
+from fedraclora.protocol.uplinks import Refusal, too_many
+from fedraclora.run.folder import run_title
+from fedraclora.run.stopped import FILE, divergence
 from strategies import outcome
 from strategies.outcome import stopping_noted
 
@@ -31,10 +31,10 @@ ROWS = [{"round": t, "metrics": {"accuracy": t / 10}} for t in range(3)]
 
 def assembled(rows: list[dict[str, object]]) -> Any:
     """As much of a run as its end needs."""
-    book = SimpleNamespace(ledger=SimpleNamespace(rows=rows))
+    recorder = SimpleNamespace(ledger=SimpleNamespace(rows=rows))
     output = SimpleNamespace(plots=True)
     return SimpleNamespace(
-        strategy=SimpleNamespace(book=book, done=len(rows) - 1),
+        strategy=SimpleNamespace(recorder=recorder, done=len(rows) - 1),
         config=SimpleNamespace(plain=PLAIN, output=output, rounds=9),
         built=SimpleNamespace(classes=0),
     )

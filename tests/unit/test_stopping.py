@@ -11,10 +11,10 @@ import torch
 
 from experiments.choices import composed
 from experiments.simulate import simulate
-from fedraclora.checkpoint import load_checkpoint, save_checkpoint
+from fedraclora.config.settings import StopConfig
 from fedraclora.errors import ConfigError
-from fedraclora.ledger import Row, read_ledger
-from fedraclora.settings import StopConfig
+from fedraclora.run.ledger import Row, read_ledger
+from fedraclora.weights.files import load_checkpoint, save_checkpoint
 from strategies.server.stopping import Stopping
 
 JOB = [

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from experiments.study import main
-from experiments.study_budget import budgets
-from experiments.study_file import Study
-from experiments.study_run import read_lines, run_job
-from experiments.study_table import (
+from experiments.study.budget import budgets
+from experiments.study.command import main
+from experiments.study.file import Study
+from experiments.study.run import read_lines, run_job
+from experiments.study.table import (
     cost,
     draw,
     is_tuned,

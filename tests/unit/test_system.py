@@ -15,16 +15,16 @@ from typing_extensions import override
 
 from experiments.choices import choice, groups
 from fedraclora import rng
+from fedraclora.config.schema import build, without
 from fedraclora.devices.availability import Availability, Bernoulli, Diurnal
 from fedraclora.devices.distributions import Choice, Constant, LogNormal, Uniform
 from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.local import batches
-from fedraclora.sampling import draw_cohort
-from fedraclora.schema import build, without
+from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.reference.client import batches
 from fedraclora.training.localconfig import LocalConfig
-from strategies.server.fleet import Fleet
+from strategies.server.device_simulator import DeviceSimulator
 
 PRESETS = list(groups()["system"])
 FLEET = SystemConfig(
@@ -81,37 +81,37 @@ def test_who_is_asked_is_there_once_and_enough(
     cohort = data.draw(st.integers(1, clients))
     row = data.draw(st.sampled_from([Bernoulli(0.6), Diurnal(0.5, 0.9), Bernoulli(0.05)]))
     over = data.draw(st.sampled_from([1.0, 1.3, 4]))
-    fleet = SystemConfig(speed=Constant(1.0), availability=row, over_select=over)
+    devices = SystemConfig(speed=Constant(1.0), availability=row, over_select=over)
     now = data.draw(st.floats(0, 1e6))
     there = torch.nonzero(row.at(seed, 2, now, torch.arange(clients))).flatten().tolist()
     if not there:
         with pytest.raises(ClientError, match=rf"round 2: none of the {clients} clients"):
-            fleet.ask(seed, 2, clients, cohort, now)
+            devices.ask(seed, 2, clients, cohort, now)
         return
-    asked = fleet.ask(seed, 2, clients, cohort, now)
+    asked = devices.ask(seed, 2, clients, cohort, now)
     ids = asked.tolist()
     assert ids == sorted(set(ids))
     assert set(ids) <= set(there)
-    assert torch.equal(asked, fleet.ask(seed, 2, clients, cohort, now))
+    assert torch.equal(asked, devices.ask(seed, 2, clients, cohort, now))
     # At most 64 times as many are looked at; 400 are few enough for all but the smallest cohorts.
-    wanted = math.ceil(round(fleet.over_select * cohort, 6))
+    wanted = math.ceil(round(devices.over_select * cohort, 6))
     if clients <= 64 * wanted:
         assert len(ids) == min(wanted, len(there))
 
 
 @pytest.mark.parametrize(("over", "cohort", "asked"), [(1.1, 50, 55), (1.3, 20, 26), (1.01, 5, 6)])
 def test_over_selection_asks_more_and_rounds_up(over: float, cohort: int, asked: int) -> None:
-    fleet = SystemConfig(over_select=over)
-    assert torch.equal(fleet.ask(0, 1, 100, cohort, 0.0), draw_cohort(0, 1, 100, asked))
-    assert len(fleet.ask(0, 1, cohort, cohort, 0.0)) == cohort
+    devices = SystemConfig(over_select=over)
+    assert torch.equal(devices.ask(0, 1, 100, cohort, 0.0), draw_cohort(0, 1, 100, asked))
+    assert len(devices.ask(0, 1, cohort, cohort, 0.0)) == cohort
 
 
 def test_everyone_who_is_there_has_the_same_chance() -> None:
-    fleet, rounds = SystemConfig(speed=Constant(1.0), availability=Diurnal(0.5)), 800
-    there = fleet.availability.at(0, 1, 0.0, torch.arange(40))
+    devices, rounds = SystemConfig(speed=Constant(1.0), availability=Diurnal(0.5)), 800
+    there = devices.availability.at(0, 1, 0.0, torch.arange(40))
     counts = torch.zeros(40)
     for round_ in range(1, rounds + 1):
-        counts[fleet.ask(0, round_, 40, 3, 0.0)] += 1
+        counts[devices.ask(0, round_, 40, 3, 0.0)] += 1
     # Binomial(rounds, 3 / available): five standard deviations.
     chance = 3 / int(there.sum())
     tolerance = 5 * math.sqrt(rounds * chance * (1 - chance))
@@ -135,9 +135,9 @@ class Counted(Availability):
 @pytest.mark.parametrize("population", [10**6, 10**12])
 def test_the_work_is_that_of_the_cohort(population: int, chance: float) -> None:
     row = Counted(chance)
-    fleet = SystemConfig(availability=row)
+    devices = SystemConfig(availability=row)
     tracemalloc.start()
-    asked = fleet.ask(0, 1, population, 50, 0.0)
+    asked = devices.ask(0, 1, population, 50, 0.0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # Searches double up to 64 x 50 clients, and the last one is at most half of them all.
@@ -153,19 +153,19 @@ def test_a_search_that_finds_too_few_takes_a_smaller_cohort() -> None:
 
 
 def test_nobody_there_says_where_and_when() -> None:
-    fleet = SystemConfig(availability=Bernoulli(1e-9))
+    devices = SystemConfig(availability=Bernoulli(1e-9))
     words = r"round 4: none of the 10 clients looked at is available at 7,200 virtual seconds"
     with pytest.raises(ClientError, match=rf"{words} \(Bernoulli\(chance=1e-09\)\); raise"):
-        fleet.ask(0, 4, 10, 2, 7200.0)
+        devices.ask(0, 4, 10, 2, 7200.0)
 
 
 # --- what devices take ---------------------------------------------------------------------------
 
 
 def test_seconds_add_up_downlink_work_and_uplink() -> None:
-    fleet = SystemConfig(speed=Constant(50.0), downlink=Constant(4.0), uplink=Constant(0.5))
+    devices = SystemConfig(speed=Constant(50.0), downlink=Constant(4.0), uplink=Constant(0.5))
     work = Load(torch.tensor([100, 25]), torch.tensor([2e6, 0]), torch.tensor([1e6, 3e6]))
-    found = fleet.timeline(0, 1, torch.tensor([3, 8]), work, 2)
+    found = devices.timeline(0, 1, torch.tensor([3, 8]), work, 2)
     assert found.per_client.tolist() == [0.5 + 2.0 + 2.0, 0.0 + 0.5 + 6.0]
     assert found.seconds == 6.5
 
@@ -234,18 +234,18 @@ def test_clients_vanish_as_often_as_asked_and_evenly_in_time() -> None:
 
 
 def test_equal_devices_are_taken_at_random_and_not_by_id() -> None:
-    fleet, ids = SystemConfig(over_select=2.0), torch.arange(10)
+    devices, ids = SystemConfig(over_select=2.0), torch.arange(10)
     counts = torch.zeros(10)
     for round_ in range(1, 1001):
-        counts[fleet.timeline(0, round_, ids, load(ids), 5).kept] += 1
+        counts[devices.timeline(0, round_, ids, load(ids), 5).kept] += 1
     # Binomial(1000, 1 / 2): five standard deviations are 79.
     assert float((counts - 500).abs().max()) < 79
 
 
 def test_slow_clients_are_dropped_by_a_deadline() -> None:
-    fleet = SystemConfig(speed=Constant(1.0), deadline=60.0)
+    devices = SystemConfig(speed=Constant(1.0), deadline=60.0)
     work = Load(torch.tensor([50, 70, 10]), torch.zeros(3), torch.zeros(3))
-    found = fleet.timeline(0, 1, torch.tensor([4, 5, 6]), work, 3)
+    found = devices.timeline(0, 1, torch.tensor([4, 5, 6]), work, 3)
     assert found.kept.tolist() == [0, 2]
     assert [vars(d) for d in found.dropped] == [
         {"client": 5, "reason": "late: 70.0 s, the deadline is 60 s"}
@@ -311,7 +311,9 @@ def test_a_client_passes_over_the_samples_of_its_batches(
     """The last batch of each epoch is short where the batch does not divide the samples."""
     settings = LocalConfig(batch_size=batch_size, **local)
     sizes = [33, 70, 32, 5, 1]
-    found = Fleet(SystemConfig(speed=Constant(1.0)), 0, settings).passes(torch.tensor(sizes))
+    found = DeviceSimulator(SystemConfig(speed=Constant(1.0)), 0, settings).passes(
+        torch.tensor(sizes)
+    )
     wanted = [sum(map(len, batches(size, 0, settings, 0, 1))) for size in sizes]
     assert found.tolist() == wanted
 

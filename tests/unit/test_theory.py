@@ -1,4 +1,4 @@
-"""The bounds of `fedraclora.theory`: each descent inequality, by exact expectation on quadratics.
+"""`experiments.theory.bounds`: each descent inequality, by exact expectation on quadratics.
 
 The expectations are enumerated, not sampled: over all coordinate sketches, all permutations of
 the clients' batches and all cohorts. So a constant that is too small in some direction shows.
@@ -15,11 +15,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedraclora.errors import ConfigError
-from fedraclora.method import Adapter, Downlink, Trained
-from fedraclora.method import Sketched as SketchedFactor
-from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
-from fedraclora.theory import (
+from experiments.theory.bounds import (
     Given,
     cover,
     federated,
@@ -32,6 +28,10 @@ from fedraclora.theory import (
     sampling,
     sgd,
 )
+from fedraclora.errors import ConfigError
+from fedraclora.protocol.method import Adapter, Downlink, Trained
+from fedraclora.protocol.method import Sketched as SketchedFactor
+from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
 
 Array = npt.NDArray[np.float64]
 D = 3  # weights, a vector

@@ -14,10 +14,10 @@ from experiments.theory.problems import MEASURES, PROBLEMS, WEIGHT, Problem, pro
 from experiments.theory.runs import federate, start_of
 from experiments.theory.slowdown import slowdowns
 from experiments.theory.verdict import Curve, Path, judge, run, theorem
+from fedraclora.data.samples import Partitioned
+from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator, torch_normal
-from fedraclora.samples import Partitioned
-from fedraclora.task import LOSSES
 
 FEDERATED = [name for name in PROBLEMS if "8 clients" in name]
 
@@ -124,7 +124,7 @@ def test_a_run_takes_the_step_and_the_clients_of_its_case(theorem_: str) -> None
         seed=0,
         measure=ground.measure,
     )
-    row = strategy.book.ledger.rows[-1]
+    row = strategy.recorder.ledger.rows[-1]
     step = row["effective_step"]
     assert isinstance(step, dict)
     assert step["gamma_min"] == step["gamma_max"] == pytest.approx(case.step)
@@ -209,7 +209,7 @@ def test_the_regression_is_the_quadratic_of_the_paper() -> None:
 
 def test_full_training_and_rac_lora_get_there_where_asymmetric_lora_does_not() -> None:
     gaps = {
-        m: example.run(example.Trial(m, 1.0, 20, 0))[-1]
+        m: example.run(example.LocalResult(m, 1.0, 20, 0))[-1]
         for m in ("full", "RAC-LoRA", "asymmetric LoRA")
     }
     assert gaps["full"] < 1e-10
@@ -218,7 +218,7 @@ def test_full_training_and_rac_lora_get_there_where_asymmetric_lora_does_not() -
 
 
 def test_paths_that_diverge_are_counted() -> None:
-    trials = [example.Trial("LoRA", 1.0, 2, seed) for seed in range(3)]
+    trials = [example.LocalResult("LoRA", 1.0, 2, seed) for seed in range(3)]
     gaps = [np.array(g) for g in ([2.0, 1.0, 0.5], [2.0, np.inf, np.inf], [2.0, 1.5, 0.7])]
     (found,) = example.summarise(trials, gaps)
     assert (found.seeds, found.diverged) == (3, 1)

@@ -14,28 +14,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import WireError
-from fedraclora.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
-from fedraclora.ranks import uploaded_mask, widen
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
-from fedraclora.training.trial import Trial
+from fedraclora.training.local_result import LocalResult
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire import (
-    Order,
     Packed,
     Reader,
+    TrainRequest,
     pack_downlink,
-    pack_trial,
+    pack_result,
     payload_bytes,
     unpack_downlink,
-    unpack_trial,
+    unpack_result,
     uplink_layout,
 )
 
 K, M, R, N = 4, 5, 2, 7
 SPEC = SketchSpec("coordinate", "right", R, N, seed=2**62 + 3, index=5, blocks="cover")
 CLIENTS = torch.tensor([2, 3, 5, 2**33])
-ORDER = Order(9, 8, 1.0 / 3.0, CLIENTS)
+ORDER = TrainRequest(9, 8, 1.0 / 3.0, CLIENTS)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -94,18 +94,18 @@ def assert_same(left: Downlink, right: Downlink) -> None:
 
 def test_a_downlink_comes_back_to_the_bit() -> None:
     sent = everything()
-    got, order = unpack_downlink(pack_downlink(sent, ORDER, "float64"))
+    got, request = unpack_downlink(pack_downlink(sent, ORDER, "float64"))
     assert_same(got, sent)
     assert list(got.trained()) == list(sent.trained())
-    assert (order.round_, order.version, order.rate_scale) == (9, 8, 1.0 / 3.0)
-    assert torch.equal(order.clients, CLIENTS)
+    assert (request.round_, request.version, request.rate_scale) == (9, 8, 1.0 / 3.0)
+    assert torch.equal(request.clients, CLIENTS)
 
 
 @given(st.integers(0, K - 1), st.integers(1, K))
 def test_a_chunk_gets_its_own_rows_only(first: int, size: int) -> None:
     sent, places = everything(), slice(first, first + size)
-    order = replace(ORDER, clients=CLIENTS[places], first=first)
-    got, _ = unpack_downlink(pack_downlink(sent, order, "float64"))
+    request = replace(ORDER, clients=CLIENTS[places], first=first)
+    got, _ = unpack_downlink(pack_downlink(sent, request, "float64"))
     start, own = got.adapters["v"].factors["B"], sent.adapters["v"].factors["B"]
     assert isinstance(start, Trained)
     assert isinstance(own, Trained)
@@ -121,12 +121,12 @@ def test_a_chunk_gets_its_own_rows_only(first: int, size: int) -> None:
 
 def test_numbers_travel_in_the_precision_that_is_asked_for() -> None:
     content = pack_downlink(everything(), ORDER, "float32")
-    got, order = unpack_downlink(content)
+    got, request = unpack_downlink(content)
     bias = got.dense["head.bias"].start
     assert isinstance(bias, torch.Tensor)
     assert bias.dtype == torch.float32
     assert torch.equal(bias, normal(3).float())
-    assert order.rate_scale == 1.0 / 3.0
+    assert request.rate_scale == 1.0 / 3.0
     assert got.adapters["v"].scale == 1e-300
 
 
@@ -169,8 +169,8 @@ def arrays_of(content: RecordDict) -> list[Any]:
 
 @pytest.mark.parametrize("place", range(K))
 def test_the_payload_is_the_arrays_of_a_message_to_one_client(place: int) -> None:
-    order = replace(ORDER, clients=CLIENTS[place : place + 1], first=place)
-    content = pack_downlink(everything(), order, "float64")
+    request = replace(ORDER, clients=CLIENTS[place : place + 1], first=place)
+    content = pack_downlink(everything(), request, "float64")
     numbers = sum(array.nbytes for array in arrays_of(content))
     assert numbers + 8 == payload_bytes(everything(), K, 8)
 
@@ -180,8 +180,8 @@ def test_what_a_cohort_shares_is_packed_and_read_once() -> None:
     first, second = packed.message(CLIENTS[:2], 0), packed.message(CLIENTS[2:], 2)
     assert first["arrays"] is second["arrays"]
     assert first["config"] is second["config"]
-    (one, order), (two, other) = reader.read(first), reader.read(second)
-    assert (order.first, other.first) == (0, 2)
+    (one, request), (two, other) = reader.read(first), reader.read(second)
+    assert (request.first, other.first) == (0, 2)
     left, right = (down.dense["head.bias"].start for down in (one, two))
     assert isinstance(left, torch.Tensor)
     assert isinstance(right, torch.Tensor)
@@ -242,18 +242,18 @@ def test_a_dense_tensor_has_to_be_trained() -> None:
 LAYOUT = Layout((("w/B", (M, R)), ("b", (3,))))
 
 
-def trial(count: int, dtype: torch.dtype = torch.float64) -> Trial:
+def result(count: int, dtype: torch.dtype = torch.float64) -> LocalResult:
     trained: Tree = {n: normal(count, *s).to(dtype) for n, s in LAYOUT.shapes}
     trained["private"] = normal(count, 4)  # stays at the client
-    return Trial(trained, normal(count).abs(), torch.arange(count), torch.arange(count) + 1)
+    return LocalResult(trained, normal(count).abs(), torch.arange(count), torch.arange(count) + 1)
 
 
 @given(st.integers(1, K), st.sampled_from([torch.float32, torch.float64]))
 def test_a_reply_comes_back_to_the_bit(count: int, dtype: torch.dtype) -> None:
-    sent, clients = trial(count, dtype), CLIENTS[:count]
+    sent, clients = result(count, dtype), CLIENTS[:count]
     failures = {7: "it broke", 2**33 + 1: "so did it"}
-    content = pack_trial(sent, ORDER, clients, LAYOUT, failures, ["a note"])
-    reply = unpack_trial(content, LAYOUT)
+    content = pack_result(sent, ORDER, clients, LAYOUT, failures, ["a note"])
+    reply = unpack_result(content, LAYOUT)
     assert (reply.round_, reply.version) == (9, 8)
     assert torch.equal(reply.clients, clients)
     assert torch.equal(reply.losses, sent.losses)
@@ -270,8 +270,8 @@ def test_what_is_not_uploaded_does_not_travel() -> None:
     downlink = everything()
     assert "private" not in dict(uplink_layout(downlink).shapes)
     assert list(dict(uplink_layout(downlink).shapes)) == list(downlink.uploaded())
-    content = pack_trial(trial(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
-    assert unpack_trial(content, LAYOUT).numbers.shape == (2, LAYOUT.size)
+    content = pack_result(result(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    assert unpack_result(content, LAYOUT).numbers.shape == (2, LAYOUT.size)
 
 
 BUDGETS = Downlink(
@@ -282,8 +282,8 @@ BUDGETS = Downlink(
 
 
 def test_a_client_is_told_its_own_budget() -> None:
-    order = replace(ORDER, clients=CLIENTS[1:3], first=1)
-    got, _ = unpack_downlink(pack_downlink(BUDGETS, order, "float64"))
+    request = replace(ORDER, clients=CLIENTS[1:3], first=1)
+    got, _ = unpack_downlink(pack_downlink(BUDGETS, request, "float64"))
     assert got.ranks is not None
     assert got.ranks.tolist() == [2, 9]
     assert unpack_downlink(pack_downlink(everything(), ORDER, "float64"))[0].ranks is None
@@ -291,10 +291,10 @@ def test_a_client_is_told_its_own_budget() -> None:
 
 def test_what_is_beyond_a_budget_does_not_travel() -> None:
     places = torch.tensor([0, 1, 3])
-    sent = trial(3)
+    sent = result(3)
     mask = uploaded_mask(BUDGETS, places)
-    content = pack_trial(sent, ORDER, CLIENTS[places], LAYOUT, {}, [], mask)
-    numbers = unpack_trial(content, LAYOUT, BUDGETS.ranks).numbers
+    content = pack_result(sent, ORDER, CLIENTS[places], LAYOUT, {}, [], mask)
+    numbers = unpack_result(content, LAYOUT, BUDGETS.ranks).numbers
     assert numbers.shape == (M + 3 + 2 * M + 3 + M + 3,)
     rows = LAYOUT.unpack(widen(numbers, BUDGETS, places))
     assert torch.equal(rows["b"], sent.trained["b"])
@@ -304,14 +304,14 @@ def test_what_is_beyond_a_budget_does_not_travel() -> None:
 
 
 def test_whole_rows_where_cut_ones_are_wanted_are_refused() -> None:
-    content = pack_trial(trial(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    content = pack_result(result(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
     with pytest.raises(WireError, match=r"round 9: rows \(2, 13\)"):
-        unpack_trial(content, LAYOUT, BUDGETS.ranks)
+        unpack_result(content, LAYOUT, BUDGETS.ranks)
 
 
 def test_a_chunk_in_which_all_failed_still_says_who() -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    reply = unpack_trial(pack_trial(None, ORDER, none, LAYOUT, {5: "x"}, []), LAYOUT)
+    reply = unpack_result(pack_result(None, ORDER, none, LAYOUT, {5: "x"}, []), LAYOUT)
     assert reply.failures == {5: "x"}
     assert reply.numbers.shape == (0, LAYOUT.size)
     for vector in (reply.clients, reply.losses, reply.samples, reply.steps):
@@ -321,9 +321,9 @@ def test_a_chunk_in_which_all_failed_still_says_who() -> None:
 
 def test_a_reply_of_another_layout_names_round_clients_and_shapes() -> None:
     other = Layout((("w/B", (M, R + 1)), ("b", (3,))))
-    content = pack_trial(trial(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    content = pack_result(result(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
     with pytest.raises(WireError) as caught:
-        unpack_trial(content, other)
+        unpack_result(content, other)
     text = str(caught.value)
     assert "round 9: clients [2, 3]" in text
     assert "(5, 2)" in text
@@ -331,30 +331,30 @@ def test_a_reply_of_another_layout_names_round_clients_and_shapes() -> None:
 
 
 def test_a_reply_with_missing_rows_is_refused() -> None:
-    content = pack_trial(trial(2), ORDER, CLIENTS[:3], LAYOUT, {}, [])
+    content = pack_result(result(2), ORDER, CLIENTS[:3], LAYOUT, {}, [])
     with pytest.raises(WireError, match=r"round 9: rows \(2, 13\), wanted \(3, 13\)"):
-        unpack_trial(content, LAYOUT)
+        unpack_result(content, LAYOUT)
 
 
 # Checks and sums broadcast: of two clients with one weight, the second would be left out.
 @pytest.mark.parametrize("vector", ["losses", "samples", "steps"])
 def test_a_reply_with_missing_numbers_is_refused(vector: str) -> None:
-    content = pack_trial(trial(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
+    content = pack_result(result(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
     config = content["chunk"]
     assert isinstance(config, ConfigRecord)
     stored = config[vector]
     assert isinstance(stored, bytes)
     config[vector] = stored[:-8]
     with pytest.raises(WireError, match="round 9"):
-        unpack_trial(content, LAYOUT)
+        unpack_result(content, LAYOUT)
 
 
 # BUG (fails): a vector that is missing altogether is a KeyError that names neither round nor wish.
 @pytest.mark.parametrize("vector", ["losses", "samples", "steps"])
 def test_a_reply_that_lacks_a_vector_is_refused(vector: str) -> None:
-    content = pack_trial(trial(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
+    content = pack_result(result(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
     config = content["chunk"]
     assert isinstance(config, ConfigRecord)
     del config[vector]
     with pytest.raises(WireError, match="round 9"):
-        unpack_trial(content, LAYOUT)
+        unpack_result(content, LAYOUT)

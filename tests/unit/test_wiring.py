@@ -12,19 +12,19 @@ from typing_extensions import override
 
 from clients.engines import InFlower, InProcess, OnRay, engine_of
 from experiments.choices import composed
-from fedraclora.adapter import make_plan
-from fedraclora.config import RunConfig, from_plain
+from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.config.settings import DeployConfig, EngineConfig, FlowerConfig, Waiting
+from fedraclora.data.samples import Partitioned, Samples
+from fedraclora.data.task import Task
 from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
-from fedraclora.engine import EngineParts
+from fedraclora.engines.base import EngineParts
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.job import JobFolder
-from fedraclora.replica import Chronicle
-from fedraclora.samples import Partitioned, Samples
-from fedraclora.settings import DeployConfig, EngineConfig, FlowerConfig, Waiting
-from fedraclora.task import Task
+from fedraclora.protocol.plan import make_plan
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
+from fedraclora.weights.job import JobFolder
+from fedraclora.weights.replica import VersionLog
 from strategies import METHODS
 from strategies.assembly import assemble
 from strategies.base import FedStrategy
@@ -125,7 +125,7 @@ def test_flower_leaves_no_folder_where_its_run_is_refused(monkeypatch: pytest.Mo
 def test_an_engine_owns_the_replica_that_its_workers_follow() -> None:
     found = engine_of(config("engine=ray", "engine.gpus=0.5"))
     assert isinstance(found, OnRay)
-    assert isinstance(found.replica, Chronicle)
+    assert isinstance(found.replica, VersionLog)
     assert (found.spread, found.share) == (True, 0.5)
     flower = engine_of(config("engine=flower"))
     assert isinstance(flower, InFlower)

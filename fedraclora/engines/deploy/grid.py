@@ -9,16 +9,16 @@ from flwr.app import ConfigRecord, Error, Message
 from flwr.serverapp import Grid
 from typing_extensions import override
 
+from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.deploy.roster import Roster
 from fedraclora.engines.deploy.traffic import Traffic
 from fedraclora.engines.forwarding import ForwardingGrid
 from fedraclora.engines.local import NODE_ID, UNREADABLE, failed
 from fedraclora.errors import ClientError, EngineError
-from fedraclora.parcel import Archive
-from fedraclora.settings import DeployConfig
+from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import clients_of
 from fedraclora.wire.fields import printable, shown
-from fedraclora.wire.parcel import add_parcel
+from fedraclora.wire.weight_update import add_weight_update
 
 NODE_UNAVAILABLE = 5  # Flower's code for a node that is not there
 PAUSE = 0.2  # seconds between looks for replies: each is a request
@@ -48,7 +48,7 @@ class DeployGrid(ForwardingGrid):
     def __init__(
         self,
         grid: Grid,
-        archive: Archive,
+        archive: WeightHistory,
         run_id: str,
         settings: DeployConfig,
         *,
@@ -169,7 +169,7 @@ class DeployGrid(ForwardingGrid):
     def _push(self, message: Message, node: int, held: int | None, seconds: float) -> str:
         """Send a message with what brings the client from version ``held`` to the newest."""
         parcel = self.archive.since(held)
-        add_parcel(message.content, parcel)
+        add_weight_update(message.content, parcel)
         message.content["job"] = ConfigRecord({"run": self.run_id})
         message.metadata.dst_node_id, message.metadata.ttl = node, seconds
         (name,) = self.grid.push_messages([message])

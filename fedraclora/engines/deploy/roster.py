@@ -13,10 +13,10 @@ from typing import Protocol
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.deploy.traffic import Traffic
 from fedraclora.engines.local import UNREADABLE
 from fedraclora.errors import ClientError, WireError
-from fedraclora.settings import DeployConfig
 from fedraclora.wire.fields import printable, shown, whole
 
 PATIENCE = 60.0  # seconds for nodes that are there to say whom they serve, once enough have

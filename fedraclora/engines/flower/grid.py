@@ -9,13 +9,13 @@ import torch
 from flwr.clientapp import ClientApp
 from typing_extensions import override
 
-from fedraclora.clientstore import ClientStore
+from fedraclora.config.settings import FlowerConfig
 from fedraclora.engines.flower.nodes import NodePerClient
 from fedraclora.engines.flower.runtime import Backend, Runtime
 from fedraclora.engines.flower.superlink import Options
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.job import JobFolder
-from fedraclora.settings import FlowerConfig
+from fedraclora.run.client_state import ClientStore
+from fedraclora.weights.job import JobFolder
 
 
 def backend(settings: FlowerConfig, device: str) -> Backend:

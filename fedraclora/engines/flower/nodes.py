@@ -14,10 +14,10 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from typing_extensions import override
 
-from fedraclora.clientstore import ClientStore
 from fedraclora.engines.forwarding import ForwardingGrid
 from fedraclora.errors import ClientError, EngineError
-from fedraclora.job import JobFolder
+from fedraclora.run.client_state import ClientStore
+from fedraclora.weights.job import JobFolder
 from fedraclora.wire.records import clients_of, read_tree, tree_record
 
 PROCESS_DIED = 0  # the code of Flower's error reply where Ray, not the ClientApp, failed

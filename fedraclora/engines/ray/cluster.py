@@ -12,10 +12,10 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
+from fedraclora.config.settings import RayConfig
 from fedraclora.engines.private_ray import ENVIRONMENT
 from fedraclora.engines.ray.session import RaySession, own_sigterm, refuse_open_ray
 from fedraclora.errors import ConfigError, EngineError
-from fedraclora.settings import RayConfig
 
 # The top of this checkout: workers import the code that the driver runs.
 CODE = str(Path(__file__).resolve().parents[3])

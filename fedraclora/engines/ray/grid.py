@@ -12,14 +12,14 @@ import torch
 from flwr.app import Error, Message, RecordDict
 from typing_extensions import override
 
-from fedraclora.clientstore import ClientStore
+from fedraclora.config.settings import RayConfig
 from fedraclora.engines.local import LocalGrid, error_of, failed
 from fedraclora.engines.ray.cluster import Cluster, worker_environment
 from fedraclora.engines.ray.pool import Pool, Seat
 from fedraclora.errors import ConfigError
-from fedraclora.replica import Chronicle, Follower, News
-from fedraclora.settings import RayConfig
+from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
+from fedraclora.weights.replica import Follower, VersionLog, WeightNews
 from fedraclora.wire import clients_of
 
 SHARED = ("config", "arrays")  # records that all messages of an exchange have in common
@@ -100,10 +100,10 @@ class Resident:
         return Answer(content, left)
 
 
-def fetched(news: dict[str, Any]) -> News:
+def fetched(news: dict[str, Any]) -> WeightNews:
     """Fetch what news refer to."""
     links, dense = news["links"], news["dense"]
-    return News(
+    return WeightNews(
         news["version"],
         news["mark"],
         None if links is None else tuple(ray.get(links)),
@@ -133,7 +133,7 @@ class RayGrid(LocalGrid):
         build: Callable[[Any], Site],
         parts: object,
         *,
-        chronicle: Chronicle,
+        chronicle: VersionLog,
         store: ClientStore,
         settings: RayConfig,
     ) -> None:

@@ -17,7 +17,7 @@ from experiments import deploy
 from fedraclora.engines.deploy.control import Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import EngineError, FedRacLoraError
-from fedraclora.ledger import read_ledger
+from fedraclora.run.ledger import read_ledger
 from tests.campaigns.faults.network import RANK, SMALL
 from tests.campaigns.faults.trials import Outcome, absent, final_weights
 
@@ -48,8 +48,8 @@ class Drill:
         if not resume:
             words = [*SMALL, *RANK, *WORDS, "output.checkpoint_every=1", "output.progress=false"]
             words += [*self.words, f"output.dir={self.folder}"]
-        order = deploy.prepare(words, len(self.deployment.nodes))
-        self.run = deploy.submit(order, self.deployment.connection)
+        request = deploy.prepare(words, len(self.deployment.nodes))
+        self.run = deploy.submit(request, self.deployment.connection)
 
     def rows(self) -> list[dict[str, object]]:
         """The ledger so far; row 0 is what is measured before the first round."""

@@ -1,0 +1,1 @@
+"""Studies: rows of a table tuned alike, run over seeds, and ranked."""

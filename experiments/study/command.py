@@ -1,0 +1,50 @@
+"""``python -m experiments.study STUDY.yaml [KEY=VALUE ...]``: tune every row alike, run its seeds.
+
+A study names a preset, the rows to compare, one grid that every row is tuned on (on a validation
+split), and the seeds of the final runs; without ``tune`` all rows have the grid's one value, and
+``--tuned-by`` takes what another study has tuned, of the same rows on a like task. ``--tuning``
+gives overrides to the tuning runs alone. Every run that ends adds one line to ``runs.jsonl``;
+started again, the study goes on where it stopped. ``fedraclora compare experiment=STUDY`` does the
+same and makes a leaderboard of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from experiments.interrupt import in_order
+from experiments.status import reported
+from experiments.study.file import Study
+from experiments.study.run import read_lines, run_study, write_results
+from experiments.study.table import tuned_by
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@reported
+@in_order()
+def main() -> int:
+    """Run a study to its end."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs")
+    parser.add_argument("--metric", help="in place of the study's own")
+    parser.add_argument(
+        "--tuning", nargs="+", default=[], metavar="KEY=VALUE", help="of the tuning runs alone"
+    )
+    parser.add_argument("--tuned-by", metavar="FOLDER", type=Path, help="take that study's values")
+    parser.add_argument("--out", type=Path, help="default: experiments/results/<name>")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="write the tables only")
+    arguments = parser.parse_args()
+    out = arguments.out or RESULTS / arguments.study.stem
+    study = Study.read(arguments.study, arguments.overrides, arguments.metric, arguments.tuning)
+    if source := arguments.tuned_by:
+        other = Study.read(source / "study.yaml")
+        study = tuned_by(study, other, read_lines(source / "runs.jsonl"), source)
+    if arguments.table:
+        write_results(study, read_lines(out / "runs.jsonl"), out)
+    else:
+        run_study(study, out, arguments.jobs)
+    return 0

@@ -1,0 +1,218 @@
+"""A study as its YAML file says: a preset, rows to compare, a grid to tune on, seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.evaluation.metrics import higher_is_better
+
+KEYS = {"experiment", "metric", "grid", "final", "rows"}
+OPTIONAL = {"tune", "reference", "overrides", "reported"}
+OPTIONAL |= {"target", "varied", "best", "more", "only"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    phase: str  # tune | final
+    row: str
+    value: float
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Names the run in runs.jsonl."""
+        return f"{self.phase}|{self.row}|{self.value}|{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its YAML file says.
+
+    Attributes:
+        experiment: Preset that all runs start from.
+        metric: What is tuned and reported.
+        grid: The tuned key and its values; ``refine``, multiples of the best; ``scale``, by row.
+        final: Seeds and overrides of the final runs.
+        rows: What is compared: overrides, by name.
+        text: The file.
+        tune: Seeds and overrides of the tuning runs, and ``by``, what values are chosen by, for
+            one ``loss``, where it is not the metric; None: the grid has one value, that of all.
+        reference: The row whose final metric and uplink the others are held against.
+        overrides: Of all runs.
+        reported: The metric that a paper reports for a row, to be shown beside ours.
+        target: A value of the metric; a leaderboard says what it takes to reach it.
+        varied: Config keys that rows differ in although all rows of a comparison share them
+            (`experiments.study.same`).
+        best: Rows to take over from another study by their results (`experiments.leaderboard`).
+        fixed: Values that another study has tuned, by row, in place of the grid's.
+    """
+
+    experiment: str | None
+    metric: str
+    grid: Mapping[str, object]
+    final: Mapping[str, object]
+    rows: Mapping[str, Sequence[str]]
+    text: str
+    tune: Mapping[str, object] | None = None
+    reference: str | None = None
+    overrides: Sequence[str] = ()
+    reported: Mapping[str, float] = field(default_factory=dict)
+    target: float | None = None
+    varied: Sequence[str] = ()
+    best: Mapping[str, object] | None = None
+    fixed: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls,
+        path: Path,
+        overrides: Sequence[str] = (),
+        metric: str | None = None,
+        tuning: Sequence[str] = (),
+    ) -> Study:
+        """Read a study; what is given beside its file becomes part of `text`.
+
+        Args:
+            path: The YAML file.
+            overrides: Of all runs, after the file's own.
+            metric: In place of the file's own.
+            tuning: Overrides of the tuning runs, after the file's own.
+
+        Raises:
+            ConfigError: If it is no YAML mapping, or keys are missing or unknown; or there are
+                overrides of tuning runs, and it tunes nothing.
+        """
+        if not path.is_file():
+            raise ConfigError(f"there is no study {path}; see experiments/studies")
+        study = cls.parse(path.read_text(), path, {})
+        if overrides:
+            study = study.changed(overrides=[*study.overrides, *overrides])
+        if tuning:
+            if study.tune is None:
+                raise ConfigError(f"{path} tunes nothing, but has {' '.join(tuning)} for tuning")
+            own = _list(study.tune["overrides"])
+            study = study.changed(tune={**study.tune, "overrides": [*own, *tuning]})
+        return study if metric is None else study.changed(metric=metric)
+
+    def changed(self, **keys: object) -> Study:
+        """Give the study with keys of its file replaced; they become part of `text`.
+
+        Beside those of a file there are ``more``, rows to add, and ``only``, names of the rows to
+        keep.
+
+        Raises:
+            ConfigError: If that is no study.
+        """
+        return self.parse(self.text, Path("the study"), keys)
+
+    @classmethod
+    def parse(cls, text: str, path: Path, more: Mapping[str, object]) -> Study:
+        """Read the text of a study, and keys that replace its own; see `read`.
+
+        Args:
+            text: YAML.
+            path: Where it is from, for errors.
+            more: By key.
+
+        Raises:
+            ConfigError: See `read`.
+        """
+        text = text.rstrip("\n") + "\n"
+        text += "".join(f"{key}: {json.dumps(value)}\n" for key, value in more.items())
+        try:
+            loaded = dict(yaml.safe_load(text))
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} is not a study: {error}") from error
+        for key in loaded:
+            if key not in KEYS | OPTIONAL:
+                raise unknown("study key", key, KEYS | OPTIONAL)
+        if KEYS - set(loaded):
+            raise ConfigError(f"{path} lacks {', '.join(sorted(KEYS - set(loaded)))}")
+        loaded["rows"] = {**loaded.pop("more", {}), **(loaded["rows"] or {})}
+        _check(path, loaded)
+        _keep(loaded, loaded.pop("only", None))
+        return cls(**loaded, text=text)
+
+    @property
+    def chosen_by(self) -> str:
+        """What the tuned value is best in, on the validation split."""
+        return self.metric if self.tune is None else str(self.tune.get("by", self.metric))
+
+    def jobs(self, phase: str, row: str, values: Sequence[float]) -> list[Job]:
+        """List the runs of one row in one phase."""
+        section = self.tune if phase == "tune" else self.final
+        if section is None:
+            return []
+        seeds, extra = section["seeds"], section["overrides"]
+        preset = [f"experiment={self.experiment}"] if self.experiment else []
+        common = [*preset, *self.overrides, *self.rows[row], *map(str, _list(extra))]
+        return [
+            Job(phase, row, v, int(str(s)), (*common, f"{self.grid['key']}={v}", f"seed={s}"))
+            for v in values
+            for s in _list(seeds)
+        ]
+
+    def values(self, row: str) -> list[float]:
+        """Give the coarse grid of a row: the values of the grid, times the row's own scale."""
+        if self.fixed:
+            return [self.fixed[row]]
+        scale = self.grid.get("scale", {})
+        factor = float(str(scale.get(row, 1))) if isinstance(scale, Mapping) else 1.0
+        return [round(factor * float(str(v)), 9) for v in _list(self.grid["values"])]
+
+    def refined(self, best: float) -> list[float]:
+        """The values around the best of the coarse grid that are tried next."""
+        factors = [] if self.fixed else _list(self.grid.get("refine", []))
+        return [round(best * float(str(f)), 9) for f in factors]
+
+
+def _check(path: Path, loaded: Mapping[str, Any]) -> None:
+    """Refuse what no study can be."""
+    if not higher_is_better(str(loaded["metric"])):
+        raise ConfigError(
+            f"{path} has the metric {loaded['metric']}, of which less is better; studies "
+            "choose the greatest value: take a score, accuracy for one"
+        )
+    named = {"grid.scale": loaded["grid"].get("scale"), "reported": loaded.get("reported")}
+    for key, group in named.items():
+        for row in group or ():
+            if row not in loaded["rows"]:
+                raise unknown(f"row of {key}", row, loaded["rows"])
+    # Where rows come from another study, that is known once they are there (`best_rows`).
+    if "best" not in loaded and loaded.get("reference") not in {None, *loaded["rows"]}:
+        raise unknown("row as reference", loaded["reference"], loaded["rows"])
+    if extra := set(loaded.get("tune") or ()) - {"seeds", "overrides", "by"}:
+        raise unknown("key of tune", min(extra), ("seeds", "overrides", "by"))
+    if "tune" not in loaded and len(loaded["grid"]["values"]) != 1:
+        raise ConfigError(
+            f"{path} has no tune, but grid.values is {loaded['grid']['values']}; one value for "
+            "all rows is wanted, or tune, which says how to choose"
+        )
+
+
+def _keep(loaded: dict[str, Any], only: Sequence[str] | None) -> None:
+    """Drop the rows that are not asked for, and the reference if it is one of them."""
+    if only is None:
+        return
+    for row in only:
+        if row not in loaded["rows"]:
+            raise unknown("row", row, loaded["rows"])
+    loaded["rows"] = {row: how for row, how in loaded["rows"].items() if row in only}
+    if loaded.get("reference") not in loaded["rows"]:
+        loaded["reference"] = None
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise ConfigError(f"a study wants a list, but has {value!r}")
+    return value

@@ -1,0 +1,205 @@
+"""Running a study: every row tuned alike, then its seeds; each run that ends is one line.
+
+`run_study` goes on where it stopped, from the lines of ``runs.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments.assemble import Assembled
+from experiments.choices import composed
+from experiments.study.budget import budgets
+from experiments.study.file import Job, Study
+from experiments.study.same import check_same
+from experiments.study.table import best_value, cost, draw, table, tuned_value, write_table
+from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.run.ledger import Row, column, round_seconds
+
+Plain = dict[str, object]
+
+
+def run_study(study: Study, out: Path, workers: int = 1) -> dict[str, Plain]:
+    """Run what has not run, and write study.yaml, table, budgets and figure.
+
+    Args:
+        study: What to run.
+        out: Folder of the results; what has run there is not run again.
+        workers: Runs at a time, each in a process of its own.
+
+    Returns:
+        The lines of all runs, by key.
+
+    Raises:
+        ConfigError: Rows would not be compared alike, or the folder has runs of another study.
+    """
+    check_same(study)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "runs.jsonl"
+    done = read_lines(path)
+    (out / "study.yaml").write_text(study.text)
+    tuning = [j for row in study.rows for j in study.jobs("tune", row, study.values(row))]
+    run_all(tuning, done, path, workers)
+    coarse = {row: best_value(study, row, study.values(row), done) for row in study.rows}
+    finer = [j for row, v in coarse.items() for j in study.jobs("tune", row, study.refined(v))]
+    run_all(finer, done, path, workers)
+    while True:  # once more for each value that turned out to be unstable
+        best = {row: tuned_value(study, row, done) for row in study.rows}
+        final = [j for row, value in best.items() for j in study.jobs("final", row, [value])]
+        if all(job.key in done for job in final):
+            break
+        run_all(final, done, path, workers)
+    write_results(study, done, out)
+    return done
+
+
+def write_results(study: Study, done: Mapping[str, Plain], out: Path) -> None:
+    """Write table, budgets and figure of the rows whose final runs are all there."""
+    write_table(table(study, done), out, cost(done))
+    if equal := budgets(study, done):
+        (out / "budgets.md").write_text(equal.markdown())
+        equal.print()
+    draw(study, done, out)
+
+
+def run_job(job: Job) -> Plain:
+    """Run one job in memory and give its line for runs.jsonl."""
+    from experiments.assemble import assemble
+    from fedraclora.config.run_config import from_plain
+    from fedraclora.run.folder import provenance
+    from strategies import METHODS
+    from strategies.outcome import summarise
+
+    began, used = time.perf_counter(), time.process_time()
+    config = from_plain(composed(job.overrides), METHODS)
+    line: Plain = {**vars(job), "key": job.key}
+    if job.phase == "final":
+        line |= {"config": config.digested, **provenance()}
+    run = assemble(config, None)
+    if job.phase == "final":
+        line["client_bytes"] = client_bytes(run)
+    try:
+        run.start()
+    except FedRacLoraError as error:  # a learning rate that diverges is a result, not a failure
+        return line | {"diverged": str(error), "metrics": {}, "cpu_seconds": since(used)}
+    finally:
+        run.close()
+    rows = run.strategy.recorder.ledger.rows
+    errors = column(rows, "report", "aggregation_error")
+    line |= summarise(run, time.perf_counter() - began)
+    line["cpu_seconds"] = since(used)
+    line["server_cpu_seconds"] = server_cpu_seconds(rows)
+    line["curve"] = curve(rows)
+    line["aggregation_error"] = statistics.fmean(errors[np.isfinite(errors)].tolist() or [0.0])
+    return line
+
+
+def since(used: float) -> float:
+    """Processor seconds of this process since then: the cost of a run, on a busy machine too."""
+    return round(time.process_time() - used, 3)
+
+
+def client_bytes(run: Assembled) -> int | None:
+    """Count the bytes of the tensors that live while one client trains in round 1.
+
+    Weights, frozen factors, what is trained with its gradients and moments, and a batch with what
+    its backward pass needs (`fedraclora.training.memory`). None for a cohort of one, which is not
+    measured.
+    """
+    from fedraclora.protocol.method import Cohort
+    from fedraclora.training.memory import LOOKED_AT, measure
+
+    if run.built.cohort < 2:
+        return None
+    memory = run.chunk.memory
+    if memory is None:
+        strategy, two = run.strategy, Cohort(torch.arange(2), torch.ones(2))
+        sent = strategy.method.open_round(strategy.state, 1, two, strategy.draw)
+        population = torch.arange(min(run.built.clients, LOOKED_AT))
+        memory = measure(run.trainer, strategy.state.base, sent, population)
+    return memory.weights + memory.training(1)
+
+
+def server_cpu_seconds(rows: list[Row]) -> float:
+    """Processor seconds of the server to open and to close a round: the median over the rounds."""
+    laps = column(rows, "cpu_seconds", "open") + column(rows, "cpu_seconds", "close")
+    return round(float(np.median(laps[1:])), 6)
+
+
+def curve(rows: list[Row]) -> list[Plain]:
+    """Keep of a ledger what a figure needs: one point per measured round, with the time it took."""
+    points: list[Plain] = []
+    seconds = 0.0
+    for row in rows:
+        seconds += round_seconds(row)
+        if row.get("metrics"):
+            point = {"round": row["round"], "metrics": row["metrics"], "seconds": round(seconds, 3)}
+            totals = {key: row[key] for key in ("uplink_total", "downlink_total")}
+            points.append(point | totals)
+            seconds = 0.0
+    return points
+
+
+def read_lines(path: Path) -> dict[str, Plain]:
+    """Read what has run, by key; a torn last line is left out."""
+    done: dict[str, Plain] = {}
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            done[line["key"]] = line
+    return done
+
+
+def execute(jobs: list[Job], done: dict[str, Plain], path: Path, workers: int) -> Iterator[Plain]:
+    """Run the jobs that have not run, ``workers`` at a time; append and give each line.
+
+    Raises:
+        ConfigError: If one has run under other settings.
+    """
+    for job in jobs:
+        was = _decisive(done.get(job.key, {}).get("overrides", job.overrides))
+        if was != _decisive(job.overrides):
+            raise ConfigError(
+                f"{path} has {job.key} run with {' '.join(was)}; this study would run it with "
+                f"{' '.join(_decisive(job.overrides))}: take another folder, or remove those lines"
+            )
+    for line in lines_of([job for job in jobs if job.key not in done], workers):
+        with path.open("a") as file:
+            file.write(json.dumps(line, default=str) + "\n")
+        done[str(line["key"])] = line
+        yield line
+
+
+def lines_of(jobs: list[Job], workers: int) -> Iterator[Plain]:
+    """Run jobs and give their lines: one after another here, or side by side in processes."""
+    if workers == 1:
+        yield from map(run_job, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for future in as_completed([pool.submit(run_job, job) for job in jobs]):
+            yield future.result()
+
+
+def _decisive(overrides: object) -> list[str]:
+    """What was asked for, without where data lie and what is written."""
+    words = overrides if isinstance(overrides, list | tuple) else []
+    return [w for w in map(str, words) if not w.startswith(("data.root=", "output"))]
+
+
+def run_all(jobs: list[Job], done: dict[str, Plain], path: Path, workers: int) -> None:
+    """Run what has not run, and say how each ended."""
+    for line in execute(jobs, done, path, workers):
+        print(line["key"], line["metrics"], flush=True)

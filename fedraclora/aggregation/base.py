@@ -1,0 +1,129 @@
+"""Aggregators: what happens to checked uplinks before the method sees them.
+
+An aggregator may keep clients apart (robust rules), reduce them to their sum (as secure
+aggregation does), or change them (clipping, noise). It knows what was sent, so that it can tell
+an update from its start, and has the seed tree for its own draws.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from typing_extensions import override
+
+from fedraclora.errors import ConfigError
+from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import Downlink, Draw, Traits
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.tree import Tree
+
+
+@dataclass(frozen=True)
+class AggregationContext:
+    """What an aggregator may know beside the uplinks: ``base`` is what clients trained from."""
+
+    sent: Downlink
+    round_: int
+    draw: Draw
+    base: Tree = field(default_factory=dict)
+
+
+def starts(setting: AggregationContext, got: Uplinks) -> torch.Tensor:
+    """Give where what clients uploaded had started; see `opening_rows`."""
+    places = torch.arange(len(got.clients)) if got.places is None else got.places
+    return opening_rows(setting.sent, setting.base, got.layout, places)
+
+
+class Aggregator(ABC):
+    """Between the checks of what came and the method: a frozen dataclass with one function.
+
+    Attributes:
+        name: Its key in the config.
+        individuals: Whether it looks at single clients; if not, their sum is enough.
+        estimates: Whether what it hands on is one vector for the whole cohort.
+        compares: Whether it compares clients, who must then have trained the same thing.
+    """
+
+    name: ClassVar[str]
+    individuals: ClassVar[bool] = True
+    estimates: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+
+    def check(self, traits: Traits, cohort: int) -> None:
+        """Refuse a method or a cohort that this cannot serve.
+
+        Args:
+            traits: Of the method.
+            cohort: Clients per round.
+
+        Raises:
+            ConfigError: Saying why.
+        """
+        del cohort
+        if self.estimates and not traits.linear:
+            raise ConfigError(
+                f"aggregator={self.name} gives one vector for the cohort, but this "
+                "method needs each client's own; choose multi_krum, krum, norm_bound or mean"
+            )
+
+    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+        """Give what the method sees.
+
+        Raises:
+            ConfigError: If clients are to be compared who trained different things.
+        """
+        if self.compares and setting.sent.apart:
+            raise ConfigError(
+                f"aggregator={self.name} compares clients, but here they train different things: "
+                "other components (system.rank_budget, method.sketches above 1), or from factors "
+                "of their own; choose norm_bound or mean"
+            )
+        return self.apply(got, setting)
+
+    @abstractmethod
+    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+        """Do what `__call__` has found to be possible."""
+
+
+@dataclass(frozen=True)
+class Mean(Aggregator):
+    """Plain weighted averaging: nothing to do before the method takes the mean."""
+
+    name: ClassVar[str] = "mean"
+    individuals: ClassVar[bool] = False
+
+    @override
+    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+        del setting
+        return got
+
+
+@dataclass(frozen=True)
+class Total(Aggregator):
+    """Hand over the weighted sum only, as secure aggregation would."""
+
+    name: ClassVar[str] = "sum"
+    individuals: ClassVar[bool] = False
+    estimates: ClassVar[bool] = True
+
+    @override
+    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+        del setting
+        if got.stacked is None:
+            return got
+        return replace(got, stacked=None, summed=got.sum())
+
+
+def rows_of(got: Uplinks) -> torch.Tensor:
+    """Give what each client sent, float64 [K, P].
+
+    Raises:
+        ShapeError: If only the sum is known.
+    """
+    return got.rows().double().cpu()
+
+
+mean = Mean()

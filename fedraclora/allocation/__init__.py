@@ -1,0 +1,1 @@
+"""Which layers have which rank."""

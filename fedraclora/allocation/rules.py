@@ -1,0 +1,234 @@
+"""Which layers have which rank: rules that look at what clients send (config group ``allocation``).
+
+A rule scores and chooses; `strategies.wrappers.allocated` asks clients and hands the choice to the
+method.
+
+References:
+    Zhang et al., *Unlocking the global synergies in low-rank adapters* (HeteroLoRA), 2024, arXiv
+    2406.14956, and its public code; the proxies: Abdelfattah et al., *Zero-cost proxies for
+    lightweight NAS*, ICLR 2021, arXiv 2101.08134.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.tree import Tree
+
+
+def gradient_norm(values: Tree, gradients: Tree) -> float:
+    """GRAD-NORM of one layer: ``sum ||g||_F`` over its trained factors; values are not read."""
+    del values
+    return sum(float(torch.linalg.norm(g.double())) for g in gradients.values())
+
+
+def snip(values: Tree, gradients: Tree) -> float:
+    """SNIP of one layer: ``sum |theta g|`` over the entries of its trained factors.
+
+    A factor at zero adds nothing, and beside it the other has no gradient: where one factor begins
+    at zero every score is 0.
+    """
+    pairs = [(values[n].double(), g.double()) for n, g in gradients.items()]
+    return sum(float((value * g).abs().sum()) for value, g in pairs)
+
+
+PROXIES: dict[str, Callable[[Tree, Tree], float]] = {"grad_norm": gradient_norm, "snip": snip}
+SYNFLOW = "synflow"  # without data: `fedraclora.allocation.synflow`
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every adapted layer has the method's rank."""
+
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class HeteroLora(Uniform):
+    """The layers of highest score are adapted, at the method's rank, and the others are not.
+
+    Attributes:
+        proxy: The score, a key of `PROXIES`, or ``synflow``.
+        share: Of the layers that are adapted, (0, 1]; rounded down, at least one.
+        every: Rounds after which the layers are chosen anew (dynamic); None: once, in the first
+            round (static).
+    """
+
+    name: ClassVar[str] = "heterolora"
+
+    proxy: str = "grad_norm"
+    share: float = 0.25
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot choose."""
+        if self.proxy not in PROXIES and self.proxy != SYNFLOW:
+            raise unknown("allocation.proxy", self.proxy, [*PROXIES, SYNFLOW])
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"allocation.share is {self.share}; a share in (0, 1] is wanted")
+        if self.every is not None and self.every < 1:
+            raise ConfigError(
+                f"allocation.every is {self.every}; rounds, 1 or more, or null (once), are wanted"
+            )
+
+    def due(self, round_: int) -> bool:
+        """Whether layers are chosen in a round (from 1)."""
+        return round_ == 1 if self.every is None else (round_ - 1) % self.every == 0
+
+    def scores(self, values: Mapping[str, Tree], gradients: Mapping[str, Tree]) -> dict[str, float]:
+        """Score layers by what clients send.
+
+        Args:
+            values: Trained factors of each layer where clients start.
+            gradients: Of the same, of the mean loss of the cohort.
+        """
+        score = PROXIES[self.proxy]
+        return {name: score(values[name], g) for name, g in gradients.items()}
+
+    def chosen(self, scores: Mapping[str, float]) -> list[str]:
+        """Choose the layers that are adapted, in their order; of equal ones the first.
+
+        Raises:
+            ConfigError: If all scores are zero, which say nothing.
+
+        Example:
+            >>> HeteroLora(share=0.5).chosen({"a": 1.0, "b": 3.0, "c": 2.0, "d": 3.0})
+            ['b', 'd']
+        """
+        if not any(scores.values()):
+            raise ConfigError(
+                f"allocation.proxy is {self.proxy}, which scores every layer 0 where a factor "
+                "begins at zero; take proxy=grad_norm, or a start of both (method.initial)"
+            )
+        count = max(1, math.floor(self.share * len(scores)))
+        best = sorted(scores, key=lambda name: -scores[name])[:count]
+        return [name for name in scores if name in best]
+
+
+@dataclass(frozen=True)
+class AdaLora(Uniform):
+    """Components are dropped by importance, under a budget that falls with the rounds.
+
+    With b_0 components over all layers at the start and b_T = ``target`` times the layers:
+
+        b(t) = b_0                                            t <= begin
+        b(t) = b_T + (b_0 - b_T) (1 - (t - begin) / (end - begin))^3   between, every so many rounds
+        b(t) = b_T                                            t >= end
+
+    Attributes:
+        target: Mean rank of a layer at the end; a layer may have less, also none.
+        begin: Last round with all components.
+        end: First round with the final budget.
+        every: Rounds between two cuts.
+        beta1: Smoothing of the importance, [0, 1).
+        beta2: Smoothing of its uncertainty, [0, 1).
+
+    References:
+        Zhang et al., *AdaLoRA: adaptive budget allocation for parameter-efficient fine-tuning*,
+        ICLR 2023, arXiv 2303.10512; schedule and defaults of the betas as in the PEFT library.
+    """
+
+    name: ClassVar[str] = "adalora"
+
+    target: float = 4.0
+    begin: int = 10
+    end: int = 100
+    every: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+
+    def __post_init__(self) -> None:
+        """Refuse impossible schedules."""
+        if not 0 < self.target < math.inf:
+            raise ConfigError(f"allocation.target is {self.target}; a positive number is wanted")
+        if not 0 <= self.begin < self.end:
+            raise ConfigError(
+                f"allocation.begin is {self.begin} and allocation.end is {self.end}; "
+                "0 <= begin < end is wanted"
+            )
+        if self.every < 1:
+            raise ConfigError(f"allocation.every is {self.every}; 1 or more is wanted")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"allocation.{key} is {getattr(self, key)}; [0, 1) is wanted")
+
+    def budget(self, round_: int, first: int, layers: int) -> int | None:
+        """Give the components that may be left after a round, b(t); None where nothing is cut.
+
+        Args:
+            round_: From 1.
+            first: Components at the start, b_0.
+            layers: Adapted layers.
+
+        Example:
+            >>> rule = AdaLora(target=2, begin=2, end=6, every=2)
+            >>> [rule.budget(t, first=30, layers=5) for t in range(1, 8)]
+            [None, None, None, 12, None, 10, 10]
+        """
+        last = round(self.target * layers)
+        if round_ >= self.end:
+            return last
+        if round_ <= self.begin or round_ % self.every:
+            return None
+        left = 1 - (round_ - self.begin) / (self.end - self.begin)
+        return int(last + (first - last) * left**3)
+
+    def smoothed(
+        self,
+        old: tuple[torch.Tensor, torch.Tensor] | None,
+        value: torch.Tensor,
+        slope: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the smoothed importance and uncertainty of the entries of one factor.
+
+            I = |theta g|;  I_bar <- beta1 I_bar + (1 - beta1) I
+            U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|
+
+        Args:
+            old: Both before; None: zero.
+            value: theta.
+            slope: g, of the same shape.
+        """
+        now = (value * slope).abs()
+        mean, spread = old or (torch.zeros_like(now), torch.zeros_like(now))
+        mean = self.beta1 * mean + (1 - self.beta1) * now
+        return mean, self.beta2 * spread + (1 - self.beta2) * (now - mean).abs()
+
+
+def component_scores(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """Score each component by its column of B and its row of A: the sum of their means.
+
+    Args:
+        B: Scores of entries, [m, r].
+        A: Scores of entries, [r, n].
+
+    Returns:
+        [r].
+    """
+    return B.mean(dim=0) + A.mean(dim=1)
+
+
+def kept_components(scores: Mapping[str, torch.Tensor], budget: int) -> dict[str, torch.Tensor]:
+    """Keep the components of highest score over all layers: their places, in order, by layer.
+
+    Of equal ones the first layer's stay.
+
+    Example:
+        >>> scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 0.5, 4.0])}
+        >>> {n: t.tolist() for n, t in kept_components(scores, 3).items()}
+        {'a': [0], 'b': [0, 2]}
+    """
+    order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen[order[:budget].cpu()] = True
+    parts = chosen.split([len(s) for s in scores.values()])
+    return {n: torch.nonzero(p).flatten() for n, p in zip(scores, parts, strict=True)}
+
+
+ALLOCATIONS: dict[str, type[Uniform]] = {kind.name: kind for kind in (Uniform, HeteroLora, AdaLora)}

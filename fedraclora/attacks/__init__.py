@@ -1,0 +1,1 @@
+"""What clients that want to do harm send in a simulation."""

@@ -1,0 +1,215 @@
+"""Attacks to test with: what clients that want to do harm send in a simulation.
+
+Who attacks is one seeded draw for the whole run. A label flip lies in the attackers' data, a sign
+flip and noise in what they send; those who collude know each other's updates, so in a simulation
+they act where all of them are known: on the uplinks, before the aggregator.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from typing_extensions import override
+
+from fedraclora.data.samples import ClientData, Samples
+from fedraclora.errors import ConfigError, DataError
+from fedraclora.rng import cohort_bits, generator, hash_key
+
+
+@dataclass(frozen=True)
+class Attack:
+    """No attack, and the base of the others.
+
+    Attributes:
+        name: Its key in the config.
+        colludes: Whether attackers know each other's updates.
+        share: Of the population that attacks, rounded to a whole number of clients.
+    """
+
+    name: ClassVar[str] = "none"
+    colludes: ClassVar[bool] = False
+
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"attack.share is {self.share}; a share in [0, 1] is wanted")
+
+    def attackers(self, seed: int, population: int) -> torch.Tensor:
+        """Draw who attacks: ids in ascending order, int64."""
+        count = round(self.share * population)
+        drawn = generator(seed, "attackers").choice(population, count, replace=False)
+        return torch.from_numpy(drawn).sort().values
+
+    def sent(
+        self, updates: torch.Tensor, clients: torch.Tensor, seed: int, round_: int
+    ) -> torch.Tensor:
+        """Give what attackers send in the place of their updates.
+
+        Args:
+            updates: What they trained, float64 [k, P], less where it started.
+            clients: Ids, int64 [k].
+            seed: Of the run.
+            round_: From 1.
+        """
+        del clients, seed, round_
+        return updates
+
+    def colluded(self, rows: torch.Tensor, attackers: torch.Tensor) -> torch.Tensor:
+        """Give the rows of a cohort, float64 [K, P], once attackers (bool [K]) have agreed."""
+        del attackers
+        return rows
+
+
+@dataclass(frozen=True)
+class SignFlip(Attack):
+    """Send the update the other way round.
+
+    Attributes:
+        scale: Times its length.
+    """
+
+    name: ClassVar[str] = "sign_flip"
+
+    scale: float = 1.0
+
+    @override
+    def sent(
+        self, updates: torch.Tensor, clients: torch.Tensor, seed: int, round_: int
+    ) -> torch.Tensor:
+        return -self.scale * updates
+
+
+@dataclass(frozen=True)
+class ScaledNoise(Attack):
+    """Send Gaussian noise.
+
+    Attributes:
+        scale: Its norm, in norms of the client's own update (in expectation of the square).
+    """
+
+    name: ClassVar[str] = "scaled_noise"
+
+    scale: float = 1.0
+
+    @override
+    def sent(
+        self, updates: torch.Tensor, clients: torch.Tensor, seed: int, round_: int
+    ) -> torch.Tensor:
+        count = updates.shape[1]
+        bits = cohort_bits(hash_key(seed, "attack", round_), clients.cpu(), count)
+        normals: torch.Tensor = torch.special.ndtri((bits.double() + 0.5) * 2.0**-32)
+        size = updates.norm(dim=1, keepdim=True) / math.sqrt(max(1, count))
+        noise: torch.Tensor = self.scale * size * normals.to(updates)
+        return noise
+
+
+@dataclass(frozen=True)
+class LabelFlip(Attack):
+    """Train on flipped labels: class c of C is called C - 1 - c."""
+
+    name: ClassVar[str] = "label_flip"
+
+    def poisoned(self, data: ClientData, classes: int, seed: int) -> ClientData:
+        """Give the data of all clients with the attackers' labels flipped.
+
+        Raises:
+            DataError: If samples have no class.
+        """
+        if not classes:
+            raise DataError("attack=label_flip needs samples with classes; choose another attack")
+        return Flipped(data, self.attackers(seed, data.num_clients), classes)
+
+
+@dataclass(frozen=True)
+class ALittleIsEnough(Attack):
+    """Send the mean of the attackers' own updates, moved by some of their standard deviations.
+
+    Attributes:
+        z: Standard deviations; None: the most that leaves the attackers' value, in each
+            coordinate, nearer to the mean than those of enough honest clients for a majority.
+
+    References:
+        Baruch et al., *A little is enough*, arXiv 1902.06156. Departures: mean and deviation are
+        those of the attackers in the cohort alone, so a single one of them does nothing.
+    """
+
+    name: ClassVar[str] = "a_little_is_enough"
+    colludes: ClassVar[bool] = True
+
+    z: float | None = None
+
+    def deviations(self, cohort: int, attackers: int) -> float:
+        """Give z for a cohort of K = ``cohort`` clients: the quantile (h - s) / h of the normal.
+
+        h clients are honest, and s of them, the attackers and no more make a majority.
+        """
+        if self.z is not None:
+            return self.z
+        honest = cohort - attackers
+        supporters = cohort // 2 + 1 - attackers
+        if honest < 1 or supporters < 1:
+            raise ConfigError(
+                f"attack.z is null, but {attackers} of {cohort} clients attack: a majority needs "
+                "no help; set attack.z, or lower attack.share"
+            )
+        share = torch.tensor((honest - supporters) / honest, dtype=torch.float64)
+        return max(0.0, float(torch.special.ndtri(share)))
+
+    @override
+    def colluded(self, rows: torch.Tensor, attackers: torch.Tensor) -> torch.Tensor:
+        count = int(attackers.sum())
+        if not count:
+            return rows
+        own = rows[attackers]
+        away = self.deviations(len(rows), count) * own.std(dim=0, correction=0)
+        return torch.where(attackers[:, None], own.mean(dim=0) - away, rows)
+
+
+@dataclass(frozen=True)
+class Flipped:
+    """Client data in which some clients' labels are flipped; the rest is as it was.
+
+    Attributes:
+        data: Of all clients.
+        attackers: Their ids, int64.
+        classes: Number of labels.
+    """
+
+    data: ClientData
+    attackers: torch.Tensor
+    classes: int
+
+    @property
+    def num_clients(self) -> int:
+        """See `ClientData.num_clients`."""
+        return self.data.num_clients
+
+    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
+        """See `ClientData.sizes`."""
+        return self.data.sizes(clients)
+
+    def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
+        """See `ClientData.gather`."""
+        taken = self.data.gather(clients, positions)
+        hit = torch.isin(clients, self.attackers.to(clients.device))
+        hit = hit.repeat_interleave(positions.shape[1])
+        flipped = self.classes - 1 - taken.target
+        return replace(taken, target=torch.where(hit, flipped, taken.target))
+
+    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """See `ClientData.lengths`."""
+        return self.data.lengths(clients, positions)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Flipped:
+        """See `ClientData.to`."""
+        return replace(self, data=self.data.to(device, dtype))
+
+
+ATTACKS: dict[str, type[Attack]] = {
+    kind.name: kind for kind in (Attack, SignFlip, ScaledNoise, LabelFlip, ALittleIsEnough)
+}

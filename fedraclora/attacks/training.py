@@ -1,0 +1,69 @@
+"""Local training of a simulation in which some clients attack."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from typing_extensions import override
+
+from fedraclora.attacks.attack import Attack
+from fedraclora.data.task import Task
+from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.local_result import LocalResult
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.tree import Layout, Tree
+
+
+class AttackedTrainer(CohortTrainer):
+    """A trainer whose attackers do not hand over what they trained.
+
+    Args:
+        attack: What they do.
+
+    The others are those of `CohortTrainer`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        local: LocalConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        precision: str,
+        attack: Attack,
+    ) -> None:
+        super().__init__(task, plan, local, seed=seed, device=device, precision=precision)
+        self.attack = attack
+        self.attackers = attack.attackers(seed, self.data.num_clients)
+
+    @override
+    def train(
+        self,
+        base: Tree,
+        downlink: Downlink,
+        clients: torch.Tensor,
+        *,
+        round_: int,
+        rate_scale: float,
+        moments: Tree | None = None,
+    ) -> LocalResult:
+        result = super().train(
+            base, downlink, clients, round_=round_, rate_scale=rate_scale, moments=moments
+        )
+        hit = torch.nonzero(torch.isin(clients.cpu(), self.attackers)).flatten()
+        if not len(hit):
+            return result
+        layout = Layout(tuple((n, s.shape) for n, s in downlink.uploaded().items()))
+        rows = layout.pack({n: result.trained[n][hit].cpu().double() for n, _ in layout.shapes}, 1)
+        start = opening_rows(downlink, base, layout, hit)
+        moved = self.attack.sent(rows - start, clients[hit], self.seed, round_)
+        trained = dict(result.trained)
+        for name, tensor in layout.unpack(start + moved).items():
+            trained[name] = trained[name].clone()
+            trained[name][hit] = tensor.to(trained[name])
+        return replace(result, trained=trained)

@@ -1,0 +1,1 @@
+"""From a plain nested dict to checked, frozen settings, and from those to a task."""

@@ -1,0 +1,296 @@
+"""From checked settings to a task: data, partition, model, pretraining, device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from threadpoolctl import threadpool_limits
+
+from fedraclora.attacks.attack import LabelFlip
+from fedraclora.attacks.training import AttackedTrainer
+from fedraclora.config.run_config import TaskConfig
+from fedraclora.config.schema import Plain, bind, coerce, section, without
+from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
+from fedraclora.data.leak import refuse_shared
+from fedraclora.data.own import Brought, settled_own
+from fedraclora.data.partition import make_partition
+from fedraclora.data.samples import Partitioned, Samples, count_labels
+from fedraclora.data.task import Task
+from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.models import MODELS, check_fit
+from fedraclora.models.built import seeded
+from fedraclora.models.dropout import refuse_functions
+from fedraclora.models.interaction import refuse_interaction
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
+from fedraclora.protocol.cohorts import check_cohort
+from fedraclora.protocol.method import Plan
+from fedraclora.protocol.plan import make_plan
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.pretrain import pretrain
+
+COMMON_DATA_KEYS = ("labels", "validation")
+PRETRAINED_KEPT = 8  # models in one process
+
+_PRETRAINED: dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]] = {}
+
+
+@dataclass(frozen=True)
+class BuiltTask:
+    """A task on its device, and what the loop must know of it.
+
+    Attributes:
+        task: The task.
+        clients: Size of the population, after empty clients are dropped.
+        cohort: Clients per round.
+        classes: Number of labels that samples have; 0 where they have none.
+        device: Where training runs.
+    """
+
+    task: Task
+    clients: int
+    cohort: int
+    classes: int
+    device: torch.device
+
+    def label_counts(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
+        """Count the samples of each label at some clients: ids [K] -> [K, classes]."""
+        return count_labels(self.task.train, clients.to(self.device), self.classes)
+
+
+def settled(plain: Plain) -> dict[str, object]:
+    """Fill in what data of the clients' own say of themselves, for processes that have one's alone.
+
+    Args:
+        plain: The config of a new run.
+
+    Returns:
+        The config, with the number of clients, and the shape and classes of their samples.
+
+    Raises:
+        FedRacLoraError: If the samples are missing or wrong, or do not say it.
+    """
+    data = section(plain, "data")
+    if data.get("name") != "own":
+        return dict(plain)
+    data, clients = settled_own(data, plain.get("clients"))
+    return {**plain, "data": data, "clients": clients}
+
+
+def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTrainer:
+    """Build what trains the clients of a run: the same in every process that has some."""
+    task, attack = built.task, config.attack
+    if isinstance(attack, LabelFlip):
+        task = replace(task, train=attack.poisoned(task.train, built.classes, config.seed))
+    bind = partial(
+        CohortTrainer if not attack.share else partial(AttackedTrainer, attack=attack),
+        seed=config.seed,
+        device=built.device,
+        precision=config.precision,
+    )
+    return bind(task, plan, config.local)
+
+
+def terms_of(config: TaskConfig, built: BuiltTask) -> Terms | None:
+    """Give what the clients of a run insist on in secure aggregation; None without it."""
+    if not isinstance(config.secure, SecAgg):
+        return None
+    if config.system.enabled or isinstance(config.privacy, ClientLevel):
+        fewest = LEAST  # how many are asked is a matter of devices, or of coins
+    else:
+        fewest = config.engine.fewest(built.cohort, config.max_failures)
+    return Terms(config.secure, config.weights, max(LEAST, fewest))
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: If CUDA is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but this PyTorch finds no GPU; use device=auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def fix_bits(threads: int, device: torch.device) -> None:
+    """Fix what changes bits: threads of torch and of every BLAS, and the free choices of a GPU."""
+    torch.set_num_threads(threads)
+    threadpool_limits(limits=threads)
+    # The fast path of torch's own transformer blocks has no derivative, and other bits.
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cuda":
+        # The gradients of fused attention are summed in whatever order blocks of threads end.
+        torch.backends.cuda.enable_flash_sdp(enabled=False)
+        torch.backends.cuda.enable_mem_efficient_sdp(enabled=False)
+        torch.backends.cuda.enable_cudnn_sdp(enabled=False)
+
+
+def plan_of(config: TaskConfig, task: Task) -> Plan:
+    """Choose what is adapted and what is trained in full beside it."""
+    return make_plan(
+        task.model,
+        task.head,
+        targets=task.targets if config.targets is None else config.targets,
+        head_policy=config.head,
+        bias_policy=config.bias,
+        dense=config.dense,
+    )
+
+
+def build_task(config: TaskConfig) -> BuiltTask:
+    """Load data, divide it, build the model and pretrain it where that is asked for.
+
+    Args:
+        config: Checked settings.
+
+    Returns:
+        The task and its sizes.
+
+    Raises:
+        FedRacLoraError: Whatever is wrong with data, partition, model or cohort.
+    """
+    device = pick_device(config.device)
+    labels = coerce("data.labels", config.data.get("labels"), list[int] | None)
+    share = coerce("data.validation", config.data.get("validation", 0.0), float)
+    loader = bind(
+        "data",
+        DATASETS,
+        without(config.data, *COMMON_DATA_KEYS),
+        clients=config.clients,
+        seed=config.seed,
+    )
+    whole = loader()
+    data = select_labels(whole, labels) if isinstance(labels, list) else whole
+    data, validation = hold_out(data, float(str(share)), config.seed)
+    arguments = without(config.partition, "name")
+    parts, info = make_partition(
+        data,
+        name=str(config.partition.get("name")),
+        clients=config.clients,
+        seed=config.seed,
+        **arguments,  # type: ignore[arg-type]
+    )
+    built = bind(
+        "model",
+        MODELS,
+        config.model,
+        shape=data.sample_shape,
+        classes=data.classes,
+        seed=config.seed,
+    )()
+    brought = [data.train, *(parts.found if isinstance(parts, Brought) else ())]
+    if not data.measures_training:
+        refuse_shared(brought, data.test)
+    for table in (*brought, data.test):
+        if len(table):
+            check_fit(built.model, table.inputs)
+    if config.model.get("name") == "function":
+        tables = [table for table in (*brought, data.test) if len(table)]
+        seen: Mapping[str, torch.Tensor] = tables[0].inputs if tables else {}
+        refuse_functions(built.model, seen)
+        refuse_interaction(built.model, seen)
+    dtype = _float_dtype(data.train)
+    model = built.model.to(dtype)
+    facts: dict[str, object] = {**data.info, "partition": info}
+    facts |= {"train": len(data.train)} if len(data.train) else {}
+    facts |= {"test": len(data.test), "validation": len(validation or ())}
+    if config.pretrain.epochs:
+        facts["pretrain"] = _pretrained(config, whole, model)
+    train = Partitioned.of(data.train, parts) if isinstance(parts, list) else parts
+    clients = train.num_clients
+    cohort = config.cohort
+    size = max(1, int(cohort * clients)) if isinstance(cohort, float) else cohort
+    check_cohort(size, clients)
+    task = Task(
+        model=model.to(device),
+        head=built.head,
+        loss=data.loss,
+        metrics=data.metrics,
+        train=train.to(device),
+        test=data.test.clone().to(device),
+        validation=None if validation is None else validation.clone().to(device),
+        targets=built.targets,
+        optimum=data.optimum,
+        info=facts,
+    )
+    labelled = "label" in data.columns and data.classes > 1
+    return BuiltTask(task, clients, size, data.classes if labelled else 0, device)
+
+
+def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> dict[str, float]:
+    """Pretrain on the labels that are asked for, or on what is set aside; give the test metrics.
+
+    The newest results are kept in this process: the runs of a study begin from few of them.
+    """
+    asked = config.pretrain
+    if whole.aside is None and section(config.plain, "pretrain").get("name") == "aside":
+        raise ConfigError(
+            "pretrain=aside trains on samples that the data set sets aside, and "
+            f"data={config.data['name']} sets none aside: set data.aside where it has that key, or "
+            "pretrain=none"
+        )
+    if not len(whole.train):
+        raise ConfigError(
+            f"data={config.data['name']}: the clients bring all training samples, so that the "
+            "server has nothing to pretrain on: set pretrain=none (a model of your own may bring "
+            "trained weights)"
+        )
+    try:
+        part = whole if asked.labels is None else select_labels(whole, asked.labels)
+    except FedRacLoraError as error:
+        raise ConfigError(f"pretrain.labels: {error}; pretrain=none leaves it out") from error
+    made_by = (asked, config.data, config.clients, config.model, config.seed)
+    key = repr((*made_by, torch.get_num_threads()))
+    if key not in _PRETRAINED:
+        train, test = part.aside or (part.train, part.test)
+        with seeded(config.seed, "pretrain"):  # dropout draws from torch's global generator
+            metrics = pretrain(
+                model,
+                train,
+                test,
+                part.loss,
+                part.metrics,
+                seed=config.seed,
+                epochs=asked.epochs,
+                lr=asked.lr,
+                batch_size=asked.batch_size,
+            )
+        state = {n: t.detach().clone() for n, t in model.state_dict().items()}
+        _PRETRAINED[key] = state, metrics
+        while len(_PRETRAINED) > PRETRAINED_KEPT:
+            del _PRETRAINED[next(iter(_PRETRAINED))]
+    state, metrics = _PRETRAINED[key]
+    model.load_state_dict(state)
+    return dict(metrics)
+
+
+def _float_dtype(samples: Samples) -> torch.dtype:
+    """Precision of the inputs, which the model takes; float32 for token ids."""
+    floats = (t.dtype for t in samples.inputs.values() if t.is_floating_point())
+    return next(floats, torch.float32)
+
+
+def measured_samples(task: Task, split: str) -> Samples:
+    """Give the samples that the server evaluates on.
+
+    Raises:
+        ConfigError: If the validation split is asked for and there is none.
+    """
+    if split == "test":
+        return task.test
+    if task.validation is None:
+        raise ConfigError(
+            "the validation split is asked for (by evaluate.split or stop.patience), but "
+            "data.validation is 0; set it above 0"
+        )
+    return task.validation

@@ -1,0 +1,387 @@
+"""From a plain nested dict (a resolved Hydra config) to checked, frozen settings.
+
+Each group of the config names a row of a table (``method.name``, ``data.name``, ...). Its other
+keys must be the keyword arguments of that row: signatures are the schema, so a wrong key, type or
+name is refused here, with the names that exist and the nearest one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from fedraclora.aggregation.base import Aggregator
+from fedraclora.aggregation.robust import AGGREGATORS
+from fedraclora.aggregation.server_optimisers import SERVER_OPTIMISERS, ServerOptimiser
+from fedraclora.allocation.rules import ALLOCATIONS, Uniform
+from fedraclora.attacks.attack import ATTACKS, Attack
+from fedraclora.config.schema import (
+    Plain,
+    bind,
+    build,
+    checked_arguments,
+    coerce,
+    refuse_missing,
+    row_of,
+    section,
+    without,
+)
+from fedraclora.config.settings import (
+    ENGINES,
+    DeployConfig,
+    EngineConfig,
+    EvaluateConfig,
+    OutputConfig,
+    PretrainConfig,
+    StopConfig,
+)
+from fedraclora.config.unread import Groups, refuse_unread
+from fedraclora.data import DATASETS, PARTITIONS
+from fedraclora.devices.system import SystemConfig
+from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest, unknown
+from fedraclora.evaluation.metrics import METRICS
+from fedraclora.models import MODELS
+from fedraclora.privacy.client_level import PRIVACIES, Privacy
+from fedraclora.privacy.secagg import SECURES, Open, SecAgg
+from fedraclora.protocol.cohorts import WEIGHTINGS
+from fedraclora.protocol.method import Method
+from fedraclora.protocol.plan import BIAS_POLICIES, HEAD_POLICIES
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.precision import PRECISIONS
+
+DEVICES = ("auto", "cpu", "cuda")
+NOT_IN_DIGEST = ("output", "resume")
+# Of an engine, what decides bits: neither where its workers are nor how many.
+ENGINE_IN_DIGEST = ("chunk", "threads")
+
+
+def digested(plain: Plain) -> dict[str, object]:
+    """The part of a config that decides the result: neither where data lie nor what is written."""
+    kept = {k: v for k, v in plain.items() if k not in NOT_IN_DIGEST}
+    if isinstance(data := kept.get("data"), Mapping):
+        kept["data"] = without(data, "root")
+    if isinstance(engine := kept.get("engine"), Mapping):
+        kept["engine"] = {k: v for k, v in engine.items() if k in ENGINE_IN_DIGEST}
+    unset = {"allocation": {"name": Uniform.name}, "dora": False}  # before these, runs are the same
+    return {k: v for k, v in kept.items() if k not in unset or v != unset[k]}
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What every process that trains clients must know: data, model and local training.
+
+    Attributes:
+        plain: The dict this was read from.
+        data, partition, model: Tables' rows and their arguments.
+        local, engine, pretrain: Settings.
+        attack: What some clients do to harm the run, in a simulation.
+        clients: Clients that are asked for; None where the data brings its own division.
+        cohort: Clients per round; a fraction of them if below 1.
+        seed: Of the run.
+        device: auto, cpu or cuda.
+        precision: float32 or bf16-mixed.
+        head, bias, targets, dense: The policy of `fedraclora.protocol.plan.make_plan`.
+        weights: examples or uniform.
+        privacy, secure: What a round may tell of a client; what the server sees of a cohort.
+        max_failures: Clients that may fail in a round.
+        system: What the clients' devices are like.
+    """
+
+    plain: Plain
+    data: Plain
+    partition: Plain
+    model: Plain
+    local: LocalConfig
+    engine: EngineConfig
+    pretrain: PretrainConfig
+    attack: Attack
+    clients: int | None
+    cohort: int | float
+    seed: int
+    device: str
+    precision: str
+    head: str
+    bias: str
+    targets: str | list[str] | None
+    dense: str | list[str] | None
+    weights: str
+    privacy: Privacy
+    secure: Open
+    max_failures: int
+    system: SystemConfig
+
+
+@dataclass(frozen=True)
+class RunConfig(TaskConfig):
+    """Everything that a run is made from.
+
+    Attributes:
+        method: The method, its hyperparameters checked.
+        allocation: Which layers it adapts, and at which rank.
+        dora: Whether adapted rows have trained magnitudes (`fedraclora.lowrank.dora`).
+        evaluate, output: Settings.
+        rounds: Rounds.
+        aggregator: What happens to the updates before the method sees them.
+        server_optimiser: What the server makes of the mean of a round.
+        control_variates: Whether clients' drift is corrected by control variates (SCAFFOLD).
+        stop: When to end before the last round.
+    """
+
+    method: Method
+    allocation: Uniform
+    dora: bool
+    evaluate: EvaluateConfig
+    output: OutputConfig
+    rounds: int
+    aggregator: Aggregator
+    server_optimiser: ServerOptimiser
+    control_variates: bool
+    stop: StopConfig
+
+    @property
+    def digested(self) -> dict[str, object]:
+        """The part of the config that decides the result."""
+        return digested(self.plain)
+
+
+# Groups of one kind each; a name says which of the files it is.
+KINDS: dict[str, Callable[..., object]] = {
+    "local": LocalConfig,
+    "evaluate": EvaluateConfig,
+    "pretrain": PretrainConfig,
+    "output": OutputConfig,
+    "system": SystemConfig,
+    "stop": StopConfig,
+}
+NAMED = ("local", "pretrain", "output", "system")
+# Groups that choose a row of a table: those that are called at once, and those that wait for data.
+ROWS: dict[str, Mapping[str, Callable[..., object]]] = {
+    "allocation": ALLOCATIONS,
+    "engine": ENGINES,
+    "aggregator": AGGREGATORS,
+    "server_optimiser": SERVER_OPTIMISERS,
+    "privacy": PRIVACIES,
+    "secure": SECURES,
+    "attack": ATTACKS,
+}
+TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
+    "data": DATASETS,
+    "model": MODELS,
+    "partition": PARTITIONS,
+}
+# Keys of a group beside those of its row, and arguments of the row that are no keys.
+BESIDE = {"data": ("labels", "validation"), "partition": ("empty",)}
+GIVEN = {
+    "data": ("clients", "seed"),
+    "model": ("shape", "classes", "seed"),
+    "partition": ("data", "clients", "seed"),
+}
+
+
+def task_from_plain(plain: Plain) -> TaskConfig:
+    """Check the part of a config that clients need, and build its settings.
+
+    Raises:
+        ConfigError: Naming the key, what came and what was wanted.
+    """
+    return TaskConfig(**_fields(TaskConfig, plain))  # type: ignore[arg-type]
+
+
+def from_plain(
+    plain: Plain, methods: Mapping[str, type[Method]], *, began: bool = False
+) -> RunConfig:
+    """Check a plain config and build the settings.
+
+    Args:
+        plain: Nested dict of plain values (see ``conf/config.yaml`` for the keys).
+        methods: The METHODS table of `strategies`, handed in since it lies above this module.
+        began: Whether it is that of a run that goes on, which an earlier version may have begun:
+            keys that nothing reads are then left as they are.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: Naming the key, what came and what was wanted.
+    """
+    if not began:
+        _refuse_unknown(plain)
+    method = bind("method", methods, section(plain, "method"))()
+    config = RunConfig(method=method, **_fields(RunConfig, plain))  # type: ignore[arg-type]
+    _check(config)
+    if not began:
+        refuse_unread(_groups(config))
+    return config
+
+
+def _refuse_unknown(plain: Plain) -> None:
+    """Refuse keys of the config itself that do not exist."""
+    known = [*inspect.signature(RunConfig).parameters, "resume"]
+    known.remove("plain")
+    found = [key for key in plain if key not in known]
+    if not found:
+        return
+    whole = [f"{key}.{inner}" for key in known for inner in _keys(plain.get(key))]
+    lines = [unknown_key(str(key), [*known, *whole]) for key in found]
+    if "experiment" in found:
+        lines.append("the first line of a preset of your own is '# @package _global_'")
+    raise UnreadKeysError("\n  ".join(lines), found)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Say that a key does not exist, which is like it, and where all of them are."""
+    group = key.rpartition(".")[0].partition(".")[0]
+    known = [*known]
+    inside = [other for other in known if other.startswith(f"{group}.")]
+    known = inside if group and inside else known  # of a group that exists its own keys are meant
+    near = " or ".join(map(repr, nearest(key, known, count=2)))
+    return (
+        f"unknown key {key!r}{f'; did you mean {near}?' if near else '.'} All keys are in "
+        "conf/config.yaml and in what `fedraclora simulate --cfg job` prints"
+    )
+
+
+def _keys(group: object) -> list[str]:
+    return [str(key) for key in group] if isinstance(group, Mapping) else []
+
+
+def _groups(config: RunConfig) -> Groups:
+    """Give the groups that say which keys are read."""
+    in_full = config.head in {"average", "local"} or config.bias == "average"
+    return Groups(
+        method=config.method,
+        allocation=config.allocation,
+        local=config.local,
+        pretrain=config.pretrain,
+        attack=config.attack,
+        evaluate=config.evaluate,
+        stop=config.stop,
+        trained_in_full=in_full or bool(config.dense),
+        local_head=config.head == "local",
+    )
+
+
+def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
+    """Read the fields of a config class, the method left out, from the keys of their names.
+
+    Raises:
+        MissingKeysError: Naming all keys that are missing.
+    """
+    hints = typing.get_type_hints(kind)
+    found: dict[str, object] = {"plain": plain}
+    wanted = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
+    missing = [key for key in wanted if key not in plain]
+    said = [f"the config has no key {', '.join(missing)}; see conf/config.yaml"] if missing else []
+    for key in wanted:
+        if key not in plain:
+            continue
+        try:
+            if key in KINDS:
+                group = section(plain, key)
+                group = without(group, "name") if key in NAMED else group
+                found[key] = build(key, KINDS[key], group)
+            elif key in ROWS:
+                found[key] = bind(key, ROWS[key], section(plain, key))()
+            elif key in TABLES:
+                found[key] = _checked_row(key, section(plain, key))
+            else:
+                found[key] = coerce(key, plain[key], hints[key])
+        except MissingKeysError as error:
+            said.append(str(error))
+            missing += error.keys
+    if missing:
+        raise MissingKeysError("\n  ".join(said), missing)
+    return found
+
+
+def _checked_row(kind: str, group: Plain) -> Plain:
+    """Hold a group against its row, which is called once it is known what else it is given."""
+    row = row_of(kind, TABLES[kind], group.get("name"))
+    rest = without(group, "name", *BESIDE.get(kind, ()))
+    checked_arguments(kind, row, rest)
+    refuse_missing(kind, row, {*rest, *GIVEN[kind]})
+    return group
+
+
+def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
+    """Name the choices of a key's group that have it: ``method.rank`` is one of many methods.
+
+    Args:
+        key: A path, of one dot.
+        methods: The METHODS table of `strategies`.
+
+    Returns:
+        Names of rows; the group itself where it is of one kind.
+    """
+    group, _, inner = key.partition(".")
+    found: Mapping[str, Mapping[str, Callable[..., object]]] = {
+        **{kind: {kind: target} for kind, target in KINDS.items()},
+        **TABLES,
+        **ROWS,
+        "method": methods,
+    }
+    table = found.get(group, {})
+    return [name for name, row in table.items() if inner in inspect.signature(row).parameters]
+
+
+def _check(config: RunConfig) -> None:
+    """Check what no single group can know."""
+    if config.rounds < 0:
+        raise ConfigError(f"rounds is {config.rounds}; 0 or more is wanted")
+    if config.clients is not None and config.clients < 1:
+        raise ConfigError(f"clients is {config.clients}; 1 or more is wanted")
+    if not config.cohort > 0 or (isinstance(config.cohort, float) and config.cohort > 1):
+        raise ConfigError(
+            f"cohort is {config.cohort}; a number of clients, or a fraction in (0, 1], is wanted"
+        )
+    if config.clients is not None and config.cohort > config.clients:
+        raise ConfigError(
+            f"cohort is {config.cohort}, but there are only {config.clients} clients; "
+            "lower cohort or raise clients"
+        )
+    if isinstance(config.engine, DeployConfig):
+        _check_deployed(config, config.engine)
+    if config.max_failures < 0:
+        raise ConfigError(f"max_failures is {config.max_failures}; 0 or more is wanted")
+    choices: dict[str, Iterable[str]] = {
+        "device": DEVICES,
+        "precision": PRECISIONS,
+        "weights": WEIGHTINGS,
+        "head": HEAD_POLICIES,
+        "bias": BIAS_POLICIES,
+    }
+    for key, known in choices.items():
+        if getattr(config, key) not in known:
+            raise unknown(key, getattr(config, key), known)
+    measured = [*METRICS, "gap", *(f"personal_{name}" for name in METRICS)]
+    if config.stop.metric not in measured:
+        raise unknown("stop.metric", config.stop.metric, measured)
+    if config.output.checkpoint_every < 1:
+        raise ConfigError("output.checkpoint_every must be 1 or more")
+
+
+def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
+    """Refuse what makes sense in a simulation alone."""
+    if config.max_failures:
+        raise ConfigError(
+            f"max_failures is {config.max_failures}, but with engine=deploy engine.min_clients "
+            "says how many clients a round needs: leave max_failures out"
+        )
+    if config.system.enabled:
+        raise ConfigError("system, FedBuff too, is for simulations: engine=deploy has system=none")
+    if config.head == "local":
+        raise ConfigError(
+            "head is local: such heads are measured where they are, and with engine=deploy they "
+            "stay at the clients; choose head=adapt, average or frozen"
+        )
+    once = isinstance(config.secure, SecAgg) or config.local.dp is not None
+    if once and config.output.checkpoint_every != 1:
+        raise ConfigError(
+            f"output.checkpoint_every is {config.output.checkpoint_every}, but under secure=secagg "
+            "or local=dp_sgd a real client answers each round once, so that a server which went "
+            "back by more than a round could not go on: set output.checkpoint_every=1"
+        )
+    if engine.folder is not None and not engine.folder.startswith("/"):
+        raise ConfigError(f"engine.folder is {engine.folder!r}; a whole path is wanted")

@@ -1,0 +1,150 @@
+"""What is learnt: a model, an objective, client data and test data.
+
+The objective gives the loss **per sample**, so that a batch that holds many clients can be
+summed per client, and a padded sample can be masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedraclora.data.samples import ClientData, Samples
+from fedraclora.errors import unknown
+from fedraclora.imports import import_function
+
+# (output, target) -> (loss summed over the parts of each sample [N], number of parts [N])
+LossFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+IGNORED_TOKEN = -100  # target of a token that has no loss, as in torch's cross_entropy
+
+
+def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of logits [N, classes] against classes [N]."""
+    return F.cross_entropy(output, target, reduction="none"), torch.ones_like(target)
+
+
+def squared_error(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the squared error: output [N, d] or [N], target [N, d] or [N]; summed over d."""
+    gap = (output.reshape(target.shape) - target).reshape(target.shape[0], -1)
+    ones = torch.ones(target.shape[0], dtype=torch.int64, device=target.device)
+    return 0.5 * (gap * gap).sum(dim=1), ones
+
+
+def logistic(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logistic loss of a score [N, 1] or [N] against labels 0 and 1 [N]."""
+    score = output.reshape(target.shape)
+    loss = F.binary_cross_entropy_with_logits(score, target.to(score.dtype), reduction="none")
+    return loss, torch.ones(target.shape[0], dtype=torch.int64, device=target.device)
+
+
+def next_token(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the next token: logits [N, T, V], tokens [N, T] (-100 has no loss)."""
+    logits, wanted = output[:, :-1], target[:, 1:]
+    loss = F.cross_entropy(
+        logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED_TOKEN
+    )
+    return loss.sum(dim=1), (wanted != IGNORED_TOKEN).sum(dim=1)
+
+
+LOSSES: dict[str, LossFunction] = {
+    "cross_entropy": cross_entropy,
+    "squared_error": squared_error,
+    "logistic": logistic,
+    "next_token": next_token,
+}
+
+
+def loss_function(name: str) -> LossFunction:
+    """Give the loss of a name: a key of `LOSSES`, or ``package.module:function``.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if ":" in name:
+        found: LossFunction = import_function("data.loss", name)
+        return found
+    if name not in LOSSES:
+        raise unknown("loss", name, LOSSES)
+    return LOSSES[name]
+
+
+# The same with the slope of each loss at the output, for those who do without autograd.
+SlopeFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def cross_entropy_slope(
+    output: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [N] of `cross_entropy` and their slopes [N, classes], softmax less one-hot."""
+    # In elementwise steps: torch's softmax over a few classes is several times as slow.
+    shifted = output - output.amax(dim=1, keepdim=True)
+    wanted = shifted.gather(1, target[:, None])
+    slope = shifted.exp_()
+    total = slope.sum(dim=1, keepdim=True)
+    slope.div_(total).scatter_add_(1, target[:, None], torch.full_like(wanted, -1.0))
+    return (total.log() - wanted).squeeze(1), slope
+
+
+def squared_error_slope(
+    output: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [N] of `squared_error` and their slopes, shaped like the output."""
+    losses, _ = squared_error(output, target)
+    return losses, output - target.reshape(output.shape)
+
+
+def logistic_slope(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [N] of `logistic` and their slopes, shaped like the output."""
+    losses, _ = logistic(output, target)
+    return losses, output.sigmoid() - target.reshape(output.shape).to(output.dtype)
+
+
+SLOPES: dict[str, SlopeFunction] = {
+    "cross_entropy": cross_entropy_slope,
+    "squared_error": squared_error_slope,
+    "logistic": logistic_slope,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything a run learns from and is measured by.
+
+    Attributes:
+        model: The network; its weights are W^0. Never modified: weights are passed in.
+        head: Name prefixes of the final layer (``"fc2"`` or ``"classifier"``).
+        loss: A key of `LOSSES`, or ``package.module:function``.
+        metrics: Names of metrics of `fedraclora.evaluation.evaluate.METRICS`; the first is the
+            headline.
+        train: Client data.
+        test: Held-out samples.
+        validation: Samples held out of the training data, for tuning, or None.
+        targets: The default pattern of adapted layers, for example ``"all-linear"``.
+        optimum: The least value of the training objective where it is known (synthetic data).
+        info: Facts for the summary (split, partition, sizes).
+    """
+
+    model: nn.Module
+    head: tuple[str, ...]
+    loss: str
+    metrics: tuple[str, ...]
+    train: ClientData
+    test: Samples
+    validation: Samples | None = None
+    targets: str = "all-linear"
+    optimum: float | None = None
+    info: dict[str, object] = field(default_factory=dict)
+
+
+def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Call a plain module (input ``"x"``) or a Hugging Face model; give the output tensor."""
+    output = model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"the model gives {type(output).__name__}, not a tensor or .logits")
+    return logits

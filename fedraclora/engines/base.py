@@ -1,0 +1,96 @@
+"""What an engine is: it owns the base weights that clients read, the grid and the end of both.
+
+The engines of one machine stand in `clients.engines`, those inside a ServerApp in
+`strategies.server_app`. Whoever wires a run knows this class alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fedraclora.config.build import BuiltTask
+from fedraclora.config.run_config import RunConfig
+from fedraclora.engines.local import MessageGrid
+from fedraclora.privacy.secagg import Terms
+from fedraclora.protocol.method import Plan
+from fedraclora.run.client_state import ClientStore
+from fedraclora.training.cohort import CohortTrainer
+from fedraclora.weights.replica import Replica
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """What an engine is given of a run.
+
+    Attributes:
+        built: Task, sizes and device.
+        trainer: Trains chunks of clients in this process.
+        store: What clients keep between rounds.
+        terms: What clients insist on in secure aggregation; None without it.
+    """
+
+    built: BuiltTask
+    trainer: CohortTrainer
+    store: ClientStore = field(default_factory=ClientStore)
+    terms: Terms | None = None
+
+    @classmethod
+    def of(cls, trainer: CohortTrainer, cohort: int) -> EngineParts:
+        """Take the parts of a run without a config from its trainer.
+
+        Args:
+            trainer: Of the run.
+            cohort: Clients of a round.
+        """
+        clients = trainer.task.train.num_clients
+        return cls(BuiltTask(trainer.task, clients, cohort, 0, trainer.device), trainer)
+
+    @property
+    def plan(self) -> Plan:
+        """Which weights are trained how."""
+        return self.trainer.plan
+
+
+class Engine(ABC):
+    """Where the clients of one run train.
+
+    Args:
+        replica: Where the strategy publishes base weights, and clients find them.
+
+    Attributes:
+        spread: Whether several processes train the chunks of a round at the same time.
+        share: Share of a GPU that each of these processes has; None: this process trains.
+        elsewhere: Whether clients train on other machines, with samples that are not here.
+    """
+
+    spread: bool = False
+    share: float | None = None
+    elsewhere: bool = False
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self._grid: MessageGrid | None = None
+
+    def start(self, parts: EngineParts) -> MessageGrid:
+        """Start what runs clients.
+
+        Raises:
+            FedRacLoraError: If it does not start, or there is less than is asked for.
+        """
+        self._grid = self.make_grid(parts)
+        return self._grid
+
+    @abstractmethod
+    def make_grid(self, parts: EngineParts) -> MessageGrid:
+        """Make the grid that `start` gives."""
+
+    def close(self) -> None:
+        """End what was started, however far it came; a second call does nothing."""
+        if self._grid is not None:
+            self._grid.close()
+            self._grid = None
+
+
+MakeEngine = Callable[[RunConfig], Engine]

@@ -1,0 +1,229 @@
+"""Measuring a model on held-out samples.
+
+It runs in every round, so a batch costs a forward pass and little else: the sums behind accuracy
+and loss stay on the device until the last batch, and outputs are kept only for the metrics that
+need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.func import functional_call
+from typing_extensions import override
+
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import IGNORED_TOKEN, forward, loss_function
+from fedraclora.errors import ConfigError, DataError, ShapeError, unknown
+from fedraclora.evaluation.metrics import METRICS, Metric, Tally
+from fedraclora.tree import Tree
+
+__all__ = ["METRICS", "evaluate"]
+
+
+def evaluate(
+    model: nn.Module,
+    weights: Tree,
+    samples: Samples,
+    loss: str,
+    metrics: tuple[str, ...],
+    batch_size: int = 1024,
+) -> dict[str, float]:
+    """Measure a model at the given weights, in evaluation mode and without gradients.
+
+    Accuracy, Matthews' coefficient and F1 read classes: the greatest of the logits [N, C], a
+    logistic score above 0, or the next token (positions with target -100 do not count). F1 is
+    that of class 1 for two classes, else the unweighted mean over classes. Pearson's and
+    Spearman's coefficients read numbers [N] or [N, 1]; where a side is constant they are NaN.
+
+    Args:
+        model: The network. Its buffers, and parameters that ``weights`` does not name, are used
+            as they are; nothing of it is changed.
+        weights: Parameters by name. Batches are moved to their device.
+        samples: What to measure on.
+        loss: A key of `fedraclora.data.task.LOSSES`.
+        metrics: Keys of `METRICS`.
+        batch_size: Samples per forward pass.
+
+    Returns:
+        The metrics, in the order that was asked for. ``loss`` is the mean over samples, or over
+        tokens for ``next_token``; ``perplexity`` is its exponential.
+
+    Raises:
+        ConfigError: If a metric or the loss does not exist, or do not go together.
+        DataError: If there are no samples.
+        ShapeError: If a weight is not a parameter of the model, or has another shape.
+    """
+    chosen = _choose(metrics, loss)
+    needs = {metric.needs for metric in chosen.values()}
+    counted = tally(model, weights, samples, loss, needs, batch_size)
+    return {name: metric.compute(counted) for name, metric in chosen.items()}
+
+
+def tally(
+    model: nn.Module, weights: Tree, samples: Samples, loss: str, needs: set[str], batch_size: int
+) -> Tally:
+    """Pass all samples through a model once and count what metrics need; see `evaluate`.
+
+    Args:
+        model: The network.
+        weights: Parameters by name.
+        samples: What to measure on.
+        loss: A key of `fedraclora.data.task.LOSSES`.
+        needs: What to count (`fedraclora.evaluation.metrics.Metric.needs`).
+        batch_size: Samples per forward pass.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ConfigError: If the batch size is not positive.
+        DataError: If there are no samples.
+        ShapeError: If a weight is not a parameter of the model, or has another shape.
+    """
+    if len(samples) == 0:
+        raise DataError("cannot evaluate: there are no samples; give the task a test set")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    _check_weights(model, weights)
+    probe = _Pass(model, loss, needs, batch_size)
+    with torch.no_grad(), _evaluation_mode(model):
+        # One functional call for all batches: swapping the weights in costs as much as a batch
+        # of a small model.
+        named = {f"model.{k}": v for k, v in weights.items()}
+        counted: Tally = functional_call(probe, named, (samples,))
+    return counted
+
+
+def _choose(metrics: tuple[str, ...], loss: str) -> dict[str, Metric]:
+    loss_function(loss)
+    for name in metrics:
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS)
+        if ":" not in loss and loss not in METRICS[name].losses:  # of others we know nothing
+            fitting = ", ".join(sorted(k for k, m in METRICS.items() if loss in m.losses))
+            raise ConfigError(
+                f"metric {name!r} cannot read the outputs of loss {loss!r}; there are: {fitting}"
+            )
+    return {name: METRICS[name] for name in metrics}
+
+
+def _check_weights(model: nn.Module, weights: Tree) -> None:
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in weights.items():
+        if name not in own:
+            raise ShapeError(f"{unknown('parameter', name, own)}: the model does not have it")
+        if own[name].shape != value.shape:
+            raise ShapeError(
+                f"weight {name} is {tuple(value.shape)}, the model's is {tuple(own[name].shape)}"
+            )
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Set every module to evaluation, and back to its own flag (they may differ)."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def batches(samples: Samples, size: int) -> Iterator[Samples]:
+    """Cut samples into batches: in stored order, or shortest first where they are padded.
+
+    Sorted by length, a batch needs little padding; what is left is trimmed.
+    """
+    lengths = samples.lengths
+    if lengths is None:
+        for start in range(0, len(samples), size):
+            rows = slice(start, start + size)
+            inputs = {name: value[rows] for name, value in samples.inputs.items()}
+            yield Samples(inputs, samples.target[rows])
+        return
+    order = torch.argsort(lengths, stable=True)
+    ascending: list[int] = lengths[order].tolist()
+    for start in range(0, len(samples), size):
+        end = min(start + size, len(samples))
+        yield samples.take(order[start:end]).trim(ascending[end - 1])
+
+
+class _Pass(nn.Module):
+    """One pass over the samples, as a module so that `functional_call` reaches the model."""
+
+    def __init__(self, model: nn.Module, loss: str, needs: set[str], batch_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+        self._needs = needs
+        self._batch_size = batch_size
+
+    @override
+    def forward(self, samples: Samples) -> Tally:
+        device = next(self.model.parameters(), samples.target).device
+        # Sum of losses, number of parts, right classes, counted classes.
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
+        classes = 0
+        for stored in batches(samples, self._batch_size):
+            batch = stored.to(device)
+            output = forward(self.model, batch.inputs)
+            if "loss" in self._needs:
+                losses, parts = loss_function(self._loss)(output, batch.target)
+                sums[:2] += torch.stack([losses.double().sum(), parts.double().sum()])
+            if self._needs & {"correct", "classes"}:
+                predicted, wanted, classes = _predict(self._loss, output, batch.target)
+                counts = wanted != IGNORED_TOKEN
+                right = (predicted == wanted) & counts
+                sums[2:] += torch.stack([right.sum(), counts.sum()])
+                if "classes" in self._needs:
+                    kept["classes"].append((predicted[counts], wanted[counts]))
+            if "numbers" in self._needs:
+                kept["numbers"].append(_numbers(output, batch.target))
+        loss, parts_total, correct, counted = sums.tolist()
+        return Tally(
+            loss=loss,
+            parts=int(parts_total),
+            correct=int(correct),
+            counted=int(counted),
+            classes=classes,
+            labels=_join(kept["classes"]),
+            numbers=_join(kept["numbers"]),
+        )
+
+
+def _join(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> npt.NDArray[np.generic]:
+    """Concatenate pairs of vectors to an array [2, P]; [2, 0] where none were kept."""
+    joined: npt.NDArray[np.generic] = np.empty((2, 0))
+    if pairs:
+        joined = torch.cat([torch.stack(pair) for pair in pairs], dim=1).cpu().numpy()
+    return joined
+
+
+def _predict(
+    loss: str, output: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Predicted classes [P], true classes [P] (`IGNORED_TOKEN`: none), number of classes."""
+    if loss == "logistic":
+        return (output.reshape(-1) > 0).long(), target.reshape(-1).long(), 2
+    predicted = output.argmax(dim=-1)
+    if loss == "next_token":
+        predicted, target = predicted[:, :-1].flatten(), target[:, 1:].flatten()
+    return predicted, target, output.shape[-1]
+
+
+def _numbers(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted numbers [N] and true numbers [N], float64."""
+    if not output.numel() == target.numel() == target.shape[0]:
+        raise ConfigError(
+            f"a correlation needs one number per sample; the output is {tuple(output.shape)} "
+            f"and the target {tuple(target.shape)}"
+        )
+    return output.reshape(-1).double(), target.reshape(-1).double()

@@ -1,0 +1,67 @@
+"""From one frozen factor to another: what a tensor beside A_old means beside A_new.
+
+A change of the trained factor B under A stands for the change s B A of the weight. Beside another
+factor it is written as the nearest change that can be:
+
+    B_new = B A_old A_new^T (A_new A_new^T)^+          for orthonormal rows: B A_old A_new^T
+    A_new = (B_new^T B_new)^+ B_new^T B_old A          where A is trained under B
+
+What lies outside the span of the new factor is lost: all but a share r/n of the energy for a fresh
+sketch of r rows in n dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedraclora.lowrank.algebra import Product
+from fedraclora.protocol.downlink import Adapter, Frozen, Sketched, Trained
+
+
+def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
+    """Give what an adapter of two factors trains, and the frozen factor beside it.
+
+    Returns:
+        The label of the trained one and the other as a float64 matrix on the CPU; None where both
+        are trained, there are three, or each client has a frozen one of its own.
+    """
+    trained = [label for label, f in adapter.factors.items() if isinstance(f, Trained)]
+    frozen = [f for f in adapter.factors.values() if not isinstance(f, Trained)]
+    if len(trained) != 1 or len(frozen) != 1:
+        return None
+    (other,) = frozen
+    if isinstance(other, Sketched):
+        return trained[0], other.spec.draw()
+    if not isinstance(other, Frozen) or other.per_client:
+        return None
+    return trained[0], other.value.to("cpu", torch.float64)
+
+
+def as_product(label: str, trained: torch.Tensor, beside: torch.Tensor) -> Product:
+    """Write a trained factor and the one beside it in the order B, A."""
+    return (trained, beside) if label == "B" else (beside, trained)
+
+
+def transported(
+    label: str, trained: torch.Tensor, old: torch.Tensor, new: torch.Tensor
+) -> torch.Tensor:
+    """Write a change of a trained factor beside ``old`` as one beside ``new``.
+
+    Args:
+        label: ``B`` or ``A``: which of them is trained.
+        trained: [m, r] or [r, n], float64. Not modified.
+        old: The frozen factor that it belongs to, [r, n] or [m, r].
+        new: The one that it is to belong to; its rank may be another.
+
+    Returns:
+        A new tensor.
+
+    Example:
+        >>> A = torch.eye(2, 3, dtype=torch.float64)
+        >>> transported("B", torch.tensor([[1.0, 2.0]]).double(), A, A.roll(1, dims=1))
+        tensor([[2., 0.]], dtype=torch.float64)
+    """
+    if label == "A":
+        return transported("B", trained.T, old.T, new.T).T
+    inverse: torch.Tensor = torch.linalg.pinv(new @ new.T, hermitian=True)
+    return trained @ (old @ new.T) @ inverse

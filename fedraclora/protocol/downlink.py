@@ -1,0 +1,193 @@
+"""What one exchange asks of the cohort: factors, adapters, and the downlink that names them.
+
+Effective weight of an adapted matrix: ``W + scale * F_1 F_2 (F_3)``, where each factor is drawn
+from a seed (`Sketched`), sent and held fixed (`Frozen`) or trained (`Trained`), and is shared by
+the cohort or one per client (a leading axis K).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Layout, Tree
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """A frozen factor that both ends draw from a seed."""
+
+    spec: SketchSpec
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A frozen factor that is sent: [rows, cols], or [K, rows, cols] for one per client."""
+
+    value: torch.Tensor
+
+    @property
+    def per_client(self) -> bool:
+        """Whether each client has its own."""
+        return self.value.dim() == 3
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A tensor that clients train.
+
+    Attributes:
+        shape: Its shape, without the cohort axis.
+        start: Where it starts: None (zeros for a factor, the replica's value for a dense
+            tensor), a sketch that both ends draw from a seed, a shared tensor, or [K, *shape].
+        main: True for what the method is about (step size ``local.lr``), False for the head
+            and biases beside it (``local.dense_lr``).
+        upload: False for what stays at the client (personalised methods).
+    """
+
+    shape: tuple[int, ...]
+    start: torch.Tensor | SketchSpec | None = None
+    main: bool = True
+    upload: bool = True
+
+    @property
+    def per_client(self) -> bool:
+        """Whether each client starts elsewhere."""
+        return isinstance(self.start, torch.Tensor) and self.start.dim() > len(self.shape)
+
+    def opening(self) -> torch.Tensor | None:
+        """Give the start as a tensor, drawn where it is a sketch; not to be modified."""
+        return self.start.draw() if isinstance(self.start, SketchSpec) else self.start
+
+
+Factor = Sketched | Frozen | Trained
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank term on one matrix: ``scale * product of factors``, left to right.
+
+    The names of the factors ("B", "A") become part of the names of what is trained:
+    ``"<weight>/B"``.
+    """
+
+    factors: dict[str, Factor]
+    scale: float
+
+
+def magnitude_of(weight: str) -> str:
+    """Name the magnitude of an adapted weight (`lowrank.dora`): a tensor of the same layer.
+
+    Example:
+        >>> magnitude_of("fc1.weight")
+        'fc1.magnitude'
+    """
+    return f"{weight.removesuffix('weight')}magnitude"
+
+
+@dataclass(frozen=True)
+class Downlink:
+    """What one exchange asks of the cohort.
+
+    Attributes:
+        adapters: Low-rank terms by weight name.
+        dense: Tensors trained in full, by parameter name; among them what DoRA adds to an adapted
+            layer (`magnitude_of`), which is no parameter of the model.
+        recipe: A key of `fedraclora.protocol.recipes.RECIPES`: what clients do beyond plain local
+            steps.
+        arguments: Numbers for the recipe.
+        ranks: Which components of every adapter each client trains; the others stay as they start
+            (`fedraclora.protocol.rank_budgets`). Int64 [K]: the first r_k (all of an adapter of
+            lower rank); int64 [K, 2]: part g of G equal ones. None: all.
+        link: Number of the link in progress: as long as it stays, frozen factors do and trained
+            ones live on, so that a client's moments may, too (`fedraclora.training.moments`).
+        variates: What clients add to the gradients of trained tensors, by name (SCAFFOLD,
+            `fedraclora.training.variates`): the server's part, in the tensor's shape; at the
+            clients less their own part, [K, ...]. None: {}.
+        lifted: Whether clients keep their parts as dense matrices of the weights.
+    """
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    dense: dict[str, Trained] = field(default_factory=dict)
+    recipe: str = "plain"
+    arguments: dict[str, float | int] = field(default_factory=dict)
+    ranks: torch.Tensor | None = None
+    link: int = 0
+    variates: Tree = field(default_factory=dict)
+    lifted: bool = False
+
+    def trained(self) -> dict[str, Trained]:
+        """Everything that clients train, by its name on the uplink, in packing order."""
+        found = {
+            f"{weight}/{label}": factor
+            for weight, adapter in self.adapters.items()
+            for label, factor in adapter.factors.items()
+            if isinstance(factor, Trained)
+        }
+        return found | self.dense
+
+    def magnitudes(self) -> dict[str, str]:
+        """Name the magnitudes that are trained in `dense`, by the weight whose rows they scale."""
+        return {w: name for w in self.adapters if (name := magnitude_of(w)) in self.dense}
+
+    def uploaded(self) -> dict[str, Trained]:
+        """What clients send back, in packing order."""
+        return {name: slot for name, slot in self.trained().items() if slot.upload}
+
+    @property
+    def apart(self) -> bool:
+        """Whether numbers at one place of two uplinks may mean different things."""
+        factors = [f for a in self.adapters.values() for f in a.factors.values()]
+        own = any(isinstance(f, Frozen) and f.per_client for f in factors)
+        return own or self.ranks is not None or any(s.per_client for s in self.uploaded().values())
+
+    def select(self, places: torch.Tensor) -> Downlink:
+        """Keep the per-client values of the clients at ``places`` (int64) only."""
+
+        def part(factor: object) -> object:
+            if isinstance(factor, Frozen) and factor.per_client:
+                return Frozen(factor.value[places])
+            if isinstance(factor, Trained) and factor.per_client:
+                return replace(factor, start=factor.start[places])  # type: ignore[index]
+            return factor
+
+        adapters = {
+            w: Adapter({k: part(f) for k, f in a.factors.items()}, a.scale)  # type: ignore[misc]
+            for w, a in self.adapters.items()
+        }
+        dense = {n: part(s) for n, s in self.dense.items()}
+        ranks = None if self.ranks is None else self.ranks[places]
+        slots = self.trained()
+        own = {n: t.dim() > len(slots[n].shape) for n, t in self.variates.items()}
+        variates = {n: t[places] if own[n] else t for n, t in self.variates.items()}
+        return replace(self, adapters=adapters, dense=dense, ranks=ranks, variates=variates)  # type: ignore[arg-type]
+
+
+def opening_rows(sent: Downlink, base: Tree, layout: Layout, places: torch.Tensor) -> torch.Tensor:
+    """Give where what clients upload starts, in the form of their rows.
+
+    Args:
+        sent: What is asked.
+        base: What they train from: where dense tensors start, unless ``sent`` says.
+        layout: Of the uplink.
+        places: The clients' places among those that ``sent`` is for, int64 [K].
+
+    Returns:
+        float64 [P] on the CPU; or [K, P] where clients start apart.
+    """
+    slots = sent.uploaded()
+    apart = any(slot.per_client for slot in slots.values())
+    found = {}
+    for name, shape in layout.shapes:
+        start = slots[name].opening()
+        if start is None:
+            start = base.get(name, torch.zeros(shape))
+        start = start.to("cpu", torch.float64)
+        if slots[name].per_client:
+            start = start[places]
+        elif apart:
+            start = start.expand(len(places), *shape)
+        found[name] = start
+    return layout.pack(found, lead=int(apart))

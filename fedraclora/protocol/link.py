@@ -1,0 +1,100 @@
+"""Links: how one round changed the base weights, and the one function that applies them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Tree
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which parameters are adapted, which are trained in full beside them: one for all methods.
+
+    Attributes:
+        targets: Adapted matrices: weight name -> its (out, in) view.
+        dense: Parameters trained in full and averaged (biases, an averaged head, `dense`).
+        local: Parameters trained in full that stay at each client (a local head).
+        weights: Every weight that full fine-tuning trains, in model order, biases left out.
+        shapes: Stored shape of every parameter.
+    """
+
+    targets: dict[str, LayerView]
+    dense: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A low-rank term of a link: the factors in order (a matrix, or a sketch by its seed)."""
+
+    factors: tuple[torch.Tensor | SketchSpec, ...]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Link:
+    """How one round changed the base: low-rank terms that are added, dense values that replace.
+
+    The chain of links is the log from which a client that was away catches up.
+
+    Attributes:
+        terms: Low-rank terms by weight.
+        dense: New values by name.
+        rest: Further changes of the same round, in order: a weight may have a term in each.
+    """
+
+    terms: dict[str, Term] = field(default_factory=dict)
+    dense: Tree = field(default_factory=dict)
+    rest: tuple[Link, ...] = ()
+
+    def parts(self) -> tuple[Link, ...]:
+        """Give the changes of the round one by one, in order."""
+        own = (Link(self.terms, self.dense),)
+        return own + tuple(part for link in self.rest for part in link.parts())
+
+
+def matrices(term: Term) -> tuple[torch.Tensor, ...]:
+    """Draw what is sketched and give the factors of a term as float64 matrices."""
+    return tuple(
+        f.draw() if isinstance(f, SketchSpec) else f.to("cpu", torch.float64) for f in term.factors
+    )
+
+
+def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree:
+    """Fold a link into base weights: ``W + scale * product``, dense values replaced.
+
+    Server and replicas call this one function, so that they stay equal to the bit on one build.
+    The product is formed in float64, on the CPU, where sketches are drawn, and rounded once, to
+    the dtype of the base.
+
+    Args:
+        base: Weights in their stored layout. Not modified.
+        link: What to fold in.
+        plan: Gives each target's (out, in) view.
+
+    Returns:
+        A new tree; untouched tensors are shared with ``base``.
+    """
+    out = dict(base)
+    for name, term in link.terms.items():
+        view = plan.targets[name]
+        factors = matrices(term)
+        product = factors[0]
+        for factor in factors[1:]:
+            product = product @ factor
+        wide = view.matrix(base[name]).to(torch.float64)
+        wide = wide.add(product.to(wide.device), alpha=term.scale)
+        out[name] = view.stored(wide.to(base[name].dtype), base[name])
+    for name, value in link.dense.items():
+        out[name] = value.to(base[name])
+    for part in link.rest:
+        out = apply_link(out, part, plan)
+    return out

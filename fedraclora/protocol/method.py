@@ -1,0 +1,182 @@
+"""The contract between a federated method and everything else.
+
+A method is a frozen dataclass of hyperparameters with a few pure functions. It never sees a
+client, a message or a data set: it says what the cohort trains (`Downlink`), is handed what
+came back (`Uplinks`), and says what the server holds next (`State`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from fedraclora.errors import ConfigError
+from fedraclora.protocol.downlink import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.protocol.link import Link, Plan, Term, apply_link
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.rng import hash_key
+from fedraclora.tree import Tree
+
+__all__ = [
+    "Adapter",
+    "Cohort",
+    "Downlink",
+    "Draw",
+    "Factor",
+    "Frozen",
+    "Link",
+    "Method",
+    "Plan",
+    "Sketched",
+    "State",
+    "Term",
+    "Trained",
+    "Traits",
+    "apply_link",
+]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method promises; the contract suite holds it to the first three.
+
+    Attributes:
+        exact: The new effective weights are old + step (mean - old), where mean is the weighted
+            mean of the clients' own; with a step of 1 they are that mean.
+        linear: Weighted sums of what clients send are enough (secure aggregation can serve it).
+        merges: Updates are folded into the base weights, so absent clients must catch up.
+        client_state: Something stays at the clients between rounds.
+        ranks: Clients may have rank budgets (`Cohort.ranks`): the method hands them on.
+        looks_at_clients: It reports on single clients where their updates are there.
+        step: The server's step, in `exact`.
+        rescales: The effective weights are not the base and what is added to it.
+        varies: What clients train differs from round to round, so nothing of it lives on there.
+    """
+
+    exact: bool
+    linear: bool
+    merges: bool
+    client_state: bool = False
+    ranks: bool = False
+    looks_at_clients: bool = False
+    step: float = 1.0
+    rescales: bool = False
+    varies: bool = False
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The clients of one round, in ascending order of id.
+
+    Attributes:
+        clients: Ids, int64 [K].
+        weights: Aggregation weights, float64 [K], not normalised; ones where the server cannot
+            know them.
+        ranks: Rank budgets, int64 [K], each 1 or more; None: no budgets.
+
+    Raises:
+        ConfigError: If a budget is below 1, or their number is not that of the clients.
+    """
+
+    clients: torch.Tensor
+    weights: torch.Tensor
+    ranks: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks is None:
+            return
+        if self.ranks.shape != self.clients.shape:
+            raise ConfigError(
+                f"{len(self)} clients came with rank budgets {tuple(self.ranks.shape)}; "
+                "one for each is wanted"
+            )
+        for client, rank in zip(self.clients.tolist(), self.ranks.tolist(), strict=True):
+            if rank < 1:
+                raise ConfigError(
+                    f"client {client} has the rank budget {rank}; 1 or more is wanted: raise it, "
+                    "or leave the client out"
+                )
+
+    def __len__(self) -> int:
+        return int(self.clients.shape[0])
+
+    def select(self, chosen: torch.Tensor) -> Cohort:
+        """Keep the clients of a mask, bool [K]."""
+        ranks = None if self.ranks is None else self.ranks[chosen]
+        return Cohort(self.clients[chosen], self.weights[chosen], ranks)
+
+
+@dataclass(frozen=True)
+class State:
+    """What the server holds between rounds.
+
+    Attributes:
+        base: The master weights, float32 or wider.
+        plan: The plan of the run (static; not part of a checkpoint).
+        carried: The method's own tensors (factors that live on, moments).
+        memo: The method's own small numbers.
+        link: How the last close changed `base`, or None.
+        report: Figures of the last round for the ledger.
+        notes: Sentences for the ledger (a rank that was capped).
+        moments: What the server keeps beside the method: moments of its optimiser.
+    """
+
+    base: Tree
+    plan: Plan
+    carried: Tree = field(default_factory=dict)
+    memo: dict[str, int] = field(default_factory=dict)
+    link: Link | None = None
+    report: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    moments: Tree = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The method's access to randomness: specs of sketches, keyed by layer."""
+
+    seed: int
+
+    def sketch_seed(self, weight: str) -> int:
+        """Seed of all sketches of one layer; 63 bits, so that it fits a message."""
+        return hash_key(self.seed, "sketch", weight) >> 65
+
+
+class Method(Protocol):
+    """A federated method. Subclass it explicitly to take the defaults."""
+
+    @property
+    def traits(self) -> Traits:
+        """What the method promises."""
+        ...
+
+    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        """Build the state before the first round."""
+        ...
+
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        """Say what the cohort trains in round ``round_`` (from 1)."""
+        ...
+
+    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+        """Ask for another exchange in the same round (a second pass), or None to close it."""
+        del state, sent, got
+        return None
+
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        """Turn what came back into the next state; the changed base goes with its link."""
+        ...
+
+    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        """Effective dense weights: global, or personal with what a client keeps (``own``)."""
+        del draw, own
+        return state.base
+
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        """Numbers (up, down) per client and round by the formula in the method's docstring.
+
+        Catch-up of an absent client and the bytes of seeds and headers are not in it.
+        """
+        ...

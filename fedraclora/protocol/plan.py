@@ -1,0 +1,244 @@
+"""Which parameters a run trains, and at which rank: one policy for all methods.
+
+`head` and `bias` decide GLUE comparisons as much as the method does, and public repositories all
+treat them differently, so they are set once for every method of a comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.lowrank.layers import (
+    find_targets,
+    is_head,
+    layer_kind,
+    layer_view,
+    matches,
+    refuse_tied,
+    split_patterns,
+    weight_name,
+)
+from fedraclora.protocol.method import Plan
+
+HEAD_POLICIES = ("adapt", "average", "frozen", "local")
+BIAS_POLICIES = ("average", "frozen")
+Ranks = int | float | Mapping[str, int | float]
+
+
+def make_plan(
+    model: nn.Module,
+    head: tuple[str, ...],
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    head_policy: str = "average",
+    bias_policy: str = "frozen",
+    dense: str | Sequence[str] | None = None,
+) -> Plan:
+    """Decide what is adapted and what is trained in full.
+
+    Args:
+        model: The network.
+        head: Name prefixes of its final layer.
+        targets: Pattern of adapted layers (`fedraclora.lowrank.layers.find_targets`).
+        head_policy: ``adapt`` (the head's weights are adapted like any target), ``average``
+            (weights and biases of the head trained in full and averaged), ``frozen``, ``local``
+            (trained in full, and kept by each client for itself).
+        bias_policy: ``average`` (biases of adapted layers trained in full) or ``frozen``.
+        dense: Patterns of further layers trained in full (convolutions, norms), as of targets.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: For an unknown policy, or a pattern that matches nothing.
+        ModelError: If a target, or a head that is trained, is tied to another layer.
+    """
+    if head_policy not in HEAD_POLICIES:
+        raise unknown("head", head_policy, HEAD_POLICIES)
+    if head_policy == "local" and not head:
+        raise ConfigError("head is local, but this model has no head; use head=adapt")
+    if bias_policy not in BIAS_POLICIES:
+        raise unknown("bias", bias_policy, BIAS_POLICIES)
+    modules = dict(model.named_modules())
+    parameters = [n for n, _ in model.named_parameters()]
+    views = find_targets(model, targets, head)
+    if head_policy == "adapt":
+        heads = {n: m for n, m in modules.items() if is_head(n, head) and layer_kind(m)}
+        views |= {weight_name(n): layer_view(m) for n, m in heads.items()}
+    if head_policy != "frozen":
+        every = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+        refuse_tied(model, [n for n in every if is_head(n, head)])
+    heads_own = {n for n in parameters if is_head(n, head)}
+    local = heads_own if head_policy == "local" else set()
+    full = set(heads_own) if head_policy == "average" else set()
+    if bias_policy == "average":
+        full |= {n for n in parameters if n.endswith("bias") and f"{n[:-4]}weight" in views}
+    if dense is not None:
+        full |= _matching_parameters(parameters, dense) - local
+    views = {n: views[n] for n in parameters if n in views and n not in full}
+    weights = [
+        n
+        for n in parameters
+        if n not in full and not n.endswith("bias") and not (is_head(n, head) and n not in views)
+    ]
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    return Plan(
+        targets=views,
+        dense=tuple(n for n in parameters if n in full),
+        local=tuple(n for n in parameters if n in local),
+        weights=tuple(weights),
+        shapes=shapes,
+    )
+
+
+def _matching_parameters(parameters: list[str], patterns: str | Sequence[str]) -> set[str]:
+    """Find the parameters of the layers that patterns name."""
+    found: set[str] = set()
+    for part in split_patterns(patterns):
+        hits = {n for n in parameters if matches(n.rpartition(".")[0], part) or matches(n, part)}
+        if not hits:
+            layers = sorted({n.rpartition(".")[0] for n in parameters})
+            raise ConfigError(f"dense={patterns}: {unknown('layer', part, layers)}")
+        found |= hits
+    return found
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The rank of one layer, and a note if it is not the one that was asked for."""
+
+    value: int
+    note: str | None = None
+
+
+def check_rank(ranks: Ranks) -> None:
+    """Refuse a ``method.rank`` that no layer can have, before any layer is known.
+
+    Raises:
+        ConfigError: If a number is not positive, a fraction is above 1, or a mapping is empty.
+    """
+    if ranks == {}:
+        raise ConfigError("method.rank is an empty mapping; ranks by layer are wanted")
+    for rank in ranks.values() if isinstance(ranks, Mapping) else [ranks]:
+        resolve_rank(rank, 1, "any layer", cap=True)
+
+
+def check_patterns(ranks: Ranks, targets: Iterable[str]) -> None:
+    """Refuse a mapping of ranks with a pattern that fits no adapted layer.
+
+    Raises:
+        ConfigError: Naming the pattern.
+    """
+    names = [name.removesuffix(".weight") for name in targets]
+    for pattern in ranks if isinstance(ranks, Mapping) else ():
+        if not any(pattern == f"{name}.weight" or matches(name, pattern) for name in names):
+            raise ConfigError(f"method.rank: {unknown('adapted layer', pattern, names)}")
+
+
+def own_rank(ranks: Mapping[str, int | float], name: str) -> int | float:
+    """Give the rank of one layer from a mapping: by its weight's name, else by the first pattern.
+
+    Args:
+        ranks: By weight name, or by pattern as in `fedraclora.lowrank.layers.matches`.
+        name: Of the weight.
+
+    Raises:
+        ConfigError: If nothing fits the layer.
+
+    Example:
+        >>> own_rank({"query": 4, "*": 2}, "layer.0.query.weight")
+        4
+    """
+    if name in ranks:
+        return ranks[name]
+    layer = name.removesuffix(".weight")
+    for pattern, rank in ranks.items():
+        if matches(layer, pattern):
+            return rank
+    whole = ", ".join(f"{pattern}: {rank}" for pattern, rank in [*ranks.items(), ("*", rank)])
+    raise ConfigError(
+        f"method.rank has no pattern that fits the layer {layer}; there are {', '.join(ranks)}: "
+        f"add one for all others, as in 'method.rank={{{whole}}}'"
+    )
+
+
+def resolve_rank(rank: Ranks, dim: int, name: str, *, cap: bool) -> Rank:
+    """Turn ``method.rank`` into the rank of one layer.
+
+    Args:
+        rank: An integer, or a fraction in (0, 1] of the drawn side's dimension (a float); or these
+            by layer (`own_rank`).
+        dim: The drawn side's dimension (n for a right sketch, m for a left one).
+        name: The layer, for messages.
+        cap: Cut an integer rank at ``dim`` with a note, rather than refuse it.
+
+    Returns:
+        The rank, at least 1 and at most ``dim``.
+
+    Raises:
+        ConfigError: If the rank is not positive, or above ``dim`` where no cap is wanted.
+
+    Example:
+        >>> resolve_rank(112, 784, "fc1", cap=True).value
+        112
+        >>> resolve_rank(0.25, 10, "fc2", cap=True).value
+        2
+    """
+    if isinstance(rank, Mapping):
+        rank = own_rank(rank, name)
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
+        raise ConfigError(f"method.rank is {rank!r}; a positive integer or a fraction is wanted")
+    if not math.isfinite(rank) or rank <= 0:
+        raise ConfigError(f"method.rank is {rank}; a positive integer or a fraction is wanted")
+    if isinstance(rank, float):
+        if rank > 1:
+            raise ConfigError(
+                f"method.rank is {rank}; a fraction lies in (0, 1], a rank is written without a dot"
+            )
+        return Rank(max(1, round(rank * dim)))
+    if rank > dim and not cap:
+        raise ConfigError(
+            f"method.rank is {rank}, but {name} has only {dim} on the drawn side; "
+            f"lower the rank or set method.cap=true"
+        )
+    if rank > dim:
+        return Rank(dim, f"rank of {name} capped at {dim} (asked: {rank})")
+    return Rank(rank)
+
+
+def resolve_scale(alpha: float | str, rank: int, *, rslora: bool = False) -> float:
+    """Give the scale of an adapter: ``alpha / rank``, or ``alpha / sqrt(rank)``.
+
+    Args:
+        alpha: A number, or ``auto``: s = 1 whatever the rank.
+        rank: Of the adapter.
+        rslora: Divide by the root, so that what an adapter learns does not fade as its rank grows.
+
+    Raises:
+        ConfigError: If alpha is not positive and finite, or ``auto`` under ``rslora``.
+
+    References:
+        Kalajdzievski, *A rank stabilization scaling factor for fine-tuning with LoRA*, 2023,
+        arXiv 2312.03732.
+
+    Example:
+        >>> resolve_scale(8.0, 16), resolve_scale(8.0, 16, rslora=True)
+        (0.5, 2.0)
+    """
+    if alpha == "auto":
+        if rslora:
+            raise ConfigError(
+                "method.rslora is true, but method.alpha is auto, which is s = 1 at any rank; "
+                "give alpha a number"
+            )
+        return 1.0
+    if isinstance(alpha, str) or not math.isfinite(alpha) or alpha <= 0:
+        raise ConfigError(f"method.alpha is {alpha}; a positive finite number or auto is wanted")
+    if rslora:
+        return alpha / math.sqrt(rank)
+    return alpha / rank

@@ -1,0 +1,233 @@
+"""Rank budgets: a client trains the first components of every adapter, and sums stay exact.
+
+    client k trains the first r_k columns of B under the first r_k rows of the shared A;
+    W <- W + s (sum_k p_k B_k) A, where column j > r_k of B_k is as it started
+
+The sketch and the scale ``s`` are common, so ``sum_k p_k (W + s B_k A)`` is that very merge: the
+zero-padded sum. Row j of A gets signal from the clients with ``r_k >= j`` alone.
+
+What is beyond a budget stays at its start and does not travel. That is zero under a fresh sketch.
+Where a sketch lives for several rounds it is the carried value, which the client then holds as a
+part of its frozen weights: to drop it instead would let every round with a small client shrink
+what the large ones have learnt.
+
+Several sketches a round are the same thing with other components: the rows of one drawing are cut
+into G parts, and client k trains part g_k. The sum is exact for the same reason.
+
+References:
+    Cho et al., *Heterogeneous LoRA for federated fine-tuning*, arXiv 2401.06432, truncate and pad
+    factors that are both trained, which is not exact; one shared sketch makes it so.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from fedraclora.errors import ConfigError, ShapeError, WireError
+from fedraclora.protocol.method import Adapter, Cohort, Downlink, Method, Trained
+from fedraclora.tree import Tree
+
+
+def check_ranks(method: Method) -> None:
+    """Refuse rank budgets where a method cannot keep its promises under them.
+
+    Raises:
+        ConfigError: If the method does not claim `Traits.ranks`.
+    """
+    if not method.traits.ranks:
+        raise ConfigError(
+            f"clients have rank budgets, but {type(method).__name__} trains one rank everywhere; "
+            "take a method whose clients share a sketch (fed_rac_lora, ffa_lora), or no budgets"
+        )
+
+
+def check_budgets(downlink: Downlink, cohort: Cohort) -> None:
+    """See that an exchange asks each client for its own budget.
+
+    Raises:
+        ConfigError: If the method forgot the budgets of the cohort.
+        ShapeError: If the budgets are not one for each client.
+    """
+    if cohort.ranks is not None and downlink.ranks is None:
+        raise ConfigError(
+            "clients have rank budgets, but the method did not hand them on: set Downlink.ranks "
+            "from Cohort.ranks, or run without budgets"
+        )
+    if downlink.ranks is not None and len(downlink.ranks) != len(cohort):
+        raise ShapeError(
+            f"a downlink to {len(cohort)} clients has rank budgets {tuple(downlink.ranks.shape)}; "
+            "one for each is wanted: a later exchange asks those that are left"
+        )
+
+
+def rank_axes(adapter: Adapter, label: str) -> tuple[int, ...]:
+    """Give the axes of a factor that count components: where it meets the factors beside it.
+
+    Example:
+        >>> chain = Adapter({"B": Trained((5, 2)), "A": Trained((2, 7))}, scale=1.0)
+        >>> rank_axes(chain, "B"), rank_axes(chain, "A")
+        ((1,), (0,))
+    """
+    labels = list(adapter.factors)
+    return tuple(axis for axis, end in ((0, labels[0]), (1, labels[-1])) if label != end)
+
+
+def spans(ranks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the first component of each client and the one after its last.
+
+    Args:
+        ranks: Budgets, int64 [K]: the first r_k; or parts, int64 [K, 2]: part g of G.
+        size: Components in all.
+
+    Returns:
+        Two tensors int64 [K], at most ``size``.
+
+    Example:
+        >>> [end.tolist() for end in spans(torch.tensor([[0, 2], [1, 2]]), 6)]
+        [[0, 3], [3, 6]]
+    """
+    if ranks.dim() == 1:
+        return torch.zeros_like(ranks), ranks.clamp(max=size)
+    part, parts = ranks.unbind(dim=1)
+    return part * size // parts, (part + 1) * size // parts
+
+
+def within(ranks: torch.Tensor, size: int) -> torch.Tensor:
+    """Tell which of ``size`` components each client has: bool [K, size]; ranks as in `spans`."""
+    first, end = spans(ranks, size)
+    places = torch.arange(size, device=ranks.device)
+    return (places >= first[:, None]) & (places < end[:, None])
+
+
+def window(
+    adapter: Adapter, label: str, shape: tuple[int, ...], ranks: torch.Tensor
+) -> tuple[slice, ...]:
+    """Give the part of a factor that one client has; ``ranks`` as in `spans`, with K = 1."""
+    cut = [slice(None)] * len(shape)
+    for axis in rank_axes(adapter, label):
+        first, end = spans(ranks, shape[axis])
+        cut[axis] = slice(int(first), int(end))
+    return tuple(cut)
+
+
+def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
+    """Say what clients train of the factors that a budget cuts.
+
+    Args:
+        downlink: Says which factors are trained.
+        ranks: Of the clients, as in `spans`, or None.
+
+    Returns:
+        Masks by trained name, bool, [K, rows, cols] with 1 for an axis that is not cut. Factors
+        that every client trains as a whole are left out: they cost nothing.
+    """
+    masks: Tree = {}
+    if ranks is None:
+        return masks
+    for weight, adapter in downlink.adapters.items():
+        for label, factor in adapter.factors.items():
+            if not isinstance(factor, Trained):
+                continue
+            mask = torch.ones(len(ranks), 1, 1, dtype=torch.bool, device=ranks.device)
+            for axis in rank_axes(adapter, label):
+                kept = within(ranks, factor.shape[axis])
+                mask = mask & (kept[:, :, None] if axis == 0 else kept[:, None, :])
+            if not mask.all():
+                masks[f"{weight}/{label}"] = mask
+    return masks
+
+
+def hold(values: Tree, starts: Tree, masks: Tree, active: int) -> None:
+    """Put back, in place, what is beyond a budget: weight decay moves what has no gradient, too.
+
+    Args:
+        values: Trained tensors, [K, ...]; the first ``active`` clients have taken a step.
+        starts: Where they started, [1, ...] or [K, ...].
+        masks: Of `trainable`.
+        active: Clients that still train.
+    """
+    for name, mask in masks.items():
+        now = values[name][:active]
+        now.copy_(torch.where(mask[:active], now, starts[name][:active]))
+
+
+def cut_gradients(gradients: Tree, masks: Tree) -> Tree:
+    """Leave no gradient beyond a budget, a NaN neither; the order of names is kept."""
+    return {
+        name: gradient.masked_fill(~masks[name][: gradient.shape[0]], 0)
+        if name in masks
+        else gradient
+        for name, gradient in gradients.items()
+    }
+
+
+def uploaded_mask(downlink: Downlink, places: torch.Tensor) -> torch.Tensor | None:
+    """Say which numbers of its row a client sends: what is beyond its budget stays at home.
+
+    Args:
+        downlink: What is asked.
+        places: The clients' places in the cohort of the downlink, int64 [k].
+
+    Returns:
+        bool [k, P] over the uplink's packing order, or None without budgets.
+    """
+    if downlink.ranks is None:
+        return None
+    masks = trainable(downlink, downlink.ranks[places])
+    whole = torch.ones(1, dtype=torch.bool)
+    parts = [
+        masks.get(name, whole)
+        .expand(len(places), *slot.shape)
+        .reshape(len(places), prod(slot.shape))
+        for name, slot in downlink.uploaded().items()
+    ]
+    return torch.cat(parts, dim=1) if parts else torch.zeros(len(places), 0, dtype=torch.bool)
+
+
+def widen(numbers: torch.Tensor, downlink: Downlink, places: torch.Tensor) -> torch.Tensor:
+    """Make rows of what clients sent under budgets: the rest is as it started.
+
+    Args:
+        numbers: What they sent, one client after another, [total].
+        downlink: What was asked. Without budgets ``numbers`` are rows, and are given back.
+        places: The clients' places in the cohort, int64 [k].
+
+    Returns:
+        [k, P] in the uplink's packing order.
+
+    Raises:
+        WireError: If there are not as many numbers as the budgets ask for.
+    """
+    mask = uploaded_mask(downlink, places)
+    if mask is None:
+        return numbers
+    if tuple(numbers.shape) != (int(mask.sum()),):
+        raise WireError(
+            f"{len(places)} clients sent numbers {tuple(numbers.shape)}, wanted "
+            f"{(int(mask.sum()),)} under the rank budgets {downlink.ranks}"
+        )
+    rows = numbers.new_zeros(mask.shape)
+    at = 0
+    for slot in downlink.uploaded().values():
+        size = prod(slot.shape)
+        if (start := slot.opening()) is not None:
+            start = start[places] if slot.per_client else start[None]
+            rows[:, at : at + size] = start.reshape(-1, size).to(rows)
+        at += size
+    rows[mask] = numbers
+    return rows
+
+
+def uploaded_numbers(downlink: Downlink, cohort: int) -> torch.Tensor:
+    """Count the numbers that each client of a cohort sends back, int64 [K]."""
+    total = torch.zeros(cohort, dtype=torch.int64)
+    masks = trainable(downlink, downlink.ranks)
+    for name, slot in downlink.uploaded().items():
+        if name in masks:
+            mask = masks[name]
+            total += mask.sum(dim=(1, 2)) * prod(slot.shape) // prod(mask.shape[1:])
+        else:
+            total += prod(slot.shape)
+    return total

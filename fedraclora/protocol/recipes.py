@@ -1,0 +1,245 @@
+"""Recipes: what clients do beyond plain local steps, each named and tested by itself.
+
+A recipe is a bundle of hooks that both the vectorised trainer and the one-client oracle call at
+the same places. Gradients and values carry a leading client axis [K, ...] (K = 1 in the oracle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+from fedraclora.protocol.rank_budgets import within
+from fedraclora.rng import generator
+from fedraclora.tree import Tree
+
+GradientHook = Callable[[Tree], Tree]
+Arguments = Mapping[str, float | int]
+NO_ARGUMENTS: Arguments = MappingProxyType({})
+
+
+def keep_gradient(gradients: Tree) -> Tree:
+    """Leave the gradients as they are."""
+    return gradients
+
+
+def no_hook(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
+    """Plain local steps: whatever is frozen, gradients are kept."""
+    del frozen, arguments, ranks
+    return keep_gradient
+
+
+def projected(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
+    """Precondition by the frozen factor's Gram matrix: g_B (A A^T)^+, or (B^T B)^+ g_A.
+
+    Plain SGD on the trained factor is then projected SGD on the weight, W - gamma G H_A with
+    gamma = lr s^2, for any sketch. A tensor with no frozen partner keeps its gradient. A client
+    with a rank budget projects on the components that it trains.
+
+    Args:
+        frozen: Frozen factors by "<weight>/<label>": A [r, n] or [K, r, n], B [m, r] or [K, m, r].
+        arguments: None are read.
+        ranks: Which components each client trains, as in `fedraclora.protocol.rank_budgets.spans`,
+            or None.
+
+    Returns:
+        The hook for the round; the inverses are formed once, in float64.
+
+    References:
+        Zhang et al., *LoRA-FA*, arXiv 2308.03303; Malinovsky et al., arXiv 2410.08305, eq. (4).
+    """
+    del arguments
+    inverses = {}
+    for name, factor in frozen.items():
+        weight, _, label = name.rpartition("/")
+        wide = factor.to(torch.float64)
+        gram = wide @ wide.mT if label == "A" else wide.mT @ wide
+        partner = f"{weight}/{'B' if label == 'A' else 'A'}"
+        kept = None if ranks is None else within(ranks, gram.shape[-1]).to(gram)
+        if kept is not None and not bool(kept.all()):
+            # The pseudo-inverse of a padded block is the padded pseudo-inverse of the block.
+            gram = gram * kept[:, :, None] * kept[:, None, :]
+        inverses[partner] = torch.linalg.pinv(gram, hermitian=True).to(factor.dtype)
+
+    def hook(gradients: Tree) -> Tree:
+        out = dict(gradients)
+        for name in gradients.keys() & inverses.keys():
+            inverse = inverses[name]
+            if inverse.dim() == 3:  # one factor per client: those still training come first
+                inverse = inverse[: gradients[name].shape[0]]
+            gradient = gradients[name]
+            out[name] = gradient @ inverse if name.endswith("/B") else inverse @ gradient
+        return out
+
+    return hook
+
+
+def block_diagonal(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
+    """Train the diagonal blocks of the middle factor "R" alone; what is beside them stays.
+
+    Args:
+        frozen: Not read.
+        arguments: ``blocks``: how many; it divides the rows of R.
+        ranks: Not read.
+    """
+    del frozen, ranks
+    blocks = int(arguments["blocks"])
+
+    def hook(gradients: Tree) -> Tree:
+        out = dict(gradients)
+        for name, gradient in gradients.items():
+            if name.endswith("/R"):
+                block = torch.arange(gradient.shape[-1], device=gradient.device) * blocks
+                block = block // gradient.shape[-1]
+                out[name] = gradient.masked_fill(block[:, None] != block, 0)
+        return out
+
+    return hook
+
+
+def in_turn(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
+    """Train one part of the columns of each B at a time, the parts in turn.
+
+    Args:
+        frozen: Not read.
+        arguments: ``parts``, how many; ``interval``, local steps of a turn.
+        ranks: Not read.
+
+    Returns:
+        The hook for the round: it counts its calls, one for each local step.
+    """
+    del frozen, ranks
+    parts, interval = int(arguments["parts"]), int(arguments["interval"])
+    calls = iter(range(2**63))
+
+    def hook(gradients: Tree) -> Tree:
+        turn = next(calls) // interval % parts
+        out = dict(gradients)
+        for name, gradient in gradients.items():
+            if name.endswith("/B"):
+                part = torch.arange(gradient.shape[-1], device=gradient.device) * parts
+                out[name] = gradient.masked_fill(part // gradient.shape[-1] != turn, 0)
+        return out
+
+    return hook
+
+
+def as_matrices(stored: torch.Tensor, *, turned: bool) -> torch.Tensor:
+    """View weights [K, ...] as [K, out, in]; ``turned`` where they are stored (in, out)."""
+    return stored.mT if turned else stored.reshape(*stored.shape[:2], -1)
+
+
+def sparse(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
+    """Train a random share of the entries of full weights; one mask for all clients, for good.
+
+    Args:
+        frozen: Not read.
+        arguments: ``density``, the chance of an entry to be trained; ``seed/<weight>``, of the mask
+            of each weight that has one; ``turned/<weight>`` for those stored (in, out), whose mask
+            is turned, too.
+        ranks: Not read.
+    """
+    del frozen, ranks
+    masks: Tree = {}
+
+    def mask(name: str, gradient: torch.Tensor) -> torch.Tensor:
+        if name not in masks:
+            like = as_matrices(gradient[:1], turned=f"turned/{name}" in arguments)
+            drawn = generator(int(arguments[f"seed/{name}"]), "mask").random(tuple(like.shape[1:]))
+            kept = torch.from_numpy(drawn < arguments["density"])
+            kept = kept.mT if f"turned/{name}" in arguments else kept
+            masks[name] = kept.reshape(gradient.shape[1:]).to(gradient)
+        return masks[name]
+
+    def hook(gradients: Tree) -> Tree:
+        return {n: g * mask(n, g) if f"seed/{n}" in arguments else g for n, g in gradients.items()}
+
+    return hook
+
+
+def galore(
+    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+) -> GradientHook:
+    """Project gradients of full weights on their leading singular vectors, of the smaller side.
+
+    Args:
+        frozen: Not read.
+        arguments: ``gap``, local steps that a projection serves; ``rank/<weight>`` for each weight
+            that is projected; ``turned/<weight>`` for those stored (in, out).
+        ranks: Not read.
+
+    Returns:
+        The hook for the round. Directions that the gradient does not have are projected out: which
+        of them an SVD names is the library's choice.
+
+    References:
+        Zhao et al., *GaLore*, ICML 2024, arXiv 2403.03507.
+    """
+    del frozen, ranks
+    gap, calls = int(arguments["gap"]), iter(range(2**63))
+    bases: Tree = {}
+
+    def project(name: str, gradient: torch.Tensor, *, anew: bool) -> torch.Tensor:
+        turned = f"turned/{name}" in arguments
+        G = as_matrices(gradient, turned=turned)
+        left = G.shape[1] <= G.shape[2]
+        if anew:
+            u, s, vt = torch.linalg.svd(G, full_matrices=False)
+            rank = int(arguments[f"rank/{name}"])
+            least = 10 * max(G.shape[1:]) * torch.finfo(G.dtype).eps * s[:, :1]
+            kept = (s > least).to(G)[:, None, :rank]
+            bases[name] = (u if left else vt.mT)[..., :rank] * kept
+        P = bases[name][: len(G)]
+        out = P @ (P.mT @ G) if left else (G @ P) @ P.mT
+        return out.mT if turned else out.reshape(gradient.shape)
+
+    def hook(gradients: Tree) -> Tree:
+        anew = next(calls) % gap == 0
+        return {
+            n: project(n, g, anew=anew) if f"rank/{n}" in arguments else g
+            for n, g in gradients.items()
+        }
+
+    return hook
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hooks of one client behaviour, prepared once a round.
+
+    Attributes:
+        gradient: Makes the hook from the frozen factors, the recipe's arguments and the clients'
+            rank budgets.
+        steps: Whether clients take local steps; False: they send the mean of their gradients, and
+            stay where they are (`fedraclora.training.probe`).
+        fixes: Whether some entries of what is trained have no gradient, ever: they stay as they
+            are, unless something else than a gradient moves them.
+    """
+
+    gradient: Callable[[Tree, Arguments, torch.Tensor | None], GradientHook] = no_hook
+    steps: bool = True
+    fixes: bool = False
+
+
+RECIPES: dict[str, Recipe] = {
+    "plain": Recipe(),
+    "projected": Recipe(gradient=projected),
+    "block_diagonal": Recipe(gradient=block_diagonal, fixes=True),
+    "in_turn": Recipe(gradient=in_turn),
+    "sparse": Recipe(gradient=sparse, fixes=True),
+    "galore": Recipe(gradient=galore),
+    "gradient": Recipe(steps=False),
+}

@@ -1,0 +1,239 @@
+"""Local training of one client, written to be read: the oracle of the tests.
+
+Dense effective weights, ``torch.optim``, autograd through everything. No batching of clients, no
+closed forms: the proximal term is the penalty itself, clipping is torch's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import Task, loss_function
+from fedraclora.privacy.sample_level import answer_keys, seed_key
+from fedraclora.protocol.method import Downlink, Frozen, Plan, Sketched
+from fedraclora.protocol.rank_budgets import window
+from fedraclora.protocol.recipes import RECIPES, GradientHook
+from fedraclora.reference.dp_sgd import set_noisy_gradients
+from fedraclora.reference.pairs import LocalGates, LocalRite, adjust_gradients
+from fedraclora.rng import cohort_permutations, hash_key
+from fedraclora.training.cohort_layers import CohortContext, CohortDropout
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.precision import FLOAT32, products_in
+from fedraclora.training.variates import add_own_variates
+from fedraclora.training.vmapped import adapted_weights, effective_weights
+from fedraclora.tree import Tree
+
+
+def train_one(
+    task: Task,
+    plan: Plan,
+    local: LocalConfig,
+    base: Tree,
+    downlink: Downlink,
+    *,
+    client: int,
+    place: int,
+    round_: int,
+    seed: int,
+    rate_scale: float = 1.0,
+    precision: str = FLOAT32,
+) -> tuple[Tree, float]:
+    """Train one client.
+
+    Args:
+        task: Model, loss and client data.
+        plan: Views of the adapted matrices.
+        local: Local settings.
+        base: Global weights.
+        downlink: What to train; the client's own row of per-client values is ``place``.
+        client: Its id.
+        place: Its place in the cohort.
+        round_: From 1.
+        seed: Of the run.
+        rate_scale: Of the step sizes.
+        precision: One of `fedraclora.training.precision.PRECISIONS`.
+
+    Returns:
+        The trained tensors, and the mean loss over the local steps.
+    """
+    starts, frozen = own_tensors(downlink, base, place)
+    values = starts
+    own = None if downlink.ranks is None else downlink.ranks[place : place + 1]
+    if own is not None:
+        base, values, frozen = within_budget(base, downlink, plan, values, frozen, own)
+    values = {n: v.clone().requires_grad_() for n, v in values.items()}
+    parts = {n: part_of(n, downlink, starts[n].shape, own) for n in values}
+
+    recipe = RECIPES[downlink.recipe]
+    hook, sums = recipe.gradient(frozen, downlink.arguments, None), dict[str, torch.Tensor]()
+    model, context = with_seeded_dropout(task.model, client, seed, round_)
+    optimiser = make_optimiser(local, downlink, values, frozen, rate_scale)
+    start_weights = effective_weights(base, downlink, plan, values, frozen)
+    start_weights = {n: w.detach().clone() for n, w in start_weights.items()}
+    clients, losses = torch.tensor([client]), []
+    samples = task.train.gather(clients, torch.arange(int(task.train.sizes(clients)))[None])
+    for step, rows in enumerate(batches(len(samples), client, local, seed, round_)):
+        context.step, context.rows = step, len(rows)
+        weights = effective_weights(base, downlink, plan, values, frozen)
+        each, counts = sample_losses(model, weights, samples.take(rows), task.loss, precision)
+        loss = each.sum() / counts.sum().clamp(min=1)
+        losses.append(float(loss.detach()))
+        optimiser.zero_grad()
+        if local.dp is None:
+            loss.backward(retain_graph=True)
+        else:
+            like = {n: start[None] for n, start in starts.items()}
+            noise = local.dp.noise(like, answer_keys(seed_key(seed), round_, clients), step)
+            noise = {n: noise[n][0][parts[n]] for n in values}
+            set_noisy_gradients(each / counts.clamp(min=1), values, local.dp, noise)
+        if local.prox:
+            gap = [weights[n] - w for n, w in start_weights.items()]
+            (local.prox / 2 * torch.stack([g.square().sum() for g in gap]).sum()).backward()
+        add_own_variates(values, downlink, place)
+        shape_gradients(values, frozen, hook, local, downlink)
+        if recipe.steps:
+            optimiser.step()
+            continue
+        sums = {n: sums.get(n, 0) + v.grad for n, v in values.items() if v.grad is not None}
+    trained = {name: start.clone() for name, start in starts.items()}
+    for name, value in values.items():
+        trained[name][parts[name]] = value.detach() if recipe.steps else sums[name] / len(losses)
+    return trained, sum(losses) / max(1, len(losses))
+
+
+def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]:
+    """Give one client's trained tensors at their start, and its frozen factors."""
+    frozen, values = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for weight, adapter in downlink.adapters.items():
+        for label, part in adapter.factors.items():
+            name = f"{weight}/{label}"
+            if isinstance(part, Sketched):
+                frozen[name] = part.spec.draw().to(base[weight].dtype)
+            elif isinstance(part, Frozen):
+                own = part.value[place] if part.value.dim() == 3 else part.value
+                frozen[name] = own.to(base[weight].dtype)
+    for name, slot in downlink.trained().items():
+        start = slot.opening()
+        if start is None:
+            start = base.get(name, torch.zeros(slot.shape))
+        start = start.to(next(iter(base.values())).dtype)
+        values[name] = start[place] if start.dim() > len(slot.shape) else start
+    return values, frozen
+
+
+def part_of(
+    name: str, downlink: Downlink, shape: torch.Size, ranks: torch.Tensor | None
+) -> tuple[slice, ...]:
+    """Say which part of a tensor a client trains under its budget; all of it: ()."""
+    weight, _, label = name.rpartition("/")
+    if ranks is None or weight not in downlink.adapters:
+        return ()
+    return window(downlink.adapters[weight], label, shape, ranks)
+
+
+def within_budget(
+    base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree, ranks: torch.Tensor
+) -> tuple[Tree, Tree, Tree]:
+    """Cut factors to a client's components; the rest of each term goes into the base."""
+
+    def cut(tensors: Tree) -> Tree:
+        out = dict(tensors)
+        for weight, adapter in downlink.adapters.items():
+            for label in adapter.factors:
+                name = f"{weight}/{label}"
+                if name in out:
+                    out[name] = out[name][window(adapter, label, out[name].shape, ranks)]
+        return out
+
+    whole = adapted_weights(base, downlink, plan, values, frozen)
+    values, frozen = cut(values), cut(frozen)
+    part = adapted_weights(base, downlink, plan, values, frozen)
+    rest = {weight: base[weight] + (whole[weight] - part[weight]) for weight in downlink.adapters}
+    return base | rest, values, frozen
+
+
+def sample_losses(
+    model: nn.Module, weights: Tree, batch: Samples, loss: str, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and count of each sample of a batch under the given weights."""
+    plain = set(batch.inputs) == {"x"}
+    own = next(iter(weights.values()))
+    with products_in(precision, own.device):
+        output = functional_call(
+            model, weights, (batch.inputs["x"],) if plain else (), None if plain else batch.inputs
+        )
+    logits = getattr(output, "logits", output).to(own.dtype)
+    return loss_function(loss)(logits, batch.target)
+
+
+def batches(
+    size: int, client: int, local: LocalConfig, seed: int, round_: int
+) -> list[torch.Tensor]:
+    """Row numbers of every local step: epochs in turn, each reshuffled, the last batch short."""
+    width = local.batch_size or size
+    key = hash_key(seed, "shuffle", round_)
+    steps: list[torch.Tensor] = []
+    wanted = local.steps if local.steps is not None else local.epochs * -(-size // width)
+    epoch = 0
+    while len(steps) < wanted:
+        rows = torch.arange(size)
+        if local.shuffle:
+            rows = cohort_permutations(key, torch.tensor([client]), torch.tensor([size]), epoch)[0]
+        steps.extend(rows.split(width))
+        epoch += 1
+    return steps[:wanted]
+
+
+def make_optimiser(
+    local: LocalConfig, downlink: Downlink, values: Tree, frozen: Tree, rate_scale: float
+) -> torch.optim.Optimizer | LocalGates:
+    """Build the torch optimiser, with one step size for the method's own and one beside it."""
+    slots, decay, betas = downlink.trained(), local.weight_decay, (local.beta1, local.beta2)
+
+    def make(named: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [v], "lr": local.rate(slots[n].main, rate_scale), "name": n}
+            for n, v in named
+        ]
+        if local.optimiser == "sgd":
+            return torch.optim.SGD(
+                groups, momentum=local.momentum, nesterov=local.nesterov, weight_decay=decay
+            )
+        if local.optimiser == "lora_rite":
+            return LocalRite(groups, frozen, betas=betas, eps=local.eps, weight_decay=decay)
+        return torch.optim.AdamW(groups, betas=betas, eps=local.eps, weight_decay=decay)
+
+    if local.gate_penalty is not None:
+        return LocalGates(local, values, downlink, make)
+    return make(values.items())
+
+
+def shape_gradients(
+    values: Tree, frozen: Tree, hook: GradientHook, local: LocalConfig, downlink: Downlink
+) -> None:
+    """Do to the gradients of a step what recipe and settings say, in place."""
+    gradients = {n: v.grad[None] for n, v in values.items() if v.grad is not None}
+    for name, gradient in hook(gradients).items():
+        values[name].grad = gradient[0]
+    adjust_gradients(local, downlink, values, frozen)
+    if local.clip is not None and RECIPES[downlink.recipe].steps:
+        nn.utils.clip_grad_norm_(list(values.values()), local.clip)
+
+
+def with_seeded_dropout(
+    model: nn.Module, client: int, seed: int, round_: int
+) -> tuple[nn.Module, CohortContext]:
+    """Copy a model with its dropout replaced by the seeded one, for a batch of one client."""
+    context = CohortContext(active=1, clients=torch.tensor([client]), seed=seed, round_=round_)
+    copied = copy.deepcopy(model).eval()
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, nn.Dropout):
+            parent, _, leaf = name.rpartition(".")
+            setattr(copied.get_submodule(parent), leaf, CohortDropout(module, name, context))
+    return copied, context

@@ -1,0 +1,171 @@
+"""What a run folder began with, by digest: its config, and the files that its data are read from.
+
+``digests.json`` lies beside ``config.yaml``, which stays a plain file to read. It holds a digest of
+itself, as ``summary.json`` does: a digit that changes in any of them is seen by whoever reads it.
+Folders of older releases have no digests, and are read as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from fedraclora.data.locate import resolve
+from fedraclora.errors import CheckpointError, ConfigError, DataError
+from fedraclora.weights.files import replacing
+
+FILE = "digests.json"
+SEAL = "sha256"
+PATHS = ("file", "samples", "test", "test_file", "tokenizer")  # keys of data that name files
+ADVICE = "restore the file from a copy, or start the run anew without resume"
+
+
+def sealed(found: Mapping[str, object]) -> str:
+    """Write JSON with a digest of itself; what is not JSON becomes its text."""
+    plain = json.loads(json.dumps({k: v for k, v in found.items() if k != SEAL}, default=str))
+    return json.dumps({**plain, SEAL: _digest(plain)}, indent=1) + "\n"
+
+
+def opened(found: Mapping[str, object], path: Path) -> dict[str, object]:
+    """Take the digest off what was read from a file, and hold it against the rest.
+
+    Raises:
+        CheckpointError: If the file was changed since it was written.
+    """
+    rest = {key: value for key, value in found.items() if key != SEAL}
+    if found.get(SEAL, _digest(rest)) != _digest(rest):
+        raise CheckpointError(f"{path} is damaged: its digest does not fit; {ADVICE}")
+    return rest
+
+
+def read_sealed(path: Path) -> dict[str, object]:
+    """Read a file of `sealed`, verified.
+
+    Raises:
+        CheckpointError: If it is not readable, or was changed since it was written.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {ADVICE}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: it is no mapping; {ADVICE}")
+    return opened(found, path)
+
+
+def _digest(plain: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def write_digests(folder: Path, config: str, data: Mapping[str, object] | None) -> None:
+    """Write down the digest of a config that is about to be written, and of the files of its data.
+
+    The digest of the config that is there now stays valid, so that a process may be killed between
+    the two files.
+
+    Args:
+        folder: The run folder.
+        config: The text of the config.
+        data: Digests of `data_files`; None keeps those that are there.
+    """
+    path, now = folder / FILE, folder / "config.yaml"
+    before = [_text_digest(now.read_bytes())] if now.is_file() else []
+    held = read_sealed(path) if data is None and path.is_file() else {}
+    kept = held.get("data", {}) if data is None else data
+    digests = [_text_digest(config.encode()), *before]
+    with replacing(path) as partial:
+        partial.write_text(sealed({"config": digests, "data": kept}))
+
+
+def check_config(folder: Path) -> bytes:
+    """Read the config of a run folder, and hold it against its digest.
+
+    Raises:
+        CheckpointError: If it was changed since the run wrote it.
+    """
+    path, digests = folder / "config.yaml", folder / FILE
+    text = path.read_bytes()
+    if digests.is_file() and _text_digest(text) not in _list(read_sealed(digests).get("config")):
+        raise CheckpointError(
+            f"{path} is not the config that the run wrote (its digest is not in {FILE}); restore "
+            "the file from a copy. To change a setting of a run that goes on, say it on the "
+            "command line, beside resume"
+        )
+    return text
+
+
+def check_data(folder: Path, data: Mapping[str, object]) -> None:
+    """Hold the files that the data of a run are read from against what they were when it began.
+
+    Args:
+        folder: The run folder.
+        data: The group ``data`` of the config that is asked for now.
+
+    Raises:
+        DataError: Naming the key, the file, and whose samples they are.
+    """
+    if not (stored := known_data(folder)):
+        return
+    found = data_files(data)
+    for key, files in stored.items():
+        for name, wanted in files.items():
+            now = found.get(key, {}).get(name)
+            if now != wanted:
+                what = "is missing" if now is None else "has changed"
+                raise DataError(
+                    f"data.{key}={data.get(key)}: {name}{_owner(key, name)} {what} since the run "
+                    "began; restore the file, or start the run anew without resume"
+                )
+
+
+def known_data(folder: Path) -> dict[str, dict[str, str]]:
+    """Give the digests of the data's files that a run folder holds, as `data_files` gave them."""
+    path = folder / FILE
+    found = read_sealed(path).get("data") if path.is_file() else None
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def data_files(data: Mapping[str, object]) -> dict[str, dict[str, str]]:
+    """Give the SHA-256 of each file that keys of the group ``data`` name, by key and file name.
+
+    A folder has those of the files in it. Packages and functions are code and left out, and so is
+    ``data.root``, whose data sets are known by their own digests.
+    """
+    return {
+        key: {path.name: _file_digest(path) for path in paths}
+        for key, value in data.items()
+        if (paths := [*_paths(key, value, data.get("root"))])
+    }
+
+
+def _paths(key: str, value: object, root: object) -> Iterator[Path]:
+    if key not in PATHS or not isinstance(value, str) or ":" in value:
+        return
+    try:
+        path = resolve(str(Path(value).expanduser()), key=key, root=str(root) if root else None)
+    except (ConfigError, DataError):
+        return  # who reads it says so
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        yield from sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
+
+
+def _owner(key: str, name: str) -> str:
+    number = name.partition(".")[0]
+    return f", the samples of client {number}," if key == "samples" and number.isdecimal() else ""
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text_digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,303 @@
+"""The folder of a run: made and held for one process, and closed with a summary."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+from fedraclora.config.schema import Plain, section
+from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
+from fedraclora.run.digests import check_config, data_files, read_sealed, sealed, write_digests
+from fedraclora.run.ledger import number, read_ledger, seals
+from fedraclora.run.recorder import BESIDE
+from fedraclora.weights.files import difference, replacing
+
+LEDGER = "ledger_sha256"  # of the summary: the seal of the ledger's last row
+# What a start makes; the lock comes last, so that nobody else begins meanwhile.
+MADE = ("digests.json", "config.yaml", "ledger.jsonl", "chain", "private", "run_id", ".lock")
+PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
+
+
+def is_finished(folder: Path) -> bool:
+    """Tell whether the run of a folder came to its end."""
+    return (folder / "summary.json").is_file()
+
+
+def has_begun(folder: Path) -> bool:
+    """Tell whether a folder holds a run that has come to its first row, or more.
+
+    What holds less was a start that failed or was killed: nothing is lost where another is made.
+
+    Raises:
+        CheckpointError: If its ledger is damaged.
+    """
+    later = ("summary.json", "checkpoint/checkpoint.safetensors")
+    if any((folder / name).exists() for name in later):
+        return True
+    ledger = folder / "ledger.jsonl"
+    return ledger.is_file() and bool(read_ledger(ledger))
+
+
+def resume_word(folder: Path) -> str:
+    r"""Give the word that goes on with a run, as it can be pasted into a shell.
+
+    Example:
+        >>> resume_word(Path("runs/a")), resume_word(Path("sweep/seed=1"))
+        ('resume=runs/a', '"resume=\'sweep/seed=1\'"')
+    """
+    plain = re.fullmatch(r"[\w./~+-]+", str(folder)) is not None
+    return f"resume={folder}" if plain else f"\"resume='{folder}'\""
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuse to write over a run.
+
+    Raises:
+        CheckpointError: If a run is there already.
+    """
+    if has_begun(folder):
+        raise CheckpointError(
+            f"{folder} holds a run already; choose another output.dir, "
+            f"or go on with {resume_word(folder)}"
+        )
+
+
+@contextmanager
+def withdrawn(folder: Path) -> Iterator[None]:
+    """Take away what a start has made in a run folder, where it fails before the run has begun.
+
+    What was there before stays, and so does a folder that holds something else.
+    """
+    known = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+    try:
+        yield
+    except BaseException:
+        if folder.is_dir():
+            with suppress(OSError, FedRacLoraError), alone(folder):  # nobody else's, who came first
+                if not has_begun(folder):
+                    _remove(folder, [name for name in MADE if name not in (known or ())])
+                    if known is None:
+                        folder.rmdir()
+        raise
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def begin(folder: Path, plain: Plain) -> None:
+    """Write the config of a new run into its folder, with digests of it and of the data's files.
+
+    What a start that was killed has left makes room.
+
+    Raises:
+        CheckpointError: If a run is there already.
+    """
+    refuse_existing(folder)
+    if (folder / "config.yaml").exists():
+        _remove(folder, ("ledger.jsonl", "chain", "private"))
+    text = yaml.safe_dump(plain, sort_keys=False)
+    write_digests(folder, text, data_files(section(plain, "data")))
+    with replacing(folder / "config.yaml") as partial:
+        partial.write_text(text)
+
+
+def read_config(folder: Path) -> Plain:
+    """Read the resolved config of a run.
+
+    Raises:
+        CheckpointError: If the folder has none, or it was changed since the run wrote it.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no run folder: it has no config.yaml")
+    try:
+        loaded = yaml.safe_load(check_config(folder))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, too
+        raise CheckpointError(f"{path} is damaged: {error}; restore the config file") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} does not hold a config; restore the file from a copy")
+    return loaded
+
+
+def amend(folder: Path, plain: Plain) -> list[str]:
+    """Write the config under which a run goes on, where that is another than it was.
+
+    A summary goes: the run has not come to its end any more.
+
+    Returns:
+        One line for each key that is another, for the ledger; where output goes is left out.
+    """
+    stored = read_config(folder)
+    if stored == plain:
+        return []
+    (folder / "summary.json").unlink(missing_ok=True)
+    text = yaml.safe_dump(plain, sort_keys=False)
+    write_digests(folder, text, None)
+    with replacing(folder / "config.yaml") as partial:
+        partial.write_text(text)
+    # Keys that one side lacks came or went with the choice of their group, which is named.
+    changed = [line for line in difference(stored, plain) if "(absent)" not in line]
+    return [f"goes on with {x}" for x in changed if not x.startswith(("output.", "resume:"))]
+
+
+def has_checkpoint(folder: Path, every: int) -> bool:
+    """Tell whether a run can go on, or was killed so early that it must start again.
+
+    A run that was killed before its first checkpoint is cleared, so that it can. It is another run
+    then, with a key and a name of its own: what the first attempt drew must not be drawn again.
+
+    Args:
+        folder: The run folder.
+        every: Rounds between checkpoints.
+
+    Raises:
+        CheckpointError: If the ledger shows that there was a checkpoint, and it is gone.
+    """
+    if (folder / "checkpoint" / "checkpoint.safetensors").is_file():
+        return True
+    ledger = folder / "ledger.jsonl"
+    rows = read_ledger(ledger) if ledger.is_file() else []
+    if rows and number(rows[-1], "round") > every:
+        raise CheckpointError(
+            f"{folder} has no checkpoint, though its ledger reaches round {rows[-1]['round']}; "
+            "restore the checkpoint from a copy, or start anew in another folder"
+        )
+    for name in ("ledger.jsonl", *BESIDE):
+        (folder / name).unlink(missing_ok=True)
+    return False
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make and hold a run folder for this process; the lock ends with the process, however it ends.
+
+    Raises:
+        CheckpointError: If another process runs in the folder.
+        ConfigError: If the folder cannot be made.
+    """
+    make(folder)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another process is running in {folder}; wait for it, or choose another output.dir"
+            ) from error
+        yield
+
+
+def make(folder: Path) -> None:
+    """Make a run folder.
+
+    Raises:
+        ConfigError: If that cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output.dir: cannot make the folder {folder} ({error}); choose another one"
+        ) from error
+
+
+def run_id(folder: Path) -> str:
+    """Name a run for those who keep something of it elsewhere; the name stays in its folder.
+
+    Raises:
+        ConfigError: If the folder cannot be made.
+    """
+    path = folder / "run_id"
+    if not path.is_file():
+        make(folder)
+        with replacing(path) as partial:
+            partial.write_text(secrets.token_hex(16))
+    return path.read_text()
+
+
+def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
+    """Write summary.json in one move, with versions, revision and the digest of the ledger."""
+    rows = read_ledger(folder / "ledger.jsonl")
+    found = {**summary, **provenance(), LEDGER: [*seals(rows)][-1]}
+    with replacing(folder / "summary.json") as partial:
+        partial.write_text(sealed(found))
+
+
+def read_summary(folder: Path) -> dict[str, object]:
+    """Read the summary of a finished run; it must be that of the ledger beside it.
+
+    Raises:
+        CheckpointError: If a file is damaged, missing or of another run.
+    """
+    path = folder / "summary.json"
+    found = read_sealed(path)
+    if LEDGER in found and found[LEDGER] != ["", *seals(read_ledger(folder / "ledger.jsonl"))][-1]:
+        raise CheckpointError(
+            f"{path} and ledger.jsonl beside it are not of one run, or one of them was changed; "
+            "restore it from a copy"
+        )
+    return found
+
+
+def provenance() -> dict[str, object]:
+    """Name the versions and the revision that made a result."""
+    versions = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):  # a bundle of Flower's runs where nothing is installed
+            versions[package] = version(package)
+    return {"versions": versions, "git": git_revision()}
+
+
+@cache
+def git_revision() -> str | None:
+    """Give the revision of the checkout that runs, with a plus where files differ from it.
+
+    None for an installed package, also where it lies in the folder of another project.
+
+    That of the first call: what a process runs is what it has loaded.
+    """
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(here), *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.strip()
+
+    if not git("ls-files", Path(__file__).name):
+        return None
+    revision = git("rev-parse", "--short=12", "HEAD")
+    return f"{revision}{'+' if git('status', '--porcelain', '-uno') else ''}" if revision else None
+
+
+def method_label(plain: Plain) -> str:
+    """Name a run in one or two words."""
+    method = section(plain, "method")
+    rank = f" r={method['rank']}" if "rank" in method else ""
+    return f"{method['name']}{rank}"
+
+
+def run_title(plain: Plain) -> str:
+    """Name a run as the title of a picture does: method, data and division, step size, seed."""
+    data, partition, local = (section(plain, key) for key in ("data", "partition", "local"))
+    division = "" if partition.get("name") == "given" else f" ({partition.get('name')})"
+    named = f"{method_label(plain)} on {data['name']}{division}"
+    return f"{named}, {local.get('name', 'lr')} lr={local.get('lr')}, seed {plain.get('seed')}"

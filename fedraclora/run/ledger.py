@@ -1,0 +1,250 @@
+"""The ledger: one line of JSON per round, append-only; every table and plot is made from it.
+
+A writer that is killed leaves at most one unfinished last line, which every reader leaves out.
+Each line ends with a digest of its row and of all rows before, which every reader checks: no digit
+can change unseen. The digest of the last row is kept where the run is vouched for (checkpoint and
+summary). Rows of older releases have none, and are read as they are.
+
+Columns that no seed can fix (`NONDETERMINISTIC`) are not part of the ledger's digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedraclora.errors import CheckpointError
+from fedraclora.weights.files import named, replacing
+
+Row = dict[str, object]
+_SEAL = "sha256"  # of a line: of its row and those before; readers do not see it
+
+NONDETERMINISTIC = frozenset(
+    {"seconds", "cpu_seconds", "peak_memory_bytes", "timestamp", "incidents", "transport_bytes"}
+)
+
+
+class Ledger:
+    """The rows of a run, in memory and in a file.
+
+    An existing file is continued: its rows are read, and an unfinished last line is removed.
+
+    Args:
+        path: The file, or None to keep the rows in memory only.
+
+    Attributes:
+        rows: All rows so far, exactly as a reader of the file gets them.
+
+    Raises:
+        CheckpointError: If the file exists and is damaged elsewhere than in its last line.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        if path is not None and path.exists():
+            data = path.read_bytes()
+            self.rows = _parse(data, path)
+            if data and not data.endswith(b"\n"):
+                self._rewrite()
+        self._seals = [*seals(self.rows)]
+
+    def append(self, row: Mapping[str, object], *, sync: bool = True) -> None:
+        """Add the row of one round and write it.
+
+        Args:
+            row: Column names to JSON values, numpy or torch numbers and arrays. NaN and
+                infinities become null. Key order is kept: the first metric is the headline.
+            sync: Flush to the disk before returning (else only to the operating system).
+
+        Raises:
+            CheckpointError: If ``row["round"]`` is not an integer above the last row's, or a
+                value cannot be written.
+        """
+        round_, last = row.get("round"), self.rows[-1]["round"] if self.rows else None
+        if not isinstance(round_, int) or (isinstance(last, int) and round_ <= last):
+            raise CheckpointError(
+                f"{self._where()}: the round of a row must be an integer above {last}, "
+                f"got {round_!r}; to write a round again, cut the ledger first"
+            )
+        plain = {str(key): _plain(value, str(key)) for key, value in row.items()}
+        seal = _seal(self.seal(), plain)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with named(self.path), self.path.open("ab") as file:
+                file.write(_line(plain, seal))
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        self.rows.append(plain)
+        self._seals.append(seal)
+
+    def seal(self, round_: int | None = None) -> str:
+        """Give the digest of all rows up to a round, every column; empty where there is none."""
+        count = len(self.rows) if round_ is None else sum(_round(r) <= round_ for r in self.rows)
+        return self._seals[count - 1] if count else ""
+
+    def cut(self, round_: int) -> None:
+        """Drop the rows of all rounds after ``round_``, so that the run can go on from there."""
+        kept = [row for row in self.rows if _round(row) <= round_]
+        if len(kept) < len(self.rows):
+            self.rows, self._seals = kept, self._seals[: len(kept)]
+            self._rewrite()
+
+    def digest(self) -> str:
+        """Hash the deterministic columns of all rows; see `digest_rows`."""
+        return digest_rows(self.rows)
+
+    def _rewrite(self) -> None:
+        if self.path is not None:
+            with replacing(self.path) as partial:
+                lines = map(_line, self.rows, seals(self.rows))
+                partial.write_bytes(b"".join(lines))
+
+    def _where(self) -> str:
+        return "ledger" if self.path is None else f"ledger {self.path}"
+
+
+def read_ledger(path: Path) -> list[Row]:
+    """Read the rows of a ledger file; an unfinished last line is left out.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged; the message names file and line.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no ledger {path}; is {path.parent} the folder of a run?")
+    return _parse(path.read_bytes(), path)
+
+
+def digest_rows(rows: Iterable[Mapping[str, object]]) -> str:
+    """Hash rows without their `NONDETERMINISTIC` columns (SHA-256, hexadecimal).
+
+    Example:
+        >>> fast, slow = {"round": 1, "seconds": 0.1}, {"round": 1, "seconds": 9.0}
+        >>> digest_rows([fast]) == digest_rows([slow])
+        True
+        >>> digest_rows([fast]) == digest_rows([{"round": 2, "seconds": 0.1}])
+        False
+    """
+    h = hashlib.sha256()
+    for row in rows:
+        fixed = {key: value for key, value in row.items() if key not in NONDETERMINISTIC}
+        h.update(json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    return h.hexdigest()
+
+
+def seals(rows: Iterable[Mapping[str, object]]) -> Iterator[str]:
+    """Give the digest at each row: of all its columns, and of all rows before."""
+    before = ""
+    for row in rows:
+        before = _seal(before, row)
+        yield before
+
+
+def number(row: Mapping[str, object], *path: str) -> float:
+    """Read one number of a row; NaN where it is absent, null or not a number.
+
+    Example:
+        >>> number({"round": 1, "metrics": {"accuracy": 0.5}}, "metrics", "accuracy")
+        0.5
+    """
+    value: object = row
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def column(rows: Sequence[Mapping[str, object]], *path: str) -> npt.NDArray[np.float64]:
+    """Read one number of every row, float64 [rows]; see `number`."""
+    return np.array([number(row, *path) for row in rows], dtype=np.float64)
+
+
+def round_seconds(row: Mapping[str, object]) -> float:
+    """Wall-clock seconds of a round: ``seconds.total``, or the sum of its stations.
+
+    Example:
+        >>> round_seconds({"round": 1, "seconds": {"open": 0.5, "train": 1.0}})
+        1.5
+    """
+    laps = row.get("seconds")
+    if not isinstance(laps, Mapping):
+        return 0.0
+    values = [number(laps, name) for name in (["total"] if "total" in laps else laps)]
+    return math.fsum(value for value in values if math.isfinite(value))
+
+
+def headline(rows: Sequence[Mapping[str, object]]) -> str | None:
+    """Name the first metric of the first evaluated row, or None.
+
+    Example:
+        >>> headline([{"round": 1}, {"round": 2, "metrics": {"f1": 0.5, "loss": 1.0}}])
+        'f1'
+    """
+    for row in rows:
+        metrics = row.get("metrics")
+        if isinstance(metrics, Mapping) and metrics:
+            return str(next(iter(metrics)))
+    return None
+
+
+def _parse(data: bytes, path: Path) -> list[Row]:
+    rows: list[Row] = []
+    sealed, seal = False, ""
+    lines = data.split(b"\n")
+    for index, line in enumerate(lines):
+        last = index == len(lines) - 1
+        try:
+            row = json.loads(line)
+            wanted = _round(rows[-1]) + 1 if rows else 0
+            if not isinstance(row, dict) or _round(row) < wanted:
+                raise ValueError(f"a row must be a mapping with a round from {wanted} on")
+            claimed = row.pop(_SEAL, None)
+            seal = _seal(seal, row)
+            if claimed != seal and (claimed is not None or sealed):
+                raise ValueError("its digest does not fit, or a row before it is gone")
+            sealed = claimed is not None
+        except ValueError as error:
+            if last:
+                break  # what follows the last newline: nothing, or the torn line of a killed run
+            raise CheckpointError(
+                f"{path}, line {index + 1} is damaged ({error}); restore the file from a copy, "
+                "or cut the run back to an earlier checkpoint"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def _round(row: Mapping[str, object]) -> int:
+    value = row.get("round")
+    return value if isinstance(value, int) else -1
+
+
+def _line(row: Row, seal: str) -> bytes:
+    return json.dumps({**row, _SEAL: seal}, allow_nan=False).encode() + b"\n"
+
+
+def _seal(before: str, row: Mapping[str, object]) -> str:
+    return hashlib.sha256(f"{before}|{json.dumps(row)}".encode()).hexdigest()
+
+
+def _plain(value: object, where: str) -> object:
+    """Bring a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part, f"{where}.{key}") for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part, where) for part in value]
+    raise CheckpointError(f"the ledger cannot hold a {type(value).__name__} (column {where})")

@@ -1,0 +1,134 @@
+"""The weights of any round, from the files of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+
+from fedraclora.errors import CheckpointError
+from fedraclora.protocol.method import Draw, Method, Plan, State, apply_link
+from fedraclora.run.ledger import read_ledger
+from fedraclora.run.recorder import CARRIED, part
+from fedraclora.tree import Tree
+from fedraclora.weights.chain import read_link, read_plan
+from fedraclora.weights.files import has_checkpoint, link_digest, load_checkpoint, read_links
+
+
+def state_at(folder: Path, round_: int | None = None, plan: Plan | None = None) -> State:
+    """Rebuild what the server held after a round: base weights, and what the method carried.
+
+    Args:
+        folder: The run folder, written with ``output.chain=true``; the last checkpoint is enough
+            for the round that it stands at.
+        round_: 0 gives the initial state; None the last checkpoint.
+        plan: Of the run; None takes the one that was stored.
+
+    Returns:
+        The state without moments, on the CPU; bit for bit that of the run on the same build.
+
+    Raises:
+        CheckpointError: If a file is damaged, missing or of another run, or does not reach so far.
+    """
+    if round_ is None:
+        tensors, meta = load_checkpoint(folder / "checkpoint")
+        plan = plan or _stored_plan(meta, folder / "checkpoint")
+        carried = part(tensors, "carried/")
+        return State(part(tensors, "base/"), plan, carried, _mapping(meta["memo"]))
+    chain, last, state = folder / "chain", -1, State({}, Plan({}))
+    beyond = False
+    for number, tensors, meta in read_links(chain):
+        _check_gap(folder, last, number)
+        if beyond := number > round_:
+            break
+        if number == 0:
+            base = {n: t for n, t in tensors.items() if not n.startswith(CARRIED)}
+            state = State(base, plan or _stored_plan(meta, chain))
+        else:
+            base = apply_link(state.base, read_link(tensors, meta), state.plan)
+        kept = {n: t for n, t in state.carried.items() if n not in _names(meta.get("gone"))}
+        state = State(base, state.plan, kept | part(tensors, CARRIED), _mapping(meta.get("memo")))
+        last = number
+    if last < 0 or (last < round_ and not beyond):
+        reached = "no round" if last < 0 else f"round {last}"
+        wanted = chain / f"{last + 1:06d}.safetensors"
+        raise CheckpointError(
+            f"{chain} reaches {reached}, not round {round_}: {wanted} is not there"
+        )
+    _hold_against_checkpoint(folder)
+    return state
+
+
+def stored_plan(folder: Path) -> Plan | None:
+    """Give the plan of a run from its files; None where they are of an older release."""
+    metas = [meta for number, _, meta in islice(read_links(folder / "chain"), 1) if number == 0]
+    if has_checkpoint(folder / "checkpoint"):
+        metas.append(load_checkpoint(folder / "checkpoint")[1])
+    stored = [meta["plan"] for meta in metas if isinstance(meta.get("plan"), Mapping)]
+    return read_plan(stored[0]) if stored else None  # type: ignore[arg-type]
+
+
+def _check_gap(folder: Path, last: int, number: int) -> None:
+    """Refuse a chain in which a round is missing; older releases left out those of nobody."""
+    for round_ in range(last + 1, number):
+        rows = {row["round"]: row for row in read_ledger(folder / "ledger.jsonl")}
+        if last < 0 or rows.get(round_, {}).get("cohort") != 0:
+            path = folder / "chain" / f"{round_:06d}.safetensors"
+            raise CheckpointError(f"{path} is missing: restore it from a copy")
+
+
+def _hold_against_checkpoint(folder: Path) -> None:
+    """Refuse a chain that is not the one that the folder's checkpoint was written beside."""
+    if not has_checkpoint(folder / "checkpoint"):
+        return
+    meta = load_checkpoint(folder / "checkpoint")[1]
+    round_, kept, chain = int(str(meta["round"])), meta.get("chain"), folder / "chain"
+    if isinstance(kept, str) and link_digest(chain, round_) != kept:
+        raise CheckpointError(
+            f"{chain / f'{round_:06d}.safetensors'} is missing, or it is of another run than "
+            f"{folder / 'checkpoint'}: restore both folders from a copy"
+        )
+
+
+def _stored_plan(meta: Mapping[str, object], path: Path) -> Plan:
+    if not isinstance(stored := meta.get("plan"), Mapping):
+        raise CheckpointError(
+            f"{path} was written by an older release, which kept no plan: hand the plan of the run "
+            "in, or go on with the run (resume=...)"
+        )
+    return read_plan(stored)
+
+
+def _mapping(value: object) -> dict[str, int]:
+    return {str(k): int(v) for k, v in value.items()} if isinstance(value, Mapping) else {}
+
+
+def _names(value: object) -> list[str]:
+    return [str(name) for name in value] if isinstance(value, list) else []
+
+
+def weights_at(
+    folder: Path, round_: int | None, method: Method, draw: Draw, plan: Plan | None = None
+) -> Tree:
+    """Rebuild the effective weights after a round: W_t, as the run measured them.
+
+    Where clients keep a part of the model to themselves, these are the server's weights.
+
+    Args:
+        folder: The run folder, as for `state_at`.
+        round_: As for `state_at`.
+        method: Of the run.
+        draw: Of the run: its seed.
+        plan: As for `state_at`.
+
+    Raises:
+        CheckpointError: As `state_at`, and where an older release has not kept what it takes.
+    """
+    state = state_at(folder, round_, plan)
+    if not state.memo and type(method).weights is not Method.weights:
+        raise CheckpointError(
+            f"{folder / 'chain'} was written by an older release, which kept the base weights "
+            "alone (fedraclora.run.rebuild.state_at gives them); only the weights of the last "
+            "checkpoint can be read"
+        )
+    return method.weights(state, draw)

@@ -1,0 +1,318 @@
+"""What a run writes while it runs: ledger rows, links of the chain, checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fedraclora.errors import CheckpointError
+from fedraclora.privacy.secret import FILE as KEY
+from fedraclora.protocol.method import Link, State
+from fedraclora.run.client_state import ClientStore
+from fedraclora.run.ledger import Ledger
+from fedraclora.tree import Tree, digest
+from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
+from fedraclora.weights.files import (
+    append_link,
+    cut_links,
+    difference,
+    has_checkpoint,
+    link_digest,
+    load_checkpoint,
+    read_links,
+    save_checkpoint,
+    stored_digest,
+)
+
+CARRIED = "carried|"  # of the tensors of a link: what the method carries, where it changed
+# Files of a run folder that a run which goes on rests on, beside the config and these three.
+BESIDE = (str(KEY), "run_id")
+PRESENT = ("config.yaml", "digests.json")  # these have digests of their own
+WEIGHTS = (
+    "base/ alone is the trained model only for methods that merge everything into it: "
+    "strategies.weights.load_weights(folder) gives the model of every method"
+)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of the stations of a round.
+
+    Attributes:
+        seconds: By the wall.
+        cpu_seconds: Of this process on its processors, all threads together: what a station costs
+            on a busy machine, too. What clients do in other processes or on a GPU is not in it.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Start."""
+        self._last = time.perf_counter(), time.process_time()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to station ``name``."""
+        now = time.perf_counter(), time.process_time()
+        for laps, end, start in zip((self.seconds, self.cpu_seconds), now, self._last, strict=True):
+            laps[name] = laps.get(name, 0.0) + end - start
+        self._last = now
+
+    @property
+    def columns(self) -> dict[str, dict[str, float]]:
+        """Both, as columns of a ledger."""
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+
+
+class RunRecorder:
+    """The files of one run; without a folder, rows are kept in memory only.
+
+    Args:
+        folder: The run folder, or None.
+        fixed: All that decides the bits of the run: the config, and what ``auto`` was resolved to.
+            Stored in checkpoints; a resume under other values is refused, key by key.
+        every: Rounds between checkpoints.
+        sync: Flush to the disk with each row and link.
+        chain: Keep the links.
+        store: What stays at simulated clients, part of the run's checkpoint.
+        free: Keys of ``fixed`` that may change where a run goes on.
+
+    Attributes:
+        incidents: Sentences for the next row: under what other settings the run goes on.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        fixed: Mapping[str, object] | None = None,
+        every: int = 10,
+        sync: bool = True,
+        chain: bool = True,
+        store: ClientStore | None = None,
+        free: Iterable[str] = (),
+    ) -> None:
+        self.folder, self.fixed, self.every = folder, dict(fixed or {}), every
+        self.sync, self.keep_chain = sync, chain and folder is not None
+        self.store = ClientStore() if store is None else store
+        self.ledger = Ledger(None if folder is None else folder / "ledger.jsonl")
+        self.free = tuple(f"{key}:" for key in free)
+        self._totals = (0, 0)
+        self._link, self._carried = "", Tree()
+        self.incidents: list[str] = []
+
+    def begin(self, state: State) -> None:
+        """Store the initial weights, from which the chain rebuilds all later ones.
+
+        Links that an earlier attempt has left, which was killed before its first checkpoint, go.
+        """
+        if self.keep_chain and self.folder is not None:
+            cut_links(self.folder / "chain", -1)
+            meta: dict[str, object] = {"initial": True, "plan": plan_meta(state.plan)}
+            self._keep(0, state, dict(state.base), meta)
+
+    def totals(self) -> tuple[int, int]:
+        """Bytes up and down (with catch-up) over all rounds so far."""
+        return self._totals
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Write a ledger row, with the peak memory of this process."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        row = {**row, "peak_memory_bytes": peak}
+        if self.incidents:
+            row["incidents"] = [*self.incidents, *_strings(row.get("incidents"))]
+            self.incidents = []
+        self.ledger.append(row, sync=self.sync)
+        self._totals = (int(str(row["uplink_total"])), int(str(row["downlink_total"])))
+
+    def link(self, round_: int, state: State) -> None:
+        """Append the link of a round to the chain: what it changed, in the base and beside it.
+
+        Every round has one: where nothing changed it is empty, so that a missing one is seen.
+        """
+        if self.keep_chain:
+            self._keep(round_, state, *link_tensors(state.link or Link()))
+
+    def links(self) -> Iterator[tuple[int, Link]]:
+        """Read the links of the chain back, each with its round; none where none are kept."""
+        if self.keep_chain and self.folder is not None:
+            for number, tensors, meta in read_links(self.folder / "chain"):
+                if number:  # 0 is the initial weights
+                    yield number, read_link(tensors, meta)
+
+    def _keep(self, round_: int, state: State, tensors: Tree, meta: dict[str, object]) -> None:
+        """Write a link, with what the method carries where that is not what it was."""
+        if self.folder is None:
+            return
+        old, new = self._carried, dict(state.carried)
+        changed = {n: t for n, t in new.items() if n not in old or not _same(old[n], t)}
+        gone = [n for n in old if n not in new]
+        more = {"memo": state.memo} | ({"gone": gone} if gone else {})
+        tensors = tensors | {f"{CARRIED}{n}": t for n, t in changed.items()}
+        chain = self.folder / "chain"
+        path = append_link(chain, round_, tensors, meta | more, previous=self._link, sync=self.sync)
+        self._link, self._carried = stored_digest(path), new
+
+    def due(self, round_: int) -> bool:
+        """Whether a checkpoint is due after this round."""
+        return self.folder is not None and round_ % self.every == 0
+
+    def save(self, state: State, round_: int, catch_up: CatchUp) -> None:
+        """Write a checkpoint: what round ``round_ + 1`` needs."""
+        if self.folder is None:
+            return
+        tensors = {f"base/{n}": t for n, t in state.base.items()}
+        tensors |= {f"carried/{n}": t for n, t in state.carried.items()}
+        tensors |= {f"moments/{n}": t for n, t in state.moments.items()}
+        meta: dict[str, object] = {
+            "round": round_,
+            "memo": state.memo,
+            "fixed": self.fixed,
+            "base_digest": digest(state.base),
+            "plan": plan_meta(state.plan),
+            "weights": WEIGHTS,
+            "ledger": self.ledger.seal(round_),
+            "chain": self._link if self.keep_chain else None,
+            "files": beside(self.folder),
+        }
+        tensors |= catch_up.state() | self.store.state()
+        save_checkpoint(self.folder / "checkpoint", tensors, meta)
+
+    def restore(self, start: State, catch_up: CatchUp) -> tuple[State, int]:
+        """Read the checkpoint back; ledger rows and links past it are cut.
+
+        Args:
+            start: The state of round 0; gives the plan and the device.
+            catch_up: Takes the clients' versions.
+
+        Returns:
+            The state, and the round that it closed.
+
+        Raises:
+            CheckpointError: If there is none, it is damaged, or it is of another configuration.
+        """
+        if self.folder is None:
+            raise CheckpointError("a run without a folder cannot be resumed")
+        tensors, meta = load_checkpoint(self.folder / "checkpoint")
+        stored = meta.get("fixed")
+        changed = difference(stored, self.fixed) if isinstance(stored, dict) else ["fixed: unknown"]
+        changed = [line for line in changed if not line.startswith(self.free)]
+        if changed:
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint was written under another configuration "
+                f"({'; '.join(changed)}); set these keys back, or start the run anew without resume"
+            )
+        memo = meta["memo"]
+        if not isinstance(memo, dict):
+            raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")
+        round_ = int(str(meta["round"]))
+        self._verify(meta, round_)
+        self.ledger.cut(round_)
+        cut_links(self.folder / "chain", round_)
+        last = self.ledger.rows[-1]
+        self._totals = (int(str(last["uplink_total"])), int(str(last["downlink_total"])))
+        catch_up.restore(tensors)
+        self.store.restore(tensors)
+        device = next(iter(start.base.values())).device
+        base = {n: t.to(device) for n, t in part(tensors, "base/").items()}
+        carried, moments = part(tensors, "carried/"), part(tensors, "moments/")
+        if self.keep_chain:
+            self._link = link_digest(self.folder / "chain")
+            # The links of older releases lack what is carried: the next one has all of it.
+            self._carried = dict(carried) if isinstance(meta.get("chain"), str) else {}
+        return State(base, start.plan, carried, memo, moments=moments), round_
+
+    def _verify(self, meta: Mapping[str, object], round_: int) -> None:
+        """Hold what the run rests on against the digests in its checkpoint, before any cut.
+
+        Checkpoints of older releases name none.
+
+        Raises:
+            CheckpointError: Naming the file that is damaged, missing or of another run.
+        """
+        assert self.folder is not None  # noqa: S101
+        advice = "restore the file from a copy, or start the run anew without resume"
+        path = self.folder / "ledger.jsonl"
+        if round_ not in {row["round"] for row in self.ledger.rows[: round_ + 1]}:
+            raise CheckpointError(
+                f"{path} ends before round {round_}, where the checkpoint stands; {advice}"
+            )
+        if meta.get("ledger", self.ledger.seal(round_)) != self.ledger.seal(round_):
+            raise CheckpointError(
+                f"{path} is not the ledger that the checkpoint of round {round_} belongs to; "
+                f"{advice}"
+            )
+        chain = self.folder / "chain"
+        if self.keep_chain and meta.get("chain", "") is None:
+            raise CheckpointError(
+                f"{self.folder} keeps no chain, and one that begins at round {round_ + 1} has no "
+                "initial weights; go on with output.chain=false"
+            )
+        kept = meta.get("chain") if self.keep_chain else None
+        if isinstance(kept, str) and link_digest(chain, round_) != kept:
+            raise CheckpointError(
+                f"{chain / f'{round_:06d}.safetensors'} is missing or of another run; {advice}"
+            )
+        found = beside(self.folder)
+        for name, wanted in dict(meta.get("files", {})).items():  # type: ignore[call-overload]
+            if found.get(name) != wanted:
+                raise CheckpointError(
+                    f"{self.folder / name} is missing, or is not what it was when the checkpoint "
+                    f"was written; {advice}"
+                )
+
+
+def _strings(value: object) -> list[str]:
+    return [str(part) for part in value] if isinstance(value, list) else []
+
+
+def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
+    return old is new or (old.dtype == new.dtype and torch.equal(old, new))
+
+
+def beside(folder: Path) -> dict[str, str]:
+    """Give the SHA-256 of each file of `BESIDE` that a run folder has, and what else it must have.
+
+    A digest of a key of 32 random bytes tells nobody the key.
+    """
+    there = [name for name in BESIDE if (folder / name).is_file()]
+    digests = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in there}
+    return digests | {name: "present" for name in PRESENT if (folder / name).is_file()}
+
+
+def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tree:
+    """Give the tensors whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def stored_chunk(folder: Path) -> int | None:
+    """Give the chunk of the run whose checkpoint a folder holds; None if it does not say."""
+    chunk = _resolved(folder).get("chunk")
+    return chunk if isinstance(chunk, int) else None
+
+
+def stored_device(folder: Path) -> str | None:
+    """Give the kind of device of the run of a folder; None if no checkpoint says it."""
+    if not has_checkpoint(folder / "checkpoint"):
+        return None
+    device = _resolved(folder).get("device")
+    return device if isinstance(device, str) else None
+
+
+def stands_at(folder: Path) -> int | None:
+    """Give the round at which the checkpoint of a folder stands; None if there is none."""
+    if not has_checkpoint(folder / "checkpoint"):
+        return None
+    return int(str(load_checkpoint(folder / "checkpoint")[1]["round"]))
+
+
+def _resolved(folder: Path) -> Mapping[str, object]:
+    fixed = load_checkpoint(folder / "checkpoint")[1].get("fixed")
+    resolved = fixed.get("resolved") if isinstance(fixed, dict) else None
+    return resolved if isinstance(resolved, dict) else {}

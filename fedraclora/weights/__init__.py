@@ -1,0 +1,1 @@
+"""Base weights on their way: files, the chain of links, copies at workers and clients."""

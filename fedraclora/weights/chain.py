@@ -1,0 +1,155 @@
+"""The chain of links, and what a client that was away must fetch to catch up.
+
+A client that holds version v of the base needs the links v+1..t, or the dense weight, whichever
+is smaller: decided per weight. Every client is taken to hold version 0, the initial weights (a
+public checkpoint, or a seed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.method import Link, Plan, Term, apply_link
+from fedraclora.sketch import SketchSpec
+from fedraclora.tree import Tree
+
+SEED_BYTES = 8
+
+
+def term_bytes(term: Term, itemsize: int) -> int:
+    """Payload bytes of one low-rank term: its matrices, and 8 for each seed."""
+    return sum(
+        SEED_BYTES if isinstance(f, SketchSpec) else f.numel() * itemsize for f in term.factors
+    )
+
+
+class CatchUp:
+    """Counts the bytes that each client must fetch before it can take part.
+
+    Four bytes a client are kept, its version; a round and a checkpoint touch only clients that
+    have taken part.
+
+    Args:
+        base: The initial weights (their sizes bound what a weight can cost).
+        num_clients: Size of the population.
+    """
+
+    def __init__(self, base: Mapping[str, torch.Tensor], num_clients: int) -> None:
+        self.names = list(base)
+        self.place = {name: i for i, name in enumerate(self.names)}
+        self.dense = np.array([t.numel() * t.element_size() for t in base.values()], np.int64)
+        self.itemsize = {n: t.element_size() for n, t in base.items()}
+        self.sums = [np.zeros(len(self.names), np.int64)]  # bytes of all links up to a version
+        self.versions: npt.NDArray[np.int32] = np.zeros(num_clients, np.int32)
+
+    @property
+    def version(self) -> int:
+        """Version of the server's base: the number of links."""
+        return len(self.sums) - 1
+
+    def add(self, link: Link | None) -> None:
+        """Append the link of a round (None: nothing changed, but the version moves on)."""
+        row = np.zeros(len(self.names), np.int64)
+        for part in () if link is None else link.parts():
+            for name, term in part.terms.items():
+                row[self.place[name]] += term_bytes(term, self.itemsize[name])
+            for name, value in part.dense.items():
+                row[self.place[name]] += value.numel() * self.itemsize[name]
+        self.sums.append(self.sums[-1] + row)
+
+    def missing(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
+        """Count the bytes that each client needs to come to the current version [K]."""
+        if not len(clients):
+            return np.zeros(0, dtype=np.int64)
+        held, inverse = np.unique(self.versions[clients.numpy()], return_inverse=True)
+        missing = self.sums[-1] - np.stack([self.sums[v] for v in held])
+        cost: npt.NDArray[np.int64] = np.minimum(missing, self.dense).sum(axis=1)[inverse]
+        return cost
+
+    def fetch(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
+        """Bring clients to the current version; give the bytes each of them fetched [K]."""
+        cost = self.missing(clients)
+        self.versions[clients.numpy()] = self.version
+        return cost
+
+    def state(self) -> Tree:
+        """Tensors for a checkpoint."""
+        seen = np.flatnonzero(self.versions)
+        return {
+            "catch_up/sums": torch.from_numpy(np.stack(self.sums)),
+            "catch_up/clients": torch.from_numpy(seen),
+            "catch_up/versions": torch.from_numpy(self.versions[seen]),
+        }
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the tensors of `state` back."""
+        self.sums = list(tensors["catch_up/sums"].numpy().copy())
+        self.versions = np.zeros_like(self.versions)
+        self.versions[tensors["catch_up/clients"].numpy()] = tensors["catch_up/versions"].numpy()
+
+
+def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
+    """Split a link into tensors and a description that is plain JSON, to be written to disk."""
+    tensors: Tree = {f"dense|{n}": v for n, v in link.dense.items()}
+    terms: dict[str, object] = {}
+    for name, term in link.terms.items():
+        parts: list[object] = []
+        for i, factor in enumerate(term.factors):
+            if isinstance(factor, SketchSpec):
+                parts.append(vars(factor))
+            else:
+                tensors[f"term|{name}|{i}"] = factor
+                parts.append(None)
+        terms[name] = {"scale": term.scale, "factors": parts}
+    rest = []
+    for i, part in enumerate(link.rest):
+        more, described = link_tensors(part)
+        tensors |= {f"rest{i}|{n}": t for n, t in more.items()}
+        rest.append(described)
+    return tensors, {"terms": terms} | ({"rest": rest} if rest else {})
+
+
+def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -> Link:
+    """Undo `link_tensors`."""
+    terms: dict[str, Term] = {}
+    stored = meta["terms"]
+    for name, term in stored.items():  # type: ignore[attr-defined]
+        factors = tuple(
+            tensors[f"term|{name}|{i}"] if part is None else SketchSpec(**part)
+            for i, part in enumerate(term["factors"])
+        )
+        terms[name] = Term(factors, float(term["scale"]))
+    dense = {n.partition("|")[2]: v for n, v in tensors.items() if n.startswith("dense|")}
+    rest = []
+    for i, part in enumerate(meta.get("rest", ())):  # type: ignore[arg-type,var-annotated]
+        prefix = f"rest{i}|"
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        rest.append(read_link(own, part))
+    return Link(terms, dense, tuple(rest))
+
+
+def plan_meta(plan: Plan) -> dict[str, object]:
+    """Describe a plan in plain JSON."""
+    targets = {name: [view.kind, *view.shape] for name, view in plan.targets.items()}
+    return {**vars(plan), "targets": targets}
+
+
+def read_plan(meta: Mapping[str, Any]) -> Plan:
+    """Undo `plan_meta`."""
+    targets = {name: LayerView(kind, (m, n)) for name, (kind, m, n) in meta["targets"].items()}
+    parts = {key: tuple(meta[key]) for key in ("dense", "local", "weights")}
+    shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
+    return Plan(targets, **parts, shapes=shapes)
+
+
+def replay(base: Tree, links: list[Link], plan: Plan) -> Tree:
+    """Rebuild the weights after the given links: W_t from W_0."""
+    for link in links:
+        base = apply_link(base, link, plan)
+    return base

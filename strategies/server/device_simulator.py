@@ -1,0 +1,132 @@
+"""The devices of the clients in the loop: who is asked, who answers in time, what a round takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fedraclora.devices.system import SystemConfig
+from fedraclora.devices.timeline import Load, Timeline
+from fedraclora.errors import ConfigError
+from fedraclora.protocol.method import Cohort, Downlink, Method
+from fedraclora.protocol.rank_budgets import check_ranks, uploaded_numbers
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.weights.chain import CatchUp
+from fedraclora.wire import DTYPES, payload_bytes
+from strategies.server.loop import LoopConfig
+
+
+@dataclass
+class DeviceSimulator:
+    """A fleet of devices on the virtual clock of one run.
+
+    Who will be late or vanish is known before anyone trains, so only clients whose replies count
+    are trained; the bytes that went down to the others are counted.
+
+    Attributes:
+        system: What devices are like.
+        seed: Of the run.
+        local: Local settings: how many samples a client passes over.
+        now: Virtual seconds since the run began.
+    """
+
+    system: SystemConfig
+    seed: int
+    local: LocalConfig
+    now: float = 0.0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether devices differ from ideal ones."""
+        return self.system.enabled
+
+    @property
+    def clock(self) -> dict[str, object]:
+        """Virtual seconds since the run began, as a column of the ledger; {} if ideal."""
+        return {"virtual_seconds": self.now} if self.system.timed else {}
+
+    def check(self, method: Method) -> None:
+        """Refuse rank budgets that a method cannot keep.
+
+        Raises:
+            ConfigError: Saying why.
+        """
+        if self.system.rank_budget is not None:
+            check_ranks(method)
+            self._rank(method)
+
+    def ask(self, round_: int, population: int, cohort: int) -> torch.Tensor:
+        """Draw whom a round asks; ids in ascending order, int64."""
+        return self.system.ask(self.seed, round_, population, cohort, self.now)
+
+    def ranks(self, clients: torch.Tensor, method: Method) -> torch.Tensor | None:
+        """Give the rank budgets of clients, int64 [K], or None."""
+        if self.system.rank_budget is None:
+            return None
+        return self.system.ranks(self.seed, clients, self._rank(method))
+
+    def race(
+        self,
+        round_: int,
+        asked: Cohort,
+        downlink: Downlink,
+        sizes: Callable[[torch.Tensor], torch.Tensor],
+        catch_up: CatchUp | None,
+        loop: LoopConfig,
+    ) -> tuple[Cohort, Downlink, Timeline | None]:
+        """Tell whose replies will count, and move the clock.
+
+        Args:
+            round_: From 1.
+            asked: Who is asked.
+            downlink: What.
+            sizes: Gives the samples of each client, int64 [K].
+            catch_up: Tells what each must fetch before; None in a later exchange of a round,
+                where all who are asked are waited for.
+            loop: Settings of the round loop.
+
+        Returns:
+            The clients that answer in time with their part of the downlink, and the exchange on
+            the clock; everyone and None for ideal devices.
+        """
+        if not self.enabled:
+            return asked, downlink, None
+        size = DTYPES[loop.dtype].itemsize
+        down = torch.full((len(asked),), payload_bytes(downlink, len(asked), size))
+        if catch_up is not None:
+            down += torch.from_numpy(catch_up.missing(asked.clients))
+        up = uploaded_numbers(downlink, len(asked)) * size
+        load = Load(self.passes(sizes(asked.clients)), down, up)
+        wanted = len(asked) if catch_up is None else loop.cohort
+        timeline = self.system.timeline(self.seed, round_, asked.clients, load, wanted)
+        self.now += timeline.seconds
+        if len(timeline.kept) == len(asked):
+            return asked, downlink, timeline
+        chosen = torch.zeros(len(asked), dtype=torch.bool)
+        chosen[timeline.kept] = True
+        return asked.select(chosen), downlink.select(timeline.kept), timeline
+
+    def passes(self, sizes: torch.Tensor) -> torch.Tensor:
+        """Count the samples that clients pass over in a round, int64 [K]."""
+        local = self.local
+        if local.steps is None:
+            return sizes * local.epochs
+        batch = sizes if not local.batch_size else sizes.clamp(max=local.batch_size)
+        in_epoch = (sizes + batch - 1) // batch  # the last batch of an epoch may be short
+        return local.steps // in_epoch * sizes + local.steps % in_epoch * batch
+
+    def _rank(self, method: Method) -> int:
+        rank = getattr(method, "rank", None)
+        if rank is None:
+            raise ConfigError(
+                f"system.rank_budget is a share of method.rank, but {type(method).__name__} has no "
+                "one rank; set system.rank_budget=null, or allocation=none if one is set"
+            )
+        if not isinstance(rank, int):
+            raise ConfigError(
+                f"system.rank_budget is a share of method.rank, which is {rank!r}; a whole number "
+                "is wanted"
+            )
+        return rank

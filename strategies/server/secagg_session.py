@@ -1,0 +1,182 @@
+"""The exchanges of secure aggregation: who is asked what, who answers, who has left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from flwr.app import Message, RecordDict
+
+from fedraclora.engines.local import RUN_AT_FAULT
+from fedraclora.errors import ClientError, WireError
+from fedraclora.privacy.secagg import LEAST
+from fedraclora.protocol.uplinks import Refusal, too_many
+from fedraclora.wire.records import clients_of, read_header, read_vectors
+from fedraclora.wire.secagg import (
+    Stage,
+    read_stage,
+    read_words,
+    stage_message,
+    text_bytes,
+)
+from strategies.server.exchange import Exchange
+
+Ask = Callable[[Iterable[Message]], Iterable[Message]]
+Check = Callable[[int, Any, Any], None]
+Said = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not
+LONGEST_REASON = 500  # characters of what a client says of its failure
+
+
+class SecAggSession:
+    """The exchanges of one round: who is still there, who left when, and what it took.
+
+    Args:
+        exchange: The train exchange, which notes the failures.
+        ask: Sends messages and gives the replies that come.
+    """
+
+    def __init__(self, exchange: Exchange, ask: Ask) -> None:
+        self.exchange, self.send = exchange, ask
+        self.nodes = [m.metadata.dst_node_id for m, _ in exchange.chunks]
+        self.up = self.down = 0
+
+    def ask(self, stage: str, data: dict[int, Any], check: Check) -> dict[int, Any]:
+        """Ask clients for a stage in which nobody trains; give what each said.
+
+        Args:
+            stage: Its name.
+            data: What each client is told, by id.
+            check: Holds what a client said against what it was told; raises if it does not fit.
+
+        Raises:
+            ClientError: If too few clients are left.
+        """
+        self.enough(data, stage)
+        said, failures = self.collect(stage, data, check)
+        self.leave(stage, data, said, failures)
+        return said
+
+    def collect(self, stage: str, data: dict[int, Any], check: Check) -> Said:
+        """Ask as `ask` does; whoever does not answer is nobody's business yet."""
+
+        def read(content: RecordDict) -> Said:
+            answer = read_stage(content)
+            if answer is None or answer.name != stage:
+                raise WireError(f"it is no answer to the stage {stage}")
+            found, bad = {}, {}
+            for client in answer.data.keys() & data.keys():
+                try:
+                    check(client, data[client], answer.data[client])
+                    found[client] = answer.data[client]
+                except Exception as error:  # whatever another machine may send
+                    bad[client] = f"its reply is refused: {error!r}"
+            return found, bad
+
+        round_, messages = self.exchange.round_, []
+        for node, (_, chunk) in zip(self.nodes, self.exchange.chunks, strict=True):
+            part = {c: data[c] for c in chunk if c in data}
+            if part:
+                content = stage_message(round_, Stage(stage, {}, part))
+                group, ttl = str(round_), self.exchange.loop.timeout
+                messages.append(Message(content, node, "train.cohort", group_id=group, ttl=ttl))
+        return self._talk(messages, read)
+
+    def masked(self, told: dict[int, Any], settings: dict[str, Any]) -> Said:
+        """Have clients train; give their masked vectors, or whose shares they could not open.
+
+        Args:
+            told: What each client is told of its neighbours, by id.
+            settings: What all are told.
+        """
+        size = self.exchange.layout.size + 1
+
+        def read(content: RecordDict) -> Said:
+            rows, clients = read_words(content), read_vectors(content)["clients"].tolist()
+            if rows.shape != (len(clients), size):
+                raise WireError(f"words {rows.shape} came, wanted {(len(clients), size)}")
+            stage = read_stage(content)
+            found: dict[int, Any] = {}
+            for client, said in (stage.data if stage is not None else {}).items():
+                closed = {int(c) for c in said["unopened"]}
+                if client in told and closed <= {int(c) for c in told[client]["shares"]}:
+                    found[client] = closed
+            return found | dict(zip(clients, rows, strict=True)), {}
+
+        messages = []
+        for message, chunk in self.exchange.chunks:
+            part = {c: told[c] for c in chunk if c in told}
+            if part:
+                message.content["secure"] = Stage("masked", settings, part).record()
+                messages.append(message)
+        found, failures = self._talk(messages, read)
+        return {c: part for c, part in found.items() if c in told}, failures
+
+    def _talk(self, messages: list[Message], read: Callable[[RecordDict], Said]) -> Said:
+        """Send messages; give what clients said, and why others did not.
+
+        What cannot be read, or comes from another client than was asked, is a failure of those
+        who were asked; a second reply to a message is not looked at.
+
+        Raises:
+            ClientError: If a client met what is no client's fault.
+        """
+        self.down += sum(text_bytes(message.content) for message in messages)
+        replies = self.send(messages)  # only now a message has its id
+        sent = {m.metadata.message_id: clients_of(m.content) for m in messages}
+        said: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        for reply in replies:
+            asked = sent.pop(str(reply.metadata.reply_to_message_id), [])
+            if reply.has_error():
+                reason = str(reply.error.reason)
+                if reply.error.code == RUN_AT_FAULT and not self.exchange.loop.guarded:
+                    raise ClientError(f"round {self.exchange.round_} cannot be run: {reason}")
+                failures |= dict.fromkeys(asked, reason)
+                continue
+            try:
+                found, why = read(reply.content)
+                why |= {int(c): str(w) for c, w in read_header(reply.content)["failures"].items()}
+                self.up += text_bytes(reply.content)
+            except Exception as error:  # whatever another machine may send
+                why, found = dict.fromkeys(asked, f"its reply is refused: {error!r}"), {}
+            said |= {c: part for c, part in found.items() if c in asked}
+            failures |= {c: text[:LONGEST_REASON] for c, text in why.items() if c in asked}
+        return said, failures
+
+    def leave(
+        self,
+        stage: str,
+        asked: dict[int, Any],
+        said: dict[int, Any],
+        failures: dict[int, str],
+    ) -> None:
+        """Note who left at a stage.
+
+        Raises:
+            ClientError: If more clients failed than allowed.
+        """
+        for client in sorted(asked.keys() - said.keys()):
+            why = failures.get(client, "no reply in time")
+            self.exchange.failures.append(Refusal(client, f"secure aggregation, {stage}: {why}"))
+        exchange, loop = self.exchange, self.exchange.loop
+        exchange.failures.sort(key=lambda f: f.client)
+        if len(exchange.all_failures) > loop.allowed(len(exchange.first.cohort)):
+            raise too_many(exchange.all_failures, exchange.round_, loop.rule)
+
+    def name(self, leaves: dict[int, str]) -> list[Refusal]:
+        """Note who leaves, and why; give what was noted."""
+        noted = [Refusal(c, f"secure aggregation: {why}") for c, why in sorted(leaves.items())]
+        self.exchange.failures += noted
+        return noted
+
+    def enough(self, clients: Collection[int], stage: str) -> None:
+        """Refuse a sum of too few.
+
+        Raises:
+            ClientError: If fewer than `LEAST` clients are left.
+        """
+        if len(clients) < LEAST:
+            raise ClientError(
+                f"round {self.exchange.round_}: {len(clients)} client(s) are left for the stage "
+                f"{stage} of secure aggregation; {LEAST} or more are wanted"
+            )
