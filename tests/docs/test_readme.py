@@ -35,7 +35,8 @@ def test_each_command_exists(line: str) -> None:
     if program == "make":
         assert re.search(rf"^{word}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "python":
-        assert (ROOT / (shlex.split(line)[2].replace(".", "/") + ".py")).is_file()
+        module = ROOT / shlex.split(line)[2].replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
     elif program == "pip":
         assert (ROOT / line.rsplit(maxsplit=1)[-1]).is_file()
     else:

@@ -213,7 +213,7 @@ def test_a_difference_is_seen_and_ends_in_status_1(
     found = iter([{"weights_digest": "a", "ledger_digest": "b"}])
     monkeypatch.setattr(kill_resume, "finish", lambda *_: next(found))
     monkeypatch.setattr(kill_resume, "launch", lambda *_, **__: None)
-    bad = kill_resume.LocalResult(1, [kill_resume.Kill(0.5, "nothing")])
+    bad = kill_resume.Trial(1, [kill_resume.Kill(0.5, "nothing")])
     other = {"weights_digest": "a", "ledger_digest": "c"}
     monkeypatch.setattr(kill_resume, "kill_and_resume", lambda *_, **__: (bad, other))
     assert kill_resume.main(["--times", "1"]) == 1
