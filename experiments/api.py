@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from torch import nn
+
+from experiments.lending import lend_all
 from experiments.resume import is_done
 from experiments.simulate import carry_out, choose
 from experiments.values import config_of
@@ -13,7 +16,8 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.folder import has_begun
 from strategies import METHODS
-from strategies.outcome import Run, finished
+from strategies.outcome import finished
+from strategies.run import Run
 from strategies.server.rows import Row
 
 __all__ = ["Run", "simulate"]
@@ -24,16 +28,26 @@ OF_MEMORY = ("output.dir", "output.progress")  # keys of `output` that a run in 
 
 def simulate(
     *choices: str | Mapping[str, object],
+    model: nn.Module | str | Mapping[str, object] | None = None,
+    data: object = None,
+    method: object = None,
+    partition: object = None,
+    test: object = None,
+    client: str | None = None,
+    target: str | None = None,
+    loss: str | None = None,
+    metrics: Sequence[str] | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
-    on_round: Callable[[Row], None] | None = None,
+    on_round: Callable[[Row], None] | Sequence[Callable[[Row], None]] | None = None,
     **keys: object,
 ) -> Run:
     """Run a federated method on a task in this process, to its end.
 
     What is not said is as in ``conf/config.yaml``, so that the same words give the same bits as
     ``fedraclora simulate``. The engine is one of the config, too: ``engine=vectorised`` (many
-    clients as one batch), ``inline``, ``ray`` or ``flower``.
+    clients as one batch), ``inline``, ``ray`` or ``flower``. Model, data and method may be objects
+    of the program.
 
     Args:
         choices: Words of the command line (``"method=ffa_lora"``, ``"local.lr=0.1"``), or nested
@@ -41,22 +55,44 @@ def simulate(
             group ``name`` chooses its file). A mapping with every key of the config, such as
             `Run.config`, stands alone: it is taken as it is, but for ``resume`` and
             ``output.dir``, which say where its run was, and ``keys`` are laid over it.
+        model: A `torch.nn.Module`, also of Hugging Face; it is copied, and its weights are where
+            the run begins. The last layer is the head; ``"model.head=[name]"`` says otherwise. Or
+            the name of a choice, or a mapping of its keys.
+        data: The samples of the clients: a list with one entry for each, which is ``(inputs,
+            target)`` (arrays, tensors; inputs may be a dict of them by the names of the model's
+            arguments) or a map-style `torch.utils.data.Dataset`; or one such entry, which
+            ``partition`` and ``clients`` divide; a Hugging Face ``Dataset``; a pandas frame or the
+            path of a table (``.csv``, ``.tsv``, ``.parquet``). Or the name of a choice, or a
+            mapping of its keys.
+        method: An instance of a method's class (``FedRacLora(rank=8)``), also of one of your own;
+            or the name of a choice, or a mapping of its keys.
+        partition: A partitioner of flwr-datasets for a Hugging Face ``Dataset``; or the name of a
+            choice, or a mapping of its keys.
+        test: Beside data of the program: samples to measure on, in any of the forms of one entry;
+            None: a fifth of each client's samples is held out.
+        client: The column of a table that says whose each row is.
+        target: The column of a table to predict; None: ``label``, ``labels`` or ``target``.
+        loss: Beside data of the program: ``cross_entropy``, ``squared_error``, ``logistic`` or
+            ``next_token``; None: what fits the targets.
+        metrics: Beside data of the program: names of metrics; None: those usual for the loss.
         folder: Where the run leaves its files, as ``output.dir``; None with ``output.dir=null``:
             it runs in memory and leaves nothing behind.
         resume: Go on with the run in the folder; where there is none, begin it. A run that has
             come to its end is read, and not run again.
-        on_round: Called with each new row of the history: a dict, see `Run.history`. What it
-            raises stops the run, which can be resumed.
-        keys: Further choices: a value (``rounds=5``), the name of a choice (``method="fedavg"``),
+        on_round: Called with each new row of the history: a dict, see `Run.rows`; or several such
+            functions. What one raises stops the run, which can be resumed.
+        keys: Further choices: a value (``rounds=5``), the name of a choice (``local="momentum"``),
             or a mapping of a group's keys (``local={"lr": 0.1}``).
 
     Returns:
-        The run: ``history`` (rows of the ledger), ``weights()`` (name of a parameter -> tensor of
-        its shape, float32 unless the data have another type), ``summary``, ``folder``, ``config``.
+        The run: ``history`` (a pandas frame, one row a round), ``model()``, ``weights()``,
+        ``evaluate(data)``, ``plot()``, ``save(folder)``, ``summary``, ``rows``, ``folder``,
+        ``config``.
 
     Raises:
         ConfigError: If a key, a choice or a value is wrong, or the parts do not go together: the
             same error as on the command line.
+        DataError: If samples are not what they should be, naming the client.
         CheckpointError: If the folder holds a run already, or one of another config.
         FedRacLoraError: Whatever goes wrong in the run, as ClientError where clients fail.
 
@@ -64,19 +100,25 @@ def simulate(
         As in every run, torch is set to ``engine.threads`` threads in this process.
 
     Example:
-        >>> import fedraclora
-        >>> small = {"data": "digits", "pretrain": "none", "output": {"progress": False}}
+        >>> import fedraclora, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+        >>> clients = [(part, (part[:, 0] > 0).long()) for part in x.split(20)]
         >>> run = fedraclora.simulate(
-        ...     "method=ffa_lora", small, model={"hidden": [12]}, clients=8, cohort=4, rounds=2
+        ...     "output.progress=false", model=net, data=clients, method="ffa_lora", rounds=2
         ... )
-        >>> [row["round"] for row in run.history], sorted(run.history[-1]["metrics"])
-        ([0, 1, 2], ['accuracy', 'loss'])
-        >>> tuple(run.weights()["fc1.weight"].shape)
-        (12, 64)
+        >>> list(run.history.index), sorted(run.history.columns)[:2], run.evaluate() != {}
+        ([0, 1, 2], ['accuracy', 'catchup_bytes'], True)
+        >>> tuple(run.model()(x).shape)
+        (60, 2)
     """
     if not isinstance(resume, bool):
         raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
-    plain, typed = config_of(choices, keys)
+    beside = {"test": test, "client": client, "target": target, "loss": loss, "metrics": metrics}
+    lent = lend_all(model, data, method, partition, beside)
+    plain, typed = config_of((*lent.words, *choices), keys | lent.keys)
+    plain = lent.put_into(plain, typed)
+    seen = as_one(on_round)
     output = plain.get("output")
     output = dict(output) if isinstance(output, Mapping) else {}
     place = place_of(plain, output, folder)
@@ -89,7 +131,7 @@ def simulate(
                 f"{', '.join(idle)}: a run in memory writes nothing; say folder=... too, or leave "
                 "it out"
             )
-        return carry_out(settled(plain), None, on_round=on_round)
+        return carry_out(settled(plain), None, on_round=seen)
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
     if not resume and has_begun(place):
         raise CheckpointError(
@@ -100,7 +142,22 @@ def simulate(
     found, place, goes_on = choose(asked, typed, None)
     if goes_on and is_done(place, found):
         return finished(from_plain(found, METHODS, began=True), place)
-    return carry_out(found, place, resume=goes_on, on_round=on_round)
+    return carry_out(found, place, resume=goes_on, on_round=seen)
+
+
+def as_one(
+    on_round: Callable[[Row], None] | Sequence[Callable[[Row], None]] | None,
+) -> Callable[[Row], None] | None:
+    """Join several callbacks."""
+    if on_round is None or callable(on_round):
+        return on_round
+    each = list(on_round)
+
+    def call(row: Row) -> None:
+        for function in each:
+            function(row)
+
+    return call
 
 
 def place_of(plain: Plain, output: Plain, folder: str | Path | None) -> Path | None:

@@ -30,7 +30,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, number
 from strategies import METHODS
-from strategies.outcome import Run, execute
+from strategies.outcome import execute
+from strategies.run import Run
 from strategies.server.rows import Row
 
 Plain = dict[str, object]

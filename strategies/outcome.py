@@ -6,14 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
-from typing_extensions import override
-
+from fedraclora.config.build import build_task
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section
+from fedraclora.config.settings import PretrainConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.engines.base import MakeEngine
 from fedraclora.protocol.method import Method, Plan
@@ -31,8 +31,9 @@ from fedraclora.run.folder import (
 )
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.stopped import forget_stop, note_stop
-from fedraclora.tree import Tree, digest
+from fedraclora.tree import digest
 from strategies.assembly import Assembled, assemble
+from strategies.run import Run
 from strategies.server.rows import Row
 from strategies.weights import load_weights
 from strategies.wrappers.allocated import current
@@ -40,48 +41,6 @@ from strategies.wrappers.allocated import current
 log = logging.getLogger(__name__)
 
 SHOWN = 1000  # clients in partition.png, spread over the population
-
-
-@dataclass(frozen=True, repr=False)
-class Run:
-    """A run that has come to its end.
-
-    Attributes:
-        summary: Its final figures, as in ``summary.json``: ``metrics``, ``rounds``,
-            ``uplink_total`` and ``downlink_total`` in bytes, ``weights_digest`` and more.
-        history: The rows of its ledger. Row 0 is what it began from, then one per round: ``round``,
-            ``metrics`` by name, ``uplink_total`` and ``downlink_total`` so far in bytes,
-            ``train_loss``, ``seconds`` by phase, and what the choices of the run add.
-        folder: Where its files lie; None where it ran in memory.
-        config: The whole config as plain values; `fedraclora.simulate` takes it for the same run.
-        effective: Gives the weights for `weights`.
-    """
-
-    summary: dict[str, object]
-    history: list[Row]
-    folder: Path | None
-    config: dict[str, object]
-    effective: Callable[[], Tree]
-
-    @override
-    def __repr__(self) -> str:
-        said = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
-        return f"Run({', '.join(said)}, folder={self.folder})"
-
-    def weights(self) -> Tree:
-        """Give the effective weights after the last round, all adapters merged.
-
-        Where clients keep a part of the model to themselves, these are the server's weights.
-
-        Returns:
-            Name of a parameter of the model -> tensor of the parameter's shape, copied to the CPU:
-            ``model.load_state_dict(run.weights(), strict=False)`` takes it.
-
-        Raises:
-            CheckpointError: If they are read from the files of a run that was finished before, and
-                one is missing or damaged.
-        """
-        return {n: t.detach().cpu().clone() for n, t in self.effective().items()}
 
 
 def finished(config: RunConfig, folder: Path) -> Run:
@@ -96,7 +55,9 @@ def finished(config: RunConfig, folder: Path) -> Run:
     """
     rows = read_ledger(folder / "ledger.jsonl")
     effective = partial(load_weights, folder)
-    return Run(read_summary(folder), rows, folder, dict(config.plain), effective)
+    bare = replace(config, pretrain=PretrainConfig())  # the weights are in the folder
+    built = cache(partial(build_task, bare))
+    return Run(read_summary(folder), rows, folder, dict(config.plain), effective, built)
 
 
 def execute(
@@ -152,7 +113,7 @@ def execute(
             draw(run, folder)
         write_summary(folder, summary)
     rows = list(run.strategy.recorder.ledger.rows)
-    return Run(summary, rows, folder, dict(config.plain), run.weights)
+    return Run(summary, rows, folder, dict(config.plain), run.weights, lambda: run.built)
 
 
 @contextmanager

@@ -194,7 +194,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
     for table in (*brought, data.test):
         if len(table):
             check_fit(built.model, table.inputs)
-    if config.model.get("name") == "function":
+    if config.model.get("name") in {"function", "object"}:
         tables = [table for table in (*brought, data.test) if len(table)]
         seen: Mapping[str, torch.Tensor] = tables[0].inputs if tables else {}
         refuse_functions(built.model, seen)

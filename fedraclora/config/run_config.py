@@ -43,6 +43,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest, unknown
 from fedraclora.evaluation.metrics import METRICS
 from fedraclora.models import MODELS
+from fedraclora.objects import NAME, lent
 from fedraclora.privacy.client_level import PRIVACIES, Privacy
 from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.protocol.cohorts import WEIGHTINGS
@@ -208,7 +209,11 @@ def from_plain(
     """
     if not began:
         _refuse_unknown(plain)
-    method = bind("method", methods, section(plain, "method"))()
+    said = section(plain, "method")
+    if said.get("name") == NAME:
+        method = lent("method", said.get("digest"))
+    else:
+        method = bind("method", methods, said)()
     config = RunConfig(method=method, **_fields(RunConfig, plain))  # type: ignore[arg-type]
     _check(config)
     if not began:

@@ -8,6 +8,7 @@ from fedraclora.data.arrays import load_arrays
 from fedraclora.data.dataset import DataSet, hold_out, select_labels
 from fedraclora.data.digits import load_digits
 from fedraclora.data.mnist import load_mnist, load_mnist_5k
+from fedraclora.data.objects import lent_data
 from fedraclora.data.own import own_samples
 from fedraclora.data.partition import PARTITIONS, make_partition
 from fedraclora.data.shakespeare import load_shakespeare
@@ -30,4 +31,5 @@ DATASETS: dict[str, Callable[..., DataSet]] = {
     "shakespeare": load_shakespeare,
     "virtual": virtual,
     "own": own_samples,
+    "object": lent_data,
 }

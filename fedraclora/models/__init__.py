@@ -11,6 +11,7 @@ from fedraclora.models.gpt import build_gpt
 from fedraclora.models.hf import build_hf, build_transformer
 from fedraclora.models.linear import build_linear
 from fedraclora.models.mlp import build_mlp
+from fedraclora.models.objects import build_object
 
 __all__ = ["MODELS", "Built", "check_fit"]
 
@@ -22,4 +23,5 @@ MODELS: dict[str, Callable[..., Built]] = {
     "transformer": build_transformer,
     "gpt": build_gpt,
     "function": build_function,
+    "object": build_object,
 }

@@ -10,7 +10,8 @@ from math import prod
 import torch
 from torch import nn
 
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, ModelError
+from fedraclora.lowrank.layers import is_batch_norm
 from fedraclora.rng import hash_key
 
 ATTENTION = ("sdpa", "eager")  # one fused kernel, or plain products
@@ -154,3 +155,36 @@ def require_dropout(dropout: float) -> None:
     """
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ConfigError(f"model.dropout={dropout}: want a probability, at least 0 and below 1")
+
+
+def take_module(model: object, where: str) -> nn.Module:
+    """Check a module of somebody else's, and put it in training mode but for frozen BatchNorm.
+
+    Args:
+        model: What came.
+        where: Who gave it, for messages.
+
+    Raises:
+        ConfigError: If it is no module.
+        ModelError: If a frozen layer of BatchNorm has never seen a batch.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{where} gives a {type(model).__name__}; a torch.nn.Module is wanted")
+    frozen = {n: m for n, m in model.named_modules() if is_batch_norm(m) and not m.training}
+    model.train()
+    for name, layer in frozen.items():
+        if is_blank(layer.eval()):
+            raise ModelError(
+                f"{where}: layer {name!r} ({type(layer).__name__}) is frozen before it has seen a "
+                "batch: with a mean of 0 and a variance of 1 it normalises nothing. Load "
+                "pretrained weights, or use GroupNorm or LayerNorm"
+            )
+    return model
+
+
+def is_blank(layer: nn.Module) -> bool:
+    """Tell whether the running statistics of a layer are still those of its construction."""
+    mean, variance = layer.running_mean, layer.running_var
+    if not isinstance(mean, torch.Tensor) or not isinstance(variance, torch.Tensor):
+        return False  # it has none, and is refused for that
+    return bool((mean == 0).all() and (variance == 1).all())

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import nn
-
-from fedraclora.errors import ConfigError, FedRacLoraError, ModelError, unknown
+from fedraclora.errors import FedRacLoraError, ModelError, unknown
 from fedraclora.imports import check_call, failure_of, import_function
-from fedraclora.lowrank.layers import is_batch_norm, is_head
-from fedraclora.models.built import Built, seeded
+from fedraclora.lowrank.layers import is_head
+from fedraclora.models.built import Built, seeded, take_module
 
 
 def build_function(
@@ -54,30 +51,9 @@ def build_function(
         except Exception as error:
             raised = failure_of(error, "calling it")
             raise ModelError(f"model.function={function}: {raised}") from error
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"model.function: {function} gives a {type(model).__name__}; a torch.nn.Module is "
-            "wanted"
-        )
-    frozen = {n: m for n, m in model.named_modules() if is_batch_norm(m) and not m.training}
-    model.train()
-    for name, layer in frozen.items():
-        if is_blank(layer.eval()):
-            raise ModelError(
-                f"layer {name!r} ({type(layer).__name__}) is frozen before it has seen a batch: "
-                "with a mean of 0 and a variance of 1 it normalises nothing. Load pretrained "
-                f"weights in {function}, or use GroupNorm or LayerNorm"
-            )
+    model = take_module(model, f"model.function={function}")
     layers = {name.rpartition(".")[0] for name, _ in model.named_parameters()} - {""}
     for name in head:
         if not any(is_head(layer, (name,)) for layer in layers):
             raise unknown("layer as model.head", name, layers)
     return Built(model, tuple(head), targets)
-
-
-def is_blank(layer: nn.Module) -> bool:
-    """Tell whether the running statistics of a layer are still those of its construction."""
-    mean, variance = layer.running_mean, layer.running_var
-    if not isinstance(mean, torch.Tensor) or not isinstance(variance, torch.Tensor):
-        return False  # it has none, and is refused for that
-    return bool((mean == 0).all() and (variance == 1).all())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fedraclora.devices.timeline import REASONS
 from fedraclora.plots.axes import (
@@ -25,13 +26,17 @@ _STEPS = ("lr", "gamma_min", "gamma_max")
 
 
 def curves(rows: Sequence[Row], path: Path, title: str, *, planned: int | None = None) -> None:
+    """Write `figure_of` a run as a PNG; its folder is made where it is missing."""
+    write_png(figure_of(rows, title, planned=planned), path)
+
+
+def figure_of(rows: Sequence[Row], title: str, *, planned: int | None = None) -> Figure:
     """Draw one run: metric and losses, metric against bytes, bytes, seconds, diagnostics.
 
     A run on simulated devices gets two panels more: metric against virtual time, dropped clients.
 
     Args:
         rows: The run's ledger rows; columns that are absent leave their panel empty.
-        path: The PNG to write; its folder is made where it is missing.
         title: Title of the figure; below it stands what the run came to.
         planned: Rounds that the run was to have; None for as many as it has.
     """
@@ -61,7 +66,7 @@ def curves(rows: Sequence[Row], path: Path, title: str, *, planned: int | None =
         clock = column(rows, "virtual_seconds")
         draw_lines(panels[6], ("virtual seconds so far", metric), clock, {metric: measured})
         _stack(panels[7], "clients dropped", rounds, _dropped(rows))
-    write_png(figure, path)
+    return figure
 
 
 def outcome(rows: Sequence[Row], planned: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The folder in which client processes of a machine find a run: settings, and base weights."""
+"""The folder in which client processes of a machine find a run: settings, objects, weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fedraclora import objects
 from fedraclora.weights.replica import FileReplica
 
 _SETTINGS = "config.json"
@@ -23,6 +24,7 @@ class JobFolder(FileReplica):
         self._made = TemporaryDirectory(prefix="fedraclora-")
         super().__init__(Path(self._made.name))
         (self.folder / _SETTINGS).write_text(json.dumps(plain))
+        objects.write(self.folder, plain)
 
     def close(self) -> None:
         """Remove the folder."""
@@ -30,6 +32,7 @@ class JobFolder(FileReplica):
 
 
 def read_settings(folder: Path) -> dict[str, object]:
-    """Read the config of the run that a folder belongs to."""
+    """Read the config of the run that a folder belongs to, and take over its objects."""
+    objects.read(folder)
     found: dict[str, object] = json.loads((folder / _SETTINGS).read_text())
     return found

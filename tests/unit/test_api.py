@@ -38,7 +38,7 @@ def test_a_run_in_memory_is_that_of_the_command_line(method: str, tmp_path: Path
     words = [*WORDS, STUDY, "model.hidden=[7]", "clients=6", "cohort=3", "rounds=2"]
     wanted = simulate(composed([*words, f"method={method}"]), tmp_path / "run")
     assert found.folder is None
-    assert [row["round"] for row in found.history] == seen == [0, 1, 2]
+    assert [row["round"] for row in found.rows] == seen == [0, 1, 2]
     assert found.summary["weights_digest"] == wanted["weights_digest"]
     assert digest(found.weights()) == wanted["weights_digest"]
     assert found.summary["ledger_digest"] == wanted["ledger_digest"]
@@ -81,12 +81,12 @@ def test_a_run_goes_on_and_a_finished_one_is_read(tmp_path: Path) -> None:
     done = run(*words, folder=folder, resume=True, rounds=3)
     whole = run(*words, folder=tmp_path / "whole", resume=True, rounds=3)
     assert done.folder == folder
-    assert [row["round"] for row in done.history] == [0, 1, 2, 3]
+    assert [row["round"] for row in done.rows] == [0, 1, 2, 3]
     assert digest(done.weights()) == digest(whole.weights()) == whole.summary["weights_digest"]
     kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
     again = run(*words, folder=folder, resume=True, rounds=3)
     assert again.summary["seconds"] == done.summary["seconds"]
-    assert again.history == done.history
+    assert again.rows == done.rows
     assert digest(again.weights()) == digest(done.weights())
     assert {p: p.read_bytes() for p in kept} == kept
     with pytest.raises(CheckpointError, match=r"seed: 0 -> 1"):
@@ -98,7 +98,7 @@ def test_a_config_of_a_run_is_the_same_run() -> None:
     again = fedraclora.simulate(first.config)
     other = fedraclora.simulate(first.config, rounds=1, local={"lr": 0.1})
     assert again.summary["weights_digest"] == first.summary["weights_digest"]
-    assert len(other.history) == 2
+    assert len(other.rows) == 2
     assert other.config["method"] == first.config["method"]
     local: Any = first.config["local"]
     assert other.config["local"] == {**local, "lr": 0.1}
@@ -110,7 +110,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "inner": (({"local": {"learning": 1.0}},), {}, "learning"),
     "value": ((), {"cohort": 7}, "cohort is 7, but there are only 6 clients"),
     "deploy": ((), {"engine": "deploy"}, "engine=deploy is for fedraclora deploy"),
-    "object": ((), {"model": torch.nn.Linear(2, 3)}, "model is of type Linear"),
+    "object": ((), {"rounds": torch.ones(2)}, "rounds is of type Tensor"),
     "no word": ((5,), {}, "5 is of type int"),
     "sweep": (("seed=1,2",), {}, "sweep"),
     "resume word": (("resume=auto",), {}, "resume=True"),

@@ -1,0 +1,131 @@
+"""Models, data and methods of a Python program, as the config of a run names them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.values import plain_value
+from fedraclora.config.schema import section
+from fedraclora.data.objects import lend_data
+from fedraclora.errors import ConfigError
+from fedraclora.models.objects import lend_model, require_module
+from fedraclora.objects import NAME, lend
+from strategies import METHODS
+
+Plain = dict[str, object]
+TABLES = (".csv", ".tsv", ".parquet")
+# Choices whose keys an object has, too: words for these hold.
+OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
+KEPT = {"data": ("labels", "validation"), "model": ("head", "targets")}
+
+
+@dataclass
+class Lent:
+    """What is lent for a run.
+
+    Attributes:
+        words: Words of the config that objects bring, before those of the caller.
+        keys: Choices that are no objects, as they came.
+        groups: What groups of the config become: keys laid over what was composed for them.
+    """
+
+    words: list[str] = field(default_factory=list)
+    keys: dict[str, object] = field(default_factory=dict)
+    groups: dict[str, Plain] = field(default_factory=dict)
+
+    def put_into(self, plain: Plain, typed: Sequence[str]) -> Plain:
+        """Give the composed config with the objects in their groups.
+
+        Args:
+            plain: What was composed.
+            typed: The keys that the caller said.
+        """
+        found = dict(plain)
+        for name, group in self.groups.items():
+            composed = plain.get(name)
+            old = composed if isinstance(composed, Mapping) else {}
+            kept = {key: old[key] for key in KEPT.get(name, ()) if key in old}
+            found[name] = {"name": NAME, **kept, **group}
+        if "model" in self.groups and "model.head" not in typed:
+            found["model"] = {**section(found, "model"), "head": None}  # it is looked for
+        return found
+
+
+def lend_all(
+    model: object, data: object, method: object, partition: object, beside: Mapping[str, Any]
+) -> Lent:
+    """Lend what is an object; leave names and mappings to the config.
+
+    Args:
+        model: As `experiments.api.simulate` was given it, and so are the others.
+        data: Of the clients.
+        method: The algorithm.
+        partition: How data are divided.
+        beside: What goes with data of the program, None where it was not said.
+
+    Raises:
+        ConfigError: If something is of no kind that is known, or is said of data that are a choice.
+        DataError: If samples are not what they should be.
+    """
+    lent = Lent()
+    said = {key: value for key, value in beside.items() if value is not None}
+    partitioner = partition if hasattr(partition, "load_partition") else None
+    if partition is not None and partitioner is None:
+        lent.keys["partition"] = partition
+    if model is not None and not isinstance(model, str | Mapping):
+        lent.words += OF_MODEL
+        lent.groups["model"] = {"digest": lend_model(require_module(model))}
+    elif model is not None:
+        lent.keys["model"] = model
+    _lend_method(lent, method)
+    if isinstance(data, str | Path) and str(data).endswith(TABLES):
+        lent.words.append("data=table")
+        names = {"client": "client", "target": "label", "test": "test", "metrics": "metrics"}
+        if unknown := [key for key in said if key not in names]:
+            raise ConfigError(f"{unknown[0]}=... is not for a file of rows; say data.task instead")
+        lent.keys["data"] = {"file": str(data)} | {names[k]: v for k, v in said.items()}
+    elif data is None or isinstance(data, str) or is_choice(data):
+        if said or partitioner is not None:
+            what = [*said, *(["partition"] if partitioner is not None else [])]
+            raise ConfigError(
+                f"{', '.join(what)}: these go with data of the program, and data is "
+                f"{'not said' if data is None else data!r}"
+            )
+        lent.keys |= {} if data is None else {"data": data}
+    else:
+        lent.words += OF_DATA
+        lent.groups["data"] = {"digest": lend_data(data, partitioner=partitioner, **said)}
+    return lent
+
+
+def is_choice(data: object) -> bool:
+    """Tell a mapping of config keys from one of clients' samples."""
+    kinds = (str, int, float, list, Mapping, Path, type(None))
+    return isinstance(data, Mapping) and all(isinstance(value, kinds) for value in data.values())
+
+
+def _lend_method(lent: Lent, method: object) -> None:
+    """Write a method of the table by its fields; lend one that is not in it."""
+    if method is None or isinstance(method, str | Mapping):
+        lent.keys |= {} if method is None else {"method": method}
+        return
+    names = [name for name, kind in METHODS.items() if type(method) is kind]
+    if not dataclasses.is_dataclass(method) or isinstance(method, type):
+        raise ConfigError(
+            f"method is {method!r:.100}; the name of a method, a mapping of its keys, or an "
+            "instance of its class is wanted"
+        )
+    if names:
+        fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+        lent.keys["method"] = {"name": names[0]} | {
+            key: plain_value(f"method.{key}", value) for key, value in fields.items()
+        }
+        return
+    lent.groups["method"] = {
+        "digest": lend(method, hashlib.sha256(repr(method).encode()).hexdigest()[:32])
+    }

@@ -1,0 +1,298 @@
+"""Samples that a Python program has in memory: datasets of torch and of Hugging Face, arrays.
+
+One *table* is ``(inputs, target)`` (arrays or tensors; inputs may be a dict of them), a
+`torch.utils.data.Dataset` of pairs or of dicts, or a Hugging Face ``Dataset``. Clients are a list
+of tables, or one table with a column that says whose each row is, or one that is divided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedraclora.data.dataset import DataSet, Rows, split_rows, take
+from fedraclora.data.fit import METRICS, Form, found_shape, gathered
+from fedraclora.data.samples import Samples
+from fedraclora.errors import ConfigError, DataError
+from fedraclora.objects import lend, lent
+from fedraclora.rng import generator
+from fedraclora.tree import digest
+
+SHARE = 0.2  # of each client's samples, held out where there are no test samples
+TARGETS = ("label", "labels", "target")  # where the caller names no column
+TOKENS = "input_ids"
+
+
+def lend_data(
+    data: object,
+    *,
+    test: object = None,
+    partitioner: Any = None,
+    client: str | None = None,
+    target: str | None = None,
+    loss: str | None = None,
+    metrics: Sequence[str] | None = None,
+    classes: int | None = None,
+) -> str:
+    """Make a data set of what a program has, and lend it; give the digest of its numbers.
+
+    Args:
+        data: A list (or a dict, in its order) of tables, one for each client; or one table.
+        test: A table to measure on; None: a fifth of each client's samples is held out.
+        partitioner: Of flwr-datasets, which divides a Hugging Face ``Dataset``.
+        client: Of a Hugging Face ``Dataset``, the column that says whose a row is.
+        target: The column to predict; None: ``label``, ``labels`` or ``target``.
+        loss: A key of `fedraclora.data.task.LOSSES`; None: ``cross_entropy`` for whole numbers,
+            ``next_token`` where each token has one, ``squared_error`` for fractions.
+        metrics: Names of metrics, the headline first; None: those usual for the loss.
+        classes: Number of outputs; None: as the targets have.
+
+    Raises:
+        ConfigError: If two things are said that cannot both be.
+        DataError: If samples are not what they should be, naming the client.
+    """
+    tables, parts, owners = tables_of(data, partitioner, client, target)
+    held_out = None if test is None else table_of(test, "test", target)
+    loss = loss or usual_loss(tables[0])
+    seen = [*tables, *([] if held_out is None else [held_out])]
+    form = Form(found_shape(tables[0]), loss, classes or classes_of(seen, loss))
+    names = [f"data, client {k}" for k in range(len(tables))] if len(tables) > 1 else ["data"]
+    fitted = [form.fit(table, name) for table, name in zip(tables, names, strict=True)]
+    whole = joined(fitted, names)
+    if parts is None and len(fitted) > 1:
+        parts = np.split(np.arange(len(whole)), np.cumsum([len(t) for t in fitted])[:-1])
+    found = DataSet(
+        train=whole,
+        test=whole if held_out is None else form.fit(held_out, "test"),
+        classes=int(form.classes or 1),
+        loss=loss,
+        metrics=tuple(metrics or METRICS.get(loss, METRICS["cross_entropy"])),
+        columns={} if owners is None else {"client": owners},
+        sample_shape=found_shape(whole),
+        parts=parts,
+        info={"source": "a Python program"},
+    )
+    if loss == "cross_entropy":
+        found = replace(found, columns=found.columns | {"label": whole.target.numpy()})
+    if held_out is None:
+        found = without_test(found)
+    return lend(found, digest_of(found))
+
+
+def lent_data(*, digest: str | None, clients: int | None = None) -> DataSet:
+    """Take the data set that a program has lent.
+
+    Args:
+        digest: Which, by `lend_data`.
+        clients: Not used: what divides it knows.
+    """
+    del clients
+    found: DataSet = lent("data", digest)
+    return found
+
+
+def tables_of(
+    data: object, partitioner: Any, client: str | None, target: str | None
+) -> tuple[list[Samples], list[Rows] | None, np.ndarray[Any, Any] | None]:
+    """Read tables, and with one table the rows of each client or the owner of each row."""
+    if isinstance(data, Mapping) or (isinstance(data, list) and not is_columns(data)):
+        parts = list(data.values()) if isinstance(data, Mapping) else data
+        if partitioner is not None or client is not None:
+            raise ConfigError(
+                "data is a list, one entry for each client, so that nothing is left to divide: "
+                "leave partition and client out"
+            )
+        if not parts:
+            raise DataError("data is an empty list; the samples of one or more clients are wanted")
+        names = [f"data, client {k}" for k in range(len(parts))]
+        return [table_of(p, n, target) for p, n in zip(parts, names, strict=True)], None, None
+    if partitioner is not None:
+        return [table_of(data, "data", target)], divided(data, partitioner), None
+    if client is None:
+        return [table_of(data, "data", target)], None, None
+    if not is_columns(data):
+        raise ConfigError(
+            f"client={client!r} names a column, but data is a {type(data).__name__}: give a "
+            "table with columns, or a list with the samples of each client"
+        )
+    owners = np.asarray(column(data, client, "client"))
+    rest = data.remove_columns([client])  # type: ignore[attr-defined]
+    return [table_of(rest, "data", target)], None, owners
+
+
+def table_of(found: object, where: str, target: str | None = None) -> Samples:
+    """Read one table.
+
+    Raises:
+        DataError: If it is none, or holds something else than numbers.
+    """
+    if isinstance(found, Samples):
+        return found
+    if is_columns(found):
+        return of_columns(found, where, target)
+    if isinstance(found, torch.utils.data.Dataset):
+        return of_dataset(found, where, target)
+    if not isinstance(found, tuple | list):
+        raise DataError(
+            f"{where} is of type {type(found).__name__}; (inputs, target), a dataset of torch or "
+            "of Hugging Face, or a list with one of them for each client is wanted"
+        )
+    return gathered(found, where)
+
+
+def is_columns(found: object) -> bool:
+    """Tell whether this is a ``Dataset`` of Hugging Face."""
+    return hasattr(found, "column_names") and hasattr(found, "with_format")
+
+
+def of_columns(found: Any, where: str, target: str | None) -> Samples:
+    """Read a ``Dataset`` of Hugging Face: the target, and inputs by name or as one ``x``."""
+    names = list(found.column_names)
+    wanted = target or next((name for name in TARGETS if name in names), None)
+    if wanted is None or wanted not in names:
+        raise DataError(
+            f"{where}: the columns are {names}; name the one to predict with target=..."
+        )
+    inputs = [name for name in names if name != wanted]
+    if TOKENS not in inputs and len(inputs) > 1:
+        rows = [np.asarray(column(found, name, where)) for name in inputs]
+        flat = [name for name, row in zip(inputs, rows, strict=True) if row.ndim != 1]
+        if flat or any(row.dtype.kind not in "biuf" for row in rows):
+            words = [n for n, r in zip(inputs, rows, strict=True) if r.dtype.kind not in "biuf"]
+            raise DataError(
+                f"{where}: the columns {words or flat} are no plain numbers; keep one column of "
+                "inputs, columns of numbers alone, or input_ids and attention_mask of a tokenizer"
+            )
+        return gathered((np.stack(rows, axis=1).astype(np.float32), found[wanted][:]), where)
+    arrays = {name: column(found, name, where) for name in inputs}
+    given = arrays if TOKENS in arrays else next(iter(arrays.values()))
+    return gathered((given, column(found, wanted, where)), where)
+
+
+def column(found: Any, name: str, where: str) -> Any:
+    """Give a column of a ``Dataset`` of Hugging Face as an array."""
+    if name not in found.column_names:
+        raise DataError(f"{where}: there is no column {name!r} among {list(found.column_names)}")
+    return found.with_format("numpy")[name][:]
+
+
+def of_dataset(found: Any, where: str, target: str | None) -> Samples:
+    """Read a map-style dataset of torch: pairs, or dicts with a target among them."""
+    if not hasattr(found, "__len__"):
+        raise DataError(
+            f"{where}: {type(found).__name__} has no length; a map-style dataset is wanted "
+            "(list(...) of an iterable one makes one)"
+        )
+    if not len(found):
+        raise DataError(f"{where} holds no sample")
+    try:
+        samples = torch.utils.data.default_collate([found[row] for row in range(len(found))])
+    except (RuntimeError, TypeError) as error:
+        raise DataError(
+            f"{where}: its samples cannot be put into one array ({error}); give inputs of one "
+            "shape: pad texts, resize images"
+        ) from error
+    if isinstance(samples, dict):
+        name = target or next((name for name in TARGETS if name in samples), None)
+        if name not in samples:
+            raise DataError(
+                f"{where}: its samples have {[*samples]}; name the target with target=..."
+            )
+        rest = {n: t for n, t in samples.items() if n != name}
+        samples = (rest if len(rest) > 1 else next(iter(rest.values())), samples[name])
+    return gathered(samples, where)
+
+
+def divided(data: Any, partitioner: Any) -> list[Rows]:
+    """Have a partitioner of flwr-datasets divide a ``Dataset``; give the rows of each client."""
+    if not is_columns(data):
+        raise ConfigError(
+            f"partition is a {type(partitioner).__name__}, which divides a Hugging Face Dataset, "
+            f"but data is a {type(data).__name__}"
+        )
+    numbered = data.add_column("__row__", list(range(len(data))))
+    partitioner.dataset = numbered
+    return [
+        np.asarray(partitioner.load_partition(k)["__row__"][:], dtype=np.int64)
+        for k in range(partitioner.num_partitions)
+    ]
+
+
+def usual_loss(table: Samples) -> str:
+    """Name the loss that fits a target."""
+    if table.target.is_floating_point():
+        return "squared_error"
+    return "next_token" if table.target.dim() == 2 and TOKENS in table.inputs else "cross_entropy"
+
+
+def classes_of(tables: Sequence[Samples], loss: str) -> int | None:
+    """Count the outputs that the targets need; None where they do not tell."""
+    if loss in {"squared_error", "logistic"}:
+        return max(1, tables[0].target[0].numel())
+    if any(t.target.is_floating_point() for t in tables):
+        return None  # the form says what is wrong
+    if loss == "next_token":
+        return None
+    return max(2, 1 + max(int(t.target.max()) for t in tables))
+
+
+def joined(tables: Sequence[Samples], names: Sequence[str]) -> Samples:
+    """Put tables under one another.
+
+    Raises:
+        DataError: If they have other inputs, or inputs of other shapes.
+    """
+    forms = [{n: tuple(t.shape[1:]) for n, t in table.inputs.items()} for table in tables]
+    for form, name in zip(forms, names, strict=True):
+        if form != forms[0]:
+            raise DataError(
+                f"{name}: the inputs are {form}; {forms[0]}, as of client 0, are wanted"
+            )
+    inputs = {n: torch.cat([table.inputs[n] for table in tables]) for n in tables[0].inputs}
+    return Samples(inputs, torch.cat([table.target for table in tables]))
+
+
+def without_test(data: DataSet) -> DataSet:
+    """Hold a fifth of each client's samples out; of all rows where they are not divided yet."""
+    rng, rows = generator(0, "split", "test"), np.arange(len(data.train))
+    parts = data.parts if isinstance(data.parts, list) else [rows]
+    kept, held = [], []
+    for part in parts:
+        stay, out = split_rows(len(part), SHARE, rng)
+        kept.append(part[stay] if len(stay) else part)
+        held.append(part[out] if len(stay) else part[:0])
+    out = np.sort(np.concatenate(held))
+    if not len(out):
+        raise DataError(
+            f"the clients have {len(rows)} samples in all, of which none can be held out to "
+            "measure on: say test=..."
+        )
+    left = np.sort(np.concatenate(kept))
+    place = np.full(len(rows), -1, dtype=np.int64)
+    place[left] = np.arange(len(left))
+    return replace(
+        data,
+        train=take(data.train, left),
+        test=take(data.train, out),
+        columns={name: values[left] for name, values in data.columns.items()},
+        parts=[place[part] for part in kept] if isinstance(data.parts, list) else None,
+        info=data.info | {"held_out": SHARE},
+    )
+
+
+def digest_of(data: DataSet) -> str:
+    """Hash the samples and their division."""
+    h = hashlib.sha256()
+    for samples in (data.train, data.test):
+        h.update(digest(samples.inputs | {"target": samples.target}).encode())
+    for part in data.parts if isinstance(data.parts, list) else ():
+        h.update(part.tobytes() + b"|")
+    for name, values in data.columns.items():
+        h.update(f"{name}|{values.tolist()}".encode())
+    h.update(repr((data.loss, data.metrics, data.classes)).encode())
+    return h.hexdigest()[:32]

@@ -1,0 +1,166 @@
+"""A run that has come to its end: its figures, its weights, and what to do with them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from torch import nn
+from typing_extensions import override
+
+from fedraclora.config.build import BuiltTask, measured_samples
+from fedraclora.data.fit import Form
+from fedraclora.data.objects import table_of
+from fedraclora.errors import ConfigError
+from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.run.folder import run_title
+from fedraclora.tree import Tree
+from fedraclora.weights.files import save_tensors
+from strategies.server.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+SPLITS = ("test", "validation")
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run that has come to its end.
+
+    Attributes:
+        summary: Its final figures, as in ``summary.json``: ``metrics``, ``rounds``,
+            ``uplink_total`` and ``downlink_total`` in bytes, ``weights_digest`` and more.
+        rows: The rows of its ledger. Row 0 is what it began from, then one per round: ``round``,
+            ``metrics`` by name, ``uplink_total`` and ``downlink_total`` so far in bytes,
+            ``train_loss``, ``seconds`` by phase, and what the choices of the run add.
+        folder: Where its files lie; None where it ran in memory.
+        config: The whole config as plain values; `fedraclora.simulate` takes it for the same run.
+        effective: Gives the weights for `weights`.
+        built: Gives the task: the model, and what it is measured on.
+    """
+
+    summary: dict[str, object]
+    rows: list[Row]
+    folder: Path | None
+    config: dict[str, object]
+    effective: Callable[[], Tree]
+    built: Callable[[], BuiltTask]
+
+    @override
+    def __repr__(self) -> str:
+        said = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
+        return f"Run({', '.join(said)}, folder={self.folder})"
+
+    @cached_property
+    def history(self) -> DataFrame:
+        """The rows as a frame, one per round, by ``round``: a metric is a column of its name.
+
+        What a round tells in parts stands in columns of dotted names (``seconds.train``).
+        """
+        import pandas as pd
+
+        frame = pd.json_normalize([dict(row) for row in self.rows], sep=".")
+        short = {name: name.removeprefix("metrics.") for name in frame.columns}
+        return frame.rename(columns=short).set_index("round")
+
+    def weights(self) -> Tree:
+        """Give the effective weights after the last round, all adapters merged.
+
+        Where clients keep a part of the model to themselves, these are the server's weights.
+
+        Returns:
+            Name of a parameter of the model -> tensor of the parameter's shape, copied to the CPU:
+            ``model.load_state_dict(run.weights(), strict=False)`` takes it.
+
+        Raises:
+            CheckpointError: If they are read from the files of a run that was finished before, and
+                one is missing or damaged.
+        """
+        return {n: t.detach().cpu().clone() for n, t in self.effective().items()}
+
+    def model(self) -> nn.Module:
+        """Give the trained model: a copy on the CPU, in evaluation mode, with `weights`."""
+        model = copy.deepcopy(self.built().task.model).cpu()
+        parameters = dict(model.named_parameters())
+        model.load_state_dict({n: t for n, t in self.weights().items() if n in parameters}, False)
+        return model.eval()
+
+    def evaluate(self, data: object = "test", *, target: str | None = None) -> dict[str, float]:
+        """Measure the trained model.
+
+        Args:
+            data: ``"test"`` or ``"validation"``, the run's own; or samples in memory: ``(inputs,
+                target)``, a dataset of torch or of Hugging Face.
+            target: Of a Hugging Face dataset, the column to predict.
+
+        Returns:
+            The metrics of the run, by name.
+
+        Raises:
+            ConfigError: If the run has no such samples.
+            DataError: If the samples are not such as the run's.
+        """
+        built = self.built()
+        task = built.task
+        if isinstance(data, str):
+            if data not in SPLITS:
+                raise ConfigError(f"data is {data!r}; {' or '.join(SPLITS)}, or samples are wanted")
+            samples = measured_samples(task, data)
+        else:
+            like = task.test
+            form = Form(shape_of(like.inputs), task.loss, built.classes or None)
+            samples = form.fit(table_of(data, "data", target), "data").to(
+                built.device, next(iter(like.inputs.values())).dtype if "x" in like.inputs else None
+            )
+        weights = {n: t.to(built.device) for n, t in self.weights().items()}
+        return evaluate(task.model, weights, samples, task.loss, task.metrics)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw the curves of the run; a notebook shows what it gives.
+
+        Args:
+            path: Where to write them as a PNG, too; None: nowhere.
+        """
+        from fedraclora import plots
+
+        figure = plots.figure_of(self.rows, run_title(self.config))
+        if path is not None:
+            plots.write_png(figure, Path(path).expanduser())
+        return figure
+
+    def save(self, folder: str | Path) -> Path:
+        """Write what the run came to: weights, history, figures, config.
+
+        Args:
+            folder: Made where it is missing. It is no run folder: a run that is to be gone on with
+                is run with ``folder=...`` in the first place.
+
+        Returns:
+            The folder, with ``model.safetensors`` (`weights`), ``history.csv``, ``summary.json``
+            and ``config.yaml``.
+
+        Raises:
+            ConfigError: If the folder holds something already.
+        """
+        place = Path(folder).expanduser()
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise ConfigError(f"{place} holds something already; name a new folder")
+        place.mkdir(parents=True, exist_ok=True)
+        save_tensors(place / "model.safetensors", self.weights(), {}, sync=False)
+        self.history.to_csv(place / "history.csv")
+        (place / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
+        (place / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+        return place
+
+
+def shape_of(inputs: Tree) -> tuple[int, ...]:
+    """Shape of one input ``"x"``; empty for token ids."""
+    return tuple(inputs["x"].shape[1:]) if "x" in inputs else ()

@@ -1,0 +1,194 @@
+"""`fedraclora.simulate` with objects of the program, and what a run gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr_datasets.partitioner import DirichletPartitioner
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+import fedraclora
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.models.built import seeded
+from fedraclora.tree import digest
+from strategies.fed_rac_lora import FedRacLora
+
+datasets = pytest.importorskip("datasets")
+
+RNG = np.random.default_rng(3)
+X = RNG.normal(size=(90, 5)).astype("float32")
+Y = (X[:, 0] + 0.1 * RNG.normal(size=90) > 0).astype("int64")
+CUTS = ((0, 40), (40, 60), (60, 90))
+CLIENTS = [(X[a:b], Y[a:b]) for a, b in CUTS]
+
+
+def net() -> nn.Module:
+    with seeded(0, "test"):
+        return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+def run(**keys: Any) -> fedraclora.Run:
+    return fedraclora.simulate("output.progress=false", **({"model": net(), "rounds": 2} | keys))
+
+
+class Pairs(Dataset[Any]):
+    def __init__(self, x: Any, y: Any) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, row: int) -> Any:
+        return {"x": self.x[row], "label": self.y[row]}
+
+
+FORMS: dict[str, Any] = {
+    "arrays": CLIENTS,
+    "a dict": dict(enumerate(CLIENTS)),
+    "tensors": [(torch.tensor(x), torch.tensor(y)) for x, y in CLIENTS],
+    "named inputs": [({"x": x}, y) for x, y in CLIENTS],
+    "TensorDataset": [TensorDataset(torch.tensor(x), torch.tensor(y)) for x, y in CLIENTS],
+    "datasets of dicts": [Pairs(x, y) for x, y in CLIENTS],
+    "Hugging Face": [datasets.Dataset.from_dict({"x": x, "label": y}) for x, y in CLIENTS],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_samples_in_any_form_are_the_same_run(form: str) -> None:
+    wanted, found = run(data=CLIENTS), run(data=FORMS[form])
+    assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
+    assert found.config == wanted.config
+
+
+def test_a_run_is_that_of_the_samples_in_files(tmp_path: Path) -> None:
+    for client, (x, y) in enumerate(CLIENTS):
+        np.savez(tmp_path / f"{client}.npz", x=x, target=y)
+    np.savez(tmp_path / "test.npz", x=X[:9] + 1, target=Y[:9])
+    torch.save(net(), tmp_path / "net.pt")
+    test = (X[:9] + 1, Y[:9])
+    found = run(data=CLIENTS, test=test, method="ffa_lora", local={"lr": 0.3})
+    words = {"name": "own", "samples": str(tmp_path), "test": str(tmp_path / "test.npz")}
+    other = run(data=words, method="ffa_lora", local={"lr": 0.3})
+    assert found.summary["weights_digest"] == other.summary["weights_digest"]
+
+
+def test_a_partitioner_divides_as_it_does_alone() -> None:
+    table = datasets.Dataset.from_dict({"x": X, "label": Y})
+    found = run(data=table, test=(X + 1, Y), partition=DirichletPartitioner(4, "label", 0.5, 3))
+    alone = DirichletPartitioner(4, "label", 0.5, 3)
+    alone.dataset = table.add_column("row", list(range(90)))
+    rows = [np.sort(alone.load_partition(k)["row"][:]) for k in range(4)]
+    wanted = run(data=[(X[part], Y[part]) for part in rows], test=(X + 1, Y))
+    assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
+
+
+def test_a_column_says_whose_a_row_is() -> None:
+    owners = np.repeat(["b", "a", "c"], [40, 20, 30])
+    columns = {f"f{i}": X[:, i] for i in range(5)}
+    table = datasets.Dataset.from_dict({**columns, "label": Y, "site": owners})
+    found = run(data=table, client="site", test=(X + 1, Y))
+    ordered = [CLIENTS[1], CLIENTS[0], CLIENTS[2]]  # by name
+    assert (
+        found.summary["weights_digest"]
+        == run(data=ordered, test=(X + 1, Y)).summary["weights_digest"]
+    )
+
+
+def test_the_module_is_copied_and_begins_the_run() -> None:
+    model = net()
+    before = digest(dict(model.named_parameters()))
+    found = run(model=model, data=CLIENTS, method="fedavg", rounds=1, cohort=1)
+    assert digest(dict(model.named_parameters())) == before
+    untouched = run(model=model, data=CLIENTS, method="fedavg", rounds=1, local={"lr": 1e-30})
+    for name, value in untouched.weights().items():
+        torch.testing.assert_close(value, model.state_dict()[name])
+    assert digest(found.weights()) != before
+
+
+def test_what_a_run_gives(tmp_path: Path) -> None:
+    rows: list[Any] = []
+    more: list[Any] = []
+    found = run(data=CLIENTS, on_round=[rows.append, more.append])
+    assert rows == more == found.rows
+    frame = found.history
+    assert list(frame.index) == [0, 1, 2]
+    metrics: Any = found.rows[-1]["metrics"]
+    assert frame["accuracy"].iloc[-1] == metrics["accuracy"]
+    assert found.evaluate() == metrics
+    model = found.model()
+    with torch.no_grad():
+        right = (model(torch.tensor(X)).argmax(1).numpy() == Y).mean()
+    assert found.evaluate((X, Y))["accuracy"] == pytest.approx(right)
+    found.plot(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    place = found.save(tmp_path / "kept")
+    assert sorted(p.name for p in place.iterdir()) == [
+        "config.yaml",
+        "history.csv",
+        "model.safetensors",
+        "summary.json",
+    ]
+    with pytest.raises(ConfigError, match="holds something already"):
+        found.save(place)
+
+
+def test_a_run_in_a_folder_goes_on_with_the_same_objects(tmp_path: Path) -> None:
+    whole = run(data=CLIENTS, rounds=3)
+    run(data=CLIENTS, folder=tmp_path / "run", rounds=3)
+    again = run(data=CLIENTS, folder=tmp_path / "run", rounds=3, resume=True)
+    assert again.summary["weights_digest"] == whole.summary["weights_digest"]
+    assert again.evaluate() == whole.evaluate()
+    with pytest.raises(FedRacLoraError, match="digest"):
+        run(data=CLIENTS[:2], folder=tmp_path / "run", rounds=3, resume=True)
+
+
+@dataclass(frozen=True)
+class Mine(FedRacLora):
+    """A method of the program's own."""
+
+
+def test_methods_are_names_or_objects() -> None:
+    wanted = run(data=CLIENTS, method={"name": "fed_rac_lora", "rank": 2, "alpha": 3.0})
+    for method in (FedRacLora(rank=2, alpha=3.0), Mine(rank=2, alpha=3.0)):
+        found = run(data=CLIENTS, method=method)
+        assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"data": 3}, DataError, "data is of type int"),
+    ({"data": []}, DataError, "empty list"),
+    ({"data": (X, Y)}, ConfigError, "clients is not set"),
+    ({"data": [(X, Y), (X[:3], Y[:2])]}, DataError, "client 1: 2 targets"),
+    ({"data": [(X, Y), (X[:, :3], Y)]}, DataError, r"client 1: one input is \(3,\)"),
+    ({"data": [(X, Y), (X * np.nan, Y)]}, DataError, "client 1: x holds NaN"),
+    ({"data": [(X, Y), (X, Y - 1)]}, DataError, "client 1: the labels go from -1"),
+    ({"data": (X, Y), "client": "site"}, ConfigError, "names a column"),
+    ({"data": "digits", "test": (X, Y)}, ConfigError, "go with data of the program"),
+    ({"data": CLIENTS, "test": (X[:, :2], Y)}, DataError, "test: one input is"),
+    ({"data": CLIENTS, "model": 3}, ConfigError, "model is of type int"),
+    ({"data": CLIENTS, "method": FedRacLora}, ConfigError, "an instance of its class"),
+    ({"data": CLIENTS, "partition": DirichletPartitioner(2, "y", 1.0)}, ConfigError, "a list"),
+    ({"data": CLIENTS, "metrics": ["speed"]}, ConfigError, "speed"),
+]
+
+
+@pytest.mark.parametrize(("keys", "kind", "words"), BAD, ids=[str(n) for n in range(len(BAD))])
+def test_bad_input_is_refused_by_name(keys: Any, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        run(**keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ray", "flower"])
+def test_objects_reach_other_processes(engine: str) -> None:
+    found = run(data=CLIENTS, engine=engine)
+    assert (
+        found.summary["weights_digest"]
+        == run(data=CLIENTS, engine="inline").summary["weights_digest"]
+    )
