@@ -1,0 +1,23 @@
+"""The page on Python, read from top to bottom as one program."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "python.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in BLOCKS:
+        exec(compile(block, PAGE.name, "exec"), names)
+    assert (tmp_path / "curves.png").is_file()
+    assert (tmp_path / "result" / "model.safetensors").is_file()
+    assert (tmp_path / "runs/mine/summary.json").is_file()
+    run = names["run"]
+    assert run.history["accuracy"].iloc[-1] > 0.5  # type: ignore[attr-defined]
