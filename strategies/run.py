@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora.config.build import BuiltTask, measured_samples
+from fedraclora.config.schema import section
 from fedraclora.data.fit import Form
 from fedraclora.data.objects import table_of
 from fedraclora.errors import ConfigError
@@ -135,6 +136,54 @@ class Run:
         if path is not None:
             plots.write_png(figure, Path(path).expanduser())
         return figure
+
+    def export(
+        self,
+        folder: str | Path,
+        format: str = "peft",  # noqa: A002
+        rank: int | None = None,
+        round: int | None = None,  # noqa: A002
+    ) -> dict[str, object]:
+        """Write the trained model in a form that other libraries read, with a model card.
+
+        Args:
+            folder: Made where it is missing.
+            format: ``peft`` (an adapter of W_T - W_0), ``hf`` (a merged Hugging Face folder),
+                ``state_dict`` (one safetensors file) or ``gguf`` (models of Llama form).
+            rank: With ``peft``, the largest rank of a layer; None: the rank that its change has.
+            round: Of the weights, from the chain of a run with a folder; None: those of the end.
+
+        Returns:
+            What ``export.json`` holds of it beside the run's own facts: with ``peft`` for each
+            layer its ``rank``, the ``rank_of_change``, and the ``relative_error``.
+
+        Raises:
+            ConfigError: If the format does not fit the model, or the folder holds something.
+            ModelError: If the format has no place for a layer.
+            CheckpointError: If a file of the run is missing or damaged.
+        """
+        from fedraclora.export import export
+        from strategies.trained import trained_model
+
+        task, facts = self.built().task, self._facts(round)
+        trained = trained_model(self.config, self.folder, task, self.effective, facts, round)
+        place = Path(folder).expanduser()
+        record = export(trained, place, format, rank)
+        return {**record, "warnings": list(trained.warnings), "folder": str(place)}
+
+    def _facts(self, round_: int | None) -> dict[str, object]:
+        """Collect what a model card says of the run, as it was after a round."""
+        last = self.rows[-1]["round"] if round_ is None else round_
+        row: Mapping[str, object] = next((r for r in self.rows if r["round"] == last), {})
+        return {
+            **{key: section(self.config, key) for key in ("method", "data", "model")},
+            "rounds": last,
+            **{key: self.summary.get(key) for key in ("clients", "cohort")},
+            "metrics": row.get("metrics"),
+            "uplink_bytes": row.get("uplink_total"),
+            "downlink_bytes": row.get("downlink_total"),
+            "seed": self.config.get("seed"),
+        }
 
     def save(self, folder: str | Path) -> Path:
         """Write what the run came to: weights, history, figures, config.

@@ -49,7 +49,8 @@ def build_object(
     """
     del shape, classes, seed
     model = take_module(copy.deepcopy(lent("model", digest)), "model")
-    layers = {name.rpartition(".")[0] for name, _ in model.named_parameters()} - {""}
+    every = model.named_parameters(remove_duplicate=False)  # a tied head is a head
+    layers = {name.rpartition(".")[0] for name, _ in every} - {""}
     if head is None:
         head = found_head(model)
     for name in head:
@@ -63,8 +64,8 @@ def found_head(model: nn.Module) -> tuple[str, ...]:
     """Find the final layer: of the layers with weights the last, or what lies beside an encoder."""
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and hasattr(model, prefix):  # of Hugging Face
-        beside = (n for n, m in model.named_children() if n != prefix and any(m.parameters()))
-        return tuple(beside)
+        beside = (n for n, m in model.named_children() if n != prefix)
+        return tuple(n for n in beside if [*model.get_submodule(n).parameters()])
     adaptable = [name for name, module in model.named_modules() if layer_kind(module)]
     if len(adaptable) < 2:
         return ()

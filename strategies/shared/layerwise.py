@@ -234,17 +234,22 @@ class LayerMethod(LowRank):
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         """Give W + s times the product of the factors as they stand, for every matrix."""
+        terms = self.standing(state, draw, own)
+        return apply_link(state.base, Link(terms), state.plan) if terms else state.base
+
+    def standing(self, state: State, draw: Draw, own: Tree | None = None) -> dict[str, Term]:
+        """Give the terms that the factors as they stand add to the base, by weight."""
         own, now, terms = own or {}, Round(1, draw), {}
         for layer in self.layers_of(state):
-            standing = []
+            factors = []
             for label, factor in self.adapter(layer, now).factors.items():
                 value = _standing(factor, own.get(f"{layer.name}/{label}"))
                 if value is None:  # a factor is zero, and so is their product
                     break
-                standing.append(value)
+                factors.append(value)
             else:
-                terms[layer.name] = Term(tuple(standing), layer.scale)
-        return apply_link(state.base, Link(terms), state.plan) if terms else state.base
+                terms[layer.name] = Term(tuple(factors), layer.scale)
+        return terms
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:

@@ -112,15 +112,15 @@ class Dora(Method):
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        sent = self.inner.open_round(self._own(state), round_, cohort, draw)
+        sent = self.inner.open_round(self.own_state(state), round_, cohort, draw)
         return self._with_magnitudes(state, sent)
 
     @override
     def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
-        again = self.inner.next_exchange(self._own(state), sent, got)
+        again = self.inner.next_exchange(self.own_state(state), sent, got)
         return None if again is None else self._with_magnitudes(state, again)
 
-    def _own(self, state: State) -> State:
+    def own_state(self, state: State) -> State:
         """Give the state as the method knows it."""
         names = {magnitude_of(name) for name in state.plan.targets}
         carried = {n: t for n, t in state.carried.items() if n not in names}
@@ -138,7 +138,7 @@ class Dora(Method):
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        after = self.inner.close_round(self._own(state), sent, got)
+        after = self.inner.close_round(self.own_state(state), sent, got)
         mean, step = got.mean(), self.traits.step
         new = {
             n: server_step(state.carried[n], mean[n], step).to(state.carried[n])
@@ -148,7 +148,7 @@ class Dora(Method):
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        weights = dict(self.inner.weights(self._own(state), draw, own))
+        weights = dict(self.inner.weights(self.own_state(state), draw, own))
         for name, view in state.plan.targets.items():
             V = view.matrix(weights[name]).double()
             W = rescaled(V, state.carried[magnitude_of(name)].to(V))

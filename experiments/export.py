@@ -1,0 +1,58 @@
+"""``fedraclora export RUN``: the trained model of a run, in a form that other libraries read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.status import reported
+from fedraclora.config.run_config import from_plain
+from fedraclora.errors import CheckpointError
+from fedraclora.export import FORMATS
+from fedraclora.run.folder import read_config
+from strategies import METHODS
+from strategies.outcome import finished
+
+
+def arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Read the words of the command."""
+    parser = argparse.ArgumentParser("fedraclora export", description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--format", choices=FORMATS, default="peft")
+    parser.add_argument("--rank", type=int, help="peft: the largest rank of a layer")
+    parser.add_argument("--round", type=int, help="of the weights, 0 to the last; else the last")
+    parser.add_argument("--out", type=Path, help="a new folder; else RUN/export/FORMAT")
+    return parser.parse_args(words)
+
+
+@reported
+def main() -> int:
+    """Export what the command line asks for."""
+    asked = arguments(sys.argv[1:])
+    folder = asked.run.expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no run folder {folder}")
+    run = finished(from_plain(read_config(folder), METHODS, began=True), folder)
+    out = asked.out or folder / "export" / asked.format
+    record = run.export(out, asked.format, rank=asked.rank, round=asked.round)
+    table = Table("layer", "rank", "rank of the change", "relative error", box=None)
+    layers = record.get("layers")
+    for name, layer in layers.items() if isinstance(layers, dict) else ():
+        error = f"{layer['relative_error']:.2e}"
+        table.add_row(name, str(layer["rank"]), str(layer["rank_of_change"]), error)
+    console = Console()
+    if table.row_count:
+        console.print(table)
+    for sentence in record.get("warnings", ()):  # type: ignore[attr-defined]
+        console.print(f"note: {sentence}")
+    console.print(f"written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

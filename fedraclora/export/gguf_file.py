@@ -1,0 +1,142 @@
+"""A GGUF file of a trained model of Llama form, float32, for llama.cpp and what is built on it.
+
+The tokenizer is that of the GGUF file from which the run began, field by field: how a tokenizer
+splits text before its merges has only names in GGUF, which transformers' files do not say. For
+other models llama.cpp's own converter is the way, from a Hugging Face folder.
+
+References:
+    llama.cpp, ``convert_hf_to_gguf.py`` (the order of rows of query and key).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedraclora.errors import ConfigError, ModelError
+from fedraclora.export.hf_folder import no_rank
+from fedraclora.export.trained import TrainedModel
+
+FILE = "model.gguf"
+INSTEAD = (
+    "export --format hf, and convert that folder with llama.cpp: "
+    "python convert_hf_to_gguf.py FOLDER --outfile model.gguf"
+)
+Record = dict[str, object]
+
+
+def write_gguf(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
+    """Write ``model.gguf``.
+
+    Args:
+        trained: What the run trained.
+        folder: Empty.
+        rank: Must be None: the weights are whole.
+
+    Raises:
+        ConfigError: If the model is of another form, its tokenizer cannot be written, the package
+            gguf is not installed, or a rank is given.
+        ModelError: If transformers does not read back what was written.
+    """
+    no_rank(rank, "gguf")
+    try:
+        import gguf
+    except ImportError as error:
+        raise ConfigError(
+            "the package gguf is not installed; install it with: pip install 'fedraclora[export]'"
+        ) from error
+    config = _config(trained)
+    writer: Any = gguf.GGUFWriter(folder / FILE, "llama")
+    _describe(writer, config)
+    _add_tokenizer(writer, gguf, trained.tokenizer)
+    names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in trained.weights.items():
+        found = names.get_name(name, try_suffixes=(".weight",))
+        if found is None:
+            raise ConfigError(f"GGUF has no name for {name} in a model of Llama form; {INSTEAD}")
+        writer.add_tensor(found, _rows(name, weight.float(), config).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    _hold(trained, folder)
+    return {"file": FILE, "dtype": "float32"}
+
+
+def _config(trained: TrainedModel) -> Any:
+    """Give the configuration of a model that can be written.
+
+    Raises:
+        ConfigError: If it is not of plain Llama form.
+    """
+    config: Any = getattr(trained.model, "config", None)
+    kind = type(trained.model).__name__
+    if kind != "LlamaForCausalLM":
+        raise ConfigError(f"a {kind} is not written as GGUF here, LlamaForCausalLM is; {INSTEAD}")
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if rope.get("rope_type", "default") != "default" or config.attention_bias or config.mlp_bias:
+        raise ConfigError(f"this Llama has scaled rotary embeddings or biases; {INSTEAD}")
+    return config
+
+
+def _describe(writer: Any, config: Any) -> None:
+    """Write what a reader must know of the architecture."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_name(str(getattr(config, "name_or_path", "")) or "fedraclora")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_file_type(0)  # all float32
+
+
+def _add_tokenizer(writer: Any, gguf: Any, source: str | None) -> None:
+    """Copy the tokenizer of a GGUF file; without any tokenizer the file says that it has none.
+
+    Raises:
+        ConfigError: If the tokenizer is of another kind of file.
+    """
+    if source is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    if not source.endswith(".gguf"):
+        raise ConfigError(
+            f"the tokenizer of {source} cannot be written as GGUF here, where the name of its way "
+            f"to split text is not known; {INSTEAD}"
+        )
+    for key, entry in gguf.GGUFReader(source).fields.items():
+        if key.startswith("tokenizer."):
+            sub = entry.types[-1] if len(entry.types) > 1 else None
+            writer.add_key_value(key, entry.contents(), entry.types[0], sub_type=sub)
+
+
+def _rows(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
+    """Bring the rows of query and key into llama.cpp's order: the halves of each head alternate."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    count = heads.get(name.split(".")[-2])
+    if count is None:
+        return weight
+    halves = weight.reshape(count, 2, weight.shape[0] // count // 2, weight.shape[1])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _hold(trained: TrainedModel, folder: Path) -> None:
+    """Read the file back through transformers, and compare."""
+    from transformers import LlamaForCausalLM
+
+    again: Any = LlamaForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    found = dict(again.named_parameters())
+    for name, weight in trained.weights.items():
+        if name not in found or not torch.equal(found[name], weight.float()):
+            raise ModelError(f"transformers does not give {name} back from {FILE}; {INSTEAD}")

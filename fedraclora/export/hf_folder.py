@@ -1,0 +1,92 @@
+"""A Hugging Face folder of a trained model: what ``from_pretrained`` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedraclora.errors import ConfigError, DataError, ModelError
+from fedraclora.export.trained import TrainedModel, is_hugging_face
+
+Record = dict[str, object]
+
+
+def write_hf(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
+    """Write the merged model with ``save_pretrained``, and its tokenizer where it has one.
+
+    Args:
+        trained: What the run trained.
+        folder: Empty.
+        rank: Must be None: the weights are whole.
+
+    Raises:
+        ConfigError: If the model is none of transformers', or a rank is given.
+        ModelError: If transformers does not read back what was written.
+    """
+    no_rank(rank, "hf")
+    model: Any = trained.model
+    if not is_hugging_face(model):
+        raise ConfigError(
+            f"a {type(model).__name__} is no model of transformers, and has no Hugging Face "
+            "folder: take --format state_dict, or peft"
+        )
+    save_model(model, folder, trained.tokenizer)
+    again: Any = type(model).from_pretrained(folder, dtype=None, local_files_only=True)
+    found = again.state_dict()
+    for name, value in model.state_dict().items():
+        if name not in found or not torch.equal(found[name], value):
+            raise ModelError(
+                f"transformers does not give {name} back as it was trained (it ties it to another "
+                "weight): take --format state_dict"
+            )
+    return {}
+
+
+def no_rank(rank: int | None, form: str) -> None:
+    """Refuse a rank where weights are whole.
+
+    Raises:
+        ConfigError: Naming the format.
+    """
+    if rank is not None:
+        raise ConfigError(f"--rank {rank} is of --format peft; with {form} the weights are whole")
+
+
+def save_model(model: nn.Module, folder: Path, tokenizer: str | None) -> None:
+    """Write a model of transformers, and a copy of its tokenizer.
+
+    Raises:
+        DataError: If the tokenizer cannot be read.
+    """
+    from transformers.utils import logging
+
+    known: Any = model
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        known.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    if tokenizer is not None:
+        read_tokenizer(tokenizer).save_pretrained(folder)
+
+
+def read_tokenizer(source: str) -> Any:
+    """Read the tokenizer of a folder, a hub name or a GGUF file.
+
+    Raises:
+        DataError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(source)
+    try:
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(source, local_files_only=path.exists())
+    except (OSError, ValueError) as error:
+        raise DataError(f"the tokenizer of {source} cannot be read: {error}") from error

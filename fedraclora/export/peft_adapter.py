@@ -1,0 +1,345 @@
+"""A PEFT adapter of what a run trained: ``W_T - W_0``, and beside it what it trained in full.
+
+    adapted matrix     LoRA of the rank of its change, or truncated; the scale is 1
+    magnitudes (DoRA)  PEFT's own, ``use_dora``
+    its bias           ``bias="lora_only"``
+    anything else      whole modules, ``modules_to_save``
+
+PEFT itself writes the files, and reads them back before the export counts as done.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedraclora.errors import ConfigError, ModelError
+from fedraclora.export.change import Factors, factors_of_difference, factors_of_product
+from fedraclora.export.trained import TrainedModel, is_hugging_face
+from fedraclora.lowrank.layers import LayerView, layer_kind, layer_view
+from fedraclora.tree import Tree
+from fedraclora.weights.files import save_tensors
+
+PREFIX = "base_model.model."  # PEFT puts it before the names of modules
+NEAR = 1e-5  # of the largest number of a tensor: where two ways to one sum may round apart
+Record = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parameter goes where.
+
+    Attributes:
+        factors: Of adapted modules, by the name of the module.
+        modules: Saved whole.
+        biases: Whether biases of adapted modules are saved.
+    """
+
+    factors: dict[str, Factors]
+    modules: list[str]
+    biases: bool
+
+
+def write_peft(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Where the run did not begin from a model that others can load by name, that beginning is written
+    beside the adapter: ``base/`` (a Hugging Face folder), or ``base.safetensors`` (a state dict).
+
+    Args:
+        trained: What the run trained.
+        folder: Empty.
+        rank: Of every layer at most; None: the rank that its change has.
+
+    Returns:
+        The base, and by layer: the rank; the rank of the whole change; the relative error, which is
+        the Frobenius norm of what is left out over that of the change (with DoRA, of the change
+        before rows are rescaled); the largest difference of a merged weight from W_T.
+
+    Raises:
+        ConfigError: If nothing was trained, or PEFT is not installed.
+        ModelError: If PEFT has no form for a layer, naming it.
+    """
+    require_peft()
+    base, start = _base(trained, folder)
+    parts = _parted(trained, start, rank)
+    with _quiet():
+        adapted = _adapted(trained, start, parts)
+        adapted.peft_config["default"].base_model_name_or_path = base
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+    merged = _merged(trained, start, folder)
+    _hold(trained, start, parts, merged)
+    layers = {name: _record(trained, name, f, merged) for name, f in parts.factors.items()}
+    return {"base": base, "saved_in_full": parts.modules, "layers": layers}
+
+
+def require_peft() -> None:
+    """Refuse to go on without PEFT.
+
+    Raises:
+        ConfigError: Saying how to install it.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "PEFT is not installed; install it with: pip install 'fedraclora[export]'"
+        ) from error
+
+
+def _base(trained: TrainedModel, folder: Path) -> tuple[str | None, Tree]:
+    """Give the name of what a reader loads first, and its weights; write what has no name."""
+    model = trained.model
+    if trained.source is not None and is_hugging_face(model):
+        found = _loaded(trained, trained.source)
+        if found is not None:
+            return trained.source, found
+    if is_hugging_face(model):
+        from fedraclora.export.hf_folder import save_model
+
+        place = folder / "base"
+        save_model(trained.at(trained.start), place, trained.tokenizer)
+        return str(place.resolve()), trained.start
+    tensors = trained.at(trained.start).state_dict()
+    save_tensors(folder / "base.safetensors", tensors, {}, sync=False)
+    return None, trained.start
+
+
+def _loaded(trained: TrainedModel, source: str) -> Tree | None:
+    """Load the pretrained model as a reader does; None where it is not what the run began from.
+
+    A new head may differ: a reader draws another one.
+    """
+    kind: Any = type(trained.model)
+    labels = getattr(trained.model.config, "num_labels", 2)
+    try:
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            fresh = kind.from_pretrained(
+                source, num_labels=labels, dtype=torch.float32, local_files_only=True
+            )
+    except (OSError, ValueError):
+        return None
+    found = {n: p.detach() for n, p in fresh.named_parameters()}
+    start = trained.start
+    if found.keys() != start.keys() or any(found[n].shape != start[n].shape for n in start):
+        return None
+    prefix = f"{trained.model.base_model_prefix}."
+    own = [n for n in start if n.startswith(prefix)]
+    return found if own and all(_near(found[n], start[n]) for n in own) else None
+
+
+def _near(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-6) -> bool:
+    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+    return torch.allclose(found.double(), wanted.double(), rtol=0, atol=tolerance * max(scale, 1.0))
+
+
+def _parted(trained: TrainedModel, start: Tree, rank: int | None) -> Parts:
+    """Decide which parameter goes where."""
+    weights, modules = trained.weights, dict(trained.model.named_modules())
+    views = dict(trained.targets)
+    if rank is not None:  # what was trained in full is truncated, too, but for the head
+        views |= _further(trained, modules)
+    factors: dict[str, Factors] = {}
+    rest = [n for n in weights if not torch.equal(weights[n], start[n])]
+    for name in list(views):
+        module = name.rpartition(".")[0]
+        known_start = _near(start[name], trained.start[name])
+        if not known_start or (name not in rest and name not in trained.magnitudes):
+            continue
+        found = _factored(trained, name, views[name], rank)
+        if found.kept or name in trained.magnitudes:
+            factors[_adaptable(module, modules)] = found
+            rest = [other for other in rest if other != name]
+    biases = [n for n in rest if n.endswith("bias") and n.rpartition(".")[0] in factors]
+    owners = dict.fromkeys(n.rpartition(".")[0] for n in rest if n not in biases)
+    for owner in owners:
+        if not owner or any(name.startswith(f"{owner}.") or name == owner for name in factors):
+            raise ModelError(
+                f"PEFT has no place for the parameters of {owner or 'the model itself'}, which "
+                "were trained in full: they lie beside adapted layers. Take --format state_dict"
+                + (" or hf" if is_hugging_face(trained.model) else "")
+            )
+    if not factors:
+        raise ConfigError(
+            "there is no layer whose change has factors: nothing was trained, or all of it in full "
+            "(then give --rank K, which truncates it, or take --format state_dict)"
+        )
+    return Parts(factors, list(owners), bool(biases))
+
+
+def _further(trained: TrainedModel, modules: dict[str, nn.Module]) -> dict[str, LayerView]:
+    """Find matrices that were trained in full though they are none of the adapted ones."""
+    return {
+        f"{name}.weight": layer_view(module)
+        for name, module in modules.items()
+        if layer_kind(module) in {"linear", "conv1d", "conv"}
+        and f"{name}.weight" not in trained.dense
+    }
+
+
+def _adaptable(name: str, modules: dict[str, nn.Module]) -> str:
+    """Refuse a layer that PEFT cannot adapt."""
+    module = modules[name]
+    why = None
+    if not name:
+        why = "is the whole model, and PEFT adapts layers inside one"
+    elif isinstance(module, nn.Conv2d) and module.groups != 1:
+        why = "is a convolution in groups"
+    if why is not None:
+        raise ModelError(f"layer {name!r} {why}: take --format state_dict")
+    return name
+
+
+def _factored(trained: TrainedModel, name: str, view: LayerView, rank: int | None) -> Factors:
+    if name in trained.magnitudes and name not in trained.changes:
+        matrix = view.matrix(trained.start[name])
+        empty = matrix.new_zeros(matrix.shape[0], 1), matrix.new_zeros(1, matrix.shape[1])
+        return factors_of_product(empty, rank)
+    if name in trained.changes:
+        return factors_of_product(trained.changes[name], rank)
+    new, old = view.matrix(trained.weights[name]), view.matrix(trained.start[name])
+    return factors_of_difference(new, old, rank)
+
+
+def _adapted(trained: TrainedModel, start: Tree, parts: Parts) -> Any:
+    """Have PEFT wrap the model, and fill its factors in."""
+    from peft import LoraConfig, get_peft_model
+
+    views = {f"{name}.weight": name for name in parts.factors}
+    model = trained.at({weight: start[weight] for weight in views})
+    modules = dict(model.named_modules())
+    ranks = {name: max(1, f.kept) for name, f in parts.factors.items()}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    pattern = {_pattern(n, modules): r for n, r in ranks.items() if r != common}
+    turned = [layer_kind(modules[name]) == "conv1d" for name in ranks]
+    config = LoraConfig(
+        r=common,
+        lora_alpha=common,  # the scale is 1
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=_targets(list(ranks), modules),
+        modules_to_save=parts.modules or None,
+        bias="lora_only" if parts.biases else "none",
+        use_dora=bool(trained.magnitudes),
+        fan_in_fan_out=sum(turned) * 2 > len(turned),
+        task_type=_task(model, parts.modules),
+    )
+    with torch.random.fork_rng(devices=[]):
+        adapted: Any = get_peft_model(model, config)
+    for name, layer in adapted.named_modules():
+        if (module := name.removeprefix(PREFIX)) in parts.factors and hasattr(layer, "lora_A"):
+            _fill(layer, parts.factors[module], ranks[module])
+            if f"{module}.weight" in trained.magnitudes:
+                own = layer.lora_magnitude_vector["default"].weight
+                own.data.copy_(trained.magnitudes[f"{module}.weight"].reshape(own.shape))
+    return adapted
+
+
+def _fill(layer: Any, factors: Factors, rank: int) -> None:
+    """Copy factors into a layer of PEFT; a rank of 0 stays a product of zero."""
+    more = rank - factors.kept
+    left = nn.functional.pad(factors.left, (0, more))
+    right = nn.functional.pad(factors.right, (0, 0, 0, more))
+    with torch.no_grad():
+        if "default" in layer.lora_embedding_A:
+            layer.lora_embedding_A["default"].copy_(left.mT)
+            layer.lora_embedding_B["default"].copy_(right.mT)
+            return
+        for target, value in ((layer.lora_A, right), (layer.lora_B, left)):
+            weight = target["default"].weight
+            weight.copy_(value.reshape(weight.shape))
+
+
+def _pattern(name: str, modules: dict[str, nn.Module]) -> str:
+    """Spell a module for ``rank_pattern``, where a name stands for all that end in it."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in modules) else name
+
+
+def _targets(names: list[str], modules: dict[str, nn.Module]) -> list[str] | str:
+    """Spell the adapted modules: a list, or an expression where PEFT would find others by it."""
+    import re
+
+    ends = tuple(f".{name}" for name in names)
+    if any(other.endswith(ends) and other not in names for other in modules):
+        return "|".join(re.escape(name) for name in names)
+    return names
+
+
+def _task(model: nn.Module, saved: list[str]) -> str | None:
+    """Name the task as PEFT does, where that changes nothing but the class that it wraps."""
+    kind = type(model).__name__
+    if kind.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if kind.endswith("ForSequenceClassification"):
+        heads = {n for n in ("classifier", "score") if hasattr(model, n)}
+        return "SEQ_CLS" if heads and heads <= set(saved) else None
+    return None
+
+
+def _merged(trained: TrainedModel, start: Tree, folder: Path) -> Tree:
+    """Read the adapter back as a stranger does, and merge it."""
+    from peft import PeftModel
+
+    with _quiet():
+        model: Any = PeftModel.from_pretrained(trained.at(start), folder).merge_and_unload()
+    return {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _hold(trained: TrainedModel, start: Tree, parts: Parts, merged: Tree) -> None:
+    """Hold what PEFT made of the adapter against what was written.
+
+    Raises:
+        ModelError: If they differ: the adapter would be another model.
+    """
+    wanted = {n: p.detach() for n, p in trained.model.named_parameters(remove_duplicate=False)}
+    for name, factors in parts.factors.items():
+        weight = f"{name}.weight"
+        view = layer_view(dict(trained.model.named_modules())[name])
+        V = view.matrix(start[weight]).double() + factors.left @ factors.right
+        if weight in trained.magnitudes:
+            lengths = torch.linalg.vector_norm(V, dim=1)
+            V = (trained.magnitudes[weight].double() / lengths)[:, None] * V
+        wanted[weight] = view.stored(V.to(start[weight].dtype), start[weight])
+    if merged.keys() != wanted.keys():
+        odd = sorted(merged.keys() ^ wanted.keys())
+        raise ModelError(f"PEFT gives a model of other parameters ({', '.join(odd)})")
+    for name, value in wanted.items():
+        if not _near(merged[name], value, NEAR):
+            raise ModelError(
+                f"PEFT does not give {name} back as it was written, as happens where weights are "
+                "tied or one layer's name is the end of another's: take --format state_dict"
+            )
+
+
+def _record(trained: TrainedModel, name: str, factors: Factors, merged: Tree) -> Record:
+    """Say how near an adapter comes to W_T: by what was left out, and by what PEFT merges."""
+    weight = f"{name}.weight"
+    apart = (trained.weights[weight].double() - merged[weight].double()).abs().max()
+    return {
+        "rank": factors.kept,
+        "rank_of_change": factors.rank,
+        "relative_error": factors.error,
+        "largest_difference": float(apart),
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what PEFT and transformers say of layouts and of new heads; all are expected."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,72 @@
+"""A trained model with all that an export says of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fedraclora.lowrank.algebra import Product
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.tree import Tree
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model, where it began, and how it got from there to where it is.
+
+    Attributes:
+        model: With the weights W_T; on the CPU, in evaluation mode.
+        start: W_0, by the names of parameters.
+        targets: Adapted matrices: weight name -> its (out, in) view.
+        dense: Parameters trained in full beside them (a head, biases): never truncated.
+        changes: Of weights whose change is known by its factors: weight name -> ([m, q], [q, n]),
+            float64. Of other weights the difference is all that is known.
+        magnitudes: Row lengths M [m] by weight, where rows are rescaled (DoRA): then W_T is
+            ``diag(M / ||V||) V`` with V = W_0 + change.
+        source: What ``from_pretrained`` takes for the model that the run began from; None: there is
+            none, or the run began elsewhere.
+        tokenizer: Folder or hub name of its tokenizer, or a GGUF file; None: there is none.
+        config: The config of the run, as plain values.
+        facts: What the card says: JSON values by name.
+        warnings: Sentences that whoever takes the model must know.
+    """
+
+    model: nn.Module
+    start: Tree
+    targets: Mapping[str, LayerView]
+    dense: tuple[str, ...] = ()
+    changes: Mapping[str, Product] = field(default_factory=dict)
+    magnitudes: Tree = field(default_factory=dict)
+    source: str | None = None
+    tokenizer: str | None = None
+    config: Mapping[str, object] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> Tree:
+        """W_T, by the names of parameters."""
+        return {n: p.detach() for n, p in self.model.named_parameters()}
+
+    def at(self, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+        """Copy the model, with other weights where some are given."""
+        model = copy.deepcopy(self.model)
+        put(model, weights)
+        return model
+
+
+def put(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy weights into the parameters of their names."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Tell whether a model has the configuration and the methods of transformers' models."""
+    return hasattr(model, "config") and hasattr(model, "save_pretrained")

@@ -1,0 +1,181 @@
+"""What a run trained, with the factors of its change: what an export is made from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import reduce
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from fedraclora.config.build import build_task, plan_of
+from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.config.schema import section
+from fedraclora.data.locate import model_source
+from fedraclora.data.task import Task
+from fedraclora.errors import ConfigError
+from fedraclora.export.trained import TrainedModel, put
+from fedraclora.lowrank.algebra import Product
+from fedraclora.protocol.downlink import magnitude_of
+from fedraclora.protocol.link import Link, Plan, Term, matrices
+from fedraclora.protocol.method import Draw, Method, State
+from fedraclora.run.folder import provenance
+from fedraclora.run.rebuild import state_at, stored_plan
+from fedraclora.tree import Tree, digest
+from fedraclora.weights.chain import read_link
+from fedraclora.weights.files import read_links
+from strategies import METHODS
+from strategies.shared.layerwise import LayerMethod
+from strategies.wrappers.allocated import current
+from strategies.wrappers.dora import Dora, method_of
+
+Known = dict[str, Product | None]  # None: a weight whose change is not known by factors
+
+
+def trained_model(
+    plain: Mapping[str, object],
+    folder: Path | None,
+    task: Task,
+    effective: Callable[[], Tree],
+    facts: Mapping[str, object],
+    round_: int | None = None,
+) -> TrainedModel:
+    """Collect what a run trained.
+
+    Args:
+        plain: The config of the run.
+        folder: Its folder; None: it ran in memory.
+        task: Its task, the model at W_0.
+        effective: Gives the weights of the end, for a run in memory.
+        facts: What the card says of it; the digest of the weights is added.
+        round_: Of the weights, from the chain; None: those of the end.
+
+    Raises:
+        ConfigError: If clients keep a factor of every adapter to themselves, so that there is no
+            whole model, or a run in memory is asked for an earlier round.
+        CheckpointError: If a file is missing or damaged, or does not reach so far.
+    """
+    config = from_plain(plain, METHODS, began=True)
+    method = method_of(config)
+    if method.traits.client_state:
+        raise ConfigError(
+            f"the clients of {type(config.method).__name__} keep a factor of every adapter to "
+            "themselves, so that the server has no whole model to export"
+        )
+    changes: dict[str, Product] = {}
+    magnitudes: Tree = {}
+    model = copy.deepcopy(task.model).cpu().eval()
+    if folder is None:
+        if round_ is not None:
+            raise ConfigError(
+                f"round is {round_}, but a run in memory has its last weights alone: run it with "
+                "folder=..."
+            )
+        plan = plan_of(config, task)
+        start = {n: p.detach().cpu().clone() for n, p in task.model.named_parameters()}
+        weights = effective()
+    else:
+        plan = stored_plan(folder) or plan_of(config, task)
+        state = state_at(folder, round_, plan)
+        draw = Draw(config.seed)
+        weights = method.weights(state, draw)
+        start, changes = _from_start(folder, config, method, state, round_)
+        magnitudes = _magnitudes(method, state)
+    put(model, weights)
+    source, tokenizer = _sources(plain)
+    return TrainedModel(
+        model,
+        start,
+        plan.targets,
+        plan.dense,
+        changes,
+        magnitudes,
+        source=source,
+        tokenizer=tokenizer,
+        config=plain,
+        facts={**facts, "weights_digest": digest(weights), **provenance()},
+        warnings=_warnings(plan),
+    )
+
+
+def _from_start(
+    folder: Path, config: RunConfig, method: Method, state: State, round_: int | None
+) -> tuple[Tree, dict[str, Product]]:
+    """Give W_0, and of each weight whose change since is known by factors, those factors."""
+    draw, known = Draw(config.seed), Known()
+    links = [n for n, _, _ in islice(read_links(folder / "chain"), 1)]
+    if links != [0]:  # the run kept no chain
+        return {
+            n: p.detach().cpu() for n, p in build_task(config).task.model.named_parameters()
+        }, {}
+    before = state_at(folder, 0, state.plan)
+    start = method.weights(before, draw)
+    ends = _standing(method, before, draw), _standing(method, state, draw)
+    if ends[0] is None or ends[1] is None:
+        return start, {}
+    _collect(known, Link({n: replace(t, scale=-t.scale) for n, t in ends[0].items()}), state.plan)
+    for number, tensors, meta in read_links(folder / "chain"):
+        if number and (round_ is None or number <= round_):
+            _collect(known, read_link(tensors, meta), state.plan)
+    _collect(known, Link(ends[1]), state.plan)
+    return start, {name: change for name, change in known.items() if change is not None}
+
+
+def _standing(method: Method, state: State, draw: Draw) -> dict[str, Term] | None:
+    """Give the terms that a method adds to the base for its weights; None: it does not say."""
+    if isinstance(method, Dora):
+        return _standing(method.inner, method.own_state(state), draw)
+    method, state = current(method, state)
+    if type(method).weights is Method.weights:
+        return {}
+    if isinstance(method, LayerMethod) and type(method).weights is LayerMethod.weights:
+        return method.standing(state, draw)
+    return None
+
+
+def _collect(known: Known, link: Link, plan: Plan) -> None:
+    """Add a link to what is known: its low-rank terms beside those before."""
+    for part in link.parts():
+        for name, term in part.terms.items():
+            first, *rest = matrices(term)
+            left = first * term.scale
+            right = reduce(torch.matmul, rest)
+            if name not in known:
+                known[name] = left, right
+            elif (old := known[name]) is not None:
+                known[name] = torch.cat([old[0], left], dim=1), torch.cat([old[1], right])
+        for name in part.dense:
+            if name in plan.targets:
+                known[name] = None
+
+
+def _magnitudes(method: Method, state: State) -> Tree:
+    if not isinstance(method, Dora):
+        return {}
+    return {name: state.carried[magnitude_of(name)] for name in state.plan.targets}
+
+
+def _sources(plain: Mapping[str, object]) -> tuple[str | None, str | None]:
+    """Give where the pretrained model and its tokenizer are, for ``from_pretrained``."""
+    model, data = section(plain, "model"), section(plain, "data")
+    found: list[str | None] = []
+    for path, key in ((model.get("path"), "model.path"), (data.get("tokenizer"), "data.tokenizer")):
+        source = None
+        if isinstance(path, str) and path:
+            root = data.get("root") if key == "data.tokenizer" else None
+            source = model_source(path, key=key, root=None if root is None else str(root))[0]
+        found.append(source)
+    return found[0], found[1] or found[0]
+
+
+def _warnings(plan: Plan) -> tuple[str, ...]:
+    if not plan.local:
+        return ()
+    sentence = (
+        f"Each client kept {', '.join(plan.local)} to itself (head=local): here they are as they "
+        "were before the first round, so train them on your own samples before you use the model."
+    )
+    return (sentence,)

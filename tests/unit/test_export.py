@@ -1,0 +1,368 @@
+"""Exports: what other libraries load from them is the trained model, or a sentence says why not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+import fedraclora
+from experiments import export as command
+from fedraclora.config.run_config import from_plain
+from fedraclora.data.task import forward
+from fedraclora.errors import CheckpointError, ConfigError, ModelError
+from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.models.built import seeded
+from fedraclora.models.gpt import build_gpt
+from fedraclora.run.folder import read_config
+from strategies import METHODS
+from strategies.outcome import finished
+from strategies.weights import load_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
+QUIET = "output.progress=false"
+ROUNDS, RANK = 3, 2
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def numbers(count: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(count, 12, generator=generator(seed))
+    return x, (x[:, 0] + x[:, 1] > 0).long()
+
+
+def texts(count: int, seed: int = 2) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    ids = torch.randint(3, 30, (count, 7), generator=generator(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, (ids[:, 0] > 15).long()
+
+
+def next_tokens(count: int, seed: int = 3) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    ids = torch.randint(0, 20, (count, 8), generator=generator(seed))
+    return {"input_ids": ids[:, :-1]}, ids[:, 1:].clone()
+
+
+def mlp() -> nn.Module:
+    with seeded(0, "model"):
+        return nn.Sequential(
+            nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 9), nn.LayerNorm(9), nn.Linear(9, 2)
+        )
+
+
+def gpt() -> nn.Module:
+    sizes = {"hidden": 16, "layers": 2, "heads": 2, "max_length": 9}
+    return build_gpt(shape=(), classes=20, seed=0, **sizes).model
+
+
+BERT = {"hidden": 16, "layers": 2, "heads": 2, "intermediate": 24, "vocab": 30, "max_length": 9}
+MODELS = {
+    "mlp": (mlp, numbers),
+    "bert": (lambda: {"name": "transformer", **BERT}, texts),
+    "gpt": (gpt, next_tokens),
+}
+
+
+def trained(model: str, method: str, folder: Path | None = None, **keys: object):
+    make, samples = MODELS[model]
+    inputs, target = samples(80)
+    if isinstance(inputs, dict):
+        clients = [({n: t[k::4] for n, t in inputs.items()}, target[k::4]) for k in range(4)]
+    else:
+        clients = [(inputs[k::4], target[k::4]) for k in range(4)]
+    more, rank = {}, {} if method == "fedavg" else {"rank": RANK}
+    if " " in method:
+        method, _, word = method.partition(" ")
+        more = dict([word.split("=")])
+    return fedraclora.simulate(
+        QUIET,
+        model=make(),
+        data=clients,
+        test=samples(30, 9),
+        method={"name": method, **rank, **more},
+        local={"lr": 0.1 if model == "mlp" else 1.0, "batch_size": 10},
+        rounds=ROUNDS,
+        folder=folder,
+        **keys,
+    )
+
+
+def loaded(run, place: Path) -> nn.Module:
+    """Load an adapter as its card says, and merge it."""
+    base = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
+    task = run.built().task.model
+    if base is None:
+        model = copy.deepcopy(task)
+        model.load_state_dict(load_file(place / "base.safetensors"))
+    else:
+        model = type(task).from_pretrained(base)
+    return PeftModel.from_pretrained(model, place).merge_and_unload().eval()
+
+
+def distance(model: nn.Module, weights: dict[str, torch.Tensor]) -> float:
+    found = dict(model.named_parameters())
+    assert found.keys() == weights.keys()
+    return max(float((found[n] - w).detach().abs().max()) for n, w in weights.items())
+
+
+CASES = {
+    "mlp, a chain": ("mlp", "fed_rac_lora", {}),
+    "mlp, factors that are carried": ("mlp", "fedavg_lora", {}),
+    "mlp, re-factored products": ("mlp", "flexlora", {}),
+    "mlp, magnitudes": ("mlp", "fedavg_lora", {"dora": True}),
+    "mlp, everything in full": ("mlp", "fedavg", {"head": "average"}),
+    "bert, head in full": ("bert", "fed_rac_lora", {"head": "average"}),
+    "bert, head adapted": ("bert", "fedavg_lora", {"head": "adapt"}),
+    "bert, magnitudes": ("bert", "ffa_lora", {"dora": True, "head": "average"}),
+    "bert, norms in full": ("bert", "flexlora", {"dense": ["LayerNorm"], "head": "frozen"}),
+    "gpt, a chain": ("gpt", "fed_rac_lora", {}),
+    "gpt, carried, head in full": ("gpt", "fedavg_lora", {"head": "average"}),
+    "gpt, magnitudes": ("gpt", "fedavg_lora", {"dora": True}),
+    "gpt, embeddings": ("gpt", "fed_rac_lora", {"targets": ["wte", "c_attn"], "bias": "frozen"}),
+    "bert, residual base": ("bert", "fedavg_lora initial=pissa", {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_merges_an_adapter_to_the_weights_and_the_metric_of_the_run(case, tmp_path):
+    model, method, keys = CASES[case]
+    run = trained(model, method, tmp_path / "run", **keys)
+    record = run.export(tmp_path / "adapter")
+    merged = loaded(run, tmp_path / "adapter")
+    assert distance(merged, run.weights()) < 1e-6
+    task = run.built().task
+    weights = {n: p.detach() for n, p in merged.named_parameters()}
+    found = evaluate(merged, weights, task.test, task.loss, task.metrics)
+    assert found == pytest.approx(run.summary["metrics"], abs=1e-5)
+    with torch.no_grad():
+        outputs = forward(merged, task.test.inputs)
+    assert torch.allclose(outputs, forward(run.model(), task.test.inputs), atol=1e-5)
+    for layer in record["layers"].values():
+        assert layer["rank"] == layer["rank_of_change"]
+        assert layer["relative_error"] < 1e-6
+        assert layer["largest_difference"] < 1e-6
+
+
+def test_a_chain_has_the_rank_of_all_its_links_and_carried_factors_their_own(tmp_path):
+    chain = trained("bert", "fed_rac_lora", tmp_path / "chain").export(tmp_path / "a")
+    carried = trained("bert", "fedavg_lora", tmp_path / "carried").export(tmp_path / "b")
+    inner = [n for n in chain["layers"] if n != "classifier"]
+    assert {chain["layers"][n]["rank"] for n in inner} == {ROUNDS * RANK}
+    assert {carried["layers"][n]["rank"] for n in inner} == {RANK}
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == ROUNDS * RANK
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"classifier": RANK}
+    assert config["bias"] == "lora_only"
+
+
+@pytest.mark.parametrize("method", ["fed_rac_lora", "fedavg"])
+def test_a_truncated_adapter_misses_what_its_record_says(method, tmp_path):
+    run = trained("mlp", method, tmp_path / "run", head="average")
+    errors = []
+    for rank in (1, 3):
+        record = run.export(tmp_path / f"{rank}", rank=rank)
+        merged = dict(loaded(run, tmp_path / f"{rank}").named_parameters())
+        start = load_weights(tmp_path / "run", 0)
+        for name, layer in record["layers"].items():
+            new, old = run.weights()[f"{name}.weight"], start[f"{name}.weight"]
+            change = new - old
+            best = torch.linalg.svdvals(change.double())[rank:].square().sum().sqrt()
+            missed = torch.linalg.norm(new - merged[f"{name}.weight"].detach())
+            assert layer["rank"] == rank
+            assert missed == pytest.approx(float(best), abs=1e-6)  # Eckart-Young
+            assert layer["relative_error"] == pytest.approx(
+                float(best / torch.linalg.norm(change)), abs=1e-5
+            )
+        errors.append(max(layer["relative_error"] for layer in record["layers"].values()))
+        assert "4" in record["saved_in_full"]  # the head is never truncated
+        assert torch.equal(merged["4.weight"], run.weights()["4.weight"])
+    assert errors[0] > errors[1] > 0
+    assert f"{errors[1]:.2e}" in (tmp_path / "3" / "README.md").read_text()
+
+
+def test_an_earlier_round_comes_from_the_chain(tmp_path):
+    run = trained("mlp", "fed_rac_lora", tmp_path / "run")
+    run.export(tmp_path / "first", round=1)
+    assert distance(loaded(run, tmp_path / "first"), load_weights(run.folder, 1)) < 1e-6
+    with pytest.raises(CheckpointError, match="not round 9"):
+        run.export(tmp_path / "ninth", round=9)
+    assert not (tmp_path / "ninth").exists()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_run_in_memory_is_exported_by_the_difference_of_its_weights(dora, tmp_path):
+    run = trained("mlp", "fedavg_lora", dora=dora)
+    record = run.export(tmp_path / "adapter")
+    assert distance(loaded(run, tmp_path / "adapter"), run.weights()) < 1e-6
+    assert dora or record["layers"]["0"]["rank"] == RANK
+    with pytest.raises(ConfigError, match="a run in memory has its last weights alone"):
+        run.export(tmp_path / "first", round=1)
+
+
+def test_a_hugging_face_folder_is_the_trained_model(tmp_path):
+    run = trained("bert", "fedavg_lora", tmp_path / "run")
+    run.export(tmp_path / "hf", "hf")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    assert distance(model, run.weights()) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    front = card.split("---")[1]
+    assert "library_name: transformers" in front
+    for word in ("fedavg_lora", run.summary["weights_digest"], "torch=", "accuracy"):
+        assert word in card
+    facts = json.loads((tmp_path / "hf" / "export.json").read_text())
+    assert facts["metrics"] == run.summary["metrics"]
+
+
+def test_a_state_dict_is_the_trained_model_with_its_buffers(tmp_path):
+    run = trained("mlp", "fed_rac_lora", tmp_path / "run")
+    run.export(tmp_path / "plain", "state_dict")
+    model = mlp()
+    model.load_state_dict(load_file(tmp_path / "plain" / "model.safetensors"))
+    assert distance(model, run.weights()) == 0
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=20,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        use_cache=False,
+    )
+    with seeded(0, "model"):
+        return transformers.LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def llama_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "llama", (llama, next_tokens))
+    return trained("llama", "fed_rac_lora", tmp_path / "run", head="frozen")
+
+
+def test_gguf_of_llama_form_is_the_trained_model(llama_run, tmp_path):
+    llama_run.export(tmp_path / "gguf", "gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32
+    )
+    assert distance(model, llama_run.weights()) == 0
+
+
+def test_tied_weights_come_back_tied(llama_run, tmp_path):
+    for form in ("hf", "peft"):
+        llama_run.export(tmp_path / form, form)
+    assert distance(loaded(llama_run, tmp_path / "peft"), llama_run.weights()) < 1e-6
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert distance(model, llama_run.weights()) == 0
+
+
+REFUSED = {
+    "no Hugging Face model": ("mlp", {}, {"format": "hf"}, "is no model of transformers"),
+    "another form": ("gpt", {}, {"format": "gguf"}, "convert_hf_to_gguf.py"),
+    "an unknown format": ("mlp", {}, {"format": "onnx"}, "'onnx'"),
+    "a rank of whole weights": ("mlp", {}, {"format": "state_dict", "rank": 3}, "--rank 3"),
+    "a rank of nothing": ("mlp", {}, {"rank": 0}, "rank is 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_and_leaves_nothing(case, tmp_path):
+    model, keys, asked, message = REFUSED[case]
+    run = trained(model, "fed_rac_lora", **keys)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run.export(tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_factor_that_stays_with_clients_is_refused_and_a_local_head_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="FedSaLora keep a factor"):
+        trained("mlp", "fedsa_lora").export(tmp_path / "fedsa")
+    run = trained("mlp", "fed_rac_lora", head="local")
+    record = run.export(tmp_path / "local")
+    assert "4.weight" in record["warnings"][0]
+    assert "Each client kept 4.weight" in (tmp_path / "local" / "README.md").read_text()
+
+
+def test_layers_that_peft_cannot_adapt_are_named(tmp_path):
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3, groups=2)
+            self.out = nn.Linear(4 * 1 * 4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(
+                self.conv(x.reshape(-1, 2, 2, 3).repeat(1, 1, 2, 2)[..., :4]).flatten(1)
+            )
+
+    x, y = numbers(40)
+    keys = {"data": [(x[:20], y[:20]), (x[20:], y[20:])], "test": numbers(9, 4), "rounds": 1}
+    run = fedraclora.simulate(
+        QUIET, "targets=all", model=Grouped(), method={"name": "fedavg_lora", "rank": 1}, **keys
+    )
+    with pytest.raises(ModelError, match="layer 'conv' is a convolution in groups"):
+        run.export(tmp_path / "grouped")
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """A run whose config is all that it takes."""
+    return fedraclora.simulate(
+        QUIET,
+        *("data=virtual", "data.held_out=50", "data.samples=20", "model.hidden=[9]"),
+        method={"name": "fed_rac_lora", "rank": RANK},
+        clients=5,
+        cohort=5,
+        rounds=2,
+        head="average",
+        folder=tmp_path_factory.mktemp("plain") / "run",
+    )
+
+
+def test_the_command_prints_errors_by_layer_and_writes_beside_the_run(
+    plain_run, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.argv", ["fedraclora export", str(plain_run.folder), "--rank", "2"])
+    assert command.main() == 0
+    out = plain_run.folder / "export" / "peft"
+    assert "relative error" in (said := capsys.readouterr().out)
+    assert re.search(r"\b2\s+4\s+\d\.\d\de", said)
+    assert (out / "adapter_model.safetensors").is_file()
+    assert command.main() == 1
+    assert "holds something already" in capsys.readouterr().err
+
+
+def test_the_card_says_how_to_run_it_again(plain_run, tmp_path, monkeypatch):
+    plain_run.export(tmp_path / "out", "state_dict")
+    monkeypatch.chdir(tmp_path / "out")
+    lines = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[-1]
+    names: dict[str, object] = {}
+    exec(lines, names)
+    again = names["run"]
+    assert again.summary["weights_digest"] == plain_run.summary["weights_digest"]
+
+
+def test_a_damaged_link_is_named(plain_run, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(plain_run.folder, copied)
+    link = copied / "chain" / "000001.safetensors"
+    link.write_bytes(link.read_bytes()[:-5] + b"xxxxx")
+    run = finished(from_plain(read_config(copied), METHODS, began=True), copied)
+    with pytest.raises(CheckpointError, match=r"000001\.safetensors is damaged"):
+        run.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
