@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -220,6 +221,7 @@ class OutputConfig:
         sync: Flush to the disk with each row.
         progress: Show a progress bar.
         plots: Draw curves.png and partition.png.
+        loggers: Where rounds are shown, too: keys of `fedraclora.loggers.LOGGERS`.
     """
 
     dir: str | None = None
@@ -228,6 +230,7 @@ class OutputConfig:
     sync: bool = True
     progress: bool = True
     plots: bool = True
+    loggers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
