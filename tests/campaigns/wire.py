@@ -44,7 +44,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.run.ledger import Ledger, read_ledger
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.weights.replica import Replica
+from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import Packed, Reader
 from fedraclora.wire.fields import LONGEST
@@ -248,7 +248,7 @@ def scene_of(name: str) -> Scene:
         rounds=9, clients=setting.cohort, cohort=setting.cohort, chunk=setting.chunk, seed=SEED,
         dtype=str(setting.dtype).removeprefix("torch."), guarded=True, min_clients=1,
     )  # fmt: skip
-    replica = Replica(base)
+    replica = BaseWeights(base)
     trainer = CohortTrainer(task, plan, setting.local, seed=SEED, device=torch.device("cpu"))
     worker, draw = Worker(trainer, replica), Draw(SEED)
     clients = torch.arange(setting.cohort)

@@ -168,7 +168,7 @@ def test_links_are_one_for_each_sketch_and_rebuild_the_base(tmp_path: Path) -> N
         sketches |= {p.terms["fc1.weight"].factors[1] for p in parts}
         catch_up = CatchUp(world.base, 1)
         catch_up.add(state.link)
-        size = sum(term_bytes(t, 8) for p in parts for t in p.terms.values())
+        size = sum(term_bytes(t) for p in parts for t in p.terms.values())
         size += sum(t.numel() * 8 for p in parts for t in p.dense.values())
         assert int(catch_up.sums[-1].sum()) == size
         again = read_link(*link_tensors(state.link))

@@ -52,7 +52,7 @@ from fedraclora.run.recorder import RunRecorder
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
-from fedraclora.weights.replica import Replica
+from fedraclora.weights.base import BaseWeights
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
@@ -404,7 +404,7 @@ class RecordingWorker(Worker):
     """Keeps every message that it is sent and every reply that it gives."""
 
     def __init__(
-        self, trainer: CohortTrainer, replica: Replica, store: ClientStore, terms: Terms | None
+        self, trainer: CohortTrainer, replica: BaseWeights, store: ClientStore, terms: Terms | None
     ) -> None:
         super().__init__(trainer, replica, store, terms)
         self.asked: list[RecordDict] = []

@@ -17,7 +17,7 @@ from fedraclora.engines.deploy.traffic import message_bytes
 from fedraclora.run.rebuild import state_at
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
-from fedraclora.weights.update import read_stored_replica, replica_file
+from fedraclora.weights.replica import read_stored_replica, replica_file
 from strategies import METHODS
 from strategies.outcome import execute
 from strategies.server.rows import Row

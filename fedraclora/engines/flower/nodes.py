@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from itertools import islice
+from itertools import chain, islice
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from typing_extensions import override
 
 from fedraclora.engines.forwarding import ForwardingGrid
+from fedraclora.engines.local import is_stale
 from fedraclora.errors import ClientError, EngineError
 from fedraclora.run.client_state import ClientStore
 from fedraclora.weights.job import JobFolder
@@ -108,6 +109,7 @@ class NodePerClient(ForwardingGrid):
         """Send and wait; Flower's own loop would wait on after the runtime has ended."""
         end = time.monotonic() + timeout
         left, sent, replies = iter(messages), dict[str, Message](), list[Message]()
+        again: list[Message] = []  # whoever asked for the weights whole is asked once more
         while True:
             for message in islice(left, WINDOW - len(sent)):
                 message.metadata.ttl = timeout  # else a late one would be trained hours later
@@ -116,7 +118,13 @@ class NodePerClient(ForwardingGrid):
                 return replies
             came = list(self.grid.pull_messages(list(sent)))
             for reply in came:
-                replies.append(self._judge(reply, sent.pop(reply.metadata.reply_to_message_id)))
+                message = sent.pop(reply.metadata.reply_to_message_id)
+                if is_stale(reply) and message not in again:
+                    self.job.write_whole()
+                    again.append(message)
+                    left = chain([message], left)
+                    continue
+                replies.append(self._judge(reply, message))
             if time.monotonic() > end:
                 return replies
             if not came:
