@@ -17,6 +17,7 @@ from worlds import (
     World,
     assert_close_trees,
     assert_equal_trees,
+    assert_updates_lead_on,
     client_weights,
     label,
     make_method,
@@ -173,6 +174,7 @@ def test_links_are_one_for_each_sketch_and_rebuild_the_base(tmp_path: Path) -> N
         assert int(catch_up.sums[-1].sum()) == size
         again = read_link(*link_tensors(state.link))
         assert len(again.parts()) == len(parts)
+    assert_updates_lead_on(tmp_path)
     assert max(len(s.link.parts()) for s in states if s.link) == 2
     assert len(sketches) > 3
 
