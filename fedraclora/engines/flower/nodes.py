@@ -126,6 +126,7 @@ class NodePerClient(ForwardingGrid):
                     log.warning("client %d asked for every base weight", *who)
                     again.update(who)
                     self.job.write_whole()
+                    message.metadata.delivered_at = ""  # or Flower refuses to send it again
                     left = chain([message], left)
                 else:
                     replies.append(self._judge(reply, message))
