@@ -24,7 +24,7 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.local_result import LocalResult, join
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.tree import Layout, Tree
-from fedraclora.weights.replica import Replica
+from fedraclora.weights.base import BaseWeights
 from fedraclora.wire import Reader, TrainRequest, clients_of, pack_result, uplink_layout
 from fedraclora.wire.secagg import Stage, read_stage
 
@@ -75,7 +75,7 @@ class Worker:
     def __init__(
         self,
         trainer: CohortTrainer,
-        replica: Replica,
+        replica: BaseWeights,
         store: ClientStore | None = None,
         terms: Terms | None = None,
     ) -> None:

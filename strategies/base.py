@@ -29,8 +29,8 @@ from fedraclora.training.gates import pruned
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.steps import effective_step
 from fedraclora.tree import Tree
+from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp
-from fedraclora.weights.replica import Replica
 from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.exchange import Exchange
 from strategies.server.guard import persistently
@@ -67,7 +67,7 @@ class FedStrategy(EvaluatesItself):
         local: LocalConfig,
         loop: LoopConfig,
         *,
-        replica: Replica,
+        replica: BaseWeights,
         evaluate: Callable[[Tree], dict[str, float]] | None,
         recorder: RunRecorder,
         treatment: Treatment | None = None,

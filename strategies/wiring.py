@@ -128,7 +128,7 @@ def wire(
             restored, done = recorder.restore(state, strategy.catch_up)
             strategy.resume(restored, done)
             if recorder.keep_chain:
-                engine.replica.recall(restored.base, recorder.links(), strategy.catch_up.version)
+                engine.recall(restored.base, recorder.links(), strategy.catch_up.version)
         wired = Wired(strategy, engine, engine.start(parts))
         failed.pop_all()
     return wired

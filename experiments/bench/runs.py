@@ -28,7 +28,7 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import FLOAT32
 from fedraclora.tree import Tree
-from fedraclora.weights.replica import Follower
+from fedraclora.weights.replica import Replica
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg
 from strategies.server.loop import LoopConfig
@@ -155,7 +155,7 @@ class BenchSite:
 
     def __init__(self, parts: Parts) -> None:
         fix_bits(1, parts.device)
-        self.replica = Follower(parts.plan, parts.device)
+        self.replica = Replica(parts.plan, parts.device)
         self.worker = Worker(parts.trainer(), self.replica)
         if parts.crew is not None:
             (parts.crew / f"{os.getpid()}.pid").touch()

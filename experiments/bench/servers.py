@@ -27,7 +27,8 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
-from fedraclora.weights.chain import term_bytes
+from fedraclora.sketch import SketchSpec
+from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.fedavg import FedAvg
@@ -62,7 +63,9 @@ def row(name: str, method: Method, size: int, clients: int) -> str:
         seconds.append(time.process_time() - started)
     up, down = method.floats(plan, 2)
     terms = {} if after.link is None else after.link.terms
-    link = min(sum(term_bytes(t, 1) for t in terms.values()), size * size)
+    factors = (f for term in terms.values() for f in term.factors)
+    numbers = sum(SEED_BYTES if isinstance(f, SketchSpec) else f.numel() for f in factors)
+    link = min(numbers, size * size)
     return f"| {name} | {min(seconds):.2f} | {first:.2f} | {up} | {down} | {link} |"
 
 

@@ -17,6 +17,7 @@ from worlds import (
     World,
     assert_close_trees,
     assert_equal_trees,
+    assert_updates_lead_on,
     client_weights,
     label,
     make_method,
@@ -168,11 +169,12 @@ def test_links_are_one_for_each_sketch_and_rebuild_the_base(tmp_path: Path) -> N
         sketches |= {p.terms["fc1.weight"].factors[1] for p in parts}
         catch_up = CatchUp(world.base, 1)
         catch_up.add(state.link)
-        size = sum(term_bytes(t, 8) for p in parts for t in p.terms.values())
+        size = sum(term_bytes(t) for p in parts for t in p.terms.values())
         size += sum(t.numel() * 8 for p in parts for t in p.dense.values())
         assert int(catch_up.sums[-1].sum()) == size
         again = read_link(*link_tensors(state.link))
         assert len(again.parts()) == len(parts)
+    assert_updates_lead_on(tmp_path)
     assert max(len(s.link.parts()) for s in states if s.link) == 2
     assert len(sketches) > 3
 

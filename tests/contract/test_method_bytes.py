@@ -11,6 +11,7 @@ from worlds import (
     RAGGED,
     Run,
     World,
+    assert_updates_lead_on,
     label,
     make_method,
     make_world,
@@ -157,3 +158,8 @@ def test_catch_up_is_the_links_a_client_missed_or_the_dense_weight(done: Run, fo
             wanted += sum(min(sum(size(k, n) for k in missed), dense[n]) for n in dense)
             held[client] = round_ - 1
         assert row["catchup_bytes"] == wanted
+
+
+@pytest.mark.usefixtures("done")
+def test_an_update_is_what_is_counted_and_leads_to_the_weights(folder: Path) -> None:
+    assert_updates_lead_on(folder)

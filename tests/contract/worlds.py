@@ -48,11 +48,16 @@ from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
+from fedraclora.run.rebuild import state_at
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, digest
+from fedraclora.weights.base import BaseWeights
+from fedraclora.weights.chain import CatchUp, read_link
+from fedraclora.weights.files import read_links
 from fedraclora.weights.replica import Replica
+from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
@@ -404,7 +409,7 @@ class RecordingWorker(Worker):
     """Keeps every message that it is sent and every reply that it gives."""
 
     def __init__(
-        self, trainer: CohortTrainer, replica: Replica, store: ClientStore, terms: Terms | None
+        self, trainer: CohortTrainer, replica: BaseWeights, store: ClientStore, terms: Terms | None
     ) -> None:
         super().__init__(trainer, replica, store, terms)
         self.asked: list[RecordDict] = []
@@ -448,6 +453,29 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """The ledger, without row 0."""
         return list(self.strategy.recorder.ledger.rows[1:])
+
+
+def assert_updates_lead_on(folder: Path) -> None:
+    """Hold the updates of a run against its weights, and their bytes against what `CatchUp` says.
+
+    From every version that a client may hold to the last.
+    """
+    links = [read_link(t, meta) for round_, t, meta in read_links(folder / "chain") if round_]
+    count = len(links)
+    start, end = state_at(folder, 0), state_at(folder, count)
+    history, counted = WeightHistory(), CatchUp(start.base, count + 1)
+    history.recall(end.base, enumerate(links, start=1), count)
+    for version, link in enumerate(links, start=1):
+        counted.add(link)
+        counted.fetch(torch.arange(version, count + 1))  # client k is last seen at version k
+    for held in range(count + 1):
+        update = history.since(held)
+        assert update.held == held
+        assert update.payload_bytes == counted.missing(torch.tensor([held])).sum()
+        replica = Replica(start.plan, torch.device("cpu"))
+        replica.take(state_at(folder, held).base, held, None)
+        assert replica.follow(update)
+        assert digest(replica.at(count, count + 1)) == digest(end.base)
 
 
 def personal(strategy: FedStrategy, store: ClientStore, weights: Tree) -> Tree:

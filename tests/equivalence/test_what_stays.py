@@ -19,7 +19,7 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.weights.replica import Replica
+from fedraclora.weights.base import BaseWeights
 from fedraclora.wire import TrainRequest, pack_downlink, unpack_result, uplink_layout
 
 CLIENTS = torch.tensor([0, 1, 2])
@@ -55,7 +55,7 @@ def make_bench(poison: int | None = None, **local: float) -> Bench:
     trainer = CohortTrainer(task, plan, settings, seed=0, device=torch.device("cpu"))
     factors = {"B": Trained((2, 2), upload=False), "A": Trained((2, 5), torch_normal(rng, 2, 5))}
     downlink = Downlink({"weight": Adapter(dict(factors), 1.5)})
-    return Bench(Worker(trainer, Replica(base)), downlink)
+    return Bench(Worker(trainer, BaseWeights(base)), downlink)
 
 
 def test_a_factor_that_stays_goes_on_where_its_client_left_off() -> None:
