@@ -153,8 +153,8 @@ class Worker:
                 result = within(request.clip, result, part, base)
             if not outcome.hidden:
                 keep(self.store, part, request, request.clients[index], result, base, local)
-            if local.dp is not None:  # no noise covers a loss: it stays at home
-                result = replace(result, losses=torch.zeros_like(result.losses))
+            for extra in local.extras:
+                result = extra.sent(result)
             outcome.places += places
             outcome.results.append(result)
             return []

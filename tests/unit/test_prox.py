@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Trained
 from fedraclora.rng import generator, torch_normal
-from fedraclora.training.prox import add_prox
+from fedraclora.training.extras.prox import add_prox
 from fedraclora.tree import Tree
 
 K, ACTIVE, M, R, N, SCALE, MU = 3, 2, 5, 2, 4, 1.7, 0.3

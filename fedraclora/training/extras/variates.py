@@ -27,11 +27,14 @@ References:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from typing_extensions import override
 
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.downlink import Adapter, Downlink
-from fedraclora.protocol.recipes import GradientHook
+from fedraclora.training.extra import Keeper, Rates
 from fedraclora.tree import Tree
 
 
@@ -111,38 +114,30 @@ def mean_gradients(start: Tree, end: Tree, steps: int, rates: dict[str, float]) 
     return {n: (start[n].double() - end[n].double()) / (steps * rates[n]) for n in end}
 
 
-def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
-    """Give the hook that adds variates to gradients, where there are any.
+class ControlVariates(Keeper):
+    """What clients keep where a round sends variates."""
 
-    Args:
-        sent: Has them, for all clients or [K, ...].
-        order: Places of the clients in the order of the gradients, int64 [K]; those that still
-            train come first.
-    """
-    slots = sent.trained()
-    added = {
-        n: t.to(order.device)[order] if t.dim() > len(slots[n].shape) else t.to(order.device)[None]
-        for n, t in sent.variates.items()
-    }
+    @override
+    def blank(self, sent: Downlink, dtype: torch.dtype) -> Tree:
+        return blank_variates(sent, dtype) if sent.variates else {}
 
-    def hook(gradients: Tree) -> Tree:
-        out = dict(gradients)
-        for name, value in added.items():
-            gradient = gradients[name]
-            out[name] = gradient + value[: len(gradient)].to(gradient)
-        return out
+    @override
+    def begin(self, kept: Tree, sent: Downlink) -> Downlink:
+        own = seen(kept, sent)
+        return replace(sent, variates={n: c.cpu() - own[n] for n, c in sent.variates.items()})
 
-    return hook
-
-
-def add_own_variates(values: Tree, sent: Downlink, place: int) -> None:
-    """Add variates to the gradients of the one client at ``place``, in place."""
-    for name, variate in sent.variates.items():
-        own = variate[place] if variate.dim() > values[name].dim() else variate
-        gradient = values[name].grad
-        values[name].grad = (
-            own.to(values[name]) if gradient is None else gradient + own.to(gradient)
-        )
+    @override
+    def end(
+        self,
+        kept: Tree,
+        sent: Downlink,
+        start: Tree,
+        end: Tree,
+        steps: int,
+        rates: Rates,
+    ) -> Tree:
+        directions = mean_gradients(start, end, steps, rates)
+        return moved_by(kept, sent, {n: g - sent.variates[n].cpu() for n, g in directions.items()})
 
 
 def _beside(adapter: Adapter) -> torch.Tensor:

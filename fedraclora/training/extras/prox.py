@@ -6,9 +6,38 @@ need only r x r Gram matrices and never an m x n product.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from typing_extensions import override
+
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink
+from fedraclora.training.extra import Chunk, Hook, LocalExtra, When
 from fedraclora.tree import Tree
+
+
+@dataclass(frozen=True)
+class Prox(LocalExtra):
+    """The setting ``local.prox``.
+
+    Attributes:
+        mu: Strength of the pull.
+    """
+
+    mu: float
+
+    @property
+    @override
+    def setting(self) -> str:
+        return f"local.prox={self.mu}"
+
+    @override
+    def hooks(self, chunk: Chunk) -> dict[When, Hook]:
+        def pull(gradients: Tree, leaves: Tree) -> Tree:
+            add_prox(gradients, leaves, chunk.starts, chunk.frozen, chunk.downlink, self.mu)
+            return gradients
+
+        return {When.LOSS: pull}
 
 
 def add_prox(

@@ -34,15 +34,38 @@ that is clipped does depend on the split.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from typing_extensions import override
 
+from fedraclora.training.extra import Chunk, LocalExtra, Rates
+from fedraclora.training.extras.pairs import Pair, gram, pairs_of
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
-from fedraclora.training.pairs import Pair, gram
 from fedraclora.tree import Tree
 
 Polar = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LoraRite(LocalExtra):
+    """The setting ``local.optimiser=lora_rite``.
+
+    Attributes:
+        local: Its constants.
+    """
+
+    local: LocalConfig
+    setting: ClassVar[str] = "local.optimiser=lora_rite"
+    takes_factor_step: ClassVar[bool] = True
+    ends_moments: ClassVar[bool] = True
+
+    @override
+    def optimiser(self, chunk: Chunk, rates: Rates) -> CohortOptimiser:
+        pairs = pairs_of(chunk.downlink, chunk.frozen, chunk.ranks, self.setting)
+        return CohortRite(self.local, chunk.values, rates, pairs)
 
 
 def negligible(height: int, dtype: torch.dtype) -> float:
