@@ -12,6 +12,7 @@ from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.extras import KEEPERS
+from fedraclora.training.gradients import mean_gradients
 from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.moments import begin_moments, blank_moments
@@ -101,9 +102,8 @@ def keep(
     for keeper in KEEPERS:
         if blank := keeper.blank(downlink, next(iter(base.values())).dtype):
             before = store.read(clients, request.round_, blank)
-            kept |= keeper.end(
-                before, downlink, *_way(downlink, request, clients, result, base, local)
-            )
+            directions = _directions(downlink, request.rate_scale, result, base, local)
+            kept |= keeper.end(before, downlink, directions)
     if not kept:
         return
     sound = torch.isfinite(result.losses)
@@ -115,18 +115,14 @@ def keep(
         store.stage(clients[sound], request.round_, {n: t[sound] for n, t in kept.items()})
 
 
-def _way(
-    downlink: Downlink,
-    request: TrainRequest,
-    clients: torch.Tensor,
-    result: LocalResult,
-    base: Tree,
-    local: LocalConfig,
-) -> tuple[Tree, Tree, int, dict[str, float]]:
-    """Give the start and end of what clients send, their steps, and the step sizes."""
+def _directions(
+    downlink: Downlink, rate_scale: float, result: LocalResult, base: Tree, local: LocalConfig
+) -> Tree:
+    """Give the directions of the mean local step of clients, [K, ...] by name of what they send."""
     slots = downlink.uploaded()
     layout = Layout.of({n: torch.empty(s.shape) for n, s in slots.items()})
-    start = layout.unpack(opening_rows(downlink, base, layout, torch.arange(len(clients))))
+    places = torch.arange(len(result.losses))
+    start = layout.unpack(opening_rows(downlink, base, layout, places))
     end = {n: result.trained[n].cpu() for n in slots}
-    rates = {n: local.rate(s.main, request.rate_scale) for n, s in slots.items()}
-    return start, end, local.steps or 1, rates
+    rates = {n: local.rate(s.main, rate_scale) for n, s in slots.items()}
+    return mean_gradients(start, end, local.steps or 1, rates)

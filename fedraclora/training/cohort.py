@@ -8,6 +8,8 @@ differently).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from fedraclora.data.samples import ClientData
@@ -185,10 +187,7 @@ class CohortTrainer:
         """Take one local step of the clients that still train; give their losses, [active]."""
         leaves, network = chunk.leaves(batch.active), chunk.network
         if self.former is not None:
-
-            def run(leaves: Tree, frozen: Tree) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-                return self._forward(chunk, leaves, frozen, step, batch)
-
+            run = partial(self._forward, chunk, step, batch)
             loss, gradients = self.former.gradients(chunk, run, batch.active, batch.width, step)
         elif network is not None:
             loss, gradients = written_out_gradients(network, self.task, chunk, leaves, step, batch)
@@ -212,12 +211,12 @@ class CohortTrainer:
             step: The local step, from 0.
             batch: Of `Schedule.plan`.
         """
-        losses, counts, valid = self._forward(chunk, leaves, chunk.frozen, step, batch)
+        losses, counts, valid = self._forward(chunk, step, batch, leaves, chunk.frozen)
         kept = valid.to(losses.dtype)
         return (losses * kept).sum(dim=1) / (counts * kept).sum(dim=1).clamp(min=1)
 
     def _forward(
-        self, chunk: OpenChunk, leaves: Tree, frozen: Tree, step: int, batch: Batch
+        self, chunk: OpenChunk, step: int, batch: Batch, leaves: Tree, frozen: Tree
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Give loss and count of each sample, and whether it is one, [active, width]."""
         program, downlink = chunk.program, chunk.downlink

@@ -78,21 +78,23 @@ class LocalExtra:
     """What a setting adds to plain local training; as it stands here, nothing.
 
     Attributes:
-        setting: How a config asks for it, for messages: ``local.prox=0.1``.
+        form: How a config asks for it, with the names of its fields: ``local.prox={mu}``.
         takes_factor_step: Whether it says how the factors of an adapter take a step; one may.
         ends_moments: Whether its moments speak of what ends with the round.
         forms_gradients: Whether `gradients` stands in the place of those of the loss; one may.
         answers_once: Whether a second answer to a round would tell what the first one hides.
     """
 
+    form: ClassVar[str]
     takes_factor_step: ClassVar[bool] = False
     ends_moments: ClassVar[bool] = False
     forms_gradients: ClassVar[bool] = False
     answers_once: ClassVar[bool] = False
 
     @property
-    def setting(self) -> str:  # noqa: D102  among the attributes
-        raise NotImplementedError
+    def setting(self) -> str:
+        """How the config asks for it, for messages."""
+        return self.form.format(**vars(self))
 
     def gradients(
         self, chunk: Chunk, forward: Forward, active: int, width: int, step: int
@@ -153,22 +155,12 @@ class Keeper(Protocol):
     def begin(self, kept: Tree, sent: Downlink) -> Downlink:
         """Give what clients train from, with what they kept, [K, ...] by the names of `blank`."""
 
-    def end(
-        self,
-        kept: Tree,
-        sent: Downlink,
-        start: Tree,
-        end: Tree,
-        steps: int,
-        rates: Rates,
-    ) -> Tree:
+    def end(self, kept: Tree, sent: Downlink, directions: Tree) -> Tree:
         """Give what they keep from here on.
 
         Args:
             kept: What they kept so far, [K, ...]. Not modified.
             sent: Of `begin`.
-            start: Where what is sent started, by trained name.
-            end: Where it ended, as the server sees it, [K, ...].
-            steps: Local steps on the way.
-            rates: Step size of each.
+            directions: Of the mean local step, as the server sees it, by trained name, [K, ...]
+                (`fedraclora.training.gradients.mean_gradients`).
         """

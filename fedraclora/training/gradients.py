@@ -73,3 +73,8 @@ def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
         return out
 
     return hook
+
+
+def mean_gradients(start: Tree, end: Tree, steps: int, rates: dict[str, float]) -> Tree:
+    """Give the mean of the directions of plain SGD steps: (start - end) / (steps rate), float64."""
+    return {n: (start[n].double() - end[n].double()) / (steps * rates[n]) for n in end}

@@ -20,7 +20,8 @@ from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.extras.variates import blank_variates, mean_gradients, moved_by, seen
+from fedraclora.training.extras.variates import blank_variates, moved_by, seen
+from fedraclora.training.gradients import mean_gradients
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
 

@@ -19,8 +19,8 @@ from fedraclora.aggregation.server_optimisers import Adaptive, Momentum, ServerO
 from fedraclora.protocol.change_of_basis import transported
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.extras.variates import ControlVariates, mean_gradients, moved_by
-from fedraclora.training.gradients import correcting
+from fedraclora.training.extras.variates import ControlVariates, moved_by
+from fedraclora.training.gradients import correcting, mean_gradients
 from fedraclora.tree import Tree
 from strategies.buffered import BufferedStrategy
 from strategies.server.buffer import Batch, batch_of, merge

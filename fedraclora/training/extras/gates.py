@@ -33,16 +33,16 @@ from typing_extensions import override
 
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.extra import Chunk, LocalExtra, Rates
-from fedraclora.training.extras.pairs import Pair, pairs_of
+from fedraclora.training.extra import Chunk, Rates
+from fedraclora.training.extras.pairs import FactorStep, Pair
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
 
 
 @dataclass(frozen=True)
-class Gates(LocalExtra):
-    """The setting ``local.gate_penalty``.
+class Gates(FactorStep):
+    """Gates on the components of adapters.
 
     Attributes:
         penalty: lambda.
@@ -51,18 +51,12 @@ class Gates(LocalExtra):
 
     penalty: float
     local: LocalConfig
-    takes_factor_step: ClassVar[bool] = True
+    form: ClassVar[str] = "local.gate_penalty={penalty}"
     ends_moments: ClassVar[bool] = True
-
-    @property
-    @override
-    def setting(self) -> str:
-        return f"local.gate_penalty={self.penalty}"
 
     @override
     def optimiser(self, chunk: Chunk, rates: Rates) -> CohortOptimiser:
-        pairs = pairs_of(chunk.downlink, chunk.frozen, chunk.ranks, self.setting)
-        return CohortGates(self.local, chunk.values, rates, pairs, self.penalty)
+        return CohortGates(self.local, chunk.values, rates, self.pairs(chunk), self.penalty)
 
     @override
     def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:

@@ -40,8 +40,8 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.training.extra import Chunk, LocalExtra, Rates
-from fedraclora.training.extras.pairs import Pair, gram, pairs_of
+from fedraclora.training.extra import Chunk, Rates
+from fedraclora.training.extras.pairs import FactorStep, Pair, gram
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
@@ -50,22 +50,20 @@ Polar = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class LoraRite(LocalExtra):
-    """The setting ``local.optimiser=lora_rite``.
+class LoraRite(FactorStep):
+    """LoRA-RITE as the optimiser.
 
     Attributes:
         local: Its constants.
     """
 
     local: LocalConfig
-    setting: ClassVar[str] = "local.optimiser=lora_rite"
-    takes_factor_step: ClassVar[bool] = True
+    form: ClassVar[str] = "local.optimiser=lora_rite"
     ends_moments: ClassVar[bool] = True
 
     @override
     def optimiser(self, chunk: Chunk, rates: Rates) -> CohortOptimiser:
-        pairs = pairs_of(chunk.downlink, chunk.frozen, chunk.ranks, self.setting)
-        return CohortRite(self.local, chunk.values, rates, pairs)
+        return CohortRite(self.local, chunk.values, rates, self.pairs(chunk))
 
 
 def negligible(height: int, dtype: torch.dtype) -> float:

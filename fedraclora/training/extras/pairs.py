@@ -203,17 +203,25 @@ ADJUSTMENTS: dict[str, Callable[[Pair, Tree, Tree, float], Tree]] = {
 }
 
 
-@dataclass(frozen=True)
-class Precondition(LocalExtra):
-    """The setting ``local.precondition``: the inverse Gram matrix of a frozen factor."""
+class FactorStep(LocalExtra):
+    """What says how the factors of an adapter take a step."""
 
     takes_factor_step: ClassVar[bool] = True
-    setting: ClassVar[str] = "local.precondition=true"
+
+    def pairs(self, chunk: Chunk) -> list[Pair]:
+        """Give the adapters of a chunk, see `pairs_of`."""
+        return pairs_of(chunk.downlink, chunk.frozen, chunk.ranks, self.setting)
+
+
+@dataclass(frozen=True)
+class Precondition(FactorStep):
+    """The inverse Gram matrix of a frozen factor."""
+
+    form: ClassVar[str] = "local.precondition=true"
 
     @override
     def hooks(self, chunk: Chunk) -> dict[When, Hook]:
-        pairs = pairs_of(chunk.downlink, chunk.frozen, chunk.ranks, self.setting)
-        hook = preconditioner(pairs, chunk.ranks)
+        hook = preconditioner(self.pairs(chunk), chunk.ranks)
         return {When.RECIPE: lambda gradients, _: hook(gradients)}
 
     @override
@@ -222,8 +230,8 @@ class Precondition(LocalExtra):
 
 
 @dataclass(frozen=True)
-class Adjustment(LocalExtra):
-    """The setting ``local.adjust``: the gradients of two factors, adjusted by each other.
+class Adjustment(FactorStep):
+    """The gradients of two factors, adjusted by each other.
 
     Attributes:
         rule: A key of `ADJUSTMENTS`.
@@ -232,21 +240,16 @@ class Adjustment(LocalExtra):
 
     rule: str
     damping: float
-    takes_factor_step: ClassVar[bool] = True
-
-    @property
-    @override
-    def setting(self) -> str:
-        return f"local.adjust={self.rule}"
+    form: ClassVar[str] = "local.adjust={rule}"
 
     @override
     def hooks(self, chunk: Chunk) -> dict[When, Hook]:
-        pairs = pairs_of(chunk.downlink, chunk.frozen, chunk.ranks, self.setting)
+        pairs, rule = self.pairs(chunk), ADJUSTMENTS[self.rule]
 
         def adjust(gradients: Tree, values: Tree) -> Tree:
             out = dict(gradients)
             for pair in pairs:
-                out |= ADJUSTMENTS[self.rule](pair, gradients, values, self.damping)
+                out |= rule(pair, gradients, values, self.damping)
             return out
 
         return {When.BUDGET: adjust}

@@ -7,6 +7,8 @@ need only r x r Gram matrices and never an m x n product.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -18,32 +20,26 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class Prox(LocalExtra):
-    """The setting ``local.prox``.
+    """A pull to where the round started.
 
     Attributes:
-        mu: Strength of the pull.
+        mu: Its strength.
     """
 
     mu: float
-
-    @property
-    @override
-    def setting(self) -> str:
-        return f"local.prox={self.mu}"
+    form: ClassVar[str] = "local.prox={mu}"
 
     @override
     def hooks(self, chunk: Chunk) -> dict[When, Hook]:
-        def pull(gradients: Tree, leaves: Tree) -> Tree:
-            add_prox(gradients, leaves, chunk.starts, chunk.frozen, chunk.downlink, self.mu)
-            return gradients
-
+        starts, frozen, downlink = chunk.starts, chunk.frozen, chunk.downlink
+        pull = partial(with_prox, starts=starts, frozen=frozen, downlink=downlink, mu=self.mu)
         return {When.LOSS: pull}
 
 
-def add_prox(
-    gradients: Tree, leaves: Tree, starts: Tree, frozen: Tree, downlink: Downlink, mu: float
-) -> None:
-    """Add the proximal gradient to ``gradients`` in place.
+def with_prox(
+    gradients: Tree, leaves: Tree, *, starts: Tree, frozen: Tree, downlink: Downlink, mu: float
+) -> Tree:
+    """Add the proximal gradient to gradients, as a new tree.
 
     Args:
         gradients: [active, ...] by trained name.
@@ -65,16 +61,17 @@ def add_prox(
             f"local.prox is {mu}, but under dora=true it is not defined: a weight is no sum of the "
             "base and a low-rank term; set local.prox=0, or dora=false"
         )
+    out = dict(gradients)
     for name in downlink.dense:
         active = leaves[name].shape[0]
-        gradients[name] = gradients[name] + mu * (leaves[name] - starts[name][:active])
+        out[name] = gradients[name] + mu * (leaves[name] - starts[name][:active])
     for weight, adapter in downlink.adapters.items():
         if _is_core(weight, adapter, leaves):
             name = f"{weight}/R"
             R, left, right = leaves[name], frozen[f"{weight}/B"], frozen[f"{weight}/A"]
             left, right = (f[: len(R)] if f.dim() == 3 else f for f in (left, right))
             moved = left.mT @ left @ (R - starts[name][: len(R)]) @ right @ right.mT
-            gradients[name] = gradients[name] + mu * adapter.scale**2 * moved
+            out[name] = gradients[name] + mu * adapter.scale**2 * moved
             continue
         if tuple(adapter.factors) != ("B", "A"):
             raise ConfigError(f"local.prox is not defined for the factors {list(adapter.factors)}")
@@ -89,9 +86,10 @@ def add_prox(
         B, A, B0, A0 = (f[:active] if f.dim() == 3 else f for f in (B, A, B0, A0))
         pull = mu * adapter.scale**2
         if nb in gradients:
-            gradients[nb] = gradients[nb] + pull * (B @ (A @ A.mT) - B0 @ (A0 @ A.mT))
+            out[nb] = gradients[nb] + pull * (B @ (A @ A.mT) - B0 @ (A0 @ A.mT))
         if na in gradients:
-            gradients[na] = gradients[na] + pull * ((B.mT @ B) @ A - (B.mT @ B0) @ A0)
+            out[na] = gradients[na] + pull * ((B.mT @ B) @ A - (B.mT @ B0) @ A0)
+    return out
 
 
 def _is_core(weight: str, adapter: Adapter, leaves: Tree) -> bool:

@@ -20,20 +20,16 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class SampleLevel(LocalExtra):
-    """The setting ``local.dp``.
+    """DP-SGD on what a client trains.
 
     Attributes:
         noise: Clip and noise.
     """
 
     noise: SampleNoise
+    form: ClassVar[str] = "local.dp={noise}"
     forms_gradients: ClassVar[bool] = True
     answers_once: ClassVar[bool] = True
-
-    @property
-    @override
-    def setting(self) -> str:
-        return f"local.dp={self.noise}"
 
     @override
     def gradients(

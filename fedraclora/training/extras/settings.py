@@ -51,17 +51,11 @@ class LocalSettings(LocalConfig):
     @property
     @override
     def extras(self) -> tuple[LocalExtra, ...]:
-        found: list[LocalExtra] = []
-        if self.dp is not None:
-            found.append(SampleLevel(self.dp))
-        if self.prox:
-            found.append(Prox(self.prox))
-        if self.adjust != "none":
-            found.append(Adjustment(self.adjust, self.damping))
-        if self.precondition:
-            found.append(Precondition())
-        if self.optimiser == "lora_rite":
-            found.append(LoraRite(self))
-        if self.gate_penalty is not None:
-            found.append(Gates(self.gate_penalty, self))
-        return tuple(found)
+        return (
+            *([SampleLevel(self.dp)] if self.dp is not None else ()),
+            *([Prox(self.prox)] if self.prox else ()),
+            *([Adjustment(self.adjust, self.damping)] if self.adjust != "none" else ()),
+            *([Precondition()] if self.precondition else ()),
+            *([LoraRite(self)] if self.optimiser == "lora_rite" else ()),
+            *([Gates(self.gate_penalty, self)] if self.gate_penalty is not None else ()),
+        )

@@ -34,7 +34,7 @@ from typing_extensions import override
 
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.downlink import Adapter, Downlink
-from fedraclora.training.extra import Keeper, Rates
+from fedraclora.training.extra import Keeper
 from fedraclora.tree import Tree
 
 
@@ -109,11 +109,6 @@ def moved_by(kept: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tree:
     return out
 
 
-def mean_gradients(start: Tree, end: Tree, steps: int, rates: dict[str, float]) -> Tree:
-    """Give the mean of the directions of plain SGD steps: (start - end) / (steps rate), float64."""
-    return {n: (start[n].double() - end[n].double()) / (steps * rates[n]) for n in end}
-
-
 class ControlVariates(Keeper):
     """What clients keep where a round sends variates."""
 
@@ -127,16 +122,7 @@ class ControlVariates(Keeper):
         return replace(sent, variates={n: c.cpu() - own[n] for n, c in sent.variates.items()})
 
     @override
-    def end(
-        self,
-        kept: Tree,
-        sent: Downlink,
-        start: Tree,
-        end: Tree,
-        steps: int,
-        rates: Rates,
-    ) -> Tree:
-        directions = mean_gradients(start, end, steps, rates)
+    def end(self, kept: Tree, sent: Downlink, directions: Tree) -> Tree:
         return moved_by(kept, sent, {n: g - sent.variates[n].cpu() for n, g in directions.items()})
 
 
