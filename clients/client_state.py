@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
+from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
@@ -15,6 +13,7 @@ from fedraclora.training.extras import KEEPERS
 from fedraclora.training.gradients import mean_gradients
 from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.materialise import start_from
 from fedraclora.training.moments import begin_moments, blank_moments
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire import TrainRequest
@@ -56,23 +55,6 @@ def held(
         if kept:
             downlink = keeper.begin({n: found[n] for n in kept}, downlink)
     return start_from({n: found[n] for n in default}, downlink), moments
-
-
-def start_from(own: Tree, downlink: Downlink) -> Downlink:
-    """Let the tensors that are named start from each client's own, [K, ...]."""
-    if not own:
-        return downlink
-
-    def start(name: str, factor: Factor) -> Factor:
-        named = isinstance(factor, Trained) and name in own
-        return replace(factor, start=own[name]) if named else factor  # type: ignore[arg-type]
-
-    adapters = {
-        w: Adapter({k: start(f"{w}/{k}", f) for k, f in a.factors.items()}, a.scale)
-        for w, a in downlink.adapters.items()
-    }
-    dense = {n: replace(s, start=own.get(n, s.start)) for n, s in downlink.dense.items()}
-    return replace(downlink, adapters=adapters, dense=dense)
 
 
 def keep(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from flwr.app import RecordDict
@@ -150,7 +151,7 @@ class Worker:
         if result is not None:
             local = self.trainer.local
             if request.clip is not None:  # first: what clients keep is what they send
-                result = within(request.clip, result, part, base)
+                result = sending(partial(shortened, bound=request.clip), result, part, base)
             if not outcome.hidden:
                 keep(self.store, part, request, request.clients[index], result, base, local)
             for extra in local.extras:
@@ -215,7 +216,9 @@ class Worker:
             index = torch.tensor(part_places)
             part = downlink.select(index)
             kept = torch.isin(request.clients[index], sent)
-            words = in_steps(float(step), weights[torch.isin(places, index)], result, part, base)
+            own = weights[torch.isin(places, index)]
+            whole = partial(in_steps, weights=own, step=float(step))
+            words = sending(whole, result, part, base)
             clients, local = request.clients[index], self.trainer.local
             keep(self.store, part, request, clients, words, base, local, among=kept)
         return reply
@@ -239,26 +242,26 @@ def sent_rows(result: LocalResult, layout: Layout) -> torch.Tensor:
     return layout.pack({n: result.trained[n].cpu().double() for n, _ in layout.shapes}, lead=1)
 
 
-def in_steps(
-    step: float, weights: torch.Tensor, result: LocalResult, downlink: Downlink, base: Tree
+def sending(
+    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    result: LocalResult,
+    downlink: Downlink,
+    base: Tree,
 ) -> LocalResult:
-    """Round what clients send as secure aggregation does: weighted updates to whole steps."""
-    rows = sent_rows(result, layout := uplink_layout(downlink))
-    start = opening_rows(downlink, base, layout, torch.arange(len(rows)))
-    each = weights[:, None]
-    rounded = layout.unpack(start + torch.round((rows - start) * each / step) * step / each)
-    sent = {name: tensor.to(result.trained[name]) for name, tensor in rounded.items()}
-    return replace(result, trained=result.trained | sent)
-
-
-def within(clip: float, result: LocalResult, downlink: Downlink, base: Tree) -> LocalResult:
-    """Shorten what clients send to updates of norm ``clip``, over all that each of them sends."""
+    """Change the rows that clients send: ``change`` gives new ones, of them and their start."""
     layout = uplink_layout(downlink)
     rows = sent_rows(result, layout)
-    start = opening_rows(downlink, base, layout, torch.arange(len(rows)))
-    short = layout.unpack(shortened(rows, start, clip))
-    sent = {name: tensor.to(result.trained[name]) for name, tensor in short.items()}
+    new = change(rows, opening_rows(downlink, base, layout, torch.arange(len(rows))))
+    sent = {n: t.to(result.trained[n]) for n, t in layout.unpack(new).items()}
     return replace(result, trained=result.trained | sent)
+
+
+def in_steps(
+    rows: torch.Tensor, start: torch.Tensor, weights: torch.Tensor, step: float
+) -> torch.Tensor:
+    """Round rows as secure aggregation does: updates, weighted, to whole steps."""
+    each = weights[:, None]
+    return start + torch.round((rows - start) * each / step) * step / each
 
 
 def parts(places: list[int], size: int | None) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -153,11 +154,8 @@ class OpenChunk(Chunk):
         Returns:
             The samples [active * width], and bool [active, width].
         """
-        schedule, context, (active, width, length, real) = (
-            self.schedule,
-            self.program.context,
-            batch,
-        )
+        schedule, context = self.schedule, self.program.context
+        active, width, length, real = batch
         rows = self.order[:active]
         context.active, context.clients, context.step = active, self.clients[:active], step
         whole = data.gather(context.clients, schedule.positions[rows, step, :width])
@@ -176,14 +174,8 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def has_tied(model: nn.Module, trained: list[str]) -> bool:
     """Tell whether a trained parameter is shared by two layers."""
-    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    unique = {n for n, _ in model.named_parameters()}
-    if len(names) == len(unique):
-        return False
     owner = dict(model.named_parameters(remove_duplicate=False))
-    counts: dict[int, int] = {}
-    for parameter in owner.values():
-        counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    counts = Counter(map(id, owner.values()))
     return any(counts[id(owner[n])] > 1 for n in trained if n in owner)
 
 
