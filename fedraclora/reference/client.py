@@ -230,9 +230,7 @@ def add_own_variates(values: Tree, sent: Downlink, place: int) -> None:
     for name, variate in sent.variates.items():
         own = variate[place] if variate.dim() > values[name].dim() else variate
         gradient = values[name].grad
-        values[name].grad = (
-            own.to(values[name]) if gradient is None else gradient + own.to(gradient)
-        )
+        values[name].grad = own.to(values[name]) + (0 if gradient is None else gradient)
 
 
 def with_seeded_dropout(

@@ -99,14 +99,10 @@ class CohortTrainer:
         schedule, order, values = chunk.schedule, chunk.order, chunk.values
         rates = {n: self.local.rate(s.main, rate_scale) for n, s in downlink.trained().items()}
         held = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
-        optimiser: Optimiser
-        if RECIPES[downlink.recipe].steps:
-            own = (extra.optimiser(chunk, rates) for extra in self.local.extras)
-            plain = CohortOptimiser(self.local, values, rates, held)
-            optimiser = next((found for found in own if found is not None), plain)
-        else:
-            optimiser = GradientMean(self.local, values, rates)
-        hooks = self._hooks(chunk)
+        steps, hooks = RECIPES[downlink.recipe].steps, self._hooks(chunk)
+        plain = (CohortOptimiser if steps else GradientMean)(self.local, values, rates, held)
+        own = (extra.optimiser(chunk, rates) for extra in self.local.extras if steps)
+        optimiser: Optimiser = next(filter(None, own), plain)
         losses = torch.zeros(len(order), dtype=torch.float64, device=self.device)
         lengths = self.data.lengths(clients.to(self.device), schedule.positions)
         try:
@@ -177,12 +173,7 @@ class CohortTrainer:
         return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]
 
     def _step(
-        self,
-        chunk: OpenChunk,
-        step: int,
-        batch: Batch,
-        optimiser: Optimiser,
-        hooks: list[Hook],
+        self, chunk: OpenChunk, step: int, batch: Batch, optimiser: Optimiser, hooks: list[Hook]
     ) -> torch.Tensor:
         """Take one local step of the clients that still train; give their losses, [active]."""
         leaves, network = chunk.leaves(batch.active), chunk.network

@@ -101,6 +101,7 @@ class LocalConfig:
         for key, known in self.CHOICES.items():
             if getattr(self, key) not in known:
                 raise unknown(f"local.{key}", getattr(self, key), known)
+        self._check_extras()
         self._check_moments()
         for key in self.POSITIVE:
             value = getattr(self, key)
@@ -129,7 +130,6 @@ class LocalConfig:
                     f"local.{key} is {value}, which {self.optimiser} makes no use of; it is for "
                     f"{' and '.join(used)}: leave it at {default}"
                 )
-        self._check_extras()
         self._check_warmup()
 
     def _check_warmup(self) -> None:

@@ -27,6 +27,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -49,18 +50,12 @@ def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
         ``variates/<trained>`` in its shape; ``variates/<weight>`` [m, n] where they are dense.
     """
     found = {}
-    for name, slot in sent.uploaded().items():
-        weight, _, label = name.rpartition("/")
-        if sent.lifted and weight in sent.adapters:
-            beside = _beside(sent.adapters[weight])
-            size = (
-                (slot.shape[0], beside.shape[1])
-                if label == "B"
-                else (beside.shape[0], slot.shape[1])
-            )
-            found[f"variates/{weight}"] = torch.zeros(size, dtype=dtype)
-        else:
-            found[f"variates/{name}"] = torch.zeros(slot.shape, dtype=dtype)
+    for name, key, dense in _kept(sent):
+        shape = sent.trained()[name].shape
+        if dense is not None:
+            beside = _beside(dense).shape
+            shape = (shape[0], beside[1]) if name.endswith("/B") else (beside[0], shape[1])
+        found[key] = torch.zeros(shape, dtype=dtype)
     return found
 
 
@@ -72,14 +67,11 @@ def seen(kept: Tree, sent: Downlink) -> Tree:
         sent: Says what is trained.
     """
     found = {}
-    for name in sent.uploaded():
-        weight, _, label = name.rpartition("/")
-        if sent.lifted and weight in sent.adapters:
-            C, adapter = kept[f"variates/{weight}"], sent.adapters[weight]
-            beside = _beside(adapter).to(C)
-            found[name] = adapter.scale * (C @ beside.mT if label == "B" else beside.mT @ C)
-        else:
-            found[name] = kept[f"variates/{name}"]
+    for name, key, dense in _kept(sent):
+        found[name] = C = kept[key]
+        if dense is not None:
+            beside = _beside(dense).to(C)
+            found[name] = dense.scale * (C @ beside.mT if name.endswith("/B") else beside.mT @ C)
     return found
 
 
@@ -95,16 +87,13 @@ def moved_by(kept: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tree:
     Returns:
         A new tree, in the precision of ``kept``.
     """
-    out = dict(kept)
-    for name, old in seen({n: t.double() for n, t in kept.items()}, sent).items():
-        weight, _, label = name.rpartition("/")
-        step = share * (new[name].to(old) - old)
-        key = f"variates/{name}"
-        if sent.lifted and weight in sent.adapters:
-            adapter, key = sent.adapters[weight], f"variates/{weight}"
+    out, old = dict(kept), seen({n: t.double() for n, t in kept.items()}, sent)
+    for name, key, dense in _kept(sent):
+        step = share * (new[name].to(old[name]) - old[name])
+        if dense is not None:
             # Directions that the factor hardly has would bring back the rounding of the weights.
-            inverse = torch.linalg.pinv(_beside(adapter), rtol=1e-6).to(step) / adapter.scale
-            step = step @ inverse.mT if label == "B" else inverse.mT @ step
+            inverse = torch.linalg.pinv(_beside(dense), rtol=1e-6).to(step) / dense.scale
+            step = step @ inverse.mT if name.endswith("/B") else inverse.mT @ step
         out[key] = (kept[key].double() + step).to(kept[key])
     return out
 
@@ -124,6 +113,14 @@ class ControlVariates(Keeper):
     @override
     def end(self, kept: Tree, sent: Downlink, directions: Tree) -> Tree:
         return moved_by(kept, sent, {n: g - sent.variates[n].cpu() for n, g in directions.items()})
+
+
+def _kept(sent: Downlink) -> Iterator[tuple[str, str, Adapter | None]]:
+    """Give what is sent back, the name of its variate, and the adapter where that is dense."""
+    for name in sent.uploaded():
+        weight = name.rpartition("/")[0]
+        dense = sent.adapters.get(weight) if sent.lifted else None
+        yield name, f"variates/{name if dense is None else weight}", dense
 
 
 def _beside(adapter: Adapter) -> torch.Tensor:
