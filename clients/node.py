@@ -68,7 +68,7 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
 
     def compute() -> RecordDict:
         # New for every answer that is computed: nothing that anybody could ask for draws it again.
-        trainer.noise_key = os.urandom(KEY_BYTES)
+        trainer.answer_key = os.urandom(KEY_BYTES)
         store = read_store(folder, generations(settings))
         reply = Worker(trainer, holding, store, terms).train(content)
         if kept := store.since(0):
@@ -76,7 +76,7 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
             store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
         return reply
 
-    if trainer.local.dp is None and terms is None:
+    if not trainer.local.answers_once and terms is None:
         reply = compute()
     else:
         answers = Answers(folder, int(json.loads(settings)["rounds"]))

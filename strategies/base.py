@@ -25,7 +25,6 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
-from fedraclora.training.gates import pruned
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.steps import effective_step
 from fedraclora.tree import Tree
@@ -177,7 +176,8 @@ class FedStrategy(EvaluatesItself):
         step = effective_step(exchange.downlink, self.local, exchange.rate_scale)
         row = ledger_row(exchange, self.state, measured, moved, self.recorder.totals())
         row |= fleet_columns(exchange, self.devices.clock) if self.devices.enabled else {}
-        row |= pruned(exchange.downlink, got) if self.local.gate_penalty is not None else {}
+        for extra in self.local.extras:
+            row |= extra.columns(exchange.downlink, got)
         self.recorder.link(round_, self.state)
         watch.lap("write")
         row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.devices)

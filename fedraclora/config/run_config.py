@@ -49,7 +49,7 @@ from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.protocol.cohorts import WEIGHTINGS
 from fedraclora.protocol.method import Method
 from fedraclora.protocol.plan import BIAS_POLICIES, HEAD_POLICIES
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import PRECISIONS
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -94,7 +94,7 @@ class TaskConfig:
     data: Plain
     partition: Plain
     model: Plain
-    local: LocalConfig
+    local: LocalSettings
     engine: EngineConfig
     pretrain: PretrainConfig
     attack: Attack
@@ -149,7 +149,7 @@ class RunConfig(TaskConfig):
 
 # Groups of one kind each; a name says which of the files it is.
 KINDS: dict[str, Callable[..., object]] = {
-    "local": LocalConfig,
+    "local": LocalSettings,
     "evaluate": EvaluateConfig,
     "pretrain": PretrainConfig,
     "output": OutputConfig,
@@ -381,7 +381,7 @@ def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
             "head is local: such heads are measured where they are, and with engine=deploy they "
             "stay at the clients; choose head=adapt, average or frozen"
         )
-    once = isinstance(config.secure, SecAgg) or config.local.dp is not None
+    once = isinstance(config.secure, SecAgg) or config.local.answers_once
     if once and config.output.checkpoint_every != 1:
         raise ConfigError(
             f"output.checkpoint_every is {config.output.checkpoint_every}, but under secure=secagg "

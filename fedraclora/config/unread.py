@@ -14,7 +14,7 @@ from fedraclora.attacks.attack import Attack
 from fedraclora.config.settings import EvaluateConfig, PretrainConfig, StopConfig
 from fedraclora.errors import UnreadKeysError
 from fedraclora.protocol.method import Method
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Groups:
 
     method: Method
     allocation: Uniform
-    local: LocalConfig
+    local: LocalSettings
     pretrain: PretrainConfig
     attack: Attack
     evaluate: EvaluateConfig

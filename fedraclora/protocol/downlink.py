@@ -104,7 +104,7 @@ class Downlink:
         link: Number of the link in progress: as long as it stays, frozen factors do and trained
             ones live on, so that a client's moments may, too (`fedraclora.training.moments`).
         variates: What clients add to the gradients of trained tensors, by name (SCAFFOLD,
-            `fedraclora.training.variates`): the server's part, in the tensor's shape; at the
+            `fedraclora.training.extras.variates`): the server's part, in the tensor's shape; at the
             clients less their own part, [K, ...]. None: {}.
         lifted: Whether clients keep their parts as dense matrices of the weights.
     """

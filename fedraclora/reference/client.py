@@ -23,9 +23,8 @@ from fedraclora.reference.dp_sgd import set_noisy_gradients
 from fedraclora.reference.pairs import LocalGates, LocalRite, adjust_gradients
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import FLOAT32, products_in
-from fedraclora.training.variates import add_own_variates
 from fedraclora.training.vmapped import adapted_weights, effective_weights
 from fedraclora.tree import Tree
 
@@ -33,7 +32,7 @@ from fedraclora.tree import Tree
 def train_one(
     task: Task,
     plan: Plan,
-    local: LocalConfig,
+    local: LocalSettings,
     base: Tree,
     downlink: Downlink,
     *,
@@ -173,7 +172,7 @@ def sample_losses(
 
 
 def batches(
-    size: int, client: int, local: LocalConfig, seed: int, round_: int
+    size: int, client: int, local: LocalSettings, seed: int, round_: int
 ) -> list[torch.Tensor]:
     """Row numbers of every local step: epochs in turn, each reshuffled, the last batch short."""
     width = local.batch_size or size
@@ -191,7 +190,7 @@ def batches(
 
 
 def make_optimiser(
-    local: LocalConfig, downlink: Downlink, values: Tree, frozen: Tree, rate_scale: float
+    local: LocalSettings, downlink: Downlink, values: Tree, frozen: Tree, rate_scale: float
 ) -> torch.optim.Optimizer | LocalGates:
     """Build the torch optimiser, with one step size for the method's own and one beside it."""
     slots, decay, betas = downlink.trained(), local.weight_decay, (local.beta1, local.beta2)
@@ -215,7 +214,7 @@ def make_optimiser(
 
 
 def shape_gradients(
-    values: Tree, frozen: Tree, hook: GradientHook, local: LocalConfig, downlink: Downlink
+    values: Tree, frozen: Tree, hook: GradientHook, local: LocalSettings, downlink: Downlink
 ) -> None:
     """Do to the gradients of a step what recipe and settings say, in place."""
     gradients = {n: v.grad[None] for n, v in values.items() if v.grad is not None}
@@ -224,6 +223,14 @@ def shape_gradients(
     adjust_gradients(local, downlink, values, frozen)
     if local.clip is not None and RECIPES[downlink.recipe].steps:
         nn.utils.clip_grad_norm_(list(values.values()), local.clip)
+
+
+def add_own_variates(values: Tree, sent: Downlink, place: int) -> None:
+    """Add variates to the gradients of the one client at ``place``, in place."""
+    for name, variate in sent.variates.items():
+        own = variate[place] if variate.dim() > values[name].dim() else variate
+        gradient = values[name].grad
+        values[name].grad = own.to(values[name]) + (0 if gradient is None else gradient)
 
 
 def with_seeded_dropout(

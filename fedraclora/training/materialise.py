@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from fedraclora.protocol.method import Adapter, Downlink, Frozen, Sketched, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
 from fedraclora.tree import Tree
 
 
@@ -55,6 +57,23 @@ def start_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch
         return default[None]
     start = opening.to(default.device, default.dtype)
     return start[order] if slot.per_client else start[None].clone()
+
+
+def start_from(own: Tree, downlink: Downlink) -> Downlink:
+    """Let the tensors that are named start from each client's own, [K, ...]."""
+    if not own:
+        return downlink
+
+    def start(name: str, factor: Factor) -> Factor:
+        named = isinstance(factor, Trained) and name in own
+        return replace(factor, start=own[name]) if named else factor  # type: ignore[arg-type]
+
+    adapters = {
+        w: Adapter({k: start(f"{w}/{k}", f) for k, f in a.factors.items()}, a.scale)
+        for w, a in downlink.adapters.items()
+    }
+    dense = {n: replace(s, start=own.get(n, s.start)) for n, s in downlink.dense.items()}
+    return replace(downlink, adapters=adapters, dense=dense)
 
 
 def arrange(

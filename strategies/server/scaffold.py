@@ -1,7 +1,7 @@
 """SCAFFOLD at the server: the mean variate, what of it goes down, and which methods it is for.
 
-The formulas are in `fedraclora.training.variates`. The server keeps its part in the state of the
-run, the clients theirs between rounds, where the moments of their optimisers are.
+The formulas are in `fedraclora.training.extras.variates`. The server keeps its part in the state of
+the run, the clients theirs between rounds, where the moments of their optimisers are.
 
 - Uplink: that of the method. Downlink: r m numbers per matrix and client more, as is trained.
 - Client state: as much as is trained; m n numbers per matrix where sketches are drawn anew.
@@ -20,8 +20,9 @@ from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.training.extras.variates import blank_variates, moved_by, seen
+from fedraclora.training.gradients import mean_gradients
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.variates import blank_variates, mean_gradients, moved_by, seen
 from fedraclora.tree import Layout, Tree
 
 OFF = "or set control_variates=false"
@@ -100,16 +101,12 @@ def _check_local(local: LocalConfig) -> None:
         "momentum": local.momentum,
         "weight_decay": local.weight_decay,
         "clip": local.clip is not None,
-        "dp": local.dp is not None,
-        "prox": local.prox,
-        "precondition": local.precondition,
-        "adjust": local.adjust != "none",
-        "gate_penalty": local.gate_penalty is not None,
     }
-    if found := [key for key, used in beside.items() if used]:
+    found = [f"local.{key}={getattr(local, key)}" for key, used in beside.items() if used]
+    if found := found + [extra.setting for extra in local.extras]:
         raise ConfigError(
-            f"control_variates needs plain SGD, but local.{found[0]} is "
-            f"{getattr(local, found[0])}; leave it out (local=sgd), {OFF}"
+            f"control_variates needs plain SGD, but there is {found[0]}; leave it out "
+            f"(local=sgd), {OFF}"
         )
 
 

@@ -18,6 +18,7 @@ from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from strategies.server.account import SampleAccount, Sizes
@@ -93,9 +94,9 @@ class Treatment:
                 )
             self.secure = SecureSum(self.security)
             self.secure.check(method, loop.weights, loop.cohort)
-        if (dp := devices.local.dp) is not None:
+        if (level := devices.local.extra_of(SampleLevel)) is not None:
             none = torch.zeros(loop.clients, dtype=torch.int64)
-            self.samples = SampleAccount(dp, devices.local, sizes, none)
+            self.samples = SampleAccount(level.noise, devices.local, sizes, none)
         if not isinstance(self.privacy, ClientLevel):
             return
         if devices.enabled or not isinstance(self.aggregator, Mean):

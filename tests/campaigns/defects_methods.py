@@ -18,7 +18,6 @@ import strategies.fedsvd
 import strategies.frlora
 import strategies.shared.layerwise
 import strategies.shared.replies
-from clients.client_state import start_from
 from fedraclora.lowrank.algebra import (
     Product,
     balanced_factors,
@@ -33,6 +32,7 @@ from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.local_result import LocalResult
+from fedraclora.training.materialise import start_from
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
 from strategies.flora_stacking import FloraStacking

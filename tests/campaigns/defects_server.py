@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import clients.client_state
 import strategies.server.buffer
 import strategies.server.fedopt
 import strategies.server.treatment
@@ -20,7 +19,8 @@ from fedraclora.aggregation.server_optimisers import Adaptive, Momentum, ServerO
 from fedraclora.protocol.change_of_basis import transported
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.variates import correcting, mean_gradients, moved_by
+from fedraclora.training.extras.variates import ControlVariates, moved_by
+from fedraclora.training.gradients import correcting, mean_gradients
 from fedraclora.tree import Tree
 from strategies.buffered import BufferedStrategy
 from strategies.server.buffer import Batch, batch_of, merge
@@ -174,13 +174,13 @@ def correction_taken_away(planting: Planting) -> None:
 
 @defect(SCAFFOLD, "option II: c_k <- (x - y) / (K eta), without c_k - c", DRIFT)
 def correction_counted_as_gradient(planting: Planting) -> None:
-    sound = clients.client_state._variates
+    sound = ControlVariates.end
 
-    def variates(store: Any, sent: Downlink, *given: Any) -> Tree:
+    def end(self: ControlVariates, kept: Tree, sent: Downlink, *given: Any) -> Tree:
         nothing = {n: torch.zeros_like(t) for n, t in sent.variates.items()}
-        return sound(store, replace(sent, variates=nothing), *given)
+        return sound(self, kept, replace(sent, variates=nothing), *given)
 
-    planting.put(clients.client_state, "_variates", variates)
+    planting.put(ControlVariates, "end", end)
 
 
 @defect(SCAFFOLD, "a variate of B kept as it is while A is drawn anew", DRIFT)

@@ -39,13 +39,13 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Sketched,
 from fedraclora.reference.client import train_one
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 from fedraclora.wire import payload_bytes
 from strategies.server.treatment import Treatment
 
 Variant = tuple[str, dict[str, Any]]
-STEPS = LocalConfig(lr=0.03, steps=3, batch_size=0, shuffle=False)
+STEPS = LocalSettings(lr=0.03, steps=3, batch_size=0, shuffle=False)
 COHORT, SEED = 3, 1
 VARIANTS: list[Variant] = [
     ("fedavg", {}),
@@ -292,13 +292,13 @@ def test_what_changes_updates_at_the_server_is_refused(beside: dict[str, Any], t
     ("name", "changes", "local", "told"),
     [
         ("fed_rac_lora", {}, RAGGED, "set local.steps"),
-        ("fed_rac_lora", {}, replace(STEPS, momentum=0.5), "local.momentum is 0.5"),
-        ("fed_rac_lora", {}, replace(STEPS, clip=1.0), "local.clip is 1.0"),
-        ("fed_rac_lora", {}, replace(STEPS, optimiser="adamw"), "local.optimiser is adamw"),
-        ("fed_rac_lora", {}, replace(STEPS, dp=SampleNoise(0.2, 0.5)), "local.dp is"),
-        ("fed_rac_lora", {}, replace(STEPS, prox=0.1), "local.prox is 0.1"),
-        ("fedavg_lora", {}, replace(STEPS, adjust="riemannian"), "local.adjust is riemannian"),
-        ("fedavg_lora", {}, replace(STEPS, gate_penalty=0.5), "local.gate_penalty is 0.5"),
+        ("fed_rac_lora", {}, replace(STEPS, momentum=0.5), "local.momentum=0.5"),
+        ("fed_rac_lora", {}, replace(STEPS, clip=1.0), "local.clip=1.0"),
+        ("fed_rac_lora", {}, replace(STEPS, optimiser="adamw"), "local.optimiser=adamw"),
+        ("fed_rac_lora", {}, replace(STEPS, dp=SampleNoise(0.2, 0.5)), "local.dp="),
+        ("fed_rac_lora", {}, replace(STEPS, prox=0.1), "local.prox=0.1"),
+        ("fedavg_lora", {}, replace(STEPS, adjust="riemannian"), "local.adjust=riemannian"),
+        ("fedavg_lora", {}, replace(STEPS, gate_penalty=0.5), "local.gate_penalty=0.5"),
         ("fed_rac_lora", {"sketches": 2}, STEPS, "other factors for each client"),
         ("fedsa_lora", {}, STEPS, "a part stays at each client"),
         ("flora_stacking", {}, STEPS, "its server refits factors"),
@@ -309,7 +309,7 @@ def test_what_changes_updates_at_the_server_is_refused(beside: dict[str, Any], t
     ids=lambda v: str(v)[:24],
 )
 def test_what_control_variates_are_not_defined_for_is_refused(
-    name: str, changes: dict[str, Any], local: LocalConfig, told: str
+    name: str, changes: dict[str, Any], local: LocalSettings, told: str
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         corrected(make_world(), make_method(name, **changes), 1, local=local)

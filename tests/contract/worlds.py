@@ -51,7 +51,7 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.run.rebuild import state_at
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp, read_link
@@ -67,8 +67,8 @@ from strategies.wiring import wire
 
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
 SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample
-FULL_BATCH = LocalConfig(lr=0.1, steps=1, batch_size=0, shuffle=False)
-RAGGED = LocalConfig(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
+FULL_BATCH = LocalSettings(lr=0.1, steps=1, batch_size=0, shuffle=False)
+RAGGED = LocalSettings(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
 
 
 # --- methods -------------------------------------------------------------------------------------
@@ -490,7 +490,7 @@ def personal(strategy: FedStrategy, store: ClientStore, weights: Tree) -> Tree:
 def run(
     world: World,
     method: Method,
-    local: LocalConfig,
+    local: LocalSettings,
     *,
     rounds: int,
     cohort: int | None = None,

@@ -33,7 +33,7 @@ from fedraclora.protocol.method import (
 )
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Layout
 
 RANKS = torch.tensor([1, 3, 2, 9, 1, 2])  # of each client; the method's rank is 3
@@ -41,7 +41,7 @@ ONE_TRAINED = [f for f in FORMS if len(f) == 2 or trained_in(f) == 1]
 EVERY_SETTING = SETTINGS | PROJECTED
 
 
-def run(case: Case, method: Method, local: LocalConfig, rounds: int, check: set[int]) -> None:
+def run(case: Case, method: Method, local: LocalSettings, rounds: int, check: set[int]) -> None:
     """Run a method under budgets; hold the rounds of ``check`` against the oracle."""
     plan, draw = case.plan(), Draw(SEED)
     state = method.init(base_of(case.task), plan, draw)

@@ -18,7 +18,7 @@ from fedraclora.protocol.method import Adapter, Downlink, Frozen, Trained
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.base import BaseWeights
 from fedraclora.wire import TrainRequest, pack_downlink, unpack_result, uplink_layout
 
@@ -51,7 +51,7 @@ def make_bench(poison: int | None = None, **local: float) -> Bench:
     task = Task(model, (), "squared_error", ("loss",), data, data.samples)
     plan = make_plan(model, (), head_policy="adapt")
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
-    settings = LocalConfig(lr=0.1, batch_size=0, **local)  # type: ignore[arg-type]
+    settings = LocalSettings(lr=0.1, batch_size=0, **local)  # type: ignore[arg-type]
     trainer = CohortTrainer(task, plan, settings, seed=0, device=torch.device("cpu"))
     factors = {"B": Trained((2, 2), upload=False), "A": Trained((2, 5), torch_normal(rng, 2, 5))}
     downlink = Downlink({"weight": Adapter(dict(factors), 1.5)})

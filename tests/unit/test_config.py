@@ -30,7 +30,7 @@ from fedraclora.config.settings import (
 )
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.protocol.method import Method
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from strategies import METHODS
 
 METHOD_TABLE: Mapping[str, type[Method]] = METHODS
@@ -72,7 +72,7 @@ def test_the_defaults_are_a_run() -> None:
     config = from_plain(whole, METHOD_TABLE)
     assert isinstance(config, RunConfig)
     assert type(config.method) is METHODS["fed_rac_lora"]
-    assert config.local == LocalConfig(**without(whole["local"], "name"))  # type: ignore[arg-type]
+    assert config.local == LocalSettings(**without(whole["local"], "name"))  # type: ignore[arg-type]
     assert config.plain is whole
     assert config.clients == 200
 
@@ -331,7 +331,7 @@ def test_what_cannot_run_is_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("target", "path"),
     [
-        (LocalConfig, "local/adamw"),
+        (LocalSettings, "local/adamw"),
         *((kind, f"engine/{name}") for name, kind in ENGINES.items()),
         (OutputConfig, "output/run"),
         (OutputConfig, "output/study"),
@@ -348,8 +348,9 @@ def test_a_group_sets_every_field_by_its_own_name(target: type[Any], path: str) 
 @pytest.mark.parametrize("name", ["sgd", "momentum"])
 def test_sgd_leaves_out_the_constants_of_adamw_and_nothing_else(name: str) -> None:
     keys = set(choice("local", name)) - {"name"}
-    assert set(LocalConfig.__dataclass_fields__) - keys == {"beta1", "beta2", "eps"}
-    assert keys <= set(LocalConfig.__dataclass_fields__)
+    fields = set(inspect.signature(LocalSettings).parameters)
+    assert fields - keys == {"beta1", "beta2", "eps"}
+    assert keys <= fields
 
 
 def test_the_evaluation_is_set_in_the_run_itself() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedraclora.config.schema import build
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from strategies.server.account import SampleAccount
 
 VALID = torch.tensor([[True, True, True], [True, True, False]])
@@ -132,12 +132,12 @@ def test_epsilon_is_the_librarys_for_one_release_a_pass() -> None:
 @pytest.mark.parametrize(
     ("local", "wanted"),
     [
-        (LocalConfig(epochs=3, batch_size=4), [3, 3, 6]),
-        (LocalConfig(steps=5, batch_size=4), [2, 1, 10]),  # passes of 3, 8 and 1 steps
-        (LocalConfig(steps=5, batch_size=0), [5, 5, 10]),
+        (LocalSettings(epochs=3, batch_size=4), [3, 3, 6]),
+        (LocalSettings(steps=5, batch_size=4), [2, 1, 10]),  # passes of 3, 8 and 1 steps
+        (LocalSettings(steps=5, batch_size=0), [5, 5, 10]),
     ],
 )
-def test_passes_are_counted(local: LocalConfig, wanted: list[int]) -> None:
+def test_passes_are_counted(local: LocalSettings, wanted: list[int]) -> None:
     sizes = torch.tensor([10, 30, 2])
     account = SampleAccount(
         SampleNoise(), local, sizes.__getitem__, torch.zeros(3, dtype=torch.int64)
@@ -164,4 +164,4 @@ def test_passes_are_counted(local: LocalConfig, wanted: list[int]) -> None:
 def test_impossible_settings_are_refused(group: dict[str, object], words: str) -> None:
     whole = {"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-5} | group
     with pytest.raises(ConfigError, match=words):
-        build("local", LocalConfig, {"dp": whole})
+        build("local", LocalSettings, {"dp": whole})
