@@ -112,6 +112,7 @@ def in_process(name: str) -> tuple[str, str]:
     return bits(run(*RUNS[name]))
 
 
+@cache
 def on_ray(name: str, workers: int) -> Assembled:
     *words, chunk = sorted(RUNS[name], key=lambda w: w.startswith("engine"))
     return run(*words, "engine=ray", chunk, f"engine.workers={workers}")
@@ -140,9 +141,8 @@ def test_replicas_follow_by_links_and_only_the_first_round_sends_weights() -> No
 
 def test_a_worker_that_drifted_gets_the_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [w for w in RUNS["rows"] if not w.startswith("engine")]
-    done = assemble(
-        from_plain(composed([*WORDS, *words, "engine=ray", "engine.chunk=9"]), METHODS), None
-    )
+    one = ["engine.chunk=9", "engine.workers=1"]
+    done = assemble(from_plain(composed([*WORDS, *words, "engine=ray", *one]), METHODS), None)
     grid = done.grid
     assert isinstance(grid, RayGrid)
     told = grid.history.since
