@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
+from fedraclora.protocol.method import Downlink, Factor, Trained
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
@@ -59,19 +59,13 @@ def held(
 
 def start_from(own: Tree, downlink: Downlink) -> Downlink:
     """Let the tensors that are named start from each client's own, [K, ...]."""
-    if not own:
-        return downlink
 
     def start(name: str, factor: Factor) -> Factor:
-        named = isinstance(factor, Trained) and name in own
-        return replace(factor, start=own[name]) if named else factor  # type: ignore[arg-type]
+        if isinstance(factor, Trained) and name in own:
+            return replace(factor, start=own[name])
+        return factor
 
-    adapters = {
-        w: Adapter({k: start(f"{w}/{k}", f) for k, f in a.factors.items()}, a.scale)
-        for w, a in downlink.adapters.items()
-    }
-    dense = {n: replace(s, start=own.get(n, s.start)) for n, s in downlink.dense.items()}
-    return replace(downlink, adapters=adapters, dense=dense)
+    return downlink.mapped(start)
 
 
 def keep(

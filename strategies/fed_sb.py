@@ -25,7 +25,7 @@ from typing_extensions import override
 from fedraclora.protocol.method import Plan, Traits
 from fedraclora.protocol.plan import Rank
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FedSb(Drawn):
     initial: str = "orthonormal"
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         rank, own = self.core_rank(layer), now.draw.sketch_seed(f"{layer.name}/B")
         return {
             "B": now.sketch(layer, "B", self.initial, rank=rank, seed=own),

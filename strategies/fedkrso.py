@@ -28,7 +28,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Plan, Traits
 from strategies.shared.asymmetric import Asymmetric
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FedKrso(Asymmetric):
     interval: int = 1
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         rows = layer.rank * self.sketches
         P = now.sketch(layer, "A", self.sketch, rank=rows, normalise=self.normalise)  # drawn once
         return {"B": layer.trained("B", rank=rows), "A": P}

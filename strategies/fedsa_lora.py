@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FedSaLora(Drawn):
     """Hyperparameters of FedSA-LoRA: those of `Drawn`; A begins as a drawing, B at zero."""
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         return {
             "B": layer.trained("B", upload=False),  # a client's own
             "A": layer.trained("A", self.first(layer, now)),

@@ -29,7 +29,7 @@ from fedraclora.lowrank.algebra import Product, fix_signs
 from fedraclora.protocol.link import Term, matrices
 from fedraclora.protocol.method import Traits
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class FedSvd(Drawn):
     initial: str = "orthonormal"
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         A = layer.carried.get("A", self.first(layer, now))
         return {"B": layer.trained("B"), "A": A}
 

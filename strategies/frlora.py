@@ -28,7 +28,7 @@ from fedraclora.lowrank.algebra import minus, sum_products
 from fedraclora.protocol.method import Draw, Plan, State, Traits
 from fedraclora.tree import Tree
 from strategies.shared.initials import begin
-from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FrLora(LayerMethod):
         return begin(state, "pissa", *self.ranks_and_scales(plan), draw)
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         return {"B": layer.trained("B"), "A": layer.trained("A")}
 
     @override

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RoLora(Drawn):
     carries: ClassVar[bool] = True
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         A = self.first(layer, now)
         if now.number % 2:
             return {"B": layer.trained("B"), "A": layer.carried.get("A", A)}

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.downlink import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.protocol.downlink import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import hash_key
@@ -25,11 +25,9 @@ __all__ = [
     "Downlink",
     "Draw",
     "Factor",
-    "Frozen",
     "Link",
     "Method",
     "Plan",
-    "Sketched",
     "State",
     "Term",
     "Trained",

@@ -16,12 +16,13 @@ from torch.func import functional_call
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, loss_function
 from fedraclora.privacy.sample_level import answer_keys, seed_key
-from fedraclora.protocol.method import Downlink, Frozen, Plan, Sketched
+from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.rank_budgets import window
 from fedraclora.protocol.recipes import RECIPES, GradientHook
 from fedraclora.reference.dp_sgd import set_noisy_gradients
 from fedraclora.reference.pairs import LocalGates, LocalRite, adjust_gradients
 from fedraclora.rng import cohort_permutations, hash_key
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import FLOAT32, products_in
@@ -113,10 +114,10 @@ def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]
     for weight, adapter in downlink.adapters.items():
         for label, part in adapter.factors.items():
             name = f"{weight}/{label}"
-            if isinstance(part, Sketched):
-                frozen[name] = part.spec.draw().to(base[weight].dtype)
-            elif isinstance(part, Frozen):
-                own = part.value[place] if part.value.dim() == 3 else part.value
+            if isinstance(part, SketchSpec):
+                frozen[name] = part.draw().to(base[weight].dtype)
+            elif isinstance(part, torch.Tensor):
+                own = part[place] if part.dim() == 3 else part
                 frozen[name] = own.to(base[weight].dtype)
     for name, slot in downlink.trained().items():
         start = slot.opening()

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from fedraclora.data.samples import ClientData
-from fedraclora.protocol.downlink import Adapter, Downlink, Factor, Trained
+from fedraclora.protocol.downlink import Downlink, Factor, Trained
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import moment_kinds
 from fedraclora.training.program import OpenChunk
@@ -246,15 +246,10 @@ def longest(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> int
 def owned(downlink: Downlink, clients: int) -> Downlink:
     """Cut a downlink to so many clients, each of which starts what stays with it at its own."""
 
-    def own(factor: Factor) -> Factor:
+    def own(name: str, factor: Factor) -> Factor:
+        del name
         if isinstance(factor, Trained) and not factor.upload and not factor.per_client:
             return replace(factor, start=torch.zeros(clients, *factor.shape))
         return factor
 
-    sent = downlink.select(torch.arange(clients) % 2)
-    adapters = {
-        w: Adapter({k: own(f) for k, f in a.factors.items()}, a.scale)
-        for w, a in sent.adapters.items()
-    }
-    dense = {n: own(s) for n, s in sent.dense.items()}
-    return replace(sent, adapters=adapters, dense=dense)  # type: ignore[arg-type]
+    return downlink.select(torch.arange(clients) % 2).mapped(own)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
-from fedraclora.protocol.method import Downlink, Sketched
+from fedraclora.protocol.method import Downlink
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 
 
@@ -31,7 +32,7 @@ def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) ->
     inverts = local.precondition or local.adjust != "none"
     gammas = []
     for adapter in downlink.adapters.values():
-        specs = [part.spec for part in adapter.factors.values() if isinstance(part, Sketched)]
+        specs = [f for f in adapter.factors.values() if isinstance(f, SketchSpec)]
         if specs:
             gram = 1.0 if inverts else prod(spec.gram_scale for spec in specs)
             scale = 1.0 if local.adjust == "lora_pro" else adapter.scale

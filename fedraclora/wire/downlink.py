@@ -11,7 +11,8 @@ import torch
 from flwr.app import RecordDict
 
 from fedraclora.errors import WireError
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.protocol.downlink import differs
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
@@ -81,10 +82,9 @@ class TrainRequest:
 def payload_bytes(downlink: Downlink, cohort: int, itemsize: int) -> int:
     """Payload of a downlink to one client of a cohort: numbers that are sent, and 8 per seed."""
     numbers = sum(t.numel() // (cohort if own else 1) for t, own in _sent(downlink).values())
-    factors = [f for a in downlink.adapters.values() for f in a.factors.values()]
-    drawn = (isinstance(s.start, SketchSpec) for s in downlink.trained().values())
-    seeds = sum(isinstance(f, Sketched) for f in factors) + sum(drawn)
-    return numbers * itemsize + SEED_BYTES * seeds
+    starts = [slot.start for slot in downlink.trained().values()]
+    drawn = [isinstance(f, SketchSpec) for f in [*downlink.factors().values(), *starts]]
+    return numbers * itemsize + SEED_BYTES * sum(drawn)
 
 
 class Packed:
@@ -291,22 +291,19 @@ def _variates(names: object, tensors: Mapping[str, torch.Tensor]) -> Tree:
 
 def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
     """Every tensor that a downlink carries, by name, and whether it is one per client."""
-    sent = {}
-    for weight, adapter in downlink.adapters.items():
-        for label, factor in adapter.factors.items():
-            if isinstance(factor, Frozen):
-                sent[f"{weight}/{label}"] = (factor.value, factor.per_client)
+    factors = downlink.factors().items()
+    sent = {n: (f, differs(f)) for n, f in factors if isinstance(f, torch.Tensor)}
     for name, slot in downlink.trained().items():
         if isinstance(slot.start, torch.Tensor):
-            sent[name] = (slot.start, slot.per_client)
+            sent[name] = (slot.start, differs(slot))
     return sent | {f"{VARIATE}{n}": (t, False) for n, t in downlink.variates.items()}
 
 
 def _describe(factor: Factor) -> dict[str, object]:
     """Describe a factor in plain JSON; its numbers travel in the flat array."""
-    if isinstance(factor, Sketched):
-        return {"role": "sketched", "spec": vars(factor.spec)}
-    if isinstance(factor, Frozen):
+    if isinstance(factor, SketchSpec):
+        return {"role": "sketched", "spec": vars(factor)}
+    if isinstance(factor, torch.Tensor):
         return {"role": "frozen"}
     return {
         "role": "trained",
@@ -324,12 +321,12 @@ def _factor(described: object, key: str, value: torch.Tensor | None, own: bool) 
     role = plain.get("role")
     if role == "sketched":
         exactly(plain, frozenset({"role", "spec"}), key)
-        return Sketched(_spec(plain["spec"], key))
+        return _spec(plain["spec"], key)
     if role == "frozen":
         exactly(plain, frozenset({"role"}), key)
         if value is None or value.dim() != 2 + own:
             raise WireError("a frozen factor came without its numbers, or is no matrix")
-        return Frozen(value)
+        return value
     if role != "trained":
         raise WireError(f"{key} is {shown(role)}; sketched, frozen or trained is wanted")
     exactly(plain, TRAINED, key)

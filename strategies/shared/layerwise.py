@@ -25,11 +25,9 @@ from fedraclora.protocol.method import (
     Downlink,
     Draw,
     Factor,
-    Frozen,
     Link,
     Method,
     Plan,
-    Sketched,
     State,
     Term,
     Trained,
@@ -45,23 +43,22 @@ from fedraclora.protocol.plan import (
 )
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from strategies.shared.common import closed, dense_means, dense_slots, link_age
-from strategies.shared.layer import LABELS, Layer, LayerUpdate, Round, Said, Value
+from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, Value
 from strategies.shared.products import RoundError
 from strategies.shared.replies import Replies, RoundReplies
 
 FIRST_LINK = {"sketch": 0, "age": 0}
 
 __all__ = [
+    "Factors",
     "Layer",
     "LayerMethod",
     "LayerUpdate",
     "LowRank",
     "Replies",
     "Round",
-    "Said",
 ]
 
 
@@ -102,7 +99,7 @@ class LayerMethod(LowRank):
 
     # What a method says.
 
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         """Say what clients get for one matrix, by label.
 
         Returns:
@@ -204,8 +201,8 @@ class LayerMethod(LowRank):
 
     def adapter(self, layer: Layer, now: Round) -> Adapter:
         """Give the factors of one matrix in the order of their product."""
-        said = self.factors(layer, now)
-        return Adapter({k: _factor(said[k]) for k in LABELS if k in said}, layer.scale)
+        found = self.factors(layer, now)
+        return Adapter({k: found[k] for k in LABELS if k in found}, layer.scale)
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
@@ -288,8 +285,7 @@ def numbers(sent: Downlink) -> tuple[int, int]:
     down = 0
     for slot in sent.trained().values():
         down += prod(slot.shape) if isinstance(slot.start, torch.Tensor) else 0
-    for adapter in sent.adapters.values():
-        down += sum(f.value.numel() for f in adapter.factors.values() if isinstance(f, Frozen))
+    down += sum(f.numel() for f in sent.factors().values() if isinstance(f, torch.Tensor))
     return up, down
 
 
@@ -298,18 +294,11 @@ def _nobody() -> Cohort:
     return Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
 
 
-def _factor(said: Factor | Value) -> Factor:
-    """Say that a tensor is sent and a drawing drawn."""
-    if isinstance(said, torch.Tensor):
-        return Frozen(said)
-    return Sketched(said) if isinstance(said, SketchSpec) else said
-
-
 def _standing(factor: Factor, own: torch.Tensor | None) -> Value | None:
     """Give a factor as it stands; None if it is zero."""
     if isinstance(factor, Trained):
         return factor.start if own is None else own
-    return factor.spec if isinstance(factor, Sketched) else factor.value
+    return factor
 
 
 def _product(values: Iterable[Value]) -> Product | None:

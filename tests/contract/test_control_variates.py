@@ -35,9 +35,10 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.cohorts import draw_cohort
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Sketched, Trained
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Trained
 from fedraclora.reference.client import train_one
 from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
@@ -77,7 +78,7 @@ def directions(sent: Downlink, weight: str) -> tuple[torch.Tensor, torch.Tensor,
     adapter = sent.adapters[weight]
     left = isinstance(adapter.factors["A"], Trained)
     frozen = adapter.factors["B" if left else "A"]
-    F = frozen.spec.draw() if isinstance(frozen, Sketched) else frozen.value.double()  # type: ignore[union-attr]
+    F = frozen.draw() if isinstance(frozen, SketchSpec) else frozen.double()  # type: ignore[union-attr]
     if left:
         return adapter.scale**2 * F @ F.T, F @ torch.linalg.pinv(F), True
     return adapter.scale**2 * F.T @ F, torch.linalg.pinv(F) @ F, False

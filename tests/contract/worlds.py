@@ -37,9 +37,7 @@ from fedraclora.protocol.method import (
     Cohort,
     Downlink,
     Draw,
-    Frozen,
     Method,
-    Sketched,
     State,
     Trained,
 )
@@ -49,6 +47,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
@@ -343,10 +342,10 @@ def client_weights(played: Played, k: int) -> Tree:
     for weight, adapter in played.sent.adapters.items():
         product: torch.Tensor | None = None
         for name, factor in adapter.factors.items():
-            if isinstance(factor, Sketched):
-                matrix = factor.spec.draw()
-            elif isinstance(factor, Frozen):
-                matrix = factor.value[k] if factor.per_client else factor.value
+            if isinstance(factor, SketchSpec):
+                matrix = factor.draw()
+            elif isinstance(factor, torch.Tensor):
+                matrix = factor[k] if factor.dim() == 3 else factor
             else:
                 assert isinstance(factor, Trained)
                 matrix = rows[f"{weight}/{name}"][k]
