@@ -7,8 +7,9 @@ came back (`Uplinks`), and says what the server holds next (`State`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Protocol, Self
 
 import torch
 
@@ -26,6 +27,7 @@ __all__ = [
     "Draw",
     "Factor",
     "Link",
+    "Memo",
     "Method",
     "Plan",
     "State",
@@ -107,6 +109,40 @@ class Cohort:
 
 
 @dataclass(frozen=True)
+class Memo:
+    """Whole numbers that a method keeps from round to round; in files they have the names of here.
+
+    A method that keeps more names a subclass in `Method.memo`, whose fields have defaults: each
+    is a number, or numbers by weight.
+
+    Attributes:
+        sketch: Number of the link in progress, from 0: each has sketches of its own.
+        age: Rounds that this link has lived.
+    """
+
+    sketch: int = 0
+    age: int = 0
+
+    def stored(self) -> dict[str, int]:
+        """Give the numbers by name; ``<field>/<weight>`` where there is one for each weight."""
+        found: dict[str, int] = {}
+        for name, value in vars(self).items():
+            many = isinstance(value, dict)
+            found |= {f"{name}/{key}": v for key, v in value.items()} if many else {name: value}
+        return found
+
+    @classmethod
+    def read(cls, stored: Mapping[str, int]) -> Self:
+        """Undo `stored`; what is missing is as at the start, other names are left out."""
+        values: dict[str, int | dict[str, int]] = {}
+        for name in (each.name for each in fields(cls)):
+            inside = {k.partition("/")[2]: v for k, v in stored.items() if k.startswith(f"{name}/")}
+            if inside or name in stored:
+                values[name] = inside or stored[name]
+        return cls(**values)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
 class State:
     """What the server holds between rounds.
 
@@ -114,7 +150,7 @@ class State:
         base: The master weights, float32 or wider.
         plan: The plan of the run (static; not part of a checkpoint).
         carried: The method's own tensors (factors that live on, moments).
-        memo: The method's own small numbers.
+        memo: The method's own whole numbers.
         link: How the last close changed `base`, or None.
         report: Figures of the last round for the ledger.
         notes: Sentences for the ledger (a rank that was capped).
@@ -124,7 +160,7 @@ class State:
     base: Tree
     plan: Plan
     carried: Tree = field(default_factory=dict)
-    memo: dict[str, int] = field(default_factory=dict)
+    memo: Memo = field(default_factory=Memo)
     link: Link | None = None
     report: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -144,6 +180,9 @@ class Draw:
 
 class Method(Protocol):
     """A federated method. Subclass it explicitly to take the defaults."""
+
+    memo: ClassVar[type[Memo]] = Memo
+    """What the method keeps in `State.memo`."""
 
     @property
     def traits(self) -> Traits:

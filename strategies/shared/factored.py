@@ -101,7 +101,7 @@ class Factored(Drawn):
 
     def probes(self, state: State) -> bool:
         """Whether the next round asks for gradients, from which the factors will begin."""
-        return self.initial == "lora_ga" and not state.memo["sketch"]
+        return self.initial == "lora_ga" and not state.memo.sketch
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:

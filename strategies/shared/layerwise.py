@@ -49,8 +49,6 @@ from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, 
 from strategies.shared.products import RoundError
 from strategies.shared.replies import Replies, RoundReplies
 
-FIRST_LINK = {"sketch": 0, "age": 0}
-
 __all__ = [
     "Factors",
     "Layer",
@@ -175,8 +173,8 @@ class LayerMethod(LowRank):
             rank=self.rank_of(plan, name),
             scale=self.scale_of(plan, name),
             carried={k: state.carried[key] for k, key in keys.items() if key in state.carried},
-            link=state.memo["sketch"],
-            ends=state.memo["age"] + 1 == self.link_rounds,
+            link=state.memo.sketch,
+            ends=state.memo.age + 1 == self.link_rounds,
             dtype=state.base[name].dtype,
         )
 
@@ -185,7 +183,7 @@ class LayerMethod(LowRank):
         del draw
         check_patterns(self.rank, plan.targets)
         notes = tuple(n for w in plan.targets if (n := self.layer_rank(plan, w).note) is not None)
-        return State(base, plan, memo=dict(FIRST_LINK), notes=notes)
+        return State(base, plan, memo=self.memo(), notes=notes)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
@@ -196,7 +194,7 @@ class LayerMethod(LowRank):
             recipe=self.recipe,
             arguments=self.arguments(plan),
             ranks=self.components(cohort, now),
-            link=state.memo["sketch"],
+            link=state.memo.sketch,
         )
 
     def adapter(self, layer: Layer, now: Round) -> Adapter:
@@ -224,7 +222,7 @@ class LayerMethod(LowRank):
             if merged := _rounded(update.merged or (), layer.dtype):
                 terms[name] = Term(merged, adapter.scale)
         link = Link(terms, dense_means(state, came.mean, self.traits.step))
-        ends = state.memo["age"] + 1 == self.link_rounds
+        ends = state.memo.age + 1 == self.link_rounds
         report = {} if error is None else error.report()
         return closed(state, link, carried=carried, ends=ends, report=report)
 
@@ -265,7 +263,7 @@ class LayerMethod(LowRank):
     def _opened(self, state: State, round_: int) -> Downlink:
         """Open a round for nobody, in the link that it belongs to."""
         rounds = self.link_rounds or round_
-        memo = {"sketch": (round_ - 1) // rounds, "age": (round_ - 1) % rounds}
+        memo = self.memo(sketch=(round_ - 1) // rounds, age=(round_ - 1) % rounds)
         return self.open_round(replace(state, memo=memo), round_, _nobody(), Draw(0))
 
     def _blank(self, plan: Plan, labels: tuple[str, ...]) -> Tree:

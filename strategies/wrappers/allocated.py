@@ -25,13 +25,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import ClassVar, cast
 
 import torch
 from typing_extensions import override
 
 from fedraclora.allocation.rules import SYNFLOW, AdaLora, HeteroLora, Uniform
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
+from fedraclora.protocol.method import (
+    Cohort,
+    Downlink,
+    Draw,
+    Memo,
+    Method,
+    Plan,
+    State,
+    Trained,
+    Traits,
+)
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.fedavg_lora import FedAvgLora
@@ -39,8 +50,19 @@ from strategies.fedex_lora import FedExLora
 from strategies.shared.common import dense_slots
 from strategies.wrappers.pruned import Pruned
 
-PREFIX = "adapted/"
 Flow = Callable[[Tree, Downlink, Plan], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Chosen(Memo):
+    """What a rule keeps.
+
+    Attributes:
+        adapted: 1 for a layer that was adapted last, else 0, by weight; empty before the first
+            round: all.
+    """
+
+    adapted: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,8 @@ class Allocated(Method):
         rule: Chooses its layers.
         flow: Gives scores of SYNFLOW; None: there is no model to ask.
     """
+
+    memo: ClassVar[type[Chosen]] = Chosen
 
     inner: Method
     rule: HeteroLora
@@ -70,7 +94,9 @@ class Allocated(Method):
             raise refused(self.inner, "it changes the base weights before the first round")
         if self.traits.client_state:
             raise refused(self.inner, "its clients keep factors of their own")
-        return state
+        if self.inner.memo is not Memo:
+            raise refused(self.inner, "it keeps numbers of its own from round to round")
+        return replace(state, memo=Chosen())
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
@@ -111,7 +137,8 @@ class Allocated(Method):
                 f"it carries factors, and allocation.every={self.rule.every} would drop those of "
                 "layers that are left out: set every=null",
             )
-        memo = after.memo | {PREFIX + name: int(name in sent.adapters) for name in targets(state)}
+        adapted = {name: int(name in sent.adapters) for name in targets(state)}
+        memo = replace(cast(Chosen, after.memo), adapted=adapted)
         report = after.report | {"adapted_layers": float(len(sent.adapters))}
         return replace(after, plan=state.plan, memo=memo, report=report)
 
@@ -183,7 +210,8 @@ def narrowed(state: State, names: Iterable[str] | None = None) -> State:
     """Give the state with the layers that are named, or else those that were chosen last."""
     chosen = set(targets(state) if names is None else names)
     if names is None:
-        chosen -= {name for name in chosen if not state.memo.get(PREFIX + name, 1)}
+        adapted = cast(Chosen, state.memo).adapted
+        chosen = {name for name in chosen if adapted.get(name, 1)}
     kept = {name: view for name, view in state.plan.targets.items() if name in chosen}
     return replace(state, plan=replace(state.plan, targets=kept))
 

@@ -246,11 +246,11 @@ def test_nothing_of_the_state_is_changed_in_place(variant: Variant, world: World
     for round_ in range(1, 5):
         tensors = state.base | {f"carried/{n}": t for n, t in state.carried.items()}
         kept = {n: t.clone() for n, t in tensors.items()}
-        memo = dict(state.memo)
+        memo = state.memo.stored()
         played = play(method, world, state, round_, some_cohort(), DRAW)
         method.weights(played.after, DRAW)
         assert_equal_trees(tensors, kept)
-        assert state.memo == memo
+        assert state.memo.stored() == memo
         state = played.after
 
 
@@ -366,7 +366,7 @@ def test_a_merge_leaves_the_effective_weights_as_they_are(variant: Variant, worl
         merged = method.weights(played.after, DRAW)
         unmerged = never.close_round(played.before, played.sent, played.got)
         assert_close_trees(merged, never.weights(unmerged, DRAW))
-        due = played.after.memo["age"] == 0
+        due = played.after.memo.age == 0
         assert due == (not played.after.carried)
 
 
