@@ -69,7 +69,7 @@ class FedAvgLora(Factored):
     @override
     def traits(self) -> Traits:
         merges = self.resample_every is not None
-        return Traits(exact=False, linear=True, merges=merges, looks_at_clients=True)
+        return Traits(exact=False, linear=True, merges=merges)
 
     @override
     def __post_init__(self) -> None:

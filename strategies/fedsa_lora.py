@@ -48,4 +48,4 @@ class FedSaLora(Drawn):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=False, client_state=True)
+        return Traits(exact=True, linear=True, merges=False)

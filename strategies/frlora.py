@@ -61,4 +61,4 @@ class FrLora(LayerMethod):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=False, linear=True, merges=True, looks_at_clients=True)
+        return Traits(exact=False, linear=True, merges=True)

@@ -112,7 +112,7 @@ class SLora(LayerMethod):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=False, linear=True, merges=True, looks_at_clients=True, varies=True)
+        return Traits(exact=False, linear=True, merges=True, varies=True)
 
     @override
     def __post_init__(self) -> None:

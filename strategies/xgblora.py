@@ -70,14 +70,7 @@ class XgbLora(Factored):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(
-            exact=False,
-            linear=True,
-            merges=True,
-            looks_at_clients=True,
-            step=self.server_lr,
-            varies=True,
-        )
+        return Traits(exact=False, linear=True, merges=True, step=self.server_lr, varies=True)
 
     @override
     def __post_init__(self) -> None:

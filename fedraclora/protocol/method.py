@@ -40,29 +40,26 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Traits:
-    """What a method promises; the contract suite holds it to the first three.
+    """What a method promises of all its rounds, so that no single message shows it.
+
+    The contract suite holds every method to them.
 
     Attributes:
         exact: The new effective weights are old + step (mean - old), where mean is the weighted
             mean of the clients' own; with a step of 1 they are that mean.
         linear: Weighted sums of what clients send are enough (secure aggregation can serve it).
         merges: Updates are folded into the base weights, so absent clients must catch up.
-        client_state: Something stays at the clients between rounds.
-        ranks: Clients may have rank budgets (`Cohort.ranks`): the method hands them on.
-        looks_at_clients: It reports on single clients where their updates are there.
+        ranks: What it promises holds under rank budgets (`Cohort.ranks`), which it hands on.
         step: The server's step, in `exact`.
-        rescales: The effective weights are not the base and what is added to it.
         varies: What clients train differs from round to round, so nothing of it lives on there.
+            What comes back in one round may decide it for the next.
     """
 
     exact: bool
     linear: bool
     merges: bool
-    client_state: bool = False
     ranks: bool = False
-    looks_at_clients: bool = False
     step: float = 1.0
-    rescales: bool = False
     varies: bool = False
 
 
@@ -188,6 +185,16 @@ class Method(Protocol):
     def traits(self) -> Traits:
         """What the method promises."""
         ...
+
+    @property
+    def client_state(self) -> bool:
+        """Whether a factor stays at each client between rounds."""
+        return False
+
+    @property
+    def looks_at_clients(self) -> bool:
+        """Whether it reports on single clients where their updates are there."""
+        return False
 
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
         """Build the state before the first round."""

@@ -44,8 +44,8 @@ def check_scaffold(method: Method, state: State, local: LocalConfig, draw: Draw)
     """
     _check_local(local)
     traits = method.traits
-    if traits.client_state or not traits.linear:
-        why = "a part stays at each client" if traits.client_state else "its server refits factors"
+    if method.client_state or not traits.linear:
+        why = "a part stays at each client" if method.client_state else "its server refits factors"
         raise ConfigError(
             f"control_variates is true, but with this method {why}, so that gradients of two "
             f"rounds have no coordinates in common; take a method with one shared mean, {OFF}"

@@ -134,6 +134,20 @@ class LayerMethod(LowRank):
         del plan
         return {}
 
+    @property
+    @override
+    def client_state(self) -> bool:
+        shape, blank = (1 << 30, 1 << 30), torch.empty(0)  # room for any rank; nothing is drawn
+        carried = {"B": blank, "A": blank} if self.begins_carried else {}
+        layer = Layer("", shape, 1, 1.0, carried, link=0, ends=False, dtype=torch.float32)
+        found = self.factors(layer, Round(1, Draw(0))).values()
+        return any(isinstance(factor, Trained) and not factor.upload for factor in found)
+
+    @property
+    @override
+    def looks_at_clients(self) -> bool:
+        return not self.traits.exact  # then the error of a round is measured
+
     def components(self, cohort: Cohort, now: Round) -> torch.Tensor | None:
         """Say which components each client trains (`Downlink.ranks`); None: all of them."""
         del now
@@ -205,7 +219,7 @@ class LayerMethod(LowRank):
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         came = RoundReplies(state, sent, got)
-        error = RoundError() if not self.traits.exact and got.has_individuals else None
+        error = RoundError() if self.looks_at_clients and got.has_individuals else None
         carried: Tree = {}
         terms: dict[str, Term] = {}
         for name, adapter in sent.adapters.items():

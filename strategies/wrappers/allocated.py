@@ -48,6 +48,7 @@ from fedraclora.tree import Tree
 from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora
 from strategies.shared.common import dense_slots
+from strategies.wrappers.around import Around
 from strategies.wrappers.pruned import Pruned
 
 Flow = Callable[[Tree, Downlink, Plan], dict[str, float]]
@@ -66,7 +67,7 @@ class Chosen(Memo):
 
 
 @dataclass(frozen=True)
-class Allocated(Method):
+class Allocated(Around):
     """A method under a rule.
 
     Attributes:
@@ -77,7 +78,6 @@ class Allocated(Method):
 
     memo: ClassVar[type[Chosen]] = Chosen
 
-    inner: Method
     rule: HeteroLora
     flow: Flow | None = field(default=None, compare=False)
 
@@ -92,16 +92,21 @@ class Allocated(Method):
         state = self.inner.init(base, plan, draw)
         if any(state.base[name] is not base[name] for name in plan.targets):
             raise refused(self.inner, "it changes the base weights before the first round")
-        if self.traits.client_state:
+        if self.client_state:
             raise refused(self.inner, "its clients keep factors of their own")
         if self.inner.memo is not Memo:
             raise refused(self.inner, "it keeps numbers of its own from round to round")
         return replace(state, memo=Chosen())
 
     @override
+    def at(self, state: State) -> tuple[Method, State]:
+        """Give the method, and the state with the layers that were chosen last."""
+        return self.inner, narrowed(state)
+
+    @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         if not self.rule.due(round_):
-            return self.inner.open_round(narrowed(state), round_, cohort, draw)
+            return super().open_round(state, round_, cohort, draw)
         sent = self.inner.open_round(state, round_, cohort, draw)
         if sent.recipe != "plain":
             raise refused(self.inner, f"its clients follow the recipe {sent.recipe}")
@@ -142,15 +147,6 @@ class Allocated(Method):
         report = after.report | {"adapted_layers": float(len(sent.adapters))}
         return replace(after, plan=state.plan, memo=memo, report=report)
 
-    @override
-    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        return self.inner.weights(narrowed(state), draw, own)
-
-    @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        """Numbers if all layers were adapted: which are is not known beforehand."""
-        return self.inner.floats(plan, round_)
-
 
 def allocated(
     method: Method,
@@ -186,9 +182,7 @@ def allocated(
 
 def current(method: Method, state: State) -> tuple[Method, State]:
     """Give the method with the ranks that are in force, and the state with its layers alone."""
-    if isinstance(method, Pruned):
-        return method.at(state)
-    return (method.inner, narrowed(state)) if isinstance(method, Allocated) else (method, state)
+    return method.at(state) if isinstance(method, Allocated | Pruned) else (method, state)
 
 
 def refused(

@@ -31,7 +31,6 @@ from fedraclora.allocation.rules import AdaLora, component_scores, kept_componen
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.protocol.method import (
-    Cohort,
     Downlink,
     Draw,
     Link,
@@ -47,6 +46,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora
+from strategies.wrappers.around import Around
 
 SMOOTH = {"importance/": 0, "uncertainty/": 1}
 
@@ -67,7 +67,7 @@ class RanksLeft(Memo):
 
 
 @dataclass(frozen=True)
-class Pruned(Method):
+class Pruned(Around):
     """A method under the rule.
 
     Attributes:
@@ -99,16 +99,6 @@ class Pruned(Method):
         return replace(state, memo=RanksLeft(rank=ranks, components=first))
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        inner, at = self.at(state)
-        return inner.open_round(at, round_, cohort, draw)
-
-    @override
-    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
-        inner, at = self.at(state)
-        return inner.next_exchange(at, sent, got)
-
-    @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         inner, at = self.at(state)
         after = inner.close_round(at, sent, got)
@@ -122,21 +112,12 @@ class Pruned(Method):
             return replace(after, carried=after.carried | smoothed)
         return self._cut(state, sent, after, smoothed, budget)
 
-    @override
-    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        inner, at = self.at(state)
-        return inner.weights(at, draw, own)
-
-    @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        """Numbers with all components: how many are left where is not known beforehand."""
-        return self.inner.floats(plan, round_)
-
     @staticmethod
     def kept(state: State) -> RanksLeft:
         """Give what the rule keeps in a state."""
         return cast(RanksLeft, state.memo)
 
+    @override
     def at(self, state: State) -> tuple[Method, State]:
         """Give the method at the ranks that are left, and its own state."""
         left = self.kept(state).rank

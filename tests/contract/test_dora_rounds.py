@@ -57,7 +57,7 @@ def fits(variant: Variant) -> bool:
 
 FITTING = [v for v in variants() if fits(v) and v[1].get("initial") != "lora_ga"]
 MERGING = [v for v in variants() if not fits(v)]
-PERSONAL = [v for v in FITTING if make_method(v[0], **v[1]).traits.client_state]
+PERSONAL = [v for v in FITTING if make_method(v[0], **v[1]).client_state]
 every_fitting = pytest.mark.parametrize("variant", FITTING, ids=label)
 
 

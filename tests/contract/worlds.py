@@ -128,7 +128,7 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def is_personal(variant: tuple[str, dict[str, Any]]) -> bool:
     """Whether clients keep a part of the model: then there is no global one to hold to a mean."""
-    return make_method(variant[0], **variant[1]).traits.client_state
+    return make_method(variant[0], **variant[1]).client_state
 
 
 def label(variant: tuple[str, dict[str, Any]]) -> str:
@@ -451,7 +451,7 @@ class Run:
 
 def personal(strategy: FedStrategy, store: ClientStore, weights: Tree) -> Tree:
     """The weights of the client that trained last, where clients keep a part of the model."""
-    if not strategy.method.traits.client_state:
+    if not strategy.method.client_state:
         return weights
     for own in store.latest(1).values():
         return strategy.method.weights(strategy.state, strategy.draw, own)
