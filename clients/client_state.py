@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from fedraclora.errors import WireError
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink, Factor, Trained
 from fedraclora.protocol.recipes import RECIPES
@@ -14,7 +15,16 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.moments import begin_moments, blank_moments
-from fedraclora.training.variates import blank_variates, mean_gradients, moved_by, seen
+from fedraclora.training.variates import (
+    EXTRAS,
+    blank_variates,
+    lifts,
+    mean_gradients,
+    moved_by,
+    seen,
+    variates_of,
+    with_variates,
+)
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire import TrainRequest
 
@@ -34,7 +44,15 @@ def held(
     Returns:
         The downlink, where what stays at a client starts from what it holds, and control variates
         are less the client's own; and the moments with which clients begin, [K, ...] by name.
+
+    Raises:
+        WireError: If something travels beside the downlink that no client reads.
     """
+    if unknown := downlink.extras.keys() - {*EXTRAS}:
+        raise WireError(
+            f"a downlink has the extras {sorted(unknown)}, of which this client knows nothing; "
+            f"{EXTRAS} are known: run the server and the clients from one release"
+        )
     dtype = next(iter(base.values())).dtype
     default: Tree = {}
     for name, slot in downlink.trained().items():
@@ -44,7 +62,7 @@ def held(
             default[name] = base.get(name, zeros) if opening is None else opening.to(dtype)
     steps = RECIPES[downlink.recipe].steps  # without, nothing has moments
     blank = blank_moments(local, downlink, dtype) if steps else {}
-    variates = blank_variates(downlink, dtype) if downlink.variates else {}
+    variates = blank_variates(downlink, dtype) if variates_of(downlink) else {}
     if not default and not blank and not variates:
         return downlink, {}
     link = downlink.link if local.moments == "link" else None
@@ -52,8 +70,8 @@ def held(
     moments = begin_moments({n: found[n] for n in blank}, local, downlink.link)
     if variates:
         own = seen({n: found[n] for n in variates}, downlink)
-        corrections = {n: c.cpu() - own[n] for n, c in downlink.variates.items()}
-        downlink = replace(downlink, variates=corrections)
+        corrections = {n: c.cpu() - own[n] for n, c in variates_of(downlink).items()}
+        downlink = with_variates(downlink, corrections, lifted=lifts(downlink))
     return start_from({n: found[n] for n in default}, downlink), moments
 
 
@@ -93,7 +111,7 @@ def keep(
     """
     own = {n: result.trained[n].cpu() for n, s in downlink.trained().items() if not s.upload}
     kept = own | {n: t.cpu() for n, t in result.moments.items()}
-    if downlink.variates:
+    if variates_of(downlink):
         kept |= _variates(store, downlink, request, clients, result, base, local)
     if not kept:
         return
@@ -122,6 +140,6 @@ def _variates(
     end = {n: result.trained[n].cpu() for n in slots}
     rates = {n: local.rate(s.main, request.rate_scale) for n, s in slots.items()}
     directions = mean_gradients(start, end, local.steps or 1, rates)
-    gradients = {n: g - downlink.variates[n].cpu() for n, g in directions.items()}
+    gradients = {n: g - variates_of(downlink)[n].cpu() for n, g in directions.items()}
     blank = blank_variates(downlink, next(iter(base.values())).dtype)
     return moved_by(store.read(clients, request.round_, blank), downlink, gradients)

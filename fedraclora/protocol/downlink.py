@@ -68,24 +68,14 @@ class Adapter:
     scale: float
 
 
-def magnitude_of(weight: str) -> str:
-    """Name the magnitude of an adapted weight (`lowrank.dora`): a tensor of the same layer.
-
-    Example:
-        >>> magnitude_of("fc1.weight")
-        'fc1.magnitude'
-    """
-    return f"{weight.removesuffix('weight')}magnitude"
-
-
 @dataclass(frozen=True)
 class Downlink:
     """What one exchange asks of the cohort.
 
     Attributes:
         adapters: Low-rank terms by weight name.
-        dense: Tensors trained in full, by parameter name; among them what DoRA adds to an adapted
-            layer (`magnitude_of`), which is no parameter of the model.
+        dense: Tensors trained in full, by parameter name. A name that no parameter has is of an
+            extra, which says where the tensor starts and what it does to the weights.
         recipe: A key of `fedraclora.protocol.recipes.RECIPES`: what clients do beyond plain local
             steps.
         arguments: Numbers for the recipe.
@@ -94,10 +84,8 @@ class Downlink:
             lower rank); int64 [K, 2]: part g of G equal ones. None: all.
         link: Number of the link in progress: as long as it stays, frozen factors do and trained
             ones live on, so that a client's moments may, too (`fedraclora.training.moments`).
-        variates: What clients add to the gradients of trained tensors, by name (SCAFFOLD,
-            `fedraclora.training.variates`): the server's part, in the tensor's shape; at the
-            clients less their own part, [K, ...]. None: {}.
-        lifted: Whether clients keep their parts as dense matrices of the weights.
+        extras: What travels beside, by the name of the extra that reads it: tensors by the name of
+            what is trained that each belongs to, in its shape, or [K, *shape] at the clients.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -106,8 +94,7 @@ class Downlink:
     arguments: dict[str, float | int] = field(default_factory=dict)
     ranks: torch.Tensor | None = None
     link: int = 0
-    variates: Tree = field(default_factory=dict)
-    lifted: bool = False
+    extras: dict[str, Tree] = field(default_factory=dict)
 
     def factors(self) -> dict[str, Factor]:
         """All factors of all adapters, by ``"<weight>/<label>"``."""
@@ -130,10 +117,6 @@ class Downlink:
         """Everything that clients train, by its name on the uplink, in packing order."""
         factors = self.factors().items()
         return {name: f for name, f in factors if isinstance(f, Trained)} | self.dense
-
-    def magnitudes(self) -> dict[str, str]:
-        """Name the magnitudes that are trained in `dense`, by the weight whose rows they scale."""
-        return {w: name for w in self.adapters if (name := magnitude_of(w)) in self.dense}
 
     def uploaded(self) -> dict[str, Trained]:
         """What clients send back, in packing order."""
@@ -159,9 +142,11 @@ class Downlink:
 
         ranks = None if self.ranks is None else self.ranks[places]
         slots = self.trained()
-        own = {n: t.dim() > len(slots[n].shape) for n, t in self.variates.items()}
-        variates = {n: t[places] if own[n] else t for n, t in self.variates.items()}
-        return replace(self.mapped(part), ranks=ranks, variates=variates)
+        extras = {
+            extra: {n: t[places] if t.dim() > len(slots[n].shape) else t for n, t in tree.items()}
+            for extra, tree in self.extras.items()
+        }
+        return replace(self.mapped(part), ranks=ranks, extras=extras)
 
 
 def opening_rows(sent: Downlink, base: Tree, layout: Layout, places: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ need only r x r Gram matrices and never an m x n product.
 from __future__ import annotations
 
 from fedraclora.errors import ConfigError
+from fedraclora.lowrank.dora import magnitudes
 from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.tree import Tree
 
@@ -31,7 +32,7 @@ def add_prox(
     References:
         Li et al., *Federated optimization in heterogeneous networks*, arXiv 1812.06127.
     """
-    if downlink.magnitudes():
+    if magnitudes(downlink.adapters, downlink.dense):
         raise ConfigError(
             f"local.prox is {mu}, but under dora=true it is not defined: a weight is no sum of the "
             "base and a low-rank term; set local.prox=0, or dora=false"

@@ -27,12 +27,32 @@ References:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.recipes import GradientHook
 from fedraclora.tree import Tree
+
+EXTRAS = PLAIN, LIFTED = "variates", "lifted_variates"
+"""Names in `Downlink.extras`: in the coordinates of what is trained, or kept as dense estimates."""
+
+
+def lifts(sent: Downlink) -> bool:
+    """Tell whether variates are kept as dense matrices of the weights."""
+    return LIFTED in sent.extras
+
+
+def variates_of(sent: Downlink) -> Tree:
+    """Give what clients add to gradients, by trained name: c, or c - c_k [K, ...]; none: {}."""
+    return sent.extras.get(LIFTED if lifts(sent) else PLAIN, {})
+
+
+def with_variates(sent: Downlink, variates: Tree, *, lifted: bool) -> Downlink:
+    """Put variates into a downlink, in the place of any that it has."""
+    return replace(sent, extras=sent.extras | {LIFTED if lifted else PLAIN: variates})
 
 
 def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
@@ -48,7 +68,7 @@ def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
     found = {}
     for name, slot in sent.uploaded().items():
         weight, _, label = name.rpartition("/")
-        if sent.lifted and weight in sent.adapters:
+        if lifts(sent) and weight in sent.adapters:
             beside = _beside(sent.adapters[weight])
             size = (
                 (slot.shape[0], beside.shape[1])
@@ -71,7 +91,7 @@ def seen(kept: Tree, sent: Downlink) -> Tree:
     found = {}
     for name in sent.uploaded():
         weight, _, label = name.rpartition("/")
-        if sent.lifted and weight in sent.adapters:
+        if lifts(sent) and weight in sent.adapters:
             C, adapter = kept[f"variates/{weight}"], sent.adapters[weight]
             beside = _beside(adapter).to(C)
             found[name] = adapter.scale * (C @ beside.mT if label == "B" else beside.mT @ C)
@@ -97,7 +117,7 @@ def moved_by(kept: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tree:
         weight, _, label = name.rpartition("/")
         step = share * (new[name].to(old) - old)
         key = f"variates/{name}"
-        if sent.lifted and weight in sent.adapters:
+        if lifts(sent) and weight in sent.adapters:
             adapter, key = sent.adapters[weight], f"variates/{weight}"
             # Directions that the factor hardly has would bring back the rounding of the weights.
             inverse = torch.linalg.pinv(_beside(adapter), rtol=1e-6).to(step) / adapter.scale
@@ -122,7 +142,7 @@ def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
     slots = sent.trained()
     added = {
         n: t.to(order.device)[order] if t.dim() > len(slots[n].shape) else t.to(order.device)[None]
-        for n, t in sent.variates.items()
+        for n, t in variates_of(sent).items()
     }
 
     def hook(gradients: Tree) -> Tree:
@@ -137,7 +157,7 @@ def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
 
 def add_own_variates(values: Tree, sent: Downlink, place: int) -> None:
     """Add variates to the gradients of the one client at ``place``, in place."""
-    for name, variate in sent.variates.items():
+    for name, variate in variates_of(sent).items():
         own = variate[place] if variate.dim() > values[name].dim() else variate
         gradient = values[name].grad
         values[name].grad = (

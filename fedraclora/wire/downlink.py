@@ -41,9 +41,8 @@ from fedraclora.wire.records import (
     vector_record,
 )
 
-VARIATE = "variate/"  # of the names of control variates among tensors
 WEIGHTS = (None, "examples", "uniform")
-ASKED = frozenset({"recipe", "arguments", "link", "variates", "lifted", "adapters", "dense"})
+ASKED = frozenset({"recipe", "arguments", "link", "extras", "adapters", "dense"})
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
 ADAPTER = frozenset({"scale", "factors"})
 TRAINED = frozenset({"role", "shape", "main", "upload", "started", "spec"})
@@ -112,8 +111,7 @@ class Packed:
             "recipe": downlink.recipe,
             "arguments": downlink.arguments,
             "link": downlink.link,
-            "variates": list(downlink.variates),
-            "lifted": downlink.lifted,
+            "extras": {extra: list(tree) for extra, tree in downlink.extras.items()},
             "adapters": {
                 w: {"scale": a.scale, "factors": {k: _describe(f) for k, f in a.factors.items()}}
                 for w, a in downlink.adapters.items()
@@ -269,23 +267,25 @@ def _downlink(
         header["recipe"],
         {key: real(value, f"the argument {key}") for key, value in arguments.items()},
         link=whole(header["link"], "its link"),
-        variates=_variates(header["variates"], tensors),
-        lifted=flag(header["lifted"], "lifted"),
     )
+    extras = mapping(header["extras"], "extras").items()
     slots = downlink.trained()
-    for key, variate in downlink.variates.items():
-        if key not in slots or tuple(variate.shape) != slots[key].shape:
-            raise WireError(f"the variate of {key} is {tuple(variate.shape)}, of what is trained")
-    return downlink
+    return replace(downlink, extras={e: _extra(e, names, tensors, slots) for e, names in extras})
 
 
-def _variates(names: object, tensors: Mapping[str, torch.Tensor]) -> Tree:
-    """Read the control variates that come down."""
+def _extra(
+    extra: str, names: object, tensors: Mapping[str, torch.Tensor], slots: Mapping[str, Trained]
+) -> Tree:
+    """Read what an extra sends beside some of the tensors that are trained."""
     found = {}
-    for key in (named(each, "a variate") for each in listed(names, "variates")):
-        if (value := tensors.get(f"{VARIATE}{key}")) is None:
-            raise WireError(f"the variate of {key} came without its numbers")
-        found[key] = value
+    for name in (named(each, f"the extra {extra}") for each in listed(names, extra)):
+        value = tensors.get(f"{extra}/{name}")
+        if value is None or name not in slots or tuple(value.shape) != slots[name].shape:
+            raise WireError(
+                f"the extra {extra} names {name}, but no tensor of that name is trained and came "
+                "with the extra's numbers in its shape"
+            )
+        found[name] = value
     return found
 
 
@@ -296,7 +296,9 @@ def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
     for name, slot in downlink.trained().items():
         if isinstance(slot.start, torch.Tensor):
             sent[name] = (slot.start, differs(slot))
-    return sent | {f"{VARIATE}{n}": (t, False) for n, t in downlink.variates.items()}
+    for extra, tree in downlink.extras.items():
+        sent |= {f"{extra}/{name}": (tensor, False) for name, tensor in tree.items()}
+    return sent
 
 
 def _describe(factor: Factor) -> dict[str, object]:

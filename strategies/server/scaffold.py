@@ -9,8 +9,6 @@ run, the clients theirs between rounds, where the moments of their optimisers ar
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from fedraclora.aggregation.base import Aggregator
@@ -21,7 +19,13 @@ from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.variates import blank_variates, mean_gradients, moved_by, seen
+from fedraclora.training.variates import (
+    blank_variates,
+    mean_gradients,
+    moved_by,
+    seen,
+    with_variates,
+)
 from fedraclora.tree import Layout, Tree
 
 OFF = "or set control_variates=false"
@@ -143,8 +147,8 @@ def open_corrected(sent: Downlink, state: State, *, lifted: bool) -> Downlink:
         ConfigError: If this round has no mean gradient.
     """
     _check_sent(sent)
-    sent = replace(sent, lifted=lifted)
-    return replace(sent, variates=seen(_kept(state, sent), sent))
+    sent = with_variates(sent, {}, lifted=lifted)
+    return with_variates(sent, seen(_kept(state, sent), sent), lifted=lifted)
 
 
 def close_corrected(

@@ -24,8 +24,7 @@ from typing_extensions import override
 
 from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError
-from fedraclora.lowrank.dora import rescaled, row_lengths
-from fedraclora.protocol.downlink import magnitude_of
+from fedraclora.lowrank.dora import magnitude_of, magnitudes, rescaled, row_lengths
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
@@ -138,7 +137,7 @@ class Dora(Around):
         mean, step = got.mean(), self.traits.step
         new = {
             n: server_step(state.carried[n], mean[n], step).to(state.carried[n])
-            for n in sent.magnitudes().values()
+            for n in magnitudes(sent.adapters, sent.dense).values()
         }
         return replace(after, carried=after.carried | new)
 

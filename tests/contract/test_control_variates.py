@@ -41,6 +41,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.variates import with_variates
 from fedraclora.tree import Tree
 from fedraclora.wire import payload_bytes
 from strategies.server.treatment import Treatment
@@ -166,7 +167,7 @@ def test_the_batch_of_clients_adds_what_the_one_client_loop_adds(
     rng = generator(4, "variates")
     lead = (4,) if per_client else ()
     variates = {n: torch_normal(rng, *lead, *s.shape) for n, s in sent.trained().items()}
-    sent = replace(sent, variates=variates)
+    sent = with_variates(sent, variates, lifted=False)
     local = replace(RAGGED, momentum=0.0)
     trainer = CohortTrainer(world.task, world.plan, local, seed=2, device=torch.device("cpu"))
     result = trainer.train(world.base, sent, clients, round_=1, rate_scale=1.0)

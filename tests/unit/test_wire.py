@@ -13,12 +13,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clients.client_state import held
 from fedraclora.errors import WireError
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.rng import generator, torch_normal
+from fedraclora.run.client_state import ClientStore
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.local_result import LocalResult
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire import (
     Packed,
@@ -90,6 +93,24 @@ def assert_same(left: Downlink, right: Downlink) -> None:
 
 
 # --- downlink ------------------------------------------------------------------------------------
+
+
+def test_an_extra_travels_beside_what_is_trained() -> None:
+    sent = replace(everything(), extras={"own": {"w/B": normal(M, R)}, "more": {}})
+    content = pack_downlink(sent, ORDER, "float64")
+    got, _ = unpack_downlink(content)
+    assert_same(got, sent)
+    assert got.extras.keys() == {"own", "more"}
+    assert torch.equal(got.extras["own"]["w/B"], normal(M, R))
+    with pytest.raises(WireError, match=r"extras \['more', 'own'\], of which this client knows"):
+        held(ClientStore(), got, ORDER, {"w": normal(M, N)}, LocalConfig())
+
+
+@pytest.mark.parametrize("tree", [{"nothing": normal(M, R)}, {"w/B": normal(R, M)}])
+def test_an_extra_beside_nothing_that_is_trained_is_refused(tree: Tree) -> None:
+    content = pack_downlink(replace(everything(), extras={"own": tree}), ORDER, "float64")
+    with pytest.raises(WireError, match=f"the extra own names {next(iter(tree))}"):
+        unpack_downlink(content)
 
 
 def test_a_downlink_comes_back_to_the_bit() -> None:
