@@ -36,6 +36,9 @@ class FedSb(Drawn):
         initial: How B and A are drawn, a key of `fedraclora.sketch.SKETCHES`.
     """
 
+    traits = Traits(exact=True, linear=True, merges=False)
+    link_rounds = None
+
     initial: str = "orthonormal"
 
     @override
@@ -51,19 +54,9 @@ class FedSb(Drawn):
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         return LayerUpdate(carried={"R": replies.mean("R")})  # R <- sum_k p_k R_k
 
-    @property
-    @override
-    def link_rounds(self) -> int | None:
-        return None
-
     def core_rank(self, layer: Layer) -> int:
         """Give the rows of the core of one layer."""
         return layer.rank
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=False)
 
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:

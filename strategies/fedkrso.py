@@ -21,7 +21,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from typing_extensions import override
 
@@ -41,7 +40,8 @@ class FedKrso(Asymmetric):
         interval: Local steps of a turn.
     """
 
-    recipe: ClassVar[str] = "in_turn"
+    traits = Traits(exact=True, linear=True, merges=True)
+    recipe = "in_turn"
 
     sketch: str = "gaussian"
     sketches: int = 2
@@ -60,11 +60,6 @@ class FedKrso(Asymmetric):
     @override
     def arguments(self, plan: Plan) -> dict[str, float | int]:
         return {"parts": self.sketches, "interval": self.interval}
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=True)
 
     @override
     def __post_init__(self) -> None:

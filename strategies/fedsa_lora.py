@@ -29,6 +29,9 @@ from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Ro
 class FedSaLora(Drawn):
     """Hyperparameters of FedSA-LoRA: those of `Drawn`; A begins as a drawing, B at zero."""
 
+    traits = Traits(exact=True, linear=True, merges=False)
+    link_rounds = None
+
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
         return {
@@ -39,13 +42,3 @@ class FedSaLora(Drawn):
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         return LayerUpdate(carried={"A": replies.mean("A")})  # A <- sum_k p_k A_k
-
-    @property
-    @override
-    def link_rounds(self) -> int | None:
-        return None
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=False)

@@ -20,7 +20,6 @@ direction enters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from typing_extensions import override
@@ -36,8 +35,9 @@ from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Ro
 class FedSvd(Drawn):
     """Hyperparameters of FedSVD: those of `Drawn`; A begins as a drawing, B at zero."""
 
-    carries: ClassVar[bool] = True
-    keeps: ClassVar[tuple[str, ...]] = ("A",)
+    traits = Traits(exact=True, linear=True, merges=False)
+    carries = True
+    keeps = ("A",)
 
     initial: str = "orthonormal"
 
@@ -51,11 +51,6 @@ class FedSvd(Drawn):
         B = replies.mean("B").to(layer.dtype)  # what a client could be sent, the server turns
         B, A = turned_to_singular_vectors(*matrices(Term((B, replies["A"]), layer.scale)))
         return LayerUpdate(carried={"B": B, "A": A})  # B <- U S, A <- V^T of B_bar A
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=False)
 
 
 def turned_to_singular_vectors(B: torch.Tensor, A: torch.Tensor) -> Product:

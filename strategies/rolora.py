@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from typing_extensions import override
@@ -33,7 +32,8 @@ from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Ro
 class RoLora(Drawn):
     """Hyperparameters of RoLoRA: those of `Drawn`; A begins as a drawing, B at zero."""
 
-    carries: ClassVar[bool] = True
+    traits = Traits(exact=True, linear=True, merges=False, ranks=True, varies=True)
+    carries = True
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
@@ -46,8 +46,3 @@ class RoLora(Drawn):
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         return LayerUpdate(carried=replies.means())  # one is a mean, the other as it was
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=False, ranks=True, varies=True)

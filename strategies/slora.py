@@ -43,6 +43,10 @@ class SLora(LayerMethod):
         density: d, the share of entries that it trains.
     """
 
+    traits = Traits(exact=False, linear=True, merges=True, varies=True)
+    link_rounds = None
+    begins_carried = True
+
     sparse_rounds: int = 5
     density: float = 0.1
 
@@ -55,16 +59,6 @@ class SLora(LayerMethod):
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         return LayerUpdate(carried=replies.means())
-
-    @property
-    @override
-    def link_rounds(self) -> int | None:
-        return None
-
-    @property
-    @override
-    def begins_carried(self) -> bool:
-        return True
 
     # The first stage: sparse full weights, which are no factors.
 
@@ -108,11 +102,6 @@ class SLora(LayerMethod):
             return sum(prod(plan.shapes[n]) for n in plan.targets) + dense_floats(plan), 0
         factors = sum(self.rank_of(plan, n) * sum(v.shape) for n, v in plan.targets.items())
         return factors + dense_floats(plan), factors
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=False, linear=True, merges=True, varies=True)
 
     @override
     def __post_init__(self) -> None:
