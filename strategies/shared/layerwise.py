@@ -137,7 +137,8 @@ class LayerMethod(LowRank):
     @property
     @override
     def client_state(self) -> bool:
-        shape, blank = (1 << 30, 1 << 30), torch.empty(0)  # room for any rank; nothing is drawn
+        # Read off what clients get for a layer that nobody has.
+        shape, blank = (1 << 12, 1 << 12), torch.empty(0)  # room for what a rank of 1 takes
         carried = {"B": blank, "A": blank} if self.begins_carried else {}
         layer = Layer("", shape, 1, 1.0, carried, link=0, ends=False, dtype=torch.float32)
         found = self.factors(layer, Round(1, Draw(0))).values()
