@@ -67,7 +67,8 @@ def _overview(costs: Mapping[str, str]) -> Table:
     lines = groups()["method"]
     cells = []
     for name, kind in METHODS.items():
-        traits = method_of(name).traits
+        method = method_of(name)
+        traits = method.traits
         what = lines[name].partition(": ")[2].rstrip(".") or lines[name].rstrip(".")
         mark = " †" if is_unverified(kind) else ""
         cells.append(
@@ -77,7 +78,7 @@ def _overview(costs: Mapping[str, str]) -> Table:
                 "yes" if traits.exact else "no",
                 "yes" if traits.linear else "no",
                 "yes" if traits.ranks else "no",
-                "yes" if traits.client_state else "no",
+                "yes" if method.client_state else "no",
                 costs.get(name, ""),
             )
         )

@@ -237,5 +237,5 @@ def measurement(
         found = [shared(w) for w in map(personal, owned)] or [shared(weights)]
         return {f"personal_{n}": sum(f[n] for f in found) / len(found) for n in found[0]}
 
-    stays = plan.local or config.method.traits.client_state
+    stays = plan.local or config.method.client_state
     return (own if built.classes else each) if stays else shared

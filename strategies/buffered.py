@@ -46,7 +46,7 @@ class BufferedStrategy(FedStrategy):
         traits, beside = self.method.traits, self.treatment
         refused = {
             "a method that needs each client's own update": not traits.linear,
-            "a method of which a part stays at each client": traits.client_state,
+            "a method of which a part stays at each client": self.method.client_state,
             f"aggregator={beside.aggregator.name}": not isinstance(beside.aggregator, Mean),
             f"attack={beside.attack.name}": beside.attack.colludes,
             "privacy=client_level": beside.private is not None,

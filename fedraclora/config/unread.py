@@ -103,7 +103,7 @@ RULES = (
     Rule(
         "evaluate",
         ["clients"],
-        lambda g: g.local_head or g.method.traits.client_state,
+        lambda g: g.local_head or g.method.client_state,
         "head=local and methods that leave a part at each client",
     ),
     Rule("stop", ["metric"], lambda g: g.stop.patience is not None, "stop.patience"),

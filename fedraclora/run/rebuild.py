@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from fedraclora.errors import CheckpointError
-from fedraclora.protocol.method import Draw, Method, Plan, State, apply_link
+from fedraclora.protocol.method import Draw, Memo, Method, Plan, State, apply_link
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.recorder import CARRIED, part
 from fedraclora.tree import Tree
@@ -15,7 +15,12 @@ from fedraclora.weights.chain import read_link, read_plan
 from fedraclora.weights.files import has_checkpoint, link_digest, load_checkpoint, read_links
 
 
-def state_at(folder: Path, round_: int | None = None, plan: Plan | None = None) -> State:
+def state_at(
+    folder: Path,
+    round_: int | None = None,
+    plan: Plan | None = None,
+    method: Method | None = None,
+) -> State:
     """Rebuild what the server held after a round: base weights, and what the method carried.
 
     Args:
@@ -23,20 +28,24 @@ def state_at(folder: Path, round_: int | None = None, plan: Plan | None = None) 
             for the round that it stands at.
         round_: 0 gives the initial state; None the last checkpoint.
         plan: Of the run; None takes the one that was stored.
+        method: Of the run. With it, the state has all by which it gives weights; None: what one
+            method keeps and another does not is left out.
 
     Returns:
         The state without moments, on the CPU; bit for bit that of the run on the same build.
 
     Raises:
-        CheckpointError: If a file is damaged, missing or of another run, or does not reach so far.
+        CheckpointError: If a file is damaged, missing or of another run, or does not reach so far;
+            and where an older release has not kept what the method takes.
     """
+    kind = Memo if method is None else method.memo
     if round_ is None:
         tensors, meta = load_checkpoint(folder / "checkpoint")
         plan = plan or _stored_plan(meta, folder / "checkpoint")
         carried = part(tensors, "carried/")
-        return State(part(tensors, "base/"), plan, carried, _mapping(meta["memo"]))
+        return State(part(tensors, "base/"), plan, carried, kind.read(_mapping(meta["memo"])))
     chain, last, state = folder / "chain", -1, State({}, Plan({}))
-    beyond = False
+    beyond, memo = False, dict[str, int]()
     for number, tensors, meta in read_links(chain):
         _check_gap(folder, last, number)
         if beyond := number > round_:
@@ -47,7 +56,8 @@ def state_at(folder: Path, round_: int | None = None, plan: Plan | None = None) 
         else:
             base = apply_link(state.base, read_link(tensors, meta), state.plan)
         kept = {n: t for n, t in state.carried.items() if n not in _names(meta.get("gone"))}
-        state = State(base, state.plan, kept | part(tensors, CARRIED), _mapping(meta.get("memo")))
+        memo = _mapping(meta.get("memo"))
+        state = State(base, state.plan, kept | part(tensors, CARRIED), kind.read(memo))
         last = number
     if last < 0 or (last < round_ and not beyond):
         reached = "no round" if last < 0 else f"round {last}"
@@ -56,6 +66,12 @@ def state_at(folder: Path, round_: int | None = None, plan: Plan | None = None) 
             f"{chain} reaches {reached}, not round {round_}: {wanted} is not there"
         )
     _hold_against_checkpoint(folder)
+    if not memo and method is not None and type(method).weights is not Method.weights:
+        raise CheckpointError(
+            f"{chain} was written by an older release, which kept the base weights alone "
+            "(fedraclora.run.rebuild.state_at gives them); only the weights of the last checkpoint "
+            "can be read"
+        )
     return state
 
 
@@ -122,13 +138,6 @@ def weights_at(
         plan: As for `state_at`.
 
     Raises:
-        CheckpointError: As `state_at`, and where an older release has not kept what it takes.
+        CheckpointError: As `state_at`.
     """
-    state = state_at(folder, round_, plan)
-    if not state.memo and type(method).weights is not Method.weights:
-        raise CheckpointError(
-            f"{folder / 'chain'} was written by an older release, which kept the base weights "
-            "alone (fedraclora.run.rebuild.state_at gives them); only the weights of the last "
-            "checkpoint can be read"
-        )
-    return method.weights(state, draw)
+    return method.weights(state_at(folder, round_, plan, method), draw)

@@ -153,7 +153,7 @@ class RunRecorder:
         old, new = self._carried, dict(state.carried)
         changed = {n: t for n, t in new.items() if n not in old or not _same(old[n], t)}
         gone = [n for n in old if n not in new]
-        more = {"memo": state.memo} | ({"gone": gone} if gone else {})
+        more = {"memo": state.memo.stored()} | ({"gone": gone} if gone else {})
         tensors = tensors | {f"{CARRIED}{n}": t for n, t in changed.items()}
         chain = self.folder / "chain"
         path = append_link(chain, round_, tensors, meta | more, previous=self._link, sync=self.sync)
@@ -172,7 +172,7 @@ class RunRecorder:
         tensors |= {f"moments/{n}": t for n, t in state.moments.items()}
         meta: dict[str, object] = {
             "round": round_,
-            "memo": state.memo,
+            "memo": state.memo.stored(),
             "fixed": self.fixed,
             "base_digest": digest(state.base),
             "plan": plan_meta(state.plan),
@@ -226,7 +226,9 @@ class RunRecorder:
             self._link = link_digest(self.folder / "chain")
             # The links of older releases lack what is carried: the next one has all of it.
             self._carried = dict(carried) if isinstance(meta.get("chain"), str) else {}
-        return State(base, start.plan, carried, memo, moments=moments), round_
+        return State(
+            base, start.plan, carried, type(start.memo).read(memo), moments=moments
+        ), round_
 
     def _verify(self, meta: Mapping[str, object], round_: int) -> None:
         """Hold what the run rests on against the digests in its checkpoint, before any cut.

@@ -56,13 +56,14 @@ def check_optimiser(rule: ServerOptimiser, method: Method, state: State, draw: D
     if rule.name == "none":
         return
     traits = method.traits
+    sent = method.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), draw)
     if rule.space == "weights":
-        if traits.client_state:
+        if method.client_state:
             raise ConfigError(
                 "server_optimiser.space is weights, but with this method each client has weights "
                 "of its own, and the server none; take server_optimiser.space=factors"
             )
-        if traits.rescales:
+        if not sent.dense.keys() <= state.base.keys():  # what is trained is no weight
             raise ConfigError(
                 "server_optimiser.space is weights, but under dora=true what is added to a base "
                 "weight is not added to the effective one; take server_optimiser.space=factors"
@@ -73,7 +74,6 @@ def check_optimiser(rule: ServerOptimiser, method: Method, state: State, draw: D
             "server_optimiser.space is factors, but this method needs each client's own factors, "
             f"not their mean; {INSTEAD}"
         )
-    sent = method.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), draw)
     if not RECIPES[sent.recipe].steps:
         raise ConfigError(
             "server_optimiser.space is factors, but clients send gradients in the first round, by "

@@ -9,8 +9,6 @@ the run, the clients theirs between rounds, where the moments of their optimiser
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from fedraclora.aggregation.base import Aggregator
@@ -20,7 +18,7 @@ from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.extras.variates import blank_variates, moved_by, seen
+from fedraclora.training.extras.variates import blank_variates, moved_by, seen, with_variates
 from fedraclora.training.gradients import mean_gradients
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
@@ -45,8 +43,8 @@ def check_scaffold(method: Method, state: State, local: LocalConfig, draw: Draw)
     """
     _check_local(local)
     traits = method.traits
-    if traits.client_state or not traits.linear:
-        why = "a part stays at each client" if traits.client_state else "its server refits factors"
+    if method.client_state or not traits.linear:
+        why = "a part stays at each client" if method.client_state else "its server refits factors"
         raise ConfigError(
             f"control_variates is true, but with this method {why}, so that gradients of two "
             f"rounds have no coordinates in common; take a method with one shared mean, {OFF}"
@@ -140,8 +138,8 @@ def open_corrected(sent: Downlink, state: State, *, lifted: bool) -> Downlink:
         ConfigError: If this round has no mean gradient.
     """
     _check_sent(sent)
-    sent = replace(sent, lifted=lifted)
-    return replace(sent, variates=seen(_kept(state, sent), sent))
+    sent = with_variates(sent, {}, lifted=lifted)
+    return with_variates(sent, seen(_kept(state, sent), sent), lifted=lifted)
 
 
 def close_corrected(

@@ -172,7 +172,7 @@ class Treatment:
     def sums_are_enough(self, method: Method) -> bool:
         """Tell whether nobody looks at a single client's update."""
         traits = method.traits
-        looks = traits.looks_at_clients or self.aggregator.individuals or self.attack.colludes
+        looks = method.looks_at_clients or self.aggregator.individuals or self.attack.colludes
         return traits.linear and not looks and self.private is None
 
     def treat(self, got: Uplinks, setting: AggregationContext) -> Uplinks:

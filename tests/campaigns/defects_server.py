@@ -19,7 +19,13 @@ from fedraclora.aggregation.server_optimisers import Adaptive, Momentum, ServerO
 from fedraclora.protocol.change_of_basis import transported
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.extras.variates import ControlVariates, moved_by
+from fedraclora.training.extras.variates import (
+    ControlVariates,
+    lifts,
+    moved_by,
+    variates_of,
+    with_variates,
+)
 from fedraclora.training.gradients import correcting, mean_gradients
 from fedraclora.tree import Tree
 from strategies.buffered import BufferedStrategy
@@ -147,15 +153,20 @@ def momentum_moved_without_the_gram(planting: Planting) -> None:
 # ---- Control variates -----------------------------------------------------------------
 
 
-def negative(tree: Tree) -> Tree:
-    return {n: -t for n, t in tree.items()}
+def opposed(sent: Downlink) -> Downlink:
+    return changed(sent, torch.neg)
+
+
+def changed(sent: Downlink, change: Callable[[torch.Tensor], torch.Tensor]) -> Downlink:
+    variates = {n: change(t) for n, t in variates_of(sent).items()}
+    return with_variates(sent, variates, lifted=lifts(sent))
 
 
 @defect(SCAFFOLD, "SCAFFOLD: g + c_k - c", DRIFT)
 def correction_of_the_wrong_sign(planting: Planting) -> None:
     def turned(*given: Any) -> tuple[Downlink, Tree]:
         sent, moments = held(*given)
-        return replace(sent, variates=negative(sent.variates)), moments
+        return opposed(sent), moments
 
     planting.function(held, turned)
 
@@ -167,7 +178,7 @@ def correction_of_the_wrong_sign(planting: Planting) -> None:
 )
 def correction_taken_away(planting: Planting) -> None:
     def away(sent: Downlink, order: torch.Tensor) -> Callable[[Tree], Tree]:
-        return correcting(replace(sent, variates=negative(sent.variates)), order)
+        return correcting(opposed(sent), order)
 
     planting.function(correcting, away)
 
@@ -177,8 +188,7 @@ def correction_counted_as_gradient(planting: Planting) -> None:
     sound = ControlVariates.end
 
     def end(self: ControlVariates, kept: Tree, sent: Downlink, *given: Any) -> Tree:
-        nothing = {n: torch.zeros_like(t) for n, t in sent.variates.items()}
-        return sound(self, kept, replace(sent, variates=nothing), *given)
+        return sound(self, kept, changed(sent, torch.zeros_like), *given)
 
     planting.put(ControlVariates, "end", end)
 

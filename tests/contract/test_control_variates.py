@@ -35,11 +35,13 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.cohorts import draw_cohort
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Sketched, Trained
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Trained
 from fedraclora.reference.client import train_one
 from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
+from fedraclora.training.extras.variates import with_variates
 from fedraclora.tree import Tree
 from fedraclora.wire import payload_bytes
 from strategies.server.treatment import Treatment
@@ -77,7 +79,7 @@ def directions(sent: Downlink, weight: str) -> tuple[torch.Tensor, torch.Tensor,
     adapter = sent.adapters[weight]
     left = isinstance(adapter.factors["A"], Trained)
     frozen = adapter.factors["B" if left else "A"]
-    F = frozen.spec.draw() if isinstance(frozen, Sketched) else frozen.value.double()  # type: ignore[union-attr]
+    F = frozen.draw() if isinstance(frozen, SketchSpec) else frozen.double()  # type: ignore[union-attr]
     if left:
         return adapter.scale**2 * F @ F.T, F @ torch.linalg.pinv(F), True
     return adapter.scale**2 * F.T @ F, torch.linalg.pinv(F) @ F, False
@@ -165,7 +167,7 @@ def test_the_batch_of_clients_adds_what_the_one_client_loop_adds(
     rng = generator(4, "variates")
     lead = (4,) if per_client else ()
     variates = {n: torch_normal(rng, *lead, *s.shape) for n, s in sent.trained().items()}
-    sent = replace(sent, variates=variates)
+    sent = with_variates(sent, variates, lifted=False)
     local = replace(RAGGED, momentum=0.0)
     trainer = CohortTrainer(world.task, world.plan, local, seed=2, device=torch.device("cpu"))
     result = trainer.train(world.base, sent, clients, round_=1, rate_scale=1.0)

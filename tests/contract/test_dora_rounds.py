@@ -33,11 +33,12 @@ from fedraclora.allocation.rules import HeteroLora
 from fedraclora.devices.distributions import LogNormal
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
+from fedraclora.lowrank.dora import magnitudes as among
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
-from fedraclora.protocol.method import Draw, Method, Plan, State
+from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import SEED_BYTES
@@ -57,12 +58,17 @@ def fits(variant: Variant) -> bool:
 
 FITTING = [v for v in variants() if fits(v) and v[1].get("initial") != "lora_ga"]
 MERGING = [v for v in variants() if not fits(v)]
-PERSONAL = [v for v in FITTING if make_method(v[0], **v[1]).traits.client_state]
+PERSONAL = [v for v in FITTING if make_method(v[0], **v[1]).client_state]
 every_fitting = pytest.mark.parametrize("variant", FITTING, ids=label)
 
 
 def dora(name: str, **changes: Any) -> Dora:
     return Dora(make_method(name, **changes))
+
+
+def scaled_by(sent: Downlink) -> dict[str, str]:
+    """Magnitudes by the weight whose rows they scale."""
+    return among(sent.adapters, sent.dense)
 
 
 def magnitudes(state: State) -> Tree:
@@ -132,7 +138,7 @@ def test_no_method_is_exact(world: World) -> None:
     rows, share = played.got.stack(), played.got.weights / played.got.weights.sum()
     each = []
     for k, V in enumerate(client_weights(played, k) for k in range(len(share))):
-        lengths = {n: rows[n][k] for n in played.sent.magnitudes().values()}
+        lengths = {n: rows[n][k] for n in scaled_by(played.sent).values()}
         each.append(turned(V, lengths, world.plan))
     found, names = method.weights(played.after, DRAW), list(world.plan.targets)
     mean = {n: sum(p * W[n] for p, W in zip(share, each, strict=True)) for n in names}
@@ -174,9 +180,9 @@ def test_a_message_brings_the_magnitudes(world: World) -> None:
     sent = method.open_round(state, 1, some_cohort(), DRAW)
     request = TrainRequest(1, 0, 1.0, some_cohort().clients)
     got, _ = unpack_downlink(pack_downlink(sent, request, "float64"))
-    assert got.magnitudes() == sent.magnitudes()
-    assert list(got.magnitudes()) == list(world.plan.targets)
-    for name in got.magnitudes().values():
+    assert scaled_by(got) == scaled_by(sent)
+    assert list(scaled_by(got)) == list(world.plan.targets)
+    for name in scaled_by(got).values():
         assert torch.equal(got.dense[name].opening(), state.carried[name])  # type: ignore[arg-type]
         assert got.dense[name].main
 

@@ -34,8 +34,9 @@ from fedraclora.aggregation.server_optimisers import (
     ServerOptimiser,
 )
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Draw, Method, Sketched
+from fedraclora.protocol.method import Draw, Method
 from fedraclora.run.rebuild import state_at
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import CatchUp, replay
 from strategies.server.fedopt import check_optimiser, close_optimised
@@ -160,9 +161,9 @@ def test_in_weights_links_are_dense_and_rebuild_the_base(variant: Variant, world
 def projection(played: Played, weight: str, world: World) -> tuple[torch.Tensor, bool]:
     """The projection on what the round trains of a weight, and whether it acts on the left."""
     factors = played.sent.adapters[weight].factors
-    right = isinstance(factors["A"], Sketched) or not hasattr(factors["A"], "upload")
+    right = isinstance(factors["A"], SketchSpec) or not hasattr(factors["A"], "upload")
     frozen = factors["A" if right else "B"]
-    F = frozen.spec.draw() if isinstance(frozen, Sketched) else frozen.value.double()  # type: ignore[union-attr]
+    F = frozen.draw() if isinstance(frozen, SketchSpec) else frozen.double()  # type: ignore[union-attr]
     return (torch.linalg.pinv(F) @ F, False) if right else (F @ torch.linalg.pinv(F), True)
 
 

@@ -30,7 +30,8 @@ from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel
-from fedraclora.protocol.method import Cohort, Draw, Sketched
+from fedraclora.protocol.method import Cohort, Draw, Trained
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.wire import unpack_downlink
 from strategies.outcome import mean_floats
@@ -215,8 +216,8 @@ def test_groups_do_not_change_the_step_of_a_part(name: str, world: World) -> Non
         for weight, adapter in sent.adapters.items():
             n = world.plan.targets[weight].shape[1]
             drawn = adapter.factors["A"]
-            assert isinstance(drawn, Sketched)
-            assert math.isclose(adapter.scale**2 * drawn.spec.gram_scale, n)
+            assert isinstance(drawn, SketchSpec)
+            assert math.isclose(adapter.scale**2 * drawn.gram_scale, n)
 
 
 def test_a_side_without_effect_is_refused() -> None:
@@ -233,3 +234,17 @@ def test_rank_budgets_are_shares_of_the_rank_under_magnitudes_too() -> None:
     assert ranks.tolist() == [3, 3, 3]
     with pytest.raises(ConfigError, match=r"has no one rank.*allocation=none"):
         devices.check(allocated(method, HeteroLora()))
+
+
+@every_variant
+def test_what_stays_at_clients_is_read_off_what_they_are_sent(
+    variant: Variant, world: World
+) -> None:
+    method = make_method(variant[0], **variant[1])
+    factors = [
+        factor
+        for played in play_rounds(method, world, 3, Draw(1))
+        for factor in played.sent.factors().values()
+    ]
+    stays = [f for f in factors if isinstance(f, Trained) and not f.upload]
+    assert method.client_state == bool(stays)

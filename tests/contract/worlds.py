@@ -37,9 +37,7 @@ from fedraclora.protocol.method import (
     Cohort,
     Downlink,
     Draw,
-    Frozen,
     Method,
-    Sketched,
     State,
     Trained,
 )
@@ -50,6 +48,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.rebuild import state_at
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree, digest
@@ -134,7 +133,7 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def is_personal(variant: tuple[str, dict[str, Any]]) -> bool:
     """Whether clients keep a part of the model: then there is no global one to hold to a mean."""
-    return make_method(variant[0], **variant[1]).traits.client_state
+    return make_method(variant[0], **variant[1]).client_state
 
 
 def label(variant: tuple[str, dict[str, Any]]) -> str:
@@ -348,10 +347,10 @@ def client_weights(played: Played, k: int) -> Tree:
     for weight, adapter in played.sent.adapters.items():
         product: torch.Tensor | None = None
         for name, factor in adapter.factors.items():
-            if isinstance(factor, Sketched):
-                matrix = factor.spec.draw()
-            elif isinstance(factor, Frozen):
-                matrix = factor.value[k] if factor.per_client else factor.value
+            if isinstance(factor, SketchSpec):
+                matrix = factor.draw()
+            elif isinstance(factor, torch.Tensor):
+                matrix = factor[k] if factor.dim() == 3 else factor
             else:
                 assert isinstance(factor, Trained)
                 matrix = rows[f"{weight}/{name}"][k]
@@ -480,7 +479,7 @@ def assert_updates_lead_on(folder: Path) -> None:
 
 def personal(strategy: FedStrategy, store: ClientStore, weights: Tree) -> Tree:
     """The weights of the client that trained last, where clients keep a part of the model."""
-    if not strategy.method.traits.client_state:
+    if not strategy.method.client_state:
         return weights
     for own in store.latest(1).values():
         return strategy.method.weights(strategy.state, strategy.draw, own)

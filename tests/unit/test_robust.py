@@ -28,7 +28,7 @@ from fedraclora.aggregation.statistics import (
     trimmed_mean,
 )
 from fedraclora.errors import ConfigError, ShapeError
-from fedraclora.protocol.downlink import Adapter, Downlink, Sketched, Trained
+from fedraclora.protocol.downlink import Adapter, Downlink, Trained
 from fedraclora.protocol.method import Draw, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
@@ -41,7 +41,7 @@ DOWNLINK = Downlink(
         "w": Adapter(
             {
                 "B": Trained((2, 3), torch.full((2, 3), 0.25)),
-                "A": Sketched(SketchSpec("orthonormal", "right", 3, 5, seed=1, index=0)),
+                "A": SketchSpec("orthonormal", "right", 3, 5, seed=1, index=0),
             },
             scale=5 / 3,
         )

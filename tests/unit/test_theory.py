@@ -30,7 +30,6 @@ from experiments.theory.bounds import (
 )
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink, Trained
-from fedraclora.protocol.method import Sketched as SketchedFactor
 from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
 
 Array = npt.NDArray[np.float64]
@@ -327,7 +326,7 @@ def test_layers_trained_in_full_have_eigenvalue_one() -> None:
 
 
 def downlink(**changed: object) -> Downlink:
-    factors = {"B": Trained((4, 3)), "A": SketchedFactor(spec())}
+    factors = {"B": Trained((4, 3)), "A": spec()}
     return replace(Downlink({"w": Adapter(factors, 1.0)}, {}), **changed)  # type: ignore[arg-type]
 
 
