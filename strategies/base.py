@@ -176,12 +176,7 @@ class FedStrategy(EvaluatesItself):
         row |= fleet_columns(exchange, self.devices.clock) if self.devices.enabled else {}
         self.recorder.link(round_, self.state)
         watch.lap("write")
-        row |= self.steps.columns(exchange, got)
-        row |= {"effective_step": step} | watch.columns | taken_incidents(grid)
-        self._publish_row(row)
-        # After the row: a checkpoint that is ahead of the ledger could not be resumed.
-        if self.recorder.due(round_):
-            self.recorder.save(self.state, round_, self.catch_up)
+        self._write(row | self.steps.columns(exchange, got), step, watch, grid)
         return MetricRecord({"train-loss": exchange.mean_loss})
 
     def _give_up(self, exchange: Exchange, grid: Grid, why: str, watch: Stopwatch) -> MetricRecord:
@@ -190,15 +185,17 @@ class FedStrategy(EvaluatesItself):
         moved.count(exchange, self.loop.dtype)
         moved.fetch(self.catch_up, exchange, taken_traffic(grid))
         self.done = round_
-        self.steps.give_up(round_)
         row = ledger_row(exchange, self.state, {"metrics": {}}, moved, self.recorder.totals())
         row["notes"] = [why]
-        row |= self.steps.columns(exchange, None)
-        row |= {"effective_step": 0.0} | watch.columns | taken_incidents(grid)
-        self._publish_row(row)
-        if self.recorder.due(round_):
-            self.recorder.save(self.state, round_, self.catch_up)
+        self._write(row | self.steps.columns(exchange, None), 0.0, watch, grid)
         return MetricRecord({"train-loss": float("nan")})
+
+    def _write(self, row: Row, step: object, watch: Stopwatch, grid: Grid) -> None:
+        """Publish the row of a round, and save a checkpoint where one is due."""
+        self._publish_row(row | {"effective_step": step} | watch.columns | taken_incidents(grid))
+        # After the row: a checkpoint that is ahead of the ledger could not be resumed.
+        if self.recorder.due(self.done):
+            self.recorder.save(self.state, self.done, self.catch_up)
 
     def _current(self) -> Exchange:
         if self._exchange is None:

@@ -64,7 +64,7 @@ class RoundStep:
             client whose update turned out to be too large.
         spent: The column of the ledger whose last value is that of the whole run; None: there is
             none.
-        run: What it may know, by `begin`.
+        run: What it may know; `RoundSteps` says it.
     """
 
     individuals: bool = False
@@ -72,13 +72,12 @@ class RoundStep:
     spent: str | None = None
     run: RunContext
 
-    def begin(self, run: RunContext, state: State) -> None:
+    def begin(self, state: State) -> None:
         """Get ready before the first round, whose state is given.
 
         Raises:
             ConfigError: If the run is not one that this step can serve.
         """
-        self.run = run
 
     def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:
         """Fetch what a run keeps, before its first round or the one after ``done``.
@@ -133,9 +132,6 @@ class RoundStep:
         """
         return close(got)
 
-    def give_up(self, round_: int) -> None:
-        """Take note of a round that releases nothing."""
-
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
         """Give what the ledger says of a round besides.
 
@@ -161,7 +157,8 @@ class RoundSteps:
     def __init__(self, steps: Sequence[RoundStep], run: RunContext, state: State) -> None:
         self.steps, self.run = tuple(steps), run
         for step in self.steps:
-            step.begin(run, state)
+            step.run = run
+            step.begin(state)
 
     @property
     def sums_are_enough(self) -> bool:
@@ -218,11 +215,6 @@ class RoundSteps:
         for step in reversed(self.steps):
             close = partial(step.close, close, state, exchange)
         return close(got)
-
-    def give_up(self, round_: int) -> None:
-        """Take note of a round that releases nothing."""
-        for step in self.steps:
-            step.give_up(round_)
 
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
         """Give what the ledger says of a round besides."""

@@ -14,9 +14,9 @@ from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.recorder import RunRecorder
 from strategies.server.exchange import Exchange
-from strategies.server.round_step import CohortOf, RoundStep, RunContext
+from strategies.server.round_step import CohortOf, RoundStep
 from strategies.server.rows import Row
-from strategies.steps.conflicts import once_a_round
+from strategies.steps.conflicts import TWICE, refused
 
 
 @dataclass
@@ -35,9 +35,8 @@ class SampleAccount(RoundStep):
     spent = "sample_privacy"
 
     @override
-    def begin(self, run: RunContext, state: State) -> None:
-        super().begin(run, state)
-        self.passes = torch.zeros(run.loop.clients, dtype=torch.int64)
+    def begin(self, state: State) -> None:
+        self.passes = torch.zeros(self.run.loop.clients, dtype=torch.int64)
 
     @override
     def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:
@@ -46,7 +45,8 @@ class SampleAccount(RoundStep):
 
     @override
     def bound(self, *, first: bool) -> float | None:
-        once_a_round(first=first)
+        if not first:
+            raise refused("local.dp", TWICE)
         return None
 
     @override

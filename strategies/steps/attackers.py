@@ -12,7 +12,7 @@ from fedraclora.attacks.attack import Attack
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from strategies.server.exchange import Exchange
-from strategies.server.round_step import RoundStep, RunContext
+from strategies.server.round_step import RoundStep
 from strategies.server.rows import Row
 
 
@@ -29,9 +29,8 @@ class Attackers(RoundStep):
         self.attack, self.individuals = attack, attack.colludes
 
     @override
-    def begin(self, run: RunContext, state: State) -> None:
-        super().begin(run, state)
-        self.attackers = self.attack.attackers(run.loop.seed, run.loop.clients)
+    def begin(self, state: State) -> None:
+        self.attackers = self.attack.attackers(self.run.loop.seed, self.run.loop.clients)
 
     @override
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:

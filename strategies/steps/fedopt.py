@@ -38,7 +38,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.server.exchange import Exchange
 from strategies.server.round_step import CloseRound, RoundStep
-from strategies.steps.conflicts import NOT_MOVED
+from strategies.steps.conflicts import ADAPTIVE, refused
 
 
 class OptimisedServer(RoundStep):
@@ -143,7 +143,7 @@ def _beside(rule: ServerOptimiser, moments: Tree, sent: Downlink) -> tuple[Tree,
         old, moment = moments[partner].double(), moments[first].double()
         same = torch.equal(moments[partner], new.to(moments[partner]))
         if rule.adapts and not same:
-            raise NOT_MOVED.error(weight)
+            raise refused(ADAPTIVE, "a method whose frozen factors have changed", weight)
         out[first] = moment if same else transported(label, moment, old, new)
         before += product_norm(*as_product(label, moment, old)) ** 2
         after += product_norm(*as_product(label, out[first], new)) ** 2

@@ -10,7 +10,7 @@ from typing_extensions import override
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
-from strategies.server.round_step import RoundStep, RunContext
+from strategies.server.round_step import RoundStep
 from strategies.steps.conflicts import CONFLICTS, Conflict
 from strategies.steps.features import Setup
 from strategies.steps.settings import RoundSettings
@@ -29,10 +29,9 @@ class Fits(RoundStep):
         self.chosen = chosen
 
     @override
-    def begin(self, run: RunContext, state: State) -> None:
-        super().begin(run, state)
+    def begin(self, state: State) -> None:
         some = Cohort(torch.arange(2), torch.ones(2))
-        self._check(CONFLICTS, run.method.open_round(state, 1, some, run.draw))
+        self._check(CONFLICTS, self.run.method.open_round(state, 1, some, self.run.draw))
 
     @override
     def send(self, sent: Downlink, state: State) -> Downlink:

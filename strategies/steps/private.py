@@ -17,9 +17,9 @@ from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder
 from strategies.server.exchange import Exchange
-from strategies.server.round_step import CohortOf, RoundStep, RunContext
+from strategies.server.round_step import CohortOf, RoundStep
 from strategies.server.rows import Row
-from strategies.steps.conflicts import once_a_round
+from strategies.steps.conflicts import PRIVATE, TWICE, refused
 
 
 @dataclass
@@ -49,9 +49,8 @@ class PrivateRounds(RoundStep):
         self.clip = self.config.clip
 
     @override
-    def begin(self, run: RunContext, state: State) -> None:
-        super().begin(run, state)
-        loop = run.loop
+    def begin(self, state: State) -> None:
+        loop = self.run.loop
         self.mechanism = self.config.settle(loop.clients, loop.cohort, loop.rounds)
 
     @override
@@ -79,7 +78,8 @@ class PrivateRounds(RoundStep):
 
     @override
     def bound(self, *, first: bool) -> float:
-        once_a_round(first=first)
+        if not first:
+            raise refused(PRIVATE, TWICE)
         return self.clip
 
     @override
@@ -106,11 +106,9 @@ class PrivateRounds(RoundStep):
         return replace(got, stacked=None, summed=mean, denominator=1.0)
 
     @override
-    def give_up(self, round_: int) -> None:
-        self.note(round_, self.clip)  # it costs what any round costs
-
-    @override
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+        if got is None:  # nothing is released, and it costs as much
+            self.note(exchange.round_, self.clip)
         return {"train_loss": None, "privacy": self.row}  # no noise covers the loss
 
     def note(self, round_: int, clip: float) -> None:

@@ -7,7 +7,7 @@ from typing_extensions import override
 from fedraclora.aggregation.base import AggregationContext, Aggregator
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
-from strategies.server.round_step import RoundStep, RunContext
+from strategies.server.round_step import RoundStep
 
 
 class RobustRule(RoundStep):
@@ -21,9 +21,8 @@ class RobustRule(RoundStep):
         self.aggregator, self.individuals = aggregator, aggregator.individuals
 
     @override
-    def begin(self, run: RunContext, state: State) -> None:
-        super().begin(run, state)
-        self.aggregator.check(run.loop.cohort)
+    def begin(self, state: State) -> None:
+        self.aggregator.check(self.run.loop.cohort)
 
     @override
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:

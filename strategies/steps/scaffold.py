@@ -21,8 +21,8 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.variates import blank_variates, mean_gradients, moved_by, seen
 from fedraclora.tree import Layout, Tree
 from strategies.server.exchange import Exchange
-from strategies.server.round_step import CloseRound, RoundStep, RunContext
-from strategies.steps.conflicts import BEGIN_ANEW
+from strategies.server.round_step import CloseRound, RoundStep
+from strategies.steps.conflicts import VARIATES, refused
 
 
 class ControlVariates(RoundStep):
@@ -36,9 +36,8 @@ class ControlVariates(RoundStep):
     lifted: bool
 
     @override
-    def begin(self, run: RunContext, state: State) -> None:
-        super().begin(run, state)
-        self.lifted = lifts(run.method, state, run.draw)
+    def begin(self, state: State) -> None:
+        self.lifted = lifts(self.run.method, state, self.run.draw)
 
     @override
     def send(self, sent: Downlink, state: State) -> Downlink:
@@ -72,7 +71,7 @@ def lifts(method: Method, state: State, draw: Draw) -> bool:
         return False
     for weight, adapter in sent.adapters.items():
         if held_beside(adapter) is None:
-            raise BEGIN_ANEW.error(weight)
+            raise refused(VARIATES, "a method whose trained factors begin anew", weight)
     return True
 
 

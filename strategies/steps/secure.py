@@ -22,7 +22,7 @@ from fedraclora.wire.secagg import LARGEST, signed
 from strategies.server.exchange import Exchange
 from strategies.server.round_step import Ask, CohortOf, RoundStep
 from strategies.server.rows import Row
-from strategies.steps.conflicts import once_a_round
+from strategies.steps.conflicts import SECURE, TWICE, refused
 from strategies.steps.secagg_session import SecAggSession
 from strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed
 
@@ -75,7 +75,8 @@ class SecureSum(RoundStep):
 
     @override
     def bound(self, *, first: bool) -> float:
-        once_a_round(first=first)
+        if not first:
+            raise refused(SECURE, TWICE)
         return self.config.clip
 
     @override
@@ -108,8 +109,7 @@ class SecureSum(RoundStep):
                 f"client {c} gave no shares: {failures.get(c, 'no reply in time')}"
                 for c in sorted(missing.keys() - found.keys())
             ]
-            whole = signed(session.total())
-            got = self._checked(exchange, session, whole, clip, base, talk)
+            got = self._checked(talk, session, clip, base)
         except CulpritError as lost:
             self.banned[lost.client] = lost.why
             self.row = {"lost": lost.why, "culprit": lost.client}
@@ -183,16 +183,9 @@ class SecureSum(RoundStep):
         talk.leave("masked", session.told, session.words, failures)
         talk.enough(session.words, "unmask")
 
-    def _checked(
-        self,
-        exchange: Exchange,
-        session: Session,
-        whole: torch.Tensor,
-        clip: float,
-        base: Tree,
-        talk: SecAggSession,
-    ) -> Uplinks:
+    def _checked(self, talk: SecAggSession, session: Session, clip: float, base: Tree) -> Uplinks:
         """Check what can be checked on a sum, and give it."""
+        exchange, whole = talk.exchange, signed(session.total())
         clients, step = sorted(session.words), session.step
         K, weight = len(clients), int(whole[-1])
         update = whole[:-1].double() * step

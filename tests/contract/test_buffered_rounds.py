@@ -206,7 +206,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
     [
         (("flora_stacking", {}), {}, "each client's own update"),
         (("fedsa_lora", {}), {}, "stays at each client"),
-        (("fed_rac_lora", {"sketches": 2}), {}, "other things of each client"),
+        (("fed_rac_lora", {"sketches": 2}), {}, "other things to train at each client"),
         (("fed_rac_lora", {"resample_every": 2}), {}, "merges in every round"),
         (("rolora", {}), {}, "merges in every round"),
         (("fed_rac_lora", {}), {"aggregator": Median()}, "aggregator=median"),

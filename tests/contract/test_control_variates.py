@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 from worlds import (
     RAGGED,
     Run,
@@ -35,13 +36,14 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.cohorts import draw_cohort
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Sketched, Trained
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Sketched, State, Trained
 from fedraclora.reference.client import train_one
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.wire import payload_bytes
+from strategies.steps.scaffold import ControlVariates
 from strategies.steps.settings import RoundSettings
 
 Variant = tuple[str, dict[str, Any]]
@@ -136,15 +138,13 @@ def test_a_fixed_sketch_has_the_same_run_in_either_form() -> None:
     world = make_world()
     method = make_method("ffa_lora")
     small = corrected(world, method, 4)
-    dense = RoundSettings(variates=True)
-    begin = dense.begin
 
-    def lifted(*given: Any) -> None:
-        begin(*given)
-        dense.lifted = True
+    class Dense(ControlVariates):
+        @override
+        def begin(self, state: State) -> None:
+            self.lifted = True
 
-    dense.begin = lifted  # type: ignore[method-assign]
-    large = run(world, method, STEPS, rounds=4, cohort=COHORT, seed=SEED, treatment=dense)
+    large = run(world, method, STEPS, rounds=4, cohort=COHORT, seed=SEED, steps=[Dense()])
     assert_close_trees(small.weights, large.weights, tolerance=1e-10)
     held = [
         sum(t.numel() for n, t in done.strategy.state.moments.items() if n.startswith("variates/"))
@@ -291,7 +291,7 @@ def test_what_changes_updates_at_the_server_is_refused(beside: dict[str, Any], t
 @pytest.mark.parametrize(
     ("name", "changes", "local", "told"),
     [
-        ("fed_rac_lora", {}, RAGGED, "set local.steps"),
+        ("fed_rac_lora", {}, RAGGED, "local.steps=1 or more"),
         ("fed_rac_lora", {}, replace(STEPS, momentum=0.5), "local.momentum is 0.5"),
         ("fed_rac_lora", {}, replace(STEPS, clip=1.0), "local.clip is 1.0"),
         ("fed_rac_lora", {}, replace(STEPS, optimiser="adamw"), "local.optimiser is adamw"),

@@ -31,14 +31,17 @@ from fedraclora.errors import ConfigError
 from fedraclora.privacy.accountant import epsilon
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import FILE, Secret
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import number
 from strategies.server.loop import LoopConfig
+from strategies.steps.account import SampleAccount
 from strategies.steps.attackers import Attackers
 from strategies.steps.private import PrivateRounds
+from strategies.steps.secure import SecureSum
 from strategies.steps.settings import RoundSettings
 
 Variant = tuple[str, dict[str, Any]]
@@ -220,13 +223,14 @@ def test_an_attacker_is_shortened_by_the_server(world: World) -> None:
 
 def test_what_does_not_go_with_privacy_is_refused(world: World) -> None:
     method = make_method("fed_rac_lora")
-    with pytest.raises(ConfigError, match="set weights=uniform"):
+    with pytest.raises(ConfigError, match="take weights=uniform"):
         run(world, method, RAGGED, rounds=1, treatment=private())
     treatment = replace(private(), aggregator=Median())
     with pytest.raises(ConfigError, match="aggregator=median"):
         run(world, method, RAGGED, rounds=1, weights="uniform", treatment=treatment)
-    with pytest.raises(ConfigError, match="accounted for one exchange a round"):
-        silent(1.0).bound(first=False)
+    for step in (silent(1.0), SecureSum(SecAgg()), SampleAccount(SampleNoise())):
+        with pytest.raises(ConfigError, match="accounted for one exchange a round"):
+            step.bound(first=False)
     assert silent(1.0).bound(first=True) == 1.0
     assert Attackers(SignFlip(0.2)).bound(first=False) is None
 

@@ -375,12 +375,12 @@ def test_noise_goes_on_the_secure_sum(world: World, monkeypatch: pytest.MonkeyPa
 def test_what_looks_at_clients_is_refused_beside_it(world: World) -> None:
     with pytest.raises(ConfigError, match=r"looks at single updates .aggregator=median"):
         secure(world, beside={"aggregator": Median()})
-    with pytest.raises(ConfigError, match=r"looks at single updates .attack=a_little_is_enough"):
+    with pytest.raises(ConfigError, match=r"whose clients collude .attack=a_little_is_enough"):
         secure(world, beside={"attack": ALittleIsEnough(0.4)})
     privacy = ClientLevel(quantile=0.5, noise_multiplier=2.0, delta=1e-3, count_noise=2.0)
     with pytest.raises(ConfigError, match=r"privacy\.quantile does not go with secure=secagg"):
         secure(world, beside={"privacy": privacy})
-    with pytest.raises(ConfigError, match=r"set secure\.max_weight to the most samples"):
+    with pytest.raises(ConfigError, match=r"for secure\.max_weight the most samples"):
         secure(world, weights="examples", settings={"max_weight": 1})
     for variant in variants():
         method = make_method(variant[0], **variant[1])

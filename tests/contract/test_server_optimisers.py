@@ -258,8 +258,8 @@ def test_no_momentum_and_a_step_of_one_is_the_method_itself(space: str, world: W
         (("fedsa_lora", {}), Momentum(), "each client has weights of its own"),
         (("flora_stacking", {}), Momentum(space="factors"), "each client's own update"),
         (("frlora", {}), Momentum(space="factors"), "begin anew with each link"),
-        (("fed_rac_lora", {}), Adam(space="factors"), "take server_optimiser=momentum"),
-        (("rolora", {}), Adam(space="factors"), "take server_optimiser=momentum"),
+        (("fed_rac_lora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
+        (("rolora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
     ],
     ids=lambda v: str(v)[:20],
 )

@@ -7,7 +7,7 @@ whole way through Flower messages and local training.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -57,6 +57,7 @@ from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
 from strategies.server.loop import LoopConfig
+from strategies.server.round_step import RoundStep
 from strategies.steps.order import round_steps
 from strategies.steps.settings import RoundSettings
 from strategies.wiring import wire
@@ -479,6 +480,7 @@ def run(
     treatment: RoundSettings | None = None,
     system: SystemConfig | None = None,
     kind: type[FedStrategy] | None = None,
+    steps: Sequence[RoundStep] = (),
 ) -> Run:
     """Run a method from start to end as `fedraclora simulate` does, with its one strategy."""
     loop = LoopConfig(
@@ -507,7 +509,7 @@ def run(
         evaluate=lambda w: {"loss": world.loss(personal(wired.strategy, parts.store, w))},
         recorder=RunRecorder(folder, every=1, sync=False, store=parts.store),
         resume=resume,
-        steps=round_steps(treatment, local),
+        steps=[*round_steps(treatment, local), *steps],
         system=system,
         kind=kind,
     )

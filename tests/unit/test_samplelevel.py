@@ -148,7 +148,8 @@ def test_passes_are_counted(local: LocalConfig, wanted: list[int]) -> None:
     sizes = torch.tensor([10, 30, 2])
     account, loop = SampleAccount(SampleNoise()), LoopConfig(9, 3, 2, 2, 1)
     method, devices = make_method("fedavg"), DeviceSimulator(SystemConfig(), 1, local)
-    account.begin(RunContext(method, local, loop, devices, sizes.__getitem__), State({}, Plan({})))
+    account.run = RunContext(method, local, loop, devices, sizes.__getitem__)
+    account.begin(State({}, Plan({})))
     account.add(torch.tensor([0, 2]))
     account.add(torch.tensor([1, 2]))
     assert account.passes.tolist() == wanted
