@@ -46,7 +46,7 @@ class SampleAccount(RoundStep):
     @override
     def bound(self, *, first: bool) -> float | None:
         if not first:
-            raise refused("local.dp", TWICE)
+            raise refused(TWICE, "local.dp")
         return None
 
     @override

@@ -79,7 +79,7 @@ class PrivateRounds(RoundStep):
     @override
     def bound(self, *, first: bool) -> float:
         if not first:
-            raise refused(PRIVATE, TWICE)
+            raise refused(TWICE, PRIVATE)
         return self.clip
 
     @override

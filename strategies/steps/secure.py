@@ -76,7 +76,7 @@ class SecureSum(RoundStep):
     @override
     def bound(self, *, first: bool) -> float:
         if not first:
-            raise refused(SECURE, TWICE)
+            raise refused(TWICE, SECURE)
         return self.config.clip
 
     @override

@@ -275,10 +275,10 @@ def test_a_client_whose_masked_update_does_not_go_out_keeps_what_it_had() -> Non
         ({"aggregator": NormBound(bound=0.5)}, "aggregator=norm_bound.*changes or leaves out"),
         ({"aggregator": Median()}, "aggregator=median.*changes or leaves out"),
         ({"aggregator": Krum(attackers=0)}, "aggregator=krum.*changes or leaves out"),
-        ({"privacy": ClientLevel(clip=0.5, delta=0.01)}, "privacy=client_level: it adds noise"),
+        ({"privacy": ClientLevel(clip=0.5, delta=0.01)}, "privacy=client_level: its noise"),
         (
             {"privacy": ClientLevel(clip=0.5, delta=0.01, quantile=0.5)},
-            "privacy=client_level: it adds noise",
+            "privacy=client_level: its noise",
         ),
     ],
     ids=lambda v: str(v)[:40],
