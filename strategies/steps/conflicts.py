@@ -1,8 +1,8 @@
 """What does not go together: one table, for the errors and for the page that prints it.
 
 It says of pairs of `strategies.steps.features` why they do not go together; what to take instead
-the features say. A pair is looked at before the first round, and in each round where what is sent may
-change; some are refused by the step that comes upon them when it computes.
+the features say. A pair is looked at before the first round, and in each round where what is sent
+may change; some are refused by the step that comes upon them when it computes.
 """
 
 from __future__ import annotations

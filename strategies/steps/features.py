@@ -123,7 +123,8 @@ SETTINGS = {
         lambda s: s.max_weight == 1,
         "for secure.max_weight the most samples that a client may have"),
     "secure.max_weight above 1": Feature(
-        lambda s: s.max_weight > 1 and f"secure.max_weight is {s.max_weight}", "secure.max_weight=1"),
+        lambda s: s.max_weight > 1 and f"secure.max_weight is {s.max_weight}",
+        "secure.max_weight=1"),
     "weights=uniform": Feature(lambda s: s.run.loop.weights == "uniform", "weights=examples"),
     "weights=examples": Feature(lambda s: s.run.loop.weights == "examples", "weights=uniform"),
     "a cohort of two or less": Feature(
@@ -145,8 +146,8 @@ SETTINGS = {
         lambda s: _moments(s.run.local),
         "local.moments=round or link, with local.moments_kept=0"),
     "local.weight_decay": Feature(
-        lambda s: s.run.local.weight_decay > 0 and f"local.weight_decay is {s.run.local.weight_decay}",
-        "local.weight_decay=0"),
+        lambda s: s.run.local.weight_decay > 0
+        and f"local.weight_decay is {s.run.local.weight_decay}", "local.weight_decay=0"),
     "local epochs in the place of steps": Feature(
         lambda s: not s.run.local.steps, "local.steps=1 or more"),
     "local steps that are not plain SGD": Feature(
