@@ -70,7 +70,7 @@ DRIFTS = "gradients of two rounds have no coordinates in common"
 
 WHY = {
     "a rule that makes one vector of a cohort": {SINGLE: "it hands on that vector alone"},
-    "a rule that compares clients": {APART: "numbers that mean different things are not compared"},
+    "a rule that compares clients": {APART: "unlike numbers cannot be compared"},
     "engine=deploy": {
         "an attack": "attacks are for simulations, and real clients need no leave"},
     "local moments that live on": {
