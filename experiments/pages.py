@@ -4,11 +4,11 @@ A page holds ``<!-- table NAME/table.md -->`` or ``<!-- table NAME/budgets.md: C
 where NAME is a folder of ``experiments/results``, or, for one column of several studies side by
 side, ``<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->``. ``<!-- board NAME -->`` is the
 leaderboard of a study, with its figure, ``<!-- methods -->`` what the docstrings of the methods
-say (`experiments.methods_page`), ``<!-- bench -->`` all tables of the benchmark, and
-``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->`` some of its rows side by side. What stands between
-such a line and the next ``<!-- end -->`` is made here. A column is named by how its title begins;
-± is added where a column ``std`` follows. A test holds the pages to the results, so no figure is
-typed twice.
+say (`experiments.methods_page`), ``<!-- conflicts -->`` what does not go together in a round,
+``<!-- bench -->`` all tables of the benchmark, and ``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->``
+some of its rows side by side. What stands between such a line and the next ``<!-- end -->`` is made
+here. A column is named by how its title begins; ± is added where a column ``std`` follows. A test
+holds the pages to the results, so no figure is typed twice.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from experiments.bench.table import side_by_side, tables
 from experiments.methods_page import board, methods
 from experiments.tables import Cells, Table, read_table
 from fedraclora.errors import ConfigError
+from strategies.steps.conflicts import CONFLICTS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(
-    r"(?P<head><!-- (?P<kind>table|beside|board|methods|bench)(?P<words>.*?) -->\n)"
+    r"(?P<head><!-- (?P<kind>table|beside|board|methods|bench|conflicts)(?P<words>.*?) -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -50,6 +51,9 @@ def _made(found: re.Match[str], results: Path) -> str:
     head, *rest = [part.strip() for part in found["words"].split(": ")]
     if found["kind"] == "methods":
         return methods(results)
+    if found["kind"] == "conflicts":
+        rows = tuple((c.what, c.beside, c.why, c.instead) for c in CONFLICTS)
+        return Table(("what", "does not go with", "since", "take"), rows, (), texts=4).markdown()
     if found["kind"] == "board":
         return board(head, results)
     if found["kind"] == "bench":

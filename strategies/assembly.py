@@ -38,7 +38,8 @@ from strategies.server.loop import LoopConfig
 from strategies.server.loopconfig import loop_of
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
-from strategies.server.treatment import Treatment
+from strategies.steps.order import round_steps
+from strategies.steps.settings import RoundSettings
 from strategies.wiring import Wired, wire
 from strategies.wrappers.dora import method_of
 
@@ -107,6 +108,14 @@ def assemble(
         chunk = settle_chunk(config, engine, trainer, built.cohort, base, downlink, stored)
         loop = loop_of(config, built, chunk.chunk, trainer.dtype)
         store = ClientStore()
+        chosen = RoundSettings(
+            config.aggregator,
+            config.attack,
+            config.privacy,
+            security=config.secure,
+            optimiser=config.server_optimiser,
+            variates=config.control_variates,
+        )
 
         def personal(own: Tree) -> Tree:
             """Give the weights of a client from what it keeps."""
@@ -122,14 +131,7 @@ def assemble(
             recorder=book_of(config, folder, loop, built.device, store),
             resume=resume,
             evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
-            treatment=Treatment(
-                config.aggregator,
-                config.attack,
-                config.privacy,
-                security=config.secure,
-                optimiser=config.server_optimiser,
-                variates=config.control_variates,
-            ),
+            steps=round_steps(chosen, config.local),
             system=config.system,
             stop=stopping(config, built, plan, store, personal),
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),

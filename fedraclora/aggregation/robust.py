@@ -20,7 +20,6 @@ from fedraclora.aggregation.statistics import (
     trimmed_mean,
 )
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Traits
 from fedraclora.protocol.uplinks import Uplinks
 
 
@@ -36,12 +35,11 @@ class Estimate(Aggregator):
         """Give the vector, float64 [P], for rows float64 [K, P]."""
 
     @override
-    def check(self, traits: Traits, cohort: int) -> None:
-        super().check(traits, cohort)
+    def check(self, cohort: int) -> None:
         self.estimate(torch.zeros(cohort, 1, dtype=torch.float64))
 
     @override
-    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         del setting
         return replace(got, stacked=None, summed=self.estimate(rows_of(got)) * got.total)
 
@@ -132,12 +130,11 @@ class MultiKrum(Aggregator):
         return order[: self.kept or len(rows) - f].sort().values
 
     @override
-    def check(self, traits: Traits, cohort: int) -> None:
-        super().check(traits, cohort)
+    def check(self, cohort: int) -> None:
         self.choose(torch.zeros(cohort, 1, dtype=torch.float64))
 
     @override
-    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         del setting
         kept = self.choose(rows_of(got))
         # The weight of 0 leaves a client out and its place to it, which a stacked method may need.
@@ -176,7 +173,7 @@ class NormBound(Aggregator):
             raise ConfigError(f"aggregator.bound is {self.bound}; a positive number is wanted")
 
     @override
-    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         return replace(got, stacked=shortened(rows_of(got), starts(setting, got), self.bound))
 
 

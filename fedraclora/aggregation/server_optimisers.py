@@ -8,7 +8,7 @@
       yogi    V <- V - (1 - beta2) Delta^2 sign(V - Delta^2)
 
 V begins at tau^2, and there is no correction for the first rounds, as in the paper. In what space
-they work, weights or factors, is for `strategies.server.fedopt` to say: here are the formulas.
+they work, weights or factors, is for `strategies.steps.fedopt` to say: here are the formulas.
 
 References:
     Reddi et al., *Adaptive federated optimization*, ICLR 2021, arXiv 2003.00295, algorithm 2;

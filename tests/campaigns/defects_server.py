@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import strategies.server.buffer
-import strategies.server.fedopt
-import strategies.server.treatment
+import strategies.steps.fedopt
+import strategies.steps.scaffold
 from clients.client_state import held
 from fedraclora.aggregation.server_optimisers import Adaptive, Momentum, ServerOptimiser, Yogi
 from fedraclora.protocol.change_of_basis import transported
@@ -31,8 +31,7 @@ from fedraclora.tree import Tree
 from strategies.buffered import BufferedStrategy
 from strategies.server.buffer import Batch, batch_of, merge
 from strategies.server.exchange import Exchange
-from strategies.server.fedopt import step_in_weights
-from strategies.server.scaffold import check_scaffold
+from strategies.steps.fedopt import step_in_weights
 from tests.campaigns.planting import Planting, defect, defects_of
 
 OPTIMISERS = ("tests/contract/test_server_optimisers.py",)
@@ -106,7 +105,7 @@ def yogi_moves_the_wrong_way(planting: Planting) -> None:
 
 @defect(f"{IN_WEIGHTS} and momentum", "an optimiser that is made anew in each round", OPTIMISERS)
 def server_moments_begin_anew(planting: Planting) -> None:
-    planting.put(strategies.server.fedopt, "_own", lambda state: {})
+    planting.put(strategies.steps.fedopt, "_own", lambda state: {})
 
 
 @dataclass(frozen=True)
@@ -195,11 +194,13 @@ def correction_counted_as_gradient(planting: Planting) -> None:
 
 @defect(SCAFFOLD, "a variate of B kept as it is while A is drawn anew", DRIFT)
 def variates_in_the_coordinates_of_the_old_sketch(planting: Planting) -> None:
+    sound = strategies.steps.scaffold.lifts
+
     def never(*given: Any) -> bool:
-        check_scaffold(*given)
+        sound(*given)
         return False
 
-    planting.function(check_scaffold, never)
+    planting.put(strategies.steps.scaffold, "lifts", never)
 
 
 @defect(SCAFFOLD, "a gradient of B taken for one of the weight: alpha / r is forgotten", DRIFT)
@@ -216,13 +217,13 @@ def variates_lifted_without_the_scale(planting: Planting) -> None:
 
 def close_with(planting: Planting, counted: Callable[[float], float]) -> None:
     """Move the server's variates by another share than that of the cohort."""
-    sound = strategies.server.treatment.close_corrected
+    sound = strategies.steps.scaffold.close_corrected
 
     def close(*given: Any) -> Tree:
         *before, share = given
         return sound(*before, counted(share))
 
-    planting.put(strategies.server.treatment, "close_corrected", close)
+    planting.put(strategies.steps.scaffold, "close_corrected", close)
 
 
 @defect(

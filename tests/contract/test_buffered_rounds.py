@@ -40,7 +40,7 @@ from fedraclora.tree import Layout, Tree
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link, term_bytes
 from strategies.buffered import BufferedStrategy
 from strategies.server.buffer import read_batches
-from strategies.server.treatment import Treatment
+from strategies.steps.settings import RoundSettings
 
 Variant = tuple[str, dict[str, Any]]
 SEED, COHORT = 1, 4
@@ -206,7 +206,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
     rough = replace(UNEVEN, drop_out=0.3)
 
     def play(rounds: int, folder: Path | None = None, **more: Any) -> Run:
-        beside = {} if rule is None else {"treatment": Treatment(optimiser=rule)}
+        beside = {} if rule is None else {"treatment": RoundSettings(optimiser=rule)}
         return go(world, (name, {}), rounds, folder=folder, system=rough, **beside, **more)
 
     whole = play(7)
@@ -226,13 +226,13 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
     [
         (("flora_stacking", {}), {}, "each client's own update"),
         (("fedsa_lora", {}), {}, "stays at each client"),
-        (("fed_rac_lora", {"sketches": 2}), {}, "other things of each client"),
+        (("fed_rac_lora", {"sketches": 2}), {}, "other things to train at each client"),
         (("fed_rac_lora", {"resample_every": 2}), {}, "merges in every round"),
         (("rolora", {}), {}, "merges in every round"),
         (("fed_rac_lora", {}), {"aggregator": Median()}, "aggregator=median"),
         (
             ("fed_rac_lora", {}),
-            {"treatment": Treatment(optimiser=Momentum(space="factors"))},
+            {"treatment": RoundSettings(optimiser=Momentum(space="factors"))},
             "space=factors",
         ),
     ],

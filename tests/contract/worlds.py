@@ -7,7 +7,7 @@ whole way through Flower messages and local training.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -61,7 +61,9 @@ from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
 from strategies.server.loop import LoopConfig
-from strategies.server.treatment import Treatment
+from strategies.server.round_step import RoundStep
+from strategies.steps.order import round_steps
+from strategies.steps.settings import RoundSettings
 from strategies.wiring import wire
 
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
@@ -502,9 +504,10 @@ def run(
     folder: Path | None = None,
     resume: bool = False,
     max_failures: int = 0,
-    treatment: Treatment | None = None,
+    treatment: RoundSettings | None = None,
     system: SystemConfig | None = None,
     kind: type[FedStrategy] | None = None,
+    steps: Sequence[RoundStep] = (),
 ) -> Run:
     """Run a method from start to end as `fedraclora simulate` does, with its one strategy."""
     loop = LoopConfig(
@@ -520,7 +523,7 @@ def run(
     engine = Recording(arrange)
     device = torch.device("cpu")
     trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
-    treatment = treatment or Treatment(aggregator, attack or Attack())
+    treatment = treatment or RoundSettings(aggregator, attack or Attack())
     security = treatment.security
     terms = Terms(security, weights) if isinstance(security, SecAgg) else None
     parts = replace(EngineParts.of(trainer, loop.cohort), terms=terms)
@@ -533,7 +536,7 @@ def run(
         evaluate=lambda w: {"loss": world.loss(personal(wired.strategy, parts.store, w))},
         recorder=RunRecorder(folder, every=1, sync=False, store=parts.store),
         resume=resume,
-        treatment=treatment,
+        steps=[*round_steps(treatment, local), *steps],
         system=system,
         kind=kind,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -20,8 +20,8 @@ from fedraclora.wire.secagg import (
     text_bytes,
 )
 from strategies.server.exchange import Exchange
+from strategies.server.round_step import Ask
 
-Ask = Callable[[Iterable[Message]], Iterable[Message]]
 Check = Callable[[int, Any, Any], None]
 Factors = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not
 LONGEST_REASON = 500  # characters of what a client says of its failure
