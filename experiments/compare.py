@@ -5,7 +5,7 @@
 RUN is the folder of a run or of a sweep. Runs that differ in nothing but seed and output folder
 are one group. Groups are ranked by the metric; runs that diverged, or are unfinished, are named and
 have no rank; broken ones are left out. With ``experiment=STUDY`` the runs are made first:
-`experiments.compare_study`.
+`experiments.study.ranking`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.compare_study import compare_study, is_study
 from experiments.groups import Group, group_runs, values
 from experiments.interrupt import in_order
 from experiments.reports import Run, find_runs, read_run
 from experiments.status import reported
+from experiments.study.ranking import compare_study, is_study
 from experiments.tables import Table
 from fedraclora.errors import CheckpointError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
@@ -69,8 +69,7 @@ def compare(
     )
     table = Table(tuple(columns), cells, tuple(records), tuple(notes), texts=2)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table.markdown(), encoding="utf-8")
-    table.write_csv(out / "table.csv")
+    table.write(out, "table")
     ledgers = {group.title: [run.rows for run in group.runs] for group in groups}
     compare_figure(ledgers, metric, out / "compare.png")
     return table

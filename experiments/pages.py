@@ -18,13 +18,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiments import RESULTS
 from experiments.bench.table import side_by_side, tables
 from experiments.methods_page import board, methods
 from experiments.tables import Cells, Table, read_table
 from fedraclora.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(
     r"(?P<head><!-- (?P<kind>table|beside|board|methods|bench)(?P<words>.*?) -->\n)"
@@ -63,7 +63,7 @@ def _made(found: re.Match[str], results: Path) -> str:
     else:
         wanted = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
         raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {wanted}")
-    return _markdown(cells)
+    return Table.of(cells).markdown()
 
 
 def _bench(workloads: str, rows: list[str], folder: Path) -> str:
@@ -108,10 +108,6 @@ def _title(row: Mapping[str, str], column: str) -> str:
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
-
-
-def _markdown(cells: Cells) -> str:
-    return Table(tuple(cells[0]), tuple(tuple(row.values()) for row in cells), ()).markdown()
 
 
 def main() -> None:

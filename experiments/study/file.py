@@ -53,7 +53,7 @@ class Study:
         target: A value of the metric; a leaderboard says what it takes to reach it.
         varied: Config keys that rows differ in although all rows of a comparison share them
             (`experiments.study.same`).
-        best: Rows to take over from another study by their results (`experiments.leaderboard`).
+        best: Rows to take over from another study by their results (`experiments.study.entries`).
         fixed: Values that another study has tuned, by row, in place of the grid's.
     """
 
@@ -69,7 +69,7 @@ class Study:
     reported: Mapping[str, float] = field(default_factory=dict)
     target: float | None = None
     varied: Sequence[str] = ()
-    best: Mapping[str, object] | None = None
+    best: Mapping[str, Any] | None = None
     fixed: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod

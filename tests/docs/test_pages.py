@@ -11,7 +11,7 @@ import pytest
 from experiments import deploy
 from experiments.bench.config import parse
 from experiments.choices import composed
-from experiments.compare_study import chosen, find
+from experiments.study.ranking import chosen, find
 from experiments.theory.config import TheoryConfig
 from experiments.words import key_values
 from fedraclora.config.run_config import from_plain
