@@ -53,7 +53,8 @@ def _made(found: re.Match[str], results: Path) -> str:
     if found["kind"] == "board":
         return board(head, results)
     if found["kind"] == "bench":
-        return _bench(head, rest, results / "bench") + "\n"
+        folder = results / "bench"
+        return side_by_side(folder, _words(head), _words(rest[0])) if head else tables(folder)
     if found["kind"] == "table":
         cells = read_table(results / head)
         if rest:
@@ -64,12 +65,6 @@ def _made(found: re.Match[str], results: Path) -> str:
         wanted = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
         raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {wanted}")
     return Table.of(cells).markdown()
-
-
-def _bench(workloads: str, rows: list[str], folder: Path) -> str:
-    if not workloads:
-        return tables(folder)
-    return side_by_side(folder, _words(workloads), _words(", ".join(rows)))
 
 
 def _beside(file: str, column: str, names: list[str], results: Path) -> Cells:

@@ -8,7 +8,8 @@ end at the same weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -75,6 +76,23 @@ class Workload:
         few = data.gather(first, torch.arange(2, device=device)[None])
         model = self.model().to(device)
         return Task(model, (self.head,), "cross_entropy", ("accuracy",), data, few)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload on a device; its data are built once, when a row asks for them."""
+
+    workload: Workload
+    device: torch.device
+
+    @cached_property
+    def task(self) -> Task:
+        """The task that the rows share."""
+        return self.workload.task(self.device)
+
+    def of(self, clients: int) -> Case:
+        """The same with another population."""
+        return Case(replace(self.workload, clients=clients), self.device)
 
 
 def divided(samples: Samples, clients: int) -> Partitioned:

@@ -15,10 +15,10 @@ from pretend import NAME, Card
 from experiments.bench.command import run
 from experiments.bench.config import parse
 from experiments.bench.report import Report
-from experiments.bench.rows import BUILDERS, Case
+from experiments.bench.rows import BUILDERS
 from experiments.bench.table import tables
 from experiments.bench.usage import Laps
-from experiments.bench.workloads import WORKLOADS, Workload, mlp, vectors
+from experiments.bench.workloads import WORKLOADS, Case, Workload, mlp, vectors
 from fedraclora.training.cohort import CohortTrainer
 
 ROWS = ("vectorised", "bf16", "central", "inline", "idle", "fedavg", "loop", "pfl")
