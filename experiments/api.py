@@ -10,6 +10,7 @@ from experiments.simulate import carry_out, choose
 from experiments.values import config_of
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
+from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.folder import has_begun
 from strategies import METHODS
@@ -77,8 +78,7 @@ def simulate(
     if not isinstance(resume, bool):
         raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
     plain, typed = config_of(choices, keys)
-    output = plain.get("output")
-    output = dict(output) if isinstance(output, Mapping) else {}
+    output = section(plain, "output")
     place = place_of(plain, output, folder)
     if place is None:
         if resume:

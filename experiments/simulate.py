@@ -26,6 +26,7 @@ from experiments.resume import go_on, is_done
 from experiments.status import composing, reported, tell
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
+from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, number
@@ -126,11 +127,10 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
     wanted = plain.get("resume")
     if not isinstance(wanted, str | None):
         raise ConfigError(f"resume is {wanted!r}; the folder of a run, auto or null is wanted")
-    output = plain["output"] if isinstance(plain["output"], dict) else {}
     if wanted not in {None, "auto"}:
         folder = Path(str(wanted)).expanduser()
         return go_on(folder, read_config(folder), plain, typed), folder, True
-    plain, folder = settled(plain), folders.run_folder(output, sweep_job)
+    plain, folder = settled(plain), folders.run_folder(section(plain, "output"), sweep_job)
     if wanted == "auto" and (folder / "config.yaml").is_file():
         return go_on(folder, read_config(folder), plain, None), folder, True
     refuse_existing(folder)

@@ -209,7 +209,7 @@ def test_the_regression_is_the_quadratic_of_the_paper() -> None:
 
 def test_full_training_and_rac_lora_get_there_where_asymmetric_lora_does_not() -> None:
     gaps = {
-        m: example.run(example.LocalResult(m, 1.0, 20, 0))[-1]
+        m: example.run(example.Trial(m, 1.0, 20, 0))[-1]
         for m in ("full", "RAC-LoRA", "asymmetric LoRA")
     }
     assert gaps["full"] < 1e-10
@@ -218,7 +218,7 @@ def test_full_training_and_rac_lora_get_there_where_asymmetric_lora_does_not() -
 
 
 def test_paths_that_diverge_are_counted() -> None:
-    trials = [example.LocalResult("LoRA", 1.0, 2, seed) for seed in range(3)]
+    trials = [example.Trial("LoRA", 1.0, 2, seed) for seed in range(3)]
     gaps = [np.array(g) for g in ([2.0, 1.0, 0.5], [2.0, np.inf, np.inf], [2.0, 1.5, 0.7])]
     (found,) = example.summarise(trials, gaps)
     assert (found.seeds, found.diverged) == (3, 1)
