@@ -6,3 +6,5 @@ import fedraclora  # noqa: F401 (first: it sets what Flower and Ray read when th
 
 CONF = Path(__file__).resolve().parents[1] / "conf"  # the files that Hydra composes
 RESULTS = Path(__file__).parent / "results"  # of record, a folder each
+
+Plain = dict[str, object]  # a config as plain values, nested

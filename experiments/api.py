@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from experiments import Plain
 from experiments.resume import is_done
 from experiments.simulate import carry_out, choose
 from experiments.values import config_of
@@ -19,7 +20,6 @@ from strategies.server.rows import Row
 
 __all__ = ["Run", "simulate"]
 
-Plain = dict[str, object]
 OF_MEMORY = ("output.dir", "output.progress")  # keys of `output` that a run in memory reads
 
 

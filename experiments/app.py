@@ -8,8 +8,9 @@ import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments import Plain
 from experiments.resume import is_done
-from experiments.simulate import Plain, report
+from experiments.simulate import report
 from fedraclora.config.build import BuiltTask, build_task
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section

@@ -69,15 +69,16 @@ def _made(found: re.Match[str], results: Path) -> str:
 
 def _beside(file: str, column: str, names: list[str], results: Path) -> Cells:
     """One column of several studies: a row per method, in the order in which methods appear."""
-    folders = {title: name or title for title, _, name in (n.partition("=") for n in names)}
-    studies = {title: read_table(results / name / file) for title, name in folders.items()}
-    methods = list(dict.fromkeys(row["method"] for rows in studies.values() for row in rows))
-    values = {
-        title: {row["method"]: _chosen(row, [column])[_title(row, column)] for row in rows}
-        for title, rows in studies.items()
-    }
+    studies = {}
+    for name in names:
+        title, _, folder = name.partition("=")
+        rows = read_table(results / (folder or title) / file)
+        studies[title] = {
+            row["method"]: _chosen(row, [column])[_title(row, column)] for row in rows
+        }
+    methods = dict.fromkeys(method for values in studies.values() for method in values)
     return [
-        {"method": method} | {title: values[title].get(method, "") for title in studies}
+        {"method": method} | {title: values.get(method, "") for title, values in studies.items()}
         for method in methods
     ]
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from experiments import Plain
 from fedraclora.config.build import pick_device
 from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
 from fedraclora.config.schema import section
@@ -15,8 +16,6 @@ from fedraclora.run.digests import known_data
 from fedraclora.run.folder import is_finished, read_summary
 from fedraclora.run.recorder import stands_at, stored_device
 from fedraclora.weights.files import difference, flatten
-
-Plain = dict[str, object]
 
 
 def go_on(

@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clients.engines import engine_of
-from experiments import folders
-from experiments.choices import CONF
+from experiments import CONF, Plain, folders
 from experiments.interrupt import in_order
 from experiments.overrides import flags_first, in_plain_words, key_of, plain_of, without_idle
 from experiments.progress import RunProgress
@@ -34,7 +33,6 @@ from strategies import METHODS
 from strategies.outcome import Run, execute
 from strategies.server.rows import Row
 
-Plain = dict[str, object]
 FAILED: list[str] = []
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
 
@@ -153,21 +151,24 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
 def main() -> int:
     """Run what the command line asks for."""
     FAILED.clear()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra reports errors itself, in ways of its own
-    sys.argv[1:] = flags_first(sys.argv[1:])
-    with composing(), in_plain_words(sys.argv[1:]):
-        compose_and_run()
+    with composing():
+        by_hydra(sys.argv[1:])
     return 1 if FAILED else 0
+
+
+def by_hydra(words: Sequence[str]) -> None:
+    """Have Hydra compose what the words ask for, and run it."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra reports errors itself, in ways of its own
+    sys.argv[1:] = flags_first(words)
+    with in_plain_words(words):
+        compose_and_run()
 
 
 def shown(words: Sequence[str]) -> bool:
     """Print what a command would compose, if its words ask Hydra for that (``--cfg job``)."""
     if not any(word.partition("=")[0] in SHOWS for word in words):
         return False
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = flags_first(words)
-    with in_plain_words(words):
-        compose_and_run()
+    by_hydra(words)
     return True
 
 

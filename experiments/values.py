@@ -8,13 +8,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.choices import CONF, composed
+from experiments import CONF, Plain
+from experiments.choices import composed
 from experiments.overrides import key_of
 from experiments.resume import laid_over
 from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError
 
-Plain = dict[str, object]
 BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are
 ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")  # in the keys of a mapping, which have no quotes
 NOT_STRINGS = {"null", "true", "false", "nan", "inf"}

@@ -59,7 +59,7 @@ class Study:
 
     experiment: str | None
     metric: str
-    grid: Mapping[str, object]
+    grid: Mapping[str, Any]
     final: Mapping[str, object]
     rows: Mapping[str, Sequence[str]]
     text: str
@@ -166,8 +166,7 @@ class Study:
         """Give the coarse grid of a row: the values of the grid, times the row's own scale."""
         if self.fixed:
             return [self.fixed[row]]
-        scale = self.grid.get("scale", {})
-        factor = float(str(scale.get(row, 1))) if isinstance(scale, Mapping) else 1.0
+        factor = float(self.grid.get("scale", {}).get(row, 1))
         return [round(factor * float(str(v)), 9) for v in _list(self.grid["values"])]
 
     def refined(self, best: float) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from experiments.bench.workloads import WORKLOADS, Case, Workload, mlp, vectors
 from fedraclora.training.cohort import CohortTrainer
 
 ROWS = ("vectorised", "bf16", "central", "inline", "idle", "fedavg", "loop", "pfl")
-SMALL = Workload("6 clients", 6, 1, mlp(7, 5, 3), vectors(7, 3), "fc2", ROWS, samples=8, batch=4)
+SMALL = Workload(
+    "6 clients", 6, 1, mlp(7, 5, 3), partial(vectors, 7, 3), "fc2", ROWS, samples=8, batch=4
+)
 THERE, HERE = torch.device("cuda"), torch.device("cpu")
 FITS = 20  # clients, on the pretended card
 

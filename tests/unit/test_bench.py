@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,15 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
 
 TINY = Workload(
-    "6 clients", 6, 2, mlp(7, 5, 3), vectors(7, 3), "fc2", ("fedavg", "loop"), samples=8, batch=4
+    "6 clients",
+    6,
+    2,
+    mlp(7, 5, 3),
+    partial(vectors, 7, 3),
+    "fc2",
+    ("fedavg", "loop"),
+    samples=8,
+    batch=4,
 )
 CPU = torch.device("cpu")
 ROWS = {
