@@ -25,7 +25,7 @@ from experiments.progress import RunProgress
 from experiments.record import Record
 from experiments.simulate import choose, shown
 from experiments.status import reported
-from experiments.words import key_values
+from experiments.words import part
 from fedraclora.config.schema import section
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.deploy.control import COMPLETED, PAUSE, Connection
@@ -190,12 +190,6 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | No
         )
 
 
-def parted(words: Sequence[str]) -> tuple[dict[str, object], list[str]]:
-    """Part the words of this command, by key, from the others."""
-    own = [word for word in words if word.partition("=")[0] in OWN]
-    return key_values(own), [word for word in words if word not in own]
-
-
 def where(own: Mapping[str, object]) -> tuple[str, int | None]:
     """Give the name of the connection, or the number of nodes on this machine.
 
@@ -223,7 +217,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    own, rest = parted(words)
+    own, rest = part(words, OWN)
     if shown(deployed(rest, own.get("local"))):
         return 0
     name, local = where(own)

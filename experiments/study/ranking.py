@@ -31,7 +31,7 @@ from experiments.study.file import Study
 from experiments.study.leaderboard import write_leaderboard
 from experiments.study.run import run_study
 from experiments.study.tuning import tuned_by
-from experiments.words import key_values
+from experiments.words import key_values, part
 from fedraclora.errors import ConfigError, unknown
 
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -53,9 +53,8 @@ def compare_study(words: Sequence[str], results: Path = RESULTS) -> None:
     Raises:
         ConfigError: For a word, a study or a row that is not known.
     """
-    overrides = [word for word in words if word.partition("=")[0] not in KEYS]
+    said, overrides = part(words, KEYS)
     key_values(overrides)  # each is KEY=VALUE
-    said = key_values([word for word in words if word not in overrides])
     name = str(said["experiment"])
     study = chosen(find(name), said, overrides, results)
     out = Path(str(said.get("out", Path("runs/compare") / Path(name).stem)))
