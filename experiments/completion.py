@@ -41,8 +41,8 @@ def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
     if typed[0] == "deploy":
         rest = NODES.sub(" ", rest)
     os.environ["COMP_LINE"] = f"{program} {rest.lstrip()}"
-    folders = [word for named in part_folders(typed)[0][:1] if named[1] for word in named]
-    return [*folders, FLAGS[0], *words]
+    named = [pair for pair in part_folders(typed)[0] if pair[1]]  # Hydra takes one
+    return [*(named[0] if named else ()), FLAGS[0], *words]
 
 
 def part_folders(words: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
