@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiments import RESULTS
 from experiments.bench.table import side_by_side, tables
 from experiments.methods_page import board, methods
 from experiments.tables import Cells, Table, read_table
@@ -25,7 +26,6 @@ from fedraclora.errors import ConfigError
 from strategies.steps.conflicts import CONFLICTS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(
     r"(?P<head><!-- (?P<kind>table|beside|board|methods|bench|conflicts)(?P<words>.*?) -->\n)"
@@ -57,7 +57,8 @@ def _made(found: re.Match[str], results: Path) -> str:
     if found["kind"] == "board":
         return board(head, results)
     if found["kind"] == "bench":
-        return _bench(head, rest, results / "bench") + "\n"
+        folder = results / "bench"
+        return side_by_side(folder, _words(head), _words(rest[0])) if head else tables(folder)
     if found["kind"] == "table":
         cells = read_table(results / head)
         if rest:
@@ -67,26 +68,21 @@ def _made(found: re.Match[str], results: Path) -> str:
     else:
         wanted = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
         raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {wanted}")
-    return _markdown(cells)
-
-
-def _bench(workloads: str, rows: list[str], folder: Path) -> str:
-    if not workloads:
-        return tables(folder)
-    return side_by_side(folder, _words(workloads), _words(", ".join(rows)))
+    return Table.of(cells).markdown()
 
 
 def _beside(file: str, column: str, names: list[str], results: Path) -> Cells:
     """One column of several studies: a row per method, in the order in which methods appear."""
-    folders = {title: name or title for title, _, name in (n.partition("=") for n in names)}
-    studies = {title: read_table(results / name / file) for title, name in folders.items()}
-    methods = list(dict.fromkeys(row["method"] for rows in studies.values() for row in rows))
-    values = {
-        title: {row["method"]: _chosen(row, [column])[_title(row, column)] for row in rows}
-        for title, rows in studies.items()
-    }
+    studies = {}
+    for name in names:
+        title, _, folder = name.partition("=")
+        rows = read_table(results / (folder or title) / file)
+        studies[title] = {
+            row["method"]: _chosen(row, [column])[_title(row, column)] for row in rows
+        }
+    methods = dict.fromkeys(method for values in studies.values() for method in values)
     return [
-        {"method": method} | {title: values[title].get(method, "") for title in studies}
+        {"method": method} | {title: values.get(method, "") for title, values in studies.items()}
         for method in methods
     ]
 
@@ -112,10 +108,6 @@ def _title(row: Mapping[str, str], column: str) -> str:
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
-
-
-def _markdown(cells: Cells) -> str:
-    return Table(tuple(cells[0]), tuple(tuple(row.values()) for row in cells), ()).markdown()
 
 
 def main() -> None:

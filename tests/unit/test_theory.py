@@ -15,15 +15,14 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from experiments.theory.bounds import (
-    Given,
+from experiments.theory.bounds.descent import Given
+from experiments.theory.bounds.logistic import logistic_pl
+from experiments.theory.bounds.spectrum import of_downlink, over_layers
+from experiments.theory.bounds.theorems import (
     cover,
     federated,
     gd,
     local_step_limit,
-    logistic_pl,
-    of_downlink,
-    over_layers,
     reshuffling,
     sampling,
     sgd,
