@@ -11,6 +11,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedraclora.aggregation.base import Aggregator
 from fedraclora.aggregation.robust import AGGREGATORS
@@ -42,6 +43,7 @@ from fedraclora.data import DATASETS, PARTITIONS
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest, unknown
 from fedraclora.evaluation.metrics import METRICS
+from fedraclora.limits import Count, Limit, Limited, Whole, choice_of
 from fedraclora.models import MODELS
 from fedraclora.privacy.client_level import PRIVACIES, Privacy
 from fedraclora.privacy.secagg import SECURES, Open, SecAgg
@@ -52,6 +54,13 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import PRECISIONS
 
 DEVICES = ("auto", "cpu", "cuda")
+Cohort = Annotated[
+    int | float,
+    Limit(
+        "a number of clients, or a fraction in (0, 1],",
+        lambda value: value > 0 and (isinstance(value, int) or value <= 1),
+    ),
+]
 NOT_IN_DIGEST = ("output", "resume")
 # Of an engine, what decides bits: neither where its workers are nor how many.
 ENGINE_IN_DIGEST = ("chunk", "threads")
@@ -69,7 +78,7 @@ def digested(plain: Plain) -> dict[str, object]:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Limited):
     """What every process that trains clients must know: data, model and local training.
 
     Attributes:
@@ -97,19 +106,19 @@ class TaskConfig:
     engine: EngineConfig
     pretrain: PretrainConfig
     attack: Attack
-    clients: int | None
-    cohort: int | float
+    clients: Count | None
+    cohort: Cohort
     seed: int
-    device: str
-    precision: str
-    head: str
-    bias: str
+    device: Annotated[str, choice_of(DEVICES)]
+    precision: Annotated[str, choice_of(PRECISIONS)]
+    head: Annotated[str, choice_of(HEAD_POLICIES)]
+    bias: Annotated[str, choice_of(BIAS_POLICIES)]
     targets: str | list[str] | None
     dense: str | list[str] | None
-    weights: str
+    weights: Annotated[str, choice_of(WEIGHTINGS)]
     privacy: Privacy
     secure: Open
-    max_failures: int
+    max_failures: Whole
     system: SystemConfig
 
 
@@ -134,7 +143,7 @@ class RunConfig(TaskConfig):
     dora: bool
     evaluate: EvaluateConfig
     output: OutputConfig
-    rounds: int
+    rounds: Whole
     aggregator: Aggregator
     server_optimiser: ServerOptimiser
     control_variates: bool
@@ -328,14 +337,6 @@ def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
 
 def _check(config: RunConfig) -> None:
     """Check what no single group can know."""
-    if config.rounds < 0:
-        raise ConfigError(f"rounds is {config.rounds}; 0 or more is wanted")
-    if config.clients is not None and config.clients < 1:
-        raise ConfigError(f"clients is {config.clients}; 1 or more is wanted")
-    if not config.cohort > 0 or (isinstance(config.cohort, float) and config.cohort > 1):
-        raise ConfigError(
-            f"cohort is {config.cohort}; a number of clients, or a fraction in (0, 1], is wanted"
-        )
     if config.clients is not None and config.cohort > config.clients:
         raise ConfigError(
             f"cohort is {config.cohort}, but there are only {config.clients} clients; "
@@ -343,23 +344,9 @@ def _check(config: RunConfig) -> None:
         )
     if isinstance(config.engine, DeployConfig):
         _check_deployed(config, config.engine)
-    if config.max_failures < 0:
-        raise ConfigError(f"max_failures is {config.max_failures}; 0 or more is wanted")
-    choices: dict[str, Iterable[str]] = {
-        "device": DEVICES,
-        "precision": PRECISIONS,
-        "weights": WEIGHTINGS,
-        "head": HEAD_POLICIES,
-        "bias": BIAS_POLICIES,
-    }
-    for key, known in choices.items():
-        if getattr(config, key) not in known:
-            raise unknown(key, getattr(config, key), known)
     measured = [*METRICS, "gap", *(f"personal_{name}" for name in METRICS)]
     if config.stop.metric not in measured:
         raise unknown("stop.metric", config.stop.metric, measured)
-    if config.output.checkpoint_every < 1:
-        raise ConfigError("output.checkpoint_every must be 1 or more")
 
 
 def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:

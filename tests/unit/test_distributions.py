@@ -114,7 +114,7 @@ def test_extremes_stay_finite() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("constant", {"value": 0.0}, "value is 0.0; a finite number above 0"),
+        ("constant", {"value": 0.0}, "value is 0.0; a positive finite number is wanted"),
         ("constant", {"value": math.inf}, "value is inf"),
         ("uniform", {"low": -1.0, "high": 2.0}, "low is -1.0"),
         ("uniform", {"low": 3.0, "high": 2.0}, r"high is 2.0; low \(3.0\) or more"),
