@@ -29,11 +29,13 @@ class Limit:
         wanted: What they are, for messages.
         holds: Whether a value is within; it is asked about values of the annotated type.
         choices: The words that a setting may be, where it is one of a few.
+        key: Of the setting, where it is none of its group.
     """
 
     wanted: str
     holds: Callable[[typing.Any], bool]
     choices: Collection[str] = ()
+    key: str = ""
 
     def refuse(self, key: str, value: object, kind: object, null: str) -> None:
         """Refuse a value that is beyond the limit, or not of the kind of number that is wanted.
@@ -41,6 +43,7 @@ class Limit:
         Raises:
             ConfigError: Naming the key; for a choice, all choices and the nearest one.
         """
+        key = self.key or key
         number = {int: Integral, float: Real}.get(typing.cast("type", kind))
         fits = number is None or (isinstance(value, number) and not isinstance(value, bool))
         if fits and self.holds(value):
@@ -146,9 +149,9 @@ def _check(key: str, value: object, hint: object, null: str = "") -> None:
         for limit in hint.__metadata__:
             limit.refuse(key, value, arguments[0], null)
     elif isinstance(value, list | tuple):
-        for element in value:
+        for place, element in enumerate(value):
             for inner in arguments:
-                _check(key, element, inner)
+                _check(f"{key}[{place}]", element, inner)
     elif value is not None:
         null = ", or null," if type(None) in arguments else ""
         for option in arguments:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import DataSet
+from fedraclora.data.dataset import Clients, DataSet
 from fedraclora.data.partitioners import class_labels
 from fedraclora.data.samples import Samples
-from fedraclora.data.virtual_clients import ClientLaw, check_law, make_law, pick
+from fedraclora.data.virtual_clients import ClientLaw, Sizes, make_law, pick
+from fedraclora.limits import Count, NotNegative, Positive, limited
 from fedraclora.rng import generator, hash_key
 
 
@@ -66,15 +67,16 @@ class Resampled:
         )
 
 
+@limited("partition")
 def bootstrap(
     data: DataSet,
     *,
-    clients: int,
+    clients: Clients,
     seed: int,
-    samples: int,
-    alpha: float | None = None,
-    sizes: str = "constant",
-    spread: float = 0.0,
+    samples: Count,
+    alpha: Positive | None = None,
+    sizes: Sizes = "constant",
+    spread: NotNegative = 0.0,
 ) -> Resampled:
     """Draw each client's rows with replacement, so that there can be any number of clients.
 
@@ -93,9 +95,6 @@ def bootstrap(
     Raises:
         ConfigError: If a number is out of range, or ``alpha`` is set and there are no classes.
     """
-    check_law(
-        "partition", clients=clients, alpha=alpha, samples=samples, sizes=sizes, spread=spread
-    )
     labels = np.zeros(len(data.train), dtype=np.int64)
     if alpha is not None:
         labels = np.asarray(class_labels(data))

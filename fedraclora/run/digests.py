@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fedraclora.data.locate import resolve
+from fedraclora.data.locate import file_digest, resolve
 from fedraclora.errors import CheckpointError, ConfigError, DataError
 from fedraclora.weights.files import replacing
 
@@ -134,7 +134,7 @@ def data_files(data: Mapping[str, object]) -> dict[str, dict[str, str]]:
     ``data.root``, whose data sets are known by their own digests.
     """
     return {
-        key: {path.name: _file_digest(path) for path in paths}
+        key: {path.name: file_digest(path) for path in paths}
         for key, value in data.items()
         if (paths := [*_paths(key, value, data.get("root"))])
     }
@@ -156,11 +156,6 @@ def _paths(key: str, value: object, root: object) -> Iterator[Path]:
 def _owner(key: str, name: str) -> str:
     number = name.partition(".")[0]
     return f", the samples of client {number}," if key == "samples" and number.isdecimal() else ""
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text_digest(text: bytes) -> str:
