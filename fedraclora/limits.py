@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, ParamSpec, TypeVar
 
+from typing_extensions import override
+
 from fedraclora.errors import ConfigError, unknown
 
 P = ParamSpec("P")
@@ -89,6 +91,7 @@ class Limited:
 
     group = ""
 
+    @override
     def __init_subclass__(cls, *, group: str | None = None) -> None:
         super().__init_subclass__()
         cls.group = cls.group if group is None else group

@@ -22,10 +22,7 @@ from fedraclora.config.schema import (
     Plain,
     bind,
     build,
-    checked_arguments,
     coerce,
-    refuse_missing,
-    row_of,
     section,
     without,
 )
@@ -38,7 +35,7 @@ from fedraclora.config.settings import (
     PretrainConfig,
     StopConfig,
 )
-from fedraclora.config.unread import Groups, refuse_unread
+from fedraclora.config.unread import refuse_unread
 from fedraclora.data import DATASETS, PARTITIONS
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest, unknown
@@ -154,6 +151,11 @@ class RunConfig(TaskConfig):
         """The part of the config that decides the result."""
         return digested(self.plain)
 
+    @property
+    def trained_in_full(self) -> bool:
+        """Whether ``head``, ``bias`` or ``dense`` have layers trained in full."""
+        return self.head in {"average", "local"} or self.bias == "average" or bool(self.dense)
+
 
 # Groups of one kind each; a name says which of the files it is.
 KINDS: dict[str, Callable[..., object]] = {
@@ -221,7 +223,7 @@ def from_plain(
     config = RunConfig(method=method, **_fields(RunConfig, plain))  # type: ignore[arg-type]
     _check(config)
     if not began:
-        refuse_unread(_groups(config))
+        refuse_unread(config)
     return config
 
 
@@ -256,22 +258,6 @@ def _keys(group: object) -> list[str]:
     return [str(key) for key in group] if isinstance(group, Mapping) else []
 
 
-def _groups(config: RunConfig) -> Groups:
-    """Give the groups that say which keys are read."""
-    in_full = config.head in {"average", "local"} or config.bias == "average"
-    return Groups(
-        method=config.method,
-        allocation=config.allocation,
-        local=config.local,
-        pretrain=config.pretrain,
-        attack=config.attack,
-        evaluate=config.evaluate,
-        stop=config.stop,
-        trained_in_full=in_full or bool(config.dense),
-        local_head=config.head == "local",
-    )
-
-
 def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     """Read the fields of a config class, the method left out, from the keys of their names.
 
@@ -288,9 +274,8 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
             continue
         try:
             if key in KINDS:
-                group = section(plain, key)
-                group = without(group, "name") if key in NAMED else group
-                found[key] = build(key, KINDS[key], group)
+                beside = ("name",) if key in NAMED else ()
+                found[key] = build(key, KINDS[key], without(section(plain, key), *beside))
             elif key in ROWS:
                 found[key] = bind(key, ROWS[key], section(plain, key))()
             elif key in TABLES:
@@ -307,10 +292,8 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
 
 def _checked_row(kind: str, group: Plain) -> Plain:
     """Hold a group against its row, which is called once it is known what else it is given."""
-    row = row_of(kind, TABLES[kind], group.get("name"))
-    rest = without(group, "name", *BESIDE.get(kind, ()))
-    checked_arguments(kind, row, rest)
-    refuse_missing(kind, row, {*rest, *GIVEN[kind]})
+    own = without(group, *BESIDE.get(kind, ()))
+    bind(kind, TABLES[kind], own, **dict.fromkeys(GIVEN[kind]))
     return group
 
 

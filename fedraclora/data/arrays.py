@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedraclora.data.dataset import DataSet, train_test
+from fedraclora.data.dataset import SHARE, DataSet, refuse_both, train_test
 from fedraclora.data.fit import Form, found_shape, gathered
 from fedraclora.data.idx import parse_idx, read_packed
-from fedraclora.data.labels import LOSSES, SHARE, Kind, class_names, supervised, target_of
+from fedraclora.data.labels import LOSSES, Kind, class_names, supervised, target_of
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.sources import read_arrays
@@ -73,18 +73,13 @@ def load_arrays(
     path = resolve(str(file or ""), key="data.file", root=root)
     arrays = read_folder(path) if path.is_dir() else read_file(path)
     source = f"data.file={file}"
+    refuse_both(test, test_share)
+    if "test_x" in arrays and (test or test_share):
+        key, value = ("test", test) if test else ("test_share", test_share)
+        raise ConfigError(f"data.{key}={value}, but {source} has test samples itself: leave it out")
     if test is not None:
-        if "test_x" in arrays or test_share is not None:
-            also = source if "test_x" in arrays else f"data.test_share={test_share}"
-            raise ConfigError(
-                f"data.test={test} names test samples, and {also} gives others: leave one out"
-            )
         other = read_file(resolve(test, key="data.test", root=root))
         arrays |= {"test_x": other["x"], "test_target": other["target"]}
-    elif "test_x" in arrays and test_share is not None:
-        raise ConfigError(
-            f"data.test_share={test_share}, but {source} has test samples itself: leave it out"
-        )
     names = _classes(arrays["target"], task, source)
     form = Form(None, LOSSES[task])
     train = form.fit(_samples(arrays["x"], arrays["target"], names, task, source), source)

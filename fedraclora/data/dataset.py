@@ -17,6 +17,7 @@ from fedraclora.rng import generator
 
 Rows = npt.NDArray[np.int64]
 Column = npt.NDArray[Any]
+SHARE = 0.2  # of the samples, held out where there are no test samples
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Dtype = Annotated[str, choice_of(DTYPES)]
 Clients = Annotated[int, Limit("1 or more", lambda value: value >= 1, key="clients")]
@@ -157,6 +158,19 @@ def divide(
             f"{'validate' if key == 'data.validation' else 'test'} on: choose another fraction"
         )
     return kept, held
+
+
+def refuse_both(test: str | None, test_share: float | None) -> None:
+    """Refuse two answers to the question what is measured on.
+
+    Raises:
+        ConfigError: If test samples are named, and a share is to be held out, too.
+    """
+    if test is not None and test_share is not None:
+        raise ConfigError(
+            f"data.test={test} names the test samples, and data.test_share={test_share} holds some "
+            "out: leave one of them out"
+        )
 
 
 def train_test(

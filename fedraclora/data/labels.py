@@ -18,7 +18,6 @@ from fedraclora.limits import choice_of
 METRICS = {"classification": ("accuracy", "loss"), "regression": ("pearson", "spearman", "loss")}
 LOSSES = {"classification": "cross_entropy", "regression": "squared_error"}
 Kind = Annotated[str, choice_of([*METRICS])]  # of a task
-SHARE = 0.2  # of the samples, held out where there are no test samples
 
 
 def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> list[str]:

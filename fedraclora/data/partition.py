@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -91,7 +90,6 @@ def make_partition(
     """
     if name not in PARTITIONS:
         raise unknown("partition", name, PARTITIONS)
-    _check_arguments(name, args)
     if data.on_demand and name not in {"given", "auto"}:
         raise ConfigError(
             f"partition={name} divides a table, but here each client has samples of its own, which "
@@ -148,19 +146,3 @@ def spread_clients(clients: int, most: int) -> torch.Tensor:
     """
     count = min(clients, most)
     return torch.arange(count) * (clients - 1) // max(1, count - 1)
-
-
-def _check_arguments(name: str, args: dict[str, Any]) -> None:
-    """Refuse arguments that the partition does not have, and miss none that it needs."""
-    known = {
-        key: parameter
-        for key, parameter in inspect.signature(PARTITIONS[name]).parameters.items()
-        if key not in {"data", "clients", "seed"}
-    }
-    for key in args:
-        if key not in known:
-            error = unknown("argument", key, [*known, "empty"])
-            raise ConfigError(f"partition.{key}: partition={name}: {error}")
-    for key, parameter in known.items():
-        if parameter.default is inspect.Parameter.empty and args.get(key) is None:
-            raise ConfigError(f"partition.{key} is not set, and partition={name} needs it")

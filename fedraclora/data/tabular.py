@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import DataSet, train_test
-from fedraclora.data.labels import SHARE, Kind, class_names, supervised, target_of
+from fedraclora.data.dataset import SHARE, DataSet, refuse_both, train_test
+from fedraclora.data.labels import Kind, class_names, supervised, target_of
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
@@ -66,11 +66,7 @@ def load_table(
         ConfigError: If a key is wrong, naming it.
         DataError: If a file is missing, or rows cannot be used.
     """
-    if test is not None and test_share is not None:
-        raise ConfigError(
-            f"data.test={test} names the test rows, and data.test_share={test_share} holds some "
-            "out: leave one of them out"
-        )
+    refuse_both(test, test_share)
     path = resolve(str(file or ""), key="data.file", root=root)
     frame = read_frame(path, _names(label, client), separator)
     named = _label(frame, label, path)

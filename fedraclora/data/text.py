@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedraclora.data.dataset import DataSet, divide
-from fedraclora.data.labels import SHARE, Kind, class_names, supervised, target_of
+from fedraclora.data.dataset import SHARE, DataSet, divide
+from fedraclora.data.labels import Kind, class_names, supervised, target_of
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.table import Named, read_columns
@@ -19,7 +20,7 @@ from fedraclora.limits import Count, Fraction, limited
 from fedraclora.rng import generator
 
 # Rows of a table: one column or two of text, the label and, where it is asked for, the client.
-Table = npt.NDArray[np.object_]
+Table = npt.NDArray[Any]
 
 
 @limited("data")
@@ -103,10 +104,10 @@ def load_text(
         table, held = table[rows], table[others]
     if subsample is not None:
         table = _subsample(table, subsample, split_seed)
-    names = class_names(table[:, count], values) if task == "classification" else []
+    names = class_names(table[:, count].tolist(), values) if task == "classification" else []
     encode = make_encoder(tokenizer, root=root, max_length=max_length)
     train, tested = (
-        Samples(encode(part[:, :count].T.tolist()), target_of(part[:, count], names, task))
+        Samples(encode(part[:, :count].T.tolist()), target_of(part[:, count].tolist(), names, task))
         for part in (table, held)
     )
     data = supervised(

@@ -158,7 +158,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"output__sync": None}, "output.sync is None; bool is wanted"),
         ({"rounds": -1}, "rounds is -1; 0 or more is wanted"),
         ({"rounds": 1.0}, "rounds is 1.0; int is wanted"),
-        ({"clients": 0}, "clients is 0; 1 or more is wanted"),
+        ({"clients": 0}, "clients is 0; 1 or more, or null, is wanted"),
         ({"cohort": 0}, "cohort is 0; a number of clients, or a fraction"),
         ({"cohort": -3}, "cohort is -3"),
         ({"cohort": 1.5}, "cohort is 1.5"),
@@ -219,6 +219,8 @@ def test_a_key_of_the_config_that_does_not_exist_is_refused(key: str, near: str)
         ({"data__rot": "x"}, "unknown key 'data.rot'; did you mean 'data.root'"),
         ({"model__hiden": [3]}, "unknown key 'model.hiden'; did you mean 'model.hidden'"),
         ({"partition__alpa": 1.0}, "unknown key 'partition.alpa'; did you mean 'partition.alpha'"),
+        ({"partition": {"name": "iid", "alpha": 1.0}}, "unknown key 'partition.alpha'"),
+        ({"partition": {"name": "dirichlet"}}, "partition.alpha is missing; float is wanted"),
     ],
 )
 def test_keys_of_data_model_and_partition_are_checked_with_the_others(

@@ -169,7 +169,6 @@ BAD = {
     ),
     "alpha": ({"name": "dirichlet", "alpha": 0.0}, "partition.alpha is 0.0; a positive"),
     "alpha word": ({"name": "fedslop", "alpha": "x"}, "partition.alpha is 'x'; a positive"),
-    "alpha unset": ({"name": "dirichlet"}, "partition.alpha is not set"),
     "min_size": ({"name": "dirichlet", "alpha": 1.0, "min_size": -1}, "partition.min_size is -1"),
     "min_size high": (
         {"name": "dirichlet", "alpha": 0.1, "min_size": 79},
@@ -197,7 +196,6 @@ BAD = {
     ),
     "least": ({"name": "natural", "column": "film", "least": 0}, "partition.least is 0"),
     "given": ({"name": "given"}, "brings no division"),
-    "argument": ({"name": "iid", "alpha": 1.0}, "partition.alpha: partition=iid.*unknown argument"),
 }
 
 
