@@ -7,6 +7,7 @@ module, where no mask can be keyed by client and step; hidden states are dropped
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,30 +22,9 @@ from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import Attention, Built, require_heads, require_input, seeded
 from fedraclora.models.dropout import refuse_idle_rate
 
-# The names that architectures give to dropout in their configurations.
-_HIDDEN_DROPOUT = (
-    "hidden_dropout_prob",
-    "classifier_dropout",
-    "dropout",
-    "seq_classif_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "hidden_dropout",
-    "pooler_dropout",
-    "classifier_dropout_prob",
-    "dropout_rate",
-    "summary_first_dropout",
-    "resid_dropout",
-    "embed_dropout",
-    "embedding_dropout",
-    "mlp_dropout",
-    "summary_last_dropout",
-)
-_ATTENTION_DROPOUT = (
-    "attention_probs_dropout_prob",
-    "attention_dropout",
-    "attn_pdrop",
-)
+# How architectures call rates of dropout in their configurations: hidden_dropout_prob, resid_pdrop,
+# dropout_rate, ...
+_DROPOUT = re.compile(r"(dropout|pdrop)(_prob|_rate)?")
 
 
 @limited("model")
@@ -184,10 +164,10 @@ def _built(model: Any) -> Built:
 
 
 def _set_dropout(config: Any, dropout: float) -> None:
-    for names, value in ((_HIDDEN_DROPOUT, dropout), (_ATTENTION_DROPOUT, 0.0)):
-        for name in names:
-            if hasattr(config, name):
-                setattr(config, name, value)
+    for name, rate in list(vars(config).items()):
+        if _DROPOUT.search(name) and not isinstance(rate, bool):
+            by_function = "att" in name or "activation" in name
+            setattr(config, name, 0.0 if by_function else dropout)
 
 
 def _cut_layers(config: Any, layers: int | None) -> None:
