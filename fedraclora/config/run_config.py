@@ -38,8 +38,7 @@ from fedraclora.config.settings import (
 from fedraclora.config.unread import refuse_unread
 from fedraclora.data import DATASETS, PARTITIONS
 from fedraclora.devices.system import SystemConfig
-from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest, unknown
-from fedraclora.evaluation.metrics import METRICS
+from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest
 from fedraclora.limits import Count, Limit, Limited, Whole, choice_of
 from fedraclora.models import MODELS
 from fedraclora.privacy.client_level import PRIVACIES, Privacy
@@ -327,9 +326,6 @@ def _check(config: RunConfig) -> None:
         )
     if isinstance(config.engine, DeployConfig):
         _check_deployed(config, config.engine)
-    measured = [*METRICS, "gap", *(f"personal_{name}" for name in METRICS)]
-    if config.stop.metric not in measured:
-        raise unknown("stop.metric", config.stop.metric, measured)
 
 
 def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
+from fedraclora.evaluation.metrics import METRICS
 from fedraclora.limits import (
     Count,
     Limit,
@@ -20,6 +21,7 @@ from fedraclora.limits import (
     choice_of,
 )
 
+MEASURED = (*METRICS, "gap", *(f"personal_{name}" for name in METRICS))
 MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends without a word
 Threads = Annotated[int, Limit(f"1 to {MOST_THREADS}", lambda count: 1 <= count <= MOST_THREADS)]
 Chunk = Annotated[
@@ -220,7 +222,7 @@ class StopConfig(Limited, group="stop"):
     ``metric``: of the validation split. ``patience``: evaluations without improvement; None: never.
     """
 
-    metric: str = "loss"
+    metric: Annotated[str, choice_of(MEASURED)] = "loss"
     patience: Count | None = None
 
 

@@ -187,7 +187,12 @@ class SystemConfig(Limited, group="system"):
 
         Arguments as for `timeline`; float64 [K] each.
         """
-        seconds = torch.zeros(len(clients), dtype=torch.float64)
+        seconds = self._seconds(seed, round_, clients, load)
+        return seconds, self._gone(seed, round_, clients, seconds)
+
+    def _seconds(self, seed: int, round_: int, clients: torch.Tensor, load: Load) -> torch.Tensor:
+        """Virtual seconds of each client, float64 [K]."""
+        total = torch.zeros(len(clients), dtype=torch.float64)
         for name, rate, unit, amount in (
             ("downlink", self.downlink, _MEGABYTE, load.down),
             ("speed", self.speed, 1.0, load.passes),
@@ -195,16 +200,22 @@ class SystemConfig(Limited, group="system"):
         ):
             if rate is not None:  # float64 first: a quotient of whole numbers would be float32
                 pace = unit * self._of_device(name, rate, seed, clients)
-                seconds += amount.to(torch.float64) / pace
+                total += amount.to(torch.float64) / pace
         if self.jitter:
             u = cohort_uniforms(hash_key(seed, "system/jitter", round_), clients)
-            seconds *= LogNormal(1.0, self.jitter).quantile(u)
-        gone = torch.full_like(seconds, math.inf)
-        if self.drop_out:
-            u = cohort_uniforms(hash_key(seed, "system/drop out", round_), clients)
-            # Below drop_out, u is uniform up to it: its share of it is the moment.
-            gone = torch.where(u < self.drop_out, seconds * (u / self.drop_out), gone)
-        return seconds, gone
+            total *= LogNormal(1.0, self.jitter).quantile(u)
+        return total
+
+    def _gone(
+        self, seed: int, round_: int, clients: torch.Tensor, seconds: torch.Tensor
+    ) -> torch.Tensor:
+        """Virtual seconds after which each client vanishes, inf where it stays; float64 [K]."""
+        never = torch.full_like(seconds, math.inf)
+        if not self.drop_out:
+            return never
+        u = cohort_uniforms(hash_key(seed, "system/drop out", round_), clients)
+        # Below drop_out, u is uniform up to it: its share of it is the moment.
+        return torch.where(u < self.drop_out, seconds * (u / self.drop_out), never)
 
     def _of_device(
         self, name: str, of: Distribution, seed: int, clients: torch.Tensor

@@ -292,17 +292,20 @@ def checkpoint_meta(folder: Path) -> dict[str, Any]:
 
 def stored_chunk(folder: Path) -> int | None:
     """Give the chunk of the run whose checkpoint a folder holds; None if it does not say."""
-    return _resolved(folder, "chunk")
+    chunk: int | None = _resolved(folder, "chunk")
+    return chunk
 
 
 def stored_device(folder: Path) -> str | None:
     """Give the kind of device of the run of a folder; None if no checkpoint says it."""
-    return _resolved(folder, "device")
+    device: str | None = _resolved(folder, "device")
+    return device
 
 
 def stands_at(folder: Path) -> int | None:
     """Give the round at which the checkpoint of a folder stands; None if there is none."""
-    return checkpoint_meta(folder).get("round")
+    round_: int | None = checkpoint_meta(folder).get("round")
+    return round_
 
 
 def _resolved(folder: Path, key: str) -> Any:
