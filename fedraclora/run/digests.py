@@ -15,7 +15,7 @@ from typing import Any
 
 from fedraclora.data.locate import file_digest, resolve
 from fedraclora.errors import CheckpointError, ConfigError, DataError
-from fedraclora.weights.files import replacing
+from fedraclora.weights.files import write_text
 
 FILE = "digests.json"
 SEAL = "sha256"
@@ -72,8 +72,7 @@ def write_digests(folder: Path, config: str, data: Mapping[str, object] | None) 
     before = [_text_digest(now.read_bytes())] if now.is_file() else []
     kept = known_data(folder) if data is None else data
     digests = [_text_digest(config.encode()), *before]
-    with replacing(path) as partial:
-        partial.write_text(sealed({"config": digests, "data": kept}))
+    write_text(path, sealed({"config": digests, "data": kept}))
 
 
 def check_config(folder: Path) -> bytes:

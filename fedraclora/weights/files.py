@@ -57,6 +57,12 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
             _flush(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text in one move."""
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
 @contextmanager
 def named(path: Path) -> Iterator[None]:
     """Have an error of the system name the file: that of a full disk does not."""
