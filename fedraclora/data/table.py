@@ -34,8 +34,7 @@ def read_columns(path: Path, columns: Sequence[Named], *, header: bool) -> list[
         ConfigError: If the kind of file or a column is not known.
         DataError: If the file cannot be read or a row is too short, with its line.
     """
-    suffixes = path.suffixes
-    packed = suffixes[-1] if suffixes and suffixes[-1] in _OPENERS else ""
+    packed = path.suffix if path.suffix in _OPENERS else ""
     kind = path.name.removesuffix(packed)[-4:]
     if kind not in _DELIMITERS:
         raise ConfigError(
