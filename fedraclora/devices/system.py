@@ -75,7 +75,7 @@ class SystemConfig(Limited, group="system"):
     def _check_buffer(self, buffer: int) -> None:
         if not self.timed:
             raise ConfigError(
-                f"system.buffer is {buffer}, but no client takes any time; set system.speed, "
+                f"system.buffer is {buffer}, which wants clients that take time: set system.speed, "
                 "downlink or uplink"
             )
         for key, plain in (("deadline", None), ("over_select", 1.0), ("rank_budget", None)):
