@@ -7,13 +7,14 @@ an update from its start, and has the seed tree for its own draws.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from typing_extensions import override
 
+from fedraclora.limits import Limited
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink, Draw
 from fedraclora.protocol.uplinks import Uplinks
@@ -36,7 +37,7 @@ def starts(setting: AggregationContext, got: Uplinks) -> torch.Tensor:
     return opening_rows(setting.sent, setting.base, got.layout, places)
 
 
-class Aggregator(ABC):
+class Aggregator(Limited, group="aggregator"):
     """Between the checks of what came and the method: a frozen dataclass with one function.
 
     Attributes:

@@ -17,7 +17,7 @@ from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.uplinks import Refusal, Uplinks
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.tree import Tree
-from fedraclora.weights.files import replacing
+from fedraclora.weights.files import write_text
 from fedraclora.wire.secagg import LARGEST, signed
 from strategies.server.exchange import Exchange
 from strategies.server.round_step import Ask, CohortOf, RoundStep
@@ -161,8 +161,7 @@ class SecureSum(RoundStep):
     def _mask(self, session: Session, talk: SecAggSession) -> None:
         """Gather the masked vectors, in a second exchange where shares cannot be opened."""
         if self.file is not None:
-            with replacing(self.file) as partial:
-                partial.write_text(f"{session.round_}\n")
+            write_text(self.file, f"{session.round_}\n")
         settings = {"step": session.step}
         waiting = {c: told for c, told in session.told.items() if c not in session.words}
         said, failures = talk.masked(waiting, settings)
