@@ -33,6 +33,9 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Where it is set, each of the many processes of the tests would compile the project anew.
+test test-all golden: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help install simulate test test-all lint fmt golden bench bench-peers clean
 
 help: ## List the targets

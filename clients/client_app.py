@@ -1,8 +1,8 @@
 """The ClientApp of Flower's runtimes: it finds what it needs in a folder of its machine.
 
 A message may meet any process, or a fresh one. A process builds data and model once and keeps
-them. In a simulation the base weights are read from a folder of the server's, when the message
-names another version; on real hosts each client has its own (`clients.node`).
+them. In a simulation the base weights follow those of the server by a folder of its machine; on
+real hosts each client has its own (`clients.node`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from clients.worker import Worker
 from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
 from fedraclora.config.run_config import task_from_plain
 from fedraclora.config.settings import PretrainConfig
-from fedraclora.engines.local import error_of, failed
-from fedraclora.errors import WireError
+from fedraclora.engines.local import STALE, error_of, failed
+from fedraclora.errors import StaleError, WireError
 from fedraclora.weights.job import read_settings
-from fedraclora.weights.replica import FileReplica
+from fedraclora.weights.replica import FolderReplica
 from fedraclora.wire.records import read_tree, tree_record
 
 app = ClientApp()
@@ -57,6 +57,8 @@ def train(message: Message, context: Context) -> Message:
         worker = worker_of(str(job["folder"]))
         content, kept = answer(worker, message.content, read_tree(message.content, "kept"))
         content["kept"] = tree_record(kept)
+    except StaleError:
+        return Message(RecordDict({STALE: ConfigRecord()}), reply_to=message)
     except Exception as error:
         return failed(message, error_of(error))
     return Message(content, reply_to=message)
@@ -74,5 +76,5 @@ def worker_of(folder: str) -> Worker:
     # The base weights come from the folder: to pretrain them here again would be for nothing.
     built = build_task(replace(config, pretrain=PretrainConfig()))
     trainer = trainer_of(config, built, plan_of(config, built.task))
-    replica = FileReplica(Path(folder), built.device)
+    replica = FolderReplica(Path(folder), trainer.plan, built.device)
     return Worker(trainer, replica, terms=terms_of(config, built))

@@ -17,8 +17,9 @@ from fedraclora.engines.base import Engine, EngineParts
 from fedraclora.engines.inprocess import InProcessGrid
 from fedraclora.engines.local import MessageGrid
 from fedraclora.errors import ConfigError
+from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.job import JobFolder
-from fedraclora.weights.replica import Replica, VersionLog
+from fedraclora.weights.update import WeightHistory
 
 if TYPE_CHECKING:  # Ray is imported where it is started
     from fedraclora.engines.ray import Site as WorkerSite
@@ -32,7 +33,7 @@ class InProcess(Engine):
     """
 
     def __init__(self, arrange: Callable[[list[Message]], list[Message]] | None = None) -> None:
-        super().__init__(Replica({}))
+        super().__init__(BaseWeights({}))
         self.arrange = arrange
 
     @override
@@ -62,8 +63,8 @@ class OnRay(Engine):
         given: Callable[[EngineParts], object],
     ) -> None:
         self.settings, self.site, self.given = settings, site, given
-        self.share, self.chronicle = settings.share, VersionLog()
-        super().__init__(self.chronicle)
+        self.share, self.history = settings.share, WeightHistory()
+        super().__init__(self.history)
 
     @override
     def make_grid(self, parts: EngineParts) -> MessageGrid:
@@ -73,14 +74,14 @@ class OnRay(Engine):
             Cluster(self.settings, parts.built.device.type),
             self.site,
             self.given(parts),
-            chronicle=self.chronicle,
+            history=self.history,
             store=parts.store,
             settings=self.settings,
         )
 
 
 class InFlower(Engine):
-    """Flower's simulation runtime, one node per client; processes read weights from a folder.
+    """Flower's simulation runtime, one node per client; processes follow weights by a folder.
 
     Args:
         settings: How many processes.

@@ -22,14 +22,14 @@ from clients.worker import Worker
 from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
 from fedraclora.config.run_config import task_from_plain
 from fedraclora.config.settings import PretrainConfig
-from fedraclora.engines.deploy.grid import STALE
+from fedraclora.engines.local import STALE
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.secagg import Terms
 from fedraclora.privacy.secret import KEY_BYTES
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.weights.files import load_tensors, save_tensors
-from fedraclora.weights.update import StoredReplica, read_stored_replica
+from fedraclora.weights.replica import StoredReplica, read_stored_replica
 from fedraclora.wire import clients_of
 from fedraclora.wire.weight_update import read_weight_update
 
@@ -48,7 +48,7 @@ def introduce(context: Context, run: str) -> RecordDict:
 
 
 def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
-    """Train the client of a message, on weights that its parcel brings to the newest version."""
+    """Train the client of a message, on weights that its update brings to the newest version."""
     (client,) = clients_of(content)
     if client not in served(context):
         raise WireError(f"this node serves the clients {served(context)}, not {client}")
@@ -68,7 +68,7 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
 
     def compute() -> RecordDict:
         # New for every answer that is computed: nothing that anybody could ask for draws it again.
-        trainer.noise_key = os.urandom(KEY_BYTES)
+        trainer.answer_key = os.urandom(KEY_BYTES)
         store = read_store(folder, generations(settings))
         reply = Worker(trainer, holding, store, terms).train(content)
         if kept := store.since(0):
@@ -76,7 +76,7 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
             store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
         return reply
 
-    if trainer.local.dp is None and terms is None:
+    if not trainer.local.answers_once and terms is None:
         reply = compute()
     else:
         answers = Answers(folder, int(json.loads(settings)["rounds"]))

@@ -12,7 +12,7 @@ from fedraclora.config.run_config import TaskConfig
 from fedraclora.protocol.method import Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
-from fedraclora.weights.replica import Follower
+from fedraclora.weights.replica import Replica
 from fedraclora.wire import round_of
 
 
@@ -30,7 +30,7 @@ class Site:
 
     def __init__(self, parts: SiteParts) -> None:
         fix_bits(parts.config.engine.threads, parts.built.device)
-        self.replica = Follower(parts.plan, parts.built.device)
+        self.replica = Replica(parts.plan, parts.built.device)
         trainer = trainer_of(parts.config, parts.built, parts.plan)
         self.worker = Worker(trainer, self.replica, terms=terms_of(parts.config, parts.built))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from flwr.app import RecordDict
@@ -24,7 +25,7 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.local_result import LocalResult, join
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.tree import Layout, Tree
-from fedraclora.weights.replica import Replica
+from fedraclora.weights.base import BaseWeights
 from fedraclora.wire import Reader, TrainRequest, clients_of, pack_result, uplink_layout
 from fedraclora.wire.secagg import Stage, read_stage
 
@@ -32,14 +33,24 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Outcome:
-    """Trials of the parts of a chunk that succeeded, and the clients that failed.
+class Job:
+    """A message that asks clients to train, and how far that has come.
 
     Attributes:
+        downlink, request: What is asked.
+        base: The weights that they start from.
+        moments: With which their optimisers begin, [K, ...] by name.
         hidden: Whether what they send is rounded and masked, and only then known to be sent.
+        places, results: Of the clients that have trained, part after part.
+        failures: Why others have not, by id.
+        notes: Sentences for the ledger.
     """
 
-    hidden: bool = False
+    downlink: Downlink
+    request: TrainRequest
+    base: Tree
+    moments: Tree
+    hidden: bool
     places: list[int] = field(default_factory=list)
     results: list[LocalResult] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
@@ -75,7 +86,7 @@ class Worker:
     def __init__(
         self,
         trainer: CohortTrainer,
-        replica: Replica,
+        replica: BaseWeights,
         store: ClientStore | None = None,
         terms: Terms | None = None,
     ) -> None:
@@ -106,30 +117,23 @@ class Worker:
         downlink, request = self._reader.read(content)
         base = self.replica.at(request.version, request.round_)
         downlink, moments = held(self.store, downlink, request, base, self.trainer.local)
-        outcome = Outcome(hidden=stage is not None)
+        job = Job(downlink, request, base, moments, hidden=stage is not None)
         waiting = [list(range(len(request.clients)))]
         while waiting:
             places = waiting.pop()
             again = parts(places, self.limit)
             if len(again) == 1:
-                again = self._attempt(base, downlink, request, places, outcome, moments)
+                again = self._attempt(job, places)
             waiting += reversed(again)
         if stage is not None and self.terms is not None:
-            return self._masked(base, downlink, request, outcome, stage, self.terms)
-        return self._reply(downlink, request, outcome)
+            return self._masked(job, stage, self.terms)
+        return self._reply(job)
 
-    def _attempt(
-        self,
-        base: Tree,
-        downlink: Downlink,
-        request: TrainRequest,
-        places: list[int],
-        outcome: Outcome,
-        moments: Tree,
-    ) -> list[list[int]]:
+    def _attempt(self, job: Job, places: list[int]) -> list[list[int]]:
         """Train the clients at ``places`` as one batch; give the parts that must be tried again."""
-        index = torch.tensor(places)
-        part = downlink.select(index) if len(places) < len(request.clients) else downlink
+        index, request, base = torch.tensor(places), job.request, job.base
+        whole = len(places) == len(request.clients)
+        part = job.downlink if whole else job.downlink.select(index)
         result, failure, starved = None, "", False
         try:
             result = self.trainer.train(
@@ -138,7 +142,7 @@ class Worker:
                 request.clients[index],
                 round_=request.round_,
                 rate_scale=request.rate_scale,
-                moments={n: t[index] for n, t in moments.items()},
+                moments={n: t[index] for n, t in job.moments.items()},
             )
         except OF_THE_RUN:
             raise
@@ -150,86 +154,78 @@ class Worker:
         if result is not None:
             local = self.trainer.local
             if request.clip is not None:  # first: what clients keep is what they send
-                result = within(request.clip, result, part, base)
-            if not outcome.hidden:
+                result = sending(partial(shortened, bound=request.clip), result, part, base)
+            if not job.hidden:
                 keep(self.store, part, request, request.clients[index], result, base, local)
-            if local.dp is not None:  # no noise covers a loss: it stays at home
-                result = replace(result, losses=torch.zeros_like(result.losses))
-            outcome.places += places
-            outcome.results.append(result)
+            for extra in local.extras:
+                result = extra.sent(result)
+            job.places += places
+            job.results.append(result)
             return []
         if starved:
-            return self._shrink(request, places, outcome, failure)
+            return self._shrink(job, places, failure)
         if len(places) == 1:
-            outcome.failures[int(request.clients[places[0]])] = failure
+            job.failures[int(request.clients[places[0]])] = failure
             return []
-        outcome.note(f"round {request.round_}: a chunk was cut because clients failed in it")
+        job.note(f"round {request.round_}: a chunk was cut because clients failed in it")
         return parts(places, -(-len(places) // 2))
 
-    def _shrink(
-        self, request: TrainRequest, places: list[int], outcome: Outcome, failure: str
-    ) -> list[list[int]]:
+    def _shrink(self, job: Job, places: list[int], failure: str) -> list[list[int]]:
         """Halve the largest batch, for the rest of the run, and cut these clients to it.
 
         Raises:
             ConfigError: If a single client is too many.
         """
+        round_ = job.request.round_
         gc.collect()
         torch.cuda.empty_cache()
         if len(places) == 1:
             raise ConfigError(
-                f"round {request.round_}: client {int(request.clients[places[0]])} alone needs "
+                f"round {round_}: client {int(job.request.clients[places[0]])} alone needs "
                 f"more memory than there is ({failure}); lower local.batch_size, the size of a "
                 "sample (data.max_length) or the model, or set precision=bf16-mixed"
             )
         self.limit = len(places) // 2
         text = (
-            f"round {request.round_}: out of memory with {len(places)} clients a batch; "
+            f"round {round_}: out of memory with {len(places)} clients a batch; "
             f"{self.limit} from here on; bits may differ from a run without"
         )
         log.warning("%s (%s)", text, failure)
-        outcome.note(text)
+        job.note(text)
         return parts(places, self.limit)
 
-    def _masked(
-        self,
-        base: Tree,
-        downlink: Downlink,
-        request: TrainRequest,
-        outcome: Outcome,
-        stage: Stage,
-        terms: Terms,
-    ) -> RecordDict:
+    def _masked(self, job: Job, stage: Stage, terms: Terms) -> RecordDict:
         """Hide what clients send from everyone; see `clients.secure`."""
-        places, layout = torch.tensor(outcome.places, dtype=torch.int64), uplink_layout(downlink)
+        request, downlink, base, local = job.request, job.downlink, job.base, self.trainer.local
+        places, layout = torch.tensor(job.places, dtype=torch.int64), uplink_layout(downlink)
         updates, weights = torch.zeros(0, layout.size).double(), torch.zeros(0).double()
-        if (result := join(outcome.results)) is not None:
+        if (result := join(job.results)) is not None:
             rows = sent_rows(result, layout)
             updates = rows - opening_rows(downlink, base, layout, places)
             weights = client_weights(terms.weights, result.samples)
         trained = (request.clients[places], updates, weights)
-        store, failures, notes = self.store, outcome.failures, outcome.notes
-        reply = masked_reply(request, stage, store, terms, trained, failures, notes)
+        reply = masked_reply(request, stage, self.store, terms, trained, job.failures, job.notes)
         sent, step = torch.tensor(clients_of(reply), dtype=torch.int64), stage.settings["step"]
-        for part_places, result in outcome.parts():
+        for part_places, result in job.parts():
             index = torch.tensor(part_places)
-            part = downlink.select(index)
-            kept = torch.isin(request.clients[index], sent)
-            words = in_steps(float(step), weights[torch.isin(places, index)], result, part, base)
-            clients, local = request.clients[index], self.trainer.local
+            part, clients = downlink.select(index), request.clients[index]
+            own = weights[torch.isin(places, index)]
+            whole = partial(in_steps, weights=own, step=float(step))
+            words, kept = sending(whole, result, part, base), torch.isin(clients, sent)
             keep(self.store, part, request, clients, words, base, local, among=kept)
         return reply
 
     @staticmethod
-    def _reply(downlink: Downlink, request: TrainRequest, outcome: Outcome) -> RecordDict:
-        places = torch.tensor(outcome.places, dtype=torch.int64)
+    def _reply(job: Job) -> RecordDict:
+        downlink, request = job.downlink, job.request
+        places = torch.tensor(job.places, dtype=torch.int64)
         return pack_result(
-            join(outcome.results),
+            join(job.results),
             request,
             request.clients[places],
             uplink_layout(downlink),
-            outcome.failures,
-            outcome.notes,
+            job.failures,
+            job.notes,
             uploaded_mask(downlink, places) if request.reduce is None else None,
         )
 
@@ -239,26 +235,26 @@ def sent_rows(result: LocalResult, layout: Layout) -> torch.Tensor:
     return layout.pack({n: result.trained[n].cpu().double() for n, _ in layout.shapes}, lead=1)
 
 
-def in_steps(
-    step: float, weights: torch.Tensor, result: LocalResult, downlink: Downlink, base: Tree
+def sending(
+    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    result: LocalResult,
+    downlink: Downlink,
+    base: Tree,
 ) -> LocalResult:
-    """Round what clients send as secure aggregation does: weighted updates to whole steps."""
-    rows = sent_rows(result, layout := uplink_layout(downlink))
-    start = opening_rows(downlink, base, layout, torch.arange(len(rows)))
-    each = weights[:, None]
-    rounded = layout.unpack(start + torch.round((rows - start) * each / step) * step / each)
-    sent = {name: tensor.to(result.trained[name]) for name, tensor in rounded.items()}
-    return replace(result, trained=result.trained | sent)
-
-
-def within(clip: float, result: LocalResult, downlink: Downlink, base: Tree) -> LocalResult:
-    """Shorten what clients send to updates of norm ``clip``, over all that each of them sends."""
+    """Change the rows that clients send: ``change`` gives new ones, of them and their start."""
     layout = uplink_layout(downlink)
     rows = sent_rows(result, layout)
-    start = opening_rows(downlink, base, layout, torch.arange(len(rows)))
-    short = layout.unpack(shortened(rows, start, clip))
-    sent = {name: tensor.to(result.trained[name]) for name, tensor in short.items()}
+    new = change(rows, opening_rows(downlink, base, layout, torch.arange(len(rows))))
+    sent = {n: t.to(result.trained[n]) for n, t in layout.unpack(new).items()}
     return replace(result, trained=result.trained | sent)
+
+
+def in_steps(
+    rows: torch.Tensor, start: torch.Tensor, weights: torch.Tensor, step: float
+) -> torch.Tensor:
+    """Round rows as secure aggregation does: updates, weighted, to whole steps."""
+    each = weights[:, None]
+    return start + torch.round((rows - start) * each / step) * step / each
 
 
 def parts(places: list[int], size: int | None) -> list[list[int]]:

@@ -54,6 +54,10 @@ class WireError(FedRacLoraError):
     """A message does not hold what its header says."""
 
 
+class StaleError(WireError):
+    """Base weights cannot be brought to a version by links: they are needed whole."""
+
+
 class CheckpointError(FedRacLoraError):
     """A run folder or a checkpoint is missing, damaged, or belongs to another configuration."""
 

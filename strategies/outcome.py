@@ -16,6 +16,7 @@ from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.engines.base import MakeEngine
+from fedraclora.loggers import Begin, Logging, logging_to
 from fedraclora.protocol.method import Method, Plan
 from fedraclora.run.digests import check_data
 from fedraclora.run.folder import (
@@ -87,6 +88,8 @@ def execute(
         FedRacLoraError: Whatever is wrong with the config, the data, the folder or the clients.
     """
     began = time.perf_counter()
+    loggers = logging_to(config.output.loggers)
+    shown = partial(show_row, loggers, on_round)
     with ExitStack() as stack:
         goes_on = False
         if folder is not None:
@@ -95,7 +98,7 @@ def execute(
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
             goes_on = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
-        run = assemble(config, folder, engine_of=engine_of, resume=goes_on, on_round=on_round)
+        run = assemble(config, folder, engine_of=engine_of, resume=goes_on, on_round=shown)
         stack.callback(run.close)
         if folder is not None:
             if resume:
@@ -104,6 +107,9 @@ def execute(
                 stack.enter_context(alone(folder))
                 begin(folder, config.plain)
             stack.enter_context(stopping_noted(run, folder))
+        title, done = run_title(config.plain), run.strategy.done
+        loggers.begin(Begin(title, config.plain, folder, done))
+        stack.push(partial(end_failed, loggers))
         if on_start is not None:
             on_start(run)
         run.start()
@@ -112,8 +118,22 @@ def execute(
         if config.output.plots:
             draw(run, folder)
         write_summary(folder, summary)
+    loggers.end(summary)
     rows = list(run.strategy.recorder.ledger.rows)
     return Run(summary, rows, folder, dict(config.plain), run.weights, lambda: run.built)
+
+
+def show_row(loggers: Logging, on_round: Callable[[Row], None] | None, row: Row) -> None:
+    """Show a new ledger row to the loggers of a run, and to whoever asked for it."""
+    loggers.row(row)
+    if on_round is not None:
+        on_round(row)
+
+
+def end_failed(loggers: Logging, kind: type[BaseException] | None, *_: object) -> None:
+    """Tell the loggers of a run that it stopped before its end, if it did."""
+    if kind is not None:
+        loggers.end({}, failed=True)
 
 
 @contextmanager
@@ -150,8 +170,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     if (best := strategy.stop.best(ledger.rows)) is not None:
         more["best"] = {key: best[key] for key in ("round", "validation", "metrics")}
         more["stopped"] = strategy.done < run.config.rounds
-    spent = ("privacy", "sample_privacy")
-    more |= {key: ledger.rows[-1][key] for key in spent if key in ledger.rows[-1]}
+    more |= strategy.steps.summary(ledger.rows[-1])
     return {
         "rounds": strategy.done,
         "metrics": measured[-1]["metrics"] if measured else {},

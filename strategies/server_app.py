@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from flwr.app import Context
@@ -24,8 +24,10 @@ from fedraclora.engines.deploy import DeployGrid
 from fedraclora.engines.flower import NodePerClient
 from fedraclora.engines.local import MessageGrid
 from fedraclora.errors import ConfigError
+from fedraclora.protocol.link import Link
 from fedraclora.run.folder import run_id
 from fedraclora.run.ledger import headline, number
+from fedraclora.tree import Tree
 from fedraclora.weights.job import JobFolder
 from fedraclora.weights.update import WeightHistory
 from strategies import METHODS
@@ -89,14 +91,18 @@ class OnHosts(Engine):
         ended: Callable[[], bool],
     ) -> None:
         self.flower, self.settings, self.folder = grid, settings, folder
-        self.known, self.ended, self.archive = known, ended, WeightHistory()
-        super().__init__(self.archive)
+        self.known, self.ended, self.history = known, ended, WeightHistory()
+        super().__init__(self.history)
+
+    @override
+    def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:
+        self.history.recall(base, links, version)
 
     @override
     def make_grid(self, parts: EngineParts) -> MessageGrid:
         name, known = run_id(self.folder), self.known
         return DeployGrid(
-            self.flower, self.archive, name, self.settings, known=known, ended=self.ended
+            self.flower, self.history, name, self.settings, known=known, ended=self.ended
         )
 
 

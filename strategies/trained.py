@@ -19,7 +19,7 @@ from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.export.trained import TrainedModel, put
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.downlink import magnitude_of
+from fedraclora.lowrank.dora import magnitude_of
 from fedraclora.protocol.link import Link, Plan, Term, matrices
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.folder import provenance
@@ -29,7 +29,7 @@ from fedraclora.weights.chain import read_link
 from fedraclora.weights.files import read_links
 from strategies import METHODS
 from strategies.shared.layerwise import LayerMethod
-from strategies.wrappers.allocated import current
+from strategies.wrappers.around import Around
 from strategies.wrappers.dora import Dora, method_of
 
 Known = dict[str, Product | None]  # None: a weight whose change is not known by factors
@@ -60,7 +60,7 @@ def trained_model(
     """
     config = from_plain(plain, METHODS, began=True)
     method = method_of(config)
-    if method.traits.client_state:
+    if method.client_state:
         raise ConfigError(
             f"the clients of {type(config.method).__name__} keep a factor of every adapter to "
             "themselves, so that the server has no whole model to export"
@@ -79,7 +79,7 @@ def trained_model(
         weights = effective()
     else:
         plan = stored_plan(folder) or plan_of(config, task)
-        state = state_at(folder, round_, plan)
+        state = state_at(folder, round_, plan, method)
         draw = Draw(config.seed)
         weights = method.weights(state, draw)
         start, changes = _from_start(folder, config, method, state, round_)
@@ -111,7 +111,7 @@ def _from_start(
         return {
             n: p.detach().cpu() for n, p in build_task(config).task.model.named_parameters()
         }, {}
-    before = state_at(folder, 0, state.plan)
+    before = state_at(folder, 0, state.plan, method)
     start = method.weights(before, draw)
     ends = _standing(method, before, draw), _standing(method, state, draw)
     if ends[0] is None or ends[1] is None:
@@ -126,9 +126,8 @@ def _from_start(
 
 def _standing(method: Method, state: State, draw: Draw) -> dict[str, Term] | None:
     """Give the terms that a method adds to the base for its weights; None: it does not say."""
-    if isinstance(method, Dora):
-        return _standing(method.inner, method.own_state(state), draw)
-    method, state = current(method, state)
+    if isinstance(method, Around):
+        return _standing(*method.at(state), draw)
     if type(method).weights is Method.weights:
         return {}
     if isinstance(method, LayerMethod) and type(method).weights is LayerMethod.weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -13,7 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from absl import logging as absl_logging
+from hydra._internal.config_repository import ConfigRepository
+from hydra.plugins.config_source import ConfigResult
 from hypothesis import settings
+
+from experiments import CONF
 
 # One thread fixes the order of the sums inside a matrix product, and small tensors run faster.
 torch.set_num_threads(1)
@@ -29,6 +34,24 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 settings.register_profile("dev", max_examples=25, derandomize=True, deadline=None)
 settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("dev")
+
+load_config = ConfigRepository.load_config
+# Where Hydra looks, and the name of a file there -> what it holds.
+files: dict[tuple[str, ...], ConfigResult | None] = {}
+
+
+def remembered(self: ConfigRepository, config_path: str) -> ConfigResult | None:
+    """Read a file of Hydra's or of ours once in a process: each command composes thirty, twice."""
+    places = [source.path for source in self.get_sources() if source.scheme() == "file"]
+    if places != [str(CONF)]:  # a test's own folder, too
+        return load_config(self, config_path)
+    key = (*(source.full_path() for source in self.get_sources()), config_path)
+    if key not in files:
+        files[key] = load_config(self, config_path)
+    return copy.deepcopy(files[key])
+
+
+ConfigRepository.load_config = remembered  # type: ignore[method-assign]
 
 DATA_VARIABLE = "FEDRACLORA_DATA"
 GOLDEN_RTOL = 1e-6

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from experiments.theory.bounds import local_step_limit
+from experiments.theory.bounds.theorems import local_step_limit
 from experiments.theory.problems import Problem, problem
 from fedraclora.sketch import SKETCHES
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from strategies.fed_rac_lora import FedRacLora
 
 SCALE = 1.5  # s = alpha / r of every case, so that lr and the step in weight space differ
@@ -96,9 +96,9 @@ class Case:
         return ground.smoothness if whole else ground.batch_smoothness(self.batch)
 
     @property
-    def local(self) -> LocalConfig:
+    def local(self) -> LocalSettings:
         """Local settings; sketches whose rows are not orthonormal need the preconditioner."""
-        return LocalConfig(
+        return LocalSettings(
             lr=self.step / SCALE**2,
             batch_size=self.batch,
             steps=1 if self.local_steps == 1 else None,

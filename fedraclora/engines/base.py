@@ -7,17 +7,18 @@ The engines of one machine stand in `clients.engines`, those inside a ServerApp 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fedraclora.config.build import BuiltTask
 from fedraclora.config.run_config import RunConfig
 from fedraclora.engines.local import MessageGrid
 from fedraclora.privacy.secagg import Terms
-from fedraclora.protocol.method import Plan
+from fedraclora.protocol.link import Link, Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.weights.replica import Replica
+from fedraclora.tree import Tree
+from fedraclora.weights.base import BaseWeights
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Engine(ABC):
     share: float | None = None
     elsewhere: bool = False
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: BaseWeights) -> None:
         self.replica = replica
         self._grid: MessageGrid | None = None
 
@@ -81,6 +82,16 @@ class Engine(ABC):
         """
         self._grid = self.make_grid(parts)
         return self._grid
+
+    def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:
+        """Take over the history of a run that goes on, where clients may hold its older weights.
+
+        Args:
+            base: Its weights now.
+            links: Of its rounds, in order; read where they are of use.
+            version: Where it stands.
+        """
+        del base, links, version  # most clients end with the run
 
     @abstractmethod
     def make_grid(self, parts: EngineParts) -> MessageGrid:

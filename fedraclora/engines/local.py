@@ -18,6 +18,7 @@ NODE_ID = 2  # 1 is the SuperLink's own id in Flower
 # What Flower raises where the bytes of a message are no message.
 UNREADABLE = (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError)
 APP_RAISED = 2  # Flower's code for a ClientApp that raised
+STALE = "stale"  # the record of a reply that asks for every base weight whole
 RUN_AT_FAULT = 1000  # ours, far from Flower's: it raised what no client is to blame for
 
 
@@ -50,6 +51,11 @@ def taken_incidents(grid: Grid) -> dict[str, object]:
         return {}
     grid.incidents.clear()  # type: ignore[attr-defined]
     return {"incidents": incidents}
+
+
+def is_stale(reply: Message) -> bool:
+    """Tell whether a client asks for every base weight whole."""
+    return not reply.has_error() and STALE in reply.content
 
 
 class MessageGrid(Grid):

@@ -30,6 +30,9 @@ ENVIRONMENT = {
 # Ray's own name for "no cluster of several machines". It is off where Ray has no clusters, and then
 # every process listens at 127.0.0.1 alone; Ray has no other setting that it obeys.
 NO_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Ray starts a worker for each CPU beforehand, in its own environment: those that train have
+# another one, so all of them would be started for nothing.
+NO_IDLE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}
 # Characters of the folder's path: that of a socket below it has 68 more, and may have 103.
 LONGEST = 34
 PATIENCE = 3.0  # seconds in which processes must end that were told to
@@ -54,6 +57,7 @@ class RayFolder:
         self.environ = {
             **{k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()},
             **NO_CLUSTER,
+            **NO_IDLE_WORKERS,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_TMPDIR": str(self.path),  # Ray makes a folder in it that all may enter

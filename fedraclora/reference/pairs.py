@@ -1,7 +1,7 @@
 """What the one-client loop does with pairs of factors, written to be read: 2-D, no batches.
 
-It shares no code with `fedraclora.training.pairs` and `fedraclora.training.lora_rite`, whose oracle
-it is: systems are solved as they stand in the papers, and polar forms come from SVDs.
+It shares no code with `fedraclora.training.extras`, whose oracle it is: systems are solved as they
+stand in the papers, and polar forms come from SVDs.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing_extensions import override
 
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.recipes import RECIPES
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 
 NOTHING = 1e-13  # of the largest eigenvalue: what float64 cannot tell from zero
 
 
-def adjust_gradients(local: LocalConfig, downlink: Downlink, values: Tree, frozen: Tree) -> None:
+def adjust_gradients(local: LocalSettings, downlink: Downlink, values: Tree, frozen: Tree) -> None:
     """Replace the gradients of factors by those that ``precondition`` or ``adjust`` wants.
 
     Args:
@@ -150,7 +150,7 @@ class LocalGates:
 
     def __init__(
         self,
-        local: LocalConfig,
+        local: LocalSettings,
         values: Tree,
         downlink: Downlink,
         make: Callable[[list[tuple[str, torch.Tensor]]], torch.optim.Optimizer],

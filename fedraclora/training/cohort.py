@@ -14,24 +14,20 @@ import torch
 
 from fedraclora.data.samples import ClientData
 from fedraclora.data.task import Task, forward, loss_function
-from fedraclora.privacy.sample_level import seed_key
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
-from fedraclora.protocol.recipes import RECIPES, GradientHook
+from fedraclora.protocol.recipes import RECIPES
 from fedraclora.rng import hash_key
-from fedraclora.training.gates import make_optimiser
-from fedraclora.training.gradients import clip_per_client, noisy_gradients, written_out_gradients
+from fedraclora.training.extra import Hook, Optimiser, When
+from fedraclora.training.gradients import clip_per_client, correcting, written_out_gradients
 from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import arrange, materialise
 from fedraclora.training.optimiser import CohortOptimiser
-from fedraclora.training.pairs import Adjust, adjuster, pairs_of, preconditioner
 from fedraclora.training.precision import FLOAT32, check_precision, products_in
 from fedraclora.training.probe import GradientMean
 from fedraclora.training.program import OpenChunk, Program, refuse_mixing
-from fedraclora.training.prox import add_prox
 from fedraclora.training.schedule import Batch, Schedule
-from fedraclora.training.variates import correcting
 from fedraclora.training.vmapped import vmapped_forward
 from fedraclora.tree import Tree
 
@@ -71,7 +67,8 @@ class CohortTrainer:
         self.data: ClientData = task.train
         self.loss = loss_function(task.loss)
         self.dtype = next(task.model.parameters()).dtype
-        self.noise_key = seed_key(seed)  # of `local.dp`: a real client puts one of its own here
+        self.answer_key: bytes | None = None  # a real client puts one of its own here
+        self.former = next((e for e in local.extras if e.forms_gradients), None)
         self._programs: dict[tuple[str, ...], Program] = {}
 
     def train(
@@ -102,23 +99,15 @@ class CohortTrainer:
         schedule, order, values = chunk.schedule, chunk.order, chunk.values
         rates = {n: self.local.rate(s.main, rate_scale) for n, s in downlink.trained().items()}
         held = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
-        recipe = RECIPES[downlink.recipe]
-        ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
-        pairs = partial(pairs_of, downlink, chunk.frozen, ranks)
-        optimiser = make_optimiser(self.local, values, rates, held, pairs)
-        if not recipe.steps:
-            optimiser = GradientMean(self.local, values, rates)
-        given = (chunk.frozen, downlink.arguments, ranks)
-        hooks = [correcting(downlink, order), recipe.gradient(*given)]
-        if self.local.precondition:
-            hooks.append(preconditioner(pairs("local.precondition=true"), ranks))
-        adjust = adjuster(self.local.adjust, self.local.damping, pairs)
-        rest = (optimiser, hooks, adjust, trainable(downlink, ranks))
+        steps, hooks = RECIPES[downlink.recipe].steps, self._hooks(chunk)
+        plain = (CohortOptimiser if steps else GradientMean)(self.local, values, rates, held)
+        own = (extra.optimiser(chunk, rates) for extra in self.local.extras if steps)
+        optimiser: Optimiser = next(filter(None, own), plain)
         losses = torch.zeros(len(order), dtype=torch.float64, device=self.device)
         lengths = self.data.lengths(clients.to(self.device), schedule.positions)
         try:
             for step, batch in enumerate(schedule.plan(lengths)):
-                losses[: batch.active] += self._step(chunk, step, batch, *rest)
+                losses[: batch.active] += self._step(chunk, step, batch, optimiser, hooks)
         finally:
             chunk.program.context.clear()
         if isinstance(optimiser, GradientMean):
@@ -145,37 +134,52 @@ class CohortTrainer:
         program = self._program(downlink, base)
         program.context.seed, program.context.round_ = self.seed, round_
         program.context.scales = {n: a.scale for n, a in downlink.adapters.items()}
-        plain = self.precision == FLOAT32 and self.local.dp is None
-        network = program.network(downlink, frozen) if plain else None
+        plain = self.precision == FLOAT32 and self.former is None
+        ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
         return OpenChunk(
-            program,
-            downlink,
-            schedule,
-            sizes,
-            order,
-            clients[order],
-            values,
-            starts,
-            frozen,
-            network,
+            downlink=downlink,
+            clients=clients[order],
+            seed=self.seed,
+            round_=round_,
+            key=self.answer_key,
+            values=values,
+            starts=starts,
+            frozen=frozen,
+            ranks=ranks,
+            masks=trainable(downlink, ranks),
+            program=program,
+            schedule=schedule,
+            sizes=sizes,
+            order=order,
+            network=program.network(downlink, frozen) if plain else None,
         )
 
+    def _hooks(self, chunk: OpenChunk) -> list[Hook]:
+        """Give what changes the gradients of every step, in order; where two meet, the core's."""
+        downlink, masks, largest = chunk.downlink, chunk.masks, self.local.clip
+        recipe = RECIPES[downlink.recipe]
+        found: list[tuple[When, Hook]] = []
+        if downlink.extras:
+            correct = correcting(downlink, chunk.order)
+            found.append((When.RECIPE, lambda gradients, _: correct(gradients)))
+        follow = recipe.gradient(chunk.frozen, downlink.arguments, chunk.ranks)
+        found.append((When.RECIPE, lambda gradients, _: follow(gradients)))
+        if masks:
+            found.append((When.BUDGET, lambda gradients, _: cut_gradients(gradients, masks)))
+        if largest is not None and recipe.steps:
+            found.append((When.CLIP, lambda gradients, _: clip_per_client(gradients, largest)))
+        for extra in self.local.extras:
+            found += extra.hooks(chunk).items()
+        return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]
+
     def _step(
-        self,
-        chunk: OpenChunk,
-        step: int,
-        batch: Batch,
-        optimiser: CohortOptimiser,
-        hooks: list[GradientHook],
-        adjust: Adjust,
-        masks: Tree,
+        self, chunk: OpenChunk, step: int, batch: Batch, optimiser: Optimiser, hooks: list[Hook]
     ) -> torch.Tensor:
         """Take one local step of the clients that still train; give their losses, [active]."""
         leaves, network = chunk.leaves(batch.active), chunk.network
-        if self.local.dp is not None:
-            loss, gradients = noisy_gradients(
-                self._forward, self.local.dp, chunk, step, batch, masks, self.noise_key
-            )
+        if self.former is not None:
+            run = partial(self._forward, chunk, step, batch)
+            loss, gradients = self.former.gradients(chunk, run, batch.active, batch.width, step)
         elif network is not None:
             loss, gradients = written_out_gradients(network, self.task, chunk, leaves, step, batch)
         else:
@@ -183,16 +187,10 @@ class CohortTrainer:
             found = torch.autograd.grad(loss.sum(), list(leaves.values()))
             gradients = dict(zip(leaves, found, strict=True))
         with torch.no_grad():
-            if self.local.prox:
-                starts, frozen, prox = chunk.starts, chunk.frozen, self.local.prox
-                add_prox(gradients, leaves, starts, frozen, chunk.downlink, prox)
             for hook in hooks:
-                gradients = hook(gradients)
-            gradients = adjust(cut_gradients(gradients, masks), leaves)
-            if self.local.clip is not None and RECIPES[chunk.downlink.recipe].steps:
-                gradients = clip_per_client(gradients, self.local.clip)
+                gradients = hook(gradients, leaves)
             optimiser.step(gradients)
-            hold(chunk.values, chunk.starts, masks, batch.active)
+            hold(chunk.values, chunk.starts, chunk.masks, batch.active)
         return loss.detach()
 
     def losses(self, chunk: OpenChunk, leaves: Tree, step: int, batch: Batch) -> torch.Tensor:
@@ -204,12 +202,12 @@ class CohortTrainer:
             step: The local step, from 0.
             batch: Of `Schedule.plan`.
         """
-        losses, counts, valid = self._forward(chunk, leaves, chunk.frozen, step, batch)
+        losses, counts, valid = self._forward(chunk, step, batch, leaves, chunk.frozen)
         kept = valid.to(losses.dtype)
         return (losses * kept).sum(dim=1) / (counts * kept).sum(dim=1).clamp(min=1)
 
     def _forward(
-        self, chunk: OpenChunk, leaves: Tree, frozen: Tree, step: int, batch: Batch
+        self, chunk: OpenChunk, step: int, batch: Batch, leaves: Tree, frozen: Tree
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Give loss and count of each sample, and whether it is one, [active, width]."""
         program, downlink = chunk.program, chunk.downlink

@@ -1,22 +1,16 @@
-"""Two ways to the gradients of a local step beside plain autograd, and their clipping."""
+"""Gradients of a local step without autograd, and what the core does to any."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
 from fedraclora.data.task import SLOPES, Task
-from fedraclora.privacy.sample_level import SampleNoise, answer_keys
-from fedraclora.protocol.rank_budgets import cut_gradients
+from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.recipes import GradientHook
 from fedraclora.training.feedforward import FeedForward
 from fedraclora.training.program import OpenChunk
 from fedraclora.training.schedule import Batch
 from fedraclora.tree import Tree
-
-Forward = Callable[
-    [OpenChunk, Tree, Tree, int, Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-]
 
 
 def written_out_gradients(
@@ -43,48 +37,6 @@ def written_out_gradients(
     return loss, {n: gradients[n] for n in leaves}
 
 
-def noisy_gradients(
-    forward: Forward,
-    dp: SampleNoise,
-    chunk: OpenChunk,
-    step: int,
-    batch: Batch,
-    masks: Tree,
-    key: bytes,
-) -> tuple[torch.Tensor, Tree]:
-    """Give the same with every sample's gradient clipped, and noise on their sum.
-
-    For a while every sample is a client of its own: what is trained is repeated for each, and so
-    has a gradient for each.
-
-    Args:
-        forward: Gives loss and count of each sample, and whether it is one, [active, width].
-        dp: Clip and noise.
-        chunk: Of `CohortTrainer.open`.
-        step: The local step, from 0.
-        batch: As above.
-        masks: What of a tensor its client trains (`fedraclora.protocol.rank_budgets.trainable`).
-        key: Of the noise (`fedraclora.privacy.sample_level.answer_keys`).
-    """
-    active, width = batch.active, batch.width
-
-    def apart(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[:active].repeat_interleave(width, dim=0)
-
-    leaves = {n: apart(v).detach().requires_grad_() for n, v in chunk.values.items()}
-    frozen = {n: apart(f) if f.dim() == 3 else f for n, f in chunk.frozen.items()}
-    losses, counts, valid = forward(chunk, leaves, frozen, step, batch)
-    each = (losses / counts.clamp(min=1)) * valid.to(losses.dtype)
-    found = torch.autograd.grad(each.sum(), list(leaves.values()))
-    own = dict(zip(leaves, found, strict=True))
-    own = cut_gradients(own, {n: apart(mask) for n, mask in masks.items()})
-    like = {n: v[:active] for n, v in chunk.values.items()}
-    keys = answer_keys(key, chunk.program.context.round_, chunk.clients[:active])
-    noise = dp.noise(like, keys, step)
-    total = (losses.detach() * valid).sum(dim=1) / (counts * valid).sum(dim=1).clamp(min=1)
-    return total, dp.gradients(own, valid, noise)
-
-
 def clip_per_client(gradients: Tree, largest: float) -> Tree:
     """Give each client's gradients scaled to a global norm of at most ``largest``, as new tensors.
 
@@ -97,3 +49,33 @@ def clip_per_client(gradients: Tree, largest: float) -> Tree:
         return gradients
     factor = (largest / (squares.sqrt() + 1e-6)).clamp(max=1.0)
     return {n: g * factor.reshape(-1, *[1] * (g.dim() - 1)) for n, g in gradients.items()}
+
+
+def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
+    """Give the hook that adds to gradients what a round corrects them by.
+
+    Args:
+        sent: Has them, for all clients or [K, ...].
+        order: Places of the clients in the order of the gradients, int64 [K]; those that still
+            train come first.
+    """
+    slots = sent.trained()
+    added = {
+        n: t.to(order.device)[order] if t.dim() > len(slots[n].shape) else t.to(order.device)[None]
+        for extra in sent.extras.values()
+        for n, t in extra.items()
+    }
+
+    def hook(gradients: Tree) -> Tree:
+        out = dict(gradients)
+        for name, value in added.items():
+            gradient = gradients[name]
+            out[name] = gradient + value[: len(gradient)].to(gradient)
+        return out
+
+    return hook
+
+
+def mean_gradients(start: Tree, end: Tree, steps: int, rates: dict[str, float]) -> Tree:
+    """Give the mean of the directions of plain SGD steps: (start - end) / (steps rate), float64."""
+    return {n: (start[n].double() - end[n].double()) / (steps * rates[n]) for n in end}

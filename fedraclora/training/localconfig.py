@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.privacy.sample_level import SampleNoise
-from fedraclora.training.pairs import ADJUSTMENTS, refuse_together
+from fedraclora.training.extra import LocalExtra
 
-SCHEDULES = ("constant", "cosine", "linear", "step")
-OPTIMISERS = ("sgd", "adamw", "lora_rite")
-MOMENTS = ("round", "link", "run")
+Extra = TypeVar("Extra", bound=LocalExtra)
 LEAST = dict.fromkeys(("epochs", "steps", "batch_size", "warmup"), 0)
 LEAST |= dict.fromkeys(("step_every", "restart_every"), 1)
 MOST = 1_000_000  # local steps or epochs of a round, all of which are laid out before it
-BELOW = dict.fromkeys(("prox", "weight_decay", "final", "step_factor"), math.inf)
-BELOW |= dict.fromkeys(("momentum", "beta1", "beta2"), 1)
-# What an optimiser would pass over: a run would not be what its config says.
-USED_BY: dict[str, tuple[str, ...]] = {"momentum": ("sgd",)}
-USED_BY |= dict.fromkeys(("beta1", "beta2", "eps"), ("adamw", "lora_rite"))
 
 
 @dataclass(frozen=True)
 class LocalConfig:
-    """Settings of local training (config group ``local``).
+    """Settings of plain local training.
+
+    A class that derives from this one adds keys to the config group, and to its `extras` what they
+    ask for.
 
     Attributes:
-        optimiser: ``sgd``, ``adamw`` or ``lora_rite`` (`fedraclora.training.lora_rite`).
+        optimiser: ``sgd`` or ``adamw``.
         moments: How long its moments live: ``round``, ``link`` or ``run`` (`moments`).
         moments_kept: Share of them that outlives a link; for ``link`` only.
         lr: Step size of what the method trains.
@@ -39,14 +36,8 @@ class LocalConfig:
         momentum: Heavy-ball momentum of ``sgd``.
         nesterov: Nesterov momentum.
         weight_decay: L2 term of ``sgd``, decoupled decay of the others.
-        beta1, beta2, eps: Constants of ``adamw`` and ``lora_rite``.
+        beta1, beta2, eps: Constants of adaptive optimisers, all but ``sgd``.
         clip: Largest global gradient norm per client, or None.
-        dp: Noise on the gradients of single samples (`fedraclora.privacy.sample_level`), or None.
-        prox: FedProx constant mu, a pull of the effective weights to the round's start.
-        precondition: Right preconditioner (A A^T)^+ (left: (B^T B)^+): projected SGD.
-        adjust: ``none``, ``riemannian`` or ``lora_pro`` (`fedraclora.training.pairs`).
-        damping: Of what ``adjust`` inverts.
-        gate_penalty: lambda of SoRA's gates (`fedraclora.training.gates`), or None: no gates.
         schedule: Step size over rounds: constant, cosine, linear, step.
         warmup: Rounds of linear warm-up.
         restart_every: Rounds after which the warm-up is done again, under the schedule: the jagged
@@ -72,12 +63,6 @@ class LocalConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     clip: float | None = None
-    dp: SampleNoise | None = None
-    prox: float = 0.0
-    precondition: bool = False
-    adjust: str = "none"
-    damping: float = 1e-6
-    gate_penalty: float | None = None
     schedule: str = "constant"
     warmup: int = 0
     restart_every: int | None = None
@@ -85,14 +70,40 @@ class LocalConfig:
     step_every: int = 50
     step_factor: float = 0.5
 
+    # The words that a key may have; numbers that lie above 0, and that lie in [0, end).
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "optimiser": ("sgd", "adamw"),
+        "schedule": ("constant", "cosine", "linear", "step"),
+        "moments": ("round", "link", "run"),
+    }
+    POSITIVE: ClassVar[tuple[str, ...]] = ("lr", "dense_lr", "clip", "eps")
+    BELOW: ClassVar[Mapping[str, float]] = {
+        **dict.fromkeys(("weight_decay", "final", "step_factor"), math.inf),
+        **dict.fromkeys(("momentum", "beta1", "beta2"), 1),
+    }
+
+    @property
+    def extras(self) -> tuple[LocalExtra, ...]:
+        """What is added to plain local training."""
+        return ()
+
+    def extra_of(self, kind: type[Extra]) -> Extra | None:
+        """Give the extra of a kind; None: there is none."""
+        return next((extra for extra in self.extras if isinstance(extra, kind)), None)
+
+    @property
+    def answers_once(self) -> bool:
+        """Whether a second answer to a round would tell what the first one hides."""
+        return any(extra.answers_once for extra in self.extras)
+
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
-        choices = {"optimiser": OPTIMISERS, "schedule": SCHEDULES, "adjust": ("none", *ADJUSTMENTS)}
-        for key, known in choices.items():
+        for key, known in self.CHOICES.items():
             if getattr(self, key) not in known:
                 raise unknown(f"local.{key}", getattr(self, key), known)
+        self._check_extras()
         self._check_moments()
-        for key in ("lr", "dense_lr", "clip", "eps", "damping", "gate_penalty"):
+        for key in self.POSITIVE:
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"local.{key} is {value}; a positive finite number is wanted")
@@ -104,19 +115,21 @@ class LocalConfig:
         if max(self.epochs, self.steps or 0) > MOST:
             key = "steps" if self.epochs <= MOST else "epochs"
             raise ConfigError(f"local.{key} is {getattr(self, key)}; {MOST} or fewer are wanted")
-        for key, end in BELOW.items():
+        for key, end in self.BELOW.items():
             if not 0 <= getattr(self, key) < end:
                 raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, {end})")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("local.nesterov=true needs local.momentum above 0")
-        for key, users in USED_BY.items():
+        adaptive = self.CHOICES["optimiser"][1:]
+        # What an optimiser would pass over: a run would not be what its config says.
+        users = {"momentum": ("sgd",)} | dict.fromkeys(("beta1", "beta2", "eps"), adaptive)
+        for key, used in users.items():
             value, default = getattr(self, key), getattr(LocalConfig, key)
-            if value != default and self.optimiser not in users:
+            if value != default and self.optimiser not in used:
                 raise ConfigError(
                     f"local.{key} is {value}, which {self.optimiser} makes no use of; it is for "
-                    f"{' and '.join(users)}: leave it at {default}"
+                    f"{' and '.join(used)}: leave it at {default}"
                 )
-        refuse_together(self.adjust, self.precondition, self.optimiser, self.gate_penalty)
         self._check_warmup()
 
     def _check_warmup(self) -> None:
@@ -129,14 +142,20 @@ class LocalConfig:
                 "method.resample_every), or restart_every=null"
             )
 
-    def _check_moments(self) -> None:
-        if self.moments not in MOMENTS:
-            raise unknown("local.moments", self.moments, MOMENTS)
-        if self.moments != "round" and (self.optimiser == "lora_rite" or self.gate_penalty):
+    def _check_extras(self) -> None:
+        for extra in self.extras if self.moments != "round" else ():
+            if extra.ends_moments:
+                raise ConfigError(
+                    f"local.moments is {self.moments}, but what those of {extra.setting} speak of "
+                    "ends with the round; leave it at round"
+                )
+        steps = [extra.setting for extra in self.extras if extra.takes_factor_step]
+        if len(steps) > 1:
             raise ConfigError(
-                f"local.moments is {self.moments}, but what those of lora_rite and of gates speak "
-                "of ends with the round; leave it at round"
+                f"{' and '.join(steps)} each say how factors take a step; take one of them"
             )
+
+    def _check_moments(self) -> None:
         if self.moments != "round" and not moment_kinds(self):
             raise ConfigError(
                 f"local.moments is {self.moments}, but sgd without momentum has none; "

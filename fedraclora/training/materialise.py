@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from fedraclora.protocol.method import Adapter, Downlink, Frozen, Sketched, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
 
@@ -21,12 +24,12 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
         like = base[weight]
         for label, factor in adapter.factors.items():
             name = f"{weight}/{label}"
-            if isinstance(factor, Sketched):
-                frozen[name] = factor.spec.draw().to(like.device, like.dtype)
-            elif isinstance(factor, Frozen):
-                value = factor.value.to(like.device, like.dtype)
+            if isinstance(factor, SketchSpec):
+                frozen[name] = factor.draw().to(like.device, like.dtype)
+            elif isinstance(factor, torch.Tensor):
+                value = factor.to(like.device, like.dtype)
                 # A copy: views into a message lie anywhere, and products round by alignment.
-                frozen[name] = value[order] if factor.per_client else value.clone()
+                frozen[name] = value[order] if value.dim() == 3 else value.clone()
             else:
                 starts[name] = start_of(factor, torch.zeros(factor.shape).to(like), order)
                 # A tall factor lies in memory as its transpose: so come its gradients
@@ -55,6 +58,19 @@ def start_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch
         return default[None]
     start = opening.to(default.device, default.dtype)
     return start[order] if slot.per_client else start[None].clone()
+
+
+def start_from(own: Tree, downlink: Downlink) -> Downlink:
+    """Let the tensors that are named start from each client's own, [K, ...]."""
+    if not own:
+        return downlink
+
+    def start(name: str, factor: Factor) -> Factor:
+        if isinstance(factor, Trained) and name in own:
+            return replace(factor, start=own[name])
+        return factor
+
+    return downlink.mapped(start)
 
 
 def arrange(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from fedraclora.data.samples import ClientData
-from fedraclora.protocol.downlink import Adapter, Downlink, Factor, Trained
+from fedraclora.protocol.downlink import Downlink
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import moment_kinds
+from fedraclora.training.materialise import start_from
 from fedraclora.training.program import OpenChunk
 from fedraclora.training.schedule import Batch
 from fedraclora.tree import Tree
@@ -245,16 +246,6 @@ def longest(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> int
 
 def owned(downlink: Downlink, clients: int) -> Downlink:
     """Cut a downlink to so many clients, each of which starts what stays with it at its own."""
-
-    def own(factor: Factor) -> Factor:
-        if isinstance(factor, Trained) and not factor.upload and not factor.per_client:
-            return replace(factor, start=torch.zeros(clients, *factor.shape))
-        return factor
-
     sent = downlink.select(torch.arange(clients) % 2)
-    adapters = {
-        w: Adapter({k: own(f) for k, f in a.factors.items()}, a.scale)
-        for w, a in sent.adapters.items()
-    }
-    dense = {n: own(s) for n, s in sent.dense.items()}
-    return replace(sent, adapters=adapters, dense=dense)  # type: ignore[arg-type]
+    stays = {n: s for n, s in sent.trained().items() if not s.upload and not s.per_client}
+    return start_from({n: torch.zeros(clients, *s.shape) for n, s in stays.items()}, sent)

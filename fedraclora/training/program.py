@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from fedraclora.training.cohort_layers import (
     CohortLayerNorm,
     CohortLinear,
 )
+from fedraclora.training.extra import Chunk
 from fedraclora.training.feedforward import FeedForward, written_out
 from fedraclora.training.packing import real_tokens
 from fedraclora.training.schedule import Batch, Schedule
@@ -119,34 +121,23 @@ class Program:
             parameter.data = base[name]
 
 
-@dataclass(frozen=True)
-class OpenChunk:
+@dataclass(frozen=True, kw_only=True)
+class OpenChunk(Chunk):
     """A chunk of clients, ready to train.
 
     Attributes:
         program: The rewritten model.
-        downlink: What is trained.
         schedule: Which sample each client sees when, in the order in which they were asked.
         sizes: Samples of each client, in that order, int64 [K].
-        order: Places among those that were asked, int64 [K]: clients that finish first stand
-            last, so that those still training are a prefix. The tensors below are in this order.
-        clients: Ids, int64 [K].
-        values: What is trained, [K, ...] by name.
-        starts: Where it started, [1, ...] or [K, ...].
-        frozen: Factors that are not trained.
+        order: Places among those that were asked, int64 [K]: those still training are a prefix.
         network: The network with its gradients written out, where it is plain enough.
     """
 
     program: Program
-    downlink: Downlink
     schedule: Schedule
     sizes: torch.Tensor
     order: torch.Tensor
-    clients: torch.Tensor
-    values: Tree
-    starts: Tree
-    frozen: Tree
-    network: FeedForward | None = None
+    network: FeedForward | None
 
     def leaves(self, active: int) -> Tree:
         """Give what the first ``active`` clients train, as leaves of a new graph."""
@@ -163,11 +154,8 @@ class OpenChunk:
         Returns:
             The samples [active * width], and bool [active, width].
         """
-        schedule, context, (active, width, length, real) = (
-            self.schedule,
-            self.program.context,
-            batch,
-        )
+        schedule, context = self.schedule, self.program.context
+        active, width, length, real = batch
         rows = self.order[:active]
         context.active, context.clients, context.step = active, self.clients[:active], step
         whole = data.gather(context.clients, schedule.positions[rows, step, :width])
@@ -186,14 +174,8 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def has_tied(model: nn.Module, trained: list[str]) -> bool:
     """Tell whether a trained parameter is shared by two layers."""
-    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    unique = {n for n, _ in model.named_parameters()}
-    if len(names) == len(unique):
-        return False
     owner = dict(model.named_parameters(remove_duplicate=False))
-    counts: dict[int, int] = {}
-    for parameter in owner.values():
-        counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    counts = Counter(map(id, owner.values()))
     return any(counts[id(owner[n])] > 1 for n in trained if n in owner)
 
 

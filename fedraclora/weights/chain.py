@@ -22,31 +22,28 @@ from fedraclora.tree import Tree
 SEED_BYTES = 8
 
 
-def term_bytes(term: Term, itemsize: int) -> int:
-    """Payload bytes of one low-rank term: its matrices, and 8 for each seed."""
-    return sum(
-        SEED_BYTES if isinstance(f, SketchSpec) else f.numel() * itemsize for f in term.factors
-    )
+def term_bytes(term: Term) -> int:
+    """Count the payload bytes of a low-rank term: its matrices, and 8 for each seed."""
+    return sum(SEED_BYTES if isinstance(f, SketchSpec) else f.nbytes for f in term.factors)
 
 
-class CatchUp:
-    """Counts the bytes that each client must fetch before it can take part.
+class LinkSizes:
+    """Counts the bytes of links by weight: the one rule of what a replica at an old version needs.
 
-    Four bytes a client are kept, its version; a round and a checkpoint touch only clients that
-    have taken part.
+    Of each weight that is the links since then, or the weight whole where these are not smaller.
 
     Args:
-        base: The initial weights (their sizes bound what a weight can cost).
-        num_clients: Size of the population.
+        base: The weights at version 0.
+
+    Attributes:
+        dense: Bytes of each weight, whole [W].
+        sums: For each version the bytes of all links up to it [W].
     """
 
-    def __init__(self, base: Mapping[str, torch.Tensor], num_clients: int) -> None:
-        self.names = list(base)
-        self.place = {name: i for i, name in enumerate(self.names)}
-        self.dense = np.array([t.numel() * t.element_size() for t in base.values()], np.int64)
-        self.itemsize = {n: t.element_size() for n, t in base.items()}
-        self.sums = [np.zeros(len(self.names), np.int64)]  # bytes of all links up to a version
-        self.versions: npt.NDArray[np.int32] = np.zeros(num_clients, np.int32)
+    def __init__(self, base: Mapping[str, torch.Tensor]) -> None:
+        self.place = {name: i for i, name in enumerate(base)}
+        self.dense = np.array([t.nbytes for t in base.values()], np.int64)
+        self.sums = [np.zeros(len(base), np.int64)]
 
     @property
     def version(self) -> int:
@@ -55,20 +52,47 @@ class CatchUp:
 
     def add(self, link: Link | None) -> None:
         """Append the link of a round (None: nothing changed, but the version moves on)."""
-        row = np.zeros(len(self.names), np.int64)
+        row = np.zeros_like(self.dense)
         for part in () if link is None else link.parts():
             for name, term in part.terms.items():
-                row[self.place[name]] += term_bytes(term, self.itemsize[name])
-            for name, value in part.dense.items():
-                row[self.place[name]] += value.numel() * self.itemsize[name]
+                row[self.place[name]] += term_bytes(term)
+            for name in part.dense:
+                row[self.place[name]] += self.dense[self.place[name]]
         self.sums.append(self.sums[-1] + row)
+
+    def since(self, version: int) -> npt.NDArray[np.int64]:
+        """Count the bytes of the links after a version [W]."""
+        after: npt.NDArray[np.int64] = self.sums[-1] - self.sums[version]
+        return after
+
+    def followed(self, version: int) -> frozenset[str]:
+        """Name the weights to which links lead from a version in fewer bytes than they have."""
+        smaller = self.since(version) < self.dense
+        return frozenset(name for name, i in self.place.items() if smaller[i])
+
+
+class CatchUp(LinkSizes):
+    """Counts the bytes that each client must fetch before it can take part.
+
+    They are those of the `fedraclora.weights.update.WeightUpdate` that a client of its own machine
+    is sent. Four bytes a client are kept, its version; a round and a checkpoint touch only clients
+    that have taken part.
+
+    Args:
+        base: The initial weights (their sizes bound what a weight can cost).
+        num_clients: Size of the population.
+    """
+
+    def __init__(self, base: Mapping[str, torch.Tensor], num_clients: int) -> None:
+        super().__init__(base)
+        self.versions: npt.NDArray[np.int32] = np.zeros(num_clients, np.int32)
 
     def missing(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
         """Count the bytes that each client needs to come to the current version [K]."""
         if not len(clients):
             return np.zeros(0, dtype=np.int64)
         held, inverse = np.unique(self.versions[clients.numpy()], return_inverse=True)
-        missing = self.sums[-1] - np.stack([self.sums[v] for v in held])
+        missing = np.stack([self.since(v) for v in held])
         cost: npt.NDArray[np.int64] = np.minimum(missing, self.dense).sum(axis=1)[inverse]
         return cost
 

@@ -7,24 +7,57 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from typing_extensions import override
+
 from fedraclora import objects
-from fedraclora.weights.replica import FileReplica
+from fedraclora.protocol.link import Link
+from fedraclora.tree import Tree
+from fedraclora.weights.files import save_tensors
+from fedraclora.weights.update import WeightHistory, update_tensors
 
 _SETTINGS = "config.json"
 
 
-class JobFolder(FileReplica):
-    """The server's end: makes the folder, publishes base weights there, removes it.
+class JobFolder(WeightHistory):
+    """The server's end: makes the folder, writes updates of the base weights there, removes it.
+
+    It holds a version whole, and one update for each version after it, until these are together
+    not smaller: then it is begun anew. So any process, and a fresh one, finds its way.
 
     Args:
         plain: The resolved config.
     """
 
     def __init__(self, plain: Mapping[str, object]) -> None:
+        super().__init__()
         self._made = TemporaryDirectory(prefix="fedraclora-")
-        super().__init__(Path(self._made.name))
+        self._size = 0  # bytes of the updates after the one that is whole
+        self.folder = Path(self._made.name)
         (self.folder / _SETTINGS).write_text(json.dumps(plain))
         objects.write(self.folder, plain)
+
+    @override
+    def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
+        held = self.version if version == self.version + 1 else None
+        super().publish(base, version, link)
+        update = self.since(held)
+        self._size += update.payload_bytes
+        if update.held is None or self._size >= sum(t.nbytes for t in base.values()):
+            self.write_whole()
+        else:
+            save_tensors(self._path, *update_tensors(update), sync=False)
+
+    def write_whole(self) -> None:
+        """Begin the folder anew with the newest weights."""
+        save_tensors(self._path, *update_tensors(self.since(None)), sync=False)
+        self._size = 0
+        for path in self.folder.glob("*.safetensors"):
+            if path != self._path:
+                path.unlink()
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.version:06d}.safetensors"
 
     def close(self) -> None:
         """Remove the folder."""

@@ -1,212 +1,160 @@
-"""A worker's copy of the base weights, with its version."""
+"""Base weights in other processes, which follow the server's: in memory, on a disk, in a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import CheckpointError, WireError
-from fedraclora.protocol.link import Link, Plan, apply_link
-from fedraclora.tree import Tree, fingerprint, to_numpy
+from fedraclora.errors import CheckpointError, StaleError, WireError
+from fedraclora.protocol.link import Plan, apply_link
+from fedraclora.tree import Tree, fingerprint
+from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.files import load_tensors, save_tensors
+from fedraclora.weights.update import WeightUpdate, read_update
 
-Arrays = dict[str, npt.NDArray[np.generic]]
-
-
-@dataclass
-class Replica:
-    """Base weights and the version they stand at.
-
-    In one process the server and the workers share one replica: the server publishes, the
-    workers read, and nothing is copied.
-    """
-
-    base: Tree
-    version: int = 0
-
-    def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
-        """Replace the weights by those of a later version.
-
-        Args:
-            base: The weights.
-            version: Their version.
-            link: How they follow from the version before; None if nothing changed.
-        """
-        del link  # for replicas that are elsewhere
-        self.base, self.version = base, version
-
-    def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:
-        """Take over the history of a run that goes on, where links of its past are of use.
-
-        Args:
-            base: Its weights now.
-            links: Of its rounds, in order, where they were kept.
-            version: Where it stands.
-        """
-        # The strategy publishes the weights themselves when it starts.
-
-    def at(self, version: int, round_: int) -> Tree:
-        """Give the weights, which must stand at ``version``.
-
-        Raises:
-            WireError: If they stand elsewhere.
-        """
-        if version != self.version:
-            raise WireError(
-                f"round {round_}: the replica holds version {self.version} of the base weights, "
-                f"the server asks for {version}"
-            )
-        return self.base
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class WeightNews:
-    """How a replica gets to a version of the base weights.
-
-    Attributes:
-        version: Where to.
-        mark: Fingerprint of the weights at that version: the replica proves itself by it.
-        links: What has happened since the version it holds, or None where dense is smaller.
-        dense: The weights as arrays, or None.
-    """
-
-    version: int
-    mark: int
-    links: tuple[Link, ...] | None
-    dense: Arrays | None
-
-
-class VersionLog(Replica):
-    """The server's weights, with the links by which replicas elsewhere can follow.
-
-    The newest links are kept, as many as are together smaller than the weights.
-    """
-
-    def __init__(self) -> None:
-        super().__init__({}, -1)
-        self._links: list[Link] = []
-        self._mark: int | None = None
-        self._arrays: Arrays | None = None
-
-    @override
-    def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
-        follows = 0 <= self.version == version - 1
-        self._links = [*self._links, link or Link()] if follows else []
-        dense = sum(t.numel() for t in base.values())
-        while self._links and sum(map(numbers, self._links)) >= dense:
-            del self._links[0]  # whoever is that far behind is better off with the weights
-        self._mark = self._arrays = None
-        super().publish(base, version)
-
-    @property
-    def oldest(self) -> int:
-        """The oldest version from which links lead here."""
-        return self.version - len(self._links)
-
-    def since(self, version: int | None) -> WeightNews:
-        """Give what a replica at ``version`` needs; None for one that holds nothing."""
-        if self._mark is None:
-            self._mark = fingerprint(self.base)
-        if version is not None and self.oldest <= version <= self.version:
-            links = tuple(self._links[version - self.oldest :])
-            return WeightNews(self.version, self._mark, links, None)
-        if self._arrays is None:
-            self._arrays = {n: to_numpy(t) for n, t in self.base.items()}
-        return WeightNews(self.version, self._mark, None, self._arrays)
-
-
-class Follower(Replica):
-    """A replica in another process, which follows a `VersionLog`.
+class Replica(BaseWeights):
+    """Base weights that follow those of a `fedraclora.weights.update.WeightHistory`.
 
     Args:
         plan: Of the run: how links are folded in.
         device: Where the weights are kept.
+
+    Attributes:
+        mark: Fingerprint of the weights; None where no update has brought them.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         super().__init__({}, -1)
         self.plan, self.device = plan, device
+        self.mark: int | None = None
 
-    def follow(self, news: WeightNews) -> bool:
-        """Go to the version of ``news``; False if it needs the dense weights for that.
+    def follow(self, update: WeightUpdate) -> bool:
+        """Go to the version of an update; False if every weight is needed whole for that.
 
         Raises:
-            WireError: If dense weights do not match their fingerprint.
+            WireError: If whole weights do not match their fingerprint.
         """
-        if news.version == self.version:
+        if (update.version, update.mark) == (self.version, self.mark):
             return True
-        if news.dense is not None:
-            base = {n: torch.tensor(a).to(self.device) for n, a in news.dense.items()}
-        elif news.links is not None and self.version == news.version - len(news.links):
-            base = self.base
-            for link in news.links:
-                base = apply_link(base, link, self.plan)
-        else:
+        if update.held is not None and not update.held <= self.version <= update.version:
             return False
-        if fingerprint(base) != news.mark:
-            if news.dense is None:  # another processor may round a product differently
+        base = {} if update.held is None else self.base
+        for version, link in update.links:
+            if version > self.version:
+                base = apply_link(base, link, self.plan)
+        base = base | {n: t.to(self.device) for n, t in update.dense.items()}
+        if fingerprint(base) != update.mark:
+            if update.held is not None:  # another processor may round a product differently
                 return False
-            raise WireError(f"version {news.version} of the base weights came damaged")
-        self.publish(base, news.version)
+            raise WireError(f"version {update.version} of the base weights came damaged")
+        self.take(base, update.version, update.mark)
         return True
 
-
-def numbers(link: Link) -> int:
-    """Count the numbers of a link."""
-    factors = (f for term in link.terms.values() for f in term.factors)
-    drawn = sum(f.numel() for f in factors if isinstance(f, torch.Tensor))
-    own = drawn + sum(t.numel() for t in link.dense.values())
-    return own + sum(map(numbers, link.rest))
+    def take(self, base: Tree, version: int, mark: int | None) -> None:
+        """Hold these weights from here on."""
+        self.base, self.version, self.mark = base, version, mark
 
 
-class FileReplica(Replica):
-    """Base weights in a folder: one process publishes them, others of the machine read them.
-
-    For runtimes in which a message may meet any process, or a fresh one: whatever a process holds,
-    it finds the version that the message names. Only the newest version is kept.
+class StoredReplica(Replica):
+    """Base weights on the disk of a client: the newest version, written in one move.
 
     Args:
-        folder: Where the weights lie; it is there.
-        device: Where readers want them.
+        folder: Where they lie; made with the first.
+        plan: Of the run: how links are folded in.
+        device: Where they are wanted.
     """
 
-    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
-        super().__init__({}, -1)
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, plan: Plan, device: torch.device) -> None:
+        super().__init__(plan, device)
+        self.file = replica_file(folder)
+        if (found := read_stored_replica(folder)) is not None:
+            base, version, mark = found
+            super().take({n: t.to(device) for n, t in base.items()}, version, mark)
+
+    def begin(self, base: Mapping[str, torch.Tensor]) -> None:
+        """Take the initial weights of the model for version 0, where nothing is held."""
+        if self.version < 0:
+            super().take({n: t.detach().clone() for n, t in base.items()}, 0, None)
 
     @override
-    def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
-        save_tensors(self._path(version), base, {"version": version}, sync=False)
-        for path in self.folder.glob("*.safetensors"):
-            if path != self._path(version):
-                path.unlink()
+    def take(self, base: Tree, version: int, mark: int | None) -> None:
+        save_tensors(self.file, base, {"version": version, "mark": str(mark)}, sync=True)
+        super().take(base, version, mark)
+
+
+def replica_file(folder: Path) -> Path:
+    """Where a folder holds base weights."""
+    return folder / "weights.safetensors"
+
+
+def read_stored_replica(folder: Path) -> tuple[Tree, int, int] | None:
+    """Read weights, version and fingerprint from a folder, verified; None if there are none.
+
+    What is damaged is as good as nothing: the client says so, and is sent every weight.
+    """
+    path = replica_file(folder)
+    if not path.is_file():
+        return None
+    try:
+        base, meta = load_tensors(path, "it is sent anew")
+        return base, int(str(meta["version"])), int(str(meta["mark"]))
+    except (CheckpointError, KeyError, ValueError) as error:
+        log.warning("%s", error)
+        path.unlink(missing_ok=True)
+        return None
+
+
+class FolderReplica(Replica):
+    """Base weights that follow the updates in a folder of this machine.
+
+    For runtimes in which a message may meet any process, or a fresh one: whatever a process holds,
+    it finds there how to come to the version that the message names.
+
+    Args:
+        folder: Where `fedraclora.weights.job.JobFolder` writes the updates.
+        plan: Of the run: how links are folded in.
+        device: Where the weights are wanted.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, device: torch.device) -> None:
+        super().__init__(plan, device)
+        self.folder = folder
 
     @override
     def at(self, version: int, round_: int) -> Tree:
+        """Give the weights of a version, which the folder must lead to.
+
+        Raises:
+            WireError: If it does not, or what it holds is damaged.
+            StaleError: If it leads there by links that are folded in differently here.
+        """
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if self.version < int(path.stem) <= version and not self.follow(
+                self._read(path, round_)
+            ):
+                raise StaleError(
+                    f"round {round_}: the links to version {int(path.stem)} of the base weights "
+                    "lead to others here than at the server; it must write them whole"
+                )
         if version != self.version:
-            self.base, self.version = self._read(version, round_), version
+            raise WireError(
+                f"round {round_}: {self.folder} does not lead from version {self.version} of the "
+                f"base weights to version {version}; the server writes what leads there before "
+                "it asks, and removes it when it goes on"
+            )
         return self.base
 
-    def _path(self, version: int) -> Path:
-        return self.folder / f"{version:06d}.safetensors"
-
-    def _read(self, version: int, round_: int) -> Tree:
-        path = self._path(version)
-        if not path.is_file():
-            raise WireError(
-                f"round {round_}: {self.folder} does not hold version {version} of the base "
-                "weights; the server publishes it before it asks, and removes it when it goes on"
-            )
+    def _read(self, path: Path, round_: int) -> WeightUpdate:
         try:
-            tensors, _ = load_tensors(path, "the server writes it anew with the next round")
+            return read_update(*load_tensors(path, "the server writes it anew with its next run"))
         except CheckpointError as error:
             raise WireError(
-                f"round {round_}: version {version} of the base weights: {error}"
+                f"round {round_}: version {int(path.stem)} of the base weights: {error}"
             ) from error
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()}

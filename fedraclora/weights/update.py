@@ -1,29 +1,24 @@
-"""Base weights at clients on other machines: what each must be sent, and where it keeps them.
+"""Base weights that are elsewhere: the server's history, and the updates by which others follow.
 
-The server's `WeightHistory` knows what every weight went through; a client's `StoredReplica` is a
-file on its disk. A `WeightUpdate` brings it from the version that it holds to the newest: for each
-weight the low-rank terms in between or the whole weight, whichever is smaller, as
-`fedraclora.weights.chain.CatchUp` counts it.
+Ray workers, Flower's processes of this machine and clients on hosts hold a
+`fedraclora.weights.replica.Replica` each. A `WeightUpdate` brings it from the version that it holds
+to the newest: of each weight the links in between, or the weight whole, whichever is smaller, as
+`fedraclora.weights.chain.LinkSizes` counts it.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import CheckpointError, WireError
-from fedraclora.protocol.link import Link, Plan, apply_link
-from fedraclora.tree import Tree, fingerprint
-from fedraclora.weights.chain import term_bytes
-from fedraclora.weights.files import load_tensors, save_tensors
-from fedraclora.weights.replica import Replica
-
-log = logging.getLogger(__name__)
+from fedraclora.protocol.link import Link
+from fedraclora.tree import Tree, fingerprint, to_numpy
+from fedraclora.weights.base import BaseWeights
+from fedraclora.weights.chain import LinkSizes, link_tensors, read_link, term_bytes
 
 
 @dataclass(frozen=True)
@@ -47,46 +42,75 @@ class WeightUpdate:
     @property
     def payload_bytes(self) -> int:
         """Bytes of its numbers, and 8 for each seed."""
-        terms = [(t, n) for _, link in self.links for n, t in link.terms.items()]
-        drawn = sum(term_bytes(t, _itemsize(t)) for t, _ in terms)
-        return drawn + sum(t.numel() * t.element_size() for t in self.dense.values())
+        parts = [part for _, link in self.links for part in link.parts()]
+        terms = sum(term_bytes(term) for part in parts for term in part.terms.values())
+        return terms + sum(t.nbytes for t in self.dense.values())
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Be pickled as numpy arrays, which go to other processes with one copy."""
+        tensors, meta = update_tensors(self)
+        return _from_arrays, ({name: to_numpy(t) for name, t in tensors.items()}, meta)
 
 
-def _itemsize(term: object) -> int:
-    """Bytes of a number of a term's matrices; 0 where all of them are drawn."""
-    factors = getattr(term, "factors", ())
-    sizes = [f.element_size() for f in factors if isinstance(f, torch.Tensor)]
-    return max(sizes, default=0)
+def update_tensors(update: WeightUpdate) -> tuple[Tree, dict[str, object]]:
+    """Split an update into tensors and a description that is plain JSON."""
+    tensors: Tree = {}
+    links = []
+    for version, link in update.links:
+        found, meta = link_tensors(link)
+        tensors |= {f"{version}|{name}": t for name, t in found.items()}
+        links.append([version, meta])
+    tensors |= {f"dense|{name}": t for name, t in update.dense.items()}
+    # As text: 64 bits are more than a number of JSON is sure to keep.
+    meta = {"version": update.version, "mark": str(update.mark), "held": update.held}
+    return tensors, {**meta, "links": links}
 
 
-class WeightHistory(Replica):
-    """The server's weights, with the terms by which clients can follow.
+def read_update(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> WeightUpdate:
+    """Undo `update_tensors`."""
+
+    def part(prefix: str) -> Tree:
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    links = tuple((v, read_link(part(f"{v}|"), link)) for v, link in meta["links"])
+    return WeightUpdate(meta["version"], int(meta["mark"]), meta["held"], links, part("dense|"))
+
+
+def _from_arrays(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> WeightUpdate:
+    # Copied into memory of torch's own: matrix products round by alignment.
+    return read_update({name: torch.tensor(a) for name, a in arrays.items()}, meta)
+
+
+class WeightHistory(BaseWeights):
+    """The server's weights, with the links by which replicas elsewhere can follow.
 
     Of each weight the newest terms are kept, as many as are together smaller than it.
+
+    Attributes:
+        oldest: The version from which it knows what happened.
     """
 
     def __init__(self) -> None:
         super().__init__({}, -1)
-        self.oldest = 0
-        self._links: list[tuple[int, Link]] = []
-        self._floor: dict[str, int] = {}  # from which version on terms lead to the newest weight
+        self.oldest = -1
+        self._links: list[Link] = []  # to each version after the oldest, as far as they are kept
+        self._sizes = LinkSizes({})
         self._mark: int | None = None
 
     @override
     def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
-        if not self.base or version not in {self.version, self.version + 1}:
-            self.oldest, self._links, self._floor = version, [], {}
-        elif link is not None and version == self.version + 1:
-            self._links.append((version, Link(link.terms)))
-            self._floor |= dict.fromkeys(link.dense, version)
-            for name in link.terms:
-                self._raise_floor(name, base[name].numel() * base[name].element_size())
-            self._links = [(v, self._needed(v, part)) for v, part in self._links]
-            self._links = [(v, part) for v, part in self._links if part.terms]
+        if self.base and version == self.version + 1:
+            self._sizes.add(link)
+            self._links.append(link or Link())
+            for i, known in enumerate(self._links):
+                if known.terms or known.dense or known.rest:
+                    self._links[i] = _terms(known, self._sizes.followed(i))
+        elif not self.base or version != self.version:
+            self.oldest, self._links, self._sizes = version, [], LinkSizes(base)
         self._mark = None
         super().publish(base, version)
 
-    @override
     def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:
         """Take over the history of a run that goes on.
 
@@ -95,109 +119,27 @@ class WeightHistory(Replica):
             links: Of its rounds, in order; rounds may be missing that changed nothing.
             version: Where it stands.
         """
+        changes = dict(links)
         self.publish(base, 0)
-        for number, link in links:
-            while self.version < number - 1:
-                self.publish(base, self.version + 1)
-            self.publish(base, number, link)
-        while self.version < version:
-            self.publish(base, self.version + 1)
+        for number in range(1, version + 1):
+            self.publish(base, number, changes.get(number))
 
     def since(self, held: int | None) -> WeightUpdate:
-        """Give what a client at version ``held`` needs; None for one that holds nothing."""
+        """Give what a replica at version ``held`` needs; None for one that holds nothing."""
         if self._mark is None:
             self._mark = fingerprint(self.base)
         if held is None or not self.oldest <= held <= self.version:
             return WeightUpdate(self.version, self._mark, None, dense=dict(self.base))
-        dense = {n: t for n, t in self.base.items() if self._floor.get(n, 0) > held}
-        links = [
-            (v, Link({n: t for n, t in link.terms.items() if n not in dense}))
-            for v, link in self._links
-            if v > held
-        ]
-        links = [(v, link) for v, link in links if link.terms]
-        return WeightUpdate(self.version, self._mark, held, tuple(links), dense)
-
-    def _raise_floor(self, name: str, dense: int) -> None:
-        """Forget the oldest terms of a weight until the others are smaller than it."""
-        kept = [
-            (v, term_bytes(t, _itemsize(t)))
-            for v, link in self._links
-            if (t := link.terms.get(name)) is not None and v > self._floor.get(name, 0)
-        ]
-        while kept and sum(size for _, size in kept) >= dense:
-            self._floor[name] = kept.pop(0)[0]
-
-    def _needed(self, version: int, link: Link) -> Link:
-        return Link({n: t for n, t in link.terms.items() if version > self._floor.get(n, 0)})
+        first = held - self.oldest
+        names = self._sizes.followed(first)
+        links = ((held + i, _terms(k, names)) for i, k in enumerate(self._links[first:], start=1))
+        dense = {name: t for name, t in self.base.items() if name not in names}
+        kept = tuple((v, link) for v, link in links if link.terms)
+        return WeightUpdate(self.version, self._mark, held, kept, dense)
 
 
-class StoredReplica(Replica):
-    """Base weights on the disk of a client: the newest version, written in one move.
-
-    Args:
-        folder: Where they lie; made with the first.
-        plan: Of the run: how terms are folded in.
-        device: Where they are wanted.
-    """
-
-    def __init__(self, folder: Path, plan: Plan, device: torch.device) -> None:
-        super().__init__({}, -1)
-        self.file, self.plan, self.device = replica_file(folder), plan, device
-        self.mark: int | None = None
-        if (found := read_stored_replica(folder)) is not None:
-            base, version, self.mark = found
-            super().publish({n: t.to(device) for n, t in base.items()}, version)
-
-    def begin(self, base: Mapping[str, torch.Tensor]) -> None:
-        """Take the initial weights of the model for version 0, where nothing is held."""
-        if self.version < 0:
-            super().publish({n: t.detach().clone() for n, t in base.items()}, 0)
-
-    def follow(self, parcel: WeightUpdate) -> bool:
-        """Go to the version of a parcel; False if every weight is needed whole for that.
-
-        Raises:
-            WireError: If a parcel of whole weights does not match its fingerprint.
-        """
-        if (parcel.version, parcel.mark) == (self.version, self.mark):
-            return True
-        whole = parcel.held is None
-        if parcel.held is not None and not parcel.held <= self.version <= parcel.version:
-            return False
-        base = {} if whole else self.base
-        for version, link in parcel.links:
-            if version > self.version:
-                base = apply_link(base, link, self.plan)
-        base = base | {n: t.to(self.device) for n, t in parcel.dense.items()}
-        if fingerprint(base) != parcel.mark:
-            if not whole:  # another processor may round a product differently
-                return False
-            raise WireError(f"version {parcel.version} of the base weights came damaged")
-        meta = {"version": parcel.version, "mark": str(parcel.mark)}
-        save_tensors(self.file, base, meta, sync=True)
-        self.mark = parcel.mark
-        self.publish(base, parcel.version)
-        return True
-
-
-def replica_file(folder: Path) -> Path:
-    """Where a folder holds base weights."""
-    return folder / "weights.safetensors"
-
-
-def read_stored_replica(folder: Path) -> tuple[Tree, int, int] | None:
-    """Read weights, version and fingerprint from a folder, verified; None if there are none.
-
-    What is damaged is as good as nothing: the client says so, and is sent every weight.
-    """
-    path = replica_file(folder)
-    if not path.is_file():
-        return None
-    try:
-        base, meta = load_tensors(path, "it is sent anew")
-        return base, int(str(meta["version"])), int(str(meta["mark"]))
-    except (CheckpointError, KeyError, ValueError) as error:
-        log.warning("%s", error)
-        path.unlink(missing_ok=True)
-        return None
+def _terms(link: Link, names: frozenset[str]) -> Link:
+    """Give the terms of a link on these weights, without parts that have none."""
+    parts = (Link({n: t for n, t in p.terms.items() if n in names}) for p in link.parts())
+    first, *rest = [part for part in parts if part.terms] or [Link()]
+    return replace(first, rest=tuple(rest))

@@ -1,4 +1,4 @@
-"""Parcels of base weights in train messages: a JSON header, and all numbers as one array."""
+"""Updates of base weights in train messages: a JSON header, and all numbers as one array."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedraclora.errors import WireError
 from fedraclora.tree import Tree
-from fedraclora.weights.chain import link_tensors, read_link
-from fedraclora.weights.update import WeightUpdate
+from fedraclora.weights.update import WeightUpdate, read_update, update_tensors
 from fedraclora.wire.fields import exactly, listed, named, reading, shown, whole
 from fedraclora.wire.records import DTYPES, header_record, read_array, read_json, read_shape
 
@@ -21,61 +20,44 @@ KINDS |= {k: getattr(torch, k) for k in ("int8", "int16", "int32", "int64", "uin
 HEADER, NUMBERS = "parcel", "parcel-numbers"  # records of the message
 
 
-def add_weight_update(content: RecordDict, parcel: WeightUpdate) -> None:
-    """Write a parcel into a message, in the place of one that is there."""
-    tensors: Tree = {}
-    links = []
-    for version, link in parcel.links:
-        found, meta = link_tensors(link)
-        tensors |= {f"{version}|{name}": t for name, t in found.items()}
-        links.append([version, meta])
-    tensors |= {f"dense|{name}": t for name, t in parcel.dense.items()}
-    header = {
-        "version": parcel.version,
-        "mark": str(parcel.mark),
-        "held": parcel.held,
-        "links": links,
-        "tensors": [[n, str(t.dtype)[6:], t.shape] for n, t in tensors.items()],
-    }
+def add_weight_update(content: RecordDict, update: WeightUpdate) -> None:
+    """Write an update into a message, in the place of one that is there."""
+    tensors, meta = update_tensors(update)
+    described = [[n, str(t.dtype)[6:], t.shape] for n, t in tensors.items()]
     # As bytes: one array for numbers of any kinds.
     raw = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in tensors.values()]
     record = ArrayRecord()
     record["flat"] = Array(torch.cat(raw).numpy() if raw else np.zeros(0, np.uint8))
-    content[HEADER], content[NUMBERS] = header_record(header), record
+    content[HEADER], content[NUMBERS] = header_record(meta | {"tensors": described}), record
 
 
 def read_weight_update(content: RecordDict) -> WeightUpdate:
-    """Read the parcel of a message.
+    """Read the update of a message.
 
     Raises:
         WireError: If it has none, or one that is damaged.
     """
-    with reading("a parcel of base weights"):
+    with reading("an update of base weights"):
         header = read_json(content, HEADER)
-        exactly(header, FIELDS, "the header of a parcel")
+        exactly(header, FIELDS, "the header of an update")
+        whole(header["version"], "the version of an update")
+        if header["held"] is not None:
+            whole(header["held"], "held", -1)
+        for version, _ in listed(header["links"], "links"):
+            whole(version, "the version of a link")
         tensors = _tensors(header["tensors"], read_array(content, NUMBERS))
-
-        def part(prefix: str) -> Tree:
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-        links = tuple(
-            (whole(v, "the version of a link"), read_link(part(f"{v}|"), meta))
-            for v, meta in listed(header["links"], "links")
-        )
-        version = whole(header["version"], "the version of a parcel")
-        held = None if header["held"] is None else whole(header["held"], "held", -1)
-        return WeightUpdate(version, int(header["mark"]), held, links, part("dense|"))
+        return read_update(tensors, header)
 
 
 def _tensors(described: object, raw: torch.Tensor) -> Tree:
-    """Cut the bytes of a parcel into tensors."""
+    """Cut the bytes of an update into tensors."""
     if raw.dim() != 1 or raw.dtype != torch.uint8:
-        raise WireError(f"a parcel came as {tuple(raw.shape)} of {raw.dtype}; bytes are wanted")
+        raise WireError(f"an update came as {tuple(raw.shape)} of {raw.dtype}; bytes are wanted")
     found: Tree = {}
     start = 0
-    for key, kind, shape in listed(described, "the tensors of a parcel"):
+    for key, kind, shape in listed(described, "the tensors of an update"):
         if kind not in KINDS:
-            raise WireError(f"a tensor of a parcel is of the kind {shown(kind)}")
+            raise WireError(f"a tensor of an update is of the kind {shown(kind)}")
         sizes, dtype = read_shape(shape, f"the shape of {shown(key)}"), KINDS[kind]
         size = prod(sizes) * dtype.itemsize
         if size > len(raw) - start:
@@ -83,8 +65,8 @@ def _tensors(described: object, raw: torch.Tensor) -> Tree:
         # Copied into memory of torch's own: matrix products round by alignment.
         blank = torch.empty(sizes, dtype=dtype)
         blank.reshape(-1).view(torch.uint8).copy_(raw[start : start + size])
-        found[named(key, "a tensor of a parcel")] = blank
+        found[named(key, "a tensor of an update")] = blank
         start += size
     if start != len(raw):
-        raise WireError(f"a parcel has {len(raw) - start} bytes more than its tensors")
+        raise WireError(f"an update has {len(raw) - start} bytes more than its tensors")
     return found

@@ -44,7 +44,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.run.ledger import Ledger, read_ledger
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.weights.replica import Replica
+from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import Packed, Reader
 from fedraclora.wire.fields import LONGEST
@@ -53,7 +53,7 @@ from strategies import METHODS
 from strategies.server.exchange import Exchange
 from strategies.server.loop import LoopConfig
 from strategies.server.rows import Moved, ledger_row
-from strategies.server.scaffold import open_corrected
+from strategies.steps.scaffold import open_corrected
 from tests.campaigns.mutants import (
     Change,
     Random,
@@ -248,7 +248,7 @@ def scene_of(name: str) -> Scene:
         rounds=9, clients=setting.cohort, cohort=setting.cohort, chunk=setting.chunk, seed=SEED,
         dtype=str(setting.dtype).removeprefix("torch."), guarded=True, min_clients=1,
     )  # fmt: skip
-    replica = Replica(base)
+    replica = BaseWeights(base)
     trainer = CohortTrainer(task, plan, setting.local, seed=SEED, device=torch.device("cpu"))
     worker, draw = Worker(trainer, replica), Draw(SEED)
     clients = torch.arange(setting.cohort)
@@ -451,9 +451,9 @@ def plain(content: RecordDict) -> tuple[dict[str, Any], dict[str, Any], Any]:
 
 DOWN: dict[str, Change] = REPLY | {
     "what clients do not share": array_values("own"),
-    "a value of a parcel": header(HEADER),
-    "the text of a parcel": header_text(HEADER),
-    "numbers of a parcel": array_bytes(NUMBERS),
+    "a value of an update": header(HEADER),
+    "the text of an update": header_text(HEADER),
+    "numbers of an update": array_bytes(NUMBERS),
 }
 
 
@@ -465,10 +465,10 @@ def check_downlink(scene: Scene, random: Random) -> str:
     """
     message, _ = scene.exchange.chunks[int(random.integers(len(scene.exchange.chunks)))]
     content = read(raw(message.content))
-    archive = WeightHistory()
-    archive.publish(scene.state.base, 0)
-    archive.publish(scene.state.base, 1, scene.state.link)
-    add_weight_update(content, archive.since(pick(random, [None, 0])))
+    history = WeightHistory()
+    history.publish(scene.state.base, 0)
+    history.publish(scene.state.base, 1, scene.state.link)
+    add_weight_update(content, history.since(pick(random, [None, 0])))
     kind = pick(random, list(DOWN))
     content = changed([DOWN[kind]] * pick(random, [1, 1, 2]), random, content)
     try:

@@ -20,7 +20,7 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import ENGINES, EvaluateConfig, OutputConfig, PretrainConfig
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import DataError
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.files import flatten
 from strategies import METHODS
 
@@ -187,7 +187,7 @@ def test_every_method_has_a_file_of_its_name() -> None:
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("local/")])
 def test_keys_of_local_are_fields(name: str) -> None:
     keys = stored(name)
-    fields = set(inspect.signature(LocalConfig).parameters)
+    fields = set(inspect.signature(LocalSettings).parameters)
     of_moments = {"beta1", "beta2", "eps"}
     assert set(keys) - {"name"} == fields - (of_moments if keys["optimiser"] == "sgd" else set())
 

@@ -11,6 +11,7 @@ from worlds import (
     RAGGED,
     Run,
     World,
+    assert_updates_lead_on,
     label,
     make_method,
     make_world,
@@ -20,7 +21,6 @@ from worlds import (
 
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.link import Link
-from fedraclora.protocol.method import Sketched
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES, read_link
 from fedraclora.weights.files import read_links
@@ -85,7 +85,7 @@ def seeds(content: RecordDict) -> int:
     downlink, _ = unpack_downlink(content)
     factors = [f for a in downlink.adapters.values() for f in a.factors.values()]
     starts = [s.start for s in downlink.trained().values()]
-    return sum(isinstance(f, Sketched) for f in factors) + sum(
+    return sum(isinstance(f, SketchSpec) for f in factors) + sum(
         isinstance(s, SketchSpec) for s in starts
     )
 
@@ -157,3 +157,8 @@ def test_catch_up_is_the_links_a_client_missed_or_the_dense_weight(done: Run, fo
             wanted += sum(min(sum(size(k, n) for k in missed), dense[n]) for n in dense)
             held[client] = round_ - 1
         assert row["catchup_bytes"] == wanted
+
+
+@pytest.mark.usefixtures("done")
+def test_an_update_is_what_is_counted_and_leads_to_the_weights(folder: Path) -> None:
+    assert_updates_lead_on(folder)

@@ -7,7 +7,7 @@ whole way through Flower messages and local training.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -37,9 +37,7 @@ from fedraclora.protocol.method import (
     Cohort,
     Downlink,
     Draw,
-    Frozen,
     Method,
-    Sketched,
     State,
     Trained,
 )
@@ -48,22 +46,30 @@ from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
+from fedraclora.run.rebuild import state_at
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.localconfig import LocalConfig
-from fedraclora.tree import Tree
+from fedraclora.training.extras.settings import LocalSettings
+from fedraclora.tree import Tree, digest
+from fedraclora.weights.base import BaseWeights
+from fedraclora.weights.chain import CatchUp, read_link
+from fedraclora.weights.files import read_links
 from fedraclora.weights.replica import Replica
+from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
 from strategies.server.loop import LoopConfig
-from strategies.server.treatment import Treatment
+from strategies.server.round_step import RoundStep
+from strategies.steps.order import round_steps
+from strategies.steps.settings import RoundSettings
 from strategies.wiring import wire
 
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
 SIZES = (4, 9, 1, 6, 3)  # samples of each client: ragged, one with a single sample
-FULL_BATCH = LocalConfig(lr=0.1, steps=1, batch_size=0, shuffle=False)
-RAGGED = LocalConfig(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
+FULL_BATCH = LocalSettings(lr=0.1, steps=1, batch_size=0, shuffle=False)
+RAGGED = LocalSettings(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
 
 
 # --- methods -------------------------------------------------------------------------------------
@@ -129,7 +135,7 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def is_personal(variant: tuple[str, dict[str, Any]]) -> bool:
     """Whether clients keep a part of the model: then there is no global one to hold to a mean."""
-    return make_method(variant[0], **variant[1]).traits.client_state
+    return make_method(variant[0], **variant[1]).client_state
 
 
 def label(variant: tuple[str, dict[str, Any]]) -> str:
@@ -343,10 +349,10 @@ def client_weights(played: Played, k: int) -> Tree:
     for weight, adapter in played.sent.adapters.items():
         product: torch.Tensor | None = None
         for name, factor in adapter.factors.items():
-            if isinstance(factor, Sketched):
-                matrix = factor.spec.draw()
-            elif isinstance(factor, Frozen):
-                matrix = factor.value[k] if factor.per_client else factor.value
+            if isinstance(factor, SketchSpec):
+                matrix = factor.draw()
+            elif isinstance(factor, torch.Tensor):
+                matrix = factor[k] if factor.dim() == 3 else factor
             else:
                 assert isinstance(factor, Trained)
                 matrix = rows[f"{weight}/{name}"][k]
@@ -404,7 +410,7 @@ class RecordingWorker(Worker):
     """Keeps every message that it is sent and every reply that it gives."""
 
     def __init__(
-        self, trainer: CohortTrainer, replica: Replica, store: ClientStore, terms: Terms | None
+        self, trainer: CohortTrainer, replica: BaseWeights, store: ClientStore, terms: Terms | None
     ) -> None:
         super().__init__(trainer, replica, store, terms)
         self.asked: list[RecordDict] = []
@@ -450,9 +456,32 @@ class Run:
         return list(self.strategy.recorder.ledger.rows[1:])
 
 
+def assert_updates_lead_on(folder: Path) -> None:
+    """Hold the updates of a run against its weights, and their bytes against what `CatchUp` says.
+
+    From every version that a client may hold to the last.
+    """
+    links = [read_link(t, meta) for round_, t, meta in read_links(folder / "chain") if round_]
+    count = len(links)
+    start, end = state_at(folder, 0), state_at(folder, count)
+    history, counted = WeightHistory(), CatchUp(start.base, count + 1)
+    history.recall(end.base, enumerate(links, start=1), count)
+    for version, link in enumerate(links, start=1):
+        counted.add(link)
+        counted.fetch(torch.arange(version, count + 1))  # client k is last seen at version k
+    for held in range(count + 1):
+        update = history.since(held)
+        assert update.held == held
+        assert update.payload_bytes == counted.missing(torch.tensor([held])).sum()
+        replica = Replica(start.plan, torch.device("cpu"))
+        replica.take(state_at(folder, held).base, held, None)
+        assert replica.follow(update)
+        assert digest(replica.at(count, count + 1)) == digest(end.base)
+
+
 def personal(strategy: FedStrategy, store: ClientStore, weights: Tree) -> Tree:
     """The weights of the client that trained last, where clients keep a part of the model."""
-    if not strategy.method.traits.client_state:
+    if not strategy.method.client_state:
         return weights
     for own in store.latest(1).values():
         return strategy.method.weights(strategy.state, strategy.draw, own)
@@ -462,7 +491,7 @@ def personal(strategy: FedStrategy, store: ClientStore, weights: Tree) -> Tree:
 def run(
     world: World,
     method: Method,
-    local: LocalConfig,
+    local: LocalSettings,
     *,
     rounds: int,
     cohort: int | None = None,
@@ -475,9 +504,10 @@ def run(
     folder: Path | None = None,
     resume: bool = False,
     max_failures: int = 0,
-    treatment: Treatment | None = None,
+    treatment: RoundSettings | None = None,
     system: SystemConfig | None = None,
     kind: type[FedStrategy] | None = None,
+    steps: Sequence[RoundStep] = (),
 ) -> Run:
     """Run a method from start to end as `fedraclora simulate` does, with its one strategy."""
     loop = LoopConfig(
@@ -493,7 +523,7 @@ def run(
     engine = Recording(arrange)
     device = torch.device("cpu")
     trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
-    treatment = treatment or Treatment(aggregator, attack or Attack())
+    treatment = treatment or RoundSettings(aggregator, attack or Attack())
     security = treatment.security
     terms = Terms(security, weights) if isinstance(security, SecAgg) else None
     parts = replace(EngineParts.of(trainer, loop.cohort), terms=terms)
@@ -506,7 +536,7 @@ def run(
         evaluate=lambda w: {"loss": world.loss(personal(wired.strategy, parts.store, w))},
         recorder=RunRecorder(folder, every=1, sync=False, store=parts.store),
         resume=resume,
-        treatment=treatment,
+        steps=[*round_steps(treatment, local), *steps],
         system=system,
         kind=kind,
     )

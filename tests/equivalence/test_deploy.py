@@ -17,7 +17,7 @@ from fedraclora.engines.deploy.traffic import message_bytes
 from fedraclora.run.rebuild import state_at
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
-from fedraclora.weights.update import read_stored_replica, replica_file
+from fedraclora.weights.replica import read_stored_replica, replica_file
 from strategies import METHODS
 from strategies.outcome import execute
 from strategies.server.rows import Row
@@ -238,7 +238,7 @@ def test_the_cache_of_a_node_keeps_few_runs(tmp_path: Path) -> None:
 
 
 def test_aligned_copies(tmp_path: Path) -> None:
-    """What a parcel brings lies as torch allocates it: matrix products round by alignment."""
+    """What an update brings lies as torch allocates it: matrix products round by alignment."""
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy(["rounds=1"], tmp_path / "run", network)
     held = read_stored_replica(file_of(network, tmp_path / "run", 0))

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.engines.flower import FlowerGrid
 from fedraclora.errors import ClientError
 from fedraclora.tree import digest
+from fedraclora.weights.job import JobFolder
+from fedraclora.weights.update import WeightUpdate
 from strategies import METHODS
 
 WORDS = (
@@ -109,6 +112,22 @@ def test_a_killed_process_is_replaced_and_no_bit_changes() -> None:
 def test_nodes_are_one_process(name: str) -> None:
     on_flower = run(*RUNS[name], "engine=flower", "engine.workers=2")
     assert bits(on_flower) == bits(run(*RUNS[name], "engine=inline"))
+
+
+@pytest.mark.slow
+def test_processes_that_drifted_get_the_whole_weights(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = JobFolder.since
+
+    def lie(self: JobFolder, held: int | None) -> WeightUpdate:
+        update = told(self, held)
+        return update if held is None else replace(update, mark=update.mark ^ 1)
+
+    monkeypatch.setattr(JobFolder, "since", lie)
+    on_flower = run(*RUNS["rows"], "engine=flower", "engine.workers=2")
+    assert any("asked for every base weight" in line for line in caplog.messages)
+    assert bits(on_flower) == bits(run(*RUNS["rows"], "engine=inline"))
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.plan import make_plan
 from fedraclora.reference.client import train_one
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from strategies import METHODS
 from strategies.fed_rac_lora import FedRacLora
 
@@ -66,7 +66,7 @@ def test_a_chunk_trains_as_its_clients_do_one_by_one(make: object, features: int
     built = build_mlp(shape=(features,), classes=10, seed=0, hidden=(5,))
     few = data.gather(torch.arange(2), torch.arange(2).expand(2, -1))
     task = Task(built.model.double(), built.head, "cross_entropy", ("loss",), data, few)
-    plan, local = make_plan(task.model, task.head), LocalConfig(lr=0.2, batch_size=4, epochs=2)
+    plan, local = make_plan(task.model, task.head), LocalSettings(lr=0.2, batch_size=4, epochs=2)
     clients = draw_cohort(1, 1, MANY, 6)
     assert len(data.sizes(clients).unique()) > 1
     method, base = FedRacLora(rank=2), dict(task.model.named_parameters())

@@ -26,14 +26,13 @@ from fedraclora.protocol.method import (
     Cohort,
     Downlink,
     Draw,
-    Frozen,
     Method,
-    Sketched,
     Trained,
 )
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.sketch import SketchSpec
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Layout
 
 RANKS = torch.tensor([1, 3, 2, 9, 1, 2])  # of each client; the method's rank is 3
@@ -41,7 +40,7 @@ ONE_TRAINED = [f for f in FORMS if len(f) == 2 or trained_in(f) == 1]
 EVERY_SETTING = SETTINGS | PROJECTED
 
 
-def run(case: Case, method: Method, local: LocalConfig, rounds: int, check: set[int]) -> None:
+def run(case: Case, method: Method, local: LocalSettings, rounds: int, check: set[int]) -> None:
     """Run a method under budgets; hold the rounds of ``check`` against the oracle."""
     plan, draw = case.plan(), Draw(SEED)
     state = method.init(base_of(case.task), plan, draw)
@@ -165,9 +164,9 @@ def test_a_small_budget_is_a_small_adapter_under_the_first_rows_of_the_sketch() 
     small = {}
     for name, adapter in sent.adapters.items():
         sketched = adapter.factors["A"]
-        assert isinstance(sketched, Sketched)
+        assert isinstance(sketched, SketchSpec)
         B = Trained((plan.targets[name].shape[0], 2))
-        small[name] = Adapter({"B": B, "A": Frozen(sketched.spec.draw()[:2])}, adapter.scale)
+        small[name] = Adapter({"B": B, "A": sketched.draw()[:2]}, adapter.scale)
     trainer = trainer_of(case.task, plan, replace(LOCAL, precondition=True, prox=0.3))
     found, wanted = (
         trainer.train(state.base, d, clients, round_=1, rate_scale=1.0).trained

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from fedraclora.errors import ClientError, ConfigError
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree, digest
-from fedraclora.weights.replica import Follower, VersionLog
+from fedraclora.weights.replica import Replica
+from fedraclora.weights.update import WeightHistory, WeightUpdate
 from fedraclora.wire import TrainRequest, pack_downlink
 from strategies import METHODS
 from tests.campaigns import kill_workers
@@ -110,6 +112,7 @@ def in_process(name: str) -> tuple[str, str]:
     return bits(run(*RUNS[name]))
 
 
+@cache
 def on_ray(name: str, workers: int) -> Assembled:
     *words, chunk = sorted(RUNS[name], key=lambda w: w.startswith("engine"))
     return run(*words, "engine=ray", chunk, f"engine.workers={workers}")
@@ -129,29 +132,28 @@ def test_the_number_of_workers_changes_no_bit(workers: int) -> None:
 def test_replicas_follow_by_links_and_only_the_first_round_sends_weights() -> None:
     done = on_ray("sums", 2)
     assert isinstance(done.grid, RayGrid)
-    chronicle = done.grid.chronicle
-    assert chronicle.version == 4
-    assert chronicle.oldest < 4
-    assert chronicle.since(3).links is not None
-    assert chronicle.since(None).dense is not None
+    history = done.grid.history
+    assert (history.version, history.oldest) == (4, 0)
+    update = history.since(3)
+    assert {v for v, _ in update.links} == {4}
+    assert 0 < update.payload_bytes < history.since(None).payload_bytes
 
 
 def test_a_worker_that_drifted_gets_the_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [w for w in RUNS["rows"] if not w.startswith("engine")]
-    done = assemble(
-        from_plain(composed([*WORDS, *words, "engine=ray", "engine.chunk=9"]), METHODS), None
-    )
+    one = ["engine.chunk=9", "engine.workers=1"]
+    done = assemble(from_plain(composed([*WORDS, *words, "engine=ray", *one]), METHODS), None)
     grid = done.grid
     assert isinstance(grid, RayGrid)
-    told = grid.chronicle.since
+    told = grid.history.since
 
-    def lie(version: int | None) -> object:
+    def lie(version: int | None) -> WeightUpdate:
         news = told(version)
         if version is None or version == news.version:
             return news
-        return type(news)(news.version, news.mark ^ 1, news.links, news.dense)
+        return replace(news, mark=news.mark ^ 1)
 
-    monkeypatch.setattr(grid.chronicle, "since", lie)
+    monkeypatch.setattr(grid.history, "since", lie)
     with closing(grid):
         done.strategy.start(grid)
     assert bits(done) == in_process("rows")
@@ -168,20 +170,20 @@ class BrokenSite:
     """Cannot train anybody, whoever is asked."""
 
     def __init__(self, plan: Plan) -> None:
-        self.replica = Follower(plan, torch.device("cpu"))
+        self.replica = Replica(plan, torch.device("cpu"))
 
     def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
         raise ConfigError("there is no such batch")
 
 
 def test_what_is_no_clients_fault_is_told_from_a_client_that_failed() -> None:
-    settings, chronicle = RayConfig(workers=1), VersionLog()
-    chronicle.publish({"W": torch.ones(2, 3)}, 0)
+    settings, history = RayConfig(workers=1), WeightHistory()
+    history.publish({"W": torch.ones(2, 3)}, 0)
     grid = RayGrid(
         Cluster(settings, "cpu"),
         BrokenSite,
         Plan({}),
-        chronicle=chronicle,
+        history=history,
         store=ClientStore(),
         settings=settings,
     )

@@ -16,10 +16,10 @@ from experiments.theory.runs import start_of
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task, squared_error
 from fedraclora.models.mlp import build_mlp
-from fedraclora.protocol.method import Draw, Method
+from fedraclora.protocol.method import Draw, Memo, Method
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy
 from strategies.fed_rac_lora import FedRacLora
@@ -31,7 +31,7 @@ M, N, R = 5, 8, 3
 ALPHA = 4.5  # s = 1.5
 LR = 0.2
 ORTHONORMAL = [name for name, kind in SKETCHES.items() if kind.basis is not None]
-WHOLE = LocalConfig(lr=LR, batch_size=0)  # every local step sees all samples of the client
+WHOLE = LocalSettings(lr=LR, batch_size=0)  # every local step sees all samples of the client
 
 
 Make = Callable[..., Task]
@@ -66,7 +66,7 @@ def deep_task(*parts: int) -> Task:
 def federate(
     task: Task,
     method: Method,
-    local: LocalConfig,
+    local: LocalSettings,
     *,
     rounds: int = 1,
     cohort: int | None = None,
@@ -95,7 +95,7 @@ def sketch(strategy: FedStrategy, name: str, round_: int = 1) -> torch.Tensor:
     """The drawn factor of one layer in a round, with ``resample_every=1``."""
     method, state = strategy.method, strategy.state
     assert isinstance(method, FedRacLora)
-    before = replace(state, memo={"sketch": round_ - 1, "age": 0})
+    before = replace(state, memo=Memo(sketch=round_ - 1))
     layer = method.layer(before, state.plan, name)
     drawn, _ = method.sides(layer.shape)
     spec = method.factors(layer, Round(round_, Draw(SEED)))[drawn]
@@ -193,7 +193,7 @@ def test_one_step_of_a_cohort_is_the_projected_step_of_its_mean_gradient(weights
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_full_rank_is_fedavg(momentum: float, side: str) -> None:
     task = deep_task(6, 1, 11, 4, 9)
-    local = LocalConfig(lr=0.05, epochs=2, batch_size=4, momentum=momentum)
+    local = LocalSettings(lr=0.05, epochs=2, batch_size=4, momentum=momentum)
     wanted = federate(task, FedAvg(), local, rounds=4, cohort=3)
     found = federate(task, rac(rank=1.0, alpha="auto", side=side), local, rounds=4, cohort=3)
     start = start_of(task)
@@ -205,7 +205,7 @@ def test_full_rank_is_fedavg(momentum: float, side: str) -> None:
 
 def test_full_rank_is_fedavg_at_a_rate_divided_by_the_scale_squared() -> None:
     task = linear_task(6, 1, 11)
-    local = LocalConfig(lr=0.05, steps=5, batch_size=4)
+    local = LocalSettings(lr=0.05, steps=5, batch_size=4)
     wanted = federate(task, FedAvg(), local, rounds=3)
     scale = 3.0 / N
     found = federate(task, rac(rank=N, alpha=3.0), replace(local, lr=0.05 / scale**2), rounds=3)
@@ -247,7 +247,7 @@ def test_a_round_contracts_the_squared_norm_by_one_less_the_share_of_the_rank(
     task = task_of(nn.Sequential(nn.Linear(N, M, bias=False)), samples, [N])
     with torch.no_grad():
         next(task.model.parameters()).copy_(normal(M, N, key="W"))
-    local = LocalConfig(lr=N, batch_size=0, precondition=precondition)  # gamma = 1
+    local = LocalSettings(lr=N, batch_size=0, precondition=precondition)  # gamma = 1
     before = float(start_of(task)["0.weight"].square().sum())
     ratios = []
     for seed in range(300):
@@ -261,7 +261,7 @@ def test_a_round_contracts_the_squared_norm_by_one_less_the_share_of_the_rank(
 
 def test_a_sketch_that_is_never_drawn_anew_confines_the_whole_run() -> None:
     task = linear_task(6, 5, 9)
-    strategy = federate(task, rac(resample_every=None), LocalConfig(lr=0.05), rounds=6)
+    strategy = federate(task, rac(resample_every=None), LocalSettings(lr=0.05), rounds=6)
     A, start = sketch(strategy, "0.weight"), start_of(task)["0.weight"]
     change = weights_of(strategy)["0.weight"] - start
     assert torch.equal(strategy.state.base["0.weight"], start)
@@ -273,7 +273,7 @@ def test_a_sketch_that_is_never_drawn_anew_confines_the_whole_run() -> None:
 def test_each_draw_adds_its_rank_to_the_update(rounds: int, ranks: int) -> None:
     task = linear_task(6, 5, 9)
     method = rac(rank=2, resample_every=3)
-    strategy = federate(task, method, LocalConfig(lr=0.05), rounds=rounds)
+    strategy = federate(task, method, LocalSettings(lr=0.05), rounds=rounds)
     change = weights_of(strategy)["0.weight"] - start_of(task)["0.weight"]
     found = int(torch.linalg.matrix_rank(change, atol=1e-9))
     assert found == ranks  # 2 a draw, and no more than M = 5 in all

@@ -14,13 +14,13 @@ from vectorised_cases import SEED, SIZES, Case, classes, normal, reader, scaled,
 from fedraclora.errors import ModelError
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from strategies import METHODS
 from strategies.fedavg import FedAvg
 
 
 @pytest.mark.parametrize("local", [LOCAL, replace(LOCAL, prox=0.3, momentum=0.9, clip=0.5)])
-def test_tied_weights_fall_back_to_vmap(local: LocalConfig) -> None:
+def test_tied_weights_fall_back_to_vmap(local: LocalSettings) -> None:
     case = Case(reader(tied=True), targets="mix", head="frozen", dense="norm")
     method = method_of("fedavg")
     plan = case.plan()

@@ -14,12 +14,12 @@ from clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, Downlink, Frozen, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.localconfig import LocalConfig
-from fedraclora.weights.replica import Replica
+from fedraclora.training.extras.settings import LocalSettings
+from fedraclora.weights.base import BaseWeights
 from fedraclora.wire import TrainRequest, pack_downlink, unpack_result, uplink_layout
 
 CLIENTS = torch.tensor([0, 1, 2])
@@ -51,11 +51,11 @@ def make_bench(poison: int | None = None, **local: float) -> Bench:
     task = Task(model, (), "squared_error", ("loss",), data, data.samples)
     plan = make_plan(model, (), head_policy="adapt")
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
-    settings = LocalConfig(lr=0.1, batch_size=0, **local)  # type: ignore[arg-type]
+    settings = LocalSettings(lr=0.1, batch_size=0, **local)  # type: ignore[arg-type]
     trainer = CohortTrainer(task, plan, settings, seed=0, device=torch.device("cpu"))
     factors = {"B": Trained((2, 2), upload=False), "A": Trained((2, 5), torch_normal(rng, 2, 5))}
     downlink = Downlink({"weight": Adapter(dict(factors), 1.5)})
-    return Bench(Worker(trainer, Replica(base)), downlink)
+    return Bench(Worker(trainer, BaseWeights(base)), downlink)
 
 
 def test_a_factor_that_stays_goes_on_where_its_client_left_off() -> None:
@@ -87,7 +87,7 @@ def test_a_client_that_diverged_keeps_what_it_had() -> None:
 def test_an_impossible_setting_is_nobodys_failure() -> None:
     bench = make_bench(prox=0.5)
     factors = dict(bench.downlink.adapters["weight"].factors)
-    core = {"B": factors["B"], "R": Frozen(torch.eye(2, dtype=torch.float64)), "A": factors["A"]}
+    core = {"B": factors["B"], "R": torch.eye(2, dtype=torch.float64), "A": factors["A"]}
     three = replace(bench, downlink=Downlink({"weight": Adapter(core, 1.0)}))
     with pytest.raises(ConfigError, match=r"local\.prox is not defined for the factors"):
         three.round(1)

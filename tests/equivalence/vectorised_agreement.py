@@ -21,7 +21,7 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.reference.client import train_one
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.program import Program
 from fedraclora.tree import Layout, Tree
 from strategies import METHODS
@@ -32,7 +32,7 @@ ATOL = 1e-10
 KINDS = list({kind: name for name, kind in reversed(METHODS.items())}.values())  # one of a class
 
 
-LOCAL = LocalConfig(lr=0.2, dense_lr=0.1, batch_size=4, epochs=2)
+LOCAL = LocalSettings(lr=0.2, dense_lr=0.1, batch_size=4, epochs=2)
 
 
 def method_of(name: str, **changes: object) -> Method:
@@ -46,14 +46,14 @@ def base_of(task: Task) -> Tree:
     return {n: p.detach().clone() for n, p in task.model.named_parameters()}
 
 
-def trainer_of(task: Task, plan: Plan, local: LocalConfig) -> CohortTrainer:
+def trainer_of(task: Task, plan: Plan, local: LocalSettings) -> CohortTrainer:
     return CohortTrainer(task, plan, local, seed=SEED, device=torch.device("cpu"))
 
 
 def assert_agrees(
     case: Case,
     plan: Plan,
-    local: LocalConfig,
+    local: LocalSettings,
     base: Tree,
     downlink: Downlink,
     clients: torch.Tensor,
@@ -127,7 +127,7 @@ def agreed(name: str, case: Case, *given: Any, **more: Any) -> Tree:
 
 
 def run(
-    case: Case, method: Method, local: LocalConfig, rounds: int, check: set[int], name: str = ""
+    case: Case, method: Method, local: LocalSettings, rounds: int, check: set[int], name: str = ""
 ) -> None:
     """Run a method for some rounds and hold the rounds of ``check`` against the oracle.
 

@@ -151,9 +151,9 @@ def test_an_empty_link_comes_back() -> None:
 
 def test_a_term_costs_its_matrices_and_eight_bytes_per_seed() -> None:
     assert SEED_BYTES == 8
-    assert term_bytes(Term((normal(M, R), SPEC), 1.0), 4) == M * R * 4 + 8
-    assert term_bytes(Term((normal(M, R), normal(R, N)), 1.0), 8) == (M + N) * R * 8
-    assert term_bytes(Term((SPEC, SPEC), 1.0), 8) == 16
+    assert term_bytes(Term((normal(M, R).float(), SPEC), 1.0)) == M * R * 4 + 8
+    assert term_bytes(Term((normal(M, R), normal(R, N)), 1.0)) == (M + N) * R * 8
+    assert term_bytes(Term((SPEC, SPEC), 1.0)) == 16
 
 
 def test_catching_up_by_hand() -> None:
@@ -252,7 +252,7 @@ def test_a_checkpoint_holds_the_clients_that_took_part_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_number_costs_what_the_base_stores(dtype: torch.dtype) -> None:
+def test_a_number_costs_what_it_is_stored_in(dtype: torch.dtype) -> None:
     catch_up = CatchUp(weights(dtype), 1)
-    catch_up.add(Link({"lin": Term((normal(M, R), SPEC), 1.0)}))
+    catch_up.add(Link({"lin": Term((normal(M, R).to(dtype), SPEC), 1.0)}))
     assert catch_up.fetch(torch.tensor([0])).tolist() == [M * R * dtype.itemsize + 8]

@@ -30,7 +30,7 @@ from fedraclora.config.settings import (
 )
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from fedraclora.protocol.method import Method
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from strategies import METHODS
 
 METHOD_TABLE: Mapping[str, type[Method]] = METHODS
@@ -72,7 +72,7 @@ def test_the_defaults_are_a_run() -> None:
     config = from_plain(whole, METHOD_TABLE)
     assert isinstance(config, RunConfig)
     assert type(config.method) is METHODS["fed_rac_lora"]
-    assert config.local == LocalConfig(**without(whole["local"], "name"))  # type: ignore[arg-type]
+    assert config.local == LocalSettings(**without(whole["local"], "name"))  # type: ignore[arg-type]
     assert config.plain is whole
     assert config.clients == 200
 
@@ -139,10 +139,10 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"local__shuffle": 1}, "local.shuffle is 1; bool is wanted"),
         ({"local__clip": "none"}, "local.clip is 'none'; float or null is wanted"),
         ({"engine__name": "vectorized"}, "unknown engine 'vectorized'; did you mean 'vectorised'"),
-        ({"engine__chunk": 0}, "engine.chunk is 0; 1 or more is wanted"),
+        ({"engine__chunk": 0}, "engine.chunk is 0; auto, or a number of clients, is wanted"),
         (
             {"engine__chunk": "automatic"},
-            "engine.chunk is 'automatic'; a number of clients or auto",
+            "engine.chunk is 'automatic'; auto, or a number of clients, is wanted",
         ),
         ({"engine__threads": 0}, "engine.threads is 0"),
         ({"engine__name": "inline", "engine__chunk": 4}, "engine=inline trains one client"),
@@ -154,11 +154,11 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"engine__workers": 2}, "unknown key 'engine.workers'"),
         ({"evaluate__every": 0}, "evaluate.every"),
         ({"evaluate__split": "tests"}, "unknown evaluate.split 'tests'; did you mean 'test'"),
-        ({"output__checkpoint_every": 0}, "output.checkpoint_every must be 1 or more"),
+        ({"output__checkpoint_every": 0}, "output.checkpoint_every is 0; 1 or more is wanted"),
         ({"output__sync": None}, "output.sync is None; bool is wanted"),
         ({"rounds": -1}, "rounds is -1; 0 or more is wanted"),
         ({"rounds": 1.0}, "rounds is 1.0; int is wanted"),
-        ({"clients": 0}, "clients is 0; 1 or more is wanted"),
+        ({"clients": 0}, "clients is 0; 1 or more, or null, is wanted"),
         ({"cohort": 0}, "cohort is 0; a number of clients, or a fraction"),
         ({"cohort": -3}, "cohort is -3"),
         ({"cohort": 1.5}, "cohort is 1.5"),
@@ -219,6 +219,8 @@ def test_a_key_of_the_config_that_does_not_exist_is_refused(key: str, near: str)
         ({"data__rot": "x"}, "unknown key 'data.rot'; did you mean 'data.root'"),
         ({"model__hiden": [3]}, "unknown key 'model.hiden'; did you mean 'model.hidden'"),
         ({"partition__alpa": 1.0}, "unknown key 'partition.alpa'; did you mean 'partition.alpha'"),
+        ({"partition": {"name": "iid", "alpha": 1.0}}, "unknown key 'partition.alpha'"),
+        ({"partition": {"name": "dirichlet"}}, "partition.alpha is missing; float is wanted"),
     ],
 )
 def test_keys_of_data_model_and_partition_are_checked_with_the_others(
@@ -331,7 +333,7 @@ def test_what_cannot_run_is_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("target", "path"),
     [
-        (LocalConfig, "local/adamw"),
+        (LocalSettings, "local/adamw"),
         *((kind, f"engine/{name}") for name, kind in ENGINES.items()),
         (OutputConfig, "output/run"),
         (OutputConfig, "output/study"),
@@ -348,8 +350,9 @@ def test_a_group_sets_every_field_by_its_own_name(target: type[Any], path: str) 
 @pytest.mark.parametrize("name", ["sgd", "momentum"])
 def test_sgd_leaves_out_the_constants_of_adamw_and_nothing_else(name: str) -> None:
     keys = set(choice("local", name)) - {"name"}
-    assert set(LocalConfig.__dataclass_fields__) - keys == {"beta1", "beta2", "eps"}
-    assert keys <= set(LocalConfig.__dataclass_fields__)
+    fields = set(inspect.signature(LocalSettings).parameters)
+    assert fields - keys == {"beta1", "beta2", "eps"}
+    assert keys <= fields
 
 
 def test_the_evaluation_is_set_in_the_run_itself() -> None:

@@ -19,8 +19,9 @@ from fedraclora.engines.flower import grid as flower_grid
 from fedraclora.engines.flower import nodes, runtime
 from fedraclora.engines.flower.grid import FlowerGrid, backend, run_options
 from fedraclora.engines.flower.nodes import PROCESS_DIED, NodePerClient
-from fedraclora.engines.local import MessageGrid, become_a_task
+from fedraclora.engines.local import STALE, MessageGrid, become_a_task
 from fedraclora.errors import ClientError, ConfigError, EngineError
+from fedraclora.protocol.link import Link
 from fedraclora.run.client_state import ClientStore
 from fedraclora.weights.job import JobFolder
 from fedraclora.wire.records import read_tree, tree_record, vector_record
@@ -231,6 +232,28 @@ def test_a_dead_process_that_is_replaced_is_its_clients_failure(job: JobFolder) 
     grid = grid_on(Runtime(PARTITIONS, dead), job, mends=True)
     (reply,) = grid.send_and_receive([message_for(2)])
     assert reply.error.reason == "the process that trained it died: ActorDiedError"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_client_that_asks_for_the_weights_whole_is_asked_once_more(
+    times: int, job: JobFolder
+) -> None:
+    job.publish({"w": torch.zeros(4, 4)}, 0)
+    job.publish({"w": torch.zeros(4, 4)}, 1, Link())
+    came: list[list[str]] = []
+
+    def serve(message: Message) -> Message:
+        came.append(sorted(path.name for path in job.folder.glob("*.safetensors")))
+        if len(came) <= times:
+            return Message(RecordDict({STALE: ConfigRecord()}), reply_to=message)
+        return keep(message)
+
+    (reply,) = grid_on(Runtime(PARTITIONS, serve), job).send_and_receive([message_for(3)])
+    assert came == [["000000.safetensors", "000001.safetensors"], ["000001.safetensors"]]
+    if times == 1:
+        assert node_of(reply) == 99
+    else:
+        assert reply.error.reason == "it asked for every base weight twice"
 
 
 def test_a_client_that_raises_is_handed_on(job: JobFolder) -> None:

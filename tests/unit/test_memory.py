@@ -29,7 +29,7 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training import memory
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.memory import LiveTensors, MemoryModel, longest, measure, owned
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree, digest
@@ -217,7 +217,7 @@ def world(
 ) -> World:
     method = METHODS[name](**({} if name == "fedavg" else {"rank": 3}))
     plan = make_plan(task.model, task.head, head_policy=head, dense=dense)
-    settings = LocalConfig(**{"batch_size": 8, "epochs": 2, **local})
+    settings = LocalSettings(**{"batch_size": 8, "epochs": 2, **local})
     trainer = CohortTrainer(task, plan, settings, seed=1, device=CPU, precision=precision)
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
     state = method.init(base, plan, Draw(1))

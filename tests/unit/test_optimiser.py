@@ -12,8 +12,8 @@ from torch import nn
 
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator, torch_normal
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.gradients import clip_per_client
-from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.tree import Tree
 
@@ -35,7 +35,7 @@ def normals(K: int, *keys: int) -> Tree:
     return {name: torch_normal(rng, K, *shape) for name, shape in SHAPES.items()}
 
 
-def by_torch(config: LocalConfig, start: Tree, gradients: list[Tree]) -> Tree:
+def by_torch(config: LocalSettings, start: Tree, gradients: list[Tree]) -> Tree:
     """One client, its own torch optimiser."""
     values = {n: v.clone().requires_grad_() for n, v in start.items()}
     groups = [{"params": [v], "lr": RATES[n]} for n, v in values.items()]
@@ -63,7 +63,7 @@ def by_torch(config: LocalConfig, start: Tree, gradients: list[Tree]) -> Tree:
 
 @pytest.mark.parametrize("changes", SETTINGS)
 def test_a_cohort_takes_the_steps_of_torch_optim(changes: dict[str, Any]) -> None:
-    config = LocalConfig(**changes)
+    config = LocalSettings(**changes)
     K, steps = 3, [5, 3, 1]  # clients that finish first stand last
     start = normals(K)
     values = {n: v.clone() for n, v in start.items()}
@@ -81,7 +81,7 @@ def test_a_cohort_takes_the_steps_of_torch_optim(changes: dict[str, Any]) -> Non
 
 def test_sgd_by_hand() -> None:
     values = {"w/B": torch.tensor([[1.0]], dtype=torch.float64)}
-    optimiser = CohortOptimiser(LocalConfig(momentum=0.5), values, {"w/B": 0.1})
+    optimiser = CohortOptimiser(LocalSettings(momentum=0.5), values, {"w/B": 0.1})
     for gradient, wanted in ((2.0, 0.8), (2.0, 0.5), (0.0, 0.35)):  # buffers 2, 3, 1.5
         optimiser.step({"w/B": torch.tensor([[gradient]], dtype=torch.float64)})
         assert float(values["w/B"]) == pytest.approx(wanted, abs=1e-15)
@@ -90,7 +90,7 @@ def test_sgd_by_hand() -> None:
 def test_the_first_step_of_adamw_is_the_learning_rate() -> None:
     """m / (sqrt(v) + eps) is the sign of the gradient; decay is decoupled: 1 - 0.1 * 0.5."""
     values = {"w/B": torch.tensor([[1.0, -1.0]], dtype=torch.float64)}
-    config = LocalConfig(optimiser="adamw", weight_decay=0.5, eps=1e-15)
+    config = LocalSettings(optimiser="adamw", weight_decay=0.5, eps=1e-15)
     optimiser = CohortOptimiser(config, values, {"w/B": 0.1})
     optimiser.step({"w/B": torch.tensor([[7.0, -0.01]], dtype=torch.float64)})
     assert values["w/B"].tolist() == [pytest.approx([0.95 - 0.1, -0.95 + 0.1])]
@@ -142,20 +142,20 @@ def test_clipping_leaves_zero_and_the_given_gradients_alone() -> None:
     ],
 )
 def test_the_schedule_over_five_rounds(changes: dict[str, Any], wanted: list[float]) -> None:
-    config = LocalConfig(**changes)
+    config = LocalSettings(**changes)
     assert [config.rate_scale(t, 5) for t in range(1, 6)] == pytest.approx(wanted, abs=1e-7)
 
 
 def test_a_schedule_of_one_round_is_one() -> None:
     for schedule in ("constant", "cosine", "linear", "step"):
-        assert LocalConfig(schedule=schedule).rate_scale(1, 1) == 1.0
+        assert LocalSettings(schedule=schedule).rate_scale(1, 1) == 1.0
 
 
 def test_dense_tensors_have_their_own_step_size() -> None:
-    config = LocalConfig(lr=0.4, dense_lr=0.01)
+    config = LocalSettings(lr=0.4, dense_lr=0.01)
     assert config.rate(main=True, rate_scale=0.5) == 0.2
     assert config.rate(main=False, rate_scale=0.5) == 0.005
-    assert LocalConfig(lr=0.4).rate(main=False, rate_scale=1.0) == 0.4
+    assert LocalSettings(lr=0.4).rate(main=False, rate_scale=1.0) == 0.4
 
 
 NAN, INF = float("nan"), float("inf")
@@ -195,7 +195,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_settings_that_cannot_train_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        LocalConfig(**changes)
+        LocalSettings(**changes)
     assert words in str(caught.value)
 
 
@@ -215,4 +215,4 @@ def test_settings_that_cannot_train_are_refused(changes: dict[str, Any], words: 
 )
 def test_more_settings_that_cannot_train_are_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"local.{key}"):
-        LocalConfig(**{key: value})  # type: ignore[arg-type]
+        LocalSettings(**{key: value})  # type: ignore[arg-type]

@@ -10,18 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.recipes import projected
 from fedraclora.rng import generator, torch_normal
-from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.pairs import (
+from fedraclora.training.extra import Chunk, When
+from fedraclora.training.extras.pairs import (
+    Adjustment,
     Pair,
-    adjuster,
     lora_pro,
     pairs_of,
     preconditioner,
     riemannian,
 )
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 
 K, M, R, N, S = 3, 5, 2, 7, 0.6
@@ -144,14 +145,24 @@ def test_a_budget_is_a_smaller_pair(rule: Rule) -> None:
 
 
 def test_what_belongs_to_no_adapter_keeps_its_gradient() -> None:
-    adjust = adjuster("riemannian", 1e-6, lambda _: [PAIR])
+    chunk = Chunk(
+        downlink=downlink_of(BOTH),
+        clients=torch.arange(K),
+        seed=0,
+        round_=1,
+        key=None,
+        values=VALUES,
+        starts=VALUES,
+        frozen={},
+        ranks=None,
+        masks={},
+    )
+    adjust = Adjustment("riemannian", 1e-6).hooks(chunk)[When.BUDGET]
     plain = gradients_of(VALUES) | {"head.bias": normal(K, 4)}
     found = adjust(plain, VALUES)
     assert list(found) == list(plain)
     assert found["head.bias"] is plain["head.bias"]
     assert not torch.equal(found["w/B"], plain["w/B"])
-    kept = adjuster("none", 1e-6, lambda _: [])(plain, VALUES)
-    assert kept is plain
 
 
 def test_single_precision_stays_single() -> None:
@@ -170,9 +181,9 @@ def downlink_of(factors: dict[str, Factor], recipe: str = "plain") -> Downlink:
 
 BOTH: dict[str, Factor] = {"B": Trained((M, R)), "A": Trained((R, N))}
 CORE: dict[str, Factor] = {
-    "B": Frozen(normal(M, R)),
+    "B": normal(M, R),
     "R": Trained((R, R)),
-    "A": Frozen(normal(R, N)),
+    "A": normal(R, N),
 }
 
 
@@ -231,7 +242,7 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
         ({"gate_penalty": 0.0}, "local.gate_penalty is 0.0; a positive finite number is wanted"),
         (
             {"optimiser": "lora_rite", "moments": "link"},
-            "local.moments is link, but what those of lora_rite and of gates speak of ends",
+            "local.moments is link, but what those of local.optimiser=lora_rite speak of ends",
         ),
     ],
 )
@@ -239,5 +250,5 @@ def test_settings_that_do_not_go_together_are_refused(
     changes: dict[str, object], words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        LocalConfig(**changes)  # type: ignore[arg-type]
+        LocalSettings(**changes)  # type: ignore[arg-type]
     assert words in str(caught.value)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.rng import generator, torch_normal
-from fedraclora.training.prox import add_prox
+from fedraclora.training.extras.prox import with_prox
 from fedraclora.tree import Tree
 
 K, ACTIVE, M, R, N, SCALE, MU = 3, 2, 5, 2, 4, 1.7, 0.3
@@ -31,7 +31,7 @@ def case(trained: str, per_client: bool) -> tuple[Downlink, Tree, Tree, Tree]:
             factors[label] = Trained(SHAPES[name])
         else:
             value = torch_normal(RNG, *(lead if per_client else ()), *SHAPES[name])
-            factors[label] = Frozen(value)
+            factors[label] = value
             frozen[name] = value
             del starts[name]
     downlink = Downlink({"w": Adapter(factors, SCALE)}, {"b": Trained(SHAPES["b"], main=False)})
@@ -44,7 +44,7 @@ def case(trained: str, per_client: bool) -> tuple[Downlink, Tree, Tree, Tree]:
 def test_the_closed_form_is_the_gradient_of_the_penalty(trained: str, per_client: bool) -> None:
     downlink, leaves, starts, frozen = case(trained, per_client)
     found = {n: torch.zeros_like(v) for n, v in leaves.items()}
-    add_prox(found, leaves, starts, frozen, downlink, MU)
+    found = with_prox(found, leaves, starts=starts, frozen=frozen, downlink=downlink, mu=MU)
     for k in range(ACTIVE):
 
         def own(tree: Tree, name: str, k: int = k) -> torch.Tensor:
@@ -68,9 +68,9 @@ def test_the_closed_form_is_the_gradient_of_the_penalty(trained: str, per_client
 def test_the_pull_is_added_and_grows_with_mu(mu: float) -> None:
     downlink, leaves, starts, frozen = case("B", per_client=False)
     once = {n: torch.zeros_like(v) for n, v in leaves.items()}
-    add_prox(once, leaves, starts, frozen, downlink, 1.0)
+    once = with_prox(once, leaves, starts=starts, frozen=frozen, downlink=downlink, mu=1.0)
     found = {n: torch.ones_like(v) for n, v in leaves.items()}
-    add_prox(found, leaves, starts, frozen, downlink, mu)
+    found = with_prox(found, leaves, starts=starts, frozen=frozen, downlink=downlink, mu=mu)
     for name, value in found.items():
         torch.testing.assert_close(value, 1.0 + mu * once[name], rtol=1e-12, atol=1e-12)
 
@@ -79,7 +79,7 @@ def test_there_is_no_pull_at_the_start() -> None:
     downlink, _, starts, frozen = case("BA", per_client=True)
     leaves = {n: v[:ACTIVE].clone() for n, v in starts.items()}
     found = {n: torch.zeros_like(v) for n, v in leaves.items()}
-    add_prox(found, leaves, starts, frozen, downlink, MU)
+    found = with_prox(found, leaves, starts=starts, frozen=frozen, downlink=downlink, mu=MU)
     assert all(float(g.abs().max()) < 1e-13 for g in found.values())
 
 
@@ -87,4 +87,4 @@ def test_a_term_of_three_factors_is_refused() -> None:
     factors: dict[str, Factor] = {k: Trained((2, 2)) for k in ("B", "R", "A")}
     downlink = Downlink({"w": Adapter(factors, 1.0)})
     with pytest.raises(ConfigError, match=r"local.prox is not defined.*\['B', 'R', 'A'\]"):
-        add_prox({}, {}, {}, {}, downlink, 1.0)
+        with_prox({}, {}, starts={}, frozen={}, downlink=downlink, mu=1.0)

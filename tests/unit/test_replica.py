@@ -1,150 +1,277 @@
-"""A replica serves the version that it holds or finds, and no other."""
+"""A replica follows the server's weights by updates, and serves no other version than it holds."""
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from fedraclora.errors import WireError
+from fedraclora.errors import StaleError, WireError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree, digest
-from fedraclora.weights.replica import FileReplica, Follower, Replica, VersionLog
+from fedraclora.weights.base import BaseWeights
+from fedraclora.weights.chain import CatchUp
+from fedraclora.weights.job import JobFolder
+from fedraclora.weights.replica import FolderReplica, Replica, StoredReplica
+from fedraclora.weights.update import WeightHistory, WeightUpdate
 
 
 def test_a_replica_gives_the_weights_of_its_version_without_a_copy() -> None:
     base, later = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
-    replica = Replica(base)
-    assert replica.at(0, 1) is base
-    replica.publish(later, 3)
-    assert replica.at(3, 4) is later
+    held = BaseWeights(base)
+    assert held.at(0, 1) is base
+    held.publish(later, 3)
+    assert held.at(3, 4) is later
 
 
 @pytest.mark.parametrize("version", [0, 2, 4])
 def test_another_version_is_refused_with_round_and_both_versions(version: int) -> None:
-    replica = Replica({}, 3)
+    held = BaseWeights({}, 3)
     with pytest.raises(WireError) as caught:
-        replica.at(version, 7)
+        held.at(version, 7)
     text = str(caught.value)
     assert "round 7" in text
     assert "holds version 3" in text
     assert f"asks for {version}" in text
 
 
-def weights(seed: int) -> Tree:
-    rng = generator(seed, "test")
+# --- updates -------------------------------------------------------------------------------------
+
+PLAN = Plan({"w": LayerView("linear", (6, 8)), "v": LayerView("conv1d", (6, 8))})
+CPU = torch.device("cpu")
+
+
+def first() -> Tree:
+    rng = generator(0, "w")
     return {
-        "w": torch_normal(rng, 5, 3).t(),  # not contiguous
-        "b": torch_normal(rng, 3).float(),
-        "a": torch_normal(rng, 1, 7),
+        "w": torch_normal(rng, 6, 8).float(),
+        "v": torch_normal(rng, 8, 6).float(),
+        "b": torch_normal(rng, 6).float(),
     }
 
 
-def test_another_process_finds_the_published_version(tmp_path: Path) -> None:
-    server, reader = FileReplica(tmp_path), FileReplica(tmp_path)
-    for version in (0, 1, 4):
-        base = weights(version)
-        server.publish(base, version)
-        found = reader.at(version, version + 1)
-        assert digest(found) == digest(base)
-        assert list(found) == list(base)
-        assert reader.at(version, version + 2) is found  # read once
+def term(seed: int, rank: int = 1) -> Term:
+    """By rank 1 it has 14 numbers, where the weight has 48."""
+    rng = generator(seed, "link")
+    return Term((torch_normal(rng, 6, rank).float(), torch_normal(rng, rank, 8).float()), 1.5)
 
 
-def test_what_is_read_is_aligned_as_torch_allocates_it(tmp_path: Path) -> None:
-    # Matrix products of tensors at odd addresses differ in the last bit.
-    FileReplica(tmp_path).publish(weights(0), 0)
-    assert all(t.data_ptr() % 64 == 0 for t in FileReplica(tmp_path).at(0, 1).values())
+SKETCH = Term((torch.ones(6, 2), SketchSpec("gaussian", "right", 2, 8, seed=1, index=0)), 0.5)
+LINKS: dict[str, Callable[[int], Link | None]] = {
+    "terms": lambda i: Link({"w": term(i), "v": term(-i)}),
+    "large": lambda i: Link({"w": term(i, 5), "v": term(i)}),
+    "sketches": lambda i: Link({"w": SKETCH}),
+    "dense": lambda i: Link({"w": term(i)}, {"b": torch.full((6,), 1.0 * i)}),
+    "whole now and then": lambda i: Link({"v": term(i)}, {"w": first()["w"] * i} if i % 2 else {}),
+    "rest": lambda i: Link({"w": term(i)}, {}, (Link({"w": term(-i), "v": term(i)}),)),
+    "rest with dense": lambda i: Link({"v": term(i)}, {}, (Link({}, {"b": torch.ones(6) * i}),)),
+    "nothing now and then": lambda i: Link({"w": term(i)}) if i % 3 else None,
+}
 
 
-def test_the_newest_version_alone_is_kept(tmp_path: Path) -> None:
-    server = FileReplica(tmp_path)
-    server.publish(weights(0), 0)
-    held = FileReplica(tmp_path)
-    before = held.at(0, 1)
-    server.publish(weights(1), 1)
-    assert [p.name for p in tmp_path.iterdir()] == ["000001.safetensors"]
-    assert held.at(0, 1) is before  # what a process holds it can still serve
-    with pytest.raises(WireError, match=r"round 1: .* does not hold version 0"):
-        FileReplica(tmp_path).at(0, 1)
+def history(kind: str, versions: int, start: int = 0, into: WeightHistory | None = None) -> Tree:
+    """Publish a version and the ones that follow from it; give the last weights."""
+    told, base = WeightHistory() if into is None else into, first()
+    told.publish(base, start)
+    for i in range(1, versions + 1):
+        link = LINKS[kind](i)
+        base = base if link is None else apply_link(base, link, PLAN)
+        told.publish(base, start + i, link)
+    return base
 
 
-def test_a_damaged_file_is_not_trained_on(tmp_path: Path) -> None:
-    FileReplica(tmp_path).publish(weights(0), 0)
-    (path,) = tmp_path.iterdir()
+def told(kind: str, versions: int, start: int = 0) -> WeightHistory:
+    found = WeightHistory()
+    history(kind, versions, start, found)
+    return found
+
+
+def follower(version: int, kind: str) -> Replica:
+    replica = Replica(PLAN, CPU)
+    assert replica.follow(told(kind, version).since(None))
+    return replica
+
+
+@pytest.mark.parametrize("kind", LINKS)
+@pytest.mark.parametrize("held", range(8))
+def test_an_update_leads_from_any_version_to_the_newest(kind: str, held: int) -> None:
+    """Of each weight by links or whole, and in the bytes that `CatchUp` counts for it."""
+    server, replica, counted = told(kind, 7), follower(held, kind), CatchUp(first(), 1)
+    for i in range(1, 8):
+        counted.add(LINKS[kind](i))
+        counted.versions[0] = min(i, held)
+    update = pickle.loads(pickle.dumps(server.since(held)))
+    assert update.held == held
+    assert update.payload_bytes == counted.missing(torch.tensor([0])).sum()
+    assert update.payload_bytes <= server.since(None).payload_bytes
+    assert replica.follow(update)
+    assert digest(replica.at(7, 8)) == digest(server.base)
+    assert all(t.data_ptr() % 64 == 0 for t in update.dense.values())
+
+
+def test_only_terms_that_are_together_smaller_than_their_weight_are_kept() -> None:
+    """48 numbers are more than three times 14 and less than four times."""
+    server = told("terms", 50)
+    assert [v for v, _ in server.since(0).links] == []
+    assert [v for v, _ in server.since(47).links] == [48, 49, 50]
+    assert sum(bool(link.terms) for link in server._links) == 3
+
+
+def test_a_weight_that_was_replaced_goes_whole_and_the_others_by_links() -> None:
+    update = told("whole now and then", 7).since(4)
+    assert set(update.dense) == {"w"}
+    assert {n for _, link in update.links for n in link.terms} == {"v"}
+    assert not any(link.dense for _, link in update.links)
+
+
+@pytest.mark.parametrize("held", [None, -1, 3, 8])
+def test_whoever_holds_nothing_or_another_past_gets_the_weights(held: int | None) -> None:
+    """A run that went on at version 5 knows no link before."""
+    server = told("terms", 2, start=5)
+    update = server.since(held)
+    assert (update.held, update.links, set(update.dense)) == (None, (), set(first()))
+    replica = follower(3, "terms")
+    assert replica.follow(update)
+    assert digest(replica.at(7, 8)) == digest(server.base)
+
+
+def test_a_history_that_is_recalled_leads_on_from_the_first_version() -> None:
+    server, again = told("rest", 5), WeightHistory()
+    again.recall(server.base, ((i, LINKS["rest"](i) or Link()) for i in (1, 2, 3, 4, 5)), 6)
+    again.publish(server.base, 6)  # as a run does that goes on
+    assert (again.oldest, again.version) == (0, 6)
+    replica = follower(4, "rest")
+    update = again.since(4)
+    assert update.links
+    assert replica.follow(update)
+    assert digest(replica.at(6, 7)) == digest(server.base)
+
+
+def test_versions_that_were_left_out_end_the_links() -> None:
+    server = told("terms", 1)
+    server.publish(server.base, 4, LINKS["terms"](9))
+    assert server.oldest == 4
+    assert server.since(1).held is None
+
+
+def test_a_replica_that_is_ahead_takes_the_links_that_are_new_to_it() -> None:
+    server, replica = told("terms", 3), follower(2, "terms")
+    assert replica.follow(server.since(1))
+    assert digest(replica.at(3, 4)) == digest(server.base)
+    assert not replica.follow(told("terms", 2).since(1))  # and none that lead back
+    assert replica.version == 3
+
+
+def test_a_replica_that_drifted_asks_for_the_weights() -> None:
+    server, replica = told("terms", 2), follower(1, "terms")
+    replica.base = {**replica.base, "w": replica.base["w"] + 1e-6}
+    assert not replica.follow(server.since(1))
+    assert replica.version == 1  # nothing was taken over
+    assert replica.follow(server.since(None))
+    assert digest(replica.at(2, 3)) == digest(server.base)
+
+
+def test_weights_that_came_damaged_are_refused() -> None:
+    server = told("terms", 1)
+    update = server.since(None)
+    harmed = {n: t + 1 for n, t in update.dense.items()}
+    with pytest.raises(WireError, match="version 1 of the base weights came damaged"):
+        Replica(PLAN, CPU).follow(WeightUpdate(1, update.mark, None, dense=harmed))
+
+
+def test_what_is_stored_is_found_again_and_followed_on(tmp_path: Path) -> None:
+    stored = StoredReplica(tmp_path, PLAN, CPU)
+    assert stored.follow(told("terms", 2).since(None))
+    again = StoredReplica(tmp_path, PLAN, CPU)
+    assert (again.version, again.mark) == (2, stored.mark)
+    assert again.follow(told("terms", 3).since(2))
+    assert digest(StoredReplica(tmp_path, PLAN, CPU).at(3, 4)) == digest(told("terms", 3).base)
+
+
+# --- a folder of this machine --------------------------------------------------------------------
+
+
+@pytest.fixture
+def job() -> Iterator[JobFolder]:
+    folder = JobFolder({})
+    yield folder
+    folder.close()
+
+
+def reader(job: JobFolder) -> FolderReplica:
+    return FolderReplica(job.folder, PLAN, CPU)
+
+
+def names(job: JobFolder) -> list[str]:
+    return sorted(path.stem for path in job.folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_processes_find_each_version_wherever_they_stand(kind: str, job: JobFolder) -> None:
+    base, steady, lazy = first(), reader(job), reader(job)
+    for i in range(30):
+        link = LINKS[kind](i) if i else None
+        base = base if link is None else apply_link(base, link, PLAN)
+        job.publish(base, i, link)
+        readers = [steady, reader(job), *([lazy] if i % 7 == 0 else [])]
+        for each in readers:
+            found = each.at(i, i + 1)
+            assert digest(found) == digest(base)
+            assert list(found) == list(base)
+            assert each.at(i, i + 2) is found  # read once
+            assert all(t.data_ptr() % 64 == 0 for t in found.values())
+
+
+def test_the_folder_is_begun_anew_when_its_updates_are_as_large_as_the_weights(
+    job: JobFolder,
+) -> None:
+    """102 numbers, 28 a link: the fourth link makes them more."""
+    history("terms", 3, 0, job)
+    assert names(job) == ["000000", "000001", "000002", "000003"]
+    history("terms", 4, 10, job)
+    assert names(job) == ["000014"]
+
+
+def test_weights_that_are_published_again_are_whole(job: JobFolder) -> None:
+    base = history("terms", 2, 0, job)
+    job.publish(base, 2)
+    assert names(job) == ["000002"]
+    assert digest(reader(job).at(2, 3)) == digest(base)
+
+
+def test_a_version_that_is_gone_is_refused_unless_it_is_held(job: JobFolder) -> None:
+    before = history("terms", 1, 0, job)
+    held = reader(job)
+    assert digest(held.at(1, 2)) == digest(before)
+    job.publish(first(), 7)
+    assert digest(held.at(1, 2)) == digest(before)
+    with pytest.raises(WireError, match=r"round 2: .* from version -1 .* to version 1"):
+        reader(job).at(1, 2)
+
+
+def test_a_damaged_file_is_not_trained_on(job: JobFolder) -> None:
+    history("terms", 0, 0, job)
+    (path,) = job.folder.glob("*.safetensors")
     flipped = bytearray(path.read_bytes())
     flipped[-5] ^= 1
     path.write_bytes(flipped)
     with pytest.raises(WireError, match=r"round 1: version 0 .* damaged"):
-        FileReplica(tmp_path).at(0, 1)
+        reader(job).at(0, 1)
 
 
-# --- followers -----------------------------------------------------------------------------------
-
-PLAN = Plan({"w": LayerView("linear", (6, 8))})
-CPU = torch.device("cpu")
-
-
-def link_of(seed: int) -> Link:
-    """28 numbers, where the weight has 48."""
-    rng = generator(seed, "link")
-    return Link({"w": Term((torch_normal(rng, 6, 2), torch_normal(rng, 2, 8)), 1.5)})
-
-
-def told(versions: int, first: int = 0) -> VersionLog:
-    """A chronicle that began at ``first`` and has had so many links since."""
-    chronicle, base = VersionLog(), {"w": torch_normal(generator(0, "w"), 6, 8).float()}
-    chronicle.publish(base, first)
-    for seed in range(versions):
-        base = apply_link(base, link_of(seed), PLAN)
-        chronicle.publish(base, first + seed + 1, link_of(seed))
-    return chronicle
-
-
-def test_a_follower_that_is_one_link_behind_gets_the_link_alone() -> None:
-    follower = Follower(PLAN, CPU)
-    assert follower.follow(told(1).since(None))
-    news = told(2).since(1)
-    assert news.dense is None
-    assert news.links is not None
-    assert len(news.links) == 1
-    assert follower.follow(news)
-    assert digest(follower.at(2, 3)) == digest(told(2).base)
-
-
-@pytest.mark.parametrize("held", [None, 0, 3])
-def test_whoever_holds_nothing_or_another_past_gets_the_weights(held: int | None) -> None:
-    """Two links are larger than the weight, and a run that went on knows no link before."""
-    news = told(2, first=5 if held == 3 else 0).since(held)
-    assert news.links is None
-    follower = Follower(PLAN, CPU)
-    assert follower.follow(news)
-    assert digest(follower.base) == digest(told(2).base)
-
-
-def test_versions_that_were_left_out_end_the_links() -> None:
-    chronicle = told(1)
-    chronicle.publish(chronicle.base, 4, link_of(9))
-    assert chronicle.oldest == 4
-    assert chronicle.since(1).links is None
-
-
-def test_a_follower_that_drifted_asks_for_the_weights() -> None:
-    follower = Follower(PLAN, CPU)
-    assert follower.follow(told(1).since(None))
-    follower.base = {"w": follower.base["w"] + 1e-6}
-    assert not follower.follow(told(2).since(1))
-    assert follower.version == 1  # nothing was taken over
-    assert follower.follow(told(2).since(None))
-    assert digest(follower.at(2, 3)) == digest(told(2).base)
-
-
-def test_weights_that_came_damaged_are_refused() -> None:
-    news = told(1).since(None)
-    assert news.dense is not None
-    news.dense["w"][0, 0] += 1
-    with pytest.raises(WireError, match="version 1 of the base weights came damaged"):
-        Follower(PLAN, CPU).follow(news)
+def test_a_process_that_drifted_finds_the_weights_once_they_are_whole(job: JobFolder) -> None:
+    held = reader(job)
+    history("terms", 0, 0, job)
+    held.at(0, 1)
+    held.base = {**held.base, "w": held.base["w"] + 1e-6}
+    base = history("terms", 2, 0, job)
+    with pytest.raises(StaleError, match=r"round 3: the links to version 1 .* write them whole"):
+        held.at(2, 3)
+    job.write_whole()
+    assert digest(held.at(2, 3)) == digest(base)

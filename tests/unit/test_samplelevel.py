@@ -10,10 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.config.schema import build
+from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
-from fedraclora.training.localconfig import LocalConfig
-from strategies.server.account import SampleAccount
+from fedraclora.protocol.link import Plan
+from fedraclora.protocol.method import State
+from fedraclora.training.extras.settings import LocalSettings
+from strategies.server.device_simulator import DeviceSimulator
+from strategies.server.loop import LoopConfig
+from strategies.server.round_step import RunContext
+from strategies.steps.account import SampleAccount
+from tests.contract.worlds import make_method
 
 VALID = torch.tensor([[True, True, True], [True, True, False]])
 
@@ -132,16 +139,17 @@ def test_epsilon_is_the_librarys_for_one_release_a_pass() -> None:
 @pytest.mark.parametrize(
     ("local", "wanted"),
     [
-        (LocalConfig(epochs=3, batch_size=4), [3, 3, 6]),
-        (LocalConfig(steps=5, batch_size=4), [2, 1, 10]),  # passes of 3, 8 and 1 steps
-        (LocalConfig(steps=5, batch_size=0), [5, 5, 10]),
+        (LocalSettings(epochs=3, batch_size=4), [3, 3, 6]),
+        (LocalSettings(steps=5, batch_size=4), [2, 1, 10]),  # passes of 3, 8 and 1 steps
+        (LocalSettings(steps=5, batch_size=0), [5, 5, 10]),
     ],
 )
-def test_passes_are_counted(local: LocalConfig, wanted: list[int]) -> None:
+def test_passes_are_counted(local: LocalSettings, wanted: list[int]) -> None:
     sizes = torch.tensor([10, 30, 2])
-    account = SampleAccount(
-        SampleNoise(), local, sizes.__getitem__, torch.zeros(3, dtype=torch.int64)
-    )
+    account, loop = SampleAccount(SampleNoise()), LoopConfig(9, 3, 2, 2, 1)
+    method, devices = make_method("fedavg"), DeviceSimulator(SystemConfig(), 1, local)
+    account.run = RunContext(method, local, loop, devices, sizes.__getitem__)
+    account.begin(State({}, Plan({})))
     account.add(torch.tensor([0, 2]))
     account.add(torch.tensor([1, 2]))
     assert account.passes.tolist() == wanted
@@ -164,4 +172,4 @@ def test_passes_are_counted(local: LocalConfig, wanted: list[int]) -> None:
 def test_impossible_settings_are_refused(group: dict[str, object], words: str) -> None:
     whole = {"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-5} | group
     with pytest.raises(ConfigError, match=words):
-        build("local", LocalConfig, {"dp": whole})
+        build("local", LocalSettings, {"dp": whole})

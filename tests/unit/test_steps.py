@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Sketched, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.sketch import SketchSpec
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.steps import effective_step
 
 
@@ -15,14 +15,12 @@ def sketched(scale: float, *, side: str = "right", **changes: object) -> Adapter
     settings = {"kind": "orthonormal", "side": side, "rank": 2, "dim": 8, "seed": 0, "index": 0}
     spec = SketchSpec(**(settings | changes))  # type: ignore[arg-type]
     factors: dict[str, Factor] = (
-        {"B": Trained((5, 2)), "A": Sketched(spec)}
-        if side == "right"
-        else {"B": Sketched(spec), "A": Trained((2, 5))}
+        {"B": Trained((5, 2)), "A": spec} if side == "right" else {"B": spec, "A": Trained((2, 5))}
     )
     return Adapter(factors, scale)
 
 
-LOCAL = LocalConfig(lr=0.2, dense_lr=0.01)
+LOCAL = LocalSettings(lr=0.2, dense_lr=0.01)
 
 
 def test_orthonormal_rows_take_lr_times_scale_squared() -> None:
@@ -33,11 +31,11 @@ def test_orthonormal_rows_take_lr_times_scale_squared() -> None:
 def test_the_sketchs_own_scale_counts_unless_it_is_divided_out() -> None:
     wide = Downlink({"w": sketched(1.5, normalise="identity")})  # A A^T = 4 I
     assert effective_step(wide, LOCAL, 1.0)["gamma_max"] == pytest.approx(0.2 * 2.25 * 4.0)
-    preconditioned = LocalConfig(lr=0.2, precondition=True)
+    preconditioned = LocalSettings(lr=0.2, precondition=True)
     assert effective_step(wide, preconditioned, 1.0)["gamma_max"] == pytest.approx(0.45)
-    riemannian = LocalConfig(lr=0.2, adjust="riemannian")
+    riemannian = LocalSettings(lr=0.2, adjust="riemannian")
     assert effective_step(wide, riemannian, 1.0)["gamma_max"] == pytest.approx(0.45)
-    lora_pro = LocalConfig(lr=0.2, adjust="lora_pro")  # which divides by s^2, too
+    lora_pro = LocalSettings(lr=0.2, adjust="lora_pro")  # which divides by s^2, too
     assert effective_step(wide, lora_pro, 1.0)["gamma_max"] == pytest.approx(0.2)
 
 
@@ -64,7 +62,7 @@ def test_two_frozen_factors_give_the_product_of_their_scales() -> None:
 
 def test_adaptive_optimisers_have_no_such_step() -> None:
     for optimiser in ("adamw", "lora_rite"):
-        local = LocalConfig(lr=0.2, optimiser=optimiser)
+        local = LocalSettings(lr=0.2, optimiser=optimiser)
         assert effective_step(Downlink({"w": sketched(1.5)}), local, 0.5) == {"lr": 0.1}
 
 
@@ -74,8 +72,8 @@ def test_gamma_is_the_step_that_sgd_takes_inside_the_sketch(normalise: str) -> N
     adapter = sketched(1.5, normalise=normalise)
     gamma = effective_step(Downlink({"w": adapter}), LOCAL, 1.0)["gamma_max"]
     factor = adapter.factors["A"]
-    assert isinstance(factor, Sketched)
-    A = factor.spec.draw()
+    assert isinstance(factor, SketchSpec)
+    A = factor.draw()
     G = torch.ones(5, 2, dtype=torch.float64) @ A  # inside the row space
     moved = -0.2 * 1.5 * (G @ A.mT) @ A * 1.5
     torch.testing.assert_close(moved, -gamma * G, rtol=1e-12, atol=1e-12)

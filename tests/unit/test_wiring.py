@@ -24,7 +24,7 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.job import JobFolder
-from fedraclora.weights.replica import VersionLog
+from fedraclora.weights.update import WeightHistory
 from strategies import METHODS
 from strategies.assembly import assemble
 from strategies.base import FedStrategy
@@ -125,7 +125,7 @@ def test_flower_leaves_no_folder_where_its_run_is_refused(monkeypatch: pytest.Mo
 def test_an_engine_owns_the_replica_that_its_workers_follow() -> None:
     found = engine_of(config("engine=ray", "engine.gpus=0.5"))
     assert isinstance(found, OnRay)
-    assert isinstance(found.replica, VersionLog)
+    assert isinstance(found.replica, WeightHistory)
     assert (found.spread, found.share) == (True, 0.5)
     flower = engine_of(config("engine=flower"))
     assert isinstance(flower, InFlower)

@@ -13,7 +13,7 @@ from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.deploy.roster import Roster
 from fedraclora.engines.deploy.traffic import Traffic
 from fedraclora.engines.forwarding import ForwardingGrid
-from fedraclora.engines.local import NODE_ID, UNREADABLE, failed
+from fedraclora.engines.local import NODE_ID, UNREADABLE, failed, is_stale
 from fedraclora.errors import ClientError, EngineError
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import clients_of
@@ -23,7 +23,6 @@ from fedraclora.wire.weight_update import add_weight_update
 NODE_UNAVAILABLE = 5  # Flower's code for a node that is not there
 PAUSE = 0.2  # seconds between looks for replies: each is a request
 WRONG_WEIGHTS = 1001  # ours, far from Flower's
-STALE = "stale"  # the record of a reply that asks for every weight
 
 
 class DeployGrid(ForwardingGrid):
@@ -31,7 +30,7 @@ class DeployGrid(ForwardingGrid):
 
     Args:
         grid: Flower's own.
-        archive: The versions of the base weights, published by the strategy.
+        history: The versions of the base weights, published by the strategy.
         run_id: Of the run folder: under it clients keep weights and state.
         settings: Seconds to wait, and how many clients are enough.
         known: Whether clients can make the initial weights themselves.
@@ -48,7 +47,7 @@ class DeployGrid(ForwardingGrid):
     def __init__(
         self,
         grid: Grid,
-        archive: WeightHistory,
+        history: WeightHistory,
         run_id: str,
         settings: DeployConfig,
         *,
@@ -57,7 +56,7 @@ class DeployGrid(ForwardingGrid):
         pause: float = PAUSE,
     ) -> None:
         super().__init__(lambda: grid, ended=ended, pause=pause)
-        self.archive, self.run_id, self.settings = archive, run_id, settings
+        self.history, self.run_id, self.settings = history, run_id, settings
         self.first = 0 if known else None  # what a client holds that holds nothing
         self.incidents: list[str] = []
         self.traffic = Traffic()
@@ -121,7 +120,7 @@ class DeployGrid(ForwardingGrid):
                     self.incidents.append("a second reply to a message was ignored")
                 elif not (reply.has_error() or reply.has_content()):
                     replies.append(failed(message, Error(WRONG_WEIGHTS, "its reply is empty")))
-                elif not _is_stale(reply):
+                elif not is_stale(reply):
                     replies.append(self._accept(reply, message))
                 elif asked in again:
                     error = Error(NODE_UNAVAILABLE, "it asked for every base weight twice")
@@ -168,13 +167,13 @@ class DeployGrid(ForwardingGrid):
 
     def _push(self, message: Message, node: int, held: int | None, seconds: float) -> str:
         """Send a message with what brings the client from version ``held`` to the newest."""
-        parcel = self.archive.since(held)
-        add_weight_update(message.content, parcel)
+        update = self.history.since(held)
+        add_weight_update(message.content, update)
         message.content["job"] = ConfigRecord({"run": self.run_id})
         message.metadata.dst_node_id, message.metadata.ttl = node, seconds
         (name,) = self.grid.push_messages([message])
         self.traffic.count(message)
-        self.traffic.fetched += parcel.payload_bytes
+        self.traffic.fetched += update.payload_bytes
         return name
 
     def _accept(self, reply: Message, message: Message) -> Message:
@@ -184,7 +183,7 @@ class DeployGrid(ForwardingGrid):
             if reply.error.code == NODE_UNAVAILABLE:
                 self.roster.forget(node)
             return reply
-        newest = self.archive.since(self.archive.version)
+        newest = self.history.since(self.history.version)
         said = reply.content.get("job")
         proof = (said.get("held"), said.get("mark")) if isinstance(said, ConfigRecord) else None
         if proof != (wanted := (newest.version, str(newest.mark))):
@@ -197,7 +196,3 @@ class DeployGrid(ForwardingGrid):
     def _client(self, message: Message) -> int:
         (client,) = clients_of(message.content)
         return client
-
-
-def _is_stale(reply: Message) -> bool:
-    return not reply.has_error() and STALE in reply.content

@@ -6,19 +6,23 @@ node has which. Used inside a ServerApp, whichever of Flower's runtimes it runs 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
-from itertools import islice
+from itertools import chain, islice
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from typing_extensions import override
 
 from fedraclora.engines.forwarding import ForwardingGrid
+from fedraclora.engines.local import APP_RAISED, failed, is_stale
 from fedraclora.errors import ClientError, EngineError
 from fedraclora.run.client_state import ClientStore
 from fedraclora.weights.job import JobFolder
 from fedraclora.wire.records import clients_of, read_tree, tree_record
+
+log = logging.getLogger(__name__)
 
 PROCESS_DIED = 0  # the code of Flower's error reply where Ray, not the ClientApp, failed
 PAUSE = 0.05  # seconds between looks for replies
@@ -108,6 +112,7 @@ class NodePerClient(ForwardingGrid):
         """Send and wait; Flower's own loop would wait on after the runtime has ended."""
         end = time.monotonic() + timeout
         left, sent, replies = iter(messages), dict[str, Message](), list[Message]()
+        again = set[int]()  # clients that asked for the weights whole
         while True:
             for message in islice(left, WINDOW - len(sent)):
                 message.metadata.ttl = timeout  # else a late one would be trained hours later
@@ -116,7 +121,15 @@ class NodePerClient(ForwardingGrid):
                 return replies
             came = list(self.grid.pull_messages(list(sent)))
             for reply in came:
-                replies.append(self._judge(reply, sent.pop(reply.metadata.reply_to_message_id)))
+                message = sent.pop(reply.metadata.reply_to_message_id)
+                if is_stale(reply) and not again.issuperset(who := clients_of(message.content)):
+                    log.warning("client %d asked for every base weight", *who)
+                    again.update(who)
+                    self.job.write_whole()
+                    message.metadata.delivered_at = ""  # or Flower refuses to send it again
+                    left = chain([message], left)
+                else:
+                    replies.append(self._judge(reply, message))
             if time.monotonic() > end:
                 return replies
             if not came:
@@ -124,6 +137,8 @@ class NodePerClient(ForwardingGrid):
 
     def _judge(self, reply: Message, sent: Message) -> Message:
         """Keep what the client keeps; say what a dead process means."""
+        if is_stale(reply):
+            return failed(sent, Error(APP_RAISED, "it asked for every base weight twice"))
         if not reply.has_error():
             self.store.absorb(read_tree(reply.content, "kept"))
             return reply

@@ -19,7 +19,8 @@ from fedraclora.engines.ray.pool import Pool, Seat
 from fedraclora.errors import ConfigError
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
-from fedraclora.weights.replica import Follower, VersionLog, WeightNews
+from fedraclora.weights.replica import Replica
+from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import clients_of
 
 SHARED = ("config", "arrays")  # records that all messages of an exchange have in common
@@ -28,7 +29,7 @@ SHARED = ("config", "arrays")  # records that all messages of an exchange have i
 class Site(Protocol):
     """What a worker holds between rounds."""
 
-    replica: Follower
+    replica: Replica
 
     def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
         """Answer a train message; ``kept`` is what its clients hold, before and after."""
@@ -78,17 +79,17 @@ class Resident:
         }
 
     def train(
-        self, news: dict[str, Any], shared: list[Any], rest: dict[str, Any], kept: Tree
+        self, update: list[Any], shared: list[Any], rest: dict[str, Any], kept: Tree
     ) -> Answer:
         """Bring the base weights up to date and answer a train message.
 
         Args:
-            news: How; references in lists are fetched here.
+            update: The reference of what brings them to the newest version.
             shared: The reference of the records that all messages of the exchange share.
             rest: The other records.
             kept: What the clients hold.
         """
-        if not self.site.replica.follow(fetched(news)):
+        if not self.site.replica.follow(ray.get(update[0])):
             return Answer(stale=True)
         key = shared[0].hex()
         if self._shared[0] != key:  # read once, so that the worker unpacks it once
@@ -100,17 +101,6 @@ class Resident:
         return Answer(content, left)
 
 
-def fetched(news: dict[str, Any]) -> WeightNews:
-    """Fetch what news refer to."""
-    links, dense = news["links"], news["dense"]
-    return WeightNews(
-        news["version"],
-        news["mark"],
-        None if links is None else tuple(ray.get(links)),
-        None if dense is None else ray.get(dense[0]),
-    )
-
-
 class RayGrid(LocalGrid):
     """Trains chunks on resident workers; bits do not depend on how many there are.
 
@@ -118,7 +108,7 @@ class RayGrid(LocalGrid):
         cluster: Where workers run; ended with the grid.
         build: Makes a worker's site of ``parts``; importable on every node.
         parts: What sites are made of: sent once, through the object store.
-        chronicle: The versions of the base weights, published by the strategy.
+        history: The versions of the base weights, published by the strategy.
         store: What clients keep between rounds; it travels with their messages.
         settings: Workers, retries, time-outs, threads.
 
@@ -133,13 +123,13 @@ class RayGrid(LocalGrid):
         build: Callable[[Any], Site],
         parts: object,
         *,
-        chronicle: VersionLog,
+        history: WeightHistory,
         store: ClientStore,
         settings: RayConfig,
     ) -> None:
         super().__init__()
-        self.cluster, self.chronicle, self.store = cluster, chronicle, store
-        self._refs: dict[tuple[str, int], Any] = {}
+        self.cluster, self.history, self.store = cluster, history, store
+        self._updates: dict[tuple[int, int | None], Any] = {}  # to and from a version -> reference
         try:
             self._start(build, parts, settings)
         except BaseException:
@@ -185,19 +175,19 @@ class RayGrid(LocalGrid):
                 shared[key] = ray.put({name: content[name] for name in SHARED})
             rest = {n: r for n, r in content.items() if n not in SHARED}
             kept = self.store.part(job.clients, int(job.message.metadata.group_id))
-            return seat.actor.train.remote(self._news(seat), [shared[key]], rest, kept)
+            return seat.actor.train.remote([self._update(seat)], [shared[key]], rest, kept)
 
         while jobs:
             again = []
             for job, seat, answer in self.pool.run(jobs, submit, timeout):
                 if answer.stale:
                     self.incidents.append(
-                        f"worker {seat.number} got the whole of version {self.chronicle.version}"
+                        f"worker {seat.number} got the whole of version {self.history.version}"
                     )
                     seat.version = None
                     again.append(job)
                     continue
-                seat.version = self.chronicle.version
+                seat.version = self.history.version
                 if answer.error is not None:
                     replies.append(failed(job.message, answer.error))
                 else:
@@ -208,34 +198,18 @@ class RayGrid(LocalGrid):
         self.pool.incidents = []
         return replies
 
-    def _news(self, seat: Seat) -> dict[str, Any]:
-        """Say how a worker gets from its version of the base weights to the newest."""
-        news = self.chronicle.since(seat.version)
-        links = dense = None
-        if news.links is not None:
-            first = news.version - len(news.links) + 1
-            links = [self._put("link", first + i, link) for i, link in enumerate(news.links)]
-        else:
-            dense = [self._put("dense", news.version, news.dense)]
-        return {"version": news.version, "mark": news.mark, "links": links, "dense": dense}
-
-    def _put(self, kind: str, version: int, value: object) -> Any:
-        """Put a value into the object store, once; dense weights of old versions are let go."""
-        key = (kind, version)
-        if key not in self._refs:
-            oldest = self.chronicle.oldest
-            self._refs = {
-                (k, v): r
-                for (k, v), r in self._refs.items()
-                if v >= (oldest if k == "link" else version)
-            }
-            self._refs[key] = ray.put(value)
-        return self._refs[key]
+    def _update(self, seat: Seat) -> Any:
+        """Put what a worker lacks into the object store, once for all that hold its version."""
+        newest, key = self.history.version, (self.history.version, seat.version)
+        if key not in self._updates:
+            self._updates = {k: ref for k, ref in self._updates.items() if k[0] == newest}
+            self._updates[key] = ray.put(self.history.since(seat.version))
+        return self._updates[key]
 
     @override
     def close(self) -> None:
         pool: Pool | None = getattr(self, "pool", None)
         if pool is not None:
             pool.close()
-        self._refs = {}
+        self._updates = {}
         self.cluster.close()

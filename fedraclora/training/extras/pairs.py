@@ -34,17 +34,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import sylvester
 from fedraclora.protocol.method import Downlink, Trained
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.recipes import RECIPES, GradientHook, projected
+from fedraclora.training.extra import Chunk, Hook, LocalExtra, When
 from fedraclora.tree import Tree
-
-Adjust = Callable[[Tree, Tree], Tree]
 
 
 @dataclass(frozen=True)
@@ -202,48 +203,57 @@ ADJUSTMENTS: dict[str, Callable[[Pair, Tree, Tree, float], Tree]] = {
 }
 
 
-def adjuster(rule: str, damping: float, pairs: Callable[[str], list[Pair]]) -> Adjust:
-    """Give what adjusts the gradients of a round's steps.
+class FactorStep(LocalExtra):
+    """What says how the factors of an adapter take a step."""
 
-    Args:
-        rule: A key of `ADJUSTMENTS`, or ``none``.
-        damping: d.
-        pairs: Gives the adapters to a setting that needs them.
+    takes_factor_step: ClassVar[bool] = True
 
-    Returns:
-        From gradients and values, [active, ...] by name, to new gradients; what belongs to no
-        adapter keeps its own.
+    def pairs(self, chunk: Chunk) -> list[Pair]:
+        """Give the adapters of a chunk, see `pairs_of`."""
+        return pairs_of(chunk.downlink, chunk.frozen, chunk.ranks, self.setting)
 
-    Raises:
-        ConfigError: Where the rule does not fit what the method trains.
+
+@dataclass(frozen=True)
+class Precondition(FactorStep):
+    """The inverse Gram matrix of a frozen factor."""
+
+    form: ClassVar[str] = "local.precondition=true"
+
+    @override
+    def hooks(self, chunk: Chunk) -> dict[When, Hook]:
+        hook = preconditioner(self.pairs(chunk), chunk.ranks)
+        return {When.RECIPE: lambda gradients, _: hook(gradients)}
+
+    @override
+    def step_in_weights(self, scale: float, gram: float) -> tuple[float, float]:
+        return scale, 1.0
+
+
+@dataclass(frozen=True)
+class Adjustment(FactorStep):
+    """The gradients of two factors, adjusted by each other.
+
+    Attributes:
+        rule: A key of `ADJUSTMENTS`.
+        damping: d; with 0 the Gram matrices must be regular.
     """
-    if rule == "none":
-        return lambda gradients, _: gradients
-    adapters = pairs(f"local.adjust={rule}")
 
-    def adjust(gradients: Tree, values: Tree) -> Tree:
-        out = dict(gradients)
-        for pair in adapters:
-            out |= ADJUSTMENTS[rule](pair, gradients, values, damping)
-        return out
+    rule: str
+    damping: float
+    form: ClassVar[str] = "local.adjust={rule}"
 
-    return adjust
+    @override
+    def hooks(self, chunk: Chunk) -> dict[When, Hook]:
+        pairs, rule = self.pairs(chunk), ADJUSTMENTS[self.rule]
 
+        def adjust(gradients: Tree, values: Tree) -> Tree:
+            out = dict(gradients)
+            for pair in pairs:
+                out |= rule(pair, gradients, values, self.damping)
+            return out
 
-def refuse_together(
-    adjust: str, precondition: bool, optimiser: str, gate_penalty: float | None
-) -> None:
-    """Refuse local settings that each say how the factors of an adapter take a step.
+        return {When.BUDGET: adjust}
 
-    Raises:
-        ConfigError: If there is more than one of them.
-    """
-    said = {
-        f"local.adjust={adjust}": adjust != "none",
-        "local.precondition=true": precondition,
-        "local.optimiser=lora_rite": optimiser == "lora_rite",
-        f"local.gate_penalty={gate_penalty}": gate_penalty is not None,
-    }
-    if sum(said.values()) > 1:
-        both = " and ".join(name for name, is_set in said.items() if is_set)
-        raise ConfigError(f"{both} each say how factors take a step; take one of them")
+    @override
+    def step_in_weights(self, scale: float, gram: float) -> tuple[float, float]:
+        return (1.0 if self.rule == "lora_pro" else scale), 1.0

@@ -6,15 +6,41 @@ need only r x r Gram matrices and never an m x n product.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from typing_extensions import override
+
 from fedraclora.errors import ConfigError
+from fedraclora.lowrank.dora import magnitudes
 from fedraclora.protocol.method import Adapter, Downlink
+from fedraclora.training.extra import Chunk, Hook, LocalExtra, When
 from fedraclora.tree import Tree
 
 
-def add_prox(
-    gradients: Tree, leaves: Tree, starts: Tree, frozen: Tree, downlink: Downlink, mu: float
-) -> None:
-    """Add the proximal gradient to ``gradients`` in place.
+@dataclass(frozen=True)
+class Prox(LocalExtra):
+    """A pull to where the round started.
+
+    Attributes:
+        mu: Its strength.
+    """
+
+    mu: float
+    form: ClassVar[str] = "local.prox={mu}"
+
+    @override
+    def hooks(self, chunk: Chunk) -> dict[When, Hook]:
+        starts, frozen, downlink = chunk.starts, chunk.frozen, chunk.downlink
+        pull = partial(with_prox, starts=starts, frozen=frozen, downlink=downlink, mu=self.mu)
+        return {When.LOSS: pull}
+
+
+def with_prox(
+    gradients: Tree, leaves: Tree, *, starts: Tree, frozen: Tree, downlink: Downlink, mu: float
+) -> Tree:
+    """Add the proximal gradient to gradients, as a new tree.
 
     Args:
         gradients: [active, ...] by trained name.
@@ -31,21 +57,22 @@ def add_prox(
     References:
         Li et al., *Federated optimization in heterogeneous networks*, arXiv 1812.06127.
     """
-    if downlink.magnitudes():
+    if magnitudes(downlink.adapters, downlink.dense):
         raise ConfigError(
             f"local.prox is {mu}, but under dora=true it is not defined: a weight is no sum of the "
             "base and a low-rank term; set local.prox=0, or dora=false"
         )
+    out = dict(gradients)
     for name in downlink.dense:
         active = leaves[name].shape[0]
-        gradients[name] = gradients[name] + mu * (leaves[name] - starts[name][:active])
+        out[name] = gradients[name] + mu * (leaves[name] - starts[name][:active])
     for weight, adapter in downlink.adapters.items():
         if _is_core(weight, adapter, leaves):
             name = f"{weight}/R"
             R, left, right = leaves[name], frozen[f"{weight}/B"], frozen[f"{weight}/A"]
             left, right = (f[: len(R)] if f.dim() == 3 else f for f in (left, right))
             moved = left.mT @ left @ (R - starts[name][: len(R)]) @ right @ right.mT
-            gradients[name] = gradients[name] + mu * adapter.scale**2 * moved
+            out[name] = gradients[name] + mu * adapter.scale**2 * moved
             continue
         if tuple(adapter.factors) != ("B", "A"):
             raise ConfigError(f"local.prox is not defined for the factors {list(adapter.factors)}")
@@ -60,9 +87,10 @@ def add_prox(
         B, A, B0, A0 = (f[:active] if f.dim() == 3 else f for f in (B, A, B0, A0))
         pull = mu * adapter.scale**2
         if nb in gradients:
-            gradients[nb] = gradients[nb] + pull * (B @ (A @ A.mT) - B0 @ (A0 @ A.mT))
+            out[nb] = gradients[nb] + pull * (B @ (A @ A.mT) - B0 @ (A0 @ A.mT))
         if na in gradients:
-            gradients[na] = gradients[na] + pull * ((B.mT @ B) @ A - (B.mT @ B0) @ A0)
+            out[na] = gradients[na] + pull * ((B.mT @ B) @ A - (B.mT @ B0) @ A0)
+    return out
 
 
 def _is_core(weight: str, adapter: Adapter, leaves: Tree) -> bool:

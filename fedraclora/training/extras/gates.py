@@ -24,7 +24,8 @@ is left out. Weight decay acts on gates, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,34 +33,34 @@ from typing_extensions import override
 
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.training.extra import Chunk, Rates
+from fedraclora.training.extras.pairs import FactorStep, Pair
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.training.lora_rite import CohortRite
 from fedraclora.training.optimiser import CohortOptimiser
-from fedraclora.training.pairs import Pair
 from fedraclora.tree import Tree
 
 
-def make_optimiser(
-    config: LocalConfig,
-    values: Tree,
-    rates: dict[str, float],
-    held: Tree,
-    pairs: Callable[[str], list[Pair]],
-) -> CohortOptimiser:
-    """Give the optimiser of a chunk.
+@dataclass(frozen=True)
+class Gates(FactorStep):
+    """Gates on the components of adapters.
 
-    Args:
-        config: Local settings.
-        values: The tensors that are trained, [K, ...]; updated in place by its `step`.
-        rates: Step size of each.
-        held: Moments to begin with; none where they end with the round.
-        pairs: Gives the adapters to a setting that needs them.
+    Attributes:
+        penalty: lambda.
+        local: Settings of the optimiser.
     """
-    if config.optimiser == "lora_rite":
-        return CohortRite(config, values, rates, pairs("local.optimiser=lora_rite"))
-    if config.gate_penalty is not None:
-        return CohortGates(config, values, rates, pairs("local.gate_penalty"))
-    return CohortOptimiser(config, values, rates, held)
+
+    penalty: float
+    local: LocalConfig
+    form: ClassVar[str] = "local.gate_penalty={penalty}"
+    ends_moments: ClassVar[bool] = True
+
+    @override
+    def optimiser(self, chunk: Chunk, rates: Rates) -> CohortOptimiser:
+        return CohortGates(self.local, chunk.values, rates, self.pairs(chunk), self.penalty)
+
+    @override
+    def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:
+        return pruned(sent, got)
 
 
 class CohortGates(CohortOptimiser):
@@ -71,11 +72,18 @@ class CohortGates(CohortOptimiser):
             updated in place by `step`.
         rates: Step size of each; a gate has that of its factor.
         pairs: The adapters.
+        penalty: lambda.
     """
 
     def __init__(
-        self, config: LocalConfig, values: Tree, rates: dict[str, float], pairs: list[Pair]
+        self,
+        config: LocalConfig,
+        values: Tree,
+        rates: dict[str, float],
+        pairs: list[Pair],
+        penalty: float,
     ) -> None:
+        self.penalty = penalty
         self.products = {n: values[n] for n in (gated(pair, values) for pair in pairs)}
         raw = dict(values)
         self.gates: dict[str, str] = {}
@@ -99,7 +107,7 @@ class CohortGates(CohortOptimiser):
         for name, gate in self.gates.items():
             active = len(gradients[name])
             z = self.values[gate][:active]
-            z.copy_(F.softshrink(z, self.rates[gate] * (self.config.gate_penalty or 0.0)))
+            z.copy_(F.softshrink(z, self.rates[gate] * self.penalty))
             product = along_gate(name, self.values[name][:active]) * z[..., None]
             self.products[name][:active] = along_gate(name, product)
 

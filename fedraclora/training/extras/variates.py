@@ -27,12 +27,34 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
+from typing_extensions import override
 
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.downlink import Adapter, Downlink
-from fedraclora.protocol.recipes import GradientHook
+from fedraclora.training.extra import Keeper
 from fedraclora.tree import Tree
+
+EXTRAS = PLAIN, LIFTED = "variates", "lifted_variates"
+"""Names in `Downlink.extras`: in the coordinates of what is trained, or kept as dense estimates."""
+
+
+def lifts(sent: Downlink) -> bool:
+    """Tell whether variates are kept as dense matrices of the weights."""
+    return LIFTED in sent.extras
+
+
+def variates_of(sent: Downlink) -> Tree:
+    """Give what clients add to gradients, by trained name: c, or c - c_k [K, ...]; none: {}."""
+    return sent.extras.get(LIFTED if lifts(sent) else PLAIN, {})
+
+
+def with_variates(sent: Downlink, variates: Tree, *, lifted: bool) -> Downlink:
+    """Put variates into a downlink, in the place of any that it has."""
+    return replace(sent, extras=sent.extras | {LIFTED if lifted else PLAIN: variates})
 
 
 def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
@@ -46,18 +68,12 @@ def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
         ``variates/<trained>`` in its shape; ``variates/<weight>`` [m, n] where they are dense.
     """
     found = {}
-    for name, slot in sent.uploaded().items():
-        weight, _, label = name.rpartition("/")
-        if sent.lifted and weight in sent.adapters:
-            beside = _beside(sent.adapters[weight])
-            size = (
-                (slot.shape[0], beside.shape[1])
-                if label == "B"
-                else (beside.shape[0], slot.shape[1])
-            )
-            found[f"variates/{weight}"] = torch.zeros(size, dtype=dtype)
-        else:
-            found[f"variates/{name}"] = torch.zeros(slot.shape, dtype=dtype)
+    for name, key, dense in _kept(sent):
+        shape = sent.trained()[name].shape
+        if dense is not None:
+            beside = _beside(dense).shape
+            shape = (shape[0], beside[1]) if name.endswith("/B") else (beside[0], shape[1])
+        found[key] = torch.zeros(shape, dtype=dtype)
     return found
 
 
@@ -69,14 +85,11 @@ def seen(kept: Tree, sent: Downlink) -> Tree:
         sent: Says what is trained.
     """
     found = {}
-    for name in sent.uploaded():
-        weight, _, label = name.rpartition("/")
-        if sent.lifted and weight in sent.adapters:
-            C, adapter = kept[f"variates/{weight}"], sent.adapters[weight]
-            beside = _beside(adapter).to(C)
-            found[name] = adapter.scale * (C @ beside.mT if label == "B" else beside.mT @ C)
-        else:
-            found[name] = kept[f"variates/{name}"]
+    for name, key, dense in _kept(sent):
+        found[name] = C = kept[key]
+        if dense is not None:
+            beside = _beside(dense).to(C)
+            found[name] = dense.scale * (C @ beside.mT if name.endswith("/B") else beside.mT @ C)
     return found
 
 
@@ -92,57 +105,44 @@ def moved_by(kept: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tree:
     Returns:
         A new tree, in the precision of ``kept``.
     """
-    out = dict(kept)
-    for name, old in seen({n: t.double() for n, t in kept.items()}, sent).items():
-        weight, _, label = name.rpartition("/")
-        step = share * (new[name].to(old) - old)
-        key = f"variates/{name}"
-        if sent.lifted and weight in sent.adapters:
-            adapter, key = sent.adapters[weight], f"variates/{weight}"
+    out, old = dict(kept), seen({n: t.double() for n, t in kept.items()}, sent)
+    for name, key, dense in _kept(sent):
+        step = share * (new[name].to(old[name]) - old[name])
+        if dense is not None:
             # Directions that the factor hardly has would bring back the rounding of the weights.
-            inverse = torch.linalg.pinv(_beside(adapter), rtol=1e-6).to(step) / adapter.scale
-            step = step @ inverse.mT if label == "B" else inverse.mT @ step
+            inverse = torch.linalg.pinv(_beside(dense), rtol=1e-6).to(step) / dense.scale
+            step = step @ inverse.mT if name.endswith("/B") else inverse.mT @ step
         out[key] = (kept[key].double() + step).to(kept[key])
     return out
 
 
-def mean_gradients(start: Tree, end: Tree, steps: int, rates: dict[str, float]) -> Tree:
-    """Give the mean of the directions of plain SGD steps: (start - end) / (steps rate), float64."""
-    return {n: (start[n].double() - end[n].double()) / (steps * rates[n]) for n in end}
+class ControlVariates(Keeper):
+    """What clients keep where a round sends variates."""
+
+    extras = EXTRAS
+
+    @override
+    def blank(self, sent: Downlink, dtype: torch.dtype) -> Tree:
+        return blank_variates(sent, dtype) if variates_of(sent) else {}
+
+    @override
+    def begin(self, kept: Tree, sent: Downlink) -> Downlink:
+        own = seen(kept, sent)
+        corrections = {n: c.cpu() - own[n] for n, c in variates_of(sent).items()}
+        return with_variates(sent, corrections, lifted=lifts(sent))
+
+    @override
+    def end(self, kept: Tree, sent: Downlink, directions: Tree) -> Tree:
+        added = variates_of(sent)
+        return moved_by(kept, sent, {n: g - added[n].cpu() for n, g in directions.items()})
 
 
-def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
-    """Give the hook that adds variates to gradients, where there are any.
-
-    Args:
-        sent: Has them, for all clients or [K, ...].
-        order: Places of the clients in the order of the gradients, int64 [K]; those that still
-            train come first.
-    """
-    slots = sent.trained()
-    added = {
-        n: t.to(order.device)[order] if t.dim() > len(slots[n].shape) else t.to(order.device)[None]
-        for n, t in sent.variates.items()
-    }
-
-    def hook(gradients: Tree) -> Tree:
-        out = dict(gradients)
-        for name, value in added.items():
-            gradient = gradients[name]
-            out[name] = gradient + value[: len(gradient)].to(gradient)
-        return out
-
-    return hook
-
-
-def add_own_variates(values: Tree, sent: Downlink, place: int) -> None:
-    """Add variates to the gradients of the one client at ``place``, in place."""
-    for name, variate in sent.variates.items():
-        own = variate[place] if variate.dim() > values[name].dim() else variate
-        gradient = values[name].grad
-        values[name].grad = (
-            own.to(values[name]) if gradient is None else gradient + own.to(gradient)
-        )
+def _kept(sent: Downlink) -> Iterator[tuple[str, str, Adapter | None]]:
+    """Give what is sent back, the name of its variate, and the adapter where that is dense."""
+    for name in sent.uploaded():
+        weight = name.rpartition("/")[0]
+        dense = sent.adapters.get(weight) if lifts(sent) else None
+        yield name, f"variates/{name if dense is None else weight}", dense
 
 
 def _beside(adapter: Adapter) -> torch.Tensor:

@@ -34,15 +34,36 @@ that is clipped does depend on the split.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from typing_extensions import override
 
+from fedraclora.training.extra import Chunk, Rates
+from fedraclora.training.extras.pairs import FactorStep, Pair, gram
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimiser import CohortOptimiser
-from fedraclora.training.pairs import Pair, gram
 from fedraclora.tree import Tree
 
 Polar = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LoraRite(FactorStep):
+    """LoRA-RITE as the optimiser.
+
+    Attributes:
+        local: Its constants.
+    """
+
+    local: LocalConfig
+    form: ClassVar[str] = "local.optimiser=lora_rite"
+    ends_moments: ClassVar[bool] = True
+
+    @override
+    def optimiser(self, chunk: Chunk, rates: Rates) -> CohortOptimiser:
+        return CohortRite(self.local, chunk.values, rates, self.pairs(chunk))
 
 
 def negligible(height: int, dtype: torch.dtype) -> float:

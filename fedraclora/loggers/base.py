@@ -1,0 +1,168 @@
+"""What a logger is, and how a run tells several of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from fedraclora.errors import EngineError
+from fedraclora.run.ledger import Row
+
+log = logging.getLogger(__name__)
+
+FILE = "loggers.json"  # of the run folder: under which name each library knows the run
+NAMES = {"metrics": "test", "validation": "validation"}  # groups of a row, as loggers name them
+
+
+@dataclass(frozen=True)
+class Begin:
+    """What a logger is told when a run begins or goes on.
+
+    Attributes:
+        title: One line: method, data, step size, seed.
+        config: The whole config, as plain nested values.
+        folder: The run folder; None where the run is in memory.
+        done: The last round that was closed before; 0 at the beginning.
+        known: What `Logger.begin` gave when the run began, where it goes on; None: it begins.
+    """
+
+    title: str
+    config: Mapping[str, object]
+    folder: Path | None
+    done: int = 0
+    known: str | None = None
+
+
+class Logger(Protocol):
+    """Shows a run in a library of its own."""
+
+    def begin(self, run: Begin) -> str | None:
+        """Open the run; give the name by which it is found again, if the library has one."""
+
+    def row(self, round_: int, values: Mapping[str, float]) -> None:
+        """Show the numbers of a round (`scalars`)."""
+
+    def end(self, summary: Mapping[str, float], *, failed: bool) -> None:
+        """Close the run.
+
+        Args:
+            summary: Its final numbers; empty where it failed.
+            failed: Whether it stopped before its end.
+        """
+
+
+@dataclass
+class Logging:
+    """Tells the loggers of a run.
+
+    A logger that cannot begin stops the run before its first round. One that fails later is left
+    out from there, with a warning: what it shows is in the ledger, too.
+
+    Attributes:
+        loggers: By their names in the config.
+    """
+
+    loggers: dict[str, Logger]
+    _going: dict[str, Logger] = field(default_factory=dict)
+
+    def begin(self, run: Begin) -> None:
+        """Open the run with each logger.
+
+        Raises:
+            EngineError: If one cannot, naming it.
+        """
+        known = read_names(run.folder)
+        for name, logger in self.loggers.items():
+            told = Begin(run.title, run.config, run.folder, run.done, known.get(name))
+            try:
+                found = logger.begin(told)
+            except Exception as error:
+                self.end({}, failed=True)
+                raise EngineError(
+                    f"output.loggers: {name} cannot begin ({type(error).__name__}: {error}); check "
+                    "its settings, or leave it out"
+                ) from error
+            self._going[name] = logger
+            if found is not None:
+                known[name] = found
+        if run.folder is not None and known:
+            (run.folder / FILE).write_text(json.dumps(known) + "\n")
+
+    def row(self, row: Row) -> None:
+        """Show a round."""
+        round_ = row["round"]
+        if isinstance(round_, int):
+            self._each("row", round_, scalars(row))
+
+    def end(self, summary: Mapping[str, object], *, failed: bool = False) -> None:
+        """Close the run with each logger that is left."""
+        self._each("end", scalars(summary), failed=failed)
+        self._going.clear()
+
+    def _each(self, call: str, *arguments: object, **options: object) -> None:
+        for name, logger in list(self._going.items()):
+            try:
+                getattr(logger, call)(*arguments, **options)
+            except Exception as error:  # whatever a server or a disk may do
+                del self._going[name]
+                log.warning(
+                    "%s is left out from here on (%s: %s); the ledger has all rounds",
+                    name,
+                    type(error).__name__,
+                    error,
+                )
+
+
+def read_names(folder: Path | None) -> dict[str, str]:
+    """Read under which name each library knows the run of a folder."""
+    path = None if folder is None else folder / FILE
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:  # a kill while it was written: the libraries begin anew
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def scalars(row: Mapping[str, object], before: str = "") -> dict[str, float]:
+    """Give the finite numbers of a row by paths.
+
+    Example:
+        >>> scalars({"round": 2, "metrics": {"accuracy": 0.5}, "uplink_total": 7, "notes": []})
+        {'test/accuracy': 0.5, 'uplink_total': 7.0}
+    """
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        name = NAMES.get(key, key)
+        if isinstance(value, Mapping):
+            found |= scalars(value, f"{before}{name}/")
+        elif is_number(value) and key != "round":
+            found[f"{before}{name}"] = float(value)  # type: ignore[arg-type]
+    return found
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value is a finite number, and no truth value."""
+    return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def flat(config: Mapping[str, object], before: str = "") -> dict[str, object]:
+    """Give the settings of a config by dotted names.
+
+    Example:
+        >>> flat({"local": {"lr": 0.1}, "seed": 0})
+        {'local.lr': 0.1, 'seed': 0}
+    """
+    found: dict[str, object] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{before}{key}.")
+        else:
+            found[f"{before}{key}"] = value
+    return found

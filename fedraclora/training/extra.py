@@ -1,0 +1,172 @@
+"""The seam of local training: what a setting may add to the local steps of a chunk of clients.
+
+The core calls `LocalExtra` and `Keeper` and knows none of those that there are; they are in
+`fedraclora.training.extras`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar, Protocol
+
+import torch
+
+from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.training.local_result import LocalResult
+from fedraclora.tree import Tree
+
+Rates = dict[str, float]  # step size of each trained tensor
+# From gradients and values, [active, ...] by name, to new gradients.
+Hook = Callable[[Tree, Tree], Tree]
+# From values and frozen factors to loss and count of each sample, and whether it is one, [active,
+# width].
+Forward = Callable[[Tree, Tree], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+class When(IntEnum):
+    """After what of a local step a hook changes the gradients."""
+
+    LOSS = 0  # they are those of the loss: a term may be added to it
+    RECIPE = 1  # what the method says (`fedraclora.protocol.recipes`)
+    BUDGET = 2  # cut to the components that a client trains
+    CLIP = 3  # as the optimiser will have them
+
+
+class Optimiser(Protocol):
+    """Takes the steps of a chunk."""
+
+    def step(self, gradients: Tree) -> None:
+        """Take one step for the clients that still train: the first rows of each tensor."""
+
+    def moments(self, steps: torch.Tensor) -> Tree:
+        """Give the moments that outlive the round, after ``steps`` of each client, int64 [K]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """What a chunk of clients trains. Those that finish first stand last.
+
+    Attributes:
+        downlink: What was asked.
+        clients: Ids, int64 [K].
+        seed: Of the run.
+        round_: From 1.
+        key: Of what an answer draws that the seed must not tell; None: the seed may.
+        values: What is trained, [K, ...] by name.
+        starts: Where it started, [1, ...] or [K, ...].
+        frozen: Factors that are not trained: 2-D where clients share them.
+        ranks: Rank budgets (`fedraclora.protocol.rank_budgets.spans`), or None.
+        masks: What of a tensor its client trains (`fedraclora.protocol.rank_budgets.trainable`).
+    """
+
+    downlink: Downlink
+    clients: torch.Tensor
+    seed: int
+    round_: int
+    key: bytes | None
+    values: Tree
+    starts: Tree
+    frozen: Tree
+    ranks: torch.Tensor | None
+    masks: Tree
+
+
+class LocalExtra:
+    """What a setting adds to plain local training; as it stands here, nothing.
+
+    Attributes:
+        form: How a config asks for it, with the names of its fields: ``local.prox={mu}``.
+        takes_factor_step: Whether it says how the factors of an adapter take a step; one may.
+        ends_moments: Whether its moments speak of what ends with the round.
+        forms_gradients: Whether `gradients` stands in the place of those of the loss; one may.
+        answers_once: Whether a second answer to a round would tell what the first one hides.
+    """
+
+    form: ClassVar[str]
+    takes_factor_step: ClassVar[bool] = False
+    ends_moments: ClassVar[bool] = False
+    forms_gradients: ClassVar[bool] = False
+    answers_once: ClassVar[bool] = False
+
+    @property
+    def setting(self) -> str:
+        """How the config asks for it, for messages."""
+        return self.form.format(**vars(self))
+
+    def gradients(
+        self, chunk: Chunk, forward: Forward, active: int, width: int, step: int
+    ) -> tuple[torch.Tensor, Tree]:
+        """Give mean losses, [active], and gradients, [active, ...] by name, of a local step.
+
+        Args:
+            chunk: Of clients.
+            forward: Of the step's batch, which has ``width`` samples of each active client.
+            active: Clients that still train.
+            width: See ``forward``.
+            step: The local step, from 0.
+        """
+        raise NotImplementedError
+
+    def hooks(self, chunk: Chunk) -> Mapping[When, Hook]:
+        """Give what it does to the gradients of every step.
+
+        Raises:
+            ConfigError: Where it does not fit what is trained.
+        """
+        del chunk
+        return {}
+
+    def optimiser(self, chunk: Chunk, rates: Rates) -> Optimiser | None:
+        """Give the optimiser in the place of the core's; None: it has none.
+
+        Args:
+            chunk: Of clients; its values are updated in place.
+            rates: Step size of each of them.
+
+        Raises:
+            ConfigError: Where it does not fit what is trained.
+        """
+        del chunk, rates
+        return None
+
+    def sent(self, result: LocalResult) -> LocalResult:
+        """Give what leaves the clients of what came out, after they have kept what they keep."""
+        return result
+
+    def step_in_weights(self, scale: float, gram: float) -> tuple[float, float]:
+        """Give s and c of the step that SGD takes in weight space (`fedraclora.training.steps`)."""
+        return scale, gram
+
+    def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:
+        """Give what the ledger says of a round, from what was asked and what came back."""
+        del sent, got
+        return {}
+
+
+class Keeper(Protocol):
+    """What clients keep from round to round for an exchange that asks for it.
+
+    Attributes:
+        extras: Names in `Downlink.extras` that it reads.
+    """
+
+    extras: tuple[str, ...]
+
+    def blank(self, sent: Downlink, dtype: torch.dtype) -> Tree:
+        """Give what a client begins with, by the names under which it is kept; {}: not asked."""
+
+    def begin(self, kept: Tree, sent: Downlink) -> Downlink:
+        """Give what clients train from, with what they kept, [K, ...] by the names of `blank`."""
+
+    def end(self, kept: Tree, sent: Downlink, directions: Tree) -> Tree:
+        """Give what they keep from here on.
+
+        Args:
+            kept: What they kept so far, [K, ...]. Not modified.
+            sent: Of `begin`.
+            directions: Of the mean local step, as the server sees it, by trained name, [K, ...]
+                (`fedraclora.training.gradients.mean_gradients`).
+        """
