@@ -21,6 +21,7 @@ from strategies import METHODS
 from strategies.outcome import finished
 from strategies.run import Run
 from strategies.server.rows import Row
+from strategies.start import settled_start
 
 __all__ = ["Run", "simulate"]
 
@@ -131,7 +132,7 @@ def simulate(
                 f"{', '.join(idle)}: a run in memory writes nothing; say folder=... too, or leave "
                 "it out"
             )
-        return carry_out(settled(plain), None, on_round=seen)
+        return carry_out(settled_start(settled(plain)), None, on_round=seen)
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
     if not resume and has_begun(place):
         raise CheckpointError(

@@ -33,6 +33,7 @@ from strategies import METHODS
 from strategies.outcome import execute
 from strategies.run import Run
 from strategies.server.rows import Row
+from strategies.start import settled_start
 
 FAILED: list[str] = []
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
@@ -129,7 +130,10 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
     if wanted not in {None, "auto"}:
         folder = Path(str(wanted)).expanduser()
         return go_on(folder, read_config(folder), plain, typed), folder, True
-    plain, folder = settled(plain), folders.run_folder(section(plain, "output"), sweep_job)
+    plain, folder = (
+        settled_start(settled(plain)),
+        folders.run_folder(section(plain, "output"), sweep_job),
+    )
     if wanted == "auto" and (folder / "config.yaml").is_file():
         return go_on(folder, read_config(folder), plain, None), folder, True
     refuse_existing(folder)

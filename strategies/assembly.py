@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from strategies.server.loop import LoopConfig
 from strategies.server.loopconfig import loop_of
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
+from strategies.start import begin_from
 from strategies.steps.order import round_steps
 from strategies.steps.settings import RoundSettings
 from strategies.wiring import Wired, wire
@@ -91,6 +92,8 @@ def assemble(
         failed.callback(engine.close)
         fix_bits(config.engine.threads, pick_device(config.device))
         built = build_task(config)
+        if not resume:
+            built = begun(config, built)
         plan = plan_of(config, built.task)
         if plan.local and not built.classes:
             raise ConfigError(
@@ -141,6 +144,13 @@ def assemble(
     return Assembled(
         **vars(wired), config=config, built=built, plan=plan, trainer=trainer, chunk=chunk
     )
+
+
+def begun(config: RunConfig, built: BuiltTask) -> BuiltTask:
+    """Bring the model of a task to where the run begins, and have the task say so."""
+    if not (start := begin_from(config, built.task.model)):
+        return built
+    return replace(built, task=replace(built.task, info={**built.task.info, "start": start}))
 
 
 def settle_chunk(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated
 
 from fedraclora.aggregation.base import Aggregator
@@ -70,7 +70,10 @@ def digested(plain: Plain) -> dict[str, object]:
         kept["data"] = without(data, "root")
     if isinstance(engine := kept.get("engine"), Mapping):
         kept["engine"] = {k: v for k, v in engine.items() if k in ENGINE_IN_DIGEST}
-    unset = {"allocation": {"name": Uniform.name}, "dora": False}  # before these, runs are the same
+    # Before these, runs are the same.
+    unset = {"allocation": {"name": Uniform.name}, "dora": False, "start": None}
+    if isinstance(start := kept.get("start"), Mapping):
+        kept["start"] = without(start, "path")
     return {k: v for k, v in kept.items() if k not in unset or v != unset[k]}
 
 
@@ -133,6 +136,8 @@ class RunConfig(TaskConfig):
         server_optimiser: What the server makes of the mean of a round.
         control_variates: Whether clients' drift is corrected by control variates (SCAFFOLD).
         stop: When to end before the last round.
+        start: What the run begins from, if not from the weights of its model: the folder of a
+            finished run or of a PEFT adapter, or its ``path`` and its digest ``sha256``.
     """
 
     method: Method
@@ -145,6 +150,7 @@ class RunConfig(TaskConfig):
     server_optimiser: ServerOptimiser
     control_variates: bool
     stop: StopConfig
+    start: str | dict[str, str] | None = None
 
     @property
     def digested(self) -> dict[str, object]:
@@ -271,7 +277,8 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     hints = typing.get_type_hints(kind)
     found: dict[str, object] = {"plain": plain}
     wanted = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
-    missing = [key for key in wanted if key not in plain]
+    given = {f.name for f in fields(kind) if f.default is not MISSING}
+    missing = [key for key in wanted if key not in plain and key not in given]
     said = [f"the config has no key {', '.join(missing)}; see conf/config.yaml"] if missing else []
     for key in wanted:
         if key not in plain:

@@ -1,0 +1,115 @@
+"""Where a run begins if not at the weights of its model: a finished run, or a PEFT adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.errors import CheckpointError, ConfigError, ModelError
+from fedraclora.models.adapter import adapter_digest, is_adapter, merge_adapter
+from fedraclora.run.folder import is_finished, read_config, read_summary, resume_word
+from strategies import METHODS
+from strategies.weights import load_weights
+
+Plain = dict[str, object]
+
+
+def settled_start(plain: Mapping[str, object]) -> Plain:
+    """Write the digest of what a run begins from beside its path, for a config that is to be kept.
+
+    Args:
+        plain: The config of a new run.
+
+    Raises:
+        FedRacLoraError: If there is nothing to begin from.
+    """
+    start = plain.get("start")
+    if not isinstance(start, str):
+        return dict(plain)
+    folder = Path(start).expanduser()
+    return {**plain, "start": {"path": str(folder), "sha256": start_digest(folder)}}
+
+
+def start_digest(folder: Path) -> str:
+    """Give the digest of a run's weights, as its summary has it, or of an adapter's files.
+
+    Raises:
+        CheckpointError: If the run has not come to its end.
+        ConfigError: If the folder holds neither.
+    """
+    if is_adapter(folder):
+        return adapter_digest(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"start={folder} holds neither a run (config.yaml) nor a PEFT adapter "
+            "(adapter_config.json); a Hugging Face folder is model.path, with model=hf"
+        )
+    if not is_finished(folder):
+        raise CheckpointError(
+            f"start={folder}: that run has not come to its end; go on with {resume_word(folder)}"
+        )
+    return str(read_summary(folder)["weights_digest"])
+
+
+def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
+    """Bring a model to where its run begins; nothing happens where ``start`` is not set.
+
+    Args:
+        config: Of the run, its start settled.
+        model: At its own weights, which are changed in place.
+
+    Returns:
+        What the summary says of it.
+
+    Raises:
+        FedRacLoraError: If it has changed since the run began, or does not fit the model.
+    """
+    if config.start is None:
+        return {}
+    if config.pretrain.epochs:
+        raise ConfigError(
+            "start says where the weights come from, so that what is pretrained would be lost: set "
+            "pretrain=none, or leave start out"
+        )
+    said = {"path": config.start} if isinstance(config.start, str) else config.start
+    folder = Path(said["path"]).expanduser()
+    found = start_digest(folder)
+    if found != said.get("sha256", found):
+        raise CheckpointError(
+            f"start={folder} is not what it was when the config was written: its digest is "
+            f"{found}, not {said['sha256']}; restore it from a copy"
+        )
+    if is_adapter(folder):
+        merge_adapter(model, folder)
+        return {"adapter": str(folder), "sha256": found}
+    _take_weights(folder, model)
+    return {"run": str(folder), "sha256": found}
+
+
+def _take_weights(folder: Path, model: nn.Module) -> None:
+    """Copy the weights of a finished run."""
+    before = from_plain(read_config(folder), METHODS, began=True)
+    if before.method.client_state:
+        raise ConfigError(
+            f"start={folder}: the clients of {type(before.method).__name__} kept a factor of every "
+            "adapter to themselves, so that the server has no trained model to begin from"
+        )
+    weights, parameters = load_weights(folder), dict(model.named_parameters())
+    if odd := sorted(weights.keys() ^ parameters.keys()):
+        raise ModelError(
+            f"start={folder}: that run trained another model, which differs in {odd[0]}; say the "
+            "same model as there"
+        )
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            raise ModelError(
+                f"start={folder}: {name} is {tuple(weights[name].shape)} there and "
+                f"{tuple(parameter.shape)} here; say the same model and classes as there"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
