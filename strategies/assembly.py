@@ -30,6 +30,7 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.continued import free_keys
+from fedraclora.run.initial import source_of
 from fedraclora.run.recorder import RunRecorder, stored_chunk
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
@@ -131,7 +132,7 @@ def assemble(
             loop,
             engine,
             state=state,
-            recorder=book_of(config, folder, loop, built.device, store),
+            recorder=book_of(config, folder, loop, built, store, base),
             resume=resume,
             evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
             steps=round_steps(chosen, config.local),
@@ -182,11 +183,13 @@ def book_of(
     config: RunConfig,
     folder: Path | None,
     loop: LoopConfig,
-    device: torch.device,
+    built: BuiltTask,
     store: ClientStore,
+    base: Tree,
 ) -> RunRecorder:
     """Make the files of a run; a resume under other values than these is refused."""
-    resolved = {"chunk": loop.chunk, "device": device.type, "dtype": loop.dtype}
+    resolved = {"chunk": loop.chunk, "device": built.device.type, "dtype": loop.dtype}
+    own = config.pretrain.epochs or config.start is not None  # weights that nobody else has
     resolved["summation_block"] = SUM_BLOCK
     return RunRecorder(
         folder,
@@ -196,6 +199,7 @@ def book_of(
         chain=config.output.chain,
         store=store,
         free=("device", *free_keys(config.plain)),  # what the device came to is in `resolved`
+        source=None if own else source_of(config.model, built.task.head, base),
     )
 
 

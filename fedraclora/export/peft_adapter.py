@@ -225,7 +225,7 @@ def _adapted(trained: TrainedModel, start: Tree, parts: Parts) -> Any:
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=_targets(list(ranks), modules),
-        modules_to_save=parts.modules or None,
+        modules_to_save=list(parts.modules) or None,  # PEFT may add to it
         bias="lora_only" if parts.biases else "none",
         use_dora=bool(trained.magnitudes),
         fan_in_fan_out=sum(turned) * 2 > len(turned),

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedraclora.errors import CheckpointError
 from fedraclora.protocol.method import Draw, Memo, Method, Plan, State, apply_link
+from fedraclora.run.initial import checkpoint_base, initial_weights
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.recorder import CARRIED, checkpoint_meta, part
 from fedraclora.tree import Tree
@@ -44,7 +45,8 @@ def state_at(
         tensors, meta = load_checkpoint(folder / "checkpoint")
         plan = plan or _stored_plan(meta, folder / "checkpoint")
         carried = part(tensors, "carried/")
-        return State(part(tensors, "base/"), plan, carried, kind.read(meta["memo"]))
+        base = checkpoint_base(part(tensors, "base/"), meta, folder / "chain", plan)
+        return State(base, plan, carried, kind.read(meta["memo"]))
     chain, last, state = folder / "chain", -1, State({}, Plan({}))
     beyond, memo = False, dict[str, Any]()
     for number, tensors, meta in read_links(chain):
@@ -52,7 +54,7 @@ def state_at(
         if beyond := number > round_:
             break
         if number == 0:
-            base = {n: t for n, t in tensors.items() if not n.startswith(CARRIED)}
+            base = initial_weights(tensors, meta, chain / "000000.safetensors")
             state = State(base, plan or _stored_plan(meta, chain))
         else:
             base = apply_link(state.base, read_link(tensors, meta), state.plan)

@@ -16,6 +16,7 @@ from fedraclora.errors import CheckpointError
 from fedraclora.privacy.secret import FILE as KEY
 from fedraclora.protocol.method import Link, State
 from fedraclora.run.client_state import ClientStore
+from fedraclora.run.initial import ModelSource, checkpoint_base, is_small
 from fedraclora.run.ledger import Ledger
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
@@ -83,6 +84,7 @@ class RunRecorder:
         chain: Keep the links.
         store: What stays at simulated clients, part of the run's checkpoint.
         free: Keys of ``fixed`` that may change where a run goes on.
+        source: Where the initial weights are, if a package or the hub has them.
 
     Attributes:
         incidents: Sentences for the next row: under what other settings the run goes on.
@@ -98,12 +100,13 @@ class RunRecorder:
         chain: bool = True,
         store: ClientStore | None = None,
         free: Iterable[str] = (),
+        source: ModelSource | None = None,
     ) -> None:
         self.folder, self.fixed, self.every = folder, dict(fixed or {}), every
         self.sync, self.keep_chain = sync, chain and folder is not None
         self.store = ClientStore() if store is None else store
         self.ledger = Ledger(None if folder is None else folder / "ledger.jsonl")
-        self.free = tuple(f"{key}:" for key in free)
+        self.free, self.source = tuple(f"{key}:" for key in free), source
         self._link, self._carried = "", Tree()
         self.incidents: list[str] = []
 
@@ -115,7 +118,8 @@ class RunRecorder:
         if self.keep_chain and self.folder is not None:
             cut_links(self.folder / "chain", -1)
             meta: dict[str, object] = {"initial": True, "plan": plan_meta(state.plan)}
-            self._keep(0, state, dict(state.base), meta)
+            base, elsewhere = self.source.refer(state.base) if self.source else (state.base, {})
+            self._keep(0, state, dict(base), meta | elsewhere)
 
     def totals(self) -> tuple[int, int]:
         """Bytes up and down (with catch-up) over all rounds so far."""
@@ -167,7 +171,8 @@ class RunRecorder:
         """Write a checkpoint: what round ``round_ + 1`` needs."""
         if self.folder is None:
             return
-        tensors = {f"base/{n}": t for n, t in state.base.items()}
+        left = self._left_to_chain(state.base, catch_up)
+        tensors = {f"base/{n}": t for n, t in state.base.items() if n not in left}
         tensors |= {f"carried/{n}": t for n, t in state.carried.items()}
         tensors |= {f"moments/{n}": t for n, t in state.moments.items()}
         meta: dict[str, object] = {
@@ -180,9 +185,13 @@ class RunRecorder:
             "ledger": self.ledger.seal(round_),
             "chain": self._link if self.keep_chain else None,
             "files": beside(self.folder),
-        }
+        } | ({"base_order": list(state.base)} if left else {})
         tensors |= catch_up.state() | self.store.state()
         save_checkpoint(self.folder / "checkpoint", tensors, meta)
+
+    def _left_to_chain(self, base: Tree, catch_up: CatchUp) -> frozenset[str]:
+        """Name the weights of a large model that the links of all rounds hold in fewer bytes."""
+        return frozenset() if is_small(base) or not self.keep_chain else catch_up.followed(0)
 
     def restore(self, start: State, catch_up: CatchUp) -> tuple[State, int]:
         """Read the checkpoint back; ledger rows and links past it are cut.
@@ -217,7 +226,10 @@ class RunRecorder:
         catch_up.restore(tensors)
         self.store.restore(tensors)
         device = next(iter(start.base.values())).device
-        base = {n: t.to(device) for n, t in part(tensors, "base/").items()}
+        base = checkpoint_base(part(tensors, "base/"), meta, self.folder / "chain", start.plan)
+        if digest(base) != meta.get("base_digest", digest(base)):
+            self.incidents.append("weights were rebuilt from the chain, and round otherwise here")
+        base = {n: t.to(device) for n, t in base.items()}
         carried, moments = part(tensors, "carried/"), part(tensors, "moments/")
         if self.keep_chain:
             self._link = link_digest(self.folder / "chain")
