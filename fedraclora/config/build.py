@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fedraclora.config.run_config import BESIDE, TaskConfig
 from fedraclora.config.schema import Plain, bind, coerce, section, without
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.leak import refuse_shared
+from fedraclora.data.locate import resolve
 from fedraclora.data.own import Brought, settled_own
 from fedraclora.data.partition import make_partition
 from fedraclora.data.samples import Partitioned, Samples, count_labels
@@ -25,6 +27,7 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.models.dropout import refuse_functions
+from fedraclora.models.gguf import is_gguf, precision_of
 from fedraclora.models.interaction import refuse_interaction
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
@@ -191,6 +194,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts: dict[str, object] = {**data.info, "partition": info}
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
+    facts |= _said_of_weights(config)
     if config.pretrain.epochs:
         facts["pretrain"] = _pretrained(config, whole, model)
     train = Partitioned.of(data.train, parts) if isinstance(parts, list) else parts
@@ -212,6 +216,15 @@ def build_task(config: TaskConfig) -> BuiltTask:
     )
     labelled = "label" in data.columns and data.classes > 1
     return BuiltTask(task, clients, size, data.classes if labelled else 0, device)
+
+
+def _said_of_weights(config: TaskConfig) -> dict[str, object]:
+    """Say of weights from a GGUF file that they were rounded, and are float32 now."""
+    path = config.model.get("path")
+    if not isinstance(path, str) or not is_gguf(path):
+        return {}
+    kinds = precision_of(resolve(path, key="model.path"))
+    return {"weights": f"{kinds} in {Path(path).name}, de-quantised to float32"}
 
 
 def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> dict[str, float]:

@@ -33,7 +33,7 @@ def write_hf(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
             f"a {type(model).__name__} is no model of transformers, and has no Hugging Face "
             "folder: take --format state_dict, or peft"
         )
-    save_model(model, folder, trained.tokenizer)
+    save_model(model, folder, trained)
     again: Any = type(model).from_pretrained(folder, dtype=None, local_files_only=True)
     found = again.state_dict()
     for name, value in model.state_dict().items():
@@ -55,11 +55,11 @@ def no_rank(rank: int | None, form: str) -> None:
         raise ConfigError(f"--rank {rank} is of --format peft; with {form} the weights are whole")
 
 
-def save_model(model: nn.Module, folder: Path, tokenizer: str | None) -> None:
-    """Write a model of transformers, and a copy of its tokenizer.
+def save_model(model: nn.Module, folder: Path, trained: TrainedModel) -> None:
+    """Write a model of transformers, and a copy of the tokenizer of data or model, if there is one.
 
     Raises:
-        DataError: If the tokenizer cannot be read.
+        DataError: If the tokenizer of the data cannot be read.
     """
     from transformers.utils import logging
 
@@ -71,8 +71,13 @@ def save_model(model: nn.Module, folder: Path, tokenizer: str | None) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
-    if tokenizer is not None:
-        read_tokenizer(tokenizer).save_pretrained(folder)
+    if trained.tokenizer is None:
+        return
+    try:
+        read_tokenizer(trained.tokenizer).save_pretrained(folder)
+    except DataError:
+        if trained.tokenizer != trained.source:  # a model's folder may be without one
+            raise
 
 
 def read_tokenizer(source: str) -> Any:

@@ -105,7 +105,7 @@ def _base(trained: TrainedModel, folder: Path) -> tuple[str | None, Tree]:
         from fedraclora.export.hf_folder import save_model
 
         place = folder / "base"
-        save_model(trained.at(trained.start), place, trained.tokenizer)
+        save_model(trained.at(trained.start), place, trained)
         return str(place.resolve()), trained.start
     tensors = trained.at(trained.start).state_dict()
     save_tensors(folder / "base.safetensors", tensors, {}, sync=False)

@@ -21,6 +21,7 @@ from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import Attention, Built, require_heads, require_input, seeded
 from fedraclora.models.dropout import refuse_idle_rate
+from fedraclora.models.gguf import gguf_arguments, is_gguf, made_plain
 
 # How architectures call rates of dropout in their configurations: hidden_dropout_prob, resid_pdrop,
 # dropout_rate, ...
@@ -45,7 +46,8 @@ def build_hf(
         shape: Must be empty: the data are token ids.
         classes: Number of outputs; a new head is drawn where the stored one has another number.
         seed: The seed of the run; the new head is drawn from it.
-        path: A folder, ``package:NAME/path`` or ``hub:NAME``; only the last may download.
+        path: A folder, a GGUF file (it is de-quantised to float32), ``package:NAME/path`` or
+            ``hub:NAME``; only the last may download.
         layers: Keep the first so many layers; None for all.
         dropout: Dropout of hidden states.
         attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
@@ -64,12 +66,15 @@ def build_hf(
     require_input("hf", shape, classes, text=True)
     source, local = model_source(path, key="model.path")
     if local and sha256 is not None:
-        weights = Path(source) / "model.safetensors"
+        weights = Path(source) if is_gguf(source) else Path(source) / "model.safetensors"
         if not weights.is_file():
             raise DataError(f"model.path={path}: there is no {weights} to verify; sha256 is set")
         check_file(weights, sha256)
     try:
-        config = AutoConfig.from_pretrained(source, num_labels=classes, local_files_only=local)
+        place, file = gguf_arguments(source) if local else (source, {})
+        config = AutoConfig.from_pretrained(
+            place, num_labels=classes, local_files_only=local, **file
+        )
         _set_dropout(config, dropout)
         _cut_layers(config, layers)
         if config.pad_token_id is None:
@@ -77,17 +82,18 @@ def build_hf(
             config.pad_token_id = ends[0] if isinstance(ends, list) else ends
         with seeded(seed, "model"), _quiet():
             model = AutoModelForSequenceClassification.from_pretrained(
-                source,
+                place,
+                **file,
                 config=config,
                 local_files_only=local,
                 dtype=torch.float32,
                 attn_implementation=attention,
                 ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise DataError(f"model.path={path} cannot be loaded: {error}") from error
     refuse_idle_rate(model, dropout)
-    return _built(model)
+    return _built(made_plain(model))
 
 
 @limited("model")

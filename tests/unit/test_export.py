@@ -263,6 +263,28 @@ def test_gguf_of_llama_form_is_the_trained_model(llama_run, tmp_path):
     assert distance(model, llama_run.weights()) == 0
 
 
+def test_a_gguf_file_is_where_a_run_begins(llama_run, tmp_path):
+    llama_run.export(tmp_path / "gguf", "gguf")
+    (inputs, target), test = texts(40), texts(20, 9)
+    fit = {"input_ids": inputs["input_ids"] % 20, "attention_mask": inputs["attention_mask"]}
+    run = fedraclora.simulate(
+        QUIET,
+        "targets=[q_proj]",
+        model={"name": "hf", "path": str(tmp_path / "gguf" / "model.gguf")},
+        data=[({n: t[k::2] for n, t in fit.items()}, target[k::2]) for k in range(2)],
+        test=({n: t % 20 for n, t in test[0].items()}, test[1]),
+        method={"name": "fed_rac_lora", "rank": 1},
+        head="average",
+        rounds=0,
+    )
+    assert run.summary["task"]["weights"] == "F32 in model.gguf, de-quantised to float32"
+    found, wanted = run.weights(), llama_run.weights()
+    shared = [n for n in wanted if n.startswith("model.")]
+    assert len(shared) > 10
+    assert all(torch.equal(found[n], wanted[n]) for n in shared)
+    run.export(tmp_path / "hf", "hf")
+
+
 def test_tied_weights_come_back_tied(llama_run, tmp_path):
     for form in ("hf", "peft"):
         llama_run.export(tmp_path / form, form)
