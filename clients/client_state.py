@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fedraclora.errors import WireError
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.recipes import RECIPES
@@ -34,7 +35,16 @@ def held(
     Returns:
         The downlink, where what stays at a client starts from what it holds, as keepers have it;
         and the moments with which clients begin, [K, ...] by name.
+
+    Raises:
+        WireError: If something travels beside the downlink that no client reads.
     """
+    known = [name for keeper in KEEPERS for name in keeper.extras]
+    if unknown := downlink.extras.keys() - {*known}:
+        raise WireError(
+            f"a downlink has the extras {sorted(unknown)}, of which this client knows nothing; "
+            f"{known} are known: run the server and the clients from one release"
+        )
     dtype = next(iter(base.values())).dtype
     default: Tree = {}
     for name, slot in downlink.trained().items():

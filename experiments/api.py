@@ -7,12 +7,14 @@ from pathlib import Path
 
 from torch import nn
 
+from experiments import Plain
 from experiments.lending import lend_all
 from experiments.resume import is_done
 from experiments.simulate import carry_out, choose
 from experiments.values import config_of
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
+from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.folder import has_begun
 from strategies import METHODS
@@ -22,7 +24,6 @@ from strategies.server.rows import Row
 
 __all__ = ["Run", "simulate"]
 
-Plain = dict[str, object]
 OF_MEMORY = ("output.dir", "output.progress")  # keys of `output` that a run in memory reads
 
 
@@ -119,8 +120,7 @@ def simulate(
     plain, typed = config_of((*lent.words, *choices), keys | lent.keys)
     plain = lent.put_into(plain, typed)
     seen = as_one(on_round)
-    output = plain.get("output")
-    output = dict(output) if isinstance(output, Mapping) else {}
+    output = section(plain, "output")
     place = place_of(plain, output, folder)
     if place is None:
         if resume:

@@ -5,24 +5,89 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
-from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.resume import is_done as resume_is_done
+from experiments import Plain
+from experiments.resume import is_done
 from experiments.simulate import report
+from fedraclora.config.build import BuiltTask, build_task
 from fedraclora.config.run_config import RunConfig
+from fedraclora.config.schema import section
+from fedraclora.config.settings import PretrainConfig
 from fedraclora.errors import ConfigError
 from fedraclora.run.folder import write_summary
+from strategies.server_app import read_config
 
 ROOT = Path(__file__).resolve().parents[1]  # of the packages: a checkout, or where a wheel is
 PROJECT = "pyproject.toml"
 
 
-def run_config_of(config: RunConfig, *, resume: bool) -> str:
-    """Write the run config of the app, as TOML."""
-    # A JSON string is a TOML string, too.
-    text = json.dumps(json.dumps(config.plain))
-    return f"cfg-json = {text}\nresume = {json.dumps(resume)}\n"
+@dataclass(frozen=True)
+class RunRequest:
+    """A run that Flower is asked for.
+
+    Attributes:
+        config: Checked settings, with the server's folder as ``output.dir``.
+        plain: The config that the local folder keeps.
+        folder: The local run folder, absolute.
+        resume: Whether to go on with the run in it.
+        built: Task, device and population.
+    """
+
+    config: RunConfig
+    plain: dict[str, object]
+    folder: Path
+    resume: bool
+    built: BuiltTask
+
+    @classmethod
+    def of(
+        cls, plain: Plain, folder: Path, engine: Plain, *, server_folder: object, resume: bool
+    ) -> RunRequest:
+        """Check a run.
+
+        Args:
+            plain: The config.
+            folder: The local run folder, absolute.
+            engine: What the command is for, also where a run goes on that began elsewhere.
+            server_folder: Where the server writes.
+            resume: Whether to go on with the run in the folder.
+
+        Raises:
+            FedRacLoraError: Whatever is wrong with what is asked for.
+        """
+        plain = {**plain, "engine": engine}
+        output = {**section(plain, "output"), "dir": str(server_folder)}
+        config = read_config(json.dumps({**plain, "output": output}), began=resume)
+        built = build_task(replace(config, pretrain=PretrainConfig()))  # reads nodes' data, too
+        return cls(config, plain, folder, resume, built)
+
+    @property
+    def run_config(self) -> str:
+        """The run config of the app, as TOML."""
+        # A JSON string is a TOML string, too.
+        text = json.dumps(json.dumps(self.config.plain))
+        return f"cfg-json = {text}\nresume = {json.dumps(self.resume)}\n"
+
+    def write(self, folder: Path) -> tuple[Path, Path]:
+        """Write what Flower is given: the folder of the app, and the file of the run config."""
+        run_config = folder / "run.toml"
+        run_config.write_text(self.run_config)
+        copy_app(folder / "app")
+        return folder / "app", run_config
+
+    def is_done(self) -> bool:
+        """Tell whether a run that is to go on is finished already, and say so."""
+        done = self.resume and is_done(self.folder, self.plain)
+        if done:
+            print(f"{self.folder} is finished already")
+        return done
+
+    def conclude(self, summary: Plain) -> None:
+        """Write the summary that the app gave into the run folder, and print the outcome."""
+        write_summary(self.folder, summary)  # a bundle knows no revision: that of this checkout
+        report(summary, self.folder)
 
 
 def project_file() -> Path:
@@ -62,17 +127,3 @@ def copy_app(folder: Path) -> None:
     for path, copy in copies.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-
-
-def is_done(folder: Path, plain: Mapping[str, object], *, resume: bool) -> bool:
-    """Tell whether a run that is to go on is finished already, and say so."""
-    done = resume and resume_is_done(folder, plain)
-    if done:
-        print(f"{folder} is finished already")
-    return done
-
-
-def conclude(summary: dict[str, object], folder: Path) -> None:
-    """Write the summary that the app gave into the run folder, and print the outcome."""
-    write_summary(folder, summary)  # a bundle knows no revision: it is that of this checkout
-    report(summary, folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -93,13 +93,15 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
     Raises:
         ConfigError: If there is no such choice.
     """
+    from fedraclora.weights.files import flatten
+
     files = lineage(f"{group}/{name}", [CONF, *folders])
     comments: dict[str, str] = {}
     for file in files:  # what is said last holds
         comments |= _comments(file)
     before = "" if GLOBAL in files[-1].read_text(encoding="utf-8") else f"{group}."
     rows = []
-    for key, value in _flat(choice(group, name, folders=folders)):
+    for key, value in flatten(choice(group, name, folders=folders)).items():
         word = f"{before}{key}={value if isinstance(value, str) else json.dumps(value)}"
         rows.append((word, comments.get(key, comments.get(key.removesuffix(".name"), ""))))
     width = max((len(word) for word, text in rows if text), default=0)
@@ -155,12 +157,3 @@ def _comments(path: Path) -> dict[str, str]:
             if line[3]:
                 found[".".join(key for _, key in within)] = line[3]
     return found
-
-
-def _flat(tree: Mapping[str, object], before: str = "") -> Iterator[tuple[str, object]]:
-    """Go through the values of nested mappings, by dotted key."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value

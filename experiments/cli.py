@@ -75,7 +75,7 @@ def explain(words: Sequence[str]) -> int:
     """Print the keys of the choices among some words, or the help text if there are none."""
     typed = [word.lstrip("+").partition("=") for word in words]
     chosen = [(group, name) for group, mark, name in typed if mark and group in groups()]
-    folders = [Path(name) for name in completion.folder(words)[1:]]
+    folders = [Path(name) for _, name in completion.part_folders(words)[0] if name]
     print("\n\n".join(keys_of(*words, folders=folders) for words in chosen) or usage())
     return 0
 

@@ -5,7 +5,7 @@
 RUN is the folder of a run or of a sweep. Runs that differ in nothing but seed and output folder
 are one group. Groups are ranked by the metric; runs that diverged, or are unfinished, are named and
 have no rank; broken ones are left out. With ``experiment=STUDY`` the runs are made first:
-`experiments.compare_study`.
+`experiments.study.ranking`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,27 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from experiments.compare_study import compare_study, is_study
+import numpy as np
+
 from experiments.groups import Group, group_runs, values
 from experiments.interrupt import in_order
 from experiments.reports import Run, find_runs, read_run
 from experiments.status import reported
+from experiments.study.ranking import compare_study, is_study
 from experiments.tables import Table
 from fedraclora.errors import CheckpointError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.plots import MEGABYTE, compare_figure
 from fedraclora.run.folder import resume_word
-from fedraclora.run.ledger import number
+from fedraclora.run.ledger import column, number, round_seconds
 
 __all__ = ["Table", "compare", "main"]
 
+Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
 _TASK = ("data.", "model.", "pretrain.")
 
 
@@ -61,17 +65,14 @@ def compare(
     metric = _metric(runs, metric, notes)
     groups = group_runs(runs, by, notes)
     _warn(runs, groups, notes)
-    groups, records = _ranked([(group, _record(group, metric, target)) for group in groups])
-    columns = _columns(records, metric, target)
-    cells = tuple(
-        tuple(_cell(record, keys, len(group.runs)) for keys in columns.values())
-        for record, group in zip(records, groups, strict=True)
-    )
-    table = Table(tuple(columns), cells, tuple(records), tuple(notes), texts=2)
+    ranked = _ranked(groups, metric, target)
+    records = tuple(record for _, record in ranked)
+    measured = {key for r in records for key in r if math.isfinite(number(r, key))}
+    shown = [_shown(record, len(group.runs), target, measured) for group, record in ranked]
+    table = replace(Table.of(shown, notes), records=records, texts=2)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table.markdown(), encoding="utf-8")
-    table.write_csv(out / "table.csv")
-    ledgers = {group.title: [run.rows for run in group.runs] for group in groups}
+    table.write(out, "table")
+    ledgers = {group.title: [run.rows for run in group.runs] for group, _ in ranked}
     compare_figure(ledgers, metric, out / "compare.png")
     return table
 
@@ -111,24 +112,21 @@ def _metric(runs: Sequence[Run], asked: str | None, notes: list[str]) -> str:
     return metric
 
 
-def _ranked(
-    found: Sequence[tuple[Group, dict[str, object]]],
-) -> tuple[list[Group], list[dict[str, object]]]:
+def _ranked(groups: Sequence[Group], metric: str, target: float | None) -> list[Ranked]:
     """Sort groups, the best first, and number them; behind them what has no rank."""
+    sign = -1.0 if higher_is_better(metric) else 1.0
 
-    def place(pair: tuple[Group, dict[str, object]]) -> tuple[bool, bool, float]:
-        group, record = pair
-        sign = -1.0 if higher_is_better(str(record["metric"])) else 1.0
-        mean = number(record, "metric_mean")
+    def place(ranked: Ranked) -> tuple[bool, bool, float]:
+        group, record = ranked
+        mean = sign * number(record, "metric_mean")
         known = math.isfinite(mean)
-        return not known, group.unfinished, sign * mean if known else 0.0
+        return not known, group.unfinished, mean if known else 0.0
 
-    ordered = sorted(found, key=place)
-    for rank, (group, record) in enumerate(ordered, 1):
-        known = math.isfinite(number(record, "metric_mean"))
-        if known and not group.unfinished:
+    found = sorted(((group, _record(group, metric, target)) for group in groups), key=place)
+    for rank, (group, record) in enumerate(found, 1):
+        if math.isfinite(number(record, "metric_mean")) and not group.unfinished:
             record["rank"] = rank
-    return [group for group, _ in ordered], [record for _, record in ordered]
+    return found
 
 
 def _warn(runs: Sequence[Run], groups: Sequence[Group], notes: list[str]) -> None:
@@ -151,100 +149,113 @@ def _record(group: Group, metric: str, target: float | None) -> dict[str, object
     finals = [math.nan if run.diverged_at else run.final(metric) for run in group.runs]
     # One diverged seed makes the mean undefined: leaving it out would flatter the method.
     whole = all(math.isfinite(value) for value in finals)
+    found = [_figures(run, metric, target) for run in group.runs]
+    means = {key: _mean([figures[key] for figures in found]) for key in found[0]}
     record: dict[str, object] = {
         "rank": math.nan,
         "label": group.label,
         "state": group.state,
         "seeds": len(group.seeds),
-        "rounds": group.mean(lambda run: number(run.rows[-1], "round")),
+        "rounds": means.pop("rounds"),
         "metric": metric,
         "metric_mean": statistics.fmean(finals) if whole else math.nan,
         "metric_std": statistics.stdev(finals) if whole and len(finals) > 1 else math.nan,
-        "uplink_mb_per_client_round": group.mean(_per_client_round),
-        "uplink_mb": group.mean(lambda run: run.totals["uplink_bytes"] / MEGABYTE),
-        "downlink_mb": group.mean(lambda run: run.totals["downlink_bytes"] / MEGABYTE),
-        "uplink_floats": group.mean(lambda run: number(run.summary, "uplink_floats")),
+        **means,
     }
     if target is not None:
-        reached = {id(run): _reach(run, metric, target) for run in group.runs}
-        record["target_rounds"] = group.mean(lambda run: reached[id(run)][0])
-        record["target_uplink_mb"] = group.mean(lambda run: reached[id(run)][1])
-        record["target_virtual_seconds"] = group.mean(lambda run: reached[id(run)][2])
-        record["target_reached"] = sum(math.isfinite(found[0]) for found in reached.values())
-    record["aggregation_error_last"] = group.mean(lambda run: run.aggregation_error[0])
-    record["aggregation_error_mean"] = group.mean(lambda run: run.aggregation_error[1])
-    record["virtual_seconds"] = group.mean(lambda run: number(run.rows[-1], "virtual_seconds"))
-    record["dropped_per_round"] = group.mean(lambda run: run.dropped_per_round)
-    record["seconds"] = group.mean(lambda run: run.totals["seconds"])
+        record["target_reached"] = int(sum(figures["target_reached"] for figures in found))
     return record
 
 
-def _per_client_round(run: Run) -> float:
-    clients = run.totals["client_rounds"]
-    return run.totals["uplink_bytes"] / MEGABYTE / clients if clients else math.nan
+def _mean(values: Sequence[float]) -> float:
+    """Mean of what is known; NaN if nothing is."""
+    known = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(known) if known else math.nan
 
 
-def _reach(run: Run, metric: str, target: float) -> tuple[float, float, float]:
-    """Round, uplink (MB) and virtual seconds when the metric reached the target; NaN if never."""
-    sign = 1.0 if higher_is_better(metric) else -1.0
-    for row in run.evaluated:
-        if sign * number(row, "metrics", metric) >= sign * target:
-            megabytes = number(row, "uplink_total") / MEGABYTE
-            return number(row, "round"), megabytes, number(row, "virtual_seconds")
-    return math.nan, math.nan, math.nan
-
-
-def _columns(
-    records: Sequence[dict[str, object]], metric: str, target: float | None
-) -> dict[str, tuple[str, ...]]:
-    """Titles of the columns, and the keys of the record that each shows."""
-
-    def measured(key: str) -> bool:
-        return any(math.isfinite(number(record, key)) for record in records)
-
-    columns: dict[str, tuple[str, ...]] = {
-        "rank": ("rank",),
-        "group": ("label",),
-        f"{metric} (mean ± std)": ("metric_mean", "metric_std"),
-        "seeds": ("seeds",),
-        "rounds": ("rounds",),
-        "MB up": ("uplink_mb",),
-        "MB up per client and round": ("uplink_mb_per_client_round",),
-        "MB down with catch-up": ("downlink_mb",),
-        "floats up per client and round": ("uplink_floats",),
+def _figures(run: Run, metric: str, target: float | None) -> dict[str, float]:
+    """The numbers of one run; NaN where it has none."""
+    last, clients = run.rows[-1], np.nansum(column(run.rows, "cohort"))
+    sent = number(last, "uplink_total") / MEGABYTE
+    errors = column(run.rows, "report", "aggregation_error")
+    errors = errors[np.isfinite(errors)]
+    # What simulated devices lost; without devices there are none.
+    dropped = [float(len(row["dropped"])) for row in run.rows if "dropped" in row]
+    figures = {
+        "rounds": number(last, "round"),
+        "uplink_mb_per_client_round": float(sent / clients) if clients else math.nan,
+        "uplink_mb": sent,
+        "downlink_mb": number(last, "downlink_total") / MEGABYTE,
+        "uplink_floats": number(run.summary, "uplink_floats"),
     }
     if target is not None:
-        columns[f"rounds to {target:g}"] = ("target_rounds", "target_reached")
-        columns[f"MB up to {target:g}"] = ("target_uplink_mb", "target_reached")
-        if measured("virtual_seconds"):
-            columns[f"virtual seconds to {target:g}"] = ("target_virtual_seconds", "target_reached")
+        sign = 1.0 if higher_is_better(metric) else -1.0
+        reached = (r for r in run.evaluated if sign * number(r, "metrics", metric) >= sign * target)
+        row = next(reached, {})
+        figures["target_rounds"] = number(row, "round")
+        figures["target_uplink_mb"] = number(row, "uplink_total") / MEGABYTE
+        figures["target_virtual_seconds"] = number(row, "virtual_seconds")
+        figures["target_reached"] = float(bool(row))
+    return figures | {
+        "aggregation_error_last": float(errors[-1]) if errors.size else math.nan,
+        "aggregation_error_mean": float(errors.mean()) if errors.size else math.nan,
+        "virtual_seconds": number(last, "virtual_seconds"),
+        "dropped_per_round": _mean(dropped),
+        "seconds": math.fsum(round_seconds(row) for row in run.rows),
+    }
+
+
+def _shown(
+    record: dict[str, object], runs: int, target: float | None, measured: Collection[str]
+) -> dict[str, str]:
+    """What the table shows of a record, by title.
+
+    Args:
+        record: Of `_record`.
+        runs: Of the group.
+        target: Value of the metric to be reached.
+        measured: Keys that some record has a number of; the others have no column, if they may
+            be absent.
+    """
+
+    def text(key: str) -> str:
+        value = number(record, key)
+        if not math.isfinite(value):
+            return "-"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+    mean, spread = text("metric_mean"), number(record, "metric_std")
+    if not math.isfinite(number(record, "metric_mean")):
+        mean = str(record["state"]) or mean
+    elif math.isfinite(spread):
+        mean = f"{mean} ± {spread:.2g}"
+    shown = {
+        "rank": text("rank"),
+        "group": str(record["label"]),
+        f"{record['metric']} (mean ± std)": mean,
+        "seeds": text("seeds"),
+        "rounds": text("rounds"),
+        "MB up": text("uplink_mb"),
+        "MB up per client and round": text("uplink_mb_per_client_round"),
+        "MB down with catch-up": text("downlink_mb"),
+        "floats up per client and round": text("uplink_floats"),
+    }
+    if target is not None:
+        there = record["target_reached"]
+        missed = "" if there == runs else f" ({there} of {runs} runs)"
+        keys = {"rounds": "rounds", "MB up": "uplink_mb", "virtual seconds": "virtual_seconds"}
+        for title, key in keys.items():
+            if key in measured:
+                reached = text(f"target_{key}") + missed if there else "not reached"
+                shown[f"{title} to {target:g}"] = reached
     optional = {
         "aggregation error, last": "aggregation_error_last",
         "aggregation error, mean": "aggregation_error_mean",
         "virtual seconds": "virtual_seconds",
         "dropped per round": "dropped_per_round",
     }
-    columns |= {title: (key,) for title, key in optional.items() if measured(key)}
-    return columns | {"seconds": ("seconds",)}
-
-
-def _cell(record: dict[str, object], keys: tuple[str, ...], runs: int) -> str:
-    first = record[keys[0]]
-    text = first if isinstance(first, str) else _format(number(record, keys[0]))
-    second = number(record, keys[-1])
-    if keys[-1] == "target_reached" and second < runs:
-        return f"{text} ({second:g} of {runs} runs)" if second else "not reached"
-    if keys[-1] == "metric_std" and not math.isfinite(number(record, keys[0])):
-        return str(record["state"]) or text
-    if keys[-1] == "metric_std" and math.isfinite(second):
-        return f"{text} ± {second:.2g}"
-    return text
-
-
-def _format(value: float) -> str:
-    if not math.isfinite(value):
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    shown |= {title: text(key) for title, key in optional.items() if key in measured}
+    return shown | {"seconds": text("seconds")}
 
 
 @reported

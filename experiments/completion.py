@@ -41,13 +41,23 @@ def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
     if typed[0] == "deploy":
         rest = NODES.sub(" ", rest)
     os.environ["COMP_LINE"] = f"{program} {rest.lstrip()}"
-    return [*folder(typed), FLAGS[0], *words]
+    named = [pair for pair in part_folders(typed)[0] if pair[1]]  # Hydra takes one
+    return [*(named[0] if named else ()), FLAGS[0], *words]
 
 
-def folder(typed: Sequence[str]) -> list[str]:
-    """The flag of a line that names a folder of configs, if there is one."""
-    for word, following in zip(typed, [*typed[1:], ""], strict=True):
-        flag, mark, named = word.partition("=")
-        if flag in FOLDER_FLAGS and (mark or following):
-            return [flag, named or following]
-    return []
+def part_folders(words: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Part the flags that name folders of configs, each with its folder, from the other words.
+
+    Example:
+        >>> part_folders(["seed=1", "--config-dir", "mine", "-cd=yours"])
+        ([('--config-dir', 'mine'), ('-cd', 'yours')], ['seed=1'])
+    """
+    folders, rest = [], []
+    left = iter(words)
+    for word in left:
+        flag, _, folder = word.partition("=")
+        if flag in FOLDER_FLAGS:
+            folders.append((flag, folder or next(left, "")))
+        else:
+            rest.append(word)
+    return folders, rest

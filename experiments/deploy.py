@@ -15,10 +15,9 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.app import conclude, copy_app, is_done, run_config_of
+from experiments.app import RunRequest
 from experiments.choices import composed
 from experiments.interrupt import in_order
 from experiments.overrides import is_override, key_of, searched
@@ -26,39 +25,19 @@ from experiments.progress import RunProgress
 from experiments.record import Record
 from experiments.simulate import choose, shown
 from experiments.status import reported
-from experiments.words import key_values
-from fedraclora.config.build import build_task
-from fedraclora.config.run_config import RunConfig
-from fedraclora.config.settings import DeployConfig, PretrainConfig
+from experiments.words import part
+from fedraclora.config.schema import section
+from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.deploy.control import COMPLETED, PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.imports import is_function
 from fedraclora.run.folder import alone, method_label
-from strategies.server_app import ROW, SUMMARY, read_config, settings_of
+from strategies.server_app import ROW, SUMMARY, settings_of
 
 OWN = ("connection", "local")  # words of this command alone
 KEPT = 40  # lines of a log that are shown where a run fails
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What is asked for.
-
-    Attributes:
-        config: Checked settings, with the server's folder as ``output.dir``.
-        plain: The config that the local folder keeps.
-        folder: The local run folder.
-        resume: Whether to go on with the run in it.
-        clients: Size of the population.
-    """
-
-    config: RunConfig
-    plain: dict[str, object]
-    folder: Path
-    resume: bool
-    clients: int
 
 
 def prepare(words: Sequence[str], local: int | None) -> RunRequest:
@@ -77,21 +56,15 @@ def prepare(words: Sequence[str], local: int | None) -> RunRequest:
     check_own(asked, typed, local)
     plain, folder, resume = choose(asked, typed, None)
     check_own(plain, [], local)  # of a run to go on with
-    folder = folder.resolve()
-    # The engine is what this command is for, also where a run goes on that began elsewhere.
-    stored = plain["engine"] if isinstance(plain["engine"], dict) else {}
-    engine = asked["engine"] if isinstance(asked["engine"], dict) else {}
+    folder, engine = folder.resolve(), section(asked, "engine")
     if resume and "engine.folder" not in typed:
-        engine = {**engine, "folder": stored.get("folder")}
-    plain = {**plain, "engine": engine}
-    output = plain["output"] if isinstance(plain["output"], dict) else {}
+        engine["folder"] = section(plain, "engine").get("folder")
     there = folder if local else engine.get("folder") or f"~/fedraclora/{folder.name}"
-    whole = json.dumps({**plain, "output": {**output, "dir": str(there)}})
-    config = read_config(whole, began=resume)
-    if not isinstance(settings_of(config), DeployConfig):
-        raise ConfigError(f"engine is {config.engine.name}: fedraclora deploy has engine=deploy")
-    built = build_task(replace(config, pretrain=PretrainConfig()))  # reads the nodes' data, too
-    return RunRequest(config, plain, folder, resume, built.clients)
+    request = RunRequest.of(plain, folder, engine, server_folder=there, resume=resume)
+    if not isinstance(settings_of(request.config), DeployConfig):
+        name = request.config.engine.name
+        raise ConfigError(f"engine is {name}: fedraclora deploy has engine=deploy")
+    return request
 
 
 def deployed(words: Sequence[str], local: object) -> list[str]:
@@ -103,8 +76,8 @@ def deployed(words: Sequence[str], local: object) -> list[str]:
     """
     typed = [key_of(word) for word in words if is_override(word)]
     sizes = []
-    if local is not None and "resume" not in typed and "clients" not in typed:
-        sizes = [f"clients={local}", *([] if "cohort" in typed else [f"cohort={local}"])]
+    if local is not None and not {"resume", "clients"} & {*typed}:
+        sizes = [f"{key}={local}" for key in ("clients", "cohort") if key not in typed]
     return ["engine=deploy", *sizes, *words]
 
 
@@ -132,14 +105,13 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
         progress.say(f"run {number} at connection {connection.name}")
         try:
             for line in lines_of(connection, number):
-                kind, _, text = line.partition(" ")
-                if f"{kind} " == ROW:
-                    row = json.loads(text)
+                if line.startswith(ROW):
+                    row = json.loads(line.removeprefix(ROW))
                     progress.show(row)
                     if record is not None:
                         record.take(row)
-                elif f"{kind} " == SUMMARY:
-                    summary = json.loads(text)
+                elif line.startswith(SUMMARY):
+                    summary = json.loads(line.removeprefix(SUMMARY))
                 else:
                     said.append(line)
         except KeyboardInterrupt:
@@ -152,16 +124,13 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
         raise EngineError(f"run {number} ended as {status.word}: {status.details}")
     if record is not None:
         record.draw()
-    conclude(summary, request.folder)
+    request.conclude(summary)
 
 
 def submit(request: RunRequest, connection: Connection) -> int:
     """Start a run; give Flower's number of it."""
     with tempfile.TemporaryDirectory(prefix="fedraclora-") as made:
-        run_config = Path(made) / "run.toml"
-        run_config.write_text(run_config_of(request.config, resume=request.resume))
-        copy_app(Path(made) / "app")
-        return connection.submit(Path(made) / "app", run_config)
+        return connection.submit(*request.write(Path(made)))
 
 
 def lines_of(connection: Connection, number: int) -> Iterator[str]:
@@ -183,21 +152,18 @@ def place(
             yield Connection(name, command_line(os.environ)), record
         return
     if request.resume:
-        with alone(
-            request.folder
-        ):  # the server will hold it: better to know before all of it starts
-            pass
-    served = [list(range(k, request.clients, local)) for k in range(local)]
-    with LocalDeployment(
-        [ids for ids in served if ids], data=own_data(request.plain)
-    ) as deployment:
+        with alone(request.folder):
+            pass  # the server will hold it: better to know before all of it starts
+    served = [list(range(k, request.built.clients, local)) for k in range(local)]
+    data = own_data(request.plain)
+    with LocalDeployment([ids for ids in served if ids], data=data) as deployment:
         yield deployment.connection, None
 
 
 def own_data(plain: Mapping[str, object]) -> str | None:
     """Give what nodes of this machine are told of their data: None where the run brings them."""
-    data = plain["data"]
-    if not isinstance(data, Mapping) or data["name"] != "own":
+    data = section(plain, "data")
+    if data["name"] != "own":
         return None
     samples = str(data["samples"])
     return samples if is_function(samples) else str(Path(samples).expanduser().resolve())
@@ -209,8 +175,8 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | No
     Raises:
         ConfigError: If nodes of this machine are told nothing, or others twice.
     """
-    data = plain["data"]
-    if not isinstance(data, Mapping) or data.get("name") != "own":
+    data = section(plain, "data")
+    if data.get("name") != "own":
         return
     if local and data.get("samples") is None:
         raise ConfigError(
@@ -224,28 +190,23 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | No
         )
 
 
-def parted(words: Sequence[str]) -> tuple[dict[str, object], list[str]]:
-    """Part the words of this command, by key, from the others."""
-    own = [word for word in words if word.partition("=")[0] in OWN]
-    return key_values(own), [word for word in words if word not in own]
-
-
-def split(words: Sequence[str]) -> tuple[str, int | None, list[str]]:
-    """Part the words of this command from those of simulate.
+def where(own: Mapping[str, object]) -> tuple[str, int | None]:
+    """Give the name of the connection, or the number of nodes on this machine.
 
     Raises:
         ConfigError: If it is not one of ``connection=NAME`` and ``local=N``.
     """
-    own, rest = parted(words)
     local, name = own.get("local"), str(own.get("connection", ""))
     if (local is None) == (not name):
         raise ConfigError(
             "say where: connection=NAME for a SuperLink that Flower's config.toml names, or "
             "local=3 for one on this machine with 3 SuperNodes"
         )
-    if local is not None and (not isinstance(local, int) or isinstance(local, bool) or local < 1):
+    if local is None:
+        return name, None
+    if not isinstance(local, int) or isinstance(local, bool) or local < 1:
         raise ConfigError(f"local is {local!r}; a number of SuperNodes is wanted")
-    return name, local if isinstance(local, int) else None, rest
+    return name, local
 
 
 @reported
@@ -256,12 +217,12 @@ def main(words: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    own, rest = parted(words)
+    own, rest = part(words, OWN)
     if shown(deployed(rest, own.get("local"))):
         return 0
-    name, local, rest = split(words)
+    name, local = where(own)
     request = prepare(rest, local)
-    if not is_done(request.folder, request.plain, resume=request.resume):
+    if not request.is_done():
         with place(request, local, name) as (connection, record):
             run(request, connection, record)
     return 0

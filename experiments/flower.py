@@ -8,51 +8,26 @@ and what a run leaves behind lands in the run folder. The status is that of the 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.app import checkout, conclude, copy_app, is_done, run_config_of
+from experiments.app import RunRequest, checkout, copy_app
 from experiments.choices import composed
 from experiments.interrupt import in_order
 from experiments.overrides import key_of, searched
 from experiments.simulate import choose, shown
 from experiments.status import reported
-from fedraclora.config.build import build_task
-from fedraclora.config.run_config import RunConfig
-from fedraclora.config.settings import FlowerConfig, PretrainConfig
+from fedraclora.config.schema import section
+from fedraclora.config.settings import FlowerConfig
 from fedraclora.engines.flower.grid import run_options
 from fedraclora.engines.flower.superlink import Options, SuperLink, words_of
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.run.folder import is_finished, read_summary
-from strategies.server_app import read_config, settings_of
+from strategies.server_app import settings_of
 
 FAILED = "Simulation failed with exception: "  # how Flower begins
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What ``flwr run`` is asked for.
-
-    Attributes:
-        config: Checked settings.
-        folder: The run folder, absolute.
-        resume: Whether to go on with the run in it.
-        options: Flower's own: nodes and resources.
-    """
-
-    config: RunConfig
-    folder: Path
-    resume: bool
-    options: Options
-
-    @property
-    def run_config(self) -> str:
-        """The run config of the app, as TOML."""
-        return run_config_of(self.config, resume=self.resume)
 
 
 def prepare(words: Sequence[str]) -> RunRequest:
@@ -63,19 +38,21 @@ def prepare(words: Sequence[str]) -> RunRequest:
     """
     words = searched(words)
     asked = composed(["engine=flower", *words])
-    typed = [key_of(word) for word in words]
-    plain, folder, resume = choose(asked, typed, None)
-    folder = folder.resolve()
-    output = plain["output"] if isinstance(plain["output"], dict) else {}
-    # The engine is what this command is for, also where a run goes on that began elsewhere.
-    plain = {**plain, "engine": asked["engine"], "output": {**output, "dir": str(folder)}}
-    config = read_config(json.dumps(plain), began=resume)
-    built = build_task(replace(config, pretrain=PretrainConfig()))
-    settings = settings_of(config)
+    plain, folder, resume = choose(asked, [key_of(word) for word in words], None)
+    folder, engine = folder.resolve(), section(asked, "engine")
+    return RunRequest.of(plain, folder, engine, server_folder=folder, resume=resume)
+
+
+def options_of(request: RunRequest) -> Options:
+    """Give Flower's own options: nodes and resources.
+
+    Raises:
+        ConfigError: If the engine is that of another command.
+    """
+    settings, built = settings_of(request.config), request.built
     if not isinstance(settings, FlowerConfig):
         raise ConfigError(f"engine is {settings.name}: that is for fedraclora deploy")
-    options = run_options(settings, built.device.type, built.clients)
-    return RunRequest(config, folder, resume, options)
+    return run_options(settings, built.device.type, built.clients)
 
 
 def run(request: RunRequest) -> None:
@@ -84,15 +61,13 @@ def run(request: RunRequest) -> None:
     Raises:
         EngineError: If it did not come to its end, with what Flower says.
     """
+    options = options_of(request)
     with SuperLink(show=request.config.output.progress) as link:
-        run_config = link.home / "run.toml"
-        run_config.write_text(request.run_config)
-        copy_app(link.home / "app")
-        ended = link.run_app(link.home / "app", run_config, request.options)
+        ended = link.run_app(*request.write(link.home), options)
     if not ended.completed or not is_finished(request.folder):
         print(ended.log, end="", file=sys.stderr)
         raise EngineError(f"{ended.details.removeprefix(FAILED)} ({ended.status})")
-    conclude(read_summary(request.folder), request.folder)
+    request.conclude(read_summary(request.folder))
 
 
 def write(request: RunRequest, path: Path) -> None:
@@ -102,13 +77,14 @@ def write(request: RunRequest, path: Path) -> None:
     """
     if path.suffix != ".toml":
         raise ConfigError(f"--write {path}: Flower reads a run config from a file named *.toml")
+    options = options_of(request)
     path.write_text(request.run_config)
     app = checkout()
     if app is None:
         app = path.with_name(f"{path.stem}-app")
         copy_app(app)
-    options = f"--federation-config {shlex.quote(words_of(request.options))}"
-    print(f"flwr run {shlex.quote(str(app))} --stream -c {shlex.quote(str(path))} {options}")
+    places = f"{shlex.quote(str(app))} --stream -c {shlex.quote(str(path))}"
+    print(f"flwr run {places} --federation-config {shlex.quote(words_of(options))}")
 
 
 @reported
@@ -134,7 +110,7 @@ def main(words: Sequence[str] | None = None) -> int:
     request = prepare([*folder, *asked.overrides])
     if asked.write is not None:
         write(request, asked.write)
-    elif not is_done(request.folder, request.config.plain, resume=request.resume):
+    elif not request.is_done():
         run(request)
     return 0
 

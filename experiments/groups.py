@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from experiments.reports import Run
@@ -41,11 +39,6 @@ class Group:
     def seeds(self) -> list[str]:
         """The different seeds."""
         return list(dict.fromkeys(str(run.seed) for run in self.runs))
-
-    def mean(self, figure: Callable[[Run], float]) -> float:
-        """Mean of a figure over the runs that have it; NaN if none has."""
-        known = [x for x in map(figure, self.runs) if math.isfinite(x)]
-        return statistics.fmean(known) if known else math.nan
 
     @property
     def state(self) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments import Plain
 from experiments.values import plain_value
 from fedraclora.config.schema import section
 from fedraclora.data.objects import lend_data
@@ -17,7 +18,6 @@ from fedraclora.models.objects import lend_model, require_module
 from fedraclora.objects import NAME, lend
 from strategies import METHODS
 
-Plain = dict[str, object]
 TABLES = (".csv", ".tsv", ".parquet")
 # Choices whose keys an object has, too: words for these hold.
 OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)

@@ -65,31 +65,26 @@ def aliases() -> Mapping[str, str]:
 
 def _overview(costs: Mapping[str, str]) -> Table:
     lines = groups()["method"]
-    cells = []
+    records = []
     for name, kind in METHODS.items():
-        traits = method_of(name).traits
-        what = lines[name].partition(": ")[2].rstrip(".") or lines[name].rstrip(".")
-        mark = " †" if is_unverified(kind) else ""
-        cells.append(
-            (
-                f"`{name}`{mark}",
-                what,
-                "yes" if traits.exact else "no",
-                "yes" if traits.linear else "no",
-                "yes" if traits.ranks else "no",
-                "yes" if traits.client_state else "no",
-                costs.get(name, ""),
-            )
+        method = method_of(name)
+        traits = method.traits
+        flags = {
+            "exact": traits.exact,
+            "linear": traits.linear,
+            "rank budgets": traits.ranks,
+            "keeps state at clients": method.client_state,
+        }
+        title, _, what = lines[name].partition(": ")
+        records.append(
+            {
+                "`method=`": f"`{name}`" + (" †" if is_unverified(kind) else ""),
+                "what it does": (what or title).rstrip("."),
+                **{trait: "yes" if has else "no" for trait, has in flags.items()},
+                "server CPU s": costs.get(name, ""),
+            }
         )
-    header = (
-        "`method=`",
-        "what it does",
-        "exact",
-        "linear",
-        "rank budgets",
-        "keeps state at clients",
-    )
-    return Table((*header, "server CPU s"), tuple(cells), ())
+    return Table.of(records)
 
 
 def _section(kind: type[Method], names: list[str]) -> str:

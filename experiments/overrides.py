@@ -20,13 +20,12 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import CONF
-from experiments.completion import FOLDER_FLAGS
+from experiments import CONF, Plain
+from experiments.completion import part_folders
 from fedraclora.config.run_config import NAMED, choices_with, from_plain, unknown_key
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 from strategies import METHODS
 
-Plain = dict[str, object]
 # How Hydra begins what it has to say.
 NO_SUCH_KEY = re.compile(r"Could not (?:override|delete from config\.) '([^']+)'")
 IS_THERE = re.compile(r"Could not append to config\. An item is already at '([^']+)'")
@@ -116,18 +115,11 @@ def searched(words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: If there is no such folder.
     """
-    rest, folders = [], []
-    words = list(words)
-    while words:
-        word = words.pop(0)
-        flag, _, folder = word.partition("=")
-        if flag not in FOLDER_FLAGS:
-            rest.append(word)
-            continue
-        folder = folder or (words.pop(0) if words else "")
-        if not Path(folder).is_dir() or not folder:
+    named, rest = part_folders(words)
+    for flag, folder in named:
+        if not folder or not Path(folder).is_dir():
             raise ConfigError(f"{flag} {folder!r}: there is no such folder of configs")
-        folders.append(f"file://{Path(folder).resolve()}")
+    folders = [f"file://{Path(folder).resolve()}" for _, folder in named]
     typed = [word for word in rest if key_of(word) == "hydra.searchpath"]
     folders += [word.partition("=")[2].strip("[]") for word in typed]
     path = [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []

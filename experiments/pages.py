@@ -4,11 +4,11 @@ A page holds ``<!-- table NAME/table.md -->`` or ``<!-- table NAME/budgets.md: C
 where NAME is a folder of ``experiments/results``, or, for one column of several studies side by
 side, ``<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->``. ``<!-- board NAME -->`` is the
 leaderboard of a study, with its figure, ``<!-- methods -->`` what the docstrings of the methods
-say (`experiments.methods_page`), ``<!-- bench -->`` all tables of the benchmark, and
-``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->`` some of its rows side by side. What stands between
-such a line and the next ``<!-- end -->`` is made here. A column is named by how its title begins;
-± is added where a column ``std`` follows. A test holds the pages to the results, so no figure is
-typed twice.
+say (`experiments.methods_page`), ``<!-- conflicts -->`` what does not go together in a round,
+``<!-- bench -->`` all tables of the benchmark, and ``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->``
+some of its rows side by side. What stands between such a line and the next ``<!-- end -->`` is made
+here. A column is named by how its title begins; ± is added where a column ``std`` follows. A test
+holds the pages to the results, so no figure is typed twice.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiments import RESULTS
 from experiments.bench.table import side_by_side, tables
 from experiments.methods_page import board, methods
 from experiments.tables import Cells, Table, read_table
 from fedraclora.errors import ConfigError
+from strategies.steps.conflicts import CONFLICTS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(
-    r"(?P<head><!-- (?P<kind>table|beside|board|methods|bench)(?P<words>.*?) -->\n)"
+    r"(?P<head><!-- (?P<kind>table|beside|board|methods|bench|conflicts)(?P<words>.*?) -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -50,10 +51,14 @@ def _made(found: re.Match[str], results: Path) -> str:
     head, *rest = [part.strip() for part in found["words"].split(": ")]
     if found["kind"] == "methods":
         return methods(results)
+    if found["kind"] == "conflicts":
+        rows = tuple((c.what, c.beside, c.why, c.instead) for c in CONFLICTS)
+        return Table(("what", "does not go with", "since", "take"), rows, (), texts=4).markdown()
     if found["kind"] == "board":
         return board(head, results)
     if found["kind"] == "bench":
-        return _bench(head, rest, results / "bench") + "\n"
+        folder = results / "bench"
+        return side_by_side(folder, _words(head), _words(rest[0])) if head else tables(folder)
     if found["kind"] == "table":
         cells = read_table(results / head)
         if rest:
@@ -63,26 +68,21 @@ def _made(found: re.Match[str], results: Path) -> str:
     else:
         wanted = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
         raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {wanted}")
-    return _markdown(cells)
-
-
-def _bench(workloads: str, rows: list[str], folder: Path) -> str:
-    if not workloads:
-        return tables(folder)
-    return side_by_side(folder, _words(workloads), _words(", ".join(rows)))
+    return Table.of(cells).markdown()
 
 
 def _beside(file: str, column: str, names: list[str], results: Path) -> Cells:
     """One column of several studies: a row per method, in the order in which methods appear."""
-    folders = {title: name or title for title, _, name in (n.partition("=") for n in names)}
-    studies = {title: read_table(results / name / file) for title, name in folders.items()}
-    methods = list(dict.fromkeys(row["method"] for rows in studies.values() for row in rows))
-    values = {
-        title: {row["method"]: _chosen(row, [column])[_title(row, column)] for row in rows}
-        for title, rows in studies.items()
-    }
+    studies = {}
+    for name in names:
+        title, _, folder = name.partition("=")
+        rows = read_table(results / (folder or title) / file)
+        studies[title] = {
+            row["method"]: _chosen(row, [column])[_title(row, column)] for row in rows
+        }
+    methods = dict.fromkeys(method for values in studies.values() for method in values)
     return [
-        {"method": method} | {title: values[title].get(method, "") for title in studies}
+        {"method": method} | {title: values.get(method, "") for title, values in studies.items()}
         for method in methods
     ]
 
@@ -108,10 +108,6 @@ def _title(row: Mapping[str, str], column: str) -> str:
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
-
-
-def _markdown(cells: Cells) -> str:
-    return Table(tuple(cells[0]), tuple(tuple(row.values()) for row in cells), ()).markdown()
 
 
 def main() -> None:

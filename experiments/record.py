@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 
+from experiments import Plain
+from fedraclora.config.schema import section
 from fedraclora.run.folder import alone, amend, begin, run_title
 from fedraclora.run.ledger import Ledger
-
-Plain = dict[str, object]
 
 
 class Record:
@@ -48,15 +47,10 @@ class Record:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Let it go, with the curves of a run that did not come to its end."""
         with self._stack, suppress(OSError):  # which must not hide the error
-            if error is not None and self.ledger.rows:
+            if kind is not None and self.ledger.rows:
                 self.draw()
 
     def withdraw(self) -> None:
@@ -77,8 +71,7 @@ class Record:
 
     def draw(self) -> None:
         """Draw the curves, where the run asks for pictures."""
-        output = self.plain.get("output")
-        if isinstance(output, dict) and output.get("plots"):
+        if section(self.plain, "output").get("plots"):
             from fedraclora import plots
 
             picture = self.folder / "curves.png"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import yaml
 
 from fedraclora.errors import CheckpointError
 from fedraclora.run.digests import check_config, opened
-from fedraclora.run.ledger import Row, column, digest_rows, number, read_ledger, round_seconds
+from fedraclora.run.ledger import digest_rows, number, read_ledger
 from fedraclora.run.stopped import divergence
 from fedraclora.weights.files import flatten
 
@@ -36,7 +36,7 @@ class Run:
 
     folder: Path
     config: dict[str, object]
-    rows: list[Row]
+    rows: list[dict[str, Any]]
     summary: dict[str, object]
     diverged: int | None = None
 
@@ -58,15 +58,14 @@ class Run:
         return self.config.get("seed")
 
     @cached_property
-    def evaluated(self) -> list[Row]:
+    def evaluated(self) -> list[dict[str, Any]]:
         """The rows that have metrics."""
-        return [row for row in self.rows if isinstance(m := row.get("metrics"), Mapping) and m]
+        return [row for row in self.rows if row.get("metrics")]
 
     @property
     def metrics(self) -> list[str]:
         """Names of the metrics of the run, the first one first."""
-        found = [m for row in self.evaluated if isinstance(m := row["metrics"], Mapping)]
-        return list(dict.fromkeys(str(name) for names in found for name in names))
+        return list(dict.fromkeys(name for row in self.evaluated for name in row["metrics"]))
 
     def final(self, metric: str) -> float:
         """The metric at the last evaluated round; NaN where it is missing or not finite."""
@@ -97,31 +96,6 @@ class Run:
     def last(self) -> int:
         """The last round in the ledger."""
         return int(number(self.rows[-1], "round"))
-
-    @cached_property
-    def totals(self) -> dict[str, float]:
-        """Sums over all rounds: bytes (``downlink_bytes`` with catch-up), clients, seconds."""
-        return {
-            "uplink_bytes": number(self.rows[-1], "uplink_total"),
-            "downlink_bytes": number(self.rows[-1], "downlink_total"),
-            "catchup_bytes": float(np.nansum(column(self.rows, "catchup_bytes"))),
-            "client_rounds": float(np.nansum(column(self.rows, "cohort"))),
-            "failures": float(sum(len(_items(row.get("failures"))) for row in self.rows)),
-            "seconds": math.fsum(round_seconds(row) for row in self.rows),
-        }
-
-    @property
-    def dropped_per_round(self) -> float:
-        """Mean number of clients that simulated devices lost in a round; NaN without devices."""
-        lost = [len(_items(row["dropped"])) for row in self.rows if "dropped" in row]
-        return math.fsum(lost) / len(lost) if lost else math.nan
-
-    @cached_property
-    def aggregation_error(self) -> tuple[float, float]:
-        """Aggregation error at the last round that has it, and its mean; NaN where none has."""
-        values = column(self.rows, "report", "aggregation_error")
-        known = values[np.isfinite(values)]
-        return (float(known[-1]), float(known.mean())) if known.size else (math.nan, math.nan)
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
@@ -190,7 +164,3 @@ def _read_mapping(path: Path) -> dict[str, object]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path.parent} is broken: {path.name} is not a mapping")
     return found
-
-
-def _items(value: object) -> list[object]:
-    return value if isinstance(value, list) else []

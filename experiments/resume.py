@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from experiments import Plain
 from fedraclora.config.build import pick_device
 from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
 from fedraclora.config.schema import section
@@ -15,8 +16,6 @@ from fedraclora.run.digests import known_data
 from fedraclora.run.folder import is_finished, read_summary
 from fedraclora.run.recorder import stands_at, stored_device
 from fedraclora.weights.files import difference, flatten
-
-Plain = dict[str, object]
 
 
 def go_on(
@@ -65,7 +64,7 @@ def go_on(
         )
     if "data.root" in new and (typed is None or "data.root" in typed):
         taken["data.root"] = new["data.root"]
-    return _laid_over({**stored, "engine": engine, "output": output}, taken)
+    return laid_over({**stored, "engine": engine, "output": output}, taken)
 
 
 def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
@@ -147,14 +146,20 @@ def _output(
     return {**old, **{key: new[key] for key in keys if key in new}}, []
 
 
-def _laid_over(plain: Plain, taken: Plain) -> Plain:
-    """Give a copy of a config with other values of some dotted keys."""
-    found: Plain = json.loads(json.dumps(plain))
-    for key, value in taken.items():
+def laid_over(config: Plain, changes: Plain) -> Plain:
+    """Give a config with other values: of whole keys, of dotted ones, or of some keys of a group.
+
+    Example:
+        >>> laid_over({"seed": 0, "local": {"lr": 0.1}}, {"seed": 1, "local.lr": 0.2})
+        {'seed': 1, 'local': {'lr': 0.2}}
+    """
+    found = dict(config)
+    for key, value in changes.items():
         group, _, leaf = key.partition(".")
         inner = found.get(group)
-        if leaf and isinstance(inner, dict):
-            inner[leaf] = value
-        elif not leaf:
-            found[group] = value
+        more = {leaf: value} if leaf else value
+        if isinstance(inner, dict) and isinstance(more, dict):
+            found[group] = {**inner, **more}
+        else:
+            found[key] = value
     return found

@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clients.engines import engine_of
-from experiments import folders
-from experiments.choices import CONF
+from experiments import CONF, Plain, folders
 from experiments.interrupt import in_order
 from experiments.overrides import flags_first, in_plain_words, key_of, plain_of, without_idle
 from experiments.progress import RunProgress
@@ -26,6 +25,7 @@ from experiments.resume import go_on, is_done
 from experiments.status import composing, reported, tell
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
+from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, number
@@ -34,7 +34,6 @@ from strategies.outcome import execute
 from strategies.run import Run
 from strategies.server.rows import Row
 
-Plain = dict[str, object]
 FAILED: list[str] = []
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
 
@@ -127,11 +126,10 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
     wanted = plain.get("resume")
     if not isinstance(wanted, str | None):
         raise ConfigError(f"resume is {wanted!r}; the folder of a run, auto or null is wanted")
-    output = plain["output"] if isinstance(plain["output"], dict) else {}
     if wanted not in {None, "auto"}:
         folder = Path(str(wanted)).expanduser()
         return go_on(folder, read_config(folder), plain, typed), folder, True
-    plain, folder = settled(plain), folders.run_folder(output, sweep_job)
+    plain, folder = settled(plain), folders.run_folder(section(plain, "output"), sweep_job)
     if wanted == "auto" and (folder / "config.yaml").is_file():
         return go_on(folder, read_config(folder), plain, None), folder, True
     refuse_existing(folder)
@@ -154,21 +152,24 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
 def main() -> int:
     """Run what the command line asks for."""
     FAILED.clear()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra reports errors itself, in ways of its own
-    sys.argv[1:] = flags_first(sys.argv[1:])
-    with composing(), in_plain_words(sys.argv[1:]):
-        compose_and_run()
+    with composing():
+        by_hydra(sys.argv[1:])
     return 1 if FAILED else 0
+
+
+def by_hydra(words: Sequence[str]) -> None:
+    """Have Hydra compose what the words ask for, and run it."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra reports errors itself, in ways of its own
+    sys.argv[1:] = flags_first(words)
+    with in_plain_words(words):
+        compose_and_run()
 
 
 def shown(words: Sequence[str]) -> bool:
     """Print what a command would compose, if its words ask Hydra for that (``--cfg job``)."""
     if not any(word.partition("=")[0] in SHOWS for word in words):
         return False
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = flags_first(words)
-    with in_plain_words(words):
-        compose_and_run()
+    by_hydra(words)
     return True
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import math
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -32,9 +31,21 @@ class Table:
 
     header: tuple[str, ...]
     cells: tuple[tuple[str, ...], ...]
-    records: tuple[dict[str, object], ...]
+    records: tuple[Mapping[str, object], ...]
     notes: tuple[str, ...] = ()
     texts: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        records: Sequence[Mapping[str, object]],
+        notes: Sequence[str] = (),
+        text: Callable[[object], str] = str,
+    ) -> Table:
+        """Make the table whose columns are the keys of the records, each value written as text."""
+        cells = tuple(tuple(map(text, record.values())) for record in records)
+        header = tuple(records[0]) if records else ()
+        return cls(header, cells, tuple(records), tuple(notes))
 
     def markdown(self) -> str:
         """The table and its notes as Markdown."""
@@ -43,12 +54,13 @@ class Table:
         lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"
 
-    def write_csv(self, path: Path) -> None:
-        """Write the records as CSV; what is not known is empty."""
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.records[0]))
-            writer.writeheader()
-            writer.writerows({k: _known(v) for k, v in row.items()} for row in self.records)
+    def write(self, folder: Path, name: str) -> None:
+        """Write ``name.md``, and the records as ``name.csv``; what is not known is empty there."""
+        import pandas as pd
+
+        (folder / f"{name}.md").write_text(self.markdown(), encoding="utf-8")
+        frame = pd.DataFrame(list(self.records), dtype=object)
+        frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\r\n")
 
     def print(self) -> None:
         """Show the table and its notes on the terminal; of the columns, the first that fit."""
@@ -108,7 +120,3 @@ def read_table(path: Path) -> Cells:
         raise ConfigError(f"{path} holds no table")
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
-
-
-def _known(value: object) -> object:
-    return None if isinstance(value, float) and math.isnan(value) else value

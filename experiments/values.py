@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.choices import CONF, composed
+from experiments import CONF, Plain
+from experiments.choices import composed
 from experiments.overrides import key_of
+from experiments.resume import laid_over
 from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError
 
-Plain = dict[str, object]
 BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that Hydra reads as they are
 ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")  # in the keys of a mapping, which have no quotes
 NOT_STRINGS = {"null", "true", "false", "nan", "inf"}
@@ -55,23 +56,7 @@ def is_whole(mapping: Mapping[str, object]) -> bool:
 
 def nowhere(config: Plain) -> Plain:
     """Give a config without what says where its run was: the folder, and whether it went on."""
-    output = config["output"]
-    kept = {**output, "dir": None} if isinstance(output, dict) else output
-    return {**config, "output": kept, "resume": None}
-
-
-def laid_over(config: Plain, changes: Plain) -> Plain:
-    """Give a config with other values, group by group."""
-    found = dict(config)
-    for key, value in changes.items():
-        group, _, leaf = key.partition(".")
-        inner = found.get(group)
-        more = {leaf: value} if leaf else value
-        if isinstance(inner, dict) and isinstance(more, dict):
-            found[group] = {**inner, **more}
-        else:
-            found[key] = value
-    return found
+    return laid_over(config, {"output.dir": None, "resume": None})
 
 
 def words_of(mapping: Mapping[str, object], before: str = "") -> list[str]:

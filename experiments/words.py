@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fedraclora.errors import ConfigError
 
@@ -27,3 +27,14 @@ def key_values(words: Sequence[str]) -> dict[str, object]:
             int(text) if text.isdecimal() else low == "true" if low in {"true", "false"} else text
         )
     return group
+
+
+def part(words: Sequence[str], own: Collection[str]) -> tuple[dict[str, object], list[str]]:
+    """Part the words of a command's own keys, read by `key_values`, from the others.
+
+    Example:
+        >>> part(["local=3", "seed=1"], ["local", "connection"])
+        ({'local': 3}, ['seed=1'])
+    """
+    mine = [word for word in words if word.partition("=")[0] in own]
+    return key_values(mine), [word for word in words if word not in mine]

@@ -38,7 +38,8 @@ from strategies.server.loop import LoopConfig
 from strategies.server.loopconfig import loop_of
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
-from strategies.server.treatment import Treatment
+from strategies.steps.order import round_steps
+from strategies.steps.settings import RoundSettings
 from strategies.wiring import Wired, wire
 from strategies.wrappers.dora import method_of
 
@@ -107,6 +108,14 @@ def assemble(
         chunk = settle_chunk(config, engine, trainer, built.cohort, base, downlink, stored)
         loop = loop_of(config, built, chunk.chunk, trainer.dtype)
         store = ClientStore()
+        chosen = RoundSettings(
+            config.aggregator,
+            config.attack,
+            config.privacy,
+            security=config.secure,
+            optimiser=config.server_optimiser,
+            variates=config.control_variates,
+        )
 
         def personal(own: Tree) -> Tree:
             """Give the weights of a client from what it keeps."""
@@ -122,14 +131,7 @@ def assemble(
             recorder=book_of(config, folder, loop, built.device, store),
             resume=resume,
             evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
-            treatment=Treatment(
-                config.aggregator,
-                config.attack,
-                config.privacy,
-                security=config.secure,
-                optimiser=config.server_optimiser,
-                variates=config.control_variates,
-            ),
+            steps=round_steps(chosen, config.local),
             system=config.system,
             stop=stopping(config, built, plan, store, personal),
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
@@ -237,5 +239,5 @@ def measurement(
         found = [shared(w) for w in map(personal, owned)] or [shared(weights)]
         return {f"personal_{n}": sum(f[n] for f in found) / len(found) for n in found[0]}
 
-    stays = plan.local or config.method.traits.client_state
+    stays = plan.local or config.method.client_state
     return (own if built.classes else each) if stays else shared

@@ -5,7 +5,7 @@ Flower's loop has no checkpoints and goes on when clients fail, so `start` is ov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -34,11 +34,11 @@ from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.exchange import Exchange
 from strategies.server.guard import persistently
 from strategies.server.loop import LoopConfig
+from strategies.server.round_step import RoundStep, RoundSteps, RunContext
 from strategies.server.rows import Moved, Row, fleet_columns, ledger_row
 from strategies.server.serverside import EvaluatesItself
 from strategies.server.sound import largest, overflowing
 from strategies.server.stopping import Stopping
-from strategies.server.treatment import Treatment
 
 
 class FedStrategy(EvaluatesItself):
@@ -52,7 +52,7 @@ class FedStrategy(EvaluatesItself):
         replica: Where new base weights are published.
         evaluate: Gives the metrics of dense weights.
         recorder: Ledger, chain and checkpoints.
-        treatment: What happens to updates between the checks and the method.
+        steps: What happens to a round besides, in the order in which updates pass it.
         on_round: Called with each new ledger row.
         sizes: Samples of clients [K], where the server knows them before they train.
         devices: The clients' devices; ideal ones by default.
@@ -69,7 +69,7 @@ class FedStrategy(EvaluatesItself):
         replica: BaseWeights,
         evaluate: Callable[[Tree], dict[str, float]] | None,
         recorder: RunRecorder,
-        treatment: Treatment | None = None,
+        steps: Sequence[RoundStep] = (),
         on_round: Callable[[Row], None] | None = None,
         sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
         devices: DeviceSimulator | None = None,
@@ -77,14 +77,12 @@ class FedStrategy(EvaluatesItself):
     ) -> None:
         self.method, self.state, self.local, self.loop = method, state, local, loop
         self.replica, self.evaluate, self.recorder = replica, evaluate, recorder
-        self.on_round, self.sizes, self.treatment = on_round, sizes, treatment or Treatment()
+        self.on_round, self.sizes, self.stop = on_round, sizes, stop or Stopping()
         self.draw = Draw(loop.seed)
-        self.devices, self.stop = (
-            devices or DeviceSimulator(SystemConfig(), loop.seed, local),
-            stop or Stopping(),
-        )
+        self.devices = devices or DeviceSimulator(SystemConfig(), loop.seed, local)
         self.devices.check(method)
-        self.treatment.begin(method, state, loop, self.devices, sizes)
+        run = RunContext(method, local, loop, self.devices, sizes)
+        self.steps = RoundSteps(steps, run, state)
         self.catch_up, self.done = CatchUp(state.base, loop.clients), 0
         self._exchange: Exchange | None = None
 
@@ -117,7 +115,7 @@ class FedStrategy(EvaluatesItself):
         Raises:
             ClientError: If more clients failed than allowed, after a checkpoint.
         """
-        self.treatment.open(self.recorder, self.done, self.loop, self.devices)
+        self.steps.open(self.recorder, self.done)
         self.replica.publish(self.state.base, self.catch_up.version)
         result = Result()
         if not self.recorder.ledger.rows:
@@ -152,7 +150,7 @@ class FedStrategy(EvaluatesItself):
         while True:
             ask = partial(grid.send_and_receive, timeout=timeout)
             try:
-                raw = self.treatment.receive(ask, exchange, messages, self.state.base)
+                raw = self.steps.receive(ask, exchange, messages, self.state.base)
             except RoundLostError as lost:
                 if not self.loop.guarded:
                     raise
@@ -180,12 +178,7 @@ class FedStrategy(EvaluatesItself):
             row |= extra.columns(exchange.downlink, got)
         self.recorder.link(round_, self.state)
         watch.lap("write")
-        row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.devices)
-        row |= {"effective_step": step} | watch.columns | taken_incidents(grid)
-        self._publish_row(row)
-        # After the row: a checkpoint that is ahead of the ledger could not be resumed.
-        if self.recorder.due(round_):
-            self.recorder.save(self.state, round_, self.catch_up)
+        self._write(row | self.steps.columns(exchange, got), step, watch, grid)
         return MetricRecord({"train-loss": exchange.mean_loss})
 
     def _give_up(self, exchange: Exchange, grid: Grid, why: str, watch: Stopwatch) -> MetricRecord:
@@ -194,15 +187,17 @@ class FedStrategy(EvaluatesItself):
         moved.count(exchange, self.loop.dtype)
         moved.fetch(self.catch_up, exchange, taken_traffic(grid))
         self.done = round_
-        self.treatment.give_up(round_)
         row = ledger_row(exchange, self.state, {"metrics": {}}, moved, self.recorder.totals())
         row["notes"] = [why]
-        row |= self.treatment.columns(round_, exchange.first.cohort, self.loop, self.devices)
-        row |= {"effective_step": 0.0} | watch.columns | taken_incidents(grid)
-        self._publish_row(row)
-        if self.recorder.due(round_):
-            self.recorder.save(self.state, round_, self.catch_up)
+        self._write(row | self.steps.columns(exchange, None), 0.0, watch, grid)
         return MetricRecord({"train-loss": float("nan")})
+
+    def _write(self, row: Row, step: object, watch: Stopwatch, grid: Grid) -> None:
+        """Publish the row of a round, and save a checkpoint where one is due."""
+        self._publish_row(row | {"effective_step": step} | watch.columns | taken_incidents(grid))
+        # After the row: a checkpoint that is ahead of the ledger could not be resumed.
+        if self.recorder.due(self.done):
+            self.recorder.save(self.state, self.done, self.catch_up)
 
     def _current(self) -> Exchange:
         if self._exchange is None:
@@ -214,12 +209,12 @@ class FedStrategy(EvaluatesItself):
         return AggregationContext(exchange.downlink, exchange.round_, self.draw, self.state.base)
 
     def _treated(self, got: Uplinks) -> Uplinks:
-        return self.treatment.treat(got, self._setting())
+        return self.steps.treat(got, self._setting())
 
     def _next(self, exchange: Exchange, got: Uplinks) -> State:
         """Give the method's next state; nothing is kept yet."""
-        close, local = self.treatment.close, self.local
-        return close(self.method, self.state, exchange, got, self.draw, local)
+        own = partial(self.method.close_round, self.state, exchange.downlink)
+        return self.steps.close(own, self.state, exchange, got)
 
     def _sound(self, exchange: Exchange, raw: Uplinks, got: Uplinks) -> State:
         """Give the next state, whose tensors are finite: where they are not, a client has failed.
@@ -248,8 +243,8 @@ class FedStrategy(EvaluatesItself):
 
     @property
     def divisible(self) -> bool:
-        """Whether a round can be closed again without a client: no noise may be drawn twice."""
-        return self.treatment.private is None
+        """Whether a round can be closed again without a client."""
+        return self.steps.repeatable
 
     def _close(self, round_: int, after: State) -> None:
         """Keep the next state, and publish its weights."""
@@ -275,11 +270,11 @@ class FedStrategy(EvaluatesItself):
     ) -> Iterable[Message]:
         """Draw the cohort, open the round, and write one message per chunk."""
         loop = self.loop
-        clients = self.treatment.ask(server_round, loop, self.devices)
+        clients = self.steps.cohort(server_round)
         weights = client_weights(loop.weights, self.sizes(clients))
         cohort = Cohort(clients, weights, self.devices.ranks(clients, self.method))
         downlink = self.method.open_round(self.state, server_round, cohort, self.draw)
-        sent = self.treatment.opened(downlink, self.state)
+        sent = self.steps.send(downlink, self.state)
         return self._messages(sent, cohort, server_round, grid, None)
 
     def _messages(
@@ -297,9 +292,9 @@ class FedStrategy(EvaluatesItself):
             cohort,
             self.loop,
             rate_scale=self.local.rate_scale(round_, self.loop.rounds),
-            reduce=self.treatment.sums_are_enough(self.method),
+            reduce=self.steps.sums_are_enough,
             before=before,
-            clip=self.treatment.clip(first=before is None),
+            clip=self.steps.bound(first=before is None),
             timeline=timeline,
         )
         return self._exchange.messages(list(grid.get_node_ids()))

@@ -43,6 +43,8 @@ class BernoulliLora(LowRank):
         coins: Seed of the coins.
     """
 
+    traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
+
     sketch: str = "orthonormal"
     normalise: str = "rows"
     probability: float = 0.5
@@ -77,11 +79,6 @@ class BernoulliLora(LowRank):
     def link_rounds(self) -> int:
         """Rounds of a link: a coin is thrown for each."""
         return 1
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:

@@ -15,51 +15,25 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from typing_extensions import override
 
-from fedraclora.aggregation.base import Mean
 from fedraclora.devices.asynchronous import AsyncClock, AsyncStep
 from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.rank_budgets import uploaded_numbers
-from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.wire import DTYPES, payload_bytes
 from strategies.base import FedStrategy
 from strategies.server.buffer import PREFIX, batch_of, merge, read_batches, write_batches
 from strategies.server.exchange import Exchange
-from strategies.server.fedopt import step_in_weights
-from strategies.wrappers.allocated import Allocated
-from strategies.wrappers.pruned import Pruned
 
 
 class BufferedStrategy(FedStrategy):
-    """Runs a method without waiting for anyone; arguments as for `FedStrategy`.
-
-    Raises:
-        ConfigError: Where what is asked beside it needs a round that waits.
-    """
+    """Runs a method without waiting for anyone; arguments as for `FedStrategy`."""
 
     def __init__(self, *given: object, **named: object) -> None:
         super().__init__(*given, **named)  # type: ignore[arg-type]
         self._leg: AsyncStep | None = None
-        traits, beside = self.method.traits, self.treatment
-        refused = {
-            "a method that needs each client's own update": not traits.linear,
-            "a method of which a part stays at each client": traits.client_state,
-            f"aggregator={beside.aggregator.name}": not isinstance(beside.aggregator, Mean),
-            f"attack={beside.attack.name}": beside.attack.colludes,
-            "privacy=client_level": beside.private is not None,
-            "secure=secagg": beside.secure is not None,
-            "control_variates": beside.variates,
-            "allocation": isinstance(self.method, Allocated | Pruned),
-            "server_optimiser.space=factors": beside.optimiser.space == "factors",
-        }
-        if found := [what for what, is_so in refused.items() if is_so]:
-            raise ConfigError(
-                f"system.buffer mixes replies of several rounds, and does not go with {found[0]}; "
-                "leave one of them out"
-            )
 
     @override
     def configure_train(
@@ -69,11 +43,7 @@ class BufferedStrategy(FedStrategy):
         loop, draw = self.loop, self.draw
         any_ = Cohort(torch.arange(1), torch.ones(1, dtype=torch.float64))
         sent = self.method.open_round(self.state, server_round, any_, draw)
-        if sent.apart or not RECIPES[sent.recipe].steps:
-            raise ConfigError(
-                "system.buffer is set, but this method asks other things of each client, or twice "
-                "in a round; take another method, or system.buffer=null"
-            )
+        sent = self.steps.send(sent, self.state)
         self._leg = leg = self._passed(server_round, sent)
         started = sorted(leg.started, key=lambda flight: flight.client)
         clients = torch.tensor([f.client for f in started], dtype=torch.int64)
@@ -126,10 +96,11 @@ class BufferedStrategy(FedStrategy):
         came = [part for b in batches if (part := b.select(landed)).flights]
         after = replace(before, link=None, report={}, notes=())
         if came:
-            after = merge(self.method, before, came, exchange.downlink, exchange.round_)
-            if self.treatment.optimiser.name != "none":
-                rule = self.treatment.optimiser
-                after = step_in_weights(rule, self.method, before, after, self.draw)
+
+            def merged(_: Uplinks) -> State:
+                return merge(self.method, before, came, exchange.downlink, exchange.round_)
+
+            after = self.steps.close(merged, before, exchange, got)
         waiting = [batch.select(flying) for batch in batches]
         lost = tuple(sorted(f for f in flying if f.lost))
         kept = {n: m for n, m in after.moments.items() if not n.startswith(PREFIX)}

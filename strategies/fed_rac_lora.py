@@ -43,7 +43,7 @@ from fedraclora.rng import generator
 from fedraclora.sketch import check_sketch
 from strategies.shared.asymmetric import Asymmetric
 from strategies.shared.common import check_link
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class FedRacLora(Asymmetric):
     server_lr: float = 1.0
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         drawn, trained = self.sides(layer.shape)  # A and B; under a left sketch, B and A
         rows = layer.rank * self.sketches
         sketch = now.sketch(

@@ -25,7 +25,7 @@ from typing_extensions import override
 from fedraclora.protocol.method import Plan, Traits
 from fedraclora.protocol.plan import Rank
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,13 @@ class FedSb(Drawn):
         initial: How B and A are drawn, a key of `fedraclora.sketch.SKETCHES`.
     """
 
+    traits = Traits(exact=True, linear=True, merges=False)
+    link_rounds = None
+
     initial: str = "orthonormal"
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         rank, own = self.core_rank(layer), now.draw.sketch_seed(f"{layer.name}/B")
         return {
             "B": now.sketch(layer, "B", self.initial, rank=rank, seed=own),
@@ -51,19 +54,9 @@ class FedSb(Drawn):
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         return LayerUpdate(carried={"R": replies.mean("R")})  # R <- sum_k p_k R_k
 
-    @property
-    @override
-    def link_rounds(self) -> int | None:
-        return None
-
     def core_rank(self, layer: Layer) -> int:
         """Give the rows of the core of one layer."""
         return layer.rank
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=False)
 
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:

@@ -39,10 +39,7 @@ from strategies.shared.common import dense_floats, dense_slots
 class FedAvg(Method):
     """FedAvg has no hyperparameters of its own."""
 
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=True)
+    traits = Traits(exact=True, linear=True, merges=True)
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:

@@ -26,7 +26,6 @@ step size up anew, which are local settings (``local=relora``).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from typing_extensions import override
 
@@ -44,7 +43,7 @@ class FedAvgLora(Factored):
         resample_every: Rounds of a link, after which it is merged; None = one link for ever.
     """
 
-    carries: ClassVar[bool] = False
+    carries = False
 
     resample_every: int | None = None
 
@@ -69,7 +68,7 @@ class FedAvgLora(Factored):
     @override
     def traits(self) -> Traits:
         merges = self.resample_every is not None
-        return Traits(exact=False, linear=True, merges=merges, looks_at_clients=True)
+        return Traits(exact=False, linear=True, merges=merges)
 
     @override
     def __post_init__(self) -> None:

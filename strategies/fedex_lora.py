@@ -40,6 +40,8 @@ class FedExLora(Factored):
         residual_rank: Components of the residual that are merged; None: all.
     """
 
+    link_rounds = None
+
     residual_rank: int | None = None
 
     @override
@@ -49,11 +51,6 @@ class FedExLora(Factored):
         if rest is not None and self.residual_rank is not None:
             rest = balanced_factors(*rest, min(self.residual_rank, rest[0].shape[1]))
         return LayerUpdate(carried={"B": B, "A": A}, merged=rest)
-
-    @property
-    @override
-    def link_rounds(self) -> int | None:
-        return None
 
     @property
     @override

@@ -21,14 +21,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Plan, Traits
 from strategies.shared.asymmetric import Asymmetric
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,15 @@ class FedKrso(Asymmetric):
         interval: Local steps of a turn.
     """
 
-    recipe: ClassVar[str] = "in_turn"
+    traits = Traits(exact=True, linear=True, merges=True)
+    recipe = "in_turn"
 
     sketch: str = "gaussian"
     sketches: int = 2
     interval: int = 1
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         rows = layer.rank * self.sketches
         P = now.sketch(layer, "A", self.sketch, rank=rows, normalise=self.normalise)  # drawn once
         return {"B": layer.trained("B", rank=rows), "A": P}
@@ -60,11 +60,6 @@ class FedKrso(Asymmetric):
     @override
     def arguments(self, plan: Plan) -> dict[str, float | int]:
         return {"parts": self.sketches, "interval": self.interval}
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=True)
 
     @override
     def __post_init__(self) -> None:

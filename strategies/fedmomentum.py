@@ -32,6 +32,8 @@ from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 class FedMomentum(Factored):
     """Hyperparameters of FedMomentum: those of `Factored`."""
 
+    traits = Traits(exact=True, linear=False, merges=True)
+
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         left, right = replies.product()
@@ -40,8 +42,3 @@ class FedMomentum(Factored):
         B, A = u * root, root[:, None] * vt
         first = padded_to(B[:, :r], A[:r], r)
         return LayerUpdate(carried=dict(zip("BA", first, strict=True)), merged=(B[:, r:], A[r:]))
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=False, merges=True)

@@ -22,15 +22,18 @@ from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
 class FedSaLora(Drawn):
     """Hyperparameters of FedSA-LoRA: those of `Drawn`; A begins as a drawing, B at zero."""
 
+    traits = Traits(exact=True, linear=True, merges=False)
+    link_rounds = None
+
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         return {
             "B": layer.trained("B", upload=False),  # a client's own
             "A": layer.trained("A", self.first(layer, now)),
@@ -39,13 +42,3 @@ class FedSaLora(Drawn):
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         return LayerUpdate(carried={"A": replies.mean("A")})  # A <- sum_k p_k A_k
-
-    @property
-    @override
-    def link_rounds(self) -> int | None:
-        return None
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=False, client_state=True)

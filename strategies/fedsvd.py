@@ -20,7 +20,6 @@ direction enters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from typing_extensions import override
@@ -29,20 +28,21 @@ from fedraclora.lowrank.algebra import Product, fix_signs
 from fedraclora.protocol.link import Term, matrices
 from fedraclora.protocol.method import Traits
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
 class FedSvd(Drawn):
     """Hyperparameters of FedSVD: those of `Drawn`; A begins as a drawing, B at zero."""
 
-    carries: ClassVar[bool] = True
-    keeps: ClassVar[tuple[str, ...]] = ("A",)
+    traits = Traits(exact=True, linear=True, merges=False)
+    carries = True
+    keeps = ("A",)
 
     initial: str = "orthonormal"
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         A = layer.carried.get("A", self.first(layer, now))
         return {"B": layer.trained("B"), "A": A}
 
@@ -51,11 +51,6 @@ class FedSvd(Drawn):
         B = replies.mean("B").to(layer.dtype)  # what a client could be sent, the server turns
         B, A = turned_to_singular_vectors(*matrices(Term((B, replies["A"]), layer.scale)))
         return LayerUpdate(carried={"B": B, "A": A})  # B <- U S, A <- V^T of B_bar A
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=False)
 
 
 def turned_to_singular_vectors(B: torch.Tensor, A: torch.Tensor) -> Product:

@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from typing_extensions import override
 
@@ -34,7 +33,7 @@ from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 class FlexLora(Factored):
     """Hyperparameters of FlexLoRA: those of `Factored`."""
 
-    truncates: ClassVar[bool] = True
+    truncates = True
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:

@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from typing_extensions import override
 
@@ -30,13 +29,9 @@ from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 class FloraStacking(Factored):
     """Hyperparameters of FLoRA: those of `Factored`, with a drawing to begin from."""
 
-    carries: ClassVar[bool] = False
+    traits = Traits(exact=True, linear=False, merges=True, ranks=True)
+    carries = False
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         return LayerUpdate(merged=replies.product())  # W <- W + s sum_k p_k B_k A_k
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=False, merges=True, ranks=True)

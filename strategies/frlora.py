@@ -20,7 +20,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from typing_extensions import override
 
@@ -28,14 +27,16 @@ from fedraclora.lowrank.algebra import minus, sum_products
 from fedraclora.protocol.method import Draw, Plan, State, Traits
 from fedraclora.tree import Tree
 from strategies.shared.initials import begin
-from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
 class FrLora(LayerMethod):
     """Hyperparameters of FRLoRA: those of `LowRank`; the smaller side bounds the rank."""
 
-    carries: ClassVar[bool] = True
+    traits = Traits(exact=False, linear=True, merges=True)
+    begins_carried = True
+    carries = True
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -43,7 +44,7 @@ class FrLora(LayerMethod):
         return begin(state, "pissa", *self.ranks_and_scales(plan), draw)
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         return {"B": layer.trained("B"), "A": layer.trained("A")}
 
     @override
@@ -52,13 +53,3 @@ class FrLora(LayerMethod):
         B, A = (mean.to(layer.dtype) for mean in replies.mean_factors)
         step = sum_products((B, A), minus(first))  # B_bar A_bar - B_0 A_0
         return LayerUpdate(layer.carried, merged=step, aggregate=replies.mean_factors)
-
-    @property
-    @override
-    def begins_carried(self) -> bool:
-        return True
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=False, linear=True, merges=True, looks_at_clients=True)

@@ -22,7 +22,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from typing_extensions import override
@@ -38,7 +37,7 @@ from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 class HetLora(Factored):
     """Hyperparameters of HetLoRA: those of `Factored`."""
 
-    truncates: ClassVar[bool] = True
+    truncates = True
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:

@@ -38,6 +38,8 @@ class LoraFair(Factored):
         ridge: Weight of the penalty on the correction D; positive.
     """
 
+    traits = Traits(exact=False, linear=False, merges=False)
+
     ridge: float = 0.01
 
     @override
@@ -48,11 +50,6 @@ class LoraFair(Factored):
             onto = rest[0] @ (rest[1] @ A.mT)  # R A^T
             B = B + torch.linalg.solve(gram, onto.mT).mT
         return LayerUpdate(carried={"B": B, "A": A})
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=False, linear=False, merges=False)
 
     @override
     def __post_init__(self) -> None:

@@ -170,8 +170,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     if (best := strategy.stop.best(ledger.rows)) is not None:
         more["best"] = {key: best[key] for key in ("round", "validation", "metrics")}
         more["stopped"] = strategy.done < run.config.rounds
-    spent = ("privacy", "sample_privacy")
-    more |= {key: ledger.rows[-1][key] for key in spent if key in ledger.rows[-1]}
+    more |= strategy.steps.summary(ledger.rows[-1])
     return {
         "rounds": strategy.done,
         "metrics": measured[-1]["metrics"] if measured else {},

@@ -22,7 +22,6 @@ The directions of all heads are orthogonal under drawings with orthonormal rows,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from typing_extensions import override
 
@@ -42,7 +41,7 @@ class Ravan(FedSb):
         heads: h.
     """
 
-    recipe: ClassVar[str] = "block_diagonal"
+    recipe = "block_diagonal"
 
     heads: int = 2
 

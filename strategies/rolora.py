@@ -19,24 +19,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
 class RoLora(Drawn):
     """Hyperparameters of RoLoRA: those of `Drawn`; A begins as a drawing, B at zero."""
 
-    carries: ClassVar[bool] = True
+    traits = Traits(exact=True, linear=True, merges=False, ranks=True, varies=True)
+    carries = True
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         A = self.first(layer, now)
         if now.number % 2:
             return {"B": layer.trained("B"), "A": layer.carried.get("A", A)}
@@ -46,8 +46,3 @@ class RoLora(Drawn):
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         return LayerUpdate(carried=replies.means())  # one is a mean, the other as it was
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=True, linear=True, merges=False, ranks=True, varies=True)

@@ -30,7 +30,7 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, turned
-from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
 from strategies.shared.products import principal
 
 
@@ -43,28 +43,22 @@ class SLora(LayerMethod):
         density: d, the share of entries that it trains.
     """
 
+    traits = Traits(exact=False, linear=True, merges=True, varies=True)
+    link_rounds = None
+    begins_carried = True
+
     sparse_rounds: int = 5
     density: float = 0.1
 
     # The second stage: FedAvg-LoRA from the factors that the first one found.
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         return {"B": layer.trained("B"), "A": layer.trained("A")}
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         return LayerUpdate(carried=replies.means())
-
-    @property
-    @override
-    def link_rounds(self) -> int | None:
-        return None
-
-    @property
-    @override
-    def begins_carried(self) -> bool:
-        return True
 
     # The first stage: sparse full weights, which are no factors.
 
@@ -76,7 +70,7 @@ class SLora(LayerMethod):
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         plan = state.plan
-        if state.memo["sketch"]:
+        if state.memo.sketch:
             return super().open_round(state, round_, cohort, draw)
         full = {name: Trained(plan.shapes[name]) for name in plan.targets}
         seeds = {f"seed/{name}": draw.sketch_seed(name) for name in full}
@@ -89,7 +83,7 @@ class SLora(LayerMethod):
             return super().close_round(state, sent, got)
         mean, plan = got.mean(), state.plan
         dense = dense_means(state, mean)
-        carried, ends = dict(state.carried), state.memo["age"] + 1 >= self.sparse_rounds
+        carried, ends = dict(state.carried), state.memo.age + 1 >= self.sparse_rounds
         for name, view in plan.targets.items():
             old, new = state.base[name], mean[name]
             if ends:
@@ -108,11 +102,6 @@ class SLora(LayerMethod):
             return sum(prod(plan.shapes[n]) for n in plan.targets) + dense_floats(plan), 0
         factors = sum(self.rank_of(plan, n) * sum(v.shape) for n, v in plan.targets.items())
         return factors + dense_floats(plan), factors
-
-    @property
-    @override
-    def traits(self) -> Traits:
-        return Traits(exact=False, linear=True, merges=True, looks_at_clients=True, varies=True)
 
     @override
     def __post_init__(self) -> None:

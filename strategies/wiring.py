@@ -6,7 +6,7 @@ Whatever runs rounds goes through `wire`: the command line and `fedraclora.simul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -22,9 +22,11 @@ from strategies.base import FedStrategy
 from strategies.buffered import BufferedStrategy
 from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.loop import LoopConfig
+from strategies.server.round_step import RoundStep
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
-from strategies.server.treatment import Treatment
+from strategies.steps.order import round_steps
+from strategies.steps.settings import RoundSettings
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def wire(
     recorder: RunRecorder | None = None,
     resume: bool = False,
     evaluate: Callable[[Tree], dict[str, float]] | None = None,
-    treatment: Treatment | None = None,
+    steps: Sequence[RoundStep] | None = None,
     system: SystemConfig | None = None,
     stop: Stopping | None = None,
     sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
@@ -89,7 +91,7 @@ def wire(
         recorder: Ledger, chain and checkpoints; None: rows are kept in memory alone.
         resume: Go on from the book's checkpoint.
         evaluate: Gives the metrics of dense weights; None: there are none.
-        treatment: What happens to updates between the checks and the method.
+        steps: What happens to a round besides; None: nothing was chosen.
         system: The clients' devices; None: ideal ones.
         stop: Says when to end before the last round.
         sizes: Samples of clients [K], where the server knows them before they train.
@@ -118,7 +120,7 @@ def wire(
             replica=engine.replica,
             evaluate=evaluate,
             recorder=recorder,
-            treatment=treatment,
+            steps=round_steps(RoundSettings(), trainer.local) if steps is None else steps,
             on_round=on_round,
             sizes=sizes,
             devices=DeviceSimulator(system, loop.seed, trainer.local),

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from typing_extensions import override
 
@@ -47,7 +46,7 @@ class XgbLora(Factored):
         server_lr: eta, the shrinkage.
     """
 
-    carries: ClassVar[bool] = False
+    carries = False
 
     rank: Ranks = 1
     layers: float = 0.5
@@ -70,14 +69,7 @@ class XgbLora(Factored):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(
-            exact=False,
-            linear=True,
-            merges=True,
-            looks_at_clients=True,
-            step=self.server_lr,
-            varies=True,
-        )
+        return Traits(exact=False, linear=True, merges=True, step=self.server_lr, varies=True)
 
     @override
     def __post_init__(self) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from typing_extensions import override
+
+from experiments.bench.report import Rows
 
 SAME_LOSS = 1e-4  # relative: float32 sums of another order differ in the sixth digit
 
@@ -30,13 +31,13 @@ class Bound:
     least: float | None = None
     by: str = "cpu_seconds"
 
-    def value(self, rows: Mapping[str, Mapping[str, object]]) -> float | None:
+    def value(self, rows: Rows) -> float | None:
         """The ratio; None where a row is missing."""
         names = (self.over,) if self.under is None else (self.over, self.under)
         if any(name not in rows for name in names):
             return None
-        numbers = [float(str(rows[name][self.by])) for name in names]
-        return numbers[0] if self.under is None else numbers[0] / numbers[1]
+        over, *under = (rows[name][self.by] for name in names)
+        return float(over / under[0] if under else over)
 
     @override
     def __str__(self) -> str:
@@ -63,41 +64,32 @@ BOUNDS = (
 )
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What holding rows against the bounds gave, in lines for the reader.
+def judge(workload: str, rows: Rows, device: str = "cpu") -> dict[str, list[str]]:
+    """Hold the rows of a workload against the bounds; on a GPU the wall time alone counts.
 
-    Attributes:
-        kept: Bounds that hold, with their values.
-        broken: Bounds that do not.
-        open: Bounds that say nothing, since a row is missing.
+    Returns:
+        Lines for the reader: bounds that are ``kept``, those that are ``broken``, and those that
+        are ``open``, since a row is missing.
     """
-
-    kept: list[str]
-    broken: list[str]
-    open: list[str]
-
-
-def judge(workload: str, rows: Mapping[str, Mapping[str, object]], device: str = "cpu") -> Verdict:
-    """Hold the rows of a workload against the bounds; on a GPU the wall time alone counts."""
-    verdict = Verdict([], [], [])
-    own = [bound for bound in BOUNDS if bound.workload == workload]
-    if device != "cpu":
-        own = [replace(b, by="seconds") if b.by == "cpu_seconds" else b for b in own]
-    for bound in own:
+    lines: dict[str, list[str]] = {"kept": [], "broken": [], "open": []}
+    for bound in BOUNDS:
+        if bound.workload != workload:
+            continue
+        if device != "cpu" and bound.by == "cpu_seconds":
+            bound = replace(bound, by="seconds")  # noqa: PLW2901
         value = bound.value(rows)
         if value is None:
-            verdict.open.append(f"{bound}; a row is missing")
+            lines["open"].append(f"{bound}; a row is missing")
             continue
         high = bound.most is not None and value > bound.most
         low = bound.least is not None and value < bound.least
-        (verdict.broken if high or low else verdict.kept).append(f"{bound}; it is {value:.4g}")
-    return verdict
+        lines["broken" if high or low else "kept"].append(f"{bound}; it is {value:.4g}")
+    return lines
 
 
-def disagreements(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
+def disagreements(rows: Rows) -> list[str]:
     """Say which rows of one algorithm ended at another loss than the first of them."""
-    losses = {name: float(str(row["loss"])) for name, row in rows.items() if "loss" in row}
+    losses = {name: row["loss"] for name, row in rows.items() if "loss" in row}
     if not losses:
         return []
     first, wanted = next(iter(losses.items()))

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from experiments.bench.rows import Case
-from experiments.bench.runs import Parts, first_downlink
+from experiments.bench.runs import opened, trainer_of
+from experiments.bench.workloads import Case
 from fedraclora.training.memory import is_out_of_memory
 from strategies.fed_rac_lora import FedRacLora
 
@@ -39,14 +39,12 @@ def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
 
 def largest_chunk(case: Case, precision: str) -> int:
     """Train chunks of more and more clients of a workload until memory runs out."""
-    workload, task = case.workload, case.task
-    method = FedRacLora(rank=workload.rank)
-    parts = Parts.of(workload, task, case.device, method, precision=precision)
-    state, trainer = parts.state(method), parts.trainer()
-    downlink = first_downlink(method, state, workload.cohort)
+    method = FedRacLora(rank=case.workload.rank)
+    trainer = trainer_of(case, method, precision=precision)()
+    state, downlink = opened(method, trainer, case.workload.cohort)
 
     def fits(clients: int) -> bool:
-        ids = torch.arange(clients) % task.train.num_clients
+        ids = torch.arange(clients) % case.task.train.num_clients
         try:
             trainer.train(state.base, downlink, ids, round_=1, rate_scale=1.0)
         except Exception as error:

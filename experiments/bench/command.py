@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any
 
 from experiments.bench.bounds import disagreements, judge
 from experiments.bench.capacity import largest_chunk
@@ -31,13 +30,14 @@ from experiments.bench.config import BenchConfig, parse
 from experiments.bench.launch import interpreter, run_peer
 from experiments.bench.phases import profile
 from experiments.bench.report import Report, about
-from experiments.bench.rows import BUILDERS, Case, hosted
+from experiments.bench.rows import BUILDERS, hosted
 from experiments.bench.table import table as markdown
 from experiments.bench.table import tables
-from experiments.bench.timing import Measured, interleaved, training_loss
+from experiments.bench.timing import Figures, figures, interleaved, training_loss
 from experiments.bench.usage import PROC
-from experiments.bench.workloads import PEERS, RAY, WORKLOADS
+from experiments.bench.workloads import PEERS, RAY, WORKLOADS, Case
 from experiments.status import reported
+from experiments.tables import Table
 from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
@@ -58,7 +58,7 @@ def main() -> int:
 def run(config: BenchConfig) -> int:
     """Do what the words ask for; the exit status."""
     if config.table is not None:
-        print(tables(Path(config.table)))
+        print(tables(Path(config.table)), end="")
         return 0
     if not PROC.exists():
         raise ConfigError("CPU time and memory of processes are read from /proc: run it on Linux")
@@ -93,48 +93,35 @@ def measure(name: str, case: Case, config: BenchConfig) -> Report:
     report = Report(name, about=about(case.device, config.threads))
     rounds = workload.rounds if config.rounds is None else config.rounds
     wanted = [row for row in workload.rows if config.wants(row)]
-
-    def loss(weights: Tree) -> float:
-        return training_loss(case.task, weights)
-
+    loss = partial(training_loss, case.task)
     here = [row for row in wanted if row in BUILDERS and row not in RAY]
     for group in (here, [row for row in wanted if row in RAY]):
         try:
-            found = timed(group, case, rounds, loss)
+            report.rows |= timed(group, case, rounds, loss)
         except EngineError as error:
             report.missing |= dict.fromkeys(group, str(error))
-            continue
-        report.rows |= {row: measured.plain() for row, measured in found.items()}
     if case.device.type == "cuda":
         for row, precision in PRECISION_OF.items():
             if row in report.rows:
-                most = {"largest_chunk": largest_chunk(case, precision)}
-                report.rows[row] = {**report.rows[row], **most}
-    for peer in wanted:
-        if peer not in PEERS:
-            continue
+                report.rows[row]["largest_chunk"] = largest_chunk(case, precision)
+    for peer in (row for row in wanted if row in PEERS):
         python = interpreter(Path(config.peers), peer)
         if case.device.type != "cpu" or python is None:
             report.missing[peer] = "peers are timed on the CPU only" if python else "not installed"
             continue
         try:
-            outcome = run_peer(peer, python, workload, case.task, rounds + 1, config.threads)
+            ran, weights = run_peer(peer, python, workload, case.task, rounds + 1, config.threads)
         except FedRacLoraError as error:
             report.missing[peer] = str(error)
             continue
-        report.rows[peer] = Measured.of(
-            outcome.wall,
-            outcome.cpu,
-            outcome.peak,
-            loss(outcome.weights),
-            {"versions": outcome.versions},
-        ).plain()
+        facts = {"versions": ran["versions"]}
+        report.rows[peer] = figures(ran["wall"], ran["cpu"], ran["peak"], loss(weights), facts)
     return report
 
 
 def timed(
     names: Sequence[str], case: Case, rounds: int, loss: Callable[[Tree], float]
-) -> dict[str, Measured]:
+) -> dict[str, Figures]:
     """Build rows, time them in turn, and end what they started."""
     with ExitStack() as stack:
         stack.enter_context(hosted(names, case.device))
@@ -147,32 +134,36 @@ def timed(
 
 def judged(report: Report) -> list[str]:
     """Print how the bounds fare; give those that are broken."""
-    verdict = judge(report.workload, report.rows, str(report.about["device"]))
-    for line in verdict.kept:
-        print(f"kept: {line}")
-    for line in verdict.open:
-        print(f"open: {line}")
-    return verdict.broken
+    lines = judge(report.workload, report.rows, str(report.about["device"]))
+    for fate in ("kept", "open"):
+        for line in lines[fate]:
+            print(f"{fate}: {line}")
+    return lines["broken"]
 
 
 def show(report: Report) -> None:
     """Print the rows of one workload; of a GPU in the form of the stored table."""
     if report.about.get("device") == "cuda":
-        print(f"{markdown(report)}\n")
+        print(markdown(report).markdown())
     else:
-        show_rows(report)
+        measured(report).print()
     for name, why in report.missing.items():
         print(f"missing: {name}: {why}")
 
 
-def show_rows(report: Report) -> None:
-    """Print the rows as they were measured."""
-    table = Table(title=f"{report.workload}: {WORKLOADS[report.workload].what}")
-    table.add_column("row")
-    columns = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_bytes": 1e-6, "rounds": 1.0, "loss": 1.0}
-    for column in ("s a round", "CPU s", "peak MB", "rounds", "loss"):
-        table.add_column(column, justify="right")
-    for name, row in report.rows.items():
-        cells = [f"{float(str(row[c])) * f:.5g}" if c in row else "" for c, f in columns.items()]
-        table.add_row(name, *cells)
-    Console().print(table)
+def measured(report: Report) -> Table:
+    """Make the table of the rows as they were measured."""
+    columns = {"s a round": "seconds", "CPU s": "cpu_seconds", "peak MB": "peak_bytes"}
+    columns |= {"rounds": "rounds", "loss": "loss"}
+    units = {"peak_bytes": 1e6}
+
+    def text(row: Mapping[str, Any], key: str) -> str:
+        return f"{row[key] / units.get(key, 1.0):.5g}" if key in row else ""
+
+    title = f"{report.workload}: {WORKLOADS[report.workload].what}"
+    return Table.of(
+        [
+            {title: name} | {column: text(row, key) for column, key in columns.items()}
+            for name, row in report.rows.items()
+        ]
+    )

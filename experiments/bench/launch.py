@@ -8,7 +8,6 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,6 @@ from fedraclora.errors import ConfigError
 
 PATIENCE = 1800.0  # seconds for one peer
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a peer did.
-
-    Attributes:
-        wall: Seconds of each round.
-        cpu: CPU seconds of each round, over its processes.
-        peak: Bytes: peak resident size, summed over its processes.
-        versions: Of its packages.
-        weights: After the last round.
-    """
-
-    wall: list[float]
-    cpu: list[float]
-    peak: int
-    versions: dict[str, str]
-    weights: dict[str, torch.Tensor]
 
 
 def interpreter(folder: Path, peer: str) -> Path | None:
@@ -88,7 +68,7 @@ def write_work(folder: Path, workload: Workload, task: Task, rounds: int, thread
 
 def run_peer(
     peer: str, python: Path, workload: Workload, task: Task, rounds: int, threads: int
-) -> Outcome:
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Run a peer to its end.
 
     Args:
@@ -98,6 +78,11 @@ def run_peer(
         task: The task.
         rounds: All rounds, the first included.
         threads: Of torch, in each process.
+
+    Returns:
+        What it did: ``wall`` and ``cpu``, seconds of each round over its processes; ``peak``,
+        bytes, the peak resident size summed over them; ``versions`` of its packages. And its
+        weights after the last round.
 
     Raises:
         ConfigError: If it fails or takes too long, with the end of what it said.
@@ -128,7 +113,7 @@ def run_peer(
         found = json.loads((folder / "outcome.json").read_text())
         with np.load(folder / "final.npz") as stored:
             weights = {n: torch.from_numpy(np.array(stored[n])) for n in stored.files}
-    return Outcome(found["wall"], found["cpu"], found["peak"], found["versions"], weights)
+    return found, weights
 
 
 def environment(work: Path, threads: int) -> Mapping[str, str]:

@@ -12,8 +12,9 @@ from types import CodeType
 import torch
 from typing_extensions import override
 
-from experiments.bench.rows import Case, vectorised
+from experiments.bench.runs import federated
 from experiments.bench.usage import Laps
+from experiments.bench.workloads import Case
 from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import cross_entropy, cross_entropy_slope, forward
 from fedraclora.protocol.link import apply_link
@@ -84,7 +85,7 @@ def profile(case: Case, seconds: float = 3.0) -> Profile:
         case: A workload on a device.
         seconds: For how long, without the profiler and again with it.
     """
-    row = vectorised(case)
+    row = federated(case)
     row.round(Laps(children=False))
     free, watched = Laps(children=False), Laps(children=False)
     profiler = cProfile.Profile(time.process_time)

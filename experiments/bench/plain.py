@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from experiments.bench.runs import settle
-from experiments.bench.usage import Laps
 from experiments.bench.workloads import LR, Workload
 from fedraclora.data.task import Task, forward
-from fedraclora.tree import Tree
 
 
 class PlainLoop:
@@ -18,19 +15,17 @@ class PlainLoop:
     Args:
         workload: Whose local work is done.
         task: The task of the workload.
+
+    Attributes:
+        state: The weights after the last round.
     """
 
     def __init__(self, workload: Workload, task: Task) -> None:
         self.workload, self.task = workload, task
         self.state = {n: p.detach().clone() for n, p in task.model.named_parameters()}
 
-    def weights(self) -> Tree:
-        """The weights after the last round."""
-        return self.state
-
-    def round(self, laps: Laps) -> None:
+    def round(self) -> None:
         """Train every client in turn and average."""
-        laps.begin()
         model, data = self.task.model.train(), self.task.train
         sums = {n: torch.zeros_like(t) for n, t in self.state.items()}
         device = next(model.parameters()).device
@@ -46,5 +41,3 @@ class PlainLoop:
             for name, value in model.named_parameters():
                 sums[name] += value.detach()
         self.state = {n: t / data.num_clients for n, t in sums.items()}
-        settle()
-        laps.end()

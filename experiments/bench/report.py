@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.run.folder import git_revision
 
 PACKAGES = ("torch", "flwr", "ray", "numpy")
-Rows = Mapping[str, Mapping[str, object]]
+Rows = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass
@@ -32,9 +34,9 @@ class Report:
     """
 
     workload: str
-    rows: dict[str, Mapping[str, object]] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    about: dict[str, object] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write ``<workload>.json``."""
@@ -76,9 +78,7 @@ def about(device: torch.device, threads: int) -> dict[str, object]:
 
 def processor() -> str:
     """Name the processor as Linux does, or as Python does elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()

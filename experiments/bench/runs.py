@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,12 +15,11 @@ from flwr.app import RecordDict
 from clients.engines import InProcess, OnRay
 from clients.worker import Worker
 from experiments.bench.usage import Laps
-from experiments.bench.workloads import LR, Workload
+from experiments.bench.workloads import LR, Case
 from fedraclora.config.build import fix_bits
 from fedraclora.config.settings import RayConfig
-from fedraclora.data.task import Task
-from fedraclora.engines.base import Engine, EngineParts
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State
+from fedraclora.engines.base import EngineParts
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.recorder import RunRecorder
@@ -32,10 +32,11 @@ from fedraclora.weights.replica import Replica
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg
 from strategies.server.loop import LoopConfig
-from strategies.wiring import Wired, wire
+from strategies.wiring import wire
 
 ENDLESS = 1 << 30
 RAY_WORKERS = 5  # of all Ray rows of a workload, which are there at the same time
+MakeTrainer = Callable[[], CohortTrainer]
 
 
 @dataclass
@@ -68,113 +69,68 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
-class FederatedRun:
-    """A run of one method without evaluation and checkpoints; each round writes its ledger row.
+def lapped(work: Callable[[], None]) -> Callable[[Laps], None]:
+    """Make a round of a row from what is done in it."""
 
-    Args:
-        run: Ready to start.
-    """
-
-    def __init__(self, run: Wired) -> None:
-        self.run, self.strategy = run, run.strategy
-        self._laps: Laps | None = None
-        self.strategy.on_round = self._end
-
-    def round(self, laps: Laps) -> None:
-        """Run one whole round: cohort, messages, training, aggregation, merge, ledger row."""
-        if not self.strategy.recorder.ledger.rows:
-            self.run.start(0)  # writes row 0
-        self._laps = laps
+    def round_(laps: Laps) -> None:
         laps.begin()
-        self.run.start(self.strategy.done + 1)
+        work()
+        settle()
+        laps.end()
 
-    def _end(self, _: object) -> None:
-        # At the ledger row: the rest of `start` is done once a run, not once a round.
-        if self._laps is not None:
-            settle()
-            self._laps.end()
-            self._laps = None
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What trains the clients of a run, in this process or in others.
-
-    Attributes:
-        task: Model and data.
-        plan: What is adapted, what is trained in full.
-        local: Local settings.
-        device: Where to train.
-        precision: Of the matrix products.
-        crew: A folder where workers leave their process ids.
-    """
-
-    task: Task
-    plan: Plan
-    local: LocalConfig
-    device: torch.device
-    precision: str
-    crew: Path | None = None
-
-    @classmethod
-    def of(
-        cls,
-        workload: Workload,
-        task: Task,
-        device: torch.device,
-        method: Method,
-        *,
-        steps: int | None = None,
-        precision: str = FLOAT32,
-    ) -> Parts:
-        """Plan a run; FedAvg trains biases, too."""
-        bias = "average" if isinstance(method, FedAvg) else "frozen"
-        plan = make_plan(task.model, task.head, head_policy="adapt", bias_policy=bias)
-        local = LocalConfig(lr=LR, batch_size=workload.batch, steps=steps, shuffle=False)
-        return cls(task, plan, local, device, precision)
-
-    def state(self, method: Method) -> State:
-        """The state before the first round."""
-        base = {n: p.detach().clone() for n, p in self.task.model.named_parameters()}
-        return method.init(base, self.plan, Draw(0))
-
-    def trainer(self) -> CohortTrainer:
-        """Build what trains chunks of clients."""
-        return CohortTrainer(
-            self.task,
-            self.plan,
-            self.local,
-            seed=0,
-            device=self.device,
-            precision=self.precision,
-        )
+    return round_
 
 
 class BenchSite:
-    """What a Ray worker holds between rounds."""
+    """What a Ray worker holds between rounds.
 
-    def __init__(self, parts: Parts) -> None:
-        fix_bits(1, parts.device)
-        self.replica = Replica(parts.plan, parts.device)
-        self.worker = Worker(parts.trainer(), self.replica)
-        if parts.crew is not None:
-            (parts.crew / f"{os.getpid()}.pid").touch()
+    Args:
+        given: What builds the trainer, where it trains, and the folder where workers leave their
+            process ids.
+    """
+
+    def __init__(self, given: tuple[MakeTrainer, torch.device, Path]) -> None:
+        make_trainer, device, crew = given
+        fix_bits(1, device)
+        trainer = make_trainer()
+        self.replica = Replica(trainer.plan, device)
+        self.worker = Worker(trainer, self.replica)
+        (crew / f"{os.getpid()}.pid").touch()
 
     def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
         """Answer a train message; these clients keep nothing."""
         return self.worker.train(content), kept
 
 
-def first_downlink(method: Method, state: State, cohort: int) -> Downlink:
-    """Open the first round."""
+def trainer_of(
+    case: Case, method: Method, *, steps: int | None = None, precision: str = FLOAT32
+) -> MakeTrainer:
+    """Plan a run, and give what builds the trainer of its clients, in this process or in others.
+
+    Args:
+        case: A workload on a device.
+        method: FedAvg trains biases, too.
+        steps: Local steps, instead of one epoch.
+        precision: Of the matrix products.
+    """
+    bias = "average" if isinstance(method, FedAvg) else "frozen"
+    plan = make_plan(case.task.model, case.task.head, head_policy="adapt", bias_policy=bias)
+    local = LocalConfig(lr=LR, batch_size=case.workload.batch, steps=steps, shuffle=False)
+    return partial(
+        CohortTrainer, case.task, plan, local, seed=0, device=case.device, precision=precision
+    )
+
+
+def opened(method: Method, trainer: CohortTrainer, cohort: int) -> tuple[State, Downlink]:
+    """Give the state before the first round, and what the cohort is sent in it."""
+    base = {n: p.detach().clone() for n, p in trainer.task.model.named_parameters()}
+    state = method.init(base, trainer.plan, Draw(0))
     everyone = Cohort(torch.arange(cohort), torch.ones(cohort))
-    return method.open_round(state, 1, everyone, Draw(0))
+    return state, method.open_round(state, 1, everyone, Draw(0))
 
 
 def federated(
-    workload: Workload,
-    task: Task,
-    device: torch.device,
+    case: Case,
     *,
     method: Method | None = None,
     chunk: int | str = "auto",
@@ -182,50 +138,54 @@ def federated(
     precision: str = FLOAT32,
     workers: int = 0,
 ) -> Row:
-    """Build the row of a method.
+    """Build the row of a method: rounds without evaluation and checkpoints, with a ledger.
 
     Args:
-        workload: Whose local work is done.
-        task: The task of the workload.
-        device: Where to train.
+        case: A workload on a device.
         method: Fed-RAC-LoRA of the workload's rank unless given.
         chunk: Clients trained as one batch.
         steps: Local steps, instead of one epoch; 0 leaves the fixed cost of a round.
         precision: Of the matrix products.
         workers: Ray workers that train; 0 trains in this process.
     """
+    workload, cohort = case.workload, case.workload.cohort
     method = FedRacLora(rank=workload.rank) if method is None else method
-    parts = Parts.of(workload, task, device, method, steps=steps, precision=precision)
-    cohort, state, trainer = workload.cohort, parts.state(method), parts.trainer()
-    downlink = first_downlink(method, state, cohort)
-    share = ray_settings(workers, device).share if workers else None
+    make_trainer = trainer_of(case, method, steps=steps, precision=precision)
+    trainer, settings = make_trainer(), ray_settings(workers or 1, case.device)
+    state, downlink = opened(method, trainer, cohort)
+    share = settings.share if workers else None
     size = plan_chunk(chunk, trainer, state.base, downlink, cohort, share=share).chunk
     loop = LoopConfig(rounds=ENDLESS, clients=workload.clients, cohort=cohort, chunk=size, seed=0)
     folder = tempfile.TemporaryDirectory()
-    recorder = RunRecorder(None, sync=False)  # no folder: no chain, no checkpoints
-    recorder.ledger = Ledger(Path(folder.name) / "ledger.jsonl")
     crew = Path(folder.name)
-    engine = make_engine(replace(parts, crew=crew), workers)
+    recorder = RunRecorder(None, sync=False)  # no folder: no chain, no checkpoints
+    recorder.ledger = Ledger(crew / "ledger.jsonl")
+    given = make_trainer, case.device, crew
+    engine = OnRay(settings, BenchSite, lambda _: given) if workers else InProcess()
     run = wire(
         method, EngineParts.of(trainer, cohort), loop, engine, state=state, recorder=recorder
     )
-    rounds = FederatedRun(run)
+
+    def round_(laps: Laps) -> None:
+        def end(_: object) -> None:
+            settle()
+            laps.end()
+
+        if not recorder.ledger.rows:
+            run.start(0)  # writes row 0
+        # At the ledger row: the rest of `start` is done once a run, not once a round.
+        run.strategy.on_round = end
+        laps.begin()
+        run.start(run.strategy.done + 1)
 
     def close() -> None:
         run.close()
         folder.cleanup()
 
     return Row(
-        rounds.round,
+        round_,
         workers=(lambda: [int(path.stem) for path in crew.glob("*.pid")]) if workers else None,
         weights=run.weights if isinstance(method, FedAvg) else None,
         facts={"chunk": float(size)},
         close=close,
     )
-
-
-def make_engine(parts: Parts, workers: int) -> Engine:
-    """Make what runs clients: Ray workers, or this process."""
-    if not workers:
-        return InProcess()
-    return OnRay(ray_settings(workers, parts.device), BenchSite, lambda _: parts)

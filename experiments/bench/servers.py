@@ -22,7 +22,10 @@ from typing import Any
 
 import torch
 
-from fedraclora.config.schema import bind
+from experiments.status import reported
+from experiments.tables import Table
+from experiments.words import key_values
+from fedraclora.config.schema import bind, row_of
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
@@ -45,7 +48,7 @@ def replies(method: Method, state: State, round_: int, cohort: Cohort) -> tuple[
     return sent, Uplinks(cohort.clients, cohort.weights, layout, torch.from_numpy(drawn))
 
 
-def row(name: str, method: Method, size: int, clients: int) -> str:
+def row(name: str, method: Method, size: int, clients: int) -> dict[str, object]:
     """Time one method; give its row of the table."""
     shape = (size, size)
     weight = generator(0, "weight").standard_normal(shape, "float32") / size**0.5
@@ -66,32 +69,29 @@ def row(name: str, method: Method, size: int, clients: int) -> str:
     factors = (f for term in terms.values() for f in term.factors)
     numbers = sum(SEED_BYTES if isinstance(f, SketchSpec) else f.numel() for f in factors)
     link = min(numbers, size * size)
-    return f"| {name} | {min(seconds):.2f} | {first:.2f} | {up} | {down} | {link} |"
+    times = {"close CPU s": f"{min(seconds):.2f}", "init CPU s": f"{first:.2f}"}
+    return {"method": name, **times, "up": up, "down": down, "link": link}
 
 
+@reported
 def main() -> int:
-    """Print a row for each method as it is measured."""
-    keys = {"size": "4096", "rank": "16", "clients": "50"}
-    keys |= dict(word.split("=", 1) for word in sys.argv[1:])
+    """Time one method after another, each named as it is measured; print the table."""
+    keys = {"size": 4096, "rank": 16, "clients": 50, **key_values(sys.argv[1:])}
+    size, rank, clients = (int(str(keys[key])) for key in ("size", "rank", "clients"))
     torch.set_num_threads(1)
-    wanted = keys.get("only", ",".join(METHODS)).split(",")
-    lines = [
-        "| method | close CPU s | init CPU s | up | down | link |",
-        "|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
-    seen = set()
-    for name in wanted:
-        kind = METHODS[name]
-        if kind in seen or ("only" not in keys and issubclass(kind, FedAvg | SLora)):
+    records: dict[type[Method], dict[str, object]] = {}
+    for name in str(keys.get("only", ",".join(METHODS))).split(","):
+        kind = row_of("method", METHODS, name)
+        if kind in records or ("only" not in keys and issubclass(kind, FedAvg | SLora)):
             continue
-        seen.add(kind)
-        rank = {"rank": int(keys["rank"])} if "rank" in signature(kind).parameters else {}
-        method = bind("method", METHODS, {"name": name, **rank})()
-        lines.append(row(name, method, int(keys["size"]), int(keys["clients"])))
-        print(lines[-1], flush=True)
+        given = {"rank": rank} if "rank" in signature(kind).parameters else {}
+        method = bind("method", METHODS, {"name": name, **given})()
+        records[kind] = row(name, method, size, clients)
+        print(*records[kind].values(), flush=True)
+    text = Table.of(list(records.values())).markdown()
+    print(text)
     if "out" in keys:
-        Path(keys["out"]).write_text("\n".join(lines) + "\n")
+        Path(str(keys["out"])).write_text(text)
     return 0
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -18,58 +18,42 @@ from fedraclora.evaluation.evaluate import evaluate
 
 PATIENCE = 60.0  # seconds of counted rounds, after which a slow row stops early
 LEAST = 3  # counted rounds of a row, however slow
+Figures = dict[str, Any]  # of a row, by name
 BURST, SHORT = 5, 0.25  # rounds in a row, where one takes less than so many seconds
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a row came to.
+def figures(
+    wall: Sequence[float],
+    cpu: Sequence[float],
+    peak: int,
+    loss: float | None,
+    facts: Mapping[str, object],
+) -> Figures:
+    """Sum up the rounds of a row, the first of which is not counted.
 
-    Attributes:
-        seconds: Median wall seconds of a counted round.
-        cpu_seconds: Median CPU seconds of a counted round, over all processes of the row.
-        peak_bytes: Largest resident size in a round, summed over the processes of the row.
-            On a GPU: the most that PyTorch held there.
-        rounds: Counted rounds.
-        first_seconds: Wall seconds of the round that is not counted.
-        load: Load average when the row ended: above the row's own processes, distrust seconds.
+    Args:
+        wall: Seconds of each round.
+        cpu: CPU seconds of each round, over all processes of the row.
+        peak: Bytes: largest resident size in a round, summed over the processes of the row. On a
+            GPU: the most that PyTorch held there.
         loss: Training loss of the final weights where rows must agree on it.
         facts: Whatever else the row says of itself.
+
+    Returns:
+        ``seconds`` and ``cpu_seconds``, medians of a counted round; ``peak_bytes``; ``rounds``,
+        those that are counted; ``first_seconds``; ``load``, the load average at the end: above the
+        row's own processes, distrust seconds; ``loss`` and ``facts`` where there are any.
     """
-
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    rounds: int
-    first_seconds: float
-    load: float
-    loss: float | None = None
-    facts: Mapping[str, object] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        wall: list[float],
-        cpu: list[float],
-        peak: int,
-        loss: float | None,
-        facts: Mapping[str, object],
-    ) -> Measured:
-        """Sum up rounds, the first of which is not counted."""
-        return cls(
-            seconds=statistics.median(wall[1:]),
-            cpu_seconds=statistics.median(cpu[1:]),
-            peak_bytes=peak,
-            rounds=len(wall) - 1,
-            first_seconds=wall[0],
-            load=os.getloadavg()[0],
-            loss=loss,
-            facts=facts,
-        )
-
-    def plain(self) -> dict[str, object]:
-        """Give the fields that say something, for JSON."""
-        return {k: v for k, v in asdict(self).items() if v is not None and v != {}}
+    found: Figures = {
+        "seconds": statistics.median(wall[1:]),
+        "cpu_seconds": statistics.median(cpu[1:]),
+        "peak_bytes": peak,
+        "rounds": len(wall) - 1,
+        "first_seconds": wall[0],
+        "load": os.getloadavg()[0],
+    }
+    known = {"loss": loss, "facts": facts or None}
+    return found | {key: value for key, value in known.items() if value is not None}
 
 
 def interleaved(
@@ -77,7 +61,7 @@ def interleaved(
     rounds: int,
     loss: Callable[[dict[str, torch.Tensor]], float],
     device: torch.device,
-) -> dict[str, Measured]:
+) -> dict[str, Figures]:
     """Time each row for ``rounds`` rounds, in turn, after one round that does not count.
 
     Args:
@@ -88,7 +72,7 @@ def interleaved(
         device: Whose memory is looked at.
 
     Returns:
-        What each row came to.
+        What each row came to; see `figures`.
     """
     laps = {name: Laps(children=row.workers is not None) for name, row in rows.items()}
     peaks = dict.fromkeys(rows, 0)
@@ -104,7 +88,7 @@ def interleaved(
     found = {}
     for name, row in rows.items():
         final = None if row.weights is None else loss(row.weights())
-        found[name] = Measured.of(laps[name].wall, laps[name].cpu, peaks[name], final, row.facts)
+        found[name] = figures(laps[name].wall, laps[name].cpu, peaks[name], final, row.facts)
     return found
 
 

@@ -8,7 +8,8 @@ end at the same weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -77,58 +78,64 @@ class Workload:
         return Task(model, (self.head,), "cross_entropy", ("accuracy",), data, few)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A workload on a device; its data are built once, when a row asks for them."""
+
+    workload: Workload
+    device: torch.device
+
+    @cached_property
+    def task(self) -> Task:
+        """The task that the rows share."""
+        return self.workload.task(self.device)
+
+    def of(self, clients: int) -> Case:
+        """The same with another population."""
+        return Case(replace(self.workload, clients=clients), self.device)
+
+
 def divided(samples: Samples, clients: int) -> Partitioned:
     """Give each client as many of the samples, in their order."""
     return Partitioned.of(samples, np.split(np.arange(len(samples)), clients))
 
 
-def vectors(width: int, classes: int) -> Callable[[int, int], ClientData]:
+def vectors(width: int, classes: int, clients: int, each: int) -> Partitioned:
     """Make non-IID data: each client's inputs are shifted its own way, labels are noisy.
 
     Args:
         width: Numbers per input.
         classes: Labels, those of one linear teacher.
+        clients: How many there are.
+        each: Samples of a client.
     """
-
-    def make(clients: int, each: int) -> ClientData:
-        draw = generator(0, "bench", "vectors")
-        teacher = draw.standard_normal((width, classes), dtype=np.float32)
-        shift = 0.5 * draw.standard_normal((clients, 1, width), dtype=np.float32)
-        x = draw.standard_normal((clients, each, width), dtype=np.float32) + shift
-        noise = 2.0 * draw.gumbel(size=(clients, each, classes))
-        y = (x @ teacher + noise).argmax(axis=-1)
-        inputs = torch.from_numpy(x.reshape(-1, width))
-        target = torch.from_numpy(y.reshape(-1).astype(np.int64))
-        return divided(Samples({"x": inputs}, target), clients)
-
-    return make
+    draw = generator(0, "bench", "vectors")
+    teacher = draw.standard_normal((width, classes), dtype=np.float32)
+    shift = 0.5 * draw.standard_normal((clients, 1, width), dtype=np.float32)
+    x = draw.standard_normal((clients, each, width), dtype=np.float32) + shift
+    noise = 2.0 * draw.gumbel(size=(clients, each, classes))
+    y = (x @ teacher + noise).argmax(axis=-1)
+    inputs = torch.from_numpy(x.reshape(-1, width))
+    target = torch.from_numpy(y.reshape(-1).astype(np.int64))
+    return divided(Samples({"x": inputs}, target), clients)
 
 
-def tokens(vocabulary: int, length: int, classes: int) -> Callable[[int, int], ClientData]:
+def tokens(vocabulary: int, length: int, classes: int, clients: int, each: int) -> Partitioned:
     """Make token ids and labels, all of them uniform."""
-
-    def make(clients: int, each: int) -> ClientData:
-        draw = generator(0, "bench", "tokens")
-        ids = torch.from_numpy(draw.integers(0, vocabulary, (clients * each, length)))
-        y = torch.from_numpy(draw.integers(0, classes, clients * each))
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return divided(Samples(inputs, y), clients)
-
-    return make
+    draw = generator(0, "bench", "tokens")
+    ids = torch.from_numpy(draw.integers(0, vocabulary, (clients * each, length)))
+    y = torch.from_numpy(draw.integers(0, classes, clients * each))
+    return divided(Samples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, y), clients)
 
 
-def population(width: int, classes: int) -> Callable[[int, int], ClientData]:
+def population(width: int, classes: int, clients: int, each: int) -> ClientData:
     """Make clients whose samples come into being when they are asked for."""
-
-    def make(clients: int, each: int) -> ClientData:
-        parts = virtual(
-            clients=clients, samples=each, sizes="constant", features=width, classes=classes
-        ).parts
-        if parts is None or isinstance(parts, list):
-            raise TypeError(f"virtual clients came as {type(parts).__name__}")
-        return parts
-
-    return make
+    parts = virtual(
+        clients=clients, samples=each, sizes="constant", features=width, classes=classes
+    ).parts
+    if parts is None or isinstance(parts, list):
+        raise TypeError(f"virtual clients came as {type(parts).__name__}")
+    return parts
 
 
 def mlp(width: int, hidden: int, classes: int) -> Callable[[], nn.Module]:
@@ -151,7 +158,7 @@ def minilm() -> nn.Module:
     ).model
 
 
-SMALL = (mlp(64, 128, 10), vectors(64, 10), "fc2")
+SMALL = (mlp(64, 128, 10), partial(vectors, 64, 10), "fc2")
 WORKLOADS = {
     "A": Workload("100 clients, MLP 64-128-10", 100, 15, *SMALL, (*OURS, *RAY, *PEERS)),
     "B": Workload(
@@ -159,7 +166,7 @@ WORKLOADS = {
         100,
         8,
         mlp(784, 1024, 10),
-        vectors(784, 10),
+        partial(vectors, 784, 10),
         "fc2",
         ("bf16", *OURS, *PEERS),
     ),
@@ -169,7 +176,7 @@ WORKLOADS = {
         16,
         3,
         minilm,
-        tokens(30522, 32, 2),
+        partial(tokens, 30522, 32, 2),
         "classifier",
         ("vectorised", "bf16", "central", "idle", *RAY),
         samples=12,
@@ -188,7 +195,7 @@ WORKLOADS = {
         1000,
         15,
         mlp(64, 128, 10),
-        population(64, 10),
+        partial(population, 64, 10),
         "fc2",
         ("population 1,000", "population 1,000,000"),
         asked=100,

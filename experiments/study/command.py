@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from experiments import RESULTS
 from experiments.interrupt import in_order
 from experiments.status import reported
 from experiments.study.file import Study
-from experiments.study.run import read_lines, run_study, write_results
-from experiments.study.table import tuned_by
-
-RESULTS = Path(__file__).parents[1] / "results"
+from experiments.study.run import run_study
+from experiments.study.tuning import tuned_by
 
 
 @reported
@@ -40,11 +39,7 @@ def main() -> int:
     arguments = parser.parse_args()
     out = arguments.out or RESULTS / arguments.study.stem
     study = Study.read(arguments.study, arguments.overrides, arguments.metric, arguments.tuning)
-    if source := arguments.tuned_by:
-        other = Study.read(source / "study.yaml")
-        study = tuned_by(study, other, read_lines(source / "runs.jsonl"), source)
-    if arguments.table:
-        write_results(study, read_lines(out / "runs.jsonl"), out)
-    else:
-        run_study(study, out, arguments.jobs)
+    if arguments.tuned_by:
+        study = tuned_by(study, arguments.tuned_by)
+    run_study(study, out, arguments.jobs, table_only=arguments.table)
     return 0

@@ -5,28 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from experiments.study.file import Study
-from experiments.study.run import read_lines
-from experiments.study.table import (
-    curve_of,
-    final_lines,
-    first_reaching,
-    is_personal,
-    score,
-    tuned_value,
-)
+from experiments.study.tuning import Done, Line, final_lines, read_lines, score, tuned_value
 from fedraclora.config.schema import bind
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.protocol.method import Method
-from fedraclora.run.ledger import Row
+from fedraclora.run.ledger import Row, number
 from strategies import METHODS
-
-Plain = dict[str, object]
 
 
 def docstring(kind: type[Method]) -> str:
@@ -37,6 +27,27 @@ def docstring(kind: type[Method]) -> str:
 def is_unverified(kind: type[Method]) -> bool:
     """Tell whether a method's docstring names what was not verified."""
     return "- Unverified:" in docstring(kind)
+
+
+def uplink(point: Row) -> float:
+    """Bytes that all clients have sent so far."""
+    return number(point, "uplink_total")
+
+
+def traffic(point: Row) -> float:
+    """Bytes sent both ways so far, with catch-up."""
+    return uplink(point) + number(point, "downlink_total")
+
+
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """Write the mean, and the standard deviation of more values than one."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def first_reaching(points: Sequence[Row], metric: str, target: float) -> Row | None:
+    """Give the first measured round whose metric (more is better) is no worse than a target."""
+    return next((p for p in points if score(p, metric) >= target), None)
 
 
 @dataclass(frozen=True)
@@ -52,8 +63,18 @@ class Entry:
 
     study: Study
     row: str
-    lines: Sequence[Plain]
+    lines: Sequence[Line]
     value: float
+
+    @property
+    def title(self) -> str:
+        """The row, which says so where the metric is that of clients' own models."""
+        return f"{self.row} (clients' own models)" if self.personal else self.row
+
+    @property
+    def curves(self) -> list[list[Row]]:
+        """The measured rounds, per seed."""
+        return [line["curve"] for line in self.lines]
 
     @cached_property
     def scores(self) -> list[float]:
@@ -71,44 +92,35 @@ class Entry:
         whole = len(self.scores) > 1 and math.isfinite(self.mean)
         return statistics.stdev(self.scores) if whole else math.nan
 
-    @cached_property
+    @property
     def personal(self) -> bool:
-        """Whether the clients have models of their own."""
-        return is_personal(self.lines[0], self.study.metric)
+        """Whether the clients have models of their own, which were measured."""
+        metrics = self.lines[0]["metrics"]
+        return bool(metrics) and self.study.metric not in metrics
 
     @cached_property
     def method(self) -> Method:
         """The method, as the runs had it."""
-        config = self.lines[0]["config"]
-        if not isinstance(config, dict):
-            raise TypeError(f"{self.lines[0]['key']} has no config")
-        return bind("method", METHODS, config["method"])()
+        return bind("method", METHODS, self.lines[0]["config"]["method"])()
 
-    def average(self, figure: Callable[[Plain], float]) -> float:
+    def average(self, figure: Callable[[Line], float]) -> float:
         """Mean of a figure over the seeds that have it; NaN if none has."""
         known = [x for x in map(figure, self.lines) if math.isfinite(x)]
         return statistics.fmean(known) if known else math.nan
 
-    def reached(self) -> list[Row]:
-        """Where runs first were as good as the target, of the seeds that got there."""
-        target = math.inf if self.study.target is None else self.study.target
-        found = [first_reaching(curve_of(x), self.study.metric, target) for x in self.lines]
-        return [point for point in found if point is not None]
 
-
-def entries(study: Study, done: Mapping[str, Plain]) -> list[Entry]:
-    """Give the rows whose final runs are all there and did not diverge, the best first.
-
-    Args:
-        study: The study.
-        done: Lines of its runs, by key.
-    """
-    found = [
+def finals(study: Study, done: Done) -> list[Entry]:
+    """Give the rows whose final runs are all there, in the study's order."""
+    return [
         Entry(study, row, lines, tuned_value(study, row, done))
         for row in study.rows
         if (lines := final_lines(study, row, done))
     ]
-    stable = [entry for entry in found if math.isfinite(entry.mean)]
+
+
+def entries(study: Study, done: Done) -> list[Entry]:
+    """Give the rows whose final runs are all there and did not diverge, the best first."""
+    stable = [entry for entry in finals(study, done) if math.isfinite(entry.mean)]
     return sorted(stable, key=lambda entry: (entry.personal, -entry.mean))
 
 
@@ -128,26 +140,21 @@ def best_rows(study: Study, results: Path) -> Study:
     """
     if study.best is None:
         return study
-    said = dict(study.best)
-    folder = results / str(said["of"])
+    folder = results / str(study.best["of"])
     if not folder.is_dir():
         raise ConfigError(
-            f"the study takes its rows from the results of {said['of']}, and {folder} is not "
+            f"the study takes its rows from the results of {folder.name}, and {folder} is not "
             "there: a checkout has it, a wheel has no results; name the rows yourself, in a study "
             "file of your own"
         )
     other, done = Study.read(folder / "study.yaml"), read_lines(folder / "runs.jsonl")
-    ranked = entries(other, done)
-    missing = [r for r in other.rows if not final_lines(other, r, done)]
-    if missing:
+    ran = {entry.row for entry in finals(other, done)}
+    if missing := [row for row in other.rows if row not in ran]:
         raise ConfigError(f"the study in {folder} has no final runs of {', '.join(missing)} yet")
-    beside, without = (_names(said.get(key, [])) for key in ("beside", "without"))
-    fit = [e.row for e in ranked if not e.personal and e.row not in {*beside, *without}]
-    kept = [*fit[: int(str(said["rows"]))], *beside]
+    beside, without = (study.best.get(key, []) for key in ("beside", "without"))
+    ranked = [entry.row for entry in entries(other, done) if not entry.personal]
+    fit = [row for row in ranked if row not in {*beside, *without}]
+    kept = [*fit[: int(study.best["rows"])], *beside]
     if study.reference not in {None, *kept}:
         raise unknown("row as reference", study.reference, kept)
     return study.changed(more={row: list(other.rows[row]) for row in kept}, only=kept)
-
-
-def _names(value: object) -> list[str]:
-    return [str(name) for name in value] if isinstance(value, list) else []

@@ -53,13 +53,13 @@ class Study:
         target: A value of the metric; a leaderboard says what it takes to reach it.
         varied: Config keys that rows differ in although all rows of a comparison share them
             (`experiments.study.same`).
-        best: Rows to take over from another study by their results (`experiments.leaderboard`).
+        best: Rows to take over from another study by their results (`experiments.study.entries`).
         fixed: Values that another study has tuned, by row, in place of the grid's.
     """
 
     experiment: str | None
     metric: str
-    grid: Mapping[str, object]
+    grid: Mapping[str, Any]
     final: Mapping[str, object]
     rows: Mapping[str, Sequence[str]]
     text: str
@@ -69,7 +69,7 @@ class Study:
     reported: Mapping[str, float] = field(default_factory=dict)
     target: float | None = None
     varied: Sequence[str] = ()
-    best: Mapping[str, object] | None = None
+    best: Mapping[str, Any] | None = None
     fixed: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -166,8 +166,7 @@ class Study:
         """Give the coarse grid of a row: the values of the grid, times the row's own scale."""
         if self.fixed:
             return [self.fixed[row]]
-        scale = self.grid.get("scale", {})
-        factor = float(str(scale.get(row, 1))) if isinstance(scale, Mapping) else 1.0
+        factor = float(self.grid.get("scale", {}).get(row, 1))
         return [round(factor * float(str(v)), 9) for v in _list(self.grid["values"])]
 
     def refined(self, best: float) -> list[float]:

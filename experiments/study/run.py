@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -18,23 +18,24 @@ import torch
 
 from experiments.assemble import Assembled
 from experiments.choices import composed
-from experiments.study.budget import budgets
 from experiments.study.file import Job, Study
 from experiments.study.same import check_same
-from experiments.study.table import best_value, cost, draw, table, tuned_value, write_table
+from experiments.study.tables import write_results
+from experiments.study.tuning import Line, read_lines, tried_values, tuned_value
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.run.ledger import Row, column, round_seconds
 
-Plain = dict[str, object]
 
-
-def run_study(study: Study, out: Path, workers: int = 1) -> dict[str, Plain]:
+def run_study(
+    study: Study, out: Path, workers: int = 1, *, table_only: bool = False
+) -> dict[str, Line]:
     """Run what has not run, and write study.yaml, table, budgets and figure.
 
     Args:
         study: What to run.
         out: Folder of the results; what has run there is not run again.
         workers: Runs at a time, each in a process of its own.
+        table_only: Write table, budgets and figure of what has run, and run nothing.
 
     Returns:
         The lines of all runs, by key.
@@ -42,36 +43,26 @@ def run_study(study: Study, out: Path, workers: int = 1) -> dict[str, Plain]:
     Raises:
         ConfigError: Rows would not be compared alike, or the folder has runs of another study.
     """
-    check_same(study)
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "runs.jsonl"
     done = read_lines(path)
-    (out / "study.yaml").write_text(study.text)
-    tuning = [j for row in study.rows for j in study.jobs("tune", row, study.values(row))]
-    run_all(tuning, done, path, workers)
-    coarse = {row: best_value(study, row, study.values(row), done) for row in study.rows}
-    finer = [j for row, v in coarse.items() for j in study.jobs("tune", row, study.refined(v))]
-    run_all(finer, done, path, workers)
-    while True:  # once more for each value that turned out to be unstable
-        best = {row: tuned_value(study, row, done) for row in study.rows}
-        final = [j for row, value in best.items() for j in study.jobs("final", row, [value])]
-        if all(job.key in done for job in final):
-            break
-        run_all(final, done, path, workers)
+
+    def run(phase: str, values: Callable[[str], list[float]]) -> bool:
+        jobs = [job for row in study.rows for job in study.jobs(phase, row, values(row))]
+        return run_jobs(jobs, done, path, workers)
+
+    if not table_only:
+        check_same(study)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "study.yaml").write_text(study.text)
+        run("tune", study.values)
+        run("tune", lambda row: tried_values(study, row, done))
+        while run("final", lambda row: [tuned_value(study, row, done)]):
+            pass  # once more for each value that turned out to be unstable
     write_results(study, done, out)
     return done
 
 
-def write_results(study: Study, done: Mapping[str, Plain], out: Path) -> None:
-    """Write table, budgets and figure of the rows whose final runs are all there."""
-    write_table(table(study, done), out, cost(done))
-    if equal := budgets(study, done):
-        (out / "budgets.md").write_text(equal.markdown())
-        equal.print()
-    draw(study, done, out)
-
-
-def run_job(job: Job) -> Plain:
+def run_job(job: Job) -> Line:
     """Run one job in memory and give its line for runs.jsonl."""
     from experiments.assemble import assemble
     from fedraclora.config.run_config import from_plain
@@ -81,7 +72,7 @@ def run_job(job: Job) -> Plain:
 
     began, used = time.perf_counter(), time.process_time()
     config = from_plain(composed(job.overrides), METHODS)
-    line: Plain = {**vars(job), "key": job.key}
+    line: Line = {**vars(job), "key": job.key}
     if job.phase == "final":
         line |= {"config": config.digested, **provenance()}
     run = assemble(config, None)
@@ -135,9 +126,9 @@ def server_cpu_seconds(rows: list[Row]) -> float:
     return round(float(np.median(laps[1:])), 6)
 
 
-def curve(rows: list[Row]) -> list[Plain]:
+def curve(rows: list[Row]) -> list[Line]:
     """Keep of a ledger what a figure needs: one point per measured round, with the time it took."""
-    points: list[Plain] = []
+    points: list[Line] = []
     seconds = 0.0
     for row in rows:
         seconds += round_seconds(row)
@@ -149,21 +140,11 @@ def curve(rows: list[Row]) -> list[Plain]:
     return points
 
 
-def read_lines(path: Path) -> dict[str, Plain]:
-    """Read what has run, by key; a torn last line is left out."""
-    done: dict[str, Plain] = {}
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            done[line["key"]] = line
-    return done
+def run_jobs(jobs: list[Job], done: dict[str, Line], path: Path, workers: int) -> bool:
+    """Run the jobs that have not run, ``workers`` at a time; append each line, say how it ended.
 
-
-def execute(jobs: list[Job], done: dict[str, Plain], path: Path, workers: int) -> Iterator[Plain]:
-    """Run the jobs that have not run, ``workers`` at a time; append and give each line.
+    Returns:
+        Whether there was anything to run.
 
     Raises:
         ConfigError: If one has run under other settings.
@@ -175,14 +156,16 @@ def execute(jobs: list[Job], done: dict[str, Plain], path: Path, workers: int) -
                 f"{path} has {job.key} run with {' '.join(was)}; this study would run it with "
                 f"{' '.join(_decisive(job.overrides))}: take another folder, or remove those lines"
             )
-    for line in lines_of([job for job in jobs if job.key not in done], workers):
+    left = [job for job in jobs if job.key not in done]
+    for line in lines_of(left, workers):
         with path.open("a") as file:
             file.write(json.dumps(line, default=str) + "\n")
-        done[str(line["key"])] = line
-        yield line
+        done[line["key"]] = line
+        print(line["key"], line["metrics"], flush=True)
+    return bool(left)
 
 
-def lines_of(jobs: list[Job], workers: int) -> Iterator[Plain]:
+def lines_of(jobs: list[Job], workers: int) -> Iterator[Line]:
     """Run jobs and give their lines: one after another here, or side by side in processes."""
     if workers == 1:
         yield from map(run_job, jobs)
@@ -193,13 +176,6 @@ def lines_of(jobs: list[Job], workers: int) -> Iterator[Plain]:
             yield future.result()
 
 
-def _decisive(overrides: object) -> list[str]:
+def _decisive(overrides: Sequence[str]) -> list[str]:
     """What was asked for, without where data lie and what is written."""
-    words = overrides if isinstance(overrides, list | tuple) else []
-    return [w for w in map(str, words) if not w.startswith(("data.root=", "output"))]
-
-
-def run_all(jobs: list[Job], done: dict[str, Plain], path: Path, workers: int) -> None:
-    """Run what has not run, and say how each ended."""
-    for line in execute(jobs, done, path, workers):
-        print(line["key"], line["metrics"], flush=True)
+    return [word for word in overrides if not word.startswith(("data.root=", "output"))]

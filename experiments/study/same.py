@@ -48,6 +48,7 @@ def check_same(study: Study) -> None:
     Raises:
         ConfigError: A row does not compose, or differs from the first one in a key of `SHARED`.
     """
+    shared = tuple(f"{key}." for key in SHARED)
     free = tuple(f"{key}." for key in study.varied)
     first: tuple[str, dict[str, object]] | None = None
     for row in study.rows:
@@ -56,8 +57,7 @@ def check_same(study: Study) -> None:
         found = {
             key: value
             for key, value in flatten(config.digested).items()
-            if f"{key}.".startswith(tuple(f"{shared}." for shared in SHARED))
-            and not (free and f"{key}.".startswith(free))
+            if f"{key}.".startswith(shared) and not f"{key}.".startswith(free)
         }
         first = first or (row, found)
         for key in sorted({*first[1], *found}):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from experiments.theory.bounds import local_step_limit
+from experiments.theory.bounds.theorems import local_step_limit
 from experiments.theory.problems import Problem, problem
 from fedraclora.sketch import SKETCHES
 from fedraclora.training.extras.settings import LocalSettings

@@ -68,11 +68,7 @@ def run(config: TheoryConfig) -> int:
     judged = [judge(c, paths[i * len(seeds) : (i + 1) * len(seeds)]) for i, c in enumerate(cases)]
     found = example.summarise(trials, ends)
     slow = slowdowns(judged)
-    out = (
-        Path(config.out)
-        if config.out
-        else Path("runs/theory") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-    )
+    out = Path(config.out or f"runs/theory/{datetime.now():%Y-%m-%d/%H-%M-%S}")
     out.mkdir(parents=True, exist_ok=True)
     tables = [bounds_table(judged), example_table(found), slowdown_table(slow)]
     report: dict[str, object] = {

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from experiments.theory.bounds import logistic_pl
+from experiments.theory.bounds.logistic import logistic_pl
 from experiments.theory.runs import start_of
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.samples import Partitioned, Samples

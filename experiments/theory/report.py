@@ -35,7 +35,7 @@ def bounds_table(judged: Sequence[Judged]) -> Table:
         "measured / bound over rounds and both quantities; of covers in the worst seed, else in "
         "the mean."
     )
-    return _table(records, note)
+    return Table.of(records, [note], _text)
 
 
 def example_table(found: Sequence[Outcome]) -> Table:
@@ -52,7 +52,7 @@ def example_table(found: Sequence[Outcome]) -> Table:
         }
         for o in found
     ]
-    return _table(records, f"The gap at the start is {START:.3g}.")
+    return Table.of(records, [f"The gap at the start is {START:.3g}."], _text)
 
 
 def slowdown_table(slow: Sequence[Slowdown]) -> Table:
@@ -69,12 +69,8 @@ def slowdown_table(slow: Sequence[Slowdown]) -> Table:
         for s in slow
         for share, rounds, uplink in zip(s.shares, s.rounds, s.uplink, strict=True)
     ]
-    return _table(records)
+    return Table.of(records, text=_text)
 
 
-def _table(records: list[dict[str, object]], *notes: str) -> Table:
-    cells = tuple(
-        tuple(f"{v:.3g}" if isinstance(v, float) else str(v) for v in record.values())
-        for record in records
-    )
-    return Table(tuple(records[0]) if records else (), cells, tuple(records), notes)
+def _text(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

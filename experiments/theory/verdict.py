@@ -7,16 +7,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from experiments.theory.bounds import (
-    Descent,
-    Given,
-    cover,
-    federated,
-    gd,
-    of_downlink,
-    reshuffling,
-    sgd,
-)
+from experiments.theory.bounds.descent import Descent, Given
+from experiments.theory.bounds.spectrum import of_downlink
+from experiments.theory.bounds.theorems import cover, federated, gd, reshuffling, sgd
 from experiments.theory.cases import Case
 from experiments.theory.problems import MEASURES, problem
 from experiments.theory.runs import federate, first_downlink, start_of

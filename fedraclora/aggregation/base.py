@@ -7,16 +7,16 @@ an update from its start, and has the seed tree for its own draws.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Limited
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Downlink, Draw, Traits
+from fedraclora.protocol.method import Downlink, Draw
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 
@@ -37,7 +37,7 @@ def starts(setting: AggregationContext, got: Uplinks) -> torch.Tensor:
     return opening_rows(setting.sent, setting.base, got.layout, places)
 
 
-class Aggregator(ABC):
+class Aggregator(Limited, group="aggregator"):
     """Between the checks of what came and the method: a frozen dataclass with one function.
 
     Attributes:
@@ -52,40 +52,17 @@ class Aggregator(ABC):
     estimates: ClassVar[bool] = False
     compares: ClassVar[bool] = False
 
-    def check(self, traits: Traits, cohort: int) -> None:
-        """Refuse a method or a cohort that this cannot serve.
-
-        Args:
-            traits: Of the method.
-            cohort: Clients per round.
+    def check(self, cohort: int) -> None:
+        """Refuse a number of clients per round that this cannot serve.
 
         Raises:
             ConfigError: Saying why.
         """
         del cohort
-        if self.estimates and not traits.linear:
-            raise ConfigError(
-                f"aggregator={self.name} gives one vector for the cohort, but this "
-                "method needs each client's own; choose multi_krum, krum, norm_bound or mean"
-            )
-
-    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        """Give what the method sees.
-
-        Raises:
-            ConfigError: If clients are to be compared who trained different things.
-        """
-        if self.compares and setting.sent.apart:
-            raise ConfigError(
-                f"aggregator={self.name} compares clients, but here they train different things: "
-                "other components (system.rank_budget, method.sketches above 1), or from factors "
-                "of their own; choose norm_bound or mean"
-            )
-        return self.apply(got, setting)
 
     @abstractmethod
-    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        """Do what `__call__` has found to be possible."""
+    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+        """Give what the method sees."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +73,7 @@ class Mean(Aggregator):
     individuals: ClassVar[bool] = False
 
     @override
-    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         del setting
         return got
 
@@ -110,7 +87,7 @@ class Total(Aggregator):
     estimates: ClassVar[bool] = True
 
     @override
-    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         del setting
         if got.stacked is None:
             return got

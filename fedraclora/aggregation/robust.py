@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from typing_extensions import override
@@ -19,9 +18,17 @@ from fedraclora.aggregation.statistics import (
     shortened,
     trimmed_mean,
 )
-from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Traits
+from fedraclora.limits import Count, Limit, Positive
 from fedraclora.protocol.uplinks import Uplinks
+
+# How many attackers a rule withstands: a share of those that answered, or a number of clients.
+Attackers = Annotated[
+    float,
+    Limit(
+        "a share in [0, 0.5) or a number of clients",
+        lambda value: 0 <= value < 0.5 or (value >= 1 and value == int(value)),
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,11 @@ class Estimate(Aggregator):
         """Give the vector, float64 [P], for rows float64 [K, P]."""
 
     @override
-    def check(self, traits: Traits, cohort: int) -> None:
-        super().check(traits, cohort)
+    def check(self, cohort: int) -> None:
         self.estimate(torch.zeros(cohort, 1, dtype=torch.float64))
 
     @override
-    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         del setting
         return replace(got, stacked=None, summed=self.estimate(rows_of(got)) * got.total)
 
@@ -67,11 +73,7 @@ class TrimmedMean(Estimate):
 
     name: ClassVar[str] = "trimmed_mean"
 
-    attackers: float = 0.2
-
-    def __post_init__(self) -> None:
-        """Refuse impossible settings."""
-        check_attackers(self.attackers)
+    attackers: Attackers = 0.2
 
     @override
     def estimate(self, rows: torch.Tensor) -> torch.Tensor:
@@ -84,24 +86,13 @@ class GeometricMedian(Estimate):
 
     name: ClassVar[str] = "geometric_median"
 
-    smoothing: float = 1e-6
-    tolerance: float = 1e-10
-    iterations: int = 200
-
-    def __post_init__(self) -> None:
-        """Refuse impossible settings."""
-        for key in ("smoothing", "tolerance", "iterations"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ConfigError(f"aggregator.{key} is {getattr(self, key)}; above 0 is wanted")
+    smoothing: Positive = 1e-6
+    tolerance: Positive = 1e-10
+    iterations: Count = 200
 
     @override
     def estimate(self, rows: torch.Tensor) -> torch.Tensor:
-        return geometric_median(
-            rows,
-            smoothing=self.smoothing,
-            tolerance=self.tolerance,
-            iterations=self.iterations,
-        )
+        return geometric_median(rows, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -116,14 +107,8 @@ class MultiKrum(Aggregator):
     name: ClassVar[str] = "multi_krum"
     compares: ClassVar[bool] = True
 
-    attackers: float = 0.2
-    kept: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse impossible settings."""
-        check_attackers(self.attackers)
-        if self.kept is not None and self.kept < 1:
-            raise ConfigError(f"aggregator.kept is {self.kept}; 1 or more, or null, is wanted")
+    attackers: Attackers = 0.2
+    kept: Count | None = None
 
     def choose(self, rows: torch.Tensor) -> torch.Tensor:
         """Give the places that are kept, ascending, for rows float64 [K, P]."""
@@ -132,12 +117,11 @@ class MultiKrum(Aggregator):
         return order[: self.kept or len(rows) - f].sort().values
 
     @override
-    def check(self, traits: Traits, cohort: int) -> None:
-        super().check(traits, cohort)
+    def check(self, cohort: int) -> None:
         self.choose(torch.zeros(cohort, 1, dtype=torch.float64))
 
     @override
-    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         del setting
         kept = self.choose(rows_of(got))
         # The weight of 0 leaves a client out and its place to it, which a stacked method may need.
@@ -152,7 +136,7 @@ class Krum(MultiKrum):
 
     name: ClassVar[str] = "krum"
 
-    kept: int | None = 1
+    kept: Count | None = 1
 
 
 @dataclass(frozen=True)
@@ -168,29 +152,11 @@ class NormBound(Aggregator):
 
     name: ClassVar[str] = "norm_bound"
 
-    bound: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse impossible settings."""
-        if not 0 < self.bound < math.inf:
-            raise ConfigError(f"aggregator.bound is {self.bound}; a positive number is wanted")
+    bound: Positive = 1.0
 
     @override
-    def apply(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         return replace(got, stacked=shortened(rows_of(got), starts(setting, got), self.bound))
-
-
-def check_attackers(attackers: float) -> None:
-    """Refuse a number of attackers that no rule withstands.
-
-    Raises:
-        ConfigError: Unless it is a share in [0, 0.5), or a whole number.
-    """
-    if not (0 <= attackers < 0.5 or (attackers >= 1 and attackers == int(attackers))):
-        raise ConfigError(
-            f"aggregator.attackers is {attackers}; a share in [0, 0.5) or a number of clients is "
-            "wanted"
-        )
 
 
 AGGREGATORS: dict[str, type[Aggregator]] = {

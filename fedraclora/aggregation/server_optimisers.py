@@ -8,7 +8,7 @@
       yogi    V <- V - (1 - beta2) Delta^2 sign(V - Delta^2)
 
 V begins at tau^2, and there is no correction for the first rounds, as in the paper. In what space
-they work, weights or factors, is for `strategies.server.fedopt` to say: here are the formulas.
+they work, weights or factors, is for `strategies.steps.fedopt` to say: here are the formulas.
 
 References:
     Reddi et al., *Adaptive federated optimization*, ICLR 2021, arXiv 2003.00295, algorithm 2;
@@ -18,22 +18,22 @@ References:
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.limits import Fraction, Limited, Positive, choice_of
 from fedraclora.tree import Tree
 
 SPACES = ("weights", "factors")
+Space = Annotated[str, choice_of(SPACES)]
 
 
 @dataclass(frozen=True)
-class ServerOptimiser:
+class ServerOptimiser(Limited, group="server_optimiser"):
     """None: the mean of the clients is taken as it is. Base of the others.
 
     Attributes:
@@ -70,13 +70,9 @@ class Momentum(ServerOptimiser):
 
     name: ClassVar[str] = "momentum"
 
-    lr: float = 1.0
-    beta: float = 0.9
-    space: str = "weights"
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be."""
-        _check(self, above=("lr",), share=("beta",))
+    lr: Positive = 1.0
+    beta: Fraction = 0.9
+    space: Space = "weights"
 
     @override
     def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
@@ -101,14 +97,10 @@ class Adaptive(ServerOptimiser, ABC):
 
     adapts: ClassVar[bool] = True
 
-    lr: float = 0.01
-    beta1: float = 0.9
-    tau: float = 0.001
-    space: str = "weights"
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be."""
-        _check(self, above=("lr", "tau"), share=("beta1",))
+    lr: Positive = 0.01
+    beta1: Fraction = 0.9
+    tau: Positive = 0.001
+    space: Space = "weights"
 
     @abstractmethod
     def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
@@ -148,13 +140,7 @@ class Adam(Adaptive):
 
     name: ClassVar[str] = "adam"
 
-    beta2: float = 0.99
-
-    @override
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be."""
-        super().__post_init__()
-        _check(self, above=(), share=("beta2",))
+    beta2: Fraction = 0.99
 
     @override
     def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
@@ -170,17 +156,6 @@ class Yogi(Adam):
     @override
     def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
         return old - (1 - self.beta2) * square * torch.sign(old - square)
-
-
-def _check(rule: ServerOptimiser, above: tuple[str, ...], share: tuple[str, ...]) -> None:
-    for key in above:
-        if not 0 < (value := getattr(rule, key)) < math.inf:
-            raise ConfigError(f"server_optimiser.{key} is {value}; a positive number is wanted")
-    for key in share:
-        if not 0 <= (value := getattr(rule, key)) < 1:
-            raise ConfigError(f"server_optimiser.{key} is {value}; it must lie in [0, 1)")
-    if rule.space not in SPACES:
-        raise unknown("server_optimiser.space", rule.space, SPACES)
 
 
 SERVER_OPTIMISERS: dict[str, type[ServerOptimiser]] = {

@@ -16,11 +16,12 @@ from typing_extensions import override
 
 from fedraclora.data.samples import ClientData, Samples
 from fedraclora.errors import ConfigError, DataError
+from fedraclora.limits import Limited, Share
 from fedraclora.rng import cohort_bits, generator, hash_key
 
 
 @dataclass(frozen=True)
-class Attack:
+class Attack(Limited, group="attack"):
     """No attack, and the base of the others.
 
     Attributes:
@@ -32,12 +33,7 @@ class Attack:
     name: ClassVar[str] = "none"
     colludes: ClassVar[bool] = False
 
-    share: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse impossible settings."""
-        if not 0 <= self.share <= 1:
-            raise ConfigError(f"attack.share is {self.share}; a share in [0, 1] is wanted")
+    share: Share = 0.0
 
     def attackers(self, seed: int, population: int) -> torch.Tensor:
         """Draw who attacks: ids in ascending order, int64."""

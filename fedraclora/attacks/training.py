@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from typing_extensions import override
 
 from fedraclora.attacks.attack import Attack
-from fedraclora.data.task import Task
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.protocol.method import Downlink
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.local_result import LocalResult
-from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
 
 
@@ -26,20 +25,10 @@ class AttackedTrainer(CohortTrainer):
     The others are those of `CohortTrainer`.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        plan: Plan,
-        local: LocalConfig,
-        *,
-        seed: int,
-        device: torch.device,
-        precision: str,
-        attack: Attack,
-    ) -> None:
-        super().__init__(task, plan, local, seed=seed, device=device, precision=precision)
+    def __init__(self, *given: Any, attack: Attack, **named: Any) -> None:
+        super().__init__(*given, **named)
         self.attack = attack
-        self.attackers = attack.attackers(seed, self.data.num_clients)
+        self.attackers = attack.attackers(self.seed, self.data.num_clients)
 
     @override
     def train(

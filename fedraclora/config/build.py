@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from fedraclora.attacks.attack import LabelFlip
 from fedraclora.attacks.training import AttackedTrainer
-from fedraclora.config.run_config import TaskConfig
+from fedraclora.config.run_config import BESIDE, TaskConfig
 from fedraclora.config.schema import Plain, bind, coerce, section, without
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.leak import refuse_shared
@@ -34,7 +34,6 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.pretrain import pretrain
 
-COMMON_DATA_KEYS = ("labels", "validation")
 PRETRAINED_KEPT = 8  # models in one process
 
 _PRETRAINED: dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]] = {}
@@ -87,13 +86,15 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
     task, attack = built.task, config.attack
     if isinstance(attack, LabelFlip):
         task = replace(task, train=attack.poisoned(task.train, built.classes, config.seed))
-    bind = partial(
-        CohortTrainer if not attack.share else partial(AttackedTrainer, attack=attack),
+    kind = partial(AttackedTrainer, attack=attack) if attack.share else CohortTrainer
+    return kind(
+        task,
+        plan,
+        config.local,
         seed=config.seed,
         device=built.device,
         precision=config.precision,
     )
-    return bind(task, plan, config.local)
 
 
 def terms_of(config: TaskConfig, built: BuiltTask) -> Terms | None:
@@ -160,26 +161,14 @@ def build_task(config: TaskConfig) -> BuiltTask:
         FedRacLoraError: Whatever is wrong with data, partition, model or cohort.
     """
     device = pick_device(config.device)
+    own = without(config.data, *BESIDE["data"])
+    whole = bind("data", DATASETS, own, clients=config.clients, seed=config.seed)()
     labels = coerce("data.labels", config.data.get("labels"), list[int] | None)
-    share = coerce("data.validation", config.data.get("validation", 0.0), float)
-    loader = bind(
-        "data",
-        DATASETS,
-        without(config.data, *COMMON_DATA_KEYS),
-        clients=config.clients,
-        seed=config.seed,
-    )
-    whole = loader()
     data = select_labels(whole, labels) if isinstance(labels, list) else whole
-    data, validation = hold_out(data, float(str(share)), config.seed)
-    arguments = without(config.partition, "name")
-    parts, info = make_partition(
-        data,
-        name=str(config.partition.get("name")),
-        clients=config.clients,
-        seed=config.seed,
-        **arguments,  # type: ignore[arg-type]
-    )
+    share: Any = coerce("data.validation", config.data.get("validation", 0.0), float)
+    data, validation = hold_out(data, share, config.seed)
+    division: dict[str, Any] = dict(config.partition)
+    parts, info = make_partition(data, **division, clients=config.clients, seed=config.seed)
     built = bind(
         "model",
         MODELS,
@@ -191,14 +180,12 @@ def build_task(config: TaskConfig) -> BuiltTask:
     brought = [data.train, *(parts.found if isinstance(parts, Brought) else ())]
     if not data.measures_training:
         refuse_shared(brought, data.test)
-    for table in (*brought, data.test):
-        if len(table):
-            check_fit(built.model, table.inputs)
-    if config.model.get("name") in {"function", "object"}:
-        tables = [table for table in (*brought, data.test) if len(table)]
-        seen: Mapping[str, torch.Tensor] = tables[0].inputs if tables else {}
-        refuse_functions(built.model, seen)
-        refuse_interaction(built.model, seen)
+    tables = [table.inputs for table in (*brought, data.test) if len(table)]
+    for inputs in tables:
+        check_fit(built.model, inputs)
+    if config.model.get("name") in {"function", "object"} and tables:
+        refuse_functions(built.model, tables[0])
+        refuse_interaction(built.model, tables[0])
     dtype = _float_dtype(data.train)
     model = built.model.to(dtype)
     facts: dict[str, object] = {**data.info, "partition": info}

@@ -11,6 +11,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedraclora.aggregation.base import Aggregator
 from fedraclora.aggregation.robust import AGGREGATORS
@@ -21,10 +22,7 @@ from fedraclora.config.schema import (
     Plain,
     bind,
     build,
-    checked_arguments,
     coerce,
-    refuse_missing,
-    row_of,
     section,
     without,
 )
@@ -37,11 +35,11 @@ from fedraclora.config.settings import (
     PretrainConfig,
     StopConfig,
 )
-from fedraclora.config.unread import Groups, refuse_unread
+from fedraclora.config.unread import refuse_unread
 from fedraclora.data import DATASETS, PARTITIONS
 from fedraclora.devices.system import SystemConfig
-from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest, unknown
-from fedraclora.evaluation.metrics import METRICS
+from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, nearest
+from fedraclora.limits import Count, Limit, Limited, Whole, choice_of
 from fedraclora.models import MODELS
 from fedraclora.objects import NAME, lent
 from fedraclora.privacy.client_level import PRIVACIES, Privacy
@@ -53,6 +51,13 @@ from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import PRECISIONS
 
 DEVICES = ("auto", "cpu", "cuda")
+Cohort = Annotated[
+    int | float,
+    Limit(
+        "a number of clients, or a fraction in (0, 1],",
+        lambda value: value > 0 and (isinstance(value, int) or value <= 1),
+    ),
+]
 NOT_IN_DIGEST = ("output", "resume")
 # Of an engine, what decides bits: neither where its workers are nor how many.
 ENGINE_IN_DIGEST = ("chunk", "threads")
@@ -70,7 +75,7 @@ def digested(plain: Plain) -> dict[str, object]:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Limited):
     """What every process that trains clients must know: data, model and local training.
 
     Attributes:
@@ -98,19 +103,19 @@ class TaskConfig:
     engine: EngineConfig
     pretrain: PretrainConfig
     attack: Attack
-    clients: int | None
-    cohort: int | float
+    clients: Count | None
+    cohort: Cohort
     seed: int
-    device: str
-    precision: str
-    head: str
-    bias: str
+    device: Annotated[str, choice_of(DEVICES)]
+    precision: Annotated[str, choice_of(PRECISIONS)]
+    head: Annotated[str, choice_of(HEAD_POLICIES)]
+    bias: Annotated[str, choice_of(BIAS_POLICIES)]
     targets: str | list[str] | None
     dense: str | list[str] | None
-    weights: str
+    weights: Annotated[str, choice_of(WEIGHTINGS)]
     privacy: Privacy
     secure: Open
-    max_failures: int
+    max_failures: Whole
     system: SystemConfig
 
 
@@ -135,7 +140,7 @@ class RunConfig(TaskConfig):
     dora: bool
     evaluate: EvaluateConfig
     output: OutputConfig
-    rounds: int
+    rounds: Whole
     aggregator: Aggregator
     server_optimiser: ServerOptimiser
     control_variates: bool
@@ -145,6 +150,11 @@ class RunConfig(TaskConfig):
     def digested(self) -> dict[str, object]:
         """The part of the config that decides the result."""
         return digested(self.plain)
+
+    @property
+    def trained_in_full(self) -> bool:
+        """Whether ``head``, ``bias`` or ``dense`` have layers trained in full."""
+        return self.head in {"average", "local"} or self.bias == "average" or bool(self.dense)
 
 
 # Groups of one kind each; a name says which of the files it is.
@@ -217,7 +227,7 @@ def from_plain(
     config = RunConfig(method=method, **_fields(RunConfig, plain))  # type: ignore[arg-type]
     _check(config)
     if not began:
-        refuse_unread(_groups(config))
+        refuse_unread(config)
     return config
 
 
@@ -252,22 +262,6 @@ def _keys(group: object) -> list[str]:
     return [str(key) for key in group] if isinstance(group, Mapping) else []
 
 
-def _groups(config: RunConfig) -> Groups:
-    """Give the groups that say which keys are read."""
-    in_full = config.head in {"average", "local"} or config.bias == "average"
-    return Groups(
-        method=config.method,
-        allocation=config.allocation,
-        local=config.local,
-        pretrain=config.pretrain,
-        attack=config.attack,
-        evaluate=config.evaluate,
-        stop=config.stop,
-        trained_in_full=in_full or bool(config.dense),
-        local_head=config.head == "local",
-    )
-
-
 def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     """Read the fields of a config class, the method left out, from the keys of their names.
 
@@ -284,9 +278,8 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
             continue
         try:
             if key in KINDS:
-                group = section(plain, key)
-                group = without(group, "name") if key in NAMED else group
-                found[key] = build(key, KINDS[key], group)
+                beside = ("name",) if key in NAMED else ()
+                found[key] = build(key, KINDS[key], without(section(plain, key), *beside))
             elif key in ROWS:
                 found[key] = bind(key, ROWS[key], section(plain, key))()
             elif key in TABLES:
@@ -303,10 +296,8 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
 
 def _checked_row(kind: str, group: Plain) -> Plain:
     """Hold a group against its row, which is called once it is known what else it is given."""
-    row = row_of(kind, TABLES[kind], group.get("name"))
-    rest = without(group, "name", *BESIDE.get(kind, ()))
-    checked_arguments(kind, row, rest)
-    refuse_missing(kind, row, {*rest, *GIVEN[kind]})
+    own = without(group, *BESIDE.get(kind, ()))
+    bind(kind, TABLES[kind], own, **dict.fromkeys(GIVEN[kind]))
     return group
 
 
@@ -333,14 +324,6 @@ def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
 
 def _check(config: RunConfig) -> None:
     """Check what no single group can know."""
-    if config.rounds < 0:
-        raise ConfigError(f"rounds is {config.rounds}; 0 or more is wanted")
-    if config.clients is not None and config.clients < 1:
-        raise ConfigError(f"clients is {config.clients}; 1 or more is wanted")
-    if not config.cohort > 0 or (isinstance(config.cohort, float) and config.cohort > 1):
-        raise ConfigError(
-            f"cohort is {config.cohort}; a number of clients, or a fraction in (0, 1], is wanted"
-        )
     if config.clients is not None and config.cohort > config.clients:
         raise ConfigError(
             f"cohort is {config.cohort}, but there are only {config.clients} clients; "
@@ -348,23 +331,6 @@ def _check(config: RunConfig) -> None:
         )
     if isinstance(config.engine, DeployConfig):
         _check_deployed(config, config.engine)
-    if config.max_failures < 0:
-        raise ConfigError(f"max_failures is {config.max_failures}; 0 or more is wanted")
-    choices: dict[str, Iterable[str]] = {
-        "device": DEVICES,
-        "precision": PRECISIONS,
-        "weights": WEIGHTINGS,
-        "head": HEAD_POLICIES,
-        "bias": BIAS_POLICIES,
-    }
-    for key, known in choices.items():
-        if getattr(config, key) not in known:
-            raise unknown(key, getattr(config, key), known)
-    measured = [*METRICS, "gap", *(f"personal_{name}" for name in METRICS)]
-    if config.stop.metric not in measured:
-        raise unknown("stop.metric", config.stop.metric, measured)
-    if config.output.checkpoint_every < 1:
-        raise ConfigError("output.checkpoint_every must be 1 or more")
 
 
 def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:

@@ -55,8 +55,13 @@ def bind(
     Raises:
         ConfigError: For an unknown name or key, or a value of the wrong type.
     """
-    target = row_of(kind, table, group.get("name"))
-    arguments = checked_arguments(kind, target, without(group, "name"))
+    row = row_of(kind, table, group.get("name"))
+    return _bound(kind, row, without(group, "name"), **given)
+
+
+def _bound(kind: str, target: Callable[..., T], group: Plain, **given: object) -> Callable[[], T]:
+    """Bind the keys of a group as arguments; see `bind`."""
+    arguments = checked_arguments(kind, target, group)
     wanted = inspect.signature(target).parameters
     given = {k: v for k, v in given.items() if k in wanted and k not in arguments}
     refuse_missing(kind, target, {*arguments, *given})
@@ -80,7 +85,7 @@ def build(kind: str, target: Callable[..., T], group: Plain) -> T:
     Raises:
         ConfigError: For an unknown or missing key, or a value of the wrong type.
     """
-    return target(**_all_arguments(kind, target, group))
+    return _bound(kind, target, group)()
 
 
 def checked_arguments(kind: str, target: Callable[..., object], group: Plain) -> dict[str, object]:
@@ -93,13 +98,6 @@ def checked_arguments(kind: str, target: Callable[..., object], group: Plain) ->
             error = unknown("key", f"{kind}.{key}", [f"{kind}.{p}" for p in parameters])
             raise UnreadKeysError(str(error), [f"{kind}.{key}"])
         arguments[key] = coerce(f"{kind}.{key}", value, hints.get(key, object))
-    return arguments
-
-
-def _all_arguments(kind: str, target: Callable[..., object], group: Plain) -> dict[str, object]:
-    """Give `checked_arguments`, and refuse a group that leaves out what has no default."""
-    arguments = checked_arguments(kind, target, group)
-    refuse_missing(kind, target, arguments)
     return arguments
 
 
@@ -146,7 +144,11 @@ def coerce(key: str, value: object, hint: object) -> object:
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     for option in options:
         if (table := _table(option)) and isinstance(value, Mapping):
-            return _row(key, table, value)
+            row = bind(key, table, value)
+            try:
+                return row()
+            except ConfigError as error:
+                raise ConfigError(f"{key}.{error}") from error
         origin = typing.get_origin(option) or option
         if option is object or (value is None and option is type(None)):
             return value
@@ -189,16 +191,6 @@ def _is_float32(value: float) -> bool:
 def _short(value: int) -> str:
     """A whole number of any length, for a message: Python writes no more than 4300 digits."""
     return str(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
-
-
-def _row(key: str, table: Mapping[str, Callable[..., object]], group: Plain) -> object:
-    """Make what a nested group names."""
-    row = row_of(key, table, group.get("name"))
-    arguments = _all_arguments(key, row, without(group, "name"))
-    try:
-        return row(**arguments)
-    except ConfigError as error:
-        raise ConfigError(f"{key}.{error}") from error
 
 
 def _table(hint: object) -> Mapping[str, Callable[..., object]]:

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError
+from fedraclora.evaluation.metrics import METRICS
+from fedraclora.limits import (
+    Count,
+    Limit,
+    Limited,
+    NotNegative,
+    Positive,
+    Seconds,
+    Whole,
+    choice_of,
+)
 
+MEASURED = (*METRICS, "gap", *(f"personal_{name}" for name in METRICS))
 MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends without a word
+Threads = Annotated[int, Limit(f"1 to {MOST_THREADS}", lambda count: 1 <= count <= MOST_THREADS)]
+Chunk = Annotated[
+    int | str,
+    Limit(
+        "auto, or a number of clients,",
+        lambda value: value == "auto" or (isinstance(value, int) and value >= 1),
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -27,22 +46,13 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Limited, group="engine"):
     """What every engine has. ``chunk``: clients per batch or ``auto``; ``threads``: of torch."""
 
     name: ClassVar[str] = "vectorised"
 
-    chunk: int | str = "auto"
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot run."""
-        if isinstance(self.chunk, str) and self.chunk != "auto":
-            raise ConfigError(f"engine.chunk is {self.chunk!r}; a number of clients or auto")
-        if isinstance(self.chunk, int) and self.chunk < 1:
-            raise ConfigError(f"engine.chunk is {self.chunk}; 1 or more is wanted")
-        if not 1 <= self.threads <= MOST_THREADS:
-            raise ConfigError(f"engine.threads is {self.threads}; 1 to {MOST_THREADS} are wanted")
+    chunk: Chunk = "auto"
+    threads: Threads = 1
 
     def waiting(self, cohort: int) -> Waiting:
         """Say how the loop waits for clients.
@@ -67,7 +77,7 @@ class InlineConfig(EngineConfig):
 
     name: ClassVar[str] = "inline"
 
-    chunk: int | str = 1
+    chunk: Chunk = 1
 
     @override
     def __post_init__(self) -> None:
@@ -77,18 +87,6 @@ class InlineConfig(EngineConfig):
                 f"engine.chunk is {self.chunk!r}, but engine={self.name} trains one client at a "
                 "time: leave it out, or choose engine=vectorised"
             )
-
-
-def check_workers(config: RayConfig | FlowerConfig) -> None:
-    """Refuse impossible numbers of processes, shares of GPUs, retries and seconds."""
-    if config.workers is not None and config.workers < 1:
-        raise ConfigError(f"engine.workers is {config.workers}; 1 or more, or null, is wanted")
-    if config.gpus is not None and not 0 <= config.gpus < math.inf:
-        raise ConfigError(f"engine.gpus is {config.gpus}; 0 or more, or null, is wanted")
-    if config.retries < 0:
-        raise ConfigError(f"engine.retries is {config.retries}; 0 or more is wanted")
-    if not 0 < config.timeout < math.inf:
-        raise ConfigError(f"engine.timeout is {config.timeout}; seconds above 0 are wanted")
 
 
 @dataclass(frozen=True)
@@ -105,11 +103,11 @@ class RayConfig(EngineConfig):
 
     name: ClassVar[str] = "ray"
 
-    workers: int | None = None
-    gpus: float | None = None
+    workers: Count | None = None
+    gpus: NotNegative | None = None
     address: str | None = None
-    retries: int = 3
-    timeout: float = 3600.0
+    retries: Whole = 3
+    timeout: Seconds = 3600.0
 
     @property
     def share(self) -> float:
@@ -117,11 +115,6 @@ class RayConfig(EngineConfig):
         if self.gpus == 0:
             return 1 / (self.workers or os.cpu_count() or 1)
         return 1.0 if self.gpus is None else min(1.0, self.gpus)
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_workers(self)
 
 
 @dataclass(frozen=True)
@@ -138,15 +131,10 @@ class FlowerConfig(InlineConfig):
 
     name: ClassVar[str] = "flower"
 
-    workers: int | None = None
-    gpus: float | None = None
-    retries: int = 3
-    timeout: float = 3600.0
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_workers(self)
+    workers: Count | None = None
+    gpus: NotNegative | None = None
+    retries: Whole = 3
+    timeout: Seconds = 3600.0
 
     @override
     def waiting(self, cohort: int) -> Waiting:
@@ -169,28 +157,12 @@ class DeployConfig(InlineConfig):
 
     name: ClassVar[str] = "deploy"
 
-    min_clients: int | None = None
-    wait: float = 300.0
-    timeout: float = 3600.0
-    retries: int = 2
-    max_samples: int = 10_000_000
+    min_clients: Count | None = None
+    wait: Seconds = 300.0
+    timeout: Seconds = 3600.0
+    retries: Whole = 2
+    max_samples: Count = 10_000_000
     folder: str | None = None
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("wait", "timeout"):
-            if not 0 < (seconds := getattr(self, key)) < math.inf:
-                raise ConfigError(f"engine.{key} is {seconds}; seconds above 0 are wanted")
-        if self.min_clients is not None and self.min_clients < 1:
-            raise ConfigError(
-                f"engine.min_clients is {self.min_clients}; 1 or more, or null, is wanted"
-            )
-        if self.retries < 0 or self.max_samples < 1:
-            raise ConfigError(
-                f"engine.retries is {self.retries} and engine.max_samples is {self.max_samples}; "
-                "0 or more and 1 or more are wanted"
-            )
 
     @override
     def waiting(self, cohort: int) -> Waiting:
@@ -211,7 +183,7 @@ ENGINES: dict[str, type[EngineConfig]] = {
 
 
 @dataclass(frozen=True)
-class OutputConfig:
+class OutputConfig(Limited, group="output"):
     """What a run leaves behind, and how carefully it is written.
 
     Attributes:
@@ -225,7 +197,7 @@ class OutputConfig:
     """
 
     dir: str | None = None
-    checkpoint_every: int = 10
+    checkpoint_every: Count = 10
     chain: bool = True
     sync: bool = True
     progress: bool = True
@@ -234,56 +206,34 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Limited, group="evaluate"):
     """When and on what the server measures.
 
     ``split``: test or validation. ``clients``: with a local head, how many clients' own models.
     """
 
-    every: int = 1
-    batch_size: int = 1024
-    split: str = "test"
-    clients: int = 20
-
-    def __post_init__(self) -> None:
-        """Refuse impossible settings."""
-        if min(self.every, self.batch_size, self.clients) < 1:
-            raise ConfigError("evaluate.every, batch_size and clients must be 1 or more")
-        if self.split not in {"test", "validation"}:
-            raise unknown("evaluate.split", self.split, ("test", "validation"))
+    every: Count = 1
+    batch_size: Count = 1024
+    split: Annotated[str, choice_of(("test", "validation"))] = "test"
+    clients: Count = 20
 
 
 @dataclass(frozen=True)
-class StopConfig:
+class StopConfig(Limited, group="stop"):
     """When a run ends before its last round (`strategies.server.stopping`).
 
     ``metric``: of the validation split. ``patience``: evaluations without improvement; None: never.
     """
 
-    metric: str = "loss"
-    patience: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse impossible settings."""
-        if self.patience is not None and self.patience < 1:
-            raise ConfigError(f"stop.patience is {self.patience}; 1 or more, or null, is wanted")
+    metric: Annotated[str, choice_of(MEASURED)] = "loss"
+    patience: Count | None = None
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Limited, group="pretrain"):
     """Central training of the initial weights on some labels, with AdamW; epochs 0 = none."""
 
     labels: list[int] | None = None
-    epochs: int = 0
-    lr: float = 1e-3
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot train."""
-        if self.epochs < 0 or self.batch_size < 1:
-            raise ConfigError(
-                f"pretrain.epochs is {self.epochs} and pretrain.batch_size is {self.batch_size}; "
-                "0 or more and 1 or more are wanted"
-            )
-        if not 0 < self.lr < math.inf:
-            raise ConfigError(f"pretrain.lr is {self.lr}; a positive finite number is wanted")
+    epochs: Whole = 0
+    lr: Positive = 1e-3
+    batch_size: Count = 64

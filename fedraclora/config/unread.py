@@ -8,34 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from fedraclora.allocation.rules import Uniform
 from fedraclora.attacks.attack import Attack
-from fedraclora.config.settings import EvaluateConfig, PretrainConfig, StopConfig
 from fedraclora.errors import UnreadKeysError
 from fedraclora.protocol.method import Method
-from fedraclora.training.extras.settings import LocalSettings
 
-
-@dataclass(frozen=True)
-class Groups:
-    """The groups of a config that say which keys of others are read.
-
-    Attributes:
-        method, allocation, local, pretrain, attack, evaluate, stop: The groups.
-        trained_in_full: Whether ``head``, ``bias`` or ``dense`` have layers trained in full.
-        local_head: Whether ``head`` is ``local``.
-    """
-
-    method: Method
-    allocation: Uniform
-    local: LocalSettings
-    pretrain: PretrainConfig
-    attack: Attack
-    evaluate: EvaluateConfig
-    stop: StopConfig
-    trained_in_full: bool
-    local_head: bool
+if TYPE_CHECKING:
+    from fedraclora.config.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -51,62 +32,62 @@ class Rule:
 
     group: str
     keys: Collection[str]
-    read: Callable[[Groups], bool]
+    read: Callable[[RunConfig], bool]
     reader: str
 
 
 RULES = (
-    Rule("local", ["epochs"], lambda g: g.local.steps is None, "local.steps=null"),
-    Rule("local", ["damping"], lambda g: g.local.adjust != "none", "local.adjust"),
+    Rule("local", ["epochs"], lambda c: c.local.steps is None, "local.steps=null"),
+    Rule("local", ["damping"], lambda c: c.local.adjust != "none", "local.adjust"),
     Rule(
         "local",
         ["final"],
-        lambda g: g.local.schedule in {"cosine", "linear"},
+        lambda c: c.local.schedule in {"cosine", "linear"},
         "local.schedule=cosine and linear",
     ),
     Rule(
         "local",
         ["step_every", "step_factor"],
-        lambda g: g.local.schedule == "step",
+        lambda c: c.local.schedule == "step",
         "local.schedule=step",
     ),
     Rule(
         "local",
         ["moments_kept"],
-        lambda g: links_end(g.method, g.allocation),
+        lambda c: links_end(c.method, c.allocation),
         "methods whose links end (with method.resample_every), and no link of this one ever does",
     ),
     Rule(
         "local",
         ["dense_lr"],
-        lambda g: g.trained_in_full,
+        lambda c: c.trained_in_full,
         "layers trained in full (head=average, head=local, bias=average, dense)",
     ),
     Rule(
         "method",
         ["density"],
-        lambda g: getattr(g.method, "sketch", "sparse_sign") == "sparse_sign",
+        lambda c: getattr(c.method, "sketch", "sparse_sign") == "sparse_sign",
         "method.sketch=sparse_sign",
     ),
     Rule(
         "pretrain",
         ["labels", "lr", "batch_size"],
-        lambda g: g.pretrain.epochs > 0,
+        lambda c: c.pretrain.epochs > 0,
         "pretrain.epochs above 0 (pretrain=none leaves all of it out)",
     ),
     Rule(
         "attack",
         ["share"],
-        lambda g: type(g.attack) is not Attack,
+        lambda c: type(c.attack) is not Attack,
         "attacks, and attack=none has none",
     ),
     Rule(
         "evaluate",
         ["clients"],
-        lambda g: g.local_head or g.method.traits.client_state,
+        lambda c: c.head == "local" or c.method.client_state,
         "head=local and methods that leave a part at each client",
     ),
-    Rule("stop", ["metric"], lambda g: g.stop.patience is not None, "stop.patience"),
+    Rule("stop", ["metric"], lambda c: c.stop.patience is not None, "stop.patience"),
 )
 
 
@@ -117,7 +98,7 @@ def links_end(method: Method, allocation: Uniform) -> bool:
     return getattr(method, "link_rounds", None) is not None
 
 
-def refuse_unread(groups: Groups) -> None:
+def refuse_unread(config: RunConfig) -> None:
     """Refuse settings that nothing reads.
 
     Raises:
@@ -125,9 +106,9 @@ def refuse_unread(groups: Groups) -> None:
     """
     found = {}
     for rule in RULES:
-        settings = getattr(groups, rule.group)
+        settings = getattr(config, rule.group)
         defaults = {field.name: field.default for field in fields(settings)}
-        for key in rule.keys if not rule.read(groups) else ():
+        for key in rule.keys if not rule.read(config) else ():
             if key in defaults and (value := getattr(settings, key)) != defaults[key]:
                 default = "null" if defaults[key] is None else defaults[key]
                 found[f"{rule.group}.{key}"] = (

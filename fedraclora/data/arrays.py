@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedraclora.data.checks import check_choice, check_fraction
-from fedraclora.data.dataset import DataSet, split_rows, take
+from fedraclora.data.dataset import SHARE, DataSet, refuse_both, train_test
 from fedraclora.data.fit import Form, found_shape, gathered
-from fedraclora.data.idx import parse_idx
-from fedraclora.data.labels import LOSSES, METRICS, class_names, target_of
+from fedraclora.data.idx import parse_idx, read_packed
+from fedraclora.data.labels import LOSSES, Kind, class_names, supervised, target_of
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.sources import read_arrays
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.rng import generator
+from fedraclora.limits import Fraction, limited
 
 Array = npt.NDArray[Any]
 
-SHARE = 0.2  # of the samples, held out where there are no test samples
 SPELLINGS = {
     "x": ("x", "X", "images", "x_train", "train_images"),
     "target": ("target", "y", "Y", "labels", "y_train", "train_labels"),
@@ -41,14 +37,15 @@ IDX = {
 }
 
 
+@limited("data")
 def load_arrays(
     *,
     file: str | None,
     root: str | None = None,
     test: str | None = None,
-    test_share: float | None = None,
+    test_share: Fraction | None = None,
     split_seed: int = 0,
-    task: str = "classification",
+    task: Kind = "classification",
     metrics: Sequence[str] | None = None,
 ) -> DataSet:
     """Load arrays of inputs and targets.
@@ -73,22 +70,16 @@ def load_arrays(
         ConfigError: If a key is wrong, naming it.
         DataError: If a file is missing, or not what it should be.
     """
-    check_choice("data.task", task, tuple(METRICS))
     path = resolve(str(file or ""), key="data.file", root=root)
     arrays = read_folder(path) if path.is_dir() else read_file(path)
     source = f"data.file={file}"
+    refuse_both(test, test_share)
+    if "test_x" in arrays and (test or test_share):
+        key, value = ("test", test) if test else ("test_share", test_share)
+        raise ConfigError(f"data.{key}={value}, but {source} has test samples itself: leave it out")
     if test is not None:
-        if "test_x" in arrays or test_share is not None:
-            also = source if "test_x" in arrays else f"data.test_share={test_share}"
-            raise ConfigError(
-                f"data.test={test} names test samples, and {also} gives others: leave one out"
-            )
         other = read_file(resolve(test, key="data.test", root=root))
         arrays |= {"test_x": other["x"], "test_target": other["target"]}
-    elif "test_x" in arrays and test_share is not None:
-        raise ConfigError(
-            f"data.test_share={test_share}, but {source} has test samples itself: leave it out"
-        )
     names = _classes(arrays["target"], task, source)
     form = Form(None, LOSSES[task])
     train = form.fit(_samples(arrays["x"], arrays["target"], names, task, source), source)
@@ -100,21 +91,12 @@ def load_arrays(
             _samples(arrays["test_x"], arrays["test_target"], names, task, where), where
         )
     else:
-        rows, others = _split(train, SHARE if test_share is None else test_share, split_seed, task)
-        train, held = take(train, rows), take(train, others)
+        share = SHARE if test_share is None else test_share
+        labels = train.target.numpy() if task == "classification" else None
+        train, held, rows = train_test(train, "data.test_share", share, split_seed, labels)
         owners = owners if owners is None else owners[rows]
-    columns = {"label": train.target.numpy()} if names else {}
-    columns |= {} if owners is None else {"client": owners}
-    return DataSet(
-        train=train,
-        test=held,
-        classes=len(names) or max(1, train.target[0].numel()),
-        loss=LOSSES[task],
-        metrics=tuple(metrics or (METRICS[task] if train.target.dim() == 1 else ("loss",))),
-        columns=columns,
-        sample_shape=found_shape(train),
-        info={"source": str(file)} | ({"classes": names} if names else {}),
-    )
+    info: dict[str, object] = {"source": str(file)}
+    return supervised(train, held, names, task, metrics=metrics, owners=owners, info=info)
 
 
 def read_file(path: Path) -> dict[str, Array]:
@@ -153,17 +135,9 @@ def read_folder(folder: Path) -> dict[str, Array]:
         if len(there) > 1:
             raise DataError(f"{folder}: {sorted(there)} could each be {name}; keep one of them")
         for file in there.values():
-            found[name] = _read_idx(folder / file)
+            found[name] = parse_idx(read_packed(folder / file), str(folder / file))
     _require_pairs(found, folder, names)
     return found
-
-
-def _read_idx(path: Path) -> Array:
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    return parse_idx(data, str(path))
 
 
 def _require_pairs(found: dict[str, Array], path: Path, names: list[str]) -> None:
@@ -216,19 +190,3 @@ def _owners(arrays: dict[str, Array], samples: int, source: str) -> Array | None
             "samples is wanted"
         )
     return owners
-
-
-def _split(
-    samples: Samples, share: float, split_seed: int, task: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Hold samples out, the same fraction of every class."""
-    check_fraction("data.test_share", share)
-    labels = samples.target.numpy() if task == "classification" else None
-    rng = generator(split_seed, "split", "test")
-    kept, held = split_rows(len(samples), share, rng, labels)
-    if not len(kept) or not len(held):
-        raise ConfigError(
-            f"data.test_share={share} of {len(samples)} samples leaves {len(kept)} to train on and "
-            f"{len(held)} to test on: choose another fraction"
-        )
-    return kept, held

@@ -6,27 +6,28 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from typing_extensions import override
 
-from fedraclora.data.dataset import DataSet
+from fedraclora.data.dataset import Clients, DataSet
 from fedraclora.data.partitioners import class_labels
-from fedraclora.data.samples import Samples
-from fedraclora.data.virtual_clients import ClientLaw, check_law, make_law, pick
+from fedraclora.data.samples import TableRows
+from fedraclora.data.virtual_clients import ClientLaw, Sizes, make_law, pick
+from fedraclora.limits import Count, NotNegative, Positive, limited
 from fedraclora.rng import generator, hash_key
 
 
 @dataclass(frozen=True)
-class Resampled:
+class Resampled(TableRows):
     """Clients whose samples are rows of one table, drawn with replacement.
 
     Attributes:
-        law: Of sizes and classes.
         samples: The table.
+        law: Of sizes and classes.
         rows: Its row numbers, class by class, int64 [N].
         offsets: Where each class starts in ``rows``, int64 [classes + 1].
     """
 
     law: ClientLaw
-    samples: Samples
     rows: torch.Tensor
     offsets: torch.Tensor
 
@@ -39,42 +40,33 @@ class Resampled:
         """Number of samples of each client: int64 [K]."""
         return self.law.sizes(clients)
 
-    def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
-        """Draw samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
-        return self.samples.take(self._table_rows(clients, positions).reshape(-1))
-
-    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Tokens without padding: ids [K], positions [K, ...] -> int64 like ``positions``."""
-        lengths = self.samples.lengths
-        if lengths is None:
-            return None
-        return lengths[self._table_rows(clients, positions.flatten(1))].reshape(positions.shape)
-
-    def _table_rows(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rows of the table, int64 [K, b]."""
-        classes, words, _ = self.law.draw(clients, positions)
+    @override
+    def rows_at(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        classes, words, _ = self.law.draw(clients, positions.flatten(1))
         first = self.offsets[classes]
-        return self.rows[first + pick(words[..., 0], self.offsets[classes + 1] - first)]
+        places = first + pick(words[..., 0], self.offsets[classes + 1] - first)
+        return self.rows[places].reshape(positions.shape)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Resampled:
         """Move tables to a device; floating samples take ``dtype`` when given."""
         return Resampled(
-            self.law.to(device),
             self.samples.to(device, dtype),
+            self.law.to(device),
             self.rows.to(device),
             self.offsets.to(device),
         )
 
 
+@limited("partition")
 def bootstrap(
     data: DataSet,
     *,
-    clients: int,
+    clients: Clients,
     seed: int,
-    samples: int,
-    alpha: float | None = None,
-    sizes: str = "constant",
-    spread: float = 0.0,
+    samples: Count,
+    alpha: Positive | None = None,
+    sizes: Sizes = "constant",
+    spread: NotNegative = 0.0,
 ) -> Resampled:
     """Draw each client's rows with replacement, so that there can be any number of clients.
 
@@ -93,9 +85,6 @@ def bootstrap(
     Raises:
         ConfigError: If a number is out of range, or ``alpha`` is set and there are no classes.
     """
-    check_law(
-        "partition", clients=clients, alpha=alpha, samples=samples, sizes=sizes, spread=spread
-    )
     labels = np.zeros(len(data.train), dtype=np.int64)
     if alpha is not None:
         labels = np.asarray(class_labels(data))
@@ -112,4 +101,4 @@ def bootstrap(
     )
     rows = torch.from_numpy(np.argsort(labels, kind="stable"))
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
-    return Resampled(law, data.train, rows, offsets)
+    return Resampled(data.train, law, rows, offsets)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.checks import check_fraction
 from fedraclora.data.samples import ClientData, Samples
 from fedraclora.errors import ConfigError
+from fedraclora.limits import Fraction, Limit, choice_of, limited
 from fedraclora.rng import generator
 
 Rows = npt.NDArray[np.int64]
 Column = npt.NDArray[Any]
+SHARE = 0.2  # of the samples, held out where there are no test samples
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+Dtype = Annotated[str, choice_of(DTYPES)]
+Clients = Annotated[int, Limit("1 or more", lambda value: value >= 1, key="clients")]
 Division = list[Rows] | ClientData  # rows of each client, or clients made on demand
 
 
@@ -130,22 +134,66 @@ def split_owners(owners: Column, fraction: float, rng: np.random.Generator) -> t
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def train_test(samples: Samples, fraction: float, split_seed: int) -> tuple[Samples, Samples]:
-    """Split classified samples into train and test, stratified by class.
+def divide(
+    key: str,
+    fraction: float,
+    rows: int,
+    rng: np.random.Generator,
+    *,
+    labels: Column | None = None,
+    owners: Column | None = None,
+) -> tuple[Rows, Rows]:
+    """Hold rows out by `split_owners` where there are owners, else by `split_rows`.
 
     Raises:
-        ConfigError: If the fraction (key ``data.test``) leaves one side empty.
+        ConfigError: If the fraction leaves one side empty, naming its key.
     """
-    check_fraction("data.test", fraction)
-    labels = samples.target.numpy()
-    rng = generator(split_seed, "split", "test")
-    kept, held = split_rows(len(samples), fraction, rng, labels)
+    if owners is None:
+        kept, held = split_rows(rows, fraction, rng, labels)
+    else:
+        kept, held = split_owners(owners, fraction, rng)
     if not len(held) or not len(kept):
         raise ConfigError(
-            f"data.test={fraction} of {len(samples)} samples leaves {len(kept)} to train on and "
-            f"{len(held)} to test on: choose another fraction"
+            f"{key}={fraction} of {rows} rows leaves {len(kept)} to train on and {len(held)} to "
+            f"{'validate' if key == 'data.validation' else 'test'} on: choose another fraction"
         )
-    return take(samples, kept), take(samples, held)
+    return kept, held
+
+
+def refuse_both(test: str | None, test_share: float | None) -> None:
+    """Refuse two answers to the question what is measured on.
+
+    Raises:
+        ConfigError: If test samples are named, and a share is to be held out, too.
+    """
+    if test is not None and test_share is not None:
+        raise ConfigError(
+            f"data.test={test} names the test samples, and data.test_share={test_share} holds some "
+            "out: leave one of them out"
+        )
+
+
+def train_test(
+    samples: Samples, key: str, fraction: float, split_seed: int, labels: Column | None
+) -> tuple[Samples, Samples, Rows]:
+    """Split samples into train and test, stratified by label where there are labels.
+
+    Args:
+        samples: All samples.
+        key: Of the config, for messages.
+        fraction: Fraction to hold out.
+        split_seed: Seed of the choice.
+        labels: Of each sample, or None.
+
+    Returns:
+        Both sides, and the rows of the first.
+
+    Raises:
+        ConfigError: If the fraction leaves one side empty.
+    """
+    rng = generator(split_seed, "split", "test")
+    kept, held = divide(key, fraction, len(samples), rng, labels=labels)
+    return take(samples, kept), take(samples, held), kept
 
 
 def take(samples: Samples, rows: Rows) -> Samples:
@@ -204,12 +252,13 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
     )
 
 
-def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, Samples | None]:
+@limited("data")
+def hold_out(data: DataSet, validation: Fraction, seed: int) -> tuple[DataSet, Samples | None]:
     """Take validation samples out of the training samples: by class, or by `DataSet.held_by`.
 
     Args:
         data: The data set.
-        fraction: Fraction of the training samples, in [0, 1); 0 leaves the data set as it is.
+        validation: Fraction of the training samples, in [0, 1); 0 leaves the data set as it is.
         seed: The seed of the run.
 
     Returns:
@@ -219,24 +268,19 @@ def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, Sample
     Raises:
         ConfigError: If the fraction (key ``data.validation``) leaves one side empty.
     """
-    check_fraction("data.validation", fraction)
-    if fraction == 0:
+    if validation == 0:
         return data, None
     if not len(data.train):
         raise ConfigError(
-            f"data.validation={fraction}, but these clients bring all training samples, and none "
+            f"data.validation={validation}, but these clients bring all training samples, and none "
             "of them is at the server: leave data.validation at 0"
         )
     rng = generator(seed, "split", "validation")
-    if data.held_by is None:
-        kept, held = split_rows(len(data.train), fraction, rng, data.columns.get("label"))
-    else:
-        kept, held = split_owners(data.columns[data.held_by], fraction, rng)
-    if not len(held) or not len(kept):
-        raise ConfigError(
-            f"data.validation={fraction} of {len(data.train)} samples leaves {len(kept)} to "
-            f"train on and {len(held)} to validate on: choose another fraction"
-        )
+    owners = None if data.held_by is None else data.columns[data.held_by]
+    labels = data.columns.get("label")
+    kept, held = divide(
+        "data.validation", validation, len(data.train), rng, labels=labels, owners=owners
+    )
     return _keep(data, kept), take(data.train, held)
 
 

@@ -6,9 +6,11 @@ import torch
 
 from fedraclora.data.dataset import DataSet, classification, train_test
 from fedraclora.data.samples import Samples
+from fedraclora.limits import Fraction, limited
 
 
-def load_digits(*, test: float = 0.25, split_seed: int = 0) -> DataSet:
+@limited("data")
+def load_digits(*, test: Fraction = 0.25, split_seed: int = 0) -> DataSet:
     """Load the digits that come with scikit-learn.
 
     Too small to tell low-rank methods apart; for first runs and tests.
@@ -30,5 +32,5 @@ def load_digits(*, test: float = 0.25, split_seed: int = 0) -> DataSet:
     samples = Samples(
         {"x": torch.from_numpy(images).to(torch.float32) / 16}, torch.from_numpy(labels).long()
     )
-    train, held = train_test(samples, test, split_seed)
+    train, held, _ = train_test(samples, "data.test", test, split_seed, labels)
     return classification(train, held, 10, {"source": "scikit-learn digits"})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,19 @@ import numpy.typing as npt
 from fedraclora.errors import DataError
 
 TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+
+
+def read_packed(path: Path) -> bytes:
+    """Read a file, unpacked where its name ends in .gz.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}; is the file whole?") from error
 
 
 def parse_idx(data: bytes, name: str) -> npt.NDArray[Any]:

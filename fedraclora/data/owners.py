@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedraclora.data.checks import check_count
 from fedraclora.data.dataset import DataSet, Division, Rows
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.limits import Count, limited
 
 
+@limited("partition")
 def natural(
-    data: DataSet, *, clients: int | None, seed: int, column: str = "client", least: int = 1
+    data: DataSet, *, clients: int | None, seed: int, column: str = "client", least: Count = 1
 ) -> list[Rows]:
     """Make one client of each value of a column (a film, a source), in sorted order.
 
@@ -25,7 +26,6 @@ def natural(
         Rows of each client.
     """
     del seed
-    check_count("partition.least", least)
     if str(column) not in data.columns:
         error = unknown("column", column, data.columns)
         raise ConfigError(f"partition.column: {error} (set data.client for a natural client)")

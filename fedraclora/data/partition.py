@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedraclora.data.bootstrap import bootstrap
-from fedraclora.data.checks import check_choice, check_count
-from fedraclora.data.dataset import DataSet, Division
+from fedraclora.data.dataset import Clients, DataSet, Division
 from fedraclora.data.owners import given, natural
 from fedraclora.data.partitioners import dirichlet, fedslop, iid, pathological, shards
-from fedraclora.data.samples import ClientData
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.limits import choice_of, limited
 
 
 def fitting(data: DataSet) -> str:
@@ -59,13 +58,14 @@ PARTITIONS: dict[str, Callable[..., Division]] = {
 LOOKED_AT = 1000  # clients made on demand whose sizes the summary tells
 
 
+@limited("partition")
 def make_partition(
     data: DataSet,
     *,
     name: str,
-    clients: int | None,
+    clients: Clients | None,
     seed: int,
-    empty: str = "error",
+    empty: Annotated[str, choice_of(("drop", "error"))] = "error",
     **args: Any,
 ) -> tuple[Division, dict[str, object]]:
     """Divide the training rows of a data set among clients.
@@ -90,15 +90,13 @@ def make_partition(
     """
     if name not in PARTITIONS:
         raise unknown("partition", name, PARTITIONS)
-    check_choice("partition.empty", empty, ("drop", "error"))
-    _check_arguments(name, args)
     if data.on_demand and name not in {"given", "auto"}:
         raise ConfigError(
             f"partition={name} divides a table, but here each client has samples of its own, which "
             "are made or found when it is asked: leave partition out, or set partition=given"
         )
-    if clients is not None or name not in {"natural", "given", "auto"}:
-        check_count("clients", clients)
+    if clients is None and name not in {"natural", "given", "auto"}:
+        raise ConfigError(f"clients is not set, and partition={name} needs it")
     try:
         parts = PARTITIONS[name](data, clients=clients, seed=seed, **args)
     except (ValueError, IndexError) as error:  # flwr-datasets: the division does not exist
@@ -109,7 +107,8 @@ def make_partition(
         ) from error
     name = fitting(data) if name == "auto" else name
     if not isinstance(parts, list):
-        return parts, _facts_on_demand(name, parts)
+        sizes = parts.sizes(spread_clients(parts.num_clients, LOOKED_AT)).numpy()
+        return parts, _facts(name, parts.num_clients, 0, sizes)
     empties = [client for client, part in enumerate(parts) if not len(part)]
     if empties and (empty == "error" or len(empties) == len(parts)):
         shown = ", ".join(map(str, empties[:10])) + (", ..." if len(empties) > 10 else "")
@@ -120,26 +119,18 @@ def make_partition(
         )
     kept = [part for part in parts if len(part)]
     sizes = np.array([len(part) for part in kept])
-    return kept, {
-        "partition": name,
-        "clients_asked": clients if clients is not None else len(parts),
-        "clients": len(kept),
-        "clients_dropped": len(empties),
-        "samples_min": int(sizes.min()),
-        "samples_median": float(np.median(sizes)),
-        "samples_max": int(sizes.max()),
-        "rows_left_out": len(data.train) - int(sizes.sum()),
-    }
+    asked = clients if clients is not None else len(parts)
+    facts = _facts(name, asked, len(empties), sizes)
+    return kept, facts | {"rows_left_out": len(data.train) - int(sizes.sum())}
 
 
-def _facts_on_demand(name: str, parts: ClientData) -> dict[str, object]:
-    """Tell of clients that are made on demand; none of them is empty."""
-    sizes = parts.sizes(spread_clients(parts.num_clients, LOOKED_AT))
+def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) -> dict[str, object]:
+    """Tell of clients from the numbers of samples of some, or of all that are kept."""
     return {
         "partition": name,
-        "clients_asked": parts.num_clients,
-        "clients": parts.num_clients,
-        "clients_dropped": 0,
+        "clients_asked": asked,
+        "clients": asked - dropped,
+        "clients_dropped": dropped,
         "samples_min": int(sizes.min()),
         "samples_median": float(np.median(sizes)),
         "samples_max": int(sizes.max()),
@@ -155,19 +146,3 @@ def spread_clients(clients: int, most: int) -> torch.Tensor:
     """
     count = min(clients, most)
     return torch.arange(count) * (clients - 1) // max(1, count - 1)
-
-
-def _check_arguments(name: str, args: dict[str, Any]) -> None:
-    """Refuse arguments that the partition does not have, and miss none that it needs."""
-    known = {
-        key: parameter
-        for key, parameter in inspect.signature(PARTITIONS[name]).parameters.items()
-        if key not in {"data", "clients", "seed"}
-    }
-    for key in args:
-        if key not in known:
-            error = unknown("argument", key, [*known, "empty"])
-            raise ConfigError(f"partition.{key}: partition={name}: {error}")
-    for key, parameter in known.items():
-        if parameter.default is inspect.Parameter.empty and args.get(key) is None:
-            raise ConfigError(f"partition.{key} is not set, and partition={name} needs it")

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from fedraclora.data.checks import check_count, check_number
 from fedraclora.data.dataset import Column, DataSet, Rows
 from fedraclora.errors import ConfigError
+from fedraclora.limits import Count, Positive, Whole, limited
 from fedraclora.rng import generator, hash_key
 
 
@@ -27,8 +27,9 @@ def iid(data: DataSet, *, clients: int, seed: int) -> list[Rows]:
     return _divide(data, IidPartitioner(clients), "row", seed)
 
 
+@limited("partition")
 def dirichlet(
-    data: DataSet, *, clients: int, seed: int, alpha: float, min_size: int = 1
+    data: DataSet, *, clients: int, seed: int, alpha: Positive, min_size: Whole = 1
 ) -> list[Rows]:
     """Divide each class by proportions drawn from a Dirichlet distribution.
 
@@ -48,15 +49,16 @@ def dirichlet(
     """
     from flwr_datasets.partitioner import DirichletPartitioner
 
-    check_number("partition.alpha", alpha, 0.0, above=True)
-    check_count("partition.min_size", min_size, 0)
     partitioner = DirichletPartitioner(
         clients, "label", float(alpha), min_size, seed=hash_key(seed, "partition")
     )
     return _divide(data, partitioner, "label", seed)
 
 
-def pathological(data: DataSet, *, clients: int, seed: int, classes_per_client: int) -> list[Rows]:
+@limited("partition")
+def pathological(
+    data: DataSet, *, clients: int, seed: int, classes_per_client: Count
+) -> list[Rows]:
     """Give each client samples of a few classes only.
 
     Client k has class k (modulo the number of classes) and others drawn at random, so that no
@@ -77,7 +79,6 @@ def pathological(data: DataSet, *, clients: int, seed: int, classes_per_client: 
     """
     from flwr_datasets.partitioner import PathologicalPartitioner
 
-    check_count("partition.classes_per_client", classes_per_client)
     partitioner = PathologicalPartitioner(
         clients,
         "label",
@@ -88,13 +89,14 @@ def pathological(data: DataSet, *, clients: int, seed: int, classes_per_client: 
     return _divide(data, partitioner, "label", seed)
 
 
+@limited("partition")
 def shards(
     data: DataSet,
     *,
     clients: int,
     seed: int,
-    shards_per_client: int | None = None,
-    shard_size: int | None = None,
+    shards_per_client: Count | None = None,
+    shard_size: Count | None = None,
 ) -> list[Rows]:
     """Sort rows by class, cut them into shards and deal the shards out.
 
@@ -115,9 +117,6 @@ def shards(
 
     if shards_per_client is None and shard_size is None:
         raise ConfigError("set partition.shards_per_client or partition.shard_size, or both")
-    for key, value in (("shards_per_client", shards_per_client), ("shard_size", shard_size)):
-        if value is not None:
-            check_count(f"partition.{key}", value)
     partitioner = ShardPartitioner(
         clients,
         "label",
@@ -129,7 +128,8 @@ def shards(
     return _divide(data, partitioner, "label", seed)
 
 
-def fedslop(data: DataSet, *, clients: int, seed: int, alpha: float) -> list[Rows]:
+@limited("partition")
+def fedslop(data: DataSet, *, clients: int, seed: int, alpha: Positive) -> list[Rows]:
     """Cut each class at ``int(cumsum(p) * count)`` with p from a Dirichlet distribution.
 
     There is no least size, so clients may be empty: use it with ``partition.empty=drop``.
@@ -146,7 +146,6 @@ def fedslop(data: DataSet, *, clients: int, seed: int, alpha: float) -> list[Row
     References:
         FedSLoP, arXiv:2604.24012 (the partition of its MNIST experiment).
     """
-    check_number("partition.alpha", alpha, 0.0, above=True)
     labels = class_labels(data)
     rng = generator(seed, "partition")
     owner = np.empty(len(labels), dtype=np.int64)

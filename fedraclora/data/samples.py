@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -9,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import override
 
 from fedraclora.errors import DataError
 
@@ -28,6 +31,13 @@ class Samples:
 
     def __len__(self) -> int:
         return int(self.target.shape[0])
+
+    @classmethod
+    def join(cls, parts: Sequence[Samples]) -> Samples:
+        """Put tables of the same inputs one after another."""
+        names = parts[0].inputs
+        inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in names}
+        return cls(inputs, torch.cat([part.target for part in parts]))
 
     def take(self, rows: torch.Tensor) -> Samples:
         """Select rows (int64 [n]) into a new table."""
@@ -120,10 +130,29 @@ class ClientData(Protocol):
 
 
 @dataclass(frozen=True)
-class Partitioned:
-    """Client data as one table and a row index per client, held as one vector with offsets."""
+class TableRows(ABC):
+    """Client data that are rows of one table."""
 
     samples: Samples
+
+    @abstractmethod
+    def rows_at(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Find rows of the table by position in the client: int64 like ``positions`` [K, ...]."""
+
+    def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
+        """Take samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
+        return self.samples.take(self.rows_at(clients, positions).reshape(-1))
+
+    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """Tokens without padding: ids [K], positions [K, ...] -> int64 like ``positions``."""
+        lengths = self.samples.lengths
+        return None if lengths is None else lengths[self.rows_at(clients, positions)]
+
+
+@dataclass(frozen=True)
+class Partitioned(TableRows):
+    """Client data as one table and a row index per client, held as one vector with offsets."""
+
     rows: torch.Tensor  # int64 [total], the rows of client 0, then of client 1, ...
     offsets: torch.Tensor  # int64 [num_clients + 1]
 
@@ -152,17 +181,8 @@ class Partitioned:
         """Number of samples of each client: int64 [K]."""
         return self.offsets[clients + 1] - self.offsets[clients]
 
-    def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
-        """Take samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
-        return self.samples.take(self._table_rows(clients, positions).reshape(-1))
-
-    def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Tokens without padding: ids [K], positions [K, ...] -> int64 like ``positions``."""
-        lengths = self.samples.lengths
-        return None if lengths is None else lengths[self._table_rows(clients, positions)]
-
-    def _table_rows(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rows of the table, int64 like ``positions`` [K, ...]."""
+    @override
+    def rows_at(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         first = self.offsets[clients].reshape(-1, *[1] * (positions.dim() - 1))
         # A padded position may point past the last client; its sample is masked by the caller.
         return self.rows[(first + positions).clamp_(max=self.rows.shape[0] - 1)]

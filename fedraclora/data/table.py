@@ -11,13 +11,12 @@ from typing import TextIO
 
 from fedraclora.errors import ConfigError, DataError, unknown
 
+Named = tuple[str, str | int]  # a key of the config, and the column that it names
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
 _DELIMITERS = {".tsv": "\t", ".csv": ","}
 
 
-def read_columns(
-    path: Path, columns: Sequence[tuple[str, str | int]], *, header: bool
-) -> list[list[str]]:
+def read_columns(path: Path, columns: Sequence[Named], *, header: bool) -> list[list[str]]:
     """Read some columns of a table as strings.
 
     A TSV is read with quoting off, for sentences hold lone quotes. A byte-order mark is skipped.
@@ -35,8 +34,7 @@ def read_columns(
         ConfigError: If the kind of file or a column is not known.
         DataError: If the file cannot be read or a row is too short, with its line.
     """
-    suffixes = path.suffixes
-    packed = suffixes[-1] if suffixes and suffixes[-1] in _OPENERS else ""
+    packed = path.suffix if path.suffix in _OPENERS else ""
     kind = path.name.removesuffix(packed)[-4:]
     if kind not in _DELIMITERS:
         raise ConfigError(
@@ -54,7 +52,7 @@ def _read(
     file: TextIO,
     delimiter: str,
     path: Path,
-    columns: Sequence[tuple[str, str | int]],
+    columns: Sequence[Named],
     header: bool,
 ) -> list[list[str]]:
     plain = delimiter == "\t"

@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from fedraclora.data.checks import check_choice, check_fraction
-from fedraclora.data.dataset import DataSet, split_rows
-from fedraclora.data.labels import LOSSES, METRICS, class_names, target_of
+from fedraclora.data.dataset import SHARE, DataSet, refuse_both, train_test
+from fedraclora.data.labels import Kind, class_names, supervised, target_of
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
-from fedraclora.rng import generator
+from fedraclora.limits import Fraction, choice_of, limited
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-SHARE = 0.2  # of the rows, held out where there is no file of test rows
 TOLD = 50  # columns that the summary names
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Features float64 [N, d], labels as they are written, and clients."""
-
-    x: npt.NDArray[np.float64]
-    labels: list[str]
-    clients: list[str] | None
-
-    def take(self, rows: npt.NDArray[np.int64]) -> _Rows:
-        """Select rows."""
-        clients = self.clients and [self.clients[row] for row in rows]
-        return _Rows(self.x[rows], [self.labels[row] for row in rows], clients)
-
-
+@limited("data")
 def load_table(
     *,
     file: str | None,
@@ -49,12 +32,12 @@ def load_table(
     features: Sequence[str | int] | None = None,
     root: str | None = None,
     test: str | None = None,
-    test_share: float | None = None,
+    test_share: Fraction | None = None,
     split_seed: int = 0,
-    task: str = "classification",
+    task: Kind = "classification",
     metrics: Sequence[str] | None = None,
     standardise: bool = True,
-    missing: str = "error",
+    missing: Annotated[str, choice_of(("error", "drop"))] = "error",
     separator: str | None = None,
 ) -> DataSet:
     """Load a table of numbers.
@@ -83,13 +66,7 @@ def load_table(
         ConfigError: If a key is wrong, naming it.
         DataError: If a file is missing, or rows cannot be used.
     """
-    check_choice("data.task", task, tuple(METRICS))
-    check_choice("data.missing", missing, ("error", "drop"))
-    if test is not None and test_share is not None:
-        raise ConfigError(
-            f"data.test={test} names the test rows, and data.test_share={test_share} holds some "
-            "out: leave one of them out"
-        )
+    refuse_both(test, test_share)
     path = resolve(str(file or ""), key="data.file", root=root)
     frame = read_frame(path, _names(label, client), separator)
     named = _label(frame, label, path)
@@ -97,41 +74,35 @@ def load_table(
     if owner == named:
         raise ConfigError(f"data.client={client} is data.label, too: name another column, or none")
     used, left_out = _features(frame, features, named, owner, path)
-    table, dropped = _rows(frame, used, named, owner, missing, path)
-    classes = _classes(table, named, task, path)
+    x, labels, clients, dropped = _rows(frame, used, named, owner, missing, path)
+    classes = _classes(labels, named, task, path)
+    train = Samples({"x": x}, target_of(labels, classes, task))
+    owners = None if clients is None else np.array(clients)
     if test is None:
-        table, held = _split(table, SHARE if test_share is None else test_share, split_seed, task)
+        share = SHARE if test_share is None else test_share
+        strata = np.array(labels) if task == "classification" else None
+        train, held, rows = train_test(train, "data.test_share", share, split_seed, strata)
+        owners = owners if owners is None else owners[rows]
     else:
         other = resolve(test, key="data.test", root=root)
         found = read_frame(other, _names(label, None), separator)
         for column in used:
             _column(found, "data.test", column, other)
-        held, more = _rows(found, used, _label(found, label, other), None, missing, other)
+        x, labels, _, more = _rows(found, used, _label(found, label, other), None, missing, other)
+        held = Samples({"x": x}, target_of(labels, classes, task))
         dropped += more
-    train, held_out = (_samples(rows, classes, task) for rows in (table, held))
     info: dict[str, object] = {"source": str(file), "rows_dropped": dropped}
     if standardise:
-        train, held_out, scale = _standardised(train, held_out)
+        train, held, scale = _standardised(train, held)
         info |= scale
-    train, held_out = (part.clone().to("cpu", torch.float32) for part in (train, held_out))
+    train, held = (part.clone().to("cpu", torch.float32) for part in (train, held))
     info["features"] = used if len(used) <= TOLD else len(used)
     info |= {"columns_left_out": left_out} if left_out else {}
-    info |= {"classes": classes} if classes else {}
-    data = DataSet(
-        train=train,
-        test=held_out,
-        classes=max(1, len(classes)),
-        loss=LOSSES[task],
-        metrics=tuple(metrics or METRICS[task]),
-        columns={"label": train.target.numpy()} if classes else {},
-        sample_shape=(len(used),),
-        info=info,
+    if owners is not None:
+        info["clients"] = np.unique(owners).tolist()[:TOLD]  # by number: client 0 is the first
+    return supervised(
+        train, held, classes, task, metrics=metrics, owners=owners, client=str(client), info=info
     )
-    if table.clients is None:
-        return data
-    owners = np.array(table.clients)
-    info["clients"] = sorted(set(table.clients))[:TOLD]  # by number: client 0 is the first
-    return replace(data, columns={str(client): owners, "client": owners} | data.columns)
 
 
 def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataFrame:
@@ -250,8 +221,12 @@ def _refuse_spoilt(frame: DataFrame, name: str, path: Path) -> None:
 
 def _rows(
     frame: DataFrame, features: list[str], label: str, client: str | None, missing: str, path: Path
-) -> tuple[_Rows, int]:
-    """Take the columns that are used, and refuse or drop rows that miss something."""
+) -> tuple[torch.Tensor, list[str], list[str] | None, int]:
+    """Take the columns that are used, and refuse or drop rows that miss something.
+
+    Returns:
+        Features float64 [N, d], labels and clients as they are written, rows that were dropped.
+    """
     try:
         x = frame[features].to_numpy(dtype=np.float64, na_value=np.nan)
     except (TypeError, ValueError) as error:
@@ -270,7 +245,7 @@ def _rows(
         raise DataError(f"{path}: no row is whole: check data.features, data.label, data.client")
     kept = frame[~gone]
     clients = None if client is None else _written(kept[client])
-    return _Rows(x[~gone], _written(kept[label]), clients), int(gone.sum())
+    return torch.from_numpy(x[~gone]), _written(kept[label]), clients, int(gone.sum())
 
 
 def _written(column: object) -> list[str]:
@@ -280,21 +255,7 @@ def _written(column: object) -> list[str]:
     return [str(value).strip() for value in whole]
 
 
-def _split(table: _Rows, share: float, split_seed: int, task: str) -> tuple[_Rows, _Rows]:
-    """Hold rows out, the same fraction of every class."""
-    check_fraction("data.test_share", share)
-    labels = np.array(table.labels) if task == "classification" else None
-    rng = generator(split_seed, "split", "test")
-    kept, held = split_rows(len(table.labels), share, rng, labels)
-    if not len(kept) or not len(held):
-        raise ConfigError(
-            f"data.test_share={share} of {len(table.labels)} rows leaves {len(kept)} to train on "
-            f"and {len(held)} to test on: choose another fraction"
-        )
-    return table.take(kept), table.take(held)
-
-
-def _classes(table: _Rows, label: str, task: str, path: Path) -> list[str]:
+def _classes(labels: Sequence[str], label: str, task: str, path: Path) -> list[str]:
     """Name the classes.
 
     Raises:
@@ -302,7 +263,7 @@ def _classes(table: _Rows, label: str, task: str, path: Path) -> list[str]:
     """
     if task != "classification":
         return []
-    names = class_names(table.labels)
+    names = class_names(labels)
     if any("." in name and name.replace(".", "", 1).lstrip("-").isdigit() for name in names):
         raise ConfigError(
             f"data.label={label}: the values ({', '.join(names[:3])}, ...) are fractions, not "
@@ -311,11 +272,6 @@ def _classes(table: _Rows, label: str, task: str, path: Path) -> list[str]:
     if len(names) < 2:
         raise ConfigError(f"data.label={label}: {path} has the one value {names} only")
     return names
-
-
-def _samples(rows: _Rows, classes: Sequence[str], task: str) -> Samples:
-    """Make samples, their features in float64."""
-    return Samples({"x": torch.from_numpy(rows.x)}, target_of(rows.labels, classes, task))
 
 
 def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict[str, object]]:

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from fedraclora.data.checks import check_choice, check_count, check_fraction
-from fedraclora.data.dataset import Column, DataSet, Rows, split_owners, split_rows
-from fedraclora.data.labels import LOSSES, METRICS, class_names, target_of
+from fedraclora.data.dataset import SHARE, DataSet, divide
+from fedraclora.data.labels import Kind, class_names, supervised, target_of
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.samples import Samples
-from fedraclora.data.table import read_columns
+from fedraclora.data.table import Named, read_columns
 from fedraclora.data.tokens import make_encoder
 from fedraclora.errors import ConfigError, DataError
+from fedraclora.limits import Count, Fraction, limited
 from fedraclora.rng import generator
 
-
-@dataclass(frozen=True)
-class _Table:
-    """Texts (one list per text column), labels and clients as they are written."""
-
-    texts: list[list[str]]
-    labels: list[str]
-    clients: list[str] | None
-
-    def rows(self, wanted: Rows | list[int]) -> _Table:
-        """Select rows."""
-
-        def pick(values: list[str]) -> list[str]:
-            return [values[row] for row in wanted]
-
-        clients = None if self.clients is None else pick(self.clients)
-        return _Table([pick(text) for text in self.texts], pick(self.labels), clients)
+# Rows of a table: one column or two of text, the label and, where it is asked for, the client.
+Table = npt.NDArray[Any]
 
 
+@limited("data")
 def load_text(
     *,
     file: str,
@@ -46,14 +34,14 @@ def load_text(
     test_file: str | None = None,
     client: str | int | None = None,
     header: bool = True,
-    task: str = "classification",
+    task: Kind = "classification",
     values: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
-    max_length: int = 128,
-    test: float = 0.2,
+    max_length: Count = 128,
+    test: Fraction = SHARE,
     test_by_client: bool = False,
     split_seed: int = 0,
-    subsample: int | None = None,
+    subsample: Count | None = None,
     sha256: str | None = None,
     test_sha256: str | None = None,
 ) -> DataSet:
@@ -90,90 +78,69 @@ def load_text(
         ConfigError: If a key is wrong, naming it.
         DataError: If a file or a tokenizer is missing, or a row cannot be used.
     """
-    check_choice("data.task", task, tuple(METRICS))
-    check_count("data.max_length", max_length)
     columns = [text] if isinstance(text, str | int) else list(text)
     if len(columns) not in {1, 2}:
         raise ConfigError(f"data.text={columns}: want one column, or two for pairs of texts")
     if test_by_client and (test_file or client is None):
         raise ConfigError("data.test_by_client=true needs data.client, and data.test_file=null")
-    named = [("data.text", column) for column in columns] + [("data.label", label)]
+    named: list[Named] = [("data.text", column) for column in columns] + [("data.label", label)]
 
-    def read(spelling: str, key: str, pin: str | None, with_client: bool) -> tuple[_Table, int]:
+    count = len(columns)
+
+    def read(spelling: str, key: str, pin: str | None, more: list[Named]) -> tuple[Table, int]:
         path = check_file(resolve(spelling, key=key, root=root), pin)
-        extra = [] if client is None or not with_client else [("data.client", client)]
-        return _clean(read_columns(path, named + extra, header=header), len(columns), values)
+        return _clean(read_columns(path, named + more, header=header), count, values)
 
-    table, dropped = read(file, "data.file", sha256, with_client=True)
+    owner: list[Named] = [] if client is None else [("data.client", client)]
+    table, dropped = read(file, "data.file", sha256, owner)
     if test_file:
-        held, dropped_test = read(test_file, "data.test_file", test_sha256, with_client=False)
+        held, dropped_test = read(test_file, "data.test_file", test_sha256, [])
         dropped += dropped_test
     else:
-        table, held = _split(table, test, test_by_client, split_seed, task)
+        rng = generator(split_seed, "split", "test")
+        strata = np.array(table[:, count].tolist()) if task == "classification" else None
+        owners = np.array(table[:, -1].tolist()) if test_by_client else None
+        rows, others = divide("data.test", test, len(table), rng, labels=strata, owners=owners)
+        table, held = table[rows], table[others]
     if subsample is not None:
         table = _subsample(table, subsample, split_seed)
-    names = class_names(table.labels, values) if task == "classification" else []
+    names = class_names(table[:, count].tolist(), values) if task == "classification" else []
     encode = make_encoder(tokenizer, root=root, max_length=max_length)
-    train = Samples(encode(table.texts), target_of(table.labels, names, task))
-    data = DataSet(
-        train=train,
-        test=Samples(encode(held.texts), target_of(held.labels, names, task)),
-        classes=max(len(names), 1),
-        loss=LOSSES[task],
-        metrics=tuple(metrics or METRICS[task]),
-        columns={"label": train.target.numpy()} if names else {},
-        sample_shape=(),
-        info={"source": file, "rows_dropped": dropped} | ({"classes": names} if names else {}),
+    train, tested = (
+        Samples(encode(part[:, :count].T.tolist()), target_of(part[:, count].tolist(), names, task))
+        for part in (table, held)
     )
-    if table.clients is None:
-        return data
-    owners: Column = np.array(table.clients)
-    columns_ = {str(client): owners, "client": owners} | data.columns
-    return replace(data, columns=columns_, held_by="client" if test_by_client else None)
+    data = supervised(
+        train,
+        tested,
+        names,
+        task,
+        metrics=metrics,
+        owners=None if client is None else np.array(table[:, -1].tolist()),
+        client=str(client),
+        info={"source": file, "rows_dropped": dropped},
+    )
+    return replace(data, held_by="client" if test_by_client else None)
 
 
-def _clean(
-    columns: list[list[str]], texts: int, values: Sequence[str] | None
-) -> tuple[_Table, int]:
+def _clean(columns: list[list[str]], texts: int, values: Sequence[str] | None) -> tuple[Table, int]:
     """Leave out rows with an empty text (counted) or with a label that is not asked for."""
-    labels = columns[texts]
-    table = _Table(columns[:texts], labels, columns[texts + 1] if columns[texts + 1 :] else None)
     wanted = None if values is None else {str(value) for value in values}
-    asked = [row for row, name in enumerate(labels) if wanted is None or name in wanted]
-    filled = [row for row in asked if all(column[row].strip() for column in table.texts)]
+    asked = [row for row in zip(*columns, strict=True) if wanted is None or row[texts] in wanted]
+    filled = [row for row in asked if all(text.strip() for text in row[:texts])]
     if not filled:
         raise DataError(
-            f"no usable row among {len(labels)}: check data.text, data.label and data.values"
+            f"no usable row among {len(columns[0])}: check data.text, data.label and data.values"
         )
-    return table.rows(filled), len(asked) - len(filled)
+    return np.array(filled, dtype=object), len(asked) - len(filled)
 
 
-def _split(
-    table: _Table, test: float, by_client: bool, split_seed: int, task: str
-) -> tuple[_Table, _Table]:
-    """Hold out rows (stratified by class) or whole clients."""
-    check_fraction("data.test", test)
-    rng = generator(split_seed, "split", "test")
-    rows = len(table.labels)
-    if by_client:
-        kept, held = split_owners(np.array(table.clients), test, rng)
-    else:
-        labels = np.array(table.labels) if task == "classification" else None
-        kept, held = split_rows(rows, test, rng, labels)
-    if not len(kept) or not len(held):
-        raise ConfigError(
-            f"data.test={test} of {rows} rows leaves {len(kept)} to train on and {len(held)} to "
-            "test on: choose another fraction"
-        )
-    return table.rows(kept), table.rows(held)
-
-
-def _subsample(table: _Table, rows: int, split_seed: int) -> _Table:
+def _subsample(table: Table, rows: int, split_seed: int) -> Table:
     """Draw training rows, which stay in their order."""
-    check_count("data.subsample", rows)
-    if rows > len(table.labels):
+    if rows > len(table):
         raise ConfigError(
-            f"data.subsample={rows}, but there are {len(table.labels)} training rows; leave it out"
+            f"data.subsample={rows}, but there are {len(table)} training rows; leave it out"
         )
-    drawn = generator(split_seed, "split", "subsample").permutation(len(table.labels))[:rows]
-    return table.rows(np.sort(drawn))
+    drawn = generator(split_seed, "split", "subsample").permutation(len(table))[:rows]
+    kept: Table = table[np.sort(drawn)]
+    return kept

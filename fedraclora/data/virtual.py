@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 import torch
 
-from fedraclora.data.checks import check_choice, check_count, check_number
-from fedraclora.data.dataset import DataSet, classification
+from fedraclora.data.dataset import DTYPES, Clients, DataSet, Dtype, classification
 from fedraclora.data.samples import Samples
-from fedraclora.data.virtual_clients import ClientLaw, check_law, make_law, pick
+from fedraclora.data.virtual_clients import ClientLaw, Sizes, make_law, pick
+from fedraclora.limits import Count, NotNegative, Positive, limited, whole_from
 from fedraclora.rng import generator, hash_key
 
 POOL_NUMBERS = 1 << 21  # in the table of normals, over all features
@@ -83,21 +84,22 @@ class Mixture:
         )
 
 
+@limited("data")
 def virtual(
     *,
-    clients: int,
-    samples: int = 50,
-    sizes: str = "lognormal",
-    spread: float = 0.5,
-    features: int = 32,
-    classes: int = 10,
-    clouds: int = 5,
-    noise: float = 1.0,
-    shift: float = 0.5,
-    alpha: float | None = 0.5,
-    held_out: int = 2000,
+    clients: Clients,
+    samples: Count = 50,
+    sizes: Sizes = "lognormal",
+    spread: NotNegative = 0.5,
+    features: Count = 32,
+    classes: Annotated[int, whole_from(2)] = 10,
+    clouds: Count = 5,
+    noise: NotNegative = 1.0,
+    shift: NotNegative = 0.5,
+    alpha: Positive | None = 0.5,
+    held_out: Count = 2000,
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
 ) -> DataSet:
     """Make a population of clients whose samples are a function of (seed, client, position).
 
@@ -128,17 +130,6 @@ def virtual(
     Raises:
         ConfigError: If a number is out of range, naming the key.
     """
-    check_law("data", clients=clients, alpha=alpha, samples=samples, sizes=sizes, spread=spread)
-    for key, value, least in (
-        ("features", features, 1),
-        ("classes", classes, 2),
-        ("clouds", clouds, 1),
-        ("held_out", held_out, 1),
-    ):
-        check_count(f"data.{key}", value, least)
-    check_number("data.noise", noise, 0.0)
-    check_number("data.shift", shift, 0.0)
-    check_choice("data.dtype", dtype, ("float32", "float64"))
     law = make_law(
         hash_key(seed, "virtual", "clients"),
         generator(seed, "virtual", "mixes"),
@@ -160,7 +151,7 @@ def virtual(
         torch.from_numpy(pool / (norm * math.sqrt(2))),
         noise,
         shift,
-    ).to("cpu", {"float32": torch.float32, "float64": torch.float64}[dtype])
+    ).to("cpu", DTYPES[dtype])
     others = replace(population, law=replace(law, key=hash_key(seed, "virtual", "held out")))
     ids = torch.arange(2 * held_out)
     table = others.gather(ids, torch.zeros_like(ids)[:, None])

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.checks import check_choice, check_count, check_number
+from fedraclora.limits import choice_of
 from fedraclora.rng import position_bits
 
-SIZES = ("constant", "lognormal", "pareto")
+Sizes = Annotated[str, choice_of(("constant", "lognormal", "pareto"))]
 OWN = (1 << 32) - 1  # the position whose random words are of the client, not of a sample
 QUANTILES = 1024
 MIX_NUMBERS = 1 << 20  # in the table of mixes, over all classes
@@ -103,9 +104,6 @@ def make_law(
 
     Returns:
         The law. A mix is one of up to 2^14 draws, a size one of 2^10 quantiles.
-
-    Raises:
-        ConfigError: If a number is out of range.
     """
     mean = np.asarray(shares, dtype=np.float64)[None]
     if alpha is not None:
@@ -118,22 +116,6 @@ def make_law(
         torch.from_numpy(_quantiles(samples, sizes, spread)),
         torch.from_numpy(bounds.astype(np.int64)),
     )
-
-
-def check_law(
-    group: str, *, clients: int | None, alpha: float | None, samples: int, sizes: str, spread: float
-) -> None:
-    """Refuse numbers that no law of clients has.
-
-    Raises:
-        ConfigError: Naming the key in its group.
-    """
-    check_count("clients", clients)
-    if alpha is not None:
-        check_number(f"{group}.alpha", alpha, 0.0, above=True)
-    check_count(f"{group}.samples", samples)
-    check_choice(f"{group}.sizes", sizes, SIZES)
-    check_number(f"{group}.spread", spread, 0.0)
 
 
 def _quantiles(samples: int, sizes: str, spread: float) -> npt.NDArray[np.int64]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Chance, Limited, Seconds
 from fedraclora.rng import cohort_uniforms, hash_key
 
 
-class Availability(ABC):
+class Availability(Limited):
     """Who can be asked. Refusals start with the key: `schema` says where."""
 
     @abstractmethod
@@ -37,21 +36,11 @@ class Availability(ABC):
         return AVAILABILITY
 
 
-def _check_share(**values: float) -> None:
-    for key, value in values.items():
-        if not 0 < value <= 1:
-            raise ConfigError(f"{key} is {value}; a number in (0, 1] is wanted")
-
-
 @dataclass(frozen=True)
 class Bernoulli(Availability):
     """Each client with probability ``chance``, drawn anew in each round."""
 
-    chance: float
-
-    def __post_init__(self) -> None:
-        """Refuse what is no probability, and 0: nobody could ever be asked."""
-        _check_share(chance=self.chance)
+    chance: Chance  # with 0, nobody could ever be asked
 
     @override
     def at(self, seed: int, round_: int, now: float, clients: torch.Tensor) -> torch.Tensor:
@@ -69,15 +58,9 @@ class Diurnal(Availability):
         day: Virtual seconds of a day. The hours of clients begin evenly over it.
     """
 
-    share: float
-    chance: float = 1.0
-    day: float = 86_400.0
-
-    def __post_init__(self) -> None:
-        """Refuse shares outside (0, 1] and a day without length."""
-        _check_share(share=self.share, chance=self.chance)
-        if not 0 < self.day < math.inf:
-            raise ConfigError(f"day is {self.day}; a finite number of seconds above 0 is wanted")
+    share: Chance
+    chance: Chance = 1.0
+    day: Seconds = 86_400.0
 
     @override
     def at(self, seed: int, round_: int, now: float, clients: torch.Tensor) -> torch.Tensor:

@@ -8,17 +8,19 @@ bits do not depend on the place in a tensor are used: ``torch.pow`` is not one o
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
+from fedraclora.limits import Limit, Limited, Positive, number_from
 
 
-class Distribution(ABC):
+class Distribution(Limited):
     """A distribution of positive numbers. Refusals start with the key: `schema` says where."""
 
     @abstractmethod
@@ -31,21 +33,11 @@ class Distribution(ABC):
         return DISTRIBUTIONS
 
 
-def _positive(**values: float) -> None:
-    for key, value in values.items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{key} is {value}; a finite number above 0 is wanted")
-
-
 @dataclass(frozen=True)
 class Constant(Distribution):
     """The same ``value`` for every client."""
 
-    value: float
-
-    def __post_init__(self) -> None:
-        """Refuse what is not positive."""
-        _positive(value=self.value)
+    value: Positive
 
     @override
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
@@ -56,12 +48,12 @@ class Constant(Distribution):
 class Uniform(Distribution):
     """Uniform between ``low`` and ``high``."""
 
-    low: float
-    high: float
+    low: Positive
+    high: Positive
 
+    @override
     def __post_init__(self) -> None:
-        """Refuse an empty or negative range."""
-        _positive(low=self.low, high=self.high)
+        super().__post_init__()
         if self.high < self.low:
             raise ConfigError(f"high is {self.high}; low ({self.low}) or more is wanted")
 
@@ -74,14 +66,9 @@ class Uniform(Distribution):
 class LogNormal(Distribution):
     """``median * exp(sigma z)``, z standard normal: two thirds within a factor of exp(sigma)."""
 
-    median: float
-    sigma: float
-
-    def __post_init__(self) -> None:
-        """Refuse what is not a spread around a positive median, or leaves float64."""
-        _positive(median=self.median)
-        if not 0 <= self.sigma <= 10:
-            raise ConfigError(f"sigma is {self.sigma}; a number in [0, 10] is wanted")
+    median: Positive
+    # Beyond 10, values leave float64.
+    sigma: Annotated[float, Limit("a number in [0, 10]", lambda v: 0 <= v <= 10)]
 
     @override
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
@@ -92,14 +79,8 @@ class LogNormal(Distribution):
 class Pareto(Distribution):
     """``least`` or more, with P(X > x) = (least / x)^shape: a few clients far above the rest."""
 
-    least: float
-    shape: float
-
-    def __post_init__(self) -> None:
-        """Refuse what is not positive, and tails that leave float64."""
-        _positive(least=self.least)
-        if not 0.1 <= self.shape < math.inf:
-            raise ConfigError(f"shape is {self.shape}; a finite number from 0.1 on is wanted")
+    least: Positive
+    shape: Annotated[float, number_from(0.1)]  # below, tails leave float64
 
     @override
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
@@ -110,15 +91,14 @@ class Pareto(Distribution):
 class Choice(Distribution):
     """One of ``values``, with the ``probabilities`` of the same places; None = alike."""
 
-    values: list[float]
+    values: list[Positive]
     probabilities: list[float] | None = None
 
+    @override
     def __post_init__(self) -> None:
-        """Refuse values that are not positive and probabilities that are none."""
+        super().__post_init__()
         if not self.values:
             raise ConfigError("values is empty; at least one number is wanted")
-        for value in self.values:
-            _positive(values=value)
         if self.probabilities is None:
             return
         if len(self.probabilities) != len(self.values):

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from typing_extensions import override
 
 from fedraclora.devices.availability import Availability, Diurnal
 from fedraclora.devices.distributions import Distribution, LogNormal
 from fedraclora.devices.timeline import Load, Race, Timeline
 from fedraclora.errors import ClientError, ConfigError
+from fedraclora.limits import Count, Fraction, Limited, NotNegative, Seconds, number_from
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.rng import cohort_uniforms, generator, hash_key
 
@@ -26,7 +29,7 @@ _SEARCH = 64  # clients looked at for each one wanted, before a smaller cohort i
 
 
 @dataclass(frozen=True)
-class SystemConfig:
+class SystemConfig(Limited, group="system"):
     """A fleet of devices (config group ``system``). The defaults are none: no time, no loss.
 
     Attributes:
@@ -47,26 +50,15 @@ class SystemConfig:
     uplink: Distribution | None = None
     rank_budget: Distribution | None = None
     availability: Availability | None = None
-    drop_out: float = 0.0
-    jitter: float = 0.0
-    deadline: float | None = None
-    over_select: float = 1.0
-    buffer: int | None = None
+    drop_out: Fraction = 0.0
+    jitter: NotNegative = 0.0
+    deadline: Seconds | None = None
+    over_select: Annotated[float, number_from(1)] = 1.0
+    buffer: Count | None = None
 
+    @override
     def __post_init__(self) -> None:
-        """Refuse what cannot run, and what would do nothing."""
-        if not 0 <= self.drop_out < 1:
-            raise ConfigError(f"system.drop_out is {self.drop_out}; a number in [0, 1) is wanted")
-        if not 0 <= self.jitter < math.inf:
-            raise ConfigError(
-                f"system.jitter is {self.jitter}; a finite number from 0 on is wanted"
-            )
-        if self.deadline is not None and not 0 < self.deadline < math.inf:
-            raise ConfigError(
-                f"system.deadline is {self.deadline}; seconds above 0, or null, are wanted"
-            )
-        if not 1 <= self.over_select < math.inf:
-            raise ConfigError(f"system.over_select is {self.over_select}; 1 or more is wanted")
+        super().__post_init__()
         if not self.timed and (self.jitter or self.deadline is not None):
             raise ConfigError(
                 f"system.jitter is {self.jitter} and system.deadline is {self.deadline}, but no "
@@ -81,10 +73,10 @@ class SystemConfig:
             self._check_buffer(self.buffer)
 
     def _check_buffer(self, buffer: int) -> None:
-        if buffer < 1 or not self.timed:
+        if not self.timed:
             raise ConfigError(
-                f"system.buffer is {buffer}; 1 or more is wanted, and clients that take time: set "
-                "system.speed, downlink or uplink"
+                f"system.buffer is {buffer}, which wants clients that take time: set system.speed, "
+                "downlink or uplink"
             )
         for key, plain in (("deadline", None), ("over_select", 1.0), ("rank_budget", None)):
             if getattr(self, key) != plain:

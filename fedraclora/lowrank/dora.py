@@ -17,9 +17,29 @@ code, it is taken over the inputs of each output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import torch
+
+
+def magnitude_of(weight: str) -> str:
+    """Name the magnitude of an adapted weight: a tensor of the same layer.
+
+    Example:
+        >>> magnitude_of("fc1.weight")
+        'fc1.magnitude'
+    """
+    return f"{weight.removesuffix('weight')}magnitude"
+
+
+def magnitudes(adapted: Iterable[str], dense: Container[str]) -> dict[str, str]:
+    """Name the magnitudes among what is trained in full, by the weight whose rows they scale.
+
+    Args:
+        adapted: Names of adapted weights.
+        dense: Names of what is trained in full.
+    """
+    return {w: name for w in adapted if (name := magnitude_of(w)) in dense}
 
 
 def rescaled(matrix: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:

@@ -6,15 +6,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from typing import Annotated
 
 import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError, ModelError
+from fedraclora.limits import choice_of
 from fedraclora.lowrank.layers import is_batch_norm
 from fedraclora.rng import hash_key
 
-ATTENTION = ("sdpa", "eager")  # one fused kernel, or plain products
+Attention = Annotated[str, choice_of(("sdpa", "eager"))]  # one fused kernel, or plain products
 
 
 @dataclass(frozen=True)
@@ -54,33 +56,31 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
         yield
 
 
-def require_dense(name: str, shape: tuple[int, ...], classes: int) -> int:
-    """Check that a model of dense inputs fits the data; give the numbers of one input.
+def require_input(name: str, shape: tuple[int, ...], classes: int, *, text: bool) -> int:
+    """Check that a model fits the data; give the numbers of one input.
+
+    Args:
+        name: Of the model, for messages.
+        shape: Shape of one input of the data; empty for token ids.
+        classes: Number of outputs.
+        text: Whether the model reads token ids.
 
     Raises:
-        ConfigError: If the data are token ids, or there is nothing to predict.
+        ConfigError: If the data are of the other kind, or there is nothing to predict.
     """
-    if not shape:
-        raise ConfigError(
-            f"model={name} reads numbers, but this data set has token ids: "
-            "use model=transformer or model=hf"
-        )
-    require_counts("the number of outputs", [classes])
-    return prod(shape)
-
-
-def require_text(name: str, shape: tuple[int, ...], classes: int) -> None:
-    """Check that a model of token ids fits the data.
-
-    Raises:
-        ConfigError: If the data are dense, or there is nothing to predict.
-    """
-    if shape:
+    if text and shape:
         raise ConfigError(
             f"model={name} reads token ids, but this data set has inputs of shape "
             f"{tuple(shape)}: use model=mlp, model=cnn or model=linear"
         )
-    require_counts("the number of outputs", [classes])
+    if not text and not shape:
+        raise ConfigError(
+            f"model={name} reads numbers, but this data set has token ids: "
+            "use model=transformer or model=hf"
+        )
+    if classes < 1:
+        raise ConfigError(f"the number of outputs is {classes}; 1 or more is wanted")
+    return prod(shape)
 
 
 def check_fit(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
@@ -113,48 +113,14 @@ def check_fit(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def require_counts(key: str, values: list[int]) -> None:
-    """Check that all of a list are whole numbers of at least 1.
+def require_heads(hidden: int, heads: int) -> None:
+    """Check that the heads of attention divide the width of a transformer.
 
     Raises:
-        ConfigError: If not, naming the key.
+        ConfigError: If they do not.
     """
-    if any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
-        raise ConfigError(f"{key}={values}: want whole numbers, at least 1")
-
-
-def require_sizes(sizes: Mapping[str, int]) -> None:
-    """Check the sizes of a transformer: ``hidden``, ``heads`` and whatever else it counts.
-
-    Raises:
-        ConfigError: If one is no whole number of at least 1, or heads do not divide the width.
-    """
-    for key, value in sizes.items():
-        require_counts(f"model.{key}", [value])
-    if sizes["hidden"] % sizes["heads"]:
-        raise ConfigError(
-            f"model.hidden={sizes['hidden']} is not a multiple of model.heads={sizes['heads']}"
-        )
-
-
-def require_attention(attention: str) -> None:
-    """Check the name of an implementation of attention.
-
-    Raises:
-        ConfigError: If it is unknown.
-    """
-    if attention not in ATTENTION:
-        raise ConfigError(f"model.attention={attention}: want one of {', '.join(ATTENTION)}")
-
-
-def require_dropout(dropout: float) -> None:
-    """Check a dropout probability.
-
-    Raises:
-        ConfigError: If it is not in [0, 1).
-    """
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ConfigError(f"model.dropout={dropout}: want a probability, at least 0 and below 1")
+    if hidden % heads:
+        raise ConfigError(f"model.hidden={hidden} is not a multiple of model.heads={heads}")
 
 
 def take_module(model: object, where: str) -> nn.Module:

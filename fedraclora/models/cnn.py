@@ -10,23 +10,19 @@ from math import isqrt
 from torch import nn
 
 from fedraclora.errors import ConfigError
-from fedraclora.models.built import (
-    Built,
-    require_counts,
-    require_dense,
-    require_dropout,
-    seeded,
-)
+from fedraclora.limits import Count, Fraction, limited
+from fedraclora.models.built import Built, require_input, seeded
 
 
+@limited("model")
 def build_cnn(
     *,
     shape: tuple[int, ...],
     classes: int,
     seed: int,
-    channels: Sequence[int] = (16, 32),
-    hidden: int = 64,
-    dropout: float = 0.0,
+    channels: Sequence[Count] = (16, 32),
+    hidden: Count = 64,
+    dropout: Fraction = 0.0,
 ) -> Built:
     """Build convolutions ``conv1``, ... and two linear layers, with ReLU between all.
 
@@ -48,9 +44,6 @@ def build_cnn(
             argument is wrong.
     """
     image = _image(shape, classes)
-    require_counts("model.channels", list(channels))
-    require_counts("model.hidden", [hidden])
-    require_dropout(dropout)
     factor = 2 ** len(channels)
     height, width = image[1] // factor, image[2] // factor
     if not channels or not height or not width:
@@ -78,7 +71,7 @@ def build_cnn(
 
 def _image(shape: tuple[int, ...], classes: int) -> tuple[int, int, int]:
     """Give (channels, height, width) of an input."""
-    numbers = require_dense("cnn", shape, classes)
+    numbers = require_input("cnn", shape, classes, text=False)
     side = isqrt(numbers)
     if len(shape) == 1 and side * side == numbers:
         return 1, side, side

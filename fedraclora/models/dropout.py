@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from fedraclora.data.task import forward
 from fedraclora.errors import ConfigError
 
 # How functions that drop values take their rate, and whether they are on: name, place, default.
@@ -67,7 +68,7 @@ def refuse_functions(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> No
     watch = _Watch()
     with watch, torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            copied(sample["x"]) if set(sample) == {"x"} else copied(**sample)
+            forward(copied, sample)
         except Exception:  # whatever is wrong with it, training says
             return
     if watch.found:

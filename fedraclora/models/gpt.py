@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from fedraclora.models.built import (
-    Built,
-    require_attention,
-    require_dropout,
-    require_sizes,
-    require_text,
-    seeded,
-)
+from fedraclora.limits import Count, Fraction, limited
+from fedraclora.models.built import Attention, Built, require_heads, require_input, seeded
 
 
+@limited("model")
 def build_gpt(
     *,
     shape: tuple[int, ...],
     classes: int,
     seed: int,
-    hidden: int = 64,
-    layers: int = 2,
-    heads: int = 4,
-    max_length: int = 128,
-    dropout: float = 0.0,
-    attention: str = "sdpa",
+    hidden: Count = 64,
+    layers: Count = 2,
+    heads: Count = 4,
+    max_length: Count = 128,
+    dropout: Fraction = 0.0,
+    attention: Attention = "sdpa",
 ) -> Built:
     """Build a GPT-2 that predicts the next token.
 
@@ -51,10 +46,8 @@ def build_gpt(
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    require_text("gpt", shape, classes)
-    require_sizes({"hidden": hidden, "layers": layers, "heads": heads, "max_length": max_length})
-    require_dropout(dropout)
-    require_attention(attention)
+    require_input("gpt", shape, classes, text=True)
+    require_heads(hidden, heads)
     config = GPT2Config(
         vocab_size=classes,
         n_positions=max_length,

@@ -7,6 +7,7 @@ module, where no mask can be keyed by client and step; hidden states are dropped
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,52 +18,25 @@ from torch import nn
 
 from fedraclora.data.locate import check_file, model_source
 from fedraclora.errors import ConfigError, DataError, ModelError
-from fedraclora.models.built import (
-    Built,
-    require_attention,
-    require_counts,
-    require_dropout,
-    require_sizes,
-    require_text,
-    seeded,
-)
+from fedraclora.limits import Count, Fraction, limited
+from fedraclora.models.built import Attention, Built, require_heads, require_input, seeded
 from fedraclora.models.dropout import refuse_idle_rate
 
-# The names that architectures give to dropout in their configurations.
-_HIDDEN_DROPOUT = (
-    "hidden_dropout_prob",
-    "classifier_dropout",
-    "dropout",
-    "seq_classif_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "hidden_dropout",
-    "pooler_dropout",
-    "classifier_dropout_prob",
-    "dropout_rate",
-    "summary_first_dropout",
-    "resid_dropout",
-    "embed_dropout",
-    "embedding_dropout",
-    "mlp_dropout",
-    "summary_last_dropout",
-)
-_ATTENTION_DROPOUT = (
-    "attention_probs_dropout_prob",
-    "attention_dropout",
-    "attn_pdrop",
-)
+# How architectures call rates of dropout in their configurations: hidden_dropout_prob, resid_pdrop,
+# dropout_rate, ...
+_DROPOUT = re.compile(r"(dropout|pdrop)(_prob|_rate)?")
 
 
+@limited("model")
 def build_hf(
     *,
     shape: tuple[int, ...],
     classes: int,
     seed: int,
     path: str,
-    layers: int | None = None,
-    dropout: float = 0.0,
-    attention: str = "sdpa",
+    layers: Count | None = None,
+    dropout: Fraction = 0.0,
+    attention: Attention = "sdpa",
     sha256: str | None = None,
 ) -> Built:
     """Load a pretrained model for sequence classification (or regression, with one output).
@@ -87,9 +61,7 @@ def build_hf(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    require_text("hf", shape, classes)
-    require_dropout(dropout)
-    require_attention(attention)
+    require_input("hf", shape, classes, text=True)
     source, local = model_source(path, key="model.path")
     if local and sha256 is not None:
         weights = Path(source) / "model.safetensors"
@@ -118,19 +90,20 @@ def build_hf(
     return _built(model)
 
 
+@limited("model")
 def build_transformer(
     *,
     shape: tuple[int, ...],
     classes: int,
     seed: int,
-    hidden: int = 64,
-    layers: int = 2,
-    heads: int = 4,
-    intermediate: int = 256,
-    vocab: int = 30522,
-    max_length: int = 128,
-    dropout: float = 0.0,
-    attention: str = "sdpa",
+    hidden: Count = 64,
+    layers: Count = 2,
+    heads: Count = 4,
+    intermediate: Count = 256,
+    vocab: Count = 30522,
+    max_length: Count = 128,
+    dropout: Fraction = 0.0,
+    attention: Attention = "sdpa",
 ) -> Built:
     """Build a BERT for sequence classification with random weights; nothing is downloaded.
 
@@ -158,19 +131,8 @@ def build_transformer(
     """
     from transformers import BertConfig, BertForSequenceClassification
 
-    require_text("transformer", shape, classes)
-    require_sizes(
-        {
-            "hidden": hidden,
-            "layers": layers,
-            "heads": heads,
-            "intermediate": intermediate,
-            "vocab": vocab,
-            "max_length": max_length,
-        }
-    )
-    require_dropout(dropout)
-    require_attention(attention)
+    require_input("transformer", shape, classes, text=True)
+    require_heads(hidden, heads)
     config = BertConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -202,16 +164,15 @@ def _built(model: Any) -> Built:
 
 
 def _set_dropout(config: Any, dropout: float) -> None:
-    for names, value in ((_HIDDEN_DROPOUT, dropout), (_ATTENTION_DROPOUT, 0.0)):
-        for name in names:
-            if hasattr(config, name):
-                setattr(config, name, value)
+    for name, rate in list(vars(config).items()):
+        if _DROPOUT.search(name) and not isinstance(rate, bool):
+            by_function = "att" in name or "activation" in name
+            setattr(config, name, 0.0 if by_function else dropout)
 
 
 def _cut_layers(config: Any, layers: int | None) -> None:
     if layers is None:
         return
-    require_counts("model.layers", [layers])
     if layers > config.num_hidden_layers:
         raise ConfigError(f"model.layers={layers}: the model has {config.num_hidden_layers} layers")
     config.num_hidden_layers = layers

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from fedraclora.data.task import forward
 from fedraclora.errors import ModelError
 
 CLOSE = 1e-3  # relative: rounding differs by batch, statistics of a batch differ by far more
@@ -29,20 +30,15 @@ def refuse_interaction(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> 
     copied = copy.deepcopy(model).eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            found = [_output(copied, {n: v[:size] for n, v in both.items()}) for size in (2, 1)]
+            beside, alone = (
+                forward(copied, {name: values[:size] for name, values in both.items()})[0]
+                for size in (2, 1)
+            )
         except Exception:  # whatever is wrong with it, training says
             return
-    if not all(isinstance(output, torch.Tensor) for output in found):
-        return
-    beside, alone = (output[0] for output in found)
     if not torch.allclose(beside, alone, rtol=CLOSE, atol=CLOSE * float(beside.abs().max())):
         raise ModelError(
             "model.function: the output of a sample depends on the other samples of its batch "
             "(statistics over the batch, for example), so that clients cannot be trained as one "
             "batch; normalise over features (LayerNorm, GroupNorm) instead"
         )
-
-
-def _output(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    found: torch.Tensor = model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
-    return found

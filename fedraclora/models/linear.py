@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from fedraclora.models.built import Built, require_dense, seeded
+from fedraclora.models.built import Built, require_input, seeded
 
 
 def build_linear(*, shape: tuple[int, ...], classes: int, seed: int, bias: bool = True) -> Built:
@@ -24,7 +24,7 @@ def build_linear(*, shape: tuple[int, ...], classes: int, seed: int, bias: bool 
     Raises:
         ConfigError: If the data are token ids.
     """
-    features = require_dense("linear", shape, classes)
+    features = require_input("linear", shape, classes, text=False)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if len(shape) > 1:
         layers["flatten"] = nn.Flatten()

@@ -9,23 +9,19 @@ from itertools import pairwise
 from torch import nn
 
 from fedraclora.errors import ConfigError
-from fedraclora.models.built import (
-    Built,
-    require_counts,
-    require_dense,
-    require_dropout,
-    seeded,
-)
+from fedraclora.limits import Count, Fraction, limited
+from fedraclora.models.built import Built, require_input, seeded
 
 
+@limited("model")
 def build_mlp(
     *,
     shape: tuple[int, ...],
     classes: int,
     seed: int,
-    hidden: Sequence[int] = (200, 200),
+    hidden: Sequence[Count] = (200, 200),
     bias: bool = True,
-    dropout: float = 0.0,
+    dropout: Fraction = 0.0,
 ) -> Built:
     """Build linear layers ``fc1``, ``fc2``, ... with ReLU between them.
 
@@ -43,12 +39,10 @@ def build_mlp(
     Raises:
         ConfigError: If the data are token ids or an argument is wrong, naming the key.
     """
-    features = require_dense("mlp", shape, classes)
+    features = require_input("mlp", shape, classes, text=False)
     widths = list(hidden)
     if not widths:
         raise ConfigError("model.hidden=[]: want one hidden layer at least, or use model=linear")
-    require_counts("model.hidden", widths)
-    require_dropout(dropout)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if len(shape) > 1:
         layers["flatten"] = nn.Flatten()

@@ -77,6 +77,16 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=120, layout=spaced)
 
 
+def new_panels(
+    figure: Figure, rows: int, columns: int, count: int, *, sharey: bool = False
+) -> list[Axes]:
+    """Make the first ``count`` panels of a grid, in reading order."""
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
+    for unused in grid[count:]:
+        unused.remove()
+    return [*grid[:count]]
+
+
 def write_png(figure: Figure, path: Path) -> None:
     """Write a figure; the folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from fedraclora.plots.axes import (
     label_axes,
     make_logarithmic,
     new_figure,
+    new_panels,
     write_png,
 )
 
@@ -72,10 +73,7 @@ def bounds_figure(title: str, panels: Sequence[Panel], columns: int, path: Path)
     rows = -(-len(panels) // columns)
     figure = new_figure(5.0 * columns, 4.5 * rows + 0.9)
     figure.suptitle(title, fontsize=13)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for unused in grid[len(panels) :]:
-        unused.remove()
-    for place, panel in zip(grid, panels, strict=False):
+    for place, panel in zip(new_panels(figure, rows, columns, len(panels)), panels, strict=True):
         _draw(place, panel)
     bounded = any(c.bound is not None for panel in panels for c in panel.curves.values())
     if bounded:

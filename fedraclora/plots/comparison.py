@@ -18,6 +18,7 @@ from fedraclora.plots.axes import (
     make_logarithmic,
     marker,
     new_figure,
+    new_panels,
     write_png,
 )
 from fedraclora.run.ledger import Row, column, round_seconds
@@ -55,10 +56,7 @@ def compare_figure(groups: Mapping[str, Sequence[Sequence[Row]]], metric: str, p
     size = (12 if columns == 2 else 17), 4.2 * lines_of_panels + 0.24 * legend_rows + 0.1
     figure = new_figure(*size)
     figure.suptitle(f"{metric}: mean over seeds, band from least to greatest", fontsize=13)
-    grid = figure.subplots(lines_of_panels, columns, sharey=True, squeeze=False)
-    panels = grid.ravel()[: len(positions)]
-    for unused in grid.ravel()[len(positions) :]:
-        unused.remove()
+    panels = new_panels(figure, lines_of_panels, columns, len(positions), sharey=True)
     for index, seeds in enumerate(measured):
         y, colour = seeds[:, :, -1], COLOURS[index % len(COLOURS)]
         dash = DASHES[index // len(COLOURS) % len(DASHES)]
@@ -68,8 +66,8 @@ def compare_figure(groups: Mapping[str, Sequence[Sequence[Row]]], metric: str, p
             panel.plot(x, y.mean(axis=0), dash, color=colour, marker=marker(x), markersize=4)
             if len(seeds) > 1:
                 panel.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.18, linewidth=0)
-    for panel, name in zip(panels, positions, strict=True):
-        label_axes(panel, name, metric if panel in grid[:, 0] else "")
+    for place, (panel, name) in enumerate(zip(panels, positions, strict=True)):
+        label_axes(panel, name, "" if place % columns else metric)
         if "MB" in name:
             make_logarithmic(panel, "x")
     lines = panels[0].get_lines()

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from fedraclora.errors import ConfigError
+from fedraclora.limits import Inner, Limited, Positive
 from fedraclora.privacy.accountant import epsilon, noise_for
 from fedraclora.privacy.secret import Secret
 
@@ -29,7 +31,7 @@ WITHIN = 1 - 1e-5
 
 
 @dataclass(frozen=True)
-class Privacy:
+class Privacy(Limited, group="privacy"):
     """No privacy, and the base of what there is."""
 
     name: ClassVar[str] = "none"
@@ -53,25 +55,17 @@ class ClientLevel(Privacy):
 
     name: ClassVar[str] = "client_level"
 
-    clip: float = 1.0
-    noise_multiplier: float | None = 1.0
-    target_epsilon: float | None = None
-    delta: float = 1e-5
-    quantile: float | None = None
-    clip_rate: float = 0.2
-    count_noise: float | None = None
+    clip: Positive = 1.0
+    noise_multiplier: Positive | None = 1.0
+    target_epsilon: Positive | None = None
+    delta: Inner = 1e-5
+    quantile: Inner | None = None
+    clip_rate: Positive = 0.2
+    count_noise: Positive | None = None
 
+    @override
     def __post_init__(self) -> None:
-        """Refuse impossible settings."""
-        positive = ("clip", "noise_multiplier", "target_epsilon", "clip_rate", "count_noise")
-        for key in positive:
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"privacy.{key} is {value}; a positive finite number is wanted")
-        for key in ("delta", "quantile"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < 1:
-                raise ConfigError(f"privacy.{key} is {value}; a number in (0, 1) is wanted")
+        super().__post_init__()
         adapts = {"clip_rate": ClientLevel.clip_rate, "count_noise": ClientLevel.count_noise}
         for key, default in adapts.items():
             if self.quantile is None and getattr(self, key) != default:

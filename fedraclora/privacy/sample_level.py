@@ -24,13 +24,14 @@ References:
 from __future__ import annotations
 
 import hmac
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
 from fedraclora.errors import ConfigError
+from fedraclora.limits import Inner, Limited, NotNegative, Positive
 from fedraclora.privacy.accountant import epsilon
 from fedraclora.privacy.secret import normals_of, stream
 from fedraclora.rng import hash_key
@@ -40,7 +41,7 @@ LARGEST = 3e38  # of float32
 
 
 @dataclass(frozen=True)
-class SampleNoise:
+class SampleNoise(Limited):
     """Clip and noise of a local step.
 
     Attributes:
@@ -49,26 +50,18 @@ class SampleNoise:
         delta: Of the guarantee.
     """
 
-    clip: float = 1.0
-    noise_multiplier: float = 1.0
-    delta: float = 1e-5
+    clip: Positive = 1.0
+    noise_multiplier: NotNegative = 1.0
+    delta: Inner = 1e-5
 
+    @override
     def __post_init__(self) -> None:
-        """Refuse impossible settings; `fedraclora.config.schema` puts the path before the key."""
-        if not 0 < self.clip < math.inf:
-            raise ConfigError(f"clip is {self.clip}; a positive finite number is wanted")
-        if not 0 <= self.noise_multiplier < math.inf:
-            raise ConfigError(
-                f"noise_multiplier is {self.noise_multiplier}; a finite number, 0 or more, is "
-                "wanted"
-            )
+        super().__post_init__()
         if not self.noise_multiplier * self.clip < LARGEST:
             raise ConfigError(
                 f"noise_multiplier is {self.noise_multiplier} and clip is {self.clip}; their "
                 f"product, the noise on a gradient, must stay below {LARGEST:.2g}"
             )
-        if not 0 < self.delta < 1:
-            raise ConfigError(f"delta is {self.delta}; a number in (0, 1) is wanted")
 
     @classmethod
     def rows(cls) -> dict[str, type[SampleNoise]]:

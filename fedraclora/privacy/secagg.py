@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from fedraclora.errors import ConfigError
+from fedraclora.limits import Count, Limit, Limited, Positive
 from fedraclora.rng import generator
 
+_EVEN = Limit("an even number from 2 on", lambda value: value >= 2 and value % 2 == 0)
+_MAJORITY = Limit("a share in [0.5, 1)", lambda value: 0.5 <= value < 1)
 LEAST = 3  # clients of a sum: of two, each knows the other's part
 
 
 @dataclass(frozen=True)
-class Open:
+class Open(Limited, group="secure"):
     """No secure aggregation, and the base of what there is."""
 
     name: ClassVar[str] = "none"
@@ -39,23 +41,10 @@ class SecAgg(Open):
 
     name: ClassVar[str] = "secagg"
 
-    clip: float = 10.0
-    neighbours: int | None = None
-    threshold: float = 0.5
-    max_weight: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse impossible settings."""
-        if not 0 < self.clip < math.inf:
-            raise ConfigError(f"secure.clip is {self.clip}; a positive finite number is wanted")
-        if not 0.5 <= self.threshold < 1:
-            raise ConfigError(f"secure.threshold is {self.threshold}; it must lie in [0.5, 1)")
-        if self.neighbours is not None and (self.neighbours < 2 or self.neighbours % 2):
-            raise ConfigError(
-                f"secure.neighbours is {self.neighbours}; an even number from 2 on, or null"
-            )
-        if self.max_weight < 1:
-            raise ConfigError(f"secure.max_weight is {self.max_weight}; 1 or more is wanted")
+    clip: Positive = 10.0
+    neighbours: Annotated[int, _EVEN] | None = None
+    threshold: Annotated[float, _MAJORITY] = 0.5
+    max_weight: Count = 1
 
     def graph(self, clients: list[int], seed: int, round_: int) -> dict[int, list[int]]:
         """Say who are whose neighbours: the nearest ones on a ring in a drawn order.

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.downlink import Adapter, Frozen, Sketched, Trained
+from fedraclora.protocol.downlink import Adapter, Trained, differs
+from fedraclora.sketch import SketchSpec
 
 
 def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
@@ -29,12 +30,9 @@ def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
     frozen = [f for f in adapter.factors.values() if not isinstance(f, Trained)]
     if len(trained) != 1 or len(frozen) != 1:
         return None
-    (other,) = frozen
-    if isinstance(other, Sketched):
-        return trained[0], other.spec.draw()
-    if not isinstance(other, Frozen) or other.per_client:
-        return None
-    return trained[0], other.value.to("cpu", torch.float64)
+    if isinstance(other := frozen[0], SketchSpec):
+        return trained[0], other.draw()
+    return None if differs(other) else (trained[0], other.to("cpu", torch.float64))
 
 
 def as_product(label: str, trained: torch.Tensor, beside: torch.Tensor) -> Product:

@@ -1,37 +1,19 @@
 """What one exchange asks of the cohort: factors, adapters, and the downlink that names them.
 
 Effective weight of an adapted matrix: ``W + scale * F_1 F_2 (F_3)``, where each factor is drawn
-from a seed (`Sketched`), sent and held fixed (`Frozen`) or trained (`Trained`), and is shared by
+from a seed (`SketchSpec`), sent and held fixed (a tensor) or trained (`Trained`), and is shared by
 the cohort or one per client (a leading axis K).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
-
-
-@dataclass(frozen=True)
-class Sketched:
-    """A frozen factor that both ends draw from a seed."""
-
-    spec: SketchSpec
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """A frozen factor that is sent: [rows, cols], or [K, rows, cols] for one per client."""
-
-    value: torch.Tensor
-
-    @property
-    def per_client(self) -> bool:
-        """Whether each client has its own."""
-        return self.value.dim() == 3
 
 
 @dataclass(frozen=True)
@@ -62,7 +44,16 @@ class Trained:
         return self.start.draw() if isinstance(self.start, SketchSpec) else self.start
 
 
-Factor = Sketched | Frozen | Trained
+Factor = SketchSpec | torch.Tensor | Trained
+"""A factor: a drawing that both ends make from its seed, a tensor that is sent and held
+fixed (a matrix, or [K, rows, cols] with one for each client), or what clients train."""
+
+
+def differs(factor: Factor) -> bool:
+    """Tell whether each client has a value of its own of a factor, along a leading axis K."""
+    if isinstance(factor, Trained):
+        return factor.per_client
+    return isinstance(factor, torch.Tensor) and factor.dim() == 3
 
 
 @dataclass(frozen=True)
@@ -77,24 +68,14 @@ class Adapter:
     scale: float
 
 
-def magnitude_of(weight: str) -> str:
-    """Name the magnitude of an adapted weight (`lowrank.dora`): a tensor of the same layer.
-
-    Example:
-        >>> magnitude_of("fc1.weight")
-        'fc1.magnitude'
-    """
-    return f"{weight.removesuffix('weight')}magnitude"
-
-
 @dataclass(frozen=True)
 class Downlink:
     """What one exchange asks of the cohort.
 
     Attributes:
         adapters: Low-rank terms by weight name.
-        dense: Tensors trained in full, by parameter name; among them what DoRA adds to an adapted
-            layer (`magnitude_of`), which is no parameter of the model.
+        dense: Tensors trained in full, by parameter name. A name that no parameter has is of an
+            extra, which says where the tensor starts and what it does to the weights.
         recipe: A key of `fedraclora.protocol.recipes.RECIPES`: what clients do beyond plain local
             steps.
         arguments: Numbers for the recipe.
@@ -103,10 +84,8 @@ class Downlink:
             lower rank); int64 [K, 2]: part g of G equal ones. None: all.
         link: Number of the link in progress: as long as it stays, frozen factors do and trained
             ones live on, so that a client's moments may, too (`fedraclora.training.moments`).
-        variates: What clients add to the gradients of trained tensors, by name (SCAFFOLD,
-            `fedraclora.training.extras.variates`): the server's part, in the tensor's shape; at the
-            clients less their own part, [K, ...]. None: {}.
-        lifted: Whether clients keep their parts as dense matrices of the weights.
+        extras: What clients add to gradients beside, by the name of the extra that sends it: by
+            trained name, in its shape, or [K, *shape] at the clients.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -115,22 +94,29 @@ class Downlink:
     arguments: dict[str, float | int] = field(default_factory=dict)
     ranks: torch.Tensor | None = None
     link: int = 0
-    variates: Tree = field(default_factory=dict)
-    lifted: bool = False
+    extras: dict[str, Tree] = field(default_factory=dict)
 
-    def trained(self) -> dict[str, Trained]:
-        """Everything that clients train, by its name on the uplink, in packing order."""
-        found = {
+    def factors(self) -> dict[str, Factor]:
+        """All factors of all adapters, by ``"<weight>/<label>"``."""
+        return {
             f"{weight}/{label}": factor
             for weight, adapter in self.adapters.items()
             for label, factor in adapter.factors.items()
-            if isinstance(factor, Trained)
         }
-        return found | self.dense
 
-    def magnitudes(self) -> dict[str, str]:
-        """Name the magnitudes that are trained in `dense`, by the weight whose rows they scale."""
-        return {w: name for w in self.adapters if (name := magnitude_of(w)) in self.dense}
+    def mapped(self, change: Callable[[str, Factor], Factor]) -> Downlink:
+        """Replace every factor and dense tensor by what ``change`` makes of its name and it."""
+        adapters = {
+            w: replace(a, factors={k: change(f"{w}/{k}", f) for k, f in a.factors.items()})
+            for w, a in self.adapters.items()
+        }
+        dense = {name: change(name, slot) for name, slot in self.dense.items()}
+        return replace(self, adapters=adapters, dense=dense)  # type: ignore[arg-type]
+
+    def trained(self) -> dict[str, Trained]:
+        """Everything that clients train, by its name on the uplink, in packing order."""
+        factors = self.factors().items()
+        return {name: f for name, f in factors if isinstance(f, Trained)} | self.dense
 
     def uploaded(self) -> dict[str, Trained]:
         """What clients send back, in packing order."""
@@ -139,30 +125,28 @@ class Downlink:
     @property
     def apart(self) -> bool:
         """Whether numbers at one place of two uplinks may mean different things."""
-        factors = [f for a in self.adapters.values() for f in a.factors.values()]
-        own = any(isinstance(f, Frozen) and f.per_client for f in factors)
-        return own or self.ranks is not None or any(s.per_client for s in self.uploaded().values())
+        kept = {n for n, slot in self.trained().items() if not slot.upload}
+        factors = (self.factors() | self.dense).items()
+        return self.ranks is not None or any(differs(f) for n, f in factors if n not in kept)
 
     def select(self, places: torch.Tensor) -> Downlink:
         """Keep the per-client values of the clients at ``places`` (int64) only."""
 
-        def part(factor: object) -> object:
-            if isinstance(factor, Frozen) and factor.per_client:
-                return Frozen(factor.value[places])
-            if isinstance(factor, Trained) and factor.per_client:
+        def part(name: str, factor: Factor) -> Factor:
+            del name
+            if not differs(factor):
+                return factor
+            if isinstance(factor, Trained):
                 return replace(factor, start=factor.start[places])  # type: ignore[index]
-            return factor
+            return factor[places]  # type: ignore[index]
 
-        adapters = {
-            w: Adapter({k: part(f) for k, f in a.factors.items()}, a.scale)  # type: ignore[misc]
-            for w, a in self.adapters.items()
-        }
-        dense = {n: part(s) for n, s in self.dense.items()}
         ranks = None if self.ranks is None else self.ranks[places]
         slots = self.trained()
-        own = {n: t.dim() > len(slots[n].shape) for n, t in self.variates.items()}
-        variates = {n: t[places] if own[n] else t for n, t in self.variates.items()}
-        return replace(self, adapters=adapters, dense=dense, ranks=ranks, variates=variates)  # type: ignore[arg-type]
+        extras = {
+            extra: {n: t[places] if t.dim() > len(slots[n].shape) else t for n, t in tree.items()}
+            for extra, tree in self.extras.items()
+        }
+        return replace(self.mapped(part), ranks=ranks, extras=extras)
 
 
 def opening_rows(sent: Downlink, base: Tree, layout: Layout, places: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,14 @@ came back (`Uplinks`), and says what the server holds next (`State`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Protocol, Self
 
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.downlink import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.protocol.downlink import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import hash_key
@@ -25,11 +26,10 @@ __all__ = [
     "Downlink",
     "Draw",
     "Factor",
-    "Frozen",
     "Link",
+    "Memo",
     "Method",
     "Plan",
-    "Sketched",
     "State",
     "Term",
     "Trained",
@@ -40,29 +40,26 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Traits:
-    """What a method promises; the contract suite holds it to the first three.
+    """What a method promises of all its rounds, so that no single message shows it.
+
+    The contract suite holds every method to them.
 
     Attributes:
         exact: The new effective weights are old + step (mean - old), where mean is the weighted
             mean of the clients' own; with a step of 1 they are that mean.
         linear: Weighted sums of what clients send are enough (secure aggregation can serve it).
         merges: Updates are folded into the base weights, so absent clients must catch up.
-        client_state: Something stays at the clients between rounds.
-        ranks: Clients may have rank budgets (`Cohort.ranks`): the method hands them on.
-        looks_at_clients: It reports on single clients where their updates are there.
+        ranks: What it promises holds under rank budgets (`Cohort.ranks`), which it hands on.
         step: The server's step, in `exact`.
-        rescales: The effective weights are not the base and what is added to it.
         varies: What clients train differs from round to round, so nothing of it lives on there.
+            What comes back in one round may decide it for the next.
     """
 
     exact: bool
     linear: bool
     merges: bool
-    client_state: bool = False
     ranks: bool = False
-    looks_at_clients: bool = False
     step: float = 1.0
-    rescales: bool = False
     varies: bool = False
 
 
@@ -109,6 +106,40 @@ class Cohort:
 
 
 @dataclass(frozen=True)
+class Memo:
+    """Whole numbers that a method keeps from round to round; in files they have the names of here.
+
+    A method that keeps more names a subclass in `Method.memo`, whose fields have defaults: each
+    is a number, or numbers by weight.
+
+    Attributes:
+        sketch: Number of the link in progress, from 0: each has sketches of its own.
+        age: Rounds that this link has lived.
+    """
+
+    sketch: int = 0
+    age: int = 0
+
+    def stored(self) -> dict[str, int]:
+        """Give the numbers by name; ``<field>/<weight>`` where there is one for each weight."""
+        found: dict[str, int] = {}
+        for name, value in vars(self).items():
+            many = isinstance(value, dict)
+            found |= {f"{name}/{key}": v for key, v in value.items()} if many else {name: value}
+        return found
+
+    @classmethod
+    def read(cls, stored: Mapping[str, int]) -> Self:
+        """Undo `stored`; what is missing is as at the start, other names are left out."""
+        values: dict[str, int | dict[str, int]] = {}
+        for name in (each.name for each in fields(cls)):
+            inside = {k.partition("/")[2]: v for k, v in stored.items() if k.startswith(f"{name}/")}
+            if inside or name in stored:
+                values[name] = inside or stored[name]
+        return cls(**values)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
 class State:
     """What the server holds between rounds.
 
@@ -116,7 +147,7 @@ class State:
         base: The master weights, float32 or wider.
         plan: The plan of the run (static; not part of a checkpoint).
         carried: The method's own tensors (factors that live on, moments).
-        memo: The method's own small numbers.
+        memo: The method's own whole numbers.
         link: How the last close changed `base`, or None.
         report: Figures of the last round for the ledger.
         notes: Sentences for the ledger (a rank that was capped).
@@ -126,7 +157,7 @@ class State:
     base: Tree
     plan: Plan
     carried: Tree = field(default_factory=dict)
-    memo: dict[str, int] = field(default_factory=dict)
+    memo: Memo = field(default_factory=Memo)
     link: Link | None = None
     report: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -147,10 +178,23 @@ class Draw:
 class Method(Protocol):
     """A federated method. Subclass it explicitly to take the defaults."""
 
+    memo: ClassVar[type[Memo]] = Memo
+    """What the method keeps in `State.memo`."""
+
     @property
     def traits(self) -> Traits:
         """What the method promises."""
         ...
+
+    @property
+    def client_state(self) -> bool:
+        """Whether a factor stays at each client between rounds."""
+        return False
+
+    @property
+    def looks_at_clients(self) -> bool:
+        """Whether it reports on single clients where their updates are there."""
+        return False
 
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
         """Build the state before the first round."""

@@ -16,12 +16,13 @@ from torch.func import functional_call
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, loss_function
 from fedraclora.privacy.sample_level import answer_keys, seed_key
-from fedraclora.protocol.method import Downlink, Frozen, Plan, Sketched
+from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.rank_budgets import window
 from fedraclora.protocol.recipes import RECIPES, GradientHook
 from fedraclora.reference.dp_sgd import set_noisy_gradients
 from fedraclora.reference.pairs import LocalGates, LocalRite, adjust_gradients
 from fedraclora.rng import cohort_permutations, hash_key
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import FLOAT32, products_in
@@ -94,7 +95,7 @@ def train_one(
         if local.prox:
             gap = [weights[n] - w for n, w in start_weights.items()]
             (local.prox / 2 * torch.stack([g.square().sum() for g in gap]).sum()).backward()
-        add_own_variates(values, downlink, place)
+        add_extras(values, downlink, place)
         shape_gradients(values, frozen, hook, local, downlink)
         if recipe.steps:
             optimiser.step()
@@ -112,10 +113,10 @@ def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]
     for weight, adapter in downlink.adapters.items():
         for label, part in adapter.factors.items():
             name = f"{weight}/{label}"
-            if isinstance(part, Sketched):
-                frozen[name] = part.spec.draw().to(base[weight].dtype)
-            elif isinstance(part, Frozen):
-                own = part.value[place] if part.value.dim() == 3 else part.value
+            if isinstance(part, SketchSpec):
+                frozen[name] = part.draw().to(base[weight].dtype)
+            elif isinstance(part, torch.Tensor):
+                own = part[place] if part.dim() == 3 else part
                 frozen[name] = own.to(base[weight].dtype)
     for name, slot in downlink.trained().items():
         start = slot.opening()
@@ -225,12 +226,13 @@ def shape_gradients(
         nn.utils.clip_grad_norm_(list(values.values()), local.clip)
 
 
-def add_own_variates(values: Tree, sent: Downlink, place: int) -> None:
-    """Add variates to the gradients of the one client at ``place``, in place."""
-    for name, variate in sent.variates.items():
-        own = variate[place] if variate.dim() > values[name].dim() else variate
-        gradient = values[name].grad
-        values[name].grad = own.to(values[name]) + (0 if gradient is None else gradient)
+def add_extras(values: Tree, sent: Downlink, place: int) -> None:
+    """Add what travels beside to the gradients of the one client at ``place``, in place."""
+    for added in sent.extras.values():
+        for name, value in added.items():
+            own = value[place] if value.dim() > values[name].dim() else value
+            gradient = values[name].grad
+            values[name].grad = own.to(values[name]) + (0 if gradient is None else gradient)
 
 
 def with_seeded_dropout(

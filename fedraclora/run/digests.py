@@ -11,10 +11,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from fedraclora.data.locate import resolve
+from fedraclora.data.locate import file_digest, resolve
 from fedraclora.errors import CheckpointError, ConfigError, DataError
-from fedraclora.weights.files import replacing
+from fedraclora.weights.files import write_text
 
 FILE = "digests.json"
 SEAL = "sha256"
@@ -40,19 +41,16 @@ def opened(found: Mapping[str, object], path: Path) -> dict[str, object]:
     return rest
 
 
-def read_sealed(path: Path) -> dict[str, object]:
+def read_sealed(path: Path) -> dict[str, Any]:
     """Read a file of `sealed`, verified.
 
     Raises:
         CheckpointError: If it is not readable, or was changed since it was written.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return opened(dict(json.loads(path.read_text(encoding="utf-8"))), path)
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); {ADVICE}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged: it is no mapping; {ADVICE}")
-    return opened(found, path)
 
 
 def _digest(plain: Mapping[str, object]) -> str:
@@ -72,11 +70,9 @@ def write_digests(folder: Path, config: str, data: Mapping[str, object] | None) 
     """
     path, now = folder / FILE, folder / "config.yaml"
     before = [_text_digest(now.read_bytes())] if now.is_file() else []
-    held = read_sealed(path) if data is None and path.is_file() else {}
-    kept = held.get("data", {}) if data is None else data
+    kept = known_data(folder) if data is None else data
     digests = [_text_digest(config.encode()), *before]
-    with replacing(path) as partial:
-        partial.write_text(sealed({"config": digests, "data": kept}))
+    write_text(path, sealed({"config": digests, "data": kept}))
 
 
 def check_config(folder: Path) -> bytes:
@@ -87,7 +83,7 @@ def check_config(folder: Path) -> bytes:
     """
     path, digests = folder / "config.yaml", folder / FILE
     text = path.read_bytes()
-    if digests.is_file() and _text_digest(text) not in _list(read_sealed(digests).get("config")):
+    if digests.is_file() and _text_digest(text) not in read_sealed(digests).get("config", ()):
         raise CheckpointError(
             f"{path} is not the config that the run wrote (its digest is not in {FILE}); restore "
             "the file from a copy. To change a setting of a run that goes on, say it on the "
@@ -123,8 +119,7 @@ def check_data(folder: Path, data: Mapping[str, object]) -> None:
 def known_data(folder: Path) -> dict[str, dict[str, str]]:
     """Give the digests of the data's files that a run folder holds, as `data_files` gave them."""
     path = folder / FILE
-    found = read_sealed(path).get("data") if path.is_file() else None
-    return dict(found) if isinstance(found, Mapping) else {}
+    return dict(read_sealed(path).get("data", {})) if path.is_file() else {}
 
 
 def data_files(data: Mapping[str, object]) -> dict[str, dict[str, str]]:
@@ -134,7 +129,7 @@ def data_files(data: Mapping[str, object]) -> dict[str, dict[str, str]]:
     ``data.root``, whose data sets are known by their own digests.
     """
     return {
-        key: {path.name: _file_digest(path) for path in paths}
+        key: {path.name: file_digest(path) for path in paths}
         for key, value in data.items()
         if (paths := [*_paths(key, value, data.get("root"))])
     }
@@ -158,14 +153,5 @@ def _owner(key: str, name: str) -> str:
     return f", the samples of client {number}," if key == "samples" and number.isdecimal() else ""
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _text_digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
-
-
-def _list(value: object) -> list[object]:
-    return value if isinstance(value, list) else []

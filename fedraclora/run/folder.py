@@ -20,7 +20,7 @@ from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
 from fedraclora.run.digests import check_config, data_files, read_sealed, sealed, write_digests
 from fedraclora.run.ledger import number, read_ledger, seals
 from fedraclora.run.recorder import BESIDE
-from fedraclora.weights.files import difference, replacing
+from fedraclora.weights.files import difference, write_text
 
 LEDGER = "ledger_sha256"  # of the summary: the seal of the ledger's last row
 # What a start makes; the lock comes last, so that nobody else begins meanwhile.
@@ -113,10 +113,14 @@ def begin(folder: Path, plain: Plain) -> None:
     refuse_existing(folder)
     if (folder / "config.yaml").exists():
         _remove(folder, ("ledger.jsonl", "chain", "private"))
+    _write_config(folder, plain, data_files(section(plain, "data")))
+
+
+def _write_config(folder: Path, plain: Plain, data: Mapping[str, object] | None) -> None:
+    """Write a config, its digest first; ``data`` as for `write_digests`."""
     text = yaml.safe_dump(plain, sort_keys=False)
-    write_digests(folder, text, data_files(section(plain, "data")))
-    with replacing(folder / "config.yaml") as partial:
-        partial.write_text(text)
+    write_digests(folder, text, data)
+    write_text(folder / "config.yaml", text)
 
 
 def read_config(folder: Path) -> Plain:
@@ -149,10 +153,7 @@ def amend(folder: Path, plain: Plain) -> list[str]:
     if stored == plain:
         return []
     (folder / "summary.json").unlink(missing_ok=True)
-    text = yaml.safe_dump(plain, sort_keys=False)
-    write_digests(folder, text, None)
-    with replacing(folder / "config.yaml") as partial:
-        partial.write_text(text)
+    _write_config(folder, plain, None)
     # Keys that one side lacks came or went with the choice of their group, which is named.
     changed = [line for line in difference(stored, plain) if "(absent)" not in line]
     return [f"goes on with {x}" for x in changed if not x.startswith(("output.", "resume:"))]
@@ -227,8 +228,7 @@ def run_id(folder: Path) -> str:
     path = folder / "run_id"
     if not path.is_file():
         make(folder)
-        with replacing(path) as partial:
-            partial.write_text(secrets.token_hex(16))
+        write_text(path, secrets.token_hex(16))
     return path.read_text()
 
 
@@ -236,8 +236,7 @@ def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
     """Write summary.json in one move, with versions, revision and the digest of the ledger."""
     rows = read_ledger(folder / "ledger.jsonl")
     found = {**summary, **provenance(), LEDGER: [*seals(rows)][-1]}
-    with replacing(folder / "summary.json") as partial:
-        partial.write_text(sealed(found))
+    write_text(folder / "summary.json", sealed(found))
 
 
 def read_summary(folder: Path) -> dict[str, object]:

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from fedraclora.errors import CheckpointError
-from fedraclora.protocol.method import Draw, Method, Plan, State, apply_link
+from fedraclora.protocol.method import Draw, Memo, Method, Plan, State, apply_link
 from fedraclora.run.ledger import read_ledger
-from fedraclora.run.recorder import CARRIED, part
+from fedraclora.run.recorder import CARRIED, checkpoint_meta, part
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import read_link, read_plan
-from fedraclora.weights.files import has_checkpoint, link_digest, load_checkpoint, read_links
+from fedraclora.weights.files import link_digest, load_checkpoint, read_links
 
 
-def state_at(folder: Path, round_: int | None = None, plan: Plan | None = None) -> State:
+def state_at(
+    folder: Path,
+    round_: int | None = None,
+    plan: Plan | None = None,
+    method: Method | None = None,
+) -> State:
     """Rebuild what the server held after a round: base weights, and what the method carried.
 
     Args:
@@ -23,20 +29,24 @@ def state_at(folder: Path, round_: int | None = None, plan: Plan | None = None) 
             for the round that it stands at.
         round_: 0 gives the initial state; None the last checkpoint.
         plan: Of the run; None takes the one that was stored.
+        method: Of the run. With it, the state has all by which it gives weights; None: what one
+            method keeps and another does not is left out.
 
     Returns:
         The state without moments, on the CPU; bit for bit that of the run on the same build.
 
     Raises:
-        CheckpointError: If a file is damaged, missing or of another run, or does not reach so far.
+        CheckpointError: If a file is damaged, missing or of another run, or does not reach so far;
+            and where an older release has not kept what the method takes.
     """
+    kind = Memo if method is None else method.memo
     if round_ is None:
         tensors, meta = load_checkpoint(folder / "checkpoint")
         plan = plan or _stored_plan(meta, folder / "checkpoint")
         carried = part(tensors, "carried/")
-        return State(part(tensors, "base/"), plan, carried, _mapping(meta["memo"]))
+        return State(part(tensors, "base/"), plan, carried, kind.read(meta["memo"]))
     chain, last, state = folder / "chain", -1, State({}, Plan({}))
-    beyond = False
+    beyond, memo = False, dict[str, int]()
     for number, tensors, meta in read_links(chain):
         _check_gap(folder, last, number)
         if beyond := number > round_:
@@ -46,8 +56,10 @@ def state_at(folder: Path, round_: int | None = None, plan: Plan | None = None) 
             state = State(base, plan or _stored_plan(meta, chain))
         else:
             base = apply_link(state.base, read_link(tensors, meta), state.plan)
-        kept = {n: t for n, t in state.carried.items() if n not in _names(meta.get("gone"))}
-        state = State(base, state.plan, kept | part(tensors, CARRIED), _mapping(meta.get("memo")))
+        kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
+        state = State(
+            base, state.plan, kept | part(tensors, CARRIED), kind.read(meta.get("memo", {}))
+        )
         last = number
     if last < 0 or (last < round_ and not beyond):
         reached = "no round" if last < 0 else f"round {last}"
@@ -56,16 +68,20 @@ def state_at(folder: Path, round_: int | None = None, plan: Plan | None = None) 
             f"{chain} reaches {reached}, not round {round_}: {wanted} is not there"
         )
     _hold_against_checkpoint(folder)
+    if not memo and method is not None and type(method).weights is not Method.weights:
+        raise CheckpointError(
+            f"{chain} was written by an older release, which kept the base weights alone "
+            "(fedraclora.run.rebuild.state_at gives them); only the weights of the last checkpoint "
+            "can be read"
+        )
     return state
 
 
 def stored_plan(folder: Path) -> Plan | None:
     """Give the plan of a run from its files; None where they are of an older release."""
     metas = [meta for number, _, meta in islice(read_links(folder / "chain"), 1) if number == 0]
-    if has_checkpoint(folder / "checkpoint"):
-        metas.append(load_checkpoint(folder / "checkpoint")[1])
-    stored = [meta["plan"] for meta in metas if isinstance(meta.get("plan"), Mapping)]
-    return read_plan(stored[0]) if stored else None  # type: ignore[arg-type]
+    stored = [meta["plan"] for meta in (*metas, checkpoint_meta(folder)) if "plan" in meta]
+    return read_plan(stored[0]) if stored else None
 
 
 def _check_gap(folder: Path, last: int, number: int) -> None:
@@ -79,10 +95,8 @@ def _check_gap(folder: Path, last: int, number: int) -> None:
 
 def _hold_against_checkpoint(folder: Path) -> None:
     """Refuse a chain that is not the one that the folder's checkpoint was written beside."""
-    if not has_checkpoint(folder / "checkpoint"):
-        return
-    meta = load_checkpoint(folder / "checkpoint")[1]
-    round_, kept, chain = int(str(meta["round"])), meta.get("chain"), folder / "chain"
+    meta, chain = checkpoint_meta(folder), folder / "chain"
+    round_, kept = meta.get("round", 0), meta.get("chain")
     if isinstance(kept, str) and link_digest(chain, round_) != kept:
         raise CheckpointError(
             f"{chain / f'{round_:06d}.safetensors'} is missing, or it is of another run than "
@@ -90,21 +104,13 @@ def _hold_against_checkpoint(folder: Path) -> None:
         )
 
 
-def _stored_plan(meta: Mapping[str, object], path: Path) -> Plan:
+def _stored_plan(meta: Mapping[str, Any], path: Path) -> Plan:
     if not isinstance(stored := meta.get("plan"), Mapping):
         raise CheckpointError(
             f"{path} was written by an older release, which kept no plan: hand the plan of the run "
             "in, or go on with the run (resume=...)"
         )
     return read_plan(stored)
-
-
-def _mapping(value: object) -> dict[str, int]:
-    return {str(k): int(v) for k, v in value.items()} if isinstance(value, Mapping) else {}
-
-
-def _names(value: object) -> list[str]:
-    return [str(name) for name in value] if isinstance(value, list) else []
 
 
 def weights_at(
@@ -122,13 +128,6 @@ def weights_at(
         plan: As for `state_at`.
 
     Raises:
-        CheckpointError: As `state_at`, and where an older release has not kept what it takes.
+        CheckpointError: As `state_at`.
     """
-    state = state_at(folder, round_, plan)
-    if not state.memo and type(method).weights is not Method.weights:
-        raise CheckpointError(
-            f"{folder / 'chain'} was written by an older release, which kept the base weights "
-            "alone (fedraclora.run.rebuild.state_at gives them); only the weights of the last "
-            "checkpoint can be read"
-        )
-    return method.weights(state, draw)
+    return method.weights(state_at(folder, round_, plan, method), draw)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -103,7 +104,6 @@ class RunRecorder:
         self.store = ClientStore() if store is None else store
         self.ledger = Ledger(None if folder is None else folder / "ledger.jsonl")
         self.free = tuple(f"{key}:" for key in free)
-        self._totals = (0, 0)
         self._link, self._carried = "", Tree()
         self.incidents: list[str] = []
 
@@ -119,17 +119,17 @@ class RunRecorder:
 
     def totals(self) -> tuple[int, int]:
         """Bytes up and down (with catch-up) over all rounds so far."""
-        return self._totals
+        last: Mapping[str, Any] = self.ledger.rows[-1] if self.ledger.rows else {}
+        return last.get("uplink_total", 0), last.get("downlink_total", 0)
 
-    def append(self, row: Mapping[str, object]) -> None:
+    def append(self, row: Mapping[str, Any]) -> None:
         """Write a ledger row, with the peak memory of this process."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         row = {**row, "peak_memory_bytes": peak}
         if self.incidents:
-            row["incidents"] = [*self.incidents, *_strings(row.get("incidents"))]
+            row["incidents"] = [*self.incidents, *row.get("incidents", ())]
             self.incidents = []
         self.ledger.append(row, sync=self.sync)
-        self._totals = (int(str(row["uplink_total"])), int(str(row["downlink_total"])))
 
     def link(self, round_: int, state: State) -> None:
         """Append the link of a round to the chain: what it changed, in the base and beside it.
@@ -153,7 +153,7 @@ class RunRecorder:
         old, new = self._carried, dict(state.carried)
         changed = {n: t for n, t in new.items() if n not in old or not _same(old[n], t)}
         gone = [n for n in old if n not in new]
-        more = {"memo": state.memo} | ({"gone": gone} if gone else {})
+        more = {"memo": state.memo.stored()} | ({"gone": gone} if gone else {})
         tensors = tensors | {f"{CARRIED}{n}": t for n, t in changed.items()}
         chain = self.folder / "chain"
         path = append_link(chain, round_, tensors, meta | more, previous=self._link, sync=self.sync)
@@ -172,7 +172,7 @@ class RunRecorder:
         tensors |= {f"moments/{n}": t for n, t in state.moments.items()}
         meta: dict[str, object] = {
             "round": round_,
-            "memo": state.memo,
+            "memo": state.memo.stored(),
             "fixed": self.fixed,
             "base_digest": digest(state.base),
             "plan": plan_meta(state.plan),
@@ -200,9 +200,8 @@ class RunRecorder:
         if self.folder is None:
             raise CheckpointError("a run without a folder cannot be resumed")
         tensors, meta = load_checkpoint(self.folder / "checkpoint")
-        stored = meta.get("fixed")
-        changed = difference(stored, self.fixed) if isinstance(stored, dict) else ["fixed: unknown"]
-        changed = [line for line in changed if not line.startswith(self.free)]
+        lines = difference(meta.get("fixed", {}), self.fixed)
+        changed = [line for line in lines if not line.startswith(self.free)]
         if changed:
             raise CheckpointError(
                 f"{self.folder}: the checkpoint was written under another configuration "
@@ -211,12 +210,10 @@ class RunRecorder:
         memo = meta["memo"]
         if not isinstance(memo, dict):
             raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")
-        round_ = int(str(meta["round"]))
+        round_ = meta["round"]
         self._verify(meta, round_)
         self.ledger.cut(round_)
         cut_links(self.folder / "chain", round_)
-        last = self.ledger.rows[-1]
-        self._totals = (int(str(last["uplink_total"])), int(str(last["downlink_total"])))
         catch_up.restore(tensors)
         self.store.restore(tensors)
         device = next(iter(start.base.values())).device
@@ -226,9 +223,11 @@ class RunRecorder:
             self._link = link_digest(self.folder / "chain")
             # The links of older releases lack what is carried: the next one has all of it.
             self._carried = dict(carried) if isinstance(meta.get("chain"), str) else {}
-        return State(base, start.plan, carried, memo, moments=moments), round_
+        return State(
+            base, start.plan, carried, type(start.memo).read(memo), moments=moments
+        ), round_
 
-    def _verify(self, meta: Mapping[str, object], round_: int) -> None:
+    def _verify(self, meta: Mapping[str, Any], round_: int) -> None:
         """Hold what the run rests on against the digests in its checkpoint, before any cut.
 
         Checkpoints of older releases name none.
@@ -260,16 +259,12 @@ class RunRecorder:
                 f"{chain / f'{round_:06d}.safetensors'} is missing or of another run; {advice}"
             )
         found = beside(self.folder)
-        for name, wanted in dict(meta.get("files", {})).items():  # type: ignore[call-overload]
+        for name, wanted in meta.get("files", {}).items():
             if found.get(name) != wanted:
                 raise CheckpointError(
                     f"{self.folder / name} is missing, or is not what it was when the checkpoint "
                     f"was written; {advice}"
                 )
-
-
-def _strings(value: object) -> list[str]:
-    return [str(part) for part in value] if isinstance(value, list) else []
 
 
 def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
@@ -291,28 +286,30 @@ def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tree:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
+def checkpoint_meta(folder: Path) -> dict[str, Any]:
+    """Read what the checkpoint of a run folder says beside its tensors; empty if there is none."""
+    path = folder / "checkpoint"
+    return dict(load_checkpoint(path)[1]) if has_checkpoint(path) else {}
+
+
 def stored_chunk(folder: Path) -> int | None:
     """Give the chunk of the run whose checkpoint a folder holds; None if it does not say."""
-    chunk = _resolved(folder).get("chunk")
-    return chunk if isinstance(chunk, int) else None
+    chunk: int | None = _resolved(folder, "chunk")
+    return chunk
 
 
 def stored_device(folder: Path) -> str | None:
     """Give the kind of device of the run of a folder; None if no checkpoint says it."""
-    if not has_checkpoint(folder / "checkpoint"):
-        return None
-    device = _resolved(folder).get("device")
-    return device if isinstance(device, str) else None
+    device: str | None = _resolved(folder, "device")
+    return device
 
 
 def stands_at(folder: Path) -> int | None:
     """Give the round at which the checkpoint of a folder stands; None if there is none."""
-    if not has_checkpoint(folder / "checkpoint"):
-        return None
-    return int(str(load_checkpoint(folder / "checkpoint")[1]["round"]))
+    round_: int | None = checkpoint_meta(folder).get("round")
+    return round_
 
 
-def _resolved(folder: Path) -> Mapping[str, object]:
-    fixed = load_checkpoint(folder / "checkpoint")[1].get("fixed")
-    resolved = fixed.get("resolved") if isinstance(fixed, dict) else None
-    return resolved if isinstance(resolved, dict) else {}
+def _resolved(folder: Path, key: str) -> Any:
+    """Read what a setting ``auto`` came to in a run; None where no checkpoint says it."""
+    return checkpoint_meta(folder).get("fixed", {}).get("resolved", {}).get(key)

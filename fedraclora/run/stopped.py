@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from fedraclora.errors import CheckpointError, DivergenceError
-from fedraclora.weights.files import replacing
+from fedraclora.weights.files import write_text
 
 FILE = "stopped.json"
 
@@ -23,8 +23,7 @@ def note_stop(folder: Path, done: int, error: BaseException) -> None:
     if isinstance(error, DivergenceError):
         kind = "diverged"
     found = {"kind": kind, "round": done, "reason": str(error) or type(error).__name__}
-    with replacing(folder / FILE) as partial:
-        partial.write_text(json.dumps(found, indent=1) + "\n")
+    write_text(folder / FILE, json.dumps(found, indent=1) + "\n")
 
 
 def forget_stop(folder: Path) -> None:

@@ -159,7 +159,7 @@ class CohortTrainer:
         downlink, masks, largest = chunk.downlink, chunk.masks, self.local.clip
         recipe = RECIPES[downlink.recipe]
         found: list[tuple[When, Hook]] = []
-        if downlink.variates:
+        if downlink.extras:
             correct = correcting(downlink, chunk.order)
             found.append((When.RECIPE, lambda gradients, _: correct(gradients)))
         follow = recipe.gradient(chunk.frozen, downlink.arguments, chunk.ranks)

@@ -147,7 +147,13 @@ class LocalExtra:
 
 
 class Keeper(Protocol):
-    """What clients keep from round to round for an exchange that asks for it."""
+    """What clients keep from round to round for an exchange that asks for it.
+
+    Attributes:
+        extras: Names in `Downlink.extras` that it reads.
+    """
+
+    extras: tuple[str, ...]
 
     def blank(self, sent: Downlink, dtype: torch.dtype) -> Tree:
         """Give what a client begins with, by the names under which it is kept; {}: not asked."""

@@ -32,7 +32,7 @@ def written_out(task: Task, downlink: Downlink) -> bool:
         return False
     vectors = inputs["x"].dim() == 2 or isinstance(model[0], nn.Flatten)
     pairs = all(len(adapter.factors) == 2 for adapter in downlink.adapters.values())
-    pairs = pairs and not downlink.magnitudes()
+    pairs = pairs and downlink.dense.keys() <= set(every)  # else it has what is no parameter
     owners = {n.rpartition(".")[0] for n in (*downlink.adapters, *downlink.dense)}
     return vectors and pairs and all(kinds.get(owner) is nn.Linear for owner in owners)
 

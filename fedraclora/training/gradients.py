@@ -62,7 +62,8 @@ def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
     slots = sent.trained()
     added = {
         n: t.to(order.device)[order] if t.dim() > len(slots[n].shape) else t.to(order.device)[None]
-        for n, t in sent.variates.items()
+        for extra in sent.extras.values()
+        for n, t in extra.items()
     }
 
     def hook(gradients: Tree) -> Tree:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
 
@@ -23,12 +24,12 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
         like = base[weight]
         for label, factor in adapter.factors.items():
             name = f"{weight}/{label}"
-            if isinstance(factor, Sketched):
-                frozen[name] = factor.spec.draw().to(like.device, like.dtype)
-            elif isinstance(factor, Frozen):
-                value = factor.value.to(like.device, like.dtype)
+            if isinstance(factor, SketchSpec):
+                frozen[name] = factor.draw().to(like.device, like.dtype)
+            elif isinstance(factor, torch.Tensor):
+                value = factor.to(like.device, like.dtype)
                 # A copy: views into a message lie anywhere, and products round by alignment.
-                frozen[name] = value[order] if factor.per_client else value.clone()
+                frozen[name] = value[order] if value.dim() == 3 else value.clone()
             else:
                 starts[name] = start_of(factor, torch.zeros(factor.shape).to(like), order)
                 # A tall factor lies in memory as its transpose: so come its gradients
@@ -65,15 +66,11 @@ def start_from(own: Tree, downlink: Downlink) -> Downlink:
         return downlink
 
     def start(name: str, factor: Factor) -> Factor:
-        named = isinstance(factor, Trained) and name in own
-        return replace(factor, start=own[name]) if named else factor  # type: ignore[arg-type]
+        if isinstance(factor, Trained) and name in own:
+            return replace(factor, start=own[name])
+        return factor
 
-    adapters = {
-        w: Adapter({k: start(f"{w}/{k}", f) for k, f in a.factors.items()}, a.scale)
-        for w, a in downlink.adapters.items()
-    }
-    dense = {n: replace(s, start=own.get(n, s.start)) for n, s in downlink.dense.items()}
-    return replace(downlink, adapters=adapters, dense=dense)
+    return downlink.mapped(start)
 
 
 def arrange(

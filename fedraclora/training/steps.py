@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
-from fedraclora.protocol.method import Downlink, Sketched
+from fedraclora.protocol.method import Downlink
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 
 
@@ -30,7 +31,7 @@ def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) ->
         return {"lr": rate}
     gammas = []
     for adapter in downlink.adapters.values():
-        specs = [part.spec for part in adapter.factors.values() if isinstance(part, Sketched)]
+        specs = [f for f in adapter.factors.values() if isinstance(f, SketchSpec)]
         if specs:
             scale, gram = adapter.scale, prod(spec.gram_scale for spec in specs)
             for extra in local.extras:

@@ -18,7 +18,7 @@ import torch
 from torch.func import functional_call, vmap
 
 from fedraclora.data.samples import Samples
-from fedraclora.lowrank.dora import rescaled
+from fedraclora.lowrank.dora import magnitudes, rescaled
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.training.program import Program
 from fedraclora.tree import Tree
@@ -45,11 +45,11 @@ def effective_weights(
         Every parameter by name, in stored layout; differentiable in ``values``.
     """
     out = adapted_weights(base, downlink, plan, values, frozen)
-    magnitudes = downlink.magnitudes()
-    for weight, name in magnitudes.items():
+    scaled = magnitudes(downlink.adapters, downlink.dense)
+    for weight, name in scaled.items():
         view = plan.targets[weight]
         out[weight] = view.stored(rescaled(view.matrix(out[weight]), values[name]), base[weight])
-    return out | {n: values[n] for n in downlink.dense if n not in magnitudes.values()}
+    return out | {n: values[n] for n in downlink.dense if n not in scaled.values()}
 
 
 def adapted_weights(base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree) -> Tree:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,6 +57,12 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
             _flush(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text in one move."""
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
 @contextmanager
 def named(path: Path) -> Iterator[None]:
     """Have an error of the system name the file: that of a full disk does not."""
@@ -90,7 +97,7 @@ def save_checkpoint(folder: Path, tensors: Tree, meta: dict[str, object]) -> Non
     save_tensors(folder / FILE, tensors, meta, sync=True)
 
 
-def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, object]]:
+def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, Any]]:
     """Read what `save_checkpoint` wrote, and verify it.
 
     Returns:
@@ -141,7 +148,7 @@ def append_link(
     return path
 
 
-def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, object]]]:
+def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, Any]]]:
     """Read the chain, link by link, in ascending order of rounds.
 
     Yields:
@@ -239,7 +246,7 @@ def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync:
             ) from error
 
 
-def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, object]]:
+def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
     """Read what `save_tensors` wrote, and verify it.
 
     Args:

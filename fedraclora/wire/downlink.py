@@ -11,7 +11,8 @@ import torch
 from flwr.app import RecordDict
 
 from fedraclora.errors import WireError
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.protocol.downlink import differs
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
@@ -40,9 +41,8 @@ from fedraclora.wire.records import (
     vector_record,
 )
 
-VARIATE = "variate/"  # of the names of control variates among tensors
 WEIGHTS = (None, "examples", "uniform")
-ASKED = frozenset({"recipe", "arguments", "link", "variates", "lifted", "adapters", "dense"})
+ASKED = frozenset({"recipe", "arguments", "link", "extras", "adapters", "dense"})
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
 ADAPTER = frozenset({"scale", "factors"})
 TRAINED = frozenset({"role", "shape", "main", "upload", "started", "spec"})
@@ -81,10 +81,9 @@ class TrainRequest:
 def payload_bytes(downlink: Downlink, cohort: int, itemsize: int) -> int:
     """Payload of a downlink to one client of a cohort: numbers that are sent, and 8 per seed."""
     numbers = sum(t.numel() // (cohort if own else 1) for t, own in _sent(downlink).values())
-    factors = [f for a in downlink.adapters.values() for f in a.factors.values()]
-    drawn = (isinstance(s.start, SketchSpec) for s in downlink.trained().values())
-    seeds = sum(isinstance(f, Sketched) for f in factors) + sum(drawn)
-    return numbers * itemsize + SEED_BYTES * seeds
+    starts = [slot.start for slot in downlink.trained().values()]
+    drawn = [isinstance(f, SketchSpec) for f in [*downlink.factors().values(), *starts]]
+    return numbers * itemsize + SEED_BYTES * sum(drawn)
 
 
 class Packed:
@@ -112,8 +111,7 @@ class Packed:
             "recipe": downlink.recipe,
             "arguments": downlink.arguments,
             "link": downlink.link,
-            "variates": list(downlink.variates),
-            "lifted": downlink.lifted,
+            "extras": {extra: list(tree) for extra, tree in downlink.extras.items()},
             "adapters": {
                 w: {"scale": a.scale, "factors": {k: _describe(f) for k, f in a.factors.items()}}
                 for w, a in downlink.adapters.items()
@@ -269,44 +267,45 @@ def _downlink(
         header["recipe"],
         {key: real(value, f"the argument {key}") for key, value in arguments.items()},
         link=whole(header["link"], "its link"),
-        variates=_variates(header["variates"], tensors),
-        lifted=flag(header["lifted"], "lifted"),
     )
+    extras = mapping(header["extras"], "extras").items()
     slots = downlink.trained()
-    for key, variate in downlink.variates.items():
-        if key not in slots or tuple(variate.shape) != slots[key].shape:
-            raise WireError(f"the variate of {key} is {tuple(variate.shape)}, of what is trained")
-    return downlink
+    return replace(downlink, extras={e: _extra(e, names, tensors, slots) for e, names in extras})
 
 
-def _variates(names: object, tensors: Mapping[str, torch.Tensor]) -> Tree:
-    """Read the control variates that come down."""
+def _extra(
+    extra: str, names: object, tensors: Mapping[str, torch.Tensor], slots: Mapping[str, Trained]
+) -> Tree:
+    """Read what an extra sends beside some of the tensors that are trained."""
     found = {}
-    for key in (named(each, "a variate") for each in listed(names, "variates")):
-        if (value := tensors.get(f"{VARIATE}{key}")) is None:
-            raise WireError(f"the variate of {key} came without its numbers")
-        found[key] = value
+    for name in (named(each, f"the extra {extra}") for each in listed(names, extra)):
+        value = tensors.get(f"{extra}/{name}")
+        if value is None or name not in slots or tuple(value.shape) != slots[name].shape:
+            raise WireError(
+                f"the extra {extra} names {name}, but no tensor of that name is trained and came "
+                "with the extra's numbers in its shape"
+            )
+        found[name] = value
     return found
 
 
 def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
     """Every tensor that a downlink carries, by name, and whether it is one per client."""
-    sent = {}
-    for weight, adapter in downlink.adapters.items():
-        for label, factor in adapter.factors.items():
-            if isinstance(factor, Frozen):
-                sent[f"{weight}/{label}"] = (factor.value, factor.per_client)
+    factors = downlink.factors().items()
+    sent = {n: (f, differs(f)) for n, f in factors if isinstance(f, torch.Tensor)}
     for name, slot in downlink.trained().items():
         if isinstance(slot.start, torch.Tensor):
-            sent[name] = (slot.start, slot.per_client)
-    return sent | {f"{VARIATE}{n}": (t, False) for n, t in downlink.variates.items()}
+            sent[name] = (slot.start, differs(slot))
+    for extra, tree in downlink.extras.items():
+        sent |= {f"{extra}/{name}": (tensor, False) for name, tensor in tree.items()}
+    return sent
 
 
 def _describe(factor: Factor) -> dict[str, object]:
     """Describe a factor in plain JSON; its numbers travel in the flat array."""
-    if isinstance(factor, Sketched):
-        return {"role": "sketched", "spec": vars(factor.spec)}
-    if isinstance(factor, Frozen):
+    if isinstance(factor, SketchSpec):
+        return {"role": "sketched", "spec": vars(factor)}
+    if isinstance(factor, torch.Tensor):
         return {"role": "frozen"}
     return {
         "role": "trained",
@@ -324,12 +323,12 @@ def _factor(described: object, key: str, value: torch.Tensor | None, own: bool) 
     role = plain.get("role")
     if role == "sketched":
         exactly(plain, frozenset({"role", "spec"}), key)
-        return Sketched(_spec(plain["spec"], key))
+        return _spec(plain["spec"], key)
     if role == "frozen":
         exactly(plain, frozenset({"role"}), key)
         if value is None or value.dim() != 2 + own:
             raise WireError("a frozen factor came without its numbers, or is no matrix")
-        return Frozen(value)
+        return value
     if role != "trained":
         raise WireError(f"{key} is {shown(role)}; sketched, frozen or trained is wanted")
     exactly(plain, TRAINED, key)

@@ -33,6 +33,7 @@ from fedraclora.wire import TrainRequest, pack_downlink, unpack_downlink, uplink
 from fedraclora.wire.records import array_record, header_record, read_array, read_header
 
 PREFIX = "buffer/"
+OLDER = ("variates", "lifted")  # fields of headers of older releases, which were empty here
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def read_batches(state: State) -> tuple[list[Batch], tuple[PendingClient, ...]]:
     for round_ in rounds:
         clients, lands = held[f"{round_}/clients"], held[f"{round_}/lands"]
         header = json.loads(bytes(held[f"{round_}/header"].tolist()))
+        header = {"extras": {}} | {k: v for k, v in header.items() if k not in OLDER}
         content = pack_downlink(Downlink(), TrainRequest(round_, 0, 1.0, clients), "float32")
         content["config"] = header_record(header)
         content["arrays"] = array_record(held[f"{round_}/numbers"])

@@ -58,19 +58,6 @@ def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, part
     return resolve_rank(rank, dim // parts, name, cap=cap)
 
 
-def next_link(memo: dict[str, int], resample_every: int | None) -> dict[str, int]:
-    """Give the memo after a round: one round older, or age 0 where the link has ended.
-
-    Args:
-        memo: ``sketch``, the number of the link in progress, and ``age``, its rounds so far.
-        resample_every: Rounds of a link; None: it never ends.
-    """
-    age = memo["age"] + 1
-    if resample_every is None or age < resample_every:
-        return {"sketch": memo["sketch"], "age": age}
-    return {"sketch": memo["sketch"] + 1, "age": 0}
-
-
 def link_age(round_: int, resample_every: int | None) -> int:
     """Rounds that the link of a round has lived before it."""
     return (round_ - 1) % resample_every if resample_every else round_ - 1
@@ -121,14 +108,15 @@ def closed(
         state: Before it.
         link: How the round changes the base.
         carried: Factors that live on.
-        ends: Whether what is trained next is another thing, so that moments end.
+        ends: Whether the link ends: what is trained next is another thing, so that moments end.
         report: Figures for the ledger.
     """
+    sketch, age = state.memo.sketch, state.memo.age + 1
     return replace(
         state,
         base=apply_link(state.base, link, state.plan),
         carried=carried or {},
-        memo=next_link(state.memo, 1 if ends else None),
+        memo=replace(state.memo, sketch=sketch + ends, age=0 if ends else age),
         link=link,
         report=report or {},
         notes=(),

@@ -15,7 +15,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, Cohort, Downlink, Draw, Factor, Plan, State, Trained
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Factor, Plan, State, Trained
 from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.uplinks import Uplinks
@@ -23,7 +23,7 @@ from fedraclora.tree import Tree
 from strategies.shared import initials
 from strategies.shared.common import check_link, closed, drawn_rank, draws_right
 from strategies.shared.drawn import Drawn
-from strategies.shared.layerwise import Layer, LayerMethod, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerMethod, Round
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Factored(Drawn):
         return self.initial in initials.STARTS
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         if layer.carried or self.initial in initials.STARTS:  # of which a probe comes first
             return {"B": layer.trained("B"), "A": layer.trained("A")}
         if draws_right(self.side, layer.shape):
@@ -101,7 +101,7 @@ class Factored(Drawn):
 
     def probes(self, state: State) -> bool:
         """Whether the next round asks for gradients, from which the factors will begin."""
-        return self.initial == "lora_ga" and not state.memo["sketch"]
+        return self.initial == "lora_ga" and not state.memo.sketch
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
@@ -138,15 +138,12 @@ def truncated(sent: Downlink, ranks: torch.Tensor) -> Downlink:
         ranks: Their budgets (`Downlink.ranks`).
     """
 
-    def own(label: str, factor: Factor) -> Factor:
+    def own(name: str, factor: Factor) -> Factor:
         if not isinstance(factor, Trained) or not isinstance(factor.start, torch.Tensor):
             return factor
-        kept = within(ranks, factor.shape[1 if label == "B" else 0])
-        mask = (kept[:, None] if label == "B" else kept[..., None]).to(factor.start)
+        columns = name.endswith("/B")
+        kept = within(ranks, factor.shape[1 if columns else 0])
+        mask = (kept[:, None] if columns else kept[..., None]).to(factor.start)
         return replace(factor, start=factor.start * mask)
 
-    adapters = {
-        name: Adapter({k: own(k, f) for k, f in adapter.factors.items()}, adapter.scale)
-        for name, adapter in sent.adapters.items()
-    }
-    return replace(sent, adapters=adapters)
+    return replace(sent, adapters=sent.mapped(own).adapters)

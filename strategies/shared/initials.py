@@ -50,10 +50,8 @@ from fedraclora.protocol.method import (
     Adapter,
     Downlink,
     Draw,
-    Frozen,
     Link,
     Plan,
-    Sketched,
     State,
     Term,
     Trained,
@@ -78,7 +76,7 @@ def check_start(initial: str, *, fits: bool, why: str) -> None:
     Args:
         initial: The name.
         fits: Whether both factors are trained and live on.
-        why: Said where they do not.
+        why: Factors where they do not.
 
     Raises:
         ConfigError: If the name does not exist, or the start does not fit.
@@ -211,7 +209,7 @@ def first_probe(plan: Plan, ranks: Mapping[str, int], draw: Draw) -> Downlink:
     for name, rank in ranks.items():
         (m, n), q = plan.targets[name].shape, probe_rank(plan, name, rank)
         omega = SketchSpec("orthonormal", "right", q, n, draw.sketch_seed(name), index=0)
-        adapters[name] = Adapter({"B": Trained((m, q)), "A": Sketched(omega)}, 1.0)
+        adapters[name] = Adapter({"B": Trained((m, q)), "A": omega}, 1.0)
     return Downlink(adapters, recipe="gradient")
 
 
@@ -220,11 +218,11 @@ def second_probe(sent: Downlink, got: Uplinks) -> Downlink | None:
     adapters, mean = {}, got.mean()
     for name, adapter in sent.adapters.items():
         omega = adapter.factors["A"]
-        if not isinstance(omega, Sketched):
+        if not isinstance(omega, SketchSpec):
             return None
         Q = torch.linalg.qr(mean[f"{name}/B"].to("cpu"))[0]
-        A = Trained((Q.shape[1], omega.spec.dim))
-        adapters[name] = Adapter({"B": Frozen(Q), "A": A}, 1.0)
+        A = Trained((Q.shape[1], omega.dim))
+        adapters[name] = Adapter({"B": Q, "A": A}, 1.0)
     return Downlink(adapters, recipe="gradient")
 
 
@@ -238,6 +236,6 @@ def probed(
     """Give LoRA-GA's factors from the replies to `second_probe`, as `begun` does."""
     mean, found = got.mean(), {}
     for name, rank in ranks.items():
-        Q = cast(Frozen, sent.adapters[name].factors["B"]).value
+        Q = cast(torch.Tensor, sent.adapters[name].factors["B"])
         found[name] = gradient_factors(Q, mean[f"{name}/A"].to("cpu"), rank)
     return begun(state, found, scales)

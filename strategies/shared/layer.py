@@ -13,7 +13,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
 Value = torch.Tensor | SketchSpec  # a matrix, or a drawing by its seed
-Said = dict[str, Factor | Value]  # what a method says of the factors of a layer, by label
+Factors = dict[str, Factor]  # of a layer, by label
 LABELS = ("B", "R", "A")  # of factors, in the order of their product
 
 

@@ -25,11 +25,9 @@ from fedraclora.protocol.method import (
     Downlink,
     Draw,
     Factor,
-    Frozen,
     Link,
     Method,
     Plan,
-    Sketched,
     State,
     Term,
     Trained,
@@ -45,23 +43,20 @@ from fedraclora.protocol.plan import (
 )
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from strategies.shared.common import closed, dense_means, dense_slots, link_age
-from strategies.shared.layer import LABELS, Layer, LayerUpdate, Round, Said, Value
+from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, Value
 from strategies.shared.products import RoundError
 from strategies.shared.replies import Replies, RoundReplies
 
-FIRST_LINK = {"sketch": 0, "age": 0}
-
 __all__ = [
+    "Factors",
     "Layer",
     "LayerMethod",
     "LayerUpdate",
     "LowRank",
     "Replies",
     "Round",
-    "Said",
 ]
 
 
@@ -102,7 +97,7 @@ class LayerMethod(LowRank):
 
     # What a method says.
 
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         """Say what clients get for one matrix, by label.
 
         Returns:
@@ -138,6 +133,21 @@ class LayerMethod(LowRank):
         """Give the numbers that the recipe reads."""
         del plan
         return {}
+
+    @property
+    @override
+    def client_state(self) -> bool:
+        # Read off what clients get for a layer that nobody has.
+        shape, blank = (1 << 12, 1 << 12), torch.empty(0)  # room for what a rank of 1 takes
+        carried = {"B": blank, "A": blank} if self.begins_carried else {}
+        layer = Layer("", shape, 1, 1.0, carried, link=0, ends=False, dtype=torch.float32)
+        found = self.factors(layer, Round(1, Draw(0))).values()
+        return any(isinstance(factor, Trained) and not factor.upload for factor in found)
+
+    @property
+    @override
+    def looks_at_clients(self) -> bool:
+        return not self.traits.exact  # then the error of a round is measured
 
     def components(self, cohort: Cohort, now: Round) -> torch.Tensor | None:
         """Say which components each client trains (`Downlink.ranks`); None: all of them."""
@@ -178,8 +188,8 @@ class LayerMethod(LowRank):
             rank=self.rank_of(plan, name),
             scale=self.scale_of(plan, name),
             carried={k: state.carried[key] for k, key in keys.items() if key in state.carried},
-            link=state.memo["sketch"],
-            ends=state.memo["age"] + 1 == self.link_rounds,
+            link=state.memo.sketch,
+            ends=state.memo.age + 1 == self.link_rounds,
             dtype=state.base[name].dtype,
         )
 
@@ -188,7 +198,7 @@ class LayerMethod(LowRank):
         del draw
         check_patterns(self.rank, plan.targets)
         notes = tuple(n for w in plan.targets if (n := self.layer_rank(plan, w).note) is not None)
-        return State(base, plan, memo=dict(FIRST_LINK), notes=notes)
+        return State(base, plan, memo=self.memo(), notes=notes)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
@@ -199,18 +209,18 @@ class LayerMethod(LowRank):
             recipe=self.recipe,
             arguments=self.arguments(plan),
             ranks=self.components(cohort, now),
-            link=state.memo["sketch"],
+            link=state.memo.sketch,
         )
 
     def adapter(self, layer: Layer, now: Round) -> Adapter:
         """Give the factors of one matrix in the order of their product."""
-        said = self.factors(layer, now)
-        return Adapter({k: _factor(said[k]) for k in LABELS if k in said}, layer.scale)
+        found = self.factors(layer, now)
+        return Adapter({k: found[k] for k in LABELS if k in found}, layer.scale)
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         came = RoundReplies(state, sent, got)
-        error = RoundError() if not self.traits.exact and got.has_individuals else None
+        error = RoundError() if self.looks_at_clients and got.has_individuals else None
         carried: Tree = {}
         terms: dict[str, Term] = {}
         for name, adapter in sent.adapters.items():
@@ -227,7 +237,7 @@ class LayerMethod(LowRank):
             if merged := _rounded(update.merged or (), layer.dtype):
                 terms[name] = Term(merged, adapter.scale)
         link = Link(terms, dense_means(state, came.mean, self.traits.step))
-        ends = state.memo["age"] + 1 == self.link_rounds
+        ends = state.memo.age + 1 == self.link_rounds
         report = {} if error is None else error.report()
         return closed(state, link, carried=carried, ends=ends, report=report)
 
@@ -268,7 +278,7 @@ class LayerMethod(LowRank):
     def _opened(self, state: State, round_: int) -> Downlink:
         """Open a round for nobody, in the link that it belongs to."""
         rounds = self.link_rounds or round_
-        memo = {"sketch": (round_ - 1) // rounds, "age": (round_ - 1) % rounds}
+        memo = self.memo(sketch=(round_ - 1) // rounds, age=(round_ - 1) % rounds)
         return self.open_round(replace(state, memo=memo), round_, _nobody(), Draw(0))
 
     def _blank(self, plan: Plan, labels: tuple[str, ...]) -> Tree:
@@ -288,8 +298,7 @@ def numbers(sent: Downlink) -> tuple[int, int]:
     down = 0
     for slot in sent.trained().values():
         down += prod(slot.shape) if isinstance(slot.start, torch.Tensor) else 0
-    for adapter in sent.adapters.values():
-        down += sum(f.value.numel() for f in adapter.factors.values() if isinstance(f, Frozen))
+    down += sum(f.numel() for f in sent.factors().values() if isinstance(f, torch.Tensor))
     return up, down
 
 
@@ -298,18 +307,11 @@ def _nobody() -> Cohort:
     return Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
 
 
-def _factor(said: Factor | Value) -> Factor:
-    """Say that a tensor is sent and a drawing drawn."""
-    if isinstance(said, torch.Tensor):
-        return Frozen(said)
-    return Sketched(said) if isinstance(said, SketchSpec) else said
-
-
 def _standing(factor: Factor, own: torch.Tensor | None) -> Value | None:
     """Give a factor as it stands; None if it is zero."""
     if isinstance(factor, Trained):
         return factor.start if own is None else own
-    return factor.spec if isinstance(factor, Sketched) else factor.value
+    return factor
 
 
 def _product(values: Iterable[Value]) -> Product | None:

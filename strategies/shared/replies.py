@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from fedraclora.lowrank.algebra import Product, stack_products
-from fedraclora.protocol.method import Adapter, Downlink, Sketched, State, Trained
+from fedraclora.protocol.method import Adapter, Downlink, State, Trained
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
@@ -68,7 +68,7 @@ class Replies:
         factor = self.adapter.factors[label]
         if isinstance(factor, Trained):
             raise KeyError(f"{label} was trained: replies.mean or replies.stack has it")
-        return factor.spec if isinstance(factor, Sketched) else factor.value
+        return factor
 
     def mean(self, label: str, step: float = 1.0) -> torch.Tensor:
         """Give the weighted mean of a trained factor, ``sum_k p_k F_k``.

@@ -25,26 +25,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import ClassVar, cast
 
 import torch
 from typing_extensions import override
 
 from fedraclora.allocation.rules import SYNFLOW, AdaLora, HeteroLora, Uniform
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
+from fedraclora.protocol.method import (
+    Cohort,
+    Downlink,
+    Draw,
+    Memo,
+    Method,
+    Plan,
+    State,
+    Trained,
+    Traits,
+)
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora
 from strategies.shared.common import dense_slots
+from strategies.wrappers.around import Around
 from strategies.wrappers.pruned import Pruned
 
-PREFIX = "adapted/"
 Flow = Callable[[Tree, Downlink, Plan], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Allocated(Method):
+class Chosen(Memo):
+    """What a rule keeps.
+
+    Attributes:
+        adapted: 1 for a layer that was adapted last, else 0, by weight; empty before the first
+            round: all.
+    """
+
+    adapted: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Allocated(Around):
     """A method under a rule.
 
     Attributes:
@@ -53,7 +76,8 @@ class Allocated(Method):
         flow: Gives scores of SYNFLOW; None: there is no model to ask.
     """
 
-    inner: Method
+    memo: ClassVar[type[Chosen]] = Chosen
+
     rule: HeteroLora
     flow: Flow | None = field(default=None, compare=False)
 
@@ -68,14 +92,21 @@ class Allocated(Method):
         state = self.inner.init(base, plan, draw)
         if any(state.base[name] is not base[name] for name in plan.targets):
             raise refused(self.inner, "it changes the base weights before the first round")
-        if self.traits.client_state:
+        if self.client_state:
             raise refused(self.inner, "its clients keep factors of their own")
-        return state
+        if self.inner.memo is not Memo:
+            raise refused(self.inner, "it keeps numbers of its own from round to round")
+        return replace(state, memo=Chosen())
+
+    @override
+    def at(self, state: State) -> tuple[Method, State]:
+        """Give the method, and the state with the layers that were chosen last."""
+        return self.inner, narrowed(state)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         if not self.rule.due(round_):
-            return self.inner.open_round(narrowed(state), round_, cohort, draw)
+            return super().open_round(state, round_, cohort, draw)
         sent = self.inner.open_round(state, round_, cohort, draw)
         if sent.recipe != "plain":
             raise refused(self.inner, f"its clients follow the recipe {sent.recipe}")
@@ -111,18 +142,10 @@ class Allocated(Method):
                 f"it carries factors, and allocation.every={self.rule.every} would drop those of "
                 "layers that are left out: set every=null",
             )
-        memo = after.memo | {PREFIX + name: int(name in sent.adapters) for name in targets(state)}
+        adapted = {name: int(name in sent.adapters) for name in targets(state)}
+        memo = replace(cast(Chosen, after.memo), adapted=adapted)
         report = after.report | {"adapted_layers": float(len(sent.adapters))}
         return replace(after, plan=state.plan, memo=memo, report=report)
-
-    @override
-    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        return self.inner.weights(narrowed(state), draw, own)
-
-    @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        """Numbers if all layers were adapted: which are is not known beforehand."""
-        return self.inner.floats(plan, round_)
 
 
 def allocated(
@@ -159,9 +182,7 @@ def allocated(
 
 def current(method: Method, state: State) -> tuple[Method, State]:
     """Give the method with the ranks that are in force, and the state with its layers alone."""
-    if isinstance(method, Pruned):
-        return method.at(state)
-    return (method.inner, narrowed(state)) if isinstance(method, Allocated) else (method, state)
+    return method.at(state) if isinstance(method, Allocated | Pruned) else (method, state)
 
 
 def refused(
@@ -183,7 +204,8 @@ def narrowed(state: State, names: Iterable[str] | None = None) -> State:
     """Give the state with the layers that are named, or else those that were chosen last."""
     chosen = set(targets(state) if names is None else names)
     if names is None:
-        chosen -= {name for name in chosen if not state.memo.get(PREFIX + name, 1)}
+        adapted = cast(Chosen, state.memo).adapted
+        chosen = {name for name in chosen if adapted.get(name, 1)}
     kept = {name: view for name, view in state.plan.targets.items() if name in chosen}
     return replace(state, plan=replace(state.plan, targets=kept))
 

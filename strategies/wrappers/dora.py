@@ -24,14 +24,14 @@ from typing_extensions import override
 
 from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError
-from fedraclora.lowrank.dora import rescaled, row_lengths
-from fedraclora.protocol.downlink import magnitude_of
+from fedraclora.lowrank.dora import magnitude_of, magnitudes, rescaled, row_lengths
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.shared.common import server_step
 from strategies.wrappers.allocated import Allocated, Flow, allocated
+from strategies.wrappers.around import Around
 
 INSTEAD = "take fedavg_lora, ffa_lora, rolora, fedsa_lora or hetlora, or dora=false"
 
@@ -52,17 +52,12 @@ def method_of(config: RunConfig, flow: Flow | None = None) -> Method:
 
 
 @dataclass(frozen=True)
-class Dora(Method):
+class Dora(Around):
     """A method under magnitudes.
-
-    Attributes:
-        inner: The method; it knows nothing of them.
 
     Raises:
         ConfigError: If it does not fit.
     """
-
-    inner: Method
 
     def __post_init__(self) -> None:
         """Refuse what does not fit."""
@@ -80,7 +75,7 @@ class Dora(Method):
     @property
     @override
     def traits(self) -> Traits:
-        return replace(self.inner.traits, exact=False, rescales=True)
+        return replace(self.inner.traits, exact=False)
 
     @property
     def rank(self) -> object:
@@ -112,19 +107,19 @@ class Dora(Method):
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        sent = self.inner.open_round(self._own(state), round_, cohort, draw)
-        return self._with_magnitudes(state, sent)
+        return self._with_magnitudes(state, super().open_round(state, round_, cohort, draw))
 
     @override
     def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
-        again = self.inner.next_exchange(self._own(state), sent, got)
+        again = super().next_exchange(state, sent, got)
         return None if again is None else self._with_magnitudes(state, again)
 
-    def _own(self, state: State) -> State:
-        """Give the state as the method knows it."""
+    @override
+    def at(self, state: State) -> tuple[Method, State]:
+        """Give the method, and the state without magnitudes."""
         names = {magnitude_of(name) for name in state.plan.targets}
         carried = {n: t for n, t in state.carried.items() if n not in names}
-        return replace(state, carried=carried)
+        return self.inner, replace(state, carried=carried)
 
     def _with_magnitudes(self, state: State, sent: Downlink) -> Downlink:
         if not RECIPES[sent.recipe].steps:
@@ -138,17 +133,17 @@ class Dora(Method):
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
-        after = self.inner.close_round(self._own(state), sent, got)
+        after = self.inner.close_round(self.at(state)[1], sent, got)
         mean, step = got.mean(), self.traits.step
         new = {
             n: server_step(state.carried[n], mean[n], step).to(state.carried[n])
-            for n in sent.magnitudes().values()
+            for n in magnitudes(sent.adapters, sent.dense).values()
         }
         return replace(after, carried=after.carried | new)
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        weights = dict(self.inner.weights(self._own(state), draw, own))
+        weights = dict(super().weights(state, draw, own))
         for name, view in state.plan.targets.items():
             V = view.matrix(weights[name]).double()
             W = rescaled(V, state.carried[magnitude_of(name)].to(V))

@@ -21,7 +21,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, cast
 
 import torch
 from typing_extensions import override
@@ -30,10 +31,10 @@ from fedraclora.allocation.rules import AdaLora, component_scores, kept_componen
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.protocol.method import (
-    Cohort,
     Downlink,
     Draw,
     Link,
+    Memo,
     Method,
     Plan,
     State,
@@ -45,19 +46,36 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora
+from strategies.wrappers.around import Around
 
-RANK = "rank/"
 SMOOTH = {"importance/": 0, "uncertainty/": 1}
 
 
 @dataclass(frozen=True)
-class Pruned(Method):
+class RanksLeft(Memo):
+    """What the rule keeps.
+
+    Attributes:
+        rank: Components that are left, by weight.
+        components: All with which the layers began.
+        rounds: That are over.
+    """
+
+    rank: dict[str, int] = field(default_factory=dict)
+    components: int = 0
+    rounds: int = 0
+
+
+@dataclass(frozen=True)
+class Pruned(Around):
     """A method under the rule.
 
     Attributes:
         inner: The method.
         rule: When how many components are left.
     """
+
+    memo: ClassVar[type[RanksLeft]] = RanksLeft
 
     inner: FedAvgLora | FedExLora
     rule: AdaLora
@@ -78,48 +96,32 @@ class Pruned(Method):
                 f"{first} with which {len(ranks)} layers begin; 1 to {first} are wanted: change "
                 "it, or method.rank"
             )
-        memo = {RANK + name: rank for name, rank in ranks.items()}
-        return replace(state, memo=state.memo | memo | {"components": first})
-
-    @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        inner, at = self.at(state)
-        return inner.open_round(at, round_, cohort, draw)
-
-    @override
-    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
-        inner, at = self.at(state)
-        return inner.next_exchange(at, sent, got)
+        return replace(state, memo=RanksLeft(rank=ranks, components=first))
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         inner, at = self.at(state)
         after = inner.close_round(at, sent, got)
-        own = {n: rank for n, rank in state.memo.items() if n.startswith(RANK)}
-        own["components"], own["rounds"] = state.memo["components"], state.memo.get("rounds", 0) + 1
-        after = replace(after, plan=state.plan, memo=after.memo | own)
+        memo = replace(self.kept(after), rounds=self.kept(after).rounds + 1)
+        after = replace(after, plan=state.plan, memo=memo)
         if sent.recipe == "gradient":  # the factors have only now begun
             return after
         smoothed = self._smoothed(state, sent, after)
-        budget = self.rule.budget(own["rounds"], own["components"], len(state.plan.targets))
-        left = sum(rank for name, rank in own.items() if name.startswith(RANK))
-        if budget is None or budget >= left:
+        budget = self.rule.budget(memo.rounds, memo.components, len(state.plan.targets))
+        if budget is None or budget >= sum(memo.rank.values()):
             return replace(after, carried=after.carried | smoothed)
         return self._cut(state, sent, after, smoothed, budget)
 
-    @override
-    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        inner, at = self.at(state)
-        return inner.weights(at, draw, own)
+    @staticmethod
+    def kept(state: State) -> RanksLeft:
+        """Give what the rule keeps in a state."""
+        return cast(RanksLeft, state.memo)
 
     @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        """Numbers with all components: how many are left where is not known beforehand."""
-        return self.inner.floats(plan, round_)
-
     def at(self, state: State) -> tuple[Method, State]:
         """Give the method at the ranks that are left, and its own state."""
-        ranks = {n: r for n in state.plan.targets if (r := state.memo[RANK + n])}
+        left = self.kept(state).rank
+        ranks = {n: r for n in state.plan.targets if (r := left[n])}
         plan = replace(state.plan, targets={n: state.plan.targets[n] for n in ranks})
         carried = {n: t for n, t in state.carried.items() if not n.startswith(tuple(SMOOTH))}
         inner = replace(self.inner, rank=ranks) if ranks else self.inner
@@ -151,13 +153,13 @@ class Pruned(Method):
         }
         scores = {n: component_scores(entries[f"{n}/B"], entries[f"{n}/A"]) for n in sent.adapters}
         carried: Tree = {}
-        memo, terms = dict(after.memo), dict(after.link.terms if after.link else {})
+        left, terms = dict(self.kept(after).rank), dict(after.link.terms if after.link else {})
         for name, kept in kept_components(scores, budget).items():
             scale = sent.adapters[name].scale
             B, A = (after.carried[f"{name}/{k}"] for k in ("B", "A"))
             out = torch.ones(len(A), dtype=torch.bool)
             out[kept] = False
-            memo[RANK + name] = len(kept)
+            left[name] = len(kept)
             if out.any():
                 terms[name] = joined(terms.get(name), (B[:, out], A[out]), scale)
             if not len(kept):
@@ -168,7 +170,8 @@ class Pruned(Method):
                 carried[f"{prefix}{name}/B"] = smoothed[f"{prefix}{name}/B"][:, kept]
                 carried[f"{prefix}{name}/A"] = smoothed[f"{prefix}{name}/A"][kept]
         link = Link(terms, after.link.dense if after.link else {})
-        memo["sketch"] += 1  # what is trained is another thing now
+        another = after.memo.sketch + 1  # what is trained is another thing now
+        memo = replace(self.kept(after), rank=left, sketch=another)
         base = apply_link(state.base, link, state.plan)
         return replace(after, base=base, carried=carried, memo=memo, link=link)
 

@@ -36,7 +36,7 @@ from fedraclora.training.materialise import start_from
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
 from strategies.flora_stacking import FloraStacking
-from strategies.shared.layerwise import Layer, LayerUpdate, Replies, Round, Said, Value
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round, Value
 from tests.campaigns.planting import Planting, defect, defects_of
 
 
@@ -226,7 +226,7 @@ def stacked_and_carried_on(planting: Planting) -> None:
 def sketch_never_drawn_anew(planting: Planting) -> None:
     sound = FedRacLora.factors
 
-    def factors(self: FedRacLora, layer: Layer, now: Round) -> Said:
+    def factors(self: FedRacLora, layer: Layer, now: Round) -> Factors:
         return sound(self, replace(layer, link=0), now)
 
     planting.put(FedRacLora, "factors", factors)

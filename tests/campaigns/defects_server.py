@@ -12,21 +12,26 @@ from typing import Any
 import torch
 
 import strategies.server.buffer
-import strategies.server.fedopt
-import strategies.server.treatment
+import strategies.steps.fedopt
+import strategies.steps.scaffold
 from clients.client_state import held
 from fedraclora.aggregation.server_optimisers import Adaptive, Momentum, ServerOptimiser, Yogi
 from fedraclora.protocol.change_of_basis import transported
 from fedraclora.protocol.method import Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.extras.variates import ControlVariates, moved_by
+from fedraclora.training.extras.variates import (
+    ControlVariates,
+    lifts,
+    moved_by,
+    variates_of,
+    with_variates,
+)
 from fedraclora.training.gradients import correcting, mean_gradients
 from fedraclora.tree import Tree
 from strategies.buffered import BufferedStrategy
 from strategies.server.buffer import Batch, batch_of, merge
 from strategies.server.exchange import Exchange
-from strategies.server.fedopt import step_in_weights
-from strategies.server.scaffold import check_scaffold
+from strategies.steps.fedopt import step_in_weights
 from tests.campaigns.planting import Planting, defect, defects_of
 
 OPTIMISERS = ("tests/contract/test_server_optimisers.py",)
@@ -100,7 +105,7 @@ def yogi_moves_the_wrong_way(planting: Planting) -> None:
 
 @defect(f"{IN_WEIGHTS} and momentum", "an optimiser that is made anew in each round", OPTIMISERS)
 def server_moments_begin_anew(planting: Planting) -> None:
-    planting.put(strategies.server.fedopt, "_own", lambda state: {})
+    planting.put(strategies.steps.fedopt, "_own", lambda state: {})
 
 
 @dataclass(frozen=True)
@@ -147,15 +152,20 @@ def momentum_moved_without_the_gram(planting: Planting) -> None:
 # ---- Control variates -----------------------------------------------------------------
 
 
-def negative(tree: Tree) -> Tree:
-    return {n: -t for n, t in tree.items()}
+def opposed(sent: Downlink) -> Downlink:
+    return changed(sent, torch.neg)
+
+
+def changed(sent: Downlink, change: Callable[[torch.Tensor], torch.Tensor]) -> Downlink:
+    variates = {n: change(t) for n, t in variates_of(sent).items()}
+    return with_variates(sent, variates, lifted=lifts(sent))
 
 
 @defect(SCAFFOLD, "SCAFFOLD: g + c_k - c", DRIFT)
 def correction_of_the_wrong_sign(planting: Planting) -> None:
     def turned(*given: Any) -> tuple[Downlink, Tree]:
         sent, moments = held(*given)
-        return replace(sent, variates=negative(sent.variates)), moments
+        return opposed(sent), moments
 
     planting.function(held, turned)
 
@@ -167,7 +177,7 @@ def correction_of_the_wrong_sign(planting: Planting) -> None:
 )
 def correction_taken_away(planting: Planting) -> None:
     def away(sent: Downlink, order: torch.Tensor) -> Callable[[Tree], Tree]:
-        return correcting(replace(sent, variates=negative(sent.variates)), order)
+        return correcting(opposed(sent), order)
 
     planting.function(correcting, away)
 
@@ -177,19 +187,20 @@ def correction_counted_as_gradient(planting: Planting) -> None:
     sound = ControlVariates.end
 
     def end(self: ControlVariates, kept: Tree, sent: Downlink, *given: Any) -> Tree:
-        nothing = {n: torch.zeros_like(t) for n, t in sent.variates.items()}
-        return sound(self, kept, replace(sent, variates=nothing), *given)
+        return sound(self, kept, changed(sent, torch.zeros_like), *given)
 
     planting.put(ControlVariates, "end", end)
 
 
 @defect(SCAFFOLD, "a variate of B kept as it is while A is drawn anew", DRIFT)
 def variates_in_the_coordinates_of_the_old_sketch(planting: Planting) -> None:
+    sound = strategies.steps.scaffold.lifts
+
     def never(*given: Any) -> bool:
-        check_scaffold(*given)
+        sound(*given)
         return False
 
-    planting.function(check_scaffold, never)
+    planting.put(strategies.steps.scaffold, "lifts", never)
 
 
 @defect(SCAFFOLD, "a gradient of B taken for one of the weight: alpha / r is forgotten", DRIFT)
@@ -206,13 +217,13 @@ def variates_lifted_without_the_scale(planting: Planting) -> None:
 
 def close_with(planting: Planting, counted: Callable[[float], float]) -> None:
     """Move the server's variates by another share than that of the cohort."""
-    sound = strategies.server.treatment.close_corrected
+    sound = strategies.steps.scaffold.close_corrected
 
     def close(*given: Any) -> Tree:
         *before, share = given
         return sound(*before, counted(share))
 
-    planting.put(strategies.server.treatment, "close_corrected", close)
+    planting.put(strategies.steps.scaffold, "close_corrected", close)
 
 
 @defect(

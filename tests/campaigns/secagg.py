@@ -50,8 +50,8 @@ from fedraclora.wire.secagg import (
 )
 from strategies.server.exchange import Exchange
 from strategies.server.loop import LoopConfig
-from strategies.server.secure import SecureSum
-from strategies.server.unmask import CulpritError
+from strategies.steps.secure import SecureSum
+from strategies.steps.unmask import CulpritError
 
 STAGES = ("keys", "shares", "masked", "unmask")
 CLIP, WEIGHT, SHAPE = 2.0, 7, (3, 2)
@@ -214,7 +214,7 @@ def sum_of(secure: SecureSum, wire: Wire) -> tuple[Exchange, Any]:
     exchange = exchange_of(sorted(wire.clients))
     base = {"w": torch.zeros(SHAPE)}
     try:
-        return exchange, secure.receive(wire, exchange, base, CLIP)
+        return exchange, secure.receive(wire, exchange, [], base)
     except FedRacLoraError as error:
         return exchange, error
 

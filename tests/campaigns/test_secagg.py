@@ -17,8 +17,8 @@ from fedraclora.errors import ClientError, RoundLostError
 from fedraclora.privacy.secagg import SecAgg, Terms
 from fedraclora.run.client_state import ClientStore
 from fedraclora.wire.secagg import LARGEST, Stage, read_stage, signed, stage_message
-from strategies.server.secure import SecureSum
-from strategies.server.unmask import CulpritError
+from strategies.steps.secure import SecureSum
+from strategies.steps.unmask import CulpritError
 from tests.campaigns.secagg import (
     CLIP,
     FOREIGN_KEYS,

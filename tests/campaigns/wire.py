@@ -53,7 +53,7 @@ from strategies import METHODS
 from strategies.server.exchange import Exchange
 from strategies.server.loop import LoopConfig
 from strategies.server.rows import Moved, ledger_row
-from strategies.server.scaffold import open_corrected
+from strategies.steps.scaffold import open_corrected
 from tests.campaigns.mutants import (
     Change,
     Random,

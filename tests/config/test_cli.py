@@ -117,7 +117,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "allocation in a buffer": (
         ["allocation=heterolora", "system=buffered"],
-        ["system.buffer mixes", "does not go with allocation"],
+        ["system.buffer does not go with an allocation", "it mixes replies"],
     ),
     "start of factors": (
         ["method.initial=pissa", "method=fed_cola"],

@@ -76,7 +76,7 @@ REFUSED: dict[str, list[str]] = {
     "seed=99999999999999999999": ["seed is 99999999999999999999", "up to 9223372"],
     "local.epochs=2147483648": ["local.epochs is 2147483648", "1000000 or fewer"],
     "engine=inline method=fed_sb local=lora_rite": ["lora_rite is defined for adapters B A"],
-    "secure=secagg weights=uniform cohort=2": ["3 or more", "a round asks 2", "secure=none"],
+    "secure=secagg weights=uniform cohort=2": ["3 or more", "cohort is 2", "secure=none"],
     "local=relora method=fedmomentum": ["local.restart_every", "'method.resample_every'"],
     "method.rank=${foo}": ["method.rank takes its value", "'foo'"],
     "seed=???": ["seed: ??? stands for", "set seed=VALUE"],

@@ -26,7 +26,8 @@ from worlds import (
 from fedraclora.allocation.rules import AdaLora, HeteroLora, Uniform
 from fedraclora.allocation.synflow import flows
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Cohort, Draw, Method, Sketched
+from fedraclora.protocol.method import Cohort, Draw, Method
+from fedraclora.sketch import SketchSpec
 from fedraclora.wire import unpack_downlink
 from strategies import METHODS
 from strategies.frlora import FrLora
@@ -74,10 +75,10 @@ def test_a_layer_is_scored_by_the_gradient_of_the_mean_loss(layer: str) -> None:
     scores = {}
     for name, adapter in method.open_round(state, 1, cohort, Draw(1)).adapters.items():
         A, gradient = adapter.factors["A"], values[name].grad
-        assert isinstance(A, Sketched)
+        assert isinstance(A, SketchSpec)
         assert gradient is not None
         G = world.plan.targets[name].matrix(gradient)
-        scores[name] = float(torch.linalg.norm(adapter.scale * G @ A.spec.draw().mT))
+        scores[name] = float(torch.linalg.norm(adapter.scale * G @ A.draw().mT))
     best = max(scores, key=lambda name: scores[name])
     assert max(scores.values()) > 1.01 * sorted(scores.values())[-2]
     assert asked(done)[-1] == (1, "plain", (best,))

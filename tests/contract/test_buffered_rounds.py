@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from fedraclora.tree import Layout, Tree
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link, term_bytes
 from strategies.buffered import BufferedStrategy
 from strategies.server.buffer import read_batches
-from strategies.server.treatment import Treatment
+from strategies.steps.settings import RoundSettings
 
 Variant = tuple[str, dict[str, Any]]
 SEED, COHORT = 1, 4
@@ -154,6 +155,23 @@ def test_a_reply_is_merged_once_and_waits_until_then() -> None:
     assert len(set(started)) == len(started) > len(merged) > 0
 
 
+def test_what_waits_in_a_checkpoint_of_an_older_release_is_read() -> None:
+    state = go(make_world(), ("fed_rac_lora", {}), 8).strategy.state
+    moments = dict(state.moments)
+    for name in [n for n in moments if n.endswith("/header")]:
+        header = json.loads(bytes(moments[name].tolist()))
+        del header["extras"]
+        text = json.dumps(header | {"variates": [], "lifted": False}).encode()
+        moments[name] = torch.tensor([*text], dtype=torch.uint8)
+    now, older = read_batches(state), read_batches(replace(state, moments=moments))
+    assert now[0]
+    assert now[1] == older[1]
+    for left, right in zip(now[0], older[0], strict=True):
+        assert (left.round_, left.flights) == (right.round_, right.flights)
+        assert str(left.sent) == str(right.sent)
+        assert torch.equal(left.rows, right.rows)
+
+
 def test_links_are_one_for_each_sketch_and_rebuild_the_base(tmp_path: Path) -> None:
     world = make_world()
     done = go(world, ("fed_rac_lora", {}), 6, folder=tmp_path)
@@ -188,7 +206,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
     rough = replace(UNEVEN, drop_out=0.3)
 
     def play(rounds: int, folder: Path | None = None, **more: Any) -> Run:
-        beside = {} if rule is None else {"treatment": Treatment(optimiser=rule)}
+        beside = {} if rule is None else {"treatment": RoundSettings(optimiser=rule)}
         return go(world, (name, {}), rounds, folder=folder, system=rough, **beside, **more)
 
     whole = play(7)
@@ -208,13 +226,13 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
     [
         (("flora_stacking", {}), {}, "each client's own update"),
         (("fedsa_lora", {}), {}, "stays at each client"),
-        (("fed_rac_lora", {"sketches": 2}), {}, "other things of each client"),
+        (("fed_rac_lora", {"sketches": 2}), {}, "other things to train at each client"),
         (("fed_rac_lora", {"resample_every": 2}), {}, "merges in every round"),
         (("rolora", {}), {}, "merges in every round"),
         (("fed_rac_lora", {}), {"aggregator": Median()}, "aggregator=median"),
         (
             ("fed_rac_lora", {}),
-            {"treatment": Treatment(optimiser=Momentum(space="factors"))},
+            {"treatment": RoundSettings(optimiser=Momentum(space="factors"))},
             "space=factors",
         ),
     ],

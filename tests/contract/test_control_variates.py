@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 from worlds import (
     RAGGED,
     Run,
@@ -35,14 +36,17 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.cohorts import draw_cohort
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Sketched, Trained
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State, Trained
 from fedraclora.reference.client import train_one
 from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
+from fedraclora.training.extras.variates import with_variates
 from fedraclora.tree import Tree
 from fedraclora.wire import payload_bytes
-from strategies.server.treatment import Treatment
+from strategies.steps.scaffold import ControlVariates
+from strategies.steps.settings import RoundSettings
 
 Variant = tuple[str, dict[str, Any]]
 STEPS = LocalSettings(lr=0.03, steps=3, batch_size=0, shuffle=False)
@@ -60,7 +64,7 @@ VARIANTS: list[Variant] = [
 
 def corrected(world: World, method: Method, rounds: int, **more: Any) -> Run:
     local = more.pop("local", STEPS)
-    treatment = Treatment(**more.pop("beside", {}), variates=True)
+    treatment = RoundSettings(**more.pop("beside", {}), variates=True)
     return run(
         world, method, local, rounds=rounds, cohort=COHORT, seed=SEED, treatment=treatment, **more
     )
@@ -77,7 +81,7 @@ def directions(sent: Downlink, weight: str) -> tuple[torch.Tensor, torch.Tensor,
     adapter = sent.adapters[weight]
     left = isinstance(adapter.factors["A"], Trained)
     frozen = adapter.factors["B" if left else "A"]
-    F = frozen.spec.draw() if isinstance(frozen, Sketched) else frozen.value.double()  # type: ignore[union-attr]
+    F = frozen.draw() if isinstance(frozen, SketchSpec) else frozen.double()  # type: ignore[union-attr]
     if left:
         return adapter.scale**2 * F @ F.T, F @ torch.linalg.pinv(F), True
     return adapter.scale**2 * F.T @ F, torch.linalg.pinv(F) @ F, False
@@ -136,15 +140,13 @@ def test_a_fixed_sketch_has_the_same_run_in_either_form() -> None:
     world = make_world()
     method = make_method("ffa_lora")
     small = corrected(world, method, 4)
-    dense = Treatment(variates=True)
-    begin = dense.begin
 
-    def lifted(*given: Any) -> None:
-        begin(*given)
-        dense.lifted = True
+    class Dense(ControlVariates):
+        @override
+        def begin(self, state: State) -> None:
+            self.lifted = True
 
-    dense.begin = lifted  # type: ignore[method-assign]
-    large = run(world, method, STEPS, rounds=4, cohort=COHORT, seed=SEED, treatment=dense)
+    large = run(world, method, STEPS, rounds=4, cohort=COHORT, seed=SEED, steps=[Dense()])
     assert_close_trees(small.weights, large.weights, tolerance=1e-10)
     held = [
         sum(t.numel() for n, t in done.strategy.state.moments.items() if n.startswith("variates/"))
@@ -165,7 +167,7 @@ def test_the_batch_of_clients_adds_what_the_one_client_loop_adds(
     rng = generator(4, "variates")
     lead = (4,) if per_client else ()
     variates = {n: torch_normal(rng, *lead, *s.shape) for n, s in sent.trained().items()}
-    sent = replace(sent, variates=variates)
+    sent = with_variates(sent, variates, lifted=False)
     local = replace(RAGGED, momentum=0.0)
     trainer = CohortTrainer(world.task, world.plan, local, seed=2, device=torch.device("cpu"))
     result = trainer.train(world.base, sent, clients, round_=1, rate_scale=1.0)
@@ -235,7 +237,7 @@ def test_the_servers_variate_is_the_mean_of_the_clients(variant: Variant, secure
     beside: dict[str, Any] = {}
     if secure:
         beside = {"security": SecAgg(clip=CLIP, max_weight=1, neighbours=2, threshold=0.6)}
-    treatment = Treatment(**beside, variates=True)
+    treatment = RoundSettings(**beside, variates=True)
     done = run(
         world, method, STEPS, rounds=5, cohort=COHORT, weights="uniform", treatment=treatment
     )
@@ -247,7 +249,7 @@ def test_the_servers_variate_is_the_mean_of_the_clients(variant: Variant, secure
     if secure:
         free = run(
             world, method, STEPS, rounds=5, cohort=COHORT, weights="uniform",
-            treatment=Treatment(variates=True),
+            treatment=RoundSettings(variates=True),
         )  # fmt: skip
         gaps = [float((found[n] - t).abs().max()) for n, t in servers(free).items()]
         assert max(gaps) > 1e-2, "the clip does nothing"
@@ -256,7 +258,7 @@ def test_the_servers_variate_is_the_mean_of_the_clients(variant: Variant, secure
 def test_a_client_whose_masked_update_does_not_go_out_keeps_what_it_had() -> None:
     """The one with nine samples may not send a weight above eight: the sum is without it."""
     secure = SecAgg(clip=CLIP, max_weight=8, neighbours=4, threshold=0.6)
-    treatment = Treatment(security=secure, variates=True)
+    treatment = RoundSettings(security=secure, variates=True)
     world = make_world()
     more: dict[str, Any] = {"rounds": 3, "max_failures": 1, "treatment": treatment}
     done = run(world, make_method("fed_rac_lora"), STEPS, **more)
@@ -272,13 +274,13 @@ def test_a_client_whose_masked_update_does_not_go_out_keeps_what_it_had() -> Non
 @pytest.mark.parametrize(
     ("beside", "told"),
     [
-        ({"aggregator": NormBound(bound=0.5)}, "aggregator=norm_bound changes or leaves out"),
-        ({"aggregator": Median()}, "aggregator=median changes or leaves out"),
-        ({"aggregator": Krum(attackers=0)}, "aggregator=krum changes or leaves out"),
-        ({"privacy": ClientLevel(clip=0.5, delta=0.01)}, "privacy=client_level adds noise"),
+        ({"aggregator": NormBound(bound=0.5)}, "aggregator=norm_bound.*changes or leaves out"),
+        ({"aggregator": Median()}, "aggregator=median.*changes or leaves out"),
+        ({"aggregator": Krum(attackers=0)}, "aggregator=krum.*changes or leaves out"),
+        ({"privacy": ClientLevel(clip=0.5, delta=0.01)}, "privacy=client_level: its noise"),
         (
             {"privacy": ClientLevel(clip=0.5, delta=0.01, quantile=0.5)},
-            "privacy=client_level adds noise",
+            "privacy=client_level: its noise",
         ),
     ],
     ids=lambda v: str(v)[:40],
@@ -291,7 +293,7 @@ def test_what_changes_updates_at_the_server_is_refused(beside: dict[str, Any], t
 @pytest.mark.parametrize(
     ("name", "changes", "local", "told"),
     [
-        ("fed_rac_lora", {}, RAGGED, "set local.steps"),
+        ("fed_rac_lora", {}, RAGGED, "local.steps=1 or more"),
         ("fed_rac_lora", {}, replace(STEPS, momentum=0.5), "local.momentum=0.5"),
         ("fed_rac_lora", {}, replace(STEPS, clip=1.0), "local.clip=1.0"),
         ("fed_rac_lora", {}, replace(STEPS, optimiser="adamw"), "local.optimiser=adamw"),
@@ -302,8 +304,8 @@ def test_what_changes_updates_at_the_server_is_refused(beside: dict[str, Any], t
         ("fed_rac_lora", {"sketches": 2}, STEPS, "other factors for each client"),
         ("fedsa_lora", {}, STEPS, "a part stays at each client"),
         ("flora_stacking", {}, STEPS, "its server refits factors"),
-        ("fedavg_lora", {"resample_every": 3}, STEPS, "begins anew"),
-        ("frlora", {}, STEPS, "begins anew"),
+        ("fedavg_lora", {"resample_every": 3}, STEPS, "begin anew"),
+        ("frlora", {}, STEPS, "begin anew"),
         ("slora", {}, STEPS, "the recipe sparse"),
     ],
     ids=lambda v: str(v)[:24],
@@ -335,7 +337,7 @@ def test_drift_of_unlike_clients_is_taken_out(name: str) -> None:
                 replace(STEPS, steps=20),
                 rounds=60,
                 weights="uniform",
-                treatment=Treatment(variates=on),
+                treatment=RoundSettings(variates=on),
             ).weights
         )
         - optimum

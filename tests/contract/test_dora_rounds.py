@@ -33,16 +33,17 @@ from fedraclora.allocation.rules import HeteroLora
 from fedraclora.devices.distributions import LogNormal
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
+from fedraclora.lowrank.dora import magnitudes as among
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
-from fedraclora.protocol.method import Draw, Method, Plan, State
+from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire import TrainRequest, pack_downlink, unpack_downlink
-from strategies.server.treatment import Treatment
+from strategies.steps.settings import RoundSettings
 from strategies.wrappers.allocated import allocated
 from strategies.wrappers.dora import Dora
 
@@ -57,12 +58,17 @@ def fits(variant: Variant) -> bool:
 
 FITTING = [v for v in variants() if fits(v) and v[1].get("initial") != "lora_ga"]
 MERGING = [v for v in variants() if not fits(v)]
-PERSONAL = [v for v in FITTING if make_method(v[0], **v[1]).traits.client_state]
+PERSONAL = [v for v in FITTING if make_method(v[0], **v[1]).client_state]
 every_fitting = pytest.mark.parametrize("variant", FITTING, ids=label)
 
 
 def dora(name: str, **changes: Any) -> Dora:
     return Dora(make_method(name, **changes))
+
+
+def scaled_by(sent: Downlink) -> dict[str, str]:
+    """Magnitudes by the weight whose rows they scale."""
+    return among(sent.adapters, sent.dense)
 
 
 def magnitudes(state: State) -> Tree:
@@ -132,7 +138,7 @@ def test_no_method_is_exact(world: World) -> None:
     rows, share = played.got.stack(), played.got.weights / played.got.weights.sum()
     each = []
     for k, V in enumerate(client_weights(played, k) for k in range(len(share))):
-        lengths = {n: rows[n][k] for n in played.sent.magnitudes().values()}
+        lengths = {n: rows[n][k] for n in scaled_by(played.sent).values()}
         each.append(turned(V, lengths, world.plan))
     found, names = method.weights(played.after, DRAW), list(world.plan.targets)
     mean = {n: sum(p * W[n] for p, W in zip(share, each, strict=True)) for n in names}
@@ -174,9 +180,9 @@ def test_a_message_brings_the_magnitudes(world: World) -> None:
     sent = method.open_round(state, 1, some_cohort(), DRAW)
     request = TrainRequest(1, 0, 1.0, some_cohort().clients)
     got, _ = unpack_downlink(pack_downlink(sent, request, "float64"))
-    assert got.magnitudes() == sent.magnitudes()
-    assert list(got.magnitudes()) == list(world.plan.targets)
-    for name in got.magnitudes().values():
+    assert scaled_by(got) == scaled_by(sent)
+    assert list(scaled_by(got)) == list(world.plan.targets)
+    for name in scaled_by(got).values():
         assert torch.equal(got.dense[name].opening(), state.carried[name])  # type: ignore[arg-type]
         assert got.dense[name].main
 
@@ -208,7 +214,7 @@ def test_training_goes_on_from_what_was_learnt(variant: Variant, world: World) -
 def test_sums_carry_the_magnitudes(name: str, world: World) -> None:
     whole = run(world, dora(name), RAGGED, rounds=3, weights="uniform")
     summed = run(world, dora(name), RAGGED, rounds=3, weights="uniform", aggregator=Total())
-    secure = Treatment(security=SecAgg(clip=50.0, max_weight=1))
+    secure = RoundSettings(security=SecAgg(clip=50.0, max_weight=1))
     hidden = run(world, dora(name), RAGGED, rounds=3, weights="uniform", treatment=secure)
     assert_close_trees(summed.strategy.state.carried, whole.strategy.state.carried)
     assert_close_trees(hidden.strategy.state.carried, whole.strategy.state.carried, 1e-5)
@@ -217,7 +223,7 @@ def test_sums_carry_the_magnitudes(name: str, world: World) -> None:
 def test_privacy_of_clients_bounds_the_magnitudes_with_the_rest(world: World) -> None:
     """A clip of next to nothing and hardly any noise: they stay where they were."""
     private = ClientLevel(clip=1e-6, noise_multiplier=0.5, delta=1e-3)
-    treatment = Treatment(privacy=private, secret=Secret(bytes(range(32))))
+    treatment = RoundSettings(privacy=private, secret=Secret(bytes(range(32))))
     method = dora("ffa_lora")
     done = run(world, method, RAGGED, rounds=2, weights="uniform", treatment=treatment)
     start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
@@ -230,7 +236,7 @@ def test_privacy_of_clients_bounds_the_magnitudes_with_the_rest(world: World) ->
 
 def test_the_server_s_momentum_moves_the_magnitudes(world: World) -> None:
     """With one round of momentum, the step is the mean change."""
-    rule = Treatment(optimiser=Momentum(space="factors", lr=0.5))
+    rule = RoundSettings(optimiser=Momentum(space="factors", lr=0.5))
     method = dora("fedavg_lora")
     plain = run(world, method, RAGGED, rounds=1)
     halved = run(world, method, RAGGED, rounds=1, treatment=rule)
@@ -243,7 +249,7 @@ def test_the_server_s_momentum_moves_the_magnitudes(world: World) -> None:
 def test_control_variates_correct_the_magnitudes(world: World) -> None:
     """One full step of all clients: the server's variates are the mean gradients."""
     local, method = LocalConfig(lr=0.1, steps=1, batch_size=0), dora("fedavg_lora")
-    treatment = Treatment(variates=True)
+    treatment = RoundSettings(variates=True)
     done = run(world, method, local, rounds=1, weights="uniform", treatment=treatment)
     start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
     for name, now in magnitudes(done.strategy.state).items():
@@ -306,6 +312,6 @@ def test_an_embedding_is_refused(world: World) -> None:
 
 
 def test_a_server_s_step_on_weights_is_refused(world: World) -> None:
-    rule = Treatment(optimiser=Momentum(space="weights"))
-    with pytest.raises(ConfigError, match=r"under dora=true .*space=factors"):
+    rule = RoundSettings(optimiser=Momentum(space="weights"))
+    with pytest.raises(ConfigError, match=r"dora=true: .*space=factors"):
         run(world, dora("fedavg_lora"), RAGGED, rounds=1, treatment=rule)

@@ -25,8 +25,8 @@ from fedraclora.allocation.rules import HeteroLora, Uniform
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.link import Plan
 from fedraclora.weights.chain import SEED_BYTES
-from strategies.server.treatment import Treatment
 from strategies.shared.initials import GAMMA, STARTS
+from strategies.steps.settings import RoundSettings
 from strategies.wrappers.allocated import allocated
 
 RANK, ITEM = 2, 8
@@ -115,8 +115,8 @@ def test_a_server_optimiser_of_factors_is_refused_beside_a_probe(rule: Uniform) 
     initial = "lora_ga" if type(rule) is Uniform else "orthogonal"
     method = allocated(make_method("fedavg_lora", rank=RANK, initial=initial), rule)
     optimiser = Momentum(space="factors")
-    with pytest.raises(ConfigError, match="clients send gradients in the first round"):
-        run(world, method, RAGGED, rounds=1, treatment=Treatment(optimiser=optimiser))
-    dense = Treatment(optimiser=replace(optimiser, space="weights"))
+    with pytest.raises(ConfigError, match="clients send gradients first"):
+        run(world, method, RAGGED, rounds=1, treatment=RoundSettings(optimiser=optimiser))
+    dense = RoundSettings(optimiser=replace(optimiser, space="weights"))
     done = run(world, method, RAGGED, rounds=3, treatment=dense)
     assert done.rows[-1]["metrics"]["loss"] < world.loss(world.base)

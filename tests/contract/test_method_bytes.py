@@ -21,7 +21,6 @@ from worlds import (
 
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.link import Link
-from fedraclora.protocol.method import Sketched
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES, read_link
 from fedraclora.weights.files import read_links
@@ -86,7 +85,7 @@ def seeds(content: RecordDict) -> int:
     downlink, _ = unpack_downlink(content)
     factors = [f for a in downlink.adapters.values() for f in a.factors.values()]
     starts = [s.start for s in downlink.trained().values()]
-    return sum(isinstance(f, Sketched) for f in factors) + sum(
+    return sum(isinstance(f, SketchSpec) for f in factors) + sum(
         isinstance(s, SketchSpec) for s in starts
     )
 

@@ -45,7 +45,7 @@ from worlds import (
 from fedraclora.aggregation.base import AggregationContext, Total
 from fedraclora.errors import ConfigError, ShapeError
 from fedraclora.protocol.link import apply_link
-from fedraclora.protocol.method import Draw, Method, Sketched, Trained
+from fedraclora.protocol.method import Draw, Method, Trained
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
@@ -96,7 +96,7 @@ def new_weights(method: Method, played: Played) -> Tree:
 def drawn(played: Played) -> list[SketchSpec]:
     """Sketches of a downlink: frozen factors, and starts of trained ones."""
     factors = [f for a in played.sent.adapters.values() for f in a.factors.values()]
-    frozen = [f.spec for f in factors if isinstance(f, Sketched)]
+    frozen = [f for f in factors if isinstance(f, SketchSpec)]
     starts = [s.start for s in played.sent.trained().values()]
     return frozen + [s for s in starts if isinstance(s, SketchSpec)]
 
@@ -155,7 +155,7 @@ def test_the_scale_is_alpha_over_the_rank(variant: Variant, plain_world: World) 
     played = play_rounds(method, plain_world, 1, DRAW)[0]
     for adapter in played.sent.adapters.values():
         first, *_ = adapter.factors.values()
-        shape = first.shape if isinstance(first, Trained) else first.spec.draw().shape  # type: ignore[union-attr]
+        shape = first.shape if isinstance(first, Trained) else first.draw().shape  # type: ignore[union-attr]
         parts = getattr(method, "heads", getattr(method, "sketches", 1))
         # Several subspaces share E[A^T A] = I: each of them is made up for what the others have.
         shared = parts**0.5 if has_field(method, "interval") else 1.0
@@ -246,11 +246,11 @@ def test_nothing_of_the_state_is_changed_in_place(variant: Variant, world: World
     for round_ in range(1, 5):
         tensors = state.base | {f"carried/{n}": t for n, t in state.carried.items()}
         kept = {n: t.clone() for n, t in tensors.items()}
-        memo = dict(state.memo)
+        memo = state.memo.stored()
         played = play(method, world, state, round_, some_cohort(), DRAW)
         method.weights(played.after, DRAW)
         assert_equal_trees(tensors, kept)
-        assert state.memo == memo
+        assert state.memo.stored() == memo
         state = played.after
 
 
@@ -366,7 +366,7 @@ def test_a_merge_leaves_the_effective_weights_as_they_are(variant: Variant, worl
         merged = method.weights(played.after, DRAW)
         unmerged = never.close_round(played.before, played.sent, played.got)
         assert_close_trees(merged, never.weights(unmerged, DRAW))
-        due = played.after.memo["age"] == 0
+        due = played.after.memo.age == 0
         assert due == (not played.after.carried)
 
 
@@ -431,8 +431,8 @@ def carried_down(played: Played) -> int:
             total += slot.start[0].numel() if slot.per_client else slot.start.numel()
     for adapter in played.sent.adapters.values():
         for factor in adapter.factors.values():
-            if not isinstance(factor, Trained | Sketched):
-                total += factor.value[0].numel() if factor.per_client else factor.value.numel()
+            if not isinstance(factor, Trained | SketchSpec):
+                total += factor[0].numel() if factor.dim() == 3 else factor.numel()
     return total
 
 

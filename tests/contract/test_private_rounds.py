@@ -31,14 +31,18 @@ from fedraclora.errors import ConfigError
 from fedraclora.privacy.accountant import epsilon
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import FILE, Secret
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import number
 from strategies.server.loop import LoopConfig
-from strategies.server.private import PrivateRounds
-from strategies.server.treatment import Treatment
+from strategies.steps.account import SampleAccount
+from strategies.steps.attackers import Attackers
+from strategies.steps.private import PrivateRounds
+from strategies.steps.secure import SecureSum
+from strategies.steps.settings import RoundSettings
 
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
@@ -58,15 +62,17 @@ def world() -> World:
     return make_world()
 
 
-def private(**changes: Any) -> Treatment:
+def private(**changes: Any) -> RoundSettings:
     """A treatment with a key of the test's own."""
     settings: dict[str, Any] = {"clip": 0.05, "noise_multiplier": 0.5, "delta": 1e-3} | changes
-    return Treatment(privacy=ClientLevel(**settings), secret=Secret(KEY))
+    return RoundSettings(privacy=ClientLevel(**settings), secret=Secret(KEY))
 
 
 def silent(clip: float) -> PrivateRounds:
     """Rounds without noise."""
-    return PrivateRounds(ClientLevel(), SILENT, Secret(KEY), clip, {})
+    rounds = PrivateRounds(ClientLevel(clip=clip), Secret(KEY))
+    rounds.mechanism = SILENT
+    return rounds
 
 
 @given(seed=st.integers(0, 10**6), gone=st.integers(0, 4), clip=st.floats(0.01, 100.0))
@@ -175,7 +181,7 @@ def test_a_private_run_goes_on_bit_for_bit(
             weights="uniform",
             folder=tmp_path,
             resume=resume,
-            treatment=Treatment(privacy=config),
+            treatment=RoundSettings(privacy=config),
         )
 
     go(3)
@@ -192,7 +198,7 @@ def test_a_private_run_goes_on_bit_for_bit(
         rounds=6,
         cohort=2,
         weights="uniform",
-        treatment=Treatment(privacy=config, secret=Secret(key)),
+        treatment=RoundSettings(privacy=config, secret=Secret(key)),
     )
     assert_equal_trees(went_on.weights, whole.weights)
     again = whole.strategy.recorder.ledger.rows
@@ -217,18 +223,16 @@ def test_an_attacker_is_shortened_by_the_server(world: World) -> None:
 
 def test_what_does_not_go_with_privacy_is_refused(world: World) -> None:
     method = make_method("fed_rac_lora")
-    with pytest.raises(ConfigError, match="set weights=uniform"):
+    with pytest.raises(ConfigError, match="take weights=uniform"):
         run(world, method, RAGGED, rounds=1, treatment=private())
-    treatment = private()
-    treatment.aggregator = Median()
-    with pytest.raises(ConfigError, match="aggregator is median"):
+    treatment = replace(private(), aggregator=Median())
+    with pytest.raises(ConfigError, match="aggregator=median"):
         run(world, method, RAGGED, rounds=1, weights="uniform", treatment=treatment)
-    treatment = private()
-    treatment.private = silent(1.0)
-    with pytest.raises(ConfigError, match="accounted for one exchange a round"):
-        treatment.clip(first=False)
-    assert treatment.clip(first=True) == 1.0
-    assert Treatment(attack=SignFlip(0.2)).clip(first=False) is None
+    for step in (silent(1.0), SecureSum(SecAgg()), SampleAccount(SampleNoise())):
+        with pytest.raises(ConfigError, match="accounted for one exchange a round"):
+            step.bound(first=False)
+    assert silent(1.0).bound(first=True) == 1.0
+    assert Attackers(SignFlip(0.2)).bound(first=False) is None
 
 
 @every_variant
@@ -264,7 +268,6 @@ def test_a_method_that_needs_each_update_gets_no_private_round(
 ) -> None:
     method = make_method(variant[0], **variant[1])
     if method.traits.linear:
-        assert PrivateRounds.begin(ClientLevel(delta=1e-3), method, LOOP, None).clip == 1.0
         return
-    with pytest.raises(ConfigError, match="this one needs each client's own update"):
+    with pytest.raises(ConfigError, match="a method that needs each client's own update"):
         run(world, method, RAGGED, rounds=1, weights="uniform", treatment=private())

@@ -43,7 +43,7 @@ def pruned(name: str = "fedavg_lora", rule: AdaLora = RULE, **changes: Any) -> P
 
 
 def ranks(state: State) -> list[int]:
-    return [state.memo[f"rank/{name}"] for name in state.plan.targets]
+    return [Pruned.kept(state).rank[name] for name in state.plan.targets]
 
 
 def unpruned(played: Played) -> Tree:
@@ -72,10 +72,10 @@ def test_the_budget_is_kept_and_the_scale_follows_the_rank() -> None:
         left = RULE.budget(t, first=9, layers=3)
         assert sum(ranks(played.after)) == (9 if left is None else left)
         for name, adapter in played.sent.adapters.items():
-            rank = played.before.memo[f"rank/{name}"]
+            rank = Pruned.kept(played.before).rank[name]
             assert adapter.scale == pytest.approx(5.0 / rank, rel=1e-15)
             assert adapter.factors["B"].shape[1] == rank  # type: ignore[union-attr]
-        trained = [n for n in world.plan.targets if played.before.memo[f"rank/{n}"]]
+        trained = [n for n in world.plan.targets if Pruned.kept(played.before).rank[n]]
         assert list(played.sent.adapters) == trained
         assert method.weights(played.after, DRAW).keys() == world.base.keys()
 
@@ -129,7 +129,7 @@ def test_bytes_fall_with_the_ranks_and_training_goes_on() -> None:
     sides = {n: sum(v.shape) for n, v in world.plan.targets.items()}
     dense = sum(world.base[n].numel() for n in world.plan.dense)
     last = done.strategy.state
-    numbers = sum(last.memo[f"rank/{n}"] * sides[n] for n in sides) + dense
+    numbers = sum(Pruned.kept(last).rank[n] * sides[n] for n in sides) + dense
     ups = [row["uplink_bytes"] for row in done.rows]
     assert ups[0] == ups[1] == 5 * 8 * (3 * sum(sides.values()) + dense)
     assert ups[-1] == 5 * 8 * numbers

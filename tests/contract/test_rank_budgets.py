@@ -39,10 +39,8 @@ from fedraclora.protocol.method import (
     Cohort,
     Downlink,
     Draw,
-    Frozen,
     Method,
     Plan,
-    Sketched,
     State,
     Trained,
     Traits,
@@ -50,6 +48,7 @@ from fedraclora.protocol.method import (
 from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import digest_rows
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from strategies.server.loop import LoopConfig
 
@@ -88,13 +87,13 @@ def cut_weights(played: Played, k: int, rank: int) -> Tree:
     for weight, adapter in played.sent.adapters.items():
         pair, start = [], []
         for name, factor in adapter.factors.items():
-            if isinstance(factor, Sketched):
-                pair.append(factor.spec.draw())
-                start.append(factor.spec.draw())
+            if isinstance(factor, SketchSpec):
+                pair.append(factor.draw())
+                start.append(factor.draw())
                 continue
-            if isinstance(factor, Frozen):
-                pair.append(factor.value)
-                start.append(factor.value)
+            if isinstance(factor, torch.Tensor):
+                pair.append(factor)
+                start.append(factor)
                 continue
             assert isinstance(factor, Trained)
             pair.append(rows[f"{weight}/{name}"][k])

@@ -14,7 +14,8 @@ from worlds import (
 )
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Draw, Sketched, Trained
+from fedraclora.protocol.method import Draw, Trained
+from fedraclora.sketch import SketchSpec
 
 DRAW = Draw(17)
 RANKS = {"fc1": 2, "*": 4}
@@ -32,8 +33,8 @@ def test_each_layer_has_its_rank_and_its_scale(name: str) -> None:
                 axis = 1 if label == "B" else 0
                 if isinstance(factor, Trained):
                     assert factor.shape[axis] == rank
-                elif isinstance(factor, Sketched):
-                    assert factor.spec.rank == rank
+                elif isinstance(factor, SketchSpec):
+                    assert factor.rank == rank
         if method.traits.exact:
             assert_close_trees(method.weights(played.after, DRAW), mean_weights(played))
 

@@ -33,7 +33,7 @@ from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.run.ledger import number
 from fedraclora.wire.secagg import read_stage
-from strategies.server.treatment import Treatment
+from strategies.steps.settings import RoundSettings
 
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
@@ -66,7 +66,7 @@ def secure(world: World, method: Any = None, **changes: Any) -> Run:
     weights = changes.pop("weights", "uniform")
     settings = {"clip": 50.0, "max_weight": 9 if weights == "examples" else 1}
     settings |= changes.pop("settings", {})
-    treatment = Treatment(security=SecAgg(**settings), **changes.pop("beside", {}))
+    treatment = RoundSettings(security=SecAgg(**settings), **changes.pop("beside", {}))
     method = method or make_method("fed_rac_lora")
     return run(
         world, method, RAGGED, weights=weights, treatment=treatment, **{"rounds": 1} | changes
@@ -373,20 +373,20 @@ def test_noise_goes_on_the_secure_sum(world: World, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_looks_at_clients_is_refused_beside_it(world: World) -> None:
-    with pytest.raises(ConfigError, match="aggregator=median or attack=none looks at single"):
+    with pytest.raises(ConfigError, match=r"looks at single updates .aggregator=median"):
         secure(world, beside={"aggregator": Median()})
-    with pytest.raises(ConfigError, match="attack=a_little_is_enough looks at single updates"):
+    with pytest.raises(ConfigError, match=r"whose clients collude .attack=a_little_is_enough"):
         secure(world, beside={"attack": ALittleIsEnough(0.4)})
     privacy = ClientLevel(quantile=0.5, noise_multiplier=2.0, delta=1e-3, count_noise=2.0)
-    with pytest.raises(ConfigError, match=r"privacy\.quantile counts short updates"):
+    with pytest.raises(ConfigError, match=r"privacy\.quantile does not go with secure=secagg"):
         secure(world, beside={"privacy": privacy})
-    with pytest.raises(ConfigError, match=r"set secure\.max_weight to the most samples"):
+    with pytest.raises(ConfigError, match=r"for secure\.max_weight the most samples"):
         secure(world, weights="examples", settings={"max_weight": 1})
     for variant in variants():
         method = make_method(variant[0], **variant[1])
         if not method.traits.linear:
-            with pytest.raises(ConfigError, match="this one needs each client's own"):
+            with pytest.raises(ConfigError, match="a method that needs each client's own"):
                 secure(world, method)
         elif variant not in SAME:
-            with pytest.raises(ConfigError, match="train the same numbers"):
+            with pytest.raises(ConfigError, match="other things to train at each client"):
                 secure(world, method)

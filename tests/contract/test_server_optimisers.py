@@ -5,6 +5,7 @@ A few methods of each kind stand for all; random replies first, then whole runs.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,19 @@ from fedraclora.aggregation.server_optimisers import (
     Momentum,
     ServerOptimiser,
 )
+from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Draw, Method, Sketched
+from fedraclora.protocol.method import Draw, Method
 from fedraclora.run.rebuild import state_at
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import CatchUp, replay
-from strategies.server.fedopt import check_optimiser, close_optimised
-from strategies.server.treatment import Treatment
+from strategies.server.device_simulator import DeviceSimulator
+from strategies.server.exchange import Exchange
+from strategies.server.loop import LoopConfig
+from strategies.server.round_step import RoundSteps, RunContext
+from strategies.steps.order import round_steps
+from strategies.steps.settings import RoundSettings
 
 Variant = tuple[str, dict[str, Any]]
 DRAW = Draw(seed=17)
@@ -72,13 +79,16 @@ def world() -> World:
 
 def rounds(method: Method, world: World, rule: ServerOptimiser, count: int = 4) -> list[Played]:
     """Rounds of random replies that the server closes with its optimiser."""
-    state = method.init(world.base, world.plan, DRAW)
-    check_optimiser(rule, method, state, DRAW)
+    state, loop = method.init(world.base, world.plan, DRAW), LoopConfig(count, 5, 5, 5, DRAW.seed)
+    devices = DeviceSimulator(SystemConfig(), DRAW.seed, RAGGED)
+    chosen = round_steps(RoundSettings(optimiser=rule), RAGGED)
+    steps = RoundSteps(chosen, RunContext(method, RAGGED, loop, devices), state)
     played = []
     for round_ in range(1, count + 1):
         sent = method.open_round(state, round_, some_cohort(), DRAW)
         got = random_replies(sent, some_cohort(), world.dtype, round_)
-        after = close_optimised(rule, method, state, sent, got, DRAW)
+        exchange = Exchange(sent, round_, 0, some_cohort(), some_cohort(), loop)
+        after = steps.close(partial(method.close_round, state, sent), state, exchange, got)
         played.append(Played(state, sent, got, after))
         state = after
     return played
@@ -160,9 +170,9 @@ def test_in_weights_links_are_dense_and_rebuild_the_base(variant: Variant, world
 def projection(played: Played, weight: str, world: World) -> tuple[torch.Tensor, bool]:
     """The projection on what the round trains of a weight, and whether it acts on the left."""
     factors = played.sent.adapters[weight].factors
-    right = isinstance(factors["A"], Sketched) or not hasattr(factors["A"], "upload")
+    right = isinstance(factors["A"], SketchSpec) or not hasattr(factors["A"], "upload")
     frozen = factors["A" if right else "B"]
-    F = frozen.spec.draw() if isinstance(frozen, Sketched) else frozen.value.double()  # type: ignore[union-attr]
+    F = frozen.draw() if isinstance(frozen, SketchSpec) else frozen.double()  # type: ignore[union-attr]
     return (torch.linalg.pinv(F) @ F, False) if right else (F @ torch.linalg.pinv(F), True)
 
 
@@ -247,10 +257,10 @@ def test_no_momentum_and_a_step_of_one_is_the_method_itself(space: str, world: W
     ("variant", "rule", "told"),
     [
         (("fedsa_lora", {}), Momentum(), "each client has weights of its own"),
-        (("flora_stacking", {}), Momentum(space="factors"), "each client's own factors"),
-        (("frlora", {}), Momentum(space="factors"), "begins anew with each link"),
-        (("fed_rac_lora", {}), Adam(space="factors"), "take server_optimiser=momentum"),
-        (("rolora", {}), Adam(space="factors"), "take server_optimiser=momentum"),
+        (("flora_stacking", {}), Momentum(space="factors"), "each client's own update"),
+        (("frlora", {}), Momentum(space="factors"), "begin anew with each link"),
+        (("fed_rac_lora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
+        (("rolora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
     ],
     ids=lambda v: str(v)[:20],
 )
@@ -277,7 +287,7 @@ def test_a_run_goes_on_bit_for_bit_with_its_moments(
             cohort=3,
             folder=folder,
             resume=resume,
-            treatment=Treatment(optimiser=rule),
+            treatment=RoundSettings(optimiser=rule),
             arrange=(lambda messages: messages[::-1]) if turned else None,
         )
 

@@ -30,12 +30,13 @@ from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel
-from fedraclora.protocol.method import Cohort, Draw, Sketched
+from fedraclora.protocol.method import Cohort, Draw, Trained
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.wire import unpack_downlink
 from strategies.outcome import mean_floats
 from strategies.server.device_simulator import DeviceSimulator
-from strategies.server.treatment import Treatment
+from strategies.steps.settings import RoundSettings
 from strategies.wrappers.allocated import allocated
 from strategies.wrappers.dora import Dora
 
@@ -76,13 +77,15 @@ VARYING = [
 @pytest.mark.parametrize("variant", VARYING, ids=label)
 def test_moments_of_other_tensors_are_not_handed_on(variant: Variant, world: World) -> None:
     name, changes = variant
-    with pytest.raises(ConfigError, match=r"local.moments is run, but with this method"):
+    with pytest.raises(
+        ConfigError, match=r"other tensors from round to round .*local.moments is run"
+    ):
         run(world, make_method(name, **changes), LINKS, rounds=2)
     some = replace(LINKS, moments="link", moments_kept=0.5)
-    with pytest.raises(ConfigError, match=r"local.moments_kept is 0.5, but with this method"):
+    with pytest.raises(ConfigError, match=r"local.moments_kept is 0.5"):
         run(world, make_method(name, **changes), some, rounds=2)
     often = allocated(make_method("fed_rac_lora"), HeteroLora(share=0.67, every=1))
-    with pytest.raises(ConfigError, match=r"set local.moments to round, or to link"):
+    with pytest.raises(ConfigError, match=r"local.moments=round or link"):
         run(world, often, LINKS, rounds=2)
     run(world, make_method("fedavg_lora"), LINKS, rounds=2)
 
@@ -112,14 +115,14 @@ def test_moments_end_with_their_link_where_other_tensors_are_trained(
 
 @pytest.mark.parametrize("name", ["slora", "ravan"])
 def test_noise_on_what_must_stay_is_refused(name: str, world: World) -> None:
-    private = Treatment(privacy=ClientLevel(clip=0.5, delta=0.01))
-    with pytest.raises(ConfigError, match="some of them are never trained"):
+    private = RoundSettings(privacy=ClientLevel(clip=0.5, delta=0.01))
+    with pytest.raises(ConfigError, match="numbers are never trained"):
         run(world, make_method(name), RAGGED, rounds=1, weights="uniform", treatment=private)
 
 
 def test_decay_of_what_a_mask_leaves_alone_is_refused(world: World) -> None:
     method, decay = make_method("slora", density=0.2), LocalConfig(lr=0.1, weight_decay=0.01)
-    with pytest.raises(ConfigError, match=r"local.weight_decay is 0.01, but this method trains a"):
+    with pytest.raises(ConfigError, match=r"local\.weight_decay is 0\.01.: decay would"):
         run(world, method, decay, rounds=1)
     run(world, make_method("ravan"), decay, rounds=1)  # beside its blocks is zero, and stays so
     moved = run(world, method, RAGGED, rounds=1).weights
@@ -215,8 +218,8 @@ def test_groups_do_not_change_the_step_of_a_part(name: str, world: World) -> Non
         for weight, adapter in sent.adapters.items():
             n = world.plan.targets[weight].shape[1]
             drawn = adapter.factors["A"]
-            assert isinstance(drawn, Sketched)
-            assert math.isclose(adapter.scale**2 * drawn.spec.gram_scale, n)
+            assert isinstance(drawn, SketchSpec)
+            assert math.isclose(adapter.scale**2 * drawn.gram_scale, n)
 
 
 def test_a_side_without_effect_is_refused() -> None:
@@ -233,3 +236,17 @@ def test_rank_budgets_are_shares_of_the_rank_under_magnitudes_too() -> None:
     assert ranks.tolist() == [3, 3, 3]
     with pytest.raises(ConfigError, match=r"has no one rank.*allocation=none"):
         devices.check(allocated(method, HeteroLora()))
+
+
+@every_variant
+def test_what_stays_at_clients_is_read_off_what_they_are_sent(
+    variant: Variant, world: World
+) -> None:
+    method = make_method(variant[0], **variant[1])
+    factors = [
+        factor
+        for played in play_rounds(method, world, 3, Draw(1))
+        for factor in played.sent.factors().values()
+    ]
+    stays = [f for f in factors if isinstance(f, Trained) and not f.upload]
+    assert method.client_state == bool(stays)

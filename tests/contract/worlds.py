@@ -7,7 +7,7 @@ whole way through Flower messages and local training.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -37,9 +37,7 @@ from fedraclora.protocol.method import (
     Cohort,
     Downlink,
     Draw,
-    Frozen,
     Method,
-    Sketched,
     State,
     Trained,
 )
@@ -50,6 +48,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.rebuild import state_at
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree, digest
@@ -62,7 +61,9 @@ from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
 from strategies.server.loop import LoopConfig
-from strategies.server.treatment import Treatment
+from strategies.server.round_step import RoundStep
+from strategies.steps.order import round_steps
+from strategies.steps.settings import RoundSettings
 from strategies.wiring import wire
 
 RANK, ALPHA = 3, 5.0  # s = 5/3: a forgotten or inverted scale cannot pass
@@ -134,7 +135,7 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def is_personal(variant: tuple[str, dict[str, Any]]) -> bool:
     """Whether clients keep a part of the model: then there is no global one to hold to a mean."""
-    return make_method(variant[0], **variant[1]).traits.client_state
+    return make_method(variant[0], **variant[1]).client_state
 
 
 def label(variant: tuple[str, dict[str, Any]]) -> str:
@@ -348,10 +349,10 @@ def client_weights(played: Played, k: int) -> Tree:
     for weight, adapter in played.sent.adapters.items():
         product: torch.Tensor | None = None
         for name, factor in adapter.factors.items():
-            if isinstance(factor, Sketched):
-                matrix = factor.spec.draw()
-            elif isinstance(factor, Frozen):
-                matrix = factor.value[k] if factor.per_client else factor.value
+            if isinstance(factor, SketchSpec):
+                matrix = factor.draw()
+            elif isinstance(factor, torch.Tensor):
+                matrix = factor[k] if factor.dim() == 3 else factor
             else:
                 assert isinstance(factor, Trained)
                 matrix = rows[f"{weight}/{name}"][k]
@@ -480,7 +481,7 @@ def assert_updates_lead_on(folder: Path) -> None:
 
 def personal(strategy: FedStrategy, store: ClientStore, weights: Tree) -> Tree:
     """The weights of the client that trained last, where clients keep a part of the model."""
-    if not strategy.method.traits.client_state:
+    if not strategy.method.client_state:
         return weights
     for own in store.latest(1).values():
         return strategy.method.weights(strategy.state, strategy.draw, own)
@@ -503,9 +504,10 @@ def run(
     folder: Path | None = None,
     resume: bool = False,
     max_failures: int = 0,
-    treatment: Treatment | None = None,
+    treatment: RoundSettings | None = None,
     system: SystemConfig | None = None,
     kind: type[FedStrategy] | None = None,
+    steps: Sequence[RoundStep] = (),
 ) -> Run:
     """Run a method from start to end as `fedraclora simulate` does, with its one strategy."""
     loop = LoopConfig(
@@ -521,7 +523,7 @@ def run(
     engine = Recording(arrange)
     device = torch.device("cpu")
     trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
-    treatment = treatment or Treatment(aggregator, attack or Attack())
+    treatment = treatment or RoundSettings(aggregator, attack or Attack())
     security = treatment.security
     terms = Terms(security, weights) if isinstance(security, SecAgg) else None
     parts = replace(EngineParts.of(trainer, loop.cohort), terms=terms)
@@ -534,7 +536,7 @@ def run(
         evaluate=lambda w: {"loss": world.loss(personal(wired.strategy, parts.store, w))},
         recorder=RunRecorder(folder, every=1, sync=False, store=parts.store),
         resume=resume,
-        treatment=treatment,
+        steps=[*round_steps(treatment, local), *steps],
         system=system,
         kind=kind,
     )

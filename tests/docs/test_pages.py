@@ -11,9 +11,9 @@ import pytest
 from experiments import deploy
 from experiments.bench.config import parse
 from experiments.choices import composed
-from experiments.compare_study import chosen, find
+from experiments.study.ranking import chosen, find
 from experiments.theory.config import TheoryConfig
-from experiments.words import key_values
+from experiments.words import key_values, part
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import build
 from strategies import METHODS
@@ -42,8 +42,8 @@ def test_each_simulation_composes(line: str) -> None:
 
 @pytest.mark.parametrize("line", DEPLOYMENTS)
 def test_each_deployment_composes(line: str) -> None:
-    _, local, words = deploy.split(shlex.split(line)[2:])
-    deploy.prepare(words, local)
+    own, words = part(shlex.split(line)[2:], deploy.OWN)
+    deploy.prepare(words, deploy.where(own)[1])
 
 
 @pytest.mark.parametrize("line", COMPARISONS)

@@ -306,7 +306,7 @@ class ByTurns(FedRacLora):
     """Fed-RAC-LoRA whose links train B and A by turns, as a user may write it."""
 
     def turn(self, state: State) -> FedRacLora:
-        side = "left" if state.memo["sketch"] % 2 else "right"
+        side = "left" if state.memo.sketch % 2 else "right"
         return FedRacLora(**vars(self) | {"side": side})
 
     @override

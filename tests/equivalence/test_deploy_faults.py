@@ -56,7 +56,7 @@ def check_mean_of_the_rest(folder: Path, network: Network) -> None:
             torch.testing.assert_close(after[name].double(), tensor, rtol=0, atol=1e-6)
             continue
         adapter = downlink.adapters[weight]
-        spec = adapter.factors["A"].spec  # type: ignore[union-attr]
+        spec = adapter.factors["A"]
         assert isinstance(spec, SketchSpec)
         wanted = before[weight].double() + adapter.scale * tensor @ spec.draw()
         torch.testing.assert_close(after[weight].double(), wanted, rtol=0, atol=1e-6)

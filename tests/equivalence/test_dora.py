@@ -23,8 +23,9 @@ from vectorised_settings import PAIRED, SETTINGS
 
 from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Sketched, Trained
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Layout, Tree
@@ -113,8 +114,8 @@ def started(sent: Downlink, base: Tree) -> tuple[Tree, dict[str, float]]:
         layer = weight.removesuffix(".weight")
         scales[layer] = adapter.scale
         for label, factor in adapter.factors.items():
-            if isinstance(factor, Sketched):
-                start[f"{layer}.{label}!"] = factor.spec.draw()
+            if isinstance(factor, SketchSpec):
+                start[f"{layer}.{label}!"] = factor.draw()
             elif isinstance(factor, Trained):
                 opening = factor.opening()
                 zero = torch.zeros(factor.shape, dtype=torch.float64)

@@ -114,7 +114,7 @@ def test_a_process_that_dies_under_flwr_run_ends_the_run(tmp_path: Path) -> None
     request = flower.prepare([*WORDS, "rounds=100000", f"output.dir={folder}"])
     with SuperLink(show=False) as link, ThreadPoolExecutor() as thread:
         killed = thread.submit(kill_a_client_process, link, folder / "ledger.jsonl")
-        ended = run_app(link, request.run_config, dict(request.options))
+        ended = run_app(link, request.run_config, dict(flower.options_of(request)))
         killed.result(timeout=60)
     assert not ended.completed
     assert "the process that trained client" in ended.details

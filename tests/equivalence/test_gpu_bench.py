@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from pretend import NAME, Card
 from experiments.bench.command import run
 from experiments.bench.config import parse
 from experiments.bench.report import Report
-from experiments.bench.rows import BUILDERS, Case
+from experiments.bench.rows import BUILDERS
 from experiments.bench.table import tables
 from experiments.bench.usage import Laps
-from experiments.bench.workloads import WORKLOADS, Workload, mlp, vectors
+from experiments.bench.workloads import WORKLOADS, Case, Workload, mlp, vectors
 from fedraclora.training.cohort import CohortTrainer
 
 ROWS = ("vectorised", "bf16", "central", "inline", "idle", "fedavg", "loop", "pfl")
-SMALL = Workload("6 clients", 6, 1, mlp(7, 5, 3), vectors(7, 3), "fc2", ROWS, samples=8, batch=4)
+SMALL = Workload(
+    "6 clients", 6, 1, mlp(7, 5, 3), partial(vectors, 7, 3), "fc2", ROWS, samples=8, batch=4
+)
 THERE, HERE = torch.device("cuda"), torch.device("cpu")
 FITS = 20  # clients, on the pretended card
 

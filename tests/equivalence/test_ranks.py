@@ -26,13 +26,12 @@ from fedraclora.protocol.method import (
     Cohort,
     Downlink,
     Draw,
-    Frozen,
     Method,
-    Sketched,
     Trained,
 )
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Layout
 
@@ -165,9 +164,9 @@ def test_a_small_budget_is_a_small_adapter_under_the_first_rows_of_the_sketch() 
     small = {}
     for name, adapter in sent.adapters.items():
         sketched = adapter.factors["A"]
-        assert isinstance(sketched, Sketched)
+        assert isinstance(sketched, SketchSpec)
         B = Trained((plan.targets[name].shape[0], 2))
-        small[name] = Adapter({"B": B, "A": Frozen(sketched.spec.draw()[:2])}, adapter.scale)
+        small[name] = Adapter({"B": B, "A": sketched.draw()[:2]}, adapter.scale)
     trainer = trainer_of(case.task, plan, replace(LOCAL, precondition=True, prox=0.3))
     found, wanted = (
         trainer.train(state.base, d, clients, round_=1, rate_scale=1.0).trained

@@ -15,9 +15,8 @@ import ray
 import torch
 
 from experiments.assemble import Assembled, assemble
-from experiments.bench.rows import Case
 from experiments.bench.runs import RAY_WORKERS, ray_settings
-from experiments.bench.workloads import WORKLOADS
+from experiments.bench.workloads import WORKLOADS, Case
 from experiments.choices import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.ray import Cluster
@@ -103,4 +102,4 @@ def test_the_ray_rows_of_the_benchmark_fit_on_one_card(device: str) -> None:
 
         case = Case(WORKLOADS["A"], torch.device("cuda"))
         found = timed(["ray idle", "ray x1", "ray x2"], case, 1, lambda _: 0.0)
-        assert all(row.seconds > 0 for row in found.values())
+        assert all(row["seconds"] > 0 for row in found.values())

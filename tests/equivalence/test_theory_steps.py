@@ -16,7 +16,7 @@ from experiments.theory.runs import start_of
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task, squared_error
 from fedraclora.models.mlp import build_mlp
-from fedraclora.protocol.method import Draw, Method
+from fedraclora.protocol.method import Draw, Memo, Method
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SKETCHES, SketchSpec
 from fedraclora.training.extras.settings import LocalSettings
@@ -95,7 +95,7 @@ def sketch(strategy: FedStrategy, name: str, round_: int = 1) -> torch.Tensor:
     """The drawn factor of one layer in a round, with ``resample_every=1``."""
     method, state = strategy.method, strategy.state
     assert isinstance(method, FedRacLora)
-    before = replace(state, memo={"sketch": round_ - 1, "age": 0})
+    before = replace(state, memo=Memo(sketch=round_ - 1))
     layer = method.layer(before, state.plan, name)
     drawn, _ = method.sides(layer.shape)
     spec = method.factors(layer, Round(round_, Draw(SEED)))[drawn]

@@ -14,7 +14,7 @@ from clients.worker import Worker
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, Downlink, Frozen, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
@@ -87,7 +87,7 @@ def test_a_client_that_diverged_keeps_what_it_had() -> None:
 def test_an_impossible_setting_is_nobodys_failure() -> None:
     bench = make_bench(prox=0.5)
     factors = dict(bench.downlink.adapters["weight"].factors)
-    core = {"B": factors["B"], "R": Frozen(torch.eye(2, dtype=torch.float64)), "A": factors["A"]}
+    core = {"B": factors["B"], "R": torch.eye(2, dtype=torch.float64), "A": factors["A"]}
     three = replace(bench, downlink=Downlink({"weight": Adapter(core, 1.0)}))
     with pytest.raises(ConfigError, match=r"local\.prox is not defined for the factors"):
         three.round(1)

@@ -9,7 +9,7 @@ from vectorised_cases import SIZES, cnn, gpt2, mlp, normal, reader
 from fedraclora.data.task import Task
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.privacy.sample_level import SampleNoise
-from fedraclora.protocol.method import Adapter, Factor, Frozen, Sketched, Trained
+from fedraclora.protocol.method import Adapter, Factor, Trained
 from fedraclora.sketch import SketchSpec
 
 SETTINGS: dict[str, dict[str, object]] = {
@@ -108,12 +108,12 @@ def factor_of(form: str, *shape: int, key: str) -> Factor:
     if form == "starts":
         return Trained(shape, 0.4 * normal(K, *shape, key=key))
     if form == "frozen":
-        return Frozen(0.4 * normal(*shape, key=key))
+        return 0.4 * normal(*shape, key=key)
     if form == "own":
-        return Frozen(0.4 * normal(K, *shape, key=key))
+        return 0.4 * normal(K, *shape, key=key)
     rank, dim = sorted(shape)
     side = "right" if shape == (rank, dim) else "left"
-    return Sketched(SketchSpec("gaussian", side, rank, dim, 5, 0))
+    return SketchSpec("gaussian", side, rank, dim, 5, 0)
 
 
 def trained_in(forms: tuple[str, ...]) -> int:

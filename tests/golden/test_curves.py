@@ -53,7 +53,7 @@ def curves_of(name: str, local: list[str], prefix: str) -> dict[str, list[float]
     run = assemble(from_plain(plain, METHODS), None)
     run.strategy.start(run.grid)
     rows = run.strategy.recorder.ledger.rows
-    loss = "personal_loss" if run.config.method.traits.client_state else "loss"
+    loss = "personal_loss" if run.config.method.client_state else "loss"
     return {
         f"{prefix}test_loss": column(rows, "metrics", loss).tolist(),
         f"{prefix}train_loss": column(rows[1:], "train_loss").tolist(),

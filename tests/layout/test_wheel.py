@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import app, choices, compare_study
+from experiments import app, choices
+from experiments.study import ranking
 from fedraclora.run import folder as runfolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ def test_it_holds_code_and_settings_and_no_results(wheel: Mapping[str, Path]) ->
 
 def test_it_holds_all_code_and_all_that_is_read(wheel: Mapping[str, Path]) -> None:
     read = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
-    read += [*choices.CONF.rglob("*.yaml"), *compare_study.STUDIES.glob("*.yaml")]
+    read += [*choices.CONF.rglob("*.yaml"), *ranking.STUDIES.glob("*.yaml")]
     read += [path for name in PACKAGES for path in (ROOT / name).rglob("py.typed")]
     assert {path.relative_to(ROOT).as_posix() for path in read} <= wheel.keys()
 

@@ -73,7 +73,11 @@ def test_the_day_of_a_round_decides_and_not_its_number() -> None:
         ("bernoulli", {"chance": 1.1}, "chance is 1.1"),
         ("diurnal", {"share": 0.0}, "share is 0.0"),
         ("diurnal", {"share": 0.5, "chance": math.nan}, "chance is nan"),
-        ("diurnal", {"share": 0.5, "day": 0.0}, "day is 0.0; a finite number of seconds"),
+        (
+            "diurnal",
+            {"share": 0.5, "day": 0.0},
+            "day is 0.0; a number of seconds above 0",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(

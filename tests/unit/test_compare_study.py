@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from experiments.compare import main
-from experiments.compare_study import STUDIES, chosen, find
-from experiments.leaderboard import leaderboard
 from experiments.study.entries import best_rows, entries, is_unverified
 from experiments.study.file import Study
-from experiments.study.run import execute, read_lines
+from experiments.study.leaderboard import leaderboard
+from experiments.study.ranking import STUDIES, chosen, find
+from experiments.study.run import run_jobs
 from experiments.study.same import check_same
+from experiments.study.tuning import read_lines
 from fedraclora.errors import ConfigError
 from strategies import METHODS
 
@@ -274,5 +275,5 @@ def test_a_run_of_other_settings_stops_before_anything_runs(tmp_path: Path) -> N
     job = study.jobs("final", "fedkrso", [0.1])[0]
     done = {job.key: {"overrides": [*job.overrides, "rounds=9"]}}
     with pytest.raises(ConfigError, match="rounds=9"):
-        list(execute([job], json.loads(json.dumps(done)), tmp_path / "runs.jsonl", 1))
+        run_jobs([job], json.loads(json.dumps(done)), tmp_path / "runs.jsonl", 1)
     assert not (tmp_path / "runs.jsonl").exists()

@@ -113,7 +113,7 @@ def test_digits_are_split_by_class_and_do_not_depend_on_the_run():
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, "half", 0.0])
 def test_a_test_fraction_out_of_range_names_the_key(fraction):
-    with pytest.raises(ConfigError, match=r"data.test="):
+    with pytest.raises(ConfigError, match=r"data.test( is |=)"):
         DATASETS["digits"](test=fraction)
 
 
@@ -183,7 +183,7 @@ def test_a_damaged_mnist_is_refused(small_mnist):
         DATASETS["mnist"](root=str(small_mnist))
     packed = small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
     packed.write_bytes(packed.read_bytes()[:50])
-    with pytest.raises(DataError, match=r"not a whole gzip file"):
+    with pytest.raises(DataError, match=r"cannot be read: .*is the file whole"):
         DATASETS["mnist"](root=str(small_mnist))
 
 

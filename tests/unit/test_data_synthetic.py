@@ -121,15 +121,27 @@ def test_a_loss_without_a_minimum_is_refused(case):
 
 
 BAD = {
-    "clients": ("least_squares", {"clients": 0}, "data.clients=0"),
-    "samples": ("least_squares", {"samples": 1.5}, "data.samples=1.5"),
-    "features": ("logistic_regression", {"features": -1}, "data.features=-1"),
-    "outputs": ("least_squares", {"outputs": 0}, "data.outputs=0"),
-    "noise": ("least_squares", {"noise": -1.0}, "data.noise=-1.0"),
-    "heterogeneity": ("least_squares", {"heterogeneity": float("nan")}, "data.heterogeneity=nan"),
-    "condition": ("logistic_regression", {"condition": 0.5}, "data.condition=0.5.*at least 1"),
-    "flip": ("logistic_regression", {"flip": 0.5}, "data.flip=0.5"),
-    "dtype": ("least_squares", {"dtype": "bfloat16"}, "data.dtype=bfloat16.*float32, float64"),
+    "clients": ("least_squares", {"clients": 0}, "clients is 0"),
+    "samples": ("least_squares", {"samples": 1.5}, "data.samples is 1.5"),
+    "features": ("logistic_regression", {"features": -1}, "data.features is -1"),
+    "outputs": ("least_squares", {"outputs": 0}, "data.outputs is 0"),
+    "noise": ("least_squares", {"noise": -1.0}, "data.noise is -1.0"),
+    "heterogeneity": (
+        "least_squares",
+        {"heterogeneity": float("nan")},
+        "heterogeneity is nan",
+    ),
+    "condition": (
+        "logistic_regression",
+        {"condition": 0.5},
+        "condition is 0.5; .* from 1 on",
+    ),
+    "flip": ("logistic_regression", {"flip": 0.5}, "data.flip is 0.5"),
+    "dtype": (
+        "least_squares",
+        {"dtype": "bfloat16"},
+        "data.dtype 'bfloat16'.*float32, float64",
+    ),
     "separable": ("logistic_regression", {"flip": 0.0}, "no finite minimum"),
 }
 

@@ -123,7 +123,7 @@ BAD = {
     "share": ({"test_share": 0.0}, r"data\.test_share=0\.0 of 60 rows"),
     "both": ({"test": "x.csv", "test_share": 0.1}, "leave one of them out"),
     "file": ({"file": None}, r"data\.file is not set"),
-    "missing": ({"missing": "guess"}, "want one of error, drop"),
+    "missing": ({"missing": "guess"}, "unknown data.missing 'guess'.*drop, error"),
 }
 
 

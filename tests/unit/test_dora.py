@@ -12,8 +12,7 @@ from experiments.assemble import assemble
 from experiments.choices import composed
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
-from fedraclora.lowrank.dora import rescaled, row_lengths
-from fedraclora.protocol.downlink import magnitude_of
+from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
 from strategies import METHODS

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import LOSSES, SLOPES, Task
-from fedraclora.protocol.method import Adapter, Downlink, Frozen, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
@@ -69,14 +69,14 @@ def task(loss: str = "cross_entropy") -> Task:
 def pair(weight: str, trained: str, outputs: int, *, per_client: bool = False) -> Adapter:
     """A low-rank term with scale 1.5, of which A, B or both are trained from a start."""
     m, n = shape_of(weight, outputs)
-    factors: dict[str, Frozen | Trained] = {}
+    factors: dict[str, torch.Tensor | Trained] = {}
     for label, shape in {"B": (m, 2), "A": (2, n)}.items():
         value = normal(*shape, key=f"{weight}{label}")
         own = normal(len(SIZES), *shape, key=f"{weight}{label}")
         if label in trained:
             factors[label] = Trained(shape, start=value)
         else:
-            factors[label] = Frozen(own if per_client else value)
+            factors[label] = own if per_client else value
     return Adapter(factors, 1.5)  # type: ignore[arg-type]
 
 
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_left_to_autograd(what: str) -> None:
 
 
 def test_a_chain_of_three_factors_is_left_to_autograd() -> None:
-    core = {"B": Frozen(normal(5, 2)), "R": Trained((2, 2)), "A": Frozen(normal(2, WIDE))}
+    core = {"B": normal(5, 2), "R": Trained((2, 2)), "A": normal(2, WIDE)}
     assert not written_out(task(), Downlink({"fc2.weight": Adapter(core, 1.0)}))  # type: ignore[arg-type]
 
 

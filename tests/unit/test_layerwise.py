@@ -7,14 +7,14 @@ from typing_extensions import override
 
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Plan, Traits
-from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies, Round, Said
+from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
 
 
 class ByTurns(LayerMethod):
     """Trains B in every other link, and A in the others."""
 
     @override
-    def factors(self, layer: Layer, now: Round) -> Said:
+    def factors(self, layer: Layer, now: Round) -> Factors:
         drawn, trained = ("B", "A") if layer.link % 2 else ("A", "B")
         return {drawn: now.sketch(layer, drawn, "gaussian"), trained: layer.trained(trained)}
 

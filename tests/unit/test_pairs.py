@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.recipes import projected
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extra import Chunk, When
@@ -181,9 +181,9 @@ def downlink_of(factors: dict[str, Factor], recipe: str = "plain") -> Downlink:
 
 BOTH: dict[str, Factor] = {"B": Trained((M, R)), "A": Trained((R, N))}
 CORE: dict[str, Factor] = {
-    "B": Frozen(normal(M, R)),
+    "B": normal(M, R),
     "R": Trained((R, R)),
-    "A": Frozen(normal(R, N)),
+    "A": normal(R, N),
 }
 
 

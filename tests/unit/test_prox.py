@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extras.prox import with_prox
 from fedraclora.tree import Tree
@@ -31,7 +31,7 @@ def case(trained: str, per_client: bool) -> tuple[Downlink, Tree, Tree, Tree]:
             factors[label] = Trained(SHAPES[name])
         else:
             value = torch_normal(RNG, *(lead if per_client else ()), *SHAPES[name])
-            factors[label] = Frozen(value)
+            factors[label] = value
             frozen[name] = value
             del starts[name]
     downlink = Downlink({"w": Adapter(factors, SCALE)}, {"b": Trained(SHAPES["b"], main=False)})

@@ -14,9 +14,7 @@ from fedraclora.protocol.method import (
     Cohort,
     Downlink,
     Draw,
-    Frozen,
     Plan,
-    Sketched,
     Trained,
 )
 from fedraclora.protocol.rank_budgets import (
@@ -39,12 +37,12 @@ from strategies.fedavg import FedAvg
 
 M, R, N = 5, 3, 7
 RANKS = torch.tensor([1, 3, 2, 9])
-A = Sketched(SketchSpec("gaussian", "right", R, N, 0, 0))
+A = SketchSpec("gaussian", "right", R, N, 0, 0)
 
 
 def right(**settings: object) -> Downlink:
     """Two adapters, one of a lower rank, and a head."""
-    low = Adapter({"B": Trained((M, 2)), "A": Frozen(torch.ones(2, N))}, 1.0)
+    low = Adapter({"B": Trained((M, 2)), "A": torch.ones(2, N)}, 1.0)
     return Downlink(
         {"w": Adapter({"B": Trained((M, R)), "A": A}, 1.0), "low": low},
         {"head": Trained((4, M))},
@@ -94,8 +92,8 @@ def test_two_sketches_with_a_server_step_of_two_merge_the_mean_of_each_group() -
     rows = widen(own.reshape(-1), sent, torch.arange(4))
     got = Uplinks(torch.arange(4), torch.ones(4).double(), uplink_layout(sent), rows)
     factor = sent.adapters["w"].factors["A"]
-    assert isinstance(factor, Sketched)
-    A = factor.spec.draw()
+    assert isinstance(factor, SketchSpec)
+    A = factor.draw()
     wanted = sum(2.5 * own[group == g].mean(dim=0) @ A[2 * g : 2 * g + 2] for g in (0, 1))
     torch.testing.assert_close(method.close_round(state, sent, got).base["w"], wanted)
 
@@ -107,7 +105,7 @@ def test_more_sketches_than_dimensions_are_refused() -> None:
 
 
 def test_the_middle_of_three_factors_is_cut_on_both_sides() -> None:
-    chain = {"B": Frozen(torch.ones(M, R)), "M": Trained((R, R)), "A": Frozen(torch.ones(R, N))}
+    chain = {"B": torch.ones(M, R), "M": Trained((R, R)), "A": torch.ones(R, N)}
     masks = trainable(Downlink({"w": Adapter(dict(chain), 1.0)}), torch.tensor([2]))
     wanted = torch.zeros(1, R, R, dtype=torch.bool)
     wanted[:, :2, :2] = True

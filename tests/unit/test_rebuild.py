@@ -10,7 +10,7 @@ import torch
 from fedraclora.errors import CheckpointError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term
-from fedraclora.protocol.method import State
+from fedraclora.protocol.method import Memo, State
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.rebuild import state_at, stored_plan
 from fedraclora.run.recorder import RunRecorder
@@ -25,13 +25,13 @@ ROUNDS = 9
 def states(seed: float) -> list[State]:
     """States of a run that merges, carries factors, and now and then changes nothing."""
     base: Tree = {"w": torch.full((7, 5), seed), "b": torch.zeros(5)}
-    found = [State(base, PLAN, {"w/B": torch.zeros(5, 2)}, {"age": 0})]
+    found = [State(base, PLAN, {"w/B": torch.zeros(5, 2)}, Memo())]
     for round_ in range(1, ROUNDS + 1):
         factors = (torch.full((5, 2), seed), torch.full((2, 7), float(round_)))
         link = Link({"w": Term(factors, 1.5)}, {}) if round_ % 3 else None
         base = {**base, "w": base["w"] + 3 * seed * round_} if link else base
         carried = {"w/B": torch.full((5, 2), float(round_ // 2))} if round_ != 4 else {}
-        found.append(State(base, PLAN, carried, {"age": round_}, link))
+        found.append(State(base, PLAN, carried, Memo(age=round_), link))
     return found
 
 

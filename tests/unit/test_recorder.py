@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typing_extensions import override
 
 from fedraclora.errors import CheckpointError
 from fedraclora.protocol.link import Link, Plan, Term
-from fedraclora.protocol.method import State
+from fedraclora.protocol.method import Memo, State
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.recorder import RunRecorder, Stopwatch
@@ -41,7 +42,7 @@ def state() -> State:
         base,
         Plan({}),
         carried={"w/B": normal(5, 2), "w": normal(2)},
-        memo={"sketch": 4, "age": 1},
+        memo=Memo(sketch=4, age=1),
         link=LINK,
         report={"x": 1.0},
         notes=("capped",),
@@ -144,10 +145,17 @@ def test_a_run_without_a_folder_cannot_be_resumed() -> None:
         recorder.restore(state(), caught_up())
 
 
+class Broken(Memo):
+    """Is no numbers by name when it is written."""
+
+    @override
+    def stored(self) -> dict[str, int]:
+        return [1]  # type: ignore[return-value]
+
+
 def test_a_memo_that_is_none_is_refused(tmp_path: Path) -> None:
     recorder = RunRecorder(tmp_path)
-    broken = State(state().base, Plan({}), memo=[1])  # type: ignore[arg-type]
-    recorder.save(broken, 1, caught_up())
+    recorder.save(replace(state(), memo=Broken()), 1, caught_up())
     with pytest.raises(CheckpointError, match=r"memo is \[1\]"):
         recorder.restore(state(), caught_up())
 

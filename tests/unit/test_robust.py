@@ -28,8 +28,8 @@ from fedraclora.aggregation.statistics import (
     trimmed_mean,
 )
 from fedraclora.errors import ConfigError, ShapeError
-from fedraclora.protocol.downlink import Adapter, Downlink, Sketched, Trained
-from fedraclora.protocol.method import Draw, Traits
+from fedraclora.protocol.downlink import Adapter, Downlink, Trained
+from fedraclora.protocol.method import Draw
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout
@@ -41,7 +41,7 @@ DOWNLINK = Downlink(
         "w": Adapter(
             {
                 "B": Trained((2, 3), torch.full((2, 3), 0.25)),
-                "A": Sketched(SketchSpec("orthonormal", "right", 3, 5, seed=1, index=0)),
+                "A": SketchSpec("orthonormal", "right", 3, 5, seed=1, index=0),
             },
             scale=5 / 3,
         )
@@ -227,23 +227,18 @@ def test_distances_of_factors_are_those_of_weights_under_an_orthonormal_sketch()
     ],
 )
 def test_too_small_a_cohort_is_refused(rule: Aggregator, cohort: int, words: str) -> None:
-    traits = Traits(exact=True, linear=True, merges=True)
     with pytest.raises(ConfigError, match=words):
-        rule.check(traits, cohort)
-    rule.check(traits, 20)
+        rule.check(cohort)
+    rule.check(20)
     with pytest.raises(ConfigError, match=words):
         rule(uplinks(normals(9, cohort, 7)), SETTING)
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_a_method_of_single_updates_is_refused_where_it_gets_none(name: str) -> None:
-    stacking = Traits(exact=True, linear=False, merges=True)
-    rule = AGGREGATORS[name]()
-    if name in {"mean", "krum", "multi_krum", "norm_bound"}:
-        rule.check(stacking, 20)
-        return
-    with pytest.raises(ConfigError, match=f"aggregator={name} gives one vector"):
-        rule.check(stacking, 20)
+def test_what_makes_one_vector_says_so(name: str) -> None:
+    """By this a method that needs each client's own update is refused beside it."""
+    got = AGGREGATORS[name]()(uplinks(normals(9, 20, 7)), SETTING)
+    assert AGGREGATORS[name].estimates == (got.stacked is None)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)

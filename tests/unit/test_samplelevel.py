@@ -10,10 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedraclora.config.schema import build
+from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.sample_level import SampleNoise, answer_keys, seed_key
+from fedraclora.protocol.link import Plan
+from fedraclora.protocol.method import State
 from fedraclora.training.extras.settings import LocalSettings
-from strategies.server.account import SampleAccount
+from strategies.server.device_simulator import DeviceSimulator
+from strategies.server.loop import LoopConfig
+from strategies.server.round_step import RunContext
+from strategies.steps.account import SampleAccount
+from tests.contract.worlds import make_method
 
 VALID = torch.tensor([[True, True, True], [True, True, False]])
 
@@ -139,9 +146,10 @@ def test_epsilon_is_the_librarys_for_one_release_a_pass() -> None:
 )
 def test_passes_are_counted(local: LocalSettings, wanted: list[int]) -> None:
     sizes = torch.tensor([10, 30, 2])
-    account = SampleAccount(
-        SampleNoise(), local, sizes.__getitem__, torch.zeros(3, dtype=torch.int64)
-    )
+    account, loop = SampleAccount(SampleNoise()), LoopConfig(9, 3, 2, 2, 1)
+    method, devices = make_method("fedavg"), DeviceSimulator(SystemConfig(), 1, local)
+    account.run = RunContext(method, local, loop, devices, sizes.__getitem__)
+    account.begin(State({}, Plan({})))
     account.add(torch.tensor([0, 2]))
     account.add(torch.tensor([1, 2]))
     assert account.passes.tolist() == wanted

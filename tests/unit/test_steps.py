@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Sketched, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.steps import effective_step
@@ -15,9 +15,7 @@ def sketched(scale: float, *, side: str = "right", **changes: object) -> Adapter
     settings = {"kind": "orthonormal", "side": side, "rank": 2, "dim": 8, "seed": 0, "index": 0}
     spec = SketchSpec(**(settings | changes))  # type: ignore[arg-type]
     factors: dict[str, Factor] = (
-        {"B": Trained((5, 2)), "A": Sketched(spec)}
-        if side == "right"
-        else {"B": Sketched(spec), "A": Trained((2, 5))}
+        {"B": Trained((5, 2)), "A": spec} if side == "right" else {"B": spec, "A": Trained((2, 5))}
     )
     return Adapter(factors, scale)
 
@@ -74,8 +72,8 @@ def test_gamma_is_the_step_that_sgd_takes_inside_the_sketch(normalise: str) -> N
     adapter = sketched(1.5, normalise=normalise)
     gamma = effective_step(Downlink({"w": adapter}), LOCAL, 1.0)["gamma_max"]
     factor = adapter.factors["A"]
-    assert isinstance(factor, Sketched)
-    A = factor.spec.draw()
+    assert isinstance(factor, SketchSpec)
+    A = factor.draw()
     G = torch.ones(5, 2, dtype=torch.float64) @ A  # inside the row space
     moved = -0.2 * 1.5 * (G @ A.mT) @ A * 1.5
     torch.testing.assert_close(moved, -gamma * G, rtol=1e-12, atol=1e-12)

@@ -8,20 +8,11 @@ from typing import Any
 
 import pytest
 
-from experiments.study.budget import budgets
 from experiments.study.command import main
 from experiments.study.file import Study
-from experiments.study.run import read_lines, run_job
-from experiments.study.table import (
-    cost,
-    draw,
-    is_tuned,
-    score,
-    table,
-    tuned_by,
-    tuned_value,
-    write_table,
-)
+from experiments.study.run import run_job
+from experiments.study.tables import budgets, cost, results, write_results
+from experiments.study.tuning import is_tuned, read_lines, score, tuned_by, tuned_value
 from fedraclora.errors import ConfigError
 
 TEXT = """
@@ -114,11 +105,17 @@ def test_the_best_of_the_grid_and_its_refinement_is_chosen(tmp_path: Path) -> No
 
 def test_values_may_be_those_that_another_study_has_tuned(tmp_path: Path) -> None:
     other = study(tmp_path)
-    done = tuned(other, {0.1: 0.5, 0.4: 0.7})
+    (tmp_path / "study.yaml").write_text(other.text)
+
+    def ran(scores: dict[float, float | None]) -> None:
+        lines = [{"key": key, **line} for key, line in tuned(other, scores).items()]
+        (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    ran({0.1: 0.5, 0.4: 0.7})
     with pytest.raises(ConfigError, match="has not tuned ours"):
-        tuned_by(other, other, done, tmp_path)
-    done |= tuned(other, {0.2: 0.8})
-    plan = tuned_by(other, other, done, tmp_path)
+        tuned_by(other, tmp_path)
+    ran({0.1: 0.5, 0.4: 0.7, 0.2: 0.8})
+    plan = tuned_by(other, tmp_path)
     assert plan.values("ours") == [0.2]
     assert not plan.jobs("tune", "ours", [0.2])
     assert plan.refined(0.2) == []
@@ -126,7 +123,7 @@ def test_values_may_be_those_that_another_study_has_tuned(tmp_path: Path) -> Non
     (tmp_path / "again.yaml").write_text(plan.text)
     assert Study.read(tmp_path / "again.yaml").rows == plan.rows
     with pytest.raises(ConfigError, match="has not tuned full"):
-        tuned_by(study(tmp_path, TEXT + "  full: []\n"), other, done, tmp_path)
+        tuned_by(study(tmp_path, TEXT + "  full: []\n"), tmp_path)
 
 
 def test_a_value_that_diverged_in_a_final_run_is_passed_over(tmp_path: Path) -> None:
@@ -135,14 +132,15 @@ def test_a_value_that_diverged_in_a_final_run_is_passed_over(tmp_path: Path) -> 
     done["final|ours|0.2|1"] = line(None)
     assert tuned_value(plan, "ours", done) == 0.4
     done |= {j.key: line(0.6 + 0.1 * j.seed) for j in plan.jobs("final", "ours", [0.4])}
-    (row,) = table(plan, done)
+    (row,) = results(plan, done)
     assert row["passed over"] == "0.2"
     assert row["accuracy"] == 0.65
-    write_table([row], tmp_path, "a note")
-    draw(plan, done, tmp_path)
+    for found in done.values():
+        found["cpu_seconds"] = 900.0
+    write_results(plan, done, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert "| ours |" in text
-    assert text.endswith("\na note\n")
+    assert text.endswith("\n9 runs, tuning included, took 2.25 core-hours.\n")
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 
@@ -160,7 +158,7 @@ def test_values_may_be_chosen_by_the_loss(tmp_path: Path) -> None:
 
 
 def test_clients_own_models_have_a_score_too_and_what_was_not_measured_is_named() -> None:
-    own: dict[str, object] = {"metrics": {"personal_accuracy": 0.6}}
+    own = {"metrics": {"personal_accuracy": 0.6}}
     assert score(own, "accuracy") == 0.6
     assert score({"metrics": {}}, "accuracy") == float("-inf")
     with pytest.raises(ConfigError, match="no loss; it was measured by personal_accuracy"):
@@ -288,7 +286,7 @@ def test_a_study_without_tuning_gives_all_rows_one_value(tmp_path: Path) -> None
     best = {"round": 3, "metrics": {"accuracy": 0.9}}
     more = {"best": best, "rounds": 5}
     done = {j.key: line(0.8, **more) for j in plan.jobs("final", "ours", [0.1])}
-    (row,) = table(plan, done)
+    (row,) = results(plan, done)
     assert (row["local.lr"], row["accuracy"]) == ("0.1", 0.8)
     assert (row["reported"], row["difference"]) == (0.7, "+0.1000")
     assert (row["at the best round"], row["best round"], row["rounds"]) == (0.9, 3.0, 5.0)

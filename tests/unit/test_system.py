@@ -326,7 +326,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"speed": {"name": "lognorml"}}, "unknown system.speed 'lognorml'; did you mean 'lognormal'"),
     ({"speed": {"median": 3.0}}, "unknown system.speed 'None'"),
     ({"speed": {"name": "lognormal", "median": 3}}, "system.speed.sigma is missing; float is want"),
-    ({"uplink": {"name": "constant", "value": -1}}, "system.uplink.value is -1.0; a finite number"),
+    (
+        {"uplink": {"name": "constant", "value": -1}},
+        "system.uplink.value is -1.0; a positive",
+    ),
     (
         {"speed": {"name": "constant", "valu": 1}},
         "unknown key 'system.speed.valu'; did you mean 'system.speed.value'",
@@ -345,8 +348,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"jitter": -1}, "system.jitter is -1.0"),
     ({"jitter": 0.1}, "system.jitter is 0.1 and system.deadline is None, but no client takes any"),
     ({"deadline": 5}, "system.jitter is 0.0 and system.deadline is 5.0, but no client takes any"),
-    ({"deadline": 0}, "system.deadline is 0.0; seconds above 0"),
-    ({"over_select": 0.9}, "system.over_select is 0.9; 1 or more"),
+    ({"deadline": 0}, "system.deadline is 0.0; a number of seconds above 0, or null"),
+    ({"over_select": 0.9}, "system.over_select is 0.9; a finite number from 1 on"),
     ({"over_select": math.nan}, "system.over_select is nan"),
     ({"overselect": 1.1}, "unknown key 'system.overselect'; did you mean 'system.over_select'"),
 ]

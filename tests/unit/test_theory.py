@@ -15,22 +15,20 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from experiments.theory.bounds import (
-    Given,
+from experiments.theory.bounds.descent import Given
+from experiments.theory.bounds.logistic import logistic_pl
+from experiments.theory.bounds.spectrum import of_downlink, over_layers
+from experiments.theory.bounds.theorems import (
     cover,
     federated,
     gd,
     local_step_limit,
-    logistic_pl,
-    of_downlink,
-    over_layers,
     reshuffling,
     sampling,
     sgd,
 )
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Adapter, Downlink, Trained
-from fedraclora.protocol.method import Sketched as SketchedFactor
 from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
 
 Array = npt.NDArray[np.float64]
@@ -327,7 +325,7 @@ def test_layers_trained_in_full_have_eigenvalue_one() -> None:
 
 
 def downlink(**changed: object) -> Downlink:
-    factors = {"B": Trained((4, 3)), "A": SketchedFactor(spec())}
+    factors = {"B": Trained((4, 3)), "A": spec()}
     return replace(Downlink({"w": Adapter(factors, 1.0)}, {}), **changed)  # type: ignore[arg-type]
 
 

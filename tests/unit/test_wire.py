@@ -13,12 +13,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clients.client_state import held
 from fedraclora.errors import WireError
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Frozen, Sketched, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.rng import generator, torch_normal
+from fedraclora.run.client_state import ClientStore
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.local_result import LocalResult
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire import (
     Packed,
@@ -46,12 +49,12 @@ def everything() -> Downlink:
     """A downlink with each kind of factor, shared and per client."""
     own: dict[str, Factor] = {
         "B": Trained((M, R), normal(K, M, R)),
-        "R": Frozen(normal(K, R, R)),
-        "A": Frozen(normal(R, N)),
+        "R": normal(K, R, R),
+        "A": normal(R, N),
     }
     return Downlink(
         adapters={
-            "w": Adapter({"B": Trained((M, R)), "A": Sketched(SPEC)}, 5.0 / 3.0),
+            "w": Adapter({"B": Trained((M, R)), "A": SPEC}, 5.0 / 3.0),
             "v": Adapter(own, 1e-300),
         },
         dense={
@@ -65,10 +68,10 @@ def everything() -> Downlink:
 
 
 def same_factor(left: Factor, right: Factor) -> bool:
-    if isinstance(left, Sketched) or isinstance(right, Sketched):
+    if isinstance(left, SketchSpec) or isinstance(right, SketchSpec):
         return left == right
-    if isinstance(left, Frozen) and isinstance(right, Frozen):
-        return torch.equal(left.value, right.value)
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return torch.equal(left, right)
     assert isinstance(left, Trained)
     assert isinstance(right, Trained)
     starts = type(left.start) is type(right.start) and left.start == right.start
@@ -92,6 +95,24 @@ def assert_same(left: Downlink, right: Downlink) -> None:
 # --- downlink ------------------------------------------------------------------------------------
 
 
+def test_an_extra_travels_beside_what_is_trained() -> None:
+    sent = replace(everything(), extras={"own": {"w/B": normal(M, R)}, "more": {}})
+    content = pack_downlink(sent, ORDER, "float64")
+    got, _ = unpack_downlink(content)
+    assert_same(got, sent)
+    assert got.extras.keys() == {"own", "more"}
+    assert torch.equal(got.extras["own"]["w/B"], normal(M, R))
+    with pytest.raises(WireError, match=r"extras \['more', 'own'\], of which this client knows"):
+        held(ClientStore(), got, ORDER, {"w": normal(M, N)}, LocalConfig())
+
+
+@pytest.mark.parametrize("tree", [{"nothing": normal(M, R)}, {"w/B": normal(R, M)}])
+def test_an_extra_beside_nothing_that_is_trained_is_refused(tree: Tree) -> None:
+    content = pack_downlink(replace(everything(), extras={"own": tree}), ORDER, "float64")
+    with pytest.raises(WireError, match=f"the extra own names {next(iter(tree))}"):
+        unpack_downlink(content)
+
+
 def test_a_downlink_comes_back_to_the_bit() -> None:
     sent = everything()
     got, request = unpack_downlink(pack_downlink(sent, ORDER, "float64"))
@@ -113,10 +134,10 @@ def test_a_chunk_gets_its_own_rows_only(first: int, size: int) -> None:
     assert isinstance(own.start, torch.Tensor)
     assert torch.equal(start.start, own.start[places])
     core, shared = got.adapters["v"].factors["R"], got.adapters["v"].factors["A"]
-    assert isinstance(core, Frozen)
-    assert isinstance(shared, Frozen)
-    assert torch.equal(core.value, normal(K, R, R)[places])
-    assert torch.equal(shared.value, normal(R, N))
+    assert isinstance(core, torch.Tensor)
+    assert isinstance(shared, torch.Tensor)
+    assert torch.equal(core, normal(K, R, R)[places])
+    assert torch.equal(shared, normal(R, N))
 
 
 def test_numbers_travel_in_the_precision_that_is_asked_for() -> None:
@@ -131,7 +152,7 @@ def test_numbers_travel_in_the_precision_that_is_asked_for() -> None:
 
 
 def test_a_downlink_without_numbers_comes_back() -> None:
-    sent = Downlink({"w": Adapter({"B": Trained((M, R)), "A": Sketched(SPEC)}, 1.0)})
+    sent = Downlink({"w": Adapter({"B": Trained((M, R)), "A": SPEC}, 1.0)})
     content = pack_downlink(sent, ORDER, "float32")
     got, _ = unpack_downlink(content)
     assert_same(got, sent)
@@ -275,7 +296,7 @@ def test_what_is_not_uploaded_does_not_travel() -> None:
 
 
 BUDGETS = Downlink(
-    {"w": Adapter({"B": Trained((M, R)), "A": Sketched(SPEC)}, 1.0)},
+    {"w": Adapter({"B": Trained((M, R)), "A": SPEC}, 1.0)},
     {"b": Trained((3,))},
     ranks=torch.tensor([1, 2, 9, 1]),
 )

@@ -20,33 +20,3 @@ function; all proofs are in docs/theory.md. None covers momentum, adaptive steps
 epochs, clients of unequal weight or number of steps, rank budgets, or a sketch that lives for more
 than one round.
 """
-
-from __future__ import annotations
-
-from experiments.theory.bounds.descent import Descent, Given
-from experiments.theory.bounds.logistic import logistic_pl
-from experiments.theory.bounds.spectrum import of_downlink, over_layers
-from experiments.theory.bounds.theorems import (
-    cover,
-    federated,
-    gd,
-    local_step_limit,
-    reshuffling,
-    sampling,
-    sgd,
-)
-
-__all__ = [
-    "Descent",
-    "Given",
-    "cover",
-    "federated",
-    "gd",
-    "local_step_limit",
-    "logistic_pl",
-    "of_downlink",
-    "over_layers",
-    "reshuffling",
-    "sampling",
-    "sgd",
-]

@@ -107,7 +107,7 @@ class Descent:
             ConfigError: If the bound never gets there.
 
         Example:
-            >>> from experiments.theory.bounds import gd
+            >>> from experiments.theory.bounds.theorems import gd
             >>> gd(Given(smoothness=1.0, gap=1.0, pl=1.0, lambda_min=0.25), 1.0).rounds_to(0.01)
             17
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.downlink import Downlink, Sketched
+from fedraclora.protocol.downlink import Downlink
 from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
 
 
@@ -57,7 +57,7 @@ def of_downlink(downlink: Downlink) -> Constants:
         raise ConfigError("clients have rank budgets, which no theorem here covers; leave them out")
     specs = []
     for name, adapter in downlink.adapters.items():
-        drawn = [f.spec for f in adapter.factors.values() if isinstance(f, Sketched)]
+        drawn = [f for f in adapter.factors.values() if isinstance(f, SketchSpec)]
         if len(drawn) != 1 or len(adapter.factors) != 2:
             raise ConfigError(
                 f"the adapter of {name} has the factors {sorted(adapter.factors)}, of which "

@@ -162,5 +162,5 @@ def _check(given: Given, step: float, limit: float, *, isotropic: bool = True) -
     if isotropic and given.lambda_min <= 0:
         raise ConfigError(
             "lambda_min is 0: some direction is missed for certain (blocks: cover has this, given "
-            "the past), so the theorem says nothing; see experiments.theory.bounds.cover"
+            "the past), so the theorem says nothing; see cover"
         )

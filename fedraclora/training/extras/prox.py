@@ -13,6 +13,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
+from fedraclora.lowrank.dora import magnitudes
 from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.training.extra import Chunk, Hook, LocalExtra, When
 from fedraclora.tree import Tree
@@ -56,7 +57,7 @@ def with_prox(
     References:
         Li et al., *Federated optimization in heterogeneous networks*, arXiv 1812.06127.
     """
-    if downlink.magnitudes():
+    if magnitudes(downlink.adapters, downlink.dense):
         raise ConfigError(
             f"local.prox is {mu}, but under dora=true it is not defined: a weight is no sum of the "
             "base and a low-rank term; set local.prox=0, or dora=false"

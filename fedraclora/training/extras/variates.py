@@ -38,6 +38,24 @@ from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.training.extra import Keeper
 from fedraclora.tree import Tree
 
+EXTRAS = PLAIN, LIFTED = "variates", "lifted_variates"
+"""Names in `Downlink.extras`: in the coordinates of what is trained, or kept as dense estimates."""
+
+
+def lifts(sent: Downlink) -> bool:
+    """Tell whether variates are kept as dense matrices of the weights."""
+    return LIFTED in sent.extras
+
+
+def variates_of(sent: Downlink) -> Tree:
+    """Give what clients add to gradients, by trained name: c, or c - c_k [K, ...]; none: {}."""
+    return sent.extras.get(LIFTED if lifts(sent) else PLAIN, {})
+
+
+def with_variates(sent: Downlink, variates: Tree, *, lifted: bool) -> Downlink:
+    """Put variates into a downlink, in the place of any that it has."""
+    return replace(sent, extras=sent.extras | {LIFTED if lifted else PLAIN: variates})
+
 
 def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
     """Give the variates of who has none yet, by the names under which they are kept.
@@ -101,25 +119,29 @@ def moved_by(kept: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tree:
 class ControlVariates(Keeper):
     """What clients keep where a round sends variates."""
 
+    extras = EXTRAS
+
     @override
     def blank(self, sent: Downlink, dtype: torch.dtype) -> Tree:
-        return blank_variates(sent, dtype) if sent.variates else {}
+        return blank_variates(sent, dtype) if variates_of(sent) else {}
 
     @override
     def begin(self, kept: Tree, sent: Downlink) -> Downlink:
         own = seen(kept, sent)
-        return replace(sent, variates={n: c.cpu() - own[n] for n, c in sent.variates.items()})
+        corrections = {n: c.cpu() - own[n] for n, c in variates_of(sent).items()}
+        return with_variates(sent, corrections, lifted=lifts(sent))
 
     @override
     def end(self, kept: Tree, sent: Downlink, directions: Tree) -> Tree:
-        return moved_by(kept, sent, {n: g - sent.variates[n].cpu() for n, g in directions.items()})
+        added = variates_of(sent)
+        return moved_by(kept, sent, {n: g - added[n].cpu() for n, g in directions.items()})
 
 
 def _kept(sent: Downlink) -> Iterator[tuple[str, str, Adapter | None]]:
     """Give what is sent back, the name of its variate, and the adapter where that is dense."""
     for name in sent.uploaded():
         weight = name.rpartition("/")[0]
-        dense = sent.adapters.get(weight) if sent.lifted else None
+        dense = sent.adapters.get(weight) if lifts(sent) else None
         yield name, f"variates/{name if dense is None else weight}", dense
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import Message
+from typing_extensions import override
 
-from fedraclora.errors import CheckpointError, ConfigError, RoundLostError
-from fedraclora.privacy.secagg import LEAST, SecAgg
+from fedraclora.errors import CheckpointError, RoundLostError
+from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Method
 from fedraclora.protocol.uplinks import Refusal, Uplinks
+from fedraclora.run.recorder import RunRecorder
 from fedraclora.tree import Tree
-from fedraclora.weights.files import replacing
+from fedraclora.weights.files import write_text
 from fedraclora.wire.secagg import LARGEST, signed
 from strategies.server.exchange import Exchange
+from strategies.server.round_step import Ask, CohortOf, RoundStep
 from strategies.server.rows import Row
-from strategies.server.secagg_session import Ask, SecAggSession
-from strategies.server.unmask import CulpritError, Session, check_keys, check_sealed
+from strategies.steps.conflicts import SECURE, TWICE, refused
+from strategies.steps.secagg_session import SecAggSession
+from strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed
 
 FILE = "masked.round"  # the last round that asked real clients for vectors
 WORD = 4  # bytes of a number
@@ -28,7 +32,7 @@ SLACK = 1 + 1e-4  # of norms: updates are rounded to the wire's precision
 
 
 @dataclass
-class SecureSum:
+class SecureSum(RoundStep):
     """Asks for the sum of a cohort, and sees nothing else of its updates.
 
     Attributes:
@@ -48,43 +52,15 @@ class SecureSum:
     answered: int = 0
     file: Path | None = None
 
-    def check(self, method: Method, weights: str, cohort: int) -> None:
-        """Refuse what needs more than a sum.
-
-        Raises:
-            ConfigError: Saying why.
-        """
-        if cohort < LEAST:
-            raise ConfigError(
-                f"secure=secagg hides a client among {LEAST} or more, but a round asks {cohort}; "
-                f"set cohort to {LEAST} or more, or secure=none"
-            )
-        traits = method.traits
-        if not traits.linear:
-            raise ConfigError(
-                "secure=secagg gives the method a sum only, but this one needs each client's own "
-                "update; choose another method, or secure=none"
-            )
-        if weights == "uniform" and self.config.max_weight != 1:
-            raise ConfigError("under weights=uniform every weight is 1; set secure.max_weight=1")
-        if weights != "uniform" and self.config.max_weight == 1:
-            raise ConfigError(
-                "weights is examples: set secure.max_weight to the most samples that a client may "
-                "have, or weights=uniform"
-            )
-
-    def open(self, folder: Path | None, rows: Sequence[Row], *, real: bool) -> None:
+    @override
+    def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:
         """Learn what earlier processes of a run have done.
-
-        Args:
-            folder: The run folder.
-            rows: Of its ledger.
-            real: Whether clients are real, and remember what they have answered.
 
         Raises:
             CheckpointError: If what the folder says of it is damaged.
         """
-        for row in rows:
+        folder, real = recorder.folder, self.run.loop.guarded
+        for row in recorder.ledger.rows:
             if isinstance(said := row.get("secure"), dict) and "culprit" in said:
                 self.banned[int(said["culprit"])] = str(said["lost"])
         self.file = folder / FILE if real and folder is not None else None
@@ -97,23 +73,26 @@ class SecureSum:
                 )
             self.answered = int(text)
 
-    def receive(self, ask: Ask, exchange: Exchange, base: Tree, clip: float) -> Uplinks:
-        """Run the stages and give the sum.
+    @override
+    def bound(self, *, first: bool) -> float:
+        if not first:
+            raise refused(TWICE, SECURE)
+        return self.config.clip
 
-        Args:
-            ask: Sends messages and gives the replies that come.
-            exchange: The train exchange, whose messages have been written.
-            base: What clients train from.
-            clip: The greatest norm of an update.
+    @override
+    def receive(
+        self, ask: Ask, exchange: Exchange, messages: Iterable[Message], base: Tree
+    ) -> Uplinks | None:
+        """Run the stages and give the sum; None where nobody is asked.
 
         Raises:
             ClientError: If too few clients stay.
             RoundLostError: If the sum cannot be had any more, or cannot be one of what clients may
                 send.
-            ConfigError: If clients start apart.
         """
-        if exchange.downlink.apart:
-            raise ConfigError("secure=secagg needs all clients to train the same numbers")
+        if not len(exchange.cohort):
+            return None
+        clip = self.config.clip if exchange.clip is None else exchange.clip
         talk, session = SecAggSession(exchange, ask), self.session
         if session is None or session.round_ != exchange.round_:
             session = self._agree(exchange, talk, clip)
@@ -130,8 +109,7 @@ class SecureSum:
                 f"client {c} gave no shares: {failures.get(c, 'no reply in time')}"
                 for c in sorted(missing.keys() - found.keys())
             ]
-            whole = signed(session.total())
-            got = self._checked(exchange, session, whole, clip, base, talk)
+            got = self._checked(talk, session, clip, base)
         except CulpritError as lost:
             self.banned[lost.client] = lost.why
             self.row = {"lost": lost.why, "culprit": lost.client}
@@ -141,6 +119,10 @@ class SecureSum:
             raise
         self.session = None
         return got
+
+    @override
+    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+        return {"train_loss": None, "secure": self.row}
 
     def _agree(self, exchange: Exchange, talk: SecAggSession, clip: float) -> Session:
         """Have clients exchange keys and shares."""
@@ -179,8 +161,7 @@ class SecureSum:
     def _mask(self, session: Session, talk: SecAggSession) -> None:
         """Gather the masked vectors, in a second exchange where shares cannot be opened."""
         if self.file is not None:
-            with replacing(self.file) as partial:
-                partial.write_text(f"{session.round_}\n")
+            write_text(self.file, f"{session.round_}\n")
         settings = {"step": session.step}
         waiting = {c: told for c, told in session.told.items() if c not in session.words}
         said, failures = talk.masked(waiting, settings)
@@ -201,16 +182,9 @@ class SecureSum:
         talk.leave("masked", session.told, session.words, failures)
         talk.enough(session.words, "unmask")
 
-    def _checked(
-        self,
-        exchange: Exchange,
-        session: Session,
-        whole: torch.Tensor,
-        clip: float,
-        base: Tree,
-        talk: SecAggSession,
-    ) -> Uplinks:
+    def _checked(self, talk: SecAggSession, session: Session, clip: float, base: Tree) -> Uplinks:
         """Check what can be checked on a sum, and give it."""
+        exchange, whole = talk.exchange, signed(session.total())
         clients, step = sorted(session.words), session.step
         K, weight = len(clients), int(whole[-1])
         update = whole[:-1].double() * step

@@ -27,98 +27,38 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from typing_extensions import override
 
 from fedraclora.aggregation.server_optimisers import ServerOptimiser
-from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import product_norm
 from fedraclora.protocol.change_of_basis import as_product, held_beside, transported
 from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Method, State, apply_link
-from fedraclora.protocol.recipes import RECIPES
+from fedraclora.protocol.method import Downlink, Draw, Link, Method, State, apply_link
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
-
-INSTEAD = "take server_optimiser.space=weights, or server_optimiser=none"
-
-
-def check_optimiser(rule: ServerOptimiser, method: Method, state: State, draw: Draw) -> None:
-    """Refuse a method whose mean cannot be optimised in this space.
-
-    Args:
-        rule: The optimiser.
-        method: The method.
-        state: Before its first round.
-        draw: Its randomness.
-
-    Raises:
-        ConfigError: Saying why, and what to take.
-    """
-    if rule.name == "none":
-        return
-    traits = method.traits
-    if rule.space == "weights":
-        if traits.client_state:
-            raise ConfigError(
-                "server_optimiser.space is weights, but with this method each client has weights "
-                "of its own, and the server none; take server_optimiser.space=factors"
-            )
-        if traits.rescales:
-            raise ConfigError(
-                "server_optimiser.space is weights, but under dora=true what is added to a base "
-                "weight is not added to the effective one; take server_optimiser.space=factors"
-            )
-        return
-    if not traits.linear:
-        raise ConfigError(
-            "server_optimiser.space is factors, but this method needs each client's own factors, "
-            f"not their mean; {INSTEAD}"
-        )
-    sent = method.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), draw)
-    if not RECIPES[sent.recipe].steps:
-        raise ConfigError(
-            "server_optimiser.space is factors, but clients send gradients in the first round, by "
-            f"which the method chooses what they train; {INSTEAD}"
-        )
-    for weight, adapter in sent.adapters.items():
-        if traits.merges and held_beside(adapter) is None:
-            raise ConfigError(
-                f"server_optimiser.space is factors, but what is trained of {weight} begins anew "
-                f"with each link, and so would its moments; {INSTEAD}"
-            )
-        if traits.merges and rule.adapts:
-            raise _not_moved(rule, weight)
+from strategies.server.exchange import Exchange
+from strategies.server.round_step import CloseRound, RoundStep
+from strategies.steps.conflicts import ADAPTIVE, refused
 
 
-def _not_moved(rule: ServerOptimiser, weight: str) -> ConfigError:
-    return ConfigError(
-        f"server_optimiser={rule.name} scales coordinates one by one, and those of {weight} change "
-        f"with the frozen factor beside them; take server_optimiser=momentum, or {INSTEAD}"
-    )
-
-
-def close_optimised(
-    rule: ServerOptimiser, method: Method, state: State, sent: Downlink, got: Uplinks, draw: Draw
-) -> State:
-    """Close a round with the server's step in the place of the mean.
+class OptimisedServer(RoundStep):
+    """Closes a round with the server's step in the place of the mean.
 
     Args:
         rule: The optimiser.
-        method: Makes the next state from what came.
-        state: Before the round, with the moments of the optimiser.
-        sent: What was asked.
-        got: What came.
-        draw: The method's randomness.
-
-    Returns:
-        The next state, with new moments and the report of the step.
     """
-    if rule.name == "none":
-        return method.close_round(state, sent, got)
-    if rule.space == "factors":
-        stepped, moments, report = step_in_factors(rule, state, sent, got)
-        after = method.close_round(state, sent, stepped)
+
+    def __init__(self, rule: ServerOptimiser) -> None:
+        self.rule = rule
+
+    @override
+    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+        rule = self.rule
+        if rule.space == "weights":
+            return step_in_weights(rule, self.run.method, state, close(got), self.run.draw)
+        stepped, moments, report = step_in_factors(rule, state, exchange.downlink, got)
+        after = close(stepped)
         return replace(after, moments=state.moments | moments, report=after.report | report)
-    return step_in_weights(rule, method, state, method.close_round(state, sent, got), draw)
 
 
 def step_in_weights(
@@ -175,16 +115,10 @@ def step_in_factors(
         Uplinks that have this mean, the new moments, and the report.
 
     Raises:
-        ConfigError: If clients started apart, or coordinates changed that have moments of their
-            own.
+        ConfigError: If coordinates changed that have moments of their own.
     """
     places = torch.arange(len(got.clients)) if got.places is None else got.places
     start = opening_rows(sent, state.base, got.layout, places)
-    if start.dim() > 1:
-        raise ConfigError(
-            "server_optimiser.space is factors, but clients start from factors of their own; "
-            f"{INSTEAD}"
-        )
     change = got.layout.unpack((got.sum() / got.total).cpu() - start)
     held, report = _beside(rule, _own(state), sent)
     steps, moments = rule.advance(change, held)
@@ -209,7 +143,7 @@ def _beside(rule: ServerOptimiser, moments: Tree, sent: Downlink) -> tuple[Tree,
         old, moment = moments[partner].double(), moments[first].double()
         same = torch.equal(moments[partner], new.to(moments[partner]))
         if rule.adapts and not same:
-            raise _not_moved(rule, weight)
+            raise refused(ADAPTIVE, "a method whose frozen factors have changed", weight)
         out[first] = moment if same else transported(label, moment, old, new)
         before += product_norm(*as_product(label, moment, old)) ** 2
         after += product_norm(*as_product(label, out[first], new)) ** 2

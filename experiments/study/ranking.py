@@ -24,17 +24,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments import RESULTS
 from experiments.choices import groups
-from experiments.leaderboard import write_leaderboard
 from experiments.study.entries import best_rows
 from experiments.study.file import Study
-from experiments.study.run import read_lines, run_study, write_results
-from experiments.study.table import tuned_by
-from experiments.words import key_values
+from experiments.study.leaderboard import write_leaderboard
+from experiments.study.run import run_study
+from experiments.study.tuning import tuned_by
+from experiments.words import key_values, part
 from fedraclora.errors import ConfigError, unknown
 
-STUDIES = Path(__file__).parent / "studies"
-RESULTS = Path(__file__).parent / "results"
+STUDIES = Path(__file__).parents[1] / "studies"
 KEYS = ("experiment", "methods", "preset", "metric", "target", "tuned_by", "jobs", "out", "table")
 
 
@@ -53,17 +53,15 @@ def compare_study(words: Sequence[str], results: Path = RESULTS) -> None:
     Raises:
         ConfigError: For a word, a study or a row that is not known.
     """
-    overrides = [word for word in words if word.partition("=")[0] not in KEYS]
+    said, overrides = part(words, KEYS)
     key_values(overrides)  # each is KEY=VALUE
-    said = key_values([word for word in words if word not in overrides])
     name = str(said["experiment"])
     study = chosen(find(name), said, overrides, results)
     out = Path(str(said.get("out", Path("runs/compare") / Path(name).stem)))
-    if said.get("table") is True:
-        done = read_lines(out / "runs.jsonl")
-        write_results(study, done, out)
-    else:
-        done = run_study(study, out, _jobs(said.get("jobs", 1)))
+    jobs = said.get("jobs", 1)
+    if not isinstance(jobs, int) or jobs < 1:
+        raise ConfigError(f"jobs is {jobs!r}; runs at a time, 1 or more, are wanted")
+    done = run_study(study, out, jobs, table_only=said.get("table") is True)
     made = write_leaderboard(study, done, out)
     if made is None:
         raise ConfigError(f"{out} has no method whose final runs are all there and did not diverge")
@@ -90,11 +88,10 @@ def chosen(
 ) -> Study:
     """Read a study, and change it as the words say."""
     study = best_rows(Study.read(path, overrides), results)
-    changes: dict[str, object] = {k: said[k] for k in ("metric", "target") if k in said}
-    if "target" in changes:
-        changes["target"] = _number("target", changes["target"])
-    if "preset" in said:
-        changes["experiment"] = said["preset"]
+    names = {"metric": "metric", "preset": "experiment"}
+    changes = {name: said[key] for key, name in names.items() if key in said}
+    if "target" in said:
+        changes["target"] = _number("target", said["target"])
     if "methods" in said:
         rows = [row.strip() for row in str(said["methods"]).split(",")]
         known = {row: [f"method={row}"] for row in groups()["method"]} | dict(study.rows)
@@ -103,16 +100,8 @@ def chosen(
     if changes:
         study = study.changed(**changes)
     if "tuned_by" in said:
-        source = Path(str(said["tuned_by"]))
-        other = Study.read(source / "study.yaml")
-        study = tuned_by(study, other, read_lines(source / "runs.jsonl"), source)
+        study = tuned_by(study, Path(str(said["tuned_by"])))
     return study
-
-
-def _jobs(value: object) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"jobs is {value!r}; runs at a time, 1 or more, are wanted")
-    return value
 
 
 def _number(key: str, value: object) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -20,10 +20,10 @@ from fedraclora.wire.secagg import (
     text_bytes,
 )
 from strategies.server.exchange import Exchange
+from strategies.server.round_step import Ask
 
-Ask = Callable[[Iterable[Message]], Iterable[Message]]
 Check = Callable[[int, Any, Any], None]
-Said = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not
+Factors = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not
 LONGEST_REASON = 500  # characters of what a client says of its failure
 
 
@@ -56,10 +56,10 @@ class SecAggSession:
         self.leave(stage, data, said, failures)
         return said
 
-    def collect(self, stage: str, data: dict[int, Any], check: Check) -> Said:
+    def collect(self, stage: str, data: dict[int, Any], check: Check) -> Factors:
         """Ask as `ask` does; whoever does not answer is nobody's business yet."""
 
-        def read(content: RecordDict) -> Said:
+        def read(content: RecordDict) -> Factors:
             answer = read_stage(content)
             if answer is None or answer.name != stage:
                 raise WireError(f"it is no answer to the stage {stage}")
@@ -81,7 +81,7 @@ class SecAggSession:
                 messages.append(Message(content, node, "train.cohort", group_id=group, ttl=ttl))
         return self._talk(messages, read)
 
-    def masked(self, told: dict[int, Any], settings: dict[str, Any]) -> Said:
+    def masked(self, told: dict[int, Any], settings: dict[str, Any]) -> Factors:
         """Have clients train; give their masked vectors, or whose shares they could not open.
 
         Args:
@@ -90,7 +90,7 @@ class SecAggSession:
         """
         size = self.exchange.layout.size + 1
 
-        def read(content: RecordDict) -> Said:
+        def read(content: RecordDict) -> Factors:
             rows, clients = read_words(content), read_vectors(content)["clients"].tolist()
             if rows.shape != (len(clients), size):
                 raise WireError(f"words {rows.shape} came, wanted {(len(clients), size)}")
@@ -111,7 +111,7 @@ class SecAggSession:
         found, failures = self._talk(messages, read)
         return {c: part for c, part in found.items() if c in told}, failures
 
-    def _talk(self, messages: list[Message], read: Callable[[RecordDict], Said]) -> Said:
+    def _talk(self, messages: list[Message], read: Callable[[RecordDict], Factors]) -> Factors:
         """Send messages; give what clients said, and why others did not.
 
         What cannot be read, or comes from another client than was asked, is a failure of those

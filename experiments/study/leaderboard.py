@@ -1,0 +1,154 @@
+"""The leaderboard of a study: what each method reaches, what it costs, and how far to trust it.
+
+From the lines of ``runs.jsonl`` alone. Methods with models of the clients' own stand last, since
+their metric is another one: each model is measured under its client's own mix of classes.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.study.entries import (
+    Entry,
+    entries,
+    first_reaching,
+    is_unverified,
+    traffic,
+    uplink,
+)
+from experiments.study.file import Study
+from experiments.study.tables import cost
+from experiments.study.tuning import Done
+from experiments.tables import Table
+from fedraclora.plots import MEGABYTE, Entrant, leaderboard_figure
+from fedraclora.run.ledger import Row, number
+
+UNVERIFIED, PERSONAL = "†", "‡"
+NOTES = {
+    UNVERIFIED: "in part unverified against its paper; its docstring says what (docs/methods.md).",
+    PERSONAL: "models of the clients' own, each measured under its client's own mix of classes: "
+    "another metric, not ranked.",
+}
+
+
+def leaderboard(study: Study, done: Done) -> Table | None:
+    """Make the table; None as long as no row has run to its end.
+
+    Its columns are the metric with its spread over the seeds, rounds and bytes until the study's
+    ``target`` is reached, bytes in all, the error of aggregation (of methods that are not exact:
+    the mean over the rounds), processor seconds of the server a round, tensors that live while one
+    client trains, and the tuned value.
+
+    Args:
+        study: The study.
+        done: Lines of its runs, by key.
+    """
+    ranked = entries(study, done)
+    if not ranked:
+        return None
+    records = tuple(map(_record, ranked))
+    marked = "".join(map(_marked, records))
+    notes = [f"{sign} {text}" for sign, text in NOTES.items() if sign in marked]
+    if missing := [row for row in study.rows if row not in {entry.row for entry in ranked}]:
+        notes.append(f"Not run to the end, or diverged at every value: {', '.join(missing)}.")
+    if spent := cost(done):
+        notes.append(spent)
+    return replace(Table.of([_shown(study, r) for r in records], notes), records=records)
+
+
+def write_leaderboard(study: Study, done: Done, out: Path) -> Table | None:
+    """Write leaderboard.md, leaderboard.csv and leaderboard.png; give the table."""
+    made = leaderboard(study, done)
+    if made is None:
+        return None
+    made.write(out, "leaderboard")
+    entrants = [
+        Entrant(
+            _marked(record),
+            number(record, study.metric),
+            number(record, "std"),
+            number(record, "uplink") / MEGABYTE,
+            bool(record["exact"]),
+        )
+        for record in made.records
+    ]
+    leaderboard_figure(entrants, study.metric, out / "leaderboard.png")
+    return made
+
+
+def _record(entry: Entry) -> Row:
+    """The numbers of an entry; NaN where something is not known or was not reached."""
+    study = entry.study
+    target = math.inf if study.target is None else study.target
+    reached = [first_reaching(curve, study.metric, target) for curve in entry.curves]
+    points = [point for point in reached if point is not None]
+
+    def at_target(figure: Callable[[Row], float]) -> float:
+        return statistics.fmean(map(figure, points)) if points else math.nan
+
+    def mean(key: str) -> float:
+        return entry.average(lambda line: number(line, key))
+
+    return {
+        "method": entry.row,
+        "verified": not is_unverified(type(entry.method)),
+        "personal": entry.personal,
+        study.metric: entry.mean,
+        "std": entry.spread,
+        "seeds": len(entry.lines),
+        "seeds_at_target": len(points),
+        "rounds_to_target": at_target(lambda point: number(point, "round")),
+        "uplink_to_target": at_target(uplink),
+        "traffic_to_target": at_target(traffic),
+        "uplink": entry.average(uplink),
+        "traffic": entry.average(traffic),
+        "exact": entry.method.traits.exact,
+        "aggregation_error": mean("aggregation_error"),
+        "server_cpu_seconds": mean("server_cpu_seconds"),
+        "client_bytes": mean("client_bytes"),
+        str(study.grid["key"]): entry.value,
+    }
+
+
+def _shown(study: Study, record: Row) -> dict[str, str]:
+    """What the table shows of a record, by title."""
+    key, there, seeds = str(study.grid["key"]), record["seeds_at_target"], record["seeds"]
+    missed = "" if there == seeds else f" ({there} of {seeds} seeds)"
+    spread = number(record, "std")
+
+    def text(key: str, unit: float = 1.0) -> str:
+        value = number(record, key) / unit
+        return f"{value:.3g}" if math.isfinite(value) else "-"
+
+    found = {
+        "method": _marked(record),
+        study.metric: f"{number(record, study.metric):.4f}"
+        + (f" ± {spread:.4f}" if math.isfinite(spread) else ""),
+        "seeds": str(seeds),
+    }
+    if study.target is not None:
+        titles = {
+            f"rounds to {study.target:g}": text("rounds_to_target"),
+            "MB up to it": text("uplink_to_target", MEGABYTE),
+            "MB both ways to it": text("traffic_to_target", MEGABYTE),
+        }
+        found |= {title: shown + missed if there else "-" for title, shown in titles.items()}
+    # The contract suite holds exact methods to be exact.
+    error = text("aggregation_error") if number(record, "aggregation_error") > 0 else "not measured"
+    return found | {
+        "MB up in all": text("uplink", MEGABYTE),
+        "exactness error": "exact" if record["exact"] else error,
+        "server CPU s a round": text("server_cpu_seconds"),
+        "client MB": text("client_bytes", MEGABYTE),
+        key: f"{number(record, key):g}",
+    }
+
+
+def _marked(record: Mapping[str, object]) -> str:
+    """The method, with the signs of `NOTES` that it needs."""
+    signs = "" if record["verified"] else UNVERIFIED
+    return f"{record['method']} {signs}{PERSONAL if record['personal'] else ''}".rstrip()

@@ -1,0 +1,178 @@
+"""Tables and figures of a study, always from the lines of its runs.jsonl."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from experiments.study.entries import (
+    Entry,
+    finals,
+    first_reaching,
+    mean_and_deviation,
+    traffic,
+    uplink,
+)
+from experiments.study.file import Study
+from experiments.study.tuning import Done, diverged, score, tried_values
+from experiments.tables import Table
+from fedraclora.plots import MEGABYTE
+from fedraclora.run.ledger import Row, number
+
+DRAWN = 12  # curves that can be told apart
+
+
+def write_results(study: Study, done: Done, out: Path) -> None:
+    """Write table, budgets and figure of the rows whose final runs are all there."""
+    if records := results(study, done):
+        table = Table.of(records, [cost(done)] if cost(done) else [])
+        table.write(out, "table")
+        table.print()
+    if equal := budgets(study, done):
+        (out / "budgets.md").write_text(equal.markdown())
+        equal.print()
+    draw(study, done, out)
+
+
+def results(study: Study, done: Done) -> list[dict[str, object]]:
+    """Make the records of the rows whose final runs are all there."""
+    return [_record(entry, done) for entry in finals(study, done)]
+
+
+def _record(entry: Entry, done: Done) -> dict[str, object]:
+    study, lines, value = entry.study, entry.lines, entry.value
+    tried = tried_values(study, entry.row, done)
+    unstable = [v for v in tried if diverged(study, entry.row, v, done)]
+    edge = study.tune is not None and value in {min(tried), max(tried)}
+    record: dict[str, object] = {
+        "method": entry.title,
+        str(study.grid["key"]): f"{value:g}{' (edge of the grid)' if edge else ''}",
+        "passed over": ", ".join(f"{v:g}" for v in unstable),
+        "seeds": len(lines),
+        study.metric: round(entry.mean, 4),
+        "std": round(entry.spread, 4),
+    }
+    if study.reported:  # by a paper
+        reported = study.reported.get(entry.row, math.nan)
+        record |= {"reported": reported, "difference": f"{entry.mean - reported:+.4f}"}
+    best = [line["best"] for line in lines if line.get("best")]
+    if len(best) == len(lines):  # the rounds that early stopping calls the best
+        scores = [score(point, study.metric) for point in best]
+        record["at the best round"] = round(statistics.fmean(scores), 4)
+        record["best round"] = round(_mean(best, "round"), 1)
+        record["rounds"] = round(_mean(lines, "rounds"), 1)
+    return record | {
+        "uplink floats": lines[0]["uplink_floats"],
+        "uplink MB": round(_mean(lines, "uplink_total") / MEGABYTE, 2),
+        "downlink MB with catch-up": round(_mean(lines, "downlink_total") / MEGABYTE, 2),
+        "aggregation error": round(_mean(lines, "aggregation_error"), 4),
+    }
+
+
+def _mean(lines: Sequence[Row], key: str) -> float:
+    """Give the mean over runs: seeds whose clients have other data send other numbers of bytes."""
+    return statistics.fmean(number(line, key) for line in lines)
+
+
+def cost(done: Done) -> str:
+    """Say what the runs of a study took of a processor, tuning included, where lines say it."""
+    known = [line["cpu_seconds"] for line in done.values() if "cpu_seconds" in line]
+    if not known:
+        return ""
+    rest = f"; {len(done) - len(known)} more did not count it" if len(known) < len(done) else ""
+    return f"{len(known)} runs, tuning included, took {sum(known) / 3600:.2f} core-hours{rest}."
+
+
+def budgets(study: Study, done: Done) -> Table | None:
+    """Compare rows at equal uplink, equal traffic and equal local steps: what a byte buys.
+
+    The budgets are what the run that used least used in all its rounds. A run counts with its last
+    measured round that is within the budget: nothing is interpolated.
+
+    With a ``reference`` in the study, two more columns hold the rows against it, seed by seed: the
+    mean difference of final runs, with its standard error; and the uplink at which a run first was
+    as good as the reference's run of the same seed at its end, over the whole uplink of that run,
+    as mean and standard deviation over the seeds that got there.
+
+    Args:
+        study: The study.
+        done: Lines of its runs, by key.
+
+    Returns:
+        The table of the rows whose final runs are all there; None where there are no two of them.
+    """
+    found = {entry.row: entry for entry in finals(study, done)}
+    if len(found) < 2:
+        return None
+    ways: dict[str, tuple[Callable[[Row], float], float]] = {}
+    for name, way in (("uplink", uplink), ("traffic", traffic)):
+        least = min(way(curve[-1]) for entry in found.values() for curve in entry.curves)
+        ways[f"at {least / MEGABYTE:.4g} MB of {name}"] = way, least
+    reference = found.get(str(study.reference))
+    records = []
+    for entry in found.values():
+        record = {
+            "method": entry.title,
+            "at equal local steps": mean_and_deviation(entry.scores, 4),
+        }
+        for title, (bytes_of, budget) in ways.items():
+            # The last points whose bytes do not exceed the budget; the first has none.
+            points = [[p for p in curve if bytes_of(p) <= budget][-1] for curve in entry.curves]
+            record[title] = mean_and_deviation([score(p, study.metric) for p in points], 4)
+        if reference is not None:
+            row = reference.row
+            record[f"less {row}, ± standard error"] = _difference(entry, reference)
+            share = _uplink_share(entry, reference)
+            record[f"uplink to the final {study.metric} of {row} / its uplink"] = share
+        records.append(record)
+    return Table.of(records)
+
+
+def _difference(entry: Entry, other: Entry) -> str:
+    """Mean difference of runs of the same seeds, and its standard error; the seeds stand alike."""
+    if entry is other:
+        return ""
+    found = [x - y for x, y in zip(entry.scores, other.scores, strict=True)]
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    return f"{statistics.fmean(found):+.4f} ± {error:.4f}"
+
+
+def _uplink_share(entry: Entry, other: Entry) -> str:
+    """Uplink to the final score of the other run of its seed, over that run's whole uplink."""
+    pairs = zip(entry.curves, other.curves, other.scores, strict=True)
+    shares = [
+        uplink(point) / uplink(theirs[-1])
+        for mine, theirs, target in pairs
+        if (point := first_reaching(mine, entry.study.metric, target)) is not None
+    ]
+    if not shares:
+        return "not reached"
+    whole = len(shares) == len(entry.lines)
+    missed = "" if whole else f" ({len(shares)} of {len(entry.lines)} runs)"
+    return mean_and_deviation(shares, 3) + missed
+
+
+def draw(study: Study, done: Done, out: Path) -> None:
+    """Draw the final runs: metric against rounds and bytes, of the `DRAWN` best rows."""
+    from fedraclora.plots import compare_figure
+
+    found = finals(study, done)
+    best = sorted(found, key=lambda entry: -entry.mean)[:DRAWN]
+    groups = {
+        entry.row: [[_point(study, p) for p in curve if p["round"]] for curve in entry.curves]
+        for entry in found
+        if entry in best
+    }
+    if len(best) < len(found):
+        print(f"compare.png shows the {len(best)} best of {len(found)} rows")
+    if groups:
+        compare_figure(groups, study.metric, out / "compare.png")
+
+
+def _point(study: Study, point: Mapping[str, object]) -> Row:
+    """A point of the figure; runs of a study share a machine: their seconds say nothing."""
+    metrics = {study.metric: score(point, study.metric)}
+    kept = {key: value for key, value in point.items() if key != "seconds"}
+    return kept | {"metrics": metrics}

@@ -1,0 +1,161 @@
+"""Limits of settings, written once, beside the type: ``lr: Positive``, ``epochs: Count | None``.
+
+A dataclass that inherits `Limited`, and a function under `limited`, refuse values beyond them, with
+one sentence that names the key, what came and what is wanted. None, where a type allows it, passes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Annotated, ParamSpec, TypeVar
+
+from typing_extensions import override
+
+from fedraclora.errors import ConfigError, unknown
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What values a setting may have.
+
+    Attributes:
+        wanted: What they are, for messages.
+        holds: Whether a value is within; it is asked about values of the annotated type.
+        choices: The words that a setting may be, where it is one of a few.
+        key: Of the setting, where it is none of its group.
+    """
+
+    wanted: str
+    holds: Callable[[typing.Any], bool]
+    choices: Collection[str] = ()
+    key: str = ""
+
+    def refuse(self, key: str, value: object, kind: object, null: str) -> None:
+        """Refuse a value that is beyond the limit, or not of the kind of number that is wanted.
+
+        Raises:
+            ConfigError: Naming the key; for a choice, all choices and the nearest one.
+        """
+        key = self.key or key
+        number = {int: Integral, float: Real}.get(typing.cast("type", kind))
+        fits = number is None or (isinstance(value, number) and not isinstance(value, bool))
+        if fits and self.holds(value):
+            return
+        if self.choices:
+            raise unknown(key, value, self.choices)
+        raise ConfigError(f"{key} is {value!r}; {self.wanted}{null} is wanted")
+
+
+def choice_of(choices: Collection[str]) -> Limit:
+    """Limit a setting to some words."""
+    return Limit("", lambda value: value in choices, choices)
+
+
+def whole_from(least: int) -> Limit:
+    """Limit a whole number from below."""
+    return Limit(f"{least} or more", lambda value: value >= least)
+
+
+def number_from(least: float) -> Limit:
+    """Limit a finite number from below."""
+    return Limit(f"a finite number from {least:g} on", lambda value: least <= value < math.inf)
+
+
+_POSITIVE = Limit("a positive finite number", lambda value: 0 < value < math.inf)
+Whole = Annotated[int, whole_from(0)]
+Count = Annotated[int, whole_from(1)]
+Positive = Annotated[float, _POSITIVE]
+Seconds = Annotated[float, Limit("a number of seconds above 0", _POSITIVE.holds)]
+NotNegative = Annotated[float, number_from(0)]
+Share = Annotated[float, Limit("a share in [0, 1]", lambda value: 0 <= value <= 1)]
+Fraction = Annotated[float, Limit("a number in [0, 1)", lambda value: 0 <= value < 1)]
+Chance = Annotated[float, Limit("a number in (0, 1]", lambda value: 0 < value <= 1)]
+Inner = Annotated[float, Limit("a number in (0, 1)", lambda value: 0 < value < 1)]
+
+
+class Limited:
+    """Base of dataclasses whose fields keep to the limits of their types.
+
+    Attributes:
+        group: What stands before a field's name in messages; empty where another puts it there.
+    """
+
+    group = ""
+
+    @override
+    def __init_subclass__(cls, *, group: str | None = None) -> None:
+        super().__init_subclass__()
+        cls.group = cls.group if group is None else group
+
+    def __post_init__(self) -> None:
+        """Refuse values beyond their limits."""
+        check_limits(self.group, type(self), vars(self))
+
+
+def limited(group: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Make a function refuse arguments beyond the limits of their types.
+
+    Args:
+        group: What stands before an argument's name in messages.
+
+    Example:
+        >>> @limited("local")
+        ... def train(*, epochs: Count) -> int:
+        ...     return epochs
+        >>> train(epochs=0)
+        Traceback (most recent call last):
+        ...
+        fedraclora.errors.ConfigError: local.epochs is 0; 1 or more is wanted
+    """
+
+    def wrap(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+            check_limits(group, function, arguments)
+            return function(*args, **kwargs)
+
+        return checked
+
+    return wrap
+
+
+def check_limits(group: str, target: Callable[..., object], values: Mapping[str, object]) -> None:
+    """Refuse values beyond the limits of the hints of a class or a function.
+
+    Raises:
+        ConfigError: Naming the first key, after its group.
+    """
+    for name, hint in _hints(target).items():
+        if name in values:
+            _check(f"{group}.{name}" if group else name, values[name], hint)
+
+
+@functools.cache
+def _hints(target: Callable[..., object]) -> dict[str, object]:
+    return typing.get_type_hints(target, include_extras=True)
+
+
+def _check(key: str, value: object, hint: object, null: str = "") -> None:
+    """Hold a value against a hint: its own limit, or those of what it is a union or list of."""
+    arguments = typing.get_args(hint)
+    if hasattr(hint, "__metadata__"):
+        for limit in hint.__metadata__:
+            limit.refuse(key, value, arguments[0], null)
+    elif isinstance(value, list | tuple):
+        for place, element in enumerate(value):
+            for inner in arguments:
+                _check(f"{key}[{place}]", element, inner)
+    elif value is not None:
+        null = ", or null," if type(None) in arguments else ""
+        for option in arguments:
+            _check(key, value, option, null)

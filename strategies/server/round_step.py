@@ -1,0 +1,229 @@
+"""A round as a list of steps: what one may do to it, and how the strategy runs them all.
+
+A step stands between the method and its clients. The list has the order in which updates pass it,
+from the wire to the next state; every hook is called in that order.
+"""
+
+# ruff: noqa: ARG002
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from flwr.app import Message
+
+from fedraclora.aggregation.base import AggregationContext
+from fedraclora.protocol.method import Downlink, Draw, Method, State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.recorder import RunRecorder
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.tree import Tree
+from strategies.server.device_simulator import DeviceSimulator
+from strategies.server.exchange import Exchange
+from strategies.server.loop import LoopConfig
+from strategies.server.rows import Row
+
+Ask = Callable[[Iterable[Message]], Iterable[Message]]
+Sizes = Callable[[torch.Tensor], torch.Tensor]
+CloseRound = Callable[[Uplinks], State]
+CohortOf = Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a step may know of its run.
+
+    Attributes:
+        method: The algorithm.
+        local: Settings of the clients.
+        loop: Settings of the round loop.
+        devices: What the clients run on.
+        sizes: Gives the samples of clients, int64 [K].
+    """
+
+    method: Method
+    local: LocalConfig
+    loop: LoopConfig
+    devices: DeviceSimulator
+    sizes: Sizes = torch.ones_like
+
+    @property
+    def draw(self) -> Draw:
+        """The randomness of the method."""
+        return Draw(self.loop.seed)
+
+
+class RoundStep:
+    """Does nothing to a round; a step overrides the hooks that it needs.
+
+    Attributes:
+        individuals: Whether it looks at the updates of single clients; if not, a sum is enough.
+        repeatable: Whether `treat` may be called twice in a round, the second time without a
+            client whose update turned out to be too large.
+        spent: The column of the ledger whose last value is that of the whole run; None: there is
+            none.
+        run: What it may know; `RoundSteps` says it.
+    """
+
+    individuals: bool = False
+    repeatable: bool = True
+    spent: str | None = None
+    run: RunContext
+
+    def begin(self, state: State) -> None:
+        """Get ready before the first round, whose state is given.
+
+        Raises:
+            ConfigError: If the run is not one that this step can serve.
+        """
+
+    def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:
+        """Fetch what a run keeps, before its first round or the one after ``done``.
+
+        Args:
+            recorder: Of the run: its folder and its ledger.
+            done: Rounds that are over.
+            cohort_of: Gives whom a round asks, by its number.
+        """
+
+    def cohort(self, round_: int) -> torch.Tensor | None:
+        """Draw whom a round asks, ids in ascending order, int64; None: as the devices say."""
+        return None
+
+    def send(self, sent: Downlink, state: State) -> Downlink:
+        """Give what goes down for what the method asks."""
+        return sent
+
+    def bound(self, *, first: bool) -> float | None:
+        """Give the greatest norm of an update that clients are told to send; None: any.
+
+        Args:
+            first: Whether this exchange opens the round.
+        """
+        return None
+
+    def receive(
+        self, ask: Ask, exchange: Exchange, messages: Iterable[Message], base: Tree
+    ) -> Uplinks | None:
+        """Send messages and give what came, checked; None: as every exchange does.
+
+        Args:
+            ask: Sends messages and gives the replies that come.
+            exchange: Which wrote the messages.
+            messages: To send.
+            base: What clients train from.
+        """
+        return None
+
+    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+        """Give what the next step sees of what came."""
+        return got
+
+    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+        """Give the next state.
+
+        Args:
+            close: Gives it from uplinks: the steps behind this one, and the method last.
+            state: Before the round.
+            exchange: The last of the round.
+            got: What came, treated.
+        """
+        return close(got)
+
+    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+        """Give what the ledger says of a round besides.
+
+        Args:
+            exchange: The last of the round.
+            got: What came, treated; None where the round was given up.
+        """
+        return {}
+
+
+class RoundSteps:
+    """Runs the steps of a round; the hooks are those of `RoundStep`.
+
+    Args:
+        steps: In the order in which updates pass them.
+        run: What they may know.
+        state: Before the first round.
+
+    Raises:
+        ConfigError: What cannot be together.
+    """
+
+    def __init__(self, steps: Sequence[RoundStep], run: RunContext, state: State) -> None:
+        self.steps, self.run = tuple(steps), run
+        for step in self.steps:
+            step.run = run
+            step.begin(state)
+
+    @property
+    def sums_are_enough(self) -> bool:
+        """Whether nobody looks at a single client's update."""
+        method = self.run.method
+        looks = method.looks_at_clients or any(step.individuals for step in self.steps)
+        return method.traits.linear and not looks
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a round can be closed again without a client."""
+        return all(step.repeatable for step in self.steps)
+
+    def open(self, recorder: RunRecorder, done: int) -> None:
+        """Fetch what a run keeps."""
+        for step in self.steps:
+            step.open(recorder, done, self.cohort)
+
+    def cohort(self, round_: int) -> torch.Tensor:
+        """Draw whom a round asks; ids in ascending order, int64."""
+        for step in self.steps:
+            if (drawn := step.cohort(round_)) is not None:
+                return drawn
+        return self.run.devices.ask(round_, self.run.loop.clients, self.run.loop.cohort)
+
+    def send(self, sent: Downlink, state: State) -> Downlink:
+        """Give what goes down for what the method asks."""
+        for step in self.steps:
+            sent = step.send(sent, state)
+        return sent
+
+    def bound(self, *, first: bool) -> float | None:
+        """Give the greatest norm of an update that clients are told to send: the first named."""
+        named = [step.bound(first=first) for step in self.steps]
+        return next((bound for bound in named if bound is not None), None)
+
+    def receive(
+        self, ask: Ask, exchange: Exchange, messages: Iterable[Message], base: Tree
+    ) -> Uplinks:
+        """Send the messages of an exchange and give what came, checked."""
+        for step in self.steps:
+            if (got := step.receive(ask, exchange, messages, base)) is not None:
+                return got
+        return exchange.collect(ask(messages))
+
+    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+        """Give what the method sees of what came."""
+        for step in self.steps:
+            got = step.treat(got, context)
+        return got
+
+    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+        """Give the next state; ``close`` is the method's own."""
+        for step in reversed(self.steps):
+            close = partial(step.close, close, state, exchange)
+        return close(got)
+
+    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+        """Give what the ledger says of a round besides."""
+        found: Row = {}
+        for step in self.steps:
+            found |= step.columns(exchange, got)
+        return found
+
+    def summary(self, row: Row) -> Row:
+        """Give what the last row of the ledger says of the whole run."""
+        names = (step.spent for step in self.steps)
+        return {name: row[name] for name in names if name is not None and name in row}

@@ -1,0 +1,47 @@
+"""Attackers of a simulation: those who know each other's updates act where all are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from typing_extensions import override
+
+from fedraclora.aggregation.base import AggregationContext, rows_of
+from fedraclora.attacks.attack import Attack
+from fedraclora.protocol.method import State
+from fedraclora.protocol.uplinks import Uplinks
+from strategies.server.exchange import Exchange
+from strategies.server.round_step import RoundStep
+from strategies.server.rows import Row
+
+
+class Attackers(RoundStep):
+    """Changes what came of the attackers, and counts them.
+
+    Args:
+        attack: What they do.
+    """
+
+    attackers: torch.Tensor  # their ids, int64
+
+    def __init__(self, attack: Attack) -> None:
+        self.attack, self.individuals = attack, attack.colludes
+
+    @override
+    def begin(self, state: State) -> None:
+        self.attackers = self.attack.attackers(self.run.loop.seed, self.run.loop.clients)
+
+    @override
+    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+        if not self.attack.colludes:
+            return got
+        agreed = self.attack.colluded(rows_of(got), torch.isin(got.clients, self.attackers))
+        return replace(got, stacked=agreed)
+
+    @override
+    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+        if not self.attack.share:
+            return {}
+        asked = exchange.first.cohort.clients
+        return {"attackers": int(torch.isin(asked, self.attackers).sum())}

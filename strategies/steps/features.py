@@ -1,0 +1,187 @@
+"""What a run may have that something else does not go with: settings, methods, and what is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedraclora.aggregation.base import Mean
+from fedraclora.lowrank.dora import magnitudes
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.privacy.secagg import LEAST, SecAgg
+from fedraclora.protocol.change_of_basis import held_beside
+from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.recipes import RECIPES, Recipe
+from fedraclora.training.extras.sample_level import SampleLevel
+from fedraclora.training.localconfig import LocalConfig
+from strategies.server.round_step import RunContext
+from strategies.steps.settings import RoundSettings
+from strategies.wrappers.allocated import Allocated
+from strategies.wrappers.pruned import Pruned
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run, and what is asked in one of its rounds.
+
+    Attributes:
+        chosen: The settings of the steps.
+        run: The run.
+        sent: What is asked.
+    """
+
+    chosen: RoundSettings
+    run: RunContext
+    sent: Downlink
+
+    @property
+    def recipe(self) -> Recipe:
+        """What clients do with what is sent."""
+        return RECIPES[self.sent.recipe]
+
+    @property
+    def rule(self) -> str:
+        """Name the aggregator in the place of the mean; empty: there is none."""
+        rule = self.chosen.aggregator
+        return "" if isinstance(rule, Mean) else f"aggregator={rule.name}"
+
+    @property
+    def max_weight(self) -> int:
+        """The greatest weight of a client in a secure sum; 0: there is none."""
+        return self.chosen.security.max_weight if isinstance(self.chosen.security, SecAgg) else 0
+
+
+def _moments(local: LocalConfig) -> str:
+    """Name the setting that hands moments on."""
+    if local.moments_kept:
+        return f"local.moments_kept is {local.moments_kept}"
+    return "local.moments is run" if local.moments == "run" else ""
+
+
+def _beside_plain_sgd(local: LocalConfig) -> str:
+    """Name a setting from whose steps the mean gradient cannot be told."""
+    beside = {
+        "optimiser": local.optimiser != "sgd",
+        "momentum": local.momentum,
+        "weight_decay": local.weight_decay,
+        "clip": local.clip is not None,
+    }
+    found = [f"local.{n}={getattr(local, n)}" for n, used in beside.items() if used]
+    return next(iter([*found, *(extra.setting for extra in local.extras)]), "")
+
+
+def _no_mean_gradient(sent: Downlink) -> str:
+    """Name what keeps a round from having one mean gradient."""
+    if sent.apart:
+        return "other factors for each client"
+    return "" if sent.recipe == "plain" else f"the recipe {sent.recipe}"
+
+
+def _begins_anew(sent: Downlink) -> str:
+    """Name a weight whose trained factor has no frozen one beside it; empty: there is none."""
+    return next((n for n, a in sent.adapters.items() if held_beside(a) is None), "")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a run may have.
+
+    Attributes:
+        found: Tells whether it has it, or names the value that it has; empty: it has not.
+        other: What to take in its place.
+    """
+
+    found: Callable[[Setup], bool | str]
+    other: str
+
+
+ONE_SPACE = "server_optimiser=none or space=weights"
+# fmt: off
+SETTINGS = {
+    "engine=deploy": Feature(lambda s: s.run.loop.guarded, "another engine"),
+    "an attack": Feature(
+        lambda s: s.chosen.attack.share > 0 and f"attack={s.chosen.attack.name}", "attack=none"),
+    "an attack whose clients collude": Feature(
+        lambda s: s.chosen.attack.colludes and f"attack={s.chosen.attack.name}", "another attack"),
+    "another aggregator than mean": Feature(lambda s: s.rule, "aggregator=mean"),
+    "a rule that looks at single updates": Feature(
+        lambda s: s.chosen.aggregator.individuals and s.rule, "aggregator=mean"),
+    "a rule that makes one vector of a cohort": Feature(
+        lambda s: s.chosen.aggregator.estimates and s.rule,
+        "aggregator=multi_krum, krum, norm_bound or mean"),
+    "a rule that compares clients": Feature(
+        lambda s: s.chosen.aggregator.compares and s.rule, "aggregator=norm_bound or mean"),
+    "privacy=client_level": Feature(
+        lambda s: isinstance(s.chosen.privacy, ClientLevel), "privacy=none"),
+    "privacy.quantile": Feature(
+        lambda s: getattr(s.chosen.privacy, "quantile", None) is not None, "privacy.quantile=null"),
+    "local.dp": Feature(lambda s: s.run.local.extra_of(SampleLevel) is not None, "local.dp=null"),
+    "secure=secagg": Feature(lambda s: s.max_weight > 0, "secure=none"),
+    "secure.max_weight=1": Feature(
+        lambda s: s.max_weight == 1,
+        "for secure.max_weight the most samples that a client may have"),
+    "secure.max_weight above 1": Feature(
+        lambda s: s.max_weight > 1 and f"secure.max_weight is {s.max_weight}",
+        "secure.max_weight=1"),
+    "weights=uniform": Feature(lambda s: s.run.loop.weights == "uniform", "weights=examples"),
+    "weights=examples": Feature(lambda s: s.run.loop.weights == "examples", "weights=uniform"),
+    "a cohort of two or less": Feature(
+        lambda s: s.run.loop.cohort < LEAST and f"cohort is {s.run.loop.cohort}",
+        "a cohort of 3 or more"),
+    "control_variates=true": Feature(lambda s: s.chosen.variates, "control_variates=false"),
+    "server_optimiser.space=weights": Feature(
+        lambda s: s.chosen.optimiser.name != "none" and s.chosen.optimiser.space == "weights",
+        "server_optimiser=none or space=factors"),
+    "server_optimiser.space=factors": Feature(
+        lambda s: s.chosen.optimiser.space == "factors", ONE_SPACE),
+    "an adaptive server_optimiser with space=factors": Feature(
+        lambda s: s.chosen.optimiser.adapts and s.chosen.optimiser.space == "factors",
+        f"server_optimiser=momentum, {ONE_SPACE}"),
+    "system": Feature(lambda s: s.run.devices.enabled, "system=none"),
+    "system.buffer": Feature(
+        lambda s: s.run.devices.system.buffer is not None, "system.buffer=null"),
+    "local moments that live on": Feature(
+        lambda s: _moments(s.run.local),
+        "local.moments=round or link, with local.moments_kept=0"),
+    "local.weight_decay": Feature(
+        lambda s: s.run.local.weight_decay > 0
+        and f"local.weight_decay is {s.run.local.weight_decay}", "local.weight_decay=0"),
+    "local epochs in the place of steps": Feature(
+        lambda s: not s.run.local.steps, "local.steps=1 or more"),
+    "local steps that are not plain SGD": Feature(
+        lambda s: _beside_plain_sgd(s.run.local), "local=sgd"),
+    "dora=true": Feature(
+        lambda s: bool(magnitudes(s.sent.adapters, s.sent.dense)), "dora=false"),
+    "an allocation of ranks": Feature(
+        lambda s: isinstance(s.run.method, Allocated | Pruned), "allocation=none"),
+}
+METHODS = {name: Feature(found, "another method") for name, found in {
+    "a method that needs each client's own update": lambda s: not s.run.method.traits.linear,
+    "a method of which a part stays at each client": lambda s: s.run.method.client_state,
+    "a method that trains other tensors from round to round": lambda s: s.run.method.traits.varies,
+    "a method some of whose numbers are never trained": lambda s: s.recipe.fixes,
+    "a method that trains a share of the entries of full weights":
+        lambda s: s.recipe.fixes and not s.sent.adapters,
+    "a method whose clients send gradients first": lambda s: not s.recipe.steps,
+    "a method whose factors begin anew with each link":
+        lambda s: s.run.method.traits.merges and _begins_anew(s.sent),
+    "a method whose factors stand beside others in each link":
+        lambda s: s.run.method.traits.merges and next(iter(s.sent.adapters), ""),
+    # These three a step finds when it computes.
+    "a method whose trained factors begin anew": lambda _: False,
+    "a method whose frozen factors have changed": lambda _: False,
+    "a method that asks twice in a round": lambda _: False,
+}.items()}
+# These are looked at in each round, since what is sent may change.
+IN_ROUNDS = {
+    "other things to train at each client": Feature(
+        lambda s: s.sent.apart,
+        "another method, system.rank_budget=null, method.sketches=1"),
+    "other factors to start from at each client": Feature(
+        lambda s: any(slot.per_client for slot in s.sent.uploaded().values()), "another method"),
+    "a round without a mean gradient": Feature(
+        lambda s: _no_mean_gradient(s.sent), "another method, system.rank_budget=null"),
+    "clients that send gradients": Feature(lambda s: not s.recipe.steps, "another method"),
+}
+# fmt: on
+FEATURES = SETTINGS | METHODS | IN_ROUNDS

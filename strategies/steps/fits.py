@@ -1,0 +1,49 @@
+"""Looks through the table of what does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from typing_extensions import override
+
+from fedraclora.aggregation.base import AggregationContext
+from fedraclora.protocol.method import Cohort, Downlink, State
+from fedraclora.protocol.uplinks import Uplinks
+from strategies.server.round_step import RoundStep
+from strategies.steps.conflicts import CONFLICTS, Conflict
+from strategies.steps.features import Setup
+from strategies.steps.settings import RoundSettings
+
+IN_ROUNDS = tuple(row for row in CONFLICTS if row.in_rounds)
+
+
+class Fits(RoundStep):
+    """Refuses what does not go together, before the first round and in each.
+
+    Args:
+        chosen: The settings of the steps.
+    """
+
+    def __init__(self, chosen: RoundSettings) -> None:
+        self.chosen = chosen
+
+    @override
+    def begin(self, state: State) -> None:
+        some = Cohort(torch.arange(2), torch.ones(2))
+        self._check(CONFLICTS, self.run.method.open_round(state, 1, some, self.run.draw))
+
+    @override
+    def send(self, sent: Downlink, state: State) -> Downlink:
+        self._check(IN_ROUNDS, sent)
+        return sent
+
+    @override
+    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+        self._check(IN_ROUNDS, context.sent)  # which may be that of a later exchange
+        return got
+
+    def _check(self, rows: Iterable[Conflict], sent: Downlink) -> None:
+        setup = Setup(self.chosen, self.run, sent)
+        for row in rows:
+            row.check(setup)

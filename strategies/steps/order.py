@@ -1,0 +1,47 @@
+"""The steps of a round in their order, from the settings of a run."""
+
+from __future__ import annotations
+
+from fedraclora.aggregation.base import Mean
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.privacy.secagg import SecAgg
+from fedraclora.training.extras.sample_level import SampleLevel
+from fedraclora.training.localconfig import LocalConfig
+from strategies.server.round_step import RoundStep
+from strategies.steps.account import SampleAccount
+from strategies.steps.attackers import Attackers
+from strategies.steps.fedopt import OptimisedServer
+from strategies.steps.fits import Fits
+from strategies.steps.private import PrivateRounds
+from strategies.steps.robust import RobustRule
+from strategies.steps.scaffold import ControlVariates
+from strategies.steps.secure import SecureSum
+from strategies.steps.settings import RoundSettings
+
+
+def round_steps(chosen: RoundSettings, local: LocalConfig) -> list[RoundStep]:
+    """List the steps of a run; what was not chosen is no step.
+
+    Args:
+        chosen: What was.
+        local: Local settings, of which some leave traces at the server.
+
+    Returns:
+        In the order in which updates pass them. Columns of the ledger follow it, too.
+    """
+    steps: list[RoundStep] = [Fits(chosen)]
+    if chosen.attack.share or chosen.attack.colludes:
+        steps.append(Attackers(chosen.attack))
+    if not isinstance(chosen.aggregator, Mean):
+        steps.append(RobustRule(chosen.aggregator))
+    if isinstance(chosen.privacy, ClientLevel):
+        steps.append(PrivateRounds(chosen.privacy, chosen.secret))
+    if isinstance(chosen.security, SecAgg):
+        steps.append(SecureSum(chosen.security))
+    if (level := local.extra_of(SampleLevel)) is not None:
+        steps.append(SampleAccount(level.noise))
+    if chosen.variates:
+        steps.append(ControlVariates())
+    if chosen.optimiser.name != "none":
+        steps.append(OptimisedServer(chosen.optimiser))
+    return steps

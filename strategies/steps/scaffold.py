@@ -1,0 +1,126 @@
+"""SCAFFOLD at the server: the mean variate, what of it goes down, and which methods it is for.
+
+The formulas are in `fedraclora.training.extras.variates`. The server keeps its part in the state of
+the run, the clients theirs between rounds, where the moments of their optimisers are.
+
+- Uplink: that of the method. Downlink: r m numbers per matrix and client more, as is trained.
+- Client state: as much as is trained; m n numbers per matrix where sketches are drawn anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from typing_extensions import override
+
+from fedraclora.protocol.change_of_basis import held_beside
+from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.training.extras.variates import blank_variates, moved_by, seen, with_variates
+from fedraclora.training.gradients import mean_gradients
+from fedraclora.tree import Layout, Tree
+from strategies.server.exchange import Exchange
+from strategies.server.round_step import CloseRound, RoundStep
+from strategies.steps.conflicts import VARIATES, refused
+
+
+class ControlVariates(RoundStep):
+    """Sends the server's variate down, and moves it by what came.
+
+    Attributes:
+        lifted: Whether variates are dense estimates of gradients, since what is trained changes; by
+            `begin`.
+    """
+
+    lifted: bool
+
+    @override
+    def begin(self, state: State) -> None:
+        self.lifted = lifts(self.run.method, state, self.run.draw)
+
+    @override
+    def send(self, sent: Downlink, state: State) -> Downlink:
+        return open_corrected(sent, state, lifted=self.lifted)
+
+    @override
+    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+        after = close(got)
+        if not len(got.clients):
+            return after
+        sent, local = exchange.downlink, self.run.local
+        share = len(got.clients) / exchange.loop.clients
+        rates = {n: local.rate(s.main, exchange.rate_scale) for n, s in sent.uploaded().items()}
+        moments = close_corrected(state, sent, got, rates, local.steps or 1, share)
+        return replace(after, moments=after.moments | moments)
+
+
+def lifts(method: Method, state: State, draw: Draw) -> bool:
+    """Tell whether clients keep dense estimates of gradients, since what is trained changes.
+
+    Args:
+        method: The method.
+        state: Before its first round.
+        draw: The method's randomness.
+
+    Raises:
+        ConfigError: If there are none, since factors begin anew.
+    """
+    sent = method.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), draw)
+    if not sent.adapters or (not method.traits.merges and _lives_on(method, state, sent, draw)):
+        return False
+    for weight, adapter in sent.adapters.items():
+        if held_beside(adapter) is None:
+            raise refused(VARIATES, "a method whose trained factors begin anew", weight)
+    return True
+
+
+def _lives_on(method: Method, state: State, sent: Downlink, draw: Draw) -> bool:
+    """Tell whether the next round trains the same thing: a round without a change is closed."""
+    layout, cohort = _layout(sent), Cohort(torch.arange(2), torch.ones(2).double())
+    start = opening_rows(sent, state.base, layout, cohort.clients)
+    got = Uplinks(cohort.clients, cohort.weights, layout, start.repeat(2, 1))
+    after = method.close_round(state, sent, got)
+    return method.open_round(after, 2, cohort, draw).link == sent.link
+
+
+def open_corrected(sent: Downlink, state: State, *, lifted: bool) -> Downlink:
+    """Send the server's variates with a round.
+
+    Args:
+        sent: What the method asks.
+        state: Has them, zero before the first round.
+        lifted: Whether they are kept as dense estimates.
+    """
+    sent = with_variates(sent, {}, lifted=lifted)
+    return with_variates(sent, seen(_kept(state, sent), sent), lifted=lifted)
+
+
+def close_corrected(
+    state: State, sent: Downlink, got: Uplinks, rates: dict[str, float], steps: int, share: float
+) -> Tree:
+    """Give the moments of the next state: with the variates that a round leaves at the server.
+
+    Args:
+        state: Before the round.
+        sent: What was asked, by `open_corrected`.
+        got: What came; its mean is enough.
+        rates: Step sizes of what was trained.
+        steps: Local steps of each client.
+        share: Of the population that the cohort is, |S| / N.
+    """
+    layout = got.layout
+    start = layout.unpack(opening_rows(sent, state.base, layout, torch.arange(len(got.clients))))
+    end = {n: t.cpu() for n, t in got.mean().items()}
+    new = mean_gradients(start, end, steps, rates)
+    return state.moments | moved_by(_kept(state, sent), sent, new, share)
+
+
+def _kept(state: State, sent: Downlink) -> Tree:
+    blank = blank_variates(sent, next(iter(state.base.values())).dtype)
+    return {n: state.moments.get(n, zero) for n, zero in blank.items()}
+
+
+def _layout(sent: Downlink) -> Layout:
+    return Layout(tuple((n, s.shape) for n, s in sent.uploaded().items()))

@@ -1,0 +1,56 @@
+"""What all that is put around a method has of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.tree import Tree
+
+
+@dataclass(frozen=True)
+class Around(Method):
+    """A method around another one.
+
+    Attributes:
+        inner: The other; it knows nothing of this one.
+    """
+
+    inner: Method
+
+    @property
+    @override
+    def client_state(self) -> bool:
+        return self.inner.client_state
+
+    @property
+    @override
+    def looks_at_clients(self) -> bool:
+        return self.inner.looks_at_clients
+
+    def at(self, state: State) -> tuple[Method, State]:
+        """Give the inner method as it stands in a round, and the state as that one knows it."""
+        return self.inner, state
+
+    @override
+    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        inner, at = self.at(state)
+        return inner.open_round(at, round_, cohort, draw)
+
+    @override
+    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+        inner, at = self.at(state)
+        return inner.next_exchange(at, sent, got)
+
+    @override
+    def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+        inner, at = self.at(state)
+        return inner.weights(at, draw, own)
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        """Numbers if all that may be adapted is: what is left out is not known beforehand."""
+        return self.inner.floats(plan, round_)

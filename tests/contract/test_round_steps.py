@@ -1,0 +1,143 @@
+"""The list of steps: one of a user's own, the order, and the table of what does not go together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from typing_extensions import override
+
+from fedraclora.aggregation.base import AggregationContext, starts
+from fedraclora.aggregation.robust import Median
+from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.attacks.attack import ALittleIsEnough, SignFlip
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.privacy.sample_level import SampleNoise
+from fedraclora.privacy.secagg import SecAgg
+from fedraclora.protocol.method import State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.training.extras.settings import LocalSettings
+from strategies.server.exchange import Exchange
+from strategies.server.round_step import CloseRound, RoundStep
+from strategies.server.rows import Row
+from strategies.steps.conflicts import CONFLICTS, Conflict, refused
+from strategies.steps.features import FEATURES
+from strategies.steps.order import round_steps
+from strategies.steps.settings import RoundSettings
+from tests.contract.worlds import World, assert_close_trees, make_method, make_world, run
+
+LOCAL = LocalSettings(lr=0.1, steps=2, batch_size=0)
+
+
+class KeepLargest(RoundStep):
+    """Hands on the larger half of the numbers of the mean update, and what it left out later.
+
+    Attributes:
+        left: What was left out so far, float64 [P].
+    """
+
+    left: torch.Tensor
+
+    @override
+    def begin(self, state: State) -> None:
+        self.left = torch.zeros(())
+
+    @override
+    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+        start = starts(context, got)
+        update = got.sum() / got.total - start + self.left
+        cut = update.abs() >= update.abs().median()
+        self.left = torch.where(cut, 0.0, update)
+        kept = torch.where(cut, update, 0.0)
+        return replace(got, stacked=None, summed=start + kept, denominator=1.0)
+
+    @override
+    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+        return {"left_out": None if got is None else float(self.left.norm())}
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+def test_a_step_of_ones_own_needs_one_class(world: World) -> None:
+    """Compression at the server, with what it leaves out carried over (error feedback)."""
+    method = make_method("fedavg")
+    more: dict[str, Any] = {"rounds": 3, "weights": "uniform"}
+    found = run(world, method, LOCAL, steps=(KeepLargest(),), **more)
+    plain = run(world, method, LOCAL, **more)
+    before, after = world.base["fc1.weight"], found.weights["fc1.weight"]
+    assert float((after - plain.weights["fc1.weight"]).abs().max()) > 1e-6
+    assert [row["left_out"] > 0 for row in found.rows] == [True] * 3
+    one = run(world, method, LOCAL, rounds=1, weights="uniform", steps=(KeepLargest(),))
+    still = one.weights["fc1.weight"] == before
+    assert 0 < int(still.sum()) < still.numel()
+    assert int((after == before).sum()) < int(still.sum()), "nothing was carried over"
+
+
+def test_the_first_step_closes_around_those_behind_it(world: World) -> None:
+    seen: list[str] = []
+
+    class Around(RoundStep):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @override
+        def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+            seen.append(f"treat {self.name}")
+            return got
+
+        @override
+        def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+            seen.append(f"before {self.name}")
+            after = close(got)
+            seen.append(f"after {self.name}")
+            return after
+
+    method = make_method("fed_rac_lora")
+    found = run(world, method, LOCAL, rounds=1, steps=(Around("a"), Around("b")))
+    assert seen == ["treat a", "treat b", "before a", "before b", "after b", "after a"]
+    assert_close_trees(found.weights, run(world, method, LOCAL, rounds=1).weights, 0)
+
+
+def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
+    chosen = RoundSettings(
+        Median(),
+        ALittleIsEnough(0.2),
+        ClientLevel(),
+        security=SecAgg(),
+        optimiser=Momentum(),
+        variates=True,
+    )
+    everything = round_steps(chosen, replace(LOCAL, dp=SampleNoise()))
+    assert [type(step).__name__ for step in everything] == [
+        "Fits",
+        "Attackers",
+        "RobustRule",
+        "PrivateRounds",
+        "SecureSum",
+        "SampleAccount",
+        "ControlVariates",
+        "OptimisedServer",
+    ]
+    assert [type(step).__name__ for step in round_steps(RoundSettings(), LOCAL)] == ["Fits"]
+    some = round_steps(RoundSettings(attack=SignFlip(0.2)), LOCAL)
+    assert [type(step).__name__ for step in some] == ["Fits", "Attackers"]
+
+
+def test_every_feature_has_a_row_and_every_row_its_features() -> None:
+    used = {name for row in CONFLICTS for name in (row.what, row.beside)}
+    assert used == {*FEATURES}
+    pairs = [frozenset((row.what, row.beside)) for row in CONFLICTS]
+    assert len(pairs) == len(set(pairs)), "a pair stands in the table twice"
+
+
+@pytest.mark.parametrize("row", CONFLICTS, ids=lambda row: f"{row.what} x {row.beside}")
+def test_an_error_names_both_and_both_ways_out(row: Conflict) -> None:
+    told = str(refused(row.what, row.beside, "it is 7"))
+    assert told.startswith(f"{row.what} does not go with {row.beside} (it is 7): {row.why}; take ")
+    assert FEATURES[row.what].other in told
+    assert FEATURES[row.beside].other in told
