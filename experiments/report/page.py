@@ -13,9 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from experiments.report.figures import curves
+from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError
 from fedraclora.loggers.base import flat
-from fedraclora.run.folder import read_config, run_title
+from fedraclora.objects import NAME
+from fedraclora.run.folder import method_label, read_config, run_title
 from fedraclora.run.ledger import Row, read_ledger
 
 ALONE = ("seed", "output.dir", "resume")  # keys in which runs of one table may differ unnoticed
@@ -80,9 +82,48 @@ class Shown:
         return [(r, dict(g)) for r, texts in lists if isinstance(texts, list) for g in texts]
 
     @property
+    def objects(self) -> list[str]:
+        """The groups of the config that stand for objects of a Python program."""
+        return [
+            key
+            for key in ("model", "data", "method")
+            if section(self.config, key).get("name") == NAME
+        ]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What ran, in words."""
+        part = self.summary.get("task")
+        task = part if isinstance(part, dict) else {}
+        found, division = self.summary, task.get("partition")
+        sizes = division if isinstance(division, dict) else {}
+        return {
+            "method": method_label(self.config),
+            "model": self._choice("model"),
+            "data": str(task.get("source", self._choice("data"))),
+            "clients": f"{found.get('clients', self.config.get('clients'))}, of which "
+            f"{found.get('cohort', self.config.get('cohort'))} take part in a round",
+            "samples of a client": "{samples_min} to {samples_max}, median {samples_median}".format(
+                **sizes
+            )
+            if "samples_min" in sizes
+            else "",
+            "samples to train on, to test on": f"{task['train']}, {task['test']}"
+            if {"train", "test"} <= task.keys()
+            else "",
+            "engine, device": f"{self._choice('engine')}, {found.get('device', '')}",
+            "digest of the weights": str(found.get("weights_digest", "")),
+            "versions": ", ".join(f"{n} {v}" for n, v in dict(found.get("versions", {})).items()),  # type: ignore[call-overload]
+            "begun from commit": str(found.get("git") or ""),
+        }
+
+    def _choice(self, group: str) -> str:
+        return str(section(self.config, group).get("name", ""))
+
+    @property
     def yaml(self) -> str:
         """The config as it is written."""
-        return yaml.safe_dump(self.config, sort_keys=False)
+        return str(yaml.safe_dump(self.config, sort_keys=False))
 
 
 def read_shown(folder: Path) -> Shown:
@@ -101,7 +142,7 @@ def read_shown(folder: Path) -> Shown:
     summary, stopped = folder / "summary.json", folder / "stopped.json"
     return Shown(
         folder,
-        read_config(folder),
+        dict(read_config(folder)),
         rows,
         json.loads(summary.read_text()) if summary.is_file() else {},
         str(json.loads(stopped.read_text()).get("reason")) if stopped.is_file() else None,
@@ -128,23 +169,29 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
         title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
         runs=list(zip(labels, runs, strict=True)),
         curves=curves({label: run.rows for label, run in zip(labels, runs, strict=True)}),
-        differences=differences(runs),
+        facts=side_by_side(runs),
+        differences=differences(runs) if len(runs) > 1 else {},
         failures=SHOWN_FAILURES,
         plotly=get_plotlyjs(),
     )
 
 
+def side_by_side(runs: Sequence[Shown]) -> dict[str, list[str]]:
+    """Give the facts of all runs, those that no run has left out."""
+    each = [run.facts for run in runs]
+    rows = {key: [facts[key] for facts in each] for key in each[0]}
+    return {key: values for key, values in rows.items() if any(values)}
+
+
 def labels_of(runs: Sequence[Shown]) -> list[str]:
-    """Name each run by what tells it from the others; by its folder, where nothing does."""
-    if len(runs) == 1:
-        return [runs[0].title]
-    changed = differences(runs)
-    labels = [
-        ", ".join(f"{key.removesuffix('.name')}={row[place]}" for key, row in changed.items())
-        for place in range(len(runs))
-    ]
-    long = any(len(label) > 60 or not label for label in labels) or len({*labels}) < len(labels)
-    return [str(run.folder) for run in runs] if long else labels
+    """Name each run by the shortest of method, title and folder that tells all of them apart."""
+    for labels in (
+        [method_label(run.config) for run in runs],
+        [run.title for run in runs],
+    ):
+        if len({*labels}) == len(runs):
+            return labels
+    return [str(run.folder) for run in runs]
 
 
 def differences(runs: Sequence[Shown]) -> dict[str, list[object]]:
