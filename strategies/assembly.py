@@ -25,6 +25,7 @@ from fedraclora.config.run_config import RunConfig
 from fedraclora.engines.base import Engine, EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.personal import personal_accuracy
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan
 from fedraclora.protocol.uplinks import SUM_BLOCK
@@ -134,6 +135,7 @@ def assemble(
             stop=stopping(config, built, plan, store, personal),
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
             on_round=on_round,
+            answering=answering_of(config, built),
         )
         failed.pop_all()
     return Assembled(
@@ -202,6 +204,23 @@ def stopping(
         raise unknown("stop.metric of these data", metric, built.task.metrics)
     measure = measurement(config, built, plan, store, "validation", personal)
     return Stopping(config.stop, measure)
+
+
+def answering_of(config: RunConfig, built: BuiltTask) -> Answering | None:
+    """Make what has a language model answer held-out prompts; None where nobody asks for it."""
+    asked, task = config.evaluate, built.task
+    if asked.generate is None:
+        return None
+    return Answering(
+        task.model,
+        task.tokenizer,
+        measured_samples(task, asked.split),
+        every=asked.generate,
+        count=asked.answers,
+        new_tokens=asked.new_tokens,
+        shown=asked.shown,
+        batch_size=asked.batch_size,
+    )
 
 
 def measurement(

@@ -221,6 +221,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         validation=None if validation is None else validation.clone().to(device),
         targets=built.targets,
         optimum=data.optimum,
+        tokenizer=data.tokenizer,
         info=facts,
     )
     labelled = "label" in data.columns and data.classes > 1

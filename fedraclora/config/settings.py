@@ -235,17 +235,28 @@ class EvaluateConfig:
     """When and on what the server measures.
 
     ``split``: test or validation. ``clients``: with a local head, how many clients' own models.
+    ``generate``: rounds between answers of a language model to ``answers`` prompts of that split,
+    None: it never answers; of ``new_tokens`` at most, the first ``shown`` of them in the ledger.
     """
 
     every: int = 1
     batch_size: int = 1024
     split: str = "test"
     clients: int = 20
+    generate: int | None = None
+    answers: int = 64
+    new_tokens: int = 32
+    shown: int = 4
 
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
         if min(self.every, self.batch_size, self.clients) < 1:
             raise ConfigError("evaluate.every, batch_size and clients must be 1 or more")
+        if min(self.generate or 1, self.answers, self.new_tokens) < 1 or self.shown < 0:
+            raise ConfigError(
+                "evaluate.generate (or null), answers and new_tokens must be 1 or more, and shown "
+                "0 or more"
+            )
         if self.split not in {"test", "validation"}:
             raise unknown("evaluate.split", self.split, ("test", "validation"))
 

@@ -106,6 +106,12 @@ RULES = (
         lambda g: g.local_head or g.method.traits.client_state,
         "head=local and methods that leave a part at each client",
     ),
+    Rule(
+        "evaluate",
+        ["answers", "new_tokens", "shown"],
+        lambda g: g.evaluate.generate is not None,
+        "evaluate.generate",
+    ),
     Rule("stop", ["metric"], lambda g: g.stop.patience is not None, "stop.patience"),
 )
 

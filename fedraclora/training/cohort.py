@@ -14,6 +14,7 @@ import torch
 
 from fedraclora.data.samples import ClientData
 from fedraclora.data.task import Task, forward, loss_function
+from fedraclora.data.token_losses import output_layer, token_losses
 from fedraclora.privacy.sample_level import seed_key
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
@@ -224,9 +225,12 @@ class CohortTrainer:
         else:
             context.rows = len(samples)
             context.factors, context.dense = arrange(downlink, leaves, frozen, active)
+            head = output_layer(program.copied, self.task.loss)
             with products:
+                if head is not None:
+                    losses, counts = token_losses(program.copied, head, samples, self.dtype)
+                    return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
                 output = forward(program.copied, samples.inputs)
-            context.places = None  # of this batch alone
         # Outside, so that the loss is formed as precisely on any device.
         losses, counts = self.loss(output.to(self.dtype), samples.target)
         return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
