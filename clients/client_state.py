@@ -15,7 +15,7 @@ from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.moments import begin_moments, blank_moments
 from fedraclora.training.variates import blank_variates, mean_gradients, moved_by, seen
-from fedraclora.tree import Layout, Tree
+from fedraclora.tree import Layout, Tree, wide
 from fedraclora.wire import TrainRequest
 
 
@@ -35,7 +35,7 @@ def held(
         The downlink, where what stays at a client starts from what it holds, and control variates
         are less the client's own; and the moments with which clients begin, [K, ...] by name.
     """
-    dtype = next(iter(base.values())).dtype
+    dtype = wide(next(iter(base.values())).dtype)
     default: Tree = {}
     for name, slot in downlink.trained().items():
         if not slot.upload:
@@ -129,5 +129,5 @@ def _variates(
     rates = {n: local.rate(s.main, request.rate_scale) for n, s in slots.items()}
     directions = mean_gradients(start, end, local.steps or 1, rates)
     gradients = {n: g - downlink.variates[n].cpu() for n, g in directions.items()}
-    blank = blank_variates(downlink, next(iter(base.values())).dtype)
+    blank = blank_variates(downlink, wide(next(iter(base.values())).dtype))
     return moved_by(store.read(clients, request.round_, blank), downlink, gradients)

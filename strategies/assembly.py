@@ -22,6 +22,7 @@ from fedraclora.config.build import (
     trainer_of,
 )
 from fedraclora.config.run_config import RunConfig
+from fedraclora.config.schema import section
 from fedraclora.engines.base import Engine, EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.evaluate import evaluate
@@ -34,6 +35,7 @@ from fedraclora.run.continued import free_keys
 from fedraclora.run.recorder import RunRecorder, stored_chunk
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.precision import check_base
 from fedraclora.tree import Tree
 from strategies.server.loop import LoopConfig
 from strategies.server.loopconfig import loop_of
@@ -100,6 +102,9 @@ def assemble(
         draw = Draw(config.seed)
         flow = partial(flows, built.task.model, built.task.test)
         method = method_of(config, flow)
+        name = str(section(config.plain, "method").get("name"))
+        in_full = (*plan.dense, *plan.local)
+        check_base(base, name, merges=method.traits.merges, in_full=in_full)
         state = method.init(base, plan, draw)
         first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
         downlink = method.open_round(state, 1, first, draw)

@@ -200,7 +200,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         refuse_functions(built.model, seen)
         refuse_interaction(built.model, seen)
     dtype = _float_dtype(data.train)
-    model = built.model.to(dtype)
+    model = built.model if built.narrow else built.model.to(dtype)
     facts: dict[str, object] = {**data.info, "partition": info}
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}

@@ -190,8 +190,8 @@ def packed(
     apart what its positions keep apart where there is no ``attention_mask``.
 
     Returns:
-        ``input_ids`` and ``position_ids`` int64 [rows, max_length]; labels int64 [rows,
-        max_length]; and the owner of each row.
+        ``input_ids`` and ``position_ids`` int64 [rows, T], T at most ``max_length``; labels int64
+        [rows, T]; and the owner of each row.
     """
     rows: list[list[Encoded]] = []
     of: list[str | None] = []
@@ -203,7 +203,8 @@ def packed(
             rows.append([])
             of.append(owner)
         rows[place].append(one)
-    ids = np.full((len(rows), max_length), pad, dtype=np.int64)
+    longest = max(sum(len(one.ids) for one in together) for together in rows)
+    ids = np.full((len(rows), longest), pad, dtype=np.int64)
     labels, positions = np.full_like(ids, IGNORED_TOKEN), np.zeros_like(ids)
     for row, together in enumerate(rows):
         end = 0
@@ -212,7 +213,7 @@ def packed(
             ids[row, start:end], labels[row, start:end] = one.ids, one.labels
             labels[row, start] = IGNORED_TOKEN  # what stands before it is another conversation
             positions[row, start:end] = np.arange(end - start)
-        positions[row, end:] = np.arange(max_length - end)
+        positions[row, end:] = np.arange(longest - end)
     inputs = {"input_ids": ids, "position_ids": positions}
     table = Samples({n: torch.from_numpy(v) for n, v in inputs.items()}, torch.from_numpy(labels))
     return table, of

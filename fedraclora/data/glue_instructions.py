@@ -74,7 +74,7 @@ def load_glue_instructions(
     test_rows: int = 100,
     split_seed: int = 0,
     template: str | None = None,
-    max_length: int = 96,
+    max_length: int = 128,
     packing: bool = False,
     metrics: Sequence[str] = METRICS,
 ) -> DataSet:

@@ -81,7 +81,8 @@ def build_causal_lm(
                 f"model.checkpointing is true, but {type(model).__name__} has no blocks that can "
                 "be computed again: leave it at false"
             )
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        newest = getattr(model, "activation_checkpointing_enable", None)  # its name from v5.24 on
+        (newest or model.gradient_checkpointing_enable)({"use_reentrant": False})
     network: nn.Module = model.to(BASES[base]).train()
     return Built(network, (_head(model),), _targets(network), narrow=base != "float32")
 
@@ -140,7 +141,9 @@ def _drawn(
             return AutoModelForCausalLM.from_config(
                 given, dtype=torch.float32, attn_implementation=attention
             )
-    except (TypeError, ValueError, RuntimeError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # each configuration has checks, and errors, of its own
         raise ConfigError(f"model.config={dict(config)} makes no model: {error}") from error
 
 

@@ -34,7 +34,7 @@ from fedraclora.training.prox import add_prox
 from fedraclora.training.schedule import Batch, Schedule
 from fedraclora.training.variates import correcting
 from fedraclora.training.vmapped import vmapped_forward
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, wide
 
 PROGRAMS_KEPT = 4  # each holds the base weights that it last trained from
 
@@ -71,7 +71,7 @@ class CohortTrainer:
         self.device, self.precision = device, precision
         self.data: ClientData = task.train
         self.loss = loss_function(task.loss)
-        self.dtype = next(task.model.parameters()).dtype
+        self.dtype = wide(next(task.model.parameters()).dtype)
         self.noise_key = seed_key(seed)  # of `local.dp`: a real client puts one of its own here
         self._programs: dict[tuple[str, ...], Program] = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedraclora.protocol.method import Adapter, Downlink, Frozen, Sketched, Trained
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, wide
 
 
 def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tree, Tree, Tree]:
@@ -18,7 +18,7 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
     K = len(order)
     values, starts, frozen = {}, {}, {}
     for weight, adapter in downlink.adapters.items():
-        like = base[weight]
+        like = torch.empty(0, dtype=wide(base[weight].dtype), device=base[weight].device)
         for label, factor in adapter.factors.items():
             name = f"{weight}/{label}"
             if isinstance(factor, Sketched):

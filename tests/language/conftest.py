@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+import sys
 from pathlib import Path
 
 import pytest
 
-WORDS = "red green blue round square what colour shape is the ball box answer user assistant".split()
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %} </s>{% endif %} {% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
-)
+sys.path.insert(0, str(Path(__file__).parent))
+
+from chats import TEMPLATE, save_tokenizer, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -26,26 +22,6 @@ def bare_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same with a chat template."""
     return save_tokenizer(tmp_path_factory.mktemp("chat"), TEMPLATE)
-
-
-def save_tokenizer(folder: Path, template: str | None) -> str:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: k for k, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    fast.chat_template = template
-    fast.save_pretrained(folder)
-    return str(folder)
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
