@@ -232,9 +232,11 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _cells(path: Path, delimiter: str, header: bool) -> Iterator[Mapping[str, Any]]:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     with _open(path) as file:
-        reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
+        if delimiter == "\t":
+            reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        else:
+            reader = csv.reader(file, delimiter=delimiter)
         names: Sequence[str] | None = next(reader, []) if header else None
         for cells in filter(None, reader):
             columns = [str(n) for n in range(len(cells))] if names is None else names

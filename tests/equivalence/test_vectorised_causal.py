@@ -85,7 +85,7 @@ def test_checkpointing_needs_layers_that_fold() -> None:
     """Under vmap a block would be computed again with the base weights, and be wrong in silence."""
     task = causal_task("llama", checkpointing=True)
     case = Case(task, targets="q_proj", head="frozen", bias="frozen", dense="embed_tokens")
-    with pytest.raises(ModelError, match="model.checkpointing is true"):
+    with pytest.raises(ModelError, match=r"model.checkpointing is true"):
         run(case, method_of("fedavg_lora"), LOCAL, rounds=1, check={1})
 
 

@@ -38,7 +38,8 @@ def test_a_config_draws_a_model() -> None:
     weights = dict(built.model.named_parameters())
     assert (built.head, built.targets) == (("lm_head",), "q_proj,v_proj")
     assert weights["model.layers.0.self_attn.k_proj.weight"].shape == (8, 16)  # grouped queries
-    assert built.model.config.vocab_size == TOKENS and built.model.training
+    assert built.model.config.vocab_size == TOKENS
+    assert built.model.training
     same, other = dict(build().model.named_parameters()), build(seed=1).model.lm_head.weight
     assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
     assert not torch.equal(other, weights["lm_head.weight"])
@@ -79,9 +80,9 @@ def test_a_wrong_key_is_named(change: dict[str, Any], said: str) -> None:
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="model.path=.*/nowhere: there is no"):
+    with pytest.raises(DataError, match=r"model.path=.*/nowhere: there is no"):
         build(config=None, path=str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="model.path: AutoConfig finds nothing in"):
+    with pytest.raises(DataError, match=r"model.path: AutoConfig finds nothing in"):
         build(config=None, path=str(tmp_path))
 
 
@@ -108,9 +109,11 @@ def test_a_run_learns_to_answer(
     assert [row["round"] for row in rows if "generations" in row] == [0, 4, 8]
     shown = rows[-1]["generations"]
     assert len(shown) == 4
-    assert shown[0]["prompt"].startswith("user what") and shown[0]["wanted"] == shown[0]["answer"]
+    assert shown[0]["prompt"].startswith("user what")
+    assert shown[0]["wanted"] == shown[0]["answer"]
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["clients"] == 3 and summary["task"]["response_tokens"] == 96
+    assert summary["clients"] == 3
+    assert summary["task"]["response_tokens"] == 96
     # Projections alone travel: r rows a matrix, in each of 7 matrices of 2 blocks (Llama).
     if config is LLAMA:
         assert found.summary["uplink_floats"] == 2 * 4 * (16 + 8 + 8 + 16 + 32 + 32 + 16)
@@ -220,7 +223,7 @@ def test_answers_to_prompts_of_unequal_length_are_those_of_each_alone(
 
 
 def test_answers_need_a_model_that_writes() -> None:
-    with pytest.raises(ConfigError, match="evaluate.generate=1 wants answers"):
+    with pytest.raises(ConfigError, match=r"evaluate.generate=1 wants answers"):
         Answering(torch.nn.Linear(1, 1), None, None, 1, 1, 1, 1, 1)  # type: ignore[arg-type]
 
 

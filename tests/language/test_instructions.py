@@ -92,7 +92,8 @@ def test_clients_are_those_of_a_column(questions: Path, tokenizer: str) -> None:
     assert [len(part) for part in parts] == [15, 15, 15]  # a fourth of each client's is held out
     assert set(data.columns) == {"who", "client"}
     shares, _ = make_partition(data, name="iid", clients=5, seed=0)
-    assert len(shares) == 5 and facts["clients"] == 3
+    assert len(shares) == 5
+    assert facts["clients"] == 3
 
 
 def test_what_is_too_long_is_cut_and_said(
@@ -136,7 +137,7 @@ def test_packed_conversations_do_not_see_each_other(questions: Path, tokenizer: 
 
 def test_a_tokenizer_without_a_template_needs_one(tmp_path: Path, bare_tokenizer: str) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [PAIR] * 2)
-    with pytest.raises(ConfigError, match="has no chat template: set data.template"):
+    with pytest.raises(ConfigError, match=r"has no chat template: set data.template"):
         load(file, bare_tokenizer)
     given = "{% for m in messages %}{{ m['content'] }} {{ eos_token }} {% endfor %}"
     data = load(file, bare_tokenizer, template=given)
@@ -144,7 +145,7 @@ def test_a_tokenizer_without_a_template_needs_one(tmp_path: Path, bare_tokenizer
     (tmp_path / "chat.jinja").write_text(given)
     same = load(file, bare_tokenizer, template=str(tmp_path / "chat.jinja"))
     assert torch.equal(same.train.target, data.train.target)
-    with pytest.raises(ConfigError, match="neither a Jinja template"):
+    with pytest.raises(ConfigError, match=r"neither a Jinja template"):
         load(file, bare_tokenizer, template="missing.jinja")
     with pytest.raises(DataError, match="row 1: the chat template fails: no tools here"):
         load(file, bare_tokenizer, template="{{ raise_exception('no tools here') }}")
@@ -183,7 +184,7 @@ def test_a_row_without_a_client_is_named(tmp_path: Path, tokenizer: str) -> None
     file = write_rows(tmp_path / "rows.jsonl", [{**PAIR, "who": "a"}, {**PAIR, "who": None}])
     with pytest.raises(DataError, match=r"row 2: the column who \(data.client\) is empty"):
         load(file, tokenizer, client="who")
-    with pytest.raises(ConfigError, match="data.client.*unknown column 'whom'"):
+    with pytest.raises(ConfigError, match=r"data.client.*unknown column 'whom'"):
         load(file, tokenizer, client="whom")
 
 
