@@ -10,7 +10,12 @@ import numpy as np
 from fedraclora.data.checks import check_count
 from fedraclora.data.conversations import Conversation, Form, read_conversations
 from fedraclora.data.dataset import DataSet
-from fedraclora.data.instructions import METRICS, Settings, instruction_set
+from fedraclora.data.instructions import (
+    METRICS,
+    Settings,
+    instruction_set,
+    require_tokenizer,
+)
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.rng import generator
@@ -66,7 +71,7 @@ TASKS = {
 
 def load_glue_instructions(
     *,
-    tokenizer: str,
+    tokenizer: str | None,
     root: str | None = None,
     tasks: Sequence[str] = ("sst2", "cola"),
     clients_per_task: int = 4,
@@ -109,7 +114,9 @@ def load_glue_instructions(
     for key, value in (("clients_per_task", clients_per_task), ("rows", rows)):
         check_count(f"data.{key}", value)
     check_count("data.test_rows", test_rows)
-    settings = Settings(tokenizer, root, template, max_length, packing, "error", metrics)
+    settings = Settings(
+        require_tokenizer(tokenizer), root, template, max_length, packing, "error", metrics
+    )
     train: list[Conversation] = []
     test: list[Conversation] = []
     for name in tasks:

@@ -97,7 +97,9 @@ def load_instructions(
         ConfigError: If a key is wrong, naming it, or there is no chat template.
         DataError: If a file or a tokenizer is missing, or a row cannot be used, which is named.
     """
-    settings = Settings(_named(tokenizer), root, template, max_length, packing, cut_away, metrics)
+    settings = Settings(
+        require_tokenizer(tokenizer), root, template, max_length, packing, cut_away, metrics
+    )
     texts = None if answers is None else {str(k): str(v) for k, v in answers.items()}
     form = Form(prompt, response, texts, None if client is None else str(client))
 
@@ -178,7 +180,12 @@ def instruction_set(
     )
 
 
-def _named(tokenizer: str | None) -> str:
+def require_tokenizer(tokenizer: str | None) -> str:
+    """Give the name of a tokenizer.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     if tokenizer is None:
         raise ConfigError(
             "data.tokenizer is not set: name the folder of a tokenizer; it is that of model.path "
