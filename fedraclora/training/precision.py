@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.protocol.method import Traits
 from fedraclora.tree import Tree, wide
 
 FLOAT32, BF16_MIXED = "float32", "bf16-mixed"
@@ -32,13 +33,13 @@ def products_in(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
 
-def check_base(base: Tree, method: str, *, merges: bool, in_full: Sequence[str]) -> None:
+def check_base(base: Tree, method: str, traits: Traits, in_full: Sequence[str]) -> None:
     """Refuse to change weights that are narrower than float32.
 
     Args:
         base: The weights.
         method: Its name, for the message.
-        merges: Whether it folds updates into them.
+        traits: Say whether it folds updates into them, or rescales them.
         in_full: Which of them are trained themselves.
 
     Raises:
@@ -46,14 +47,20 @@ def check_base(base: Tree, method: str, *, merges: bool, in_full: Sequence[str])
             and most of it would be rounded away.
     """
     narrow = [name for name, weight in base.items() if weight.dtype != wide(weight.dtype)]
-    changed = narrow if merges else [name for name in narrow if name in in_full]
-    if changed:
-        why = "merges each update into the weights" if merges else f"trains {changed[0]} in full"
-        raise ConfigError(
-            f"model.base is {str(base[changed[0]].dtype)[6:]}, but method={method} {why}, where "
-            "most of it would be rounded away: set model.base=float32, or choose what stays beside "
-            "the weights (method=ffa_lora or fedavg_lora; head=frozen, bias=frozen, dense=null)"
+    own = [name for name in narrow if name in in_full]
+    if not narrow or not (traits.merges or traits.rescales or own):
+        return
+    if traits.merges:
+        why = f"method={method} merges each update into the weights"
+    else:
+        why = (
+            "dora=true rescales the weights" if traits.rescales else f"{own[0]} is trained in full"
         )
+    raise ConfigError(
+        f"model.base is {str(base[narrow[0]].dtype)[6:]}, but {why}, and most of such a change would "
+        "be rounded away: set model.base=float32, or choose what stays beside the weights "
+        "(method=ffa_lora or fedavg_lora; dora=false, head=frozen, bias=frozen, dense=null)"
+    )
 
 
 def check_precision(precision: str, model: nn.Module, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from chats import WORDS, write_rows
 
 import fedraclora
 from experiments.choices import choice
+from fedraclora.data import token_losses
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.evaluation.generate import Answering
 from fedraclora.models.causal import build_causal_lm
@@ -139,6 +140,21 @@ def test_blocks_computed_again_need_less_memory(questions: Path, tokenizer: str)
     assert plans[1]["step"] < 0.5 * plans[0]["step"]
 
 
+def test_outputs_are_formed_at_labels_alone(
+    questions: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of a step counts them at 2 labels of the 9 tokens of a question, and is less."""
+    steps = {}
+    for large in (token_losses.LARGE, 10**9):
+        monkeypatch.setattr(token_losses, "LARGE", large)
+        words = ("+model.config.vocab_size=6000", "evaluate.generate=null", "local.batch_size=16")
+        found = run(questions, tokenizer, *words, rounds=1)
+        steps[large] = found.summary["chunk_plan"]["step"], found.summary["metrics"]["loss"]
+    (few, loss), (all_, same) = steps.values()
+    assert few < 0.4 * all_
+    assert loss == pytest.approx(same, rel=1e-5)
+
+
 @pytest.mark.parametrize("method", ["fedavg_lora", "ffa_lora"])
 def test_a_narrow_base_stays_as_it_is(method: str, questions: Path, tokenizer: str) -> None:
     words = (f"method={method}", "rounds=2", "evaluate.generate=null", "bias=frozen")
@@ -160,7 +176,8 @@ def test_a_narrow_base_stays_as_it_is(method: str, questions: Path, tokenizer: s
     [
         (["method=fed_rac_lora"], "method=fed_rac_lora merges each update into the weights"),
         (["method=fed_relora"], "model.base is bfloat16, but method=fed_relora merges"),
-        (["method=ffa_lora", "head=average"], "trains lm_head.weight in full"),
+        (["method=ffa_lora", "head=average"], "lm_head.weight is trained in full"),
+        (["method=fedavg_lora", "dora=true"], "dora=true rescales the weights"),
         (["method=ffa_lora", "precision=float32"], "set precision=bf16-mixed"),
     ],
 )
