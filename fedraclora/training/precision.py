@@ -52,13 +52,13 @@ def check_base(base: Tree, method: str, traits: Traits, in_full: Sequence[str]) 
         return
     if traits.merges:
         why = f"method={method} merges each update into the weights"
+    elif traits.rescales:
+        why = "dora=true rescales the weights"
     else:
-        why = (
-            "dora=true rescales the weights" if traits.rescales else f"{own[0]} is trained in full"
-        )
+        why = f"{own[0]} is trained in full"
     raise ConfigError(
-        f"model.base is {str(base[narrow[0]].dtype)[6:]}, but {why}, and most of such a change would "
-        "be rounded away: set model.base=float32, or choose what stays beside the weights "
+        f"model.base is {str(base[narrow[0]].dtype)[6:]}, but {why}, and most of such a change "
+        "would be rounded away: set model.base=float32, or choose what stays beside the weights "
         "(method=ffa_lora or fedavg_lora; dora=false, head=frozen, bias=frozen, dense=null)"
     )
 

@@ -132,7 +132,7 @@ def test_metrics_at_labels_are_those_of_all_outputs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(token_losses, "LARGE", 1)
     monkeypatch.setattr(token_losses, "PIECE", 10 * 8 * 23)
     assert evaluate(*given, names, batch_size=7) == pytest.approx(wanted, rel=1e-12)
-    output = task.model(**task.test.inputs).logits[:, :-1]
+    output = task.model(**task.test.inputs).logits[:, :-1].detach()
     labels = task.test.target[:, 1:]
     counted = labels >= 0
     right = (output.argmax(-1) == labels)[counted].double().mean()
