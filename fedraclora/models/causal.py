@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedraclora.data.locate import check_file, from_pretrained, model_source
+from fedraclora.data.locate import GGUF, check_file, from_pretrained, model_source
 from fedraclora.errors import ConfigError, DataError, ModelError, unknown
 from fedraclora.models.built import Built, require_attention, require_dropout, require_text, seeded
 from fedraclora.models.dropout import refuse_idle_rate
@@ -111,9 +111,14 @@ def _loaded(
             dtype=torch.float32,
             attn_implementation=attention,
         )
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain now, and can be saved as such
-        model.is_quantized = False
+    if source.endswith(GGUF):  # dequantised: the weights are plain now, and can be saved as such
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    elif getattr(model, "hf_quantizer", None) is not None:
+        raise ConfigError(
+            f"model.path={path}: its weights are quantised, and of such only GGUF files are read: "
+            "dequantise them first (model.dequantize() of transformers, then save_pretrained)"
+        )
     return model
 
 

