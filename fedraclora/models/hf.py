@@ -70,12 +70,12 @@ def build_hf(
         check_file(weights, sha256)
     try:
         config = AutoConfig.from_pretrained(source, num_labels=classes, local_files_only=local)
-        _set_dropout(config, dropout)
-        _cut_layers(config, layers)
+        set_dropout(config, dropout)
+        cut_layers(config, layers)
         if config.pad_token_id is None:
             ends = config.eos_token_id  # Llama 3 has several
             config.pad_token_id = ends[0] if isinstance(ends, list) else ends
-        with seeded(seed, "model"), _quiet():
+        with seeded(seed, "model"), quiet():
             model = AutoModelForSequenceClassification.from_pretrained(
                 source,
                 config=config,
@@ -143,7 +143,7 @@ def build_transformer(
         num_labels=classes,
         attn_implementation=attention,
     )
-    _set_dropout(config, dropout)
+    set_dropout(config, dropout)
     with seeded(seed, "model"):
         return _built(BertForSequenceClassification(config))
 
@@ -163,14 +163,20 @@ def _built(model: Any) -> Built:
     return Built(network.train(), head, targets)
 
 
-def _set_dropout(config: Any, dropout: float) -> None:
+def set_dropout(config: Any, dropout: float) -> None:
+    """Set the dropout of hidden states by every name that a configuration has for it."""
     for name, rate in list(vars(config).items()):
         if _DROPOUT.search(name) and not isinstance(rate, bool):
             by_function = "att" in name or "activation" in name
             setattr(config, name, 0.0 if by_function else dropout)
 
 
-def _cut_layers(config: Any, layers: int | None) -> None:
+def cut_layers(config: Any, layers: int | None) -> None:
+    """Keep the first so many layers of a configuration; None keeps all.
+
+    Raises:
+        ConfigError: If the model has fewer.
+    """
     if layers is None:
         return
     if layers > config.num_hidden_layers:
@@ -179,7 +185,7 @@ def _cut_layers(config: Any, layers: int | None) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the report of a new head and the progress bar; both are expected."""
     from transformers.utils import logging
 

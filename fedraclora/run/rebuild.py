@@ -46,7 +46,7 @@ def state_at(
         carried = part(tensors, "carried/")
         return State(part(tensors, "base/"), plan, carried, kind.read(meta["memo"]))
     chain, last, state = folder / "chain", -1, State({}, Plan({}))
-    beyond, memo = False, dict[str, int]()
+    beyond, memo = False, {}
     for number, tensors, meta in read_links(chain):
         _check_gap(folder, last, number)
         if beyond := number > round_:
@@ -57,10 +57,8 @@ def state_at(
         else:
             base = apply_link(state.base, read_link(tensors, meta), state.plan)
         kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
-        state = State(
-            base, state.plan, kept | part(tensors, CARRIED), kind.read(meta.get("memo", {}))
-        )
-        last = number
+        last, memo = number, meta.get("memo", {})
+        state = State(base, state.plan, kept | part(tensors, CARRIED), kind.read(memo))
     if last < 0 or (last < round_ and not beyond):
         reached = "no round" if last < 0 else f"round {last}"
         wanted = chain / f"{last + 1:06d}.safetensors"

@@ -43,7 +43,7 @@ from fedraclora.protocol.plan import (
 )
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, wide, widened
 from strategies.shared.common import closed, dense_means, dense_slots, link_age
 from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, Value
 from strategies.shared.products import RoundError
@@ -190,7 +190,7 @@ class LayerMethod(LowRank):
             carried={k: state.carried[key] for k, key in keys.items() if key in state.carried},
             link=state.memo.sketch,
             ends=state.memo.age + 1 == self.link_rounds,
-            dtype=state.base[name].dtype,
+            dtype=wide(state.base[name].dtype),
         )
 
     @override
@@ -254,7 +254,8 @@ class LayerMethod(LowRank):
                 standing.append(value)
             else:
                 terms[layer.name] = Term(tuple(standing), layer.scale)
-        return apply_link(state.base, Link(terms), state.plan) if terms else state.base
+        base = widened(state.base)
+        return apply_link(base, Link(terms), state.plan) if terms else base
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
