@@ -16,7 +16,7 @@ from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import start_from
 from fedraclora.training.moments import begin_moments, blank_moments
-from fedraclora.tree import Layout, Tree
+from fedraclora.tree import Layout, Tree, wide
 from fedraclora.wire import TrainRequest
 
 
@@ -45,7 +45,7 @@ def held(
             f"a downlink has the extras {sorted(unknown)}, of which this client knows nothing; "
             f"{known} are known: run the server and the clients from one release"
         )
-    dtype = next(iter(base.values())).dtype
+    dtype = wide(next(iter(base.values())).dtype)
     default: Tree = {}
     for name, slot in downlink.trained().items():
         if not slot.upload:
@@ -92,7 +92,7 @@ def keep(
     own = {n: result.trained[n].cpu() for n, s in downlink.trained().items() if not s.upload}
     kept = own | {n: t.cpu() for n, t in result.moments.items()}
     for keeper in KEEPERS:
-        if blank := keeper.blank(downlink, next(iter(base.values())).dtype):
+        if blank := keeper.blank(downlink, wide(next(iter(base.values())).dtype)):
             before = store.read(clients, request.round_, blank)
             directions = _directions(downlink, request.rate_scale, result, base, local)
             kept |= keeper.end(before, downlink, directions)

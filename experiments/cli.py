@@ -20,6 +20,7 @@ COMMANDS = {
     "deploy": "run it on real SuperNodes: connection=NAME, or local=3 on this machine",
     "compare": "read run folders into one table, or run methods alike (experiment=STUDY)",
     "export": "write the trained model of a run: --format peft | hf | state_dict | gguf",
+    "report": "write what runs were, their curves and costs, into one HTML file",
     "theory": "run convex problems beside the bounds on them; non-zero where a curve crosses",
     "bench": "time whole rounds of the engines, the physical limit and the peers",
 }

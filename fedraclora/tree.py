@@ -20,6 +20,21 @@ from fedraclora.errors import ShapeError
 Tree = dict[str, torch.Tensor]
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Give the precision of what is trained beside weights of some precision: float32 or wider.
+
+    Example:
+        >>> wide(torch.bfloat16), wide(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widened(tree: Tree) -> Tree:
+    """Give tensors in float32 or wider; those that are so already are not copied."""
+    return {name: tensor.to(wide(tensor.dtype)) for name, tensor in tree.items()}
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names and shapes of a tree, in packing order."""

@@ -22,9 +22,11 @@ from fedraclora.config.build import (
     trainer_of,
 )
 from fedraclora.config.run_config import RunConfig
+from fedraclora.config.schema import section
 from fedraclora.engines.base import Engine, EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.personal import personal_accuracy
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan
 from fedraclora.protocol.uplinks import SUM_BLOCK
@@ -34,6 +36,7 @@ from fedraclora.run.initial import source_of
 from fedraclora.run.recorder import RunRecorder, stored_chunk
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.precision import check_base
 from fedraclora.tree import Tree
 from strategies.server.loop import LoopConfig
 from strategies.server.loopconfig import loop_of
@@ -104,6 +107,9 @@ def assemble(
         draw = Draw(config.seed)
         flow = partial(flows, built.task.model, built.task.test)
         method = method_of(config, flow)
+        name = str(section(config.plain, "method").get("name"))
+        in_full = (*plan.dense, *plan.local)
+        check_base(base, name, in_full, merges=method.traits.merges, rescales=config.dora)
         state = method.init(base, plan, draw)
         first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
         downlink = method.open_round(state, 1, first, draw)
@@ -140,6 +146,7 @@ def assemble(
             stop=stopping(config, built, plan, store, personal),
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
             on_round=on_round,
+            answering=answering_of(config, built),
         )
         failed.pop_all()
     return Assembled(
@@ -218,6 +225,23 @@ def stopping(
         raise unknown("stop.metric of these data", metric, built.task.metrics)
     measure = measurement(config, built, plan, store, "validation", personal)
     return Stopping(config.stop, measure)
+
+
+def answering_of(config: RunConfig, built: BuiltTask) -> Answering | None:
+    """Make what has a language model answer held-out prompts; None where nobody asks for it."""
+    asked, task = config.evaluate, built.task
+    if asked.generate is None:
+        return None
+    return Answering(
+        task.model,
+        task.tokenizer,
+        measured_samples(task, asked.split),
+        every=asked.generate,
+        count=asked.answers,
+        new_tokens=asked.new_tokens,
+        shown=asked.shown,
+        batch_size=asked.batch_size,
+    )
 
 
 def measurement(

@@ -20,6 +20,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
 from fedraclora.errors import ClientError, RoundLostError, WireError
+from fedraclora.evaluation.generate import Answering
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
@@ -57,6 +58,7 @@ class FedStrategy(EvaluatesItself):
         sizes: Samples of clients [K], where the server knows them before they train.
         devices: The clients' devices; ideal ones by default.
         stop: Says when to end before the last round.
+        answering: Has a language model answer prompts; None: it does not.
     """
 
     def __init__(
@@ -74,11 +76,12 @@ class FedStrategy(EvaluatesItself):
         sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
         devices: DeviceSimulator | None = None,
         stop: Stopping | None = None,
+        answering: Answering | None = None,
     ) -> None:
         self.method, self.state, self.local, self.loop = method, state, local, loop
         self.replica, self.evaluate, self.recorder = replica, evaluate, recorder
         self.on_round, self.sizes, self.stop = on_round, sizes, stop or Stopping()
-        self.draw = Draw(loop.seed)
+        self.draw, self.answering = Draw(loop.seed), answering
         self.devices = devices or DeviceSimulator(SystemConfig(), loop.seed, local)
         self.devices.check(method)
         run = RunContext(method, local, loop, self.devices, sizes)
@@ -257,7 +260,11 @@ class FedStrategy(EvaluatesItself):
         if self.evaluate is None:
             return {"metrics": {}}
         weights = self.method.weights(self.state, self.draw)
-        return {"metrics": self.evaluate(weights)} | self.stop.columns(weights)
+        metrics, row = self.evaluate(weights), Row()
+        if self.answering is not None and self.answering.due(self.done, self.loop.rounds):
+            match, row["generations"] = self.answering.columns(weights)
+            metrics |= match
+        return {"metrics": metrics} | row | self.stop.columns(weights)
 
     def _publish_row(self, row: Row) -> None:
         self.recorder.append(row)

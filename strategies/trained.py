@@ -84,6 +84,7 @@ def trained_model(
         weights = method.weights(state, draw)
         start, changes = _from_start(folder, config, method, state, round_)
         magnitudes = _magnitudes(method, state)
+    model.to(next(iter(weights.values())).dtype)  # a narrow base widens with what is added to it
     put(model, weights)
     source, tokenizer = _sources(plain)
     return TrainedModel(

@@ -15,6 +15,7 @@ import torch
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Engine, EngineParts
 from fedraclora.engines.local import MessageGrid
+from fedraclora.evaluation.generate import Answering
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.tree import Tree
@@ -79,6 +80,7 @@ def wire(
     sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
     on_round: Callable[[Row], None] | None = None,
     kind: type[FedStrategy] | None = None,
+    answering: Answering | None = None,
 ) -> Wired:
     """Build the strategy and start the engine.
 
@@ -97,6 +99,7 @@ def wire(
         sizes: Samples of clients [K], where the server knows them before they train.
         on_round: Called with each new ledger row.
         kind: The strategy; None: the one that these devices need.
+        answering: Has a language model answer prompts; None: it does not.
 
     Returns:
         The run; whoever has it closes it.
@@ -125,6 +128,7 @@ def wire(
             sizes=sizes,
             devices=DeviceSimulator(system, loop.seed, trainer.local),
             stop=stop,
+            answering=answering,
         )
         if resume:
             restored, done = recorder.restore(state, strategy.catch_up)

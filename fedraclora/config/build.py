@@ -190,7 +190,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         refuse_functions(built.model, tables[0])
         refuse_interaction(built.model, tables[0])
     dtype = _float_dtype(data.train)
-    model = built.model.to(dtype)
+    model = built.model if built.narrow else built.model.to(dtype)
     facts: dict[str, object] = {**data.info, "partition": info}
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
@@ -212,6 +212,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         validation=None if validation is None else validation.clone().to(device),
         targets=built.targets,
         optimum=data.optimum,
+        tokenizer=data.tokenizer,
         info=facts,
     )
     labelled = "label" in data.columns and data.classes > 1

@@ -70,10 +70,13 @@ def digested(plain: Plain) -> dict[str, object]:
         kept["data"] = without(data, "root")
     if isinstance(engine := kept.get("engine"), Mapping):
         kept["engine"] = {k: v for k, v in engine.items() if k in ENGINE_IN_DIGEST}
-    # Before these, runs are the same.
-    unset = {"allocation": {"name": Uniform.name}, "dora": False, "start": None}
+    evaluate = kept.get("evaluate")  # runs from before there were answers are the same
+    if isinstance(evaluate, Mapping) and evaluate.get("generate") is None:
+        kept["evaluate"] = without(evaluate, "generate", "answers", "new_tokens", "shown")
     if isinstance(start := kept.get("start"), Mapping):
         kept["start"] = without(start, "path")
+    # Before these, runs are the same.
+    unset = {"allocation": {"name": Uniform.name}, "dora": False, "start": None}
     return {k: v for k, v in kept.items() if k not in unset or v != unset[k]}
 
 

@@ -210,12 +210,18 @@ class EvaluateConfig(Limited, group="evaluate"):
     """When and on what the server measures.
 
     ``split``: test or validation. ``clients``: with a local head, how many clients' own models.
+    ``generate``: rounds between answers of a language model to ``answers`` prompts of that split,
+    None: it never answers; of ``new_tokens`` at most, the first ``shown`` of them in the ledger.
     """
 
     every: Count = 1
     batch_size: Count = 1024
     split: Annotated[str, choice_of(("test", "validation"))] = "test"
     clients: Count = 20
+    generate: Count | None = None
+    answers: Count = 64
+    new_tokens: Count = 32
+    shown: Whole = 4
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,12 @@ RULES = (
         lambda c: c.head == "local" or c.method.client_state,
         "head=local and methods that leave a part at each client",
     ),
+    Rule(
+        "evaluate",
+        ["answers", "new_tokens", "shown"],
+        lambda c: c.evaluate.generate is not None,
+        "evaluate.generate",
+    ),
     Rule("stop", ["metric"], lambda c: c.stop.patience is not None, "stop.patience"),
 )
 

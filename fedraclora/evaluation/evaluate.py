@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import IGNORED_TOKEN, forward, loss_function
+from fedraclora.data.token_losses import Labelled, output_layer
 from fedraclora.errors import ConfigError, DataError, ShapeError, unknown
 from fedraclora.evaluation.metrics import METRICS, Metric, Tally
 from fedraclora.tree import Tree
@@ -92,7 +93,7 @@ def tally(
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     _check_weights(model, weights)
     probe = _Pass(model, loss, needs, batch_size)
-    with torch.no_grad(), _evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model):
         # One functional call for all batches: swapping the weights in costs as much as a batch
         # of a small model.
         named = {f"model.{k}": v for k, v in weights.items()}
@@ -125,7 +126,7 @@ def _check_weights(model: nn.Module, weights: Tree) -> None:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set every module to evaluation, and back to its own flag (they may differ)."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -173,23 +174,22 @@ class _Pass(nn.Module):
         kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
         classes = 0
         for stored in batches(samples, self._batch_size):
-            batch = stored.to(device)
-            output = forward(self.model, batch.inputs)
-            if "loss" in self._needs:
-                losses, parts = loss_function(self._loss)(output, batch.target)
-                sums[:2] += torch.stack([losses.double().sum(), parts.double().sum()])
-            if self._needs & {"correct", "classes"}:
-                predicted, wanted, classes = _predict(self._loss, output, batch.target)
-                counts = wanted != IGNORED_TOKEN
-                right = (predicted == wanted) & counts
-                sums[2:] += torch.stack([right.sum(), counts.sum()])
-                if "classes" in self._needs:
-                    kept["classes"].append((predicted[counts], wanted[counts]))
-            if "numbers" in self._needs:
-                kept["numbers"].append(_numbers(output, batch.target))
-        loss, parts_total, correct, counted = sums.tolist()
+            for loss, output, target in self._outputs(stored.to(device)):
+                if "loss" in self._needs:
+                    losses, parts = loss_function(loss)(output, target)
+                    sums[:2] += torch.stack([losses.double().sum(), parts.double().sum()])
+                if self._needs & {"correct", "classes"}:
+                    predicted, wanted, classes = _predict(loss, output, target)
+                    counts = wanted != IGNORED_TOKEN
+                    right = (predicted == wanted) & counts
+                    sums[2:] += torch.stack([right.sum(), counts.sum()])
+                    if "classes" in self._needs:
+                        kept["classes"].append((predicted[counts], wanted[counts]))
+                if "numbers" in self._needs:
+                    kept["numbers"].append(_numbers(output, target))
+        total, parts_total, correct, counted = sums.tolist()
         return Tally(
-            loss=loss,
+            loss=total,
             parts=int(parts_total),
             correct=int(correct),
             counted=int(counted),
@@ -197,6 +197,15 @@ class _Pass(nn.Module):
             labels=_join(kept["classes"]),
             numbers=_join(kept["numbers"]),
         )
+
+    def _outputs(self, batch: Samples) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Give a loss, outputs and targets: of all samples, or of labelled tokens by the piece."""
+        if (head := output_layer(self.model, self._loss)) is None:
+            yield self._loss, forward(self.model, batch.inputs), batch.target
+            return
+        labelled = Labelled.of(self.model, head, batch)
+        for states, wanted in labelled.pieces():
+            yield "cross_entropy", labelled.outputs(states), wanted
 
 
 def _join(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> npt.NDArray[np.generic]:

@@ -107,6 +107,7 @@ def _correlation(name: str) -> Callable[[Tally], float]:
 
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(_accuracy, _CLASSES, "correct"),
+    "token_accuracy": Metric(_accuracy, frozenset({"next_token"}), "correct"),
     "loss": Metric(_mean_loss, frozenset(LOSSES), "loss", higher_is_better=False),
     "perplexity": Metric(
         _perplexity, frozenset({"next_token", "cross_entropy"}), "loss", higher_is_better=False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedraclora.models.built import Built, check_fit
+from fedraclora.models.causal import build_causal_lm
 from fedraclora.models.cnn import build_cnn
 from fedraclora.models.function import build_function
 from fedraclora.models.gpt import build_gpt
@@ -22,6 +23,7 @@ MODELS: dict[str, Callable[..., Built]] = {
     "hf": build_hf,
     "transformer": build_transformer,
     "gpt": build_gpt,
+    "causal_lm": build_causal_lm,
     "function": build_function,
     "object": build_object,
 }

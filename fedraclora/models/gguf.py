@@ -7,25 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from fedraclora.data.locate import GGUF
 from fedraclora.errors import DataError
 
 
 def is_gguf(source: str) -> bool:
     """Tell whether a source of weights is a GGUF file."""
-    return source.endswith(".gguf")
-
-
-def gguf_arguments(source: str) -> tuple[str, dict[str, str]]:
-    """Give what ``from_pretrained`` takes for a source: a folder, and the file in it if it is one.
-
-    Example:
-        >>> gguf_arguments("models/small.Q4_1.gguf"), gguf_arguments("models/bert")
-        (('models', {'gguf_file': 'small.Q4_1.gguf'}), ('models/bert', {}))
-    """
-    if not is_gguf(source):
-        return source, {}
-    path = Path(source)
-    return str(path.parent), {"gguf_file": path.name}
+    return source.endswith(GGUF)
 
 
 def made_plain(model: nn.Module) -> nn.Module:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedraclora.data.locate import check_file, model_source
+from fedraclora.data.locate import check_file, from_pretrained, model_source
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import Attention, Built, require_heads, require_input, seeded
 from fedraclora.models.dropout import refuse_idle_rate
-from fedraclora.models.gguf import gguf_arguments, is_gguf, made_plain
+from fedraclora.models.gguf import is_gguf, made_plain
 
 # How architectures call rates of dropout in their configurations: hidden_dropout_prob, resid_pdrop,
 # dropout_rate, ...
@@ -70,28 +70,27 @@ def build_hf(
         if not weights.is_file():
             raise DataError(f"model.path={path}: there is no {weights} to verify; sha256 is set")
         check_file(weights, sha256)
+    key = f"model.path={path}"
     try:
-        place, file = gguf_arguments(source) if local else (source, {})
-        config = AutoConfig.from_pretrained(
-            place, num_labels=classes, local_files_only=local, **file
-        )
-        _set_dropout(config, dropout)
-        _cut_layers(config, layers)
+        config = from_pretrained(AutoConfig, source, local, key, num_labels=classes)
+        set_dropout(config, dropout)
+        cut_layers(config, layers)
         if config.pad_token_id is None:
             ends = config.eos_token_id  # Llama 3 has several
             config.pad_token_id = ends[0] if isinstance(ends, list) else ends
-        with seeded(seed, "model"), _quiet():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                place,
-                **file,
+        with seeded(seed, "model"), quiet():
+            model = from_pretrained(
+                AutoModelForSequenceClassification,
+                source,
+                local,
+                key,
                 config=config,
-                local_files_only=local,
                 dtype=torch.float32,
                 attn_implementation=attention,
                 ignore_mismatched_sizes=True,
             )
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"model.path={path} cannot be loaded: {error}") from error
+        raise DataError(f"{key} cannot be loaded: {error}") from error
     refuse_idle_rate(model, dropout)
     return _built(made_plain(model))
 
@@ -149,7 +148,7 @@ def build_transformer(
         num_labels=classes,
         attn_implementation=attention,
     )
-    _set_dropout(config, dropout)
+    set_dropout(config, dropout)
     with seeded(seed, "model"):
         return _built(BertForSequenceClassification(config))
 
@@ -169,14 +168,20 @@ def _built(model: Any) -> Built:
     return Built(network.train(), head, targets)
 
 
-def _set_dropout(config: Any, dropout: float) -> None:
+def set_dropout(config: Any, dropout: float) -> None:
+    """Set the dropout of hidden states by every name that a configuration has for it."""
     for name, rate in list(vars(config).items()):
         if _DROPOUT.search(name) and not isinstance(rate, bool):
             by_function = "att" in name or "activation" in name
             setattr(config, name, 0.0 if by_function else dropout)
 
 
-def _cut_layers(config: Any, layers: int | None) -> None:
+def cut_layers(config: Any, layers: int | None) -> None:
+    """Keep the first so many layers of a configuration; None keeps all.
+
+    Raises:
+        ConfigError: If the model has fewer.
+    """
     if layers is None:
         return
     if layers > config.num_hidden_layers:
@@ -185,7 +190,7 @@ def _cut_layers(config: Any, layers: int | None) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the report of a new head and the progress bar; both are expected."""
     from transformers.utils import logging
 

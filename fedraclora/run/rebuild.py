@@ -48,7 +48,7 @@ def state_at(
         base = checkpoint_base(part(tensors, "base/"), meta, folder / "chain", plan)
         return State(base, plan, carried, kind.read(meta["memo"]))
     chain, last, state = folder / "chain", -1, State({}, Plan({}))
-    beyond, memo = False, dict[str, Any]()
+    beyond, memo = False, {}
     for number, tensors, meta in read_links(chain):
         _check_gap(folder, last, number)
         if beyond := number > round_:
@@ -59,9 +59,8 @@ def state_at(
         else:
             base = apply_link(state.base, read_link(tensors, meta), state.plan)
         kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
-        memo = meta.get("memo", {})
+        last, memo = number, meta.get("memo", {})
         state = State(base, state.plan, kept | part(tensors, CARRIED), kind.read(memo))
-        last = number
     if last < 0 or (last < round_ and not beyond):
         reached = "no round" if last < 0 else f"round {last}"
         wanted = chain / f"{last + 1:06d}.safetensors"

@@ -14,6 +14,7 @@ import torch
 
 from fedraclora.data.samples import ClientData
 from fedraclora.data.task import Task, forward, loss_function
+from fedraclora.data.token_losses import output_layer, token_losses
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
 from fedraclora.protocol.recipes import RECIPES
@@ -29,7 +30,7 @@ from fedraclora.training.probe import GradientMean
 from fedraclora.training.program import OpenChunk, Program, refuse_mixing
 from fedraclora.training.schedule import Batch, Schedule
 from fedraclora.training.vmapped import vmapped_forward
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, wide
 
 PROGRAMS_KEPT = 4  # each holds the base weights that it last trained from
 
@@ -66,7 +67,7 @@ class CohortTrainer:
         self.device, self.precision = device, precision
         self.data: ClientData = task.train
         self.loss = loss_function(task.loss)
-        self.dtype = next(task.model.parameters()).dtype
+        self.dtype = wide(next(task.model.parameters()).dtype)
         self.answer_key: bytes | None = None  # a real client puts one of its own here
         self.former = next((e for e in local.extras if e.forms_gradients), None)
         self._programs: dict[tuple[str, ...], Program] = {}
@@ -222,9 +223,12 @@ class CohortTrainer:
         else:
             context.rows = len(samples)
             context.factors, context.dense = arrange(downlink, leaves, frozen, active)
+            head = output_layer(program.copied, self.task.loss)
             with products:
+                if head is not None:
+                    losses, counts = token_losses(program.copied, head, samples, self.dtype)
+                    return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
                 output = forward(program.copied, samples.inputs)
-            context.places = None  # of this batch alone
         # Outside, so that the loss is formed as precisely on any device.
         losses, counts = self.loss(output.to(self.dtype), samples.target)
         return losses.reshape(valid.shape), counts.reshape(valid.shape), valid

@@ -8,7 +8,7 @@ import torch
 
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.sketch import SketchSpec
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, wide
 
 
 def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tree, Tree, Tree]:
@@ -21,7 +21,7 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
     K = len(order)
     values, starts, frozen = {}, {}, {}
     for weight, adapter in downlink.adapters.items():
-        like = base[weight]
+        like = torch.empty(0, dtype=wide(base[weight].dtype), device=base[weight].device)
         for label, factor in adapter.factors.items():
             name = f"{weight}/{label}"
             if isinstance(factor, SketchSpec):

@@ -8,10 +8,13 @@ its 8 bits, would lose it. Evaluation and aggregation know one precision, that o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.tree import Tree, wide
 
 FLOAT32, BF16_MIXED = "float32", "bf16-mixed"
 PRECISIONS = (FLOAT32, BF16_MIXED)
@@ -29,6 +32,39 @@ def products_in(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
 
+def check_base(
+    base: Tree, method: str, in_full: Sequence[str], *, merges: bool, rescales: bool
+) -> None:
+    """Refuse to change weights that are narrower than float32.
+
+    Args:
+        base: The weights.
+        method: Its name, for the message.
+        in_full: Which of them are trained themselves.
+        merges: Whether the method folds updates into them.
+        rescales: Whether they are rescaled (DoRA).
+
+    Raises:
+        ConfigError: If they would be changed: a link is far smaller than the weight it is added to,
+            and most of it would be rounded away.
+    """
+    narrow = [name for name, weight in base.items() if weight.dtype != wide(weight.dtype)]
+    own = [name for name in narrow if name in in_full]
+    if not narrow or not (merges or rescales or own):
+        return
+    if merges:
+        why = f"method={method} merges each update into the weights"
+    elif rescales:
+        why = "dora=true rescales the weights"
+    else:
+        why = f"{own[0]} is trained in full"
+    raise ConfigError(
+        f"model.base is {str(base[narrow[0]].dtype)[6:]}, but {why}, and most of such a change "
+        "would be rounded away: set model.base=float32, or choose what stays beside the weights "
+        "(method=ffa_lora or fedavg_lora; dora=false, head=frozen, bias=frozen, dense=null)"
+    )
+
+
 def check_precision(precision: str, model: nn.Module, device: torch.device) -> None:
     """Refuse a precision that cannot be had.
 
@@ -38,10 +74,16 @@ def check_precision(precision: str, model: nn.Module, device: torch.device) -> N
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
+    narrow = [n for n, p in model.named_parameters() if p.dtype == torch.bfloat16]
     if precision == FLOAT32:
+        if narrow:
+            raise ConfigError(
+                f"model.base is bfloat16 (weight {narrow[0]}), but precision is {precision}: "
+                "products with such weights are in bfloat16; set precision=bf16-mixed"
+            )
         return
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
+        if parameter.dtype not in {torch.float32, torch.bfloat16}:
             raise ConfigError(
                 f"precision is {precision}, but weight {name} is {parameter.dtype}: mixed "
                 "precision is for float32 weights; set precision=float32, which leaves them as "

@@ -89,7 +89,14 @@ class Program:
         )
         parameters = dict(copied.named_parameters())
         dropouts = [n for n, m in modules.items() if isinstance(m, nn.Dropout) and m.p > 0]
+        recomputed = [m for m in copied.modules() if computes_again(m)]
         if not foldable:
+            if recomputed:
+                raise ModelError(
+                    "model.checkpointing is true, but what is trained needs torch.func.vmap, under "
+                    "which blocks cannot be computed again: set model.checkpointing=false, or "
+                    "train Linear, Conv1D, LayerNorm and Embedding layers alone"
+                )
             if dropouts and model.training:
                 raise ModelError(
                     f"{dropouts[0]}: dropout cannot be used here, because a trained tensor outside "
@@ -106,7 +113,10 @@ class Program:
         for name in dropouts:
             replace(copied, name, CohortDropout(modules[name], name, context))
         plain = model if written_out(task, downlink) else None
-        return cls(copied.eval(), True, context, parameters, {}, plain)  # CohortDropout stays on
+        copied.eval()  # CohortDropout stays on
+        for module in recomputed:
+            module.training = True  # its own flag alone: else it keeps everything
+        return cls(copied, True, context, parameters, {}, plain)
 
     def network(self, downlink: Downlink, frozen: Tree) -> FeedForward | None:
         """Give the network with its gradients written out, if it fits."""
@@ -164,6 +174,12 @@ class OpenChunk(Chunk):
         valid = schedule.valid[rows, step, :width]
         context.places = real_tokens(samples, valid, real)
         return samples, valid
+
+
+def computes_again(module: nn.Module) -> bool:
+    """Tell whether a block of transformers is set to be computed again in the backward pass."""
+    block = any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
+    return block and bool(getattr(module, "gradient_checkpointing", False))
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -43,7 +43,7 @@ from fedraclora.protocol.plan import (
 )
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, wide, widened
 from strategies.shared.common import closed, dense_means, dense_slots, link_age
 from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, Value
 from strategies.shared.products import RoundError
@@ -190,7 +190,7 @@ class LayerMethod(LowRank):
             carried={k: state.carried[key] for k, key in keys.items() if key in state.carried},
             link=state.memo.sketch,
             ends=state.memo.age + 1 == self.link_rounds,
-            dtype=state.base[name].dtype,
+            dtype=wide(state.base[name].dtype),
         )
 
     @override
@@ -245,7 +245,8 @@ class LayerMethod(LowRank):
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         """Give W + s times the product of the factors as they stand, for every matrix."""
         terms = self.standing(state, draw, own)
-        return apply_link(state.base, Link(terms), state.plan) if terms else state.base
+        base = widened(state.base)
+        return apply_link(base, Link(terms), state.plan) if terms else base
 
     def standing(self, state: State, draw: Draw, own: Tree | None = None) -> dict[str, Term]:
         """Give the terms that the factors as they stand add to the base, by weight."""

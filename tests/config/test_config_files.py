@@ -85,6 +85,7 @@ BESIDE = {
 COMPOSED = {
     *(name for name in FILES if name.startswith(("data/glue_", "experiment/glue"))),
     "data/mnist",
+    "data/instructions",  # in tests/language, as all language models
     "data/own",  # a package's, in test_deploy_own.py
     "data/rotten_tomatoes",
     "data/text",
@@ -93,10 +94,14 @@ COMPOSED = {
     "experiment/mrpc_dirichlet",
     "experiment/rotten_tomatoes",
     "experiment/rte_dirichlet",
+    "experiment/smollm2_instructions",
     "experiment/stsb_genres",
+    "experiment/tiny_instructions",
+    "model/causal_lm",
     "model/function",
     "model/hf",
     "model/minilm",
+    "model/smollm2",
     "model/transformer",
 }
 

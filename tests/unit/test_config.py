@@ -17,6 +17,7 @@ from fedraclora.config.run_config import (
     RunConfig,
     TaskConfig,
     choices_with,
+    digested,
     from_plain,
     task_from_plain,
 )
@@ -353,6 +354,15 @@ def test_sgd_leaves_out_the_constants_of_adamw_and_nothing_else(name: str) -> No
     fields = set(inspect.signature(LocalSettings).parameters)
     assert fields - keys == {"beta1", "beta2", "eps"}
     assert keys <= fields
+
+
+def test_a_run_without_answers_is_that_of_before_there_were_any() -> None:
+    new = plain()
+    keys = ("generate", "answers", "new_tokens", "shown")
+    old = {**new, "evaluate": {k: v for k, v in new["evaluate"].items() if k not in keys}}
+    assert digested(new) == digested(old)
+    asked = {**new, "evaluate": {**new["evaluate"], "generate": 2}}
+    assert digested(asked) != digested(new)
 
 
 def test_the_evaluation_is_set_in_the_run_itself() -> None:

@@ -1,0 +1,90 @@
+"""The curves of a report, by plotly: one line for each run, hover to read a value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import plotly.graph_objects as go
+
+from fedraclora.plots.axes import COLOURS, MEGABYTE
+from fedraclora.run.ledger import Row, column, headline
+
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+    """Draw the curves of some runs.
+
+    Args:
+        runs: Rows of the ledger, by the label of the run.
+
+    Returns:
+        Title -> an HTML element with the curve; only what was recorded of at least one run.
+    """
+    names = [name for rows in runs.values() if (name := headline(rows)) is not None]
+    metric = names[0] if names else "metric"
+    axes = {
+        f"{metric} by round": ("round", metric, ("round",), ("metrics", metric)),
+        f"{metric} by traffic, both ways": ("MB, up and down", metric, (), ("metrics", metric)),
+        "loss on the test samples": ("round", "loss", ("round",), ("metrics", "loss")),
+        "training loss": ("round", "loss", ("round",), ("train_loss",)),
+        "sent by clients, in all": ("round", "MB", ("round",), ("uplink_total",)),
+        "sent to clients, catch-up included": ("round", "MB", ("round",), ("downlink_total",)),
+        "seconds of a round": ("round", "seconds", ("round",), ("seconds",)),
+    }
+    found = {}
+    for title, (x_name, y_name, x_keys, y_keys) in axes.items():
+        lines = {}
+        for label, rows in runs.items():
+            x = traffic(rows) if not x_keys else numbers(rows, *x_keys)
+            y = seconds(rows) if y_keys == ("seconds",) else numbers(rows, *y_keys)
+            if y_name == "MB":
+                y = [value / MEGABYTE for value in y]
+            kept = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
+            if len(kept) > 1:
+                lines[label] = ([a for a, _ in kept], [b for _, b in kept])
+        if lines and not (metric == "loss" and title.startswith("loss")):
+            found[title] = drawn(lines, x_name, y_name)
+    return found
+
+
+def numbers(rows: Sequence[Row], *keys: str) -> list[float]:
+    """Give a column as numbers; NaN where a row has none."""
+    return [float(value) for value in column(rows, *keys)]
+
+
+def traffic(rows: Sequence[Row]) -> list[float]:
+    """Megabytes both ways up to each round."""
+    up, down = numbers(rows, "uplink_total"), numbers(rows, "downlink_total")
+    return [(a + b) / MEGABYTE for a, b in zip(up, down, strict=True)]
+
+
+def seconds(rows: Sequence[Row]) -> list[float]:
+    """Wall-clock seconds of each round, all phases together."""
+    laps = (row.get("seconds") for row in rows)
+    return [sum(map(float, lap.values())) if isinstance(lap, Mapping) else math.nan for lap in laps]
+
+
+def drawn(lines: Lines, x_name: str, y_name: str) -> str:
+    """Draw lines; colours of the page, light or dark, are set by its own script."""
+    figure = go.Figure()
+    for place, (label, (x, y)) in enumerate(lines.items()):
+        colour = COLOURS[place % (len(COLOURS) - 1)]  # the last is black: lost on a dark page
+        figure.add_scatter(
+            x=list(x), y=list(y), name=label, mode="lines", line={"color": colour, "width": 2}
+        )
+    figure.update_layout(
+        margin={"l": 56, "r": 12, "t": 8, "b": 44},
+        height=300,
+        hovermode="x unified" if len(lines) > 1 else "closest",
+        showlegend=len(lines) > 1,
+        legend={"orientation": "h", "y": -0.25},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        xaxis={"title": x_name, "zeroline": False},
+        yaxis={"title": y_name, "zeroline": False},
+    )
+    options = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=options)
+    return text

@@ -1,0 +1,248 @@
+"""Conversations of a file: chat messages, prompts with responses, or Alpaca's columns.
+
+One row is one conversation. Its form is read off the columns: ``messages`` (a list of roles and
+contents), ``instruction``, ``input`` and ``output`` (Alpaca), or ``prompt`` and ``response``.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedraclora.errors import ConfigError, DataError, unknown
+
+Message = dict[str, str]
+
+ROLES = ("system", "user", "assistant")
+_SHAREGPT = {"human": "user", "gpt": "assistant"}  # with `from` and `value` for role and content
+_PLACE = re.compile(r"\{([^{}]+)\}")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that end with an answer of the assistant.
+
+    Attributes:
+        messages: Each with a ``role`` of `ROLES` and a ``content``.
+        where: File and row, for messages of errors.
+        client: Whose it is, or None.
+    """
+
+    messages: tuple[Message, ...]
+    where: str
+    client: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a conversation that there is nothing to learn from."""
+        if [m for m in self.messages if m["role"] == "assistant" and not m["content"].strip()]:
+            raise DataError(
+                f"{self.where}: the response is empty; leave the row out or fill it: an empty "
+                "answer would teach the model to say nothing"
+            )
+        if not self.messages or self.messages[0]["role"] == "assistant":
+            raise DataError(f"{self.where}: the conversation does not begin with a prompt")
+        if self.messages[-1]["role"] != "assistant":
+            raise DataError(f"{self.where}: the conversation does not end with a response")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a row is read.
+
+    Attributes:
+        prompt: A column, or a text with columns in braces (``"Review: {sentence}"``); None: by the
+            columns that there are.
+        response: The same for the answer.
+        answers: What the values of ``response`` are written as (``{"0": "negative"}``), or None.
+        client: The column that says whose a row is, or None.
+    """
+
+    prompt: str | None = None
+    response: str | None = None
+    answers: Mapping[str, str] | None = None
+    client: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse half a form."""
+        if (self.prompt is None) != (self.response is None):
+            raise ConfigError(
+                f"data.prompt={self.prompt}, data.response={self.response}: set both, or none for "
+                "files with the columns messages, or prompt and response, or instruction and output"
+            )
+
+    def read(self, row: Mapping[str, Any], where: str) -> Conversation:
+        """Make a conversation of a row.
+
+        Raises:
+            ConfigError: If a column that is named does not exist.
+            DataError: Naming file and row, if a value cannot be used.
+        """
+        client = None if self.client is None else text_of(row, self.client, "data.client", where)
+        if client == "":
+            raise DataError(
+                f"{where}: the column {self.client} (data.client) is empty, so that the row is no "
+                "client's: fill it or leave the row out"
+            )
+        return Conversation(tuple(self._messages(row, where)), where, client)
+
+    def _messages(self, row: Mapping[str, Any], where: str) -> list[Message]:
+        if self.prompt is not None and self.response is not None:
+            prompt = filled(self.prompt, row, "data.prompt", where)
+            return _pair(prompt, self._answer(row, where))
+        if "messages" in row:
+            return read_messages(row["messages"], where)
+        if {"instruction", "output"} <= set(row):
+            parts = [text_of(row, key, "data", where) for key in ("instruction", "input", "output")
+                     if key in row]  # fmt: skip
+            return _pair("\n\n".join(filter(None, parts[:-1])), parts[-1])
+        if {"prompt", "response"} <= set(row):
+            return _pair(*(text_of(row, key, "data", where) for key in ("prompt", "response")))
+        raise ConfigError(
+            f"{where} has the columns {', '.join(map(str, row))}; messages, or prompt and "
+            "response, or instruction and output are wanted: name yours with data.prompt and "
+            "data.response"
+        )
+
+    def _answer(self, row: Mapping[str, Any], where: str) -> str:
+        found = filled(str(self.response), row, "data.response", where)
+        if self.answers is None:
+            return found
+        if found not in self.answers:
+            error = unknown("value", found, self.answers)
+            raise DataError(f"{where}: data.answers has no text for it: {error}")
+        return self.answers[found]
+
+
+def _pair(prompt: str, response: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def filled(text: str, row: Mapping[str, Any], key: str, where: str) -> str:
+    """Fill columns into a text with braces; a text without any is the name of a column.
+
+    Example:
+        >>> filled("Is this good? {0}", {"0": "a dull film"}, "data.prompt", "row 1")
+        'Is this good? a dull film'
+        >>> filled("label", {"label": 1}, "data.response", "row 1")
+        '1'
+    """
+    if not _PLACE.search(text):
+        return text_of(row, text, key, where)
+    return _PLACE.sub(lambda found: text_of(row, found[1], key, where), text)
+
+
+def text_of(row: Mapping[str, Any], column: str, key: str, where: str) -> str:
+    """Give a value as text, without space around it; nothing is the empty text.
+
+    Raises:
+        ConfigError: If there is no such column.
+    """
+    if column not in row:
+        raise ConfigError(f"{key}: {where}: {unknown('column', column, [*map(str, row)])}")
+    value = row[column]
+    missing = value is None or value != value  # noqa: PLR0124  NaN, which tables hold for nothing
+    return "" if missing else str(value).strip()
+
+
+def read_messages(value: Any, where: str) -> list[Message]:
+    """Check a list of messages, which a CSV file holds as JSON; what follows the last answer goes.
+
+    Raises:
+        DataError: Naming file and row, and what is wrong.
+    """
+    wanted = f"a list of messages with role ({', '.join(ROLES)}) and content is wanted"
+    try:
+        messages = json.loads(value) if isinstance(value, str) else list(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: messages is {str(value)[:60]!r}; {wanted}") from error
+    found = []
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise DataError(f"{where}: a message is {str(message)[:60]!r}; {wanted}")
+        role = str(message.get("role", message.get("from")))
+        role, content = _SHAREGPT.get(role, role), message.get("content", message.get("value"))
+        if role not in ROLES or not isinstance(content, str):
+            raise DataError(f"{where}: a message is {dict(message)}; {wanted}")
+        found.append({"role": role, "content": content})
+    answers = [place for place, message in enumerate(found) if message["role"] == "assistant"]
+    return found[: answers[-1] + 1] if answers else found
+
+
+def read_conversations(path: Path, form: Form, *, header: bool = True) -> list[Conversation]:
+    """Read every conversation of a file.
+
+    Args:
+        path: A file whose name ends in .jsonl (or .jsonl.gz), .parquet, .csv or .tsv (read with
+            quoting off, for sentences hold lone quotes).
+        form: How rows are read.
+        header: Whether the first row of a .csv or .tsv names the columns; else they are 0, 1, ...
+
+    Raises:
+        ConfigError: If the kind of file is not known, or a column does not exist.
+        DataError: If the file cannot be read, or a row cannot be used, which is named.
+    """
+    try:
+        found = [form.read(row, f"{path}, row {n}") for n, row in enumerate(rows(path, header), 1)]
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not found:
+        raise DataError(f"{path} holds no rows")
+    return found
+
+
+def rows(path: Path, header: bool) -> Iterator[Mapping[str, Any]]:
+    """Give the rows of a file, by column."""
+    name = path.name.removesuffix(".gz")
+    if name.endswith((".jsonl", ".json")):
+        return _lines(path)
+    if name.endswith(".parquet"):
+        import pandas as pd
+
+        return iter(pd.read_parquet(path).to_dict("records"))
+    if name.endswith((".csv", ".tsv")):
+        return _cells(path, "\t" if name.endswith(".tsv") else ",", header)
+    raise ConfigError(
+        f"data.file={path}: a name that ends in .jsonl, .parquet, .csv or .tsv is wanted"
+    )
+
+
+def _open(path: Path) -> Any:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number} is no JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number} is no JSON object: one a line is wanted")
+            yield row
+
+
+def _cells(path: Path, delimiter: str, header: bool) -> Iterator[Mapping[str, Any]]:
+    with _open(path) as file:
+        if delimiter == "\t":
+            reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        else:
+            reader = csv.reader(file, delimiter=delimiter)
+        names: Sequence[str] | None = next(reader, []) if header else None
+        for cells in filter(None, reader):
+            columns = [str(n) for n in range(len(cells))] if names is None else names
+            if len(cells) != len(columns):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(cells)} fields; {len(columns)} are "
+                    "wanted, as in the first row"
+                )
+            yield dict(zip(columns, cells, strict=True))

@@ -1,0 +1,207 @@
+"""Instructions with their answers, for causal language models: the loss is on the answers alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import numpy as np
+
+from fedraclora.data.chat import Chat, fitted, packed, padded
+from fedraclora.data.conversations import Conversation, Form, read_conversations
+from fedraclora.data.dataset import DataSet, split_rows
+from fedraclora.data.locate import check_file, resolve
+from fedraclora.data.samples import Samples
+from fedraclora.errors import ConfigError
+from fedraclora.limits import Count, Fraction, choice_of, limited, whole_from
+from fedraclora.rng import generator
+
+log = logging.getLogger(__name__)
+
+METRICS = ("perplexity", "token_accuracy", "loss")
+
+
+Length = Annotated[int, whole_from(2)]  # a token to read and one to predict
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How conversations become samples; see `load_instructions` for each key."""
+
+    tokenizer: str
+    root: str | None = None
+    template: str | None = None
+    max_length: int = 512
+    packing: bool = False
+    cut_away: str = "error"
+    metrics: Sequence[str] | None = None
+
+
+@limited("data")
+def load_instructions(
+    *,
+    file: str | None,
+    tokenizer: str | None,
+    root: str | None = None,
+    test_file: str | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
+    answers: Mapping[str, object] | None = None,
+    header: bool = True,
+    client: str | int | None = None,
+    template: str | None = None,
+    max_length: Length = 512,
+    packing: bool = False,
+    cut_away: Annotated[str, choice_of(("error", "drop"))] = "error",
+    metrics: Sequence[str] | None = None,
+    test: Fraction = 0.2,
+    split_seed: int = 0,
+    subsample: Count | None = None,
+    sha256: str | None = None,
+    test_sha256: str | None = None,
+) -> DataSet:
+    """Load and tokenise conversations (.jsonl, .parquet, .csv or .tsv).
+
+    Args:
+        file: Training rows: a path (also relative to ``root``) or ``package:NAME/path``, with the
+            columns ``messages``, or ``prompt`` and ``response``, or ``instruction``, ``input`` and
+            ``output``.
+        tokenizer: A folder, a GGUF file, ``package:NAME/path`` or ``hub:NAME``; only the last may
+            download.
+        root: The data root, or None.
+        test_file: Test rows, or None to hold some of ``file`` out.
+        prompt: A column, or a text with columns in braces; None: by the columns above.
+        response: The same for the answer.
+        answers: What the values of ``response`` are written as, or None.
+        header: Whether the first row of a .csv or .tsv names the columns; else 0, 1, ...
+        client: The column of the natural client, or None.
+        template: A Jinja chat template, or a file with one; None: the tokenizer's own.
+        max_length: Tokens of a sample; longer conversations are cut, and counted.
+        packing: Put several training conversations of a client (of any, where there is no column
+            ``client``) into one sample.
+        cut_away: What becomes of a conversation whose response does not fit: error or drop.
+        metrics: Names of metrics, the headline first; None: perplexity, token_accuracy, loss.
+        test: Fraction of the rows (of each client) held out where there is no ``test_file``.
+        split_seed: Seed of that split, and of ``subsample``.
+        subsample: Training rows to draw, or None for all.
+        sha256: SHA-256 of ``file``, or None.
+        test_sha256: SHA-256 of ``test_file``, or None.
+
+    Returns:
+        Inputs ``input_ids`` and ``attention_mask`` (packed: ``position_ids``), int64 [N, T]; labels
+        int64 [N, T], -100 outside answers. The number of outputs is that of the tokens.
+
+    Raises:
+        ConfigError: If a key is wrong, naming it, or there is no chat template.
+        DataError: If a file or a tokenizer is missing, or a row cannot be used, which is named.
+    """
+    settings = Settings(
+        require_tokenizer(tokenizer), root, template, max_length, packing, cut_away, metrics
+    )
+    texts = None if answers is None else {str(k): str(v) for k, v in answers.items()}
+    form = Form(prompt, response, texts, None if client is None else str(client))
+
+    def read(spelling: str, key: str, pin: str | None, form: Form) -> list[Conversation]:
+        path = check_file(resolve(spelling, key=key, root=root), pin)
+        return read_conversations(path, form, header=header)
+
+    whole = read(str(file or ""), "data.file", sha256, form)
+    if test_file is not None:
+        held = read(test_file, "data.test_file", test_sha256, replace(form, client=None))
+    else:
+        whole, held = _split(whole, test, split_seed)
+    if subsample is not None:
+        drawn = generator(split_seed, "split", "subsample").permutation(len(whole))[:subsample]
+        whole = [whole[row] for row in np.sort(drawn)]
+    data = instruction_set(whole, held, settings, {"source": str(file)})
+    if client is None:
+        return data
+    return replace(data, columns={str(client): data.columns["client"], **data.columns})
+
+
+def instruction_set(
+    train: Sequence[Conversation],
+    test: Sequence[Conversation],
+    settings: Settings,
+    info: dict[str, object],
+) -> DataSet:
+    """Tokenise conversations into a data set; see `load_instructions`.
+
+    Args:
+        train: Conversations to train on; either all have a client or none has.
+        test: Conversations to measure on; they are never packed.
+        settings: How.
+        info: Facts for the summary, to which what was cut and left out is added.
+    """
+    chat = Chat(settings.tokenizer, root=settings.root, template=settings.template)
+    pad = chat.tokenizer.pad_token_id
+    pad = (chat.tokenizer.eos_token_id or 0) if pad is None else pad
+    drop = settings.cut_away == "drop"
+
+    def fit(conversations: Sequence[Conversation]) -> tuple[list, list[int], int]:  # type: ignore[type-arg]
+        wheres = [conversation.where for conversation in conversations]
+        return fitted(chat.encode(conversations), wheres, settings.max_length, drop=drop)
+
+    (rows, places, cut), (held, held_places, held_cut) = fit(train), fit(test)
+    owners: list[str | None] = [train[place].client for place in places]
+    lost = len(train) + len(test) - len(places) - len(held_places)
+    if settings.packing:
+        table, owners = packed(rows, owners, settings.max_length, pad)
+    else:
+        table = padded(rows, pad)
+    measured: Samples = padded(held, pad)
+    labels = int((table.target >= 0).sum())
+    info = {**info, "conversations": len(rows), "response_tokens": labels}
+    info |= {"truncated": cut + held_cut, "cut_away": lost}
+    if cut + held_cut or lost:
+        log.warning(
+            "data.max_length=%d: %d of %d conversations were cut, and %d more left out, of whose "
+            "response nothing would have been left",
+            settings.max_length,
+            cut + held_cut,
+            len(train) + len(test),
+            lost,
+        )
+    if settings.packing:
+        info["packed"] = f"{len(rows)} conversations in {len(table)} samples"
+    return DataSet(
+        train=table,
+        test=measured,
+        classes=len(chat.tokenizer),
+        loss="next_token",
+        metrics=tuple(settings.metrics or METRICS),
+        columns={} if owners[0] is None else {"client": np.array(owners)},
+        sample_shape=(),
+        tokenizer=chat.tokenizer,
+        info=info,
+    )
+
+
+def require_tokenizer(tokenizer: str | None) -> str:
+    """Give the name of a tokenizer.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if tokenizer is None:
+        raise ConfigError(
+            "data.tokenizer is not set: name the folder of a tokenizer; it is that of model.path "
+            "where that is set"
+        )
+    return tokenizer
+
+
+def _split(
+    whole: list[Conversation], test: float, split_seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Hold rows out, the same fraction of each client."""
+    owners = None if whole[0].client is None else np.array([one.client for one in whole])
+    kept, held = split_rows(len(whole), test, generator(split_seed, "split", "test"), owners)
+    if not len(kept) or not len(held):
+        raise ConfigError(
+            f"data.test={test} of {len(whole)} rows leaves {len(kept)} to train on and "
+            f"{len(held)} to test on: choose another fraction, or name data.test_file"
+        )
+    return [whole[row] for row in kept], [whole[row] for row in held]

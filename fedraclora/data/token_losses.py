@@ -1,0 +1,129 @@
+"""Losses of a causal language model, formed at the tokens that have a label alone.
+
+The outputs of all tokens, [N, T, vocabulary], are by far the largest tensor of a step: SmolLM2 has
+49,152 of them a token, which is 25 MB for 128 tokens, and several times that with gradients. The
+hidden states of labelled tokens are picked out before the last layer, and turned into losses a
+piece at a time; the backward pass forms the outputs of a piece again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import IGNORED_TOKEN, forward
+
+LARGE = 1024  # outputs from which on it pays
+PIECE = 32 << 20  # bytes of outputs that are formed at a time
+
+
+def output_layer(model: nn.Module, loss: str) -> nn.Linear | None:
+    """Give the last layer of a language model, where its outputs are worth leaving out.
+
+    Args:
+        model: Any network.
+        loss: A key of `fedraclora.data.task.LOSSES`.
+
+    Returns:
+        None for other losses, small vocabularies, and a last layer that is trained per client: its
+        outputs belong to whole samples.
+    """
+    found = getattr(model, "get_output_embeddings", None)
+    layer = found() if loss == "next_token" and callable(found) else None
+    return layer if type(layer) is nn.Linear and layer.out_features >= LARGE else None
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The labelled tokens of a batch.
+
+    Attributes:
+        states: What the last layer is given, [tokens, width].
+        wanted: Their labels, int64 [tokens].
+        kept: Where they stand, bool [N, T - 1].
+        outputs: Turns states into outputs [tokens, vocabulary].
+    """
+
+    states: torch.Tensor
+    wanted: torch.Tensor
+    kept: torch.Tensor
+    outputs: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, head: nn.Linear, samples: Samples) -> Labelled:
+        """Run a model up to its last layer."""
+        wanted = samples.target[:, 1:]
+        kept = wanted != IGNORED_TOKEN
+        found, outputs = _run(model, head, samples, lambda states: states[:, :1])
+        states = found[:, :-1][kept]
+        with torch.no_grad():
+            untouched = torch.equal(head(found[:, :1]), outputs)
+        if untouched:
+            return cls(states, wanted[kept], kept, head)
+        # The model does something to its outputs (a soft cap, a scale): it does it to these alone.
+        _, outputs = _run(model, head, samples, lambda states: states[:, :-1][kept][None])
+        return cls(outputs[0], wanted[kept], kept, lambda given: given)
+
+    def pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Cut states and labels so that the outputs of a piece take `PIECE` bytes at most."""
+        width = getattr(self.outputs, "out_features", self.states.shape[-1])
+        rows = max(1, PIECE // (width * self.states.element_size()))
+        yield from zip(self.states.split(rows), self.wanted.split(rows), strict=True)
+
+
+def _run(
+    model: nn.Module,
+    head: nn.Linear,
+    samples: Samples,
+    chosen: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a model whose last layer sees chosen states alone; give all states, and its outputs."""
+    seen: list[torch.Tensor] = []
+
+    def choose(module: nn.Module, given: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        del module
+        seen.append(given[0])
+        return (chosen(given[0]),)
+
+    hook = head.register_forward_pre_hook(choose)
+    try:
+        outputs = forward(model, samples.inputs)
+    finally:
+        hook.remove()
+    return seen[0], outputs
+
+
+def token_losses(
+    model: nn.Module, head: nn.Linear, samples: Samples, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give loss and number of labelled tokens of each sample, as `fedraclora.data.task.next_token`.
+
+    Args:
+        model: A causal language model.
+        head: Its last layer (`output_layer`).
+        samples: [N, T] tokens, with labels as target.
+        dtype: In which losses are formed.
+
+    Returns:
+        Sums of losses [N], int64 [N].
+    """
+    labelled = Labelled.of(model, head, samples)
+
+    def losses(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(labelled.outputs(states).to(dtype), wanted, reduction="none")
+
+    pieces = [*labelled.pieces()]
+    if len(pieces) == 1 or not torch.is_grad_enabled():
+        found = [losses(*piece) for piece in pieces]
+    else:
+        found = [checkpoint(losses, *piece, use_reentrant=False) for piece in pieces]
+    each = torch.zeros(labelled.kept.shape, dtype=dtype, device=labelled.kept.device)
+    each = each.masked_scatter(labelled.kept, torch.cat(found))
+    return each.sum(dim=1), labelled.kept.sum(dim=1)

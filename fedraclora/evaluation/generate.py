@@ -1,0 +1,158 @@
+"""Answers that a language model generates to the prompts of held-out samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from typing_extensions import override
+
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import IGNORED_TOKEN
+from fedraclora.errors import ConfigError
+from fedraclora.evaluation.evaluate import evaluation_mode
+from fedraclora.tree import Tree
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt with the answer that stands in the data, and the one that was generated."""
+
+    prompt: str
+    wanted: str
+    answer: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the two are the same but for space around them."""
+        return self.wanted.strip() == self.answer.strip()
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Has a language model answer prompts, always the same, by the likeliest token each time.
+
+    Attributes:
+        model: The network, with ``generate`` of transformers.
+        tokenizer: Of transformers.
+        samples: Held-out samples: tokens with labels on the answers. Of several answers in a sample
+            the last is generated.
+        every: Rounds between answers; the first weights and the last are asked, too.
+        count: How many prompts, spread evenly over the samples.
+        new_tokens: Of an answer at most.
+        shown: How many answers the ledger keeps.
+        batch_size: Prompts at a time.
+
+    Raises:
+        ConfigError: If the model does not generate, or there is no tokenizer.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    samples: Samples
+    every: int
+    count: int
+    new_tokens: int
+    shown: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        """Refuse what generates no text."""
+        if self.tokenizer is None or not callable(getattr(self.model, "generate", None)):
+            raise ConfigError(
+                f"evaluate.generate={self.every} wants answers, but this model or these data have "
+                "no text to generate: it is for model=causal_lm with data=instructions; set it to "
+                "null"
+            )
+
+    def due(self, round_: int, last: int) -> bool:
+        """Tell whether the weights of a round answer."""
+        return round_ % self.every == 0 or round_ == last
+
+    def columns(self, weights: Tree) -> tuple[dict[str, float], list[dict[str, str]]]:
+        """Give the metric ``exact_match`` of all answers, and the texts of the first of them."""
+        found = self.answers(weights)
+        match = sum(answer.right for answer in found) / len(found)
+        return {"exact_match": match}, [vars(answer) for answer in found[: self.shown]]
+
+    def answers(self, weights: Tree) -> list[Answer]:
+        """Generate at the given weights, greedily."""
+        chosen = min(self.count, len(self.samples))
+        rows = torch.arange(chosen) * len(self.samples) // chosen
+        ids, labels = (t[rows.to(t.device)].cpu() for t in self._tokens())
+        pairs = [cut(*pair) for pair in zip(ids, labels, strict=True)]
+        order = sorted(range(chosen), key=lambda place: len(pairs[place][0]))
+        texts: dict[int, str] = {}
+        named = {f"model.{name}": value for name, value in weights.items()}
+        writer = _Writer(self.model, self.tokenizer, self.new_tokens)
+        device = next(iter(weights.values())).device
+        with torch.no_grad(), evaluation_mode(self.model):
+            for start in range(0, chosen, self.batch_size):
+                places = order[start : start + self.batch_size]
+                prompts = [pairs[place][0] for place in places]
+                written = functional_call(writer, named, (prompts, device))
+                texts.update(zip(places, written, strict=True))
+        decode = self.tokenizer.decode
+        return [
+            Answer(decode(prompt), decode(wanted, skip_special_tokens=True), texts[place])
+            for place, (prompt, wanted) in enumerate(pairs)
+        ]
+
+    def _tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.samples.inputs["input_ids"], self.samples.target
+
+
+def cut(ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the tokens before the last answer of a sample, and those of the answer.
+
+    Example:
+        >>> ids, no = torch.tensor([5, 6, 7, 8, 0]), -100
+        >>> cut(ids, torch.tensor([no, no, 7, 8, no]))
+        (tensor([5, 6]), tensor([7, 8]))
+    """
+    labelled = labels != IGNORED_TOKEN
+    end = int(labelled.nonzero().max()) + 1
+    before = (~labelled[:end]).nonzero()
+    start = int(before.max()) + 1 if len(before) else 1
+    return ids[:start], ids[start:end]
+
+
+class _Writer(nn.Module):
+    """Generation as a module, so that `functional_call` reaches the model."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, new_tokens: int) -> None:
+        super().__init__()
+        self.model, self._tokenizer, self._new_tokens = model, tokenizer, new_tokens
+
+    @override
+    def forward(self, prompts: list[torch.Tensor], device: torch.device) -> list[str]:
+        end = self._tokenizer.eos_token_id
+        pad = self._tokenizer.pad_token_id
+        pad = (0 if end is None else end) if pad is None else pad
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), pad)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # on the left: the answers begin together
+            ids[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = 1
+        generate: Any = self.model.generate
+        written = generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=self._new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            eos_token_id=end,
+            pad_token_id=pad,
+        )
+        texts: list[str] = self._tokenizer.batch_decode(
+            written[:, longest:], skip_special_tokens=True
+        )
+        return texts

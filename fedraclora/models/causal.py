@@ -1,0 +1,174 @@
+"""Causal language models of transformers: pretrained, or small with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+
+from fedraclora.data.locate import GGUF, check_file, from_pretrained, model_source
+from fedraclora.errors import ConfigError, DataError, ModelError, unknown
+from fedraclora.limits import Count, Fraction, choice_of, limited
+from fedraclora.models.built import Attention, Built, require_input, seeded
+from fedraclora.models.dropout import refuse_idle_rate
+from fedraclora.models.gguf import made_plain
+from fedraclora.models.hf import cut_layers, quiet, set_dropout
+
+BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@limited("model")
+def build_causal_lm(
+    *,
+    shape: tuple[int, ...],
+    classes: int,
+    seed: int,
+    path: str | None = None,
+    config: Mapping[str, object] | None = None,
+    layers: Count | None = None,
+    dropout: Fraction = 0.0,
+    attention: Attention = "sdpa",
+    base: Annotated[str, choice_of(BASES)] = "float32",
+    checkpointing: bool = False,
+    sha256: str | None = None,
+) -> Built:
+    """Load a causal language model (Llama, Qwen, GPT-2, SmolLM, ...), or build one at random.
+
+    Args:
+        shape: Must be empty: the data are token ids.
+        classes: Number of different tokens of the data.
+        seed: The seed of the run; random weights are drawn from it.
+        path: A folder, a GGUF file, ``package:NAME/path`` or ``hub:NAME``; only the last may
+            download. A GGUF file is dequantised to ``base``: the weights stay rounded.
+        config: Instead of ``path``: ``model_type`` and further keys of its configuration in
+            transformers, for random weights; ``vocab_size`` is that of the data if it is not said.
+        layers: Keep the first so many layers; None for all.
+        dropout: Dropout of hidden states.
+        attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
+        base: Precision of the weights: ``float32``, or ``bfloat16`` for methods that never merge.
+        checkpointing: Keep only the inputs of each block for the backward pass, and compute the
+            rest again: less memory, about a third more time.
+        sha256: SHA-256 of the GGUF file, or of ``model.safetensors`` in the folder, or None.
+
+    Returns:
+        The model; head: the output layer, which is often tied to the table of tokens and then can
+        only be frozen. The targets are the projections of query and value.
+
+    Raises:
+        ConfigError: If a key is wrong, naming it, or the model takes no dropout.
+        DataError: If the model is missing or its weights are another file.
+        ModelError: If the model has no output layer over tokens.
+    """
+    require_input("causal_lm", shape, classes, text=True)
+    if (path is None) == (config is None):
+        raise ConfigError(
+            f"model.path is {path} and model.config is {config}: set one of them. A path loads "
+            "weights (a folder, a GGUF file, package:NAME/path or hub:NAME); a config, such as "
+            "{model_type: llama, hidden_size: 64}, draws them"
+        )
+    if path is not None:
+        model = _loaded(path, layers, dropout, attention, sha256)
+    else:
+        model = _drawn(config or {}, classes, seed, layers, dropout, attention)
+    refuse_idle_rate(model, dropout)
+    if checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"model.checkpointing is true, but {type(model).__name__} has no blocks that can "
+                "be computed again: leave it at false"
+            )
+        newest = getattr(model, "activation_checkpointing_enable", None)  # its name from v5.24 on
+        (newest or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    network: nn.Module = model.to(BASES[base]).train()
+    return Built(network, (_head(model),), _targets(network), narrow=base != "float32")
+
+
+def _loaded(
+    path: str, layers: int | None, dropout: float, attention: str, sha256: str | None
+) -> Any:
+    """Load weights in float32; those of a GGUF file come as a model like any other."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, local = model_source(path, key="model.path")
+    if local and sha256 is not None:
+        weights = Path(source) if Path(source).is_file() else Path(source) / "model.safetensors"
+        if not weights.is_file():
+            raise DataError(f"model.path={path}: there is no {weights} to verify; sha256 is set")
+        check_file(weights, sha256)
+    given = from_pretrained(AutoConfig, source, local, "model.path")
+    _prepare(given, layers, dropout)
+    with quiet():
+        model = from_pretrained(
+            AutoModelForCausalLM,
+            source,
+            local,
+            "model.path",
+            config=given,
+            dtype=torch.float32,
+            attn_implementation=attention,
+        )
+    if source.endswith(GGUF):
+        made_plain(model)
+    elif getattr(model, "hf_quantizer", None) is not None:
+        raise ConfigError(
+            f"model.path={path}: its weights are quantised, and of such only GGUF files are read: "
+            "dequantise them first (model.dequantize() of transformers, then save_pretrained)"
+        )
+    return model
+
+
+def _drawn(
+    config: Mapping[str, object],
+    classes: int,
+    seed: int,
+    layers: int | None,
+    dropout: float,
+    attention: str,
+) -> Any:
+    """Draw the weights of a model of some configuration."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind, rest = config.get("model_type"), {k: v for k, v in config.items() if k != "model_type"}
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise unknown("model.config.model_type", str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    # No token of these ends or pads a text by itself: the tokenizer says which do.
+    free = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    try:
+        given = CONFIG_MAPPING[kind](**{"vocab_size": classes, **free, **rest})
+        _prepare(given, layers, dropout)
+        with seeded(seed, "model"):
+            return AutoModelForCausalLM.from_config(
+                given, dtype=torch.float32, attn_implementation=attention
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # each configuration has checks, and errors, of its own
+        raise ConfigError(f"model.config={dict(config)} makes no model: {error}") from error
+
+
+def _prepare(config: Any, layers: int | None, dropout: float) -> None:
+    set_dropout(config, dropout)
+    cut_layers(config, layers)
+    config.use_cache = False  # of past tokens: for generating, which asks for it itself
+
+
+def _head(model: Any) -> str:
+    """Name the output layer."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head and head is not None:
+            return str(name)
+    raise ModelError(f"{type(model).__name__} has no output layer over tokens")
+
+
+def _targets(model: nn.Module) -> str:
+    """Name the projections of query and value, as PEFT does; else all linear layers."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for targets in (("q_proj", "v_proj"), ("c_attn",), ("query_key_value",)):
+        if names.issuperset(targets):
+            return ",".join(targets)
+    return "all-linear"

@@ -1,0 +1,146 @@
+"""`fedraclora report`: one file without outside links, read in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedraclora
+from experiments.report.command import main
+from experiments.report.page import page_of, read_shown
+from fedraclora.errors import CheckpointError
+
+WORDS = ("data=digits", "pretrain=none", "output.progress=false", "model.hidden=[7]")
+WORDS += ("output.plots=false", "clients=6", "cohort=3", "rounds=4")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fedraclora.Run]:
+    root = tmp_path_factory.mktemp("runs")
+    return {
+        name: fedraclora.simulate(*WORDS, folder=root / name, method=name, local={"lr": 0.2})
+        for name in ("fed_rac_lora", "fedavg_lora")
+    }
+
+
+def report(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["fedraclora report", *words])
+    return main()
+
+
+def outside(text: str) -> list[str]:
+    """What a page would fetch; the library's own text, which names addresses, left out."""
+    own = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    return re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?https?:[^"')\s]*""", own)
+
+
+def test_a_report_of_one_run(
+    runs: dict[str, fedraclora.Run], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = runs["fed_rac_lora"]
+    assert report(str(run.folder), monkeypatch=monkeypatch) == 0
+    assert run.folder is not None
+    text = (run.folder / "report.html").read_text()
+    assert "written to" in capsys.readouterr().out
+    assert outside(text) == []
+    metrics: Any = run.summary["metrics"]
+    assert f"{metrics['accuracy']:.4f}" in text
+    assert str(run.summary["weights_digest"]) in text
+    assert "method:\n  name: fed_rac_lora" in text
+
+
+def test_runs_stand_side_by_side(runs: dict[str, fedraclora.Run], tmp_path: Path) -> None:
+    folders = [run.folder for run in runs.values() if run.folder is not None]
+    text = page_of([read_shown(folder) for folder in folders])
+    assert "<code>method.name</code>" in text
+    assert text.count('<section class="card">') == 7
+    for name in runs:
+        assert name in text
+
+
+def test_failures_and_generations_are_shown(
+    runs: dict[str, fedraclora.Run], tmp_path: Path
+) -> None:
+    folder = runs["fed_rac_lora"].folder
+    assert folder is not None
+    shown = read_shown(folder)
+    shown.rows[-1]["failures"] = [{"client": 3, "reason": "<b>no disk</b>"}]
+    shown.rows[-1]["generations"] = [{"prompt": "2 + 2 =", "text": "5", "reference": "4"}]
+    text = page_of([shown])
+    assert "&lt;b&gt;no disk&lt;/b&gt;" in text
+    assert "<b>no disk</b>" not in text
+    assert "2 + 2 =" in text
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["a", "a"]])
+def test_bad_folders_are_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert report(*words, monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert "nowhere holds no run" in error or "named twice" in error
+
+
+def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match="no row"):
+        read_shown(tmp_path)
+
+
+# ---- In a browser -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here: apt-get install chromium")
+    with api.sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_text_and_curves(
+    width: int, scheme: str, browser: Any, runs: dict[str, fedraclora.Run], tmp_path: Path
+) -> None:
+    folders = [run.folder for run in runs.values() if run.folder is not None]
+    page_file = tmp_path / "report.html"
+    page_file.write_text(page_of([read_shown(folder) for folder in folders]), encoding="utf-8")
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+    )
+    page, wrong, asked = context.new_page(), [], []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(page_file.as_uri())
+    page.wait_for_function("document.querySelectorAll('.main-svg').length > 6")
+    assert page.inner_text("h1") == "2 runs"
+    lines = page.evaluate(
+        "document.querySelector('.plotly-graph-div').data.map(d => [d.name, Array.from(d.y)])"
+    )
+    wanted = [run.history["accuracy"].tolist() for run in runs.values()]
+    assert [values for _, values in lines] == wanted
+    assert [name for name, _ in lines] == ["fed_rac_lora r=8", "fedavg_lora r=8"]
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    wide = page.evaluate(
+        "Array.from(document.querySelectorAll('.card')).every(c => "
+        "c.querySelector('.plotly-graph-div').getBoundingClientRect().right "
+        "<= c.getBoundingClientRect().right + 1)"
+    )
+    assert wide, "a curve is wider than its card"
+    assert wrong == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
+    context.close()
