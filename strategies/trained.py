@@ -18,7 +18,7 @@ from fedraclora.data.locate import model_source
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.export.trained import TrainedModel, put
-from fedraclora.lowrank.algebra import Product
+from fedraclora.lowrank.algebra import Product, sum_products, truncated_product
 from fedraclora.lowrank.dora import magnitude_of
 from fedraclora.protocol.link import Link, Plan, Term, matrices
 from fedraclora.protocol.method import Draw, Method, State
@@ -146,10 +146,20 @@ def _collect(known: Known, link: Link, plan: Plan) -> None:
             if name not in known:
                 known[name] = left, right
             elif (old := known[name]) is not None:
-                known[name] = torch.cat([old[0], left], dim=1), torch.cat([old[1], right])
+                known[name] = _bounded(sum_products(old, (left, right)))
         for name in part.dense:
             if name in plan.targets:
                 known[name] = None
+
+
+def _bounded(change: Product) -> Product:
+    """Compress a sum of products once it has twice as many components as its matrix can have."""
+    left, right = change
+    most = min(left.shape[0], right.shape[1])
+    if left.shape[1] <= 2 * most:
+        return change
+    u, s, vt = truncated_product(left, right, most)
+    return u * s, vt
 
 
 def _magnitudes(method: Method, state: State) -> Tree:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
@@ -31,10 +33,20 @@ def write_card(trained: TrainedModel, folder: Path, form: str, record: Record) -
         form: The format.
         record: What the format says of itself.
     """
-    facts = {"format": form, **trained.facts, **record, "warnings": list(trained.warnings)}
+    facts = {"format": form, **trained.facts, "libraries": libraries(), **record}
+    facts["warnings"] = list(trained.warnings)
     (folder / FACTS).write_text(json.dumps(facts, indent=1, default=str) + "\n")
     (folder / "run.yaml").write_text(yaml.safe_dump(dict(trained.config), sort_keys=False))
     (folder / "README.md").write_text(card(trained, form, record))
+
+
+def libraries() -> dict[str, str]:
+    """Give the versions of the libraries that an export is written with."""
+    found = {}
+    for package in ("transformers", "peft", "safetensors", "gguf"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def card(trained: TrainedModel, form: str, record: Record) -> str:
@@ -59,10 +71,11 @@ def card(trained: TrainedModel, form: str, record: Record) -> str:
         "seed": facts.get("seed"),
         **{f"metric: {name}": value for name, value in _mapping(facts.get("metrics")).items()},
         "weights digest": f"`{facts.get('weights_digest')}`",
-        "versions": _spelt(facts.get("versions")),
+        "versions": _spelt({**_mapping(facts.get("versions")), **libraries()}),
         "revision": facts.get("git"),
     }
     lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", ""]
+    data = "Samples of a Python program" if data == "object" else data
     lines += [f"# {data}, trained by {method}", ""]
     lines += [f"> **Note.** {sentence}\n" for sentence in trained.warnings]
     lines += ["Trained across clients that kept their samples, with fedraclora.", ""]

