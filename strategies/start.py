@@ -30,7 +30,7 @@ def settled_start(plain: Mapping[str, object]) -> Plain:
     start = plain.get("start")
     if not isinstance(start, str):
         return dict(plain)
-    folder = Path(start).expanduser()
+    folder = Path(start).expanduser().resolve()
     return {**plain, "start": {"path": str(folder), "sha256": start_digest(folder)}}
 
 
