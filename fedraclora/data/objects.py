@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from fedraclora.data.dataset import DataSet, Rows, split_rows, take
 from fedraclora.data.fit import METRICS, Form, found_shape, gathered
 from fedraclora.data.samples import Samples
+from fedraclora.data.tabular import of_frames
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.objects import lend, lent
 from fedraclora.rng import generator
@@ -42,7 +44,8 @@ def lend_data(
     """Make a data set of what a program has, and lend it; give the digest of its numbers.
 
     Args:
-        data: A list (or a dict, in its order) of tables, one for each client; or one table.
+        data: A list (or a dict, in its order) of tables, one for each client; or one table, which
+            may be a frame of pandas.
         test: A table to measure on; None: a fifth of each client's samples is held out.
         partitioner: Of flwr-datasets, which divides a Hugging Face ``Dataset``.
         client: Of a Hugging Face ``Dataset``, the column that says whose a row is.
@@ -56,6 +59,9 @@ def lend_data(
         ConfigError: If two things are said that cannot both be.
         DataError: If samples are not what they should be, naming the client.
     """
+    if is_frame(data):
+        found = of_frame(data, test, client=client, target=target, loss=loss, metrics=metrics)
+        return lend(found, digest_of(found))
     tables, parts, owners = tables_of(data, partitioner, client, target)
     held_out = None if test is None else table_of(test, "test", target)
     loss = loss or usual_loss(tables[0])
@@ -143,6 +149,42 @@ def table_of(found: object, where: str, target: str | None = None) -> Samples:
             "of Hugging Face, or a list with one of them for each client is wanted"
         )
     return gathered(found, where)
+
+
+def is_frame(found: object) -> bool:
+    """Tell whether this is a frame of pandas."""
+    return type(found).__module__.partition(".")[0] == "pandas" and hasattr(found, "iloc")
+
+
+def of_frame(
+    data: Any,
+    test: Any,
+    *,
+    client: str | None,
+    target: str | None,
+    loss: str | None,
+    metrics: Sequence[str] | None,
+) -> DataSet:
+    """Read a frame as `fedraclora.data.tabular.load_table` reads a file: words become classes.
+
+    Raises:
+        ConfigError: If a column or the loss is none that there is.
+        DataError: If rows cannot be used.
+    """
+    if loss not in {None, "cross_entropy", "squared_error"}:
+        raise ConfigError(
+            f"loss is {loss}; of a frame classes or numbers are predicted: leave it out"
+        )
+    name = target or next((name for name in TARGETS if name in data.columns), None)
+    numbers = name in data.columns and data[name].dtype.kind == "f"
+    task = (
+        "regression" if loss == "squared_error" or (loss is None and numbers) else "classification"
+    )
+    named = [
+        None if frame is None else (frame.rename(columns=str), Path(place))
+        for frame, place in ((data, "data"), (test, "test"))
+    ]
+    return of_frames(named[0], named[1], label=name, client=client, task=task, metrics=metrics)  # type: ignore[arg-type]
 
 
 def is_columns(found: object) -> bool:

@@ -69,6 +69,61 @@ def load_table(
     refuse_both(test, test_share)
     path = resolve(str(file or ""), key="data.file", root=root)
     frame = read_frame(path, _names(label, client), separator)
+    held, held_path = None, Path()
+    if test is not None:
+        held_path = resolve(test, key="data.test", root=root)
+        held = read_frame(held_path, _names(label, None), separator)
+    return of_frames(
+        (frame, path),
+        None if held is None else (held, held_path),
+        label=label,
+        client=client,
+        features=features,
+        test_share=test_share,
+        split_seed=split_seed,
+        task=task,
+        metrics=metrics,
+        standardise=standardise,
+        missing=missing,
+        source=str(file),
+    )
+
+
+Table = tuple["DataFrame", Path]  # rows, and where they are from, for messages
+
+
+def of_frames(
+    table: Table,
+    test: Table | None,
+    *,
+    label: str | int | None,
+    client: str | int | None = None,
+    features: Sequence[str | int] | None = None,
+    test_share: float | None = None,
+    split_seed: int = 0,
+    task: str = "classification",
+    metrics: Sequence[str] | None = None,
+    standardise: bool = True,
+    missing: str = "error",
+    source: str = "a frame",
+) -> DataSet:
+    """Make a data set of rows; arguments and errors as of `load_table`.
+
+    Args:
+        table: The rows.
+        test: Rows to test on, or None to hold some of ``table`` out.
+        label: See `load_table`, as for the others.
+        client: The column that says whose a row is, or None.
+        features: The columns to predict from, or None.
+        test_share: The fraction that is held out.
+        split_seed: Seed of that choice.
+        task: ``classification`` or ``regression``.
+        metrics: Names of metrics, or None.
+        standardise: Whether features have mean 0 and deviation 1.
+        missing: What becomes of rows in which something is missing.
+        source: What the summary calls the table.
+    """
+    frame, path = table
     named = _label(frame, label, path)
     owner = None if client is None else _column(frame, "data.client", client, path)
     if owner == named:
@@ -84,14 +139,13 @@ def load_table(
         train, held, rows = train_test(train, "data.test_share", share, split_seed, strata)
         owners = owners if owners is None else owners[rows]
     else:
-        other = resolve(test, key="data.test", root=root)
-        found = read_frame(other, _names(label, None), separator)
+        found, other = test
         for column in used:
             _column(found, "data.test", column, other)
         x, labels, _, more = _rows(found, used, _label(found, label, other), None, missing, other)
         held = Samples({"x": x}, target_of(labels, classes, task))
         dropped += more
-    info: dict[str, object] = {"source": str(file), "rows_dropped": dropped}
+    info: dict[str, object] = {"source": source, "rows_dropped": dropped}
     if standardise:
         train, held, scale = _standardised(train, held)
         info |= scale

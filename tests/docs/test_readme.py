@@ -1,4 +1,4 @@
-"""The README's commands exist: targets, subcommands, overrides that compose, linked files."""
+"""Commands of the README and of docs/commands.md exist: targets, overrides that compose, links."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from strategies import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+COMMANDS_PAGE = (ROOT / "docs" / "commands.md").read_text()
 LINES = [
     line.partition("#")[0].strip()
-    for block in re.findall(r"```bash[^\n]*\n(.*?)```", README, re.DOTALL)
+    for block in re.findall(r"```bash[^\n]*\n(.*?)```", README + COMMANDS_PAGE, re.DOTALL)
     for line in block.splitlines()
     if line.partition("#")[0].strip()
 ]
@@ -55,3 +56,9 @@ def test_each_simulation_composes(line: str) -> None:
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
 def test_each_link_leads_somewhere(target: str) -> None:
     assert (ROOT / target).exists()
+
+
+def test_the_first_lines_of_python_run(capsys: pytest.CaptureFixture[str]) -> None:
+    (block, *_) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "uplink_total" in capsys.readouterr().out

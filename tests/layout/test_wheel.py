@@ -14,7 +14,7 @@ from fedraclora.run import folder as runfolder
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
-KINDS = {".py", ".yaml", ".toml", ".typed"}
+KINDS = {".j2", ".py", ".yaml", ".toml", ".typed"}
 EMPTY_COMMIT = ["commit", "-q", "--allow-empty", "-m", "a"]
 MOST = 2_000_000  # bytes of all files
 

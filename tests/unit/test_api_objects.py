@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from flwr_datasets.partitioner import DirichletPartitioner
@@ -98,6 +99,21 @@ def test_a_column_says_whose_a_row_is() -> None:
         found.summary["weights_digest"]
         == run(data=ordered, test=(X + 1, Y)).summary["weights_digest"]
     )
+
+
+def test_a_frame_is_the_table_of_a_file(tmp_path: Path) -> None:
+    frame = pd.DataFrame({f"f{i}": X[:, i] for i in range(5)})
+    frame["ill"], frame["site"] = (
+        np.where(Y > 0, "yes", "no"),
+        np.repeat(["b", "a", "c"], [40, 20, 30]),
+    )
+    frame.to_parquet(tmp_path / "table.parquet")
+    found = run(data=frame, target="ill", client="site")
+    other = run(data=str(tmp_path / "table.parquet"), target="ill", client="site")
+    assert found.summary["weights_digest"] == other.summary["weights_digest"]
+    assert found.summary["clients"] == 3
+    with pytest.raises(ConfigError, match="ilk"):
+        run(data=frame, target="ilk", client="site")
 
 
 def test_the_module_is_copied_and_begins_the_run() -> None:
