@@ -14,7 +14,7 @@ from experiments.status import reported
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
 from fedraclora.export import FORMATS
-from fedraclora.run.folder import read_config
+from fedraclora.run.folder import is_finished, read_config, resume_word
 from strategies import METHODS
 from strategies.outcome import finished
 
@@ -37,7 +37,12 @@ def main() -> int:
     folder = asked.run.expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder {folder}")
-    run = finished(from_plain(read_config(folder), METHODS, began=True), folder)
+    plain = read_config(folder)
+    if not is_finished(folder):
+        raise CheckpointError(
+            f"{folder}: this run has not come to its end; go on with {resume_word(folder)} first"
+        )
+    run = finished(from_plain(plain, METHODS, began=True), folder)
     out = asked.out or folder / "export" / asked.format
     record = run.export(out, asked.format, rank=asked.rank, round=asked.round)
     table = Table("layer", "rank", "rank of the change", "relative error", box=None)

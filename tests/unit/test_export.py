@@ -377,6 +377,22 @@ def test_the_command_prints_errors_by_layer_and_writes_beside_the_run(
     assert "holds something already" in capsys.readouterr().err
 
 
+def test_the_command_says_what_it_cannot_export(plain_run, tmp_path, monkeypatch, capsys):
+    stopped = tmp_path / "stopped"
+    shutil.copytree(plain_run.folder, stopped)
+    (stopped / "summary.json").unlink()
+    (tmp_path / "empty").mkdir()
+    for name, words in {
+        "stopped": "this run has not come to its end; go on with resume=",
+        "empty": "is no run folder: it has no config.yaml",
+        "missing": "there is no run folder",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["fedraclora export", str(tmp_path / name)])
+        assert command.main() == 1
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / name / "export").exists()
+
+
 def test_the_card_says_how_to_run_it_again(plain_run, tmp_path, monkeypatch):
     plain_run.export(tmp_path / "out", "state_dict")
     monkeypatch.chdir(tmp_path / "out")
