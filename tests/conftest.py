@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import math
 import os
 import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ from hypothesis import settings
 from omegaconf import DictConfig
 
 from experiments import CONF
+
+# Nothing of what is imported and collected is garbage, and to look through it is half the work.
+gc.disable()
 
 # One thread fixes the order of the sums inside a matrix product, and small tensors run faster.
 torch.set_num_threads(1)
@@ -93,6 +97,16 @@ DATA_VARIABLE = "FEDRACLORA_DATA"
 GOLDEN_RTOL = 1e-6
 
 Golden = Callable[[str, Mapping[str, Sequence[float]]], None]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for garbage from the end of the collection on, among what tests make."""
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
