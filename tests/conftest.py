@@ -73,7 +73,8 @@ def mode_of(self: Hydra, config_name: str | None, overrides: list[str]) -> RunMo
     places = [source.path for source in self.config_loader.get_sources()]
     theirs = {path for path in places if path.startswith("/")} - {str(CONF)}
     if theirs or any("hydra." in word for word in overrides):
-        return get_mode(self, config_name, overrides)
+        mode: RunMode | None = get_mode(self, config_name, overrides)
+        return mode
     return None
 
 
