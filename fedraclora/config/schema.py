@@ -115,6 +115,7 @@ def refuse_missing(kind: str, target: Callable[..., object], there: Collection[s
         raise MissingKeysError("\n  ".join(said), [f"{kind}.{k}" for k in missing])
 
 
+@functools.cache
 def _hints(target: Callable[..., object]) -> dict[str, object]:
     if dataclasses.is_dataclass(target):  # a field's hint is read where its class stands
         return typing.get_type_hints(target)

@@ -176,12 +176,19 @@ def _divide(data: DataSet, partitioner: Any, column: str, seed: int) -> list[Row
     """Run a partitioner of flwr-datasets over shuffled rows; give the rows of each client."""
     from datasets import Dataset
 
+    class Whole(Dataset):  # type: ignore[misc]
+        """Gives a column at once: partitioners make an array of it, else row by row."""
+
+        def __getitem__(self, key: Any) -> Any:
+            found = super().__getitem__(key)
+            return found[:] if isinstance(key, str) else found
+
     order = generator(seed, "partition", "order").permutation(len(data.train))
     columns = {"row": order}
     if column != "row":
         columns[column] = (class_labels(data) if column == "label" else data.columns[column])[order]
     with _quiet():
-        partitioner.dataset = Dataset.from_dict(columns)
+        partitioner.dataset = Whole.from_dict(columns)
         partitioner.load_partition(0)
         # Most partitioners hold a table of the rows of each client, which is much faster to
         # read than a Dataset per client, the public way.

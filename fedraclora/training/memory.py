@@ -12,11 +12,11 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from fedraclora.data.samples import ClientData
@@ -63,7 +63,7 @@ class LiveTensors(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device.type
         self.now = self.peak = 0
-        self._seen = WeakIdKeyDictionary()
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # by address, while it lives
 
     @classmethod
     @override
@@ -80,30 +80,28 @@ class LiveTensors(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         # What comes in without having come out of anything was there before.
-        self._look((args, *kwargs.values()), made=False)
+        self._see(args, counted=False)
+        self._see(tuple(kwargs.values()), counted=False)
         out = func(*args, **kwargs)
-        self._look(out, made=True)
+        self._see(out, counted=True)
         return out
 
-    def _look(self, value: object, *, made: bool) -> None:
+    def _see(self, value: object, *, counted: bool) -> None:
         """See the tensors of what goes into an operator or comes out: it nests sequences alone."""
-        if isinstance(value, torch.Tensor):
-            self._see(value, made=made)
-        elif isinstance(value, list | tuple):
+        if isinstance(value, list | tuple):
             for part in value:
-                self._look(part, made=made)
+                self._see(part, counted=counted)
+        elif isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            address = storage._cdata  # noqa: SLF001  a storage has no other cheap name
+            if address not in self._seen:
+                size = storage.nbytes() if counted and value.device.type == self.device else 0
+                self._seen[address] = weakref.ref(storage, partial(self._free, address, size))
+                self.now += size
+                self.peak = max(self.peak, self.now)
 
-    def _see(self, tensor: torch.Tensor, *, made: bool) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen[storage] = made
-        if made and tensor.device.type == self.device:
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
-
-    def _free(self, size: int) -> None:
+    def _free(self, address: int, size: int, _: object) -> None:
+        del self._seen[address]
         self.now -= size
 
 
