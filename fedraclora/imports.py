@@ -63,7 +63,7 @@ def import_function(key: str, name: str) -> Any:
 
 
 def check_call(key: str, function: Callable[..., object], **arguments: object) -> None:
-    """Refuse a function that does not take these arguments, before it is called.
+    """Reject a function that does not take these arguments, before it is called.
 
     Args:
         key: Of the config that names it, for messages.

@@ -40,7 +40,7 @@ class Limit:
     key: str = ""
 
     def refuse(self, key: str, value: object, kind: object, null: str) -> None:
-        """Refuse a value that is beyond the limit, or not of the kind of number that is wanted.
+        """Reject a value that is beyond the limit, or not of the kind of number that it wants.
 
         Raises:
             ConfigError: Naming the key; for a choice, all choices and the nearest one.
@@ -97,7 +97,7 @@ class Limited:
         cls.group = cls.group if group is None else group
 
     def __post_init__(self) -> None:
-        """Refuse values beyond their limits."""
+        """Reject values beyond their limits."""
         check_limits(self.group, type(self), vars(self))
 
 
@@ -130,7 +130,7 @@ def limited(group: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def check_limits(group: str, target: Callable[..., object], values: Mapping[str, object]) -> None:
-    """Refuse values beyond the limits of the hints of a class or a function.
+    """Reject values beyond the limits of the hints of a class or a function.
 
     Raises:
         ConfigError: Naming the first key, after its group.

@@ -94,7 +94,7 @@ def difference(found: Layout, wanted: Layout) -> str:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    """Give a contiguous numpy array of a tensor on any device."""
+    """Copy a tensor on any device to a contiguous numpy array."""
     array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = (
         tensor.detach().cpu().contiguous().numpy()
     )

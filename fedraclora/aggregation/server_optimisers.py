@@ -46,7 +46,7 @@ class ServerOptimiser(Limited, group="server_optimiser"):
     space = "weights"
 
     def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
-        """Give the server's steps, and the moments after them.
+        """Compute the server's steps, and the moments after them.
 
         Args:
             change: Delta by name, float64.
@@ -104,7 +104,7 @@ class Adaptive(ServerOptimiser, ABC):
 
     @abstractmethod
     def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-        """Give V after a round from V before it and Delta^2."""
+        """Compute V after a round from V before it and Delta^2."""
 
     @override
     def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:

@@ -21,7 +21,7 @@ from fedraclora.errors import ConfigError
 
 
 def share_of(count: int, share: float) -> int:
-    """Give how many of ``count`` clients a share below 1 is, rounded up; from 1 on it is a number.
+    """Count how many of ``count`` clients a share below 1 is, rounded up; from 1 on it is a number.
 
     Example:
         >>> share_of(20, 0.2), share_of(9, 0.2), share_of(9, 3)

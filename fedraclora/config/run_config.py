@@ -232,7 +232,7 @@ def from_plain(
 
 
 def _refuse_unknown(plain: Plain) -> None:
-    """Refuse keys of the config itself that do not exist."""
+    """Reject keys of the config itself that do not exist."""
     known = [*inspect.signature(RunConfig).parameters, "resume"]
     known.remove("plain")
     found = [key for key in plain if key not in known]
@@ -334,7 +334,7 @@ def _check(config: RunConfig) -> None:
 
 
 def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
-    """Refuse what makes sense in a simulation alone."""
+    """Reject settings that make sense in a simulation alone."""
     if config.max_failures:
         raise ConfigError(
             f"max_failures is {config.max_failures}, but with engine=deploy engine.min_clients "

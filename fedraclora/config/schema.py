@@ -19,7 +19,7 @@ LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38
 
 
 def section(plain: Plain, key: str) -> dict[str, object]:
-    """Give one group of the config as a dict.
+    """Return one group of the config as a dict.
 
     Raises:
         ConfigError: If it is missing or not a group.
@@ -102,7 +102,7 @@ def checked_arguments(kind: str, target: Callable[..., object], group: Plain) ->
 
 
 def refuse_missing(kind: str, target: Callable[..., object], there: Collection[str]) -> None:
-    """Refuse a group that leaves out what has no default.
+    """Reject a group that leaves out a value without a default.
 
     Raises:
         MissingKeysError: Naming all of its keys that are missing, and what is wanted of each.
@@ -166,7 +166,7 @@ def coerce(key: str, value: object, hint: object) -> object:
 
 
 def check_size(key: str, value: object) -> None:
-    """Refuse numbers that no tensor holds: they would overflow where they are first used.
+    """Reject numbers that no tensor holds: they would overflow where they are first used.
 
     Raises:
         ConfigError: Naming the key and the largest number.

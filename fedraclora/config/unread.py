@@ -99,7 +99,7 @@ def links_end(method: Method, allocation: Uniform) -> bool:
 
 
 def refuse_unread(config: RunConfig) -> None:
-    """Refuse settings that nothing reads.
+    """Reject settings that nothing reads.
 
     Raises:
         UnreadKeysError: Naming all of them, what would read them, and their defaults.

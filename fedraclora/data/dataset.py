@@ -161,7 +161,7 @@ def divide(
 
 
 def refuse_both(test: str | None, test_share: float | None) -> None:
-    """Refuse two answers to the question what is measured on.
+    """Reject settings that name two sources of test samples.
 
     Raises:
         ConfigError: If test samples are named, and a share is to be held out, too.

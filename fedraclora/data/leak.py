@@ -30,7 +30,7 @@ REMEDY = (
 
 
 def refuse_shared(train: Sequence[Samples], test: Samples) -> None:
-    """Refuse test samples that are training samples.
+    """Reject test samples that are training samples.
 
     Args:
         train: The tables that clients train on.

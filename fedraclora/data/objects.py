@@ -175,7 +175,7 @@ def of_columns(found: Any, where: str, target: str | None) -> Samples:
 
 
 def column(found: Any, name: str, where: str) -> Any:
-    """Give a column of a ``Dataset`` of Hugging Face as an array."""
+    """Read a column of a ``Dataset`` of Hugging Face as an array."""
     if name not in found.column_names:
         raise DataError(f"{where}: there is no column {name!r} among {list(found.column_names)}")
     return found.with_format("numpy")[name][:]

@@ -55,7 +55,7 @@ class Brought:
     _read: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, client: int) -> Samples:
-        """Give the training samples of one client.
+        """Return the training samples of one client.
 
         Raises:
             ConfigError: If they are on another machine.
@@ -75,7 +75,7 @@ class Brought:
         return self._found[client]
 
     def held_out(self) -> Samples:
-        """Give the samples of all clients that they do not train on."""
+        """Return the samples of all clients that they do not train on."""
         for client in range(self.num_clients):
             self.client(client)
         return Samples.join([self._held.pop(client) for client in range(self.num_clients)])
@@ -86,7 +86,7 @@ class Brought:
         return [*self._found.values()]
 
     def whole(self, client: int) -> Samples:
-        """Give all samples of one client; it is asked for them once."""
+        """Return all samples of one client; its source is asked for them once."""
         if self.source is None:
             raise ConfigError(
                 "data=own: the samples are with their owners; run it with engine=deploy, or set "
@@ -280,5 +280,5 @@ def _completed(form: Form, tables: Sequence[Samples]) -> Form:
 
 
 def _none_of(table: Samples) -> Samples:
-    """Give a table of the same kind without a row."""
+    """Return a table of the same kind without a row."""
     return table.take(torch.zeros(0, dtype=torch.int64))

@@ -138,7 +138,7 @@ def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) ->
 
 
 def spread_clients(clients: int, most: int) -> torch.Tensor:
-    """Give all ids, or ``most`` of them spread evenly, int64.
+    """List all ids, or ``most`` of them spread evenly, int64.
 
     Example:
         >>> spread_clients(9, 3)

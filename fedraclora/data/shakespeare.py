@@ -137,7 +137,7 @@ def _kept(windows: Windows, test: float) -> Windows:
 
 
 def _split(roles: dict[Role, Windows], test: float) -> tuple[Samples, Samples]:
-    """Give the training and the test windows of all roles, role after role."""
+    """Split the windows of all roles into training and test samples, role after role."""
     kept = np.concatenate([_kept(windows, test) for windows in roles.values()])
     held = np.concatenate([w[len(_kept(w, test)) :] for w in roles.values()])
     train, tested = torch.from_numpy(kept), torch.from_numpy(held)

@@ -20,7 +20,7 @@ ALONE = "train.npz"  # the file of a folder that is one client's
 
 
 def counted(samples: str | None, clients: int | None) -> int:
-    """Give the number of clients, which the files of a folder may tell.
+    """Return the number of clients, which the files of a folder may determine.
 
     Raises:
         ConfigError: If nothing tells it.

@@ -198,7 +198,7 @@ def _features(
 
 
 def _refuse_spoilt(frame: DataFrame, name: str, path: Path) -> None:
-    """Refuse a column of numbers with a cell that is none: it would be left out in silence.
+    """Reject a column of numbers with a cell that is none: it would be left out in silence.
 
     Raises:
         DataError: Naming the first such cell.
@@ -286,7 +286,7 @@ def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict
 
 
 def _scaled(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give both mean 0 and deviation 1 over the rows of the first; what is constant becomes 0."""
+    """Standardise both by mean and deviation of the first's rows; a constant column becomes 0."""
     mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0)
     deviation = torch.where(deviation == 0, torch.ones_like(deviation), deviation)
     return (train - mean) / deviation, (test - mean) / deviation

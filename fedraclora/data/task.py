@@ -60,7 +60,7 @@ LOSSES: dict[str, LossFunction] = {
 
 
 def loss_function(name: str) -> LossFunction:
-    """Give the loss of a name: a key of `LOSSES`, or ``package.module:function``.
+    """Return the loss of a name: a key of `LOSSES`, or ``package.module:function``.
 
     Raises:
         ConfigError: If there is none.

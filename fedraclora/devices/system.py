@@ -163,7 +163,7 @@ class SystemConfig(Limited, group="system"):
         return Race(round_, clients, seconds, gone, ties, wanted, limit).run()
 
     def ranks(self, seed: int, clients: torch.Tensor, rank: int) -> torch.Tensor | None:
-        """Give the ranks that clients can train.
+        """Draw the ranks that clients can train.
 
         Args:
             seed: Of the run.
@@ -183,7 +183,7 @@ class SystemConfig(Limited, group="system"):
     def trips(
         self, seed: int, round_: int, clients: torch.Tensor, load: Load
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the seconds of clients that start in a round, and after which they vanish (or inf).
+        """Draw the seconds of clients that start in a round, and after which they vanish (or inf).
 
         Arguments as for `timeline`; float64 [K] each.
         """

@@ -32,7 +32,7 @@ END = 20.0  # seconds for all that it has started to end
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Give the environment for Flower's programs: this Python, a home of their own, no network."""
+    """Build the environment for Flower's programs: this Python, a home of their own, no network."""
     return {
         **command_line(os.environ),
         "FLWR_HOME": str(home),
@@ -47,7 +47,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def command_line(environ: Mapping[str, str]) -> dict[str, str]:
-    """Give an environment in which the Flower of this Python is found."""
+    """Build an environment in which the Flower of this Python is found."""
     path = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
     return {**environ, "PATH": path}
 

@@ -105,7 +105,7 @@ def fix_signs(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, to
 def balanced_factors(
     left: torch.Tensor, right: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give ``U sqrt(S)`` [m, rank] and ``sqrt(S) V^T`` [rank, n] of the product, cut to a rank.
+    """Compute ``U sqrt(S)`` [m, rank], ``sqrt(S) V^T`` [rank, n] of the product, cut to a rank.
 
     Components that the product does not have are zero. Arguments as in `truncated_product`.
 

@@ -55,7 +55,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def layer_view(module: nn.Module) -> LayerView:
-    """Give the matrix view of a module's weight.
+    """Return the matrix view of a module's weight.
 
     Raises:
         ModelError: If the module has no weight that can be adapted.
@@ -93,7 +93,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def split_patterns(patterns: str | Sequence[str]) -> list[str]:
-    """Give patterns one by one, from a list or from one text with commas.
+    """Split patterns into a list, from a list or from one text with commas.
 
     Raises:
         ConfigError: If one is empty.
@@ -160,7 +160,7 @@ def weight_name(module: str) -> str:
 
 
 def refuse_tied(model: nn.Module, names: list[str]) -> None:
-    """Refuse to train a weight that another layer shares.
+    """Reject a target weight that another layer shares.
 
     Raises:
         ModelError: Naming both layers.

@@ -70,7 +70,7 @@ def build_cnn(
 
 
 def _image(shape: tuple[int, ...], classes: int) -> tuple[int, int, int]:
-    """Give (channels, height, width) of an input."""
+    """Return (channels, height, width) of an input."""
     numbers = require_input("cnn", shape, classes, text=False)
     side = isqrt(numbers)
     if len(shape) == 1 and side * side == numbers:

@@ -72,7 +72,7 @@ def found_head(model: nn.Module) -> tuple[str, ...]:
 
 
 def require_module(model: object) -> nn.Module:
-    """Refuse what is no module.
+    """Reject an object that is not a module.
 
     Raises:
         ConfigError: Saying what came.

@@ -40,7 +40,7 @@ class Trained:
         return isinstance(self.start, torch.Tensor) and self.start.dim() > len(self.shape)
 
     def opening(self) -> torch.Tensor | None:
-        """Give the start as a tensor, drawn where it is a sketch; not to be modified."""
+        """Return the start as a tensor, drawn where it is a sketch; not to be modified."""
         return self.start.draw() if isinstance(self.start, SketchSpec) else self.start
 
 
@@ -150,7 +150,7 @@ class Downlink:
 
 
 def opening_rows(sent: Downlink, base: Tree, layout: Layout, places: torch.Tensor) -> torch.Tensor:
-    """Give where what clients upload starts, in the form of their rows.
+    """Compute where what clients upload starts, in the form of their rows.
 
     Args:
         sent: What is asked.

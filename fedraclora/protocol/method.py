@@ -121,7 +121,7 @@ class Memo:
     age: int = 0
 
     def stored(self) -> dict[str, int]:
-        """Give the numbers by name; ``<field>/<weight>`` where there is one for each weight."""
+        """List the numbers by name; ``<field>/<weight>`` where there is one for each weight."""
         found: dict[str, int] = {}
         for name, value in vars(self).items():
             many = isinstance(value, dict)

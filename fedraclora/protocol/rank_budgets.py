@@ -31,7 +31,7 @@ from fedraclora.tree import Tree
 
 
 def check_ranks(method: Method) -> None:
-    """Refuse rank budgets where a method cannot keep its promises under them.
+    """Reject rank budgets where a method cannot keep its promises under them.
 
     Raises:
         ConfigError: If the method does not claim `Traits.ranks`.
@@ -63,7 +63,7 @@ def check_budgets(downlink: Downlink, cohort: Cohort) -> None:
 
 
 def rank_axes(adapter: Adapter, label: str) -> tuple[int, ...]:
-    """Give the axes of a factor that count components: where it meets the factors beside it.
+    """Find the axes of a factor that count components: where it meets the factors beside it.
 
     Example:
         >>> chain = Adapter({"B": Trained((5, 2)), "A": Trained((2, 7))}, scale=1.0)
@@ -75,7 +75,7 @@ def rank_axes(adapter: Adapter, label: str) -> tuple[int, ...]:
 
 
 def spans(ranks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the first component of each client and the one after its last.
+    """Compute the first component of each client and the one after its last.
 
     Args:
         ranks: Budgets, int64 [K]: the first r_k; or parts, int64 [K, 2]: part g of G.
@@ -104,7 +104,7 @@ def within(ranks: torch.Tensor, size: int) -> torch.Tensor:
 def window(
     adapter: Adapter, label: str, shape: tuple[int, ...], ranks: torch.Tensor
 ) -> tuple[slice, ...]:
-    """Give the part of a factor that one client has; ``ranks`` as in `spans`, with K = 1."""
+    """Return the part of a factor that one client has; ``ranks`` as in `spans`, with K = 1."""
     cut = [slice(None)] * len(shape)
     for axis in rank_axes(adapter, label):
         first, end = spans(ranks, shape[axis])

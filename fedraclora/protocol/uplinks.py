@@ -62,7 +62,7 @@ def block_sums(
 def weighted_sum(
     stacked: torch.Tensor, weights: torch.Tensor, places: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Give ``sum_k weights[k] * stacked[k]`` in float64 [P]; arguments as in `block_sums`."""
+    """Compute ``sum_k weights[k] * stacked[k]`` in float64 [P]; arguments as in `block_sums`."""
     return sum_blocks(block_sums(stacked, weights, places))
 
 
@@ -106,7 +106,7 @@ class Uplinks:
         return math.fsum(self.weights.tolist())
 
     def sum(self) -> torch.Tensor:
-        """Give ``sum_k weights[k] * row_k`` in float64 [P], in the order of this module."""
+        """Compute ``sum_k weights[k] * row_k`` in float64 [P], in the order of this module."""
         if self.summed is not None:
             return self.summed
         if self.stacked is None:
@@ -160,7 +160,7 @@ def finite(rows: torch.Tensor) -> torch.Tensor:
 
 
 def greatest_norm(dtype: torch.dtype) -> float:
-    """Give the greatest norm with which anything can be computed: 4e9 in float32, 1e77 in float64.
+    """Return the greatest norm with which anything can be computed: 4e9 (float32), 1e77 (float64).
 
     A loss squares what a weight gives, and the norm of its gradient squares that: where the fourth
     power overflows, weights may be finite, and all that comes of them is not.

@@ -108,7 +108,7 @@ def train_one(
 
 
 def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]:
-    """Give one client's trained tensors at their start, and its frozen factors."""
+    """Return one client's trained tensors at their start, and its frozen factors."""
     frozen, values = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for weight, adapter in downlink.adapters.items():
         for label, part in adapter.factors.items():

@@ -169,7 +169,7 @@ class LocalGates:
         self.optimiser, self.penalty = make(named), local.gate_penalty or 0.0
 
     def product(self, name: str) -> torch.Tensor:
-        """Give what the model sees of a gated factor."""
+        """Compute the gated factor as the model sees it."""
         factor, gate = self.own[name]
         return factor * gate if name.endswith("/B") else gate[:, None] * factor
 

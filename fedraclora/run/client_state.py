@@ -48,7 +48,7 @@ class ClientStore:
     def read(
         self, clients: torch.Tensor, round_: int, default: Tree, link: int | None = None
     ) -> Tree:
-        """Give what each client held before a round.
+        """Read the state of each client before a round.
 
         Args:
             clients: Ids, int64 [K].
@@ -81,7 +81,7 @@ class ClientStore:
     def _lasting(
         self, client: int, held: Entry, round_: int, wanted: Layout, link: int | None
     ) -> Tree:
-        """Give what a client holds beside moments that have ended; raises as `read` does."""
+        """Read a client's state without moments that have ended; raises as `read` does."""
         values = held.layout.unpack(held.row)
         of_link = values.get(f"{MOMENTS}link")
         if link is not None and of_link is not None and int(of_link) != link:
@@ -110,7 +110,7 @@ class ClientStore:
             self._keep(client, Entry(round_, layout, row.clone()))
 
     def latest(self, count: int) -> dict[int, Tree]:
-        """Give the tensors of the ``count`` clients that trained last (the smaller id in a tie).
+        """Read the tensors of the ``count`` clients that trained last (the smaller id in a tie).
 
         Moments of optimisers and control variates are no part of a client's model and are left out.
         """

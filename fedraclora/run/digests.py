@@ -117,13 +117,13 @@ def check_data(folder: Path, data: Mapping[str, object]) -> None:
 
 
 def known_data(folder: Path) -> dict[str, dict[str, str]]:
-    """Give the digests of the data's files that a run folder holds, as `data_files` gave them."""
+    """Read the digests of the data's files from a run folder, as `data_files` computed them."""
     path = folder / FILE
     return dict(read_sealed(path).get("data", {})) if path.is_file() else {}
 
 
 def data_files(data: Mapping[str, object]) -> dict[str, dict[str, str]]:
-    """Give the SHA-256 of each file that keys of the group ``data`` name, by key and file name.
+    """Compute the SHA-256 of each file that keys of the group ``data`` name, by key and file name.
 
     A folder has those of the files in it. Packages and functions are code and left out, and so is
     ``data.root``, whose data sets are known by their own digests.

@@ -51,7 +51,7 @@ def has_begun(folder: Path) -> bool:
 
 
 def resume_word(folder: Path) -> str:
-    r"""Give the word that goes on with a run, as it can be pasted into a shell.
+    r"""Return the command word that goes on with a run, as it can be pasted into a shell.
 
     Example:
         >>> resume_word(Path("runs/a")), resume_word(Path("sweep/seed=1"))
@@ -62,7 +62,7 @@ def resume_word(folder: Path) -> str:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Refuse to write over a run.
+    """Reject a folder that already has a run.
 
     Raises:
         CheckpointError: If a run is there already.
@@ -266,7 +266,7 @@ def provenance() -> dict[str, object]:
 
 @cache
 def git_revision() -> str | None:
-    """Give the revision of the checkout that runs, with a plus where files differ from it.
+    """Read the revision of the checkout that runs, with a plus where files differ from it.
 
     None for an installed package, also where it lies in the folder of another project.
 

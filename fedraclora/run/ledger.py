@@ -88,7 +88,7 @@ class Ledger:
         self._seals.append(seal)
 
     def seal(self, round_: int | None = None) -> str:
-        """Give the digest of all rows up to a round, every column; empty where there is none."""
+        """Compute the digest of all rows up to a round, every column; empty where there is none."""
         count = len(self.rows) if round_ is None else sum(_round(r) <= round_ for r in self.rows)
         return self._seals[count - 1] if count else ""
 
@@ -142,7 +142,7 @@ def digest_rows(rows: Iterable[Mapping[str, object]]) -> str:
 
 
 def seals(rows: Iterable[Mapping[str, object]]) -> Iterator[str]:
-    """Give the digest at each row: of all its columns, and of all rows before."""
+    """Compute the digest at each row: of all its columns, and of all rows before."""
     before = ""
     for row in rows:
         before = _seal(before, row)

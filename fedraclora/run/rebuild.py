@@ -78,14 +78,14 @@ def state_at(
 
 
 def stored_plan(folder: Path) -> Plan | None:
-    """Give the plan of a run from its files; None where they are of an older release."""
+    """Read the plan of a run from its files; None where they are of an older release."""
     metas = [meta for number, _, meta in islice(read_links(folder / "chain"), 1) if number == 0]
     stored = [meta["plan"] for meta in (*metas, checkpoint_meta(folder)) if "plan" in meta]
     return read_plan(stored[0]) if stored else None
 
 
 def _check_gap(folder: Path, last: int, number: int) -> None:
-    """Refuse a chain in which a round is missing; older releases left out those of nobody."""
+    """Reject a chain in which a round is missing; older releases left out those of nobody."""
     for round_ in range(last + 1, number):
         rows = {row["round"]: row for row in read_ledger(folder / "ledger.jsonl")}
         if last < 0 or rows.get(round_, {}).get("cohort") != 0:
@@ -94,7 +94,7 @@ def _check_gap(folder: Path, last: int, number: int) -> None:
 
 
 def _hold_against_checkpoint(folder: Path) -> None:
-    """Refuse a chain that is not the one that the folder's checkpoint was written beside."""
+    """Reject a chain other than the one beside which the folder's checkpoint was written."""
     meta, chain = checkpoint_meta(folder), folder / "chain"
     round_, kept = meta.get("round", 0), meta.get("chain")
     if isinstance(kept, str) and link_digest(chain, round_) != kept:

@@ -171,7 +171,7 @@ class Constants:
 
 
 def constants(spec: SketchSpec) -> Constants:
-    """Give the constants of the theory for a sketch, by formula.
+    """Compute the constants of the theory for a sketch, by formula.
 
     Independent draws: every kind here is invariant in law under signed permutations of the
     coordinates, or is a uniform subset of an orthonormal basis, so ``E[H] = (E[rank] / dim) I``.

@@ -65,7 +65,7 @@ class ChunkPlan:
         )
 
     def record(self) -> dict[str, object]:
-        """Give the numbers for a run's summary."""
+        """Convert the plan to numbers for a run's summary."""
         found: dict[str, object] = {"chunk": self.chunk, "reason": self.reason}
         if self.memory is not None:
             found |= {"budget": self.budget, **asdict(self.memory)}
@@ -73,7 +73,7 @@ class ChunkPlan:
 
 
 def budget_of(device: torch.device, share: float | None = None) -> int:
-    """Give the bytes that training may take beside weights and data.
+    """Compute the bytes that training may take beside weights and data.
 
     Args:
         device: Where training runs. Weights and data are there already.

@@ -155,7 +155,7 @@ class CohortTrainer:
         )
 
     def _hooks(self, chunk: OpenChunk) -> list[Hook]:
-        """Give what changes the gradients of every step, in order; where two meet, the core's."""
+        """List what changes the gradients of every step, in order; where two meet, the core's."""
         downlink, masks, largest = chunk.downlink, chunk.masks, self.local.clip
         recipe = RECIPES[downlink.recipe]
         found: list[tuple[When, Hook]] = []
@@ -194,7 +194,7 @@ class CohortTrainer:
         return loss.detach()
 
     def losses(self, chunk: OpenChunk, leaves: Tree, step: int, batch: Batch) -> torch.Tensor:
-        """Give the mean loss of each active client on its batch, [active].
+        """Compute the mean loss of each active client on its batch, [active].
 
         Args:
             chunk: Of `open`.
@@ -209,7 +209,7 @@ class CohortTrainer:
     def _forward(
         self, chunk: OpenChunk, step: int, batch: Batch, leaves: Tree, frozen: Tree
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Give loss and count of each sample, and whether it is one, [active, width]."""
+        """Compute the loss and count of each sample, and whether it is one, [active, width]."""
         program, downlink = chunk.program, chunk.downlink
         samples, valid = chunk.samples(self.data, step, batch)
         context, active = program.context, len(next(iter(leaves.values())))
@@ -230,7 +230,7 @@ class CohortTrainer:
         return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
 
     def _program(self, downlink: Downlink, base: Tree) -> Program:
-        """Give the rewritten model for what is trained, holding these base weights."""
+        """Return the rewritten model for what is trained, holding these base weights."""
         adapted = (f"{w}/{label}" for w, a in downlink.adapters.items() for label in a.factors)
         names = (*adapted, "|", *downlink.dense)
         if names not in self._programs:

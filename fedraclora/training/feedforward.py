@@ -74,7 +74,7 @@ class FeedForward:
         return x
 
     def backward(self, slope: torch.Tensor) -> Tree:
-        """Give the gradients, [K, ...] by name, from that of the last output."""
+        """Compute the gradients, [K, ...] by name, from that of the last output."""
         gradients: Tree = {}
         back: torch.Tensor | None = slope
         for place in range(len(self.stages) - 1, self.first - 1, -1):

@@ -88,7 +88,7 @@ class LocalConfig:
         return ()
 
     def extra_of(self, kind: type[Extra]) -> Extra | None:
-        """Give the extra of a kind; None: there is none."""
+        """Return the extra of a kind; None if there is none."""
         return next((extra for extra in self.extras if isinstance(extra, kind)), None)
 
     @property
@@ -97,7 +97,7 @@ class LocalConfig:
         return any(extra.answers_once for extra in self.extras)
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot train."""
+        """Reject settings that cannot train."""
         for key, known in self.CHOICES.items():
             if getattr(self, key) not in known:
                 raise unknown(f"local.{key}", getattr(self, key), known)

@@ -136,7 +136,7 @@ class MemoryModel:
         return self.shared + clients * self.client
 
     def fitting(self, budget: int) -> int:
-        """Give the most clients whose training fits into so many bytes; 0 if none does."""
+        """Count the most clients whose training fits into so many bytes; 0 if none does."""
         return max(0, budget - self.shared) // max(1, self.client)
 
 
@@ -233,7 +233,7 @@ class Probe(CohortTrainer):
 
 
 def longest(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> int | None:
-    """Give the tokens of the longest sample of some clients; None where nothing is padded."""
+    """Count the tokens of the longest sample of some clients; None where nothing is padded."""
     found = 0
     for ids, held in zip(clients.split(TOGETHER), sizes.split(TOGETHER), strict=True):
         every = torch.arange(int(held.max()), device=ids.device).expand(len(ids), -1)

@@ -32,7 +32,7 @@ from fedraclora.tree import Tree
 
 
 def blank_moments(local: LocalConfig, downlink: Downlink, dtype: torch.dtype) -> Tree:
-    """Give the moments of a client that has not trained yet, to be kept by name.
+    """Build the moments of a client that has not trained yet, to be stored by name.
 
     Args:
         local: Settings; nothing lives on under ``moments: round``.
@@ -56,7 +56,7 @@ def blank_moments(local: LocalConfig, downlink: Downlink, dtype: torch.dtype) ->
 
 
 def begin_moments(held: Tree, local: LocalConfig, link: int) -> Tree:
-    """Give the moments with which clients begin a round: reset where their link has ended.
+    """Compute the moments with which clients begin a round: reset where their link has ended.
 
     Args:
         held: What they kept, [K, ...] by the names of `blank_moments`. Not modified.

@@ -45,7 +45,7 @@ class CohortOptimiser:
         return {n.removeprefix(prefix): t for n, t in self.held.items() if n.startswith(prefix)}
 
     def moments(self, steps: torch.Tensor) -> Tree:
-        """Give the moments as they are now, under the names they came by; none if none came.
+        """Return the moments as they are now, under the names they came by; none if none came.
 
         Args:
             steps: Steps that each client has taken since, int64 [K].
@@ -104,7 +104,7 @@ class CohortOptimiser:
         value.addcdiv_(first, scale, value=-rate / correction1)
 
     def _scratch(self, like: torch.Tensor) -> torch.Tensor:
-        """Give room for a tensor, the same for all: fresh memory costs more than the writing."""
+        """Return room for a tensor, the same for all: fresh memory costs more than the writing."""
         if self.room is None:
             largest = max(value.numel() for value in self.values.values())
             self.room = like.new_empty(largest)

@@ -31,7 +31,7 @@ _ABSENT = "(absent)"
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Give a temporary name beside ``path``; at the end the file written there takes its place.
+    """Yield a temporary name beside ``path``; at the end the file written there takes its place.
 
     Args:
         path: The file to replace or to make; its folder is made where it is missing.
@@ -165,7 +165,7 @@ def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, Any]]]:
 
 
 def link_digest(folder: Path, round_: int | None = None) -> str:
-    """Give the digest of the last link up to a round, and hold each against the one before.
+    """Return the digest of the last link up to a round, and check each against the one before.
 
     Headers alone are read: what is in the tensors is verified where they are.
 
@@ -188,7 +188,7 @@ def link_digest(folder: Path, round_: int | None = None) -> str:
 
 
 def stored_digest(path: Path) -> str:
-    """Give the digest that a link's file says it has."""
+    """Read the digest that a link's file says it has."""
     return _header(path, _RESTORE_LINK)["sha256"]
 
 

@@ -129,7 +129,7 @@ class FolderReplica(Replica):
 
     @override
     def at(self, version: int, round_: int) -> Tree:
-        """Give the weights of a version, which the folder must lead to.
+        """Read the weights of a version, which the folder must lead to.
 
         Raises:
             WireError: If it does not, or what it holds is damaged.

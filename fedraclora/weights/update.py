@@ -125,7 +125,7 @@ class WeightHistory(BaseWeights):
             self.publish(base, number, changes.get(number))
 
     def since(self, held: int | None) -> WeightUpdate:
-        """Give what a replica at version ``held`` needs; None for one that holds nothing."""
+        """Collect what a replica at version ``held`` needs; None for one that has no weights."""
         if self._mark is None:
             self._mark = fingerprint(self.base)
         if held is None or not self.oldest <= held <= self.version:
@@ -139,7 +139,7 @@ class WeightHistory(BaseWeights):
 
 
 def _terms(link: Link, names: frozenset[str]) -> Link:
-    """Give the terms of a link on these weights, without parts that have none."""
+    """Select the terms of a link on these weights, without parts that have none."""
     parts = (Link({n: t for n, t in p.terms.items() if n in names}) for p in link.parts())
     first, *rest = [part for part in parts if part.terms] or [Link()]
     return replace(first, rest=tuple(rest))

@@ -94,7 +94,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def exactly(header: dict[str, Any], wanted: frozenset[str], what: str) -> None:
-    """Refuse a header that lacks a field, or has one that is not known."""
+    """Reject a header that lacks a field, or has one that is not known."""
     if missing := wanted - header.keys():
         raise WireError(f"{what} has no {', '.join(sorted(missing))}")
     if more := header.keys() - wanted:

@@ -123,7 +123,7 @@ def read_array(content: RecordDict, name: str) -> torch.Tensor:
 
 
 def _check_bytes(data: bytes) -> None:
-    """Refuse bytes that are no array, or are not as many as it says: before memory is taken."""
+    """Reject bytes that are no array, or are not as many as it says: before memory is taken."""
     stream = BytesIO(data)
     formats = {
         (1, 0): np.lib.format.read_array_header_1_0,

@@ -197,7 +197,7 @@ def _refused(value: object) -> list[Refusal]:
 
 
 def _check_sizes(reply: Reply, layout: Layout, *, cut: bool) -> None:
-    """Refuse another number of rows, losses or sizes than of clients."""
+    """Reject a number of rows, losses or sizes that is not the number of clients."""
     numbers, count = reply.numbers, len(reply.clients)
     rows = len(numbers) if reply.reduced and numbers.dim() else count
     fits = numbers.dim() == 1 if cut else tuple(numbers.shape) == (rows, layout.size)

@@ -198,12 +198,12 @@ def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
 
 
 def mark(text: str) -> str:
-    """Give what shows later that a text is this one, and tells nothing of it now (SHA-256)."""
+    """Compute a hash that later proves a text to be this one, and reveals nothing now (SHA-256)."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def checked_text(value: object, longest: int) -> str:
-    """Give what another machine sent, if it is a text, and not longer than it may be.
+    """Check that what another machine sent is a text, and not longer than it may be.
 
     Raises:
         WireError: If it is not.
@@ -235,12 +235,12 @@ def combine(shares: list[str]) -> str:
 
 
 def own_mask(seed: str, count: int) -> Words:
-    """Give a client's own mask."""
+    """Compute a client's own mask from its seed."""
     return np.frombuffer(stream(bytes.fromhex(seed), 4 * count), dtype="<u4").astype(np.uint32)
 
 
 def pair_mask(private: str, public: str, count: int, *, add: bool) -> Words:
-    """Give the mask of a pair of neighbours; one of them adds it, the other takes it off."""
+    """Compute the mask of a pair of neighbours; one of them adds it, the other subtracts it."""
     key = base64.urlsafe_b64decode(shared_key(private, public))
     words = own_mask(key.hex(), count)
     return words if add else np.negative(words)

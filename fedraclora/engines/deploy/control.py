@@ -89,7 +89,7 @@ class Connection:
             time.sleep(PAUSE)
 
     def follow(self, run: int) -> Iterator[str]:
-        """Give the lines of a run's log, as they come, until the stream ends."""
+        """Yield the lines of a run's log, as they come, until the stream ends."""
         log = subprocess.Popen(  # noqa: S603
             ["flwr", "log", str(run), self.name, "--stream"],  # noqa: S607
             env=self.environ,

@@ -65,7 +65,7 @@ class DeployGrid(ForwardingGrid):
 
     @override
     def get_node_ids(self) -> Iterable[int]:
-        """Give a node id that stands for all: whom a message goes to is decided when it is sent."""
+        """Return one node id for all: whom a message goes to is decided when it is sent."""
         return [NODE_ID]
 
     @override
@@ -138,7 +138,7 @@ class DeployGrid(ForwardingGrid):
         return replies
 
     def _pulled(self, waiting: dict[str, Message]) -> list[Message]:
-        """Give the replies that are there.
+        """Pull the replies that have arrived.
 
         Flower decodes them together: if one is damaged it gives none back, and does not say whose
         it is. Then the round is run again and replies are asked for one by one, so that a damaged

@@ -64,7 +64,7 @@ class NodePerClient(ForwardingGrid):
 
     @override
     def get_node_ids(self) -> Iterable[int]:
-        """Give the node of each client, in the order of their ids.
+        """Return the node of each client, in the order of their ids.
 
         Raises:
             EngineError: If nodes are missing, or their processes cannot run this project.

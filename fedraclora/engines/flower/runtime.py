@@ -92,7 +92,7 @@ class Runtime:
             self._thread = self._session = None
 
     def check(self) -> None:
-        """Refuse a Ray that other machines can reach, once processes have answered.
+        """Reject a Ray that other machines can reach, once processes have answered.
 
         Raises:
             EngineError: If it does not listen at this machine's own address alone.

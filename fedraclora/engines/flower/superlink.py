@@ -46,7 +46,7 @@ class Ended:
 
 
 def environment(home: Path, ray: RayFolder) -> dict[str, str]:
-    """Give the environment for Flower's programs where they start a Ray of their own."""
+    """Build the environment for Flower's programs where they start a Ray of their own."""
     kept = {k: v for k, v in programs.environment(home).items() if k != "RAY_ADDRESS"}
     return {**kept, **ray.environ}
 

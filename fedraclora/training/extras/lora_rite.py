@@ -67,7 +67,7 @@ class LoraRite(FactorStep):
 
 
 def negligible(height: int, dtype: torch.dtype) -> float:
-    """Give the share of the largest eigenvalue of a Gram matrix up to which others are rounding.
+    """Compute the share of a Gram matrix's largest eigenvalue up to which others are rounding.
 
     Args:
         height: Rows of the matrix whose Gram matrix it is.
@@ -77,7 +77,7 @@ def negligible(height: int, dtype: torch.dtype) -> float:
 
 
 def inverse_root(matrix: torch.Tensor, share: float, shift: torch.Tensor, eps: float) -> Polar:
-    """Give the eigenvalues of a symmetric matrix, and ``(matrix + shift I)^(-1/2)``.
+    """Compute the eigenvalues of a symmetric matrix, and ``(matrix + shift I)^(-1/2)``.
 
     Args:
         matrix: [..., r, r], float64, without negative eigenvalues but for rounding.
@@ -96,7 +96,7 @@ def inverse_root(matrix: torch.Tensor, share: float, shift: torch.Tensor, eps: f
 
 
 def polar(tall: torch.Tensor) -> Polar:
-    """Give ``U`` and ``R^+`` of the polar form ``tall = U R``, both in the precision of ``tall``.
+    """Compute U and R^+ of the polar form ``tall = U R``, both in the precision of ``tall``.
 
     Args:
         tall: [..., n, r]. Directions that it does not have are zero in both.
@@ -184,5 +184,5 @@ class CohortRite(CohortOptimiser):
         return M @ inverse
 
     def _decay(self, beta: float) -> float:
-        """Give the decay that makes a mean from its first step on, as Adam's correction does."""
+        """Compute the decay that makes a mean from its first step on, as Adam's correction does."""
         return beta * (1 - beta ** (self.count - 1)) / (1 - beta**self.count)

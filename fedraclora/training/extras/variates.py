@@ -48,7 +48,7 @@ def lifts(sent: Downlink) -> bool:
 
 
 def variates_of(sent: Downlink) -> Tree:
-    """Give what clients add to gradients, by trained name: c, or c - c_k [K, ...]; none: {}."""
+    """Return what clients add to gradients, by trained name: c, or c - c_k [K, ...]; none: {}."""
     return sent.extras.get(LIFTED if lifts(sent) else PLAIN, {})
 
 
@@ -58,7 +58,7 @@ def with_variates(sent: Downlink, variates: Tree, *, lifted: bool) -> Downlink:
 
 
 def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
-    """Give the variates of who has none yet, by the names under which they are kept.
+    """Build the variates of a client that has none yet, by the names under which they are stored.
 
     Args:
         sent: Says what is trained, and in which form variates are kept.
@@ -78,7 +78,7 @@ def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
 
 
 def seen(kept: Tree, sent: Downlink) -> Tree:
-    """Give the part of kept variates that what is trained sees, by trained name.
+    """Select the part of stored variates that what is trained sees, by trained name.
 
     Args:
         kept: By the names of `blank_variates`, with or without a leading axis of clients.
@@ -138,7 +138,7 @@ class ControlVariates(Keeper):
 
 
 def _kept(sent: Downlink) -> Iterator[tuple[str, str, Adapter | None]]:
-    """Give what is sent back, the name of its variate, and the adapter where that is dense."""
+    """Yield what is sent back, the name of its variate, and the adapter where that is dense."""
     for name in sent.uploaded():
         weight = name.rpartition("/")[0]
         dense = sent.adapters.get(weight) if lifts(sent) else None
