@@ -212,12 +212,12 @@ class FedStrategy(EvaluatesItself):
         return self.steps.treat(got, self._setting())
 
     def _next(self, exchange: Exchange, got: Uplinks) -> State:
-        """Give the method's next state; nothing is kept yet."""
+        """Compute the method's next state; nothing is stored yet."""
         own = partial(self.method.close_round, self.state, exchange.downlink)
         return self.steps.close(own, self.state, exchange, got)
 
     def _sound(self, exchange: Exchange, raw: Uplinks, got: Uplinks) -> State:
-        """Give the next state, whose tensors are finite: where they are not, a client has failed.
+        """Compute the next state, and check that it is finite: if it is not, a client has failed.
 
         Args:
             exchange: The last of the round.

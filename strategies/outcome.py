@@ -203,7 +203,7 @@ def draw(run: Assembled, folder: Path) -> None:
 
 
 def mean_floats(method: Method, plan: Plan, rounds: int) -> tuple[float, float]:
-    """Give the numbers that a client sends and is sent in a round, the mean over the rounds.
+    """Count the numbers that a client sends and is sent in a round, the mean over the rounds.
 
     They differ from round to round where a first round begins from seeds, or factors take turns.
     """

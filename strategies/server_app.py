@@ -167,7 +167,7 @@ def read_config(text: str, *, began: bool = False) -> RunConfig:
 
 
 def watch() -> Callable[[], bool]:
-    """Give what tells whether the runtime around this thread has ended.
+    """Build the function that tells whether the runtime around this thread has ended.
 
     It is the main thread, which ends when its backend fails, while a ServerApp would wait on for
     replies. And it must end with the process that started it: Flower watches for that, but its
@@ -178,7 +178,7 @@ def watch() -> Callable[[], bool]:
 
 
 def settings_of(config: RunConfig) -> FlowerConfig | DeployConfig:
-    """Give the settings of the engine.
+    """Return the settings of the engine.
 
     Raises:
         ConfigError: If it is another one.

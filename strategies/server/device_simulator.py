@@ -48,7 +48,7 @@ class DeviceSimulator:
         return {"virtual_seconds": self.now} if self.system.timed else {}
 
     def check(self, method: Method) -> None:
-        """Refuse rank budgets that a method cannot keep.
+        """Reject rank budgets that a method cannot keep.
 
         Raises:
             ConfigError: Saying why.
@@ -62,7 +62,7 @@ class DeviceSimulator:
         return self.system.ask(self.seed, round_, population, cohort, self.now)
 
     def ranks(self, clients: torch.Tensor, method: Method) -> torch.Tensor | None:
-        """Give the rank budgets of clients, int64 [K], or None."""
+        """Draw the rank budgets of clients, int64 [K], or None."""
         if self.system.rank_budget is None:
             return None
         return self.system.ranks(self.seed, clients, self._rank(method))

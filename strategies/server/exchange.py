@@ -122,7 +122,7 @@ class Exchange:
             ) from error
 
     def _used(self) -> Uplinks:
-        """Give what was read of the clients that pass; raises as `collect` does."""
+        """Return the uplinks of the clients that pass; raises as `collect` does."""
         if not len(self.cohort):  # the coins of Poisson sampling may choose nobody
             none = torch.zeros(0, dtype=torch.int64)
             return Uplinks(none, none.double(), self.layout, torch.zeros(0, self.layout.size))

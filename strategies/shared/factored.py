@@ -45,7 +45,7 @@ class Factored(Drawn):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         check_link(self.side, None)
 

@@ -109,7 +109,7 @@ def bounded(initial: str, found: Rank, plan: Plan, name: str, *, cap: bool) -> R
 
 
 def orthogonal(shape: tuple[int, int], rank: int, seed: int) -> Product:
-    """Give B_0 [m, r] and A_0 [r, n], not zero, with ``B_0 A_0 = 0``; float64.
+    """Draw B_0 [m, r] and A_0 [r, n], not zero, with ``B_0 A_0 = 0``; float64.
 
     Example:
         >>> B, A = orthogonal((5, 7), rank=4, seed=0)
@@ -124,7 +124,7 @@ def orthogonal(shape: tuple[int, int], rank: int, seed: int) -> Product:
 
 
 def gradient_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> Product:
-    """Give LoRA-GA's B_0 [m, r] and A_0 [r, n] of a gradient ``left @ right``, in float64.
+    """Compute LoRA-GA's B_0 [m, r] and A_0 [r, n] of a gradient ``left @ right``, in float64.
 
     Args:
         left: Orthonormal columns [m, q] with q at least 2 r.
@@ -140,7 +140,7 @@ def gradient_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> Prod
 def first_factors(
     state: State, initial: str, ranks: Mapping[str, int], scales: Mapping[str, float], draw: Draw
 ) -> dict[str, Product]:
-    """Give B_0 and A_0 of each weight for a start that needs no client.
+    """Compute B_0 and A_0 of each weight for a start that needs no client.
 
     Args:
         state: Holds the weights.
@@ -164,7 +164,7 @@ def first_factors(
 def begun(
     state: State, factors: Mapping[str, Product], scales: Mapping[str, float]
 ) -> tuple[Tree, Link]:
-    """Give factors as the state carries them, and the link that takes their product out of W.
+    """Build factors as the state carries them, and the link that takes their product out of W.
 
     Args:
         state: Says in which precision.
@@ -183,7 +183,7 @@ def begun(
 def begin(
     state: State, initial: str, ranks: Mapping[str, int], scales: Mapping[str, float], draw: Draw
 ) -> State:
-    """Give the state before the first round; arguments as in `first_factors`."""
+    """Build the state before the first round; arguments as in `first_factors`."""
     carried, link = begun(state, first_factors(state, initial, ranks, scales, draw), scales)
     base = apply_link(state.base, link, state.plan) if initial == "pissa" else state.base
     return replace(state, base=base, carried=carried)
@@ -233,7 +233,7 @@ def probed(
     ranks: Mapping[str, int],
     scales: Mapping[str, float],
 ) -> tuple[Tree, Link]:
-    """Give LoRA-GA's factors from the replies to `second_probe`, as `begun` does."""
+    """Compute LoRA-GA's factors from the replies to `second_probe`, as `begun` does."""
     mean, found = got.mean(), {}
     for name, rank in ranks.items():
         Q = cast(torch.Tensor, sent.adapters[name].factors["B"])

@@ -37,7 +37,7 @@ class Conflict:
         return f"{FEATURES[self.beside].other}, or {FEATURES[self.what].other}"
 
     def check(self, setup: Setup) -> None:
-        """Refuse a run that has both.
+        """Reject a run that has both.
 
         Raises:
             ConfigError: Saying why, and what to take.

@@ -155,13 +155,13 @@ def _wide(weights: Tree) -> Tree:
 
 
 def _own(state: State) -> Tree:
-    """Give the moments of the optimiser: the others are not its own."""
+    """Select the moments of the optimiser: the others are not its own."""
     kinds = ("first/", "second/", "beside/")
     return {n: m for n, m in state.moments.items() if n.startswith(kinds)}
 
 
 def _like(state: State, moment: str) -> torch.Tensor:
-    """Give the tensor whose precision a moment has, ``first/<name>``."""
+    """Return the tensor whose precision a moment has, ``first/<name>``."""
     return state.base[moment.partition("/")[2]]
 
 

@@ -84,7 +84,7 @@ class PrivateRounds(RoundStep):
 
     @override
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        """Give the noisy mean of updates; those that are too long are shortened here, too."""
+        """Compute the noisy mean of updates; those that are too long are shortened here, too."""
         start = starts(context, got)
         clip, K = self.clip, len(got.clients)
         if not K:

@@ -100,7 +100,7 @@ def open_corrected(sent: Downlink, state: State, *, lifted: bool) -> Downlink:
 def close_corrected(
     state: State, sent: Downlink, got: Uplinks, rates: dict[str, float], steps: int, share: float
 ) -> Tree:
-    """Give the moments of the next state: with the variates that a round leaves at the server.
+    """Compute the moments of the next state: with the variates that a round leaves at the server.
 
     Args:
         state: Before the round.

@@ -170,7 +170,7 @@ class SecAggSession:
         return noted
 
     def enough(self, clients: Collection[int], stage: str) -> None:
-        """Refuse a sum of too few.
+        """Reject a sum of too few clients.
 
         Raises:
             ClientError: If fewer than `LEAST` clients are left.

@@ -149,7 +149,7 @@ class Session:
         return {c: self.asked[c] for c in able if c not in self.shares}
 
     def check_shares(self, client: int, told: Any, said: Any) -> None:
-        """Refuse other shares than were sealed for a client.
+        """Reject other shares than were sealed for a client.
 
         Raises:
             WireError: Saying what came.
@@ -221,7 +221,7 @@ def blame(round_: int, client: int, why: str) -> CulpritError:
 
 
 def check_keys(client: int, told: Any, said: Any) -> None:
-    """Refuse what are no public keys."""
+    """Reject a reply that has no public keys."""
     del client, told
     if {*said} != {"mask", "box", "seed"}:
         raise WireError(f"its keys are called {[*said]}, wanted are mask, box and seed")
@@ -231,7 +231,7 @@ def check_keys(client: int, told: Any, said: Any) -> None:
 
 
 def check_sealed(client: int, told: Any, said: Any) -> None:
-    """Refuse what is not sealed for each neighbour once, with two marks."""
+    """Reject a reply without one sealed text, with two marks, for each neighbour."""
     del client
     if {*said} != {*told}:
         raise WireError(f"it sealed shares for {[*said]}, wanted are {[*told]}")

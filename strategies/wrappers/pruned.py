@@ -114,12 +114,12 @@ class Pruned(Around):
 
     @staticmethod
     def kept(state: State) -> RanksLeft:
-        """Give what the rule keeps in a state."""
+        """Compute the ranks that the rule leaves in a state."""
         return cast(RanksLeft, state.memo)
 
     @override
     def at(self, state: State) -> tuple[Method, State]:
-        """Give the method at the ranks that are left, and its own state."""
+        """Return the method at the ranks that are left, and its own state."""
         left = self.kept(state).rank
         ranks = {n: r for n in state.plan.targets if (r := left[n])}
         plan = replace(state.plan, targets={n: state.plan.targets[n] for n in ranks})
@@ -128,7 +128,7 @@ class Pruned(Around):
         return inner, replace(state, plan=plan, carried=carried)
 
     def _smoothed(self, state: State, sent: Downlink, after: State) -> Tree:
-        """Give the smoothed importance of each entry, and its uncertainty."""
+        """Smooth the importance of each entry, and its uncertainty."""
         found: Tree = {}
         for name, slot in sent.trained().items():
             if name not in after.carried:
