@@ -110,7 +110,7 @@ def keep(
 def _directions(
     downlink: Downlink, rate_scale: float, result: LocalResult, base: Tree, local: LocalConfig
 ) -> Tree:
-    """Give the directions of the mean local step of clients, [K, ...] by name of what they send."""
+    """Average the steps of each client's local training, [K, ...] by name of what they send."""
     slots = downlink.uploaded()
     layout = Layout.of({n: torch.empty(s.shape) for n, s in slots.items()})
     places = torch.arange(len(result.losses))

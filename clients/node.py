@@ -103,7 +103,7 @@ def served(context: Context) -> list[int]:
 
 
 def folder_of(context: Context, run: str, client: int) -> Path:
-    """Give the folder in which a client keeps what it holds of a run."""
+    """Return the folder in which a client keeps its state of a run."""
     cache = context.node_config.get("cache", os.environ.get("FLWR_HOME", "~/.flwr"))
     if not (run.isascii() and run.isalnum()):  # it becomes a path, and comes from outside
         raise WireError(f"a run is called {run!r:.100}; letters and digits are wanted")

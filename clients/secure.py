@@ -71,7 +71,7 @@ def answer_stage(content: RecordDict, stage: Stage, store: ClientStore, terms: T
 
 
 def _recall(store: ClientStore, client: int, round_: int, stage: str) -> Memory:
-    """Give what a client remembers, if this is the stage that comes next.
+    """Read what a client remembers, and check that this stage comes next.
 
     Raises:
         ClientError: If it is not, or if the client has sent its masked vector in this round, or
@@ -141,7 +141,7 @@ def _shares(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
 
 
 def _unmask(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
-    """Give the seeds' shares of those who are in the sum, the keys' shares of those who are not."""
+    """Collect seeds' shares of clients in the sum, and keys' shares of those who are not."""
     del terms
     alive, gone = ([int(c) for c in data[key]] for key in ("alive", "gone"))
     near, held = {*memory["near"]}, memory["held"]

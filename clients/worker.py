@@ -57,7 +57,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
 
     def parts(self) -> Iterator[tuple[list[int], LocalResult]]:
-        """Give each trial with the places of its clients."""
+        """Yield the result of each chunk with the places of its clients."""
         start = 0
         for result in self.results:
             end = start + len(result.losses)
@@ -231,7 +231,7 @@ class Worker:
 
 
 def sent_rows(result: LocalResult, layout: Layout) -> torch.Tensor:
-    """Give what clients send as rows, float64 [k, P]."""
+    """Flatten what clients send into rows, float64 [k, P]."""
     return layout.pack({n: result.trained[n].cpu().double() for n, _ in layout.shapes}, lead=1)
 
 
