@@ -134,7 +134,7 @@ def submit(request: RunRequest, connection: Connection) -> int:
 
 
 def lines_of(connection: Connection, number: int) -> Iterator[str]:
-    """Give the lines of a run's log until the run has ended; a stream that breaks begins anew."""
+    """Yield the lines of a run's log until the run has ended; a stream that breaks begins anew."""
     while True:
         yield from connection.follow(number)
         if connection.status(number).ended:
@@ -146,7 +146,7 @@ def lines_of(connection: Connection, number: int) -> Iterator[str]:
 def place(
     request: RunRequest, local: int | None, name: str
 ) -> Iterator[tuple[Connection, Record | None]]:
-    """Give the connection to run at, and what keeps the record here."""
+    """Open the connection to run at, and what keeps the record here."""
     if local is None:
         with Record(request.folder, request.plain, resume=request.resume) as record:
             yield Connection(name, command_line(os.environ)), record
@@ -161,7 +161,7 @@ def place(
 
 
 def own_data(plain: Mapping[str, object]) -> str | None:
-    """Give what nodes of this machine are told of their data: None where the run brings them."""
+    """Return what nodes of this machine are told of their data: None where the run brings them."""
     data = section(plain, "data")
     if data["name"] != "own":
         return None
@@ -191,7 +191,7 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | No
 
 
 def where(own: Mapping[str, object]) -> tuple[str, int | None]:
-    """Give the name of the connection, or the number of nodes on this machine.
+    """Return the name of the connection, or the number of nodes on this machine.
 
     Raises:
         ConfigError: If it is not one of ``connection=NAME`` and ``local=N``.

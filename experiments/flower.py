@@ -44,7 +44,7 @@ def prepare(words: Sequence[str]) -> RunRequest:
 
 
 def options_of(request: RunRequest) -> Options:
-    """Give Flower's own options: nodes and resources.
+    """Build Flower's own options: nodes and resources.
 
     Raises:
         ConfigError: If the engine is that of another command.

@@ -39,7 +39,7 @@ class Lent:
     groups: dict[str, Plain] = field(default_factory=dict)
 
     def put_into(self, plain: Plain, typed: Sequence[str]) -> Plain:
-        """Give the composed config with the objects in their groups.
+        """Put the objects into their groups of the composed config.
 
         Args:
             plain: What was composed.

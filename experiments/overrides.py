@@ -34,7 +34,7 @@ SWEEP = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?
 
 
 def key_of(word: str) -> str:
-    """Give the key of an override.
+    """Extract the key of an override.
 
     Example:
         >>> key_of("++local.lr=0.1")
@@ -172,7 +172,7 @@ def in_plain_words(words: Sequence[str]) -> Iterator[None]:
 
 
 def explained(error: HydraException, words: Sequence[str]) -> ConfigError:
-    """Give the error that says what to do about one of Hydra's.
+    """Turn an error of Hydra's into one that says what to do.
 
     Args:
         error: Hydra's.

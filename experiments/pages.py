@@ -35,7 +35,7 @@ BLOCK = re.compile(
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """Give a page with every block made anew from the results.
+    """Render every block of a page anew from the results.
 
     Args:
         text: The page.

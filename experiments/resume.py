@@ -21,7 +21,7 @@ from fedraclora.weights.files import difference, flatten
 def go_on(
     folder: Path, stored: Mapping[str, object], plain: Plain, typed: Sequence[str] | None
 ) -> Plain:
-    """Give the config under which a run goes on.
+    """Build the config under which a run goes on.
 
     Args:
         folder: The run folder.
@@ -119,7 +119,7 @@ def _was_on(folder: Path, stored: Mapping[str, object]) -> str | None:
 
 
 def _engine(old: Plain, new: Plain, typed: Sequence[str] | None) -> Plain:
-    """Give the engine that is asked for; one that finds its chunk itself keeps the run's."""
+    """Choose the engine to go on with; one that finds its chunk itself keeps the run's."""
     leaves = set(new) if typed is None else {k.partition(".")[2] for k in typed if "engine" in k}
     if typed is not None and "engine" not in typed:
         return {**old, **{k: v for k, v in new.items() if k in leaves and k in old}}
@@ -133,7 +133,7 @@ def _engine(old: Plain, new: Plain, typed: Sequence[str] | None) -> Plain:
 def _output(
     folder: Path, old: Plain, new: Plain, typed: Sequence[str] | None
 ) -> tuple[Plain, list[str]]:
-    """Give where and how the run writes from now on, and what is refused of it."""
+    """Choose where and how the run writes from now on, and list the changes that are rejected."""
     keys = [*new] if typed is None or "output" in typed else []
     keys = keys or [k.partition(".")[2] for k in typed or () if k.startswith("output.")]
     if typed is not None:
@@ -147,7 +147,7 @@ def _output(
 
 
 def laid_over(config: Plain, changes: Plain) -> Plain:
-    """Give a config with other values: of whole keys, of dotted ones, or of some keys of a group.
+    """Replace values of a config: of whole keys, of dotted ones, or of some keys of a group.
 
     Example:
         >>> laid_over({"seed": 0, "local": {"lr": 0.1}}, {"seed": 1, "local.lr": 0.2})

@@ -76,7 +76,7 @@ def carry_out(
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
-    """Give the summary of `carry_out`."""
+    """Run a simulation and return the summary of `carry_out`."""
     return carry_out(plain, folder, resume=resume).summary
 
 

@@ -55,7 +55,7 @@ def is_whole(mapping: Mapping[str, object]) -> bool:
 
 
 def nowhere(config: Plain) -> Plain:
-    """Give a config without what says where its run was: the folder, and whether it went on."""
+    """Drop from a config what says where its run was: the folder, and whether it went on."""
     return laid_over(config, {"output.dir": None, "resume": None})
 
 

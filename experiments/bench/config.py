@@ -41,7 +41,7 @@ class BenchConfig:
     table: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse impossible settings."""
+        """Reject impossible settings."""
         for size in self.sizes:
             if size not in WORKLOADS:
                 raise unknown("size", size, [*WORKLOADS, "all"])

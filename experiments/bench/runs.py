@@ -59,7 +59,7 @@ class Row:
 
 
 def ray_settings(workers: int, device: torch.device) -> RayConfig:
-    """Give the settings of a Ray row; on a GPU all rows share one card."""
+    """Return the settings of a Ray row; on a GPU all rows share one card."""
     return RayConfig(workers=workers, gpus=None if device.type == "cpu" else 1 / RAY_WORKERS)
 
 
@@ -122,7 +122,7 @@ def trainer_of(
 
 
 def opened(method: Method, trainer: CohortTrainer, cohort: int) -> tuple[State, Downlink]:
-    """Give the state before the first round, and what the cohort is sent in it."""
+    """Build the state before the first round, and what the cohort is sent in it."""
     base = {n: p.detach().clone() for n, p in trainer.task.model.named_parameters()}
     state = method.init(base, trainer.plan, Draw(0))
     everyone = Cohort(torch.arange(cohort), torch.ones(cohort))

@@ -20,7 +20,7 @@ from strategies import METHODS
 
 
 def docstring(kind: type[Method]) -> str:
-    """Give the docstring of a method's module, where its formulas and its sources stand."""
+    """Return the docstring of a method's module, where its formulas and its sources stand."""
     return sys.modules[kind.__module__].__doc__ or ""
 
 
@@ -46,7 +46,7 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
 
 
 def first_reaching(points: Sequence[Row], metric: str, target: float) -> Row | None:
-    """Give the first measured round whose metric (more is better) is no worse than a target."""
+    """Find the first measured round whose metric (more is better) is no worse than a target."""
     return next((p for p in points if score(p, metric) >= target), None)
 
 
@@ -110,7 +110,7 @@ class Entry:
 
 
 def finals(study: Study, done: Done) -> list[Entry]:
-    """Give the rows whose final runs are all there, in the study's order."""
+    """List the rows whose final runs are all there, in the study's order."""
     return [
         Entry(study, row, lines, tuned_value(study, row, done))
         for row in study.rows
@@ -119,7 +119,7 @@ def finals(study: Study, done: Done) -> list[Entry]:
 
 
 def entries(study: Study, done: Done) -> list[Entry]:
-    """Give the rows whose final runs are all there and did not diverge, the best first."""
+    """List the rows whose final runs are all there and did not diverge, the best first."""
     stable = [entry for entry in finals(study, done) if math.isfinite(entry.mean)]
     return sorted(stable, key=lambda entry: (entry.personal, -entry.mean))
 

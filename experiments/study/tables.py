@@ -72,7 +72,7 @@ def _record(entry: Entry, done: Done) -> dict[str, object]:
 
 
 def _mean(lines: Sequence[Row], key: str) -> float:
-    """Give the mean over runs: seeds whose clients have other data send other numbers of bytes."""
+    """Average a column over runs: seeds with other data on clients send other numbers of bytes."""
     return statistics.fmean(number(line, key) for line in lines)
 
 

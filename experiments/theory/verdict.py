@@ -116,7 +116,7 @@ class Judged:
         return all(curve.holds for curve in self.curves.values())
 
     def plain(self) -> dict[str, object]:
-        """Give everything as plain values."""
+        """Convert everything to plain values."""
         curves = {
             key: {
                 **{k: np.asarray(v).tolist() for k, v in vars(curve).items()},
@@ -173,7 +173,7 @@ def curve(
 
 
 def theorem(case: Case, noise: dict[str, float]) -> Descent:
-    """Give the theorem of a case; ``noise`` has sigma_sq of single samples, and zeta_sq."""
+    """Build the theorem of a case; ``noise`` has sigma_sq of single samples, and zeta_sq."""
     ground = problem(case.problem)
     spectrum = of_downlink(first_downlink(ground.task, case.method))
     steps = case.theorem in {"sgd", "reshuffling", "federated"}

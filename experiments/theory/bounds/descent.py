@@ -42,7 +42,7 @@ class Given:
     curvature: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no problem has."""
+        """Reject constants that no problem has."""
         if not self.smoothness > 0:
             raise ConfigError(f"smoothness is {self.smoothness}; a positive number is wanted")
         if self.pl is not None and not 0 < self.pl <= self.smoothness * (1 + ROUNDING):
