@@ -50,7 +50,11 @@ def train(message: Message, context: Context) -> Message:
     try:
         job = message.content.get("job")
         if not isinstance(job, ConfigRecord):
-            raise WireError(f"a message holds {list(message.content)}; the record job is wanted")
+            raise WireError(
+                f"a message of the server has the records {list(message.content)}, but not the "
+                "record job, which says what to do: run the server and the clients from one "
+                "release"
+            )
         if "run" in job:
             reply = node.answer(context, str(job["run"]), message.content)
             return Message(reply, reply_to=message)

@@ -42,8 +42,8 @@ def held(
     known = [name for keeper in KEEPERS for name in keeper.extras]
     if unknown := downlink.extras.keys() - {*known}:
         raise WireError(
-            f"a downlink has the extras {sorted(unknown)}, of which this client knows nothing; "
-            f"{known} are known: run the server and the clients from one release"
+            f"a downlink has the extras {sorted(unknown)}, which this client does not know (it "
+            f"knows {known}): run the server and the clients from one release"
         )
     dtype = next(iter(base.values())).dtype
     default: Tree = {}

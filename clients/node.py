@@ -51,7 +51,9 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     """Train the client of a message, on weights that its update brings to the newest version."""
     (client,) = clients_of(content)
     if client not in served(context):
-        raise WireError(f"this node serves the clients {served(context)}, not {client}")
+        raise WireError(
+            f"a message is for client {client}, but this node serves the clients {served(context)}"
+        )
     folder = folder_of(context, run, client)
     make_room(folder.parent)
     own = context.node_config.get("data")
@@ -106,7 +108,10 @@ def folder_of(context: Context, run: str, client: int) -> Path:
     """Return the folder in which a client keeps its state of a run."""
     cache = context.node_config.get("cache", os.environ.get("FLWR_HOME", "~/.flwr"))
     if not (run.isascii() and run.isalnum()):  # it becomes a path, and comes from outside
-        raise WireError(f"a run is called {run!r:.100}; letters and digits are wanted")
+        raise WireError(
+            f"the name of a run is {run!r:.100}; it names a folder here, so that only letters and "
+            "digits may be in it"
+        )
     return Path(str(cache)).expanduser() / CACHE / run / str(client)
 
 

@@ -122,8 +122,8 @@ def _shares(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
     keys = {int(c): {name: str(k[name]) for name in ("mask", "box")} for c, k in data.items()}
     if client in keys or len(keys) < terms.neighbours:
         raise ClientError(
-            f"client {client} was told to trust {len(keys)} neighbours, itself among them or not; "
-            f"{terms.neighbours} or more others are wanted"
+            f"the server named {len(keys)} neighbours to client {client} for secure aggregation; "
+            f"{terms.neighbours} or more are needed, and the client itself may not be one of them"
         )
     for key in keys.values():
         read_public(key["mask"])
@@ -147,13 +147,14 @@ def _unmask(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
     near, held = {*memory["near"]}, memory["held"]
     if len({*alive, *gone}) != len(alive) + len(gone) or not {*alive, *gone} <= near:
         raise ClientError(
-            f"client {client} was asked for shares of {alive} and {gone}; each of its neighbours "
-            f"{sorted(near)} once is wanted"
+            f"the server asked client {client} for the shares of {alive}, who are in the sum, and "
+            f"of {gone}, who left; each may be one of its neighbours {sorted(near)}, and none may "
+            "be named twice"
         )
     if len(alive) < memory["threshold"]:
         raise ClientError(
-            f"client {client} was asked to unmask a sum with {len(alive)} of its neighbours; "
-            f"{memory['threshold']} or more are wanted"
+            f"the server asked client {client} to unmask a sum that has only {len(alive)} of its "
+            f"neighbours; {memory['threshold']} or more are needed"
         )
     return {
         "alive": {str(c): held[str(c)][0] for c in alive if str(c) in held},
@@ -229,8 +230,8 @@ def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:
     strangers = {*near} - {int(c) for c in memory["keys"]}
     if strangers or len({*near}) != len(near):
         raise ClientError(
-            f"client {client} was named the neighbours {near}; of {[*memory['keys']]} each once, "
-            "and no others, are wanted"
+            f"the server named the neighbours {near} to client {client}; each may be one of "
+            f"{[*memory['keys']]}, and none may be named twice"
         )
     if len(near) < memory["threshold"]:
         raise ClientError(

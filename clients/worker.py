@@ -109,8 +109,9 @@ class Worker:
         stage = read_stage(content)
         if (stage is None) != (self.terms is None):
             raise WireError(
-                "the config of this run and its messages differ on secure aggregation: updates "
-                f"are{'' if self.terms else ' not'} to be masked, and this message asks otherwise"
+                f"by the config of this run updates are{'' if self.terms else ' not'} masked "
+                "(secure aggregation), but a message asks for the opposite: run the server and "
+                "the clients under one config"
             )
         if stage is not None and self.terms is not None and stage.name != "masked":
             return answer_stage(content, stage, self.store, self.terms)

@@ -63,7 +63,10 @@ def prepare(words: Sequence[str], local: int | None) -> RunRequest:
     request = RunRequest.of(plain, folder, engine, server_folder=there, resume=resume)
     if not isinstance(settings_of(request.config), DeployConfig):
         name = request.config.engine.name
-        raise ConfigError(f"engine is {name}: fedraclora deploy has engine=deploy")
+        raise ConfigError(
+            f"engine is {name}, but `fedraclora deploy` runs on real hosts with engine=deploy: "
+            "leave engine out"
+        )
     return request
 
 

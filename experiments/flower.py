@@ -51,7 +51,9 @@ def options_of(request: RunRequest) -> Options:
     """
     settings, built = settings_of(request.config), request.built
     if not isinstance(settings, FlowerConfig):
-        raise ConfigError(f"engine is {settings.name}: that is for fedraclora deploy")
+        raise ConfigError(
+            f"engine is {settings.name}, which runs on real hosts: use `fedraclora deploy`"
+        )
     return run_options(settings, built.device.type, built.clients)
 
 

@@ -193,7 +193,7 @@ def explained(error: HydraException, words: Sequence[str]) -> ConfigError:
     if NO_SUCH_KEY.search(said):
         return _unknown_keys(words, said)
     if found := IS_THERE.search(said):
-        return ConfigError(f"{found[1]} is there already: write it without the +")
+        return ConfigError(f"the config has the key {found[1]} already: write it without the +")
     if found := SWEEP.search(said):
         key, _, values = found[1].partition("=")
         listed = "" if "(" in values else f"; a list is written '{key}=[{values}]'"

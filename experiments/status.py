@@ -75,8 +75,8 @@ def composing() -> Iterator[None]:
         if explained(error) is not None:
             raise
         raise ConfigError(
-            f"Hydra makes nothing of these words: {error}; key=value, group=choice, +key=value "
-            "and ~key are wanted"
+            f"Hydra cannot read these arguments: {error}; each is key=value, group=choice, "
+            "+key=value or ~key"
         ) from error
 
 

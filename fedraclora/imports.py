@@ -58,7 +58,9 @@ def import_function(key: str, name: str) -> Any:
             f"has no {attribute}"
         )
     if not callable(found):
-        raise ConfigError(f"{key} is {name!r}, which is a {type(found).__name__}, no function")
+        raise ConfigError(
+            f"{key} is {name!r}, which is of type {type(found).__name__}; a function is wanted"
+        )
     return found
 
 

@@ -68,7 +68,10 @@ class Layout:
         if not self.shapes:
             return {}
         if flat.shape[-1] != self.size:
-            raise ShapeError(f"cannot unpack {tuple(flat.shape)}: last axis must be {self.size}")
+            raise ShapeError(
+                f"cannot unpack numbers of shape {tuple(flat.shape)}: the last axis must have "
+                f"{self.size}"
+            )
         parts = flat.split([prod(shape) for _, shape in self.shapes], dim=-1)
         lead = flat.shape[:-1]
         return {

@@ -152,7 +152,7 @@ class Run:
         """
         place = Path(folder).expanduser()
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise ConfigError(f"{place} holds something already; name a new folder")
+            raise ConfigError(f"{place} is not empty; name a new folder")
         place.mkdir(parents=True, exist_ok=True)
         save_tensors(place / "model.safetensors", self.weights(), {}, sync=False)
         self.history.to_csv(place / "history.csv")

@@ -160,8 +160,8 @@ def read_config(text: str, *, began: bool = False) -> RunConfig:
     settings_of(config)
     if config.output.dir is None or not Path(config.output.dir).expanduser().is_absolute():
         raise ConfigError(
-            f"output.dir is {config.output.dir}, but Flower's processes run anywhere: name a "
-            "folder by its whole path"
+            f"output.dir is {config.output.dir}, but Flower's processes run in folders of their "
+            "own: write an absolute path"
         )
     return config
 
@@ -185,7 +185,8 @@ def settings_of(config: RunConfig) -> FlowerConfig | DeployConfig:
     """
     if not isinstance(config.engine, FlowerConfig | DeployConfig):
         raise ConfigError(
-            f"engine is {config.engine.name}, but this is Flower: use engine=flower or deploy"
+            f"engine is {config.engine.name}, but Flower started this process: use engine=flower "
+            "or deploy"
         )
     return config.engine
 

@@ -45,7 +45,10 @@ def write_work(folder: Path, workload: Workload, task: Task, rounds: int, thread
     """
     data = task.train
     if not isinstance(data, Partitioned) or set(data.samples.inputs) != {"x"}:
-        raise ConfigError("peers are given vectors only; leave them out of this workload")
+        raise ConfigError(
+            "the peers train on vectors only, and the data of this workload are others: leave the "
+            "peers out of it"
+        )
     shape = (data.num_clients, workload.samples)
     x, y = data.samples.inputs["x"].cpu().numpy(), data.samples.target.cpu().numpy()
     np.savez(folder / "data.npz", x=x.reshape(*shape, -1), y=y.reshape(shape))

@@ -137,7 +137,9 @@ class Study:
             if key not in KEYS | OPTIONAL:
                 raise unknown("study key", key, KEYS | OPTIONAL)
         if KEYS - set(loaded):
-            raise ConfigError(f"{path} lacks {', '.join(sorted(KEYS - set(loaded)))}")
+            raise ConfigError(
+                f"the study {path} lacks the keys {', '.join(sorted(KEYS - set(loaded)))}"
+            )
         loaded["rows"] = {**loaded.pop("more", {}), **(loaded["rows"] or {})}
         _check(path, loaded)
         _keep(loaded, loaded.pop("only", None))
@@ -213,5 +215,5 @@ def _keep(loaded: dict[str, Any], only: Sequence[str] | None) -> None:
 
 def _list(value: object) -> list[object]:
     if not isinstance(value, list):
-        raise ConfigError(f"a study wants a list, but has {value!r}")
+        raise ConfigError(f"a key of a study is {value!r}; a list is wanted")
     return value

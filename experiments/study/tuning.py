@@ -43,7 +43,7 @@ def score(line: Mapping[str, Any], metric: str) -> float:
     for name in (metric, f"personal_{metric}"):
         if name in metrics:
             return float(metrics[name])
-    raise ConfigError(f"a run has no {metric}; it was measured by {', '.join(metrics)}")
+    raise ConfigError(f"a run has no metric {metric}; its metrics are {', '.join(metrics)}")
 
 
 def mean_score(study: Study, row: str, value: float, done: Done) -> float:

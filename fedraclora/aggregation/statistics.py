@@ -51,8 +51,8 @@ def trimmed_mean(rows: torch.Tensor, cut: int) -> torch.Tensor:
     K = len(rows)
     if 2 * cut >= K:
         raise ConfigError(
-            f"a trimmed mean cuts {cut} clients at each end, but only {K} answered; more than "
-            f"{2 * cut} are wanted: raise cohort or lower aggregator.attackers"
+            f"a trimmed mean leaves out {cut} clients at each end, so that it needs more than "
+            f"{2 * cut}, but only {K} answered: raise cohort or lower aggregator.attackers"
         )
     return rows.sort(dim=0).values[cut : K - cut].mean(dim=0)
 

@@ -74,7 +74,8 @@ class HeteroLora(Uniform):
             raise ConfigError(f"allocation.share is {self.share}; a share in (0, 1] is wanted")
         if self.every is not None and self.every < 1:
             raise ConfigError(
-                f"allocation.every is {self.every}; rounds, 1 or more, or null (once), are wanted"
+                f"allocation.every is {self.every}; a number of rounds from 1 on, or null (choose "
+                "once), is wanted"
             )
 
     def due(self, round_: int) -> bool:

@@ -355,4 +355,4 @@ def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
             "back by more than a round could not go on: set output.checkpoint_every=1"
         )
     if engine.folder is not None and not engine.folder.startswith("/"):
-        raise ConfigError(f"engine.folder is {engine.folder!r}; a whole path is wanted")
+        raise ConfigError(f"engine.folder is {engine.folder!r}; an absolute path is wanted")

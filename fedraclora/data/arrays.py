@@ -158,7 +158,10 @@ def _classes(target: Array, task: str, source: str) -> list[str]:
         return []  # refused where it is fitted, in words
     names = class_names([str(label) for label in np.unique(target)])
     if len(names) < 2:
-        raise DataError(f"{source}: the target has the one value {names} only")
+        raise DataError(
+            f"{source}: every target is {names}, so that there is nothing to learn; two or more "
+            "different ones are wanted"
+        )
     return names
 
 

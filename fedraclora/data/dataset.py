@@ -224,7 +224,7 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
         )
     wanted = [int(label) for label in labels]
     if len(wanted) < 2 or len(set(wanted)) < len(wanted):
-        raise ConfigError(f"data.labels={wanted}: want two or more different classes")
+        raise ConfigError(f"data.labels={wanted}: two or more different classes are wanted")
     for samples, side in ((data.train, "training"), (data.test, "test")):
         found: list[int] = np.unique(samples.target.numpy()).tolist()
         missing = sorted(set(wanted) - set(found))

@@ -91,7 +91,9 @@ def resolve(spelling: str, *, key: str, root: str | None = None) -> Path:
 def _in_package(spelling: str, key: str, root: str | None) -> Path:
     package, slash, inside = spelling.removeprefix(PACKAGE).partition("/")
     if not slash or not inside or not package.isidentifier():
-        raise ConfigError(f"{key}={spelling}: want package:NAME/path, NAME as it is imported")
+        raise ConfigError(
+            f"{key}={spelling}: write it as package:NAME/path, with NAME as the package is imported"
+        )
     if root and (Path(root) / Path(inside).name).is_file():
         return Path(root) / Path(inside).name
     path = package_path(package, inside)

@@ -83,7 +83,8 @@ def load_shakespeare(
     windows = cut(role for role in roles if role[0] not in chosen)
     if not windows:
         raise ConfigError(
-            f"data.least={least}, data.length={length}: no role is left to be a client"
+            f"data.least={least}, data.length={length}: no role of these plays has as much text "
+            "as a client needs; lower one of the two"
         )
     train, held = _split(windows, test)
     counts = [len(_kept(w, test)) for w in windows.values()]

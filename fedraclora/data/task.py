@@ -146,5 +146,8 @@ def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     output = model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"the model gives {type(output).__name__}, not a tensor or .logits")
+        raise TypeError(
+            f"the model returns a {type(output).__name__}; a tensor, or an object with .logits, is "
+            "wanted"
+        )
     return logits

@@ -66,8 +66,9 @@ class SystemConfig(Limited, group="system"):
             )
         if isinstance(self.availability, Diurnal) and not self.timed:
             raise ConfigError(
-                "system.availability is diurnal, but no client takes any time, so that it is one "
-                "hour for ever; set system.speed, downlink or uplink"
+                "system.availability is diurnal, but no client takes any time, so that the clock "
+                "stands still and it is the same hour in every round; set system.speed, downlink "
+                "or uplink"
             )
         if self.buffer is not None:
             self._check_buffer(self.buffer)

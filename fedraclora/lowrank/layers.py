@@ -105,7 +105,8 @@ def split_patterns(patterns: str | Sequence[str]) -> list[str]:
     parts = [p.strip() for p in (patterns.split(",") if isinstance(patterns, str) else patterns)]
     if "" in parts:
         raise ConfigError(
-            f"an empty pattern names no layer: {patterns!r}; name layers as in [query,value]"
+            f"the list {patterns!r} has an empty pattern, which names no layer: name layers as in "
+            "[query,value]"
         )
     return parts
 

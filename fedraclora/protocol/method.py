@@ -86,7 +86,7 @@ class Cohort:
             return
         if self.ranks.shape != self.clients.shape:
             raise ConfigError(
-                f"{len(self)} clients came with rank budgets {tuple(self.ranks.shape)}; "
+                f"{len(self)} clients came with rank budgets of shape {tuple(self.ranks.shape)}; "
                 "one for each is wanted"
             )
         for client, rank in zip(self.clients.tolist(), self.ranks.tolist(), strict=True):

@@ -110,7 +110,9 @@ class Uplinks:
         if self.summed is not None:
             return self.summed
         if self.stacked is None:
-            raise ShapeError("these uplinks hold neither clients nor their sum")
+            raise ShapeError(
+                "these uplinks have neither the clients' rows nor their sum; one of them is wanted"
+            )
         return weighted_sum(self.stacked, self.weights, self.places)
 
     def mean(self) -> Tree:
@@ -130,7 +132,7 @@ class Uplinks:
     def rows(self) -> torch.Tensor:
         """The same packed into one row for each client, [K, P]; raises as `stack` does."""
         if self.stacked is None:
-            raise ShapeError("this method needs each client's own update, but only the sum came")
+            raise ShapeError("this method needs each client's own update, but only their sum came")
         return self.stacked
 
     @property

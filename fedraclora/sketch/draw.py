@@ -88,8 +88,8 @@ class SketchSpec:
             raise unknown("sketch side", self.side, SIDES)
         if self.rank < 1 or self.dim < 1 or self.index < 0:
             raise ConfigError(
-                "a sketch needs rank >= 1, dim >= 1 and index >= 0; "
-                f"came rank={self.rank}, dim={self.dim}, index={self.index}"
+                f"a sketch needs rank >= 1, dim >= 1 and index >= 0, but has rank={self.rank}, "
+                f"dim={self.dim}, index={self.index}"
             )
         if SKETCHES[self.kind].basis is not None and self.rank > self.dim:
             raise ConfigError(
@@ -97,7 +97,7 @@ class SketchSpec:
                 f"cannot exceed dim={self.dim}; lower the rank to {self.dim} or less"
             )
         if not 0.0 < self.density <= 1.0:
-            raise ConfigError(f"the density of a sketch lies in (0, 1]; came {self.density}")
+            raise ConfigError(f"the density of a sketch is {self.density}; it must lie in (0, 1]")
 
     def draw(self) -> torch.Tensor:
         """Draw the sketch.

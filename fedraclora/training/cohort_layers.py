@@ -114,8 +114,8 @@ class CohortLayer(nn.Module):
         if x.shape[0] == 1:
             return x.expand(rows, *x.shape[1:])
         raise ModelError(
-            f"layer {self.layer!r} was given {tuple(x.shape)}; the first axis must be the batch of "
-            f"{rows} samples, or 1, for the layer to be trained per client"
+            f"layer {self.layer!r} got an input of shape {tuple(x.shape)}; the first axis must be "
+            f"the batch of {rows} samples, or 1, for the layer to be trained per client"
         )
 
     def per_client(self, leaf: str) -> torch.Tensor | None:

@@ -146,8 +146,8 @@ class LocalConfig:
         for extra in self.extras if self.moments != "round" else ():
             if extra.ends_moments:
                 raise ConfigError(
-                    f"local.moments is {self.moments}, but what those of {extra.setting} speak of "
-                    "ends with the round; leave it at round"
+                    f"local.moments is {self.moments}, but under {extra.setting} moments mean "
+                    "nothing beyond their round; set local.moments=round"
                 )
         steps = [extra.setting for extra in self.extras if extra.takes_factor_step]
         if len(steps) > 1:

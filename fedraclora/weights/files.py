@@ -198,7 +198,8 @@ def _follow(
     """Hold a link against the one before it; links of older releases do not say which it was."""
     if meta.get("round") != round_:
         raise CheckpointError(
-            f"{path} holds the link of round {meta.get('round')}; it has been renamed"
+            f"{path} has the link of round {meta.get('round')}: the file has been renamed; give it "
+            "its name back"
         )
     previous = meta.get("previous")
     if previous is not None and previous != (before[1] if before else ""):

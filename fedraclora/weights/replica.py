@@ -53,7 +53,7 @@ class Replica(BaseWeights):
         if fingerprint(base) != update.mark:
             if update.held is not None:  # another processor may round a product differently
                 return False
-            raise WireError(f"version {update.version} of the base weights came damaged")
+            raise WireError(f"version {update.version} of the base weights was damaged on its way")
         self.take(base, update.version, update.mark)
         return True
 
@@ -141,13 +141,13 @@ class FolderReplica(Replica):
             ):
                 raise StaleError(
                     f"round {round_}: the links to version {int(path.stem)} of the base weights "
-                    "lead to others here than at the server; it must write them whole"
+                    "give other weights here than at the server; it must write them whole"
                 )
         if version != self.version:
             raise WireError(
-                f"round {round_}: {self.folder} does not lead from version {self.version} of the "
-                f"base weights to version {version}; the server writes what leads there before "
-                "it asks, and removes it when it goes on"
+                f"round {round_}: the files in {self.folder} do not lead from version "
+                f"{self.version} of the base weights to version {version}; the server writes them "
+                "before it asks, and removes them when it goes on"
             )
         return self.base
 

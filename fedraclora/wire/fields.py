@@ -83,7 +83,7 @@ def parsed(text: object, what: str) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a finite number")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

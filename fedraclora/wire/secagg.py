@@ -108,7 +108,7 @@ def read_stage(content: RecordDict) -> Stage | None:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise WireError(f"a message of secure aggregation is damaged ({error})") from error
     if stage.name not in STAGES:
-        raise WireError(f"secure aggregation has no stage {stage.name!r}; {STAGES} are known")
+        raise WireError(f"secure aggregation has no stage {stage.name!r}; its stages are {STAGES}")
     return stage
 
 
@@ -121,7 +121,9 @@ def read_words(content: RecordDict) -> Words:
     record = content.get("arrays")
     found = record["flat"].numpy() if isinstance(record, ArrayRecord) else None
     if found is None or found.dtype != np.uint32 or found.ndim != 2:
-        raise WireError("a masked reply holds no words of 32 bits")
+        raise WireError(
+            "a masked reply is not an array of 32-bit words with one row for each client"
+        )
     return found
 
 
@@ -152,7 +154,7 @@ def read_public(text: object) -> ec.EllipticCurvePublicKey:
     except Exception as error:  # whatever the library says of what is no key
         raise WireError(f"what came for a public key cannot be read ({error})"[:300]) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != CURVE.name:
-        raise WireError(f"a public key is no point of the curve {CURVE.name}, which is wanted")
+        raise WireError(f"a public key is not a point of the curve {CURVE.name}")
     return key
 
 
@@ -193,7 +195,10 @@ def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
     except Exception as error:  # whatever the cipher says of what is not its own
         raise WireError(f"shares of client {sender} cannot be opened ({error!r})") from error
     if found[:2] != [sender, receiver]:
-        raise WireError(f"shares of client {found[0]} for client {found[1]} went astray")
+        raise WireError(
+            f"the shares of client {found[0]} for client {found[1]} came to another client, or "
+            "under another name"
+        )
     return found[2:]
 
 
@@ -210,7 +215,7 @@ def checked_text(value: object, longest: int) -> str:
     """
     if not isinstance(value, str) or len(value) > longest:
         kind = f"one of {len(value)}" if isinstance(value, str) else type(value).__name__
-        raise WireError(f"a text of at most {longest} characters is wanted, {kind} came")
+        raise WireError(f"a text of at most {longest} characters is wanted, but {kind} came")
     return value
 
 

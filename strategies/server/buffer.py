@@ -170,9 +170,9 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
         carries |= bool(own and state.carried)
     if carries:
         raise ConfigError(
-            "system.buffer has a reply to an older downlink, but this method carries on what it "
-            "has trained since; take one that merges in every round (method.resample_every=1), or "
-            "never (null)"
+            "a reply to an older downlink came (system.buffer), but this method goes on training "
+            "the same factors, so that they have changed since; take a method that merges in "
+            "every round (method.resample_every=1), or never (null)"
         )
     first, *others = links
     report = {"staleness": sum(ages) / len(ages), "staleness_max": max(ages)}
@@ -188,8 +188,9 @@ def _closed(
     layout = uplink_layout(sent)
     if any(uplink_layout(batch.sent) != layout for batch in group):
         raise ConfigError(
-            "system.buffer is set, but this method trains other things in other rounds, so that a "
-            "stale reply has no place in this one; take another method, or system.buffer=null"
+            "system.buffer is set, but what this method trains changes from round to round, so "
+            "that a late reply does not fit the round in which it comes; take another method, or "
+            "system.buffer=null"
         )
     rows = torch.cat([batch.rows for batch in group])
     late = torch.cat([torch.full((len(b.flights),), float(round_ - b.round_)) for b in group])

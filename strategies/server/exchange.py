@@ -209,7 +209,8 @@ class Exchange:
         if (reply.round_, reply.version) != (self.round_, self.version):
             raise WireError(
                 f"clients {reply.clients.tolist()} answered for round {reply.round_} from version "
-                f"{reply.version}; round {self.round_} from version {self.version} was wanted"
+                f"{reply.version}, but were asked for round {self.round_} from version "
+                f"{self.version}"
             )
         return reply
 
@@ -226,8 +227,8 @@ class Exchange:
             return
         if len(answered) != len(set(answered)) or not set(answered) <= set(wanted):
             raise WireError(
-                f"round {self.round_}: clients {answered} answered, each of {wanted} was wanted "
-                "once"
+                f"round {self.round_}: clients {answered} answered, but each of {wanted} must "
+                "answer once"
             )
         missing = sorted(set(wanted) - set(answered))
         self.failures += [Refusal(c, "no reply in time") for c in missing]

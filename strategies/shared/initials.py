@@ -83,8 +83,9 @@ def check_start(initial: str, *, fits: bool, why: str) -> None:
     """
     if initial in STARTS and not fits:
         raise ConfigError(
-            f"method.initial is {initial}, a start of two trained factors that live on, but {why}; "
-            "take a method that carries both (fedavg_lora, fedex_lora), or a drawing"
+            f"method.initial is {initial}, a start for two factors that are both trained in all "
+            f"rounds, but {why}; take a method that carries both (fedavg_lora, fedex_lora), or a "
+            "drawing"
         )
     if initial not in SKETCHES and initial not in STARTS:
         raise unknown("method.initial", initial, [*SKETCHES, *(STARTS if fits else ())])

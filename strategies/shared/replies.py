@@ -67,7 +67,9 @@ class Replies:
         """Return a frozen factor as it was sent: a tensor, or a drawing."""
         factor = self.adapter.factors[label]
         if isinstance(factor, Trained):
-            raise KeyError(f"{label} was trained: replies.mean or replies.stack has it")
+            raise KeyError(
+                f"the factor {label} was trained by each client: use replies.mean or replies.stack"
+            )
         return factor
 
     def mean(self, label: str, step: float = 1.0) -> torch.Tensor:
@@ -161,5 +163,5 @@ def opening(adapter: Adapter, label: str, like: torch.Tensor) -> torch.Tensor:
     if found is None and isinstance(factor, Trained):
         found = torch.zeros(factor.shape, dtype=torch.float64)
     if found is None:
-        raise TypeError(f"{label} is not trained")
+        raise TypeError(f"the factor {label} is not trained, so that it has no start")
     return found.to(like.device, torch.float64)

@@ -62,7 +62,9 @@ class SecAggSession:
         def read(content: RecordDict) -> Factors:
             answer = read_stage(content)
             if answer is None or answer.name != stage:
-                raise WireError(f"it is no answer to the stage {stage}")
+                raise WireError(
+                    f"the reply is not an answer to the stage {stage} of secure aggregation"
+                )
             found, bad = {}, {}
             for client in answer.data.keys() & data.keys():
                 try:
@@ -93,7 +95,9 @@ class SecAggSession:
         def read(content: RecordDict) -> Factors:
             rows, clients = read_words(content), read_vectors(content)["clients"].tolist()
             if rows.shape != (len(clients), size):
-                raise WireError(f"words {rows.shape} came, wanted {(len(clients), size)}")
+                raise WireError(
+                    f"masked vectors of shape {rows.shape} came; {(len(clients), size)} is wanted"
+                )
             stage = read_stage(content)
             found: dict[int, Any] = {}
             for client, said in (stage.data if stage is not None else {}).items():

@@ -158,7 +158,10 @@ class Session:
         for kind, place in KINDS.items():
             wanted = {str(n) for n in told[kind]} & held.keys()
             if {*said[kind]} != wanted:
-                raise WireError(f"it gave shares of {[*said[kind]]}, wanted are {sorted(wanted)}")
+                raise WireError(
+                    f"it sent shares of the clients {[*said[kind]]}, but {sorted(wanted)} were "
+                    "asked for"
+                )
             for owner, share in said[kind].items():
                 if mark(checked_text(share, SHARE_LENGTH)) != held[owner][place]:
                     raise WireError(f"its share of client {owner} is not the one that was sealed")
@@ -224,7 +227,7 @@ def check_keys(client: int, told: Any, said: Any) -> None:
     """Reject a reply that has no public keys."""
     del client, told
     if {*said} != {"mask", "box", "seed"}:
-        raise WireError(f"its keys are called {[*said]}, wanted are mask, box and seed")
+        raise WireError(f"it sent the keys {[*said]}; mask, box and seed are wanted")
     for name in ("mask", "box"):
         read_public(checked_text(said[name], PUBLIC_LENGTH))
     checked_text(said["seed"], MARK_LENGTH)
@@ -234,8 +237,10 @@ def check_sealed(client: int, told: Any, said: Any) -> None:
     """Reject a reply without one sealed text, with two marks, for each neighbour."""
     del client
     if {*said} != {*told}:
-        raise WireError(f"it sealed shares for {[*said]}, wanted are {[*told]}")
+        raise WireError(
+            f"it sealed shares for the clients {[*said]}, but its neighbours are {[*told]}"
+        )
     for text, *marks in said.values():
         checked_text(text, SEALED_LENGTH)
         if [len(checked_text(m, MARK_LENGTH)) for m in marks] != [MARK_LENGTH] * 2:
-            raise WireError(f"its shares have the marks {marks}; two of SHA-256 are wanted")
+            raise WireError(f"its shares have the marks {marks}; two SHA-256 digests are wanted")

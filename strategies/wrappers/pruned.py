@@ -92,9 +92,9 @@ class Pruned(Around):
         last, first = round(self.rule.target * len(ranks)), sum(ranks.values())
         if not 1 <= last <= first:
             raise ConfigError(
-                f"allocation.target is {self.rule.target}, which leaves {last} components of the "
-                f"{first} with which {len(ranks)} layers begin; 1 to {first} are wanted: change "
-                "it, or method.rank"
+                f"allocation.target is {self.rule.target}, which leaves {last} of the {first} "
+                f"components with which {len(ranks)} layers begin; 1 to {first} must be left: "
+                "change it, or method.rank"
             )
         return replace(state, memo=RanksLeft(rank=ranks, components=first))
 

@@ -282,5 +282,5 @@ def test_a_superlink_that_does_not_answer_is_given_up(
 
 def test_simulate_sends_its_reader_to_deploy() -> None:
     config = from_plain(composed([*SMALL, "clients=3", "cohort=3", "engine=deploy"]), METHODS)
-    with pytest.raises(ConfigError, match="engine=deploy is for fedraclora deploy"):
+    with pytest.raises(ConfigError, match="run `fedraclora deploy` with"):
         assemble(config, None)

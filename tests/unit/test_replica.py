@@ -181,7 +181,7 @@ def test_weights_that_came_damaged_are_refused() -> None:
     server = told("terms", 1)
     update = server.since(None)
     harmed = {n: t + 1 for n, t in update.dense.items()}
-    with pytest.raises(WireError, match="version 1 of the base weights came damaged"):
+    with pytest.raises(WireError, match="version 1 of the base weights was damaged"):
         Replica(PLAN, CPU).follow(WeightUpdate(1, update.mark, None, dense=harmed))
 
 

@@ -161,6 +161,6 @@ def _check(given: Given, step: float, limit: float, *, isotropic: bool = True) -
         raise ConfigError(f"step is {step:.6g}; the theorem needs a step in (0, {limit:.6g}]")
     if isotropic and given.lambda_min <= 0:
         raise ConfigError(
-            "lambda_min is 0: some direction is missed for certain (blocks: cover has this, given "
-            "the past), so the theorem says nothing; see cover"
+            "lambda_min is 0: no step is ever taken in some direction (given the past, blocks: "
+            "cover is such a case), so that this theorem says nothing; use `cover`"
         )

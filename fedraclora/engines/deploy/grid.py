@@ -70,11 +70,15 @@ class DeployGrid(ForwardingGrid):
 
     @override
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise EngineError("messages of this grid go out by send_and_receive alone")
+        raise EngineError(
+            "this grid sends messages by send_and_receive only, and not by push_messages"
+        )
 
     @override
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise EngineError("replies of this grid come back by send_and_receive alone")
+        raise EngineError(
+            "this grid receives replies by send_and_receive only, and not by pull_messages"
+        )
 
     @override
     def send_and_receive(

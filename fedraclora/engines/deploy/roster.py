@@ -139,10 +139,10 @@ def _read(reply: Message) -> dict[int, int]:
         raise ValueError(reply.error.reason)
     said = reply.content["partition"]
     if not isinstance(said, ConfigRecord):
-        raise TypeError("its answer is no record of settings")
+        raise TypeError("its answer is not a record of settings")
     ids, held = said["ids"], said["held"]
     if not isinstance(ids, list) or not isinstance(held, list):
-        raise TypeError(f"it serves {shown(ids)}; a list of clients is wanted")
+        raise TypeError(f"it says that it serves {shown(ids)}; a list of clients is wanted")
     return {
         whole(c, "a client that it serves"): whole(v, "the version that it holds", -1)
         for c, v in zip(ids, held, strict=True)

@@ -182,8 +182,8 @@ class NodePerClient(ForwardingGrid):
             found[int(str(reply.content["partition"]["id"]))] = reply.metadata.src_node_id
         if sorted(found) != list(range(self.clients)):
             raise EngineError(
-                f"{len(ids)} nodes serve the partitions {sorted(found)[:5]}..., wanted are 0 to "
-                f"{self.clients - 1}, once each; with `flwr run`, num-supernodes must be "
+                f"{len(ids)} nodes serve the partitions {sorted(found)[:5]}..., but each from 0 to "
+                f"{self.clients - 1} must be served once; with `flwr run`, num-supernodes must be "
                 f"{self.clients}"
             )
         return [found[k] for k in range(self.clients)]

@@ -76,7 +76,7 @@ class Runtime:
         first: BaseException = self._broken
         while first.__cause__ is not None:
             first = first.__cause__
-        return EngineError(f"Flower's runtime broke: {type(first).__name__}: {first}")
+        return EngineError(f"Flower's runtime failed: {type(first).__name__}: {first}")
 
     def close(self) -> None:
         """End it, and wait for the end."""

@@ -115,8 +115,8 @@ def pairs_of(
         )
     if downlink.recipe != "plain":
         raise ConfigError(
-            f"{setting} mixes the components of a factor, but the recipe {downlink.recipe} of this "
-            "method says which of them a step may move: leave one of the two out"
+            f"{setting} mixes the components of a factor, but this method limits which of them a "
+            f"step may move (its recipe is {downlink.recipe}): leave one of the two out"
         )
     pairs = []
     for weight, adapter in downlink.adapters.items():

@@ -75,7 +75,10 @@ def with_prox(
             out[name] = gradients[name] + mu * adapter.scale**2 * moved
             continue
         if tuple(adapter.factors) != ("B", "A"):
-            raise ConfigError(f"local.prox is not defined for the factors {list(adapter.factors)}")
+            raise ConfigError(
+                "local.prox is defined for adapters B A, but one of this method is a product of "
+                f"{', '.join(adapter.factors)}: set local.prox=0, or take another method"
+            )
         nb, na = f"{weight}/B", f"{weight}/A"
         active = leaves[nb if nb in leaves else na].shape[0]
         B, A, B0, A0 = (

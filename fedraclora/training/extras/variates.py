@@ -148,5 +148,8 @@ def _kept(sent: Downlink) -> Iterator[tuple[str, str, Adapter | None]]:
 def _beside(adapter: Adapter) -> torch.Tensor:
     pair = held_beside(adapter)
     if pair is None:
-        raise ValueError("dense variates need one trained factor beside one that is shared")
+        raise ValueError(
+            "control variates of whole weights need adapters with one trained factor and one that "
+            "all clients share"
+        )
     return pair[1]
