@@ -20,7 +20,7 @@ from fedraclora.tree import Layout, Tree
 from fedraclora.wire import TrainRequest
 
 
-def held(
+def restore(
     store: ClientStore, downlink: Downlink, request: TrainRequest, base: Tree, local: LocalConfig
 ) -> tuple[Downlink, Tree]:
     """Read what the clients of a message hold.
@@ -55,11 +55,11 @@ def held(
     steps = RECIPES[downlink.recipe].steps  # without, nothing has moments
     blank = blank_moments(local, downlink, dtype) if steps else {}
     blanks = [keeper.blank(downlink, dtype) for keeper in KEEPERS]
-    wanted = default | blank | {n: t for kept in blanks for n, t in kept.items()}
-    if not wanted:
+    initial = default | blank | {n: t for kept in blanks for n, t in kept.items()}
+    if not initial:
         return downlink, {}
     link = downlink.link if local.moments == "link" else None
-    found = store.read(request.clients, request.round_, wanted, link)
+    found = store.read(request.clients, request.round_, initial, link)
     moments = begin_moments({n: found[n] for n in blank}, local, downlink.link)
     for keeper, kept in zip(KEEPERS, blanks, strict=True):
         if kept:
@@ -81,7 +81,7 @@ def keep(
 
     Args:
         store: Where.
-        downlink: What these clients were asked, by `held`.
+        downlink: What these clients were asked, by `restore`.
         request: Says in which round.
         clients: Ids, int64 [K].
         result: What came of it, as the server will see it: clipped where clients clip.

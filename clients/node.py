@@ -41,8 +41,10 @@ MARKER = ".made-by-fedraclora"
 def introduce(context: Context, run: str) -> RecordDict:
     """Say which clients this node serves, and which version of the base weights each holds."""
     folders = [folder_of(context, run, client) for client in served(context)]
-    held = [read_stored_replica(folder) if is_own(folder.parent) else None for folder in folders]
-    versions = [-1 if found is None else found[1] for found in held]
+    replicas = [
+        read_stored_replica(folder) if is_own(folder.parent) else None for folder in folders
+    ]
+    versions = [-1 if found is None else found[1] for found in replicas]
     record = ConfigRecord({"ids": served(context), "held": versions})
     return RecordDict({"partition": record})
 

@@ -56,18 +56,18 @@ def answer_stage(content: RecordDict, stage: Stage, store: ClientStore, terms: T
     """
     round_ = round_of(content)
     steps = {"keys": _keys, "shares": _shares, "unmask": _unmask}
-    said: dict[int, Any] = {}
+    answers: dict[int, Any] = {}
     failures: dict[int, str] = {}
     for client, data in stage.data.items():
         try:
             memory = _recall(store, client, round_, stage.name)
-            said[client] = steps[stage.name](client, memory, data, terms)
+            answers[client] = steps[stage.name](client, memory, data, terms)
             _remember(store, client, memory, stage.name)
         except FedRacLoraError as error:
             failures[client] = str(error)
         except DAMAGED as error:
             failures[client] = f"client {client} cannot read its message ({error!r})"
-    return stage_message(round_, Stage(stage.name, {}, said), failures)
+    return stage_message(round_, Stage(stage.name, {}, answers), failures)
 
 
 def _recall(store: ClientStore, client: int, round_: int, stage: str) -> Memory:
@@ -144,7 +144,7 @@ def _unmask(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
     """Collect seeds' shares of clients in the sum, and keys' shares of those who are not."""
     del terms
     alive, gone = ([int(c) for c in data[key]] for key in ("alive", "gone"))
-    near, held = {*memory["near"]}, memory["held"]
+    near, shares = {*memory["near"]}, memory["held"]
     if len({*alive, *gone}) != len(alive) + len(gone) or not {*alive, *gone} <= near:
         raise ClientError(
             f"the server asked client {client} for the shares of {alive}, who are in the sum, and "
@@ -157,8 +157,8 @@ def _unmask(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
             f"neighbours; {memory['threshold']} or more are needed"
         )
     return {
-        "alive": {str(c): held[str(c)][0] for c in alive if str(c) in held},
-        "gone": {str(c): held[str(c)][1] for c in gone if str(c) in held},
+        "alive": {str(c): shares[str(c)][0] for c in alive if str(c) in shares},
+        "gone": {str(c): shares[str(c)][1] for c in gone if str(c) in shares},
     }
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from flwr.app import RecordDict
 
-from clients.client_state import held, keep
+from clients.client_state import keep, restore
 from clients.secure import answer_stage, masked_reply
 from fedraclora.aggregation.statistics import shortened
 from fedraclora.errors import OF_THE_RUN, ConfigError, WireError
@@ -117,7 +117,7 @@ class Worker:
             return answer_stage(content, stage, self.store, self.terms)
         downlink, request = self._reader.read(content)
         base = self.replica.at(request.version, request.round_)
-        downlink, moments = held(self.store, downlink, request, base, self.trainer.local)
+        downlink, moments = restore(self.store, downlink, request, base, self.trainer.local)
         job = Job(downlink, request, base, moments, hidden=stage is not None)
         waiting = [list(range(len(request.clients)))]
         while waiting:

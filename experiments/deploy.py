@@ -96,7 +96,7 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
         EngineError: If it did not come to its end, with what Flower says.
     """
     summary: dict[str, object] = {}
-    said: deque[str] = deque(maxlen=KEPT)
+    tail: deque[str] = deque(maxlen=KEPT)
     try:
         number = submit(request, connection)
     except Exception:
@@ -116,14 +116,14 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
                 elif line.startswith(SUMMARY):
                     summary = json.loads(line.removeprefix(SUMMARY))
                 else:
-                    said.append(line)
+                    tail.append(line)
         except KeyboardInterrupt:
             progress.say(f"stopping run {number}")
             connection.stop(number)
             raise
     status = connection.status(number)
     if status.word != COMPLETED or not summary:
-        print("".join(said), end="", file=sys.stderr)
+        print("".join(tail), end="", file=sys.stderr)
         raise EngineError(f"run {number} ended as {status.word}: {status.details}")
     if record is not None:
         record.draw()

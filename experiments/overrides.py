@@ -178,33 +178,33 @@ def explained(error: HydraException, words: Sequence[str]) -> ConfigError:
         error: Hydra's.
         words: The overrides.
     """
-    said = (str(error) or str(error.__cause__)).partition("\nTo append to your config")[0]
+    text = (str(error) or str(error.__cause__)).partition("\nTo append to your config")[0]
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).partition("/")
         return unknown(group, choice, error.options)
     if isinstance(error, OverrideParseException):
         return ConfigError(
             f"{error.override!r} cannot be read as key=value, which is written without blanks "
-            f"({said.splitlines()[0]}); what holds other signs stands in quotes of its own: "
+            f"({text.splitlines()[0]}); what holds other signs stands in quotes of its own: "
             "\"key=';'\"; in a list "
             "[a, b] or a mapping {a: 1, *: 2} names stand without quotes, and the shell wants "
             "quotes around the whole: 'key=[a, b]'"
         )
-    if NO_SUCH_KEY.search(said):
-        return _unknown_keys(words, said)
-    if found := IS_THERE.search(said):
+    if NO_SUCH_KEY.search(text):
+        return _unknown_keys(words, text)
+    if found := IS_THERE.search(text):
         return ConfigError(f"the config has the key {found[1]} already: write it without the +")
-    if found := SWEEP.search(said):
+    if found := SWEEP.search(text):
         key, _, values = found[1].partition("=")
         listed = "" if "(" in values else f"; a list is written '{key}=[{values}]'"
         return ConfigError(
             f"{found[1]} is a sweep, one run for each value, which needs -m: fedraclora simulate "
             f"-m '{found[1]}'{listed} (the quotes are for the shell)"
         )
-    return ConfigError(" ".join(said.split()))
+    return ConfigError(" ".join(text.split()))
 
 
-def _unknown_keys(words: Sequence[str], said: str) -> ConfigError:
+def _unknown_keys(words: Sequence[str], text: str) -> ConfigError:
     """Name all keys among what was typed that do not exist, with the nearest that do."""
     groups = [word for word in words if "." not in key_of(word) and _choosable(key_of(word))]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -227,7 +227,7 @@ def _unknown_keys(words: Sequence[str], said: str) -> ConfigError:
             )
         else:
             lines.append(unknown_key(key, there))
-    return ConfigError("\n  ".join(lines) or " ".join(said.split()))
+    return ConfigError("\n  ".join(lines) or " ".join(text.split()))
 
 
 def _deep(group: str, inner: str) -> list[str]:

@@ -66,8 +66,8 @@ def _made(found: re.Match[str], results: Path) -> str:
     elif len(rest) == 2:
         cells = _beside(head, rest[0], _words(rest[1]), results)
     else:
-        wanted = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
-        raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {wanted}")
+        form = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
+        raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {form}")
     return Table.of(cells).markdown()
 
 

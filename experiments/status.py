@@ -35,14 +35,14 @@ def tell(error: Exception) -> int:
 
     What a user can mend is one message. What nobody foresaw keeps its traceback.
     """
-    said = explained(error)
-    if said is None:
+    message = explained(error)
+    if message is None:
         traceback.print_exception(error)
-        said = (
+        message = (
             f"this is a bug of fedraclora, not of what you asked for ({type(error).__name__}): "
             "please report it with the traceback above and the command"
         )
-    print(f"error: {said}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     return 1
 
 
@@ -50,8 +50,8 @@ def explained(error: Exception) -> str | None:
     """Say in the user's terms what is wrong; None for what nobody foresaw."""
     if isinstance(error, FedRacLoraError):
         return str(error)
-    if (said := _of_config(error)) is not None:  # before OSError, which Hydra's are in part
-        return said
+    if (message := _of_config(error)) is not None:  # before OSError, which Hydra's are in part
+        return message
     if isinstance(error, OSError):
         return _of_system(error)
     if isinstance(error, MemoryError) or _is_out_of_memory(error):

@@ -33,8 +33,8 @@ def config_of(
     """
     if len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0]):
         whole = nowhere({str(k): plain_value(str(k), value) for k, value in choices[0].items()})
-        said = {key: plain_value(key, value) for key, value in keys.items()}
-        return laid_over(whole, said), [word.partition("=")[0] for word in words_of(said)]
+        values = {key: plain_value(key, value) for key, value in keys.items()}
+        return laid_over(whole, values), [word.partition("=")[0] for word in words_of(values)]
     words: list[str] = []
     for choice in (*choices, keys):
         if isinstance(choice, str):

@@ -76,15 +76,15 @@ def check_call(key: str, function: Callable[..., object], **arguments: object) -
         ConfigError: Naming the arguments that are handed over, and those that it takes.
     """
     try:
-        wanted = inspect.signature(function)
+        signature = inspect.signature(function)
     except ValueError:  # of some functions of C nobody knows
         return
     try:
-        wanted.bind(**arguments)
+        signature.bind(**arguments)
     except TypeError as error:
         raise ConfigError(
             f"{key}: the function is called with {', '.join(arguments)} by name, and takes "
-            f"{wanted} ({error})"
+            f"{signature} ({error})"
         ) from error
 
 
@@ -101,8 +101,8 @@ def call_function(key: str, name: str, *arguments: object) -> object:
     except FedRacLoraError:
         raise
     except Exception as error:
-        said = ", ".join(map(repr, arguments))
-        raised = failure_of(error, f"calling it with ({said})")
+        names = ", ".join(map(repr, arguments))
+        raised = failure_of(error, f"calling it with ({names})")
         raise DataError(f"{key}={name}: {raised}") from error
     return found
 

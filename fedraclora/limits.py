@@ -28,13 +28,13 @@ class Limit:
     """What values a setting may have.
 
     Attributes:
-        wanted: What they are, for messages.
+        description: What they are, for messages.
         holds: Whether a value is within; it is asked about values of the annotated type.
         choices: The words that a setting may be, where it is one of a few.
         key: Of the setting, where it is none of its group.
     """
 
-    wanted: str
+    description: str
     holds: Callable[[typing.Any], bool]
     choices: Collection[str] = ()
     key: str = ""
@@ -52,7 +52,7 @@ class Limit:
             return
         if self.choices:
             raise unknown(key, value, self.choices)
-        raise ConfigError(f"{key} is {value!r}; {self.wanted}{null} is wanted")
+        raise ConfigError(f"{key} is {value!r}; {self.description}{null} is wanted")
 
 
 def choice_of(choices: Collection[str]) -> Limit:

@@ -80,7 +80,7 @@ class Layout:
         }
 
 
-def difference(found: Layout, wanted: Layout) -> str:
+def difference(found: Layout, expected: Layout) -> str:
     """Say where a layout first departs from the one that is wanted, and how often it does.
 
     Example:
@@ -88,7 +88,7 @@ def difference(found: Layout, wanted: Layout) -> str:
         >>> print(difference(one, Layout((("w", (2, 7)), ("b", (5,))))))
         w (5, 2), wanted is w (2, 7) (1 of 2 tensors differ)
     """
-    pairs = list(zip_longest(found.shapes, wanted.shapes))
+    pairs = list(zip_longest(found.shapes, expected.shapes))
     differ = [pair for pair in pairs if pair[0] != pair[1]]
     if not differ:
         return "nothing differs"

@@ -281,14 +281,14 @@ class FedStrategy(EvaluatesItself):
         self, downlink: Downlink, cohort: Cohort, round_: int, grid: Grid, before: Exchange | None
     ) -> list[Message]:
         """Open an exchange: one message per chunk of the clients whose replies will count."""
-        held, downlink, timeline = self.devices.race(
+        in_time, downlink, timeline = self.devices.race(
             round_, cohort, downlink, self.sizes, None if before else self.catch_up, self.loop
         )
         self._exchange = Exchange(
             downlink,
             round_,
             self.catch_up.version,
-            held,
+            in_time,
             cohort,
             self.loop,
             rate_scale=self.local.rate_scale(round_, self.loop.rounds),

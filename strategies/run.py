@@ -56,8 +56,8 @@ class Run:
 
     @override
     def __repr__(self) -> str:
-        said = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
-        return f"Run({', '.join(said)}, folder={self.folder})"
+        shown = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
+        return f"Run({', '.join(shown)}, folder={self.folder})"
 
     @cached_property
     def history(self) -> DataFrame:

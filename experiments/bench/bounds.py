@@ -92,9 +92,9 @@ def disagreements(rows: Rows) -> list[str]:
     losses = {name: row["loss"] for name, row in rows.items() if "loss" in row}
     if not losses:
         return []
-    first, wanted = next(iter(losses.items()))
+    first, reference = next(iter(losses.items()))
     return [
-        f"{name} ended at training loss {loss:.6g}, {first} at {wanted:.6g}: not the same work"
+        f"{name} ended at training loss {loss:.6g}, {first} at {reference:.6g}: not the same work"
         for name, loss in losses.items()
-        if not abs(loss - wanted) <= SAME_LOSS * abs(wanted)
+        if not abs(loss - reference) <= SAME_LOSS * abs(reference)
     ]

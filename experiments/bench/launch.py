@@ -93,8 +93,8 @@ def run_peer(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         work = write_work(folder, workload, task, rounds, threads)
-        said = folder / "said.txt"
-        with said.open("w") as file:
+        log = folder / "said.txt"
+        with log.open("w") as file:
             process = subprocess.Popen(  # noqa: S603
                 [str(python), "-m", f"experiments.bench.peers.{peer}_peer"],
                 env=environment(work, threads),
@@ -111,7 +111,7 @@ def run_peer(
                 end(process)
         if status != 0 or not (folder / "outcome.json").exists():
             why = "took too long" if status is None else f"ended with status {status}"
-            last = "\n".join(said.read_text(errors="replace").splitlines()[-8:])
+            last = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
             raise ConfigError(f"peer {peer} {why}:\n{last}")
         found = json.loads((folder / "outcome.json").read_text())
         with np.load(folder / "final.npz") as stored:

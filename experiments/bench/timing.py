@@ -117,8 +117,8 @@ def done(laps: Laps, rounds: int, row: Row) -> bool:
 def training_loss(task: Task, weights: Mapping[str, torch.Tensor]) -> float:
     """Mean loss of weights over the samples of all clients."""
     owner = next(task.model.parameters())
-    held = {name: weight.to(owner) for name, weight in weights.items()}
+    moved = {name: weight.to(owner) for name, weight in weights.items()}
     if not isinstance(task.train, Partitioned):
         raise ConfigError("the loss of virtual clients cannot be compared")
     samples = task.train.samples
-    return evaluate(task.model, held, samples, task.loss, ("loss",), batch_size=8192)["loss"]
+    return evaluate(task.model, moved, samples, task.loss, ("loss",), batch_size=8192)["loss"]

@@ -76,15 +76,15 @@ class Curve:
         In the mean, the curve is taken three standard errors lower, since on the isotropic
         quadratic the bound is the expectation itself.
         """
-        held = self.worst if self.sure else self.mean - ERRORS * self.error
-        return float(((held - self.bound) / self.mean[0]).max())
+        measured = self.worst if self.sure else self.mean - ERRORS * self.error
+        return float(((measured - self.bound) / self.mean[0]).max())
 
     @property
     def closest(self) -> float:
         """Greatest of measured over bound, after the first value (where gaps are equal)."""
-        held = self.worst if self.sure else self.mean
+        measured = self.worst if self.sure else self.mean
         visible = (self.bound > ROUNDING * self.mean[0]) & (self.rounds > 0)
-        return float((held[visible] / self.bound[visible]).max(initial=0.0))
+        return float((measured[visible] / self.bound[visible]).max(initial=0.0))
 
     @property
     def holds(self) -> bool:

@@ -112,8 +112,8 @@ class Adaptive(ServerOptimiser, ABC):
         for name, delta in change.items():
             old = moments.get(f"first/{name}", torch.zeros_like(delta)).to(delta)
             first = self.beta1 * old + (1 - self.beta1) * delta
-            held = moments.get(f"second/{name}", torch.full_like(delta, self.tau**2)).to(delta)
-            second = self.second(held, delta.square())
+            moment = moments.get(f"second/{name}", torch.full_like(delta, self.tau**2)).to(delta)
+            second = self.second(moment, delta.square())
             new |= {f"first/{name}": first, f"second/{name}": second}
             steps[name] = self.lr * first / (second.sqrt() + self.tau)
         return steps, new

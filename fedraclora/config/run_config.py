@@ -219,11 +219,11 @@ def from_plain(
     """
     if not began:
         _refuse_unknown(plain)
-    said = section(plain, "method")
-    if said.get("name") == NAME:
-        method = lent("method", said.get("digest"))
+    group = section(plain, "method")
+    if group.get("name") == NAME:
+        method = lent("method", group.get("digest"))
     else:
-        method = bind("method", methods, said)()
+        method = bind("method", methods, group)()
     config = RunConfig(method=method, **_fields(RunConfig, plain))  # type: ignore[arg-type]
     _check(config)
     if not began:
@@ -270,10 +270,12 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     """
     hints = typing.get_type_hints(kind)
     found: dict[str, object] = {"plain": plain}
-    wanted = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
-    missing = [key for key in wanted if key not in plain]
-    said = [f"the config has no key {', '.join(missing)}; see conf/config.yaml"] if missing else []
-    for key in wanted:
+    required = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
+    missing = [key for key in required if key not in plain]
+    errors = (
+        [f"the config has no key {', '.join(missing)}; see conf/config.yaml"] if missing else []
+    )
+    for key in required:
         if key not in plain:
             continue
         try:
@@ -287,10 +289,10 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
             else:
                 found[key] = coerce(key, plain[key], hints[key])
         except MissingKeysError as error:
-            said.append(str(error))
+            errors.append(str(error))
             missing += error.keys
     if missing:
-        raise MissingKeysError("\n  ".join(said), missing)
+        raise MissingKeysError("\n  ".join(errors), missing)
     return found
 
 

@@ -62,8 +62,8 @@ def bind(
 def _bound(kind: str, target: Callable[..., T], group: Plain, **given: object) -> Callable[[], T]:
     """Bind the keys of a group as arguments; see `bind`."""
     arguments = checked_arguments(kind, target, group)
-    wanted = inspect.signature(target).parameters
-    given = {k: v for k, v in given.items() if k in wanted and k not in arguments}
+    parameters = inspect.signature(target).parameters
+    given = {k: v for k, v in given.items() if k in parameters and k not in arguments}
     refuse_missing(kind, target, {*arguments, *given})
     return functools.partial(target, **arguments, **given)
 
@@ -111,8 +111,10 @@ def refuse_missing(kind: str, target: Callable[..., object], there: Collection[s
     missing = [k for k, p in parameters if p.default is p.empty and k not in there]
     if missing:
         hints = _hints(target)
-        said = [f"{kind}.{k} is missing; {_shown(hints.get(k, object))} is wanted" for k in missing]
-        raise MissingKeysError("\n  ".join(said), [f"{kind}.{k}" for k in missing])
+        lines = [
+            f"{kind}.{k} is missing; {_shown(hints.get(k, object))} is wanted" for k in missing
+        ]
+        raise MissingKeysError("\n  ".join(lines), [f"{kind}.{k}" for k in missing])
 
 
 def _hints(target: Callable[..., object]) -> dict[str, object]:

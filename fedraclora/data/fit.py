@@ -128,10 +128,10 @@ class Form:
         classes = 2 if self.loss == "logistic" else self.classes
         least, most = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
         if least < 0 or (classes is not None and most >= classes):
-            wanted = "from 0 on" if classes is None else f"0 to {classes - 1}"
+            bounds = "from 0 on" if classes is None else f"0 to {classes - 1}"
             mend = "" if least < 0 or self.loss == "logistic" else f", or data.classes={most + 1}"
             raise DataError(
-                f"{where}: the labels go from {least} to {most}; {wanted} is wanted: number the "
+                f"{where}: the labels go from {least} to {most}; {bounds} is wanted: number the "
                 f"classes from 0{mend}"
             )
 

@@ -57,9 +57,9 @@ def refuse_shared(train: Sequence[Samples], test: Samples) -> None:
     _, counts = np.unique(trained, return_counts=True)
     twins = int(counts[counts > 1].sum())
     if same or (len(tested) >= FEW and 2 * twins < len(trained)):
-        told = "the same rows as" if same else "all of them among"
+        relation = "the same rows as" if same else "all of them among"
         raise DataError(
-            f"the {len(tested)} test samples are {told} the {len(trained)} training samples: "
+            f"the {len(tested)} test samples are {relation} the {len(trained)} training samples: "
             f"{REMEDY}"
         )
 

@@ -147,14 +147,14 @@ def check_file(path: Path, sha256: str | None, get: str = "get it again") -> Pat
     return path
 
 
-def check_sha256(name: str, found: str, wanted: str, get: str = "get it again") -> None:
+def check_sha256(name: str, found: str, expected: str, get: str = "get it again") -> None:
     """Compare two SHA-256; ``get`` says how to get the right file.
 
     Raises:
         DataError: If they differ.
     """
-    if found != wanted:
+    if found != expected:
         raise DataError(
-            f"{name} has sha256 {found}, not {wanted}: it is another file or a damaged one. "
+            f"{name} has sha256 {found}, not {expected}: it is another file or a damaged one. "
             f"Remove it and {get}"
         )

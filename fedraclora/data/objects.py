@@ -153,12 +153,12 @@ def is_columns(found: object) -> bool:
 def of_columns(found: Any, where: str, target: str | None) -> Samples:
     """Read a ``Dataset`` of Hugging Face: the target, and inputs by name or as one ``x``."""
     names = list(found.column_names)
-    wanted = target or next((name for name in TARGETS if name in names), None)
-    if wanted is None or wanted not in names:
+    target_name = target or next((name for name in TARGETS if name in names), None)
+    if target_name is None or target_name not in names:
         raise DataError(
             f"{where}: the columns are {names}; name the one to predict with target=..."
         )
-    inputs = [name for name in names if name != wanted]
+    inputs = [name for name in names if name != target_name]
     if TOKENS not in inputs and len(inputs) > 1:
         rows = [np.asarray(column(found, name, where)) for name in inputs]
         flat = [name for name, row in zip(inputs, rows, strict=True) if row.ndim != 1]
@@ -168,10 +168,10 @@ def of_columns(found: Any, where: str, target: str | None) -> Samples:
                 f"{where}: the columns {words or flat} are no plain numbers; keep one column of "
                 "inputs, columns of numbers alone, or input_ids and attention_mask of a tokenizer"
             )
-        return gathered((np.stack(rows, axis=1).astype(np.float32), found[wanted][:]), where)
+        return gathered((np.stack(rows, axis=1).astype(np.float32), found[target_name][:]), where)
     arrays = {name: column(found, name, where) for name in inputs}
     given = arrays if TOKENS in arrays else next(iter(arrays.values()))
-    return gathered((given, column(found, wanted, where)), where)
+    return gathered((given, column(found, target_name, where)), where)
 
 
 def column(found: Any, name: str, where: str) -> Any:
@@ -261,12 +261,12 @@ def without_test(data: DataSet) -> DataSet:
     """Hold a fifth of each client's samples out; of all rows where they are not divided yet."""
     rng, rows = generator(0, "split", "test"), np.arange(len(data.train))
     parts = data.parts if isinstance(data.parts, list) else [rows]
-    kept, held = [], []
+    kept, held_out = [], []
     for part in parts:
         stay, out = split_rows(len(part), SHARE, rng)
         kept.append(part[stay] if len(stay) else part)
-        held.append(part[out] if len(stay) else part[:0])
-    out = np.sort(np.concatenate(held))
+        held_out.append(part[out] if len(stay) else part[:0])
+    out = np.sort(np.concatenate(held_out))
     if not len(out):
         raise DataError(
             f"the clients have {len(rows)} samples in all, of which none can be held out to "

@@ -100,9 +100,9 @@ def make_partition(
     try:
         parts = PARTITIONS[name](data, clients=clients, seed=seed, **args)
     except (ValueError, IndexError) as error:  # flwr-datasets: the division does not exist
-        told = "".join(f", partition.{key}={value}" for key, value in args.items())
+        settings = "".join(f", partition.{key}={value}" for key, value in args.items())
         raise ConfigError(
-            f"partition={name}, clients={clients}{told} cannot divide {len(data.train)} "
+            f"partition={name}, clients={clients}{settings} cannot divide {len(data.train)} "
             f"samples: {error}"
         ) from error
     name = fitting(data) if name == "auto" else name

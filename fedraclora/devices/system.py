@@ -119,27 +119,27 @@ class SystemConfig(Limited, group="system"):
             ClientError: If nobody is available.
         """
         # Rounded first: 1.1 x 50 is 55.00000000000001.
-        wanted = min(population, math.ceil(round(self.over_select * cohort, 6)))
+        needed = min(population, math.ceil(round(self.over_select * cohort, 6)))
         if self.availability is None:
-            return draw_cohort(seed, round_, population, wanted)
-        most = min(population, _SEARCH * wanted)
-        size = wanted
+            return draw_cohort(seed, round_, population, needed)
+        most = min(population, _SEARCH * needed)
+        size = needed
         while True:
             size = min(2 * size, most)
             order = generator(seed, "system/ask", round_, size)
             looked_at = torch.from_numpy(order.choice(population, size, replace=False))
             found = looked_at[self.availability.at(seed, round_, now, looked_at)]
-            if len(found) >= wanted or size == most:
+            if len(found) >= needed or size == most:
                 break
         if not len(found):
             raise ClientError(
                 f"round {round_}: none of the {most} clients looked at is available at {now:,.0f} "
                 f"virtual seconds ({self.availability}); raise its chance or share, or clients"
             )
-        return found[:wanted].sort().values
+        return found[:needed].sort().values
 
     def timeline(
-        self, seed: int, round_: int, clients: torch.Tensor, load: Load, wanted: int
+        self, seed: int, round_: int, clients: torch.Tensor, load: Load, needed: int
     ) -> Timeline:
         """Tell who answers in time, and how long the round takes.
 
@@ -148,7 +148,7 @@ class SystemConfig(Limited, group="system"):
             round_: From 1.
             clients: Who was asked, int64 [K].
             load: What each was asked.
-            wanted: Replies that end the round.
+            needed: Replies that end the round.
 
         Returns:
             The round on the virtual clock. Equal times are ordered at random.
@@ -158,10 +158,10 @@ class SystemConfig(Limited, group="system"):
         """
         seconds, gone = self.trips(seed, round_, clients, load)
         ties = torch.zeros_like(seconds)
-        if len(clients) > wanted:
+        if len(clients) > needed:
             ties = cohort_uniforms(hash_key(seed, "system/tie", round_), clients)
         limit = math.inf if self.deadline is None else self.deadline
-        return Race(round_, clients, seconds, gone, ties, wanted, limit).run()
+        return Race(round_, clients, seconds, gone, ties, needed, limit).run()
 
     def ranks(self, seed: int, clients: torch.Tensor, rank: int) -> torch.Tensor | None:
         """Draw the ranks that clients can train.

@@ -181,12 +181,12 @@ class _Pass(nn.Module):
                 losses, parts = loss_function(self._loss)(output, batch.target)
                 sums[:2] += torch.stack([losses.double().sum(), parts.double().sum()])
             if self._needs & {"correct", "classes"}:
-                predicted, wanted, classes = _predict(self._loss, output, batch.target)
-                counts = wanted != IGNORED_TOKEN
-                right = (predicted == wanted) & counts
+                predicted, actual, classes = _predict(self._loss, output, batch.target)
+                counts = actual != IGNORED_TOKEN
+                right = (predicted == actual) & counts
                 sums[2:] += torch.stack([right.sum(), counts.sum()])
                 if "classes" in self._needs:
-                    kept["classes"].append((predicted[counts], wanted[counts]))
+                    kept["classes"].append((predicted[counts], actual[counts]))
             if "numbers" in self._needs:
                 kept["numbers"].append(_numbers(output, batch.target))
         loss, parts_total, correct, counted = sums.tolist()

@@ -179,15 +179,15 @@ def batches(
     width = local.batch_size or size
     key = hash_key(seed, "shuffle", round_)
     steps: list[torch.Tensor] = []
-    wanted = local.steps if local.steps is not None else local.epochs * -(-size // width)
+    count = local.steps if local.steps is not None else local.epochs * -(-size // width)
     epoch = 0
-    while len(steps) < wanted:
+    while len(steps) < count:
         rows = torch.arange(size)
         if local.shuffle:
             rows = cohort_permutations(key, torch.tensor([client]), torch.tensor([size]), epoch)[0]
         steps.extend(rows.split(width))
         epoch += 1
-    return steps[:wanted]
+    return steps[:count]
 
 
 def make_optimiser(

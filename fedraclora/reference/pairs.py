@@ -84,7 +84,7 @@ class LocalRite(torch.optim.AdamW):
     def __init__(self, groups: Iterable[dict[str, Any]], frozen: Tree, **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.frozen = frozen
-        self.held: dict[str, dict[str, torch.Tensor]] = {}
+        self.moments: dict[str, dict[str, torch.Tensor]] = {}
         self.count = 0
 
     @override
@@ -118,22 +118,22 @@ class LocalRite(torch.optim.AdamW):
         g = gradient @ inverse
         blank = {"M": torch.zeros(rows, r), "V": torch.zeros(r, r), "e": torch.zeros(())}
         blank = {key: value.to(g) for key, value in blank.items()}
-        held = self.held.setdefault(group["name"], blank | {"basis": basis})
+        moments = self.moments.setdefault(group["name"], blank | {"basis": basis})
         t = self.count
         b1, b2 = (beta * (1 - beta ** (t - 1)) / (1 - beta**t) for beta in group["betas"])
-        P = basis.T @ held["basis"]
-        turned = P @ held["V"] @ P.T
-        lost = torch.linalg.eigvalsh(held["V"]) - torch.linalg.eigvalsh(turned)
-        held["e"] = b2 * (held["e"] + lost.abs().max())
-        held["V"] = b2 * turned + (1 - b2) * g.T @ g / rows
-        values, turn = torch.linalg.eigh(held["V"])
-        values = values.clamp(min=0) + held["e"]
+        P = basis.T @ moments["basis"]
+        turned = P @ moments["V"] @ P.T
+        lost = torch.linalg.eigvalsh(moments["V"]) - torch.linalg.eigvalsh(turned)
+        moments["e"] = b2 * (moments["e"] + lost.abs().max())
+        moments["V"] = b2 * turned + (1 - b2) * g.T @ g / rows
+        values, turn = torch.linalg.eigh(moments["V"])
+        values = values.clamp(min=0) + moments["e"]
         kept = values > NOTHING * values.max()
         turn, values = turn[:, kept], values[kept]
         whitened = g @ turn @ torch.diag(1 / (values.sqrt() + group["eps"])) @ turn.T
-        held["M"] = b1 * held["M"] @ P.T + (1 - b1) * whitened
-        held["basis"] = basis
-        move: torch.Tensor = held["M"] @ inverse
+        moments["M"] = b1 * moments["M"] @ P.T + (1 - b1) * whitened
+        moments["basis"] = basis
+        move: torch.Tensor = moments["M"] @ inverse
         return move
 
 

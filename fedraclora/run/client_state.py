@@ -68,29 +68,29 @@ class ClientStore:
         first = layout.pack(default)
         rows = []
         for client in clients.tolist():
-            held = [entry for entry in self._kept.get(client, []) if entry.round_ < round_]
-            if not held:
+            earlier = [entry for entry in self._kept.get(client, []) if entry.round_ < round_]
+            if not earlier:
                 rows.append(first)
-            elif held[-1].layout == layout:
-                rows.append(held[-1].row.to(first.device))
+            elif earlier[-1].layout == layout:
+                rows.append(earlier[-1].row.to(first.device))
             else:
-                values = default | self._lasting(client, held[-1], round_, layout, link)
+                values = default | self._lasting(client, earlier[-1], round_, layout, link)
                 rows.append(layout.pack({n: t.to(first.device) for n, t in values.items()}))
         return layout.unpack(torch.stack(rows))
 
     def _lasting(
-        self, client: int, held: Entry, round_: int, wanted: Layout, link: int | None
+        self, client: int, entry: Entry, round_: int, layout: Layout, link: int | None
     ) -> Tree:
         """Read a client's state without moments that have ended; raises as `read` does."""
-        values = held.layout.unpack(held.row)
+        values = entry.layout.unpack(entry.row)
         of_link = values.get(f"{MOMENTS}link")
         if link is not None and of_link is not None and int(of_link) != link:
             values = {n: t for n, t in values.items() if not n.startswith(MOMENTS)}
-            wanted = Layout(tuple(s for s in wanted.shapes if not s[0].startswith(MOMENTS)))
-        if (found := Layout.of(values)) != wanted:
+            layout = Layout(tuple(s for s in layout.shapes if not s[0].startswith(MOMENTS)))
+        if (found := Layout.of(values)) != layout:
             raise ShapeError(
-                f"client {client} holds other tensors from round {held.round_} than round "
-                f"{round_} asks for: {difference(found, wanted)}. What clients keep must stay the "
+                f"client {client} holds other tensors from round {entry.round_} than round "
+                f"{round_} asks for: {difference(found, layout)}. What clients keep must stay the "
                 "same from round to round; moments may change with the number of the link "
                 "(local.moments=link), which the method gives"
             )
@@ -115,10 +115,10 @@ class ClientStore:
         Moments of optimisers and control variates are no part of a client's model and are left out.
         """
         recent = sorted(self._kept.items(), key=lambda item: (-item[1][-1].round_, item[0]))
-        held = {c: kept[-1].layout.unpack(kept[-1].row) for c, kept in recent[:count]}
+        stored = {c: kept[-1].layout.unpack(kept[-1].row) for c, kept in recent[:count]}
         return {
             c: {n: t for n, t in own.items() if not n.startswith(NO_WEIGHTS)}
-            for c, own in held.items()
+            for c, own in stored.items()
         }
 
     def state(self) -> Tree:
@@ -127,8 +127,8 @@ class ClientStore:
 
     def part(self, clients: list[int], round_: int) -> Tree:
         """What clients held before a round, in the form of `state`: to train elsewhere."""
-        held = {c: [e for e in self._kept.get(c, []) if e.round_ < round_] for c in clients}
-        return _packed({c: kept[-1:] for c, kept in held.items()}) | self._secrets(clients)
+        earlier = {c: [e for e in self._kept.get(c, []) if e.round_ < round_] for c in clients}
+        return _packed({c: kept[-1:] for c, kept in earlier.items()}) | self._secrets(clients)
 
     def absorb(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep what clients hold that trained elsewhere: the `state` of another store."""
@@ -167,8 +167,8 @@ class ClientStore:
 
     def _secrets(self, clients: list[int]) -> Tree:
         """Write secrets as tensors of bytes: to travel with what else a client holds."""
-        held = {c: self.secrets[c] for c in clients if c in self.secrets}
-        return {f"{KEPT}{c}": torch.tensor(list(s), dtype=torch.uint8) for c, s in held.items()}
+        secrets = {c: self.secrets[c] for c in clients if c in self.secrets}
+        return {f"{KEPT}{c}": torch.tensor(list(s), dtype=torch.uint8) for c, s in secrets.items()}
 
     def _keep(self, client: int, entry: Entry) -> None:
         older = [e for e in self._kept.get(client, []) if e.round_ < entry.round_]

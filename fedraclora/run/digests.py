@@ -106,9 +106,9 @@ def check_data(folder: Path, data: Mapping[str, object]) -> None:
         return
     found = data_files(data)
     for key, files in stored.items():
-        for name, wanted in files.items():
+        for name, recorded in files.items():
             now = found.get(key, {}).get(name)
-            if now != wanted:
+            if now != recorded:
                 what = "is missing" if now is None else "has changed"
                 raise DataError(
                     f"data.{key}={data.get(key)}: {name}{_owner(key, name)} {what} since the run "

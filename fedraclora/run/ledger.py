@@ -203,9 +203,9 @@ def _parse(data: bytes, path: Path) -> list[Row]:
         last = index == len(lines) - 1
         try:
             row = json.loads(line)
-            wanted = _round(rows[-1]) + 1 if rows else 0
-            if not isinstance(row, dict) or _round(row) < wanted:
-                raise ValueError(f"a row must be a mapping with a round from {wanted} on")
+            least = _round(rows[-1]) + 1 if rows else 0
+            if not isinstance(row, dict) or _round(row) < least:
+                raise ValueError(f"a row must be a mapping with a round from {least} on")
             claimed = row.pop(_SEAL, None)
             seal = _seal(seal, row)
             if claimed != seal and (claimed is not None or sealed):

@@ -63,9 +63,9 @@ def state_at(
         last = number
     if last < 0 or (last < round_ and not beyond):
         reached = "no round" if last < 0 else f"round {last}"
-        wanted = chain / f"{last + 1:06d}.safetensors"
+        missing = chain / f"{last + 1:06d}.safetensors"
         raise CheckpointError(
-            f"{chain} reaches round {reached}, but not round {round_}: {wanted} is missing"
+            f"{chain} reaches round {reached}, but not round {round_}: {missing} is missing"
         )
     _hold_against_checkpoint(folder)
     if not memo and method is not None and type(method).weights is not Method.weights:

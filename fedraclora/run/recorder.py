@@ -259,8 +259,8 @@ class RunRecorder:
                 f"{chain / f'{round_:06d}.safetensors'} is missing or of another run; {advice}"
             )
         found = beside(self.folder)
-        for name, wanted in meta.get("files", {}).items():
-            if found.get(name) != wanted:
+        for name, recorded in meta.get("files", {}).items():
+            if found.get(name) != recorded:
                 raise CheckpointError(
                     f"{self.folder / name} is missing, or is not what it was when the checkpoint "
                     f"was written; {advice}"

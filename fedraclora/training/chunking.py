@@ -83,11 +83,11 @@ def budget_of(device: torch.device, share: float | None = None) -> int:
     if device.type != "cuda":
         return HOST_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_allocated(device)
-    free += torch.cuda.memory_reserved(device) - held
+    allocated = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - allocated
     if share is None:
         return int(FREE_SHARE * free)
-    return max(0, int(FREE_SHARE * free * share) - held - PROCESS_BYTES)
+    return max(0, int(FREE_SHARE * free * share) - allocated - PROCESS_BYTES)
 
 
 def plan_chunk(
@@ -128,7 +128,7 @@ def plan_chunk(
         return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
     advice = "set engine.chunk=1, or lower local.batch_size"
-    with _told("two clients in a batch", advice):
+    with _explained("two clients in a batch", advice):
         memory = measure(trainer, base, downlink, population)
     device = trainer.device.type
     budget = budget_of(trainer.device, share)
@@ -149,7 +149,7 @@ def plan_chunk(
 
 
 @contextmanager
-def _told(clients: str, advice: str) -> Iterator[None]:
+def _explained(clients: str, advice: str) -> Iterator[None]:
     """Say what to do where memory runs out, and where a step fails.
 
     Args:
@@ -175,5 +175,5 @@ def _try_one(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
         "lower local.batch_size, the size of a sample (data.max_length) or the model, or set "
         "precision=bf16-mixed"
     )
-    with _told("one client", advice):
+    with _explained("one client", advice):
         try_step(trainer, base, downlink)

@@ -98,9 +98,9 @@ class CohortTrainer:
         chunk = self.open(base, downlink, clients, round_=round_)
         schedule, order, values = chunk.schedule, chunk.order, chunk.values
         rates = {n: self.local.rate(s.main, rate_scale) for n, s in downlink.trained().items()}
-        held = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
+        carried = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
         steps, hooks = RECIPES[downlink.recipe].steps, self._hooks(chunk)
-        plain = (CohortOptimiser if steps else GradientMean)(self.local, values, rates, held)
+        plain = (CohortOptimiser if steps else GradientMean)(self.local, values, rates, carried)
         own = (extra.optimiser(chunk, rates) for extra in self.local.extras if steps)
         optimiser: Optimiser = next(filter(None, own), plain)
         losses = torch.zeros(len(order), dtype=torch.float64, device=self.device)

@@ -91,8 +91,8 @@ class CatchUp(LinkSizes):
         """Count the bytes that each client needs to come to the current version [K]."""
         if not len(clients):
             return np.zeros(0, dtype=np.int64)
-        held, inverse = np.unique(self.versions[clients.numpy()], return_inverse=True)
-        missing = np.stack([self.since(v) for v in held])
+        present, inverse = np.unique(self.versions[clients.numpy()], return_inverse=True)
+        missing = np.stack([self.since(v) for v in present])
         cost: npt.NDArray[np.int64] = np.minimum(missing, self.dense).sum(axis=1)[inverse]
         return cost
 

@@ -43,15 +43,15 @@ class Replica(BaseWeights):
         """
         if (update.version, update.mark) == (self.version, self.mark):
             return True
-        if update.held is not None and not update.held <= self.version <= update.version:
+        if update.start is not None and not update.start <= self.version <= update.version:
             return False
-        base = {} if update.held is None else self.base
+        base = {} if update.start is None else self.base
         for version, link in update.links:
             if version > self.version:
                 base = apply_link(base, link, self.plan)
         base = base | {n: t.to(self.device) for n, t in update.dense.items()}
         if fingerprint(base) != update.mark:
-            if update.held is not None:  # another processor may round a product differently
+            if update.start is not None:  # another processor may round a product differently
                 return False
             raise WireError(f"version {update.version} of the base weights was damaged on its way")
         self.take(base, update.version, update.mark)

@@ -36,8 +36,8 @@ def reading(what: str) -> Iterator[None]:
     except WireError:
         raise
     except Exception as error:
-        told = printable(f"{type(error).__name__}: {error}")
-        raise WireError(f"{what} cannot be read ({told})") from error
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise WireError(f"{what} cannot be read ({reason})") from error
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
@@ -93,11 +93,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def exactly(header: dict[str, Any], wanted: frozenset[str], what: str) -> None:
+def exactly(header: dict[str, Any], known: frozenset[str], what: str) -> None:
     """Reject a header that lacks a field, or has one that is not known."""
-    if missing := wanted - header.keys():
+    if missing := known - header.keys():
         raise WireError(f"{what} has no {', '.join(sorted(missing))}")
-    if more := header.keys() - wanted:
+    if more := header.keys() - known:
         raise WireError(f"{what} has {shown(sorted(more))}, which no message has")
 
 

@@ -190,8 +190,8 @@ def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
         WireError: If it was not sealed by this sender for this receiver.
     """
     try:
-        said = json.loads(decrypt(key, text.encode()))
-        found = [said[0], said[1], *(checked_text(share, SHARE_LENGTH) for share in said[2:])]
+        parts = json.loads(decrypt(key, text.encode()))
+        found = [parts[0], parts[1], *(checked_text(share, SHARE_LENGTH) for share in parts[2:])]
     except Exception as error:  # whatever the cipher says of what is not its own
         raise WireError(f"shares of client {sender} cannot be opened ({error!r})") from error
     if found[:2] != [sender, receiver]:

@@ -99,8 +99,8 @@ class DeviceSimulator:
             down += torch.from_numpy(catch_up.missing(asked.clients))
         up = uploaded_numbers(downlink, len(asked)) * size
         load = Load(self.passes(sizes(asked.clients)), down, up)
-        wanted = len(asked) if catch_up is None else loop.cohort
-        timeline = self.system.timeline(self.seed, round_, asked.clients, load, wanted)
+        needed = len(asked) if catch_up is None else loop.cohort
+        timeline = self.system.timeline(self.seed, round_, asked.clients, load, needed)
         self.now += timeline.seconds
         if len(timeline.kept) == len(asked):
             return asked, downlink, timeline

@@ -116,9 +116,9 @@ class Exchange:
             if not self.loop.guarded:
                 raise
             # What other machines sent must end in words and a checkpoint, whatever it was.
-            told = printable(f"{type(error).__name__}: {error}")
+            reason = printable(f"{type(error).__name__}: {error}")
             raise ClientError(
-                f"round {self.round_}: its replies cannot be used ({told})"
+                f"round {self.round_}: its replies cannot be used ({reason})"
             ) from error
 
     def _used(self) -> Uplinks:
@@ -222,15 +222,15 @@ class Exchange:
     def _check_ids(self, clients: Sequence[int]) -> None:
         """Hold who answered against the cohort: each once and none else; note who is silent."""
         answered = sorted([*clients, *(f.client for f in self.failures)])
-        wanted = self.cohort.clients.tolist()
-        if answered == wanted:
+        asked = self.cohort.clients.tolist()
+        if answered == asked:
             return
-        if len(answered) != len(set(answered)) or not set(answered) <= set(wanted):
+        if len(answered) != len(set(answered)) or not set(answered) <= set(asked):
             raise WireError(
-                f"round {self.round_}: clients {answered} answered, but each of {wanted} must "
+                f"round {self.round_}: clients {answered} answered, but each of {asked} must "
                 "answer once"
             )
-        missing = sorted(set(wanted) - set(answered))
+        missing = sorted(set(asked) - set(answered))
         self.failures += [Refusal(c, "no reply in time") for c in missing]
 
     def without(self, got: Uplinks, client: int, reason: str) -> Uplinks:

@@ -51,10 +51,10 @@ def check_reply(
             f"the reply begins at place {reply.first} of the cohort with reduced={reply.reduced}, "
             f"but place {first} with reduced={reduced} was asked for"
         )
-    wanted = torch.float64 if reduced else DTYPES[loop.dtype]
-    if reply.numbers.dtype != wanted:
+    expected = torch.float64 if reduced else DTYPES[loop.dtype]
+    if reply.numbers.dtype != expected:
         raise WireError(
-            f"the numbers of the reply are {reply.numbers.dtype}, but {wanted} is wanted"
+            f"the numbers of the reply are {reply.numbers.dtype}, but {expected} is wanted"
         )
     most = loop.max_samples
     for name, found, least in (("samples", reply.samples, 1), ("steps", reply.steps, 0)):

@@ -120,8 +120,8 @@ def step_in_factors(
     places = torch.arange(len(got.clients)) if got.places is None else got.places
     start = opening_rows(sent, state.base, got.layout, places)
     change = got.layout.unpack((got.sum() / got.total).cpu() - start)
-    held, report = _beside(rule, _own(state), sent)
-    steps, moments = rule.advance(change, held)
+    before, report = _beside(rule, _own(state), sent)
+    steps, moments = rule.advance(change, before)
     stepped = start + got.layout.pack(steps)
     like = next(iter(state.base.values())).dtype
     moments = {n: m.to(like) for n, m in moments.items()}

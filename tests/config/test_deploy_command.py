@@ -64,7 +64,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["local=3", "system=buffered"], "system, FedBuff too, is for simulations"),
         (["connection=x", "clients=3", "cohort=3", "system=buffered"], "has system=none"),
         (["local=3", "head=local"], "head is local"),
-        (["connection=x", "engine.folder=here"], "engine.folder is 'here'; a whole path"),
+        (["connection=x", "engine.folder=here"], "engine.folder is 'here'; an absolute path"),
         (["local=3", "resume=nowhere"], "nowhere is no run folder"),
     ],
 )

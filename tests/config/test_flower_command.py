@@ -69,7 +69,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["engine=ray"], "engine is ray, but this is Flower: use engine=flower"),
+        (["engine=ray"], "engine is ray, but Flower started this process: use engine=flower"),
         (["engine=flowr"], "did you mean 'flower'?"),
         (["engine.chunk=2"], "trains one client at a time"),
         (["engine.workers=0"], "engine.workers is 0"),

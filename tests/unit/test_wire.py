@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.client_state import held
+from clients.client_state import restore
 from fedraclora.errors import WireError
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
@@ -105,7 +105,7 @@ def test_an_extra_travels_beside_what_is_trained() -> None:
     with pytest.raises(
         WireError, match=r"extras \['more', 'own'\], which this client does not know"
     ):
-        held(ClientStore(), got, ORDER, {"w": normal(M, N)}, LocalConfig())
+        restore(ClientStore(), got, ORDER, {"w": normal(M, N)}, LocalConfig())
 
 
 @pytest.mark.parametrize("tree", [{"nothing": normal(M, R)}, {"w/B": normal(R, M)}])

@@ -60,9 +60,9 @@ class Connection:
         run = flwr(words, self.environ, stderr=subprocess.PIPE)
         found = _json(run.stdout)
         if "run-id" not in found:
-            said = found.get("error-message") or f"{run.stdout}{run.stderr}".strip()
+            reason = found.get("error-message") or f"{run.stdout}{run.stderr}".strip()
             raise EngineError(
-                f"the SuperLink of connection {self.name} took no run: {said} (address and "
+                f"the SuperLink of connection {self.name} took no run: {reason} (address and "
                 "root-certificates of the connection must be those of the SuperLink)"
             )
         return int(str(found["run-id"]))

@@ -98,9 +98,9 @@ class DeployGrid(ForwardingGrid):
         waiting, replies = {}, []
         for client, message in sent.items():
             if client in nodes:
-                held = self.roster.held.get((nodes[client], client))
-                held = self.first if held is None else held
-                waiting[self._push(message, nodes[client], held, seconds)] = message
+                version = self.roster.versions.get((nodes[client], client))
+                version = self.first if version is None else version
+                waiting[self._push(message, nodes[client], version, seconds)] = message
             else:
                 # Its own id, by which the strategy finds whose reply it is.
                 message.metadata.__dict__["_message_id"] = f"not sent to client {client}"
@@ -169,9 +169,9 @@ class DeployGrid(ForwardingGrid):
                 found.append(failed(message, Error(WRONG_WEIGHTS, why)))
         return found
 
-    def _push(self, message: Message, node: int, held: int | None, seconds: float) -> str:
-        """Send a message with what brings the client from version ``held`` to the newest."""
-        update = self.history.since(held)
+    def _push(self, message: Message, node: int, version: int | None, seconds: float) -> str:
+        """Send a message with what brings the client from version ``version`` to the newest."""
+        update = self.history.since(version)
         add_weight_update(message.content, update)
         message.content["job"] = ConfigRecord({"run": self.run_id})
         message.metadata.dst_node_id, message.metadata.ttl = node, seconds
@@ -188,13 +188,13 @@ class DeployGrid(ForwardingGrid):
                 self.roster.forget(node)
             return reply
         newest = self.history.since(self.history.version)
-        said = reply.content.get("job")
-        proof = (said.get("held"), said.get("mark")) if isinstance(said, ConfigRecord) else None
-        if proof != (wanted := (newest.version, str(newest.mark))):
+        job = reply.content.get("job")
+        proof = (job.get("held"), job.get("mark")) if isinstance(job, ConfigRecord) else None
+        if proof != (expected := (newest.version, str(newest.mark))):
             came = "None" if proof is None else f"({', '.join(map(shown, proof))})"
-            why = f"it trained on weights of version and fingerprint {came}, wanted are {wanted}"
+            why = f"it trained on weights of version and fingerprint {came}, wanted are {expected}"
             return failed(message, Error(WRONG_WEIGHTS, why))
-        self.roster.held[node, self._client(message)] = newest.version
+        self.roster.versions[node, self._client(message)] = newest.version
         return reply
 
     def _client(self, message: Message) -> int:

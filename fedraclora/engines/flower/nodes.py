@@ -144,16 +144,16 @@ class NodePerClient(ForwardingGrid):
             return reply
         if reply.error.code != PROCESS_DIED:
             return reply
-        said = str(reply.error.reason)
-        kind = said.partition("ray.exceptions.")[2].partition("'")[0]  # no ids: those of Ray vary
-        said = kind or said.partition("\n")[0][:200]
+        reason = str(reply.error.reason)
+        kind = reason.partition("ray.exceptions.")[2].partition("'")[0]  # no ids: those of Ray vary
+        reason = kind or reason.partition("\n")[0][:200]
         if self.mends or "chunk" not in sent.content:
-            reply.error = Error(PROCESS_DIED, f"the process that trained it died: {said}")
+            reply.error = Error(PROCESS_DIED, f"the process that trained it died: {reason}")
             return reply
         (client,) = clients_of(sent.content)
         raise ClientError(
             f"round {sent.metadata.group_id}: the process that trained client {client} died "
-            f"({said}); Flower's runtime does not replace it, so the run stops here: mend what "
+            f"({reason}); Flower's runtime does not replace it, so the run stops here: mend what "
             "killed it (memory?) and go on with resume, or use `fedraclora simulate`, which "
             "replaces processes"
         )

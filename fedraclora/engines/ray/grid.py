@@ -138,7 +138,7 @@ class RayGrid(LocalGrid):
 
     def _start(self, build: Callable[[Any], Site], parts: object, settings: RayConfig) -> None:
         """Start the workers, and wait until all of them are ready."""
-        held = ray.put(parts)
+        shared = ray.put(parts)
         kind = ray.remote(Resident).options(
             num_cpus=1,
             num_gpus=self.cluster.gpus,
@@ -146,7 +146,7 @@ class RayGrid(LocalGrid):
             runtime_env={"env_vars": worker_environment(settings.threads)},
         )
         self.pool = Pool(
-            lambda: kind.remote(build, [held]),
+            lambda: kind.remote(build, [shared]),
             self.cluster.workers,
             settings.retries,
             settings.timeout,

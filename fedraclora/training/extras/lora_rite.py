@@ -166,7 +166,7 @@ class CohortRite(CohortOptimiser):
             self.escaped[name] = gradient.new_zeros(K, dtype=torch.float64)
             if moving:
                 self.bases[name] = partner.new_zeros(K, *partner.shape[1:])
-        M, V, e = (held[name][:active] for held in (self.first, self.second, self.escaped))
+        M, V, e = (tensors[name][:active] for tensors in (self.first, self.second, self.escaped))
         b1, b2 = (self._decay(beta) for beta in (self.config.beta1, self.config.beta2))
         if moving:
             old = self.bases[name][:active]

@@ -125,11 +125,11 @@ def pairs_of(
                 f"{setting} is defined for adapters B A, but that of {weight} is a product of "
                 f"{', '.join(adapter.factors)}: take a method that trains B, A or both"
             )
-        held = {n: frozen[n] for n in (f"{weight}/B", f"{weight}/A") if n in frozen}
+        fixed = {n: frozen[n] for n in (f"{weight}/B", f"{weight}/A") if n in frozen}
         A = adapter.factors["A"]
-        rank = A.shape[0] if isinstance(A, Trained) else held[f"{weight}/A"].shape[-2]
+        rank = A.shape[0] if isinstance(A, Trained) else fixed[f"{weight}/A"].shape[-2]
         kept = None if ranks is None else within(ranks, rank)
-        pairs.append(Pair(weight, adapter.scale, held, kept))
+        pairs.append(Pair(weight, adapter.scale, fixed, kept))
     return pairs
 
 
