@@ -59,8 +59,8 @@ def train(message: Message, context: Context) -> Message:
             reply = node.answer(context, str(job["run"]), message.content)
             return Message(reply, reply_to=message)
         worker = worker_of(str(job["folder"]))
-        content, kept = answer(worker, message.content, read_tree(message.content, "kept"))
-        content["kept"] = tree_record(kept)
+        content, stored = answer(worker, message.content, read_tree(message.content, "kept"))
+        content["kept"] = tree_record(stored)
     except StaleError:
         return Message(RecordDict({STALE: ConfigRecord()}), reply_to=message)
     except Exception as error:

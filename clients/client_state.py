@@ -55,15 +55,15 @@ def restore(
     steps = RECIPES[downlink.recipe].steps  # without, nothing has moments
     blank = blank_moments(local, downlink, dtype) if steps else {}
     blanks = [keeper.blank(downlink, dtype) for keeper in KEEPERS]
-    initial = default | blank | {n: t for kept in blanks for n, t in kept.items()}
+    initial = default | blank | {n: t for stored in blanks for n, t in stored.items()}
     if not initial:
         return downlink, {}
     link = downlink.link if local.moments == "link" else None
     found = store.read(request.clients, request.round_, initial, link)
     moments = begin_moments({n: found[n] for n in blank}, local, downlink.link)
-    for keeper, kept in zip(KEEPERS, blanks, strict=True):
-        if kept:
-            downlink = keeper.begin({n: found[n] for n in kept}, downlink)
+    for keeper, stored in zip(KEEPERS, blanks, strict=True):
+        if stored:
+            downlink = keeper.begin({n: found[n] for n in stored}, downlink)
     return start_from({n: found[n] for n in default}, downlink), moments
 
 
@@ -90,21 +90,21 @@ def keep(
         among: Whose work is sent, bool [K]; None: everyone's.
     """
     own = {n: result.trained[n].cpu() for n, s in downlink.trained().items() if not s.upload}
-    kept = own | {n: t.cpu() for n, t in result.moments.items()}
+    stored = own | {n: t.cpu() for n, t in result.moments.items()}
     for keeper in KEEPERS:
         if blank := keeper.blank(downlink, next(iter(base.values())).dtype):
             before = store.read(clients, request.round_, blank)
             directions = _directions(downlink, request.rate_scale, result, base, local)
-            kept |= keeper.end(before, downlink, directions)
-    if not kept:
+            stored |= keeper.end(before, downlink, directions)
+    if not stored:
         return
     sound = torch.isfinite(result.losses)
     if among is not None:
         sound &= among
-    for tensor in kept.values():
+    for tensor in stored.values():
         sound &= finite(tensor.reshape(len(tensor), -1))
     if sound.any():
-        store.stage(clients[sound], request.round_, {n: t[sound] for n, t in kept.items()})
+        store.stage(clients[sound], request.round_, {n: t[sound] for n, t in stored.items()})
 
 
 def _directions(

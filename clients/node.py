@@ -75,8 +75,8 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         trainer.answer_key = os.urandom(KEY_BYTES)
         store = read_store(folder, generations(settings))
         reply = Worker(trainer, holding, store, terms).train(content)
-        if kept := store.since(0):
-            save_tensors(store_file(folder), kept, {}, sync=True)
+        if stored := store.since(0):
+            save_tensors(store_file(folder), stored, {}, sync=True)
             store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
         return reply
 

@@ -99,12 +99,12 @@ def _remember(store: ClientStore, client: int, memory: Memory, stage: str) -> No
     memory["after"] = stage
     if stage == "masked":
         memory["answered"] = memory["round"]
-    kept = {
+    fields = {
         "masked": ("round", "after", "answered", "near", "held", "threshold"),
         "unmask": ("answered",),
     }
-    if stage in kept:
-        memory = {key: memory[key] for key in kept[stage]}
+    if stage in fields:
+        memory = {key: memory[key] for key in fields[stage]}
     store.secrets[client] = json.dumps(memory).encode()
 
 
@@ -186,7 +186,7 @@ def masked_reply(
         notes: Sentences for the ledger.
     """
     clients, updates, weights = trained
-    failures, rows, kept = dict(failures), [], []
+    failures, rows, members = dict(failures), [], []
     unopened: dict[int, Any] = {}
     sound = finite(updates)
     for i, client in enumerate(clients.tolist()):
@@ -203,7 +203,7 @@ def masked_reply(
             row = _masked(client, memory, whole)
             _remember(store, client, memory, "masked")
             rows.append(row)
-            kept.append(client)
+            members.append(client)
         except FedRacLoraError as error:
             failures[client] = str(error)
         except DAMAGED as error:
@@ -217,7 +217,7 @@ def masked_reply(
         {
             "config": header_record(header),
             "arrays": arrays,
-            "chunk": vector_record({"clients": torch.tensor(kept, dtype=torch.int64)}),
+            "chunk": vector_record({"clients": torch.tensor(members, dtype=torch.int64)}),
             "secure": Stage("masked", {}, unopened).record(),
         }
     )

@@ -90,13 +90,13 @@ def _beside(file: str, column: str, names: list[str], results: Path) -> Cells:
 def _chosen(row: Mapping[str, str], columns: list[str]) -> dict[str, str]:
     """The method and some columns; a mean takes its spread along, where that is a column."""
     titles = list(row)
-    kept = {titles[0]: row[titles[0]]}
+    shown = {titles[0]: row[titles[0]]}
     for column in columns:
         title = _title(row, column)
         after = titles[titles.index(title) + 1 :][:1]
         spread = f" ± {row['std']}" if after == ["std"] and row["std"] != "nan" else ""
-        kept[title] = row[title] + spread
-    return kept
+        shown[title] = row[title] + spread
+    return shown
 
 
 def _title(row: Mapping[str, str], column: str) -> str:

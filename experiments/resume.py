@@ -125,9 +125,9 @@ def _engine(old: Plain, new: Plain, typed: Sequence[str] | None) -> Plain:
         return {**old, **{k: v for k, v in new.items() if k in leaves and k in old}}
     if old.get("name") == new.get("name"):
         return {**old, **{k: v for k, v in new.items() if k in leaves}}
-    kept = {k for k in ENGINE_IN_DIGEST if k not in leaves or typed is None}
-    kept = {k for k in kept if k != "chunk" or new.get("chunk") == "auto"}
-    return {**new, **{k: old[k] for k in kept if k in old}}
+    fixed = {k for k in ENGINE_IN_DIGEST if k not in leaves or typed is None}
+    fixed = {k for k in fixed if k != "chunk" or new.get("chunk") == "auto"}
+    return {**new, **{k: old[k] for k in fixed if k in old}}
 
 
 def _output(

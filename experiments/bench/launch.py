@@ -121,9 +121,9 @@ def run_peer(
 
 def environment(work: Path, threads: int) -> Mapping[str, str]:
     """Make the environment variables of a peer: this checkout on the path, nothing sent home."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     return {
-        **kept,
+        **inherited,
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
         "BENCH_WORK": str(work),

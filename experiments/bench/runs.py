@@ -97,9 +97,9 @@ class BenchSite:
         self.worker = Worker(trainer, self.replica)
         (crew / f"{os.getpid()}.pid").touch()
 
-    def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
+    def train(self, content: RecordDict, stored: Tree) -> tuple[RecordDict, Tree]:
         """Answer a train message; these clients keep nothing."""
-        return self.worker.train(content), kept
+        return self.worker.train(content), stored
 
 
 def trainer_of(

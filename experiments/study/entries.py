@@ -154,7 +154,7 @@ def best_rows(study: Study, results: Path) -> Study:
     beside, without = (study.best.get(key, []) for key in ("beside", "without"))
     ranked = [entry.row for entry in entries(other, done) if not entry.personal]
     fit = [row for row in ranked if row not in {*beside, *without}]
-    kept = [*fit[: int(study.best["rows"])], *beside]
-    if study.reference not in {None, *kept}:
-        raise unknown("row as reference", study.reference, kept)
-    return study.changed(more={row: list(other.rows[row]) for row in kept}, only=kept)
+    chosen = [*fit[: int(study.best["rows"])], *beside]
+    if study.reference not in {None, *chosen}:
+        raise unknown("row as reference", study.reference, chosen)
+    return study.changed(more={row: list(other.rows[row]) for row in chosen}, only=chosen)

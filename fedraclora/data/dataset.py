@@ -149,15 +149,16 @@ def divide(
         ConfigError: If the fraction leaves one side empty, naming its key.
     """
     if owners is None:
-        kept, held_out = split_rows(rows, fraction, rng, labels)
+        training, held_out = split_rows(rows, fraction, rng, labels)
     else:
-        kept, held_out = split_owners(owners, fraction, rng)
-    if not len(held_out) or not len(kept):
+        training, held_out = split_owners(owners, fraction, rng)
+    if not len(held_out) or not len(training):
         raise ConfigError(
-            f"{key}={fraction} of {rows} rows leaves {len(kept)} to train on and {len(held_out)} "
-            f"to {'validate' if key == 'data.validation' else 'test'} on: choose another fraction"
+            f"{key}={fraction} of {rows} rows leaves {len(training)} to train on and "
+            f"{len(held_out)} to {'validate' if key == 'data.validation' else 'test'} on: choose "
+            "another fraction"
         )
-    return kept, held_out
+    return training, held_out
 
 
 def refuse_both(test: str | None, test_share: float | None) -> None:
@@ -192,8 +193,8 @@ def train_test(
         ConfigError: If the fraction leaves one side empty.
     """
     rng = generator(split_seed, "split", "test")
-    kept, held_out = divide(key, fraction, len(samples), rng, labels=labels)
-    return take(samples, kept), take(samples, held_out), kept
+    training, held_out = divide(key, fraction, len(samples), rng, labels=labels)
+    return take(samples, training), take(samples, held_out), training
 
 
 def take(samples: Samples, rows: Rows) -> Samples:
@@ -237,18 +238,18 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
 
     def relabel(samples: Samples) -> tuple[Rows, Samples]:
         rows = np.flatnonzero(np.isin(samples.target.numpy(), chosen))
-        kept = take(samples, rows)
-        return rows, Samples(kept.inputs, torch.from_numpy(renumber)[kept.target])
+        selected = take(samples, rows)
+        return rows, Samples(selected.inputs, torch.from_numpy(renumber)[selected.target])
 
     rows, train = relabel(data.train)
-    kept = _keep(data, rows)
+    selected = _keep(data, rows)
     return replace(
-        kept,
+        selected,
         train=train,
         test=train if data.test is data.train else relabel(data.test)[1],
         classes=len(chosen),
-        columns=kept.columns | {"label": train.target.numpy()},
-        info=kept.info | {"labels": chosen},
+        columns=selected.columns | {"label": train.target.numpy()},
+        info=selected.info | {"labels": chosen},
     )
 
 
@@ -278,10 +279,10 @@ def hold_out(data: DataSet, validation: Fraction, seed: int) -> tuple[DataSet, S
     rng = generator(seed, "split", "validation")
     owners = None if data.held_out_by is None else data.columns[data.held_out_by]
     labels = data.columns.get("label")
-    kept, held_out = divide(
+    training, held_out = divide(
         "data.validation", validation, len(data.train), rng, labels=labels, owners=owners
     )
-    return _keep(data, kept), take(data.train, held_out)
+    return _keep(data, training), take(data.train, held_out)
 
 
 def _keep(data: DataSet, rows: Rows) -> DataSet:

@@ -261,10 +261,10 @@ def without_test(data: DataSet) -> DataSet:
     """Hold a fifth of each client's samples out; of all rows where they are not divided yet."""
     rng, rows = generator(0, "split", "test"), np.arange(len(data.train))
     parts = data.parts if isinstance(data.parts, list) else [rows]
-    kept, held_out = [], []
+    training, held_out = [], []
     for part in parts:
         stay, out = split_rows(len(part), SHARE, rng)
-        kept.append(part[stay] if len(stay) else part)
+        training.append(part[stay] if len(stay) else part)
         held_out.append(part[out] if len(stay) else part[:0])
     out = np.sort(np.concatenate(held_out))
     if not len(out):
@@ -272,7 +272,7 @@ def without_test(data: DataSet) -> DataSet:
             f"the clients have {len(rows)} samples in all, of which none can be held out to "
             "measure on: say test=..."
         )
-    left = np.sort(np.concatenate(kept))
+    left = np.sort(np.concatenate(training))
     place = np.full(len(rows), -1, dtype=np.int64)
     place[left] = np.arange(len(left))
     return replace(
@@ -280,7 +280,7 @@ def without_test(data: DataSet) -> DataSet:
         train=take(data.train, left),
         test=take(data.train, out),
         columns={name: values[left] for name, values in data.columns.items()},
-        parts=[place[part] for part in kept] if isinstance(data.parts, list) else None,
+        parts=[place[part] for part in training] if isinstance(data.parts, list) else None,
         info=data.info | {"held_out": SHARE},
     )
 

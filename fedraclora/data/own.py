@@ -65,10 +65,10 @@ class Brought:
             whole = self.whole(client)
             self._read.pop(client, None)
             rng = generator(self.split_seed, "split", "test", client)
-            kept, held_out = split_rows(len(whole), self.share, rng)
-            if not len(kept):  # a client has something to train on
-                kept, held_out = held_out, kept
-            found = take(whole, kept) if len(held_out) else whole
+            training, held_out = split_rows(len(whole), self.share, rng)
+            if not len(training):  # a client has something to train on
+                training, held_out = held_out, training
+            found = take(whole, training) if len(held_out) else whole
             self._found[client] = found.to(self.device, self.dtype)
             if self.share and self.only is None:
                 self._held_out[client] = take(whole, held_out)

@@ -117,11 +117,11 @@ def make_partition(
             f"({shown}): set partition.empty=drop, or take fewer clients"
             + (" or a larger partition.alpha" if "alpha" in args else "")
         )
-    kept = [part for part in parts if len(part)]
-    sizes = np.array([len(part) for part in kept])
+    nonempty = [part for part in parts if len(part)]
+    sizes = np.array([len(part) for part in nonempty])
     asked = clients if clients is not None else len(parts)
     facts = _facts(name, asked, len(empties), sizes)
-    return kept, facts | {"rows_left_out": len(data.train) - int(sizes.sum())}
+    return nonempty, facts | {"rows_left_out": len(data.train) - int(sizes.sum())}
 
 
 def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) -> dict[str, object]:

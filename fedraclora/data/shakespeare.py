@@ -141,7 +141,7 @@ def _kept(windows: Windows, test: float) -> Windows:
 
 def _split(roles: dict[Role, Windows], test: float) -> tuple[Samples, Samples]:
     """Split the windows of all roles into training and test samples, role after role."""
-    kept = np.concatenate([_kept(windows, test) for windows in roles.values()])
+    training = np.concatenate([_kept(windows, test) for windows in roles.values()])
     held_out = np.concatenate([w[len(_kept(w, test)) :] for w in roles.values()])
-    train, tested = torch.from_numpy(kept), torch.from_numpy(held_out)
+    train, tested = torch.from_numpy(training), torch.from_numpy(held_out)
     return Samples({"input_ids": train}, train), Samples({"input_ids": tested}, tested)

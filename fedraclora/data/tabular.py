@@ -252,9 +252,9 @@ def _rows(
         )
     if gone.all():
         raise DataError(f"{path}: no row is whole: check data.features, data.label, data.client")
-    kept = frame[~gone]
-    clients = None if client is None else _written(kept[client])
-    return torch.from_numpy(x[~gone]), _written(kept[label]), clients, int(gone.sum())
+    whole = frame[~gone]
+    clients = None if client is None else _written(whole[client])
+    return torch.from_numpy(x[~gone]), _written(whole[label]), clients, int(gone.sum())
 
 
 def _written(column: object) -> list[str]:

@@ -142,5 +142,5 @@ def _subsample(table: Table, rows: int, split_seed: int) -> Table:
             f"data.subsample={rows}, but there are {len(table)} training rows; leave it out"
         )
     drawn = generator(split_seed, "split", "subsample").permutation(len(table))[:rows]
-    kept: Table = table[np.sort(drawn)]
-    return kept
+    sample: Table = table[np.sort(drawn)]
+    return sample

@@ -172,7 +172,7 @@ class _Pass(nn.Module):
         device = next(self.model.parameters(), samples.target).device
         # Sum of losses, number of parts, right classes, counted classes.
         sums = torch.zeros(4, dtype=torch.float64, device=device)
-        kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
+        pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
         classes = 0
         for stored in batches(samples, self._batch_size):
             batch = stored.to(device)
@@ -186,9 +186,9 @@ class _Pass(nn.Module):
                 right = (predicted == actual) & counts
                 sums[2:] += torch.stack([right.sum(), counts.sum()])
                 if "classes" in self._needs:
-                    kept["classes"].append((predicted[counts], actual[counts]))
+                    pairs["classes"].append((predicted[counts], actual[counts]))
             if "numbers" in self._needs:
-                kept["numbers"].append(_numbers(output, batch.target))
+                pairs["numbers"].append(_numbers(output, batch.target))
         loss, parts_total, correct, counted = sums.tolist()
         return Tally(
             loss=loss,
@@ -196,8 +196,8 @@ class _Pass(nn.Module):
             correct=int(correct),
             counted=int(counted),
             classes=classes,
-            labels=_join(kept["classes"]),
-            numbers=_join(kept["numbers"]),
+            labels=_join(pairs["classes"]),
+            numbers=_join(pairs["numbers"]),
         )
 
 

@@ -125,9 +125,9 @@ class Downlink:
     @property
     def apart(self) -> bool:
         """Whether numbers at one place of two uplinks may mean different things."""
-        kept = {n for n, slot in self.trained().items() if not slot.upload}
+        local = {n for n, slot in self.trained().items() if not slot.upload}
         factors = (self.factors() | self.dense).items()
-        return self.ranks is not None or any(differs(f) for n, f in factors if n not in kept)
+        return self.ranks is not None or any(differs(f) for n, f in factors if n not in local)
 
     def select(self, places: torch.Tensor) -> Downlink:
         """Keep the per-client values of the clients at ``places`` (int64) only."""

@@ -133,8 +133,8 @@ def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
                 continue
             mask = torch.ones(len(ranks), 1, 1, dtype=torch.bool, device=ranks.device)
             for axis in rank_axes(adapter, label):
-                kept = within(ranks, factor.shape[axis])
-                mask = mask & (kept[:, :, None] if axis == 0 else kept[:, None, :])
+                budget = within(ranks, factor.shape[axis])
+                mask = mask & (budget[:, :, None] if axis == 0 else budget[:, None, :])
             if not mask.all():
                 masks[f"{weight}/{label}"] = mask
     return masks

@@ -112,8 +112,8 @@ class LocalRite(torch.optim.AdamW):
     ) -> torch.Tensor:
         rows, r = gradient.shape
         left, s, right = torch.linalg.svd(partner, full_matrices=False)
-        kept = s**2 > NOTHING * s.max() ** 2
-        left, s, right = left[:, kept], s[kept], right[kept]
+        nonzero = s**2 > NOTHING * s.max() ** 2
+        left, s, right = left[:, nonzero], s[nonzero], right[nonzero]
         basis, inverse = left @ right, right.T @ torch.diag(1 / s) @ right
         g = gradient @ inverse
         blank = {"M": torch.zeros(rows, r), "V": torch.zeros(r, r), "e": torch.zeros(())}
@@ -128,8 +128,8 @@ class LocalRite(torch.optim.AdamW):
         moments["V"] = b2 * turned + (1 - b2) * g.T @ g / rows
         values, turn = torch.linalg.eigh(moments["V"])
         values = values.clamp(min=0) + moments["e"]
-        kept = values > NOTHING * values.max()
-        turn, values = turn[:, kept], values[kept]
+        nonzero = values > NOTHING * values.max()
+        turn, values = turn[:, nonzero], values[nonzero]
         whitened = g @ turn @ torch.diag(1 / (values.sqrt() + group["eps"])) @ turn.T
         moments["M"] = b1 * moments["M"] @ P.T + (1 - b1) * whitened
         moments["basis"] = basis

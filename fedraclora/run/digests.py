@@ -70,9 +70,9 @@ def write_digests(folder: Path, config: str, data: Mapping[str, object] | None) 
     """
     path, now = folder / FILE, folder / "config.yaml"
     before = [_text_digest(now.read_bytes())] if now.is_file() else []
-    kept = known_data(folder) if data is None else data
+    recorded = known_data(folder) if data is None else data
     digests = [_text_digest(config.encode()), *before]
-    write_text(path, sealed({"config": digests, "data": kept}))
+    write_text(path, sealed({"config": digests, "data": recorded}))
 
 
 def check_config(folder: Path) -> bytes:

@@ -94,9 +94,9 @@ class Ledger:
 
     def cut(self, round_: int) -> None:
         """Drop the rows of all rounds after ``round_``, so that the run can go on from there."""
-        kept = [row for row in self.rows if _round(row) <= round_]
-        if len(kept) < len(self.rows):
-            self.rows, self._seals = kept, self._seals[: len(kept)]
+        rows = [row for row in self.rows if _round(row) <= round_]
+        if len(rows) < len(self.rows):
+            self.rows, self._seals = rows, self._seals[: len(rows)]
             self._rewrite()
 
     def digest(self) -> str:

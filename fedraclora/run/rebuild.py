@@ -56,9 +56,9 @@ def state_at(
             state = State(base, plan or _stored_plan(meta, chain))
         else:
             base = apply_link(state.base, read_link(tensors, meta), state.plan)
-        kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
+        factors = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
         state = State(
-            base, state.plan, kept | part(tensors, CARRIED), kind.read(meta.get("memo", {}))
+            base, state.plan, factors | part(tensors, CARRIED), kind.read(meta.get("memo", {}))
         )
         last = number
     if last < 0 or (last < round_ and not beyond):
@@ -96,8 +96,8 @@ def _check_gap(folder: Path, last: int, number: int) -> None:
 def _hold_against_checkpoint(folder: Path) -> None:
     """Reject a chain other than the one beside which the folder's checkpoint was written."""
     meta, chain = checkpoint_meta(folder), folder / "chain"
-    round_, kept = meta.get("round", 0), meta.get("chain")
-    if isinstance(kept, str) and link_digest(chain, round_) != kept:
+    round_, chain_digest = meta.get("round", 0), meta.get("chain")
+    if isinstance(chain_digest, str) and link_digest(chain, round_) != chain_digest:
         raise CheckpointError(
             f"{chain / f'{round_:06d}.safetensors'} is missing, or it is of another run than "
             f"{folder / 'checkpoint'}: restore both folders from a copy"

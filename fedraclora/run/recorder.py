@@ -253,8 +253,8 @@ class RunRecorder:
                 f"{self.folder} keeps no chain, and one that begins at round {round_ + 1} has no "
                 "initial weights; go on with output.chain=false"
             )
-        kept = meta.get("chain") if self.keep_chain else None
-        if isinstance(kept, str) and link_digest(chain, round_) != kept:
+        chain_digest = meta.get("chain") if self.keep_chain else None
+        if isinstance(chain_digest, str) and link_digest(chain, round_) != chain_digest:
             raise CheckpointError(
                 f"{chain / f'{round_:06d}.safetensors'} is missing or of another run; {advice}"
             )

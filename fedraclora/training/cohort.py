@@ -203,8 +203,8 @@ class CohortTrainer:
             batch: Of `Schedule.plan`.
         """
         losses, counts, valid = self._forward(chunk, step, batch, leaves, chunk.frozen)
-        kept = valid.to(losses.dtype)
-        return (losses * kept).sum(dim=1) / (counts * kept).sum(dim=1).clamp(min=1)
+        mask = valid.to(losses.dtype)
+        return (losses * mask).sum(dim=1) / (counts * mask).sum(dim=1).clamp(min=1)
 
     def _forward(
         self, chunk: OpenChunk, step: int, batch: Batch, leaves: Tree, frozen: Tree

@@ -158,14 +158,14 @@ class Keeper(Protocol):
     def blank(self, sent: Downlink, dtype: torch.dtype) -> Tree:
         """Build the state that a client begins with, by the names of its storage; {}: none."""
 
-    def begin(self, kept: Tree, sent: Downlink) -> Downlink:
+    def begin(self, stored: Tree, sent: Downlink) -> Downlink:
         """Merge clients' stored state, [K, ...] by the names of `blank`, into the downlink."""
 
-    def end(self, kept: Tree, sent: Downlink, directions: Tree) -> Tree:
+    def end(self, stored: Tree, sent: Downlink, directions: Tree) -> Tree:
         """Compute the state that clients store from here on.
 
         Args:
-            kept: What they kept so far, [K, ...]. Not modified.
+            stored: What they kept so far, [K, ...]. Not modified.
             sent: Of `begin`.
             directions: Of the mean local step, as the server sees it, by trained name, [K, ...]
                 (`fedraclora.training.gradients.mean_gradients`).

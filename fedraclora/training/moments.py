@@ -100,7 +100,7 @@ def largest(values: torch.Tensor, share: float) -> torch.Tensor:
     """
     rows = values.reshape(len(values), -1)
     order = rows.abs().argsort(dim=1, descending=True, stable=True)
-    kept = order[:, : round(share * rows.shape[1])]
+    first = order[:, : round(share * rows.shape[1])]
     return (
-        torch.zeros_like(rows, dtype=torch.bool).scatter(1, kept, value=True).reshape(values.shape)
+        torch.zeros_like(rows, dtype=torch.bool).scatter(1, first, value=True).reshape(values.shape)
     )

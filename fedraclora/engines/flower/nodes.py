@@ -102,10 +102,10 @@ class NodePerClient(ForwardingGrid):
     def _address(self, message: Message) -> Message:
         """Send a message to the node of its client, with all that a fresh process needs."""
         (client,) = clients_of(message.content)
-        kept = self.store.part([client], int(message.metadata.group_id))
+        stored = self.store.part([client], int(message.metadata.group_id))
         message.metadata.dst_node_id = list(self.get_node_ids())[client]
         message.content["job"] = ConfigRecord({"folder": str(self.job.folder)})
-        message.content["kept"] = tree_record(kept)
+        message.content["kept"] = tree_record(stored)
         return message
 
     def _exchange(self, messages: Iterable[Message], timeout: float) -> list[Message]:

@@ -159,16 +159,16 @@ def hushed() -> Iterator[None]:
     streams = (sys.stdout, sys.stderr)
     for stream in streams:
         stream.flush()
-    kept = [(number, os.dup(number)) for number in (1, 2)]
+    copies = [(number, os.dup(number)) for number in (1, 2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        for number, _ in kept:
+        for number, _ in copies:
             os.dup2(nowhere, number)
         yield
     finally:
         for stream in streams:
             stream.flush()
-        for number, copy in kept:
+        for number, copy in copies:
             os.dup2(copy, number)
             os.close(copy)
         os.close(nowhere)

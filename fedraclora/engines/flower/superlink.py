@@ -47,8 +47,8 @@ class Ended:
 
 def environment(home: Path, ray: RayFolder) -> dict[str, str]:
     """Build the environment for Flower's programs where they start a Ray of their own."""
-    kept = {k: v for k, v in programs.environment(home).items() if k != "RAY_ADDRESS"}
-    return {**kept, **ray.environ}
+    inherited = {k: v for k, v in programs.environment(home).items() if k != "RAY_ADDRESS"}
+    return {**inherited, **ray.environ}
 
 
 class SuperLink:

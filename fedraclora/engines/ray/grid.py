@@ -31,8 +31,8 @@ class Site(Protocol):
 
     replica: Replica
 
-    def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
-        """Answer a train message; ``kept`` is what its clients hold, before and after."""
+    def train(self, content: RecordDict, stored: Tree) -> tuple[RecordDict, Tree]:
+        """Answer a train message; ``stored`` is what its clients hold, before and after."""
         ...
 
 
@@ -79,7 +79,7 @@ class Resident:
         }
 
     def train(
-        self, update: list[Any], shared: list[Any], rest: dict[str, Any], kept: Tree
+        self, update: list[Any], shared: list[Any], rest: dict[str, Any], stored: Tree
     ) -> Answer:
         """Bring the base weights up to date and answer a train message.
 
@@ -87,7 +87,7 @@ class Resident:
             update: The reference of what brings them to the newest version.
             shared: The reference of the records that all messages of the exchange share.
             rest: The other records.
-            kept: What the clients hold.
+            stored: What the clients hold.
         """
         if not self.site.replica.follow(ray.get(update[0])):
             return Answer(stale=True)
@@ -95,7 +95,7 @@ class Resident:
         if self._shared[0] != key:  # read once, so that the worker unpacks it once
             self._shared = (key, ray.get(shared[0]))
         try:
-            content, left = self.site.train(RecordDict({**self._shared[1], **rest}), kept)
+            content, left = self.site.train(RecordDict({**self._shared[1], **rest}), stored)
         except Exception as error:
             return Answer(error=error_of(error))
         return Answer(content, left)
@@ -174,8 +174,8 @@ class RayGrid(LocalGrid):
             if key not in shared:
                 shared[key] = ray.put({name: content[name] for name in SHARED})
             rest = {n: r for n, r in content.items() if n not in SHARED}
-            kept = self.store.part(job.clients, int(job.message.metadata.group_id))
-            return seat.actor.train.remote([self._update(seat)], [shared[key]], rest, kept)
+            stored = self.store.part(job.clients, int(job.message.metadata.group_id))
+            return seat.actor.train.remote([self._update(seat)], [shared[key]], rest, stored)
 
         while jobs:
             again = []

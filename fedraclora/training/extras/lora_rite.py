@@ -90,8 +90,8 @@ def inverse_root(matrix: torch.Tensor, share: float, shift: torch.Tensor, eps: f
     """
     found, turn = torch.linalg.eigh(matrix)
     values = found.clamp(min=0) + shift[..., None]
-    kept = values > share * values[..., -1:]
-    roots = torch.where(kept, 1 / (values.sqrt() + eps), 0)
+    nonzero = values > share * values[..., -1:]
+    roots = torch.where(nonzero, 1 / (values.sqrt() + eps), 0)
     return found, (turn * roots[..., None, :]) @ turn.mT
 
 

@@ -56,13 +56,13 @@ class Pair:
         weight: The adapted weight.
         scale: s.
         frozen: Its factors that are not trained, by name: 2-D where clients share them.
-        kept: Which components each client has, bool [K, r], or None: all.
+        budget: Which components each client has, bool [K, r], or None: all.
     """
 
     weight: str
     scale: float
     frozen: Tree
-    kept: torch.Tensor | None = None
+    budget: torch.Tensor | None = None
 
     @property
     def names(self) -> tuple[str, str]:
@@ -80,10 +80,10 @@ class Pair:
         """
         active = next(len(values[n]) for n in self.names if n in values)
         B, A = (self._factor(name, values, active) for name in self.names)
-        if self.kept is None:
+        if self.budget is None:
             return B, A
-        kept = self.kept[:active].to(B)
-        return B * kept[:, None], A * kept[..., None]
+        budget = self.budget[:active].to(B)
+        return B * budget[:, None], A * budget[..., None]
 
     def _factor(self, name: str, values: Tree, active: int) -> torch.Tensor:
         if name in values:
@@ -128,8 +128,8 @@ def pairs_of(
         fixed = {n: frozen[n] for n in (f"{weight}/B", f"{weight}/A") if n in frozen}
         A = adapter.factors["A"]
         rank = A.shape[0] if isinstance(A, Trained) else fixed[f"{weight}/A"].shape[-2]
-        kept = None if ranks is None else within(ranks, rank)
-        pairs.append(Pair(weight, adapter.scale, fixed, kept))
+        budget = None if ranks is None else within(ranks, rank)
+        pairs.append(Pair(weight, adapter.scale, fixed, budget))
     return pairs
 
 
