@@ -33,7 +33,7 @@ def kind_of(content: RecordDict) -> str:
 
 
 def is_given(reply: RecordDict) -> bool:
-    """Tell whether a reply says more than why there is none."""
+    """Check whether a reply says more than why there is none."""
     stage = read_stage(reply)
     return bool(stage.data if stage is not None and stage.name == "unmask" else clients_of(reply))
 

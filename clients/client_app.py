@@ -31,7 +31,7 @@ app = ClientApp()
 
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
-    """Say which client this node is, or on a real host which it serves."""
+    """Report which client this node is, or on a real host which it serves."""
     job = message.content.get("job")
     if isinstance(job, ConfigRecord):
         try:

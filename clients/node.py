@@ -39,7 +39,7 @@ MARKER = ".made-by-fedraclora"
 
 
 def introduce(context: Context, run: str) -> RecordDict:
-    """Say which clients this node serves, and which version of the base weights each holds."""
+    """Report which clients this node serves, and which version of the base weights each holds."""
     folders = [folder_of(context, run, client) for client in served(context)]
     replicas = [
         read_stored_replica(folder) if is_own(folder.parent) else None for folder in folders
@@ -148,7 +148,7 @@ def claim(folder: Path) -> None:
 
 
 def is_own(folder: Path) -> bool:
-    """Tell whether a folder was made by `claim`."""
+    """Check whether a folder was made by `claim`."""
     return (folder / MARKER).is_file()
 
 

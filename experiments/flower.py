@@ -58,7 +58,7 @@ def options_of(request: RunRequest) -> Options:
 
 
 def run(request: RunRequest) -> None:
-    """Have ``flwr run`` run it, and print the outcome.
+    """Run it by ``flwr run``, and print the outcome.
 
     Raises:
         EngineError: If it did not come to its end, with what Flower says.

@@ -22,7 +22,7 @@ class Group:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the runs go on, or can."""
+        """Return whether the runs go on, or can."""
         return self.runs[0].unfinished
 
     @property

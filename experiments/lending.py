@@ -104,7 +104,7 @@ def lend_all(
 
 
 def is_choice(data: object) -> bool:
-    """Tell a mapping of config keys from one of clients' samples."""
+    """Distinguish a mapping of config keys from one of clients' samples."""
     kinds = (str, int, float, list, Mapping, Path, type(None))
     return isinstance(data, Mapping) and all(isinstance(value, kinds) for value in data.values())
 

@@ -127,7 +127,7 @@ def searched(words: Sequence[str]) -> list[str]:
 
 
 def is_override(word: str) -> bool:
-    """Tell overrides from flags and their values."""
+    """Distinguish overrides from flags and their values."""
     return not word.startswith("-") and ("=" in word or word.startswith("~"))
 
 
@@ -143,7 +143,7 @@ def flags_first(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def in_plain_words(words: Sequence[str]) -> Iterator[None]:
-    """Say what Hydra refuses in the words of this project.
+    """Translate Hydra's errors into the words of this project.
 
     Args:
         words: What was typed.

@@ -111,7 +111,7 @@ def _words(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Bring all pages up to date, and name those that changed."""
+    """Update all pages, and name those that changed."""
     for page in PAGES:
         text = page.read_text()
         try:

@@ -75,7 +75,7 @@ class RunProgress:
         self.bar.update(self.task, completed=round_, text=text)
 
     def _left(self, row: Mapping[str, object]) -> str:
-        """Say how long the rounds take that are left, at the pace of the last ones."""
+        """Estimate how long the remaining rounds take, at the pace of the last ones."""
         rounds = self.rounds - number(row, "round")
         if not self._recent or rounds <= 0:
             return ""

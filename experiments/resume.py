@@ -68,7 +68,7 @@ def go_on(
 
 
 def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
-    """Tell whether the run of a folder has come to the end that is asked for."""
+    """Check whether the run of a folder has come to the end that is asked for."""
     if not is_finished(folder):
         return False
     summary = read_summary(folder)
@@ -76,7 +76,7 @@ def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
 
 
 def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -> bool:
-    """Tell whether the user has asked for a key; of a group that was chosen, its name counts."""
+    """Check whether the user has asked for a key; of a group that was chosen, its name counts."""
     if typed is None:
         return True
     chosen = {f"{k}.name" if isinstance(plain.get(k), dict) else k for k in typed}
@@ -84,7 +84,7 @@ def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -
 
 
 def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: Plain) -> str | None:
-    """Say why a run may not go on with another value of a key; None if it may."""
+    """Explain why a run may not go on with another value of a key; None if it may."""
     if key == "device":
         return None if _device(str(plain["device"])) == _was_on(folder, stored) else ""
     if key == "rounds":
@@ -96,7 +96,7 @@ def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: Plain)
 
 
 def _refused_rounds(folder: Path, stored: Mapping[str, object], rounds: int) -> str | None:
-    """Say why a run may not go on to another last round; None if it may."""
+    """Explain why a run may not go on to another last round; None if it may."""
     if planned := plans_rounds(stored):
         return f" ({planned} is planned over all rounds)"
     done = stands_at(folder)

@@ -158,7 +158,7 @@ def main() -> int:
 
 
 def by_hydra(words: Sequence[str]) -> None:
-    """Have Hydra compose what the words ask for, and run it."""
+    """Compose by Hydra what the words ask for, and run it."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra reports errors itself, in ways of its own
     sys.argv[1:] = flags_first(words)
     with in_plain_words(words):

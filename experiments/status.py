@@ -18,7 +18,7 @@ CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def reported(command: Callable[P, int]) -> Callable[P, int]:
-    """Have a command say what went wrong, and give the status: 0, its own, or 1."""
+    """Wrap a command: print what went wrong, and return the status: 0, its own, or 1."""
 
     @wraps(command)
     def main(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -47,7 +47,7 @@ def tell(error: Exception) -> int:
 
 
 def explained(error: Exception) -> str | None:
-    """Say in the user's terms what is wrong; None for what nobody foresaw."""
+    """Explain an error in the user's terms; None for what nobody foresaw."""
     if isinstance(error, FedRacLoraError):
         return str(error)
     if (message := _of_config(error)) is not None:  # before OSError, which Hydra's are in part
@@ -64,7 +64,7 @@ def explained(error: Exception) -> str | None:
 
 @contextmanager
 def composing() -> Iterator[None]:
-    """Have whatever Hydra raises over the words of a command be an error that says so.
+    """Convert whatever Hydra raises over the words of a command to an error that says so.
 
     Raises:
         ConfigError: For an error that is none of Hydra's own.

@@ -50,7 +50,7 @@ def config_of(
 
 
 def is_whole(mapping: Mapping[str, object]) -> bool:
-    """Tell whether a mapping has every key of a config."""
+    """Check whether a mapping has every key of a config."""
     return {key for key in inspect.signature(RunConfig).parameters if key != "plain"} <= {*mapping}
 
 

@@ -17,7 +17,7 @@ from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 
 
 def is_function(name: str) -> bool:
-    """Tell ``package.module:function`` from the path of a file or a folder."""
+    """Distinguish ``package.module:function`` from the path of a file or a folder."""
     module, mark, attribute = name.partition(":")
     return bool(mark) and bool(module) and "/" not in module and attribute.isidentifier()
 
@@ -108,7 +108,7 @@ def call_function(key: str, name: str, *arguments: object) -> object:
 
 
 def failure_of(error: Exception, what: str) -> str:
-    """Say what was raised, and in which line: the last one that is no library's."""
+    """Describe what was raised, and in which line: the last one that is no library's."""
     if isinstance(error, SyntaxError):
         return f"{what} raises SyntaxError: {error}"
     frames = traceback.extract_tb(error.__traceback__)

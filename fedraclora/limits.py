@@ -146,7 +146,7 @@ def _hints(target: Callable[..., object]) -> dict[str, object]:
 
 
 def _check(key: str, value: object, hint: object, null: str = "") -> None:
-    """Hold a value against a hint: its own limit, or those of what it is a union or list of."""
+    """Check a value against a hint: its own limit, or those of what it is a union or list of."""
     arguments = typing.get_args(hint)
     if hasattr(hint, "__metadata__"):
         for limit in hint.__metadata__:

@@ -81,7 +81,7 @@ class Layout:
 
 
 def difference(found: Layout, expected: Layout) -> str:
-    """Say where a layout first departs from the one that is wanted, and how often it does.
+    """Describe where a layout first departs from the one that is expected, and how often it does.
 
     Example:
         >>> one = Layout((("w", (5, 2)), ("b", (5,))))

@@ -243,7 +243,7 @@ class FedStrategy(EvaluatesItself):
 
     @property
     def divisible(self) -> bool:
-        """Whether a round can be closed again without a client."""
+        """Return whether a round can be closed again without a client."""
         return self.steps.repeatable
 
     def _close(self, round_: int, after: State) -> None:

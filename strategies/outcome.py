@@ -138,7 +138,7 @@ def end_failed(loggers: Logging, kind: type[BaseException] | None, *_: object) -
 
 @contextmanager
 def stopping_noted(run: Assembled, folder: Path) -> Iterator[None]:
-    """Have a run that stops before its end leave the reason and its curves in the folder."""
+    """Write the reason and the curves of a run that stops before its end into the folder."""
     forget_stop(folder)
     try:
         yield

@@ -192,7 +192,7 @@ def settings_of(config: RunConfig) -> FlowerConfig | DeployConfig:
 
 
 def tell(row: Row) -> None:
-    """Say in one line of the log how a round went."""
+    """Log in one line how a round went."""
     name = headline([row])
     figure = "" if name is None else f": {name} {number(row, 'metrics', name):.4f}"
     log.info("round %s%s", row["round"], figure)

@@ -41,7 +41,7 @@ class Bound:
 
     @override
     def __str__(self) -> str:
-        """Say what is wanted."""
+        """Describe the bound."""
         what = self.over if self.under is None else f"{self.over} / {self.under}"
         limit = f"at most {self.most:g}" if self.most is not None else f"at least {self.least:g}"
         return f"{self.workload}: {what} in {self.by.replace('_', ' ')}, {limit} wanted"
@@ -65,7 +65,7 @@ BOUNDS = (
 
 
 def judge(workload: str, rows: Rows, device: str = "cpu") -> dict[str, list[str]]:
-    """Hold the rows of a workload against the bounds; on a GPU the wall time alone counts.
+    """Check the rows of a workload against the bounds; on a GPU the wall time alone counts.
 
     Returns:
         Lines for the reader: bounds that are ``kept``, those that are ``broken``, and those that
@@ -88,7 +88,7 @@ def judge(workload: str, rows: Rows, device: str = "cpu") -> dict[str, list[str]
 
 
 def disagreements(rows: Rows) -> list[str]:
-    """Say which rows of one algorithm ended at another loss than the first of them."""
+    """List the rows of one algorithm that ended at another loss than the first of them."""
     losses = {name: row["loss"] for name, row in rows.items() if "loss" in row}
     if not losses:
         return []

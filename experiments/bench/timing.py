@@ -93,7 +93,7 @@ def interleaved(
 
 
 def restart_peak(device: torch.device) -> None:
-    """Let the peak start again from what is held now."""
+    """Reset the peak of memory to what is allocated now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -108,7 +108,7 @@ def peak_of(row: Row, device: torch.device) -> int:
 
 
 def done(laps: Laps, rounds: int, row: Row) -> bool:
-    """Whether a row has made its rounds, or so slowly that some of them must do."""
+    """Return whether a row has made its rounds, or so slowly that some of them must do."""
     counted = laps.wall[1:]
     slow = len(counted) >= LEAST and sum(counted) > PATIENCE and row.weights is None
     return slow or len(counted) >= rounds

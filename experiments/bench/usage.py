@@ -59,7 +59,7 @@ def tree_peak(workers: Collection[int] | None = None) -> int:
 
 
 def reset_peak() -> None:
-    """Let the peak of this process start again from what it holds now."""
+    """Reset the peak of this process's memory to what it uses now."""
     (PROC / "self" / "clear_refs").write_text("5")
 
 

@@ -25,7 +25,7 @@ def docstring(kind: type[Method]) -> str:
 
 
 def is_unverified(kind: type[Method]) -> bool:
-    """Tell whether a method's docstring names what was not verified."""
+    """Check whether a method's docstring names what was not verified."""
     return "- Unverified:" in docstring(kind)
 
 
@@ -94,7 +94,7 @@ class Entry:
 
     @property
     def personal(self) -> bool:
-        """Whether the clients have models of their own, which were measured."""
+        """Return whether the clients have models of their own, which were measured."""
         metrics = self.lines[0]["metrics"]
         return bool(metrics) and self.study.metric not in metrics
 

@@ -39,7 +39,7 @@ KEYS = ("experiment", "methods", "preset", "metric", "target", "tuned_by", "jobs
 
 
 def is_study(words: Sequence[str]) -> bool:
-    """Tell whether the words of ``compare`` ask for a study, not for folders of runs."""
+    """Check whether the words of ``compare`` ask for a study, not for folders of runs."""
     return any(word.startswith("experiment=") for word in words)
 
 

@@ -77,7 +77,7 @@ def _mean(lines: Sequence[Row], key: str) -> float:
 
 
 def cost(done: Done) -> str:
-    """Say what the runs of a study took of a processor, tuning included, where lines say it."""
+    """Sum the processor time of a study's runs, tuning included, where lines say it."""
     known = [line["cpu_seconds"] for line in done.values() if "cpu_seconds" in line]
     if not known:
         return ""

@@ -101,12 +101,12 @@ def tuned_by(study: Study, folder: Path) -> Study:
 
 
 def diverged(study: Study, row: str, value: float, done: Done) -> bool:
-    """Tell whether a final run of this value diverged."""
+    """Check whether a final run of this value diverged."""
     return any("diverged" in done.get(j.key, {}) for j in study.jobs("final", row, [value]))
 
 
 def is_tuned(study: Study, row: str, done: Done) -> bool:
-    """Tell whether all tuning runs of a row are there."""
+    """Check whether all tuning runs of a row are there."""
 
     def ran(values: list[float]) -> bool:
         return all(job.key in done for job in study.jobs("tune", row, values))

@@ -88,7 +88,7 @@ class Curve:
 
     @property
     def holds(self) -> bool:
-        """Whether the curve lies within its bound."""
+        """Return whether the curve lies within its bound."""
         return self.excess <= ROUNDING
 
 
@@ -112,7 +112,7 @@ class Judged:
 
     @property
     def holds(self) -> bool:
-        """Whether every curve lies within its bound."""
+        """Return whether every curve lies within its bound."""
         return all(curve.holds for curve in self.curves.values())
 
     def plain(self) -> dict[str, object]:
@@ -142,7 +142,7 @@ class Judged:
 
 
 def judge(case: Case, paths: list[Path]) -> Judged:
-    """Hold the paths of a case's seeds to its theorem.
+    """Check the paths of a case's seeds against its theorem.
 
     sigma^2 and zeta^2 are the greatest along all paths, which is no less than their expectation
     at any round.

@@ -79,7 +79,7 @@ class HeteroLora(Uniform):
             )
 
     def due(self, round_: int) -> bool:
-        """Whether layers are chosen in a round (from 1)."""
+        """Return whether layers are chosen in a round (from 1)."""
         return round_ == 1 if self.every is None else (round_ - 1) % self.every == 0
 
     def scores(self, values: Mapping[str, Tree], gradients: Mapping[str, Tree]) -> dict[str, float]:

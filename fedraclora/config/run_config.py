@@ -153,7 +153,7 @@ class RunConfig(TaskConfig):
 
     @property
     def trained_in_full(self) -> bool:
-        """Whether ``head``, ``bias`` or ``dense`` have layers trained in full."""
+        """Return whether ``head``, ``bias`` or ``dense`` have layers trained in full."""
         return self.head in {"average", "local"} or self.bias == "average" or bool(self.dense)
 
 
@@ -246,7 +246,7 @@ def _refuse_unknown(plain: Plain) -> None:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Say that a key does not exist, which is like it, and where all of them are."""
+    """Build the error for an unknown key: which is like it, and where all of them are."""
     group = key.rpartition(".")[0].partition(".")[0]
     known = [*known]
     inside = [other for other in known if other.startswith(f"{group}.")]
@@ -297,7 +297,7 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
 
 
 def _checked_row(kind: str, group: Plain) -> Plain:
-    """Hold a group against its row, which is called once it is known what else it is given."""
+    """Check a group against its row, which is called once it is known what else it is given."""
     own = without(group, *BESIDE.get(kind, ()))
     bind(kind, TABLES[kind], own, **dict.fromkeys(GIVEN[kind]))
     return group

@@ -89,7 +89,7 @@ def build(kind: str, target: Callable[..., T], group: Plain) -> T:
 
 
 def checked_arguments(kind: str, target: Callable[..., object], group: Plain) -> dict[str, object]:
-    """Hold a group's keys and types against a signature."""
+    """Check a group's keys and types against a signature."""
     parameters = inspect.signature(target).parameters
     hints = _hints(target)
     arguments = {}

@@ -55,7 +55,7 @@ class EngineConfig(Limited, group="engine"):
     threads: Threads = 1
 
     def waiting(self, cohort: int) -> Waiting:
-        """Say how the loop waits for clients.
+        """Return how the loop waits for clients.
 
         Args:
             cohort: Clients that a round asks.

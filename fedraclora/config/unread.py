@@ -92,7 +92,7 @@ RULES = (
 
 
 def links_end(method: Method, allocation: Uniform) -> bool:
-    """Tell whether what a method trains is ever begun anew, as far as its settings say."""
+    """Check whether what a method trains is ever begun anew, as far as its settings say."""
     if type(allocation) is not Uniform:  # components are cut, and those that stay are other ones
         return True
     return getattr(method, "link_rounds", None) is not None

@@ -65,7 +65,7 @@ class DataSet:
 
     @property
     def on_demand(self) -> bool:
-        """Whether clients are made or found when asked: then no table is to be divided."""
+        """Return whether clients are made or found when asked: then no table is to be divided."""
         return not isinstance(self.parts, list | None)
 
 

@@ -101,7 +101,7 @@ def _shares_memory(one: Samples, two: Samples) -> bool:
 
 
 def _overlap(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Tell whether two tensors look at the same memory; of views with gaps, only equal ones."""
+    """Check whether two tensors look at the same memory; of views with gaps, only equal ones."""
     if one.device != two.device or not one.numel() or not two.numel():
         return False
     if not (one.is_contiguous() and two.is_contiguous()):

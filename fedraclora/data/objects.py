@@ -146,7 +146,7 @@ def table_of(found: object, where: str, target: str | None = None) -> Samples:
 
 
 def is_columns(found: object) -> bool:
-    """Tell whether this is a ``Dataset`` of Hugging Face."""
+    """Check whether this is a ``Dataset`` of Hugging Face."""
     return hasattr(found, "column_names") and hasattr(found, "with_format")
 
 
@@ -209,7 +209,7 @@ def of_dataset(found: Any, where: str, target: str | None) -> Samples:
 
 
 def divided(data: Any, partitioner: Any) -> list[Rows]:
-    """Have a partitioner of flwr-datasets divide a ``Dataset``; give the rows of each client."""
+    """Divide a ``Dataset`` by a partitioner of flwr-datasets; return the rows of each client."""
     if not is_columns(data):
         raise ConfigError(
             f"partition is a {type(partitioner).__name__}, which divides a Hugging Face Dataset, "

@@ -125,7 +125,7 @@ def make_partition(
 
 
 def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) -> dict[str, object]:
-    """Tell of clients from the numbers of samples of some, or of all that are kept."""
+    """Summarise clients by the numbers of samples of some, or of all that are kept."""
     return {
         "partition": name,
         "clients_asked": asked,

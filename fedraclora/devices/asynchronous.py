@@ -79,7 +79,7 @@ class AsyncClock:
     load: Callable[[torch.Tensor], Load]
 
     def fly(self, now: float, flying: tuple[PendingClient, ...], needed: int) -> AsyncStep:
-        """Let a round pass.
+        """Advance the clock by a round.
 
         Args:
             now: Virtual seconds since the run began.

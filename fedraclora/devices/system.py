@@ -88,12 +88,12 @@ class SystemConfig(Limited, group="system"):
 
     @property
     def enabled(self) -> bool:
-        """Whether anything differs from a fleet of ideal devices."""
+        """Return whether anything differs from a fleet of ideal devices."""
         return self != SystemConfig()
 
     @property
     def timed(self) -> bool:
-        """Whether clients take virtual time."""
+        """Return whether clients take virtual time."""
         return not (self.speed is None and self.downlink is None and self.uplink is None)
 
     def ask(self, seed: int, round_: int, population: int, cohort: int, now: float) -> torch.Tensor:
@@ -141,7 +141,7 @@ class SystemConfig(Limited, group="system"):
     def timeline(
         self, seed: int, round_: int, clients: torch.Tensor, load: Load, needed: int
     ) -> Timeline:
-        """Tell who answers in time, and how long the round takes.
+        """Compute who answers in time, and how long the round takes.
 
         Args:
             seed: Of the run.

@@ -54,7 +54,7 @@ def taken_incidents(grid: Grid) -> dict[str, object]:
 
 
 def is_stale(reply: Message) -> bool:
-    """Tell whether a client asks for every base weight whole."""
+    """Check whether a client asks for every base weight whole."""
     return not reply.has_error() and STALE in reply.content
 
 
@@ -93,7 +93,7 @@ class LocalGrid(MessageGrid):
 
     @abstractmethod
     def answer(self, messages: list[Message], timeout: float | None) -> list[Message]:
-        """Have messages answered, each with its id set.
+        """Answer messages, each with its id set.
 
         Args:
             messages: Instructions.

@@ -103,7 +103,7 @@ class Program:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended by itself."""
+        """Return whether it has ended by itself."""
         return self.process.poll() is not None
 
     @property
@@ -173,7 +173,7 @@ def free_port() -> int:
 
 
 def listens(port: int, authority: Path | None = None) -> bool:
-    """Tell whether Flower answers at a port of this machine: by TLS, where there is an authority.
+    """Check whether Flower answers at a port of this machine: by TLS, where there is an authority.
 
     Args:
         port: The port.

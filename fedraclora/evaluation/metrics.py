@@ -119,5 +119,5 @@ METRICS: dict[str, Metric] = {
 
 
 def higher_is_better(metric: str) -> bool:
-    """Tell the direction of a metric; names outside `METRICS` are taken as scores."""
+    """Return the direction of a metric; names outside `METRICS` are taken as scores."""
     return METRICS[metric].higher_is_better if metric in METRICS else True

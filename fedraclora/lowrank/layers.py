@@ -31,7 +31,7 @@ class LayerView:
         return stored.reshape(self.shape)
 
     def stored(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Bring a matrix (out, in) back to the layout of ``like``."""
+        """Convert a matrix (out, in) back to the layout of ``like``."""
         if self.kind == "conv1d":
             return matrix.mT.contiguous()
         return matrix.reshape(like.shape)
@@ -50,7 +50,7 @@ def layer_kind(module: nn.Module) -> str | None:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Tell whether a module is BatchNorm, of any number of dimensions."""
+    """Check whether a module is BatchNorm, of any number of dimensions."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001
 
 
@@ -71,7 +71,7 @@ def layer_view(module: nn.Module) -> LayerView:
 
 
 def is_head(name: str, head: tuple[str, ...]) -> bool:
-    """Tell whether a parameter or module name lies in the head."""
+    """Check whether a parameter or module name lies in the head."""
     return any(name == h or name.startswith(f"{h}.") for h in head)
 
 

@@ -47,7 +47,7 @@ class SecAgg(Open):
     max_weight: Count = 1
 
     def graph(self, clients: list[int], seed: int, round_: int) -> dict[int, list[int]]:
-        """Say who are whose neighbours: the nearest ones on a ring in a drawn order.
+        """Draw who are whose neighbours: the nearest ones on a ring in a drawn order.
 
         Args:
             clients: Ids.

@@ -36,7 +36,7 @@ class Trained:
 
     @property
     def per_client(self) -> bool:
-        """Whether each client starts elsewhere."""
+        """Return whether each client starts elsewhere."""
         return isinstance(self.start, torch.Tensor) and self.start.dim() > len(self.shape)
 
     def opening(self) -> torch.Tensor | None:
@@ -50,7 +50,7 @@ fixed (a matrix, or [K, rows, cols] with one for each client), or what clients t
 
 
 def differs(factor: Factor) -> bool:
-    """Tell whether each client has a value of its own of a factor, along a leading axis K."""
+    """Check whether each client has a value of its own of a factor, along a leading axis K."""
     if isinstance(factor, Trained):
         return factor.per_client
     return isinstance(factor, torch.Tensor) and factor.dim() == 3
@@ -124,7 +124,7 @@ class Downlink:
 
     @property
     def apart(self) -> bool:
-        """Whether numbers at one place of two uplinks may mean different things."""
+        """Return whether numbers at one place of two uplinks may mean different things."""
         local = {n for n, slot in self.trained().items() if not slot.upload}
         factors = (self.factors() | self.dense).items()
         return self.ranks is not None or any(differs(f) for n, f in factors if n not in local)

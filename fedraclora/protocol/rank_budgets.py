@@ -96,7 +96,7 @@ def spans(ranks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def within(ranks: torch.Tensor, size: int) -> torch.Tensor:
-    """Tell which of ``size`` components each client has: bool [K, size]; ranks as in `spans`."""
+    """Compute which of ``size`` components each client has: bool [K, size]; ranks as in `spans`."""
     first, end = spans(ranks, size)
     places = torch.arange(size, device=ranks.device)
     return (places >= first[:, None]) & (places < end[:, None])
@@ -114,7 +114,7 @@ def window(
 
 
 def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
-    """Say what clients train of the factors that a budget cuts.
+    """Mask what clients train of the factors that a budget cuts.
 
     Args:
         downlink: Says which factors are trained.
@@ -165,7 +165,7 @@ def cut_gradients(gradients: Tree, masks: Tree) -> Tree:
 
 
 def uploaded_mask(downlink: Downlink, places: torch.Tensor) -> torch.Tensor | None:
-    """Say which numbers of its row a client sends: what is beyond its budget stays at home.
+    """Mask the numbers of its row that a client sends: what is beyond its budget stays at home.
 
     Args:
         downlink: What is asked.

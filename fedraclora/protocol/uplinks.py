@@ -137,7 +137,7 @@ class Uplinks:
 
     @property
     def has_individuals(self) -> bool:
-        """Whether each client's own tensors are here."""
+        """Return whether each client's own tensors are here."""
         return self.stacked is not None
 
 
@@ -150,7 +150,7 @@ class Refusal:
 
 
 def finite(rows: torch.Tensor) -> torch.Tensor:
-    """Tell which rows of [K, P] hold no NaN and no infinity: bool [K].
+    """Find the rows of [K, P] without NaN and infinity: bool [K].
 
     By the greatest absolute value, which a NaN passes through: one pass and no copy, where
     ``isfinite`` makes copies of the size of the rows.
@@ -171,7 +171,7 @@ def greatest_norm(dtype: torch.dtype) -> float:
 
 
 def computable(rows: torch.Tensor) -> torch.Tensor:
-    """Tell which rows of [K, P] have a norm that is no more than `greatest_norm`: bool [K].
+    """Find the rows of [K, P] that have a norm that is no more than `greatest_norm`: bool [K].
 
     One pass and no copy; a NaN passes through a norm, and is no number below any other.
     """

@@ -130,7 +130,7 @@ def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]
 def part_of(
     name: str, downlink: Downlink, shape: torch.Size, ranks: torch.Tensor | None
 ) -> tuple[slice, ...]:
-    """Say which part of a tensor a client trains under its budget; all of it: ()."""
+    """Return the part of a tensor that a client trains under its budget; all of it: ()."""
     weight, _, label = name.rpartition("/")
     if ranks is None or weight not in downlink.adapters:
         return ()

@@ -93,7 +93,7 @@ def check_config(folder: Path) -> bytes:
 
 
 def check_data(folder: Path, data: Mapping[str, object]) -> None:
-    """Hold the files that the data of a run are read from against what they were when it began.
+    """Check the files that the data of a run are read from against what they were when it began.
 
     Args:
         folder: The run folder.

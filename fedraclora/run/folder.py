@@ -31,12 +31,12 @@ PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
 
 
 def is_finished(folder: Path) -> bool:
-    """Tell whether the run of a folder came to its end."""
+    """Check whether the run of a folder came to its end."""
     return (folder / "summary.json").is_file()
 
 
 def has_begun(folder: Path) -> bool:
-    """Tell whether a folder holds a run that has come to its first row, or more.
+    """Check whether a folder holds a run that has come to its first row, or more.
 
     What holds less was a start that failed or was killed: nothing is lost where another is made.
 
@@ -160,7 +160,7 @@ def amend(folder: Path, plain: Plain) -> list[str]:
 
 
 def has_checkpoint(folder: Path, every: int) -> bool:
-    """Tell whether a run can go on, or was killed so early that it must start again.
+    """Check whether a run can go on, or was killed so early that it must start again.
 
     A run that was killed before its first checkpoint is cleared, so that it can. It is another run
     then, with a key and a name of its own: what the first attempt drew must not be drawn again.

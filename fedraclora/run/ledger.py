@@ -236,7 +236,7 @@ def _seal(before: str, row: Mapping[str, object]) -> str:
 
 
 def _plain(value: object, where: str) -> object:
-    """Bring a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null."""
+    """Convert a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null."""
     if isinstance(value, np.generic | np.ndarray | torch.Tensor):
         value = value.tolist()
     if value is None or isinstance(value, bool | int | str):

@@ -160,7 +160,7 @@ class RunRecorder:
         self._link, self._carried = stored_digest(path), new
 
     def due(self, round_: int) -> bool:
-        """Whether a checkpoint is due after this round."""
+        """Return whether a checkpoint is due after this round."""
         return self.folder is not None and round_ % self.every == 0
 
     def save(self, state: State, round_: int, catch_up: CatchUp) -> None:
@@ -228,7 +228,7 @@ class RunRecorder:
         ), round_
 
     def _verify(self, meta: Mapping[str, Any], round_: int) -> None:
-        """Hold what the run rests on against the digests in its checkpoint, before any cut.
+        """Check what the run rests on against the digests in its checkpoint, before any cut.
 
         Checkpoints of older releases name none.
 

@@ -128,7 +128,7 @@ class SketchSpec:
 
     @property
     def exact_bits(self) -> bool:
-        """Whether any machine draws the same bits, so that a digest can prove the sketch.
+        """Return whether any machine draws the same bits, so that a digest can prove the sketch.
 
         True for kinds drawn from raw integers; an ``srht`` needs a dim that is a power of two,
         and its block across two bases goes through a QR and is not exact.
@@ -140,7 +140,7 @@ class SketchSpec:
 
     @property
     def _straddles(self) -> bool:
-        """Whether this block of a cover takes rows from two bases."""
+        """Return whether this block of a cover takes rows from two bases."""
         start = self.index * self.rank % self.dim
         return self.blocks == "cover" and start + self.rank > self.dim
 

@@ -50,7 +50,7 @@ class ChunkPlan:
 
     @override
     def __str__(self) -> str:
-        """Say it in one line, in MB (10^6 bytes)."""
+        """Summarise it in one line, in MB (10^6 bytes)."""
         if self.memory is None:
             return f"{self.chunk} clients ({self.reason})"
         m = self.memory
@@ -150,7 +150,7 @@ def plan_chunk(
 
 @contextmanager
 def _explained(clients: str, advice: str) -> Iterator[None]:
-    """Say what to do where memory runs out, and where a step fails.
+    """Explain what to do where memory runs out, and where a step fails.
 
     Args:
         clients: Who takes the step, for the message.

@@ -56,7 +56,7 @@ class CohortContext:
     round_: int = 0
 
     def clear(self) -> None:
-        """Let go of the tensors of a chunk that has ended."""
+        """Release the tensors of a chunk that has ended."""
         self.dense, self.factors, self.places = {}, {}, None
 
 

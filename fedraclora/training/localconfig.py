@@ -93,7 +93,7 @@ class LocalConfig:
 
     @property
     def answers_once(self) -> bool:
-        """Whether a second answer to a round would tell what the first one hides."""
+        """Return whether a second answer to a round would tell what the first one hides."""
         return any(extra.answers_once for extra in self.extras)
 
     def __post_init__(self) -> None:

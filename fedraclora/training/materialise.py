@@ -61,7 +61,7 @@ def start_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch
 
 
 def start_from(own: Tree, downlink: Downlink) -> Downlink:
-    """Let the tensors that are named start from each client's own, [K, ...]."""
+    """Start the tensors that are named from each client's own, [K, ...]."""
     if not own:
         return downlink
 

@@ -35,7 +35,7 @@ _STARVED = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error of PyTorch means that memory ran out.
+    """Check whether an error of PyTorch means that memory ran out.
 
     Example:
         >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
@@ -86,7 +86,7 @@ class LiveTensors(TorchDispatchMode):
         return out
 
     def _look(self, value: object, *, made: bool) -> None:
-        """See the tensors of what goes into an operator or comes out: it nests sequences alone."""
+        """Record the tensors that go into an operator or come out: it nests sequences alone."""
         if isinstance(value, torch.Tensor):
             self._see(value, made=made)
         elif isinstance(value, list | tuple):

@@ -173,7 +173,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def has_tied(model: nn.Module, trained: list[str]) -> bool:
-    """Tell whether a trained parameter is shared by two layers."""
+    """Check whether a trained parameter is shared by two layers."""
     owner = dict(model.named_parameters(remove_duplicate=False))
     counts = Counter(map(id, owner.values()))
     return any(counts[id(owner[n])] > 1 for n in trained if n in owner)

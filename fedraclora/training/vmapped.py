@@ -122,7 +122,7 @@ def vmapped_forward(
 
 @contextmanager
 def masks_written_out() -> Iterator[None]:
-    """Have the models of transformers form every mask of attention that has padding.
+    """Make the models of transformers form every mask of attention that has padding.
 
     They look whether a batch is padded at all, to leave out a mask that masks nothing; under vmap
     nothing can be looked at. The mask that is left out and the one that is written out give the

@@ -65,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Have an error of the system name the file: that of a full disk does not."""
+    """Add the file's name to an error of the system: that of a full disk does not."""
     try:
         yield
     except OSError as error:
@@ -116,7 +116,7 @@ def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, Any]]:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Tell whether a checkpoint folder holds one."""
+    """Check whether a checkpoint folder holds one."""
     return (folder / FILE).is_file()
 
 
@@ -195,7 +195,7 @@ def stored_digest(path: Path) -> str:
 def _follow(
     path: Path, round_: int, meta: Mapping[str, object], before: tuple[Path, str] | None
 ) -> tuple[Path, str]:
-    """Hold a link against the one before it; links of older releases do not say which it was."""
+    """Check a link against the one before it; links of older releases do not say which it was."""
     if meta.get("round") != round_:
         raise CheckpointError(
             f"{path} has the link of round {meta.get('round')}: the file has been renamed; give it "
@@ -292,7 +292,7 @@ def _header(path: Path, advice: str) -> dict[str, str]:
 
 
 def _own(tensors: Tree) -> Tree:
-    """Bring tensors to the CPU, contiguous, each in memory of its own; copy only if needed."""
+    """Move tensors to the CPU, contiguous, each in memory of its own; copy only if needed."""
     own: Tree = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
@@ -317,7 +317,7 @@ def _digest(tensors: Tree, meta: str) -> str:
 
 
 def difference(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """Say how two nested configs differ, one line per key.
+    """List how two nested configs differ, one line per key.
 
     Example:
         >>> difference({"method": {"rank": 4}, "seed": 0}, {"method": {"rank": 8}})

@@ -58,7 +58,7 @@ class Replica(BaseWeights):
         return True
 
     def take(self, base: Tree, version: int, mark: int | None) -> None:
-        """Hold these weights from here on."""
+        """Store these weights from here on."""
         self.base, self.version, self.mark = base, version, mark
 
 

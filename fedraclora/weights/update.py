@@ -68,7 +68,7 @@ def update_tensors(update: WeightUpdate) -> tuple[Tree, dict[str, object]]:
 
 
 def read_update(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> WeightUpdate:
-    """Undo `update_tensors`."""
+    """Rebuild an update from `update_tensors`."""
 
     def part(prefix: str) -> Tree:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

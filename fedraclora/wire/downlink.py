@@ -326,7 +326,7 @@ def _describe(factor: Factor) -> dict[str, object]:
 
 
 def _factor(described: object, key: str, value: torch.Tensor | None, own: bool) -> Factor:
-    """Undo `_describe` for the factor or tensor ``key``; ``own``: its value is one per client."""
+    """Read the factor or tensor ``key`` from `_describe`; ``own``: its value is one per client."""
     plain = mapping(described, key)
     role = plain.get("role")
     if role == "sketched":

@@ -23,7 +23,7 @@ LARGEST = 2**63 - 1
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Let whatever a message still makes raise be an error of that message.
+    """Convert whatever a message still makes raise to an error of that message.
 
     Args:
         what: Is read, to begin the sentence.

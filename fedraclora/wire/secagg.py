@@ -165,7 +165,7 @@ def shared_key(private: str, public: str) -> bytes:
 
 
 def is_pair(private: str, public: str) -> bool:
-    """Tell whether two keys are those of one pair."""
+    """Check whether two keys are those of one pair."""
     try:
         own = ec.derive_private_key(int(private, 16), CURVE)
     except ValueError:
@@ -184,7 +184,7 @@ def seal(key: bytes, sender: int, receiver: int, shares: list[str]) -> str:
 
 
 def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
-    """Undo `seal`.
+    """Open what `seal` closed.
 
     Raises:
         WireError: If it was not sealed by this sender for this receiver.
@@ -225,7 +225,7 @@ def split(secret: str, threshold: int, count: int) -> list[str]:
 
 
 def combine(shares: list[str]) -> str:
-    """Undo `split`.
+    """Rebuild a secret from the shares of `split`.
 
     Raises:
         WireError: If the shares do not fit together.

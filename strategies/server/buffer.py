@@ -116,7 +116,7 @@ def _lands(flights: tuple[PendingClient, ...]) -> torch.Tensor:
 
 
 def read_batches(state: State) -> tuple[list[Batch], tuple[PendingClient, ...]]:
-    """Undo `write_batches`: the batches in ascending order of round, and who will vanish."""
+    """Read the batches of `write_batches`, in ascending order of round, and who will vanish."""
     stored = {n.removeprefix(PREFIX): t for n, t in state.moments.items() if n.startswith(PREFIX)}
     rounds = sorted({int(n.partition("/")[0]) for n in stored if not n.startswith("lost/")})
     batches = []

@@ -39,7 +39,7 @@ class DeviceSimulator:
 
     @property
     def enabled(self) -> bool:
-        """Whether devices differ from ideal ones."""
+        """Return whether devices differ from ideal ones."""
         return self.system.enabled
 
     @property
@@ -76,7 +76,7 @@ class DeviceSimulator:
         catch_up: CatchUp | None,
         loop: LoopConfig,
     ) -> tuple[Cohort, Downlink, Timeline | None]:
-        """Tell whose replies will count, and move the clock.
+        """Compute whose replies will count, and advance the clock.
 
         Args:
             round_: From 1.

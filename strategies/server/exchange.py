@@ -191,7 +191,7 @@ class Exchange:
                     self._take(reply)
 
     def _check(self, reply: Reply, request: Message, clients: Sequence[int]) -> None:
-        """Hold a reply against the message that it answers."""
+        """Check a reply against the message that it answers."""
         first = read_first(request.content)
         counts = self.counts[first : first + len(clients)]
         loop, reduced = self.loop, self.reduced
@@ -220,7 +220,7 @@ class Exchange:
             self.failures += [*(Refusal(c, r) for c, r in reply.failures.items()), *reply.refused]
 
     def _check_ids(self, clients: Sequence[int]) -> None:
-        """Hold who answered against the cohort: each once and none else; note who is silent."""
+        """Check who answered against the cohort: each once and none else; note who is silent."""
         answered = sorted([*clients, *(f.client for f in self.failures)])
         asked = self.cohort.clients.tolist()
         if answered == asked:

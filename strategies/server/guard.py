@@ -24,7 +24,7 @@ def check_reply(
     reduced: bool,
     counts: torch.Tensor,
 ) -> None:
-    """Hold a reply against the message that it answers.
+    """Check a reply against the message that it answers.
 
     Args:
         reply: What came; its fields and its layout have been checked.
@@ -74,7 +74,7 @@ def check_reply(
 
 
 def _check_sums(reply: Reply, clients: Sequence[int]) -> None:
-    """Hold sums against who is in them: clients have checked their own rows."""
+    """Check sums against who is in them: clients have checked their own rows."""
     blocks = -(-len(clients) // SUM_BLOCK)
     if len(reply.numbers) != blocks:
         raise WireError(f"the reply has {len(reply.numbers)} sums, but {blocks} are wanted")

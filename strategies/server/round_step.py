@@ -162,14 +162,14 @@ class RoundSteps:
 
     @property
     def sums_are_enough(self) -> bool:
-        """Whether nobody looks at a single client's update."""
+        """Return whether nobody looks at a single client's update."""
         method = self.run.method
         looks = method.looks_at_clients or any(step.individuals for step in self.steps)
         return method.traits.linear and not looks
 
     @property
     def repeatable(self) -> bool:
-        """Whether a round can be closed again without a client."""
+        """Return whether a round can be closed again without a client."""
         return all(step.repeatable for step in self.steps)
 
     def open(self, recorder: RunRecorder, done: int) -> None:

@@ -52,7 +52,7 @@ class Stopping:
         return min(measured, key=self._cost, default=None)
 
     def due(self, rows: Sequence[Row]) -> bool:
-        """Tell whether the last ``patience`` evaluations have not improved on one before them."""
+        """Check whether the last ``patience`` evaluations have not improved on one before them."""
         best = self.best(rows)
         if best is None or self.config.patience is None:
             return False

@@ -36,7 +36,7 @@ def check_link(side: str, resample_every: int | None) -> None:
 
 
 def draws_right(side: str, shape: tuple[int, int]) -> bool:
-    """Tell whether A is the factor of a layer that is drawn; ``auto``: the larger one is."""
+    """Check whether A is the factor of a layer that is drawn; ``auto``: the larger one is."""
     m, n = shape
     return side == "right" or (side == "auto" and n >= m)
 

@@ -46,5 +46,5 @@ class Drawn(LayerMethod):
 
     @property
     def redraws(self) -> bool:
-        """Whether each link begins with a drawing of its own."""
+        """Return whether each link begins with a drawing of its own."""
         return False

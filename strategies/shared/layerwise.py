@@ -91,14 +91,14 @@ class LayerMethod(LowRank):
     recipe: ClassVar[str] = "plain"
     """A key of `fedraclora.protocol.recipes.RECIPES`: what clients do beyond plain local steps."""
     carries: ClassVar[bool] = False
-    """Whether what is trained outlives its link; False: it is merged at the end."""
+    """Return whether what is trained outlives its link; False: it is merged at the end."""
     keeps: ClassVar[tuple[str, ...]] = ()
     """Labels of factors that are carried though they are not trained."""
 
     # What a method says.
 
     def factors(self, layer: Layer, now: Round) -> Factors:
-        """Say what clients get for one matrix, by label.
+        """Return what clients get for one matrix, by label.
 
         Returns:
             A `Trained` slot, or a frozen factor: a tensor that is sent, or a drawing (a seed).
@@ -106,7 +106,7 @@ class LayerMethod(LowRank):
         raise NotImplementedError
 
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        """Say what a round makes of one matrix.
+        """Compute what a round makes of one matrix.
 
         Args:
             layer: As it was when the round was opened.
@@ -121,7 +121,7 @@ class LayerMethod(LowRank):
 
     @property
     def begins_carried(self) -> bool:
-        """Whether factors are carried before the first round already."""
+        """Return whether factors are carried before the first round already."""
         return False
 
     def subset(self, plan: Plan, round_: int) -> Plan:
@@ -150,7 +150,7 @@ class LayerMethod(LowRank):
         return not self.traits.exact  # then the error of a round is measured
 
     def components(self, cohort: Cohort, now: Round) -> torch.Tensor | None:
-        """Say which components each client trains (`Downlink.ranks`); None: all of them."""
+        """Choose which components each client trains (`Downlink.ranks`); None: all of them."""
         del now
         return cohort.ranks if self.traits.ranks else None
 

@@ -130,7 +130,7 @@ class Replies:
 
     @property
     def kept(self) -> torch.Tensor:
-        """Tell which components each client has, bool [K, r]."""
+        """Return which components each client has, bool [K, r]."""
         B, sent, got = self.B, self.all.sent, self.all.got
         if sent.ranks is None:
             return torch.ones(len(B), B.shape[2], dtype=torch.bool, device=B.device)

@@ -28,7 +28,7 @@ class Conflict:
 
     @property
     def in_rounds(self) -> bool:
-        """Whether it may come up in any round."""
+        """Return whether it may come up in any round."""
         return self.what in IN_ROUNDS or self.beside in IN_ROUNDS
 
     @property

@@ -64,7 +64,7 @@ class OptimisedServer(RoundStep):
 def step_in_weights(
     rule: ServerOptimiser, method: Method, before: State, after: State, draw: Draw
 ) -> State:
-    """Let the server step where the method has taken the mean.
+    """Take the server's step where the method has taken the mean.
 
     Args:
         rule: The optimiser.
@@ -166,7 +166,7 @@ def _like(state: State, moment: str) -> torch.Tensor:
 
 
 def _went(steps: Tree, change: Tree) -> dict[str, float]:
-    """Say how long the server's step is beside the mean change of the clients."""
+    """Compare the length of the server's step with that of the clients' mean change."""
     far, mean = (
         sum(float(t.square().sum()) for t in tree.values()) ** 0.5 for tree in (steps, change)
     )

@@ -84,7 +84,7 @@ class SecAggSession:
         return self._talk(messages, read)
 
     def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Factors:
-        """Have clients train; give their masked vectors, or whose shares they could not open.
+        """Ask clients to train; return their masked vectors, or whose shares they could not open.
 
         Args:
             pending: What each client is told of its neighbours, by id.

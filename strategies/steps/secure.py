@@ -125,7 +125,7 @@ class SecureSum(RoundStep):
         return {"train_loss": None, "secure": self.row}
 
     def _agree(self, exchange: Exchange, talk: SecAggSession, clip: float) -> Session:
-        """Have clients exchange keys and shares."""
+        """Exchange keys and shares among clients."""
         if exchange.round_ <= self.answered:
             why = "the run was ended after clients had been asked for masked vectors; they give one"
             self.row = {"lost": why}

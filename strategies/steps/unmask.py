@@ -187,7 +187,7 @@ class Session:
         return total
 
     def _secret(self, kind: str, owner: int) -> str:
-        """Bring the secret of a client back: the seed of its own mask, or its key."""
+        """Rebuild the secret of a client: the seed of its own mask, or its key."""
         answers = [answer[kind] for answer in self.shares.values()]
         came = [answer[str(owner)] for answer in answers if str(owner) in answer]
         if len(came) < self.threshold:

@@ -31,7 +31,7 @@ class Status:
 
     @property
     def ended(self) -> bool:
-        """Whether it has come to an end, whatever that is."""
+        """Return whether it has come to an end, whatever that is."""
         return self.word.startswith("finished")
 
 

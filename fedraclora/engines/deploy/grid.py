@@ -181,7 +181,7 @@ class DeployGrid(ForwardingGrid):
         return name
 
     def _accept(self, reply: Message, message: Message) -> Message:
-        """Hold a reply against the weights, and note what the client holds now."""
+        """Check a reply against the weights, and note the version that the client has now."""
         node = message.metadata.dst_node_id
         if reply.has_error():
             if reply.error.code == NODE_UNAVAILABLE:

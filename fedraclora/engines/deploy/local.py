@@ -121,7 +121,7 @@ class LocalDeployment:
         self._link.await_listening(self.port, keys.certificate)
 
     def register(self, public: Path) -> None:
-        """Let the SuperLink know a node's key.
+        """Register a node's key at the SuperLink.
 
         Raises:
             EngineError: If it refuses.

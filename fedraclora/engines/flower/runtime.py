@@ -70,7 +70,7 @@ class Runtime:
         return grid
 
     def error(self) -> EngineError | None:
-        """Say why the runtime broke; None if it did not."""
+        """Return why the runtime failed; None if it did not."""
         if self._broken is None:
             return None
         first: BaseException = self._broken

@@ -41,7 +41,7 @@ class Ended:
 
     @property
     def completed(self) -> bool:
-        """Whether it came to its end."""
+        """Return whether it came to its end."""
         return self.status == COMPLETED
 
 

@@ -71,7 +71,7 @@ class Resident:
         self._shared: tuple[str, dict[str, Any]] = ("", {})
 
     def facts(self) -> dict[str, str]:
-        """Say what runs here."""
+        """Report what runs here."""
         return {
             "node": platform.node(),
             "python": platform.python_version(),
@@ -81,7 +81,7 @@ class Resident:
     def train(
         self, update: list[Any], shared: list[Any], rest: dict[str, Any], stored: Tree
     ) -> Answer:
-        """Bring the base weights up to date and answer a train message.
+        """Update the base weights and answer a train message.
 
         Args:
             update: The reference of what brings them to the newest version.

@@ -94,7 +94,7 @@ class Pool:
     def run(
         self, jobs: Sequence[Job], submit: Callable[[Seat, Job], Any], limit: float | None
     ) -> Iterator[tuple[Job, Seat, Any]]:
-        """Have jobs done, in any order.
+        """Run jobs, in any order.
 
         Args:
             jobs: What to do.

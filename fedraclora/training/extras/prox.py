@@ -97,6 +97,6 @@ def with_prox(
 
 
 def _is_core(weight: str, adapter: Adapter, leaves: Tree) -> bool:
-    """Tell whether the middle one of three factors is what a term trains."""
+    """Check whether the middle one of three factors is what a term trains."""
     trained = [label for label in adapter.factors if f"{weight}/{label}" in leaves]
     return tuple(adapter.factors) == ("B", "R", "A") and trained == ["R"]

@@ -43,7 +43,7 @@ EXTRAS = PLAIN, LIFTED = "variates", "lifted_variates"
 
 
 def lifts(sent: Downlink) -> bool:
-    """Tell whether variates are kept as dense matrices of the weights."""
+    """Check whether variates are kept as dense matrices of the weights."""
     return LIFTED in sent.extras
 
 
@@ -94,7 +94,7 @@ def seen(stored: Tree, sent: Downlink) -> Tree:
 
 
 def moved_by(stored: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tree:
-    """Let kept variates come to a new estimate, on the part that it sees.
+    """Move stored variates to a new estimate, on the part that it sees.
 
     Args:
         stored: By the names of `blank_variates`, with or without a leading axis. Not modified.
