@@ -65,7 +65,7 @@ def state_at(
         reached = "no round" if last < 0 else f"round {last}"
         missing = chain / f"{last + 1:06d}.safetensors"
         raise CheckpointError(
-            f"{chain} reaches round {reached}, but not round {round_}: {missing} is missing"
+            f"{chain} reaches {reached}, but not round {round_}: {missing} is missing"
         )
     _hold_against_checkpoint(folder)
     if not memo and method is not None and type(method).weights is not Method.weights:
