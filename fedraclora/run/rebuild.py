@@ -56,9 +56,9 @@ def state_at(
             state = State(base, plan or _stored_plan(meta, chain))
         else:
             base = apply_link(state.base, read_link(tensors, meta), state.plan)
-        factors = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
+        kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
         state = State(
-            base, state.plan, factors | part(tensors, CARRIED), kind.read(meta.get("memo", {}))
+            base, state.plan, kept | part(tensors, CARRIED), kind.read(meta.get("memo", {}))
         )
         last = number
     if last < 0 or (last < round_ and not beyond):
