@@ -172,7 +172,7 @@ class _Pass(nn.Module):
         device = next(self.model.parameters(), samples.target).device
         # Sum of losses, number of parts, right classes, counted classes.
         sums = torch.zeros(4, dtype=torch.float64, device=device)
-        pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
+        kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
         classes = 0
         for stored in batches(samples, self._batch_size):
             batch = stored.to(device)
@@ -181,14 +181,14 @@ class _Pass(nn.Module):
                 losses, parts = loss_function(self._loss)(output, batch.target)
                 sums[:2] += torch.stack([losses.double().sum(), parts.double().sum()])
             if self._needs & {"correct", "classes"}:
-                predicted, actual, classes = _predict(self._loss, output, batch.target)
-                counts = actual != IGNORED_TOKEN
-                right = (predicted == actual) & counts
+                predicted, wanted, classes = _predict(self._loss, output, batch.target)
+                counts = wanted != IGNORED_TOKEN
+                right = (predicted == wanted) & counts
                 sums[2:] += torch.stack([right.sum(), counts.sum()])
                 if "classes" in self._needs:
-                    pairs["classes"].append((predicted[counts], actual[counts]))
+                    kept["classes"].append((predicted[counts], wanted[counts]))
             if "numbers" in self._needs:
-                pairs["numbers"].append(_numbers(output, batch.target))
+                kept["numbers"].append(_numbers(output, batch.target))
         loss, parts_total, correct, counted = sums.tolist()
         return Tally(
             loss=loss,
@@ -196,8 +196,8 @@ class _Pass(nn.Module):
             correct=int(correct),
             counted=int(counted),
             classes=classes,
-            labels=_join(pairs["classes"]),
-            numbers=_join(pairs["numbers"]),
+            labels=_join(kept["classes"]),
+            numbers=_join(kept["numbers"]),
         )
 
 
