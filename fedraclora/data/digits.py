@@ -33,8 +33,8 @@ def load_digits(*, test: Fraction = 0.25, split_seed: int = 0) -> DataSet:
     samples = Samples(
         {"x": torch.from_numpy(images).to(torch.float32) / 16}, torch.from_numpy(labels).long()
     )
-    train, held, _ = train_test(samples, "data.test", test, split_seed, labels)
-    return classification(train, held, 10, {"source": "scikit-learn digits"})
+    train, held_out, _ = train_test(samples, "data.test", test, split_seed, labels)
+    return classification(train, held_out, 10, {"source": "scikit-learn digits"})
 
 
 @cache

@@ -59,7 +59,7 @@ def dirichlet(
 def pathological(
     data: DataSet, *, clients: int, seed: int, classes_per_client: Count
 ) -> list[Rows]:
-    """Give each client samples of a few classes only.
+    """Assign each client samples of a few classes only.
 
     Client k has class k (modulo the number of classes) and others drawn at random, so that no
     class is lost where there are as many clients as classes.
@@ -159,7 +159,7 @@ def fedslop(data: DataSet, *, clients: int, seed: int, alpha: Positive) -> list[
 
 
 def class_labels(data: DataSet) -> Column:
-    """Give the class of each training row.
+    """Read the class of each training row.
 
     Raises:
         ConfigError: If the data set has no classes.
