@@ -33,7 +33,7 @@ def kind_of(content: RecordDict) -> str:
 
 
 def is_given(reply: RecordDict) -> bool:
-    """Tell whether a reply says more than why there is none."""
+    """Check whether a reply says more than why there is none."""
     stage = read_stage(reply)
     return bool(stage.data if stage is not None and stage.name == "unmask" else clients_of(reply))
 
@@ -52,7 +52,7 @@ class Answers:
     def once(
         self, content: RecordDict, version: str, compute: Callable[[], RecordDict]
     ) -> RecordDict:
-        """Give the answer to a message: the one that was given before, or a new one.
+        """Return the answer to a message: the one that was sent before, or a new one.
 
         Args:
             content: The message.
@@ -69,7 +69,7 @@ class Answers:
         return reply
 
     def given(self, content: RecordDict, version: str) -> RecordDict | None:
-        """Give the answer to this very message, if it was given; None if it may be answered now.
+        """Return the answer that was sent to this very message; None if there was none.
 
         Args:
             content: The message.

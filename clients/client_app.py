@@ -31,7 +31,7 @@ app = ClientApp()
 
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
-    """Say which client this node is, or on a real host which it serves."""
+    """Report which client this node is, or on a real host which it serves."""
     job = message.content.get("job")
     if isinstance(job, ConfigRecord):
         try:
@@ -50,13 +50,17 @@ def train(message: Message, context: Context) -> Message:
     try:
         job = message.content.get("job")
         if not isinstance(job, ConfigRecord):
-            raise WireError(f"a message holds {list(message.content)}; the record job is wanted")
+            raise WireError(
+                f"a message of the server has the records {list(message.content)}, but not the "
+                "record job, which says what to do: run the server and the clients from one "
+                "release"
+            )
         if "run" in job:
             reply = node.answer(context, str(job["run"]), message.content)
             return Message(reply, reply_to=message)
         worker = worker_of(str(job["folder"]))
-        content, kept = answer(worker, message.content, read_tree(message.content, "kept"))
-        content["kept"] = tree_record(kept)
+        content, stored = answer(worker, message.content, read_tree(message.content, "kept"))
+        content["kept"] = tree_record(stored)
     except StaleError:
         return Message(RecordDict({STALE: ConfigRecord()}), reply_to=message)
     except Exception as error:

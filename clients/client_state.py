@@ -20,7 +20,7 @@ from fedraclora.tree import Layout, Tree, wide
 from fedraclora.wire import TrainRequest
 
 
-def held(
+def restore(
     store: ClientStore, downlink: Downlink, request: TrainRequest, base: Tree, local: LocalConfig
 ) -> tuple[Downlink, Tree]:
     """Read what the clients of a message hold.
@@ -42,8 +42,8 @@ def held(
     known = [name for keeper in KEEPERS for name in keeper.extras]
     if unknown := downlink.extras.keys() - {*known}:
         raise WireError(
-            f"a downlink has the extras {sorted(unknown)}, of which this client knows nothing; "
-            f"{known} are known: run the server and the clients from one release"
+            f"a downlink has the extras {sorted(unknown)}, which this client does not know (it "
+            f"knows {known}): run the server and the clients from one release"
         )
     dtype = wide(next(iter(base.values())).dtype)
     default: Tree = {}
@@ -55,15 +55,15 @@ def held(
     steps = RECIPES[downlink.recipe].steps  # without, nothing has moments
     blank = blank_moments(local, downlink, dtype) if steps else {}
     blanks = [keeper.blank(downlink, dtype) for keeper in KEEPERS]
-    wanted = default | blank | {n: t for kept in blanks for n, t in kept.items()}
-    if not wanted:
+    initial = default | blank | {n: t for stored in blanks for n, t in stored.items()}
+    if not initial:
         return downlink, {}
     link = downlink.link if local.moments == "link" else None
-    found = store.read(request.clients, request.round_, wanted, link)
+    found = store.read(request.clients, request.round_, initial, link)
     moments = begin_moments({n: found[n] for n in blank}, local, downlink.link)
-    for keeper, kept in zip(KEEPERS, blanks, strict=True):
-        if kept:
-            downlink = keeper.begin({n: found[n] for n in kept}, downlink)
+    for keeper, stored in zip(KEEPERS, blanks, strict=True):
+        if stored:
+            downlink = keeper.begin({n: found[n] for n in stored}, downlink)
     return start_from({n: found[n] for n in default}, downlink), moments
 
 
@@ -81,7 +81,7 @@ def keep(
 
     Args:
         store: Where.
-        downlink: What these clients were asked, by `held`.
+        downlink: What these clients were asked, by `restore`.
         request: Says in which round.
         clients: Ids, int64 [K].
         result: What came of it, as the server will see it: clipped where clients clip.
@@ -90,27 +90,27 @@ def keep(
         among: Whose work is sent, bool [K]; None: everyone's.
     """
     own = {n: result.trained[n].cpu() for n, s in downlink.trained().items() if not s.upload}
-    kept = own | {n: t.cpu() for n, t in result.moments.items()}
+    stored = own | {n: t.cpu() for n, t in result.moments.items()}
     for keeper in KEEPERS:
         if blank := keeper.blank(downlink, wide(next(iter(base.values())).dtype)):
             before = store.read(clients, request.round_, blank)
             directions = _directions(downlink, request.rate_scale, result, base, local)
-            kept |= keeper.end(before, downlink, directions)
-    if not kept:
+            stored |= keeper.end(before, downlink, directions)
+    if not stored:
         return
     sound = torch.isfinite(result.losses)
     if among is not None:
         sound &= among
-    for tensor in kept.values():
+    for tensor in stored.values():
         sound &= finite(tensor.reshape(len(tensor), -1))
     if sound.any():
-        store.stage(clients[sound], request.round_, {n: t[sound] for n, t in kept.items()})
+        store.stage(clients[sound], request.round_, {n: t[sound] for n, t in stored.items()})
 
 
 def _directions(
     downlink: Downlink, rate_scale: float, result: LocalResult, base: Tree, local: LocalConfig
 ) -> Tree:
-    """Give the directions of the mean local step of clients, [K, ...] by name of what they send."""
+    """Average the steps of each client's local training, [K, ...] by name of what they send."""
     slots = downlink.uploaded()
     layout = Layout.of({n: torch.empty(s.shape) for n, s in slots.items()})
     places = torch.arange(len(result.losses))

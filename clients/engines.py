@@ -121,7 +121,8 @@ def engine_of(config: RunConfig) -> Engine:
     match config.engine:
         case DeployConfig():
             raise ConfigError(
-                "engine=deploy is for fedraclora deploy, with connection=NAME or local=3"
+                "engine=deploy is for real hosts: run `fedraclora deploy` with connection=NAME, "
+                "or with local=3 for three nodes on this machine"
             )
         case RayConfig() as settings:
             return OnRay(settings, Site, lambda parts: SiteParts(config, parts.built, parts.plan))

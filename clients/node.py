@@ -39,10 +39,12 @@ MARKER = ".made-by-fedraclora"
 
 
 def introduce(context: Context, run: str) -> RecordDict:
-    """Say which clients this node serves, and which version of the base weights each holds."""
+    """Report which clients this node serves, and which version of the base weights each holds."""
     folders = [folder_of(context, run, client) for client in served(context)]
-    held = [read_stored_replica(folder) if is_own(folder.parent) else None for folder in folders]
-    versions = [-1 if found is None else found[1] for found in held]
+    replicas = [
+        read_stored_replica(folder) if is_own(folder.parent) else None for folder in folders
+    ]
+    versions = [-1 if found is None else found[1] for found in replicas]
     record = ConfigRecord({"ids": served(context), "held": versions})
     return RecordDict({"partition": record})
 
@@ -51,7 +53,9 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     """Train the client of a message, on weights that its update brings to the newest version."""
     (client,) = clients_of(content)
     if client not in served(context):
-        raise WireError(f"this node serves the clients {served(context)}, not {client}")
+        raise WireError(
+            f"a message is for client {client}, but this node serves the clients {served(context)}"
+        )
     folder = folder_of(context, run, client)
     make_room(folder.parent)
     own = context.node_config.get("data")
@@ -71,8 +75,8 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         trainer.answer_key = os.urandom(KEY_BYTES)
         store = read_store(folder, generations(settings))
         reply = Worker(trainer, holding, store, terms).train(content)
-        if kept := store.since(0):
-            save_tensors(store_file(folder), kept, {}, sync=True)
+        if stored := store.since(0):
+            save_tensors(store_file(folder), stored, {}, sync=True)
             store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
         return reply
 
@@ -103,10 +107,13 @@ def served(context: Context) -> list[int]:
 
 
 def folder_of(context: Context, run: str, client: int) -> Path:
-    """Give the folder in which a client keeps what it holds of a run."""
+    """Return the folder in which a client keeps its state of a run."""
     cache = context.node_config.get("cache", os.environ.get("FLWR_HOME", "~/.flwr"))
     if not (run.isascii() and run.isalnum()):  # it becomes a path, and comes from outside
-        raise WireError(f"a run is called {run!r:.100}; letters and digits are wanted")
+        raise WireError(
+            f"the name of a run is {run!r:.100}; it names a folder here, so that only letters and "
+            "digits may be in it"
+        )
     return Path(str(cache)).expanduser() / CACHE / run / str(client)
 
 
@@ -141,7 +148,7 @@ def claim(folder: Path) -> None:
 
 
 def is_own(folder: Path) -> bool:
-    """Tell whether a folder was made by `claim`."""
+    """Check whether a folder was made by `claim`."""
     return (folder / MARKER).is_file()
 
 

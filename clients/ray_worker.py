@@ -34,23 +34,23 @@ class Site:
         trainer = trainer_of(parts.config, parts.built, parts.plan)
         self.worker = Worker(trainer, self.replica, terms=terms_of(parts.config, parts.built))
 
-    def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
+    def train(self, content: RecordDict, stored: Tree) -> tuple[RecordDict, Tree]:
         """Answer a train message; see `answer`."""
-        return answer(self.worker, content, kept)
+        return answer(self.worker, content, stored)
 
 
-def answer(worker: Worker, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
+def answer(worker: Worker, content: RecordDict, stored: Tree) -> tuple[RecordDict, Tree]:
     """Answer a train message of clients whose own tensors come with it.
 
     Args:
         worker: Trains; what it keeps itself is not used.
         content: The message.
-        kept: What its clients hold (`fedraclora.run.client_state.ClientStore.part`).
+        stored: What its clients hold (`fedraclora.run.client_state.ClientStore.part`).
 
     Returns:
         The reply, and what was kept in this round.
     """
     store = worker.store = ClientStore()
-    store.restore(kept)
+    store.restore(stored)
     reply = worker.train(content)
     return reply, store.since(round_of(content))

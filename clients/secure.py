@@ -56,22 +56,22 @@ def answer_stage(content: RecordDict, stage: Stage, store: ClientStore, terms: T
     """
     round_ = round_of(content)
     steps = {"keys": _keys, "shares": _shares, "unmask": _unmask}
-    said: dict[int, Any] = {}
+    answers: dict[int, Any] = {}
     failures: dict[int, str] = {}
     for client, data in stage.data.items():
         try:
             memory = _recall(store, client, round_, stage.name)
-            said[client] = steps[stage.name](client, memory, data, terms)
+            answers[client] = steps[stage.name](client, memory, data, terms)
             _remember(store, client, memory, stage.name)
         except FedRacLoraError as error:
             failures[client] = str(error)
         except DAMAGED as error:
             failures[client] = f"client {client} cannot read its message ({error!r})"
-    return stage_message(round_, Stage(stage.name, {}, said), failures)
+    return stage_message(round_, Stage(stage.name, {}, answers), failures)
 
 
 def _recall(store: ClientStore, client: int, round_: int, stage: str) -> Memory:
-    """Give what a client remembers, if this is the stage that comes next.
+    """Read what a client remembers, and check that this stage comes next.
 
     Raises:
         ClientError: If it is not, or if the client has sent its masked vector in this round, or
@@ -99,12 +99,12 @@ def _remember(store: ClientStore, client: int, memory: Memory, stage: str) -> No
     memory["after"] = stage
     if stage == "masked":
         memory["answered"] = memory["round"]
-    kept = {
+    fields = {
         "masked": ("round", "after", "answered", "near", "held", "threshold"),
         "unmask": ("answered",),
     }
-    if stage in kept:
-        memory = {key: memory[key] for key in kept[stage]}
+    if stage in fields:
+        memory = {key: memory[key] for key in fields[stage]}
     store.secrets[client] = json.dumps(memory).encode()
 
 
@@ -122,8 +122,8 @@ def _shares(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
     keys = {int(c): {name: str(k[name]) for name in ("mask", "box")} for c, k in data.items()}
     if client in keys or len(keys) < terms.neighbours:
         raise ClientError(
-            f"client {client} was told to trust {len(keys)} neighbours, itself among them or not; "
-            f"{terms.neighbours} or more others are wanted"
+            f"the server named {len(keys)} neighbours to client {client} for secure aggregation; "
+            f"{terms.neighbours} or more are needed, and the client itself may not be one of them"
         )
     for key in keys.values():
         read_public(key["mask"])
@@ -141,23 +141,24 @@ def _shares(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
 
 
 def _unmask(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
-    """Give the seeds' shares of those who are in the sum, the keys' shares of those who are not."""
+    """Collect seeds' shares of clients in the sum, and keys' shares of those who are not."""
     del terms
     alive, gone = ([int(c) for c in data[key]] for key in ("alive", "gone"))
-    near, held = {*memory["near"]}, memory["held"]
+    near, shares = {*memory["near"]}, memory["held"]
     if len({*alive, *gone}) != len(alive) + len(gone) or not {*alive, *gone} <= near:
         raise ClientError(
-            f"client {client} was asked for shares of {alive} and {gone}; each of its neighbours "
-            f"{sorted(near)} once is wanted"
+            f"the server asked client {client} for the shares of {alive}, who are in the sum, and "
+            f"of {gone}, who left; each may be one of its neighbours {sorted(near)}, and none may "
+            "be named twice"
         )
     if len(alive) < memory["threshold"]:
         raise ClientError(
-            f"client {client} was asked to unmask a sum with {len(alive)} of its neighbours; "
-            f"{memory['threshold']} or more are wanted"
+            f"the server asked client {client} to unmask a sum that has only {len(alive)} of its "
+            f"neighbours; {memory['threshold']} or more are needed"
         )
     return {
-        "alive": {str(c): held[str(c)][0] for c in alive if str(c) in held},
-        "gone": {str(c): held[str(c)][1] for c in gone if str(c) in held},
+        "alive": {str(c): shares[str(c)][0] for c in alive if str(c) in shares},
+        "gone": {str(c): shares[str(c)][1] for c in gone if str(c) in shares},
     }
 
 
@@ -185,7 +186,7 @@ def masked_reply(
         notes: Sentences for the ledger.
     """
     clients, updates, weights = trained
-    failures, rows, kept = dict(failures), [], []
+    failures, rows, members = dict(failures), [], []
     unopened: dict[int, Any] = {}
     sound = finite(updates)
     for i, client in enumerate(clients.tolist()):
@@ -202,7 +203,7 @@ def masked_reply(
             row = _masked(client, memory, whole)
             _remember(store, client, memory, "masked")
             rows.append(row)
-            kept.append(client)
+            members.append(client)
         except FedRacLoraError as error:
             failures[client] = str(error)
         except DAMAGED as error:
@@ -216,7 +217,7 @@ def masked_reply(
         {
             "config": header_record(header),
             "arrays": arrays,
-            "chunk": vector_record({"clients": torch.tensor(kept, dtype=torch.int64)}),
+            "chunk": vector_record({"clients": torch.tensor(members, dtype=torch.int64)}),
             "secure": Stage("masked", {}, unopened).record(),
         }
     )
@@ -229,8 +230,8 @@ def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:
     strangers = {*near} - {int(c) for c in memory["keys"]}
     if strangers or len({*near}) != len(near):
         raise ClientError(
-            f"client {client} was named the neighbours {near}; of {[*memory['keys']]} each once, "
-            "and no others, are wanted"
+            f"the server named the neighbours {near} to client {client}; each may be one of "
+            f"{[*memory['keys']]}, and none may be named twice"
         )
     if len(near) < memory["threshold"]:
         raise ClientError(

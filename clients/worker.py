@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from flwr.app import RecordDict
 
-from clients.client_state import held, keep
+from clients.client_state import keep, restore
 from clients.secure import answer_stage, masked_reply
 from fedraclora.aggregation.statistics import shortened
 from fedraclora.errors import OF_THE_RUN, ConfigError, WireError
@@ -57,7 +57,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
 
     def parts(self) -> Iterator[tuple[list[int], LocalResult]]:
-        """Give each trial with the places of its clients."""
+        """Yield the result of each chunk with the places of its clients."""
         start = 0
         for result in self.results:
             end = start + len(result.losses)
@@ -109,14 +109,15 @@ class Worker:
         stage = read_stage(content)
         if (stage is None) != (self.terms is None):
             raise WireError(
-                "the config of this run and its messages differ on secure aggregation: updates "
-                f"are{'' if self.terms else ' not'} to be masked, and this message asks otherwise"
+                f"by the config of this run updates are{'' if self.terms else ' not'} masked "
+                "(secure aggregation), but a message asks for the opposite: run the server and "
+                "the clients under one config"
             )
         if stage is not None and self.terms is not None and stage.name != "masked":
             return answer_stage(content, stage, self.store, self.terms)
         downlink, request = self._reader.read(content)
         base = self.replica.at(request.version, request.round_)
-        downlink, moments = held(self.store, downlink, request, base, self.trainer.local)
+        downlink, moments = restore(self.store, downlink, request, base, self.trainer.local)
         job = Job(downlink, request, base, moments, hidden=stage is not None)
         waiting = [list(range(len(request.clients)))]
         while waiting:
@@ -231,7 +232,7 @@ class Worker:
 
 
 def sent_rows(result: LocalResult, layout: Layout) -> torch.Tensor:
-    """Give what clients send as rows, float64 [k, P]."""
+    """Flatten what clients send into rows, float64 [k, P]."""
     return layout.pack({n: result.trained[n].cpu().double() for n, _ in layout.shapes}, lead=1)
 
 

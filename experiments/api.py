@@ -162,7 +162,7 @@ def as_one(
 
 
 def place_of(plain: Plain, output: Plain, folder: str | Path | None) -> Path | None:
-    """Give the run folder that is asked for; None: the run is in memory.
+    """Return the run folder that is asked for; None: the run is in memory.
 
     Raises:
         ConfigError: If two folders are named, or one by a key that is for the command line.

@@ -78,7 +78,7 @@ class RunRequest:
         return folder / "app", run_config
 
     def is_done(self) -> bool:
-        """Tell whether a run that is to go on is finished already, and say so."""
+        """Check whether a run that is to go on is finished already, and say so."""
         done = self.resume and is_done(self.folder, self.plain)
         if done:
             print(f"{self.folder} is finished already")

@@ -140,7 +140,7 @@ def composed(words: Sequence[str]) -> dict[str, object]:
 
 
 def _comment(path: Path) -> list[str]:
-    """Give the comment that a file begins with, but for what Hydra wants on the first line."""
+    """Read the comment that a file begins with, but for what Hydra wants on the first line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     head = takewhile(lambda text: text.startswith("#"), lines)
     return [text.removeprefix("#").strip() for text in head if "@package" not in text]

@@ -63,7 +63,10 @@ def prepare(words: Sequence[str], local: int | None) -> RunRequest:
     request = RunRequest.of(plain, folder, engine, server_folder=there, resume=resume)
     if not isinstance(settings_of(request.config), DeployConfig):
         name = request.config.engine.name
-        raise ConfigError(f"engine is {name}: fedraclora deploy has engine=deploy")
+        raise ConfigError(
+            f"engine is {name}, but `fedraclora deploy` runs on real hosts with engine=deploy: "
+            "leave engine out"
+        )
     return request
 
 
@@ -93,7 +96,7 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
         EngineError: If it did not come to its end, with what Flower says.
     """
     summary: dict[str, object] = {}
-    said: deque[str] = deque(maxlen=KEPT)
+    tail: deque[str] = deque(maxlen=KEPT)
     try:
         number = submit(request, connection)
     except Exception:
@@ -113,14 +116,14 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
                 elif line.startswith(SUMMARY):
                     summary = json.loads(line.removeprefix(SUMMARY))
                 else:
-                    said.append(line)
+                    tail.append(line)
         except KeyboardInterrupt:
             progress.say(f"stopping run {number}")
             connection.stop(number)
             raise
     status = connection.status(number)
     if status.word != COMPLETED or not summary:
-        print("".join(said), end="", file=sys.stderr)
+        print("".join(tail), end="", file=sys.stderr)
         raise EngineError(f"run {number} ended as {status.word}: {status.details}")
     if record is not None:
         record.draw()
@@ -134,7 +137,7 @@ def submit(request: RunRequest, connection: Connection) -> int:
 
 
 def lines_of(connection: Connection, number: int) -> Iterator[str]:
-    """Give the lines of a run's log until the run has ended; a stream that breaks begins anew."""
+    """Yield the lines of a run's log until the run has ended; a stream that breaks begins anew."""
     while True:
         yield from connection.follow(number)
         if connection.status(number).ended:
@@ -146,7 +149,7 @@ def lines_of(connection: Connection, number: int) -> Iterator[str]:
 def place(
     request: RunRequest, local: int | None, name: str
 ) -> Iterator[tuple[Connection, Record | None]]:
-    """Give the connection to run at, and what keeps the record here."""
+    """Open the connection to run at, and what keeps the record here."""
     if local is None:
         with Record(request.folder, request.plain, resume=request.resume) as record:
             yield Connection(name, command_line(os.environ)), record
@@ -161,7 +164,7 @@ def place(
 
 
 def own_data(plain: Mapping[str, object]) -> str | None:
-    """Give what nodes of this machine are told of their data: None where the run brings them."""
+    """Return what nodes of this machine are told of their data: None where the run brings them."""
     data = section(plain, "data")
     if data["name"] != "own":
         return None
@@ -191,7 +194,7 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | No
 
 
 def where(own: Mapping[str, object]) -> tuple[str, int | None]:
-    """Give the name of the connection, or the number of nodes on this machine.
+    """Return the name of the connection, or the number of nodes on this machine.
 
     Raises:
         ConfigError: If it is not one of ``connection=NAME`` and ``local=N``.

@@ -44,19 +44,21 @@ def prepare(words: Sequence[str]) -> RunRequest:
 
 
 def options_of(request: RunRequest) -> Options:
-    """Give Flower's own options: nodes and resources.
+    """Build Flower's own options: nodes and resources.
 
     Raises:
         ConfigError: If the engine is that of another command.
     """
     settings, built = settings_of(request.config), request.built
     if not isinstance(settings, FlowerConfig):
-        raise ConfigError(f"engine is {settings.name}: that is for fedraclora deploy")
+        raise ConfigError(
+            f"engine is {settings.name}, which runs on real hosts: use `fedraclora deploy`"
+        )
     return run_options(settings, built.device.type, built.clients)
 
 
 def run(request: RunRequest) -> None:
-    """Have ``flwr run`` run it, and print the outcome.
+    """Run it by ``flwr run``, and print the outcome.
 
     Raises:
         EngineError: If it did not come to its end, with what Flower says.

@@ -36,8 +36,8 @@ def sweep_name(overrides: Sequence[str]) -> str:
         >>> sweep_name(["seed=1", "output.dir=out", "method=fedavg"])
         'method=fedavg,seed=1'
     """
-    kept = sorted(o for o in overrides if not o.startswith(("output.", "resume=", "output=")))
-    name = ",".join(kept).replace("/", "_") or "run"
+    naming = sorted(o for o in overrides if not o.startswith(("output.", "resume=", "output=")))
+    name = ",".join(naming).replace("/", "_") or "run"
     if len(os.fsencode(name)) <= LONGEST:
         return name
     # What is cut off is in the digest: the same overrides have the same name, others another.

@@ -22,7 +22,7 @@ class Group:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the runs go on, or can."""
+        """Return whether the runs go on, or can."""
         return self.runs[0].unfinished
 
     @property
@@ -118,7 +118,7 @@ def _differing(runs: Sequence[Run]) -> list[str]:
 
 
 def values(runs: Iterable[Run], key: str) -> list[str]:
-    """Give the different values of a config key as text, in order of appearance."""
+    """List the different values of a config key as text, in order of appearance."""
     return list(dict.fromkeys(_text(run, key) for run in runs))
 
 

@@ -39,7 +39,7 @@ class Lent:
     groups: dict[str, Plain] = field(default_factory=dict)
 
     def put_into(self, plain: Plain, typed: Sequence[str]) -> Plain:
-        """Give the composed config with the objects in their groups.
+        """Put the objects into their groups of the composed config.
 
         Args:
             plain: What was composed.
@@ -73,7 +73,7 @@ def lend_all(
         DataError: If samples are not what they should be.
     """
     lent = Lent()
-    said = {key: value for key, value in beside.items() if value is not None}
+    options = {key: value for key, value in beside.items() if value is not None}
     partitioner = partition if hasattr(partition, "load_partition") else None
     if partition is not None and partitioner is None:
         lent.keys["partition"] = partition
@@ -86,12 +86,12 @@ def lend_all(
     if isinstance(data, str | Path) and str(data).endswith(TABLES):
         lent.words.append("data=table")
         names = {"client": "client", "target": "label", "test": "test", "metrics": "metrics"}
-        if unknown := [key for key in said if key not in names]:
+        if unknown := [key for key in options if key not in names]:
             raise ConfigError(f"{unknown[0]}=... is not for a file of rows; say data.task instead")
-        lent.keys["data"] = {"file": str(data)} | {names[k]: v for k, v in said.items()}
+        lent.keys["data"] = {"file": str(data)} | {names[k]: v for k, v in options.items()}
     elif data is None or isinstance(data, str) or is_choice(data):
-        if said or partitioner is not None:
-            what = [*said, *(["partition"] if partitioner is not None else [])]
+        if options or partitioner is not None:
+            what = [*options, *(["partition"] if partitioner is not None else [])]
             raise ConfigError(
                 f"{', '.join(what)}: these go with data of the program, and data is "
                 f"{'not said' if data is None else data!r}"
@@ -99,12 +99,12 @@ def lend_all(
         lent.keys |= {} if data is None else {"data": data}
     else:
         lent.words += OF_DATA
-        lent.groups["data"] = {"digest": lend_data(data, partitioner=partitioner, **said)}
+        lent.groups["data"] = {"digest": lend_data(data, partitioner=partitioner, **options)}
     return lent
 
 
 def is_choice(data: object) -> bool:
-    """Tell a mapping of config keys from one of clients' samples."""
+    """Distinguish a mapping of config keys from one of clients' samples."""
     kinds = (str, int, float, list, Mapping, Path, type(None))
     return isinstance(data, Mapping) and all(isinstance(value, kinds) for value in data.values())
 

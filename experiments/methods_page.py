@@ -20,7 +20,7 @@ SERVERS = "servers/README.md"  # seconds of a server, one matrix of 4096 x 4096
 
 
 def board(name: str, results: Path) -> str:
-    """Give the leaderboard of a study with its figure, or say that it has not run.
+    """Render the leaderboard of a study with its figure, or say that it has not run.
 
     Args:
         name: Of the study.
@@ -36,7 +36,7 @@ def board(name: str, results: Path) -> str:
 
 
 def methods(results: Path) -> str:
-    """Give a table of all methods, and the docstring of each file.
+    """Render a table of all methods, and the docstring of each file.
 
     Args:
         results: The folder of all results.

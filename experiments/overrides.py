@@ -34,7 +34,7 @@ SWEEP = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?
 
 
 def key_of(word: str) -> str:
-    """Give the key of an override.
+    """Extract the key of an override.
 
     Example:
         >>> key_of("++local.lr=0.1")
@@ -127,7 +127,7 @@ def searched(words: Sequence[str]) -> list[str]:
 
 
 def is_override(word: str) -> bool:
-    """Tell overrides from flags and their values."""
+    """Distinguish overrides from flags and their values."""
     return not word.startswith("-") and ("=" in word or word.startswith("~"))
 
 
@@ -143,7 +143,7 @@ def flags_first(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def in_plain_words(words: Sequence[str]) -> Iterator[None]:
-    """Say what Hydra refuses in the words of this project.
+    """Translate Hydra's errors into the words of this project.
 
     Args:
         words: What was typed.
@@ -172,39 +172,39 @@ def in_plain_words(words: Sequence[str]) -> Iterator[None]:
 
 
 def explained(error: HydraException, words: Sequence[str]) -> ConfigError:
-    """Give the error that says what to do about one of Hydra's.
+    """Turn an error of Hydra's into one that says what to do.
 
     Args:
         error: Hydra's.
         words: The overrides.
     """
-    said = (str(error) or str(error.__cause__)).partition("\nTo append to your config")[0]
+    text = (str(error) or str(error.__cause__)).partition("\nTo append to your config")[0]
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).partition("/")
         return unknown(group, choice, error.options)
     if isinstance(error, OverrideParseException):
         return ConfigError(
             f"{error.override!r} cannot be read as key=value, which is written without blanks "
-            f"({said.splitlines()[0]}); what holds other signs stands in quotes of its own: "
+            f"({text.splitlines()[0]}); what holds other signs stands in quotes of its own: "
             "\"key=';'\"; in a list "
             "[a, b] or a mapping {a: 1, *: 2} names stand without quotes, and the shell wants "
             "quotes around the whole: 'key=[a, b]'"
         )
-    if NO_SUCH_KEY.search(said):
-        return _unknown_keys(words, said)
-    if found := IS_THERE.search(said):
-        return ConfigError(f"{found[1]} is there already: write it without the +")
-    if found := SWEEP.search(said):
+    if NO_SUCH_KEY.search(text):
+        return _unknown_keys(words, text)
+    if found := IS_THERE.search(text):
+        return ConfigError(f"the config has the key {found[1]} already: write it without the +")
+    if found := SWEEP.search(text):
         key, _, values = found[1].partition("=")
         listed = "" if "(" in values else f"; a list is written '{key}=[{values}]'"
         return ConfigError(
             f"{found[1]} is a sweep, one run for each value, which needs -m: fedraclora simulate "
             f"-m '{found[1]}'{listed} (the quotes are for the shell)"
         )
-    return ConfigError(" ".join(said.split()))
+    return ConfigError(" ".join(text.split()))
 
 
-def _unknown_keys(words: Sequence[str], said: str) -> ConfigError:
+def _unknown_keys(words: Sequence[str], text: str) -> ConfigError:
     """Name all keys among what was typed that do not exist, with the nearest that do."""
     groups = [word for word in words if "." not in key_of(word) and _choosable(key_of(word))]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -227,7 +227,7 @@ def _unknown_keys(words: Sequence[str], said: str) -> ConfigError:
             )
         else:
             lines.append(unknown_key(key, there))
-    return ConfigError("\n  ".join(lines) or " ".join(said.split()))
+    return ConfigError("\n  ".join(lines) or " ".join(text.split()))
 
 
 def _deep(group: str, inner: str) -> list[str]:

@@ -35,7 +35,7 @@ BLOCK = re.compile(
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """Give a page with every block made anew from the results.
+    """Render every block of a page anew from the results.
 
     Args:
         text: The page.
@@ -66,8 +66,8 @@ def _made(found: re.Match[str], results: Path) -> str:
     elif len(rest) == 2:
         cells = _beside(head, rest[0], _words(rest[1]), results)
     else:
-        wanted = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
-        raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {wanted}")
+        form = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
+        raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {form}")
     return Table.of(cells).markdown()
 
 
@@ -90,13 +90,13 @@ def _beside(file: str, column: str, names: list[str], results: Path) -> Cells:
 def _chosen(row: Mapping[str, str], columns: list[str]) -> dict[str, str]:
     """The method and some columns; a mean takes its spread along, where that is a column."""
     titles = list(row)
-    kept = {titles[0]: row[titles[0]]}
+    shown = {titles[0]: row[titles[0]]}
     for column in columns:
         title = _title(row, column)
         after = titles[titles.index(title) + 1 :][:1]
         spread = f" ± {row['std']}" if after == ["std"] and row["std"] != "nan" else ""
-        kept[title] = row[title] + spread
-    return kept
+        shown[title] = row[title] + spread
+    return shown
 
 
 def _title(row: Mapping[str, str], column: str) -> str:
@@ -111,7 +111,7 @@ def _words(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Bring all pages up to date, and name those that changed."""
+    """Update all pages, and name those that changed."""
     for page in PAGES:
         text = page.read_text()
         try:

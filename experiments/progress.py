@@ -75,7 +75,7 @@ class RunProgress:
         self.bar.update(self.task, completed=round_, text=text)
 
     def _left(self, row: Mapping[str, object]) -> str:
-        """Say how long the rounds take that are left, at the pace of the last ones."""
+        """Estimate how long the remaining rounds take, at the pace of the last ones."""
         rounds = self.rounds - number(row, "round")
         if not self._recent or rounds <= 0:
             return ""
@@ -83,7 +83,7 @@ class RunProgress:
 
 
 def metric_of(row: Mapping[str, object]) -> str:
-    """Give the headline metric of a row as text; empty where it was not measured."""
+    """Format the headline metric of a row as text; empty where it was not measured."""
     name = headline([row])
     if name is None:
         return ""
@@ -108,7 +108,7 @@ def fitted(parts: Sequence[str], width: int) -> str:
 
 
 def size(count: float) -> str:
-    """Give bytes as text.
+    """Format a number of bytes as text.
 
     Example:
         >>> size(1_234_567), size(9.87e10)
@@ -118,7 +118,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Give a time as text, in a unit that leaves one to three digits.
+    """Format seconds as text, in a unit that leaves one to three digits.
 
     Example:
         >>> duration(7.4), duration(600.0), duration(12_000.0)

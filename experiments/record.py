@@ -48,7 +48,7 @@ class Record:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Let it go, with the curves of a run that did not come to its end."""
+        """Release the folder, with the curves of a run that did not come to its end."""
         with self._stack, suppress(OSError):  # which must not hide the error
             if kind is not None and self.ledger.rows:
                 self.draw()

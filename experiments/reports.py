@@ -89,7 +89,7 @@ class Run:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the run goes on, or can."""
+        """Return whether the run goes on, or can."""
         return not self.summary and self.diverged_at is None
 
     @property

@@ -21,7 +21,7 @@ from fedraclora.weights.files import difference, flatten
 def go_on(
     folder: Path, stored: Mapping[str, object], plain: Plain, typed: Sequence[str] | None
 ) -> Plain:
-    """Give the config under which a run goes on.
+    """Build the config under which a run goes on.
 
     Args:
         folder: The run folder.
@@ -68,7 +68,7 @@ def go_on(
 
 
 def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
-    """Tell whether the run of a folder has come to the end that is asked for."""
+    """Check whether the run of a folder has come to the end that is asked for."""
     if not is_finished(folder):
         return False
     summary = read_summary(folder)
@@ -76,7 +76,7 @@ def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
 
 
 def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -> bool:
-    """Tell whether the user has asked for a key; of a group that was chosen, its name counts."""
+    """Check whether the user has asked for a key; of a group that was chosen, its name counts."""
     if typed is None:
         return True
     chosen = {f"{k}.name" if isinstance(plain.get(k), dict) else k for k in typed}
@@ -84,7 +84,7 @@ def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -
 
 
 def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: Plain) -> str | None:
-    """Say why a run may not go on with another value of a key; None if it may."""
+    """Explain why a run may not go on with another value of a key; None if it may."""
     if key == "device":
         return None if _device(str(plain["device"])) == _was_on(folder, stored) else ""
     if key == "rounds":
@@ -96,7 +96,7 @@ def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: Plain)
 
 
 def _refused_rounds(folder: Path, stored: Mapping[str, object], rounds: int) -> str | None:
-    """Say why a run may not go on to another last round; None if it may."""
+    """Explain why a run may not go on to another last round; None if it may."""
     if planned := plans_rounds(stored):
         return f" ({planned} is planned over all rounds)"
     done = stands_at(folder)
@@ -119,21 +119,21 @@ def _was_on(folder: Path, stored: Mapping[str, object]) -> str | None:
 
 
 def _engine(old: Plain, new: Plain, typed: Sequence[str] | None) -> Plain:
-    """Give the engine that is asked for; one that finds its chunk itself keeps the run's."""
+    """Choose the engine to go on with; one that finds its chunk itself keeps the run's."""
     leaves = set(new) if typed is None else {k.partition(".")[2] for k in typed if "engine" in k}
     if typed is not None and "engine" not in typed:
         return {**old, **{k: v for k, v in new.items() if k in leaves and k in old}}
     if old.get("name") == new.get("name"):
         return {**old, **{k: v for k, v in new.items() if k in leaves}}
-    kept = {k for k in ENGINE_IN_DIGEST if k not in leaves or typed is None}
-    kept = {k for k in kept if k != "chunk" or new.get("chunk") == "auto"}
-    return {**new, **{k: old[k] for k in kept if k in old}}
+    fixed = {k for k in ENGINE_IN_DIGEST if k not in leaves or typed is None}
+    fixed = {k for k in fixed if k != "chunk" or new.get("chunk") == "auto"}
+    return {**new, **{k: old[k] for k in fixed if k in old}}
 
 
 def _output(
     folder: Path, old: Plain, new: Plain, typed: Sequence[str] | None
 ) -> tuple[Plain, list[str]]:
-    """Give where and how the run writes from now on, and what is refused of it."""
+    """Choose where and how the run writes from now on, and list the changes that are rejected."""
     keys = [*new] if typed is None or "output" in typed else []
     keys = keys or [k.partition(".")[2] for k in typed or () if k.startswith("output.")]
     if typed is not None:
@@ -147,7 +147,7 @@ def _output(
 
 
 def laid_over(config: Plain, changes: Plain) -> Plain:
-    """Give a config with other values: of whole keys, of dotted ones, or of some keys of a group.
+    """Replace values of a config: of whole keys, of dotted ones, or of some keys of a group.
 
     Example:
         >>> laid_over({"seed": 0, "local": {"lr": 0.1}}, {"seed": 1, "local.lr": 0.2})

@@ -77,7 +77,7 @@ def carry_out(
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
-    """Give the summary of `carry_out`."""
+    """Run a simulation and return the summary of `carry_out`."""
     return carry_out(plain, folder, resume=resume).summary
 
 
@@ -101,10 +101,10 @@ def report(summary: Plain, folder: Path) -> None:
     for key, whose in (("privacy", "clients"), ("sample_privacy", "samples")):
         if key in summary:
             cost, delta = (number(summary, key, part) for part in ("epsilon", "delta"))
-            said = f"epsilon {cost:.3f} at delta {delta:g}, of {whose}"
+            text = f"epsilon {cost:.3f} at delta {delta:g}, of {whose}"
             table.add_row(
                 "privacy",
-                said if math.isfinite(cost) else f"none: {whose} are clipped, without noise",
+                text if math.isfinite(cost) else f"none: {whose} are clipped, without noise",
             )
     if "virtual_seconds" in summary:
         table.add_row("virtual seconds", f"{number(summary, 'virtual_seconds'):.1f}")
@@ -124,17 +124,15 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
     Raises:
         CheckpointError: If a run is in the way, or differs from what is asked for.
     """
-    wanted = plain.get("resume")
-    if not isinstance(wanted, str | None):
-        raise ConfigError(f"resume is {wanted!r}; the folder of a run, auto or null is wanted")
-    if wanted not in {None, "auto"}:
-        folder = Path(str(wanted)).expanduser()
+    resume = plain.get("resume")
+    if not isinstance(resume, str | None):
+        raise ConfigError(f"resume is {resume!r}; the folder of a run, auto or null is wanted")
+    if resume not in {None, "auto"}:
+        folder = Path(str(resume)).expanduser()
         return go_on(folder, read_config(folder), plain, typed), folder, True
-    plain, folder = (
-        settled_start(settled(plain)),
-        folders.run_folder(section(plain, "output"), sweep_job),
-    )
-    if wanted == "auto" and (folder / "config.yaml").is_file():
+    plain = settled_start(settled(plain))
+    folder = folders.run_folder(section(plain, "output"), sweep_job)
+    if resume == "auto" and (folder / "config.yaml").is_file():
         return go_on(folder, read_config(folder), plain, None), folder, True
     refuse_existing(folder)
     return plain, folder, False
@@ -162,7 +160,7 @@ def main() -> int:
 
 
 def by_hydra(words: Sequence[str]) -> None:
-    """Have Hydra compose what the words ask for, and run it."""
+    """Compose by Hydra what the words ask for, and run it."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra reports errors itself, in ways of its own
     sys.argv[1:] = flags_first(words)
     with in_plain_words(words):

@@ -18,7 +18,7 @@ CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def reported(command: Callable[P, int]) -> Callable[P, int]:
-    """Have a command say what went wrong, and give the status: 0, its own, or 1."""
+    """Wrap a command: print what went wrong, and return the status: 0, its own, or 1."""
 
     @wraps(command)
     def main(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -35,23 +35,23 @@ def tell(error: Exception) -> int:
 
     What a user can mend is one message. What nobody foresaw keeps its traceback.
     """
-    said = explained(error)
-    if said is None:
+    message = explained(error)
+    if message is None:
         traceback.print_exception(error)
-        said = (
+        message = (
             f"this is a bug of fedraclora, not of what you asked for ({type(error).__name__}): "
             "please report it with the traceback above and the command"
         )
-    print(f"error: {said}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     return 1
 
 
 def explained(error: Exception) -> str | None:
-    """Say in the user's terms what is wrong; None for what nobody foresaw."""
+    """Explain an error in the user's terms; None for what nobody foresaw."""
     if isinstance(error, FedRacLoraError):
         return str(error)
-    if (said := _of_config(error)) is not None:  # before OSError, which Hydra's are in part
-        return said
+    if (message := _of_config(error)) is not None:  # before OSError, which Hydra's are in part
+        return message
     if isinstance(error, OSError):
         return _of_system(error)
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
@@ -64,7 +64,7 @@ def explained(error: Exception) -> str | None:
 
 @contextmanager
 def composing() -> Iterator[None]:
-    """Have whatever Hydra raises over the words of a command be an error that says so.
+    """Convert whatever Hydra raises over the words of a command to an error that says so.
 
     Raises:
         ConfigError: For an error that is none of Hydra's own.
@@ -75,8 +75,8 @@ def composing() -> Iterator[None]:
         if explained(error) is not None:
             raise
         raise ConfigError(
-            f"Hydra makes nothing of these words: {error}; key=value, group=choice, +key=value "
-            "and ~key are wanted"
+            f"Hydra cannot read these arguments: {error}; each is key=value, group=choice, "
+            "+key=value or ~key"
         ) from error
 
 

@@ -114,7 +114,9 @@ def read_table(path: Path) -> Cells:
         ConfigError: No such file, or no table in it.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} is not there: run its study first, or mend the page")
+        raise ConfigError(
+            f"{path} is not there: run its study first, or take its block out of the page"
+        )
     lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
     if len(lines) < 3:
         raise ConfigError(f"{path} holds no table")

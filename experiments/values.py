@@ -33,8 +33,8 @@ def config_of(
     """
     if len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0]):
         whole = nowhere({str(k): plain_value(str(k), value) for k, value in choices[0].items()})
-        said = {key: plain_value(key, value) for key, value in keys.items()}
-        return laid_over(whole, said), [word.partition("=")[0] for word in words_of(said)]
+        values = {key: plain_value(key, value) for key, value in keys.items()}
+        return laid_over(whole, values), [word.partition("=")[0] for word in words_of(values)]
     words: list[str] = []
     for choice in (*choices, keys):
         if isinstance(choice, str):
@@ -50,12 +50,12 @@ def config_of(
 
 
 def is_whole(mapping: Mapping[str, object]) -> bool:
-    """Tell whether a mapping has every key of a config."""
+    """Check whether a mapping has every key of a config."""
     return {key for key in inspect.signature(RunConfig).parameters if key != "plain"} <= {*mapping}
 
 
 def nowhere(config: Plain) -> Plain:
-    """Give a config without what says where its run was: the folder, and whether it went on."""
+    """Drop from a config what says where its run was: the folder, and whether it went on."""
     return laid_over(config, {"output.dir": None, "resume": None})
 
 

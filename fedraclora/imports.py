@@ -17,7 +17,7 @@ from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 
 
 def is_function(name: str) -> bool:
-    """Tell ``package.module:function`` from the path of a file or a folder."""
+    """Distinguish ``package.module:function`` from the path of a file or a folder."""
     module, mark, attribute = name.partition(":")
     return bool(mark) and bool(module) and "/" not in module and attribute.isidentifier()
 
@@ -58,12 +58,14 @@ def import_function(key: str, name: str) -> Any:
             f"has no {attribute}"
         )
     if not callable(found):
-        raise ConfigError(f"{key} is {name!r}, which is a {type(found).__name__}, no function")
+        raise ConfigError(
+            f"{key} is {name!r}, which is of type {type(found).__name__}; a function is wanted"
+        )
     return found
 
 
 def check_call(key: str, function: Callable[..., object], **arguments: object) -> None:
-    """Refuse a function that does not take these arguments, before it is called.
+    """Reject a function that does not take these arguments, before it is called.
 
     Args:
         key: Of the config that names it, for messages.
@@ -74,15 +76,15 @@ def check_call(key: str, function: Callable[..., object], **arguments: object) -
         ConfigError: Naming the arguments that are handed over, and those that it takes.
     """
     try:
-        wanted = inspect.signature(function)
+        signature = inspect.signature(function)
     except ValueError:  # of some functions of C nobody knows
         return
     try:
-        wanted.bind(**arguments)
+        signature.bind(**arguments)
     except TypeError as error:
         raise ConfigError(
             f"{key}: the function is called with {', '.join(arguments)} by name, and takes "
-            f"{wanted} ({error})"
+            f"{signature} ({error})"
         ) from error
 
 
@@ -99,14 +101,14 @@ def call_function(key: str, name: str, *arguments: object) -> object:
     except FedRacLoraError:
         raise
     except Exception as error:
-        said = ", ".join(map(repr, arguments))
-        raised = failure_of(error, f"calling it with ({said})")
+        names = ", ".join(map(repr, arguments))
+        raised = failure_of(error, f"calling it with ({names})")
         raise DataError(f"{key}={name}: {raised}") from error
     return found
 
 
 def failure_of(error: Exception, what: str) -> str:
-    """Say what was raised, and in which line: the last one that is no library's."""
+    """Describe what was raised, and in which line: the last one that is no library's."""
     if isinstance(error, SyntaxError):
         return f"{what} raises SyntaxError: {error}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -28,19 +28,19 @@ class Limit:
     """What values a setting may have.
 
     Attributes:
-        wanted: What they are, for messages.
+        description: What they are, for messages.
         holds: Whether a value is within; it is asked about values of the annotated type.
         choices: The words that a setting may be, where it is one of a few.
         key: Of the setting, where it is none of its group.
     """
 
-    wanted: str
+    description: str
     holds: Callable[[typing.Any], bool]
     choices: Collection[str] = ()
     key: str = ""
 
     def refuse(self, key: str, value: object, kind: object, null: str) -> None:
-        """Refuse a value that is beyond the limit, or not of the kind of number that is wanted.
+        """Reject a value that is beyond the limit, or not of the kind of number that it wants.
 
         Raises:
             ConfigError: Naming the key; for a choice, all choices and the nearest one.
@@ -52,7 +52,7 @@ class Limit:
             return
         if self.choices:
             raise unknown(key, value, self.choices)
-        raise ConfigError(f"{key} is {value!r}; {self.wanted}{null} is wanted")
+        raise ConfigError(f"{key} is {value!r}; {self.description}{null} is wanted")
 
 
 def choice_of(choices: Collection[str]) -> Limit:
@@ -97,7 +97,7 @@ class Limited:
         cls.group = cls.group if group is None else group
 
     def __post_init__(self) -> None:
-        """Refuse values beyond their limits."""
+        """Reject values beyond their limits."""
         check_limits(self.group, type(self), vars(self))
 
 
@@ -130,7 +130,7 @@ def limited(group: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def check_limits(group: str, target: Callable[..., object], values: Mapping[str, object]) -> None:
-    """Refuse values beyond the limits of the hints of a class or a function.
+    """Reject values beyond the limits of the hints of a class or a function.
 
     Raises:
         ConfigError: Naming the first key, after its group.
@@ -146,7 +146,7 @@ def _hints(target: Callable[..., object]) -> dict[str, object]:
 
 
 def _check(key: str, value: object, hint: object, null: str = "") -> None:
-    """Hold a value against a hint: its own limit, or those of what it is a union or list of."""
+    """Check a value against a hint: its own limit, or those of what it is a union or list of."""
     arguments = typing.get_args(hint)
     if hasattr(hint, "__metadata__"):
         for limit in hint.__metadata__:

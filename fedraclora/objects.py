@@ -24,7 +24,7 @@ def lend(thing: Any, digest: str) -> str:
 
 
 def lent(group: str, digest: object) -> Any:
-    """Give the object of a digest.
+    """Return the object with a digest.
 
     Args:
         group: Of the config, for the message: ``model``, ``data`` or ``method``.
@@ -43,7 +43,7 @@ def lent(group: str, digest: object) -> Any:
 
 
 def named_by(config: Mapping[str, object]) -> dict[str, Any]:
-    """Give the objects that a config names, by digest, as far as this process has them."""
+    """Find the objects that a config names, by digest, as far as this process has them."""
     digests = [
         str(group.get("digest"))
         for group in config.values()

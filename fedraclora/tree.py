@@ -83,7 +83,10 @@ class Layout:
         if not self.shapes:
             return {}
         if flat.shape[-1] != self.size:
-            raise ShapeError(f"cannot unpack {tuple(flat.shape)}: last axis must be {self.size}")
+            raise ShapeError(
+                f"cannot unpack numbers of shape {tuple(flat.shape)}: the last axis must have "
+                f"{self.size}"
+            )
         parts = flat.split([prod(shape) for _, shape in self.shapes], dim=-1)
         lead = flat.shape[:-1]
         return {
@@ -92,15 +95,15 @@ class Layout:
         }
 
 
-def difference(found: Layout, wanted: Layout) -> str:
-    """Say where a layout first departs from the one that is wanted, and how often it does.
+def difference(found: Layout, expected: Layout) -> str:
+    """Describe where a layout first departs from the one that is expected, and how often it does.
 
     Example:
         >>> one = Layout((("w", (5, 2)), ("b", (5,))))
         >>> print(difference(one, Layout((("w", (2, 7)), ("b", (5,))))))
         w (5, 2), wanted is w (2, 7) (1 of 2 tensors differ)
     """
-    pairs = list(zip_longest(found.shapes, wanted.shapes))
+    pairs = list(zip_longest(found.shapes, expected.shapes))
     differ = [pair for pair in pairs if pair[0] != pair[1]]
     if not differ:
         return "nothing differs"
@@ -109,7 +112,7 @@ def difference(found: Layout, wanted: Layout) -> str:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    """Give a contiguous numpy array of a tensor on any device."""
+    """Copy a tensor on any device to a contiguous numpy array."""
     array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = (
         tensor.detach().cpu().contiguous().numpy()
     )

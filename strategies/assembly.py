@@ -128,7 +128,7 @@ def assemble(
         )
 
         def personal(own: Tree) -> Tree:
-            """Give the weights of a client from what it keeps."""
+            """Compute the weights of a client from its stored state."""
             dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
             return method.weights(wired.strategy.state, draw, own) | dense
 
@@ -252,7 +252,7 @@ def measurement(
     split: str,
     personal: Callable[[Tree], Tree],
 ) -> Callable[[Tree], dict[str, float]]:
-    """Give what measures weights: the server's, or the clients' own where a part stays with them.
+    """Build the function that measures weights: on the server, or on clients if a part stays there.
 
     The figures of clients' own models have names of their own, ``personal_...``.
     """

@@ -215,12 +215,12 @@ class FedStrategy(EvaluatesItself):
         return self.steps.treat(got, self._setting())
 
     def _next(self, exchange: Exchange, got: Uplinks) -> State:
-        """Give the method's next state; nothing is kept yet."""
+        """Compute the method's next state; nothing is stored yet."""
         own = partial(self.method.close_round, self.state, exchange.downlink)
         return self.steps.close(own, self.state, exchange, got)
 
     def _sound(self, exchange: Exchange, raw: Uplinks, got: Uplinks) -> State:
-        """Give the next state, whose tensors are finite: where they are not, a client has failed.
+        """Compute the next state, and check that it is finite: if it is not, a client has failed.
 
         Args:
             exchange: The last of the round.
@@ -246,7 +246,7 @@ class FedStrategy(EvaluatesItself):
 
     @property
     def divisible(self) -> bool:
-        """Whether a round can be closed again without a client."""
+        """Return whether a round can be closed again without a client."""
         return self.steps.repeatable
 
     def _close(self, round_: int, after: State) -> None:
@@ -288,14 +288,14 @@ class FedStrategy(EvaluatesItself):
         self, downlink: Downlink, cohort: Cohort, round_: int, grid: Grid, before: Exchange | None
     ) -> list[Message]:
         """Open an exchange: one message per chunk of the clients whose replies will count."""
-        held, downlink, timeline = self.devices.race(
+        in_time, downlink, timeline = self.devices.race(
             round_, cohort, downlink, self.sizes, None if before else self.catch_up, self.loop
         )
         self._exchange = Exchange(
             downlink,
             round_,
             self.catch_up.version,
-            held,
+            in_time,
             cohort,
             self.loop,
             rate_scale=self.local.rate_scale(round_, self.loop.rounds),

@@ -52,19 +52,19 @@ class BernoulliLora(LowRank):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         if not 0 <= self.probability <= 1:
             raise ConfigError(f"method.probability is {self.probability}; it must lie in [0, 1]")
         self.round_method(1)
 
     def round_method(self, round_: int) -> FedRacLora:
-        """Give the method of one round: Fed-RAC-LoRA with the side that the coin says."""
+        """Return the method of one round: Fed-RAC-LoRA with the side that the coin says."""
         left = generator(self.coins, "coin", round_).random() < self.probability
         return self.sided("left" if left else "right")
 
     def sided(self, side: str) -> FedRacLora:
-        """Give Fed-RAC-LoRA with one of the two sides."""
+        """Build Fed-RAC-LoRA with one of the two sides."""
         return FedRacLora(
             rank=self.rank,
             alpha=self.alpha,

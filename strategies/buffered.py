@@ -39,7 +39,7 @@ class BufferedStrategy(FedStrategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Let the round pass on the clock, and ask those who start in it."""
+        """Advance the clock by the round, and ask those who start in it."""
         loop, draw = self.loop, self.draw
         any_ = Cohort(torch.arange(1), torch.ones(1, dtype=torch.float64))
         sent = self.method.open_round(self.state, server_round, any_, draw)

@@ -115,7 +115,7 @@ class FedRacLora(Asymmetric):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         check_sketch(self.sketch, self.normalise, self.blocks)
         check_link(self.side, self.resample_every)

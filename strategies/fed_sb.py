@@ -55,7 +55,7 @@ class FedSb(Drawn):
         return LayerUpdate(carried={"R": replies.mean("R")})  # R <- sum_k p_k R_k
 
     def core_rank(self, layer: Layer) -> int:
-        """Give the rows of the core of one layer."""
+        """Compute the number of rows of the core of one layer."""
         return layer.rank
 
     @override

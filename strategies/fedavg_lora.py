@@ -72,6 +72,6 @@ class FedAvgLora(Factored):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         check_link(self.side, self.resample_every)

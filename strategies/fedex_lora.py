@@ -59,7 +59,7 @@ class FedExLora(Factored):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         if self.residual_rank is not None and self.residual_rank < 1:
             raise ConfigError(

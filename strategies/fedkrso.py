@@ -63,7 +63,7 @@ class FedKrso(Asymmetric):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         if self.interval < 1:
             raise ConfigError(f"method.interval is {self.interval}; 1 or more is wanted")

@@ -54,7 +54,7 @@ class FedSvd(Drawn):
 
 
 def turned_to_singular_vectors(B: torch.Tensor, A: torch.Tensor) -> Product:
-    """Give U S, [m, r], and V^T, [r, n] with orthonormal rows, of B A; in float64.
+    """Compute U S, [m, r], and V^T, [r, n] with orthonormal rows, of B A; in float64.
 
     Where B A has fewer than r singular values (m < r), more rows of A's span make V^T whole.
     """

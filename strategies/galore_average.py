@@ -43,7 +43,7 @@ class GaloreAverage(FedAvg):
     gap: int = 200
 
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         resolve_rank(self.rank, 1, "any layer", cap=True)
         if self.gap < 1:
             raise ConfigError(f"method.gap is {self.gap}; 1 or more is wanted")

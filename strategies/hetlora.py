@@ -47,10 +47,10 @@ class HetLora(Factored):
         w = p * torch.tensor(norms, dtype=torch.float64).to(p)
         w = w / w.sum() if any(norms) else p
         B, A = ((w[:, None, None] * factor).sum(dim=0) for factor in (Bs, As))
-        held = kept.any(dim=0)
-        if not bool(held.all()):  # components that no client of this round has
+        covered = kept.any(dim=0)
+        if not bool(covered.all()):  # components that no client of this round has
             B0, A0 = replies.start
-            B, A = B.where(held, B0), A.where(held[:, None], A0)
+            B, A = B.where(covered, B0), A.where(covered[:, None], A0)
         return LayerUpdate(carried={"B": B, "A": A})
 
     @property

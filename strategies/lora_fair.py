@@ -53,7 +53,7 @@ class LoraFair(Factored):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         if not self.ridge > 0:
             raise ConfigError(f"method.ridge is {self.ridge}; a positive number is wanted")

@@ -138,7 +138,7 @@ def end_failed(loggers: Logging, kind: type[BaseException] | None, *_: object) -
 
 @contextmanager
 def stopping_noted(run: Assembled, folder: Path) -> Iterator[None]:
-    """Have a run that stops before its end leave the reason and its curves in the folder."""
+    """Write the reason and the curves of a run that stops before its end into the folder."""
     forget_stop(folder)
     try:
         yield
@@ -203,7 +203,7 @@ def draw(run: Assembled, folder: Path) -> None:
 
 
 def mean_floats(method: Method, plan: Plan, rounds: int) -> tuple[float, float]:
-    """Give the numbers that a client sends and is sent in a round, the mean over the rounds.
+    """Count the numbers that a client sends and is sent in a round, the mean over the rounds.
 
     They differ from round to round where a first round begins from seeds, or factors take turns.
     """

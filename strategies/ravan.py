@@ -65,7 +65,7 @@ class Ravan(FedSb):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         if self.heads < 1:
             raise ConfigError(f"method.heads is {self.heads}; 1 or more is wanted")

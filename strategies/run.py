@@ -57,8 +57,8 @@ class Run:
 
     @override
     def __repr__(self) -> str:
-        said = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
-        return f"Run({', '.join(said)}, folder={self.folder})"
+        shown = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
+        return f"Run({', '.join(shown)}, folder={self.folder})"
 
     @cached_property
     def history(self) -> DataFrame:
@@ -73,7 +73,7 @@ class Run:
         return frame.rename(columns=short).set_index("round")
 
     def weights(self) -> Tree:
-        """Give the effective weights after the last round, all adapters merged.
+        """Return the effective weights after the last round, all adapters merged.
 
         Where clients keep a part of the model to themselves, these are the server's weights.
 
@@ -88,7 +88,7 @@ class Run:
         return {n: t.detach().cpu().clone() for n, t in self.effective().items()}
 
     def model(self) -> nn.Module:
-        """Give the trained model: a copy on the CPU, in evaluation mode, with `weights`."""
+        """Build the trained model: a copy on the CPU, in evaluation mode, with `weights`."""
         model = copy.deepcopy(self.built().task.model).cpu()
         parameters = dict(model.named_parameters())
         model.load_state_dict({n: t for n, t in self.weights().items() if n in parameters}, False)
@@ -201,7 +201,7 @@ class Run:
         """
         place = Path(folder).expanduser()
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise ConfigError(f"{place} holds something already; name a new folder")
+            raise ConfigError(f"{place} is not empty; name a new folder")
         place.mkdir(parents=True, exist_ok=True)
         save_tensors(place / "model.safetensors", self.weights(), {}, sync=False)
         self.history.to_csv(place / "history.csv")

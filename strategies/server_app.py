@@ -160,14 +160,14 @@ def read_config(text: str, *, began: bool = False) -> RunConfig:
     settings_of(config)
     if config.output.dir is None or not Path(config.output.dir).expanduser().is_absolute():
         raise ConfigError(
-            f"output.dir is {config.output.dir}, but Flower's processes run anywhere: name a "
-            "folder by its whole path"
+            f"output.dir is {config.output.dir}, but Flower's processes run in folders of their "
+            "own: write an absolute path"
         )
     return config
 
 
 def watch() -> Callable[[], bool]:
-    """Give what tells whether the runtime around this thread has ended.
+    """Build the function that tells whether the runtime around this thread has ended.
 
     It is the main thread, which ends when its backend fails, while a ServerApp would wait on for
     replies. And it must end with the process that started it: Flower watches for that, but its
@@ -178,20 +178,21 @@ def watch() -> Callable[[], bool]:
 
 
 def settings_of(config: RunConfig) -> FlowerConfig | DeployConfig:
-    """Give the settings of the engine.
+    """Return the settings of the engine.
 
     Raises:
         ConfigError: If it is another one.
     """
     if not isinstance(config.engine, FlowerConfig | DeployConfig):
         raise ConfigError(
-            f"engine is {config.engine.name}, but this is Flower: use engine=flower or deploy"
+            f"engine is {config.engine.name}, but Flower started this process: use engine=flower "
+            "or deploy"
         )
     return config.engine
 
 
 def tell(row: Row) -> None:
-    """Say in one line of the log how a round went."""
+    """Log in one line how a round went."""
     name = headline([row])
     figure = "" if name is None else f": {name} {number(row, 'metrics', name):.4f}"
     log.info("round %s%s", row["round"], figure)

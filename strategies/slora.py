@@ -105,7 +105,7 @@ class SLora(LayerMethod):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         if self.sparse_rounds < 1:
             raise ConfigError(f"method.sparse_rounds is {self.sparse_rounds}; 1 or more is wanted")

@@ -16,7 +16,7 @@ from strategies.wrappers.dora import method_of
 
 
 def load_weights(folder: Path | str, round_: int | None = None) -> Tree:
-    """Give the effective weights after a round, W_t: what the run measured, bit for bit.
+    """Read the effective weights after a round, W_t: what the run measured, bit for bit.
 
     They are what a model with the parameters of the run takes (``load_state_dict``): what adapters
     carry is folded in, whatever the method. Data and model are needed for the folders of older

@@ -56,7 +56,7 @@ class Wired:
         self.strategy.start(self.grid, num_rounds=last)
 
     def weights(self) -> Tree:
-        """Give the effective weights now: name of a parameter -> tensor of its shape."""
+        """Return the effective weights now: name of a parameter -> tensor of its shape."""
         return self.strategy.method.weights(self.strategy.state, self.strategy.draw)
 
     def close(self) -> None:

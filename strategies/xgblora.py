@@ -73,7 +73,7 @@ class XgbLora(Factored):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         if not 0 < self.layers <= 1:
             raise ConfigError(f"method.layers is {self.layers}; a share in (0, 1] is wanted")

@@ -41,7 +41,7 @@ class Bound:
 
     @override
     def __str__(self) -> str:
-        """Say what is wanted."""
+        """Describe the bound."""
         what = self.over if self.under is None else f"{self.over} / {self.under}"
         limit = f"at most {self.most:g}" if self.most is not None else f"at least {self.least:g}"
         return f"{self.workload}: {what} in {self.by.replace('_', ' ')}, {limit} wanted"
@@ -65,7 +65,7 @@ BOUNDS = (
 
 
 def judge(workload: str, rows: Rows, device: str = "cpu") -> dict[str, list[str]]:
-    """Hold the rows of a workload against the bounds; on a GPU the wall time alone counts.
+    """Check the rows of a workload against the bounds; on a GPU the wall time alone counts.
 
     Returns:
         Lines for the reader: bounds that are ``kept``, those that are ``broken``, and those that
@@ -88,13 +88,13 @@ def judge(workload: str, rows: Rows, device: str = "cpu") -> dict[str, list[str]
 
 
 def disagreements(rows: Rows) -> list[str]:
-    """Say which rows of one algorithm ended at another loss than the first of them."""
+    """List the rows of one algorithm that ended at another loss than the first of them."""
     losses = {name: row["loss"] for name, row in rows.items() if "loss" in row}
     if not losses:
         return []
-    first, wanted = next(iter(losses.items()))
+    first, reference = next(iter(losses.items()))
     return [
-        f"{name} ended at training loss {loss:.6g}, {first} at {wanted:.6g}: not the same work"
+        f"{name} ended at training loss {loss:.6g}, {first} at {reference:.6g}: not the same work"
         for name, loss in losses.items()
-        if not abs(loss - wanted) <= SAME_LOSS * abs(wanted)
+        if not abs(loss - reference) <= SAME_LOSS * abs(reference)
     ]

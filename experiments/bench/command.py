@@ -92,10 +92,10 @@ def measure(name: str, case: Case, config: BenchConfig) -> Report:
     workload = case.workload
     report = Report(name, about=about(case.device, config.threads))
     rounds = workload.rounds if config.rounds is None else config.rounds
-    wanted = [row for row in workload.rows if config.wants(row)]
+    chosen = [row for row in workload.rows if config.wants(row)]
     loss = partial(training_loss, case.task)
-    here = [row for row in wanted if row in BUILDERS and row not in RAY]
-    for group in (here, [row for row in wanted if row in RAY]):
+    here = [row for row in chosen if row in BUILDERS and row not in RAY]
+    for group in (here, [row for row in chosen if row in RAY]):
         try:
             report.rows |= timed(group, case, rounds, loss)
         except EngineError as error:
@@ -104,7 +104,7 @@ def measure(name: str, case: Case, config: BenchConfig) -> Report:
         for row, precision in PRECISION_OF.items():
             if row in report.rows:
                 report.rows[row]["largest_chunk"] = largest_chunk(case, precision)
-    for peer in (row for row in wanted if row in PEERS):
+    for peer in (row for row in chosen if row in PEERS):
         python = interpreter(Path(config.peers), peer)
         if case.device.type != "cpu" or python is None:
             report.missing[peer] = "peers are timed on the CPU only" if python else "not installed"

@@ -41,7 +41,7 @@ class BenchConfig:
     table: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse impossible settings."""
+        """Reject impossible settings."""
         for size in self.sizes:
             if size not in WORKLOADS:
                 raise unknown("size", size, [*WORKLOADS, "all"])
@@ -63,7 +63,7 @@ class BenchConfig:
         return [f"{key}={value}" for key, value in given.items() if value is not None]
 
     def wants(self, row: str) -> bool:
-        """Whether a row is asked for."""
+        """Return whether a row is asked for."""
         return self.rows == "all" or row in self.rows.split(",")
 
 

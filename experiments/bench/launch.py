@@ -45,7 +45,10 @@ def write_work(folder: Path, workload: Workload, task: Task, rounds: int, thread
     """
     data = task.train
     if not isinstance(data, Partitioned) or set(data.samples.inputs) != {"x"}:
-        raise ConfigError("peers are given vectors only; leave them out of this workload")
+        raise ConfigError(
+            "the peers train on vectors only, and the data of this workload are others: leave the "
+            "peers out of it"
+        )
     shape = (data.num_clients, workload.samples)
     x, y = data.samples.inputs["x"].cpu().numpy(), data.samples.target.cpu().numpy()
     np.savez(folder / "data.npz", x=x.reshape(*shape, -1), y=y.reshape(shape))
@@ -90,8 +93,8 @@ def run_peer(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         work = write_work(folder, workload, task, rounds, threads)
-        said = folder / "said.txt"
-        with said.open("w") as file:
+        log = folder / "said.txt"
+        with log.open("w") as file:
             process = subprocess.Popen(  # noqa: S603
                 [str(python), "-m", f"experiments.bench.peers.{peer}_peer"],
                 env=environment(work, threads),
@@ -108,7 +111,7 @@ def run_peer(
                 end(process)
         if status != 0 or not (folder / "outcome.json").exists():
             why = "took too long" if status is None else f"ended with status {status}"
-            last = "\n".join(said.read_text(errors="replace").splitlines()[-8:])
+            last = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
             raise ConfigError(f"peer {peer} {why}:\n{last}")
         found = json.loads((folder / "outcome.json").read_text())
         with np.load(folder / "final.npz") as stored:
@@ -118,9 +121,9 @@ def run_peer(
 
 def environment(work: Path, threads: int) -> Mapping[str, str]:
     """Make the environment variables of a peer: this checkout on the path, nothing sent home."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     return {
-        **kept,
+        **inherited,
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
         "BENCH_WORK": str(work),

@@ -51,7 +51,7 @@ def ray(case: Case, workers: int, steps: int | None = None) -> Row:
 
 @contextmanager
 def hosted(rows: Sequence[str], device: torch.device) -> Iterator[None]:
-    """Hold one Ray cluster with room for the workers of all Ray rows, if there are any.
+    """Run one Ray cluster with room for the workers of all Ray rows, if there are any.
 
     On a GPU they share one card, whatever there is.
     """

@@ -59,7 +59,7 @@ class Row:
 
 
 def ray_settings(workers: int, device: torch.device) -> RayConfig:
-    """Give the settings of a Ray row; on a GPU all rows share one card."""
+    """Return the settings of a Ray row; on a GPU all rows share one card."""
     return RayConfig(workers=workers, gpus=None if device.type == "cpu" else 1 / RAY_WORKERS)
 
 
@@ -97,9 +97,9 @@ class BenchSite:
         self.worker = Worker(trainer, self.replica)
         (crew / f"{os.getpid()}.pid").touch()
 
-    def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
+    def train(self, content: RecordDict, stored: Tree) -> tuple[RecordDict, Tree]:
         """Answer a train message; these clients keep nothing."""
-        return self.worker.train(content), kept
+        return self.worker.train(content), stored
 
 
 def trainer_of(
@@ -122,7 +122,7 @@ def trainer_of(
 
 
 def opened(method: Method, trainer: CohortTrainer, cohort: int) -> tuple[State, Downlink]:
-    """Give the state before the first round, and what the cohort is sent in it."""
+    """Build the state before the first round, and what the cohort is sent in it."""
     base = {n: p.detach().clone() for n, p in trainer.task.model.named_parameters()}
     state = method.init(base, trainer.plan, Draw(0))
     everyone = Cohort(torch.arange(cohort), torch.ones(cohort))

@@ -93,7 +93,7 @@ def interleaved(
 
 
 def restart_peak(device: torch.device) -> None:
-    """Let the peak start again from what is held now."""
+    """Reset the peak of memory to what is allocated now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -108,7 +108,7 @@ def peak_of(row: Row, device: torch.device) -> int:
 
 
 def done(laps: Laps, rounds: int, row: Row) -> bool:
-    """Whether a row has made its rounds, or so slowly that some of them must do."""
+    """Return whether a row has made its rounds, or so slowly that some of them must do."""
     counted = laps.wall[1:]
     slow = len(counted) >= LEAST and sum(counted) > PATIENCE and row.weights is None
     return slow or len(counted) >= rounds
@@ -117,8 +117,8 @@ def done(laps: Laps, rounds: int, row: Row) -> bool:
 def training_loss(task: Task, weights: Mapping[str, torch.Tensor]) -> float:
     """Mean loss of weights over the samples of all clients."""
     owner = next(task.model.parameters())
-    held = {name: weight.to(owner) for name, weight in weights.items()}
+    moved = {name: weight.to(owner) for name, weight in weights.items()}
     if not isinstance(task.train, Partitioned):
         raise ConfigError("the loss of virtual clients cannot be compared")
     samples = task.train.samples
-    return evaluate(task.model, held, samples, task.loss, ("loss",), batch_size=8192)["loss"]
+    return evaluate(task.model, moved, samples, task.loss, ("loss",), batch_size=8192)["loss"]

@@ -16,7 +16,7 @@ PROC = Path("/proc")
 
 
 def descendants(top: int | None = None) -> list[int]:
-    """Give the ids of the living descendants of a process; of this one by default."""
+    """List the ids of the living descendants of a process; of this one by default."""
     children: dict[int, list[int]] = {}
     for name in filter(str.isdigit, os.listdir(PROC)):  # noqa: PTH208  iterdir is slower
         if fields := _stat(int(name)):
@@ -59,7 +59,7 @@ def tree_peak(workers: Collection[int] | None = None) -> int:
 
 
 def reset_peak() -> None:
-    """Let the peak of this process start again from what it holds now."""
+    """Reset the peak of this process's memory to what it uses now."""
     (PROC / "self" / "clear_refs").write_text("5")
 
 

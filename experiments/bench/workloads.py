@@ -96,7 +96,7 @@ class Case:
 
 
 def divided(samples: Samples, clients: int) -> Partitioned:
-    """Give each client as many of the samples, in their order."""
+    """Divide samples evenly among clients, in the order of the samples."""
     return Partitioned.of(samples, np.split(np.arange(len(samples)), clients))
 
 

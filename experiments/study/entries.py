@@ -20,12 +20,12 @@ from strategies import METHODS
 
 
 def docstring(kind: type[Method]) -> str:
-    """Give the docstring of a method's module, where its formulas and its sources stand."""
+    """Return the docstring of a method's module, where its formulas and its sources stand."""
     return sys.modules[kind.__module__].__doc__ or ""
 
 
 def is_unverified(kind: type[Method]) -> bool:
-    """Tell whether a method's docstring names what was not verified."""
+    """Check whether a method's docstring names what was not verified."""
     return "- Unverified:" in docstring(kind)
 
 
@@ -46,7 +46,7 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
 
 
 def first_reaching(points: Sequence[Row], metric: str, target: float) -> Row | None:
-    """Give the first measured round whose metric (more is better) is no worse than a target."""
+    """Find the first measured round whose metric (more is better) is no worse than a target."""
     return next((p for p in points if score(p, metric) >= target), None)
 
 
@@ -94,7 +94,7 @@ class Entry:
 
     @property
     def personal(self) -> bool:
-        """Whether the clients have models of their own, which were measured."""
+        """Return whether the clients have models of their own, which were measured."""
         metrics = self.lines[0]["metrics"]
         return bool(metrics) and self.study.metric not in metrics
 
@@ -110,7 +110,7 @@ class Entry:
 
 
 def finals(study: Study, done: Done) -> list[Entry]:
-    """Give the rows whose final runs are all there, in the study's order."""
+    """List the rows whose final runs are all there, in the study's order."""
     return [
         Entry(study, row, lines, tuned_value(study, row, done))
         for row in study.rows
@@ -119,7 +119,7 @@ def finals(study: Study, done: Done) -> list[Entry]:
 
 
 def entries(study: Study, done: Done) -> list[Entry]:
-    """Give the rows whose final runs are all there and did not diverge, the best first."""
+    """List the rows whose final runs are all there and did not diverge, the best first."""
     stable = [entry for entry in finals(study, done) if math.isfinite(entry.mean)]
     return sorted(stable, key=lambda entry: (entry.personal, -entry.mean))
 
@@ -154,7 +154,7 @@ def best_rows(study: Study, results: Path) -> Study:
     beside, without = (study.best.get(key, []) for key in ("beside", "without"))
     ranked = [entry.row for entry in entries(other, done) if not entry.personal]
     fit = [row for row in ranked if row not in {*beside, *without}]
-    kept = [*fit[: int(study.best["rows"])], *beside]
-    if study.reference not in {None, *kept}:
-        raise unknown("row as reference", study.reference, kept)
-    return study.changed(more={row: list(other.rows[row]) for row in kept}, only=kept)
+    chosen = [*fit[: int(study.best["rows"])], *beside]
+    if study.reference not in {None, *chosen}:
+        raise unknown("row as reference", study.reference, chosen)
+    return study.changed(more={row: list(other.rows[row]) for row in chosen}, only=chosen)

@@ -105,7 +105,7 @@ class Study:
         return study if metric is None else study.changed(metric=metric)
 
     def changed(self, **keys: object) -> Study:
-        """Give the study with keys of its file replaced; they become part of `text`.
+        """Replace keys of the study's file in a copy; they become part of `text`.
 
         Beside those of a file there are ``more``, rows to add, and ``only``, names of the rows to
         keep.
@@ -137,7 +137,9 @@ class Study:
             if key not in KEYS | OPTIONAL:
                 raise unknown("study key", key, KEYS | OPTIONAL)
         if KEYS - set(loaded):
-            raise ConfigError(f"{path} lacks {', '.join(sorted(KEYS - set(loaded)))}")
+            raise ConfigError(
+                f"the study {path} lacks the keys {', '.join(sorted(KEYS - set(loaded)))}"
+            )
         loaded["rows"] = {**loaded.pop("more", {}), **(loaded["rows"] or {})}
         _check(path, loaded)
         _keep(loaded, loaded.pop("only", None))
@@ -163,7 +165,7 @@ class Study:
         ]
 
     def values(self, row: str) -> list[float]:
-        """Give the coarse grid of a row: the values of the grid, times the row's own scale."""
+        """Compute the coarse grid of a row: the values of the grid, times the row's own scale."""
         if self.fixed:
             return [self.fixed[row]]
         factor = float(self.grid.get("scale", {}).get(row, 1))
@@ -176,7 +178,7 @@ class Study:
 
 
 def _check(path: Path, loaded: Mapping[str, Any]) -> None:
-    """Refuse what no study can be."""
+    """Check the keys and values of a study's file."""
     if not higher_is_better(str(loaded["metric"])):
         raise ConfigError(
             f"{path} has the metric {loaded['metric']}, of which less is better; studies "
@@ -213,5 +215,5 @@ def _keep(loaded: dict[str, Any], only: Sequence[str] | None) -> None:
 
 def _list(value: object) -> list[object]:
     if not isinstance(value, list):
-        raise ConfigError(f"a study wants a list, but has {value!r}")
+        raise ConfigError(f"a key of a study is {value!r}; a list is wanted")
     return value

@@ -39,7 +39,7 @@ KEYS = ("experiment", "methods", "preset", "metric", "target", "tuned_by", "jobs
 
 
 def is_study(words: Sequence[str]) -> bool:
-    """Tell whether the words of ``compare`` ask for a study, not for folders of runs."""
+    """Check whether the words of ``compare`` ask for a study, not for folders of runs."""
     return any(word.startswith("experiment=") for word in words)
 
 
@@ -53,15 +53,15 @@ def compare_study(words: Sequence[str], results: Path = RESULTS) -> None:
     Raises:
         ConfigError: For a word, a study or a row that is not known.
     """
-    said, overrides = part(words, KEYS)
+    options, overrides = part(words, KEYS)
     key_values(overrides)  # each is KEY=VALUE
-    name = str(said["experiment"])
-    study = chosen(find(name), said, overrides, results)
-    out = Path(str(said.get("out", Path("runs/compare") / Path(name).stem)))
-    jobs = said.get("jobs", 1)
+    name = str(options["experiment"])
+    study = chosen(find(name), options, overrides, results)
+    out = Path(str(options.get("out", Path("runs/compare") / Path(name).stem)))
+    jobs = options.get("jobs", 1)
     if not isinstance(jobs, int) or jobs < 1:
         raise ConfigError(f"jobs is {jobs!r}; runs at a time, 1 or more, are wanted")
-    done = run_study(study, out, jobs, table_only=said.get("table") is True)
+    done = run_study(study, out, jobs, table_only=options.get("table") is True)
     made = write_leaderboard(study, done, out)
     if made is None:
         raise ConfigError(f"{out} has no method whose final runs are all there and did not diverge")
@@ -84,23 +84,23 @@ def find(name: str) -> Path:
 
 
 def chosen(
-    path: Path, said: dict[str, object], overrides: Sequence[str], results: Path = RESULTS
+    path: Path, options: dict[str, object], overrides: Sequence[str], results: Path = RESULTS
 ) -> Study:
     """Read a study, and change it as the words say."""
     study = best_rows(Study.read(path, overrides), results)
     names = {"metric": "metric", "preset": "experiment"}
-    changes = {name: said[key] for key, name in names.items() if key in said}
-    if "target" in said:
-        changes["target"] = _number("target", said["target"])
-    if "methods" in said:
-        rows = [row.strip() for row in str(said["methods"]).split(",")]
+    changes = {name: options[key] for key, name in names.items() if key in options}
+    if "target" in options:
+        changes["target"] = _number("target", options["target"])
+    if "methods" in options:
+        rows = [row.strip() for row in str(options["methods"]).split(",")]
         known = {row: [f"method={row}"] for row in groups()["method"]} | dict(study.rows)
         more = {row: [*known[row]] for row in rows if row in known}
         changes |= {"only": rows, "more": more}
     if changes:
         study = study.changed(**changes)
-    if "tuned_by" in said:
-        study = tuned_by(study, Path(str(said["tuned_by"])))
+    if "tuned_by" in options:
+        study = tuned_by(study, Path(str(options["tuned_by"])))
     return study
 
 

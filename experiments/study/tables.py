@@ -72,12 +72,12 @@ def _record(entry: Entry, done: Done) -> dict[str, object]:
 
 
 def _mean(lines: Sequence[Row], key: str) -> float:
-    """Give the mean over runs: seeds whose clients have other data send other numbers of bytes."""
+    """Average a column over runs: seeds with other data on clients send other numbers of bytes."""
     return statistics.fmean(number(line, key) for line in lines)
 
 
 def cost(done: Done) -> str:
-    """Say what the runs of a study took of a processor, tuning included, where lines say it."""
+    """Sum the processor time of a study's runs, tuning included, where lines say it."""
     known = [line["cpu_seconds"] for line in done.values() if "cpu_seconds" in line]
     if not known:
         return ""

@@ -43,7 +43,7 @@ def score(line: Mapping[str, Any], metric: str) -> float:
     for name in (metric, f"personal_{metric}"):
         if name in metrics:
             return float(metrics[name])
-    raise ConfigError(f"a run has no {metric}; it was measured by {', '.join(metrics)}")
+    raise ConfigError(f"a run has no metric {metric}; its metrics are {', '.join(metrics)}")
 
 
 def mean_score(study: Study, row: str, value: float, done: Done) -> float:
@@ -60,18 +60,18 @@ def mean_score(study: Study, row: str, value: float, done: Done) -> float:
 
 
 def best_value(study: Study, row: str, values: list[float], done: Done) -> float:
-    """Give the value that is best on the validation split (the smaller one in a tie)."""
+    """Choose the value that is best on the validation split (the smaller one in a tie)."""
     return max(values, key=lambda v: (mean_score(study, row, v, done), -v))
 
 
 def tried_values(study: Study, row: str, done: Done) -> list[float]:
-    """Give the values of the coarse grid, and those around the best of them."""
+    """List the values of the coarse grid, and those around the best of them."""
     coarse = study.values(row)
     return [*coarse, *study.refined(best_value(study, row, coarse, done))]
 
 
 def tuned_value(study: Study, row: str, done: Done) -> float:
-    """Give the value that the coarse grid and its refinement chose.
+    """Return the value that the coarse grid and its refinement chose.
 
     A value at which a final run diverged is passed over for the next best one: validation seeds
     cannot see every instability, and a mean with a diverged run in it says nothing.
@@ -101,12 +101,12 @@ def tuned_by(study: Study, folder: Path) -> Study:
 
 
 def diverged(study: Study, row: str, value: float, done: Done) -> bool:
-    """Tell whether a final run of this value diverged."""
+    """Check whether a final run of this value diverged."""
     return any("diverged" in done.get(j.key, {}) for j in study.jobs("final", row, [value]))
 
 
 def is_tuned(study: Study, row: str, done: Done) -> bool:
-    """Tell whether all tuning runs of a row are there."""
+    """Check whether all tuning runs of a row are there."""
 
     def ran(values: list[float]) -> bool:
         return all(job.key in done for job in study.jobs("tune", row, values))
@@ -115,7 +115,7 @@ def is_tuned(study: Study, row: str, done: Done) -> bool:
 
 
 def final_lines(study: Study, row: str, done: Done) -> list[Line]:
-    """Give the final runs of a row at its tuned value; none where some have not run yet."""
+    """Read the final runs of a row at its tuned value; none where some have not run yet."""
     if not is_tuned(study, row, done):
         return []
     jobs = study.jobs("final", row, [tuned_value(study, row, done)])

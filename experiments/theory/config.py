@@ -27,7 +27,7 @@ class TheoryConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse impossible settings."""
+        """Reject impossible settings."""
         if self.size not in SIZES:
             raise unknown("size", self.size, SIZES)
         if self.seeds < 2:

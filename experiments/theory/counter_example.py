@@ -54,7 +54,7 @@ class Weighted(nn.Module):
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Give the outputs [N, 3] of inputs [N, 6]: a unit vector, then the scales."""
+        """Compute the outputs [N, 3] of inputs [N, 6]: a unit vector, then the scales."""
         output: torch.Tensor = self.fc1(x[:, :SIZE]) * x[:, SIZE:]
         return output
 
@@ -79,7 +79,7 @@ def task() -> Task:
 
 
 def measure(weights: Tree) -> dict[str, float]:
-    """Give the gap ``sum M (w - w*)^2``, w* = -1 / (2 M)."""
+    """Compute the gap ``sum M (w - w*)^2``, w* = -1 / (2 M)."""
     M = diagonal()
     return {"gap": float((M * (weights["fc1.weight"] + 1 / (2 * M)) ** 2).sum())}
 
@@ -98,7 +98,7 @@ class Trial:
 
 
 def run(trial: Trial) -> Array:
-    """Give the gap after each link; infinite from where the path diverged."""
+    """Run the method, and return the gap after each link; infinite from where the path diverged."""
     local = LocalConfig(lr=trial.share / SMOOTHNESS, batch_size=0, steps=CHAIN, shuffle=False)
     method = METHODS[trial.method]
     gaps: list[float] = []

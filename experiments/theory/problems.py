@@ -72,7 +72,7 @@ class Problem:
         return (samples - batch) / (batch * (samples - 1)) if batch else 0.0
 
     def measure(self, weights: Tree) -> dict[str, float]:
-        """Give `MEASURES` at some weights; sigma_sq is that of single samples.
+        """Compute `MEASURES` at some weights; sigma_sq is that of single samples.
 
         The gradient of sample i is ``e_i x_i^T`` with the slope e_i of its loss, so its squared
         norm is ``||e_i||^2 ||x_i||^2`` and none is formed.

@@ -56,7 +56,7 @@ def federate(
 
 
 def first_downlink(task: Task, method: Method) -> Downlink:
-    """Give what a method sends in round 1, from which the spectrum of E[H] is read."""
+    """Build what a method sends in round 1, from which the spectrum of E[H] is read."""
     draw = Draw(0)
     state = method.init(start_of(task), plan_of(task), draw)
     return method.open_round(state, 1, Cohort(torch.arange(1), torch.ones(1).double()), draw)
@@ -68,5 +68,5 @@ def plan_of(task: Task) -> Plan:
 
 
 def start_of(task: Task) -> Tree:
-    """Give W^0."""
+    """Return the base weights W^0."""
     return {n: p.detach().clone() for n, p in task.model.named_parameters()}

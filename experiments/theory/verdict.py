@@ -76,19 +76,19 @@ class Curve:
         In the mean, the curve is taken three standard errors lower, since on the isotropic
         quadratic the bound is the expectation itself.
         """
-        held = self.worst if self.sure else self.mean - ERRORS * self.error
-        return float(((held - self.bound) / self.mean[0]).max())
+        measured = self.worst if self.sure else self.mean - ERRORS * self.error
+        return float(((measured - self.bound) / self.mean[0]).max())
 
     @property
     def closest(self) -> float:
         """Greatest of measured over bound, after the first value (where gaps are equal)."""
-        held = self.worst if self.sure else self.mean
+        measured = self.worst if self.sure else self.mean
         visible = (self.bound > ROUNDING * self.mean[0]) & (self.rounds > 0)
-        return float((held[visible] / self.bound[visible]).max(initial=0.0))
+        return float((measured[visible] / self.bound[visible]).max(initial=0.0))
 
     @property
     def holds(self) -> bool:
-        """Whether the curve lies within its bound."""
+        """Return whether the curve lies within its bound."""
         return self.excess <= ROUNDING
 
 
@@ -112,11 +112,11 @@ class Judged:
 
     @property
     def holds(self) -> bool:
-        """Whether every curve lies within its bound."""
+        """Return whether every curve lies within its bound."""
         return all(curve.holds for curve in self.curves.values())
 
     def plain(self) -> dict[str, object]:
-        """Give everything as plain values."""
+        """Convert everything to plain values."""
         curves = {
             key: {
                 **{k: np.asarray(v).tolist() for k, v in vars(curve).items()},
@@ -142,7 +142,7 @@ class Judged:
 
 
 def judge(case: Case, paths: list[Path]) -> Judged:
-    """Hold the paths of a case's seeds to its theorem.
+    """Check the paths of a case's seeds against its theorem.
 
     sigma^2 and zeta^2 are the greatest along all paths, which is no less than their expectation
     at any round.
@@ -173,7 +173,7 @@ def curve(
 
 
 def theorem(case: Case, noise: dict[str, float]) -> Descent:
-    """Give the theorem of a case; ``noise`` has sigma_sq of single samples, and zeta_sq."""
+    """Build the theorem of a case; ``noise`` has sigma_sq of single samples, and zeta_sq."""
     ground = problem(case.problem)
     spectrum = of_downlink(first_downlink(ground.task, case.method))
     steps = case.theorem in {"sgd", "reshuffling", "federated"}

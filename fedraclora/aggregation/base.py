@@ -32,7 +32,7 @@ class AggregationContext:
 
 
 def starts(setting: AggregationContext, got: Uplinks) -> torch.Tensor:
-    """Give where what clients uploaded had started; see `opening_rows`."""
+    """Return the values from which clients started what they uploaded; see `opening_rows`."""
     places = torch.arange(len(got.clients)) if got.places is None else got.places
     return opening_rows(setting.sent, setting.base, got.layout, places)
 
@@ -53,7 +53,7 @@ class Aggregator(Limited, group="aggregator"):
     compares: ClassVar[bool] = False
 
     def check(self, cohort: int) -> None:
-        """Refuse a number of clients per round that this cannot serve.
+        """Reject a number of clients per round that this cannot serve.
 
         Raises:
             ConfigError: Saying why.
@@ -62,7 +62,7 @@ class Aggregator(Limited, group="aggregator"):
 
     @abstractmethod
     def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        """Give what the method sees."""
+        """Turn the clients' uploads into what the method sees."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Total(Aggregator):
 
 
 def rows_of(got: Uplinks) -> torch.Tensor:
-    """Give what each client sent, float64 [K, P].
+    """Stack what each client sent, float64 [K, P].
 
     Raises:
         ShapeError: If only the sum is known.

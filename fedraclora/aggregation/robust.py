@@ -40,7 +40,7 @@ class Estimate(Aggregator):
 
     @abstractmethod
     def estimate(self, rows: torch.Tensor) -> torch.Tensor:
-        """Give the vector, float64 [P], for rows float64 [K, P]."""
+        """Estimate the vector, float64 [P], from rows float64 [K, P]."""
 
     @override
     def check(self, cohort: int) -> None:
@@ -111,7 +111,7 @@ class MultiKrum(Aggregator):
     kept: Count | None = None
 
     def choose(self, rows: torch.Tensor) -> torch.Tensor:
-        """Give the places that are kept, ascending, for rows float64 [K, P]."""
+        """Choose the clients to keep, as places in ascending order, from rows float64 [K, P]."""
         f = share_of(len(rows), self.attackers)
         order = krum_order(rows, f)
         return order[: self.kept or len(rows) - f].sort().values

@@ -46,7 +46,7 @@ class ServerOptimiser(Limited, group="server_optimiser"):
     space = "weights"
 
     def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
-        """Give the server's steps, and the moments after them.
+        """Compute the server's steps, and the moments after them.
 
         Args:
             change: Delta by name, float64.
@@ -104,7 +104,7 @@ class Adaptive(ServerOptimiser, ABC):
 
     @abstractmethod
     def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-        """Give V after a round from V before it and Delta^2."""
+        """Compute V after a round from V before it and Delta^2."""
 
     @override
     def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
@@ -112,8 +112,8 @@ class Adaptive(ServerOptimiser, ABC):
         for name, delta in change.items():
             old = moments.get(f"first/{name}", torch.zeros_like(delta)).to(delta)
             first = self.beta1 * old + (1 - self.beta1) * delta
-            held = moments.get(f"second/{name}", torch.full_like(delta, self.tau**2)).to(delta)
-            second = self.second(held, delta.square())
+            moment = moments.get(f"second/{name}", torch.full_like(delta, self.tau**2)).to(delta)
+            second = self.second(moment, delta.square())
             new |= {f"first/{name}": first, f"second/{name}": second}
             steps[name] = self.lr * first / (second.sqrt() + self.tau)
         return steps, new

@@ -21,7 +21,7 @@ from fedraclora.errors import ConfigError
 
 
 def share_of(count: int, share: float) -> int:
-    """Give how many of ``count`` clients a share below 1 is, rounded up; from 1 on it is a number.
+    """Count how many of ``count`` clients a share below 1 is, rounded up; from 1 on it is a number.
 
     Example:
         >>> share_of(20, 0.2), share_of(9, 0.2), share_of(9, 3)
@@ -51,8 +51,8 @@ def trimmed_mean(rows: torch.Tensor, cut: int) -> torch.Tensor:
     K = len(rows)
     if 2 * cut >= K:
         raise ConfigError(
-            f"a trimmed mean cuts {cut} clients at each end, but only {K} answered; more than "
-            f"{2 * cut} are wanted: raise cohort or lower aggregator.attackers"
+            f"a trimmed mean leaves out {cut} clients at each end, so that it needs more than "
+            f"{2 * cut}, but only {K} answered: raise cohort or lower aggregator.attackers"
         )
     return rows.sort(dim=0).values[cut : K - cut].mean(dim=0)
 

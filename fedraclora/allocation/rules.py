@@ -67,18 +67,19 @@ class HeteroLora(Uniform):
     every: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot choose."""
+        """Reject impossible settings."""
         if self.proxy not in PROXIES and self.proxy != SYNFLOW:
             raise unknown("allocation.proxy", self.proxy, [*PROXIES, SYNFLOW])
         if not 0 < self.share <= 1:
             raise ConfigError(f"allocation.share is {self.share}; a share in (0, 1] is wanted")
         if self.every is not None and self.every < 1:
             raise ConfigError(
-                f"allocation.every is {self.every}; rounds, 1 or more, or null (once), are wanted"
+                f"allocation.every is {self.every}; a number of rounds from 1 on, or null (choose "
+                "once), is wanted"
             )
 
     def due(self, round_: int) -> bool:
-        """Whether layers are chosen in a round (from 1)."""
+        """Return whether layers are chosen in a round (from 1)."""
         return round_ == 1 if self.every is None else (round_ - 1) % self.every == 0
 
     def scores(self, values: Mapping[str, Tree], gradients: Mapping[str, Tree]) -> dict[str, float]:
@@ -144,7 +145,7 @@ class AdaLora(Uniform):
     beta2: float = 0.85
 
     def __post_init__(self) -> None:
-        """Refuse impossible schedules."""
+        """Reject impossible schedules."""
         if not 0 < self.target < math.inf:
             raise ConfigError(f"allocation.target is {self.target}; a positive number is wanted")
         if not 0 <= self.begin < self.end:
@@ -159,7 +160,7 @@ class AdaLora(Uniform):
                 raise ConfigError(f"allocation.{key} is {getattr(self, key)}; [0, 1) is wanted")
 
     def budget(self, round_: int, first: int, layers: int) -> int | None:
-        """Give the components that may be left after a round, b(t); None where nothing is cut.
+        """Compute the number of components left after a round, b(t); None where nothing is cut.
 
         Args:
             round_: From 1.
@@ -185,7 +186,7 @@ class AdaLora(Uniform):
         value: torch.Tensor,
         slope: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the smoothed importance and uncertainty of the entries of one factor.
+        """Smooth the importance and the uncertainty of the entries of one factor.
 
             I = |theta g|;  I_bar <- beta1 I_bar + (1 - beta1) I
             U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|

@@ -49,8 +49,9 @@ def flows(
     x = like.inputs.get("x")
     if set(like.inputs) != {"x"} or x is None or not x.is_floating_point():
         raise ConfigError(
-            "allocation.proxy is synflow, which feeds the model ones, but the inputs of these data "
-            f"are {', '.join(like.inputs)}, and not numbers alone; take proxy=grad_norm"
+            "allocation.proxy is synflow, which puts ones in the place of all inputs, but the "
+            f"inputs of these data are {', '.join(like.inputs)}, and not numbers alone; take "
+            "proxy=grad_norm"
         )
     wide = {name: tensor.double().abs() for name, tensor in base.items()}
     trained, _, frozen = materialise(sent, wide, torch.tensor([0]))

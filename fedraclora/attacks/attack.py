@@ -44,7 +44,7 @@ class Attack(Limited, group="attack"):
     def sent(
         self, updates: torch.Tensor, clients: torch.Tensor, seed: int, round_: int
     ) -> torch.Tensor:
-        """Give what attackers send in the place of their updates.
+        """Compute what attackers send in the place of their updates.
 
         Args:
             updates: What they trained, float64 [k, P], less where it started.
@@ -56,7 +56,7 @@ class Attack(Limited, group="attack"):
         return updates
 
     def colluded(self, rows: torch.Tensor, attackers: torch.Tensor) -> torch.Tensor:
-        """Give the rows of a cohort, float64 [K, P], once attackers (bool [K]) have agreed."""
+        """Replace attackers' rows once they have agreed: float64 [K, P]; attackers are bool [K]."""
         del attackers
         return rows
 
@@ -111,7 +111,7 @@ class LabelFlip(Attack):
     name: ClassVar[str] = "label_flip"
 
     def poisoned(self, data: ClientData, classes: int, seed: int) -> ClientData:
-        """Give the data of all clients with the attackers' labels flipped.
+        """Flip the attackers' labels in the data of all clients.
 
         Raises:
             DataError: If samples have no class.
@@ -140,7 +140,7 @@ class ALittleIsEnough(Attack):
     z: float | None = None
 
     def deviations(self, cohort: int, attackers: int) -> float:
-        """Give z for a cohort of K = ``cohort`` clients: the quantile (h - s) / h of the normal.
+        """Compute z for a cohort of K = ``cohort`` clients: the quantile (h - s) / h of the normal.
 
         h clients are honest, and s of them, the attackers and no more make a majority.
         """

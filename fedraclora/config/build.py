@@ -101,7 +101,7 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
 
 
 def terms_of(config: TaskConfig, built: BuiltTask) -> Terms | None:
-    """Give what the clients of a run insist on in secure aggregation; None without it."""
+    """Build the terms that clients insist on in secure aggregation; None without it."""
     if not isinstance(config.secure, SecAgg):
         return None
     if config.system.enabled or isinstance(config.privacy, ClientLevel):
@@ -282,7 +282,7 @@ def _float_dtype(samples: Samples) -> torch.dtype:
 
 
 def measured_samples(task: Task, split: str) -> Samples:
-    """Give the samples that the server evaluates on.
+    """Return the samples that the server evaluates on.
 
     Raises:
         ConfigError: If the validation split is asked for and there is none.

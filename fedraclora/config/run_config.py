@@ -162,7 +162,7 @@ class RunConfig(TaskConfig):
 
     @property
     def trained_in_full(self) -> bool:
-        """Whether ``head``, ``bias`` or ``dense`` have layers trained in full."""
+        """Return whether ``head``, ``bias`` or ``dense`` have layers trained in full."""
         return self.head in {"average", "local"} or self.bias == "average" or bool(self.dense)
 
 
@@ -228,11 +228,11 @@ def from_plain(
     """
     if not began:
         _refuse_unknown(plain)
-    said = section(plain, "method")
-    if said.get("name") == NAME:
-        method = lent("method", said.get("digest"))
+    group = section(plain, "method")
+    if group.get("name") == NAME:
+        method = lent("method", group.get("digest"))
     else:
-        method = bind("method", methods, said)()
+        method = bind("method", methods, group)()
     config = RunConfig(method=method, **_fields(RunConfig, plain))  # type: ignore[arg-type]
     _check(config)
     if not began:
@@ -241,7 +241,7 @@ def from_plain(
 
 
 def _refuse_unknown(plain: Plain) -> None:
-    """Refuse keys of the config itself that do not exist."""
+    """Reject keys of the config itself that do not exist."""
     known = [*inspect.signature(RunConfig).parameters, "resume"]
     known.remove("plain")
     found = [key for key in plain if key not in known]
@@ -255,7 +255,7 @@ def _refuse_unknown(plain: Plain) -> None:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Say that a key does not exist, which is like it, and where all of them are."""
+    """Build the error for an unknown key: which is like it, and where all of them are."""
     group = key.rpartition(".")[0].partition(".")[0]
     known = [*known]
     inside = [other for other in known if other.startswith(f"{group}.")]
@@ -279,11 +279,13 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     """
     hints = typing.get_type_hints(kind)
     found: dict[str, object] = {"plain": plain}
-    wanted = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
+    keys = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
     given = {f.name for f in fields(kind) if f.default is not MISSING}
-    missing = [key for key in wanted if key not in plain and key not in given]
-    said = [f"the config has no key {', '.join(missing)}; see conf/config.yaml"] if missing else []
-    for key in wanted:
+    missing = [key for key in keys if key not in plain and key not in given]
+    errors = (
+        [f"the config has no key {', '.join(missing)}; see conf/config.yaml"] if missing else []
+    )
+    for key in keys:
         if key not in plain:
             continue
         try:
@@ -297,15 +299,15 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
             else:
                 found[key] = coerce(key, plain[key], hints[key])
         except MissingKeysError as error:
-            said.append(str(error))
+            errors.append(str(error))
             missing += error.keys
     if missing:
-        raise MissingKeysError("\n  ".join(said), missing)
+        raise MissingKeysError("\n  ".join(errors), missing)
     return found
 
 
 def _checked_row(kind: str, group: Plain) -> Plain:
-    """Hold a group against its row, which is called once it is known what else it is given."""
+    """Check a group against its row, which is called once it is known what else it is given."""
     own = without(group, *BESIDE.get(kind, ()))
     bind(kind, TABLES[kind], own, **dict.fromkeys(GIVEN[kind]))
     return group
@@ -344,7 +346,7 @@ def _check(config: RunConfig) -> None:
 
 
 def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
-    """Refuse what makes sense in a simulation alone."""
+    """Reject settings that make sense in a simulation alone."""
     if config.max_failures:
         raise ConfigError(
             f"max_failures is {config.max_failures}, but with engine=deploy engine.min_clients "
@@ -365,4 +367,4 @@ def _check_deployed(config: RunConfig, engine: DeployConfig) -> None:
             "back by more than a round could not go on: set output.checkpoint_every=1"
         )
     if engine.folder is not None and not engine.folder.startswith("/"):
-        raise ConfigError(f"engine.folder is {engine.folder!r}; a whole path is wanted")
+        raise ConfigError(f"engine.folder is {engine.folder!r}; an absolute path is wanted")

@@ -19,7 +19,7 @@ LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38
 
 
 def section(plain: Plain, key: str) -> dict[str, object]:
-    """Give one group of the config as a dict.
+    """Return one group of the config as a dict.
 
     Raises:
         ConfigError: If it is missing or not a group.
@@ -62,8 +62,8 @@ def bind(
 def _bound(kind: str, target: Callable[..., T], group: Plain, **given: object) -> Callable[[], T]:
     """Bind the keys of a group as arguments; see `bind`."""
     arguments = checked_arguments(kind, target, group)
-    wanted = inspect.signature(target).parameters
-    given = {k: v for k, v in given.items() if k in wanted and k not in arguments}
+    parameters = inspect.signature(target).parameters
+    given = {k: v for k, v in given.items() if k in parameters and k not in arguments}
     refuse_missing(kind, target, {*arguments, *given})
     return functools.partial(target, **arguments, **given)
 
@@ -89,7 +89,7 @@ def build(kind: str, target: Callable[..., T], group: Plain) -> T:
 
 
 def checked_arguments(kind: str, target: Callable[..., object], group: Plain) -> dict[str, object]:
-    """Hold a group's keys and types against a signature."""
+    """Check a group's keys and types against a signature."""
     parameters = inspect.signature(target).parameters
     hints = _hints(target)
     arguments = {}
@@ -102,7 +102,7 @@ def checked_arguments(kind: str, target: Callable[..., object], group: Plain) ->
 
 
 def refuse_missing(kind: str, target: Callable[..., object], there: Collection[str]) -> None:
-    """Refuse a group that leaves out what has no default.
+    """Reject a group that leaves out a value without a default.
 
     Raises:
         MissingKeysError: Naming all of its keys that are missing, and what is wanted of each.
@@ -111,10 +111,13 @@ def refuse_missing(kind: str, target: Callable[..., object], there: Collection[s
     missing = [k for k, p in parameters if p.default is p.empty and k not in there]
     if missing:
         hints = _hints(target)
-        said = [f"{kind}.{k} is missing; {_shown(hints.get(k, object))} is wanted" for k in missing]
-        raise MissingKeysError("\n  ".join(said), [f"{kind}.{k}" for k in missing])
+        lines = [
+            f"{kind}.{k} is missing; {_shown(hints.get(k, object))} is wanted" for k in missing
+        ]
+        raise MissingKeysError("\n  ".join(lines), [f"{kind}.{k}" for k in missing])
 
 
+@functools.cache
 def _hints(target: Callable[..., object]) -> dict[str, object]:
     if dataclasses.is_dataclass(target):  # a field's hint is read where its class stands
         return typing.get_type_hints(target)
@@ -166,7 +169,7 @@ def coerce(key: str, value: object, hint: object) -> object:
 
 
 def check_size(key: str, value: object) -> None:
-    """Refuse numbers that no tensor holds: they would overflow where they are first used.
+    """Reject numbers that no tensor holds: they would overflow where they are first used.
 
     Raises:
         ConfigError: Naming the key and the largest number.

@@ -55,7 +55,7 @@ class EngineConfig(Limited, group="engine"):
     threads: Threads = 1
 
     def waiting(self, cohort: int) -> Waiting:
-        """Say how the loop waits for clients.
+        """Return how the loop waits for clients.
 
         Args:
             cohort: Clients that a round asks.
@@ -67,7 +67,7 @@ class EngineConfig(Limited, group="engine"):
         return Waiting()  # Ray's workers have a limit for each chunk; in this process none waits
 
     def fewest(self, cohort: int, max_failures: int) -> int:
-        """Give how many clients of a cohort a round has at least, where all are asked."""
+        """Count the clients of a cohort that a round has at least, where all are asked."""
         return cohort - max_failures
 
 

@@ -98,14 +98,14 @@ RULES = (
 
 
 def links_end(method: Method, allocation: Uniform) -> bool:
-    """Tell whether what a method trains is ever begun anew, as far as its settings say."""
+    """Check whether what a method trains is ever begun anew, as far as its settings say."""
     if type(allocation) is not Uniform:  # components are cut, and those that stay are other ones
         return True
     return getattr(method, "link_rounds", None) is not None
 
 
 def refuse_unread(config: RunConfig) -> None:
-    """Refuse settings that nothing reads.
+    """Reject settings that nothing reads.
 
     Raises:
         UnreadKeysError: Naming all of them, what would read them, and their defaults.

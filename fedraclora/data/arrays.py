@@ -87,16 +87,16 @@ def load_arrays(
     if "test_x" in arrays:
         where = source if test is None else f"data.test={test}"
         form = replace(form, shape=found_shape(train))
-        held = form.fit(
+        held_out = form.fit(
             _samples(arrays["test_x"], arrays["test_target"], names, task, where), where
         )
     else:
         share = SHARE if test_share is None else test_share
         labels = train.target.numpy() if task == "classification" else None
-        train, held, rows = train_test(train, "data.test_share", share, split_seed, labels)
+        train, held_out, rows = train_test(train, "data.test_share", share, split_seed, labels)
         owners = owners if owners is None else owners[rows]
     info: dict[str, object] = {"source": str(file)}
-    return supervised(train, held, names, task, metrics=metrics, owners=owners, info=info)
+    return supervised(train, held_out, names, task, metrics=metrics, owners=owners, info=info)
 
 
 def read_file(path: Path) -> dict[str, Array]:
@@ -141,8 +141,8 @@ def read_folder(folder: Path) -> dict[str, Array]:
 
 
 def _require_pairs(found: dict[str, Array], path: Path, names: list[str]) -> None:
-    wanted = ["x", "target"] + ["test_x", "test_target"] * any("test" in name for name in found)
-    if missing := [name for name in wanted if name not in found]:
+    required = ["x", "target"] + ["test_x", "test_target"] * any("test" in name for name in found)
+    if missing := [name for name in required if name not in found]:
         raise DataError(
             f"{path} holds {names}, but nothing for {missing[0]}: a .npz file has arrays x and "
             "target (and perhaps x_test, target_test, client), a folder the files train-images... "
@@ -158,7 +158,10 @@ def _classes(target: Array, task: str, source: str) -> list[str]:
         return []  # refused where it is fitted, in words
     names = class_names([str(label) for label in np.unique(target)])
     if len(names) < 2:
-        raise DataError(f"{source}: the target has the one value {names} only")
+        raise DataError(
+            f"{source}: every target is {names}, so that there is nothing to learn; two or more "
+            "different ones are wanted"
+        )
     return names
 
 

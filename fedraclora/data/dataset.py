@@ -41,7 +41,7 @@ class DataSet:
         parts: The clients, where the data set brings its own division. Rows of each client are a
             proposal; clients that are made or found on demand are the only division there is.
         optimum: Least value of the training objective, where it is known.
-        held_by: A column whose values are held out whole, for test and validation alike; None
+        held_out_by: A column whose values are held out whole, for test and validation alike; None
             where rows are.
         aside: Training and test samples that no client has, for pretraining; None where there
             are none.
@@ -59,7 +59,7 @@ class DataSet:
     sample_shape: tuple[int, ...]
     parts: Division | None = None
     optimum: float | None = None
-    held_by: str | None = None
+    held_out_by: str | None = None
     aside: tuple[Samples, Samples] | None = None
     measures_training: bool = False
     tokenizer: Any = None
@@ -67,7 +67,7 @@ class DataSet:
 
     @property
     def on_demand(self) -> bool:
-        """Whether clients are made or found when asked: then no table is to be divided."""
+        """Return whether clients are made or found when asked: then no table is to be divided."""
         return not isinstance(self.parts, list | None)
 
 
@@ -107,10 +107,10 @@ def split_rows(
     groups = [np.arange(rows)]
     if labels is not None:
         groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    held = np.zeros(rows, dtype=bool)
+    held_out = np.zeros(rows, dtype=bool)
     for group in groups:
-        held[rng.permutation(group)[: int(fraction * len(group) + 0.5)]] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
+        held_out[rng.permutation(group)[: int(fraction * len(group) + 0.5)]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def split_owners(owners: Column, fraction: float, rng: np.random.Generator) -> tuple[Rows, Rows]:
@@ -132,8 +132,8 @@ def split_owners(owners: Column, fraction: float, rng: np.random.Generator) -> t
     names, sizes = np.unique(owners, return_counts=True)
     order = rng.permutation(len(names))
     filled = int(np.searchsorted(np.cumsum(sizes[order]), fraction * len(owners)))
-    held = np.isin(owners, names[order[: filled + 1]])
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    held_out = np.isin(owners, names[order[: filled + 1]])
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def divide(
@@ -151,19 +151,20 @@ def divide(
         ConfigError: If the fraction leaves one side empty, naming its key.
     """
     if owners is None:
-        kept, held = split_rows(rows, fraction, rng, labels)
+        training, held_out = split_rows(rows, fraction, rng, labels)
     else:
-        kept, held = split_owners(owners, fraction, rng)
-    if not len(held) or not len(kept):
+        training, held_out = split_owners(owners, fraction, rng)
+    if not len(held_out) or not len(training):
         raise ConfigError(
-            f"{key}={fraction} of {rows} rows leaves {len(kept)} to train on and {len(held)} to "
-            f"{'validate' if key == 'data.validation' else 'test'} on: choose another fraction"
+            f"{key}={fraction} of {rows} rows leaves {len(training)} to train on and "
+            f"{len(held_out)} to {'validate' if key == 'data.validation' else 'test'} on: choose "
+            "another fraction"
         )
-    return kept, held
+    return training, held_out
 
 
 def refuse_both(test: str | None, test_share: float | None) -> None:
-    """Refuse two answers to the question what is measured on.
+    """Reject settings that name two sources of test samples.
 
     Raises:
         ConfigError: If test samples are named, and a share is to be held out, too.
@@ -194,8 +195,8 @@ def train_test(
         ConfigError: If the fraction leaves one side empty.
     """
     rng = generator(split_seed, "split", "test")
-    kept, held = divide(key, fraction, len(samples), rng, labels=labels)
-    return take(samples, kept), take(samples, held), kept
+    training, held_out = divide(key, fraction, len(samples), rng, labels=labels)
+    return take(samples, training), take(samples, held_out), training
 
 
 def take(samples: Samples, rows: Rows) -> Samples:
@@ -224,33 +225,33 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
             "data.labels is for samples that are there, and these clients' are made on demand; "
             "set data.labels=null"
         )
-    wanted = [int(label) for label in labels]
-    if len(wanted) < 2 or len(set(wanted)) < len(wanted):
-        raise ConfigError(f"data.labels={wanted}: want two or more different classes")
+    chosen = [int(label) for label in labels]
+    if len(chosen) < 2 or len(set(chosen)) < len(chosen):
+        raise ConfigError(f"data.labels={chosen}: two or more different classes are wanted")
     for samples, side in ((data.train, "training"), (data.test, "test")):
         found: list[int] = np.unique(samples.target.numpy()).tolist()
-        missing = sorted(set(wanted) - set(found))
+        missing = sorted(set(chosen) - set(found))
         if missing:
             raise ConfigError(
-                f"data.labels={wanted}: no {side} sample has class {missing}. There are: {found}"
+                f"data.labels={chosen}: no {side} sample has class {missing}. There are: {found}"
             )
-    renumber = np.full(max(wanted) + 1, -1, dtype=np.int64)
-    renumber[wanted] = np.arange(len(wanted))
+    renumber = np.full(max(chosen) + 1, -1, dtype=np.int64)
+    renumber[chosen] = np.arange(len(chosen))
 
     def relabel(samples: Samples) -> tuple[Rows, Samples]:
-        rows = np.flatnonzero(np.isin(samples.target.numpy(), wanted))
-        kept = take(samples, rows)
-        return rows, Samples(kept.inputs, torch.from_numpy(renumber)[kept.target])
+        rows = np.flatnonzero(np.isin(samples.target.numpy(), chosen))
+        selected = take(samples, rows)
+        return rows, Samples(selected.inputs, torch.from_numpy(renumber)[selected.target])
 
     rows, train = relabel(data.train)
-    kept = _keep(data, rows)
+    selected = _keep(data, rows)
     return replace(
-        kept,
+        selected,
         train=train,
         test=train if data.test is data.train else relabel(data.test)[1],
-        classes=len(wanted),
-        columns=kept.columns | {"label": train.target.numpy()},
-        info=kept.info | {"labels": wanted},
+        classes=len(chosen),
+        columns=selected.columns | {"label": train.target.numpy()},
+        info=selected.info | {"labels": chosen},
     )
 
 
@@ -278,12 +279,12 @@ def hold_out(data: DataSet, validation: Fraction, seed: int) -> tuple[DataSet, S
             "of them is at the server: leave data.validation at 0"
         )
     rng = generator(seed, "split", "validation")
-    owners = None if data.held_by is None else data.columns[data.held_by]
+    owners = None if data.held_out_by is None else data.columns[data.held_out_by]
     labels = data.columns.get("label")
-    kept, held = divide(
+    training, held_out = divide(
         "data.validation", validation, len(data.train), rng, labels=labels, owners=owners
     )
-    return _keep(data, kept), take(data.train, held)
+    return _keep(data, training), take(data.train, held_out)
 
 
 def _keep(data: DataSet, rows: Rows) -> DataSet:

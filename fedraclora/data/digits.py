@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 
 from fedraclora.data.dataset import DataSet, classification, train_test
@@ -26,11 +29,17 @@ def load_digits(*, test: Fraction = 0.25, split_seed: int = 0) -> DataSet:
     Raises:
         ConfigError: If ``test`` leaves one side empty.
     """
-    from sklearn import datasets
-
-    images, labels = datasets.load_digits(return_X_y=True)
+    images, labels = _read()
     samples = Samples(
         {"x": torch.from_numpy(images).to(torch.float32) / 16}, torch.from_numpy(labels).long()
     )
-    train, held, _ = train_test(samples, "data.test", test, split_seed, labels)
-    return classification(train, held, 10, {"source": "scikit-learn digits"})
+    train, held_out, _ = train_test(samples, "data.test", test, split_seed, labels)
+    return classification(train, held_out, 10, {"source": "scikit-learn digits"})
+
+
+@cache
+def _read() -> Any:
+    """Read images and labels, once in a process: it takes longer than to train a client."""
+    from sklearn import datasets
+
+    return datasets.load_digits(return_X_y=True)

@@ -78,7 +78,7 @@ class Form:
         if self.shape and (x is None or tuple(x.shape[1:]) != self.shape):
             came = [*samples.inputs] if x is None else tuple(x.shape[1:])
             raise DataError(
-                f"{where}: one input is {came}; x of shape {self.shape} is wanted (data.shape)"
+                f"{where}: one input has {came}; x of shape {self.shape} is wanted (data.shape)"
             )
 
     def _target(self, target: torch.Tensor, where: str) -> torch.Tensor:
@@ -128,10 +128,10 @@ class Form:
         classes = 2 if self.loss == "logistic" else self.classes
         least, most = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
         if least < 0 or (classes is not None and most >= classes):
-            wanted = "from 0 on" if classes is None else f"0 to {classes - 1}"
+            bounds = "from 0 on" if classes is None else f"0 to {classes - 1}"
             mend = "" if least < 0 or self.loss == "logistic" else f", or data.classes={most + 1}"
             raise DataError(
-                f"{where}: the labels go from {least} to {most}; {wanted} is wanted: number the "
+                f"{where}: the labels go from {least} to {most}; {bounds} is wanted: number the "
                 f"classes from 0{mend}"
             )
 
@@ -153,15 +153,15 @@ def gathered(found: object, where: str) -> Samples:
         tensors = {str(n): as_tensor(a, f"{where}: {n}") for n, a in inputs.items()}
         samples = Samples(tensors, as_tensor(found[1], f"{where}: the target"))
     else:
-        raise DataError(f"{where} gives a {type(found).__name__}; (inputs, target) is wanted")
+        raise DataError(f"{where} returns a {type(found).__name__}; (inputs, target) is wanted")
     scalars = [n for n, t in [*samples.inputs.items(), ("target", samples.target)] if not t.dim()]
     if scalars:
         raise DataError(f"{where}: {scalars[0]} is one number; an array of samples is wanted")
     sizes = {name: len(tensor) for name, tensor in samples.inputs.items()}
     if not len(samples) or {*sizes.values()} != {len(samples)}:
         raise DataError(
-            f"{where}: {len(samples)} targets and inputs of {sizes} samples; one or more are "
-            "wanted, of each as many"
+            f"{where}: there are {len(samples)} targets, but inputs of {sizes} samples; as many of "
+            "each, and at least one, are wanted"
         )
     return samples
 

@@ -47,8 +47,8 @@ def parse_idx(data: bytes, name: str) -> npt.NDArray[Any]:
     if kind is None or not axes or len(data) < 4 + 4 * axes:
         raise DataError(f"{name} is no IDX file (it does not begin as one)")
     shape = tuple(np.frombuffer(data, ">i4", count=axes, offset=4).tolist())
-    wanted = 4 + 4 * axes + prod(shape) * np.dtype(kind).itemsize
-    if min(shape) < 0 or len(data) != wanted:
-        raise DataError(f"{name} is not whole: {len(data)} bytes for shape {shape}, not {wanted}")
+    size = 4 + 4 * axes + prod(shape) * np.dtype(kind).itemsize
+    if min(shape) < 0 or len(data) != size:
+        raise DataError(f"{name} is not whole: {len(data)} bytes for shape {shape}, not {size}")
     found = np.frombuffer(data, kind, offset=4 + 4 * axes).reshape(shape)
     return found.astype(np.dtype(kind).newbyteorder("="))

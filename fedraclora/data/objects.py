@@ -188,19 +188,19 @@ def of_frame(
 
 
 def is_columns(found: object) -> bool:
-    """Tell whether this is a ``Dataset`` of Hugging Face."""
+    """Check whether this is a ``Dataset`` of Hugging Face."""
     return hasattr(found, "column_names") and hasattr(found, "with_format")
 
 
 def of_columns(found: Any, where: str, target: str | None) -> Samples:
     """Read a ``Dataset`` of Hugging Face: the target, and inputs by name or as one ``x``."""
     names = list(found.column_names)
-    wanted = target or next((name for name in TARGETS if name in names), None)
-    if wanted is None or wanted not in names:
+    target_name = target or next((name for name in TARGETS if name in names), None)
+    if target_name is None or target_name not in names:
         raise DataError(
             f"{where}: the columns are {names}; name the one to predict with target=..."
         )
-    inputs = [name for name in names if name != wanted]
+    inputs = [name for name in names if name != target_name]
     if TOKENS not in inputs and len(inputs) > 1:
         rows = [np.asarray(column(found, name, where)) for name in inputs]
         flat = [name for name, row in zip(inputs, rows, strict=True) if row.ndim != 1]
@@ -210,14 +210,14 @@ def of_columns(found: Any, where: str, target: str | None) -> Samples:
                 f"{where}: the columns {words or flat} are no plain numbers; keep one column of "
                 "inputs, columns of numbers alone, or input_ids and attention_mask of a tokenizer"
             )
-        return gathered((np.stack(rows, axis=1).astype(np.float32), found[wanted][:]), where)
+        return gathered((np.stack(rows, axis=1).astype(np.float32), found[target_name][:]), where)
     arrays = {name: column(found, name, where) for name in inputs}
     given = arrays if TOKENS in arrays else next(iter(arrays.values()))
-    return gathered((given, column(found, wanted, where)), where)
+    return gathered((given, column(found, target_name, where)), where)
 
 
 def column(found: Any, name: str, where: str) -> Any:
-    """Give a column of a ``Dataset`` of Hugging Face as an array."""
+    """Read a column of a ``Dataset`` of Hugging Face as an array."""
     if name not in found.column_names:
         raise DataError(f"{where}: there is no column {name!r} among {list(found.column_names)}")
     return found.with_format("numpy")[name][:]
@@ -251,7 +251,7 @@ def of_dataset(found: Any, where: str, target: str | None) -> Samples:
 
 
 def divided(data: Any, partitioner: Any) -> list[Rows]:
-    """Have a partitioner of flwr-datasets divide a ``Dataset``; give the rows of each client."""
+    """Divide a ``Dataset`` by a partitioner of flwr-datasets; return the rows of each client."""
     if not is_columns(data):
         raise ConfigError(
             f"partition is a {type(partitioner).__name__}, which divides a Hugging Face Dataset, "
@@ -303,18 +303,18 @@ def without_test(data: DataSet) -> DataSet:
     """Hold a fifth of each client's samples out; of all rows where they are not divided yet."""
     rng, rows = generator(0, "split", "test"), np.arange(len(data.train))
     parts = data.parts if isinstance(data.parts, list) else [rows]
-    kept, held = [], []
+    training, held_out = [], []
     for part in parts:
         stay, out = split_rows(len(part), SHARE, rng)
-        kept.append(part[stay] if len(stay) else part)
-        held.append(part[out] if len(stay) else part[:0])
-    out = np.sort(np.concatenate(held))
+        training.append(part[stay] if len(stay) else part)
+        held_out.append(part[out] if len(stay) else part[:0])
+    out = np.sort(np.concatenate(held_out))
     if not len(out):
         raise DataError(
             f"the clients have {len(rows)} samples in all, of which none can be held out to "
             "measure on: say test=..."
         )
-    left = np.sort(np.concatenate(kept))
+    left = np.sort(np.concatenate(training))
     place = np.full(len(rows), -1, dtype=np.int64)
     place[left] = np.arange(len(left))
     return replace(
@@ -322,7 +322,7 @@ def without_test(data: DataSet) -> DataSet:
         train=take(data.train, left),
         test=take(data.train, out),
         columns={name: values[left] for name, values in data.columns.items()},
-        parts=[place[part] for part in kept] if isinstance(data.parts, list) else None,
+        parts=[place[part] for part in training] if isinstance(data.parts, list) else None,
         info=data.info | {"held_out": SHARE},
     )
 

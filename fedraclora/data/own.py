@@ -17,7 +17,7 @@ from fedraclora.data.dataset import SHARE, Clients, DataSet, refuse_both, split_
 from fedraclora.data.fit import METRICS, Form, found_shape
 from fedraclora.data.partition import LOOKED_AT, spread_clients
 from fedraclora.data.samples import Samples
-from fedraclora.data.sources import counted, read_own, read_table, told
+from fedraclora.data.sources import counted, read_own, read_table, source_label
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.rng import generator
@@ -51,11 +51,11 @@ class Brought:
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
     _found: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
-    _held: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
+    _held_out: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _read: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, client: int) -> Samples:
-        """Give the training samples of one client.
+        """Return the training samples of one client.
 
         Raises:
             ConfigError: If they are on another machine.
@@ -65,20 +65,20 @@ class Brought:
             whole = self.whole(client)
             self._read.pop(client, None)
             rng = generator(self.split_seed, "split", "test", client)
-            kept, held = split_rows(len(whole), self.share, rng)
-            if not len(kept):  # a client has something to train on
-                kept, held = held, kept
-            found = take(whole, kept) if len(held) else whole
+            training, held_out = split_rows(len(whole), self.share, rng)
+            if not len(training):  # a client has something to train on
+                training, held_out = held_out, training
+            found = take(whole, training) if len(held_out) else whole
             self._found[client] = found.to(self.device, self.dtype)
             if self.share and self.only is None:
-                self._held[client] = take(whole, held)
+                self._held_out[client] = take(whole, held_out)
         return self._found[client]
 
     def held_out(self) -> Samples:
-        """Give the samples of all clients that they do not train on."""
+        """Return the samples of all clients that they do not train on."""
         for client in range(self.num_clients):
             self.client(client)
-        return Samples.join([self._held.pop(client) for client in range(self.num_clients)])
+        return Samples.join([self._held_out.pop(client) for client in range(self.num_clients)])
 
     @property
     def found(self) -> list[Samples]:
@@ -86,7 +86,7 @@ class Brought:
         return [*self._found.values()]
 
     def whole(self, client: int) -> Samples:
-        """Give all samples of one client; it is asked for them once."""
+        """Return all samples of one client; its source is asked for them once."""
         if self.source is None:
             raise ConfigError(
                 "data=own: the samples are with their owners; run it with engine=deploy, or set "
@@ -95,7 +95,7 @@ class Brought:
         if client not in self._read:
             alone = self.alone or self.num_clients == 1
             self._read[client] = read_own(self.source, client, alone=alone)
-        return self.form.fit(self._read[client], told(self.source, client))
+        return self.form.fit(self._read[client], source_label(self.source, client))
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K]; 1 for those that are elsewhere."""
@@ -241,13 +241,13 @@ def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
     """Find what is measured on, and with it what samples look like."""
     named = None if test is None else read_table(test)
     if brought.form.classes is None or brought.form.shape is None:
-        tables = [] if named is None else [brought.form.fit(named, told(test))]
+        tables = [] if named is None else [brought.form.fit(named, source_label(test))]
         if brought.source is not None:
             some = spread_clients(brought.num_clients, LOOKED_AT).tolist()
             tables += [brought.whole(client) for client in some]
         brought = replace(brought, form=_completed(brought.form, tables))
     if named is not None:
-        return brought, brought.form.fit(named, told(test))
+        return brought, brought.form.fit(named, source_label(test))
     table = brought.held_out()
     if not len(table):
         raise ConfigError(
@@ -280,5 +280,5 @@ def _completed(form: Form, tables: Sequence[Samples]) -> Form:
 
 
 def _none_of(table: Samples) -> Samples:
-    """Give a table of the same kind without a row."""
+    """Return a table of the same kind without a row."""
     return table.take(torch.zeros(0, dtype=torch.int64))

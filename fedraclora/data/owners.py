@@ -38,8 +38,8 @@ def natural(
             f"samples; the largest has {max(map(len, every))}"
         )
     enough = f", {len(parts)} with at least {least} samples" if least > 1 else ""
-    told = f"partition.column={column} has {len(every)} values{enough}"
-    _require_number(clients, len(parts), told)
+    reason = f"partition.column={column} has {len(every)} values{enough}"
+    _require_number(clients, len(parts), reason)
     return parts
 
 

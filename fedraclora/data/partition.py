@@ -100,9 +100,9 @@ def make_partition(
     try:
         parts = PARTITIONS[name](data, clients=clients, seed=seed, **args)
     except (ValueError, IndexError) as error:  # flwr-datasets: the division does not exist
-        told = "".join(f", partition.{key}={value}" for key, value in args.items())
+        settings = "".join(f", partition.{key}={value}" for key, value in args.items())
         raise ConfigError(
-            f"partition={name}, clients={clients}{told} cannot divide {len(data.train)} "
+            f"partition={name}, clients={clients}{settings} cannot divide {len(data.train)} "
             f"samples: {error}"
         ) from error
     name = fitting(data) if name == "auto" else name
@@ -117,15 +117,15 @@ def make_partition(
             f"({shown}): set partition.empty=drop, or take fewer clients"
             + (" or a larger partition.alpha" if "alpha" in args else "")
         )
-    kept = [part for part in parts if len(part)]
-    sizes = np.array([len(part) for part in kept])
+    nonempty = [part for part in parts if len(part)]
+    sizes = np.array([len(part) for part in nonempty])
     asked = clients if clients is not None else len(parts)
     facts = _facts(name, asked, len(empties), sizes)
-    return kept, facts | {"rows_left_out": len(data.train) - int(sizes.sum())}
+    return nonempty, facts | {"rows_left_out": len(data.train) - int(sizes.sum())}
 
 
 def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) -> dict[str, object]:
-    """Tell of clients from the numbers of samples of some, or of all that are kept."""
+    """Summarise clients by the numbers of samples of some, or of all that are kept."""
     return {
         "partition": name,
         "clients_asked": asked,
@@ -138,7 +138,7 @@ def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) ->
 
 
 def spread_clients(clients: int, most: int) -> torch.Tensor:
-    """Give all ids, or ``most`` of them spread evenly, int64.
+    """List all ids, or ``most`` of them spread evenly, int64.
 
     Example:
         >>> spread_clients(9, 3)

@@ -59,7 +59,7 @@ def dirichlet(
 def pathological(
     data: DataSet, *, clients: int, seed: int, classes_per_client: Count
 ) -> list[Rows]:
-    """Give each client samples of a few classes only.
+    """Assign each client samples of a few classes only.
 
     Client k has class k (modulo the number of classes) and others drawn at random, so that no
     class is lost where there are as many clients as classes.
@@ -159,7 +159,7 @@ def fedslop(data: DataSet, *, clients: int, seed: int, alpha: Positive) -> list[
 
 
 def class_labels(data: DataSet) -> Column:
-    """Give the class of each training row.
+    """Read the class of each training row.
 
     Raises:
         ConfigError: If the data set has no classes.
@@ -176,12 +176,19 @@ def _divide(data: DataSet, partitioner: Any, column: str, seed: int) -> list[Row
     """Run a partitioner of flwr-datasets over shuffled rows; give the rows of each client."""
     from datasets import Dataset
 
+    class Whole(Dataset):  # type: ignore[misc]
+        """Gives a column at once: partitioners make an array of it, else row by row."""
+
+        def __getitem__(self, key: Any) -> Any:
+            found = super().__getitem__(key)
+            return found[:] if isinstance(key, str) else found
+
     order = generator(seed, "partition", "order").permutation(len(data.train))
     columns = {"row": order}
     if column != "row":
         columns[column] = (class_labels(data) if column == "label" else data.columns[column])[order]
     with _quiet():
-        partitioner.dataset = Dataset.from_dict(columns)
+        partitioner.dataset = Whole.from_dict(columns)
         partitioner.load_partition(0)
         # Most partitioners hold a table of the rows of each client, which is much faster to
         # read than a Dataset per client, the public way.

@@ -68,7 +68,9 @@ def load_shakespeare(
     if not plays:
         raise DataError(f"data.path={path}: there is no play (*.md) in {folder}")
     chosen = _named(plays, aside or [])
-    roles = {(name, who): said for name in plays for who, said in read_roles(plays[name]).items()}
+    roles = {
+        (name, who): speech for name in plays for who, speech in read_roles(plays[name]).items()
+    }
     symbols = sorted(set().union(*roles.values()))
     place = {symbol: index for index, symbol in enumerate(symbols)}
 
@@ -83,13 +85,14 @@ def load_shakespeare(
     windows = cut(role for role in roles if role[0] not in chosen)
     if not windows:
         raise ConfigError(
-            f"data.least={least}, data.length={length}: no role is left to be a client"
+            f"data.least={least}, data.length={length}: no role of these plays has as much text "
+            "as a client needs; lower one of the two"
         )
-    train, held = _split(windows, test)
+    train, held_out = _split(windows, test)
     counts = [len(_kept(w, test)) for w in windows.values()]
     return DataSet(
         train=train,
-        test=held,
+        test=held_out,
         classes=len(symbols),
         loss="next_token",
         metrics=("accuracy", "perplexity", "loss"),
@@ -109,7 +112,7 @@ def read_roles(file: Path) -> dict[str, str]:
     A name in bold starts a speech and a heading ends it; stage directions, in italics, are left
     out, within a line too.
     """
-    said: dict[str, list[str]] = {}
+    speeches: dict[str, list[str]] = {}
     who: str | None = None
     for line in map(str.strip, file.read_text(encoding="utf-8").splitlines()):
         if speaker := _SPEAKER.fullmatch(line):
@@ -117,8 +120,8 @@ def read_roles(file: Path) -> dict[str, str]:
         elif line.startswith("#"):
             who = None
         elif who is not None and (text := _DIRECTION.sub("", line).strip()):
-            said.setdefault(who, []).append(text)
-    return {name: "\n".join(lines) for name, lines in said.items()}
+            speeches.setdefault(who, []).append(text)
+    return {name: "\n".join(lines) for name, lines in speeches.items()}
 
 
 def _named(plays: dict[str, Path], names: Sequence[str]) -> set[str]:
@@ -132,13 +135,13 @@ def _named(plays: dict[str, Path], names: Sequence[str]) -> set[str]:
 
 def _kept(windows: Windows, test: float) -> Windows:
     """The windows of a role that are trained on."""
-    held = min(max(1, round(test * len(windows))), len(windows) - 1)
-    return windows[: len(windows) - held]
+    held_out = min(max(1, round(test * len(windows))), len(windows) - 1)
+    return windows[: len(windows) - held_out]
 
 
 def _split(roles: dict[Role, Windows], test: float) -> tuple[Samples, Samples]:
-    """Give the training and the test windows of all roles, role after role."""
-    kept = np.concatenate([_kept(windows, test) for windows in roles.values()])
-    held = np.concatenate([w[len(_kept(w, test)) :] for w in roles.values()])
-    train, tested = torch.from_numpy(kept), torch.from_numpy(held)
+    """Split the windows of all roles into training and test samples, role after role."""
+    training = np.concatenate([_kept(windows, test) for windows in roles.values()])
+    held_out = np.concatenate([w[len(_kept(w, test)) :] for w in roles.values()])
+    train, tested = torch.from_numpy(training), torch.from_numpy(held_out)
     return Samples({"input_ids": train}, train), Samples({"input_ids": tested}, tested)

@@ -20,7 +20,7 @@ ALONE = "train.npz"  # the file of a folder that is one client's
 
 
 def counted(samples: str | None, clients: int | None) -> int:
-    """Give the number of clients, which the files of a folder may tell.
+    """Return the number of clients, which the files of a folder may determine.
 
     Raises:
         ConfigError: If nothing tells it.
@@ -64,7 +64,7 @@ def _numbers(folder: Path) -> set[int]:
     return {int(file.stem) for file in folder.glob("*.npz") if file.stem.isdecimal()}
 
 
-def told(source: str | None, client: int | None = None) -> str:
+def source_label(source: str | None, client: int | None = None) -> str:
     """Name a source in messages."""
     if client is None:
         return f"data.test={source}"
@@ -83,7 +83,7 @@ def read_own(source: str, client: int, *, alone: bool = False) -> Samples:
     Raises:
         DataError: If they are missing.
     """
-    where = told(source, client)
+    where = source_label(source, client)
     if is_function(source):
         return gathered(call_function("data.samples", source, client), where)
     folder = _folder(source)
@@ -103,11 +103,11 @@ def read_own(source: str, client: int, *, alone: bool = False) -> Samples:
 def read_table(source: str) -> Samples:
     """Read samples from a ``.npz`` file, or from a function without arguments."""
     if is_function(source):
-        return gathered(call_function("data.test", source), told(source))
+        return gathered(call_function("data.test", source), source_label(source))
     path = Path(source).expanduser()
     if not path.is_file():
         raise DataError(f"data.test: there is no file {path}")
-    return read_npz(path, told(source))
+    return read_npz(path, source_label(source))
 
 
 def read_npz(path: Path, where: str) -> Samples:

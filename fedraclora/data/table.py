@@ -38,7 +38,8 @@ def read_columns(path: Path, columns: Sequence[Named], *, header: bool) -> list[
     kind = path.name.removesuffix(packed)[-4:]
     if kind not in _DELIMITERS:
         raise ConfigError(
-            f"{path}: want a name that ends in .tsv or .csv (with .gz or .bz2 or not)"
+            f"{path}: a name that ends in .tsv or .csv, or in one of them and .gz or .bz2, is "
+            "wanted"
         )
     opener = _OPENERS.get(packed, open)
     try:
@@ -80,7 +81,10 @@ def _place(key: str, column: str | int, names: list[str], header: bool) -> int:
         return names.index(str(column))
     if isinstance(column, int) and not isinstance(column, bool) and column >= 0:
         if header and column >= len(names):
-            raise ConfigError(f"{key}={column}: the table has {len(names)} columns, from 0")
+            raise ConfigError(
+                f"{key}={column}: there is no such column; the table has {len(names)}, counted "
+                "from 0"
+            )
         return column
     if not header:
         raise ConfigError(f"{key}={column}: a table without header has columns 0, 1, 2, ...")

@@ -136,26 +136,33 @@ def of_frames(
     if test is None:
         share = SHARE if test_share is None else test_share
         strata = np.array(labels) if task == "classification" else None
-        train, held, rows = train_test(train, "data.test_share", share, split_seed, strata)
+        train, held_out, rows = train_test(train, "data.test_share", share, split_seed, strata)
         owners = owners if owners is None else owners[rows]
     else:
         found, other = test
         for column in used:
             _column(found, "data.test", column, other)
         x, labels, _, more = _rows(found, used, _label(found, label, other), None, missing, other)
-        held = Samples({"x": x}, target_of(labels, classes, task))
+        held_out = Samples({"x": x}, target_of(labels, classes, task))
         dropped += more
     info: dict[str, object] = {"source": source, "rows_dropped": dropped}
     if standardise:
-        train, held, scale = _standardised(train, held)
+        train, held_out, scale = _standardised(train, held_out)
         info |= scale
-    train, held = (part.clone().to("cpu", torch.float32) for part in (train, held))
+    train, held_out = (part.clone().to("cpu", torch.float32) for part in (train, held_out))
     info["features"] = used if len(used) <= TOLD else len(used)
     info |= {"columns_left_out": left_out} if left_out else {}
     if owners is not None:
         info["clients"] = np.unique(owners).tolist()[:TOLD]  # by number: client 0 is the first
     return supervised(
-        train, held, classes, task, metrics=metrics, owners=owners, client=str(client), info=info
+        train,
+        held_out,
+        classes,
+        task,
+        metrics=metrics,
+        owners=owners,
+        client=str(client),
+        info=info,
     )
 
 
@@ -194,8 +201,8 @@ def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataF
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
     except (OSError, ValueError, EOFError) as error:
-        said = " ".join(str(error).split())
-        raise DataError(f"{path} cannot be read as a table: {said}") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} cannot be read as a table: {reason}") from error
     frame.columns = [str(name).strip() for name in frame.columns]
     if not len(frame):
         raise DataError(f"{path} holds no rows")
@@ -252,7 +259,7 @@ def _features(
 
 
 def _refuse_spoilt(frame: DataFrame, name: str, path: Path) -> None:
-    """Refuse a column of numbers with a cell that is none: it would be left out in silence.
+    """Reject a column of numbers with a cell that is none: it would be left out in silence.
 
     Raises:
         DataError: Naming the first such cell.
@@ -289,17 +296,19 @@ def _rows(
     gaps |= {name: frame[name].isna().to_numpy() for name in (label, client) if name is not None}
     gone = np.logical_or.reduce([*gaps.values()])
     if missing == "error" and gone.any():
-        told = [f"{name} in {int(gap.sum())} rows" for name, gap in gaps.items() if gap.any()]
+        gaps_by_column = [
+            f"{name} in {int(gap.sum())} rows" for name, gap in gaps.items() if gap.any()
+        ]
         raise DataError(
-            f"{path}: values are missing (or infinite): {', '.join(told[:5])}; the first of them "
-            f"in row {int(np.flatnonzero(gone)[0]) + 1}. Set data.missing=drop to leave such rows "
-            "out, data.features to leave columns out, or fill them in the file"
+            f"{path}: values are missing (or infinite): {', '.join(gaps_by_column[:5])}; the "
+            f"first of them in row {int(np.flatnonzero(gone)[0]) + 1}. Set data.missing=drop to "
+            "leave such rows out, data.features to leave columns out, or fill them in the file"
         )
     if gone.all():
         raise DataError(f"{path}: no row is whole: check data.features, data.label, data.client")
-    kept = frame[~gone]
-    clients = None if client is None else _written(kept[client])
-    return torch.from_numpy(x[~gone]), _written(kept[label]), clients, int(gone.sum())
+    whole = frame[~gone]
+    clients = None if client is None else _written(whole[client])
+    return torch.from_numpy(x[~gone]), _written(whole[label]), clients, int(gone.sum())
 
 
 def _written(column: object) -> list[str]:
@@ -335,12 +344,12 @@ def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict
         return Samples({"x": x}, train.target), Samples({"x": test_x}, test.target), {}
     wide = train.target.double()
     y, test_y = _scaled(wide, test.target.double())
-    told = {"label_mean": float(wide.mean()), "label_deviation": float(wide.std(correction=0))}
-    return Samples({"x": x}, y), Samples({"x": test_x}, test_y), dict(told)
+    facts = {"label_mean": float(wide.mean()), "label_deviation": float(wide.std(correction=0))}
+    return Samples({"x": x}, y), Samples({"x": test_x}, test_y), dict(facts)
 
 
 def _scaled(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give both mean 0 and deviation 1 over the rows of the first; what is constant becomes 0."""
+    """Standardise both by mean and deviation of the first's rows; a constant column becomes 0."""
     mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0)
     deviation = torch.where(deviation == 0, torch.ones_like(deviation), deviation)
     return (train - mean) / deviation, (test - mean) / deviation

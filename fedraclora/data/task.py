@@ -45,11 +45,11 @@ def logistic(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, 
 
 def next_token(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of the next token: logits [N, T, V], tokens [N, T] (-100 has no loss)."""
-    logits, wanted = output[:, :-1], target[:, 1:]
+    logits, next_tokens = output[:, :-1], target[:, 1:]
     loss = F.cross_entropy(
-        logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED_TOKEN
+        logits.transpose(1, 2), next_tokens, reduction="none", ignore_index=IGNORED_TOKEN
     )
-    return loss.sum(dim=1), (wanted != IGNORED_TOKEN).sum(dim=1)
+    return loss.sum(dim=1), (next_tokens != IGNORED_TOKEN).sum(dim=1)
 
 
 LOSSES: dict[str, LossFunction] = {
@@ -61,7 +61,7 @@ LOSSES: dict[str, LossFunction] = {
 
 
 def loss_function(name: str) -> LossFunction:
-    """Give the loss of a name: a key of `LOSSES`, or ``package.module:function``.
+    """Return the loss of a name: a key of `LOSSES`, or ``package.module:function``.
 
     Raises:
         ConfigError: If there is none.
@@ -84,11 +84,11 @@ def cross_entropy_slope(
     """Losses [N] of `cross_entropy` and their slopes [N, classes], softmax less one-hot."""
     # In elementwise steps: torch's softmax over a few classes is several times as slow.
     shifted = output - output.amax(dim=1, keepdim=True)
-    wanted = shifted.gather(1, target[:, None])
+    of_target = shifted.gather(1, target[:, None])
     slope = shifted.exp_()
     total = slope.sum(dim=1, keepdim=True)
-    slope.div_(total).scatter_add_(1, target[:, None], torch.full_like(wanted, -1.0))
-    return (total.log() - wanted).squeeze(1), slope
+    slope.div_(total).scatter_add_(1, target[:, None], torch.full_like(of_target, -1.0))
+    return (total.log() - of_target).squeeze(1), slope
 
 
 def squared_error_slope(
@@ -149,5 +149,8 @@ def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     output = model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"the model gives {type(output).__name__}, not a tensor or .logits")
+        raise TypeError(
+            f"the model returns a {type(output).__name__}; a tensor, or an object with .logits, is "
+            "wanted"
+        )
     return logits

@@ -80,7 +80,7 @@ def load_text(
     """
     columns = [text] if isinstance(text, str | int) else list(text)
     if len(columns) not in {1, 2}:
-        raise ConfigError(f"data.text={columns}: want one column, or two for pairs of texts")
+        raise ConfigError(f"data.text={columns}: one column, or two for pairs of texts, is wanted")
     if test_by_client and (test_file or client is None):
         raise ConfigError("data.test_by_client=true needs data.client, and data.test_file=null")
     named: list[Named] = [("data.text", column) for column in columns] + [("data.label", label)]
@@ -94,21 +94,21 @@ def load_text(
     owner: list[Named] = [] if client is None else [("data.client", client)]
     table, dropped = read(file, "data.file", sha256, owner)
     if test_file:
-        held, dropped_test = read(test_file, "data.test_file", test_sha256, [])
+        held_out, dropped_test = read(test_file, "data.test_file", test_sha256, [])
         dropped += dropped_test
     else:
         rng = generator(split_seed, "split", "test")
         strata = np.array(table[:, count].tolist()) if task == "classification" else None
         owners = np.array(table[:, -1].tolist()) if test_by_client else None
         rows, others = divide("data.test", test, len(table), rng, labels=strata, owners=owners)
-        table, held = table[rows], table[others]
+        table, held_out = table[rows], table[others]
     if subsample is not None:
         table = _subsample(table, subsample, split_seed)
     names = class_names(table[:, count].tolist(), values) if task == "classification" else []
     encode = make_encoder(tokenizer, root=root, max_length=max_length)
     train, tested = (
         Samples(encode(part[:, :count].T.tolist()), target_of(part[:, count].tolist(), names, task))
-        for part in (table, held)
+        for part in (table, held_out)
     )
     data = supervised(
         train,
@@ -120,13 +120,13 @@ def load_text(
         client=str(client),
         info={"source": file, "rows_dropped": dropped},
     )
-    return replace(data, held_by="client" if test_by_client else None)
+    return replace(data, held_out_by="client" if test_by_client else None)
 
 
 def _clean(columns: list[list[str]], texts: int, values: Sequence[str] | None) -> tuple[Table, int]:
     """Leave out rows with an empty text (counted) or with a label that is not asked for."""
-    wanted = None if values is None else {str(value) for value in values}
-    asked = [row for row in zip(*columns, strict=True) if wanted is None or row[texts] in wanted]
+    allowed = None if values is None else {str(value) for value in values}
+    asked = [row for row in zip(*columns, strict=True) if allowed is None or row[texts] in allowed]
     filled = [row for row in asked if all(text.strip() for text in row[:texts])]
     if not filled:
         raise DataError(
@@ -142,5 +142,5 @@ def _subsample(table: Table, rows: int, split_seed: int) -> Table:
             f"data.subsample={rows}, but there are {len(table)} training rows; leave it out"
         )
     drawn = generator(split_seed, "split", "subsample").permutation(len(table))[:rows]
-    kept: Table = table[np.sort(drawn)]
-    return kept
+    sample: Table = table[np.sort(drawn)]
+    return sample

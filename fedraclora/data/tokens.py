@@ -33,7 +33,9 @@ def make_encoder(tokenizer: str, *, root: str | None, max_length: int) -> Encode
     try:
         loaded = AutoTokenizer.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError) as error:
-        raise DataError(f"data.tokenizer={tokenizer}: no tokenizer there: {error}") from error
+        raise DataError(
+            f"data.tokenizer={tokenizer}: no tokenizer can be read from there: {error}"
+        ) from error
     if loaded.pad_token is None:
         if loaded.eos_token is None:
             raise DataError(f"data.tokenizer={tokenizer} has no padding token: choose another")

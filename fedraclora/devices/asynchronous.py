@@ -78,13 +78,13 @@ class AsyncClock:
     places: int
     load: Callable[[torch.Tensor], Load]
 
-    def fly(self, now: float, flying: tuple[PendingClient, ...], wanted: int) -> AsyncStep:
-        """Let a round pass.
+    def fly(self, now: float, flying: tuple[PendingClient, ...], needed: int) -> AsyncStep:
+        """Advance the clock by a round.
 
         Args:
             now: Virtual seconds since the run began.
             flying: Who is on the way.
-            wanted: Replies that end the round.
+            needed: Replies that end the round.
 
         Returns:
             The round. Equal times are ordered by client.
@@ -98,7 +98,7 @@ class AsyncClock:
         landed: list[PendingClient] = []
         dropped: list[Refusal] = []
         free = self.places - len(heap)
-        while len(landed) < wanted:
+        while len(landed) < needed:
             for _ in range(free):
                 asked += 1
                 taken = {f.client for f in (*heap, *started)}

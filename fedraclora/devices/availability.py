@@ -18,7 +18,7 @@ class Availability(Limited):
 
     @abstractmethod
     def at(self, seed: int, round_: int, now: float, clients: torch.Tensor) -> torch.Tensor:
-        """Tell which clients can be asked in a round.
+        """Draw which clients can be asked in a round.
 
         Args:
             seed: Of the run.

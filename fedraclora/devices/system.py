@@ -66,8 +66,9 @@ class SystemConfig(Limited, group="system"):
             )
         if isinstance(self.availability, Diurnal) and not self.timed:
             raise ConfigError(
-                "system.availability is diurnal, but no client takes any time, so that it is one "
-                "hour for ever; set system.speed, downlink or uplink"
+                "system.availability is diurnal, but no client takes any time, so that the clock "
+                "stands still and it is the same hour in every round; set system.speed, downlink "
+                "or uplink"
             )
         if self.buffer is not None:
             self._check_buffer(self.buffer)
@@ -87,12 +88,12 @@ class SystemConfig(Limited, group="system"):
 
     @property
     def enabled(self) -> bool:
-        """Whether anything differs from a fleet of ideal devices."""
+        """Return whether anything differs from a fleet of ideal devices."""
         return self != SystemConfig()
 
     @property
     def timed(self) -> bool:
-        """Whether clients take virtual time."""
+        """Return whether clients take virtual time."""
         return not (self.speed is None and self.downlink is None and self.uplink is None)
 
     def ask(self, seed: int, round_: int, population: int, cohort: int, now: float) -> torch.Tensor:
@@ -118,36 +119,36 @@ class SystemConfig(Limited, group="system"):
             ClientError: If nobody is available.
         """
         # Rounded first: 1.1 x 50 is 55.00000000000001.
-        wanted = min(population, math.ceil(round(self.over_select * cohort, 6)))
+        needed = min(population, math.ceil(round(self.over_select * cohort, 6)))
         if self.availability is None:
-            return draw_cohort(seed, round_, population, wanted)
-        most = min(population, _SEARCH * wanted)
-        size = wanted
+            return draw_cohort(seed, round_, population, needed)
+        most = min(population, _SEARCH * needed)
+        size = needed
         while True:
             size = min(2 * size, most)
             order = generator(seed, "system/ask", round_, size)
             looked_at = torch.from_numpy(order.choice(population, size, replace=False))
             found = looked_at[self.availability.at(seed, round_, now, looked_at)]
-            if len(found) >= wanted or size == most:
+            if len(found) >= needed or size == most:
                 break
         if not len(found):
             raise ClientError(
                 f"round {round_}: none of the {most} clients looked at is available at {now:,.0f} "
                 f"virtual seconds ({self.availability}); raise its chance or share, or clients"
             )
-        return found[:wanted].sort().values
+        return found[:needed].sort().values
 
     def timeline(
-        self, seed: int, round_: int, clients: torch.Tensor, load: Load, wanted: int
+        self, seed: int, round_: int, clients: torch.Tensor, load: Load, needed: int
     ) -> Timeline:
-        """Tell who answers in time, and how long the round takes.
+        """Compute who answers in time, and how long the round takes.
 
         Args:
             seed: Of the run.
             round_: From 1.
             clients: Who was asked, int64 [K].
             load: What each was asked.
-            wanted: Replies that end the round.
+            needed: Replies that end the round.
 
         Returns:
             The round on the virtual clock. Equal times are ordered at random.
@@ -157,13 +158,13 @@ class SystemConfig(Limited, group="system"):
         """
         seconds, gone = self.trips(seed, round_, clients, load)
         ties = torch.zeros_like(seconds)
-        if len(clients) > wanted:
+        if len(clients) > needed:
             ties = cohort_uniforms(hash_key(seed, "system/tie", round_), clients)
         limit = math.inf if self.deadline is None else self.deadline
-        return Race(round_, clients, seconds, gone, ties, wanted, limit).run()
+        return Race(round_, clients, seconds, gone, ties, needed, limit).run()
 
     def ranks(self, seed: int, clients: torch.Tensor, rank: int) -> torch.Tensor | None:
-        """Give the ranks that clients can train.
+        """Draw the ranks that clients can train.
 
         Args:
             seed: Of the run.
@@ -183,7 +184,7 @@ class SystemConfig(Limited, group="system"):
     def trips(
         self, seed: int, round_: int, clients: torch.Tensor, load: Load
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the seconds of clients that start in a round, and after which they vanish (or inf).
+        """Draw the seconds of clients that start in a round, and after which they vanish (or inf).
 
         Arguments as for `timeline`; float64 [K] each.
         """

@@ -61,7 +61,7 @@ class Race:
         seconds: Virtual seconds until each client's reply, float64 [K].
         gone: Virtual seconds until each client vanishes, inf where it stays, float64 [K].
         ties: Orders clients of equal seconds, [K].
-        wanted: Replies that end the round.
+        needed: Replies that end the round.
         deadline: Virtual seconds after which replies are late; inf = none.
     """
 
@@ -70,7 +70,7 @@ class Race:
     seconds: torch.Tensor
     gone: torch.Tensor
     ties: torch.Tensor
-    wanted: int
+    needed: int
     deadline: float = math.inf
 
     def run(self) -> Timeline:
@@ -85,8 +85,8 @@ class Race:
             raise self._nobody(stays)
         answers = answers[self.ties[answers].argsort()]
         answers = answers[self.seconds[answers].argsort(stable=True)]
-        kept = answers[: self.wanted].sort().values
-        if len(kept) == self.wanted:
+        kept = answers[: self.needed].sort().values
+        if len(kept) == self.needed:
             end = float(self.seconds[kept].max())
         else:
             end = min(self.deadline, float(torch.minimum(self.seconds, self.gone).max()))
@@ -95,8 +95,8 @@ class Race:
         columns = (column[left].tolist() for column in (self.clients, self.seconds, self.gone))
         dropped = [Refusal(k, self._reason(s, g, end)) for k, s, g in zip(*columns, strict=True)]
         notes = []
-        if len(self.clients) < self.wanted:
-            notes.append(f"asked {len(self.clients)} of {self.wanted} clients: no more available")
+        if len(self.clients) < self.needed:
+            notes.append(f"asked {len(self.clients)} of {self.needed} clients: no more available")
         return Timeline(kept, dropped, end, self.seconds, notes)
 
     def _reason(self, seconds: float, gone: float, end: float) -> str:
@@ -104,16 +104,16 @@ class Race:
             return f"{REASONS[0]} after {_shown(gone)}"
         if seconds > self.deadline:
             return f"{REASONS[1]}: {_shown(seconds)}, the deadline is {self.deadline:g} s"
-        return f"{REASONS[2]} {self.wanted} to answer"
+        return f"{REASONS[2]} {self.needed} to answer"
 
     def _nobody(self, stays: torch.Tensor) -> ClientError:
         lost = len(stays) - int(stays.sum())
-        told = f"round {self.round_}: no client answered; {lost} of {len(stays)} dropped out"
+        failure = f"round {self.round_}: no client answered; {lost} of {len(stays)} dropped out"
         if lost == len(stays):
-            return ClientError(f"{told}; lower system.drop_out, or raise cohort or over_select")
+            return ClientError(f"{failure}; lower system.drop_out, or raise cohort or over_select")
         fastest = _shown(float(self.seconds[stays].min()))
         return ClientError(
-            f"{told}, the fastest of the others takes {fastest} and the deadline is "
+            f"{failure}, the fastest of the others takes {fastest} and the deadline is "
             f"{self.deadline:g} s; raise system.deadline, or give clients less work"
         )
 

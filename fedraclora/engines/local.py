@@ -34,13 +34,13 @@ def become_a_task() -> None:
 
 
 def error_of(raised: Exception) -> Error:
-    """Give the error that Flower itself would reply with; `OF_THE_RUN` has a code of its own."""
+    """Convert an exception to Flower's own error of a reply; `OF_THE_RUN` has a code of its own."""
     code = RUN_AT_FAULT if isinstance(raised, OF_THE_RUN) else APP_RAISED
     return Error(code, f"{type(raised).__name__}: {raised}")
 
 
 def failed(message: Message, error: Error) -> Message:
-    """Give the reply to a message whose clients cannot be trained."""
+    """Build the reply to a message whose clients cannot be trained."""
     return Message(error, reply_to=message)
 
 
@@ -54,7 +54,7 @@ def taken_incidents(grid: Grid) -> dict[str, object]:
 
 
 def is_stale(reply: Message) -> bool:
-    """Tell whether a client asks for every base weight whole."""
+    """Check whether a client asks for every base weight whole."""
     return not reply.has_error() and STALE in reply.content
 
 
@@ -93,7 +93,7 @@ class LocalGrid(MessageGrid):
 
     @abstractmethod
     def answer(self, messages: list[Message], timeout: float | None) -> list[Message]:
-        """Have messages answered, each with its id set.
+        """Answer messages, each with its id set.
 
         Args:
             messages: Instructions.

@@ -32,7 +32,7 @@ END = 20.0  # seconds for all that it has started to end
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Give the environment for Flower's programs: this Python, a home of their own, no network."""
+    """Build the environment for Flower's programs: this Python, a home of their own, no network."""
     return {
         **command_line(os.environ),
         "FLWR_HOME": str(home),
@@ -47,7 +47,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def command_line(environ: Mapping[str, str]) -> dict[str, str]:
-    """Give an environment in which the Flower of this Python is found."""
+    """Build an environment in which the Flower of this Python is found."""
     path = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
     return {**environ, "PATH": path}
 
@@ -103,7 +103,7 @@ class Program:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended by itself."""
+        """Return whether it has ended by itself."""
         return self.process.poll() is not None
 
     @property
@@ -173,7 +173,7 @@ def free_port() -> int:
 
 
 def listens(port: int, authority: Path | None = None) -> bool:
-    """Tell whether Flower answers at a port of this machine: by TLS, where there is an authority.
+    """Check whether Flower answers at a port of this machine: by TLS, where there is an authority.
 
     Args:
         port: The port.

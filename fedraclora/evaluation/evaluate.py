@@ -109,7 +109,8 @@ def _choose(metrics: tuple[str, ...], loss: str) -> dict[str, Metric]:
         if ":" not in loss and loss not in METRICS[name].losses:  # of others we know nothing
             fitting = ", ".join(sorted(k for k, m in METRICS.items() if loss in m.losses))
             raise ConfigError(
-                f"metric {name!r} cannot read the outputs of loss {loss!r}; there are: {fitting}"
+                f"metric {name!r} cannot be computed from the outputs of a model with loss "
+                f"{loss!r}; there are: {fitting}"
             )
     return {name: METRICS[name] for name in metrics}
 
@@ -121,7 +122,8 @@ def _check_weights(model: nn.Module, weights: Tree) -> None:
             raise ShapeError(f"{unknown('parameter', name, own)}: the model does not have it")
         if own[name].shape != value.shape:
             raise ShapeError(
-                f"weight {name} is {tuple(value.shape)}, the model's is {tuple(own[name].shape)}"
+                f"weight {name} has the shape {tuple(value.shape)}, but in the model it has "
+                f"{tuple(own[name].shape)}"
             )
 
 

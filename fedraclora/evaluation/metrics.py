@@ -77,18 +77,18 @@ def _accuracy(tally: Tally) -> float:
 def _matthews(tally: Tally) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    predicted, wanted = tally.labels
+    predicted, actual = tally.labels
     if np.unique(tally.labels).size < 2:
         return 0.0  # by definition; scikit-learn gives the same, with a warning
-    return float(matthews_corrcoef(wanted, predicted))
+    return float(matthews_corrcoef(actual, predicted))
 
 
 def _f1(tally: Tally) -> float:
     from sklearn.metrics import f1_score
 
-    predicted, wanted = tally.labels
+    predicted, actual = tally.labels
     average = "binary" if tally.classes == 2 else "macro"
-    return float(f1_score(wanted, predicted, average=average, zero_division=0.0))
+    return float(f1_score(actual, predicted, average=average, zero_division=0.0))
 
 
 def _correlation(name: str) -> Callable[[Tally], float]:
@@ -120,5 +120,5 @@ METRICS: dict[str, Metric] = {
 
 
 def higher_is_better(metric: str) -> bool:
-    """Tell the direction of a metric; names outside `METRICS` are taken as scores."""
+    """Return the direction of a metric; names outside `METRICS` are taken as scores."""
     return METRICS[metric].higher_is_better if metric in METRICS else True

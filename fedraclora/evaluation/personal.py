@@ -20,9 +20,9 @@ def class_accuracies(
 ) -> npt.NDArray[np.float64]:
     """Accuracy on the samples of each class [classes]; NaN for a class without samples."""
     counted = tally(model, weights, samples, "cross_entropy", {"classes"}, batch_size)
-    predicted, wanted = counted.labels.astype(np.int64)
-    right = np.bincount(wanted[predicted == wanted], minlength=classes)
-    total = np.bincount(wanted, minlength=classes)
+    predicted, actual = counted.labels.astype(np.int64)
+    right = np.bincount(actual[predicted == actual], minlength=classes)
+    total = np.bincount(actual, minlength=classes)
     return np.where(total > 0, right / np.maximum(total, 1), np.nan)
 
 

@@ -70,7 +70,8 @@ def truncated_product(
     """
     if left.shape[1] != right.shape[0] or rank < 1:
         raise ShapeError(
-            f"cannot truncate {tuple(left.shape)} @ {tuple(right.shape)} to rank {rank}"
+            f"cannot truncate {tuple(left.shape)} @ {tuple(right.shape)} to rank {rank}; matrices "
+            "[m, r] and [r, n], and a rank of 1 or more, are wanted"
         )
     ql, rl = torch.linalg.qr(left.to(torch.float64))
     qr, rr = torch.linalg.qr(right.to(torch.float64).mT)
@@ -105,7 +106,7 @@ def fix_signs(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, to
 def balanced_factors(
     left: torch.Tensor, right: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give ``U sqrt(S)`` [m, rank] and ``sqrt(S) V^T`` [rank, n] of the product, cut to a rank.
+    """Compute ``U sqrt(S)`` [m, rank], ``sqrt(S) V^T`` [rank, n] of the product, cut to a rank.
 
     Components that the product does not have are zero. Arguments as in `truncated_product`.
 

@@ -43,7 +43,7 @@ def magnitudes(adapted: Iterable[str], dense: Container[str]) -> dict[str, str]:
 
 
 def rescaled(matrix: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """Give a matrix whose rows have the directions of ``matrix`` and these lengths.
+    """Scale the rows of ``matrix`` to these lengths.
 
     Args:
         matrix: V, [m, n], without a row of zeros. No gradient goes through its lengths.
@@ -60,7 +60,7 @@ def rescaled(matrix: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
 def row_lengths(
     matrix: torch.Tensor, factors: Sequence[torch.Tensor] = (), scale: float = 1.0
 ) -> torch.Tensor:
-    """Give the lengths of the rows of ``matrix + scale F_1 F_2 ...`` without forming the sum.
+    """Compute the lengths of the rows of ``matrix + scale F_1 F_2 ...`` without forming the sum.
 
     The squares are summed from products with the factors, so that a row which the term all but
     cancels has a length of few digits.

@@ -31,7 +31,7 @@ class LayerView:
         return stored.reshape(self.shape)
 
     def stored(self, matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Bring a matrix (out, in) back to the layout of ``like``."""
+        """Convert a matrix (out, in) back to the layout of ``like``."""
         if self.kind == "conv1d":
             return matrix.mT.contiguous()
         return matrix.reshape(like.shape)
@@ -50,12 +50,12 @@ def layer_kind(module: nn.Module) -> str | None:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Tell whether a module is BatchNorm, of any number of dimensions."""
+    """Check whether a module is BatchNorm, of any number of dimensions."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001
 
 
 def layer_view(module: nn.Module) -> LayerView:
-    """Give the matrix view of a module's weight.
+    """Return the matrix view of a module's weight.
 
     Raises:
         ModelError: If the module has no weight that can be adapted.
@@ -71,7 +71,7 @@ def layer_view(module: nn.Module) -> LayerView:
 
 
 def is_head(name: str, head: tuple[str, ...]) -> bool:
-    """Tell whether a parameter or module name lies in the head."""
+    """Check whether a parameter or module name lies in the head."""
     return any(name == h or name.startswith(f"{h}.") for h in head)
 
 
@@ -93,7 +93,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def split_patterns(patterns: str | Sequence[str]) -> list[str]:
-    """Give patterns one by one, from a list or from one text with commas.
+    """Split patterns into a list, from a list or from one text with commas.
 
     Raises:
         ConfigError: If one is empty.
@@ -105,7 +105,8 @@ def split_patterns(patterns: str | Sequence[str]) -> list[str]:
     parts = [p.strip() for p in (patterns.split(",") if isinstance(patterns, str) else patterns)]
     if "" in parts:
         raise ConfigError(
-            f"an empty pattern names no layer: {patterns!r}; name layers as in [query,value]"
+            f"the list {patterns!r} has an empty pattern, which names no layer: name layers as in "
+            "[query,value]"
         )
     return parts
 
@@ -160,7 +161,7 @@ def weight_name(module: str) -> str:
 
 
 def refuse_tied(model: nn.Module, names: list[str]) -> None:
-    """Refuse to train a weight that another layer shares.
+    """Reject a target weight that another layer shares.
 
     Raises:
         ModelError: Naming both layers.

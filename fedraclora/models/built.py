@@ -151,7 +151,7 @@ def take_module(model: object, where: str) -> nn.Module:
 
 
 def is_blank(layer: nn.Module) -> bool:
-    """Tell whether the running statistics of a layer are still those of its construction."""
+    """Check whether the running statistics of a layer are still those of its construction."""
     mean, variance = layer.running_mean, layer.running_var
     if not isinstance(mean, torch.Tensor) or not isinstance(variance, torch.Tensor):
         return False  # it has none, and is refused for that

@@ -48,9 +48,9 @@ def build_cnn(
     height, width = image[1] // factor, image[2] // factor
     if not channels or not height or not width:
         raise ConfigError(
-            f"model.channels={list(channels)}: want at least one convolution, each halves the "
-            f"image, and an image of {image[1]} x {image[2]} must not vanish (a shape is read as "
-            f"channels, height, width; this one is {tuple(shape)})"
+            f"model.channels={list(channels)}: at least one convolution is wanted, and not so many "
+            f"that nothing is left of {image[1]} x {image[2]} pixels, which each of them halves "
+            f"(the shape of an input, {tuple(shape)}, is read as channels, height, width)"
         )
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if len(shape) == 1:
@@ -70,7 +70,7 @@ def build_cnn(
 
 
 def _image(shape: tuple[int, ...], classes: int) -> tuple[int, int, int]:
-    """Give (channels, height, width) of an input."""
+    """Return (channels, height, width) of an input."""
     numbers = require_input("cnn", shape, classes, text=False)
     side = isqrt(numbers)
     if len(shape) == 1 and side * side == numbers:

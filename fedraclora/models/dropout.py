@@ -35,7 +35,7 @@ _DROPS: dict[Callable[..., Any], tuple[tuple[str, int, float], tuple[str, int, b
 
 
 def refuse_idle_rate(model: nn.Module, dropout: float) -> None:
-    """Refuse a ``model.dropout`` that no module of the model has taken.
+    """Reject a ``model.dropout`` that no module of the model has taken.
 
     Raises:
         ConfigError: Naming the model.
@@ -49,7 +49,7 @@ def refuse_idle_rate(model: nn.Module, dropout: float) -> None:
 
 
 def refuse_functions(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a model that drops values by a function, seen in one forward pass.
+    """Reject a model that drops values by a function, detected in one forward pass.
 
     Args:
         model: In training mode. Not modified.

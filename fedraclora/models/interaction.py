@@ -15,7 +15,7 @@ CLOSE = 1e-3  # relative: rounding differs by batch, statistics of a batch diffe
 
 
 def refuse_interaction(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a model that gives a sample another output beside another sample.
+    """Reject a model whose output for a sample depends on the other samples of its batch.
 
     Args:
         model: Not modified.

@@ -42,7 +42,9 @@ def build_mlp(
     features = require_input("mlp", shape, classes, text=False)
     widths = list(hidden)
     if not widths:
-        raise ConfigError("model.hidden=[]: want one hidden layer at least, or use model=linear")
+        raise ConfigError(
+            "model.hidden=[]: at least one hidden layer is wanted; without one, use model=linear"
+        )
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if len(shape) > 1:
         layers["flatten"] = nn.Flatten()

@@ -19,8 +19,8 @@ from fedraclora.tree import digest
 def lend_model(model: nn.Module) -> str:
     """Lend a module; give the digest of its weights and its structure."""
     tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
-    told = f"{type(model).__module__}.{type(model).__qualname__}\n{model!r}\n{digest(tensors)}"
-    return lend(model, hashlib.sha256(told.encode()).hexdigest()[:32])
+    text = f"{type(model).__module__}.{type(model).__qualname__}\n{model!r}\n{digest(tensors)}"
+    return lend(model, hashlib.sha256(text.encode()).hexdigest()[:32])
 
 
 def build_object(
@@ -73,7 +73,7 @@ def found_head(model: nn.Module) -> tuple[str, ...]:
 
 
 def require_module(model: object) -> nn.Module:
-    """Refuse what is no module.
+    """Reject an object that is not a module.
 
     Raises:
         ConfigError: Saying what came.

@@ -70,7 +70,7 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
 
 
 def clusters(entrants: Sequence[Entrant], near: float) -> list[tuple[Entrant, str]]:
-    """Give the points that want a label of their own, and the places that stand at each of them.
+    """Choose the points that want a label of their own, and the places near each of them.
 
     Args:
         entrants: The best first.

@@ -70,7 +70,7 @@ def figure_of(rows: Sequence[Row], title: str, *, planned: int | None = None) ->
 
 
 def outcome(rows: Sequence[Row], planned: int | None = None) -> str:
-    """Say in words what a run came to: its metrics where they were last measured, and the round.
+    """Describe what a run came to: its metrics where they were last measured, and the round.
 
     Args:
         rows: Of its ledger.

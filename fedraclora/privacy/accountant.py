@@ -36,7 +36,7 @@ def release(noise: float, sampling: float) -> dp_event.DpEvent:
 
 @cache  # 50 ms each: a run that goes on, and its page, ask for the same again
 def epsilon(noise: float, sampling: float, releases: int, delta: float) -> float:
-    """Give epsilon after a number of releases; neighbours differ by one client or sample.
+    """Compute epsilon after a number of releases; neighbours differ by one client or sample.
 
     Args:
         noise: Standard deviation of a release, in units of the sensitivity; 0 protects nobody.

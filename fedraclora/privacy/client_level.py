@@ -112,7 +112,7 @@ class ClientLevel(Privacy):
         return Mechanism(sampling, cohort, noise, rest**-0.5, self.delta, count)
 
     def next_clip(self, clip: float, shorter: float, cohort: int) -> float:
-        """Give C for the next round from the (noisy) number of updates shorter than ``clip``."""
+        """Compute C for the next round from the (noisy) number of updates shorter than ``clip``."""
         if self.quantile is None:
             return clip
         share = min(1.0, max(0.0, shorter / cohort))
@@ -140,7 +140,7 @@ class Mechanism:
     count_noise: float | None = None
 
     def epsilon(self, rounds: int) -> float:
-        """Give what ``rounds`` rounds cost."""
+        """Compute epsilon after ``rounds`` rounds."""
         return epsilon(self.noise, self.sampling, rounds, self.delta)
 
     def drawn(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
@@ -152,7 +152,7 @@ class Mechanism:
     def noisy_sum(
         self, total: torch.Tensor, clip: float, secret: Secret, round_: int
     ) -> torch.Tensor:
-        """Give a sum of updates, float64 [P], with its noise.
+        """Add noise to a sum of updates, float64 [P].
 
         The noise is drawn from the round, the sum and the clip: another sum of the same round (a
         run that goes on from a checkpoint and meets other replies) so gets independent noise.
@@ -162,7 +162,7 @@ class Mechanism:
         return total + self.update_noise * clip * noise
 
     def noisy_count(self, shorter: int, came: int, secret: Secret, round_: int) -> float:
-        """Give the number of short updates with its noise.
+        """Add noise to the number of short updates.
 
         As the sum of +1/2 and -1/2, which one client moves by 1/2, and half of the expected cohort.
         """

@@ -69,7 +69,7 @@ class SampleNoise(Limited):
         return {"gaussian": cls}
 
     def epsilon(self, passes: int) -> float:
-        """Give what ``passes`` passes over the data cost each of the samples."""
+        """Compute the epsilon of each sample after ``passes`` passes over the data."""
         return epsilon(self.noise_multiplier, 1.0, passes, self.delta)
 
     def gradients(self, own: Tree, valid: torch.Tensor, noise: Tree) -> Tree:
@@ -121,7 +121,7 @@ class SampleNoise(Limited):
 
 
 def seed_key(seed: int) -> bytes:
-    """Give the key of all noise of a simulation: whoever knows the seed knows it."""
+    """Derive the key of all noise of a simulation: whoever knows the seed knows it."""
     return hash_key(seed, "sample noise").to_bytes(32, "big")
 
 

@@ -47,7 +47,7 @@ class SecAgg(Open):
     max_weight: Count = 1
 
     def graph(self, clients: list[int], seed: int, round_: int) -> dict[int, list[int]]:
-        """Say who are whose neighbours: the nearest ones on a ring in a drawn order.
+        """Draw who are whose neighbours: the nearest ones on a ring in a drawn order.
 
         Args:
             clients: Ids.
@@ -67,16 +67,16 @@ class SecAgg(Open):
         return found
 
     def least(self, clients: int) -> int:
-        """Give the fewest neighbours that a client has where ``clients`` or more are asked."""
+        """Compute the fewest neighbours that a client has where ``clients`` or more are asked."""
         others = max(LEAST, clients) - 1
         return others if self.neighbours is None else min(self.neighbours, others)
 
     def shares(self, neighbours: int) -> int:
-        """Give how many shares of ``neighbours`` bring a secret back: more than half."""
+        """Count the shares of ``neighbours`` that bring a secret back: more than half."""
         return int(self.threshold * neighbours) + 1
 
     def step(self, clients: int, clip: float, largest: int) -> float:
-        """Give the step of weighted updates with which no sum of ``clients`` runs over.
+        """Compute the step of weighted updates with which no sum of ``clients`` runs over.
 
         Each of its numbers is ``clip * max_weight`` at most, and the sum of weights must fit, too.
 

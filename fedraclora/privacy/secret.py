@@ -29,13 +29,13 @@ def stream(key: bytes, count: int) -> bytes:
 
 
 def uniforms_of(raw: bytes) -> torch.Tensor:
-    """Give one float64 in (0, 1) for each 8 bytes, from 52 of their bits."""
+    """Convert each 8 bytes to one float64 in (0, 1), from 52 of their bits."""
     bits = np.frombuffer(raw, dtype="<u8") >> np.uint64(12)
     return (torch.from_numpy(bits.astype(np.float64)) + 0.5) * 2.0**-52
 
 
 def normals_of(raw: bytes) -> torch.Tensor:
-    """Give one standard normal, float64, for each 8 bytes: the quantile of `uniforms_of`."""
+    """Convert each 8 bytes to one standard normal, float64: the quantile of `uniforms_of`."""
     normals: torch.Tensor = torch.special.ndtri(uniforms_of(raw))
     return normals
 
@@ -80,7 +80,7 @@ class Secret:
         return cls(key)
 
     def derive(self, purpose: str, round_: int, about: torch.Tensor | None = None) -> bytes:
-        """Give the key of one draw (HMAC-SHA256), which tells nothing about any other.
+        """Derive the key of one draw (HMAC-SHA256), which tells nothing about any other.
 
         Args:
             purpose: What is drawn.

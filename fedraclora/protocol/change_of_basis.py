@@ -20,7 +20,7 @@ from fedraclora.sketch import SketchSpec
 
 
 def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
-    """Give what an adapter of two factors trains, and the frozen factor beside it.
+    """Return what an adapter of two factors trains, and the frozen factor beside it.
 
     Returns:
         The label of the trained one and the other as a float64 matrix on the CPU; None where both

@@ -11,7 +11,7 @@ WEIGHTINGS = ("examples", "uniform")
 
 
 def check_cohort(cohort: int, clients: int) -> None:
-    """Refuse a cohort that cannot be drawn.
+    """Reject a cohort that cannot be drawn.
 
     Raises:
         ConfigError: If ``cohort`` is not in 1..clients.
@@ -46,7 +46,7 @@ def draw_cohort(seed: int, round_: int, clients: int, cohort: int) -> torch.Tens
 
 
 def client_weights(weighting: str, samples: torch.Tensor) -> torch.Tensor:
-    """Give aggregation weights float64 [K]: the number of examples, or 1.
+    """Compute aggregation weights float64 [K]: the number of examples, or 1.
 
     Raises:
         ConfigError: For an unknown weighting.

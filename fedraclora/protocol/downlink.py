@@ -36,11 +36,11 @@ class Trained:
 
     @property
     def per_client(self) -> bool:
-        """Whether each client starts elsewhere."""
+        """Return whether each client starts elsewhere."""
         return isinstance(self.start, torch.Tensor) and self.start.dim() > len(self.shape)
 
     def opening(self) -> torch.Tensor | None:
-        """Give the start as a tensor, drawn where it is a sketch; not to be modified."""
+        """Return the start as a tensor, drawn where it is a sketch; not to be modified."""
         return self.start.draw() if isinstance(self.start, SketchSpec) else self.start
 
 
@@ -50,7 +50,7 @@ fixed (a matrix, or [K, rows, cols] with one for each client), or what clients t
 
 
 def differs(factor: Factor) -> bool:
-    """Tell whether each client has a value of its own of a factor, along a leading axis K."""
+    """Check whether each client has a value of its own of a factor, along a leading axis K."""
     if isinstance(factor, Trained):
         return factor.per_client
     return isinstance(factor, torch.Tensor) and factor.dim() == 3
@@ -124,10 +124,10 @@ class Downlink:
 
     @property
     def apart(self) -> bool:
-        """Whether numbers at one place of two uplinks may mean different things."""
-        kept = {n for n, slot in self.trained().items() if not slot.upload}
+        """Return whether numbers at one place of two uplinks may mean different things."""
+        local = {n for n, slot in self.trained().items() if not slot.upload}
         factors = (self.factors() | self.dense).items()
-        return self.ranks is not None or any(differs(f) for n, f in factors if n not in kept)
+        return self.ranks is not None or any(differs(f) for n, f in factors if n not in local)
 
     def select(self, places: torch.Tensor) -> Downlink:
         """Keep the per-client values of the clients at ``places`` (int64) only."""
@@ -150,7 +150,7 @@ class Downlink:
 
 
 def opening_rows(sent: Downlink, base: Tree, layout: Layout, places: torch.Tensor) -> torch.Tensor:
-    """Give where what clients upload starts, in the form of their rows.
+    """Compute where what clients upload starts, in the form of their rows.
 
     Args:
         sent: What is asked.

@@ -56,7 +56,7 @@ class Link:
     rest: tuple[Link, ...] = ()
 
     def parts(self) -> tuple[Link, ...]:
-        """Give the changes of the round one by one, in order."""
+        """Split the link into the changes of the round, in order."""
         own = (Link(self.terms, self.dense),)
         return own + tuple(part for link in self.rest for part in link.parts())
 

@@ -86,7 +86,7 @@ class Cohort:
             return
         if self.ranks.shape != self.clients.shape:
             raise ConfigError(
-                f"{len(self)} clients came with rank budgets {tuple(self.ranks.shape)}; "
+                f"{len(self)} clients came with rank budgets of shape {tuple(self.ranks.shape)}; "
                 "one for each is wanted"
             )
         for client, rank in zip(self.clients.tolist(), self.ranks.tolist(), strict=True):
@@ -121,7 +121,7 @@ class Memo:
     age: int = 0
 
     def stored(self) -> dict[str, int]:
-        """Give the numbers by name; ``<field>/<weight>`` where there is one for each weight."""
+        """List the numbers by name; ``<field>/<weight>`` where there is one for each weight."""
         found: dict[str, int] = {}
         for name, value in vars(self).items():
             many = isinstance(value, dict)
@@ -130,7 +130,7 @@ class Memo:
 
     @classmethod
     def read(cls, stored: Mapping[str, int]) -> Self:
-        """Undo `stored`; what is missing is as at the start, other names are left out."""
+        """Read what `stored` wrote; what is missing is as at the start, others are left out."""
         values: dict[str, int | dict[str, int]] = {}
         for name in (each.name for each in fields(cls)):
             inside = {k.partition("/")[2]: v for k, v in stored.items() if k.startswith(f"{name}/")}
@@ -188,12 +188,12 @@ class Method(Protocol):
 
     @property
     def client_state(self) -> bool:
-        """Whether a factor stays at each client between rounds."""
+        """Return whether a factor stays at each client between rounds."""
         return False
 
     @property
     def looks_at_clients(self) -> bool:
-        """Whether it reports on single clients where their updates are there."""
+        """Return whether it reports on single clients where their updates are there."""
         return False
 
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -201,7 +201,7 @@ class Method(Protocol):
         ...
 
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        """Say what the cohort trains in round ``round_`` (from 1)."""
+        """Build what the cohort trains in round ``round_`` (from 1)."""
         ...
 
     def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:

@@ -117,7 +117,7 @@ class Rank:
 
 
 def check_rank(ranks: Ranks) -> None:
-    """Refuse a ``method.rank`` that no layer can have, before any layer is known.
+    """Reject a ``method.rank`` that no layer can have, before any layer is known.
 
     Raises:
         ConfigError: If a number is not positive, a fraction is above 1, or a mapping is empty.
@@ -129,7 +129,7 @@ def check_rank(ranks: Ranks) -> None:
 
 
 def check_patterns(ranks: Ranks, targets: Iterable[str]) -> None:
-    """Refuse a mapping of ranks with a pattern that fits no adapted layer.
+    """Reject a mapping of ranks with a pattern that fits no adapted layer.
 
     Raises:
         ConfigError: Naming the pattern.
@@ -141,7 +141,7 @@ def check_patterns(ranks: Ranks, targets: Iterable[str]) -> None:
 
 
 def own_rank(ranks: Mapping[str, int | float], name: str) -> int | float:
-    """Give the rank of one layer from a mapping: by its weight's name, else by the first pattern.
+    """Look up the rank of one layer in a mapping: by its weight's name, else by the first pattern.
 
     Args:
         ranks: By weight name, or by pattern as in `fedraclora.lowrank.layers.matches`.
@@ -212,7 +212,7 @@ def resolve_rank(rank: Ranks, dim: int, name: str, *, cap: bool) -> Rank:
 
 
 def resolve_scale(alpha: float | str, rank: int, *, rslora: bool = False) -> float:
-    """Give the scale of an adapter: ``alpha / rank``, or ``alpha / sqrt(rank)``.
+    """Compute the scale of an adapter: ``alpha / rank``, or ``alpha / sqrt(rank)``.
 
     Args:
         alpha: A number, or ``auto``: s = 1 whatever the rank.

@@ -31,7 +31,7 @@ from fedraclora.tree import Tree
 
 
 def check_ranks(method: Method) -> None:
-    """Refuse rank budgets where a method cannot keep its promises under them.
+    """Reject rank budgets where a method cannot keep its promises under them.
 
     Raises:
         ConfigError: If the method does not claim `Traits.ranks`.
@@ -57,13 +57,14 @@ def check_budgets(downlink: Downlink, cohort: Cohort) -> None:
         )
     if downlink.ranks is not None and len(downlink.ranks) != len(cohort):
         raise ShapeError(
-            f"a downlink to {len(cohort)} clients has rank budgets {tuple(downlink.ranks.shape)}; "
-            "one for each is wanted: a later exchange asks those that are left"
+            f"a downlink to {len(cohort)} clients has rank budgets of shape "
+            f"{tuple(downlink.ranks.shape)}; one for each is wanted (a later exchange of a round "
+            "asks only those that are left)"
         )
 
 
 def rank_axes(adapter: Adapter, label: str) -> tuple[int, ...]:
-    """Give the axes of a factor that count components: where it meets the factors beside it.
+    """Find the axes of a factor that count components: where it meets the factors beside it.
 
     Example:
         >>> chain = Adapter({"B": Trained((5, 2)), "A": Trained((2, 7))}, scale=1.0)
@@ -75,7 +76,7 @@ def rank_axes(adapter: Adapter, label: str) -> tuple[int, ...]:
 
 
 def spans(ranks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the first component of each client and the one after its last.
+    """Compute the first component of each client and the one after its last.
 
     Args:
         ranks: Budgets, int64 [K]: the first r_k; or parts, int64 [K, 2]: part g of G.
@@ -95,7 +96,7 @@ def spans(ranks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def within(ranks: torch.Tensor, size: int) -> torch.Tensor:
-    """Tell which of ``size`` components each client has: bool [K, size]; ranks as in `spans`."""
+    """Compute which of ``size`` components each client has: bool [K, size]; ranks as in `spans`."""
     first, end = spans(ranks, size)
     places = torch.arange(size, device=ranks.device)
     return (places >= first[:, None]) & (places < end[:, None])
@@ -104,7 +105,7 @@ def within(ranks: torch.Tensor, size: int) -> torch.Tensor:
 def window(
     adapter: Adapter, label: str, shape: tuple[int, ...], ranks: torch.Tensor
 ) -> tuple[slice, ...]:
-    """Give the part of a factor that one client has; ``ranks`` as in `spans`, with K = 1."""
+    """Return the part of a factor that one client has; ``ranks`` as in `spans`, with K = 1."""
     cut = [slice(None)] * len(shape)
     for axis in rank_axes(adapter, label):
         first, end = spans(ranks, shape[axis])
@@ -113,7 +114,7 @@ def window(
 
 
 def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
-    """Say what clients train of the factors that a budget cuts.
+    """Mask what clients train of the factors that a budget cuts.
 
     Args:
         downlink: Says which factors are trained.
@@ -132,8 +133,8 @@ def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
                 continue
             mask = torch.ones(len(ranks), 1, 1, dtype=torch.bool, device=ranks.device)
             for axis in rank_axes(adapter, label):
-                kept = within(ranks, factor.shape[axis])
-                mask = mask & (kept[:, :, None] if axis == 0 else kept[:, None, :])
+                budget = within(ranks, factor.shape[axis])
+                mask = mask & (budget[:, :, None] if axis == 0 else budget[:, None, :])
             if not mask.all():
                 masks[f"{weight}/{label}"] = mask
     return masks
@@ -164,7 +165,7 @@ def cut_gradients(gradients: Tree, masks: Tree) -> Tree:
 
 
 def uploaded_mask(downlink: Downlink, places: torch.Tensor) -> torch.Tensor | None:
-    """Say which numbers of its row a client sends: what is beyond its budget stays at home.
+    """Mask the numbers of its row that a client sends: what is beyond its budget stays at home.
 
     Args:
         downlink: What is asked.
@@ -205,8 +206,8 @@ def widen(numbers: torch.Tensor, downlink: Downlink, places: torch.Tensor) -> to
         return numbers
     if tuple(numbers.shape) != (int(mask.sum()),):
         raise WireError(
-            f"{len(places)} clients sent numbers {tuple(numbers.shape)}, wanted "
-            f"{(int(mask.sum()),)} under the rank budgets {downlink.ranks}"
+            f"{len(places)} clients sent numbers of shape {tuple(numbers.shape)}; "
+            f"{(int(mask.sum()),)} is wanted under the rank budgets {downlink.ranks}"
         )
     rows = numbers.new_zeros(mask.shape)
     at = 0

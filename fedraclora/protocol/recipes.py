@@ -62,10 +62,10 @@ def projected(
         wide = factor.to(torch.float64)
         gram = wide @ wide.mT if label == "A" else wide.mT @ wide
         partner = f"{weight}/{'B' if label == 'A' else 'A'}"
-        kept = None if ranks is None else within(ranks, gram.shape[-1]).to(gram)
-        if kept is not None and not bool(kept.all()):
+        budget = None if ranks is None else within(ranks, gram.shape[-1]).to(gram)
+        if budget is not None and not bool(budget.all()):
             # The pseudo-inverse of a padded block is the padded pseudo-inverse of the block.
-            gram = gram * kept[:, :, None] * kept[:, None, :]
+            gram = gram * budget[:, :, None] * budget[:, None, :]
         inverses[partner] = torch.linalg.pinv(gram, hermitian=True).to(factor.dtype)
 
     def hook(gradients: Tree) -> Tree:
@@ -159,9 +159,9 @@ def sparse(
         if name not in masks:
             like = as_matrices(gradient[:1], turned=f"turned/{name}" in arguments)
             drawn = generator(int(arguments[f"seed/{name}"]), "mask").random(tuple(like.shape[1:]))
-            kept = torch.from_numpy(drawn < arguments["density"])
-            kept = kept.mT if f"turned/{name}" in arguments else kept
-            masks[name] = kept.reshape(gradient.shape[1:]).to(gradient)
+            chosen = torch.from_numpy(drawn < arguments["density"])
+            chosen = chosen.mT if f"turned/{name}" in arguments else chosen
+            masks[name] = chosen.reshape(gradient.shape[1:]).to(gradient)
         return masks[name]
 
     def hook(gradients: Tree) -> Tree:
@@ -200,8 +200,8 @@ def galore(
             u, s, vt = torch.linalg.svd(G, full_matrices=False)
             rank = int(arguments[f"rank/{name}"])
             least = 10 * max(G.shape[1:]) * torch.finfo(G.dtype).eps * s[:, :1]
-            kept = (s > least).to(G)[:, None, :rank]
-            bases[name] = (u if left else vt.mT)[..., :rank] * kept
+            nonzero = (s > least).to(G)[:, None, :rank]
+            bases[name] = (u if left else vt.mT)[..., :rank] * nonzero
         P = bases[name][: len(G)]
         out = P @ (P.mT @ G) if left else (G @ P) @ P.mT
         return out.mT if turned else out.reshape(gradient.shape)

@@ -62,7 +62,7 @@ def block_sums(
 def weighted_sum(
     stacked: torch.Tensor, weights: torch.Tensor, places: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Give ``sum_k weights[k] * stacked[k]`` in float64 [P]; arguments as in `block_sums`."""
+    """Compute ``sum_k weights[k] * stacked[k]`` in float64 [P]; arguments as in `block_sums`."""
     return sum_blocks(block_sums(stacked, weights, places))
 
 
@@ -106,11 +106,13 @@ class Uplinks:
         return math.fsum(self.weights.tolist())
 
     def sum(self) -> torch.Tensor:
-        """Give ``sum_k weights[k] * row_k`` in float64 [P], in the order of this module."""
+        """Compute ``sum_k weights[k] * row_k`` in float64 [P], in the order of this module."""
         if self.summed is not None:
             return self.summed
         if self.stacked is None:
-            raise ShapeError("these uplinks hold neither clients nor their sum")
+            raise ShapeError(
+                "these uplinks have neither the clients' rows nor their sum; one of them is wanted"
+            )
         return weighted_sum(self.stacked, self.weights, self.places)
 
     def mean(self) -> Tree:
@@ -130,12 +132,12 @@ class Uplinks:
     def rows(self) -> torch.Tensor:
         """The same packed into one row for each client, [K, P]; raises as `stack` does."""
         if self.stacked is None:
-            raise ShapeError("this method needs each client's own update, but only the sum came")
+            raise ShapeError("this method needs each client's own update, but only their sum came")
         return self.stacked
 
     @property
     def has_individuals(self) -> bool:
-        """Whether each client's own tensors are here."""
+        """Return whether each client's own tensors are here."""
         return self.stacked is not None
 
 
@@ -148,7 +150,7 @@ class Refusal:
 
 
 def finite(rows: torch.Tensor) -> torch.Tensor:
-    """Tell which rows of [K, P] hold no NaN and no infinity: bool [K].
+    """Find the rows of [K, P] without NaN and infinity: bool [K].
 
     By the greatest absolute value, which a NaN passes through: one pass and no copy, where
     ``isfinite`` makes copies of the size of the rows.
@@ -160,7 +162,7 @@ def finite(rows: torch.Tensor) -> torch.Tensor:
 
 
 def greatest_norm(dtype: torch.dtype) -> float:
-    """Give the greatest norm with which anything can be computed: 4e9 in float32, 1e77 in float64.
+    """Return the greatest norm with which anything can be computed: 4e9 (float32), 1e77 (float64).
 
     A loss squares what a weight gives, and the norm of its gradient squares that: where the fourth
     power overflows, weights may be finite, and all that comes of them is not.
@@ -169,7 +171,7 @@ def greatest_norm(dtype: torch.dtype) -> float:
 
 
 def computable(rows: torch.Tensor) -> torch.Tensor:
-    """Tell which rows of [K, P] have a norm that is no more than `greatest_norm`: bool [K].
+    """Find the rows of [K, P] that have a norm that is no more than `greatest_norm`: bool [K].
 
     One pass and no copy; a NaN passes through a norm, and is no number below any other.
     """

@@ -108,7 +108,7 @@ def train_one(
 
 
 def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]:
-    """Give one client's trained tensors at their start, and its frozen factors."""
+    """Return one client's trained tensors at their start, and its frozen factors."""
     frozen, values = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for weight, adapter in downlink.adapters.items():
         for label, part in adapter.factors.items():
@@ -130,7 +130,7 @@ def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]
 def part_of(
     name: str, downlink: Downlink, shape: torch.Size, ranks: torch.Tensor | None
 ) -> tuple[slice, ...]:
-    """Say which part of a tensor a client trains under its budget; all of it: ()."""
+    """Return the part of a tensor that a client trains under its budget; all of it: ()."""
     weight, _, label = name.rpartition("/")
     if ranks is None or weight not in downlink.adapters:
         return ()
@@ -179,15 +179,15 @@ def batches(
     width = local.batch_size or size
     key = hash_key(seed, "shuffle", round_)
     steps: list[torch.Tensor] = []
-    wanted = local.steps if local.steps is not None else local.epochs * -(-size // width)
+    count = local.steps if local.steps is not None else local.epochs * -(-size // width)
     epoch = 0
-    while len(steps) < wanted:
+    while len(steps) < count:
         rows = torch.arange(size)
         if local.shuffle:
             rows = cohort_permutations(key, torch.tensor([client]), torch.tensor([size]), epoch)[0]
         steps.extend(rows.split(width))
         epoch += 1
-    return steps[:wanted]
+    return steps[:count]
 
 
 def make_optimiser(

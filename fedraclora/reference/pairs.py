@@ -84,7 +84,7 @@ class LocalRite(torch.optim.AdamW):
     def __init__(self, groups: Iterable[dict[str, Any]], frozen: Tree, **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.frozen = frozen
-        self.held: dict[str, dict[str, torch.Tensor]] = {}
+        self.moments: dict[str, dict[str, torch.Tensor]] = {}
         self.count = 0
 
     @override
@@ -112,28 +112,28 @@ class LocalRite(torch.optim.AdamW):
     ) -> torch.Tensor:
         rows, r = gradient.shape
         left, s, right = torch.linalg.svd(partner, full_matrices=False)
-        kept = s**2 > NOTHING * s.max() ** 2
-        left, s, right = left[:, kept], s[kept], right[kept]
+        nonzero = s**2 > NOTHING * s.max() ** 2
+        left, s, right = left[:, nonzero], s[nonzero], right[nonzero]
         basis, inverse = left @ right, right.T @ torch.diag(1 / s) @ right
         g = gradient @ inverse
         blank = {"M": torch.zeros(rows, r), "V": torch.zeros(r, r), "e": torch.zeros(())}
         blank = {key: value.to(g) for key, value in blank.items()}
-        held = self.held.setdefault(group["name"], blank | {"basis": basis})
+        moments = self.moments.setdefault(group["name"], blank | {"basis": basis})
         t = self.count
         b1, b2 = (beta * (1 - beta ** (t - 1)) / (1 - beta**t) for beta in group["betas"])
-        P = basis.T @ held["basis"]
-        turned = P @ held["V"] @ P.T
-        lost = torch.linalg.eigvalsh(held["V"]) - torch.linalg.eigvalsh(turned)
-        held["e"] = b2 * (held["e"] + lost.abs().max())
-        held["V"] = b2 * turned + (1 - b2) * g.T @ g / rows
-        values, turn = torch.linalg.eigh(held["V"])
-        values = values.clamp(min=0) + held["e"]
-        kept = values > NOTHING * values.max()
-        turn, values = turn[:, kept], values[kept]
+        P = basis.T @ moments["basis"]
+        turned = P @ moments["V"] @ P.T
+        lost = torch.linalg.eigvalsh(moments["V"]) - torch.linalg.eigvalsh(turned)
+        moments["e"] = b2 * (moments["e"] + lost.abs().max())
+        moments["V"] = b2 * turned + (1 - b2) * g.T @ g / rows
+        values, turn = torch.linalg.eigh(moments["V"])
+        values = values.clamp(min=0) + moments["e"]
+        nonzero = values > NOTHING * values.max()
+        turn, values = turn[:, nonzero], values[nonzero]
         whitened = g @ turn @ torch.diag(1 / (values.sqrt() + group["eps"])) @ turn.T
-        held["M"] = b1 * held["M"] @ P.T + (1 - b1) * whitened
-        held["basis"] = basis
-        move: torch.Tensor = held["M"] @ inverse
+        moments["M"] = b1 * moments["M"] @ P.T + (1 - b1) * whitened
+        moments["basis"] = basis
+        move: torch.Tensor = moments["M"] @ inverse
         return move
 
 
@@ -169,7 +169,7 @@ class LocalGates:
         self.optimiser, self.penalty = make(named), local.gate_penalty or 0.0
 
     def product(self, name: str) -> torch.Tensor:
-        """Give what the model sees of a gated factor."""
+        """Compute the gated factor as the model sees it."""
         factor, gate = self.own[name]
         return factor * gate if name.endswith("/B") else gate[:, None] * factor
 

@@ -43,12 +43,12 @@ class ClientStore:
     def __init__(self, generations: int = GENERATIONS) -> None:
         self.generations = generations
         self.secrets: dict[int, bytes] = {}
-        self._kept: dict[int, list[Entry]] = {}
+        self._entries: dict[int, list[Entry]] = {}
 
     def read(
         self, clients: torch.Tensor, round_: int, default: Tree, link: int | None = None
     ) -> Tree:
-        """Give what each client held before a round.
+        """Read the state of each client before a round.
 
         Args:
             clients: Ids, int64 [K].
@@ -68,29 +68,29 @@ class ClientStore:
         first = layout.pack(default)
         rows = []
         for client in clients.tolist():
-            held = [entry for entry in self._kept.get(client, []) if entry.round_ < round_]
-            if not held:
+            earlier = [entry for entry in self._entries.get(client, []) if entry.round_ < round_]
+            if not earlier:
                 rows.append(first)
-            elif held[-1].layout == layout:
-                rows.append(held[-1].row.to(first.device))
+            elif earlier[-1].layout == layout:
+                rows.append(earlier[-1].row.to(first.device))
             else:
-                values = default | self._lasting(client, held[-1], round_, layout, link)
+                values = default | self._lasting(client, earlier[-1], round_, layout, link)
                 rows.append(layout.pack({n: t.to(first.device) for n, t in values.items()}))
         return layout.unpack(torch.stack(rows))
 
     def _lasting(
-        self, client: int, held: Entry, round_: int, wanted: Layout, link: int | None
+        self, client: int, entry: Entry, round_: int, layout: Layout, link: int | None
     ) -> Tree:
-        """Give what a client holds beside moments that have ended; raises as `read` does."""
-        values = held.layout.unpack(held.row)
+        """Read a client's state without moments that have ended; raises as `read` does."""
+        values = entry.layout.unpack(entry.row)
         of_link = values.get(f"{MOMENTS}link")
         if link is not None and of_link is not None and int(of_link) != link:
             values = {n: t for n, t in values.items() if not n.startswith(MOMENTS)}
-            wanted = Layout(tuple(s for s in wanted.shapes if not s[0].startswith(MOMENTS)))
-        if (found := Layout.of(values)) != wanted:
+            layout = Layout(tuple(s for s in layout.shapes if not s[0].startswith(MOMENTS)))
+        if (found := Layout.of(values)) != layout:
             raise ShapeError(
-                f"client {client} holds other tensors from round {held.round_} than round "
-                f"{round_} asks for: {difference(found, wanted)}. What clients keep must stay the "
+                f"client {client} holds other tensors from round {entry.round_} than round "
+                f"{round_} asks for: {difference(found, layout)}. What clients keep must stay the "
                 "same from round to round; moments may change with the number of the link "
                 "(local.moments=link), which the method gives"
             )
@@ -110,39 +110,39 @@ class ClientStore:
             self._keep(client, Entry(round_, layout, row.clone()))
 
     def latest(self, count: int) -> dict[int, Tree]:
-        """Give the tensors of the ``count`` clients that trained last (the smaller id in a tie).
+        """Read the tensors of the ``count`` clients that trained last (the smaller id in a tie).
 
         Moments of optimisers and control variates are no part of a client's model and are left out.
         """
-        recent = sorted(self._kept.items(), key=lambda item: (-item[1][-1].round_, item[0]))
-        held = {c: kept[-1].layout.unpack(kept[-1].row) for c, kept in recent[:count]}
+        recent = sorted(self._entries.items(), key=lambda item: (-item[1][-1].round_, item[0]))
+        stored = {c: entries[-1].layout.unpack(entries[-1].row) for c, entries in recent[:count]}
         return {
             c: {n: t for n, t in own.items() if not n.startswith(NO_WEIGHTS)}
-            for c, own in held.items()
+            for c, own in stored.items()
         }
 
     def state(self) -> Tree:
         """Tensors for a checkpoint."""
-        return _packed(dict(sorted(self._kept.items())))
+        return _packed(dict(sorted(self._entries.items())))
 
     def part(self, clients: list[int], round_: int) -> Tree:
         """What clients held before a round, in the form of `state`: to train elsewhere."""
-        held = {c: [e for e in self._kept.get(c, []) if e.round_ < round_] for c in clients}
-        return _packed({c: kept[-1:] for c, kept in held.items()}) | self._secrets(clients)
+        earlier = {c: [e for e in self._entries.get(c, []) if e.round_ < round_] for c in clients}
+        return _packed({c: entries[-1:] for c, entries in earlier.items()}) | self._secrets(clients)
 
     def absorb(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep what clients hold that trained elsewhere: the `state` of another store."""
         other = ClientStore()
         other.restore(tensors)
         self.secrets |= other.secrets
-        for client, kept in other._kept.items():
-            for entry in kept:
+        for client, entries in other._entries.items():
+            for entry in entries:
                 self._keep(client, entry)
 
     def since(self, round_: int) -> Tree:
         """What was staged in a round or later, in the form of `state`."""
-        kept = {c: [e for e in kept if e.round_ >= round_] for c, kept in self._kept.items()}
-        return _packed(dict(sorted(kept.items()))) | self._secrets(list(self.secrets))
+        later = {c: [e for e in own if e.round_ >= round_] for c, own in self._entries.items()}
+        return _packed(dict(sorted(later.items()))) | self._secrets(list(self.secrets))
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the tensors of `state` back."""
@@ -161,28 +161,28 @@ class ClientStore:
             for (client, round_), row in zip(tensors[f"{group}/keys"].tolist(), rows, strict=True):
                 found.append((client, Entry(round_, layout, row.clone())))
             group = _next(group)
-        self._kept = {}
+        self._entries = {}
         for client, entry in sorted(found, key=lambda each: each[1].round_):
-            self._kept.setdefault(client, []).append(entry)
+            self._entries.setdefault(client, []).append(entry)
 
     def _secrets(self, clients: list[int]) -> Tree:
         """Write secrets as tensors of bytes: to travel with what else a client holds."""
-        held = {c: self.secrets[c] for c in clients if c in self.secrets}
-        return {f"{KEPT}{c}": torch.tensor(list(s), dtype=torch.uint8) for c, s in held.items()}
+        secrets = {c: self.secrets[c] for c in clients if c in self.secrets}
+        return {f"{KEPT}{c}": torch.tensor(list(s), dtype=torch.uint8) for c, s in secrets.items()}
 
     def _keep(self, client: int, entry: Entry) -> None:
-        older = [e for e in self._kept.get(client, []) if e.round_ < entry.round_]
-        self._kept[client] = [*older, entry][-self.generations :]
+        older = [e for e in self._entries.get(client, []) if e.round_ < entry.round_]
+        self._entries[client] = [*older, entry][-self.generations :]
 
 
-def _packed(kept: Mapping[int, list[Entry]]) -> Tree:
+def _packed(clients: Mapping[int, list[Entry]]) -> Tree:
     """Write entries as tensors: those of one layout together, each layout under a name of its own.
 
     Where all are alike, as they are unless what is trained changes, that is ``store/keys`` (client
     and round of each row) and ``store/values/<name>``; a second layout is ``store+/...`` and so on.
     """
     groups: dict[Layout, list[tuple[int, Entry]]] = {}
-    for client, entries in kept.items():
+    for client, entries in clients.items():
         for entry in entries:
             groups.setdefault(entry.layout, []).append((client, entry))
     found: Tree = {}

@@ -70,9 +70,9 @@ def write_digests(folder: Path, config: str, data: Mapping[str, object] | None) 
     """
     path, now = folder / FILE, folder / "config.yaml"
     before = [_text_digest(now.read_bytes())] if now.is_file() else []
-    kept = known_data(folder) if data is None else data
+    recorded = known_data(folder) if data is None else data
     digests = [_text_digest(config.encode()), *before]
-    write_text(path, sealed({"config": digests, "data": kept}))
+    write_text(path, sealed({"config": digests, "data": recorded}))
 
 
 def check_config(folder: Path) -> bytes:
@@ -93,7 +93,7 @@ def check_config(folder: Path) -> bytes:
 
 
 def check_data(folder: Path, data: Mapping[str, object]) -> None:
-    """Hold the files that the data of a run are read from against what they were when it began.
+    """Check the files that the data of a run are read from against what they were when it began.
 
     Args:
         folder: The run folder.
@@ -106,9 +106,9 @@ def check_data(folder: Path, data: Mapping[str, object]) -> None:
         return
     found = data_files(data)
     for key, files in stored.items():
-        for name, wanted in files.items():
+        for name, recorded in files.items():
             now = found.get(key, {}).get(name)
-            if now != wanted:
+            if now != recorded:
                 what = "is missing" if now is None else "has changed"
                 raise DataError(
                     f"data.{key}={data.get(key)}: {name}{_owner(key, name)} {what} since the run "
@@ -117,13 +117,13 @@ def check_data(folder: Path, data: Mapping[str, object]) -> None:
 
 
 def known_data(folder: Path) -> dict[str, dict[str, str]]:
-    """Give the digests of the data's files that a run folder holds, as `data_files` gave them."""
+    """Read the digests of the data's files from a run folder, as `data_files` computed them."""
     path = folder / FILE
     return dict(read_sealed(path).get("data", {})) if path.is_file() else {}
 
 
 def data_files(data: Mapping[str, object]) -> dict[str, dict[str, str]]:
-    """Give the SHA-256 of each file that keys of the group ``data`` name, by key and file name.
+    """Compute the SHA-256 of each file that keys of the group ``data`` name, by key and file name.
 
     A folder has those of the files in it. Packages and functions are code and left out, and so is
     ``data.root``, whose data sets are known by their own digests.

@@ -31,12 +31,12 @@ PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
 
 
 def is_finished(folder: Path) -> bool:
-    """Tell whether the run of a folder came to its end."""
+    """Check whether the run of a folder came to its end."""
     return (folder / "summary.json").is_file()
 
 
 def has_begun(folder: Path) -> bool:
-    """Tell whether a folder holds a run that has come to its first row, or more.
+    """Check whether a folder holds a run that has come to its first row, or more.
 
     What holds less was a start that failed or was killed: nothing is lost where another is made.
 
@@ -51,7 +51,7 @@ def has_begun(folder: Path) -> bool:
 
 
 def resume_word(folder: Path) -> str:
-    r"""Give the word that goes on with a run, as it can be pasted into a shell.
+    r"""Return the command word that goes on with a run, as it can be pasted into a shell.
 
     Example:
         >>> resume_word(Path("runs/a")), resume_word(Path("sweep/seed=1"))
@@ -62,7 +62,7 @@ def resume_word(folder: Path) -> str:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Refuse to write over a run.
+    """Reject a folder that already has a run.
 
     Raises:
         CheckpointError: If a run is there already.
@@ -160,7 +160,7 @@ def amend(folder: Path, plain: Plain) -> list[str]:
 
 
 def has_checkpoint(folder: Path, every: int) -> bool:
-    """Tell whether a run can go on, or was killed so early that it must start again.
+    """Check whether a run can go on, or was killed so early that it must start again.
 
     A run that was killed before its first checkpoint is cleared, so that it can. It is another run
     then, with a key and a name of its own: what the first attempt drew must not be drawn again.
@@ -266,7 +266,7 @@ def provenance() -> dict[str, object]:
 
 @cache
 def git_revision() -> str | None:
-    """Give the revision of the checkout that runs, with a plus where files differ from it.
+    """Read the revision of the checkout that runs, with a plus where files differ from it.
 
     None for an installed package, also where it lies in the folder of another project.
 

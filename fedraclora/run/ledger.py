@@ -88,15 +88,15 @@ class Ledger:
         self._seals.append(seal)
 
     def seal(self, round_: int | None = None) -> str:
-        """Give the digest of all rows up to a round, every column; empty where there is none."""
+        """Compute the digest of all rows up to a round, every column; empty where there is none."""
         count = len(self.rows) if round_ is None else sum(_round(r) <= round_ for r in self.rows)
         return self._seals[count - 1] if count else ""
 
     def cut(self, round_: int) -> None:
         """Drop the rows of all rounds after ``round_``, so that the run can go on from there."""
-        kept = [row for row in self.rows if _round(row) <= round_]
-        if len(kept) < len(self.rows):
-            self.rows, self._seals = kept, self._seals[: len(kept)]
+        rows = [row for row in self.rows if _round(row) <= round_]
+        if len(rows) < len(self.rows):
+            self.rows, self._seals = rows, self._seals[: len(rows)]
             self._rewrite()
 
     def digest(self) -> str:
@@ -142,7 +142,7 @@ def digest_rows(rows: Iterable[Mapping[str, object]]) -> str:
 
 
 def seals(rows: Iterable[Mapping[str, object]]) -> Iterator[str]:
-    """Give the digest at each row: of all its columns, and of all rows before."""
+    """Compute the digest at each row: of all its columns, and of all rows before."""
     before = ""
     for row in rows:
         before = _seal(before, row)
@@ -203,9 +203,9 @@ def _parse(data: bytes, path: Path) -> list[Row]:
         last = index == len(lines) - 1
         try:
             row = json.loads(line)
-            wanted = _round(rows[-1]) + 1 if rows else 0
-            if not isinstance(row, dict) or _round(row) < wanted:
-                raise ValueError(f"a row must be a mapping with a round from {wanted} on")
+            least = _round(rows[-1]) + 1 if rows else 0
+            if not isinstance(row, dict) or _round(row) < least:
+                raise ValueError(f"a row must be a mapping with a round from {least} on")
             claimed = row.pop(_SEAL, None)
             seal = _seal(seal, row)
             if claimed != seal and (claimed is not None or sealed):
@@ -236,7 +236,7 @@ def _seal(before: str, row: Mapping[str, object]) -> str:
 
 
 def _plain(value: object, where: str) -> object:
-    """Bring a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null."""
+    """Convert a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null."""
     if isinstance(value, np.generic | np.ndarray | torch.Tensor):
         value = value.tolist()
     if value is None or isinstance(value, bool | int | str):

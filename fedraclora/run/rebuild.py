@@ -63,9 +63,9 @@ def state_at(
         state = State(base, state.plan, kept | part(tensors, CARRIED), kind.read(memo))
     if last < 0 or (last < round_ and not beyond):
         reached = "no round" if last < 0 else f"round {last}"
-        wanted = chain / f"{last + 1:06d}.safetensors"
+        missing = chain / f"{last + 1:06d}.safetensors"
         raise CheckpointError(
-            f"{chain} reaches {reached}, not round {round_}: {wanted} is not there"
+            f"{chain} reaches {reached}, but not round {round_}: {missing} is missing"
         )
     _hold_against_checkpoint(folder)
     if not memo and method is not None and type(method).weights is not Method.weights:
@@ -78,14 +78,14 @@ def state_at(
 
 
 def stored_plan(folder: Path) -> Plan | None:
-    """Give the plan of a run from its files; None where they are of an older release."""
+    """Read the plan of a run from its files; None where they are of an older release."""
     metas = [meta for number, _, meta in islice(read_links(folder / "chain"), 1) if number == 0]
     stored = [meta["plan"] for meta in (*metas, checkpoint_meta(folder)) if "plan" in meta]
     return read_plan(stored[0]) if stored else None
 
 
 def _check_gap(folder: Path, last: int, number: int) -> None:
-    """Refuse a chain in which a round is missing; older releases left out those of nobody."""
+    """Reject a chain in which a round is missing; older releases left out those of nobody."""
     for round_ in range(last + 1, number):
         rows = {row["round"]: row for row in read_ledger(folder / "ledger.jsonl")}
         if last < 0 or rows.get(round_, {}).get("cohort") != 0:
@@ -94,10 +94,10 @@ def _check_gap(folder: Path, last: int, number: int) -> None:
 
 
 def _hold_against_checkpoint(folder: Path) -> None:
-    """Refuse a chain that is not the one that the folder's checkpoint was written beside."""
+    """Reject a chain other than the one beside which the folder's checkpoint was written."""
     meta, chain = checkpoint_meta(folder), folder / "chain"
-    round_, kept = meta.get("round", 0), meta.get("chain")
-    if isinstance(kept, str) and link_digest(chain, round_) != kept:
+    round_, chain_digest = meta.get("round", 0), meta.get("chain")
+    if isinstance(chain_digest, str) and link_digest(chain, round_) != chain_digest:
         raise CheckpointError(
             f"{chain / f'{round_:06d}.safetensors'} is missing, or it is of another run than "
             f"{folder / 'checkpoint'}: restore both folders from a copy"

@@ -164,7 +164,7 @@ class RunRecorder:
         self._link, self._carried = stored_digest(path), new
 
     def due(self, round_: int) -> bool:
-        """Whether a checkpoint is due after this round."""
+        """Return whether a checkpoint is due after this round."""
         return self.folder is not None and round_ % self.every == 0
 
     def save(self, state: State, round_: int, catch_up: CatchUp) -> None:
@@ -240,7 +240,7 @@ class RunRecorder:
         ), round_
 
     def _verify(self, meta: Mapping[str, Any], round_: int) -> None:
-        """Hold what the run rests on against the digests in its checkpoint, before any cut.
+        """Check what the run rests on against the digests in its checkpoint, before any cut.
 
         Checkpoints of older releases name none.
 
@@ -265,14 +265,14 @@ class RunRecorder:
                 f"{self.folder} keeps no chain, and one that begins at round {round_ + 1} has no "
                 "initial weights; go on with output.chain=false"
             )
-        kept = meta.get("chain") if self.keep_chain else None
-        if isinstance(kept, str) and link_digest(chain, round_) != kept:
+        chain_digest = meta.get("chain") if self.keep_chain else None
+        if isinstance(chain_digest, str) and link_digest(chain, round_) != chain_digest:
             raise CheckpointError(
                 f"{chain / f'{round_:06d}.safetensors'} is missing or of another run; {advice}"
             )
         found = beside(self.folder)
-        for name, wanted in meta.get("files", {}).items():
-            if found.get(name) != wanted:
+        for name, recorded in meta.get("files", {}).items():
+            if found.get(name) != recorded:
                 raise CheckpointError(
                     f"{self.folder / name} is missing, or is not what it was when the checkpoint "
                     f"was written; {advice}"
@@ -284,7 +284,7 @@ def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 def beside(folder: Path) -> dict[str, str]:
-    """Give the SHA-256 of each file of `BESIDE` that a run folder has, and what else it must have.
+    """Compute the SHA-256 of each file of `BESIDE` in a run folder, and of what else it must have.
 
     A digest of a key of 32 random bytes tells nobody the key.
     """
@@ -294,7 +294,7 @@ def beside(folder: Path) -> dict[str, str]:
 
 
 def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tree:
-    """Give the tensors whose names begin with a prefix, without it."""
+    """Select the tensors whose names begin with a prefix, and strip it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
@@ -305,19 +305,19 @@ def checkpoint_meta(folder: Path) -> dict[str, Any]:
 
 
 def stored_chunk(folder: Path) -> int | None:
-    """Give the chunk of the run whose checkpoint a folder holds; None if it does not say."""
+    """Read the chunk of the run whose checkpoint a folder holds; None if it does not say."""
     chunk: int | None = _resolved(folder, "chunk")
     return chunk
 
 
 def stored_device(folder: Path) -> str | None:
-    """Give the kind of device of the run of a folder; None if no checkpoint says it."""
+    """Read the kind of device of the run of a folder; None if no checkpoint says it."""
     device: str | None = _resolved(folder, "device")
     return device
 
 
 def stands_at(folder: Path) -> int | None:
-    """Give the round at which the checkpoint of a folder stands; None if there is none."""
+    """Read the round at which the checkpoint of a folder stands; None if there is none."""
     round_: int | None = checkpoint_meta(folder).get("round")
     return round_
 

@@ -32,7 +32,7 @@ def forget_stop(folder: Path) -> None:
 
 
 def divergence(folder: Path) -> int | None:
-    """Give the round in which a stopped run diverged; None if it did not.
+    """Read the round in which a stopped run diverged; None if it did not.
 
     Raises:
         CheckpointError: If the file is damaged.

@@ -81,7 +81,7 @@ def permutation(rng: np.random.Generator, dim: int) -> Integers:
 
 
 def is_power_of_two(dim: int) -> bool:
-    """Tell whether ``dim`` is 1, 2, 4, 8, ...
+    """Check whether ``dim`` is 1, 2, 4, 8, ...
 
     Example:
         >>> [dim for dim in range(1, 10) if is_power_of_two(dim)]

@@ -88,8 +88,8 @@ class SketchSpec:
             raise unknown("sketch side", self.side, SIDES)
         if self.rank < 1 or self.dim < 1 or self.index < 0:
             raise ConfigError(
-                "a sketch needs rank >= 1, dim >= 1 and index >= 0; "
-                f"came rank={self.rank}, dim={self.dim}, index={self.index}"
+                f"a sketch needs rank >= 1, dim >= 1 and index >= 0, but has rank={self.rank}, "
+                f"dim={self.dim}, index={self.index}"
             )
         if SKETCHES[self.kind].basis is not None and self.rank > self.dim:
             raise ConfigError(
@@ -97,7 +97,7 @@ class SketchSpec:
                 f"cannot exceed dim={self.dim}; lower the rank to {self.dim} or less"
             )
         if not 0.0 < self.density <= 1.0:
-            raise ConfigError(f"the density of a sketch lies in (0, 1]; came {self.density}")
+            raise ConfigError(f"the density of a sketch is {self.density}; it must lie in (0, 1]")
 
     def draw(self) -> torch.Tensor:
         """Draw the sketch.
@@ -128,7 +128,7 @@ class SketchSpec:
 
     @property
     def exact_bits(self) -> bool:
-        """Whether any machine draws the same bits, so that a digest can prove the sketch.
+        """Return whether any machine draws the same bits, so that a digest can prove the sketch.
 
         True for kinds drawn from raw integers; an ``srht`` needs a dim that is a power of two,
         and its block across two bases goes through a QR and is not exact.
@@ -140,7 +140,7 @@ class SketchSpec:
 
     @property
     def _straddles(self) -> bool:
-        """Whether this block of a cover takes rows from two bases."""
+        """Return whether this block of a cover takes rows from two bases."""
         start = self.index * self.rank % self.dim
         return self.blocks == "cover" and start + self.rank > self.dim
 
@@ -171,7 +171,7 @@ class Constants:
 
 
 def constants(spec: SketchSpec) -> Constants:
-    """Give the constants of the theory for a sketch, by formula.
+    """Compute the constants of the theory for a sketch, by formula.
 
     Independent draws: every kind here is invariant in law under signed permutations of the
     coordinates, or is a uniform subset of an orthonormal basis, so ``E[H] = (E[rank] / dim) I``.

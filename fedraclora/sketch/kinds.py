@@ -80,8 +80,8 @@ def sparse_sign(leaf: Leaf, size: Size) -> torch.Tensor:
     """Draw entries that are +1 or -1 with probability ``density`` (to 2^-32) and else 0."""
     drawn = words(generator(*leaf), size.rank, size.dim)
     threshold = np.uint64(round(size.density * 2**32))
-    kept = (drawn & np.uint64(0xFFFFFFFF)) < threshold
-    return torch.from_numpy(np.where(kept, signs(drawn), 0.0))
+    nonzero = (drawn & np.uint64(0xFFFFFFFF)) < threshold
+    return torch.from_numpy(np.where(nonzero, signs(drawn), 0.0))
 
 
 def count_sketch(leaf: Leaf, size: Size) -> torch.Tensor:

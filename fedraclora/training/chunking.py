@@ -50,7 +50,7 @@ class ChunkPlan:
 
     @override
     def __str__(self) -> str:
-        """Say it in one line, in MB (10^6 bytes)."""
+        """Summarise it in one line, in MB (10^6 bytes)."""
         if self.memory is None:
             return f"{self.chunk} clients ({self.reason})"
         m = self.memory
@@ -65,7 +65,7 @@ class ChunkPlan:
         )
 
     def record(self) -> dict[str, object]:
-        """Give the numbers for a run's summary."""
+        """Convert the plan to numbers for a run's summary."""
         found: dict[str, object] = {"chunk": self.chunk, "reason": self.reason}
         if self.memory is not None:
             found |= {"budget": self.budget, **asdict(self.memory)}
@@ -73,7 +73,7 @@ class ChunkPlan:
 
 
 def budget_of(device: torch.device, share: float | None = None) -> int:
-    """Give the bytes that training may take beside weights and data.
+    """Compute the bytes that training may take beside weights and data.
 
     Args:
         device: Where training runs. Weights and data are there already.
@@ -83,11 +83,11 @@ def budget_of(device: torch.device, share: float | None = None) -> int:
     if device.type != "cuda":
         return HOST_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_allocated(device)
-    free += torch.cuda.memory_reserved(device) - held
+    allocated = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - allocated
     if share is None:
         return int(FREE_SHARE * free)
-    return max(0, int(FREE_SHARE * free * share) - held - PROCESS_BYTES)
+    return max(0, int(FREE_SHARE * free * share) - allocated - PROCESS_BYTES)
 
 
 def plan_chunk(
@@ -128,7 +128,7 @@ def plan_chunk(
         return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
     advice = "set engine.chunk=1, or lower local.batch_size"
-    with _told("two clients in a batch", advice):
+    with _explained("two clients in a batch", advice):
         memory = measure(trainer, base, downlink, population)
     device = trainer.device.type
     budget = budget_of(trainer.device, share)
@@ -149,8 +149,8 @@ def plan_chunk(
 
 
 @contextmanager
-def _told(clients: str, advice: str) -> Iterator[None]:
-    """Say what to do where memory runs out, and where a step fails.
+def _explained(clients: str, advice: str) -> Iterator[None]:
+    """Explain what to do where memory runs out, and where a step fails.
 
     Args:
         clients: Who takes the step, for the message.
@@ -175,5 +175,5 @@ def _try_one(trainer: CohortTrainer, base: Tree, downlink: Downlink) -> None:
         "lower local.batch_size, the size of a sample (data.max_length) or the model, or set "
         "precision=bf16-mixed"
     )
-    with _told("one client", advice):
+    with _explained("one client", advice):
         try_step(trainer, base, downlink)

@@ -99,9 +99,9 @@ class CohortTrainer:
         chunk = self.open(base, downlink, clients, round_=round_)
         schedule, order, values = chunk.schedule, chunk.order, chunk.values
         rates = {n: self.local.rate(s.main, rate_scale) for n, s in downlink.trained().items()}
-        held = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
+        carried = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
         steps, hooks = RECIPES[downlink.recipe].steps, self._hooks(chunk)
-        plain = (CohortOptimiser if steps else GradientMean)(self.local, values, rates, held)
+        plain = (CohortOptimiser if steps else GradientMean)(self.local, values, rates, carried)
         own = (extra.optimiser(chunk, rates) for extra in self.local.extras if steps)
         optimiser: Optimiser = next(filter(None, own), plain)
         losses = torch.zeros(len(order), dtype=torch.float64, device=self.device)
@@ -156,7 +156,7 @@ class CohortTrainer:
         )
 
     def _hooks(self, chunk: OpenChunk) -> list[Hook]:
-        """Give what changes the gradients of every step, in order; where two meet, the core's."""
+        """List what changes the gradients of every step, in order; where two meet, the core's."""
         downlink, masks, largest = chunk.downlink, chunk.masks, self.local.clip
         recipe = RECIPES[downlink.recipe]
         found: list[tuple[When, Hook]] = []
@@ -195,7 +195,7 @@ class CohortTrainer:
         return loss.detach()
 
     def losses(self, chunk: OpenChunk, leaves: Tree, step: int, batch: Batch) -> torch.Tensor:
-        """Give the mean loss of each active client on its batch, [active].
+        """Compute the mean loss of each active client on its batch, [active].
 
         Args:
             chunk: Of `open`.
@@ -204,13 +204,13 @@ class CohortTrainer:
             batch: Of `Schedule.plan`.
         """
         losses, counts, valid = self._forward(chunk, step, batch, leaves, chunk.frozen)
-        kept = valid.to(losses.dtype)
-        return (losses * kept).sum(dim=1) / (counts * kept).sum(dim=1).clamp(min=1)
+        mask = valid.to(losses.dtype)
+        return (losses * mask).sum(dim=1) / (counts * mask).sum(dim=1).clamp(min=1)
 
     def _forward(
         self, chunk: OpenChunk, step: int, batch: Batch, leaves: Tree, frozen: Tree
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Give loss and count of each sample, and whether it is one, [active, width]."""
+        """Compute the loss and count of each sample, and whether it is one, [active, width]."""
         program, downlink = chunk.program, chunk.downlink
         samples, valid = chunk.samples(self.data, step, batch)
         context, active = program.context, len(next(iter(leaves.values())))
@@ -234,7 +234,7 @@ class CohortTrainer:
         return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
 
     def _program(self, downlink: Downlink, base: Tree) -> Program:
-        """Give the rewritten model for what is trained, holding these base weights."""
+        """Return the rewritten model for what is trained, holding these base weights."""
         adapted = (f"{w}/{label}" for w, a in downlink.adapters.items() for label in a.factors)
         names = (*adapted, "|", *downlink.dense)
         if names not in self._programs:

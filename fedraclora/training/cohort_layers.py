@@ -56,7 +56,7 @@ class CohortContext:
     round_: int = 0
 
     def clear(self) -> None:
-        """Let go of the tensors of a chunk that has ended."""
+        """Release the tensors of a chunk that has ended."""
         self.dense, self.factors, self.places = {}, {}, None
 
 
@@ -100,7 +100,7 @@ class CohortLayer(nn.Module):
         self.inner, self.layer, self.context = inner, name, context
 
     def batched(self, x: torch.Tensor) -> torch.Tensor:
-        """Give an input whose first axis is the batch; one row for all samples is expanded.
+        """Expand an input to the batch on its first axis, if it is one row for all samples.
 
         Transformers look positions up once for the whole batch ([1, T]); with a table per client
         every sample needs its own.
@@ -114,22 +114,22 @@ class CohortLayer(nn.Module):
         if x.shape[0] == 1:
             return x.expand(rows, *x.shape[1:])
         raise ModelError(
-            f"layer {self.layer!r} was given {tuple(x.shape)}; the first axis must be the batch of "
-            f"{rows} samples, or 1, for the layer to be trained per client"
+            f"layer {self.layer!r} got an input of shape {tuple(x.shape)}; the first axis must be "
+            f"the batch of {rows} samples, or 1, for the layer to be trained per client"
         )
 
     def per_client(self, leaf: str) -> torch.Tensor | None:
-        """Give the trained tensor ``<layer>.<leaf>`` [K, ...], or None if it is frozen."""
+        """Return the trained tensor ``<layer>.<leaf>`` [K, ...], or None if it is frozen."""
         return self.context.dense.get(f"{self.layer}.{leaf}")
 
     def low_rank(self) -> tuple[list[torch.Tensor], float] | None:
-        """Give factors and scale of the low-rank term on the weight, or None."""
+        """Return factors and scale of the low-rank term on the weight, or None."""
         name = f"{self.layer}.weight"
         factors = self.context.factors.get(name)
         return None if factors is None else (factors, self.context.scales[name])
 
     def rescale(self) -> torch.Tensor | None:
-        """Give what the outputs of each client are multiplied by, [K, out]; None without DoRA.
+        """Compute the factor on the outputs of each client, [K, out]; None without DoRA.
 
         It is formed in the precision of the weights, whatever that of the products.
         """
@@ -174,7 +174,7 @@ class CohortLinear(CohortLayer):
     def _product(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Give the product with what all clients share, over real tokens where they are known."""
+        """Multiply by what all clients share, over real tokens where they are known."""
         places = self.context.places
         if places is None or x.dim() != 3 or x.shape[1] != self.context.tokens:
             return F.linear(x, weight, bias)

@@ -42,7 +42,7 @@ class Optimiser(Protocol):
         """Take one step for the clients that still train: the first rows of each tensor."""
 
     def moments(self, steps: torch.Tensor) -> Tree:
-        """Give the moments that outlive the round, after ``steps`` of each client, int64 [K]."""
+        """Return the moments that outlive the round, after ``steps`` of each client, int64 [K]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class LocalExtra:
     def gradients(
         self, chunk: Chunk, forward: Forward, active: int, width: int, step: int
     ) -> tuple[torch.Tensor, Tree]:
-        """Give mean losses, [active], and gradients, [active, ...] by name, of a local step.
+        """Compute mean losses, [active], and gradients, [active, ...] by name, of a local step.
 
         Args:
             chunk: Of clients.
@@ -111,7 +111,7 @@ class LocalExtra:
         raise NotImplementedError
 
     def hooks(self, chunk: Chunk) -> Mapping[When, Hook]:
-        """Give what it does to the gradients of every step.
+        """Return the hooks on the gradients of every step.
 
         Raises:
             ConfigError: Where it does not fit what is trained.
@@ -120,7 +120,7 @@ class LocalExtra:
         return {}
 
     def optimiser(self, chunk: Chunk, rates: Rates) -> Optimiser | None:
-        """Give the optimiser in the place of the core's; None: it has none.
+        """Return the optimiser in the place of the core's; None: it has none.
 
         Args:
             chunk: Of clients; its values are updated in place.
@@ -133,15 +133,15 @@ class LocalExtra:
         return None
 
     def sent(self, result: LocalResult) -> LocalResult:
-        """Give what leaves the clients of what came out, after they have kept what they keep."""
+        """Select what leaves the clients from their result, after they have stored their state."""
         return result
 
     def step_in_weights(self, scale: float, gram: float) -> tuple[float, float]:
-        """Give s and c of the step that SGD takes in weight space (`fedraclora.training.steps`)."""
+        """Compute s and c of the step that SGD takes in weight space (`training.steps`)."""
         return scale, gram
 
     def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:
-        """Give what the ledger says of a round, from what was asked and what came back."""
+        """Compute the ledger's columns of a round, from what was asked and what came back."""
         del sent, got
         return {}
 
@@ -156,16 +156,16 @@ class Keeper(Protocol):
     extras: tuple[str, ...]
 
     def blank(self, sent: Downlink, dtype: torch.dtype) -> Tree:
-        """Give what a client begins with, by the names under which it is kept; {}: not asked."""
+        """Build the state that a client begins with, by the names of its storage; {}: none."""
 
-    def begin(self, kept: Tree, sent: Downlink) -> Downlink:
-        """Give what clients train from, with what they kept, [K, ...] by the names of `blank`."""
+    def begin(self, stored: Tree, sent: Downlink) -> Downlink:
+        """Merge clients' stored state, [K, ...] by the names of `blank`, into the downlink."""
 
-    def end(self, kept: Tree, sent: Downlink, directions: Tree) -> Tree:
-        """Give what they keep from here on.
+    def end(self, stored: Tree, sent: Downlink, directions: Tree) -> Tree:
+        """Compute the state that clients store from here on.
 
         Args:
-            kept: What they kept so far, [K, ...]. Not modified.
+            stored: What they kept so far, [K, ...]. Not modified.
             sent: Of `begin`.
             directions: Of the mean local step, as the server sees it, by trained name, [K, ...]
                 (`fedraclora.training.gradients.mean_gradients`).

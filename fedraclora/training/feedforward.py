@@ -17,7 +17,7 @@ from fedraclora.tree import Tree
 
 
 def written_out(task: Task, downlink: Downlink) -> bool:
-    """Tell whether a task fits in here, with what is trained of its model."""
+    """Check whether a task fits in here, with what is trained of its model."""
     model, inputs = task.model, task.test.inputs
     if type(model) is not nn.Sequential or task.loss not in SLOPES or set(inputs) != {"x"}:
         return False
@@ -74,7 +74,7 @@ class FeedForward:
         return x
 
     def backward(self, slope: torch.Tensor) -> Tree:
-        """Give the gradients, [K, ...] by name, from that of the last output."""
+        """Compute the gradients, [K, ...] by name, from that of the last output."""
         gradients: Tree = {}
         back: torch.Tensor | None = slope
         for place in range(len(self.stages) - 1, self.first - 1, -1):

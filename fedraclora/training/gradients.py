@@ -16,7 +16,7 @@ from fedraclora.tree import Tree
 def written_out_gradients(
     network: FeedForward, task: Task, chunk: OpenChunk, leaves: Tree, step: int, batch: Batch
 ) -> tuple[torch.Tensor, Tree]:
-    """Give mean losses, [active], and gradients, [active, ...] by name, without autograd.
+    """Compute mean losses, [active], and gradients, [active, ...] by name, without autograd.
 
     Args:
         network: Of the chunk.
@@ -38,7 +38,7 @@ def written_out_gradients(
 
 
 def clip_per_client(gradients: Tree, largest: float) -> Tree:
-    """Give each client's gradients scaled to a global norm of at most ``largest``, as new tensors.
+    """Scale each client's gradients to a global norm of at most ``largest``, as new tensors.
 
     Args:
         gradients: [K, ...] by name.
@@ -52,7 +52,7 @@ def clip_per_client(gradients: Tree, largest: float) -> Tree:
 
 
 def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
-    """Give the hook that adds to gradients what a round corrects them by.
+    """Build the hook that adds a round's corrections to the gradients.
 
     Args:
         sent: Has them, for all clients or [K, ...].
@@ -77,5 +77,5 @@ def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:
 
 
 def mean_gradients(start: Tree, end: Tree, steps: int, rates: dict[str, float]) -> Tree:
-    """Give the mean of the directions of plain SGD steps: (start - end) / (steps rate), float64."""
+    """Average the directions of plain SGD steps: (start - end) / (steps rate), float64."""
     return {n: (start[n].double() - end[n].double()) / (steps * rates[n]) for n in end}

@@ -88,16 +88,16 @@ class LocalConfig:
         return ()
 
     def extra_of(self, kind: type[Extra]) -> Extra | None:
-        """Give the extra of a kind; None: there is none."""
+        """Return the extra of a kind; None if there is none."""
         return next((extra for extra in self.extras if isinstance(extra, kind)), None)
 
     @property
     def answers_once(self) -> bool:
-        """Whether a second answer to a round would tell what the first one hides."""
+        """Return whether a second answer to a round would tell what the first one hides."""
         return any(extra.answers_once for extra in self.extras)
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot train."""
+        """Reject settings that cannot train."""
         for key, known in self.CHOICES.items():
             if getattr(self, key) not in known:
                 raise unknown(f"local.{key}", getattr(self, key), known)
@@ -146,8 +146,8 @@ class LocalConfig:
         for extra in self.extras if self.moments != "round" else ():
             if extra.ends_moments:
                 raise ConfigError(
-                    f"local.moments is {self.moments}, but what those of {extra.setting} speak of "
-                    "ends with the round; leave it at round"
+                    f"local.moments is {self.moments}, but under {extra.setting} moments mean "
+                    "nothing beyond their round; set local.moments=round"
                 )
         steps = [extra.setting for extra in self.extras if extra.takes_factor_step]
         if len(steps) > 1:

@@ -52,7 +52,7 @@ def per_client(start: torch.Tensor, K: int) -> torch.Tensor:
 
 
 def start_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Give the start of a trained tensor as [1, ...] if shared, [K, ...] if per client."""
+    """Return the start of a trained tensor as [1, ...] if shared, [K, ...] if per client."""
     opening = slot.opening()
     if opening is None:
         return default[None]
@@ -61,7 +61,7 @@ def start_of(slot: Trained, default: torch.Tensor, order: torch.Tensor) -> torch
 
 
 def start_from(own: Tree, downlink: Downlink) -> Downlink:
-    """Let the tensors that are named start from each client's own, [K, ...]."""
+    """Start the tensors that are named from each client's own, [K, ...]."""
     if not own:
         return downlink
 

@@ -12,11 +12,11 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from fedraclora.data.samples import ClientData
@@ -35,7 +35,7 @@ _STARVED = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error of PyTorch means that memory ran out.
+    """Check whether an error of PyTorch means that memory ran out.
 
     Example:
         >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
@@ -63,7 +63,7 @@ class LiveTensors(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device.type
         self.now = self.peak = 0
-        self._seen = WeakIdKeyDictionary()
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # by address, while it lives
 
     @classmethod
     @override
@@ -80,30 +80,28 @@ class LiveTensors(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         # What comes in without having come out of anything was there before.
-        self._look((args, *kwargs.values()), made=False)
+        self._see(args, counted=False)
+        self._see(tuple(kwargs.values()), counted=False)
         out = func(*args, **kwargs)
-        self._look(out, made=True)
+        self._see(out, counted=True)
         return out
 
-    def _look(self, value: object, *, made: bool) -> None:
-        """See the tensors of what goes into an operator or comes out: it nests sequences alone."""
-        if isinstance(value, torch.Tensor):
-            self._see(value, made=made)
-        elif isinstance(value, list | tuple):
+    def _see(self, value: object, *, counted: bool) -> None:
+        """Record the tensors that go into an operator or come out: it nests sequences alone."""
+        if isinstance(value, list | tuple):
             for part in value:
-                self._look(part, made=made)
+                self._see(part, counted=counted)
+        elif isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            address = storage._cdata  # noqa: SLF001  a storage has no other cheap name
+            if address not in self._seen:
+                size = storage.nbytes() if counted and value.device.type == self.device else 0
+                self._seen[address] = weakref.ref(storage, partial(self._free, address, size))
+                self.now += size
+                self.peak = max(self.peak, self.now)
 
-    def _see(self, tensor: torch.Tensor, *, made: bool) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen[storage] = made
-        if made and tensor.device.type == self.device:
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
-
-    def _free(self, size: int) -> None:
+    def _free(self, address: int, size: int, _: object) -> None:
+        del self._seen[address]
         self.now -= size
 
 
@@ -136,7 +134,7 @@ class MemoryModel:
         return self.shared + clients * self.client
 
     def fitting(self, budget: int) -> int:
-        """Give the most clients whose training fits into so many bytes; 0 if none does."""
+        """Count the most clients whose training fits into so many bytes; 0 if none does."""
         return max(0, budget - self.shared) // max(1, self.client)
 
 
@@ -174,7 +172,7 @@ def measure(
     own = sum(
         torch.Size(s.shape).numel() * trainer.dtype.itemsize for s in downlink.trained().values()
     )
-    trained = two.held - one.held + (1 + len(moment_kinds(trainer.local))) * own
+    trained = two.resident - one.resident + (1 + len(moment_kinds(trainer.local))) * own
     # Each stretch by itself: where what is shared makes the peak, it hides what a client adds.
     client = max(four.laid_out - three.laid_out, two.live.peak - one.live.peak, trained)
     return MemoryModel(
@@ -210,37 +208,37 @@ class Probe(CohortTrainer):
     Attributes:
         live: Counts; to be entered around `train`. Its peak is that of the steps.
         laid_out: The peak before the first step.
-        held: Bytes that live before the first step.
+        resident: Bytes that live before the first step.
     """
 
     def __init__(self, trainer: CohortTrainer, length: int | None, *, steps: bool = True) -> None:
         vars(self).update(vars(trainer))
         self.length, self.steps = length, steps
         self.live = LiveTensors(trainer.device)
-        self.laid_out = self.held = 0
+        self.laid_out = self.resident = 0
 
     @override
     def _step(self, chunk: OpenChunk, step: int, batch: Batch, *rest: Any) -> torch.Tensor:
-        self.laid_out, self.held = self.live.peak, self.live.now
+        self.laid_out, self.resident = self.live.peak, self.live.now
         self.live.peak = self.live.now
         for _ in range(min(2, int(chunk.schedule.steps.max())) if self.steps else 0):
             # The same batch twice: none is wider.
             full = Batch(batch.active, batch.width, self.length or batch.length)
             super()._step(chunk, step, full, *rest)
-            if self.live.now == self.held:
+            if self.live.now == self.resident:
                 break  # the first left nothing (moments, buffers) that lies beside the second
         raise Enough
 
 
 def longest(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> int | None:
-    """Give the tokens of the longest sample of some clients; None where nothing is padded."""
+    """Count the tokens of the longest sample of some clients; None where nothing is padded."""
     found = 0
-    for ids, held in zip(clients.split(TOGETHER), sizes.split(TOGETHER), strict=True):
-        every = torch.arange(int(held.max()), device=ids.device).expand(len(ids), -1)
+    for ids, counts in zip(clients.split(TOGETHER), sizes.split(TOGETHER), strict=True):
+        every = torch.arange(int(counts.max()), device=ids.device).expand(len(ids), -1)
         lengths = data.lengths(ids, every)
         if lengths is None:
             return None
-        found = max(found, int((lengths * (every < held[:, None])).max()))
+        found = max(found, int((lengths * (every < counts[:, None])).max()))
     return found
 
 

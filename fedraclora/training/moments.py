@@ -32,7 +32,7 @@ from fedraclora.tree import Tree
 
 
 def blank_moments(local: LocalConfig, downlink: Downlink, dtype: torch.dtype) -> Tree:
-    """Give the moments of a client that has not trained yet, to be kept by name.
+    """Build the moments of a client that has not trained yet, to be stored by name.
 
     Args:
         local: Settings; nothing lives on under ``moments: round``.
@@ -55,30 +55,30 @@ def blank_moments(local: LocalConfig, downlink: Downlink, dtype: torch.dtype) ->
     return found | {key: torch.zeros((), dtype=dtype) for key in ("moments/steps", "moments/link")}
 
 
-def begin_moments(held: Tree, local: LocalConfig, link: int) -> Tree:
-    """Give the moments with which clients begin a round: reset where their link has ended.
+def begin_moments(stored: Tree, local: LocalConfig, link: int) -> Tree:
+    """Compute the moments with which clients begin a round: reset where their link has ended.
 
     Args:
-        held: What they kept, [K, ...] by the names of `blank_moments`. Not modified.
+        stored: What they kept, [K, ...] by the names of `blank_moments`. Not modified.
         local: Settings.
         link: Number of the link that the round belongs to.
 
     Returns:
         A new tree.
     """
-    if not held:
+    if not stored:
         return {}
-    ended = held["moments/link"] != link
-    out = {**held, "moments/link": torch.full_like(held["moments/link"], link)}
+    ended = stored["moments/link"] != link
+    out = {**stored, "moments/link": torch.full_like(stored["moments/link"], link)}
     if local.moments == "run" or not ended.any():
         return out
-    for name, value in held.items():
+    for name, value in stored.items():
         if name == "moments/link":
             continue
         if name == "moments/steps":
             left = value if local.moments_kept else torch.zeros_like(value)
         else:
-            first = held[name.replace("moments/second/", "moments/first/")]
+            first = stored[name.replace("moments/second/", "moments/first/")]
             left = value.where(largest(first, local.moments_kept), 0)
         out[name] = torch.where(ended.reshape(-1, *[1] * (value.dim() - 1)), left, value)
     return out
@@ -100,7 +100,7 @@ def largest(values: torch.Tensor, share: float) -> torch.Tensor:
     """
     rows = values.reshape(len(values), -1)
     order = rows.abs().argsort(dim=1, descending=True, stable=True)
-    kept = order[:, : round(share * rows.shape[1])]
+    first = order[:, : round(share * rows.shape[1])]
     return (
-        torch.zeros_like(rows, dtype=torch.bool).scatter(1, kept, value=True).reshape(values.shape)
+        torch.zeros_like(rows, dtype=torch.bool).scatter(1, first, value=True).reshape(values.shape)
     )

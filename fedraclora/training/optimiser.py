@@ -22,35 +22,35 @@ class CohortOptimiser:
         config: Local settings.
         values: The tensors that are trained, [K, ...]; updated in place by `step`.
         rates: Step size of each.
-        held: Moments to begin with, by the names of `fedraclora.training.moments`; none: at zero.
+        stored: Moments to begin with, by the names of `fedraclora.training.moments`; none: at zero.
     """
 
     def __init__(
-        self, config: LocalConfig, values: Tree, rates: dict[str, float], held: Tree | None = None
+        self, config: LocalConfig, values: Tree, rates: dict[str, float], stored: Tree | None = None
     ) -> None:
         self.config, self.values, self.rates = config, values, rates
-        self.held = held or {}
+        self.stored = stored or {}
         self.count = 0
         self.before: torch.Tensor | None = None  # steps of each client in earlier rounds
         self.room: torch.Tensor | None = None  # of `_scratch`
         self.first = self._of_kind("first")
         self.second = self._of_kind("second")
-        if self.held:
-            steps = self.held["moments/steps"].to(torch.float64)
+        if self.stored:
+            steps = self.stored["moments/steps"].to(torch.float64)
             alike = bool((steps == steps[0]).all())
             self.count, self.before = (int(steps[0]), None) if alike else (0, steps)
 
     def _of_kind(self, kind: str) -> Tree:
         prefix = f"moments/{kind}/"
-        return {n.removeprefix(prefix): t for n, t in self.held.items() if n.startswith(prefix)}
+        return {n.removeprefix(prefix): t for n, t in self.stored.items() if n.startswith(prefix)}
 
     def moments(self, steps: torch.Tensor) -> Tree:
-        """Give the moments as they are now, under the names they came by; none if none came.
+        """Return the moments as they are now, under the names they came by; none if none came.
 
         Args:
             steps: Steps that each client has taken since, int64 [K].
         """
-        return {n: t + steps if n == "moments/steps" else t for n, t in self.held.items()}
+        return {n: t + steps if n == "moments/steps" else t for n, t in self.stored.items()}
 
     def step(self, gradients: Tree) -> None:
         """Take one step for the clients that still train: the first rows of each tensor.
@@ -104,7 +104,7 @@ class CohortOptimiser:
         value.addcdiv_(first, scale, value=-rate / correction1)
 
     def _scratch(self, like: torch.Tensor) -> torch.Tensor:
-        """Give room for a tensor, the same for all: fresh memory costs more than the writing."""
+        """Return room for a tensor, the same for all: fresh memory costs more than the writing."""
         if self.room is None:
             largest = max(value.numel() for value in self.values.values())
             self.room = like.new_empty(largest)

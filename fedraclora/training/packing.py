@@ -21,7 +21,7 @@ WORTH_PACKING = 0.85  # share of real tokens above which moving the rows costs w
 
 
 def real_tokens(samples: Samples, valid: torch.Tensor, real: int) -> torch.Tensor | None:
-    """Give the places of the real tokens of a batch, where there is enough padding to save.
+    """Find the places of the real tokens of a batch, where there is enough padding to save.
 
     Args:
         samples: [N, T] tokens each, padded.
@@ -43,7 +43,7 @@ def real_tokens(samples: Samples, valid: torch.Tensor, real: int) -> torch.Tenso
 def packed_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, places: torch.Tensor
 ) -> torch.Tensor:
-    """Give ``x @ weight.T + bias`` at the real tokens, and zero at padding.
+    """Compute ``x @ weight.T + bias`` at the real tokens, and zero at padding.
 
     Args:
         x: [N, T, n].

@@ -21,7 +21,7 @@ PRECISIONS = (FLOAT32, BF16_MIXED)
 
 
 def products_in(precision: str, device: torch.device) -> torch.autocast:
-    """Give the context of a forward pass: it decides in what matrix products are formed.
+    """Build the context of a forward pass: it decides in what matrix products are formed.
 
     Args:
         precision: One of `PRECISIONS`.
@@ -66,7 +66,7 @@ def check_base(
 
 
 def check_precision(precision: str, model: nn.Module, device: torch.device) -> None:
-    """Refuse a precision that cannot be had.
+    """Reject a precision that the model or the device does not have.
 
     Raises:
         ConfigError: If there is none of this name, or it is mixed and a weight is not float32 or

@@ -27,7 +27,7 @@ class GradientMean(CohortOptimiser):
             self.first[name][: gradient.shape[0]] += gradient
 
     def means(self, steps: torch.Tensor) -> Tree:
-        """Give the mean gradient of each client, [K, ...] by name.
+        """Return the mean gradient of each client, [K, ...] by name.
 
         Args:
             steps: That each client took, int64 [K], in the order of the values.

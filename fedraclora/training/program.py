@@ -38,7 +38,7 @@ COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
 
 
 def cohort_layer(module: nn.Module) -> type[CohortLayer] | None:
-    """Give the class that serves a module with trained tensors, or None if there is none.
+    """Return the class that serves a module with trained tensors, or None if there is none.
 
     Convolutions with groups, or padded by other than zeros, are left to torch.func.vmap.
     """
@@ -119,7 +119,7 @@ class Program:
         return cls(copied, True, context, parameters, {}, plain)
 
     def network(self, downlink: Downlink, frozen: Tree) -> FeedForward | None:
-        """Give the network with its gradients written out, if it fits."""
+        """Return the network with its gradients written out, if it fits."""
         if self.plain is None:
             return None
         return FeedForward(self.plain, downlink, self.base, frozen)
@@ -150,11 +150,11 @@ class OpenChunk(Chunk):
     network: FeedForward | None
 
     def leaves(self, active: int) -> Tree:
-        """Give what the first ``active`` clients train, as leaves of a new graph."""
+        """Return what the first ``active`` clients train, as leaves of a new graph."""
         return {n: v[:active].detach().requires_grad_() for n, v in self.values.items()}
 
     def samples(self, data: ClientData, step: int, batch: Batch) -> tuple[Samples, torch.Tensor]:
-        """Give the samples of a step, client after client, and which of them count.
+        """Select the samples of a step, client after client, and which of them count.
 
         Args:
             data: Of all clients.
@@ -189,14 +189,14 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def has_tied(model: nn.Module, trained: list[str]) -> bool:
-    """Tell whether a trained parameter is shared by two layers."""
+    """Check whether a trained parameter is shared by two layers."""
     owner = dict(model.named_parameters(remove_duplicate=False))
     counts = Counter(map(id, owner.values()))
     return any(counts[id(owner[n])] > 1 for n in trained if n in owner)
 
 
 def refuse_mixing(model: nn.Module) -> None:
-    """Refuse layers that mix the samples of a batch, or whose randomness cannot be seeded.
+    """Reject layers that mix the samples of a batch, or whose randomness cannot be seeded.
 
     Raises:
         ModelError: Naming the layer.

@@ -36,7 +36,7 @@ class Schedule:
     steps: torch.Tensor  # int64 [K]
 
     def plan(self, lengths: torch.Tensor | None) -> list[Batch]:
-        """Give for every step how much is computed.
+        """Compute for every step how much of the batch takes part.
 
         Read off the device once a round: a look at it in every step would stall a GPU.
 

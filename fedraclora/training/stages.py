@@ -112,7 +112,7 @@ class Linear:
                 self.stacked_bias = F.pad(self.bias, (0, len(self.stack) - self.outputs))
 
     def factor(self, name: str, values: Tree, K: int) -> torch.Tensor:
-        """Give a factor: [K, ...] where clients have their own, 2-D where they share it."""
+        """Return a factor: [K, ...] where clients have their own, 2-D where they share it."""
         if name in values:
             return values[name]
         found = self.frozen[name]

@@ -10,7 +10,7 @@ from fedraclora.training.localconfig import LocalConfig
 
 
 def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) -> dict[str, float]:
-    """Give the step gamma inside the sketch, W <- W - gamma G H, over all sketched layers.
+    """Compute the step gamma inside the sketch, W <- W - gamma G H, over all sketched layers.
 
     gamma = lr s^2 c where A A^T is about c I (with two frozen factors the product of their c), but
     where an extra of local training says otherwise. It compares sketches, ranks and scales where

@@ -32,7 +32,7 @@ REFUSED = ("vmap: ", "Batching rule not implemented", "accessing `data` under vm
 def effective_weights(
     base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree
 ) -> Tree:
-    """Give the dense effective weights of one client.
+    """Compute the dense effective weights of one client.
 
     Args:
         base: The replica's weights.
@@ -53,7 +53,7 @@ def effective_weights(
 
 
 def adapted_weights(base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree) -> Tree:
-    """Give the weights of one client with the low-rank terms alone; see `effective_weights`."""
+    """Compute the weights of one client with the low-rank terms alone; see `effective_weights`."""
     out = dict(base)
     for weight, adapter in downlink.adapters.items():
         names = [f"{weight}/{label}" for label in adapter.factors]
@@ -72,7 +72,7 @@ def vmapped_forward(
     batch: Samples,
     products: torch.autocast,
 ) -> torch.Tensor:
-    """Give the outputs of all samples, [K * b, ...], with one dense weight set per client.
+    """Compute the outputs of all samples, [K * b, ...], with one dense weight set per client.
 
     The weights are formed in their own precision, the forward pass in that of ``products``.
     """
@@ -122,7 +122,7 @@ def vmapped_forward(
 
 @contextmanager
 def masks_written_out() -> Iterator[None]:
-    """Have the models of transformers form every mask of attention that has padding.
+    """Make the models of transformers form every mask of attention that has padding.
 
     They look whether a batch is padded at all, to leave out a mask that masks nothing; under vmap
     nothing can be looked at. The mask that is left out and the one that is written out give the

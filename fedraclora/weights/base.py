@@ -32,7 +32,7 @@ class BaseWeights:
         self.base, self.version = base, version
 
     def at(self, version: int, round_: int) -> Tree:
-        """Give the weights, which must stand at ``version``.
+        """Return the weights, which must stand at ``version``.
 
         Raises:
             WireError: If they stand elsewhere.

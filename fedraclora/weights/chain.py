@@ -91,13 +91,13 @@ class CatchUp(LinkSizes):
         """Count the bytes that each client needs to come to the current version [K]."""
         if not len(clients):
             return np.zeros(0, dtype=np.int64)
-        held, inverse = np.unique(self.versions[clients.numpy()], return_inverse=True)
-        missing = np.stack([self.since(v) for v in held])
+        present, inverse = np.unique(self.versions[clients.numpy()], return_inverse=True)
+        missing = np.stack([self.since(v) for v in present])
         cost: npt.NDArray[np.int64] = np.minimum(missing, self.dense).sum(axis=1)[inverse]
         return cost
 
     def fetch(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
-        """Bring clients to the current version; give the bytes each of them fetched [K]."""
+        """Update clients to the current version; return the bytes that each of them fetched [K]."""
         cost = self.missing(clients)
         self.versions[clients.numpy()] = self.version
         return cost
@@ -140,7 +140,7 @@ def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
 
 
 def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -> Link:
-    """Undo `link_tensors`."""
+    """Rebuild a link from `link_tensors`."""
     terms: dict[str, Term] = {}
     stored = meta["terms"]
     for name, term in stored.items():  # type: ignore[attr-defined]
@@ -165,7 +165,7 @@ def plan_meta(plan: Plan) -> dict[str, object]:
 
 
 def read_plan(meta: Mapping[str, Any]) -> Plan:
-    """Undo `plan_meta`."""
+    """Rebuild a plan from `plan_meta`."""
     targets = {name: LayerView(kind, (m, n)) for name, (kind, m, n) in meta["targets"].items()}
     parts = {key: tuple(meta[key]) for key in ("dense", "local", "weights")}
     shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}

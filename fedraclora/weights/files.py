@@ -31,7 +31,7 @@ _ABSENT = "(absent)"
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Give a temporary name beside ``path``; at the end the file written there takes its place.
+    """Yield a temporary name beside ``path``; at the end the file written there takes its place.
 
     Args:
         path: The file to replace or to make; its folder is made where it is missing.
@@ -65,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Have an error of the system name the file: that of a full disk does not."""
+    """Add the file's name to an error of the system: that of a full disk does not."""
     try:
         yield
     except OSError as error:
@@ -116,7 +116,7 @@ def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, Any]]:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Tell whether a checkpoint folder holds one."""
+    """Check whether a checkpoint folder holds one."""
     return (folder / FILE).is_file()
 
 
@@ -165,7 +165,7 @@ def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, Any]]]:
 
 
 def link_digest(folder: Path, round_: int | None = None) -> str:
-    """Give the digest of the last link up to a round, and hold each against the one before.
+    """Return the digest of the last link up to a round, and check each against the one before.
 
     Headers alone are read: what is in the tensors is verified where they are.
 
@@ -188,17 +188,18 @@ def link_digest(folder: Path, round_: int | None = None) -> str:
 
 
 def stored_digest(path: Path) -> str:
-    """Give the digest that a link's file says it has."""
+    """Read the digest that a link's file says it has."""
     return _header(path, _RESTORE_LINK)["sha256"]
 
 
 def _follow(
     path: Path, round_: int, meta: Mapping[str, object], before: tuple[Path, str] | None
 ) -> tuple[Path, str]:
-    """Hold a link against the one before it; links of older releases do not say which it was."""
+    """Check a link against the one before it; links of older releases do not say which it was."""
     if meta.get("round") != round_:
         raise CheckpointError(
-            f"{path} holds the link of round {meta.get('round')}; it has been renamed"
+            f"{path} has the link of round {meta.get('round')}: the file has been renamed; give it "
+            "its name back"
         )
     previous = meta.get("previous")
     if previous is not None and previous != (before[1] if before else ""):
@@ -291,7 +292,7 @@ def _header(path: Path, advice: str) -> dict[str, str]:
 
 
 def _own(tensors: Tree) -> Tree:
-    """Bring tensors to the CPU, contiguous, each in memory of its own; copy only if needed."""
+    """Move tensors to the CPU, contiguous, each in memory of its own; copy only if needed."""
     own: Tree = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
@@ -316,7 +317,7 @@ def _digest(tensors: Tree, meta: str) -> str:
 
 
 def difference(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """Say how two nested configs differ, one line per key.
+    """List how two nested configs differ, one line per key.
 
     Example:
         >>> difference({"method": {"rank": 4}, "seed": 0}, {"method": {"rank": 8}})

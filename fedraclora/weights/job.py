@@ -38,11 +38,11 @@ class JobFolder(WeightHistory):
 
     @override
     def publish(self, base: Tree, version: int, link: Link | None = None) -> None:
-        held = self.version if version == self.version + 1 else None
+        start = self.version if version == self.version + 1 else None
         super().publish(base, version, link)
-        update = self.since(held)
+        update = self.since(start)
         self._size += update.payload_bytes
-        if update.held is None or self._size >= sum(t.nbytes for t in base.values()):
+        if update.start is None or self._size >= sum(t.nbytes for t in base.values()):
             self.write_whole()
         else:
             save_tensors(self._path, *update_tensors(update), sync=False)

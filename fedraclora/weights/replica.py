@@ -43,22 +43,22 @@ class Replica(BaseWeights):
         """
         if (update.version, update.mark) == (self.version, self.mark):
             return True
-        if update.held is not None and not update.held <= self.version <= update.version:
+        if update.start is not None and not update.start <= self.version <= update.version:
             return False
-        base = {} if update.held is None else self.base
+        base = {} if update.start is None else self.base
         for version, link in update.links:
             if version > self.version:
                 base = apply_link(base, link, self.plan)
         base = base | {n: t.to(self.device) for n, t in update.dense.items()}
         if fingerprint(base) != update.mark:
-            if update.held is not None:  # another processor may round a product differently
+            if update.start is not None:  # another processor may round a product differently
                 return False
-            raise WireError(f"version {update.version} of the base weights came damaged")
+            raise WireError(f"version {update.version} of the base weights was damaged on its way")
         self.take(base, update.version, update.mark)
         return True
 
     def take(self, base: Tree, version: int, mark: int | None) -> None:
-        """Hold these weights from here on."""
+        """Store these weights from here on."""
         self.base, self.version, self.mark = base, version, mark
 
 
@@ -129,7 +129,7 @@ class FolderReplica(Replica):
 
     @override
     def at(self, version: int, round_: int) -> Tree:
-        """Give the weights of a version, which the folder must lead to.
+        """Read the weights of a version, which the folder must lead to.
 
         Raises:
             WireError: If it does not, or what it holds is damaged.
@@ -141,13 +141,13 @@ class FolderReplica(Replica):
             ):
                 raise StaleError(
                     f"round {round_}: the links to version {int(path.stem)} of the base weights "
-                    "lead to others here than at the server; it must write them whole"
+                    "give other weights here than at the server; it must write them whole"
                 )
         if version != self.version:
             raise WireError(
-                f"round {round_}: {self.folder} does not lead from version {self.version} of the "
-                f"base weights to version {version}; the server writes what leads there before "
-                "it asks, and removes it when it goes on"
+                f"round {round_}: the files in {self.folder} do not lead from version "
+                f"{self.version} of the base weights to version {version}; the server writes them "
+                "before it asks, and removes them when it goes on"
             )
         return self.base
 

@@ -28,14 +28,14 @@ class WeightUpdate:
     Attributes:
         version: Where to.
         mark: Fingerprint of the weights there: whoever follows proves itself by it.
-        held: The version that it starts from, or None: it holds every weight whole.
+        start: The version that it starts from, or None: it holds every weight whole.
         links: Versions in ascending order, each with the terms that lead to it.
         dense: Weights that are sent whole.
     """
 
     version: int
     mark: int
-    held: int | None
+    start: int | None
     links: tuple[tuple[int, Link], ...] = ()
     dense: Tree = field(default_factory=dict)
 
@@ -63,12 +63,12 @@ def update_tensors(update: WeightUpdate) -> tuple[Tree, dict[str, object]]:
         links.append([version, meta])
     tensors |= {f"dense|{name}": t for name, t in update.dense.items()}
     # As text: 64 bits are more than a number of JSON is sure to keep.
-    meta = {"version": update.version, "mark": str(update.mark), "held": update.held}
+    meta = {"version": update.version, "mark": str(update.mark), "held": update.start}
     return tensors, {**meta, "links": links}
 
 
 def read_update(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> WeightUpdate:
-    """Undo `update_tensors`."""
+    """Rebuild an update from `update_tensors`."""
 
     def part(prefix: str) -> Tree:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -124,22 +124,22 @@ class WeightHistory(BaseWeights):
         for number in range(1, version + 1):
             self.publish(base, number, changes.get(number))
 
-    def since(self, held: int | None) -> WeightUpdate:
-        """Give what a replica at version ``held`` needs; None for one that holds nothing."""
+    def since(self, start: int | None) -> WeightUpdate:
+        """Collect what a replica at version ``start`` needs; None for one that has no weights."""
         if self._mark is None:
             self._mark = fingerprint(self.base)
-        if held is None or not self.oldest <= held <= self.version:
+        if start is None or not self.oldest <= start <= self.version:
             return WeightUpdate(self.version, self._mark, None, dense=dict(self.base))
-        first = held - self.oldest
+        first = start - self.oldest
         names = self._sizes.followed(first)
-        links = ((held + i, _terms(k, names)) for i, k in enumerate(self._links[first:], start=1))
+        links = ((start + i, _terms(k, names)) for i, k in enumerate(self._links[first:], start=1))
         dense = {name: t for name, t in self.base.items() if name not in names}
         kept = tuple((v, link) for v, link in links if link.terms)
-        return WeightUpdate(self.version, self._mark, held, kept, dense)
+        return WeightUpdate(self.version, self._mark, start, kept, dense)
 
 
 def _terms(link: Link, names: frozenset[str]) -> Link:
-    """Give the terms of a link on these weights, without parts that have none."""
+    """Select the terms of a link on these weights, without parts that have none."""
     parts = (Link({n: t for n, t in p.terms.items() if n in names}) for p in link.parts())
     first, *rest = [part for part in parts if part.terms] or [Link()]
     return replace(first, rest=tuple(rest))

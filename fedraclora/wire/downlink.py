@@ -167,8 +167,8 @@ class Reader:
                 rows = _floats(content, "own", 2)
                 if len(rows) != len(request.clients):
                     raise WireError(
-                        f"{len(request.clients)} clients are asked, but {len(rows)} have own "
-                        "tensors"
+                        f"{len(request.clients)} clients are asked, but tensors of their own came "
+                        f"for {len(rows)}"
                     )
                 own = read_layout(header["own"], "own").unpack(rows)
                 downlink = _downlink(header, self._tensors | own, own.keys())
@@ -184,7 +184,7 @@ class Reader:
         flat = _floats(content, "arrays", 1)
         layout = read_layout(header["layout"], "the layout")
         if len(flat) != layout.size:
-            raise WireError(f"{len(flat)} numbers came, the layout has {layout.size}")
+            raise WireError(f"a message has {len(flat)} numbers, but its layout has {layout.size}")
         self._tensors = layout.unpack(flat)
         if not header["own"]:
             self._downlink = _downlink(header, self._tensors, set())
@@ -196,8 +196,8 @@ def _floats(content: RecordDict, record: str, axes: int) -> torch.Tensor:
     found = read_array(content, record)
     if found.dim() != axes or found.dtype not in DTYPES.values():
         raise WireError(
-            f"the record {record} holds {tuple(found.shape)} numbers of {found.dtype}; {axes} axes "
-            f"of one of {[*DTYPES]} are wanted"
+            f"the record {record} has the shape {tuple(found.shape)} and the type {found.dtype}; "
+            f"{axes} axes and one of {[*DTYPES]} are wanted"
         )
     return found
 
@@ -206,7 +206,10 @@ def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainReque
     """Read what a train message says beside the downlink."""
     clients = vectors.get("clients", torch.zeros(0))
     if not len(clients) or (clients < 0).any() or (clients.diff() <= 0).any():
-        raise WireError(f"a message is for the clients {shown(clients.tolist())}; ids that rise")
+        raise WireError(
+            f"a message is for the clients {shown(clients.tolist())}; ids from 0 on in ascending "
+            "order are wanted"
+        )
     if header["reduce"] not in WEIGHTS:
         raise WireError(f"reduce is {shown(header['reduce'])}; one of {WEIGHTS} is wanted")
     clip = header["clip"]
@@ -229,7 +232,10 @@ def _ranks(ranks: torch.Tensor, clients: int) -> torch.Tensor:
         return ranks
     pairs = ranks.reshape(-1, 2) if len(ranks) == 2 * clients else ranks.new_zeros(1, 2)
     if not ((pairs[:, 0] >= 0) & (pairs[:, 0] < pairs[:, 1])).all():
-        raise WireError(f"the rank budgets of {clients} clients are {shown(ranks.tolist())}")
+        raise WireError(
+            f"the rank budgets of {clients} clients are {shown(ranks.tolist())}; for each a number "
+            "from 1 on, or the first component and the one after the last, is wanted"
+        )
     return pairs
 
 
@@ -256,10 +262,12 @@ def _downlink(
     for key, described in mapping(header["dense"], "dense").items():
         slot = _factor(described, key, tensors.get(key), key in own)
         if not isinstance(slot, Trained):
-            raise WireError(f"dense tensor {key} is not trained")
+            raise WireError(f"the dense tensor {key} is frozen, but only trained ones are sent")
         dense[key] = slot
     if header["recipe"] not in RECIPES:
-        raise WireError(f"its recipe is {shown(header['recipe'])}; {sorted(RECIPES)} are known")
+        raise WireError(
+            f"the recipe of a message is {shown(header['recipe'])}; {sorted(RECIPES)} are known"
+        )
     arguments = mapping(header["arguments"], "arguments")
     downlink = Downlink(
         adapters,
@@ -282,8 +290,8 @@ def _extra(
         value = tensors.get(f"{extra}/{name}")
         if value is None or name not in slots or tuple(value.shape) != slots[name].shape:
             raise WireError(
-                f"the extra {extra} names {name}, but no tensor of that name is trained and came "
-                "with the extra's numbers in its shape"
+                f"the extra {extra} of a message names {name}, but no tensor of that name is "
+                "trained, or the numbers for it are missing or of another shape"
             )
         found[name] = value
     return found
@@ -318,7 +326,7 @@ def _describe(factor: Factor) -> dict[str, object]:
 
 
 def _factor(described: object, key: str, value: torch.Tensor | None, own: bool) -> Factor:
-    """Undo `_describe` for the factor or tensor ``key``; ``own``: its value is one per client."""
+    """Read the factor or tensor ``key`` from `_describe`; ``own``: its value is one per client."""
     plain = mapping(described, key)
     role = plain.get("role")
     if role == "sketched":
@@ -342,7 +350,9 @@ def _factor(described: object, key: str, value: torch.Tensor | None, own: bool) 
         start = _spec(plain["spec"], key)
         drawn = (start.rank, start.dim) if start.side == "right" else (start.dim, start.rank)
         if drawn != shape:
-            raise WireError(f"{key} is {shape}, but starts as a drawing of {drawn}")
+            raise WireError(
+                f"{key} has the shape {shape}, but is to start as a drawing of shape {drawn}"
+            )
     return Trained(shape, start, flag(plain["main"], "main"), flag(plain["upload"], "upload"))
 
 

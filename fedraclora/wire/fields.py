@@ -23,7 +23,7 @@ LARGEST = 2**63 - 1
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Let whatever a message still makes raise be an error of that message.
+    """Convert whatever a message still makes raise to an error of that message.
 
     Args:
         what: Is read, to begin the sentence.
@@ -36,8 +36,8 @@ def reading(what: str) -> Iterator[None]:
     except WireError:
         raise
     except Exception as error:
-        told = printable(f"{type(error).__name__}: {error}")
-        raise WireError(f"{what} cannot be read ({told})") from error
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise WireError(f"{what} cannot be read ({reason})") from error
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
@@ -83,7 +83,7 @@ def parsed(text: object, what: str) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a finite number")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -93,11 +93,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def exactly(header: dict[str, Any], wanted: frozenset[str], what: str) -> None:
-    """Refuse a header that lacks a field, or has one that is not known."""
-    if missing := wanted - header.keys():
+def exactly(header: dict[str, Any], known: frozenset[str], what: str) -> None:
+    """Reject a header that lacks a field, or has one that is not known."""
+    if missing := known - header.keys():
         raise WireError(f"{what} has no {', '.join(sorted(missing))}")
-    if more := header.keys() - wanted:
+    if more := header.keys() - known:
         raise WireError(f"{what} has {shown(sorted(more))}, which no message has")
 
 

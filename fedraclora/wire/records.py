@@ -72,7 +72,7 @@ def read_header(content: RecordDict) -> dict[str, Any]:
     config = content.get("config")
     if not isinstance(config, ConfigRecord) or "arrays" not in content or "chunk" not in content:
         raise WireError(
-            f"a message holds {shown(list(content))}; wanted the records config, arrays and chunk"
+            f"a message has the records {shown(list(content))}; config, arrays and chunk are wanted"
         )
     return read_json(content, "config")
 
@@ -85,7 +85,9 @@ def read_json(content: RecordDict, name: str) -> dict[str, Any]:
     """
     record = content.get(name)
     if not isinstance(record, ConfigRecord):
-        raise WireError(f"a message holds {shown(list(content))}; a record {name} is wanted")
+        raise WireError(
+            f"a message has the records {shown(list(content))}; one named {name} is wanted"
+        )
     return parsed(record.get("header"), f"the header in the record {name}")
 
 
@@ -115,7 +117,10 @@ def read_array(content: RecordDict, name: str) -> torch.Tensor:
     """
     record = content.get(name)
     if not isinstance(record, ArrayRecord):
-        raise WireError(f"a message holds {shown(list(content))}; an array record {name} is wanted")
+        raise WireError(
+            f"a message has the records {shown(list(content))}; an array record named {name} is "
+            "wanted"
+        )
     with reading(f"the array of the record {name}"):
         array = record["flat"]
         _check_bytes(array.data)
@@ -123,7 +128,7 @@ def read_array(content: RecordDict, name: str) -> torch.Tensor:
 
 
 def _check_bytes(data: bytes) -> None:
-    """Refuse bytes that are no array, or are not as many as it says: before memory is taken."""
+    """Reject bytes that are no array, or are not as many as it says: before memory is taken."""
     stream = BytesIO(data)
     formats = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -132,7 +137,9 @@ def _check_bytes(data: bytes) -> None:
     shape, _, dtype = formats[np.lib.format.read_magic(stream)](stream)
     size, came = prod(shape) * dtype.itemsize, len(data) - stream.tell()
     if size != came:
-        raise WireError(f"{shown(shape)} numbers of {dtype} are {size} bytes, but {came} came")
+        raise WireError(
+            f"an array of shape {shown(shape)} and type {dtype} takes {size} bytes, but {came} came"
+        )
 
 
 def read_vectors(content: RecordDict) -> Tree:
@@ -158,7 +165,9 @@ def read_first(content: RecordDict) -> int:
 def _chunk(content: RecordDict) -> ConfigRecord:
     record = content.get("chunk")
     if not isinstance(record, ConfigRecord):
-        raise WireError(f"a message holds {shown(list(content))}; a record chunk is wanted")
+        raise WireError(
+            f"a message has the records {shown(list(content))}; one named chunk is wanted"
+        )
     return record
 
 

@@ -173,7 +173,9 @@ def _vectors(content: RecordDict, round_: int) -> dict[str, torch.Tensor]:
     """Read the vectors of a reply, all of them."""
     vectors = read_vectors(content)
     if vectors.keys() != WANTED:
-        raise WireError(f"round {round_}: {[*vectors]} came, {sorted(WANTED)} were wanted")
+        raise WireError(
+            f"round {round_}: a reply has the vectors {[*vectors]}; {sorted(WANTED)} are wanted"
+        )
     return vectors
 
 
@@ -190,20 +192,22 @@ def _refused(value: object) -> list[Refusal]:
     found = []
     for pair in listed(value, "refused"):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise WireError(f"refused holds {shown(pair)}; an id and a reason are wanted")
+            raise WireError(
+                f"an entry of refused is {shown(pair)}; the id of a client and a reason are wanted"
+            )
         client = whole(pair[0], "a client that is refused")
         found.append(Refusal(client, worded(pair[1], "the reason of a refusal")))
     return found
 
 
 def _check_sizes(reply: Reply, layout: Layout, *, cut: bool) -> None:
-    """Refuse another number of rows, losses or sizes than of clients."""
+    """Reject a number of rows, losses or sizes that is not the number of clients."""
     numbers, count = reply.numbers, len(reply.clients)
     rows = len(numbers) if reply.reduced and numbers.dim() else count
     fits = numbers.dim() == 1 if cut else tuple(numbers.shape) == (rows, layout.size)
     lengths = [len(v) for v in (reply.clients, reply.losses, reply.samples, reply.steps)]
     if not fits or set(lengths) != {count}:
         raise WireError(
-            f"round {reply.round_}: rows {tuple(numbers.shape)}, wanted {(rows, layout.size)}, "
-            f"with {count} ids, losses and sizes; {lengths} came"
+            f"round {reply.round_}: a reply has rows of shape {tuple(numbers.shape)} and {lengths} "
+            f"ids, losses and sizes; {(rows, layout.size)} and {count} of each are wanted"
         )

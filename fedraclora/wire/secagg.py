@@ -108,7 +108,7 @@ def read_stage(content: RecordDict) -> Stage | None:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise WireError(f"a message of secure aggregation is damaged ({error})") from error
     if stage.name not in STAGES:
-        raise WireError(f"secure aggregation has no stage {stage.name!r}; {STAGES} are known")
+        raise WireError(f"secure aggregation has no stage {stage.name!r}; its stages are {STAGES}")
     return stage
 
 
@@ -121,7 +121,9 @@ def read_words(content: RecordDict) -> Words:
     record = content.get("arrays")
     found = record["flat"].numpy() if isinstance(record, ArrayRecord) else None
     if found is None or found.dtype != np.uint32 or found.ndim != 2:
-        raise WireError("a masked reply holds no words of 32 bits")
+        raise WireError(
+            "a masked reply is not an array of 32-bit words with one row for each client"
+        )
     return found
 
 
@@ -152,7 +154,7 @@ def read_public(text: object) -> ec.EllipticCurvePublicKey:
     except Exception as error:  # whatever the library says of what is no key
         raise WireError(f"what came for a public key cannot be read ({error})"[:300]) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != CURVE.name:
-        raise WireError(f"a public key is no point of the curve {CURVE.name}, which is wanted")
+        raise WireError(f"a public key is not a point of the curve {CURVE.name}")
     return key
 
 
@@ -163,7 +165,7 @@ def shared_key(private: str, public: str) -> bytes:
 
 
 def is_pair(private: str, public: str) -> bool:
-    """Tell whether two keys are those of one pair."""
+    """Check whether two keys are those of one pair."""
     try:
         own = ec.derive_private_key(int(private, 16), CURVE)
     except ValueError:
@@ -182,35 +184,38 @@ def seal(key: bytes, sender: int, receiver: int, shares: list[str]) -> str:
 
 
 def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
-    """Undo `seal`.
+    """Open what `seal` closed.
 
     Raises:
         WireError: If it was not sealed by this sender for this receiver.
     """
     try:
-        said = json.loads(decrypt(key, text.encode()))
-        found = [said[0], said[1], *(checked_text(share, SHARE_LENGTH) for share in said[2:])]
+        parts = json.loads(decrypt(key, text.encode()))
+        found = [parts[0], parts[1], *(checked_text(share, SHARE_LENGTH) for share in parts[2:])]
     except Exception as error:  # whatever the cipher says of what is not its own
         raise WireError(f"shares of client {sender} cannot be opened ({error!r})") from error
     if found[:2] != [sender, receiver]:
-        raise WireError(f"shares of client {found[0]} for client {found[1]} went astray")
+        raise WireError(
+            f"the shares of client {found[0]} for client {found[1]} came to another client, or "
+            "under another name"
+        )
     return found[2:]
 
 
 def mark(text: str) -> str:
-    """Give what shows later that a text is this one, and tells nothing of it now (SHA-256)."""
+    """Compute a hash that later proves a text to be this one, and reveals nothing now (SHA-256)."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def checked_text(value: object, longest: int) -> str:
-    """Give what another machine sent, if it is a text, and not longer than it may be.
+    """Check that what another machine sent is a text, and not longer than it may be.
 
     Raises:
         WireError: If it is not.
     """
     if not isinstance(value, str) or len(value) > longest:
         kind = f"one of {len(value)}" if isinstance(value, str) else type(value).__name__
-        raise WireError(f"a text of at most {longest} characters is wanted, {kind} came")
+        raise WireError(f"a text of at most {longest} characters is wanted, but {kind} came")
     return value
 
 
@@ -220,7 +225,7 @@ def split(secret: str, threshold: int, count: int) -> list[str]:
 
 
 def combine(shares: list[str]) -> str:
-    """Undo `split`.
+    """Rebuild a secret from the shares of `split`.
 
     Raises:
         WireError: If the shares do not fit together.
@@ -235,12 +240,12 @@ def combine(shares: list[str]) -> str:
 
 
 def own_mask(seed: str, count: int) -> Words:
-    """Give a client's own mask."""
+    """Compute a client's own mask from its seed."""
     return np.frombuffer(stream(bytes.fromhex(seed), 4 * count), dtype="<u4").astype(np.uint32)
 
 
 def pair_mask(private: str, public: str, count: int, *, add: bool) -> Words:
-    """Give the mask of a pair of neighbours; one of them adds it, the other takes it off."""
+    """Compute the mask of a pair of neighbours; one of them adds it, the other subtracts it."""
     key = base64.urlsafe_b64decode(shared_key(private, public))
     words = own_mask(key.hex(), count)
     return words if add else np.negative(words)

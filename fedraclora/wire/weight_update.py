@@ -52,21 +52,29 @@ def read_weight_update(content: RecordDict) -> WeightUpdate:
 def _tensors(described: object, raw: torch.Tensor) -> Tree:
     """Cut the bytes of an update into tensors."""
     if raw.dim() != 1 or raw.dtype != torch.uint8:
-        raise WireError(f"an update came as {tuple(raw.shape)} of {raw.dtype}; bytes are wanted")
+        raise WireError(
+            f"a weight update has the shape {tuple(raw.shape)} and the type {raw.dtype}; a row of "
+            "bytes is wanted"
+        )
     found: Tree = {}
     start = 0
     for key, kind, shape in listed(described, "the tensors of an update"):
         if kind not in KINDS:
-            raise WireError(f"a tensor of an update is of the kind {shown(kind)}")
+            raise WireError(
+                f"a tensor of a weight update is of the kind {shown(kind)}, which is not known"
+            )
         sizes, dtype = read_shape(shape, f"the shape of {shown(key)}"), KINDS[kind]
         size = prod(sizes) * dtype.itemsize
         if size > len(raw) - start:
-            raise WireError(f"{shown(key)} has {size} bytes, but {len(raw) - start} are left")
+            raise WireError(
+                f"the tensor {shown(key)} of a weight update takes {size} bytes, but only "
+                f"{len(raw) - start} are left"
+            )
         # Copied into memory of torch's own: matrix products round by alignment.
         blank = torch.empty(sizes, dtype=dtype)
         blank.reshape(-1).view(torch.uint8).copy_(raw[start : start + size])
         found[named(key, "a tensor of an update")] = blank
         start += size
     if start != len(raw):
-        raise WireError(f"an update has {len(raw) - start} bytes more than its tensors")
+        raise WireError(f"a weight update has {len(raw) - start} bytes more than its tensors take")
     return found

@@ -116,27 +116,27 @@ def _lands(flights: tuple[PendingClient, ...]) -> torch.Tensor:
 
 
 def read_batches(state: State) -> tuple[list[Batch], tuple[PendingClient, ...]]:
-    """Undo `write_batches`: the batches in ascending order of round, and who will vanish."""
-    held = {n.removeprefix(PREFIX): t for n, t in state.moments.items() if n.startswith(PREFIX)}
-    rounds = sorted({int(n.partition("/")[0]) for n in held if not n.startswith("lost/")})
+    """Read the batches of `write_batches`, in ascending order of round, and who will vanish."""
+    stored = {n.removeprefix(PREFIX): t for n, t in state.moments.items() if n.startswith(PREFIX)}
+    rounds = sorted({int(n.partition("/")[0]) for n in stored if not n.startswith("lost/")})
     batches = []
     for round_ in rounds:
-        clients, lands = held[f"{round_}/clients"], held[f"{round_}/lands"]
-        header = json.loads(bytes(held[f"{round_}/header"].tolist()))
+        clients, lands = stored[f"{round_}/clients"], stored[f"{round_}/lands"]
+        header = json.loads(bytes(stored[f"{round_}/header"].tolist()))
         header = {"extras": {}} | {k: v for k, v in header.items() if k not in OLDER}
         content = pack_downlink(Downlink(), TrainRequest(round_, 0, 1.0, clients), "float32")
         content["config"] = header_record(header)
-        content["arrays"] = array_record(held[f"{round_}/numbers"])
+        content["arrays"] = array_record(stored[f"{round_}/numbers"])
         sent, _ = unpack_downlink(content)
         flights = tuple(
             PendingClient(at, k, round_)
             for k, at in zip(clients.tolist(), lands.tolist(), strict=True)
         )
-        rows, weights = held[f"{round_}/rows"], held[f"{round_}/weights"]
+        rows, weights = stored[f"{round_}/rows"], stored[f"{round_}/weights"]
         batches.append(Batch(round_, sent, flights, rows, weights))
     lost: tuple[PendingClient, ...] = ()
-    if "lost/who" in held:
-        pairs = zip(held["lost/who"].tolist(), held["lost/lands"].tolist(), strict=True)
+    if "lost/who" in stored:
+        pairs = zip(stored["lost/who"].tolist(), stored["lost/lands"].tolist(), strict=True)
         lost = tuple(PendingClient(at, k, round_, lost=True) for (k, round_), at in pairs)
     return batches, lost
 
@@ -170,9 +170,9 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
         carries |= bool(own and state.carried)
     if carries:
         raise ConfigError(
-            "system.buffer has a reply to an older downlink, but this method carries on what it "
-            "has trained since; take one that merges in every round (method.resample_every=1), or "
-            "never (null)"
+            "a reply to an older downlink came (system.buffer), but this method goes on training "
+            "the same factors, so that they have changed since; take a method that merges in "
+            "every round (method.resample_every=1), or never (null)"
         )
     first, *others = links
     report = {"staleness": sum(ages) / len(ages), "staleness_max": max(ages)}
@@ -188,8 +188,9 @@ def _closed(
     layout = uplink_layout(sent)
     if any(uplink_layout(batch.sent) != layout for batch in group):
         raise ConfigError(
-            "system.buffer is set, but this method trains other things in other rounds, so that a "
-            "stale reply has no place in this one; take another method, or system.buffer=null"
+            "system.buffer is set, but what this method trains changes from round to round, so "
+            "that a late reply does not fit the round in which it comes; take another method, or "
+            "system.buffer=null"
         )
     rows = torch.cat([batch.rows for batch in group])
     late = torch.cat([torch.full((len(b.flights),), float(round_ - b.round_)) for b in group])

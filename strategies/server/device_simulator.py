@@ -39,7 +39,7 @@ class DeviceSimulator:
 
     @property
     def enabled(self) -> bool:
-        """Whether devices differ from ideal ones."""
+        """Return whether devices differ from ideal ones."""
         return self.system.enabled
 
     @property
@@ -48,7 +48,7 @@ class DeviceSimulator:
         return {"virtual_seconds": self.now} if self.system.timed else {}
 
     def check(self, method: Method) -> None:
-        """Refuse rank budgets that a method cannot keep.
+        """Reject rank budgets that a method cannot keep.
 
         Raises:
             ConfigError: Saying why.
@@ -62,7 +62,7 @@ class DeviceSimulator:
         return self.system.ask(self.seed, round_, population, cohort, self.now)
 
     def ranks(self, clients: torch.Tensor, method: Method) -> torch.Tensor | None:
-        """Give the rank budgets of clients, int64 [K], or None."""
+        """Draw the rank budgets of clients, int64 [K], or None."""
         if self.system.rank_budget is None:
             return None
         return self.system.ranks(self.seed, clients, self._rank(method))
@@ -76,7 +76,7 @@ class DeviceSimulator:
         catch_up: CatchUp | None,
         loop: LoopConfig,
     ) -> tuple[Cohort, Downlink, Timeline | None]:
-        """Tell whose replies will count, and move the clock.
+        """Compute whose replies will count, and advance the clock.
 
         Args:
             round_: From 1.
@@ -99,8 +99,8 @@ class DeviceSimulator:
             down += torch.from_numpy(catch_up.missing(asked.clients))
         up = uploaded_numbers(downlink, len(asked)) * size
         load = Load(self.passes(sizes(asked.clients)), down, up)
-        wanted = len(asked) if catch_up is None else loop.cohort
-        timeline = self.system.timeline(self.seed, round_, asked.clients, load, wanted)
+        needed = len(asked) if catch_up is None else loop.cohort
+        timeline = self.system.timeline(self.seed, round_, asked.clients, load, needed)
         self.now += timeline.seconds
         if len(timeline.kept) == len(asked):
             return asked, downlink, timeline

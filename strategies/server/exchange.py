@@ -116,13 +116,13 @@ class Exchange:
             if not self.loop.guarded:
                 raise
             # What other machines sent must end in words and a checkpoint, whatever it was.
-            told = printable(f"{type(error).__name__}: {error}")
+            reason = printable(f"{type(error).__name__}: {error}")
             raise ClientError(
-                f"round {self.round_}: its replies cannot be used ({told})"
+                f"round {self.round_}: its replies cannot be used ({reason})"
             ) from error
 
     def _used(self) -> Uplinks:
-        """Give what was read of the clients that pass; raises as `collect` does."""
+        """Return the uplinks of the clients that pass; raises as `collect` does."""
         if not len(self.cohort):  # the coins of Poisson sampling may choose nobody
             none = torch.zeros(0, dtype=torch.int64)
             return Uplinks(none, none.double(), self.layout, torch.zeros(0, self.layout.size))
@@ -191,7 +191,7 @@ class Exchange:
                     self._take(reply)
 
     def _check(self, reply: Reply, request: Message, clients: Sequence[int]) -> None:
-        """Hold a reply against the message that it answers."""
+        """Check a reply against the message that it answers."""
         first = read_first(request.content)
         counts = self.counts[first : first + len(clients)]
         loop, reduced = self.loop, self.reduced
@@ -209,7 +209,8 @@ class Exchange:
         if (reply.round_, reply.version) != (self.round_, self.version):
             raise WireError(
                 f"clients {reply.clients.tolist()} answered for round {reply.round_} from version "
-                f"{reply.version}; round {self.round_} from version {self.version} was wanted"
+                f"{reply.version}, but were asked for round {self.round_} from version "
+                f"{self.version}"
             )
         return reply
 
@@ -219,17 +220,17 @@ class Exchange:
             self.failures += [*(Refusal(c, r) for c, r in reply.failures.items()), *reply.refused]
 
     def _check_ids(self, clients: Sequence[int]) -> None:
-        """Hold who answered against the cohort: each once and none else; note who is silent."""
+        """Check who answered against the cohort: each once and none else; note who is silent."""
         answered = sorted([*clients, *(f.client for f in self.failures)])
-        wanted = self.cohort.clients.tolist()
-        if answered == wanted:
+        asked = self.cohort.clients.tolist()
+        if answered == asked:
             return
-        if len(answered) != len(set(answered)) or not set(answered) <= set(wanted):
+        if len(answered) != len(set(answered)) or not set(answered) <= set(asked):
             raise WireError(
-                f"round {self.round_}: clients {answered} answered, each of {wanted} was wanted "
-                "once"
+                f"round {self.round_}: clients {answered} answered, but each of {asked} must "
+                "answer once"
             )
-        missing = sorted(set(wanted) - set(answered))
+        missing = sorted(set(asked) - set(answered))
         self.failures += [Refusal(c, "no reply in time") for c in missing]
 
     def without(self, got: Uplinks, client: int, reason: str) -> Uplinks:

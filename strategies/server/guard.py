@@ -24,7 +24,7 @@ def check_reply(
     reduced: bool,
     counts: torch.Tensor,
 ) -> None:
-    """Hold a reply against the message that it answers.
+    """Check a reply against the message that it answers.
 
     Args:
         reply: What came; its fields and its layout have been checked.
@@ -40,40 +40,48 @@ def check_reply(
     answered = reply.clients.tolist()
     named = [*answered, *reply.failures, *(r.client for r in reply.refused)]
     if sorted(named) != sorted(clients):
-        raise WireError(f"the reply is of clients {sorted(named)}, asked were {[*clients]}")
+        raise WireError(f"the reply is of clients {sorted(named)}, but {[*clients]} were asked")
     if answered != [client for client in clients if client in set(answered)]:
-        raise WireError(f"the reply is of clients {answered}, in another order than {[*clients]}")
+        raise WireError(
+            f"the reply is of clients {answered}, in another order than they were asked: "
+            f"{[*clients]}"
+        )
     if reply.reduced != reduced or reply.first != first:
         raise WireError(
-            f"the reply is of place {reply.first}, reduced={reply.reduced}; asked was "
-            f"{first}, reduced={reduced}"
+            f"the reply begins at place {reply.first} of the cohort with reduced={reply.reduced}, "
+            f"but place {first} with reduced={reduced} was asked for"
         )
-    wanted = torch.float64 if reduced else DTYPES[loop.dtype]
-    if reply.numbers.dtype != wanted:
-        raise WireError(f"its numbers are {reply.numbers.dtype}, wanted are {wanted}")
+    expected = torch.float64 if reduced else DTYPES[loop.dtype]
+    if reply.numbers.dtype != expected:
+        raise WireError(
+            f"the numbers of the reply are {reply.numbers.dtype}, but {expected} is wanted"
+        )
     most = loop.max_samples
     for name, found, least in (("samples", reply.samples, 1), ("steps", reply.steps, 0)):
         if ((found < least) | (found > most)).any():
-            raise WireError(f"it claims {found.tolist()} {name}; {least} to {most} are wanted")
+            raise WireError(
+                f"the reply says {found.tolist()} {name}; {least} to {most} are possible"
+            )
     if reduced:
         _check_sums(reply, clients)
     else:
         sent = int(counts[torch.isin(torch.tensor([*clients]), reply.clients)].sum())
         if reply.numbers.numel() != sent:
             raise WireError(
-                f"{len(answered)} clients sent {reply.numbers.numel()} numbers, wanted are {sent}"
+                f"{len(answered)} clients sent {reply.numbers.numel()} numbers in all, but {sent} "
+                "are wanted"
             )
 
 
 def _check_sums(reply: Reply, clients: Sequence[int]) -> None:
-    """Hold sums against who is in them: clients have checked their own rows."""
+    """Check sums against who is in them: clients have checked their own rows."""
     blocks = -(-len(clients) // SUM_BLOCK)
     if len(reply.numbers) != blocks:
-        raise WireError(f"{len(reply.numbers)} sums came, wanted are {blocks}")
+        raise WireError(f"the reply has {len(reply.numbers)} sums, but {blocks} are wanted")
     if not finite(reply.numbers).all() or not torch.isfinite(reply.losses).all():
-        raise WireError("its sum has a NaN or an infinity, or one of its losses has")
+        raise WireError("a sum of the reply or one of its losses has a NaN or an infinity")
     if not len(reply.clients) and reply.numbers.any():
-        raise WireError("it sent a sum of nobody")
+        raise WireError("the reply has a sum that is not zero, but no client in it")
 
 
 def persistently(run: Callable[[], T], retries: int, incidents: list[str]) -> T:

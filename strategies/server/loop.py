@@ -59,5 +59,5 @@ class LoopConfig:
         return f"max_failures={self.max_failures}"
 
     def whole_blocks(self, cohort: int) -> bool:
-        """Whether every summation block of a cohort lies in one chunk."""
+        """Return whether every summation block of a cohort lies in one chunk."""
         return self.chunk % SUM_BLOCK == 0 or self.chunk >= cohort

@@ -10,7 +10,7 @@ from strategies.server.loop import LoopConfig
 
 
 def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype) -> LoopConfig:
-    """Give what the loop must know.
+    """Build the loop's settings.
 
     Raises:
         ConfigError: If a round needs more replies than it asks clients.

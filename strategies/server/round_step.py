@@ -93,11 +93,11 @@ class RoundStep:
         return None
 
     def send(self, sent: Downlink, state: State) -> Downlink:
-        """Give what goes down for what the method asks."""
+        """Change what the method sends to the cohort."""
         return sent
 
     def bound(self, *, first: bool) -> float | None:
-        """Give the greatest norm of an update that clients are told to send; None: any.
+        """Return the greatest norm of an update that clients are told to send; None: any.
 
         Args:
             first: Whether this exchange opens the round.
@@ -118,11 +118,11 @@ class RoundStep:
         return None
 
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        """Give what the next step sees of what came."""
+        """Change the cohort's uplinks for the next step."""
         return got
 
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
-        """Give the next state.
+        """Compute the next state.
 
         Args:
             close: Gives it from uplinks: the steps behind this one, and the method last.
@@ -133,7 +133,7 @@ class RoundStep:
         return close(got)
 
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
-        """Give what the ledger says of a round besides.
+        """Compute this step's columns of the ledger.
 
         Args:
             exchange: The last of the round.
@@ -162,14 +162,14 @@ class RoundSteps:
 
     @property
     def sums_are_enough(self) -> bool:
-        """Whether nobody looks at a single client's update."""
+        """Return whether nobody looks at a single client's update."""
         method = self.run.method
         looks = method.looks_at_clients or any(step.individuals for step in self.steps)
         return method.traits.linear and not looks
 
     @property
     def repeatable(self) -> bool:
-        """Whether a round can be closed again without a client."""
+        """Return whether a round can be closed again without a client."""
         return all(step.repeatable for step in self.steps)
 
     def open(self, recorder: RunRecorder, done: int) -> None:
@@ -185,13 +185,13 @@ class RoundSteps:
         return self.run.devices.ask(round_, self.run.loop.clients, self.run.loop.cohort)
 
     def send(self, sent: Downlink, state: State) -> Downlink:
-        """Give what goes down for what the method asks."""
+        """Pass what the method sends to the cohort through all steps."""
         for step in self.steps:
             sent = step.send(sent, state)
         return sent
 
     def bound(self, *, first: bool) -> float | None:
-        """Give the greatest norm of an update that clients are told to send: the first named."""
+        """Return the greatest norm of an update that clients are told to send: the first named."""
         named = [step.bound(first=first) for step in self.steps]
         return next((bound for bound in named if bound is not None), None)
 
@@ -205,25 +205,25 @@ class RoundSteps:
         return exchange.collect(ask(messages))
 
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        """Give what the method sees of what came."""
+        """Pass the cohort's uplinks through all steps, to the method."""
         for step in self.steps:
             got = step.treat(got, context)
         return got
 
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
-        """Give the next state; ``close`` is the method's own."""
+        """Compute the next state; ``close`` is the method's own."""
         for step in reversed(self.steps):
             close = partial(step.close, close, state, exchange)
         return close(got)
 
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
-        """Give what the ledger says of a round besides."""
+        """Compute the columns that the steps add to the ledger."""
         found: Row = {}
         for step in self.steps:
             found |= step.columns(exchange, got)
         return found
 
     def summary(self, row: Row) -> Row:
-        """Give what the last row of the ledger says of the whole run."""
+        """Summarise the run from the last row of the ledger."""
         names = (step.spent for step in self.steps)
         return {name: row[name] for name in names if name is not None and name in row}

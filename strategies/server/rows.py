@@ -39,7 +39,7 @@ class Moved:
         self.down += each * len(exchange.asked)
 
     def fetch(self, catch_up: CatchUp, exchange: Exchange, sent: Traffic | None) -> None:
-        """Bring the clients of a round to the newest version, and count what they fetched.
+        """Update the clients of a round to the newest version, and count what they fetched.
 
         Args:
             catch_up: The versions that clients hold.

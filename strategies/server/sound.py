@@ -35,7 +35,7 @@ def _limit(tensor: torch.Tensor) -> float:
 
 
 def largest(got: Uplinks, setting: AggregationContext) -> tuple[int, float]:
-    """Give the client whose update has the largest norm, and that norm."""
+    """Find the client whose update has the largest norm, and that norm."""
     norms = torch.linalg.vector_norm(rows_of(got) - starts(setting, got), dim=1)
     place = int(norms.argmax())
     return int(got.clients[place]), float(norms[place])

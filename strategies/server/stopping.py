@@ -34,7 +34,7 @@ class Stopping:
         self.measure = measure
 
     def columns(self, weights: Tree) -> Row:
-        """Give the ledger's column ``validation``; nothing where it decides nothing.
+        """Compute the ledger's column ``validation``; none where it decides nothing.
 
         Raises:
             ConfigError: If the metric is not among those of the data set.
@@ -47,12 +47,12 @@ class Stopping:
         return {"validation": found}
 
     def best(self, rows: Sequence[Row]) -> Row | None:
-        """Give the row of the best evaluation, the first of equals; None without any."""
+        """Find the row of the best evaluation, the first of equals; None without any."""
         measured = [row for row in rows if "validation" in row]
         return min(measured, key=self._cost, default=None)
 
     def due(self, rows: Sequence[Row]) -> bool:
-        """Tell whether the last ``patience`` evaluations have not improved on one before them."""
+        """Check whether the last ``patience`` evaluations have not improved on one before them."""
         best = self.best(rows)
         if best is None or self.config.patience is None:
             return False

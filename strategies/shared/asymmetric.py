@@ -32,7 +32,7 @@ class Asymmetric(LayerMethod):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         check_sketch(self.sketch, self.normalise, "independent")
         if self.sketches < 1:
@@ -44,7 +44,7 @@ class Asymmetric(LayerMethod):
         return "right"
 
     def sides(self, shape: tuple[int, int]) -> tuple[str, str]:
-        """Give the labels of the factor that is drawn and of the one that is trained."""
+        """Return the labels of the factor that is drawn and of the one that is trained."""
         return ("A", "B") if draws_right(self.drawn_side, shape) else ("B", "A")
 
     @override

@@ -22,7 +22,7 @@ SIDES = ("right", "left", "auto")
 
 
 def check_link(side: str, resample_every: int | None) -> None:
-    """Refuse a side that does not exist, and links of no rounds.
+    """Reject a side that does not exist, and links of no rounds.
 
     Raises:
         ConfigError: Naming the key.
@@ -36,13 +36,13 @@ def check_link(side: str, resample_every: int | None) -> None:
 
 
 def draws_right(side: str, shape: tuple[int, int]) -> bool:
-    """Tell whether A is the factor of a layer that is drawn; ``auto``: the larger one is."""
+    """Check whether A is the factor of a layer that is drawn; ``auto``: the larger one is."""
     m, n = shape
     return side == "right" or (side == "auto" and n >= m)
 
 
 def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, parts: int = 1) -> Rank:
-    """Give the rank of a layer; its bound is the dimension of the side that is drawn.
+    """Compute the rank of a layer; its bound is the dimension of the side that is drawn.
 
     With several ``parts`` of one drawing it is the rank of each, and they share the dimension.
 
@@ -85,7 +85,7 @@ def dense_means(state: State, mean: Tree, step: float = 1.0) -> Tree:
 
 
 def server_step(old: torch.Tensor | None, mean: torch.Tensor, step: float) -> torch.Tensor:
-    """Give ``old + step (mean - old)``; the mean to the bit for a step of 1; None stands for 0."""
+    """Compute ``old + step (mean - old)``; the mean to the bit if step is 1; None stands for 0."""
     if step == 1.0:
         return mean
     if old is None:
@@ -102,7 +102,7 @@ def closed(
     ends: bool = True,
     report: dict[str, float] | None = None,
 ) -> State:
-    """Give the state after a round.
+    """Build the state after a round.
 
     Args:
         state: Before it.

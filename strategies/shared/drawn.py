@@ -28,12 +28,12 @@ class Drawn(LayerMethod):
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         self.check_initial()
 
     def check_initial(self) -> None:
-        """Refuse an `initial` that does not exist, or does not fit."""
+        """Reject an `initial` that does not exist, or does not fit."""
         check_start(self.initial, fits=False, why=f"{type(self).__name__} has none such")
 
     @override
@@ -46,5 +46,5 @@ class Drawn(LayerMethod):
 
     @property
     def redraws(self) -> bool:
-        """Whether each link begins with a drawing of its own."""
+        """Return whether each link begins with a drawing of its own."""
         return False

@@ -39,19 +39,19 @@ class Factored(Drawn):
 
     carries: ClassVar[bool] = True
     truncates: ClassVar[bool] = False
-    """Whether a client with a budget holds its own components alone, and not the rest frozen."""
+    """Return whether a client with a budget has its own components alone, not the rest frozen."""
 
     side: str = "right"
 
     @override
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         super().__post_init__()
         check_link(self.side, None)
 
     @property
     def lives_on(self) -> bool:
-        """Whether the factors are never begun anew."""
+        """Return whether the factors are never begun anew."""
         return self.carries
 
     @property
@@ -100,7 +100,7 @@ class Factored(Drawn):
     # LoRA-GA begins with two exchanges in which clients send gradients.
 
     def probes(self, state: State) -> bool:
-        """Whether the next round asks for gradients, from which the factors will begin."""
+        """Return whether the next round asks for gradients, from which the factors will begin."""
         return self.initial == "lora_ga" and not state.memo.sketch
 
     @override

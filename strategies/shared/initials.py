@@ -83,8 +83,9 @@ def check_start(initial: str, *, fits: bool, why: str) -> None:
     """
     if initial in STARTS and not fits:
         raise ConfigError(
-            f"method.initial is {initial}, a start of two trained factors that live on, but {why}; "
-            "take a method that carries both (fedavg_lora, fedex_lora), or a drawing"
+            f"method.initial is {initial}, a start for two factors that are both trained in all "
+            f"rounds, but {why}; take a method that carries both (fedavg_lora, fedex_lora), or a "
+            "drawing"
         )
     if initial not in SKETCHES and initial not in STARTS:
         raise unknown("method.initial", initial, [*SKETCHES, *(STARTS if fits else ())])
@@ -109,7 +110,7 @@ def bounded(initial: str, found: Rank, plan: Plan, name: str, *, cap: bool) -> R
 
 
 def orthogonal(shape: tuple[int, int], rank: int, seed: int) -> Product:
-    """Give B_0 [m, r] and A_0 [r, n], not zero, with ``B_0 A_0 = 0``; float64.
+    """Draw B_0 [m, r] and A_0 [r, n], not zero, with ``B_0 A_0 = 0``; float64.
 
     Example:
         >>> B, A = orthogonal((5, 7), rank=4, seed=0)
@@ -124,7 +125,7 @@ def orthogonal(shape: tuple[int, int], rank: int, seed: int) -> Product:
 
 
 def gradient_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> Product:
-    """Give LoRA-GA's B_0 [m, r] and A_0 [r, n] of a gradient ``left @ right``, in float64.
+    """Compute LoRA-GA's B_0 [m, r] and A_0 [r, n] of a gradient ``left @ right``, in float64.
 
     Args:
         left: Orthonormal columns [m, q] with q at least 2 r.
@@ -140,7 +141,7 @@ def gradient_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> Prod
 def first_factors(
     state: State, initial: str, ranks: Mapping[str, int], scales: Mapping[str, float], draw: Draw
 ) -> dict[str, Product]:
-    """Give B_0 and A_0 of each weight for a start that needs no client.
+    """Compute B_0 and A_0 of each weight for a start that needs no client.
 
     Args:
         state: Holds the weights.
@@ -164,7 +165,7 @@ def first_factors(
 def begun(
     state: State, factors: Mapping[str, Product], scales: Mapping[str, float]
 ) -> tuple[Tree, Link]:
-    """Give factors as the state carries them, and the link that takes their product out of W.
+    """Build factors as the state carries them, and the link that takes their product out of W.
 
     Args:
         state: Says in which precision.
@@ -183,7 +184,7 @@ def begun(
 def begin(
     state: State, initial: str, ranks: Mapping[str, int], scales: Mapping[str, float], draw: Draw
 ) -> State:
-    """Give the state before the first round; arguments as in `first_factors`."""
+    """Build the state before the first round; arguments as in `first_factors`."""
     carried, link = begun(state, first_factors(state, initial, ranks, scales, draw), scales)
     base = apply_link(state.base, link, state.plan) if initial == "pissa" else state.base
     return replace(state, base=base, carried=carried)
@@ -233,7 +234,7 @@ def probed(
     ranks: Mapping[str, int],
     scales: Mapping[str, float],
 ) -> tuple[Tree, Link]:
-    """Give LoRA-GA's factors from the replies to `second_probe`, as `begun` does."""
+    """Compute LoRA-GA's factors from the replies to `second_probe`, as `begun` does."""
     mean, found = got.mean(), {}
     for name, rank in ranks.items():
         Q = cast(torch.Tensor, sent.adapters[name].factors["B"])

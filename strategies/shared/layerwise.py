@@ -79,7 +79,7 @@ class LowRank(Method):
     cap: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse impossible hyperparameters."""
+        """Reject impossible hyperparameters."""
         check_rank(self.rank)
         resolve_scale(self.alpha, 1, rslora=self.rslora)
 
@@ -91,14 +91,14 @@ class LayerMethod(LowRank):
     recipe: ClassVar[str] = "plain"
     """A key of `fedraclora.protocol.recipes.RECIPES`: what clients do beyond plain local steps."""
     carries: ClassVar[bool] = False
-    """Whether what is trained outlives its link; False: it is merged at the end."""
+    """Return whether what is trained outlives its link; False: it is merged at the end."""
     keeps: ClassVar[tuple[str, ...]] = ()
     """Labels of factors that are carried though they are not trained."""
 
     # What a method says.
 
     def factors(self, layer: Layer, now: Round) -> Factors:
-        """Say what clients get for one matrix, by label.
+        """Return what clients get for one matrix, by label.
 
         Returns:
             A `Trained` slot, or a frozen factor: a tensor that is sent, or a drawing (a seed).
@@ -106,7 +106,7 @@ class LayerMethod(LowRank):
         raise NotImplementedError
 
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        """Say what a round makes of one matrix.
+        """Compute what a round makes of one matrix.
 
         Args:
             layer: As it was when the round was opened.
@@ -121,7 +121,7 @@ class LayerMethod(LowRank):
 
     @property
     def begins_carried(self) -> bool:
-        """Whether factors are carried before the first round already."""
+        """Return whether factors are carried before the first round already."""
         return False
 
     def subset(self, plan: Plan, round_: int) -> Plan:
@@ -130,7 +130,7 @@ class LayerMethod(LowRank):
         return plan
 
     def arguments(self, plan: Plan) -> dict[str, float | int]:
-        """Give the numbers that the recipe reads."""
+        """Return the numbers that the recipe reads."""
         del plan
         return {}
 
@@ -150,37 +150,37 @@ class LayerMethod(LowRank):
         return not self.traits.exact  # then the error of a round is measured
 
     def components(self, cohort: Cohort, now: Round) -> torch.Tensor | None:
-        """Say which components each client trains (`Downlink.ranks`); None: all of them."""
+        """Choose which components each client trains (`Downlink.ranks`); None: all of them."""
         del now
         return cohort.ranks if self.traits.ranks else None
 
     def layer_rank(self, plan: Plan, name: str) -> Rank:
-        """Give the rank of one layer, and a note where it is not the one that was asked for."""
+        """Compute the rank of one layer, and a note where it is not the one that was asked for."""
         return resolve_rank(self.rank, min(plan.targets[name].shape), name, cap=self.cap)
 
     # What follows from it.
 
     def rank_of(self, plan: Plan, name: str) -> int:
-        """Give the rank of one layer."""
+        """Return the rank of one layer."""
         return self.layer_rank(plan, name).value
 
     def scale_of(self, plan: Plan, name: str) -> float:
-        """Give the scale s of one layer."""
+        """Return the scale s of one layer."""
         return resolve_scale(self.alpha, self.rank_of(plan, name), rslora=self.rslora)
 
     def ranks_and_scales(self, plan: Plan) -> tuple[dict[str, int], dict[str, float]]:
-        """Give r and s of every layer, by weight."""
+        """Return r and s of every layer, by weight."""
         ranks = {name: self.rank_of(plan, name) for name in plan.targets}
         return ranks, {name: self.scale_of(plan, name) for name in ranks}
 
     def layers_of(self, state: State, plan: Plan | None = None) -> Iterator[Layer]:
-        """Give the adapted matrices of a state, or of a part of its plan."""
+        """Yield the adapted matrices of a state, or of a part of its plan."""
         plan = state.plan if plan is None else plan
         for name in plan.targets:
             yield self.layer(state, plan, name)
 
     def layer(self, state: State, plan: Plan, name: str) -> Layer:
-        """Give one adapted matrix as the method sees it."""
+        """Return one adapted matrix as the method sees it."""
         keys = {label: f"{name}/{label}" for label in LABELS}
         return Layer(
             name=name,
@@ -213,7 +213,7 @@ class LayerMethod(LowRank):
         )
 
     def adapter(self, layer: Layer, now: Round) -> Adapter:
-        """Give the factors of one matrix in the order of their product."""
+        """Return the factors of one matrix in the order of their product."""
         found = self.factors(layer, now)
         return Adapter({k: found[k] for k in LABELS if k in found}, layer.scale)
 
@@ -243,13 +243,13 @@ class LayerMethod(LowRank):
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        """Give W + s times the product of the factors as they stand, for every matrix."""
+        """Compute W + s times the product of the factors as they stand, for every matrix."""
         terms = self.standing(state, draw, own)
         base = widened(state.base)
         return apply_link(base, Link(terms), state.plan) if terms else base
 
     def standing(self, state: State, draw: Draw, own: Tree | None = None) -> dict[str, Term]:
-        """Give the terms that the factors as they stand add to the base, by weight."""
+        """Compute the terms that the factors as they stand add to the base, by weight."""
         own, now, terms = own or {}, Round(1, draw), {}
         for layer in self.layers_of(state):
             factors = []
@@ -288,7 +288,7 @@ class LayerMethod(LowRank):
         return self.open_round(replace(state, memo=memo), round_, _nobody(), Draw(0))
 
     def _blank(self, plan: Plan, labels: tuple[str, ...]) -> Tree:
-        """Give factors B or A of every matrix that have a shape and no numbers."""
+        """Build factors B or A of every matrix that have a shape and no numbers."""
         found = {}
         for name, view in plan.targets.items():
             (m, n), r = view.shape, self.rank_of(plan, name)
@@ -309,19 +309,19 @@ def numbers(sent: Downlink) -> tuple[int, int]:
 
 
 def _nobody() -> Cohort:
-    """Give a cohort for a round that nobody trains."""
+    """Build a cohort for a round that nobody trains."""
     return Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
 
 
 def _standing(factor: Factor, own: torch.Tensor | None) -> Value | None:
-    """Give a factor as it stands; None if it is zero."""
+    """Return a factor as it stands; None if it is zero."""
     if isinstance(factor, Trained):
         return factor.start if own is None else own
     return factor
 
 
 def _product(values: Iterable[Value]) -> Product | None:
-    """Give two matrices as a product; None where there are none."""
+    """Return two matrices as a product; None where there are none."""
     found = tuple(v for v in values if isinstance(v, torch.Tensor))
     return (found[0], found[1]) if len(found) == 2 else None
 

@@ -9,7 +9,7 @@ from fedraclora.protocol.method import State
 
 
 def carried_product(state: State, name: str) -> Product | None:
-    """Give the adapter of one weight before the round, in float64; None where it is zero."""
+    """Return the adapter of one weight before the round, in float64; None where it is zero."""
     if f"{name}/B" not in state.carried:
         return None
     return tuple(state.carried[f"{name}/{k}"].to(torch.float64) for k in ("B", "A"))  # type: ignore[return-value]
@@ -28,12 +28,12 @@ class RoundError:
         self.change += (scale * product_norm(*moved)) ** 2
 
     def report(self) -> dict[str, float]:
-        """Give the figure for the ledger, ``aggregation_error``."""
+        """Compute the figure for the ledger, ``aggregation_error``."""
         return {"aggregation_error": (self.missed / self.change) ** 0.5 if self.change else 0.0}
 
 
 def principal(matrix: torch.Tensor, rank: int, scale: float) -> Product:
-    """Give ``U (S / scale)^(1/2)`` and ``(S / scale)^(1/2) V^T``, cut to a rank; on the CPU."""
+    """Compute ``U (S / scale)^(1/2)`` and ``(S / scale)^(1/2) V^T``, cut to a rank; on the CPU."""
     u, s, vt = torch.linalg.svd(matrix.to("cpu", torch.float64), full_matrices=False)
     u, vt = fix_signs(u[:, :rank], vt[:rank])
     root = (s[:rank] / scale).sqrt()

@@ -42,7 +42,7 @@ class RoundReplies:
         return self.got.stack()
 
     def of(self, name: str) -> Replies:
-        """Give what came of one layer."""
+        """Return the replies for one layer."""
         return Replies(self, name)
 
 
@@ -64,14 +64,16 @@ class Replies:
         return self.all.sent.adapters[self.name]
 
     def __getitem__(self, label: str) -> Value:
-        """Give a frozen factor as it was sent: a tensor, or a drawing."""
+        """Return a frozen factor as it was sent: a tensor, or a drawing."""
         factor = self.adapter.factors[label]
         if isinstance(factor, Trained):
-            raise KeyError(f"{label} was trained: replies.mean or replies.stack has it")
+            raise KeyError(
+                f"the factor {label} was trained by each client: use replies.mean or replies.stack"
+            )
         return factor
 
     def mean(self, label: str, step: float = 1.0) -> torch.Tensor:
-        """Give the weighted mean of a trained factor, ``sum_k p_k F_k``.
+        """Compute the weighted mean of a trained factor, ``sum_k p_k F_k``.
 
         Args:
             label: Of the factor.
@@ -82,7 +84,7 @@ class Replies:
         return server_step(opening, self.all.mean[f"{self.name}/{label}"], step)
 
     def means(self, step: float = 1.0) -> dict[str, Value]:
-        """Give all factors by label in the order of their product: means, and frozen ones as sent.
+        """Return factors by label in the order of their product: means, and frozen ones as sent.
 
         Factors that stay at the clients are left out.
         """
@@ -93,7 +95,7 @@ class Replies:
         }
 
     def stack(self, label: str) -> torch.Tensor:
-        """Give each client's own factor, [K, ...].
+        """Stack each client's own factor, [K, ...].
 
         Raises:
             ShapeError: If only the sum came.
@@ -112,7 +114,7 @@ class Replies:
 
     @property
     def mean_factors(self) -> Product:
-        """Give the means of both factors, each by itself."""
+        """Compute the means of both factors, each by itself."""
         return self.mean("B"), self.mean("A")
 
     @property
@@ -128,7 +130,7 @@ class Replies:
 
     @property
     def kept(self) -> torch.Tensor:
-        """Tell which components each client has, bool [K, r]."""
+        """Return which components each client has, bool [K, r]."""
         B, sent, got = self.B, self.all.sent, self.all.got
         if sent.ranks is None:
             return torch.ones(len(B), B.shape[2], dtype=torch.bool, device=B.device)
@@ -137,29 +139,29 @@ class Replies:
 
     @property
     def carried(self) -> Product | None:
-        """Give both factors before the round; None where the adapter was zero."""
+        """Return both factors before the round; None where the adapter was zero."""
         return carried_product(self.all.state, self.name)
 
     @property
     def start(self) -> Product:
-        """Give both factors before the round, drawn or zero where none were carried."""
+        """Return both factors before the round, drawn or zero where none were carried."""
         if (found := self.carried) is not None:
             return found
         return opening(self.adapter, "B", self.B), opening(self.adapter, "A", self.B)
 
     def product(self) -> Product:
-        """Give ``sum_k p_k B_k A_k`` as a stack of factors, without components that nobody has."""
+        """Stack the factors of ``sum_k p_k B_k A_k``, without components that nobody has."""
         left, right = stack_products(self.B, self.A, self.p)
         kept = self.kept.reshape(-1)
         return left[:, kept], right[kept]
 
 
 def opening(adapter: Adapter, label: str, like: torch.Tensor) -> torch.Tensor:
-    """Give a trained factor as it begins, drawn or at zero, in float64 where ``like`` lies."""
+    """Return a trained factor as it begins, drawn or at zero, in float64 where ``like`` lies."""
     factor = adapter.factors[label]
     found = factor.opening() if isinstance(factor, Trained) else None
     if found is None and isinstance(factor, Trained):
         found = torch.zeros(factor.shape, dtype=torch.float64)
     if found is None:
-        raise TypeError(f"{label} is not trained")
+        raise TypeError(f"the factor {label} is not trained, so that it has no start")
     return found.to(like.device, torch.float64)

@@ -28,7 +28,7 @@ class Conflict:
 
     @property
     def in_rounds(self) -> bool:
-        """Whether it may come up in any round."""
+        """Return whether it may come up in any round."""
         return self.what in IN_ROUNDS or self.beside in IN_ROUNDS
 
     @property
@@ -37,7 +37,7 @@ class Conflict:
         return f"{FEATURES[self.beside].other}, or {FEATURES[self.what].other}"
 
     def check(self, setup: Setup) -> None:
-        """Refuse a run that has both.
+        """Reject a run that has both.
 
         Raises:
             ConfigError: Saying why, and what to take.

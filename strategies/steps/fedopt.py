@@ -64,7 +64,7 @@ class OptimisedServer(RoundStep):
 def step_in_weights(
     rule: ServerOptimiser, method: Method, before: State, after: State, draw: Draw
 ) -> State:
-    """Let the server step where the method has taken the mean.
+    """Take the server's step where the method has taken the mean.
 
     Args:
         rule: The optimiser.
@@ -120,8 +120,8 @@ def step_in_factors(
     places = torch.arange(len(got.clients)) if got.places is None else got.places
     start = opening_rows(sent, state.base, got.layout, places)
     change = got.layout.unpack((got.sum() / got.total).cpu() - start)
-    held, report = _beside(rule, _own(state), sent)
-    steps, moments = rule.advance(change, held)
+    before, report = _beside(rule, _own(state), sent)
+    steps, moments = rule.advance(change, before)
     stepped = start + got.layout.pack(steps)
     like = next(iter(state.base.values())).dtype
     moments = {n: m.to(like) for n, m in moments.items()}
@@ -155,18 +155,18 @@ def _wide(weights: Tree) -> Tree:
 
 
 def _own(state: State) -> Tree:
-    """Give the moments of the optimiser: the others are not its own."""
+    """Select the moments of the optimiser: the others are not its own."""
     kinds = ("first/", "second/", "beside/")
     return {n: m for n, m in state.moments.items() if n.startswith(kinds)}
 
 
 def _like(state: State, moment: str) -> torch.Tensor:
-    """Give the tensor whose precision a moment has, ``first/<name>``."""
+    """Return the tensor whose precision a moment has, ``first/<name>``."""
     return state.base[moment.partition("/")[2]]
 
 
 def _went(steps: Tree, change: Tree) -> dict[str, float]:
-    """Say how long the server's step is beside the mean change of the clients."""
+    """Compare the length of the server's step with that of the clients' mean change."""
     far, mean = (
         sum(float(t.square().sum()) for t in tree.values()) ** 0.5 for tree in (steps, change)
     )

@@ -60,7 +60,10 @@ class PrivateRounds(RoundStep):
         if begun:
             self.clip = number(rows[-1], "privacy", "next_clip")
             if not self.clip > 0:
-                raise CheckpointError("the ledger's last row has no privacy.next_clip")
+                raise CheckpointError(
+                    "the last row of the ledger has no privacy.next_clip, from which a private "
+                    "run goes on: restore the ledger from a copy"
+                )
         if self.secret is None:
             folder = recorder.folder
             self.secret = Secret() if folder is None else Secret.of_folder(folder, resume=begun)
@@ -69,7 +72,10 @@ class PrivateRounds(RoundStep):
     def key(self) -> Secret:
         """The secret, once it is there."""
         if self.secret is None:
-            raise CheckpointError("a private run was not opened: nothing may be drawn yet")
+            raise CheckpointError(
+                "a private run has no key before its rounds begin: open the step before noise is "
+                "drawn"
+            )
         return self.secret
 
     @override
@@ -84,7 +90,7 @@ class PrivateRounds(RoundStep):
 
     @override
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        """Give the noisy mean of updates; those that are too long are shortened here, too."""
+        """Compute the noisy mean of updates; those that are too long are shortened here, too."""
         start = starts(context, got)
         clip, K = self.clip, len(got.clients)
         if not K:

@@ -57,7 +57,7 @@ class ControlVariates(RoundStep):
 
 
 def lifts(method: Method, state: State, draw: Draw) -> bool:
-    """Tell whether clients keep dense estimates of gradients, since what is trained changes.
+    """Check whether clients keep dense estimates of gradients, since what is trained changes.
 
     Args:
         method: The method.
@@ -77,7 +77,7 @@ def lifts(method: Method, state: State, draw: Draw) -> bool:
 
 
 def _lives_on(method: Method, state: State, sent: Downlink, draw: Draw) -> bool:
-    """Tell whether the next round trains the same thing: a round without a change is closed."""
+    """Check whether the next round trains the same thing: a round without a change is closed."""
     layout, cohort = _layout(sent), Cohort(torch.arange(2), torch.ones(2).double())
     start = opening_rows(sent, state.base, layout, cohort.clients)
     got = Uplinks(cohort.clients, cohort.weights, layout, start.repeat(2, 1))
@@ -100,7 +100,7 @@ def open_corrected(sent: Downlink, state: State, *, lifted: bool) -> Downlink:
 def close_corrected(
     state: State, sent: Downlink, got: Uplinks, rates: dict[str, float], steps: int, share: float
 ) -> Tree:
-    """Give the moments of the next state: with the variates that a round leaves at the server.
+    """Compute the moments of the next state: with the variates that a round leaves at the server.
 
     Args:
         state: Before the round.

@@ -52,9 +52,9 @@ class SecAggSession:
             ClientError: If too few clients are left.
         """
         self.enough(data, stage)
-        said, failures = self.collect(stage, data, check)
-        self.leave(stage, data, said, failures)
-        return said
+        answers, failures = self.collect(stage, data, check)
+        self.leave(stage, data, answers, failures)
+        return answers
 
     def collect(self, stage: str, data: dict[int, Any], check: Check) -> Factors:
         """Ask as `ask` does; whoever does not answer is nobody's business yet."""
@@ -62,7 +62,9 @@ class SecAggSession:
         def read(content: RecordDict) -> Factors:
             answer = read_stage(content)
             if answer is None or answer.name != stage:
-                raise WireError(f"it is no answer to the stage {stage}")
+                raise WireError(
+                    f"the reply is not an answer to the stage {stage} of secure aggregation"
+                )
             found, bad = {}, {}
             for client in answer.data.keys() & data.keys():
                 try:
@@ -81,11 +83,11 @@ class SecAggSession:
                 messages.append(Message(content, node, "train.cohort", group_id=group, ttl=ttl))
         return self._talk(messages, read)
 
-    def masked(self, told: dict[int, Any], settings: dict[str, Any]) -> Factors:
-        """Have clients train; give their masked vectors, or whose shares they could not open.
+    def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Factors:
+        """Ask clients to train; return their masked vectors, or whose shares they could not open.
 
         Args:
-            told: What each client is told of its neighbours, by id.
+            pending: What each client is told of its neighbours, by id.
             settings: What all are told.
         """
         size = self.exchange.layout.size + 1
@@ -93,23 +95,25 @@ class SecAggSession:
         def read(content: RecordDict) -> Factors:
             rows, clients = read_words(content), read_vectors(content)["clients"].tolist()
             if rows.shape != (len(clients), size):
-                raise WireError(f"words {rows.shape} came, wanted {(len(clients), size)}")
+                raise WireError(
+                    f"masked vectors of shape {rows.shape} came; {(len(clients), size)} is wanted"
+                )
             stage = read_stage(content)
             found: dict[int, Any] = {}
-            for client, said in (stage.data if stage is not None else {}).items():
-                closed = {int(c) for c in said["unopened"]}
-                if client in told and closed <= {int(c) for c in told[client]["shares"]}:
+            for client, answer in (stage.data if stage is not None else {}).items():
+                closed = {int(c) for c in answer["unopened"]}
+                if client in pending and closed <= {int(c) for c in pending[client]["shares"]}:
                     found[client] = closed
             return found | dict(zip(clients, rows, strict=True)), {}
 
         messages = []
         for message, chunk in self.exchange.chunks:
-            part = {c: told[c] for c in chunk if c in told}
+            part = {c: pending[c] for c in chunk if c in pending}
             if part:
                 message.content["secure"] = Stage("masked", settings, part).record()
                 messages.append(message)
         found, failures = self._talk(messages, read)
-        return {c: part for c, part in found.items() if c in told}, failures
+        return {c: part for c, part in found.items() if c in pending}, failures
 
     def _talk(self, messages: list[Message], read: Callable[[RecordDict], Factors]) -> Factors:
         """Send messages; give what clients said, and why others did not.
@@ -123,7 +127,7 @@ class SecAggSession:
         self.down += sum(text_bytes(message.content) for message in messages)
         replies = self.send(messages)  # only now a message has its id
         sent = {m.metadata.message_id: clients_of(m.content) for m in messages}
-        said: dict[int, Any] = {}
+        answers: dict[int, Any] = {}
         failures: dict[int, str] = {}
         for reply in replies:
             asked = sent.pop(str(reply.metadata.reply_to_message_id), [])
@@ -139,15 +143,15 @@ class SecAggSession:
                 self.up += text_bytes(reply.content)
             except Exception as error:  # whatever another machine may send
                 why, found = dict.fromkeys(asked, f"its reply is refused: {error!r}"), {}
-            said |= {c: part for c, part in found.items() if c in asked}
+            answers |= {c: part for c, part in found.items() if c in asked}
             failures |= {c: text[:LONGEST_REASON] for c, text in why.items() if c in asked}
-        return said, failures
+        return answers, failures
 
     def leave(
         self,
         stage: str,
         asked: dict[int, Any],
-        said: dict[int, Any],
+        answers: dict[int, Any],
         failures: dict[int, str],
     ) -> None:
         """Note who left at a stage.
@@ -155,7 +159,7 @@ class SecAggSession:
         Raises:
             ClientError: If more clients failed than allowed.
         """
-        for client in sorted(asked.keys() - said.keys()):
+        for client in sorted(asked.keys() - answers.keys()):
             why = failures.get(client, "no reply in time")
             self.exchange.failures.append(Refusal(client, f"secure aggregation, {stage}: {why}"))
         exchange, loop = self.exchange, self.exchange.loop
@@ -170,7 +174,7 @@ class SecAggSession:
         return noted
 
     def enough(self, clients: Collection[int], stage: str) -> None:
-        """Refuse a sum of too few.
+        """Reject a sum of too few clients.
 
         Raises:
             ClientError: If fewer than `LEAST` clients are left.

@@ -61,8 +61,8 @@ class SecureSum(RoundStep):
         """
         folder, real = recorder.folder, self.run.loop.guarded
         for row in recorder.ledger.rows:
-            if isinstance(said := row.get("secure"), dict) and "culprit" in said:
-                self.banned[int(said["culprit"])] = str(said["lost"])
+            if isinstance(lost := row.get("secure"), dict) and "culprit" in lost:
+                self.banned[int(lost["culprit"])] = str(lost["lost"])
         self.file = folder / FILE if real and folder is not None else None
         if self.file is not None and self.file.is_file():
             text = self.file.read_text().strip()
@@ -125,7 +125,7 @@ class SecureSum(RoundStep):
         return {"train_loss": None, "secure": self.row}
 
     def _agree(self, exchange: Exchange, talk: SecAggSession, clip: float) -> Session:
-        """Have clients exchange keys and shares."""
+        """Exchange keys and shares among clients."""
         if exchange.round_ <= self.answered:
             why = "the run was ended after clients had been asked for masked vectors; they give one"
             self.row = {"lost": why}
@@ -137,8 +137,8 @@ class SecureSum(RoundStep):
         keys = talk.ask("keys", asked, check_keys)
         graph = self.config.graph(sorted(keys), exchange.loop.seed, exchange.round_)
         pairs = {c: {name: keys[c][name] for name in ("mask", "box")} for c in keys}
-        told = {c: {str(n): pairs[n] for n in graph[c]} for c in graph}
-        sealed = talk.ask("shares", told, check_sealed)
+        messages = {c: {str(n): pairs[n] for n in graph[c]} for c in graph}
+        sealed = talk.ask("shares", messages, check_sealed)
         inbox: dict[int, Any] = {
             c: {"shares": {str(n): sealed[n][str(c)] for n in graph[c] if n in sealed}}
             for c in sealed
@@ -153,7 +153,7 @@ class SecureSum(RoundStep):
             [],
         )
         leaves = session.thin_out()
-        talk.enough(session.told, "masked")
+        talk.enough(session.messages, "masked")
         talk.name(leaves)
         session.left = list(exchange.failures)
         return session
@@ -163,23 +163,23 @@ class SecureSum(RoundStep):
         if self.file is not None:
             write_text(self.file, f"{session.round_}\n")
         settings = {"step": session.step}
-        waiting = {c: told for c, told in session.told.items() if c not in session.words}
-        said, failures = talk.masked(waiting, settings)
-        complaints = {c: part for c, part in said.items() if isinstance(part, set)}
-        session.words |= {c: part for c, part in said.items() if c not in complaints}
+        waiting = {c: message for c, message in session.messages.items() if c not in session.words}
+        answers, failures = talk.masked(waiting, settings)
+        complaints = {c: part for c, part in answers.items() if isinstance(part, set)}
+        session.words |= {c: part for c, part in answers.items() if c not in complaints}
         if complaints:
             session.notes += [
                 f"client {c} cannot open the shares of {sorted(of)}" for c, of in complaints.items()
             ]
             session.left += talk.name(session.settle(complaints))
             leaves = session.thin_out()
-            talk.enough(session.told, "masked")
+            talk.enough(session.messages, "masked")
             session.left += talk.name(leaves)
-            again = {c: session.told[c] for c in complaints if c in session.told}
-            said, more = talk.masked(again, settings)
+            again = {c: session.messages[c] for c in complaints if c in session.messages}
+            answers, more = talk.masked(again, settings)
             failures |= more
-            session.words |= {c: part for c, part in said.items() if not isinstance(part, set)}
-        talk.leave("masked", session.told, session.words, failures)
+            session.words |= {c: part for c, part in answers.items() if not isinstance(part, set)}
+        talk.leave("masked", session.messages, session.words, failures)
         talk.enough(session.words, "unmask")
 
     def _checked(self, talk: SecAggSession, session: Session, clip: float, base: Tree) -> Uplinks:

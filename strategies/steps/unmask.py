@@ -41,7 +41,7 @@ class Session:
         sealed: What each client sealed for its neighbours, with marks.
         threshold: Shares that bring a secret back.
         step: Of the whole numbers.
-        told: What each client is told of its neighbours: ``shares`` by sender, and ``without``,
+        messages: What each client is told of its neighbours: ``shares`` by sender, and ``without``,
             neighbours whose share it cannot open and masks with all the same.
         left: Who left before.
         words: Masked vectors.
@@ -55,7 +55,7 @@ class Session:
     sealed: dict[int, Any]
     threshold: int
     step: float
-    told: dict[int, Any]
+    messages: dict[int, Any]
     left: list[Refusal]
     words: dict[int, Words] = field(default_factory=dict)
     asked: dict[int, Any] = field(default_factory=dict)
@@ -64,8 +64,8 @@ class Session:
 
     def near(self, client: int) -> list[int]:
         """The neighbours with whom a client masks its vector."""
-        told = self.told[client]
-        return [*map(int, told["shares"]), *told["without"]]
+        message = self.messages[client]
+        return [*map(int, message["shares"]), *message["without"]]
 
     def thin_out(self) -> dict[int, str]:
         """Take out those who have too few neighbours left to mask with, through no fault of theirs.
@@ -75,7 +75,7 @@ class Session:
         """
         leaves: dict[int, str] = {}
         while True:
-            waiting = [c for c in self.told if c not in self.words]
+            waiting = [c for c in self.messages if c not in self.words]
             short = {c: n for c in waiting if (n := len(self.near(c))) < self.threshold}
             if not short:
                 return leaves
@@ -88,12 +88,12 @@ class Session:
     def _forget(self, gone: Collection[int]) -> None:
         """Leave some out, and tell those who have not masked yet that they are no neighbours."""
         for client in gone:
-            del self.told[client]
+            del self.messages[client]
             self.words.pop(client, None)
-        for client in self.told.keys() - self.words.keys():
-            told = self.told[client]
-            told["shares"] = {n: s for n, s in told["shares"].items() if int(n) not in gone}
-            told["without"] = [n for n in told["without"] if n not in gone]
+        for client in self.messages.keys() - self.words.keys():
+            message = self.messages[client]
+            message["shares"] = {n: s for n, s in message["shares"].items() if int(n) not in gone}
+            message["without"] = [n for n in message["without"] if n not in gone]
 
     def settle(self, complaints: dict[int, set[int]]) -> dict[int, str]:
         """Decide what becomes of shares that their receivers cannot open.
@@ -113,7 +113,7 @@ class Session:
         """
         leaves = {}
         for sender in sorted(set().union(*complaints.values())):
-            near = [c for c, told in self.told.items() if str(sender) in told["shares"]]
+            near = [c for c, message in self.messages.items() if str(sender) in message["shares"]]
             closed = [c for c in near if sender in complaints.get(c, ())]
             if len(near) - len(closed) >= self.threshold:
                 continue
@@ -128,10 +128,11 @@ class Session:
             if any(sender in self.near(c) for c in self.words):
                 raise blame(self.round_, sender, why)
         for client, senders in complaints.items():
-            told = self.told[client]
-            told["without"] += sorted(senders)
-            told["shares"] = {c: s for c, s in told["shares"].items() if int(c) not in senders}
-        self._forget([c for c in leaves if c in self.told])
+            message = self.messages[client]
+            message["without"] += sorted(senders)
+            opened = {c: s for c, s in message["shares"].items() if int(c) not in senders}
+            message["shares"] = opened
+        self._forget([c for c in leaves if c in self.messages])
         return leaves
 
     def ask_for_shares(self) -> dict[int, Any]:
@@ -148,19 +149,22 @@ class Session:
         able = [c for c, asked in self.asked.items() if len(asked["alive"]) >= self.threshold]
         return {c: self.asked[c] for c in able if c not in self.shares}
 
-    def check_shares(self, client: int, told: Any, said: Any) -> None:
-        """Refuse other shares than were sealed for a client.
+    def check_shares(self, client: int, sent: Any, answer: Any) -> None:
+        """Reject other shares than were sealed for a client.
 
         Raises:
             WireError: Saying what came.
         """
-        held = self.told[client]["shares"]
+        shares = self.messages[client]["shares"]
         for kind, place in KINDS.items():
-            wanted = {str(n) for n in told[kind]} & held.keys()
-            if {*said[kind]} != wanted:
-                raise WireError(f"it gave shares of {[*said[kind]]}, wanted are {sorted(wanted)}")
-            for owner, share in said[kind].items():
-                if mark(checked_text(share, SHARE_LENGTH)) != held[owner][place]:
+            expected = {str(n) for n in sent[kind]} & shares.keys()
+            if {*answer[kind]} != expected:
+                raise WireError(
+                    f"it sent shares of the clients {[*answer[kind]]}, but {sorted(expected)} were "
+                    "asked for"
+                )
+            for owner, share in answer[kind].items():
+                if mark(checked_text(share, SHARE_LENGTH)) != shares[owner][place]:
                     raise WireError(f"its share of client {owner} is not the one that was sealed")
 
     def total(self) -> Words:
@@ -183,8 +187,9 @@ class Session:
         return total
 
     def _secret(self, kind: str, owner: int) -> str:
-        """Bring the secret of a client back: the seed of its own mask, or its key."""
-        came = [said[kind][str(owner)] for said in self.shares.values() if str(owner) in said[kind]]
+        """Rebuild the secret of a client: the seed of its own mask, or its key."""
+        answers = [answer[kind] for answer in self.shares.values()]
+        came = [answer[str(owner)] for answer in answers if str(owner) in answer]
         if len(came) < self.threshold:
             raise ClientError(
                 f"round {self.round_}: {len(came)} neighbours of client {owner} gave their shares; "
@@ -220,22 +225,24 @@ def blame(round_: int, client: int, why: str) -> CulpritError:
     return CulpritError(text, client, why)
 
 
-def check_keys(client: int, told: Any, said: Any) -> None:
-    """Refuse what are no public keys."""
-    del client, told
-    if {*said} != {"mask", "box", "seed"}:
-        raise WireError(f"its keys are called {[*said]}, wanted are mask, box and seed")
+def check_keys(client: int, sent: Any, answer: Any) -> None:
+    """Reject a reply that has no public keys."""
+    del client, sent
+    if {*answer} != {"mask", "box", "seed"}:
+        raise WireError(f"it sent the keys {[*answer]}; mask, box and seed are wanted")
     for name in ("mask", "box"):
-        read_public(checked_text(said[name], PUBLIC_LENGTH))
-    checked_text(said["seed"], MARK_LENGTH)
+        read_public(checked_text(answer[name], PUBLIC_LENGTH))
+    checked_text(answer["seed"], MARK_LENGTH)
 
 
-def check_sealed(client: int, told: Any, said: Any) -> None:
-    """Refuse what is not sealed for each neighbour once, with two marks."""
+def check_sealed(client: int, sent: Any, answer: Any) -> None:
+    """Reject a reply without one sealed text, with two marks, for each neighbour."""
     del client
-    if {*said} != {*told}:
-        raise WireError(f"it sealed shares for {[*said]}, wanted are {[*told]}")
-    for text, *marks in said.values():
+    if {*answer} != {*sent}:
+        raise WireError(
+            f"it sealed shares for the clients {[*answer]}, but its neighbours are {[*sent]}"
+        )
+    for text, *marks in answer.values():
         checked_text(text, SEALED_LENGTH)
         if [len(checked_text(m, MARK_LENGTH)) for m in marks] != [MARK_LENGTH] * 2:
-            raise WireError(f"its shares have the marks {marks}; two of SHA-256 are wanted")
+            raise WireError(f"its shares have the marks {marks}; two SHA-256 digests are wanted")

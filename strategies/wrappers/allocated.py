@@ -100,7 +100,7 @@ class Allocated(Around):
 
     @override
     def at(self, state: State) -> tuple[Method, State]:
-        """Give the method, and the state with the layers that were chosen last."""
+        """Return the method, and the state with the layers that were chosen last."""
         return self.inner, narrowed(state)
 
     @override
@@ -181,7 +181,7 @@ def allocated(
 
 
 def current(method: Method, state: State) -> tuple[Method, State]:
-    """Give the method with the ranks that are in force, and the state with its layers alone."""
+    """Return the method with the ranks that are in force, and the state with its layers alone."""
     return method.at(state) if isinstance(method, Allocated | Pruned) else (method, state)
 
 
@@ -201,7 +201,7 @@ def targets(state: State) -> list[str]:
 
 
 def narrowed(state: State, names: Iterable[str] | None = None) -> State:
-    """Give the state with the layers that are named, or else those that were chosen last."""
+    """Restrict the state to the layers that are named, or else those that were chosen last."""
     chosen = set(targets(state) if names is None else names)
     if names is None:
         adapted = cast(Chosen, state.memo).adapted
@@ -211,7 +211,7 @@ def narrowed(state: State, names: Iterable[str] | None = None) -> State:
 
 
 def opening(slot: Trained, like: torch.Tensor) -> torch.Tensor:
-    """Give where a factor starts; the mean over clients where each starts elsewhere."""
+    """Return where a factor starts; the mean over clients where each starts elsewhere."""
     start = slot.opening()
     if start is None:
         return torch.zeros_like(like)

@@ -32,7 +32,7 @@ class Around(Method):
         return self.inner.looks_at_clients
 
     def at(self, state: State) -> tuple[Method, State]:
-        """Give the inner method as it stands in a round, and the state as that one knows it."""
+        """Return the inner method as it stands in a round, and the state as that one knows it."""
         return self.inner, state
 
     @override

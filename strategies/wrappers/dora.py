@@ -37,7 +37,7 @@ INSTEAD = "take fedavg_lora, ffa_lora, rolora, fedsa_lora or hetlora, or dora=fa
 
 
 def method_of(config: RunConfig, flow: Flow | None = None) -> Method:
-    """Give the method of a run with what is put around it.
+    """Build the method of a run with what is put around it.
 
     Args:
         config: Of the run.
@@ -60,7 +60,7 @@ class Dora(Around):
     """
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit."""
+        """Reject settings that do not fit together."""
         if self.inner.traits.merges:
             raise ConfigError(
                 f"dora is true, but does not fit {type(self.inner).__name__}: it folds updates "
@@ -88,7 +88,7 @@ class Dora(Around):
         return replace(state, carried=state.carried | self._lengths(state, draw))
 
     def _lengths(self, state: State, draw: Draw) -> Tree:
-        """Give the lengths of the rows of the method's effective weights, by magnitude's name."""
+        """Compute the row lengths of the method's effective weights, by magnitude's name."""
         weights, found = self.inner.weights(state, draw), {}
         for name, view in state.plan.targets.items():
             if view.kind == "embedding":
@@ -116,7 +116,7 @@ class Dora(Around):
 
     @override
     def at(self, state: State) -> tuple[Method, State]:
-        """Give the method, and the state without magnitudes."""
+        """Return the method, and the state without magnitudes."""
         names = {magnitude_of(name) for name in state.plan.targets}
         carried = {n: t for n, t in state.carried.items() if n not in names}
         return self.inner, replace(state, carried=carried)

@@ -92,9 +92,9 @@ class Pruned(Around):
         last, first = round(self.rule.target * len(ranks)), sum(ranks.values())
         if not 1 <= last <= first:
             raise ConfigError(
-                f"allocation.target is {self.rule.target}, which leaves {last} components of the "
-                f"{first} with which {len(ranks)} layers begin; 1 to {first} are wanted: change "
-                "it, or method.rank"
+                f"allocation.target is {self.rule.target}, which leaves {last} of the {first} "
+                f"components with which {len(ranks)} layers begin; 1 to {first} must be left: "
+                "change it, or method.rank"
             )
         return replace(state, memo=RanksLeft(rank=ranks, components=first))
 
@@ -114,12 +114,12 @@ class Pruned(Around):
 
     @staticmethod
     def kept(state: State) -> RanksLeft:
-        """Give what the rule keeps in a state."""
+        """Compute the ranks that the rule leaves in a state."""
         return cast(RanksLeft, state.memo)
 
     @override
     def at(self, state: State) -> tuple[Method, State]:
-        """Give the method at the ranks that are left, and its own state."""
+        """Return the method at the ranks that are left, and its own state."""
         left = self.kept(state).rank
         ranks = {n: r for n in state.plan.targets if (r := left[n])}
         plan = replace(state.plan, targets={n: state.plan.targets[n] for n in ranks})
@@ -128,7 +128,7 @@ class Pruned(Around):
         return inner, replace(state, plan=plan, carried=carried)
 
     def _smoothed(self, state: State, sent: Downlink, after: State) -> Tree:
-        """Give the smoothed importance of each entry, and its uncertainty."""
+        """Smooth the importance of each entry, and its uncertainty."""
         found: Tree = {}
         for name, slot in sent.trained().items():
             if name not in after.carried:

@@ -159,7 +159,7 @@ def clients_share_what_they_keep(planting: Planting) -> None:
     sound = ClientStore.read
 
     def read(self: ClientStore, clients: torch.Tensor, *given: Any, **more: Any) -> Tree:
-        return sound(self, torch.full_like(clients, min(self._kept, default=0)), *given, **more)
+        return sound(self, torch.full_like(clients, min(self._entries, default=0)), *given, **more)
 
     planting.put(ClientStore, "read", read)
 

@@ -14,7 +14,7 @@ import torch
 import strategies.server.buffer
 import strategies.steps.fedopt
 import strategies.steps.scaffold
-from clients.client_state import held
+from clients.client_state import restore
 from fedraclora.aggregation.server_optimisers import Adaptive, Momentum, ServerOptimiser, Yogi
 from fedraclora.protocol.change_of_basis import transported
 from fedraclora.protocol.method import Downlink, State
@@ -164,10 +164,10 @@ def changed(sent: Downlink, change: Callable[[torch.Tensor], torch.Tensor]) -> D
 @defect(SCAFFOLD, "SCAFFOLD: g + c_k - c", DRIFT)
 def correction_of_the_wrong_sign(planting: Planting) -> None:
     def turned(*given: Any) -> tuple[Downlink, Tree]:
-        sent, moments = held(*given)
+        sent, moments = restore(*given)
         return opposed(sent), moments
 
-    planting.function(held, turned)
+    planting.function(restore, turned)
 
 
 @defect(

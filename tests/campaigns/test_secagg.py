@@ -168,8 +168,8 @@ def test_a_client_wants_its_own_number_of_neighbours(told: int, fewest: int) -> 
     stage = Stage("shares", {"threshold": 1}, {0: {str(c): keys[c] for c in range(1, 1 + told)}})
     reply = answer_stage(stage_message(1, stage), stage, store, terms)
     (why,) = json.loads(str(reply["config"]["header"]))["failures"].values()
-    assert f"trust {told} neighbours" in why
-    assert f"{fewest - 1} or more others are wanted" in why
+    assert f"named {told} neighbours" in why
+    assert f"{fewest - 1} or more are needed" in why
 
 
 def test_of_a_graph_a_client_wants_its_degree() -> None:
@@ -189,7 +189,7 @@ def test_a_key_of_another_kind_is_its_senders_failure(key: str) -> None:
     exactly(got, clients, [0, 1, 2, 4, 5])
     (failure,) = exchange.failures
     assert failure.client == 3
-    assert "which is wanted" in failure.reason or "cannot be read" in failure.reason
+    assert "not a point of the curve" in failure.reason or "cannot be read" in failure.reason
 
 
 def garbage(receivers: list[str]) -> Any:

@@ -159,7 +159,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "dense lr": (["local.dense_lr=0"], ["local.dense_lr is 0", "positive finite number"]),
     "targets": (["targets=fc9"], ["targets=fc9", "did you mean 'fc1'?", NAMES]),
     "no targets": (["targets=[]"], ["targets is an empty list", "null for the model's own"]),
-    "empty pattern": (["targets=[fc1,'']"], ["an empty pattern names no layer"]),
+    "empty pattern": (["targets=[fc1,'']"], ["has an empty pattern, which names no layer"]),
     "unknown key": (["lr=0.1"], ["unknown key 'lr'; did you mean 'local.lr'"]),
     "key that is added": (["+lr=0.1"], ["unknown key 'lr'; did you mean 'local.lr'"]),
     "key that nothing reads": (["attack.share=0.3"], ["attack.share is 0.3, which nothing reads"]),

@@ -64,7 +64,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["local=3", "system=buffered"], "system, FedBuff too, is for simulations"),
         (["connection=x", "clients=3", "cohort=3", "system=buffered"], "has system=none"),
         (["local=3", "head=local"], "head is local"),
-        (["connection=x", "engine.folder=here"], "engine.folder is 'here'; a whole path"),
+        (["connection=x", "engine.folder=here"], "engine.folder is 'here'; an absolute path"),
         (["local=3", "resume=nowhere"], "nowhere is no run folder"),
     ],
 )
@@ -282,5 +282,5 @@ def test_a_superlink_that_does_not_answer_is_given_up(
 
 def test_simulate_sends_its_reader_to_deploy() -> None:
     config = from_plain(composed([*SMALL, "clients=3", "cohort=3", "engine=deploy"]), METHODS)
-    with pytest.raises(ConfigError, match="engine=deploy is for fedraclora deploy"):
+    with pytest.raises(ConfigError, match="run `fedraclora deploy` with"):
         assemble(config, None)

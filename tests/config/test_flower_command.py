@@ -69,7 +69,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["engine=ray"], "engine is ray, but this is Flower: use engine=flower"),
+        (["engine=ray"], "engine is ray, but Flower started this process: use engine=flower"),
         (["engine=flowr"], "did you mean 'flower'?"),
         (["engine.chunk=2"], "trains one client at a time"),
         (["engine.workers=0"], "engine.workers is 0"),
@@ -164,8 +164,8 @@ def test_a_config_that_is_none_is_refused(text: str, said: str) -> None:
     ("word", "said"),
     [
         ("engine=inline", "engine is inline"),
-        ("output.dir=null", "output.dir is None, .* by its whole path"),
-        ("output.dir=here", "output.dir is here, .* by its whole path"),
+        ("output.dir=null", "output.dir is None, .* an absolute path"),
+        ("output.dir=here", "output.dir is here, .* an absolute path"),
     ],
 )
 def test_a_config_of_another_place_is_refused(word: str, said: str) -> None:

@@ -43,7 +43,7 @@ def configs(tmp_path: Path) -> Path:
         (["clints=3", "local.bach_size=4"], ["mean 'clients'?", "mean 'local.batch_size'?"]),
         (["~locl.lr"], ["unknown key 'locl.lr'; did you mean 'local.lr'?"]),
         (["local.lr.x=3"], ["unknown key 'local.lr.x'"]),
-        (["+local.lr=3"], ["local.lr is there already: write it without the +"]),
+        (["+local.lr=3"], ["the config has the key local.lr already: write it without the +"]),
         (["attack.scale=5"], ["attack=none has no key scale", "sign_flip, scaled_noise"]),
         (["method=fedavg", "method.rank=3"], ["method=fedavg has no key rank", "++method.rank=3"]),
         (["local=null"], ["local=null: a group is chosen by the name"]),

@@ -159,5 +159,5 @@ def test_methods_whose_components_do_not_live_on_are_refused() -> None:
 @pytest.mark.parametrize(("target", "left"), [(4.0, 12), (0.1, 0)])
 def test_a_target_that_cannot_be_met_is_refused(target: float, left: int) -> None:
     world = make_world()
-    with pytest.raises(ConfigError, match=f"leaves {left} components of the 9"):
+    with pytest.raises(ConfigError, match=f"leaves {left} of the 9 components"):
         pruned(rule=replace(RULE, target=target)).init(world.base, world.plan, DRAW)

@@ -201,7 +201,7 @@ def test_no_unmasked_update_is_given(world: World) -> None:
         (found.worker, plain.worker.asked[0]),
         (plain.worker, found.worker.asked[0]),
     ):
-        with pytest.raises(WireError, match="differ on secure aggregation"):
+        with pytest.raises(WireError, match="a message asks for the opposite"):
             worker.train(content)
 
 

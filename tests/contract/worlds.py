@@ -471,7 +471,7 @@ def assert_updates_lead_on(folder: Path) -> None:
         counted.fetch(torch.arange(version, count + 1))  # client k is last seen at version k
     for held in range(count + 1):
         update = history.since(held)
-        assert update.held == held
+        assert update.start == held
         assert update.payload_bytes == counted.missing(torch.tensor([held])).sum()
         replica = Replica(start.plan, torch.device("cpu"))
         replica.take(state_at(folder, held).base, held, None)

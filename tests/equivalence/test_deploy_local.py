@@ -40,7 +40,7 @@ PATIENCE = 120.0  # seconds for a node that must be refused
 
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[LocalDeployment]:
-    with LocalDeployment([[0], [1], [2]]) as running:
+    with LocalDeployment([[0], [1]]) as running:
         yield running
 
 
@@ -55,12 +55,12 @@ def test_final_weights_and_ledger_are_those_of_inline(
     """Followed from here as one on another machine would be: the server has its own folder."""
     here, there, inline = (tmp_path / name for name in ("here", "there", "inline"))
     request = deploy.prepare(
-        [*WORDS, "clients=3", "cohort=3", f"output.dir={here}", f"engine.folder={there}"], None
+        [*WORDS, "clients=2", "cohort=2", f"output.dir={here}", f"engine.folder={there}"], None
     )
     with Record(here, request.plain, resume=False) as record:
         deploy.run(request, deployment.connection, record)
     assert "final accuracy" in capsys.readouterr().out
-    sizes = ["clients=3", "cohort=3", "engine=inline", f"output.dir={inline}"]
+    sizes = ["clients=2", "cohort=2", "engine=inline", f"output.dir={inline}"]
     simulate(composed([*WORDS, *sizes]), inline)
     wanted, found = summary(inline), summary(here)
     assert found["weights_digest"] == wanted["weights_digest"]
@@ -111,7 +111,7 @@ def test_a_run_that_fails_has_its_words_and_its_status(
 ) -> None:
     """The server cannot make its folder."""
     (tmp_path / "file").write_text("")
-    words = [*WORDS, "clients=3", "cohort=3", f"output.dir={tmp_path / 'here'}"]
+    words = [*WORDS, "clients=2", "cohort=2", f"output.dir={tmp_path / 'here'}"]
     request = deploy.prepare([*words, f"engine.folder={tmp_path / 'file' / 'run'}"], None)
     with pytest.raises(EngineError, match=r"finished:failed: .*cannot make the folder"):
         deploy.run(request, deployment.connection, None)

@@ -102,10 +102,10 @@ def test_sources_that_are_none_are_named(source: str, error: type[Exception], sa
     ("found", "said"),
     [
         (torch.zeros(3, 4), r"gives a Tensor; \(inputs, target\) is wanted"),
-        ((torch.zeros(3, 4), torch.zeros(2)), "2 targets and inputs of {'x': 3} samples"),
-        ((torch.zeros(0, 4), torch.zeros(0)), "0 targets and inputs of {'x': 0} samples"),
-        ((torch.zeros(3, 5), torch.zeros(3)), r"one input is \(5,\); x of shape \(4,\) is wanted"),
-        (({"ids": torch.zeros(3, 4)}, torch.zeros(3)), r"one input is \['ids'\]; x of shape"),
+        ((torch.zeros(3, 4), torch.zeros(2)), "2 targets, but inputs of {'x': 3} samples"),
+        ((torch.zeros(0, 4), torch.zeros(0)), "0 targets, but inputs of {'x': 0} samples"),
+        ((torch.zeros(3, 5), torch.zeros(3)), r"one input has \(5,\); x of shape \(4,\) is wanted"),
+        (({"ids": torch.zeros(3, 4)}, torch.zeros(3)), r"one input has \['ids'\]; x of shape"),
     ],
 )
 def test_samples_that_do_not_fit_are_named(found: object, said: str) -> None:

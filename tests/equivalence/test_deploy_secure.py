@@ -94,7 +94,7 @@ def twice(message: Message) -> list[Message]:
     [
         ("keys", nothing_of_it, "keys: its reply is refused"),
         ("shares", nothing_of_it, "shares: its reply is refused"),
-        ("masked", wrong_words, "words (1, 3) came, wanted"),
+        ("masked", wrong_words, "masked vectors of shape (1, 3) came"),
         ("masked", twice, None),
     ],
 )

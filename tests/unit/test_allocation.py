@@ -138,7 +138,7 @@ def test_synflow_is_the_flow_through_an_adapter() -> None:
 def test_synflow_needs_inputs_that_can_be_ones() -> None:
     model, base, sent, plan = two_layers()
     tokens = Samples({"input_ids": torch.ones(5, 4, dtype=torch.int64)}, torch.zeros(5))
-    with pytest.raises(ConfigError, match=r"synflow, which feeds the model ones.*input_ids"):
+    with pytest.raises(ConfigError, match=r"synflow, which puts ones.*input_ids"):
         flows(model, tokens, base, sent, plan)
 
 

@@ -109,7 +109,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "key": ((), {"round": 3}, "rounds"),
     "inner": (({"local": {"learning": 1.0}},), {}, "learning"),
     "value": ((), {"cohort": 7}, "cohort is 7, but there are only 6 clients"),
-    "deploy": ((), {"engine": "deploy"}, "engine=deploy is for fedraclora deploy"),
+    "deploy": ((), {"engine": "deploy"}, "run `fedraclora deploy` with"),
     "object": ((), {"rounds": torch.ones(2)}, "rounds is of type Tensor"),
     "no word": ((5,), {}, "5 is of type int"),
     "sweep": (("seed=1,2",), {}, "sweep"),

@@ -150,7 +150,7 @@ def test_what_a_run_gives(tmp_path: Path) -> None:
         "model.safetensors",
         "summary.json",
     ]
-    with pytest.raises(ConfigError, match="holds something already"):
+    with pytest.raises(ConfigError, match="is not empty"):
         found.save(place)
 
 
@@ -180,13 +180,13 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": 3}, DataError, "data is of type int"),
     ({"data": []}, DataError, "empty list"),
     ({"data": (X, Y)}, ConfigError, "clients is not set"),
-    ({"data": [(X, Y), (X[:3], Y[:2])]}, DataError, "client 1: 2 targets"),
-    ({"data": [(X, Y), (X[:, :3], Y)]}, DataError, r"client 1: one input is \(3,\)"),
+    ({"data": [(X, Y), (X[:3], Y[:2])]}, DataError, "client 1: there are 2 targets"),
+    ({"data": [(X, Y), (X[:, :3], Y)]}, DataError, r"client 1: one input has \(3,\)"),
     ({"data": [(X, Y), (X * np.nan, Y)]}, DataError, "client 1: x holds NaN"),
     ({"data": [(X, Y), (X, Y - 1)]}, DataError, "client 1: the labels go from -1"),
     ({"data": (X, Y), "client": "site"}, ConfigError, "names a column"),
     ({"data": "digits", "test": (X, Y)}, ConfigError, "go with data of the program"),
-    ({"data": CLIENTS, "test": (X[:, :2], Y)}, DataError, "test: one input is"),
+    ({"data": CLIENTS, "test": (X[:, :2], Y)}, DataError, "test: one input has"),
     ({"data": CLIENTS, "model": 3}, ConfigError, "model is of type int"),
     ({"data": CLIENTS, "method": FedRacLora}, ConfigError, "an instance of its class"),
     ({"data": CLIENTS, "partition": DirichletPartitioner(2, "y", 1.0)}, ConfigError, "a list"),

@@ -93,7 +93,7 @@ def test_held_out_samples_leave_the_training_samples():
 
 def test_whole_owners_are_held_out_where_the_test_set_has_owners_of_its_own():
     owners = np.repeat(np.array(list("abcdef")), 4)
-    data = replace(data_set([0, 1, 2] * 8), held_by="owner")
+    data = replace(data_set([0, 1, 2] * 8), held_out_by="owner")
     data = replace(data, columns=data.columns | {"owner": owners})
     rest, held = hold_out(data, 0.3, seed=3)
     assert held is not None

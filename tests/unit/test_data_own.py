@@ -77,7 +77,7 @@ WRONG = {
     "negative": ((X, Y - 1), r"labels go from -1 to 1"),
     "words": ((X, np.array(["a"] * 12)), r"the target holds words.*data=table"),
     "nan": ((np.where(X[2] == X, np.nan, X), Y), r"x holds NaN or an infinity, first in row 2"),
-    "none": ((X[:0], Y[:0]), "0 targets and inputs of {'x': 0} samples"),
+    "none": ((X[:0], Y[:0]), "0 targets, but inputs of {'x': 0} samples"),
     "ragged": (([[1.0], [1.0, 2.0]], [0, 1]), "x is no array"),
     "scalar": ((X, 3), "target is one number"),
     "complex": ((X * 1j, Y), "x holds complex numbers"),
@@ -92,7 +92,9 @@ def test_what_could_mean_two_things_is_refused_with_what_to_write(found: tuple, 
 
 def test_the_client_and_its_file_are_named(folder: Path) -> None:
     np.savez(folder / "1.npz", x=np.zeros((0, 4)), target=np.zeros(0))
-    with pytest.raises(DataError, match=rf"client 1 \(data\.samples={folder}\): 0 targets"):
+    with pytest.raises(
+        DataError, match=rf"client 1 \(data\.samples={folder}\): there are 0 targets"
+    ):
         own_samples(clients=3, samples=str(folder))
     (folder / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(DataError, match=r"data\.test=.*t\.csv: t\.csv is no \.npz file.*data=tabl"):

@@ -104,7 +104,7 @@ BAD = {
     "least": ({"least": 0}, ConfigError, "data.least is 0"),
     "test": ({"test": 1.0}, ConfigError, "data.test is 1.0"),
     "aside": ({"aside": ["comedy"]}, ConfigError, "data.aside.*did you mean 'comedies'"),
-    "nobody": ({"least": 999}, ConfigError, "data.least=999.*no role is left"),
+    "nobody": ({"least": 999}, ConfigError, "data.least=999.*no role of these plays"),
 }
 
 

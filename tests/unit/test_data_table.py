@@ -198,9 +198,9 @@ def test_colours_go_first_and_clients_are_kept_with_their_samples(tmp_path: Path
         ({"x": IMAGES}, "nothing for target"),
         ({"x": IMAGES, "target": LABELS, "y": LABELS}, r"\['target', 'y'\] could each be target"),
         ({"x": IMAGES, "target": LABELS, "x_test": IMAGES}, "nothing for test_target"),
-        ({"x": IMAGES, "target": LABELS[:9]}, "9 targets and inputs of {'x': 50}"),
+        ({"x": IMAGES, "target": LABELS[:9]}, "9 targets, but inputs of {'x': 50}"),
         ({"x": IMAGES, "target": np.eye(50)}, r"target\.argmax\(1\)"),
-        ({"x": IMAGES, "target": LABELS * 0}, r"the one value \['0'\] only"),
+        ({"x": IMAGES, "target": LABELS * 0}, r"every target is \['0'\]"),
         ({"x": IMAGES, "target": LABELS, "client": LABELS[:9]}, r"client has shape \(9,\)"),
     ],
 )

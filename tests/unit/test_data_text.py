@@ -194,7 +194,7 @@ def test_metrics_may_be_chosen(file, tokenizer):
 BAD = {
     "column": ({"text": ["sentense"]}, "data.text: unknown column 'sentense'.*'sentence'"),
     "three": ({"text": ["a", "b", "c"]}, "one column, or two"),
-    "number": ({"text": [7]}, "data.text=7: the table has 3 columns"),
+    "number": ({"text": [7]}, "data.text=7: there is no such column; the table has 3"),
     "name without header": ({"header": False}, "data.text=sentence: a table without header"),
     "task": ({"task": "ranking"}, "unknown data.task 'ranking'.*classification, regression"),
     "length": ({"max_length": 0}, "data.max_length is 0"),
@@ -218,7 +218,7 @@ def test_bad_input_names_the_key(file, tokenizer, change, words):
 
 
 def test_a_folder_without_a_tokenizer_is_named(file, tmp_path):
-    with pytest.raises(DataError, match=r"data.tokenizer=.*no tokenizer there"):
+    with pytest.raises(DataError, match=r"data.tokenizer=.*no tokenizer can be read from there"):
         load(file, str(tmp_path))
 
 

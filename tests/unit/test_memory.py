@@ -239,7 +239,7 @@ WORLDS: dict[str, Callable[[], World]] = {
     "mlp": lambda: world(mlp()),
     "mlp-full-batch": lambda: world(mlp(), batch_size=0),
     "mlp-one-step": lambda: world(mlp(), steps=1, momentum=0.9),
-    "mlp-many-steps": lambda: world(mlp(), epochs=12, batch_size=1),
+    "mlp-many-steps": lambda: world(mlp(), epochs=8, batch_size=1),
     "mlp-both-factors": lambda: world(mlp(), "fedavg_lora", head="average"),
     "mlp-local-head": lambda: world(mlp(), head="local"),
     "full-momentum": lambda: world(mlp(), "fedavg", momentum=0.9),

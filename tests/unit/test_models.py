@@ -243,7 +243,7 @@ BAD = {
     "no hidden": ("mlp", {"hidden": []}, "model=linear"),
     "dropout": ("mlp", {"dropout": 1.0}, "model.dropout is 1.0"),
     "no image": ("cnn", {"shape": (60,)}, "square number of pixels"),
-    "small image": ("cnn", {"shape": (9,)}, "model.channels.*3 x 3 must not vanish"),
+    "small image": ("cnn", {"shape": (9,)}, "model.channels.*nothing is left of 3 x 3 pixels"),
     "no channels": ("cnn", {"channels": []}, "model.channels"),
     "channels": ("cnn", {"channels": [0]}, r"model.channels\[0\] is 0"),
     "cnn hidden": ("cnn", {"hidden": 0}, "model.hidden"),

@@ -91,5 +91,5 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("run", ["", "..", "a/b", "/etc", "run 1", "x\n", "\u0662"])
 def test_a_run_is_called_by_letters_and_digits(run: str, tmp_path: Path) -> None:
-    with pytest.raises(WireError, match="letters and digits are wanted"):
+    with pytest.raises(WireError, match="only letters and digits"):
         folder_of(node(tmp_path), run, 3)

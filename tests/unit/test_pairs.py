@@ -196,7 +196,7 @@ CORE: dict[str, Factor] = {
             "plain",
             "local.x=y is defined for adapters B A, but that of w is a product of B, R, A",
         ),
-        (BOTH, "in_turn", "the recipe in_turn of this method says which of them a step may move"),
+        (BOTH, "in_turn", "limits which of them a step may move (its recipe is in_turn)"),
     ],
 )
 def test_what_it_does_not_fit_is_refused(
@@ -242,7 +242,7 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
         ({"gate_penalty": 0.0}, "local.gate_penalty is 0.0; a positive finite number is wanted"),
         (
             {"optimiser": "lora_rite", "moments": "link"},
-            "local.moments is link, but what those of local.optimiser=lora_rite speak of ends",
+            "local.moments is link, but under local.optimiser=lora_rite moments mean nothing",
         ),
     ],
 )

@@ -107,7 +107,7 @@ def test_an_update_leads_from_any_version_to_the_newest(kind: str, held: int) ->
         counted.add(LINKS[kind](i))
         counted.versions[0] = min(i, held)
     update = pickle.loads(pickle.dumps(server.since(held)))
-    assert update.held == held
+    assert update.start == held
     assert update.payload_bytes == counted.missing(torch.tensor([0])).sum()
     assert update.payload_bytes <= server.since(None).payload_bytes
     assert replica.follow(update)
@@ -135,7 +135,7 @@ def test_whoever_holds_nothing_or_another_past_gets_the_weights(held: int | None
     """A run that went on at version 5 knows no link before."""
     server = told("terms", 2, start=5)
     update = server.since(held)
-    assert (update.held, update.links, set(update.dense)) == (None, (), set(first()))
+    assert (update.start, update.links, set(update.dense)) == (None, (), set(first()))
     replica = follower(3, "terms")
     assert replica.follow(update)
     assert digest(replica.at(7, 8)) == digest(server.base)
@@ -157,7 +157,7 @@ def test_versions_that_were_left_out_end_the_links() -> None:
     server = told("terms", 1)
     server.publish(server.base, 4, LINKS["terms"](9))
     assert server.oldest == 4
-    assert server.since(1).held is None
+    assert server.since(1).start is None
 
 
 def test_a_replica_that_is_ahead_takes_the_links_that_are_new_to_it() -> None:
@@ -181,7 +181,7 @@ def test_weights_that_came_damaged_are_refused() -> None:
     server = told("terms", 1)
     update = server.since(None)
     harmed = {n: t + 1 for n, t in update.dense.items()}
-    with pytest.raises(WireError, match="version 1 of the base weights came damaged"):
+    with pytest.raises(WireError, match="version 1 of the base weights was damaged"):
         Replica(PLAN, CPU).follow(WeightUpdate(1, update.mark, None, dense=harmed))
 
 

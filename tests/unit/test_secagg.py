@@ -125,7 +125,7 @@ def test_shares_open_for_their_receiver_only() -> None:
     assert unseal(shared_key(b, A), 3, 8, text) == ["seed", "key"]
     with pytest.raises(WireError, match="cannot be opened"):
         unseal(shared_key(c, A), 3, 8, text)
-    with pytest.raises(WireError, match="shares of client 3 for client 8 went astray"):
+    with pytest.raises(WireError, match="shares of client 3 for client 8 came to another client"):
         unseal(shared_key(b, A), 4, 8, text)
 
 

@@ -223,7 +223,7 @@ def test_exact_sketches_have_the_golden_bits() -> None:
         ({"rank": 0}, "rank >= 1"),
         ({"index": -1}, "index=-1"),
         ({"kind": "orthonormal", "rank": 17}, "rank=17 cannot exceed dim=16"),
-        ({"density": 0.0}, "(0, 1]; came 0.0"),
+        ({"density": 0.0}, "the density of a sketch is 0.0"),
         ({"blocks": "cover"}, "'gaussian' sketch has none; take one of coordinate, orthonormal"),
     ],
 )

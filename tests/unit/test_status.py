@@ -77,7 +77,7 @@ def test_the_status_of_a_command_is_its_own() -> None:
 
 
 def test_what_hydra_raises_by_mistake_speaks_of_the_words() -> None:
-    with pytest.raises(ConfigError, match=r"these words: got int.*group=choice"), composing():
+    with pytest.raises(ConfigError, match=r"these arguments: got int.*group=choice"), composing():
         raise ValueError("got int")
     with pytest.raises(CheckpointError, match="kept"), composing():
         raise CheckpointError("kept")

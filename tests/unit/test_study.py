@@ -161,7 +161,7 @@ def test_clients_own_models_have_a_score_too_and_what_was_not_measured_is_named(
     own = {"metrics": {"personal_accuracy": 0.6}}
     assert score(own, "accuracy") == 0.6
     assert score({"metrics": {}}, "accuracy") == float("-inf")
-    with pytest.raises(ConfigError, match="no loss; it was measured by personal_accuracy"):
+    with pytest.raises(ConfigError, match="no metric loss; its metrics are personal_accuracy"):
         score(own, "loss")
 
 
@@ -248,7 +248,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     ("change", "words"),
     [
         (("metric: accuracy", "metrc: accuracy"), "did you mean 'metric'"),
-        (("metric: accuracy\n", ""), "lacks metric"),
+        (("metric: accuracy\n", ""), "lacks the keys metric"),
         (("seeds: [7, 8]", "seeds: [7, 8], bye: loss"), "unknown key of tune 'bye'"),
         (("metric: accuracy", "metric: loss"), "of which less is better"),
         (("experiment: null", "experiment: null\nreference: our"), "did you mean 'ours'"),

@@ -18,7 +18,7 @@ INF = math.inf
 def race(
     seconds: list[float],
     gone: list[float] | None = None,
-    wanted: int = 2,
+    needed: int = 2,
     deadline: float = INF,
     ties: list[float] | None = None,
 ) -> Race:
@@ -29,7 +29,7 @@ def race(
         seconds=torch.tensor(seconds, dtype=torch.float64),
         gone=torch.tensor(gone or [INF] * K, dtype=torch.float64),
         ties=torch.tensor(ties or [0.0] * K, dtype=torch.float64),
-        wanted=wanted,
+        needed=needed,
         deadline=deadline,
     )
 
@@ -39,7 +39,7 @@ def reasons(found: Timeline) -> dict[int, str]:
 
 
 def test_all_who_answer_are_kept_and_the_last_ends_the_round() -> None:
-    found = race([5.0, 83.25, 1.0], wanted=3).run()
+    found = race([5.0, 83.25, 1.0], needed=3).run()
     assert found.kept.tolist() == [0, 1, 2]
     assert found.kept.dtype == torch.int64
     assert found.seconds == 83.25
@@ -48,14 +48,14 @@ def test_all_who_answer_are_kept_and_the_last_ends_the_round() -> None:
 
 
 def test_the_first_to_answer_are_kept_and_end_the_round() -> None:
-    found = race([5.0, 9.0, 1.0, 4.0], wanted=2).run()
+    found = race([5.0, 9.0, 1.0, 4.0], needed=2).run()
     assert found.kept.tolist() == [2, 3]
     assert found.seconds == 4.0
     assert reasons(found) == dict.fromkeys([0, 10], "not among the first 2 to answer")
 
 
 def test_who_is_late_is_waited_for_until_the_deadline() -> None:
-    found = race([83.24, 9.0, 61.0], wanted=2, deadline=60.0).run()
+    found = race([83.24, 9.0, 61.0], needed=2, deadline=60.0).run()
     assert found.kept.tolist() == [1]
     assert found.seconds == 60.0
     assert reasons(found) == {
@@ -65,35 +65,35 @@ def test_who_is_late_is_waited_for_until_the_deadline() -> None:
 
 
 def test_a_reply_at_the_deadline_is_in_time() -> None:
-    assert race([60.0], wanted=1, deadline=60.0).run().kept.tolist() == [0]
+    assert race([60.0], needed=1, deadline=60.0).run().kept.tolist() == [0]
 
 
 def test_who_is_gone_is_not_waited_for() -> None:
-    found = race([20.0, 5.0, 40.0], [12.06, INF, 0.0123], wanted=3, deadline=60.0).run()
+    found = race([20.0, 5.0, 40.0], [12.06, INF, 0.0123], needed=3, deadline=60.0).run()
     assert found.kept.tolist() == [1]
     assert found.seconds == 12.06
     assert reasons(found) == {0: "dropped out after 12.1 s", 20: "dropped out after 0.0123 s"}
 
 
 def test_who_would_be_gone_after_the_round_is_only_slow() -> None:
-    found = race([20.0, 5.0], [12.0, INF], wanted=1).run()
+    found = race([20.0, 5.0], [12.0, INF], needed=1).run()
     assert found.seconds == 5.0
     assert reasons(found) == {0: "not among the first 1 to answer"}
 
 
 def test_who_would_be_gone_after_the_deadline_is_late() -> None:
-    found = race([90.0, 5.0], [70.0, INF], wanted=2, deadline=60.0).run()
+    found = race([90.0, 5.0], [70.0, INF], needed=2, deadline=60.0).run()
     assert found.seconds == 60.0
     assert reasons(found) == {0: "late: 90.0 s, the deadline is 60 s"}
 
 
 def test_equal_times_are_ordered_by_ties() -> None:
-    found = race([1.0] * 4, wanted=2, ties=[0.3, 0.1, 0.4, 0.2]).run()
+    found = race([1.0] * 4, needed=2, ties=[0.3, 0.1, 0.4, 0.2]).run()
     assert found.kept.tolist() == [1, 3]
 
 
 def test_fewer_clients_than_wanted_are_noted() -> None:
-    assert race([1.0], wanted=3).run().notes == ["asked 1 of 3 clients: no more available"]
+    assert race([1.0], needed=3).run().notes == ["asked 1 of 3 clients: no more available"]
 
 
 def test_nobody_in_time_names_round_deadline_and_the_fastest() -> None:
@@ -127,7 +127,7 @@ def played(run: Race) -> tuple[list[int], float]:
         now = time
         if not leaves:
             kept.append(place)
-        if len(kept) == run.wanted:
+        if len(kept) == run.needed:
             break
     return sorted(kept), now
 
@@ -159,4 +159,4 @@ def test_the_round_is_what_its_events_make_it(run: Race) -> None:
         gone, late = float(run.gone[k]) <= end, float(run.seconds[k]) > run.deadline
         start = "dropped out" if gone else "late" if late else "not among the first"
         assert refusal.reason.startswith(start)
-        assert gone or late or len(kept) == run.wanted
+        assert gone or late or len(kept) == run.needed

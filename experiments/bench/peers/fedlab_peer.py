@@ -18,7 +18,7 @@ class Data:
         self.x, self.y = torch.from_numpy(work.x), torch.from_numpy(work.y)
 
     def get_dataloader(self, client, batch):
-        """Give the batches of a client, in order."""
+        """Yield the batches of a client, in order."""
         data = torch.utils.data.TensorDataset(self.x[client], self.y[client])
         return torch.utils.data.DataLoader(data, batch_size=batch)
 

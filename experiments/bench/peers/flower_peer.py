@@ -28,7 +28,10 @@ class Timed(FedAvg):
         replies = list(replies)
         failed = [message.error.reason for message in replies if message.has_error()]
         if failed or len(replies) != work.clients:
-            raise RuntimeError(f"{len(replies)} replies, {len(failed)} failed: {failed[:1]}")
+            raise RuntimeError(
+                f"{len(failed)} of Flower's clients failed, the first with {failed[:1]}; "
+                f"{len(replies)} replied"
+            )
         arrays, metrics = super().aggregate_train(server_round, replies)
         laps.end()
         if server_round == work.rounds:

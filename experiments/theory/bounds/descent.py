@@ -42,18 +42,18 @@ class Given:
     curvature: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no problem has."""
+        """Reject constants that no problem has."""
         if not self.smoothness > 0:
             raise ConfigError(f"smoothness is {self.smoothness}; a positive number is wanted")
         if self.pl is not None and not 0 < self.pl <= self.smoothness * (1 + ROUNDING):
-            raise ConfigError(f"pl is {self.pl}; it lies in (0, smoothness={self.smoothness}]")
+            raise ConfigError(f"pl is {self.pl}; it must lie in (0, smoothness={self.smoothness}]")
         for key in ("gap", "sigma_sq", "zeta_sq"):
             if not getattr(self, key) >= 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; 0 or more is wanted")
         if not 0 <= self.lambda_min <= self.lambda_max <= 1 + ROUNDING:
             raise ConfigError(
-                f"lambda_min is {self.lambda_min} and lambda_max is {self.lambda_max}; they are "
-                "eigenvalues of E[H], in order and in [0, 1]"
+                f"lambda_min is {self.lambda_min} and lambda_max is {self.lambda_max}; as "
+                "eigenvalues of E[H] they must lie in [0, 1], and in this order"
             )
 
 
@@ -112,7 +112,10 @@ class Descent:
             17
         """
         if gap <= self.floor:
-            raise ConfigError(f"the bound falls to {self.floor:.3g}, not to {gap:.3g}")
+            raise ConfigError(
+                f"the bound falls no lower than {self.floor:.3g}, so that it never reaches a gap "
+                f"of {gap:.3g}"
+            )
         if gap >= self.given.gap:
             return 0
         if self.contraction == 0:

@@ -33,14 +33,14 @@ def logistic_pl(curvature: float, norm: float, gap: float) -> float:
     """
     if not (curvature > 0 and norm > 0 and gap > 0):
         raise ConfigError(f"{curvature=}, {norm=} and {gap=} must be positive")
-    wanted = gap * norm**2 / curvature
+    target = gap * norm**2 / curvature
 
     def rise(x: float) -> float:
         # The series where the difference would cancel.
         return x**2 / 2 * (1 - x / 3) if x < 1e-4 else x + exp(-x) - 1
 
-    low, high = 0.0, wanted + 1  # rise(x) >= x - 1
+    low, high = 0.0, target + 1  # rise(x) >= x - 1
     while high - low > 1e-12 * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if rise(middle) >= wanted else (middle, high)
+        low, high = (low, middle) if rise(middle) >= target else (middle, high)
     return curvature * (1 - exp(-high)) ** 2 / (2 * rise(high))

@@ -10,7 +10,7 @@ from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
 
 
 def over_layers(specs: Iterable[SketchSpec], *, dense: bool = False) -> Constants:
-    """Give the extreme eigenvalues of E[H] over layers: the least and the greatest of theirs.
+    """Combine the extreme eigenvalues of E[H] over layers: the least and the greatest of theirs.
 
     H is block diagonal over the layers, so it stays a projection and everything holds with these
     (derived here). A constant rank on layers of unequal width makes ``lambda_max / lambda_min``
@@ -38,7 +38,7 @@ def over_layers(specs: Iterable[SketchSpec], *, dense: bool = False) -> Constant
 
 
 def of_downlink(downlink: Downlink) -> Constants:
-    """Give the extreme eigenvalues of E[H] of a round, read off what the cohort is sent.
+    """Compute the extreme eigenvalues of E[H] of a round from what the cohort is sent.
 
     Args:
         downlink: Of a method that draws its sketches anew in each round.

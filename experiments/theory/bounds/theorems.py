@@ -52,18 +52,18 @@ def local_step_limit(
     cohort: int = 1,
     server_step: float = 1.0,
 ) -> float:
-    """Give the largest step that `federated` allows: 1 / (max(2 sqrt(c), server_step) L N)."""
+    """Compute the largest step that `federated` allows: 1 / (max(2 sqrt(c), server_step) L N)."""
     most = max(2 * sqrt(_spread(clients, cohort, server_step)), server_step)
     return 1 / (most * smoothness * local_steps)
 
 
 def _spread(clients: int, cohort: int, server_step: float) -> float:
-    """Give the c of docs/theory.md, section 4: 1 + omega for plain averaging."""
+    """Compute the c of docs/theory.md, section 4: 1 + omega for plain averaging."""
     return 1 + min(server_step, 2.0) * sampling(clients, cohort)
 
 
 def sampling(clients: int, cohort: int) -> float:
-    """Give omega = (M - K) / (K (M - 1)): how much a cohort's mean varies; 0 if all take part."""
+    """Compute omega = (M - K) / (K (M - 1)), a cohort mean's variance; 0 if all take part."""
     if not 1 <= cohort <= clients:
         raise ConfigError(f"cohort is {cohort}; 1 to clients={clients} is wanted")
     return 0.0 if cohort == clients else (clients - cohort) / (cohort * (clients - 1))
@@ -156,11 +156,11 @@ def cover(given: Given, step: float, blocks: int) -> Descent:
 
 
 def _check(given: Given, step: float, limit: float, *, isotropic: bool = True) -> None:
-    """Refuse a step above the limit, and a sketch that misses a direction for certain."""
+    """Reject a step above the limit, and a sketch that misses a direction for certain."""
     if not 0 < step <= limit * (1 + ROUNDING):
         raise ConfigError(f"step is {step:.6g}; the theorem needs a step in (0, {limit:.6g}]")
     if isotropic and given.lambda_min <= 0:
         raise ConfigError(
-            "lambda_min is 0: some direction is missed for certain (blocks: cover has this, given "
-            "the past), so the theorem says nothing; see cover"
+            "lambda_min is 0: no step is ever taken in some direction (given the past, blocks: "
+            "cover is such a case), so that this theorem says nothing; use `cover`"
         )

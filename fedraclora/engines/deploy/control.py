@@ -31,7 +31,7 @@ class Status:
 
     @property
     def ended(self) -> bool:
-        """Whether it has come to an end, whatever that is."""
+        """Return whether it has come to an end, whatever that is."""
         return self.word.startswith("finished")
 
 
@@ -60,9 +60,9 @@ class Connection:
         run = flwr(words, self.environ, stderr=subprocess.PIPE)
         found = _json(run.stdout)
         if "run-id" not in found:
-            said = found.get("error-message") or f"{run.stdout}{run.stderr}".strip()
+            reason = found.get("error-message") or f"{run.stdout}{run.stderr}".strip()
             raise EngineError(
-                f"the SuperLink of connection {self.name} took no run: {said} (address and "
+                f"the SuperLink of connection {self.name} took no run: {reason} (address and "
                 "root-certificates of the connection must be those of the SuperLink)"
             )
         return int(str(found["run-id"]))
@@ -89,7 +89,7 @@ class Connection:
             time.sleep(PAUSE)
 
     def follow(self, run: int) -> Iterator[str]:
-        """Give the lines of a run's log, as they come, until the stream ends."""
+        """Yield the lines of a run's log, as they come, until the stream ends."""
         log = subprocess.Popen(  # noqa: S603
             ["flwr", "log", str(run), self.name, "--stream"],  # noqa: S607
             env=self.environ,

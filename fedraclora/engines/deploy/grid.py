@@ -65,16 +65,20 @@ class DeployGrid(ForwardingGrid):
 
     @override
     def get_node_ids(self) -> Iterable[int]:
-        """Give a node id that stands for all: whom a message goes to is decided when it is sent."""
+        """Return one node id for all: whom a message goes to is decided when it is sent."""
         return [NODE_ID]
 
     @override
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise EngineError("messages of this grid go out by send_and_receive alone")
+        raise EngineError(
+            "this grid sends messages by send_and_receive only, and not by push_messages"
+        )
 
     @override
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise EngineError("replies of this grid come back by send_and_receive alone")
+        raise EngineError(
+            "this grid receives replies by send_and_receive only, and not by pull_messages"
+        )
 
     @override
     def send_and_receive(
@@ -94,9 +98,9 @@ class DeployGrid(ForwardingGrid):
         waiting, replies = {}, []
         for client, message in sent.items():
             if client in nodes:
-                held = self.roster.held.get((nodes[client], client))
-                held = self.first if held is None else held
-                waiting[self._push(message, nodes[client], held, seconds)] = message
+                version = self.roster.versions.get((nodes[client], client))
+                version = self.first if version is None else version
+                waiting[self._push(message, nodes[client], version, seconds)] = message
             else:
                 # Its own id, by which the strategy finds whose reply it is.
                 message.metadata.__dict__["_message_id"] = f"not sent to client {client}"
@@ -138,7 +142,7 @@ class DeployGrid(ForwardingGrid):
         return replies
 
     def _pulled(self, waiting: dict[str, Message]) -> list[Message]:
-        """Give the replies that are there.
+        """Pull the replies that have arrived.
 
         Flower decodes them together: if one is damaged it gives none back, and does not say whose
         it is. Then the round is run again and replies are asked for one by one, so that a damaged
@@ -165,9 +169,9 @@ class DeployGrid(ForwardingGrid):
                 found.append(failed(message, Error(WRONG_WEIGHTS, why)))
         return found
 
-    def _push(self, message: Message, node: int, held: int | None, seconds: float) -> str:
-        """Send a message with what brings the client from version ``held`` to the newest."""
-        update = self.history.since(held)
+    def _push(self, message: Message, node: int, version: int | None, seconds: float) -> str:
+        """Send a message with what brings the client from version ``version`` to the newest."""
+        update = self.history.since(version)
         add_weight_update(message.content, update)
         message.content["job"] = ConfigRecord({"run": self.run_id})
         message.metadata.dst_node_id, message.metadata.ttl = node, seconds
@@ -177,20 +181,20 @@ class DeployGrid(ForwardingGrid):
         return name
 
     def _accept(self, reply: Message, message: Message) -> Message:
-        """Hold a reply against the weights, and note what the client holds now."""
+        """Check a reply against the weights, and note the version that the client has now."""
         node = message.metadata.dst_node_id
         if reply.has_error():
             if reply.error.code == NODE_UNAVAILABLE:
                 self.roster.forget(node)
             return reply
         newest = self.history.since(self.history.version)
-        said = reply.content.get("job")
-        proof = (said.get("held"), said.get("mark")) if isinstance(said, ConfigRecord) else None
-        if proof != (wanted := (newest.version, str(newest.mark))):
+        job = reply.content.get("job")
+        proof = (job.get("held"), job.get("mark")) if isinstance(job, ConfigRecord) else None
+        if proof != (expected := (newest.version, str(newest.mark))):
             came = "None" if proof is None else f"({', '.join(map(shown, proof))})"
-            why = f"it trained on weights of version and fingerprint {came}, wanted are {wanted}"
+            why = f"it trained on weights of version and fingerprint {came}, wanted are {expected}"
             return failed(message, Error(WRONG_WEIGHTS, why))
-        self.roster.held[node, self._client(message)] = newest.version
+        self.roster.versions[node, self._client(message)] = newest.version
         return reply
 
     def _client(self, message: Message) -> int:

@@ -85,7 +85,10 @@ class LocalDeployment:
             EngineError: Outside the context.
         """
         if self._authority is None:
-            raise EngineError("the deployment has not begun")
+            raise EngineError(
+                "the local deployment has not been started, so that it has no certificates yet: "
+                "enter its context first"
+            )
         return self._authority
 
     @property
@@ -96,7 +99,9 @@ class LocalDeployment:
             EngineError: If it does not run.
         """
         if self._link is None:
-            raise EngineError("the SuperLink does not run")
+            raise EngineError(
+                "the SuperLink of the local deployment is not running: enter its context first"
+            )
         return self._link
 
     def key(self, k: int) -> Path:
@@ -116,7 +121,7 @@ class LocalDeployment:
         self._link.await_listening(self.port, keys.certificate)
 
     def register(self, public: Path) -> None:
-        """Let the SuperLink know a node's key.
+        """Register a node's key at the SuperLink.
 
         Raises:
             EngineError: If it refuses.
@@ -124,7 +129,9 @@ class LocalDeployment:
         words = ["supernode", "register", str(public), NAME]
         done = flwr(words, self.environ, stderr=subprocess.PIPE)
         if done.returncode:
-            raise EngineError(f"the SuperLink took no node: {(done.stdout + done.stderr).strip()}")
+            raise EngineError(
+                f"the SuperLink did not register a node: {(done.stdout + done.stderr).strip()}"
+            )
 
     def start_node(self, k: int) -> Program:
         """Start SuperNode ``k``."""

@@ -47,12 +47,12 @@ class Roster:
         post: Sends its questions.
 
     Attributes:
-        held: The version that a client holds at a node, by its own word; None: nothing.
+        versions: The version that a client holds at a node, by its own word; None: nothing.
     """
 
     def __init__(self, post: Post) -> None:
         self.post = post
-        self.held: dict[tuple[int, int], int | None] = {}
+        self.versions: dict[tuple[int, int], int | None] = {}
         self._serving: dict[int, list[int]] = {}  # node -> its clients, in order of appearance
         self._unfit: dict[int, str] = {}  # nodes that could not say whom they serve, and why
         self._asked: dict[str, int] = {}  # question without an answer so far -> node
@@ -68,7 +68,7 @@ class Roster:
             ClientError: If too few are in time.
         """
         settings = self.post.settings
-        wanted = min(settings.min_clients or len(clients), len(clients))
+        enough = min(settings.min_clients or len(clients), len(clients))
         began = time.monotonic()
         patient: float | None = None
         self._serving = {n: c for n, c in self._serving.items() if c}  # others may be mended by now
@@ -77,7 +77,7 @@ class Roster:
             self._look()
             found = self._find(clients)
             now = time.monotonic()
-            if len(found) >= wanted:
+            if len(found) >= enough:
                 patient = now + PATIENCE if patient is None else patient
                 if len(found) == len(clients) or not self._asked or now > patient:
                     return found
@@ -85,7 +85,7 @@ class Roster:
                 missing = sorted(set(clients) - found.keys())
                 raise ClientError(
                     f"{len(found)} of {len(clients)} clients were connected after "
-                    f"{settings.wait:g} s (engine.wait), {wanted} are wanted "
+                    f"{settings.wait:g} s (engine.wait), {enough} are wanted "
                     f"(engine.min_clients); missing are {missing[:10]}"
                     + "".join(f"; a node cannot take part: {why}" for why in self._unfit.values())
                 )
@@ -130,20 +130,20 @@ class Roster:
         for client in sorted(mine.keys() & {c for each in self._serving.values() for c in each}):
             self.post.incidents.append(f"a second node says that it serves client {client}")
         self._serving[node] = sorted(mine)
-        self.held |= {(node, c): v if v >= 0 else None for c, v in mine.items()}
+        self.versions |= {(node, c): v if v >= 0 else None for c, v in mine.items()}
 
 
 def _read(reply: Message) -> dict[int, int]:
     """Read whom a node serves, each with the version that it holds; -1 for none."""
     if reply.has_error():
         raise ValueError(reply.error.reason)
-    said = reply.content["partition"]
-    if not isinstance(said, ConfigRecord):
-        raise TypeError("its answer is no record of settings")
-    ids, held = said["ids"], said["held"]
-    if not isinstance(ids, list) or not isinstance(held, list):
-        raise TypeError(f"it serves {shown(ids)}; a list of clients is wanted")
+    answer = reply.content["partition"]
+    if not isinstance(answer, ConfigRecord):
+        raise TypeError("its answer is not a record of settings")
+    ids, versions = answer["ids"], answer["held"]
+    if not isinstance(ids, list) or not isinstance(versions, list):
+        raise TypeError(f"it says that it serves {shown(ids)}; a list of clients is wanted")
     return {
         whole(c, "a client that it serves"): whole(v, "the version that it holds", -1)
-        for c, v in zip(ids, held, strict=True)
+        for c, v in zip(ids, versions, strict=True)
     }

@@ -64,8 +64,8 @@ def run_options(settings: FlowerConfig, device: str, clients: int) -> Options:
     Raises:
         ConfigError: If this machine cannot give it.
     """
-    wanted = backend(settings, device)
-    init, resources = wanted["init_args"], wanted["client_resources"]
+    config = backend(settings, device)
+    init, resources = config["init_args"], config["client_resources"]
     return {
         "num-supernodes": clients,
         "client-resources-num-cpus": resources["num_cpus"],

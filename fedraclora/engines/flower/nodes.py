@@ -64,7 +64,7 @@ class NodePerClient(ForwardingGrid):
 
     @override
     def get_node_ids(self) -> Iterable[int]:
-        """Give the node of each client, in the order of their ids.
+        """Return the node of each client, in the order of their ids.
 
         Raises:
             EngineError: If nodes are missing, or their processes cannot run this project.
@@ -102,10 +102,10 @@ class NodePerClient(ForwardingGrid):
     def _address(self, message: Message) -> Message:
         """Send a message to the node of its client, with all that a fresh process needs."""
         (client,) = clients_of(message.content)
-        kept = self.store.part([client], int(message.metadata.group_id))
+        stored = self.store.part([client], int(message.metadata.group_id))
         message.metadata.dst_node_id = list(self.get_node_ids())[client]
         message.content["job"] = ConfigRecord({"folder": str(self.job.folder)})
-        message.content["kept"] = tree_record(kept)
+        message.content["kept"] = tree_record(stored)
         return message
 
     def _exchange(self, messages: Iterable[Message], timeout: float) -> list[Message]:
@@ -144,16 +144,16 @@ class NodePerClient(ForwardingGrid):
             return reply
         if reply.error.code != PROCESS_DIED:
             return reply
-        said = str(reply.error.reason)
-        kind = said.partition("ray.exceptions.")[2].partition("'")[0]  # no ids: those of Ray vary
-        said = kind or said.partition("\n")[0][:200]
+        reason = str(reply.error.reason)
+        kind = reason.partition("ray.exceptions.")[2].partition("'")[0]  # no ids: those of Ray vary
+        reason = kind or reason.partition("\n")[0][:200]
         if self.mends or "chunk" not in sent.content:
-            reply.error = Error(PROCESS_DIED, f"the process that trained it died: {said}")
+            reply.error = Error(PROCESS_DIED, f"the process that trained it died: {reason}")
             return reply
         (client,) = clients_of(sent.content)
         raise ClientError(
             f"round {sent.metadata.group_id}: the process that trained client {client} died "
-            f"({said}); Flower's runtime does not replace it, so the run stops here: mend what "
+            f"({reason}); Flower's runtime does not replace it, so the run stops here: mend what "
             "killed it (memory?) and go on with resume, or use `fedraclora simulate`, which "
             "replaces processes"
         )
@@ -182,8 +182,8 @@ class NodePerClient(ForwardingGrid):
             found[int(str(reply.content["partition"]["id"]))] = reply.metadata.src_node_id
         if sorted(found) != list(range(self.clients)):
             raise EngineError(
-                f"{len(ids)} nodes serve the partitions {sorted(found)[:5]}..., wanted are 0 to "
-                f"{self.clients - 1}, once each; with `flwr run`, num-supernodes must be "
+                f"{len(ids)} nodes serve the partitions {sorted(found)[:5]}..., but each from 0 to "
+                f"{self.clients - 1} must be served once; with `flwr run`, num-supernodes must be "
                 f"{self.clients}"
             )
         return [found[k] for k in range(self.clients)]

@@ -70,13 +70,13 @@ class Runtime:
         return grid
 
     def error(self) -> EngineError | None:
-        """Say why the runtime broke; None if it did not."""
+        """Return why the runtime failed; None if it did not."""
         if self._broken is None:
             return None
         first: BaseException = self._broken
         while first.__cause__ is not None:
             first = first.__cause__
-        return EngineError(f"Flower's runtime broke: {type(first).__name__}: {first}")
+        return EngineError(f"Flower's runtime failed: {type(first).__name__}: {first}")
 
     def close(self) -> None:
         """End it, and wait for the end."""
@@ -92,7 +92,7 @@ class Runtime:
             self._thread = self._session = None
 
     def check(self) -> None:
-        """Refuse a Ray that other machines can reach, once processes have answered.
+        """Reject a Ray that other machines can reach, once processes have answered.
 
         Raises:
             EngineError: If it does not listen at this machine's own address alone.
@@ -159,16 +159,16 @@ def hushed() -> Iterator[None]:
     streams = (sys.stdout, sys.stderr)
     for stream in streams:
         stream.flush()
-    kept = [(number, os.dup(number)) for number in (1, 2)]
+    copies = [(number, os.dup(number)) for number in (1, 2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        for number, _ in kept:
+        for number, _ in copies:
             os.dup2(nowhere, number)
         yield
     finally:
         for stream in streams:
             stream.flush()
-        for number, copy in kept:
+        for number, copy in copies:
             os.dup2(copy, number)
             os.close(copy)
         os.close(nowhere)

@@ -41,14 +41,14 @@ class Ended:
 
     @property
     def completed(self) -> bool:
-        """Whether it came to its end."""
+        """Return whether it came to its end."""
         return self.status == COMPLETED
 
 
 def environment(home: Path, ray: RayFolder) -> dict[str, str]:
-    """Give the environment for Flower's programs where they start a Ray of their own."""
-    kept = {k: v for k, v in programs.environment(home).items() if k != "RAY_ADDRESS"}
-    return {**kept, **ray.environ}
+    """Build the environment for Flower's programs where they start a Ray of their own."""
+    inherited = {k: v for k, v in programs.environment(home).items() if k != "RAY_ADDRESS"}
+    return {**inherited, **ray.environ}
 
 
 class SuperLink:

@@ -102,7 +102,7 @@ class Cluster:
 
 
 def check_address(address: str) -> None:
-    """Refuse an address where nobody listens: Ray would end this process without an error.
+    """Reject an address where nobody listens: Ray would end this process without an error.
 
     Raises:
         ConfigError: If it is no address of a cluster's head.
@@ -126,7 +126,7 @@ def check_address(address: str) -> None:
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Give the environment of a worker: threads, and where the code of this process lies."""
+    """Build the environment of a worker: threads, and where the code of this process lies."""
     path = [CODE, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {
         "OMP_NUM_THREADS": str(threads),

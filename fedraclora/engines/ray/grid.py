@@ -31,8 +31,8 @@ class Site(Protocol):
 
     replica: Replica
 
-    def train(self, content: RecordDict, kept: Tree) -> tuple[RecordDict, Tree]:
-        """Answer a train message; ``kept`` is what its clients hold, before and after."""
+    def train(self, content: RecordDict, stored: Tree) -> tuple[RecordDict, Tree]:
+        """Answer a train message; ``stored`` is what its clients hold, before and after."""
         ...
 
 
@@ -71,7 +71,7 @@ class Resident:
         self._shared: tuple[str, dict[str, Any]] = ("", {})
 
     def facts(self) -> dict[str, str]:
-        """Say what runs here."""
+        """Report what runs here."""
         return {
             "node": platform.node(),
             "python": platform.python_version(),
@@ -79,15 +79,15 @@ class Resident:
         }
 
     def train(
-        self, update: list[Any], shared: list[Any], rest: dict[str, Any], kept: Tree
+        self, update: list[Any], shared: list[Any], rest: dict[str, Any], stored: Tree
     ) -> Answer:
-        """Bring the base weights up to date and answer a train message.
+        """Update the base weights and answer a train message.
 
         Args:
             update: The reference of what brings them to the newest version.
             shared: The reference of the records that all messages of the exchange share.
             rest: The other records.
-            kept: What the clients hold.
+            stored: What the clients hold.
         """
         if not self.site.replica.follow(ray.get(update[0])):
             return Answer(stale=True)
@@ -95,7 +95,7 @@ class Resident:
         if self._shared[0] != key:  # read once, so that the worker unpacks it once
             self._shared = (key, ray.get(shared[0]))
         try:
-            content, left = self.site.train(RecordDict({**self._shared[1], **rest}), kept)
+            content, left = self.site.train(RecordDict({**self._shared[1], **rest}), stored)
         except Exception as error:
             return Answer(error=error_of(error))
         return Answer(content, left)
@@ -138,7 +138,7 @@ class RayGrid(LocalGrid):
 
     def _start(self, build: Callable[[Any], Site], parts: object, settings: RayConfig) -> None:
         """Start the workers, and wait until all of them are ready."""
-        held = ray.put(parts)
+        shared = ray.put(parts)
         kind = ray.remote(Resident).options(
             num_cpus=1,
             num_gpus=self.cluster.gpus,
@@ -146,7 +146,7 @@ class RayGrid(LocalGrid):
             runtime_env={"env_vars": worker_environment(settings.threads)},
         )
         self.pool = Pool(
-            lambda: kind.remote(build, [held]),
+            lambda: kind.remote(build, [shared]),
             self.cluster.workers,
             settings.retries,
             settings.timeout,
@@ -174,8 +174,8 @@ class RayGrid(LocalGrid):
             if key not in shared:
                 shared[key] = ray.put({name: content[name] for name in SHARED})
             rest = {n: r for n, r in content.items() if n not in SHARED}
-            kept = self.store.part(job.clients, int(job.message.metadata.group_id))
-            return seat.actor.train.remote([self._update(seat)], [shared[key]], rest, kept)
+            stored = self.store.part(job.clients, int(job.message.metadata.group_id))
+            return seat.actor.train.remote([self._update(seat)], [shared[key]], rest, stored)
 
         while jobs:
             again = []

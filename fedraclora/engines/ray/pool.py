@@ -94,7 +94,7 @@ class Pool:
     def run(
         self, jobs: Sequence[Job], submit: Callable[[Seat, Job], Any], limit: float | None
     ) -> Iterator[tuple[Job, Seat, Any]]:
-        """Have jobs done, in any order.
+        """Run jobs, in any order.
 
         Args:
             jobs: What to do.
@@ -169,6 +169,6 @@ class Pool:
 
 
 def reason(error: Exception) -> str:
-    """Give the last line of what Ray says, which has the cause."""
+    """Extract the last line of an error of Ray's, which has the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

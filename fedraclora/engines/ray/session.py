@@ -66,7 +66,7 @@ class RaySession:
 
 
 def refuse_open_ray() -> None:
-    """Refuse a Ray of this process that other machines can reach.
+    """Reject a Ray of this process that other machines can reach.
 
     Raises:
         EngineError: If it does not listen at this machine's own address alone.

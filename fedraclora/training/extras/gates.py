@@ -123,7 +123,7 @@ def along_gate(name: str, factor: torch.Tensor) -> torch.Tensor:
 
 
 def pruned(sent: Downlink, got: Uplinks) -> dict[str, float]:
-    """Give the share of components that no client kept, over all adapters, for the ledger.
+    """Compute the share of components that no client kept, over all adapters, for the ledger.
 
     Args:
         sent: What was asked.

@@ -67,7 +67,7 @@ class LoraRite(FactorStep):
 
 
 def negligible(height: int, dtype: torch.dtype) -> float:
-    """Give the share of the largest eigenvalue of a Gram matrix up to which others are rounding.
+    """Compute the share of a Gram matrix's largest eigenvalue up to which others are rounding.
 
     Args:
         height: Rows of the matrix whose Gram matrix it is.
@@ -77,7 +77,7 @@ def negligible(height: int, dtype: torch.dtype) -> float:
 
 
 def inverse_root(matrix: torch.Tensor, share: float, shift: torch.Tensor, eps: float) -> Polar:
-    """Give the eigenvalues of a symmetric matrix, and ``(matrix + shift I)^(-1/2)``.
+    """Compute the eigenvalues of a symmetric matrix, and ``(matrix + shift I)^(-1/2)``.
 
     Args:
         matrix: [..., r, r], float64, without negative eigenvalues but for rounding.
@@ -90,13 +90,13 @@ def inverse_root(matrix: torch.Tensor, share: float, shift: torch.Tensor, eps: f
     """
     found, turn = torch.linalg.eigh(matrix)
     values = found.clamp(min=0) + shift[..., None]
-    kept = values > share * values[..., -1:]
-    roots = torch.where(kept, 1 / (values.sqrt() + eps), 0)
+    nonzero = values > share * values[..., -1:]
+    roots = torch.where(nonzero, 1 / (values.sqrt() + eps), 0)
     return found, (turn * roots[..., None, :]) @ turn.mT
 
 
 def polar(tall: torch.Tensor) -> Polar:
-    """Give ``U`` and ``R^+`` of the polar form ``tall = U R``, both in the precision of ``tall``.
+    """Compute U and R^+ of the polar form ``tall = U R``, both in the precision of ``tall``.
 
     Args:
         tall: [..., n, r]. Directions that it does not have are zero in both.
@@ -166,7 +166,7 @@ class CohortRite(CohortOptimiser):
             self.escaped[name] = gradient.new_zeros(K, dtype=torch.float64)
             if moving:
                 self.bases[name] = partner.new_zeros(K, *partner.shape[1:])
-        M, V, e = (held[name][:active] for held in (self.first, self.second, self.escaped))
+        M, V, e = (tensors[name][:active] for tensors in (self.first, self.second, self.escaped))
         b1, b2 = (self._decay(beta) for beta in (self.config.beta1, self.config.beta2))
         if moving:
             old = self.bases[name][:active]
@@ -184,5 +184,5 @@ class CohortRite(CohortOptimiser):
         return M @ inverse
 
     def _decay(self, beta: float) -> float:
-        """Give the decay that makes a mean from its first step on, as Adam's correction does."""
+        """Compute the decay that makes a mean from its first step on, as Adam's correction does."""
         return beta * (1 - beta ** (self.count - 1)) / (1 - beta**self.count)

@@ -56,13 +56,13 @@ class Pair:
         weight: The adapted weight.
         scale: s.
         frozen: Its factors that are not trained, by name: 2-D where clients share them.
-        kept: Which components each client has, bool [K, r], or None: all.
+        budget: Which components each client has, bool [K, r], or None: all.
     """
 
     weight: str
     scale: float
     frozen: Tree
-    kept: torch.Tensor | None = None
+    budget: torch.Tensor | None = None
 
     @property
     def names(self) -> tuple[str, str]:
@@ -70,7 +70,7 @@ class Pair:
         return f"{self.weight}/B", f"{self.weight}/A"
 
     def factors(self, values: Tree) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give B and A of the active clients, without the components that they do not have.
+        """Return B and A of the active clients, without the components that they do not have.
 
         Args:
             values: What is trained, [active, ...] by name.
@@ -80,10 +80,10 @@ class Pair:
         """
         active = next(len(values[n]) for n in self.names if n in values)
         B, A = (self._factor(name, values, active) for name in self.names)
-        if self.kept is None:
+        if self.budget is None:
             return B, A
-        kept = self.kept[:active].to(B)
-        return B * kept[:, None], A * kept[..., None]
+        budget = self.budget[:active].to(B)
+        return B * budget[:, None], A * budget[..., None]
 
     def _factor(self, name: str, values: Tree, active: int) -> torch.Tensor:
         if name in values:
@@ -95,7 +95,7 @@ class Pair:
 def pairs_of(
     downlink: Downlink, frozen: Tree, ranks: torch.Tensor | None, setting: str
 ) -> list[Pair]:
-    """Give the adapters of an exchange, each a product of two factors; none of a probe.
+    """List the adapters of an exchange, each a product of two factors; none of a probe.
 
     Args:
         downlink: Says what is trained.
@@ -115,8 +115,8 @@ def pairs_of(
         )
     if downlink.recipe != "plain":
         raise ConfigError(
-            f"{setting} mixes the components of a factor, but the recipe {downlink.recipe} of this "
-            "method says which of them a step may move: leave one of the two out"
+            f"{setting} mixes the components of a factor, but this method limits which of them a "
+            f"step may move (its recipe is {downlink.recipe}): leave one of the two out"
         )
     pairs = []
     for weight, adapter in downlink.adapters.items():
@@ -125,16 +125,16 @@ def pairs_of(
                 f"{setting} is defined for adapters B A, but that of {weight} is a product of "
                 f"{', '.join(adapter.factors)}: take a method that trains B, A or both"
             )
-        held = {n: frozen[n] for n in (f"{weight}/B", f"{weight}/A") if n in frozen}
+        fixed = {n: frozen[n] for n in (f"{weight}/B", f"{weight}/A") if n in frozen}
         A = adapter.factors["A"]
-        rank = A.shape[0] if isinstance(A, Trained) else held[f"{weight}/A"].shape[-2]
-        kept = None if ranks is None else within(ranks, rank)
-        pairs.append(Pair(weight, adapter.scale, held, kept))
+        rank = A.shape[0] if isinstance(A, Trained) else fixed[f"{weight}/A"].shape[-2]
+        budget = None if ranks is None else within(ranks, rank)
+        pairs.append(Pair(weight, adapter.scale, fixed, budget))
     return pairs
 
 
 def preconditioner(pairs: list[Pair], ranks: torch.Tensor | None) -> GradientHook:
-    """Give the hook of ``local.precondition``, `fedraclora.protocol.recipes.projected`.
+    """Build the hook of ``local.precondition``, `fedraclora.protocol.recipes.projected`.
 
     Args:
         pairs: The adapters.
@@ -154,20 +154,20 @@ def preconditioner(pairs: list[Pair], ranks: torch.Tensor | None) -> GradientHoo
 
 
 def gram(tall: torch.Tensor) -> torch.Tensor:
-    """Give ``tall^T tall`` of the last two axes, [..., r, r], in float64."""
+    """Compute ``tall^T tall`` of the last two axes, [..., r, r], in float64."""
     wide = tall.to(torch.float64)
     return wide.mT @ wide
 
 
 def damped_inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
-    """Give ``(matrix + damping I)^-1`` of the last two axes."""
+    """Compute ``(matrix + damping I)^-1`` of the last two axes."""
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     inverse: torch.Tensor = torch.linalg.inv(matrix + damping * eye)
     return inverse
 
 
 def riemannian(pair: Pair, gradients: Tree, values: Tree, damping: float) -> Tree:
-    """Give the gradients of a pair under the Riemannian preconditioner; see the module.
+    """Apply the Riemannian preconditioner to the gradients of a pair; see the module.
 
     Args:
         pair: The adapter.
@@ -185,7 +185,7 @@ def riemannian(pair: Pair, gradients: Tree, values: Tree, damping: float) -> Tre
 
 
 def lora_pro(pair: Pair, gradients: Tree, values: Tree, damping: float) -> Tree:
-    """Give the gradients of a pair as LoRA-Pro adjusts them; arguments as in `riemannian`."""
+    """Adjust the gradients of a pair as LoRA-Pro does; arguments as in `riemannian`."""
     scaled = riemannian(pair, gradients, values, damping)
     scaled = {name: g / pair.scale**2 for name, g in scaled.items()}
     (nb, na), (B, A) = pair.names, pair.factors(values)
@@ -209,7 +209,7 @@ class FactorStep(LocalExtra):
     takes_factor_step: ClassVar[bool] = True
 
     def pairs(self, chunk: Chunk) -> list[Pair]:
-        """Give the adapters of a chunk, see `pairs_of`."""
+        """List the adapters of a chunk, see `pairs_of`."""
         return pairs_of(chunk.downlink, chunk.frozen, chunk.ranks, self.setting)
 
 

@@ -75,7 +75,10 @@ def with_prox(
             out[name] = gradients[name] + mu * adapter.scale**2 * moved
             continue
         if tuple(adapter.factors) != ("B", "A"):
-            raise ConfigError(f"local.prox is not defined for the factors {list(adapter.factors)}")
+            raise ConfigError(
+                "local.prox is defined for adapters B A, but one of this method is a product of "
+                f"{', '.join(adapter.factors)}: set local.prox=0, or take another method"
+            )
         nb, na = f"{weight}/B", f"{weight}/A"
         active = leaves[nb if nb in leaves else na].shape[0]
         B, A, B0, A0 = (
@@ -94,6 +97,6 @@ def with_prox(
 
 
 def _is_core(weight: str, adapter: Adapter, leaves: Tree) -> bool:
-    """Tell whether the middle one of three factors is what a term trains."""
+    """Check whether the middle one of three factors is what a term trains."""
     trained = [label for label in adapter.factors if f"{weight}/{label}" in leaves]
     return tuple(adapter.factors) == ("B", "R", "A") and trained == ["R"]

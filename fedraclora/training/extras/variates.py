@@ -43,12 +43,12 @@ EXTRAS = PLAIN, LIFTED = "variates", "lifted_variates"
 
 
 def lifts(sent: Downlink) -> bool:
-    """Tell whether variates are kept as dense matrices of the weights."""
+    """Check whether variates are kept as dense matrices of the weights."""
     return LIFTED in sent.extras
 
 
 def variates_of(sent: Downlink) -> Tree:
-    """Give what clients add to gradients, by trained name: c, or c - c_k [K, ...]; none: {}."""
+    """Return what clients add to gradients, by trained name: c, or c - c_k [K, ...]; none: {}."""
     return sent.extras.get(LIFTED if lifts(sent) else PLAIN, {})
 
 
@@ -58,7 +58,7 @@ def with_variates(sent: Downlink, variates: Tree, *, lifted: bool) -> Downlink:
 
 
 def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
-    """Give the variates of who has none yet, by the names under which they are kept.
+    """Build the variates of a client that has none yet, by the names under which they are stored.
 
     Args:
         sent: Says what is trained, and in which form variates are kept.
@@ -68,7 +68,7 @@ def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
         ``variates/<trained>`` in its shape; ``variates/<weight>`` [m, n] where they are dense.
     """
     found = {}
-    for name, key, dense in _kept(sent):
+    for name, key, dense in _variates(sent):
         shape = sent.trained()[name].shape
         if dense is not None:
             beside = _beside(dense).shape
@@ -77,42 +77,42 @@ def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
     return found
 
 
-def seen(kept: Tree, sent: Downlink) -> Tree:
-    """Give the part of kept variates that what is trained sees, by trained name.
+def seen(stored: Tree, sent: Downlink) -> Tree:
+    """Select the part of stored variates that what is trained sees, by trained name.
 
     Args:
-        kept: By the names of `blank_variates`, with or without a leading axis of clients.
+        stored: By the names of `blank_variates`, with or without a leading axis of clients.
         sent: Says what is trained.
     """
     found = {}
-    for name, key, dense in _kept(sent):
-        found[name] = C = kept[key]
+    for name, key, dense in _variates(sent):
+        found[name] = C = stored[key]
         if dense is not None:
             beside = _beside(dense).to(C)
             found[name] = dense.scale * (C @ beside.mT if name.endswith("/B") else beside.mT @ C)
     return found
 
 
-def moved_by(kept: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tree:
-    """Let kept variates come to a new estimate, on the part that it sees.
+def moved_by(stored: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tree:
+    """Move stored variates to a new estimate, on the part that it sees.
 
     Args:
-        kept: By the names of `blank_variates`, with or without a leading axis. Not modified.
+        stored: By the names of `blank_variates`, with or without a leading axis. Not modified.
         sent: Says what was trained.
         new: What `seen` is to give now, by trained name.
         share: Of the way there.
 
     Returns:
-        A new tree, in the precision of ``kept``.
+        A new tree, in the precision of ``stored``.
     """
-    out, old = dict(kept), seen({n: t.double() for n, t in kept.items()}, sent)
-    for name, key, dense in _kept(sent):
+    out, old = dict(stored), seen({n: t.double() for n, t in stored.items()}, sent)
+    for name, key, dense in _variates(sent):
         step = share * (new[name].to(old[name]) - old[name])
         if dense is not None:
             # Directions that the factor hardly has would bring back the rounding of the weights.
             inverse = torch.linalg.pinv(_beside(dense), rtol=1e-6).to(step) / dense.scale
             step = step @ inverse.mT if name.endswith("/B") else inverse.mT @ step
-        out[key] = (kept[key].double() + step).to(kept[key])
+        out[key] = (stored[key].double() + step).to(stored[key])
     return out
 
 
@@ -126,19 +126,19 @@ class ControlVariates(Keeper):
         return blank_variates(sent, dtype) if variates_of(sent) else {}
 
     @override
-    def begin(self, kept: Tree, sent: Downlink) -> Downlink:
-        own = seen(kept, sent)
+    def begin(self, stored: Tree, sent: Downlink) -> Downlink:
+        own = seen(stored, sent)
         corrections = {n: c.cpu() - own[n] for n, c in variates_of(sent).items()}
         return with_variates(sent, corrections, lifted=lifts(sent))
 
     @override
-    def end(self, kept: Tree, sent: Downlink, directions: Tree) -> Tree:
+    def end(self, stored: Tree, sent: Downlink, directions: Tree) -> Tree:
         added = variates_of(sent)
-        return moved_by(kept, sent, {n: g - added[n].cpu() for n, g in directions.items()})
+        return moved_by(stored, sent, {n: g - added[n].cpu() for n, g in directions.items()})
 
 
-def _kept(sent: Downlink) -> Iterator[tuple[str, str, Adapter | None]]:
-    """Give what is sent back, the name of its variate, and the adapter where that is dense."""
+def _variates(sent: Downlink) -> Iterator[tuple[str, str, Adapter | None]]:
+    """Yield what is sent back, the name of its variate, and the adapter where that is dense."""
     for name in sent.uploaded():
         weight = name.rpartition("/")[0]
         dense = sent.adapters.get(weight) if lifts(sent) else None
@@ -148,5 +148,8 @@ def _kept(sent: Downlink) -> Iterator[tuple[str, str, Adapter | None]]:
 def _beside(adapter: Adapter) -> torch.Tensor:
     pair = held_beside(adapter)
     if pair is None:
-        raise ValueError("dense variates need one trained factor beside one that is shared")
+        raise ValueError(
+            "control variates of whole weights need adapters with one trained factor and one that "
+            "all clients share"
+        )
     return pair[1]
