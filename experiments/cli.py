@@ -20,6 +20,7 @@ COMMANDS = {
     "deploy": "run it on real SuperNodes: connection=NAME, or local=3 on this machine",
     "compare": "read run folders into one table, or run methods alike (experiment=STUDY)",
     "theory": "run convex problems beside the bounds on them; non-zero where a curve crosses",
+    "init": "write a small project in a new folder NAME, to be changed into your own",
     "bench": "time whole rounds of the engines, the physical limit and the peers",
 }
 
