@@ -17,7 +17,7 @@ from strategies import METHODS
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(p.stem for p in (ROOT / "docs").glob("*.md") if p.name != "README.md")
 FETCHED = r"<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^\s>]+"
-BUILD = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir"]
+BUILD = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir"]
 
 
 @pytest.fixture(scope="module")
