@@ -36,7 +36,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where it is set, each of the many processes of the tests would compile the project anew.
 test test-all golden: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install simulate test test-all lint fmt golden bench bench-peers clean
+.PHONY: help install simulate test test-all lint fmt docs golden bench bench-peers clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ fmt: install ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: install ## Build the site of the documentation in site/ (a link that leads nowhere is an error)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 golden: install ## Write the golden curves anew (the commit must say why they moved)
 	$(BIN)/python -m pytest tests/golden --write-golden $(ARGS)
 
@@ -86,5 +89,5 @@ bench-peers: $(PEERS:%=.venv-peers/%/.installed) ## Install the peers of bench, 
 	@touch $@
 
 clean: ## Remove caches and build outputs; .venv and runs/ stay
-	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write the trained model of a run: --format peft | hf | state_dict | gguf",
     "report": "write what runs were, their curves and costs, into one HTML file",
     "theory": "run convex problems beside the bounds on them; non-zero where a curve crosses",
+    "init": "write a small project in a new folder NAME, to be changed into your own",
     "bench": "time whole rounds of the engines, the physical limit and the peers",
 }
 

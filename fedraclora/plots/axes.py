@@ -5,6 +5,7 @@ Figures are built with matplotlib's object interface: no pyplot, no window, no g
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,15 @@ MEGABYTE = 1e6
 # Okabe and Ito's colours, told apart by all kinds of colour vision; yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", ":", "-.")
+
+
+class Shown(Figure):
+    """A figure that a notebook shows as it is: its own hook is set by pyplot, which is not used."""
+
+    def _repr_png_(self) -> bytes:
+        held = io.BytesIO()
+        self.savefig(held, format="png")
+        return held.getvalue()
 
 
 def draw_lines(
@@ -74,7 +84,7 @@ def label_axes(panel: Axes, x_label: str, y_label: str, *, legend: bool = False)
 def new_figure(width: float, height: float) -> Figure:
     """Make an empty figure; inches."""
     spaced = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    return Figure(figsize=(width, height), dpi=120, layout=spaced)
+    return Shown(figsize=(width, height), dpi=120, layout=spaced)
 
 
 def new_panels(

@@ -29,6 +29,7 @@ TARGETS = (
     "test-all",
     "lint",
     "fmt",
+    "docs",
     "golden",
     "bench",
     "bench-peers",

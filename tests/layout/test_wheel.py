@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import app, choices
+from experiments import app, choices, init
 from experiments.study import ranking
 from fedraclora.run import folder as runfolder
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
-KINDS = {".j2", ".py", ".yaml", ".toml", ".typed"}
+KINDS = {".j2", ".py", ".tmpl", ".toml", ".typed", ".yaml"}
 EMPTY_COMMIT = ["commit", "-q", "--allow-empty", "-m", "a"]
 MOST = 2_000_000  # bytes of all files
 
@@ -38,6 +38,7 @@ def test_it_holds_all_code_and_all_that_is_read(wheel: Mapping[str, Path]) -> No
     read = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
     read += [*choices.CONF.rglob("*.yaml"), *ranking.STUDIES.glob("*.yaml")]
     read += [path for name in PACKAGES for path in (ROOT / name).rglob("py.typed")]
+    read += [init.TEMPLATES / template for template in init.FILES.values()]
     assert {path.relative_to(ROOT).as_posix() for path in read} <= wheel.keys()
 
 

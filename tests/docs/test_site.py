@@ -1,0 +1,99 @@
+"""The site of the documentation is built strictly, and fetches nothing from elsewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from strategies import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(p.stem for p in (ROOT / "docs").glob("*.md") if p.name != "README.md")
+FETCHED = r"<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^\s>]+"
+BUILD = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    folder = tmp_path_factory.mktemp("site")
+    env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        [*BUILD, str(folder)], cwd=ROOT, env=env, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_page_is_there_with_python_second(site: Path) -> None:
+    index = (site / "index.html").read_text()
+    places = [index.find(f'href="{page}.html"') for page in ("python", *PAGES)]
+    assert -1 not in places
+    assert min(places) == places[0]
+    assert [
+        p.stem
+        for p in (ROOT / "docs" / "adr").glob("*.md")
+        if not (site / "adr" / f"{p.stem}.html").is_file()
+    ] == []
+
+
+def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+    found = [
+        link
+        for page in site.rglob("*.html")
+        for link in re.findall(FETCHED, page.read_text())
+        if 'rel="canonical"' not in link
+    ]
+    assert found == []
+
+
+def test_the_reference_says_what_docstrings_say(site: Path) -> None:
+    python = (site / "reference" / "python.html").read_text()
+    for name in ("simulate", "Run", "Run.history", "Run.model", "Run.evaluate", "Run.save"):
+        assert f'id="fedraclora.{name}"' in python
+    methods = (site / "reference" / "methods.html").read_text()
+    page = (site / "methods.html").read_text()
+    for method in METHODS.values():
+        assert f'id="{method.__module__}.{method.__name__}"' in methods
+        assert f'href="reference/methods.html#{method.__module__}"' in page
+    assert "&gt;&gt;&gt;" in python  # a doctest, as code
+    for name in ("lowrank", "sketch"):
+        assert f'id="fedraclora.{name}"' in (site / "reference" / f"{name}.html").read_text()
+    assert 'id="experiments.theory.bounds"' in (site / "reference" / "bounds.html").read_text()
+
+
+def test_links_lead_to_files(site: Path) -> None:
+    """Those to tables, figures and folders too, which MkDocs does not follow."""
+    lost = []
+    for page in site.rglob("*.html"):
+        if page.name == "404.html":  # served from anywhere
+            continue
+        for target in re.findall(r'(?:href|src)="?([^"#?\s>]+)', page.read_text()):
+            if "://" not in target and not target.startswith(("data:", "mailto:", "/")):
+                lost += [] if (page.parent / target).exists() else [f"{page.name}: {target}"]
+    assert lost == []
+
+
+def test_fences_are_code(site: Path) -> None:
+    for page in (*PAGES, "index", "files/CONTRIBUTING"):
+        assert "```" not in re.sub(r"<[^>]+>", "", (site / f"{page}.html").read_text()), page
+
+
+def test_what_the_hooks_say_of_themselves() -> None:
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    outcome = doctest.testmod(hooks, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert outcome.attempted > 2
+    assert outcome.failed == 0

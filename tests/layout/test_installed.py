@@ -1,0 +1,110 @@
+"""The wheel in an environment of its own, used from an empty folder far from the checkout."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a user types in the folder where a run lies in `first` -> a file that is there then. A new
+# command that reads a run has one line here.
+LINES = {
+    "fedraclora compare first --out compared": "compared/table.csv",
+    "fedraclora simulate resume=first rounds=2": "first/chain/000002.safetensors",
+    "python five.py": "kept/model.safetensors",
+}
+
+Shell = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("empty")
+
+
+@pytest.fixture(scope="module")
+def shell(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """Give what runs a line in an environment with the wheel.
+
+    What it depends on is seen in the environment of the tests, so that nothing is downloaded.
+    """
+    pytest.importorskip("hatchling")
+    pytest.importorskip("pip")
+    place = tmp_path_factory.mktemp("installed")
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str, cwd: Path, **variables: str) -> str:
+        done = subprocess.run(
+            command, cwd=cwd, env=clean | variables, check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(place), cwd=ROOT)
+    venv.create(place / "venv", with_pip=False, symlinks=True)
+    python = str(place / "venv" / "bin" / "python")
+    paths = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(run(python, "-c", paths, cwd=place).strip())
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index"]
+    run(*pip, str(next(place.glob("*.whl"))), cwd=place)
+    path = f"{place / 'venv' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+
+    def typed(line: str, cwd: Path = folder, **variables: str) -> str:
+        program, *words = shlex.split(line)
+        return run(str(place / "venv" / "bin" / program), *words, cwd=cwd, PATH=path, **variables)
+
+    return typed
+
+
+@pytest.fixture(scope="module")
+def used(folder: Path, shell: Shell) -> Path:
+    """The folder with a preset of the user's, a run of it, and a script."""
+    (folder / "mine" / "experiment").mkdir(parents=True)
+    preset = ["# @package _global_", "defaults: [override /data: digits, override /pretrain: none]"]
+    preset += ["clients: 6", "cohort: 3", "rounds: 1", "output: {progress: false}"]
+    (folder / "mine" / "experiment" / "little.yaml").write_text("\n".join(preset))
+    shell("fedraclora simulate --config-dir mine experiment=little output.dir=first")
+    page = (ROOT / "docs" / "python.md").read_text()
+    five = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    (folder / "five.py").write_text(f"{five}\nrun.save('kept')\n")
+    return folder
+
+
+def test_the_code_is_that_of_the_wheel(shell: Shell) -> None:
+    where = shell("python -c 'import experiments, fedraclora; print(experiments, fedraclora)'")
+    assert str(ROOT) not in where
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_does_its_work(line: str, used: Path, shell: Shell) -> None:
+    shell(line)
+    assert (used / LINES[line]).exists()
+
+
+def test_tab_completes(used: Path, shell: Shell) -> None:
+    line = "fedraclora simulate --config-dir mine experiment=lit"
+    assert shell("fedraclora -sc query=bash", COMP_LINE=line).split() == ["experiment=little"]
+
+
+def test_a_project_is_written_and_runs_as_its_page_says(folder: Path, shell: Shell) -> None:
+    shell("fedraclora init shop")
+    project = folder / "shop"
+    lines = re.search(r"```bash\n(.*?)```", (project / "README.md").read_text(), re.DOTALL)
+    assert lines is not None
+    simulate, script, test = lines[1].splitlines()
+    assert (script, test) == ("python run.py", "pytest")
+    shell(f"{simulate} rounds=2 output.dir=run", project)
+    assert (project / "run" / "summary.json").is_file()
+    assert "accuracy" in shell(script, project)
+    assert (project / "curves.png").is_file()
+    assert "2 passed" in shell("python -m pytest -p no:cacheprovider", project)
