@@ -63,8 +63,10 @@ def found_head(model: nn.Module) -> tuple[str, ...]:
     """Find the final layer: of the layers with weights the last, or what lies beside an encoder."""
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and hasattr(model, prefix):  # of Hugging Face
-        beside = (n for n, m in model.named_children() if n != prefix and any(m.parameters()))
-        return tuple(beside)
+        others = (
+            n for n, module in model.named_children() if n != prefix and list(module.parameters())
+        )
+        return tuple(others)
     adaptable = [name for name, module in model.named_modules() if layer_kind(module)]
     if len(adaptable) < 2:
         return ()
