@@ -11,7 +11,7 @@ from experiments import Plain
 from experiments.lending import lend_all
 from experiments.resume import is_done
 from experiments.simulate import carry_out, choose
-from experiments.values import config_of
+from experiments.values import config_of, is_whole
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
@@ -117,8 +117,9 @@ def simulate(
     if not isinstance(resume, bool):
         raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
     beside = {"test": test, "client": client, "target": target, "loss": loss, "metrics": metrics}
-    lent = lend_all(model, data, method, partition, beside)
-    plain, typed = config_of((*lent.words, *choices), keys | lent.keys)
+    whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
+    lent = lend_all(model, data, method, partition, beside, whole=whole)
+    plain, typed = config_of(choices if whole else (*lent.words, *choices), keys | lent.keys)
     plain = lent.put_into(plain, typed)
     seen = as_one(on_round)
     output = section(plain, "output")
@@ -152,6 +153,10 @@ def as_one(
     """Join several callbacks."""
     if on_round is None or callable(on_round):
         return on_round
+    if isinstance(on_round, str) or not all(map(callable, on_round)):
+        raise ConfigError(
+            f"on_round is {on_round!r}; a function, or a list of functions, is wanted"
+        )
     each = list(on_round)
 
     def call(row: Row) -> None:

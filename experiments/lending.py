@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments import Plain
 from experiments.values import plain_value
 from fedraclora.config.schema import section
-from fedraclora.data.objects import lend_data
+from fedraclora.data.objects import is_frame, lend_data
 from fedraclora.errors import ConfigError
 from fedraclora.models.objects import lend_model, require_module
 from fedraclora.objects import NAME, lend
@@ -21,6 +22,8 @@ from strategies import METHODS
 TABLES = (".csv", ".tsv", ".parquet")
 # Choices whose keys an object has, too: words for these hold.
 OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
+OF_FRAME = ("data=table",)
+FRAME_KEYS = ("features", "missing", "standardise", "test_share", "split_seed")
 KEPT = {"data": ("labels", "validation"), "model": ("head", "targets")}
 
 
@@ -32,11 +35,14 @@ class Lent:
         words: Words of the config that objects bring, before those of the caller.
         keys: Choices that are no objects, as they came.
         groups: What groups of the config become: keys laid over what was composed for them.
+        data: Lends the samples, once the config has said how rows of a frame are read; None: data
+            are a choice.
     """
 
     words: list[str] = field(default_factory=list)
     keys: dict[str, object] = field(default_factory=dict)
     groups: dict[str, Plain] = field(default_factory=dict)
+    data: Callable[..., str] | None = None
 
     def put_into(self, plain: Plain, typed: Sequence[str]) -> Plain:
         """Put the objects into their groups of the composed config.
@@ -45,19 +51,29 @@ class Lent:
             plain: What was composed.
             typed: The keys that the caller said.
         """
-        found = dict(plain)
-        for name, group in self.groups.items():
+        found, groups = dict(plain), dict(self.groups)
+        if self.data is not None:
+            asked = section(plain, "data")
+            frame = {key: asked[key] for key in FRAME_KEYS if key in asked}
+            groups["data"] = {"digest": self.data(**({"frame": frame} if frame else {}))}
+        for name, group in groups.items():
             composed = plain.get(name)
             old = composed if isinstance(composed, Mapping) else {}
             kept = {key: old[key] for key in KEPT.get(name, ()) if key in old}
             found[name] = {"name": NAME, **kept, **group}
-        if "model" in self.groups and "model.head" not in typed:
+        if "model" in groups and "model.head" not in typed:
             found["model"] = {**section(found, "model"), "head": None}  # it is looked for
         return found
 
 
 def lend_all(
-    model: object, data: object, method: object, partition: object, beside: Mapping[str, Any]
+    model: object,
+    data: object,
+    method: object,
+    partition: object,
+    beside: Mapping[str, Any],
+    *,
+    whole: bool,
 ) -> Lent:
     """Lend what is an object; leave names and mappings to the config.
 
@@ -67,6 +83,7 @@ def lend_all(
         method: The algorithm.
         partition: How data are divided.
         beside: What goes with data of the program, None where it was not said.
+        whole: Whether they are laid over a whole config, such as `Run.config`.
 
     Raises:
         ConfigError: If something is of no kind that is known, or is said of data that are a choice.
@@ -96,10 +113,20 @@ def lend_all(
                 f"{', '.join(what)}: these go with data of the program, and data is "
                 f"{'not said' if data is None else data!r}"
             )
+        if data is None and "model" in lent.groups and not whole:
+            raise ConfigError(
+                "model is an object of the program, but no data are named: give the samples of the "
+                "clients as data=..."
+            )
         lent.keys |= {} if data is None else {"data": data}
+    elif isinstance(data, Mapping) and hasattr(data, "column_names"):
+        raise ConfigError(
+            f"data is a {type(data).__name__} with the splits {list(data)}; give one as data=... "
+            "and another as test=..."
+        )
     else:
-        lent.words += OF_DATA
-        lent.groups["data"] = {"digest": lend_data(data, partitioner=partitioner, **options)}
+        lent.words += OF_FRAME if is_frame(data) else OF_DATA
+        lent.data = partial(lend_data, data, partitioner=partitioner, **options)
     return lent
 
 

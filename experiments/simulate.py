@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -27,15 +28,18 @@ from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError
+from fedraclora.protocol.plan import frozen_layers
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, number
 from strategies import METHODS
+from strategies.assembly import Assembled
 from strategies.outcome import execute
 from strategies.run import Run
 from strategies.server.rows import Row
 from strategies.start import settled_start
 
 FAILED: list[str] = []
+SHOWN = 8  # layers that are named
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
 
 
@@ -72,7 +76,19 @@ def carry_out(
             engine_of,
             resume=resume,
             on_round=show,
-            on_start=lambda run: progress.say(f"chunk: {run.chunk}"),
+            on_start=partial(introduce, progress),
+        )
+
+
+def introduce(progress: RunProgress, run: Assembled) -> None:
+    """Print the chunk of a run, and which layers of somebody's own model it does not train."""
+    progress.say(f"chunk: {run.chunk}")
+    own = section(run.config.plain, "model").get("name") in {"object", "function"}
+    if own and (frozen := frozen_layers(run.built.task.model, run.plan)):
+        shown = ", ".join(frozen[:SHOWN]) + (", ..." if len(frozen) > SHOWN else "")
+        progress.say(
+            f"not trained: {shown} (targets=all adds convolutions and embeddings, dense=[NAME] "
+            "trains a layer in full)"
         )
 
 

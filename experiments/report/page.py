@@ -99,6 +99,11 @@ class Shown:
         sizes = division if isinstance(division, dict) else {}
         return {
             "method": method_label(self.config),
+            **{name: figure(value) for name, value in self.metrics.items()},
+            "rounds": str(self.last["round"]),
+            "sent by clients": size(self.last["uplink_total"]),
+            "sent to clients": size(self.last["downlink_total"]),
+            "seconds": str(found.get("seconds", "")),
             "model": self._choice("model"),
             "data": str(task.get("source", self._choice("data"))),
             "clients": f"{found.get('clients', self.config.get('clients'))}, of which "

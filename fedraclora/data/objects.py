@@ -40,6 +40,7 @@ def lend_data(
     loss: str | None = None,
     metrics: Sequence[str] | None = None,
     classes: int | None = None,
+    frame: Mapping[str, Any] | None = None,
 ) -> str:
     """Make a data set of what a program has, and lend it; give the digest of its numbers.
 
@@ -54,13 +55,15 @@ def lend_data(
             ``next_token`` where each token has one, ``squared_error`` for fractions.
         metrics: Names of metrics, the headline first; None: those usual for the loss.
         classes: Number of outputs; None: as the targets have.
+        frame: How rows of a frame are read: keyword arguments of `of_frames`.
 
     Raises:
         ConfigError: If two things are said that cannot both be.
         DataError: If samples are not what they should be, naming the client.
     """
     if is_frame(data):
-        found = of_frame(data, test, client=client, target=target, loss=loss, metrics=metrics)
+        columns = {"client": client, "target": target, "loss": loss, "metrics": metrics}
+        found = of_frame(data, test, **columns, **(frame or {}))  # type: ignore[arg-type]
         return lend(found, digest_of(found))
     tables, parts, owners = tables_of(data, partitioner, client, target)
     held_out = None if test is None else table_of(test, "test", target)
@@ -164,6 +167,7 @@ def of_frame(
     target: str | None,
     loss: str | None,
     metrics: Sequence[str] | None,
+    **options: Any,
 ) -> DataSet:
     """Read a frame as `fedraclora.data.tabular.load_table` reads a file: words become classes.
 
@@ -180,11 +184,11 @@ def of_frame(
     task = (
         "regression" if loss == "squared_error" or (loss is None and numbers) else "classification"
     )
-    named = [
-        None if frame is None else (frame.rename(columns=str), Path(place))
-        for frame, place in ((data, "data"), (test, "test"))
-    ]
-    return of_frames(named[0], named[1], label=name, client=client, task=task, metrics=metrics)  # type: ignore[arg-type]
+    held_out = None if test is None else (test.rename(columns=str), Path("test"))
+    rows = (data.rename(columns=str), Path("data"))
+    return of_frames(
+        rows, held_out, label=name, client=client, task=task, metrics=metrics, **options
+    )
 
 
 def is_columns(found: object) -> bool:

@@ -339,13 +339,18 @@ def _classes(labels: Sequence[str], label: str, task: str, path: Path) -> list[s
 
 def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict[str, object]]:
     """Standardise features, and a number to predict, by the training rows; say its scale."""
-    x, test_x = _scaled(train.inputs["x"], test.inputs["x"])
+    wide = train.inputs["x"]
+    x, test_x = _scaled(wide, test.inputs["x"])
+    facts: dict[str, object] = {}
+    if wide.shape[1] <= TOLD:  # so that new rows can be brought to the same scale
+        facts["feature_means"] = wide.mean(dim=0).tolist()
+        facts["feature_deviations"] = wide.std(dim=0, correction=0).tolist()
     if not train.target.is_floating_point():
-        return Samples({"x": x}, train.target), Samples({"x": test_x}, test.target), {}
+        return Samples({"x": x}, train.target), Samples({"x": test_x}, test.target), facts
     wide = train.target.double()
     y, test_y = _scaled(wide, test.target.double())
-    facts = {"label_mean": float(wide.mean()), "label_deviation": float(wide.std(correction=0))}
-    return Samples({"x": x}, y), Samples({"x": test_x}, test_y), dict(facts)
+    facts |= {"label_mean": float(wide.mean()), "label_deviation": float(wide.std(correction=0))}
+    return Samples({"x": x}, y), Samples({"x": test_x}, test_y), facts
 
 
 def _scaled(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -242,3 +242,20 @@ def resolve_scale(alpha: float | str, rank: int, *, rslora: bool = False) -> flo
     if rslora:
         return alpha / math.sqrt(rank)
     return alpha / rank
+
+
+def frozen_layers(model: nn.Module, plan: Plan) -> list[str]:
+    """Name the layers that have parameters of their own of which a run trains none.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+        >>> frozen_layers(model, make_plan(model, (), targets="all-linear"))
+        ['0']
+    """
+    trained = {*plan.targets, *plan.dense, *plan.local}
+    found = []
+    for name, layer in model.named_modules():
+        own = [f"{name}.{n}" if name else n for n, _ in layer.named_parameters(recurse=False)]
+        if own and not trained & {*own}:
+            found.append(name or "the module itself")
+    return found

@@ -208,3 +208,60 @@ def test_objects_reach_other_processes(engine: str) -> None:
         found.summary["weights_digest"]
         == run(data=CLIENTS, engine="inline").summary["weights_digest"]
     )
+
+
+def test_layers_that_are_not_trained_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with seeded(0, "test"):
+        layers = [
+            nn.Unflatten(1, (1, 1, 5)),
+            nn.Conv2d(1, 2, (1, 2)),
+            nn.Flatten(),
+            nn.Linear(8, 2),
+        ]
+    model = nn.Sequential(*layers)
+    simulated = fedraclora.simulate(model=model, data=CLIENTS, rounds=1)
+    assert "not trained: 1 (targets=all" in capsys.readouterr().err
+    before = dict(model.named_parameters())
+    assert torch.equal(simulated.weights()["1.weight"], before["1.weight"])
+    whole = fedraclora.simulate(model=model, data=CLIENTS, rounds=1, targets="all")
+    assert "not trained" not in capsys.readouterr().err
+    assert not torch.equal(whole.weights()["1.weight"], before["1.weight"])
+
+
+def test_a_hugging_face_model_is_passed_as_it_is() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 12, "vocab_size": 20, "max_position_embeddings": 8}
+    with seeded(0, "test"):
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+    ids = RNG.integers(0, 20, (30, 6))
+    clients = [
+        ({"input_ids": part, "attention_mask": np.ones_like(part)}, part[:, 0] % 2)
+        for part in (ids[:20], ids[20:])
+    ]
+    found = run(model=model, data=clients)
+    inputs = {name: torch.tensor(value) for name, value in clients[1][0].items()}
+    with torch.no_grad():
+        right = (found.model()(**inputs).logits.argmax(1).numpy() == clients[1][1]).mean()
+    assert found.evaluate(clients[1])["accuracy"] == pytest.approx(right)
+
+
+def test_a_config_with_objects_is_the_same_run_with_them() -> None:
+    first = run(data=CLIENTS)
+    again = fedraclora.simulate(first.config, model=net(), data=CLIENTS)
+    assert again.summary["weights_digest"] == first.summary["weights_digest"]
+    assert (
+        fedraclora.simulate(first.config, model=net(), data=CLIENTS, rounds=3).rows[-1]["round"]
+        == 3
+    )
+
+
+def test_keys_of_tables_hold_for_frames() -> None:
+    frame = pd.DataFrame({f"f{i}": X[:, i] for i in range(5)} | {"label": Y})
+    frame.loc[3, "f0"] = np.nan
+    with pytest.raises(DataError, match=r"data\.missing=drop"):
+        run(data=frame, clients=3)
+    found = fedraclora.simulate(
+        "output.progress=false", "data.missing=drop", model=net(), data=frame, clients=3, rounds=1
+    )
+    assert found.summary["task"]["rows_dropped"] == 1  # type: ignore[index]

@@ -72,11 +72,11 @@ def test_failures_and_generations_are_shown(
     assert folder is not None
     shown = read_shown(folder)
     shown.rows[-1]["failures"] = [{"client": 3, "reason": "<b>no disk</b>"}]
-    shown.rows[-1]["generations"] = [{"prompt": "2 + 2 =", "text": "5", "reference": "4"}]
+    shown.rows[-1]["generations"] = [{"prompt": "2 + 2 =", "answer": "5", "wanted": "4"}]
     text = page_of([shown])
     assert "&lt;b&gt;no disk&lt;/b&gt;" in text
     assert "<b>no disk</b>" not in text
-    assert "2 + 2 =" in text
+    assert '<td class="text">2 + 2 =</td><td class="text">5</td><td class="text">4</td>' in text
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["a", "a"]])
