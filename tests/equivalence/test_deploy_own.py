@@ -89,7 +89,7 @@ def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:
     [
         ("clinic.data:nothing", ConfigError, "cannot be imported here"),
         ("nowhere.data:owner", ConfigError, "No module named 'nowhere'"),
-        ("clinic.data:CLINICS", ConfigError, "which is a int, no function"),
+        ("clinic.data:CLINICS", ConfigError, "which is of type int; a function is wanted"),
         ("no/such/folder", DataError, "neither no/such/folder/1.npz nor no/such/folder/train.npz"),
     ],
 )
@@ -101,7 +101,7 @@ def test_sources_that_are_none_are_named(source: str, error: type[Exception], sa
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (torch.zeros(3, 4), r"gives a Tensor; \(inputs, target\) is wanted"),
+        (torch.zeros(3, 4), r"returns a Tensor; \(inputs, target\) is wanted"),
         ((torch.zeros(3, 4), torch.zeros(2)), "2 targets, but inputs of {'x': 3} samples"),
         ((torch.zeros(0, 4), torch.zeros(0)), "0 targets, but inputs of {'x': 0} samples"),
         ((torch.zeros(3, 5), torch.zeros(3)), r"one input has \(5,\); x of shape \(4,\) is wanted"),

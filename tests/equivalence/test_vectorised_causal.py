@@ -14,10 +14,10 @@ from fedraclora.data.task import next_token
 from fedraclora.errors import ModelError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.protocol.method import Cohort, Draw
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.program import Program
 
-ADAMW = LocalConfig(optimiser="adamw", lr=0.05, batch_size=3, epochs=2)
+ADAMW = LocalSettings(optimiser="adamw", lr=0.05, batch_size=3, epochs=2)
 METHODS = ("fed_rac_lora", "ffa_lora", "fedavg_lora", "fedsa_lora", "fed_sb")
 
 

@@ -56,7 +56,7 @@ def test_prox_refuses_three_factors() -> None:
     plan = case.plan()
     downlink = Downlink(adapters_of(("own", "zero", "own"), ("fc1.weight",), plan.targets))
     trainer = trainer_of(case.task, plan, replace(LOCAL, prox=0.1))
-    with pytest.raises(ConfigError, match=r"prox.*'M'"):
+    with pytest.raises(ConfigError, match=r"prox.*B, M, A"):
         trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, rate_scale=1.0)
 
 

@@ -9,24 +9,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from chats import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "language-models.md").read_text()
 
 
-def test_the_first_look_runs_as_it_is_typed(questions: Path, tmp_path: Path) -> None:
-    """With a tokenizer that has no template of its own, the page's template serves."""
-    (tmp_path / "words").mkdir()
-    save_tokenizer(tmp_path / "words", None)
-    (line,) = (s for s in PAGE.splitlines() if s.startswith("fedraclora simulate experiment=tiny"))
-    found = re.search(r"```jinja\n(.*?)\n```", PAGE, re.DOTALL)
+def block(language: str) -> str:
+    """The first block of a language on the page."""
+    found = re.search(rf"```{language}\n(.*?)\n```", PAGE, re.DOTALL)
     assert found
-    (tmp_path / "chat.jinja").write_text(found[1])
+    return found[1]
+
+
+def test_the_first_look_runs_as_it_is_typed(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block("python"), "language-models.md", "exec"), {})
+    (line,) = (s for s in PAGE.splitlines() if s.startswith("fedraclora simulate experiment=tiny"))
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "experiments.cli", *line.split()[1:], *words, "output.dir=run"],
+            [sys.executable, "-m", "experiments.cli", *line.split()[1:], *words],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -34,11 +40,20 @@ def test_the_first_look_runs_as_it_is_typed(questions: Path, tmp_path: Path) -> 
             check=False,
         )
 
-    refused = run("rounds=1")
-    assert refused.returncode == 1
-    assert "has no chat template: set data.template" in refused.stdout + refused.stderr
-    done = run("data.template=chat.jinja")
+    done = run("output.dir=run")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["metrics"]["loss"] < 2.0
+    # A tokenizer without a template of its own is refused; that of the page serves.
+    (tmp_path / "bare").mkdir()
+    bare = f"data.tokenizer={save_tokenizer(tmp_path / 'bare', None)}"
+    own = f"data.file={questions}"
+    refused = run(bare, own, "rounds=1", "output.dir=other")
+    assert refused.returncode == 1
+    assert "has no chat template: set data.template" in refused.stdout + refused.stderr
+    (tmp_path / "chat.jinja").write_text(block("jinja"))
+    done = run(bare, own, "data.template=chat.jinja", "output.dir=other")
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "other" / "summary.json").read_text())
     assert summary["metrics"]["exact_match"] == 1.0
     assert summary["metrics"]["token_accuracy"] == 1.0

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LINES = {
     "fedraclora compare first --out compared": "compared/table.csv",
     "fedraclora simulate resume=first rounds=2": "first/chain/000002.safetensors",
+    "fedraclora report first": "first/report.html",
+    "fedraclora export first --format state_dict --out exported": "exported/model.safetensors",
     "python five.py": "kept/model.safetensors",
 }
 
