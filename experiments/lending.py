@@ -106,6 +106,11 @@ def lend_all(
         if unknown := [key for key in options if key not in names]:
             raise ConfigError(f"{unknown[0]}=... is not for a file of rows; say data.task instead")
         lent.keys["data"] = {"file": str(data)} | {names[k]: v for k, v in options.items()}
+    elif isinstance(data, Mapping) and hasattr(data, "column_names"):
+        raise ConfigError(
+            f"data is a {type(data).__name__} with the splits {list(data)}; give one as data=... "
+            "and another as test=..."
+        )
     elif data is None or isinstance(data, str) or is_choice(data):
         if options or partitioner is not None:
             what = [*options, *(["partition"] if partitioner is not None else [])]
@@ -119,11 +124,6 @@ def lend_all(
                 "clients as data=..."
             )
         lent.keys |= {} if data is None else {"data": data}
-    elif isinstance(data, Mapping) and hasattr(data, "column_names"):
-        raise ConfigError(
-            f"data is a {type(data).__name__} with the splits {list(data)}; give one as data=... "
-            "and another as test=..."
-        )
     else:
         lent.words += OF_FRAME if is_frame(data) else OF_DATA
         lent.data = partial(lend_data, data, partitioner=partitioner, **options)

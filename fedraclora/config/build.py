@@ -28,7 +28,7 @@ from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.models.dropout import refuse_functions
 from fedraclora.models.gguf import is_gguf, precision_of
-from fedraclora.models.interaction import refuse_interaction
+from fedraclora.models.outputs import refuse_interaction, refuse_outputs
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
 from fedraclora.protocol.cohorts import check_cohort
@@ -183,12 +183,13 @@ def build_task(config: TaskConfig) -> BuiltTask:
     brought = [data.train, *(parts.found if isinstance(parts, Brought) else ())]
     if not data.measures_training:
         refuse_shared(brought, data.test)
-    tables = [table.inputs for table in (*brought, data.test) if len(table)]
-    for inputs in tables:
-        check_fit(built.model, inputs)
+    tables = [table for table in (*brought, data.test) if len(table)]
+    for table in tables:
+        check_fit(built.model, table.inputs)
     if config.model.get("name") in {"function", "object"} and tables:
-        refuse_functions(built.model, tables[0])
-        refuse_interaction(built.model, tables[0])
+        refuse_functions(built.model, tables[0].inputs)
+        refuse_outputs(built.model, tables[0], data.classes, data.loss)
+        refuse_interaction(built.model, tables[0].inputs)
     dtype = _float_dtype(data.train)
     model = built.model if built.narrow else built.model.to(dtype)
     facts: dict[str, object] = {**data.info, "partition": info}

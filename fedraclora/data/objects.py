@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def lend_data(
     names = [f"data, client {k}" for k in range(len(tables))] if len(tables) > 1 else ["data"]
     fitted = [form.fit(table, name) for table, name in zip(tables, names, strict=True)]
     whole = joined(fitted, names)
-    if parts is None and len(fitted) > 1:
+    if is_clients(data):
         parts = np.split(np.arange(len(whole)), np.cumsum([len(t) for t in fitted])[:-1])
     found = DataSet(
         train=whole,
@@ -109,7 +109,7 @@ def tables_of(
     data: object, partitioner: Any, client: str | None, target: str | None
 ) -> tuple[list[Samples], list[Rows] | None, np.ndarray[Any, Any] | None]:
     """Read tables, and with one table the rows of each client or the owner of each row."""
-    if isinstance(data, Mapping) or (isinstance(data, list) and not is_columns(data)):
+    if is_clients(data):
         parts = list(data.values()) if isinstance(data, Mapping) else data
         if partitioner is not None or client is not None:
             raise ConfigError(
@@ -152,6 +152,11 @@ def table_of(found: object, where: str, target: str | None = None) -> Samples:
             "of Hugging Face, or a list with one of them for each client is wanted"
         )
     return gathered(found, where)
+
+
+def is_clients(data: object) -> TypeGuard[Mapping[Any, Any] | list[Any]]:
+    """Tell whether these are tables of several clients, and not one."""
+    return isinstance(data, Mapping | list) and not is_columns(data)
 
 
 def is_frame(found: object) -> bool:

@@ -191,6 +191,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": CLIENTS, "method": FedRacLora}, ConfigError, "an instance of its class"),
     ({"data": CLIENTS, "partition": DirichletPartitioner(2, "y", 1.0)}, ConfigError, "a list"),
     ({"data": CLIENTS, "metrics": ["speed"]}, ConfigError, "speed"),
+    ({"data": [(X, Y + 1)]}, DataError, "gives 2 outputs .* up to class 2"),
+    ({"data": [(X, Y.astype("float32"))]}, DataError, "give them as whole numbers"),
+    ({"data": CLIENTS, "on_round": "print"}, ConfigError, "on_round is 'print'"),
+    ({}, ConfigError, "no data are named"),
+    ({"data": datasets.DatasetDict({"a": FORMS["Hugging Face"][0]})}, ConfigError, "splits"),
 ]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedraclora.config.build import fix_bits
 from fedraclora.errors import ModelError
-from fedraclora.models.interaction import refuse_interaction
+from fedraclora.models.outputs import refuse_interaction
 
 
 class Centred(nn.Module):
