@@ -66,9 +66,9 @@ def refuse_outputs(model: nn.Module, samples: Samples, classes: int, loss: str) 
     if loss == "cross_entropy" and output.dim() == 2 and output.shape[1] < classes:
         raise DataError(
             f"the model gives {output.shape[1]} outputs for a sample, but the targets go up to "
-            f"class {classes - 1}, which takes {classes} outputs: number the classes from 0, or give "
-            "the model an output for each; if the targets are numbers to predict, set the loss to "
-            "squared_error"
+            f"class {classes - 1}, which takes {classes} outputs: number the classes from 0, or "
+            "give the model an output for each; if the targets are numbers to predict, set the "
+            "loss to squared_error"
         )
     if loss == "squared_error" and output.numel() != first.target.numel():
         raise DataError(
