@@ -111,6 +111,11 @@ def lend_all(
             f"data is a {type(data).__name__} with the splits {list(data)}; give one as data=... "
             "and another as test=..."
         )
+    elif isinstance(data, str | Path) and str(data).endswith((".jsonl", ".jsonl.gz")):
+        raise ConfigError(
+            f"data is {data}, a file of conversations: say data={{'name': 'instructions', 'file': "
+            f"{str(data)!r}, 'client': COLUMN}} (docs/language-models.md)"
+        )
     elif data is None or isinstance(data, str) or is_choice(data):
         if options or partitioner is not None:
             what = [*options, *(["partition"] if partitioner is not None else [])]

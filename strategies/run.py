@@ -17,7 +17,8 @@ from typing_extensions import override
 from fedraclora.config.build import BuiltTask, measured_samples
 from fedraclora.config.schema import section
 from fedraclora.data.fit import Form
-from fedraclora.data.objects import table_of
+from fedraclora.data.objects import found_target, is_frame, table_of
+from fedraclora.data.tabular import new_rows
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.run.folder import run_title
@@ -99,8 +100,9 @@ class Run:
 
         Args:
             data: ``"test"`` or ``"validation"``, the run's own; or samples in memory: ``(inputs,
-                target)``, a dataset of torch or of Hugging Face.
-            target: Of a Hugging Face dataset, the column to predict.
+                target)``, a dataset of torch or of Hugging Face; for a run on a table a frame of
+                pandas, which is brought to the scale of the training rows.
+            target: Of a frame or a Hugging Face dataset, the column to predict.
 
         Returns:
             The metrics of the run, by name.
@@ -118,7 +120,12 @@ class Run:
         else:
             like = task.test
             form = Form(shape_of(like.inputs), task.loss, built.classes or None)
-            samples = form.fit(table_of(data, "data", target), "data").to(
+            if is_frame(data):
+                frame = (data.rename(columns=str), Path("data"))  # type: ignore[attr-defined]
+                table = new_rows(frame, target or found_target(data), task.info)
+            else:
+                table = table_of(data, "data", target)
+            samples = form.fit(table, "data").to(
                 built.device, next(iter(like.inputs.values())).dtype if "x" in like.inputs else None
             )
         weights = {n: t.to(built.device) for n, t in self.weights().items()}

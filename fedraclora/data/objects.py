@@ -164,6 +164,11 @@ def is_frame(found: object) -> bool:
     return type(found).__module__.partition(".")[0] == "pandas" and hasattr(found, "iloc")
 
 
+def found_target(frame: Any) -> str | None:
+    """Find the column to predict by its usual names."""
+    return next((name for name in TARGETS if name in frame.columns), None)
+
+
 def of_frame(
     data: Any,
     test: Any,
@@ -184,7 +189,7 @@ def of_frame(
         raise ConfigError(
             f"loss is {loss}; of a frame classes or numbers are predicted: leave it out"
         )
-    name = target or next((name for name in TARGETS if name in data.columns), None)
+    name = target or found_target(data)
     numbers = name in data.columns and data[name].dtype.kind == "f"
     task = (
         "regression" if loss == "squared_error" or (loss is None and numbers) else "classification"

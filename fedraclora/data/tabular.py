@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -164,6 +164,45 @@ def of_frames(
         client=str(client),
         info=info,
     )
+
+
+def new_rows(table: Table, label: str | None, facts: Mapping[str, object]) -> Samples:
+    """Bring rows that a run has not seen to the form of those that it was trained on.
+
+    Args:
+        table: The rows.
+        label: The column to predict.
+        facts: Of `DataSet.info`: columns, classes and scale of the training rows.
+
+    Raises:
+        ConfigError: If a column is missing, or the run keeps no list of its columns.
+        DataError: If values are missing, or a label is none of the classes.
+    """
+    frame, path = table
+    features = facts.get("features")
+    if not isinstance(features, list):
+        raise ConfigError(
+            f"the run keeps the columns of tables of up to {TOLD} features alone: give (inputs, "
+            "target) as arrays, on the scale of the training rows"
+        )
+    for name in features:
+        _column(frame, "data", name, path)
+    x, labels, _, _ = _rows(frame, features, _label(frame, label, path), None, "error", path)
+    classes = facts.get("classes")
+    names = [str(name) for name in classes] if isinstance(classes, list) else []
+    target = target_of(labels, names, "classification" if names else "regression")
+    if "feature_means" in facts:
+        x = _as_scaled(x, facts["feature_means"], facts["feature_deviations"])
+    if "label_mean" in facts:
+        target = _as_scaled(target.double(), facts["label_mean"], facts["label_deviation"]).float()
+    return Samples({"x": x.float()}, target)
+
+
+def _as_scaled(values: torch.Tensor, mean: object, deviation: object) -> torch.Tensor:
+    """Standardise by a mean and a deviation that were found before; one of 0 counts as 1."""
+    spread = torch.as_tensor(deviation, dtype=torch.float64)
+    spread = torch.where(spread == 0, torch.ones_like(spread), spread)
+    return (values - torch.as_tensor(mean, dtype=torch.float64)) / spread
 
 
 def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataFrame:

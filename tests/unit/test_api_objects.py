@@ -270,3 +270,16 @@ def test_keys_of_tables_hold_for_frames() -> None:
         "output.progress=false", "data.missing=drop", model=net(), data=frame, clients=3, rounds=1
     )
     assert found.summary["task"]["rows_dropped"] == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("loss", [None, "squared_error"])
+def test_new_rows_of_a_frame_are_brought_to_its_scale(loss: str | None) -> None:
+    frame = pd.DataFrame({f"f{i}": 7 + 3 * X[:, i] for i in range(5)})
+    frame["y"] = np.where(Y > 0, "yes", "no") if loss is None else 5 + 2.0 * X[:, 0]
+    with seeded(0, "test"):
+        model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2 if loss is None else 1))
+    rows, test = frame[:60], frame[60:]
+    found = run(model=model, data=rows, test=test, target="y", clients=3, loss=loss)
+    assert found.evaluate(test, target="y") == pytest.approx(found.evaluate(), rel=1e-6)
+    with pytest.raises(ConfigError, match="f3"):
+        found.evaluate(test.drop(columns="f3"), target="y")
