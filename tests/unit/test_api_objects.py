@@ -206,13 +206,10 @@ def test_bad_input_is_refused_by_name(keys: Any, kind: type[Exception], words: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ray", "flower"])
-def test_objects_reach_other_processes(engine: str) -> None:
-    found = run(data=CLIENTS, engine=engine)
-    assert (
-        found.summary["weights_digest"]
-        == run(data=CLIENTS, engine="inline").summary["weights_digest"]
-    )
+@pytest.mark.parametrize(("other", "same"), [("ray", "vectorised"), ("flower", "inline")])
+def test_objects_reach_other_processes(other: str, same: str) -> None:
+    found, wanted = (run(data=CLIENTS, engine=engine) for engine in (other, same))
+    assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
 
 
 def test_layers_that_are_not_trained_are_named(capsys: pytest.CaptureFixture[str]) -> None:
