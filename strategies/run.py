@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from fedraclora.config.build import BuiltTask, measured_samples
 from fedraclora.config.schema import section
-from fedraclora.data.fit import Form
+from fedraclora.data.fit import Form, found_shape
 from fedraclora.data.objects import found_target, is_frame, table_of
 from fedraclora.data.tabular import new_rows
 from fedraclora.errors import ConfigError
@@ -119,7 +119,7 @@ class Run:
             samples = measured_samples(task, data)
         else:
             like = task.test
-            form = Form(shape_of(like.inputs), task.loss, built.classes or None)
+            form = Form(found_shape(like), task.loss, built.classes or None)
             if is_frame(data):
                 frame = (data.rename(columns=str), Path("data"))  # type: ignore[attr-defined]
                 table = new_rows(frame, target or found_target(data), task.info)
@@ -215,8 +215,3 @@ class Run:
         (place / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
         (place / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
         return place
-
-
-def shape_of(inputs: Tree) -> tuple[int, ...]:
-    """Shape of one input ``"x"``; empty for token ids."""
-    return tuple(inputs["x"].shape[1:]) if "x" in inputs else ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +14,11 @@ from plotly.offline import get_plotlyjs
 from experiments.report.figures import curves
 from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError
-from fedraclora.loggers.base import flat
 from fedraclora.objects import NAME
-from fedraclora.run.folder import method_label, read_config, run_title
+from fedraclora.run.folder import method_label, read_config, read_summary, run_title
 from fedraclora.run.ledger import Row, read_ledger
+from fedraclora.run.stopped import stop_reason
+from fedraclora.weights.files import flatten
 
 ALONE = ("seed", "output.dir", "resume")  # keys in which runs of one table may differ unnoticed
 SHOWN_FAILURES = 50
@@ -144,13 +144,12 @@ def read_shown(folder: Path) -> Shown:
     rows = read_ledger(folder / "ledger.jsonl")
     if not rows:
         raise CheckpointError(f"{folder}: the run has written no row yet")
-    summary, stopped = folder / "summary.json", folder / "stopped.json"
     return Shown(
         folder,
         dict(read_config(folder)),
         rows,
-        json.loads(summary.read_text()) if summary.is_file() else {},
-        str(json.loads(stopped.read_text()).get("reason")) if stopped.is_file() else None,
+        read_summary(folder) if (folder / "summary.json").is_file() else {},
+        stop_reason(folder),
     )
 
 
@@ -201,7 +200,7 @@ def labels_of(runs: Sequence[Shown]) -> list[str]:
 
 def differences(runs: Sequence[Shown]) -> dict[str, list[object]]:
     """Give the settings in which runs differ: key -> the value of each run."""
-    flats = [flat(run.config) for run in runs]
+    flats = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for found in flats for key in found)
     values = {key: [found.get(key, "-") for found in flats] for key in keys}
     return {

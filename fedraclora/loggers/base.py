@@ -150,19 +150,3 @@ def scalars(row: Mapping[str, object], before: str = "") -> dict[str, float]:
 def is_number(value: object) -> bool:
     """Tell whether a value is a finite number, and no truth value."""
     return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]
-
-
-def flat(config: Mapping[str, object], before: str = "") -> dict[str, object]:
-    """Give the settings of a config by dotted names.
-
-    Example:
-        >>> flat({"local": {"lr": 0.1}, "seed": 0})
-        {'local.lr': 0.1, 'seed': 0}
-    """
-    found: dict[str, object] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{before}{key}.")
-        else:
-            found[f"{before}{key}"] = value
-    return found

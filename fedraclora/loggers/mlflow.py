@@ -9,7 +9,8 @@ import mlflow
 from mlflow.entities import Metric, Param, RunStatus
 from mlflow.utils.time import get_current_time_millis
 
-from fedraclora.loggers.base import Begin, flat
+from fedraclora.loggers.base import Begin
+from fedraclora.weights.files import flatten
 
 PROJECT = "fedraclora"
 LONGEST = 6000  # characters of a parameter's value
@@ -30,7 +31,7 @@ class MLflowLogger:
         experiment = self.client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self.client.create_experiment(name)
         self.id = self.client.create_run(number, run_name=run.title).info.run_id
-        params = [Param(k, str(v)[:LONGEST]) for k, v in flat(run.config).items()]
+        params = [Param(k, str(v)[:LONGEST]) for k, v in flatten(run.config).items()]
         for first in range(0, len(params), AT_ONCE):
             self.client.log_batch(self.id, params=params[first : first + AT_ONCE])
         return self.id

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import trackio
 
-from fedraclora.loggers.base import Begin, flat
+from fedraclora.loggers.base import Begin
+from fedraclora.weights.files import flatten
 
 PROJECT = "fedraclora"
 
@@ -21,7 +22,7 @@ class TrackioLogger:
         self.run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=name,
-            config={key: str(value) for key, value in flat(run.config).items()},
+            config={key: str(value) for key, value in flatten(run.config).items()},
             resume="allow" if run.known else "never",
             embed=False,
         )

@@ -37,13 +37,29 @@ def divergence(folder: Path) -> int | None:
     Raises:
         CheckpointError: If the file is damaged.
     """
+    found = _read(folder)
+    return found[1] + 1 if found is not None and found[0] == "diverged" else None
+
+
+def stop_reason(folder: Path) -> str | None:
+    """Read in words why a run stopped before its end; None if nothing says so.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    found = _read(folder)
+    return None if found is None else found[2]
+
+
+def _read(folder: Path) -> tuple[str, int, str] | None:
+    """Read kind, last round and reason of a stop; None if there was none."""
     path = folder / FILE
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return int(found["round"]) + 1 if found["kind"] == "diverged" else None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return str(found["kind"]), int(found["round"]), str(found.get("reason", ""))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error!r}); remove it, and the run counts as unfinished"
         ) from error

@@ -95,6 +95,18 @@ def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
         read_shown(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["summary.json", "stopped.json"])
+def test_a_damaged_file_is_named(
+    name: str, runs: dict[str, fedraclora.Run], tmp_path: Path
+) -> None:
+    folder = runs["fed_rac_lora"].folder
+    assert folder is not None
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / name).write_text("{")
+    with pytest.raises(CheckpointError, match=name):
+        read_shown(tmp_path / "run")
+
+
 # ---- In a browser -------------------------------------------------------------------------------
 
 
