@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {"clients": 6, "cohort": 3, "rounds": 3}
 
 def run(folder: Path | None, *names: str, **keys: Any) -> fedraclora.Run:
     return fedraclora.simulate(
-        *WORDS, folder=folder, output={"loggers": list(names)}, **(SIZES | keys)
+        *WORDS, folder=folder, output={"loggers": list(names), "plots": False}, **(SIZES | keys)
     )
 
 
@@ -81,6 +81,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         cwd=place,
         stdout=log,
         stderr=log,
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # four processes more
         start_new_session=True,
     )
     address = f"http://127.0.0.1:{port}"
@@ -162,7 +163,7 @@ def test_trackio_reads_the_rounds_back(tmp_path: Path) -> None:
     code = (
         "import sys, fedraclora, trackio\n"
         f"run = fedraclora.simulate(*{WORDS}, folder=sys.argv[1], clients=6, cohort=3, rounds=3,\n"
-        "    output={'loggers': ['trackio']})\n"
+        "    output={'loggers': ['trackio'], 'plots': False})\n"
         "from trackio.sqlite_storage import SQLiteStorage\n"
         "(name,) = SQLiteStorage.get_runs('fedraclora')\n"
         "rows = SQLiteStorage.get_logs('fedraclora', name)\n"
