@@ -84,7 +84,7 @@ def trained(model: str, method: str, folder: Path | None = None, **keys: object)
         method, _, word = method.partition(" ")
         more = dict([word.split("=")])
     return fedraclora.simulate(
-        QUIET,
+        *(QUIET, *(["output.plots=false"] if folder else [])),
         model=make(),
         data=clients,
         test=samples(30, 9),
@@ -353,7 +353,7 @@ def test_layers_that_peft_cannot_adapt_are_named(tmp_path):
 def plain_run(tmp_path_factory):
     """A run whose config is all that it takes."""
     return fedraclora.simulate(
-        QUIET,
+        *(QUIET, "output.plots=false"),
         *("data=virtual", "data.held_out=50", "data.samples=20", "model.hidden=[9]"),
         method={"name": "fed_rac_lora", "rank": RANK},
         clients=5,
