@@ -125,6 +125,9 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {"probability": 0.0}
         if "interval" in group:
             yield name, {"sketches": 3, "interval": 2, "normalise": "identity"}
+        if "pairs" in group:
+            yield name, {"pairs": True, "fresh": 0.0, "resample_every": 1}
+            yield name, {"basis": "coordinate", "kept_scale": 0.5, "resample_every": 1}
         if "gap" in group:
             yield name, {"gap": 1}
         if "residual_rank" in group:
