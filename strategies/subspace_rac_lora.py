@@ -32,15 +32,15 @@ finder. With ``fresh = 1`` these are Fed-RAC-LoRA's links, of both sides by turn
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil, isfinite
+from math import ceil
 
 import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.lowrank.algebra import truncated_product
-from fedraclora.protocol.link import Term, matrices
-from fedraclora.protocol.method import Downlink, Plan, State, Traits
+from fedraclora.protocol.link import Link, Term, matrices
+from fedraclora.protocol.method import Adapter, Downlink, Plan, State, Trained, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from strategies.shared.layer import Value
@@ -88,7 +88,7 @@ class SubspaceRacLora(LayerMethod):
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        _, trained = sides(layer.link)
+        trained = trained_side(replies.adapter)
         if not layer.ends:
             return LayerUpdate(carried=layer.carried | {trained: replies.mean(trained)})
         # Of what is merged to the bit, as a client that holds the link could.
@@ -117,14 +117,16 @@ class SubspaceRacLora(LayerMethod):
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         after = super().close_round(state, sent, got)
-        terms = {} if after.link is None or sent.ranks is not None else after.link.terms
         energy = torch.zeros(2, dtype=torch.float64)  # in the basis, and in all
-        for name, term in terms.items():
-            kept = self.kept(self.rank_of(state.plan, name), state.memo.sketch)
-            energy += energies(term, sides(state.memo.sketch)[1], kept)
+        for name, term in (after.link or Link()).terms.items():
+            rank = self.rank_of(state.plan, name)
+            if sent.ranks is not None and int(sent.ranks.min()) < rank:
+                return after  # fresh components are the last, which few clients have trained
+            kept = self.kept(rank, state.memo.sketch)
+            energy += energies(term, trained_side(sent.adapters[name]), kept)
         share = float(energy[0] / energy[1])
-        # Without fresh rows nothing is known of what lies outside, and a link is at its end only.
-        report = {"energy_seen": share} if isfinite(share) and share > 0 else {}
+        # Within a link it is 0 / 0, and without fresh rows nothing is known of what lies outside.
+        report = {"energy_seen": share} if share > 0 else {}
         return replace(after, report=after.report | report)
 
     @override
@@ -162,6 +164,11 @@ class SubspaceRacLora(LayerMethod):
 def sides(link: int) -> tuple[str, str]:
     """Return the labels of the frozen and of the trained factor of a link: right, then left."""
     return ("A", "B") if link % 2 == 0 else ("B", "A")
+
+
+def trained_side(adapter: Adapter) -> str:
+    """Return the label of the trained factor of what was asked."""
+    return next(k for k, factor in adapter.factors.items() if isinstance(factor, Trained))
 
 
 def as_rows(factor: torch.Tensor, label: str) -> torch.Tensor:
@@ -230,4 +237,4 @@ def energies(term: Term, trained: str, kept: int) -> torch.Tensor:
     rows, components = (A, B.mT) if trained == "B" else (B.mT, A)
     e = components.square().sum(dim=1) / rows.square().sum(dim=1) / term.scale**2
     (rank, d), old, new = rows.shape, e[:kept].sum(), e[kept:].sum()
-    return torch.stack([old + new, old + new * (d - kept) / (rank - kept)])
+    return torch.stack([old + new, old + (d - kept) * new / (rank - kept)])
