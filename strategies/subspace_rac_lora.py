@@ -59,7 +59,8 @@ class SubspaceRacLora(LayerMethod):
         resample_every: Rounds of a link.
         fresh: Share of the rows that are drawn anew, in [0, 1].
         pairs: Draw every even link whole.
-        kept_scale: c, the length of kept rows in (0, 1]; fresh ones have length 1.
+        kept_scale: c, the length of kept rows in (0, 1], where fresh ones have length 1; ``auto``:
+            (r / d)^(1/4) for rows of d numbers.
     """
 
     traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
@@ -68,7 +69,7 @@ class SubspaceRacLora(LayerMethod):
     resample_every: int = 2
     fresh: float = 0.25
     pairs: bool = False
-    kept_scale: float = 1.0
+    kept_scale: float | str = "auto"
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
@@ -82,7 +83,7 @@ class SubspaceRacLora(LayerMethod):
             uniform = torch.from_numpy(clocks.random(kept.shape[1]))
             kept = chosen(kept[0], self.kept(layer.rank, layer.link), uniform)
         rows = completed(kept, as_rows(sketch.draw(), drawn))
-        rows[: len(kept)] *= self.kept_scale
+        rows[: len(kept)] *= self.length(*rows.shape)
         frozen = as_rows(rows, drawn).to(layer.dtype)
         return {trained: layer.trained(trained), drawn: frozen}
 
@@ -101,6 +102,10 @@ class SubspaceRacLora(LayerMethod):
         """Count the rows of a link that come from the one before it, k."""
         whole = link == 0 or (self.pairs and link % 2 == 0)
         return 0 if whole else rank - ceil(self.fresh * rank)
+
+    def length(self, rank: int, dim: int) -> float:
+        """Compute c, the length of kept rows of ``dim`` numbers."""
+        return (rank / dim) ** 0.25 if self.kept_scale == "auto" else float(self.kept_scale)
 
     def directions(self, change: tuple[Value, Value], side: str, kept: int) -> torch.Tensor:
         """Compute what the next link keeps of a change B A: as B [m, k], or as A [k, n].
@@ -150,15 +155,19 @@ class SubspaceRacLora(LayerMethod):
         super().__post_init__()
         if self.basis not in BASES:
             raise unknown("method.basis", self.basis, BASES)
-        if self.resample_every < 1:
+        if not self.resample_every or self.resample_every < 1:
             raise ConfigError(
                 f"method.resample_every is {self.resample_every}; 1 or more is wanted, since a "
                 "basis is taken from links that have ended"
             )
         if not 0 <= self.fresh <= 1:
             raise ConfigError(f"method.fresh is {self.fresh}; a share in [0, 1] is wanted")
-        if not 0 < self.kept_scale <= 1:
-            raise ConfigError(f"method.kept_scale is {self.kept_scale}; it must lie in (0, 1]")
+        if self.kept_scale != "auto" and not (
+            isinstance(self.kept_scale, float | int) and 0 < self.kept_scale <= 1
+        ):
+            raise ConfigError(
+                f"method.kept_scale is {self.kept_scale!r}; auto, or a number in (0, 1], is wanted"
+            )
 
 
 def sides(link: int) -> tuple[str, str]:
