@@ -5,7 +5,7 @@ adapted matrix W (m x n), s = alpha / r, with k kept and f = r - k fresh rows, f
 
     right: A = [c K; F], K the k leading right singular vectors of the last link's change of W,
            F the rows of a drawing made orthonormal to K and to one another
-           client: local steps on B_k from B;  B = sum_k p_k B_k;  last round: W <- W + s B A
+           client i: local steps on B_i from B;  B = sum_i p_i B_i;  last round: W <- W + s B A
     left:  B = [c K, F] likewise, K of left singular vectors; clients train A
 
 Each link turns the basis by the gradient once: subspace iteration with a warm start, along the
@@ -19,9 +19,9 @@ finder. With ``fresh = 1`` these are Fed-RAC-LoRA's links, of both sides by turn
   vectors that clients computed themselves would differ by rounding between machines, and a client
   that catches up by whole weights holds no link to compute them from.
 - Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
-- Rank budgets: client k trains the first r_k components, those of the strongest directions. Exact.
-- Ledger: ``energy_seen``, the estimated share of the gradient's energy that lies in the sketches of
-  the round (`energies`).
+- Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
+- Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
+  gradient's energy that lies in its basis (`energies`).
 - Server: one mean, per link and matrix two QRs, an SVD of an r x r matrix and a merge.
 - Source: Malinovsky et al., 2024, arXiv 2410.08305 (the chain); Vogels et al., *PowerSGD*, NeurIPS
   2019, arXiv 1905.13727 (the iteration); Halko, Martinsson and Tropp, SIAM Review 53(2), 2011,
