@@ -228,7 +228,7 @@ def test_paths_that_diverge_are_counted() -> None:
 
 
 def test_a_basis_of_noisy_links_alone_ends_beside_the_optimum() -> None:
-    gaps = {m: noise.run(noise.Trial(m, noise.SHARE, 30, 1)) for m in noise.METHODS}
+    gaps = {m: noise.run(example.Trial(m, noise.SHARE, 30, 1)) for m in noise.METHODS}
     kept = gaps.pop("kept, r = 1")
     assert kept[30] == pytest.approx(kept[15], rel=1e-6)
     assert kept[30] > 0.5
