@@ -21,7 +21,7 @@ finder. With ``fresh = 1`` these are Fed-RAC-LoRA's links, of both sides by turn
 - Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
 - Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
 - Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
-  gradient's energy that lies in its basis (`energies`).
+  gradient's energy that lies in its basis (`strategies.shared.past.energies`).
 - Server: one mean, per link and matrix two QRs, an SVD of an r x r matrix and a merge.
 - Source: Malinovsky et al., 2024, arXiv 2410.08305 (the chain); Vogels et al., *PowerSGD*, NeurIPS
   2019, arXiv 1905.13727 (the iteration); Halko, Martinsson and Tropp, SIAM Review 53(2), 2011,
@@ -38,15 +38,14 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.lowrank.algebra import truncated_product
-from fedraclora.protocol.link import Link, Term, matrices
-from fedraclora.protocol.method import Adapter, Downlink, Plan, State, Trained, Traits
+from fedraclora.protocol.link import Link
+from fedraclora.protocol.method import Downlink, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
-from strategies.shared.layer import Value
+from strategies.shared import past
 from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
 
-BASES = {"singular": "orthonormal", "coordinate": "coordinate"}  # and how fresh rows are drawn
+BASES = {"singular": past.leading, "coordinate": past.squared_lengths}
 
 
 @dataclass(frozen=True)
@@ -73,29 +72,30 @@ class SubspaceRacLora(LayerMethod):
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
-        drawn, trained = sides(layer.link)
-        sketch = now.sketch(layer, drawn, BASES[self.basis], index=layer.link, normalise="rows")
+        drawn, trained = past.sides(layer.link)
+        kind = "coordinate" if self.basis == "coordinate" else "orthonormal"
+        sketch = now.sketch(layer, drawn, kind, index=layer.link, normalise="rows")
         if drawn not in layer.carried:
             return {trained: layer.trained(trained), drawn: sketch}
-        kept = as_rows(layer.carried[drawn].to(torch.float64), drawn)
+        kept = past.as_rows(layer.carried[drawn].to(torch.float64), drawn)
         if self.basis == "coordinate":
             clocks = generator(now.draw.seed, "kept", layer.name, layer.link)
             uniform = torch.from_numpy(clocks.random(kept.shape[1]))
-            kept = chosen(kept[0], self.kept(layer.rank, layer.link), uniform)
-        rows = completed(kept, as_rows(sketch.draw(), drawn))
+            kept = past.chosen(kept[0], self.kept(layer.rank, layer.link), uniform)
+        rows = past.completed(kept, past.as_rows(sketch.draw(), drawn))
         rows[: len(kept)] *= self.length(*rows.shape)
-        frozen = as_rows(rows, drawn).to(layer.dtype)
+        frozen = past.as_rows(rows, drawn).to(layer.dtype)
         return {trained: layer.trained(trained), drawn: frozen}
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        trained = trained_side(replies.adapter)
+        trained = past.trained_side(replies.adapter)
         if not layer.ends:
             return LayerUpdate(carried=layer.carried | {trained: replies.mean(trained)})
         # Of what is merged to the bit, as a client that holds the link could.
         means = replies.means() | {trained: replies.mean(trained).to(layer.dtype)}
         change, kept = (means["B"], means["A"]), self.kept(layer.rank, layer.link + 1)
-        carried = {trained: self.directions(change, trained, kept)} if kept else {}
+        carried = {trained: BASES[self.basis](change, trained, kept)} if kept else {}
         return LayerUpdate(merged=change, carried=carried)  # W <- W + s B A
 
     def kept(self, rank: int, link: int) -> int:
@@ -107,42 +107,20 @@ class SubspaceRacLora(LayerMethod):
         """Compute c, the length of kept rows of ``dim`` numbers."""
         return (rank / dim) ** 0.25 if self.kept_scale == "auto" else float(self.kept_scale)
 
-    def directions(self, change: tuple[Value, Value], side: str, kept: int) -> torch.Tensor:
-        """Compute what the next link keeps of a change B A: as B [m, k], or as A [k, n].
-
-        For ``coordinate`` the squared lengths of its rows, or columns: [m, 1], or [1, n].
-        """
-        B, A = matrices(Term(change, 1.0))
-        if self.basis == "singular":
-            u, _, vt = truncated_product(B, A, kept)
-            return u if side == "B" else vt
-        squares = (B @ (A @ A.mT) * B).sum(dim=1) if side == "B" else (B.mT @ B @ A * A).sum(dim=0)
-        return as_rows(squares[None], side)
-
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         after = super().close_round(state, sent, got)
-        energy = torch.zeros(2, dtype=torch.float64)  # in the basis, and in all
-        for name, term in (after.link or Link()).terms.items():
-            rank = self.rank_of(state.plan, name)
-            if sent.ranks is not None and int(sent.ranks.min()) < rank:
-                return after  # fresh components are the last, which few clients have trained
-            kept = self.kept(rank, state.memo.sketch)
-            energy += energies(term, trained_side(sent.adapters[name]), kept)
-        share = float(energy[0] / energy[1])
-        # Within a link it is 0 / 0, and without fresh rows nothing is known of what lies outside.
-        report = {"energy_seen": share} if share > 0 else {}
-        return replace(after, report=after.report | report)
+        terms, link = (after.link or Link()).terms, state.memo.sketch
+        kept = {name: self.kept(self.rank_of(state.plan, name), link) for name in terms}
+        return replace(after, report=after.report | past.report(terms, sent, kept))
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         up, down = super().floats(plan, round_)
         link = (round_ - 1) // self.resample_every
-        side = "BA".index(sides(link)[0])
-        for name, view in plan.targets.items():
-            rank = self.rank_of(plan, name)
-            down += rank * view.shape[side] if self.kept(rank, link) else 0
-        return up, down
+        side = "BA".index(past.sides(link)[0])
+        frozen = [(self.rank_of(plan, n), view.shape[side]) for n, view in plan.targets.items()]
+        return up, down + sum(r * d for r, d in frozen if self.kept(r, link))
 
     @property
     @override
@@ -157,8 +135,7 @@ class SubspaceRacLora(LayerMethod):
             raise unknown("method.basis", self.basis, BASES)
         if not self.resample_every or self.resample_every < 1:
             raise ConfigError(
-                f"method.resample_every is {self.resample_every}; 1 or more is wanted, since a "
-                "basis is taken from links that have ended"
+                f"method.resample_every is {self.resample_every}; 1 or more rounds are wanted"
             )
         if not 0 <= self.fresh <= 1:
             raise ConfigError(f"method.fresh is {self.fresh}; a share in [0, 1] is wanted")
@@ -168,82 +145,3 @@ class SubspaceRacLora(LayerMethod):
             raise ConfigError(
                 f"method.kept_scale is {self.kept_scale!r}; auto, or a number in (0, 1], is wanted"
             )
-
-
-def sides(link: int) -> tuple[str, str]:
-    """Return the labels of the frozen and of the trained factor of a link: right, then left."""
-    return ("A", "B") if link % 2 == 0 else ("B", "A")
-
-
-def trained_side(adapter: Adapter) -> str:
-    """Return the label of the trained factor of what was asked."""
-    return next(k for k, factor in adapter.factors.items() if isinstance(factor, Trained))
-
-
-def as_rows(factor: torch.Tensor, label: str) -> torch.Tensor:
-    """Turn B so that its components are rows, as those of A are; and back."""
-    return factor.mT if label == "B" else factor
-
-
-def chosen(weights: torch.Tensor, count: int, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw coordinates without replacement, one after another, with chances as their weights.
-
-    Args:
-        weights: [d], not negative. Not modified.
-        count: How many.
-        uniform: Numbers of [0, 1) that decide, [d].
-
-    Returns:
-        Unit rows, [count, d].
-
-    References:
-        Efraimidis and Spirakis, Information Processing Letters 97(5), 2006, doi
-        10.1016/j.ipl.2005.11.003: the first of exponential clocks with these rates.
-    """
-    first = (-torch.log1p(-uniform) / weights).argsort(stable=True)[:count]
-    return torch.eye(len(weights), dtype=torch.float64)[first]
-
-
-def completed(kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """Append random rows to orthonormal ones, orthonormal to them and to one another.
-
-    Given the kept rows, the others span a uniform subspace of the complement: a rotation (for
-    coordinates: a permutation) of the complement leaves the law of the drawing as it is.
-
-    Args:
-        kept: [k, d]. Not modified.
-        drawn: [rank, d], orthonormal rows, independent of the kept ones. Not modified.
-
-    Returns:
-        [rank, d], float64: the kept rows, made orthonormal in their order, then the others.
-    """
-    outside = torch.linalg.vector_norm(drawn - drawn @ kept.mT @ kept, dim=1) > 1e-6
-    q, r = torch.linalg.qr(torch.cat([kept, drawn[outside][: len(drawn) - len(kept)]]).mT)
-    return torch.where(r.diagonal() < 0, -q, q).mT
-
-
-def energies(term: Term, trained: str, kept: int) -> torch.Tensor:
-    """Estimate the energy of a gradient G inside the basis of a link, and all of it.
-
-    A step of SGD moves the component beside the row c_i a_i by a multiple of c_i G a_i, so that
-    e_i = ||its component||^2 / c_i^2 stands for ||G a_i||^2, up to one factor. Fresh rows lie
-    uniformly in the complement of the kept ones, which has d - k dimensions:
-
-        seen = sum_i e_i,    whole = sum_{i <= k} e_i + (d - k) / (r - k) sum_{i > k} e_i
-
-    Over the draw, whole is unbiased. Of several steps, or adaptive ones, these are energies of the
-    way that clients went.
-
-    Args:
-        term: Of the link: two factors and s.
-        trained: Label of the one that was trained.
-        kept: k.
-
-    Returns:
-        (seen, whole), divided by s^2; whole is infinite or no number where no row is fresh.
-    """
-    B, A = matrices(term)
-    rows, components = (A, B.mT) if trained == "B" else (B.mT, A)
-    e = components.square().sum(dim=1) / rows.square().sum(dim=1) / term.scale**2
-    (rank, d), old, new = rows.shape, e[:kept].sum(), e[kept:].sum()
-    return torch.stack([old + new, old + (d - kept) * new / (rank - kept)])

@@ -17,7 +17,8 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.wire import uplink_layout
 from strategies.bernoulli_lora import BernoulliLora
-from strategies.subspace_rac_lora import SubspaceRacLora, chosen, completed, energies
+from strategies.shared.past import chosen, completed, energies
+from strategies.subspace_rac_lora import SubspaceRacLora
 
 M, N, RANK, ALPHA = 9, 12, 4, 6.0
 DRAW = Draw(3)
@@ -183,8 +184,8 @@ def test_the_scale_of_kept_rows_gives_noise_no_more_than_a_drawing_does() -> Non
     ("changes", "words"),
     [
         ({"basis": "random"}, "basis"),
-        ({"resample_every": 0}, "links that have ended"),
-        ({"resample_every": None}, "links that have ended"),
+        ({"resample_every": 0}, "1 or more rounds"),
+        ({"resample_every": None}, "1 or more rounds"),
         ({"fresh": 1.5}, r"share in \[0, 1\]"),
         ({"fresh": math.nan}, r"share in \[0, 1\]"),
         ({"kept_scale": 0.0}, "auto, or a number"),
