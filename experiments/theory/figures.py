@@ -82,7 +82,7 @@ def draw(
         bounds_figure(title, drawn, columns, out / f"{name}.png")
     title = "3 x 3 quadratic, M = diag(10, 1, ..., 1), rank 1"
     _counter_example(title, found, CHAIN, out / "counter_example.png")
-    title = "3 x 3 quadratic, gradients with noise in one entry that f does not have"
+    title = "3 x 3, noise where f is flat"
     _counter_example(title, noisy, 1, out / "noise_example.png")
     _slowdowns(slow, out / "slowdown.png")
 
