@@ -59,7 +59,7 @@ class SubspaceRacLora(LayerMethod):
         fresh: Share of the rows that are drawn anew, in [0, 1].
         pairs: Draw every even link whole.
         kept_scale: c, the length of kept rows in (0, 1], where fresh ones have length 1; ``auto``:
-            (r / d)^(1/4) for rows of d numbers.
+            (r / d)^(1/4) for rows of d numbers. ``local.precondition`` undoes it.
     """
 
     traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
