@@ -98,8 +98,8 @@ def energies(term: Term, trained: str, kept: int) -> torch.Tensor:
 
         seen = sum_i e_i,    whole = sum_{i <= k} e_i + (d - k) / (r - k) sum_{i > k} e_i
 
-    Over the draw, whole is unbiased. Of several steps, or adaptive ones, these are energies of the
-    way that clients went.
+    Over the draw, whole is unbiased. Of several steps these are energies of the way that clients
+    went; adaptive steps, whose size does not follow the gradient's, say nothing of it.
 
     Args:
         term: Of the link: two factors and s.
