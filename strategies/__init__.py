@@ -22,6 +22,7 @@ from strategies.lora_fair import LoraFair
 from strategies.ravan import Ravan
 from strategies.rolora import RoLora
 from strategies.slora import SLora
+from strategies.subspace_rac_lora import SubspaceRacLora
 from strategies.xgblora import XgbLora
 
 METHODS: dict[str, type[Method]] = {
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
     "ravan": Ravan,
     "rolora": RoLora,
     "slora": SLora,
+    "subspace_rac_lora": SubspaceRacLora,
     "xgblora": XgbLora,
     # Settings of methods above that have names of their own.
     "fed_cola": FedAvgLora,

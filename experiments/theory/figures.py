@@ -49,6 +49,15 @@ FIGURES = {
             for name in ROUNDS
         ),
     ),
+    "chain": (
+        f"Links built on those before them, r = 4: {SPREAD}",
+        3,
+        (
+            ("chain/linear, gd", "gap", "linear regression, gradient descent"),
+            ("chain/linear, sgd", "gap", "linear regression, SGD"),
+            ("chain/linear, federated", "gap", "linear regression, federated, all 8"),
+        ),
+    ),
     "cover": (
         "Blocks without replacement (worst seed, bound on every seed) and independent ones (mean)",
         2,
@@ -61,13 +70,20 @@ FIGURES = {
 
 
 def draw(
-    judged: Sequence[Judged], found: Sequence[Outcome], slow: Sequence[Slowdown], out: Path
+    judged: Sequence[Judged],
+    found: Sequence[Outcome],
+    noisy: Sequence[Outcome],
+    slow: Sequence[Slowdown],
+    out: Path,
 ) -> None:
     """Write all figures into a folder."""
     for name, (title, columns, panels) in FIGURES.items():
         drawn = [panel(judged, *words) for words in panels]
         bounds_figure(title, drawn, columns, out / f"{name}.png")
-    _counter_example(found, out / "counter_example.png")
+    title = "3 x 3 quadratic, M = diag(10, 1, ..., 1), rank 1"
+    _counter_example(title, found, CHAIN, out / "counter_example.png")
+    title = "3 x 3, noise where f is flat"
+    _counter_example(title, noisy, 1, out / "noise_example.png")
     _slowdowns(slow, out / "slowdown.png")
 
 
@@ -90,17 +106,23 @@ def normalised(curve: Curve) -> Measured:
     return Measured(curve.rounds, curve.mean / first, spread, curve.bound / first)
 
 
-def _counter_example(found: Sequence[Outcome], path: Path) -> None:
+def _counter_example(title: str, found: Sequence[Outcome], steps: int, path: Path) -> None:
     panels = []
     for share in dict.fromkeys(o.share for o in found):
         curves = {}
         for o in (o for o in found if o.share == share):
             label = o.method + (f" ({o.diverged} of {o.seeds} diverged)" if o.diverged else "")
             median = np.array(o.median)
-            curves[label] = Measured(CHAIN * np.arange(len(median), dtype=np.float64), median)
-        title = f"step {share:g} / L"
-        panels.append(Panel(title, ("step", "f(W) - f*, median of the seeds"), curves, floor=1e-6))
-    bounds_figure("3 x 3 quadratic, M = diag(10, 1, ..., 1), rank 1", panels, 2, path)
+            curves[label] = Measured(steps * np.arange(len(median), dtype=np.float64), median)
+        panels.append(
+            Panel(
+                f"step {share:g} / L",
+                ("step", "f(W) - f*, median of the seeds"),
+                curves,
+                floor=1e-6,
+            )
+        )
+    bounds_figure(title, panels, len(panels), path)
 
 
 def _slowdowns(slow: Sequence[Slowdown], path: Path) -> None:

@@ -8,11 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.theory.bounds.descent import Descent, Given
-from experiments.theory.bounds.spectrum import of_downlink
 from experiments.theory.bounds.theorems import cover, federated, gd, reshuffling, sgd
 from experiments.theory.cases import Case
 from experiments.theory.problems import MEASURES, problem
-from experiments.theory.runs import federate, first_downlink, start_of
+from experiments.theory.runs import federate, start_of
 
 Vector = npt.NDArray[np.float64]
 
@@ -175,7 +174,7 @@ def curve(
 def theorem(case: Case, noise: dict[str, float]) -> Descent:
     """Build the theorem of a case; ``noise`` has sigma_sq of single samples, and zeta_sq."""
     ground = problem(case.problem)
-    spectrum = of_downlink(first_downlink(ground.task, case.method))
+    spectrum = case.spectrum()
     steps = case.theorem in {"sgd", "reshuffling", "federated"}
     given = Given(
         smoothness=case.smoothness(ground),

@@ -170,9 +170,9 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
         carries |= bool(own and state.carried)
     if carries:
         raise ConfigError(
-            "a reply to an older downlink came (system.buffer), but this method goes on training "
-            "the same factors, so that they have changed since; take a method that merges in "
-            "every round (method.resample_every=1), or never (null)"
+            "a reply to an older downlink came (system.buffer), but what this method carries from "
+            "round to round has changed since; take a method that merges in every round and "
+            "carries nothing (fed_rac_lora with method.resample_every=1), or never merges (null)"
         )
     first, *others = links
     report = {"staleness": sum(ages) / len(ages), "staleness_max": max(ages)}

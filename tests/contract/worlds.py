@@ -112,6 +112,8 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {"side": "auto"}
         if "resample_every" in group:
             yield name, {"resample_every": 3}
+            bases = ({"pairs": True, "fresh": 0.0}, {"basis": "coordinate", "kept_scale": 0.5})
+            yield from ((name, b | {"resample_every": 1}) for b in bases if "pairs" in group)
             starts = [s for s in ("pissa", "orthogonal") if "initial" in group]
             yield from ((name, {"initial": s, "resample_every": None}) for s in starts)
         if "blocks" in group:

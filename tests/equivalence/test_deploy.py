@@ -53,6 +53,10 @@ def base_at(folder: Path, version: int) -> str:
         ["method=fed_rac_lora", "head=average", "bias=average"],
         ["method=fedavg_lora"],
         ["method=fedavg"],
+        pytest.param(
+            ["method=subspace_rac_lora", "rounds=5", "clients=5", "cohort=2"],
+            marks=pytest.mark.slow,
+        ),
         ["local=momentum", "rounds=4", "clients=5", "cohort=2"],
         ["pretrain=digits_0_4", "pretrain.epochs=1", "data.labels=[5,6,7,8,9]", "weights=uniform"],
     ],
