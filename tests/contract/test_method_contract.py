@@ -65,7 +65,9 @@ INEXACT = [v for v in VARIANTS if not make_method(v[0], **v[1]).traits.exact]
 RESAMPLED = [
     v
     for v in VARIANTS
-    if has_field(make_method(v[0]), "resample_every") and v[1].get("initial") not in STARTS
+    if has_field(make_method(v[0]), "resample_every")
+    and v[1].get("initial") not in STARTS
+    and not make_method(v[0]).traits.pools  # their sketches recur, and their links have an end
 ]
 NAMED_LIKE_CLASS = [n for n, c in METHODS.items() if c.__name__.lower() == n.replace("_", "")]
 

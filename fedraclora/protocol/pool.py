@@ -1,0 +1,71 @@
+"""Pools: products under recurring sketches that stand beside a weight, and never in it.
+
+    W_t = W_0 + s sum_j B^(j) A_j        right sketches; left: s sum_j B_j A^(j)
+
+Server and replicas keep each trained part B^(j) among their base weights, under a name of its own.
+A link of a pool is the new value of one part: what all links under that sketch add up to, rounded
+once at the server. So every replica has the same bits, however many links it has missed, and
+fetches each part once (`fedraclora.weights.chain.LinkSizes`). A part of which nothing is trained
+yet has no numbers. `Pool.term` alone says how parts add up; it is what clients train beside, what
+the server measures, and what is folded into W where a pool ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedraclora.protocol.link import Link, Plan, Term, apply_link
+from fedraclora.sketch import Sketches
+from fedraclora.tree import Tree, wide
+
+Terms = dict[str, Term]
+
+
+def part_name(weight: str, label: str, place: int) -> str:
+    """Name the part of a pool in base weights; parameters have no "/" in their names."""
+    return f"{weight}/{label}.{place}"
+
+
+def parameters(base: Mapping[str, torch.Tensor]) -> Tree:
+    """Leave out of base weights what is no parameter of the model: the parts of pools."""
+    return {name: tensor for name, tensor in base.items() if "/" not in name}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What of a pool stands beside one weight.
+
+    Attributes:
+        sketches: The frozen factors of the parts that have numbers.
+        scale: s.
+    """
+
+    sketches: Sketches
+    scale: float
+
+    def term(self, weight: str, base: Mapping[str, torch.Tensor]) -> Term:
+        """Join the parts into one product, of rank K r; the order is that of their numbers."""
+        right = self.sketches.first.side == "right"
+        names = [part_name(weight, "B" if right else "A", j) for j in range(self.sketches.count)]
+        trained = torch.cat([base[name] for name in names], dim=1 if right else 0)
+        return Term((trained, self.sketches) if right else (self.sketches, trained), self.scale)
+
+
+def fold_pools(base: Tree, pools: Mapping[str, Pool], plan: Plan) -> tuple[Tree, Terms]:
+    """Fold pools into the weights from which clients train, where these are float32 or wider.
+
+    Args:
+        base: Of a replica, with the parts. Not modified.
+        pools: By weight.
+        plan: Gives each weight's (out, in) view.
+
+    Returns:
+        The parameters, rounded once; and the terms of narrower ones, which stay beside them.
+    """
+    terms = {name: pool.term(name, base) for name, pool in pools.items()}
+    narrow = {n: t for n, t in terms.items() if base[n].dtype != wide(base[n].dtype)}
+    folded = Link({n: t for n, t in terms.items() if n not in narrow})
+    return apply_link(parameters(base), folded, plan), narrow
