@@ -59,6 +59,7 @@ RUNS = {
     "rows": ("method.rank=2", "engine.chunk=9"),
     "sums": ("method.rank=2", "engine.chunk=32"),
     "carried": ("method.rank=2", "engine.chunk=32", "method.resample_every=3"),
+    "pool": ("method=pool_rac_lora", "engine.chunk=32", "method.pool=2", "method.refresh=3"),
     "dense": ("method=fedavg", "engine.chunk=32"),
     "both factors": ("method=fedavg_lora", "engine.chunk=20"),
     "local head": ("method.rank=2", "engine.chunk=16", "head=local"),
