@@ -12,11 +12,13 @@ is one adapter of rank K r. Under ``blocks=cover`` the sketches are blocks of on
 where K r = n they tile it, and K rounds reach every direction once. With ``refresh = K`` that is
 ``fed_rac_lora blocks=cover``. A link of several rounds (``resample_every``) counts as one turn.
 
-- Uplink: r m numbers per matrix and client (left: r n). Downlink: two seeds, and what the client
+- Uplink: r m numbers per matrix and client (left: r n). Downlink: a seed, and what the client
   missed: r m numbers for each sketch that was used since, so min(q, K) r m after q rounds away, and
-  K r m for a newcomer; K r m more for each refresh in between, at most m n for all of them.
+  K r m for a newcomer; K r m more for each refresh in between, at most m n for all of them. Within
+  a link of several rounds r m numbers more, the carried factor.
 - Aggregation: exact and linear, as in Fed-RAC-LoRA, whose rounds these are.
-- Server and replicas: K r m numbers per matrix beside W (`fedraclora.protocol.pool`).
+- Server and replicas: K r m numbers per matrix beside W (`fedraclora.protocol.pool`); W_t is formed
+  where clients train.
 - K r is at most n: the rank is cut at n / K. A fraction is a share of n / K, so that ``rank=1.0``
   tiles every layer whose n is a multiple of K.
 - Source: Malinovsky et al., *Randomized Asymmetric Chain of LoRA*, 2024, arXiv 2410.08305, for the

@@ -139,6 +139,26 @@ def test_a_pool_that_tiles_and_is_refreshed_with_each_pass_is_a_cover() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_a_pool_reaches_the_span_of_its_sketches_and_no_more() -> None:
+    """Steps of 1/L on (1/2) ||W - Y||^2: a pass ends on the floor of docs/theory.md, section 5."""
+    method, target = PoolRacLora(rank=R, alpha=ALPHA, pool=3), normal(M, N, key=99)
+    state = begun(method)
+    loss = []
+    for round_ in range(1, 7):
+        sent = method.open_round(state, round_, COHORT, DRAW)
+        A = sent.adapters[NAME].factors["A"].draw()  # type: ignore[union-attr]
+        gradient = method.weights(state, DRAW)[NAME] - target
+        row = (-R / ALPHA * gradient @ A.T).reshape(1, -1)  # s B A is the projected step
+        got = Uplinks(COHORT.clients, SHARES, uplink_layout(sent), row.expand(2, -1))
+        state = method.close_round(state, sent, got)
+        loss.append(float((method.weights(state, DRAW)[NAME] - target).square().sum() / 2))
+    rows = method.pools(state, DRAW)[NAME].sketches.draw()
+    outside = (normal(M, N) - target) @ (torch.eye(N).double() - rows.T @ rows)
+    floor = float(outside.square().sum() / 2)
+    assert loss[1] > 1.01 * floor > 0.01
+    assert loss[2:] == pytest.approx([floor] * 4, rel=1e-12)
+
+
 def test_a_fraction_of_one_tiles_every_layer() -> None:
     method = PoolRacLora(rank=1.0, pool=4)
     sent = method.open_round(states(method, 5, torch.float64)[-1], 6, COHORT, DRAW)
