@@ -48,9 +48,10 @@ class Pool:
 
     def term(self, weight: str, base: Mapping[str, torch.Tensor]) -> Term:
         """Join the parts into one product, of rank K r; the order is that of their numbers."""
-        right = self.sketches.first.side == "right"
-        names = [part_name(weight, "B" if right else "A", j) for j in range(self.sketches.count)]
-        trained = torch.cat([base[name] for name in names], dim=1 if right else 0)
+        right, count = self.sketches.first.side == "right", self.sketches.count
+        label, dim = ("B", 1) if right else ("A", 0)
+        parts = [base[part_name(weight, label, j)] for j in range(count)]
+        trained = torch.cat(parts, dim)
         return Term((trained, self.sketches) if right else (self.sketches, trained), self.scale)
 
 

@@ -296,9 +296,9 @@ def _pool(described: object, weight: str) -> Pool:
     where = f"the pool of {weight}"
     plain = mapping(described, where)
     exactly(plain, POOL, where)
-    count = whole(plain["count"], f"the number of parts of {where}", 1)
-    scale = real(plain["scale"], f"the scale of {where}")
-    return Pool(Sketches(_spec(plain["spec"], where), count), scale)
+    first = _spec(plain["spec"], where)
+    count = whole(plain["count"], f"the number of parts of {where}", 1, first.dim // first.rank)
+    return Pool(Sketches(first, count), real(plain["scale"], f"the scale of {where}"))
 
 
 def _extra(
