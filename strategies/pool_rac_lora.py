@@ -6,19 +6,15 @@ Round t, right sketch, per adapted matrix W (m x n) with s = alpha / r; j = (t -
     client k: B_k = 0, local steps on B_k under W_t + s B_k A_j
     B^(j) <- B^(j) + sum_k p_k B_k
 
-A left sketch draws B_j (m x r) and trains A_k (r x n). ``refresh = E`` folds the pool into W after
-E rounds, an era, and draws K new sketches; None never does, so that W_0 stays as it is and the run
-is one adapter of rank K r. Under ``blocks=cover`` the sketches are blocks of one orthonormal basis:
-where K r = n they tile it, and K rounds reach every direction once. With ``refresh = K`` that is
-``fed_rac_lora blocks=cover``. A link of several rounds (``resample_every``) counts as one turn.
+``refresh = E`` folds the pool into W after E rounds, an era, and draws K new sketches; None never
+does: W_0 stays as it is, and the run is one adapter of rank K r. ``blocks=cover`` makes the sketches
+blocks of one basis: where K r = n they tile it, which with E = K is ``fed_rac_lora blocks=cover``.
 
-- Uplink: r m numbers per matrix and client (left: r n). Downlink: a seed, and what the client
-  missed: r m numbers for each sketch that was used since, so min(q, K) r m after q rounds away, and
-  K r m for a newcomer; K r m more for each refresh in between, at most m n for all of them. Within
-  a link of several rounds r m numbers more, the carried factor.
+- Uplink: r m numbers per matrix and client (left: r n). Downlink: a seed, and min(q, K) r m numbers
+  after q rounds away, K r m for a newcomer; K r m more for each refresh in between, at most m n for
+  all of them. Within a link of several rounds r m numbers more, the carried factor.
 - Aggregation: exact and linear, as in Fed-RAC-LoRA, whose rounds these are.
-- Server and replicas: K r m numbers per matrix beside W (`fedraclora.protocol.pool`); W_t is formed
-  where clients train.
+- Server and replicas: K r m numbers per matrix beside W (`fedraclora.protocol.pool`).
 - K r is at most n: the rank is cut at n / K. A fraction is a share of n / K, so that ``rank=1.0``
   tiles every layer whose n is a multiple of K.
 - Source: Malinovsky et al., *Randomized Asymmetric Chain of LoRA*, 2024, arXiv 2410.08305, for the
@@ -35,8 +31,8 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Term, Traits
-from fedraclora.protocol.pool import Pool, part_name
-from fedraclora.sketch import Sketches, SketchSpec
+from fedraclora.protocol.pool import Pool, added, part_name
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
 from strategies.shared.layerwise import Round
@@ -73,10 +69,8 @@ class PoolRacLora(FedRacLora):
     def blank(self, state: State) -> Tree:
         """Build the parts of all pools as they begin: without numbers."""
         return {
-            part_name(layer.name, trained, j): torch.zeros(
-                layer.trained(trained, rank=0).shape,
-                dtype=layer.dtype,
-                device=state.base[layer.name].device,
+            part_name(layer.name, trained, j): state.base[layer.name].new_zeros(
+                layer.trained(trained, rank=0).shape, dtype=layer.dtype
             )
             for layer in self.layers_of(state)
             for trained in self.sides(layer.shape)[1:]
@@ -91,31 +85,26 @@ class PoolRacLora(FedRacLora):
     def pools(self, state: State, draw: Draw) -> dict[str, Pool]:
         """Say what stands beside each weight; nothing does where an era begins."""
         found: dict[str, Pool] = {}
-        live = min(self.turn(state.memo.sketch)[1], self.pool)
-        for layer in self.layers_of(state) if live else ():
+        turn = self.turn(state.memo.sketch)[1]
+        for layer in self.layers_of(state) if turn else ():
             adapter = self.adapter(layer, Round(1, draw))
             sketch = next(f for f in adapter.factors.values() if isinstance(f, SketchSpec))
-            found[layer.name] = self.pool_of(sketch, state.memo.sketch, live, adapter.scale)
+            pool = Pool.around(sketch, turn % self.pool, self.pool, adapter.scale)
+            found[layer.name] = pool.begun(turn)
         return found
-
-    def pool_of(self, sketch: SketchSpec, link: int, live: int, scale: float) -> Pool:
-        """Build the pool that the sketch of a link belongs to, as far as it is ``live``."""
-        first = replace(sketch, index=sketch.index - self.turn(link)[1] % self.pool)
-        return Pool(Sketches(first, live), scale)
 
     @override
     def merge(self, state: State, terms: dict[str, Term], dense: Tree) -> Link:
         """Add each product to its part; where an era ends, fold pools into W and empty them."""
-        link = state.memo.sketch
-        turn, live = self.turn(link)[1] % self.pool, min(self.turn(link)[1] + 1, self.pool)
-        parts, pools = Tree(), dict[str, Pool]()
+        link, parts, pools = state.memo.sketch, Tree(), dict[str, Pool]()
+        place = self.turn(link)[1] % self.pool
         for name, term in terms.items():
             for label, factor in zip("BA", term.factors, strict=True):
                 if isinstance(factor, torch.Tensor):
-                    part = part_name(name, label, turn)
+                    part = part_name(name, label, place)
                     parts[part] = added(state.base[part], factor)
                 elif isinstance(factor, SketchSpec):
-                    pools[name] = self.pool_of(factor, link, live, term.scale)
+                    pools[name] = Pool.around(factor, place, self.pool, term.scale)
         if not terms or self.turn(link + 1)[1]:  # within a link, or an era
             return Link(dense=dense | parts)
         folded = {name: pool.term(name, state.base | parts) for name, pool in pools.items()}
@@ -123,8 +112,7 @@ class PoolRacLora(FedRacLora):
 
     @override
     def standing(self, state: State, draw: Draw, own: Tree | None = None) -> Link:
-        pools = self.pools(state, draw)
-        terms = {name: pool.term(name, state.base) for name, pool in pools.items()}
+        terms = {name: p.term(name, state.base) for name, p in self.pools(state, draw).items()}
         return Link(terms, rest=(super().standing(state, draw, own),))
 
     @property
@@ -160,10 +148,3 @@ class PoolRacLora(FedRacLora):
                 f"({self.resample_every}) from {least} on, by which all {self.pool} sketches have "
                 "had a turn, is wanted"
             )
-
-
-def added(part: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-    """Add up what is trained under one sketch, rounded once; a part without numbers is zero."""
-    if not part.numel():
-        return more
-    return (part.to("cpu", torch.float64) + more.to("cpu", torch.float64)).to(more.dtype)

@@ -13,12 +13,12 @@ the server measures, and what is folded into W where a pool ends.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
-from fedraclora.sketch import Sketches
+from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree, wide
 
 Terms = dict[str, Term]
@@ -46,6 +46,16 @@ class Pool:
     sketches: Sketches
     scale: float
 
+    @classmethod
+    def around(cls, sketch: SketchSpec, place: int, size: int, scale: float) -> Pool:
+        """Build the pool of ``size`` sketches in which one has the given place."""
+        return cls(Sketches(replace(sketch, index=sketch.index - place), size), scale)
+
+    def begun(self, links: int) -> Pool:
+        """Keep the parts that have numbers after the first links of an era."""
+        count = min(links, self.sketches.count)
+        return replace(self, sketches=replace(self.sketches, count=count))
+
     def term(self, weight: str, base: Mapping[str, torch.Tensor]) -> Term:
         """Join the parts into one product, of rank K r; the order is that of their numbers."""
         right, count = self.sketches.first.side == "right", self.sketches.count
@@ -53,6 +63,13 @@ class Pool:
         parts = [base[part_name(weight, label, j)] for j in range(count)]
         trained = torch.cat(parts, dim)
         return Term((trained, self.sketches) if right else (self.sketches, trained), self.scale)
+
+
+def added(part: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    """Add up what is trained under one sketch, rounded once; a part without numbers is zero."""
+    if not part.numel():
+        return more
+    return (part.to("cpu", torch.float64) + more.to("cpu", torch.float64)).to(more.dtype)
 
 
 def fold_pools(base: Tree, pools: Mapping[str, Pool], plan: Plan) -> tuple[Tree, Terms]:
