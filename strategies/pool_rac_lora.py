@@ -7,8 +7,8 @@ Round t, right sketch, per adapted matrix W (m x n) with s = alpha / r; j = (t -
     B^(j) <- B^(j) + sum_k p_k B_k
 
 ``refresh = E`` folds the pool into W after E rounds, an era, and draws K new sketches; None never
-does: W_0 stays as it is, and the run is one adapter of rank K r. ``blocks=cover`` makes the sketches
-blocks of one basis: where K r = n they tile it, which with E = K is ``fed_rac_lora blocks=cover``.
+does: W_0 stays as it is, and the run is one adapter of rank K r. Under ``blocks=cover`` sketches
+are blocks of one basis. Where K r = n they tile it: with E = K, ``fed_rac_lora blocks=cover``.
 
 - Uplink: r m numbers per matrix and client (left: r n). Downlink: a seed, and min(q, K) r m numbers
   after q rounds away, K r m for a newcomer; K r m more for each refresh in between, at most m n for
