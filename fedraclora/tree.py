@@ -141,7 +141,8 @@ def fingerprint(tree: Mapping[str, torch.Tensor]) -> int:
     """Sum the bits of all tensors as integers, mixed with their names: a fast check for equality.
 
     At the speed of memory, on any device, and in any order of sums; trees that differ by accident
-    (one last bit) differ in it but for a chance of 2^-64 per tensor. `digest` is for proof.
+    (one last bit) differ in it but for a chance of 2^-64 per tensor. A tensor without numbers is as
+    good as none. `digest` is for proof.
 
     Example:
         >>> one = torch.ones(2)
@@ -151,7 +152,7 @@ def fingerprint(tree: Mapping[str, torch.Tensor]) -> int:
         False
     """
     total = 0
-    for name in sorted(tree):
+    for name in sorted(n for n, t in tree.items() if t.numel()):
         raw = tree[name].detach().contiguous().reshape(-1)
         words = raw.view(torch.int64 if raw.element_size() == 8 else torch.int32)
         key = f"{name}|{raw.dtype}|{tuple(tree[name].shape)}|{int(words.sum(dtype=torch.int64))}"

@@ -19,6 +19,7 @@ from strategies.frlora import FrLora
 from strategies.galore_average import GaloreAverage
 from strategies.hetlora import HetLora
 from strategies.lora_fair import LoraFair
+from strategies.pool_rac_lora import PoolRacLora
 from strategies.ravan import Ravan
 from strategies.rolora import RoLora
 from strategies.slora import SLora
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
     "galore_average": GaloreAverage,
     "hetlora": HetLora,
     "lora_fair": LoraFair,
+    "pool_rac_lora": PoolRacLora,
     "ravan": Ravan,
     "rolora": RoLora,
     "slora": SLora,

@@ -73,13 +73,17 @@ class FedRacLora(Asymmetric):
             layer,
             drawn,
             self.sketch,
-            index=layer.link,
+            index=self.sketch_number(layer.link),
             rank=rows,
             normalise=self.normalise,
             blocks=self.blocks,
             density=self.density,
         )
         return {trained: layer.trained(trained, rank=rows), drawn: sketch}
+
+    def sketch_number(self, link: int) -> int:
+        """Number the sketch of a link: another number is an independent drawing."""
+        return link
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:

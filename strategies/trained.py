@@ -20,7 +20,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.export.trained import TrainedModel, put
 from fedraclora.lowrank.algebra import Product, sum_products, truncated_product
 from fedraclora.lowrank.dora import magnitude_of
-from fedraclora.protocol.link import Link, Plan, Term, matrices
+from fedraclora.protocol.link import Link, Plan, matrices
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.folder import provenance
 from fedraclora.run.rebuild import state_at, stored_plan
@@ -117,20 +117,22 @@ def _from_start(
     ends = _standing(method, before, draw), _standing(method, state, draw)
     if ends[0] is None or ends[1] is None:
         return start, {}
-    _collect(known, Link({n: replace(t, scale=-t.scale) for n, t in ends[0].items()}), state.plan)
+    for part in ends[0].parts():
+        minus = {n: replace(t, scale=-t.scale) for n, t in part.terms.items()}
+        _collect(known, Link(minus), state.plan)
     for number, tensors, meta in read_links(folder / "chain"):
         if number and (round_ is None or number <= round_):
             _collect(known, read_link(tensors, meta), state.plan)
-    _collect(known, Link(ends[1]), state.plan)
+    _collect(known, ends[1], state.plan)
     return start, {name: change for name, change in known.items() if change is not None}
 
 
-def _standing(method: Method, state: State, draw: Draw) -> dict[str, Term] | None:
-    """Give the terms that a method adds to the base for its weights; None: it does not say."""
+def _standing(method: Method, state: State, draw: Draw) -> Link | None:
+    """Give what a method adds to the base for its weights; None: it does not say."""
     if isinstance(method, Around):
         return _standing(*method.at(state), draw)
     if type(method).weights is Method.weights:
-        return {}
+        return Link()
     if isinstance(method, LayerMethod) and type(method).weights is LayerMethod.weights:
         return method.standing(state, draw)
     return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from fedraclora.protocol.pool import Pool
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
 
@@ -86,6 +87,7 @@ class Downlink:
             ones live on, so that a client's moments may, too (`fedraclora.training.moments`).
         extras: What clients add to gradients beside, by the name of the extra that sends it: by
             trained name, in its shape, or [K, *shape] at the clients.
+        pools: By weight, what stands beside it at every replica, adapted in this round or not.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -95,6 +97,7 @@ class Downlink:
     ranks: torch.Tensor | None = None
     link: int = 0
     extras: dict[str, Tree] = field(default_factory=dict)
+    pools: dict[str, Pool] = field(default_factory=dict)
 
     def factors(self) -> dict[str, Factor]:
         """All factors of all adapters, by ``"<weight>/<label>"``."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.sketch import SketchSpec
+from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree
 
 
@@ -33,9 +33,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Term:
-    """A low-rank term of a link: the factors in order (a matrix, or a sketch by its seed)."""
+    """A low-rank term of a link: the factors in order (a matrix, or sketches by their seed)."""
 
-    factors: tuple[torch.Tensor | SketchSpec, ...]
+    factors: tuple[torch.Tensor | SketchSpec | Sketches, ...]
     scale: float
 
 
@@ -47,7 +47,8 @@ class Link:
 
     Attributes:
         terms: Low-rank terms by weight.
-        dense: New values by name.
+        dense: New values by name. A name with a "/" is of no parameter, but of what replicas
+            keep beside them (`fedraclora.protocol.pool`).
         rest: Further changes of the same round, in order: a weight may have a term in each.
     """
 
@@ -64,7 +65,8 @@ class Link:
 def matrices(term: Term) -> tuple[torch.Tensor, ...]:
     """Draw what is sketched and give the factors of a term as float64 matrices."""
     return tuple(
-        f.draw() if isinstance(f, SketchSpec) else f.to("cpu", torch.float64) for f in term.factors
+        f.to("cpu", torch.float64) if isinstance(f, torch.Tensor) else f.draw()
+        for f in term.factors
     )
 
 
@@ -94,7 +96,7 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
         wide = wide.add(product.to(wide.device), alpha=term.scale)
         out[name] = view.stored(wide.to(base[name].dtype), base[name])
     for name, value in link.dense.items():
-        out[name] = value.to(base[name])
+        out[name] = value.to(base[name]) if name in base else value
     for part in link.rest:
         out = apply_link(out, part, plan)
     return out

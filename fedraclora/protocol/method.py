@@ -53,6 +53,8 @@ class Traits:
         step: The server's step, in `exact`.
         varies: What clients train differs from round to round, so nothing of it lives on there.
             What comes back in one round may decide it for the next.
+        pools: A pool stands beside each adapted weight (`fedraclora.protocol.pool`): a link is a
+            new value of a part of it. Without `merges` W itself stays as it is for the whole run.
     """
 
     exact: bool
@@ -61,6 +63,7 @@ class Traits:
     ranks: bool = False
     step: float = 1.0
     varies: bool = False
+    pools: bool = False
 
 
 @dataclass(frozen=True)

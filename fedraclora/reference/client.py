@@ -17,6 +17,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, loss_function
 from fedraclora.privacy.sample_level import answer_keys, seed_key
 from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.protocol.pool import fold_pools
 from fedraclora.protocol.rank_budgets import window
 from fedraclora.protocol.recipes import RECIPES, GradientHook
 from fedraclora.reference.dp_sgd import set_noisy_gradients
@@ -63,7 +64,7 @@ def train_one(
         The trained tensors, and the mean loss over the local steps.
     """
     starts, frozen = own_tensors(downlink, base, place)
-    values = starts
+    base, values = fold_pools(base, downlink.pools, plan)[0], starts
     own = None if downlink.ranks is None else downlink.ranks[place : place + 1]
     if own is not None:
         base, values, frozen = within_budget(base, downlink, plan, values, frozen, own)

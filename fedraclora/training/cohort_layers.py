@@ -36,6 +36,7 @@ class CohortContext:
         places: Of the real tokens (`fedraclora.training.packing.real_tokens`), or None.
         dense: Tensors that clients train in full, [K, ...] by parameter name.
         factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
+        pools: Two more factors, 2-D, of weights beside which a pool stands.
         scales: Scale of each low-rank term.
         clients: Ids of the clients in the batch, for dropout masks.
         step: The local step, for dropout masks.
@@ -49,6 +50,7 @@ class CohortContext:
     places: torch.Tensor | None = None
     dense: Tree = field(default_factory=dict)
     factors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    pools: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     clients: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     step: int = 0
@@ -57,7 +59,7 @@ class CohortContext:
 
     def clear(self) -> None:
         """Release the tensors of a chunk that has ended."""
-        self.dense, self.factors, self.places = {}, {}, None
+        self.dense, self.factors, self.pools, self.places = {}, {}, {}, None
 
 
 def times(x: torch.Tensor, factor: torch.Tensor, K: int) -> torch.Tensor:
@@ -90,6 +92,11 @@ def add_low_rank(
     rows = out.reshape(K, -1, out.shape[-1])
     rows = rows.baddbmm_(x.reshape(K, -1, x.shape[-1]), last.mT, alpha=scale)
     return rows.reshape(out.shape)
+
+
+def joined(factor: torch.Tensor, shared: torch.Tensor, dim: int) -> torch.Tensor:
+    """Append the components of a shared factor, 2-D, to one that may have a client axis."""
+    return torch.cat([factor, shared.expand(*factor.shape[:-2], *shared.shape)], dim=dim)
 
 
 class CohortLayer(nn.Module):
@@ -126,7 +133,11 @@ class CohortLayer(nn.Module):
         """Return factors and scale of the low-rank term on the weight, or None."""
         name = f"{self.layer}.weight"
         factors = self.context.factors.get(name)
-        return None if factors is None else (factors, self.context.scales[name])
+        if factors is None:
+            return None
+        if (pool := self.context.pools.get(name)) is not None:
+            factors = [joined(factors[0], pool[0], dim=-1), joined(factors[1], pool[1], dim=-2)]
+        return factors, self.context.scales[name]
 
     def rescale(self) -> torch.Tensor | None:
         """Compute the factor on the outputs of each client, [K, out]; None without DoRA.

@@ -61,7 +61,8 @@ def check_base(
     raise ConfigError(
         f"model.base is {str(base[narrow[0]].dtype)[6:]}, but {why}, and most of such a change "
         "would be rounded away: set model.base=float32, or choose what stays beside the weights "
-        "(method=ffa_lora or fedavg_lora; dora=false, head=frozen, bias=frozen, dense=null)"
+        "(method=ffa_lora, pool_rac_lora or fedavg_lora; dora=false, head=frozen, bias=frozen, "
+        "dense=null)"
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Link, Plan, Term, apply_link
-from fedraclora.sketch import SketchSpec
+from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree
 
 SEED_BYTES = 8
@@ -24,7 +24,7 @@ SEED_BYTES = 8
 
 def term_bytes(term: Term) -> int:
     """Count the payload bytes of a low-rank term: its matrices, and 8 for each seed."""
-    return sum(SEED_BYTES if isinstance(f, SketchSpec) else f.nbytes for f in term.factors)
+    return sum(f.nbytes if isinstance(f, torch.Tensor) else SEED_BYTES for f in term.factors)
 
 
 class LinkSizes:
@@ -36,7 +36,7 @@ class LinkSizes:
         base: The weights at version 0.
 
     Attributes:
-        dense: Bytes of each weight, whole [W].
+        dense: Bytes of each weight as it is now, whole [W].
         sums: For each version the bytes of all links up to it [W].
     """
 
@@ -56,8 +56,9 @@ class LinkSizes:
         for part in () if link is None else link.parts():
             for name, term in part.terms.items():
                 row[self.place[name]] += term_bytes(term)
-            for name in part.dense:
-                row[self.place[name]] += self.dense[self.place[name]]
+            for name, value in part.dense.items():
+                self.dense[self.place[name]] = value.nbytes
+                row[self.place[name]] += value.nbytes
         self.sums.append(self.sums[-1] + row)
 
     def since(self, version: int) -> npt.NDArray[np.int64]:
@@ -114,6 +115,9 @@ class CatchUp(LinkSizes):
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the tensors of `state` back."""
         self.sums = list(tensors["catch_up/sums"].numpy().copy())
+        for name, i in self.place.items():  # a part of a pool may be empty, or not
+            if (now := tensors.get(f"base/{name}")) is not None:
+                self.dense[i] = now.nbytes
         self.versions = np.zeros_like(self.versions)
         self.versions[tensors["catch_up/clients"].numpy()] = tensors["catch_up/versions"].numpy()
 
@@ -127,6 +131,8 @@ def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
         for i, factor in enumerate(term.factors):
             if isinstance(factor, SketchSpec):
                 parts.append(vars(factor))
+            elif isinstance(factor, Sketches):
+                parts.append({"first": vars(factor.first), "count": factor.count})
             else:
                 tensors[f"term|{name}|{i}"] = factor
                 parts.append(None)
@@ -145,7 +151,7 @@ def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -
     stored = meta["terms"]
     for name, term in stored.items():  # type: ignore[attr-defined]
         factors = tuple(
-            tensors[f"term|{name}|{i}"] if part is None else SketchSpec(**part)
+            tensors[f"term|{name}|{i}"] if part is None else _sketch(part)
             for i, part in enumerate(term["factors"])
         )
         terms[name] = Term(factors, float(term["scale"]))
@@ -156,6 +162,13 @@ def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         rest.append(read_link(own, part))
     return Link(terms, dense, tuple(rest))
+
+
+def _sketch(described: Mapping[str, Any]) -> SketchSpec | Sketches:
+    """Read the sketch of a term, or several."""
+    if "first" in described:
+        return Sketches(SketchSpec(**described["first"]), described["count"])
+    return SketchSpec(**described)
 
 
 def plan_meta(plan: Plan) -> dict[str, object]:

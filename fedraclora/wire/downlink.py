@@ -13,8 +13,9 @@ from flwr.app import RecordDict
 from fedraclora.errors import WireError
 from fedraclora.protocol.downlink import differs
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
+from fedraclora.protocol.pool import Pool
 from fedraclora.protocol.recipes import RECIPES
-from fedraclora.sketch import SketchSpec
+from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.fields import (
@@ -42,9 +43,10 @@ from fedraclora.wire.records import (
 )
 
 WEIGHTS = (None, "examples", "uniform")
-ASKED = frozenset({"recipe", "arguments", "link", "extras", "adapters", "dense"})
+ASKED = frozenset({"recipe", "arguments", "link", "extras", "adapters", "dense", "pools"})
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
 ADAPTER = frozenset({"scale", "factors"})
+POOL = frozenset({"spec", "count", "scale"})
 TRAINED = frozenset({"role", "shape", "main", "upload", "started", "spec"})
 SPEC = {field.name: str(field.type) for field in dataclasses.fields(SketchSpec)}
 
@@ -117,6 +119,7 @@ class Packed:
                 for w, a in downlink.adapters.items()
             },
             "dense": {n: _describe(slot) for n, slot in downlink.dense.items()},
+            "pools": {w: _describe_pool(pool) for w, pool in downlink.pools.items()},
             "layout": layout.shapes,
             "own": self.own_layout.shapes,
         }
@@ -275,10 +278,27 @@ def _downlink(
         header["recipe"],
         {key: real(value, f"the argument {key}") for key, value in arguments.items()},
         link=whole(header["link"], "its link"),
+        pools={w: _pool(p, w) for w, p in mapping(header["pools"], "pools").items()},
     )
     extras = mapping(header["extras"], "extras").items()
     slots = downlink.trained()
     return replace(downlink, extras={e: _extra(e, names, tensors, slots) for e, names in extras})
+
+
+def _describe_pool(pool: Pool) -> dict[str, object]:
+    """Describe a pool in plain JSON; its parts are at the replica."""
+    first, count = pool.sketches.first, pool.sketches.count
+    return {"spec": vars(first), "count": count, "scale": pool.scale}
+
+
+def _pool(described: object, weight: str) -> Pool:
+    """Read the pool of a weight from `_describe_pool`."""
+    where = f"the pool of {weight}"
+    plain = mapping(described, where)
+    exactly(plain, POOL, where)
+    first = _spec(plain["spec"], where)
+    count = whole(plain["count"], f"the number of parts of {where}", 1, first.dim // first.rank)
+    return Pool(Sketches(first, count), real(plain["scale"], f"the scale of {where}"))
 
 
 def _extra(

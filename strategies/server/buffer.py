@@ -123,7 +123,7 @@ def read_batches(state: State) -> tuple[list[Batch], tuple[PendingClient, ...]]:
     for round_ in rounds:
         clients, lands = stored[f"{round_}/clients"], stored[f"{round_}/lands"]
         header = json.loads(bytes(stored[f"{round_}/header"].tolist()))
-        header = {"extras": {}} | {k: v for k, v in header.items() if k not in OLDER}
+        header = {"extras": {}, "pools": {}} | {k: v for k, v in header.items() if k not in OLDER}
         content = pack_downlink(Downlink(), TrainRequest(round_, 0, 1.0, clients), "float32")
         content["config"] = header_record(header)
         content["arrays"] = array_record(stored[f"{round_}/numbers"])

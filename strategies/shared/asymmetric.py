@@ -47,10 +47,15 @@ class Asymmetric(LayerMethod):
         """Return the labels of the factor that is drawn and of the one that is trained."""
         return ("A", "B") if draws_right(self.drawn_side, shape) else ("B", "A")
 
+    @property
+    def parts(self) -> int:
+        """How many factors of a layer's rank share the dimension of the drawn side."""
+        return self.sketches
+
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:
-        side, parts = self.drawn_side, self.sketches
-        return drawn_rank(self.rank, side, plan, name, cap=self.cap, parts=parts)
+        side = self.drawn_side
+        return drawn_rank(self.rank, side, plan, name, cap=self.cap, parts=self.parts)
 
     @override
     def scale_of(self, plan: Plan, name: str) -> float:

@@ -53,7 +53,8 @@ def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, part
     dim = shape[1 if draws_right(side, shape) else 0]
     if parts > dim:
         raise ConfigError(
-            f"method.sketches is {parts}, but {name} has only {dim} on the drawn side; take fewer"
+            f"method.sketches (times method.pool) is {parts}, but {name} has only {dim} on the "
+            "drawn side; take fewer"
         )
     return resolve_rank(rank, dim // parts, name, cap=cap)
 

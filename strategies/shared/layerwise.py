@@ -41,6 +41,7 @@ from fedraclora.protocol.plan import (
     resolve_rank,
     resolve_scale,
 )
+from fedraclora.protocol.pool import parameters
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree, wide, widened
@@ -236,20 +237,25 @@ class LayerMethod(LowRank):
                     carried[f"{name}/{label}"] = value.to(layer.dtype)
             if merged := _rounded(update.merged or (), layer.dtype):
                 terms[name] = Term(merged, adapter.scale)
-        link = Link(terms, dense_means(state, came.mean, self.traits.step))
         ends = state.memo.age + 1 == self.link_rounds
+        dense = dense_means(state, came.mean, self.traits.step)
+        link = self.merge(state, terms, dense)
         report = {} if error is None else error.report()
         return closed(state, link, carried=carried, ends=ends, report=report)
+
+    def merge(self, state: State, terms: dict[str, Term], dense: Tree) -> Link:
+        """Build the link of a round from its products and means: each is folded into its W."""
+        del state
+        return Link(terms, dense)
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         """Compute W + s times the product of the factors as they stand, for every matrix."""
-        terms = self.standing(state, draw, own)
-        base = widened(state.base)
-        return apply_link(base, Link(terms), state.plan) if terms else base
+        base = widened(parameters(state.base))
+        return apply_link(base, self.standing(state, draw, own), state.plan)
 
-    def standing(self, state: State, draw: Draw, own: Tree | None = None) -> dict[str, Term]:
-        """Compute the terms that the factors as they stand add to the base, by weight."""
+    def standing(self, state: State, draw: Draw, own: Tree | None = None) -> Link:
+        """Compute what the factors as they stand add to the base."""
         own, now, terms = own or {}, Round(1, draw), {}
         for layer in self.layers_of(state):
             factors = []
@@ -260,7 +266,7 @@ class LayerMethod(LowRank):
                 factors.append(value)
             else:
                 terms[layer.name] = Term(tuple(factors), layer.scale)
-        return terms
+        return Link(terms)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:

@@ -66,6 +66,7 @@ OTHER_RULE, SINGLE_RULE = "another aggregator than mean", "a rule that looks at 
 COLLUDING, GRADIENTS = "an attack whose clients collude", "clients that send gradients"
 APART = "other things to train at each client"
 STARTS, NO_PLACE = "other factors to start from at each client", "their mean has no one start"
+POOL = "a method with a pool of sketches"
 DRIFTS = "gradients of two rounds have no coordinates in common"
 
 WHY = {
@@ -121,7 +122,8 @@ WHY = {
     TWICE: dict.fromkeys((PRIVATE, SECURE, "local.dp"),
         "privacy is accounted for one exchange a round"),
     "system.buffer": dict.fromkeys((SINGLE, STAYS, OTHER_RULE, COLLUDING, SECURE, VARIATES,
-        "an allocation of ranks", FACTORS, APART, GRADIENTS), "it mixes replies of several rounds"),
+        "an allocation of ranks", FACTORS, APART, GRADIENTS, POOL),
+        "it mixes replies of several rounds"),
 }
 # fmt: on
 CONFLICTS = tuple(

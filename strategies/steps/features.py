@@ -166,7 +166,9 @@ METHODS = {name: Feature(found, "another method") for name, found in {
     "a method whose factors begin anew with each link":
         lambda s: s.run.method.traits.merges and _begins_anew(s.sent),
     "a method whose factors stand beside others in each link":
-        lambda s: s.run.method.traits.merges and next(iter(s.sent.adapters), ""),
+        lambda s: (s.run.method.traits.merges or s.run.method.traits.pools)
+        and next(iter(s.sent.adapters), ""),
+    "a method with a pool of sketches": lambda s: s.run.method.traits.pools,
     # These three a step finds when it computes.
     "a method whose trained factors begin anew": lambda _: False,
     "a method whose frozen factors have changed": lambda _: False,

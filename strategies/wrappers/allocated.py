@@ -92,6 +92,8 @@ class Allocated(Around):
         state = self.inner.init(base, plan, draw)
         if any(state.base[name] is not base[name] for name in plan.targets):
             raise refused(self.inner, "it changes the base weights before the first round")
+        if self.inner.traits.pools:
+            raise refused(self.inner, "its pools have a part of every layer for each link")
         if self.client_state:
             raise refused(self.inner, "its clients keep factors of their own")
         if self.inner.memo is not Memo:

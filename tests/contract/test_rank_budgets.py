@@ -31,6 +31,7 @@ from worlds import (
     some_cohort,
     stepped,
     variants,
+    with_pools,
 )
 
 from fedraclora.errors import ConfigError
@@ -83,7 +84,7 @@ def start_of(factor: Trained) -> torch.Tensor:
 
 def cut_weights(played: Played, k: int, rank: int) -> Tree:
     """Dense weights of the client at place ``k``: W + s B[:, :r] A[:r], and what it was sent."""
-    base, plan = played.before.base, played.before.plan
+    base, plan = with_pools(played), played.before.plan
     rows, out = played.got.stack(), dict(base)
     for weight, adapter in played.sent.adapters.items():
         pair, start = [], []

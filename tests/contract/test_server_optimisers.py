@@ -261,6 +261,7 @@ def test_no_momentum_and_a_step_of_one_is_the_method_itself(space: str, world: W
         (("frlora", {}), Momentum(space="factors"), "begin anew with each link"),
         (("fed_rac_lora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
         (("rolora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
+        (("pool_rac_lora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
     ],
     ids=lambda v: str(v)[:20],
 )

@@ -51,6 +51,7 @@ def base_at(folder: Path, version: int) -> str:
     "words",
     [
         ["method=fed_rac_lora", "head=average", "bias=average"],
+        ["method=pool_rac_lora", "method.pool=2", "clients=5", "cohort=2"],
         ["method=fedavg_lora"],
         ["method=fedavg"],
         pytest.param(

@@ -52,6 +52,7 @@ SMALL = [
 # method of a class: the contract suite has their presets.
 RUNS = {name: [f"method={name}"] for name in METHODS} | {
     "carried": ["method=fed_rac_lora", "method.resample_every=4"],
+    "pool": ["method=pool_rac_lora", "method.pool=2", "method.refresh=3", "method.side=left"],
     "left cover": ["method=fed_rac_lora", "method.side=left", "method.blocks=cover"],
     "moments": [
         "method=cola",

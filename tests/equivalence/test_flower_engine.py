@@ -45,6 +45,7 @@ RUNS = {
     "rows": ("method.rank=2",),
     "carried": ("method.rank=2", "method.resample_every=3"),
     "basis of the last link": ("method=subspace_rac_lora", "method.rank=2"),
+    "pool": ("method=pool_rac_lora", "method.pool=2", "method.refresh=3"),
     "dense": ("method=fedavg",),
     "both factors": ("method=fedavg_lora",),
     "lengths of rows": ("method=fedavg_lora", "method.alpha=4", "dora=true"),

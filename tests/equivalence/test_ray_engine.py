@@ -60,6 +60,7 @@ RUNS = {
     "sums": ("method.rank=2", "engine.chunk=32"),
     "carried": ("method.rank=2", "engine.chunk=32", "method.resample_every=3"),
     "basis of the last link": ("method=subspace_rac_lora", "method.rank=2", "engine.chunk=32"),
+    "pool": ("method=pool_rac_lora", "engine.chunk=32", "method.pool=2", "method.refresh=3"),
     "dense": ("method=fedavg", "engine.chunk=32"),
     "both factors": ("method=fedavg_lora", "engine.chunk=20"),
     "local head": ("method.rank=2", "engine.chunk=16", "head=local"),
