@@ -2,7 +2,7 @@
 
 All clients of a chunk share the frozen weights and differ only in what they train, so K clients
 train as one: see `fedraclora.training.cohort_layers`. The result equals that of K runs of the
-one-client loop in `fedraclora.reference.client` (to 1e-10 in float64; a batched product rounds
+one-client loop in `tests/reference/client.py` (to 1e-10 in float64; a batched product rounds
 differently).
 """
 

@@ -19,8 +19,6 @@ from fedraclora.privacy.sample_level import answer_keys, seed_key
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.rank_budgets import window
 from fedraclora.protocol.recipes import RECIPES, GradientHook
-from fedraclora.reference.dp_sgd import set_noisy_gradients
-from fedraclora.reference.pairs import LocalGates, LocalRite, adjust_gradients
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
@@ -28,6 +26,8 @@ from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.vmapped import adapted_weights, effective_weights
 from fedraclora.tree import Tree
+from tests.reference.dp_sgd import set_noisy_gradients
+from tests.reference.pairs import LocalGates, LocalRite, adjust_gradients
 
 
 def train_one(
