@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from fedraclora.allocation.synflow import flows
 from fedraclora.config.build import (
     BuiltTask,
     build_task,
@@ -46,7 +44,7 @@ from strategies.start import begin_from
 from strategies.steps.order import round_steps
 from strategies.steps.settings import RoundSettings
 from strategies.wiring import Wired, wire
-from strategies.wrappers.dora import method_of
+from strategies.wrappers.order import method_of
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,7 @@ def assemble(
             )
         base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
         draw = Draw(config.seed)
-        flow = partial(flows, built.task.model, built.task.test)
-        method = method_of(config, flow)
+        method = method_of(config, built.task)
         name = str(section(config.plain, "method").get("name"))
         in_full = (*plan.dense, *plan.local)
         check_base(base, name, in_full, merges=method.traits.merges, rescales=config.dora)

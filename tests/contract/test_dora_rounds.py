@@ -39,6 +39,7 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import SEED_BYTES
@@ -289,6 +290,11 @@ def test_a_start_from_gradients_is_refused(world: World) -> None:
     state = method.init(world.base, world.plan, DRAW)
     with pytest.raises(ConfigError, match=r"clients send gradients.* take another method\.initial"):
         method.open_round(state, 1, some_cohort(), DRAW)
+
+
+def test_a_pull_to_the_start_is_refused(world: World) -> None:
+    with pytest.raises(ConfigError, match=r"local\.prox=0\.5.: a weight is no sum.*dora=false"):
+        run(world, dora("fedavg_lora"), LocalSettings(lr=0.1, prox=0.5), rounds=1)
 
 
 def test_an_allocation_is_refused() -> None:
