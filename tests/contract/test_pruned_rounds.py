@@ -27,9 +27,9 @@ from fedraclora.allocation.rules import AdaLora
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Draw, State
 from fedraclora.tree import Tree
-from fedraclora.weights.chain import replay
 from strategies.wrappers.allocated import allocated
 from strategies.wrappers.pruned import Pruned
+from tests.reference.chain import replay
 
 LAYERS = {"linear": linear, "conv1d": conv1d}
 DRAW = Draw(17)

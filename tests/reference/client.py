@@ -16,8 +16,8 @@ from torch.func import functional_call
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, loss_function
 from fedraclora.privacy.sample_level import answer_keys, seed_key
-from fedraclora.protocol.method import Downlink, Plan
-from fedraclora.protocol.rank_budgets import window
+from fedraclora.protocol.method import Adapter, Downlink, Plan
+from fedraclora.protocol.rank_budgets import rank_axes, spans
 from fedraclora.protocol.recipes import RECIPES, GradientHook
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.sketch import SketchSpec
@@ -135,6 +135,17 @@ def part_of(
     if ranks is None or weight not in downlink.adapters:
         return ()
     return window(downlink.adapters[weight], label, shape, ranks)
+
+
+def window(
+    adapter: Adapter, label: str, shape: tuple[int, ...], ranks: torch.Tensor
+) -> tuple[slice, ...]:
+    """Return the part of a factor that one client has; ``ranks`` as in `spans`, with K = 1."""
+    cut = [slice(None)] * len(shape)
+    for axis in rank_axes(adapter, label):
+        first, end = spans(ranks, shape[axis])
+        cut[axis] = slice(int(first), int(end))
+    return tuple(cut)
 
 
 def within_budget(
