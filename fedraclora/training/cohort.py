@@ -134,6 +134,7 @@ class CohortTrainer:
         values, starts, frozen = materialise(downlink, base, order)
         program = self._program(downlink, base)
         program.context.seed, program.context.round_ = self.seed, round_
+        program.context.scalings = self.local.scalings
         program.context.scales = {n: a.scale for n, a in downlink.adapters.items()}
         plain = self.precision == FLOAT32 and self.former is None
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]

@@ -6,7 +6,7 @@ The core calls `LocalExtra` and `Keeper` and knows none of those that there are;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, Protocol
@@ -144,6 +144,35 @@ class LocalExtra:
         """Compute the ledger's columns of a round, from what was asked and what came back."""
         del sent, got
         return {}
+
+
+class Scaling(Protocol):
+    """What scales the outputs of an adapted layer, and so the rows of its effective weight.
+
+    By a tensor that clients train beside the layer, [K, out]; a layer without one is as it is.
+    """
+
+    def name_of(self, weight: str) -> str:
+        """Name that tensor among what is trained in full: no parameter has the name."""
+
+    def outputs(
+        self,
+        trained: torch.Tensor,
+        matrix: torch.Tensor,
+        factors: Sequence[torch.Tensor],
+        scale: float,
+    ) -> torch.Tensor:
+        """Compute what the outputs of K clients are multiplied by, [K, out], before the bias.
+
+        Args:
+            trained: [K, out].
+            matrix: W, [out, in].
+            factors: Of the low-rank term, 2-D or [K, ...]; none: there is no term.
+            scale: Of the term.
+        """
+
+    def rows(self, trained: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Scale the rows of one client's weight with its term, [out, in]."""
 
 
 class Keeper(Protocol):

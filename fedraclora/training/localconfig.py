@@ -21,7 +21,7 @@ from fedraclora.limits import (
     choice_of,
     whole_from,
 )
-from fedraclora.training.extra import LocalExtra
+from fedraclora.training.extra import LocalExtra, Scaling
 
 Extra = TypeVar("Extra", bound=LocalExtra)
 MOST = 1_000_000  # local steps or epochs of a round, all of which are laid out before it
@@ -84,6 +84,11 @@ class LocalConfig(Limited, group="local"):
     final: NotNegative = 0.0
     step_every: Count = 50
     step_factor: NotNegative = 0.5
+
+    @property
+    def scalings(self) -> tuple[Scaling, ...]:
+        """What may scale the outputs of adapted layers, where an exchange asks for it."""
+        return ()
 
     @property
     def extras(self) -> tuple[LocalExtra, ...]:

@@ -25,7 +25,7 @@ from fedraclora.data.samples import Partitioned
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Layout, Tree
 from strategies.wrappers.dora import Dora
@@ -130,7 +130,7 @@ def started(sent: Downlink, base: Tree) -> tuple[Tree, dict[str, float]]:
 @pytest.mark.parametrize("kind", PLAIN)
 def test_rounds_are_those_of_plain_autograd(kind: str, name: str, how: str) -> None:
     case, method, draw = PLAIN[kind](), dora(name), Draw(SEED)
-    local = LocalConfig(batch_size=4, epochs=2, shuffle=False, **SAME[how])  # type: ignore[arg-type]
+    local = LocalSettings(batch_size=4, epochs=2, shuffle=False, **SAME[how])  # type: ignore[arg-type]
     plan, base = case.plan(), base_of(case.task)
     trainer = trainer_of(case.task, plan, local)
     state = method.init(base, plan, draw)

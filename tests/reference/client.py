@@ -74,13 +74,13 @@ def train_one(
     hook, sums = recipe.gradient(frozen, downlink.arguments, None), dict[str, torch.Tensor]()
     model, context = with_seeded_dropout(task.model, client, seed, round_)
     optimiser = make_optimiser(local, downlink, values, frozen, rate_scale)
-    start_weights = effective_weights(base, downlink, plan, values, frozen)
+    start_weights = effective_weights(base, downlink, plan, values, frozen, local.scalings)
     start_weights = {n: w.detach().clone() for n, w in start_weights.items()}
     clients, losses = torch.tensor([client]), []
     samples = task.train.gather(clients, torch.arange(int(task.train.sizes(clients)))[None])
     for step, rows in enumerate(batches(len(samples), client, local, seed, round_)):
         context.step, context.rows = step, len(rows)
-        weights = effective_weights(base, downlink, plan, values, frozen)
+        weights = effective_weights(base, downlink, plan, values, frozen, local.scalings)
         each, counts = sample_losses(model, weights, samples.take(rows), task.loss, precision)
         loss = each.sum() / counts.sum().clamp(min=1)
         losses.append(float(loss.detach()))

@@ -9,9 +9,10 @@ from typing_extensions import override
 
 from fedraclora.limits import NotNegative, Positive, choice_of
 from fedraclora.privacy.sample_level import SampleNoise
-from fedraclora.training.extra import LocalExtra
+from fedraclora.training.extra import LocalExtra, Scaling
 from fedraclora.training.extras.gates import Gates
 from fedraclora.training.extras.lora_rite import LoraRite
+from fedraclora.training.extras.magnitudes import Magnitudes
 from fedraclora.training.extras.pairs import ADJUSTMENTS, Adjustment, Precondition
 from fedraclora.training.extras.prox import Prox
 from fedraclora.training.extras.sample_level import SampleLevel
@@ -41,6 +42,11 @@ class LocalSettings(LocalConfig):
     adjust: Annotated[str, choice_of(("none", *ADJUSTMENTS))] = "none"
     damping: Positive = 1e-6
     gate_penalty: Positive | None = None
+
+    @property
+    @override
+    def scalings(self) -> tuple[Scaling, ...]:
+        return (Magnitudes(),)
 
     @property
     @override
