@@ -137,12 +137,12 @@ class CohortLayer(nn.Module):
         It is formed in the precision of the weights, whatever that of the products.
         """
         for scaling in self.context.scalings:
-            trained = self.context.dense.get(scaling.name_of(f"{self.layer}.weight"))
-            if trained is not None:
+            own = self.context.dense.get(scaling.name_of(f"{self.layer}.weight"))
+            if own is not None:
                 weight: torch.Tensor = self.inner.weight  # type: ignore[assignment]
                 with torch.autocast(weight.device.type, enabled=False):
                     W = layer_view(self.inner).matrix(weight)
-                    return scaling.outputs(trained, W, *(self.low_rank() or ((), 1.0)))
+                    return scaling.outputs(own, W, self.low_rank())
         return None
 
 

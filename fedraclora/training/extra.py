@@ -18,6 +18,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.local_result import LocalResult
 from fedraclora.tree import Tree
 
+Term = tuple[Sequence[torch.Tensor], float]  # factors and scale
 Rates = dict[str, float]  # step size of each trained tensor
 # From gradients and values, [active, ...] by name, to new gradients.
 Hook = Callable[[Tree, Tree], Tree]
@@ -155,23 +156,16 @@ class Scaling(Protocol):
     def name_of(self, weight: str) -> str:
         """Name that tensor among what is trained in full: no parameter has the name."""
 
-    def outputs(
-        self,
-        trained: torch.Tensor,
-        matrix: torch.Tensor,
-        factors: Sequence[torch.Tensor],
-        scale: float,
-    ) -> torch.Tensor:
+    def outputs(self, own: torch.Tensor, matrix: torch.Tensor, term: Term | None) -> torch.Tensor:
         """Compute what the outputs of K clients are multiplied by, [K, out], before the bias.
 
         Args:
-            trained: [K, out].
+            own: What clients train, [K, out].
             matrix: W, [out, in].
-            factors: Of the low-rank term, 2-D or [K, ...]; none: there is no term.
-            scale: Of the term.
+            term: The low-rank term on it, if there is one: its factors, 2-D or [K, ...], its scale.
         """
 
-    def rows(self, trained: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    def rows(self, own: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Scale the rows of one client's weight with its term, [out, in]."""
 
 

@@ -61,6 +61,8 @@ class LocalConfig(Limited, group="local"):
     """
 
     OPTIMISERS: ClassVar[tuple[str, ...]] = ("sgd", "adamw")
+    # What may scale the outputs of adapted layers, where an exchange asks for it.
+    scalings: ClassVar[tuple[Scaling, ...]] = ()
 
     optimiser: Annotated[str, choice_of(OPTIMISERS)] = "sgd"
     moments: Annotated[str, choice_of(("round", "link", "run"))] = "round"
@@ -84,11 +86,6 @@ class LocalConfig(Limited, group="local"):
     final: NotNegative = 0.0
     step_every: Count = 50
     step_factor: NotNegative = 0.5
-
-    @property
-    def scalings(self) -> tuple[Scaling, ...]:
-        """What may scale the outputs of adapted layers, where an exchange asks for it."""
-        return ()
 
     @property
     def extras(self) -> tuple[LocalExtra, ...]:

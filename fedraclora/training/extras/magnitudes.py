@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from typing_extensions import override
 
 from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
-from fedraclora.training.extra import Scaling
+from fedraclora.training.extra import Scaling, Term
 
 
 class Magnitudes(Scaling):
@@ -19,17 +17,11 @@ class Magnitudes(Scaling):
         return magnitude_of(weight)
 
     @override
-    def outputs(
-        self,
-        trained: torch.Tensor,
-        matrix: torch.Tensor,
-        factors: Sequence[torch.Tensor],
-        scale: float,
-    ) -> torch.Tensor:
+    def outputs(self, own: torch.Tensor, matrix: torch.Tensor, term: Term | None) -> torch.Tensor:
         with torch.no_grad():  # they are constants in the gradient
-            lengths = row_lengths(matrix, factors, scale)
-        return trained / lengths
+            lengths = row_lengths(matrix, *(term or ()))
+        return own / lengths
 
     @override
-    def rows(self, trained: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        return rescaled(matrix, trained)
+    def rows(self, own: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return rescaled(matrix, own)

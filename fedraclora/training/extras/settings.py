@@ -34,6 +34,7 @@ class LocalSettings(LocalConfig):
     """
 
     OPTIMISERS: ClassVar[tuple[str, ...]] = (*LocalConfig.OPTIMISERS, "lora_rite")
+    scalings: ClassVar[tuple[Scaling, ...]] = (Magnitudes(),)
 
     optimiser: Annotated[str, choice_of(OPTIMISERS)] = "sgd"
     dp: SampleNoise | None = None
@@ -42,11 +43,6 @@ class LocalSettings(LocalConfig):
     adjust: Annotated[str, choice_of(("none", *ADJUSTMENTS))] = "none"
     damping: Positive = 1e-6
     gate_penalty: Positive | None = None
-
-    @property
-    @override
-    def scalings(self) -> tuple[Scaling, ...]:
-        return (Magnitudes(),)
 
     @property
     @override
