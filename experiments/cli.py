@@ -33,7 +33,7 @@ def usage() -> str:
     chosen = []
     for group, choices in groups().items():
         chosen += [f"  {group}=", *(f"    {name:<22} {text}" for name, text in choices.items())]
-    text = Template(Path(__file__).with_name("usage.txt").read_text(encoding="utf-8"))
+    text = Template(Path(__file__).with_name("usage.tmpl").read_text(encoding="utf-8"))
     commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
     return text.substitute(commands=commands, groups="\n".join(chosen)).rstrip("\n")
 
