@@ -57,15 +57,17 @@ def open_text(path: Path) -> TextIO:
 
 def cells_of(file: TextIO, delimiter: str) -> Any:
     """Read rows of cells, by `csv.reader`; between tabs quotes are as any other sign."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    return csv.reader(file, delimiter=delimiter, quoting=quoting)
+    plain = delimiter == "\t"
+    return csv.reader(
+        file, delimiter=delimiter, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    )
 
 
 def _read(
     file: TextIO, delimiter: str, path: Path, columns: Sequence[Named], header: bool
 ) -> list[list[str]]:
     reader = cells_of(file, delimiter)
-    names = next(reader, []) if header else []
+    names: list[str] = next(reader, []) if header else []
     places = [_place(key, column, names, header) for key, column in columns]
     found: list[list[str]] = [[] for _ in columns]
     for row in reader:
