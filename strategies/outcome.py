@@ -37,7 +37,6 @@ from strategies.assembly import Assembled, assemble
 from strategies.run import Run
 from strategies.server.rows import Row
 from strategies.weights import load_weights
-from strategies.wrappers.allocated import current
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     """Collect the final figures of a run."""
     strategy, ledger = run.strategy, run.strategy.recorder.ledger
     measured = [r for r in ledger.rows if r.get("metrics")]
-    method, state = current(strategy.method, strategy.state)
+    method, state = strategy.method.in_force(strategy.state)
     up, down = mean_floats(method, state.plan, strategy.done)
     more: dict[str, object] = {}
     if "virtual_seconds" in ledger.rows[-1]:

@@ -30,7 +30,8 @@ from fedraclora.weights.files import read_links
 from strategies import METHODS
 from strategies.shared.layerwise import LayerMethod
 from strategies.wrappers.around import Around
-from strategies.wrappers.dora import Dora, method_of
+from strategies.wrappers.dora import Dora
+from strategies.wrappers.order import method_of
 
 Known = dict[str, Product | None]  # None: a weight whose change is not known by factors
 

@@ -12,7 +12,7 @@ from fedraclora.run.folder import read_config
 from fedraclora.run.rebuild import stored_plan, weights_at
 from fedraclora.tree import Tree
 from strategies import METHODS
-from strategies.wrappers.dora import method_of
+from strategies.wrappers.order import method_of
 
 
 def load_weights(folder: Path | str, round_: int | None = None) -> Tree:

@@ -10,27 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from experiments.bench.report import Report
 from experiments.bench.workloads import RAY, WORKLOADS
 from experiments.tables import Table
 from fedraclora.errors import ConfigError, unknown
 
-LABELS = {
-    "vectorised": "**`vectorised`**",
-    "bf16": "**`vectorised`**, `precision=bf16-mixed`",
-    "central": "central: one model, the same samples and steps",
-    "inline": "`inline`: one client after another",
-    "idle": "`vectorised`, clients that do nothing",
-    "fedavg": "`vectorised`, full weights (`fedavg`)",
-    "loop": "full weights, plain PyTorch loop",
-    "ray idle": "`ray`, 2 workers, clients that do nothing",
-    "ray x1": "`ray`, 1 worker",
-    "ray x2": "`ray`, 2 workers",
-    "flower": "Flower {flwr}, Ray {ray}, 2 actors",
-    "pfl": "pfl {pfl}",
-    "fedlab": "FedLab {fedlab}",
-    "fedjax": "FedJAX {fedjax}, jit",
-}
+LABELS: dict[str, str] = yaml.safe_load(
+    Path(__file__).with_name("labels.yaml").read_text(encoding="utf-8")
+)
 
 
 def tables(folder: Path) -> str:

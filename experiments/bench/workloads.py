@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from fedraclora.data.samples import ClientData, Partitioned, Samples
@@ -22,7 +25,6 @@ from fedraclora.models import MODELS
 from fedraclora.rng import generator
 
 LR = 0.1
-OURS = ("vectorised", "central", "inline", "idle", "fedavg", "loop")
 RAY = ("ray idle", "ray x1", "ray x2")
 PEERS = ("flower", "pfl", "fedlab", "fedjax")
 
@@ -158,46 +160,19 @@ def minilm() -> nn.Module:
     ).model
 
 
-SMALL = (mlp(64, 128, 10), partial(vectors, 64, 10), "fc2")
-WORKLOADS = {
-    "A": Workload("100 clients, MLP 64-128-10", 100, 15, *SMALL, (*OURS, *RAY, *PEERS)),
-    "B": Workload(
-        "100 clients, MLP 784-1024-10",
-        100,
-        8,
-        mlp(784, 1024, 10),
-        partial(vectors, 784, 10),
-        "fc2",
-        ("bf16", *OURS, *PEERS),
-    ),
-    "C": Workload("1,000 clients, MLP 64-128-10", 1000, 6, *SMALL, (*OURS, *RAY, *PEERS)),
-    "minilm": Workload(
-        "16 clients, transformer of 6 layers and width 384, 32 tokens",
-        16,
-        3,
-        minilm,
-        partial(tokens, 30522, 32, 2),
-        "classifier",
-        ("vectorised", "bf16", "central", "idle", *RAY),
-        samples=12,
-        batch=4,
-        ray_chunk=4,
-    ),
-    "cohort": Workload(
-        "MLP 64-128-10, cohorts of 1,000 and 10,000",
-        1000,
-        5,
-        *SMALL,
-        ("cohort 1,000", "cohort 10,000"),
-    ),
-    "population": Workload(
-        "100 clients a round, MLP 64-128-10, samples made on demand",
-        1000,
-        15,
-        mlp(64, 128, 10),
-        partial(population, 64, 10),
-        "fc2",
-        ("population 1,000", "population 1,000,000"),
-        asked=100,
-    ),
+MODEL_KINDS: dict[str, Callable[..., Callable[[], nn.Module]]] = {
+    "mlp": mlp,
+    "minilm": lambda: minilm,
 }
+DATA_KINDS = {kind.__name__: kind for kind in (vectors, tokens, population)}
+
+
+def workload(model: list[Any], data: list[Any], rows: list[str], **rest: Any) -> Workload:
+    """Read an entry of ``workloads.yaml``: model and data by their kind and its numbers."""
+    network = MODEL_KINDS[model[0]](*model[1:])
+    samples = partial(DATA_KINDS[data[0]], *data[1:])
+    return Workload(model=network, data=samples, rows=tuple(rows), **rest)
+
+
+TABLE = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+WORKLOADS = {name: workload(**entry) for name, entry in yaml.safe_load(TABLE).items()}

@@ -216,6 +216,10 @@ class Method(Protocol):
         """Turn what came back into the next state; the changed base goes with its link."""
         ...
 
+    def in_force(self, state: State) -> tuple[Method, State]:
+        """Return the method and the state as they stand: what wraps one may leave layers out."""
+        return self, state
+
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         """Effective dense weights: global, or personal with what a client keeps (``own``)."""
         del draw, own

@@ -5,5 +5,5 @@
 `feedforward`, `stages`), and what a step is (`schedule`, `optimiser`, `precision`). What a setting
 may add to it is said by `extra`; those that there are stand in `extras`, which none of these know.
 `memory` and `chunking` say how many clients fit. The same for one client, written to be read, is
-`fedraclora.reference.client`.
+`tests/reference/client.py`.
 """

@@ -2,7 +2,7 @@
 
 All clients of a chunk share the frozen weights and differ only in what they train, so K clients
 train as one: see `fedraclora.training.cohort_layers`. The result equals that of K runs of the
-one-client loop in `fedraclora.reference.client` (to 1e-10 in float64; a batched product rounds
+one-client loop in `tests/reference/client.py` (to 1e-10 in float64; a batched product rounds
 differently).
 """
 
@@ -144,6 +144,7 @@ class CohortTrainer:
             for name, term in narrow.items()
         }
         program.context.seed, program.context.round_ = self.seed, round_
+        program.context.scalings = self.local.scalings
         program.context.scales = {n: a.scale for n, a in downlink.adapters.items()}
         plain = self.precision == FLOAT32 and self.former is None and not narrow
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]

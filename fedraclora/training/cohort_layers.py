@@ -8,6 +8,7 @@ are replaced by the classes here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -17,9 +18,9 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora.errors import ModelError
-from fedraclora.lowrank.dora import row_lengths
 from fedraclora.lowrank.layers import layer_view
 from fedraclora.rng import cohort_bits, hash_key
+from fedraclora.training.extra import Scaling
 from fedraclora.training.packing import packed_linear
 from fedraclora.tree import Tree
 
@@ -38,6 +39,7 @@ class CohortContext:
         factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
         pools: Two more factors, 2-D, of weights beside which a pool stands.
         scales: Scale of each low-rank term.
+        scalings: What may scale the outputs of a layer (`fedraclora.training.extra.Scaling`).
         clients: Ids of the clients in the batch, for dropout masks.
         step: The local step, for dropout masks.
         seed, round_: For dropout masks.
@@ -52,6 +54,7 @@ class CohortContext:
     factors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     pools: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
+    scalings: Sequence[Scaling] = ()
     clients: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     step: int = 0
     seed: int = 0
@@ -140,17 +143,18 @@ class CohortLayer(nn.Module):
         return factors, self.context.scales[name]
 
     def rescale(self) -> torch.Tensor | None:
-        """Compute the factor on the outputs of each client, [K, out]; None without DoRA.
+        """Compute the factor on the outputs of each client, [K, out]; None where there is none.
 
         It is formed in the precision of the weights, whatever that of the products.
         """
-        if (magnitude := self.per_client("magnitude")) is None:
-            return None
-        weight: torch.Tensor = self.inner.weight  # type: ignore[assignment]
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            W = layer_view(self.inner).matrix(weight)
-            lengths = row_lengths(W, *(self.low_rank() or ()))
-        return magnitude / lengths
+        for scaling in self.context.scalings:
+            own = self.context.dense.get(scaling.name_of(f"{self.layer}.weight"))
+            if own is not None:
+                weight: torch.Tensor = self.inner.weight  # type: ignore[assignment]
+                with torch.autocast(weight.device.type, enabled=False):
+                    W = layer_view(self.inner).matrix(weight)
+                    return scaling.outputs(own, W, self.low_rank())
+        return None
 
 
 class CohortLinear(CohortLayer):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.protocol.method import Link, Plan, Term, apply_link
+from fedraclora.protocol.method import Link, Plan, Term
 from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree
 
@@ -183,10 +183,3 @@ def read_plan(meta: Mapping[str, Any]) -> Plan:
     parts = {key: tuple(meta[key]) for key in ("dense", "local", "weights")}
     shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
     return Plan(targets, **parts, shapes=shapes)
-
-
-def replay(base: Tree, links: list[Link], plan: Plan) -> Tree:
-    """Rebuild the weights after the given links: W_t from W_0."""
-    for link in links:
-        base = apply_link(base, link, plan)
-    return base

@@ -260,7 +260,7 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
     Raises:
         CheckpointError: If the file is cut short or changed.
     """
-    try:
+    with whole(path, advice):
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
             # safetensors sorts tensors by dtype; packing order is the order they came in. Cloned,
@@ -270,25 +270,27 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
             stored = set(file.keys())
         if stored != set(tensors) or _digest(tensors, header["meta"]) != header["sha256"]:
             raise CheckpointError(f"{path} is damaged: its digest does not fit; {advice}")
-        meta: dict[str, object] = json.loads(header["meta"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({error}); {advice}"
-        ) from error
-    return tensors, meta
+        return tensors, json.loads(header["meta"])
 
 
 def _header(path: Path, advice: str) -> dict[str, str]:
     """Read what a file says of itself, without its tensors."""
-    try:
+    with whole(path, advice):
         with safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata()
         json.loads(header["meta"])["round"], header["sha256"]
+        return header
+
+
+@contextmanager
+def whole(path: Path, advice: str) -> Iterator[None]:
+    """Say that a file is damaged, and what to do, where it cannot be read inside."""
+    try:
+        yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint ({error}); {advice}"
         ) from error
-    return header
 
 
 def _own(tensors: Tree) -> Tree:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import Rank
 from fedraclora.sketch import check_sketch
@@ -28,15 +28,13 @@ class Asymmetric(LayerMethod):
 
     sketch: str = "orthonormal"
     normalise: str = "rows"
-    sketches: int = 1
+    sketches: Count = 1
 
     @override
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
         check_sketch(self.sketch, self.normalise, "independent")
-        if self.sketches < 1:
-            raise ConfigError(f"method.sketches is {self.sketches}; 1 or more is wanted")
 
     @property
     def drawn_side(self) -> str:

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
+from fedraclora.limits import Limited
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.protocol.method import (
     Adapter,
@@ -62,7 +63,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class LowRank(Method):
+class LowRank(Limited, Method, group="method"):
     """Hyperparameters of all low-rank methods (``conf/lowrank.yaml``).
 
     Attributes:
@@ -79,8 +80,10 @@ class LowRank(Method):
     rslora: bool = False
     cap: bool = True
 
+    @override
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
+        super().__post_init__()
         check_rank(self.rank)
         resolve_scale(self.alpha, 1, rslora=self.rslora)
 

@@ -80,6 +80,7 @@ WHY = {
     "local.weight_decay": {
         "a method that trains a share of the entries of full weights":
             "decay would move the others"},
+    "local.prox": {"dora=true": "a weight is no sum of the base and a low-rank term"},
     "server_optimiser.space=weights": {
         STAYS: "each client has weights of its own, and the server none",
         "dora=true": "what is added to a base weight is not added to the effective one"},

@@ -12,6 +12,7 @@ from fedraclora.privacy.secagg import LEAST, SecAgg
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.recipes import RECIPES, Recipe
+from fedraclora.training.extras.prox import Prox
 from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
 from strategies.server.round_step import RunContext
@@ -146,6 +147,9 @@ SETTINGS = {
     "local.weight_decay": Feature(
         lambda s: s.run.local.weight_decay > 0
         and f"local.weight_decay is {s.run.local.weight_decay}", "local.weight_decay=0"),
+    "local.prox": Feature(
+        lambda s: (found := s.run.local.extra_of(Prox)) is not None and found.setting,
+        "local.prox=0"),
     "local epochs in the place of steps": Feature(
         lambda s: not s.run.local.steps, "local.steps=1 or more"),
     "local steps that are not plain SGD": Feature(

@@ -106,6 +106,10 @@ class Allocated(Around):
         return self.inner, narrowed(state)
 
     @override
+    def in_force(self, state: State) -> tuple[Method, State]:
+        return self.at(state)
+
+    @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         if not self.rule.due(round_):
             return super().open_round(state, round_, cohort, draw)
@@ -180,11 +184,6 @@ def allocated(
     if not isinstance(method, FedAvgLora | FedExLora) or not method.lives_on:
         raise refused(method, "its components do not live on", "fedavg_lora, fedex_lora")
     return Pruned(method, rule)
-
-
-def current(method: Method, state: State) -> tuple[Method, State]:
-    """Return the method with the ranks that are in force, and the state with its layers alone."""
-    return method.at(state) if isinstance(method, Allocated | Pruned) else (method, state)
 
 
 def refused(

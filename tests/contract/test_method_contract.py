@@ -50,10 +50,10 @@ from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
-from fedraclora.weights.chain import replay
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
 from strategies.shared.initials import STARTS
+from tests.reference.chain import replay
 
 Variant = tuple[str, dict[str, Any]]
 LAYERS = {"linear": linear, "conv1d": conv1d}

@@ -40,13 +40,14 @@ from fedraclora.protocol.method import Draw, Method
 from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
-from fedraclora.weights.chain import CatchUp, replay
+from fedraclora.weights.chain import CatchUp
 from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.exchange import Exchange
 from strategies.server.loop import LoopConfig
 from strategies.server.round_step import RoundSteps, RunContext
 from strategies.steps.order import round_steps
 from strategies.steps.settings import RoundSettings
+from tests.reference.chain import replay
 
 Variant = tuple[str, dict[str, Any]]
 DRAW = Draw(seed=17)

@@ -15,9 +15,9 @@ from vectorised_cases import SEED, SIZES
 from fedraclora.data.task import IGNORED_TOKEN, Task
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.reference.client import batches, own_tensors
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
+from tests.reference.client import batches, own_tensors
 
 RANK, ALPHA = 3, 2.0
 LOCALS = {

@@ -127,7 +127,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"method__sketch": "gausian"}, "unknown sketch 'gausian'; did you mean 'gaussian'"),
         ({"method__side": "lefty"}, "unknown method.side 'lefty'; did you mean 'left'"),
         ({"method__resample_every": 0}, "method.resample_every is 0; 1 or more, or null"),
-        ({"method__density": 0.0}, "method.density is 0.0; it must lie in (0, 1]"),
+        ({"method__density": 0.0}, "method.density is 0.0; a number in (0, 1] is wanted"),
         ({"method__blocks": "covers"}, "did you mean 'cover'"),
         ({"method__normalise": "row"}, "did you mean 'rows'"),
         ({"data__name": "mnist5k"}, "unknown data 'mnist5k'; did you mean 'mnist_5k'"),
