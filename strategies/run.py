@@ -21,6 +21,8 @@ from fedraclora.data.objects import found_target, is_frame, table_of
 from fedraclora.data.tabular import new_rows
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.models.narrow import dequantise
+from fedraclora.quantised import dense
 from fedraclora.run.folder import run_title
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
@@ -86,11 +88,11 @@ class Run:
             CheckpointError: If they are read from the files of a run that was finished before, and
                 one is missing or damaged.
         """
-        return {n: t.detach().cpu().clone() for n, t in self.effective().items()}
+        return {n: t.detach().cpu().clone() for n, t in dense(self.effective()).items()}
 
     def model(self) -> nn.Module:
         """Build the trained model: a copy on the CPU, in evaluation mode, with `weights`."""
-        model = copy.deepcopy(self.built().task.model).cpu()
+        model = dequantise(copy.deepcopy(self.built().task.model).cpu())
         parameters = dict(model.named_parameters())
         model.load_state_dict({n: t for n, t in self.weights().items() if n in parameters}, False)
         return model.eval()

@@ -34,6 +34,7 @@ from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
 from fedraclora.protocol.cohorts import check_cohort
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan
+from fedraclora.quantised import QuantisedWeight
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.pretrain import pretrain
 
@@ -197,6 +198,11 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts |= {"test": len(data.test), "validation": len(validation or ())}
     facts |= _said_of_weights(config)
     if config.pretrain.epochs:
+        if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
+            raise ConfigError(
+                f"model.base is {config.model['base']}, whose weights are frozen, but pretrain "
+                "trains them: set pretrain=none, or model.base=float32"
+            )
         facts["pretrain"] = _pretrained(config, whole, model)
     train = Partitioned.of(data.train, parts) if isinstance(parts, list) else parts
     clients = train.num_clients

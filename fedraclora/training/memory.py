@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from fedraclora.data.samples import ClientData
 from fedraclora.protocol.downlink import Downlink
+from fedraclora.quantised import QuantisedWeight
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import moment_kinds
 from fedraclora.training.materialise import start_from
@@ -78,6 +79,8 @@ class LiveTensors(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if QuantisedWeight in types:
+            return NotImplemented  # it dequantises first, by operators that are counted here
         kwargs = kwargs or {}
         # What comes in without having come out of anything was there before.
         self._see(args, counted=False)

@@ -14,6 +14,7 @@ from fedraclora.data.task import Task
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import is_batch_norm, layer_kind
 from fedraclora.protocol.method import Downlink
+from fedraclora.quantised import QuantisedWeight
 from fedraclora.training.cohort_conv import CohortConv2d
 from fedraclora.training.cohort_embedding import CohortEmbedding
 from fedraclora.training.cohort_layers import (
@@ -128,7 +129,11 @@ class Program:
         """Point the model's parameters at the replica's weights (no copy on one device)."""
         self.base = base
         for name, parameter in self.parameters.items():
-            parameter.data = base[name]
+            weight = base[name]
+            if isinstance(parameter, QuantisedWeight) and isinstance(weight, QuantisedWeight):
+                parameter.codes, parameter.scale = weight.codes, weight.scale
+            else:
+                parameter.data = weight
 
 
 @dataclass(frozen=True, kw_only=True)

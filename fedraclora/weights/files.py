@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedraclora.errors import CheckpointError
+from fedraclora.quantised import join, split
 from fedraclora.tree import Tree
 
 FILE = "checkpoint.safetensors"
@@ -275,7 +276,7 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint ({error}); {advice}"
         ) from error
-    return tensors, meta
+    return join(tensors), meta
 
 
 def _header(path: Path, advice: str) -> dict[str, str]:
@@ -295,7 +296,7 @@ def _own(tensors: Tree) -> Tree:
     """Move tensors to the CPU, contiguous, each in memory of its own; copy only if needed."""
     own: Tree = {}
     taken: set[int] = set()
-    for name, tensor in tensors.items():
+    for name, tensor in split(tensors).items():
         host = tensor.detach().cpu().contiguous()
         storage = host.untyped_storage()
         if storage.nbytes() != host.nbytes or storage.data_ptr() in taken:

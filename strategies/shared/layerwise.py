@@ -43,6 +43,7 @@ from fedraclora.protocol.plan import (
 )
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.quantised import dense
 from fedraclora.tree import Tree, wide, widened
 from strategies.shared.common import closed, dense_means, dense_slots, link_age
 from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, Value
@@ -245,7 +246,7 @@ class LayerMethod(LowRank):
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         """Compute W + s times the product of the factors as they stand, for every matrix."""
         terms = self.standing(state, draw, own)
-        base = widened(state.base)
+        base = widened(state.base | dense({name: state.base[name] for name in terms}))
         return apply_link(base, Link(terms), state.plan) if terms else base
 
     def standing(self, state: State, draw: Draw, own: Tree | None = None) -> dict[str, Term]:
