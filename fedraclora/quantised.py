@@ -131,7 +131,7 @@ def quantised(weight: torch.Tensor, base: str, name: str) -> QuantisedWeight:
     """Round a matrix [m, n] to the nearest codes, symmetric about zero.
 
     Args:
-        weight: Of any float precision, which the scales take.
+        weight: Of any float precision, which products see; codes and scales are of float32.
         base: A key of `BITS`.
         name: Of the weight, for messages.
 
@@ -145,7 +145,7 @@ def quantised(weight: torch.Tensor, base: str, name: str) -> QuantisedWeight:
             f"model.base is {base}, for which torchao is wanted: install it with "
             "pip install 'fedraclora[quantised]'"
         ) from error
-    bits, n = BITS[base], weight.shape[1]
+    bits, (m, n), exact = BITS[base], weight.shape, weight.to(torch.float32)
     if bits == 4 and n % GROUP:
         raise ConfigError(
             f"model.base is int4, which holds rows in groups of {GROUP} numbers, but those of "
@@ -154,13 +154,13 @@ def quantised(weight: torch.Tensor, base: str, name: str) -> QuantisedWeight:
     block, low = (1, n if bits == 8 else GROUP), -(1 << bits - 1)
     limits = torch.int8, low, -low - 1
     symmetric = primitives.MappingType.SYMMETRIC
-    tiny = torch.finfo(weight.dtype).tiny  # the scale of a row of zeros
-    scale, zero = primitives.choose_qparams_affine(weight, symmetric, block, *limits, eps=tiny)
-    codes = primitives.quantize_affine(weight, block, scale, zero, *limits)
+    tiny = torch.finfo(exact.dtype).tiny  # the scale of a row of zeros
+    scale, zero = primitives.choose_qparams_affine(exact, symmetric, block, *limits, eps=tiny)
+    codes = primitives.quantize_affine(exact, block, scale, zero, *limits)
     if bits == 4:
         halves = (codes + 8).to(torch.uint8).chunk(2, dim=1)
         codes = halves[0] | halves[1] << 4
-    return QuantisedWeight(codes, scale.reshape(len(weight), -1))
+    return QuantisedWeight(codes, scale.reshape(m, -1), weight.dtype)
 
 
 def dense(tree: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from fedraclora.evaluation.generate import Answering
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.quantised import dense
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.training.localconfig import LocalConfig
@@ -140,7 +141,7 @@ class FedStrategy(EvaluatesItself):
             result.train_metrics_clientapp[round_] = metrics
         self.recorder.save(self.state, self.done, self.catch_up)
         weights = self.method.weights(self.state, self.draw)
-        result.arrays = ArrayRecord({n: Array(t.cpu().numpy()) for n, t in weights.items()})
+        result.arrays = ArrayRecord({n: Array(t.cpu().numpy()) for n, t in dense(weights).items()})
         return result
 
     def _round(self, grid: Grid, round_: int, timeout: float | None) -> MetricRecord:
