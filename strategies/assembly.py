@@ -47,7 +47,6 @@ from strategies.steps.order import round_steps
 from strategies.steps.settings import RoundSettings
 from strategies.wiring import Wired, wire
 from strategies.wrappers.dora import method_of
-from strategies.wrappers.pruned import Pruned
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ def assemble(
             f"method={name} merges each update into the weights": method.traits.merges,
             "dora=true rescales the weights": config.dora,
             f"method={name} takes its first factors out of the weights": begins,
-            "allocation merges what it prunes": isinstance(method, Pruned),
             f"server_optimiser={server.name} with space=weights steps in the weights":
                 server.name != "none" and server.space == "weights",
         }  # fmt: skip

@@ -22,7 +22,6 @@ from fedraclora.data.tabular import new_rows
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.models.narrow import dequantise
-from fedraclora.quantised import dense
 from fedraclora.run.folder import run_title
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
@@ -88,7 +87,7 @@ class Run:
             CheckpointError: If they are read from the files of a run that was finished before, and
                 one is missing or damaged.
         """
-        return {n: t.detach().cpu().clone() for n, t in dense(self.effective()).items()}
+        return {n: t.detach().cpu().clone() for n, t in self.effective().items()}
 
     def model(self) -> nn.Module:
         """Build the trained model: a copy on the CPU, in evaluation mode, with `weights`."""
@@ -187,7 +186,8 @@ class Run:
         return {
             **{key: section(self.config, key) for key in ("method", "data", "model")},
             "rounds": last,
-            **{key: self.summary.get(key) for key in ("clients", "cohort")},
+            "clients": self.built().clients,
+            "cohort": self.built().cohort,
             "metrics": row.get("metrics"),
             "uplink_bytes": row.get("uplink_total"),
             "downlink_bytes": row.get("downlink_total"),

@@ -140,7 +140,7 @@ def test_a_row_that_does_not_divide_is_named(base: str) -> None:
     if base == "int8":
         assert quantised(matrix, base, "fc.weight").shape == (4, GROUP + 2)
         return
-    with pytest.raises(ConfigError, match="groups of 32 numbers.*fc.weight have 34.*int8"):
+    with pytest.raises(ConfigError, match=r"groups of 32 numbers.*fc\.weight have 34.*int8"):
         quantised(matrix, base, "fc.weight")
 
 
