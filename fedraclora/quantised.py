@@ -50,7 +50,7 @@ class QuantisedWeight(torch.Tensor):
     ) -> Self:
         """Make a tensor whose numbers are of ``dtype``, as a product sees them."""
         m, n = codes.shape[0], codes.shape[1] * (1 + (codes.dtype == torch.uint8))
-        made: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # noqa: SLF001
+        made: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
             cls,
             (n, m) if turned else (m, n),
             strides=(1, n) if turned else (n, 1),

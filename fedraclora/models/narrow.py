@@ -44,7 +44,7 @@ def _quantise(model: nn.Module, head: tuple[str, ...], base: str) -> None:
         kind = layer_kind(module)
         if kind not in {"linear", "conv1d"} or is_head(name, head):
             continue
-        weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        weight: nn.Parameter = module.weight
         if every.count(id(weight)) > 1:
             continue
         matrix = weight.detach().mT if kind == "conv1d" else weight.detach()
