@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fedraclora.errors import ShapeError
-from fedraclora.quantised import split
+from fedraclora.narrow_weight import split
 
 Tree = dict[str, torch.Tensor]
 

@@ -21,10 +21,10 @@ from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
 from fedraclora.errors import ClientError, RoundLostError, WireError
 from fedraclora.evaluation.generate import Answering
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.quantised import dense
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.training.localconfig import LocalConfig

@@ -11,7 +11,7 @@ from torch import nn
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.models.adapter import adapter_digest, is_adapter, merge_adapter
-from fedraclora.quantised import QuantisedWeight
+from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.run.folder import is_finished, read_config, read_summary, resume_word
 from strategies import METHODS
 from strategies.weights import load_weights

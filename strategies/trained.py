@@ -21,9 +21,9 @@ from fedraclora.export.trained import TrainedModel, put
 from fedraclora.lowrank.algebra import Product, sum_products, truncated_product
 from fedraclora.lowrank.dora import magnitude_of
 from fedraclora.models.narrow import dequantise
+from fedraclora.narrow_weight import BITS, base_name, dense
 from fedraclora.protocol.link import Link, Plan, Term, matrices
 from fedraclora.protocol.method import Draw, Method, State
-from fedraclora.quantised import BITS, base_name, dense
 from fedraclora.run.folder import provenance
 from fedraclora.run.rebuild import state_at, stored_plan
 from fedraclora.tree import Tree, digest

@@ -7,8 +7,8 @@ from pathlib import Path
 from fedraclora.config.build import build_task, plan_of
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw
-from fedraclora.quantised import dense
 from fedraclora.run.folder import read_config
 from fedraclora.run.rebuild import stored_plan, weights_at
 from fedraclora.tree import Tree

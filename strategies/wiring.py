@@ -16,8 +16,8 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Engine, EngineParts
 from fedraclora.engines.local import MessageGrid
 from fedraclora.evaluation.generate import Answering
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw, Method, State
-from fedraclora.quantised import dense
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.tree import Tree
 from strategies.base import FedStrategy

@@ -29,12 +29,12 @@ from fedraclora.models.built import seeded
 from fedraclora.models.dropout import refuse_functions
 from fedraclora.models.gguf import is_gguf, precision_of
 from fedraclora.models.outputs import refuse_interaction, refuse_outputs
+from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
 from fedraclora.protocol.cohorts import check_cohort
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan
-from fedraclora.quantised import QuantisedWeight
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.pretrain import pretrain
 

@@ -12,7 +12,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import choice_of
 from fedraclora.lowrank.layers import is_head, layer_kind
 from fedraclora.models.built import Built
-from fedraclora.quantised import BITS, QuantisedWeight, quantised
+from fedraclora.narrow_weight import BITS, QuantisedWeight, quantised
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Base = Annotated[str, choice_of((*FLOATS, *BITS))]  # what is narrow is never merged into
@@ -27,7 +27,7 @@ def narrowed(built: Built, base: str) -> Built:
             but for the head and what two layers share. The rest stays float32.
 
     Raises:
-        ConfigError: If nothing can be quantised, torchao is missing, or a row does not divide.
+        ConfigError: If nothing can be quantised, or a row does not divide.
     """
     if base in FLOATS:
         built.model.to(FLOATS[base])

@@ -9,7 +9,7 @@ import torch
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.quantised import QuantisedWeight, base_name
+from fedraclora.narrow_weight import QuantisedWeight, base_name
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 

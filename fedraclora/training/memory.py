@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from fedraclora.data.samples import ClientData
+from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.downlink import Downlink
-from fedraclora.quantised import QuantisedWeight
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import moment_kinds
 from fedraclora.training.materialise import start_from

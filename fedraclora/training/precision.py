@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.quantised import base_name
+from fedraclora.narrow_weight import base_name
 from fedraclora.tree import Tree, wide
 
 FLOAT32, BF16_MIXED = "float32", "bf16-mixed"

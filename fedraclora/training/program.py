@@ -13,8 +13,8 @@ from fedraclora.data.samples import ClientData, Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import is_batch_norm, layer_kind
+from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.method import Downlink
-from fedraclora.quantised import QuantisedWeight
 from fedraclora.training.cohort_conv import CohortConv2d
 from fedraclora.training.cohort_embedding import CohortEmbedding
 from fedraclora.training.cohort_layers import (

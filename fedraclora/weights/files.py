@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedraclora.errors import CheckpointError
-from fedraclora.quantised import join, split
+from fedraclora.narrow_weight import join, split
 from fedraclora.tree import Tree
 
 FILE = "checkpoint.safetensors"

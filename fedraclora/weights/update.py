@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from fedraclora.narrow_weight import join, split
 from fedraclora.protocol.link import Link
-from fedraclora.quantised import join, split
 from fedraclora.tree import Tree, fingerprint, to_numpy
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import LinkSizes, link_tensors, read_link, term_bytes

@@ -19,6 +19,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.lowrank.algebra import Product, sum_products
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import (
     Adapter,
     Cohort,
@@ -43,7 +44,6 @@ from fedraclora.protocol.plan import (
 )
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.quantised import dense
 from fedraclora.tree import Tree, wide, widened
 from strategies.shared.common import closed, dense_means, dense_slots, link_age
 from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, Value

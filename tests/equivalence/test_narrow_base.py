@@ -12,8 +12,8 @@ from vectorised_agreement import LOCAL, base_of, method_of, run, trainer_of
 from vectorised_cases import SEED, Case
 
 from fedraclora.models.narrow import dequantise
+from fedraclora.narrow_weight import QuantisedWeight, base_name
 from fedraclora.protocol.method import Cohort, Draw
-from fedraclora.quantised import QuantisedWeight, base_name
 
 WIDE = {
     "llama": {**LLAMA, "hidden_size": 32, "intermediate_size": 64},

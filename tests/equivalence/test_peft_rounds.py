@@ -14,9 +14,9 @@ from vectorised_cases import SEED, SIZES
 
 from fedraclora.data.task import IGNORED_TOKEN, Task
 from fedraclora.models.narrow import dequantise
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.quantised import dense
 from fedraclora.reference.client import batches, own_tensors
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree

@@ -19,7 +19,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.models.hf import build_hf
 from fedraclora.models.narrow import dequantise
-from fedraclora.quantised import QuantisedWeight, base_name
+from fedraclora.narrow_weight import QuantisedWeight, base_name
 
 WORDS = ("rounds=2", "bias=frozen", "model.config.hidden_size=32")
 WIDE = {**LLAMA, "hidden_size": 32}
