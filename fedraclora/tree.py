@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fedraclora.errors import ShapeError
+from fedraclora.narrow_weight import split
 
 Tree = dict[str, torch.Tensor]
 
@@ -129,8 +130,7 @@ def digest(tree: Mapping[str, torch.Tensor]) -> str:
         False
     """
     h = hashlib.sha256()
-    for name in sorted(tree):
-        tensor = tree[name]
+    for name, tensor in sorted(split(tree).items()):
         h.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # any dtype
         h.update(raw.numpy().tobytes())
@@ -152,9 +152,12 @@ def fingerprint(tree: Mapping[str, torch.Tensor]) -> int:
         False
     """
     total = 0
-    for name in sorted(n for n, t in tree.items() if t.numel()):
-        raw = tree[name].detach().contiguous().reshape(-1)
-        words = raw.view(torch.int64 if raw.element_size() == 8 else torch.int32)
-        key = f"{name}|{raw.dtype}|{tuple(tree[name].shape)}|{int(words.sum(dtype=torch.int64))}"
+    for name, tensor in sorted(split(tree).items()):
+        if not tensor.numel():
+            continue
+        raw = tensor.detach().contiguous().reshape(-1)
+        narrow = torch.int8 if raw.nbytes % 4 else torch.int32
+        words = raw.view(torch.int64 if raw.element_size() == 8 else narrow)
+        key = f"{name}|{raw.dtype}|{tuple(tensor.shape)}|{int(words.sum(dtype=torch.int64))}"
         total ^= int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
     return total

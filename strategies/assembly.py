@@ -106,10 +106,18 @@ def assemble(
         method = method_of(config, built.task)
         name = str(section(config.plain, "method").get("name"))
         in_full = (*plan.dense, *plan.local)
-        check_base(base, name, in_full, merges=method.traits.merges, rescales=config.dora)
-        state = method.init(base, plan, draw)
+        state, server = method.init(base, plan, draw), config.server_optimiser
         first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
         downlink = method.open_round(state, 1, first, draw)
+        begins = state.base is not base or downlink.recipe == "gradient"
+        changes = {
+            f"method={name} merges each update into the weights": method.traits.merges,
+            "dora=true rescales the weights": config.dora,
+            f"method={name} takes its first factors out of the weights": begins,
+            f"server_optimiser={server.name} with space=weights steps in the weights":
+                server.name != "none" and server.space == "weights",
+        }  # fmt: skip
+        check_base(base, in_full, changes)
         trainer = trainer_of(config, built, plan)
         stored = resolved(folder, "chunk") if resume and folder is not None else None
         chunk = settle_chunk(config, engine, trainer, built.cohort, base, downlink, stored)

@@ -21,6 +21,7 @@ from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
 from fedraclora.errors import ClientError, RoundLostError, WireError
 from fedraclora.evaluation.generate import Answering
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
@@ -140,7 +141,7 @@ class FedStrategy(EvaluatesItself):
             result.train_metrics_clientapp[round_] = metrics
         self.recorder.save(self.state, self.done, self.catch_up)
         weights = self.method.weights(self.state, self.draw)
-        result.arrays = ArrayRecord({n: Array(t.cpu().numpy()) for n, t in weights.items()})
+        result.arrays = ArrayRecord({n: Array(t.cpu().numpy()) for n, t in dense(weights).items()})
         return result
 
     def _round(self, grid: Grid, round_: int, timeout: float | None) -> MetricRecord:

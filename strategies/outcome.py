@@ -24,6 +24,7 @@ from fedraclora.run.folder import (
     amend,
     begin,
     has_checkpoint,
+    is_finished,
     read_config,
     read_summary,
     run_title,
@@ -44,7 +45,7 @@ SHOWN = 1000  # clients in partition.png, spread over the population
 
 
 def finished(config: RunConfig, folder: Path) -> Run:
-    """Read a run that has come to its end from its folder; nothing is run or written.
+    """Read a run from its folder, with its summary if it has come to its end; nothing is written.
 
     Args:
         config: Its settings, as they are stored.
@@ -57,7 +58,8 @@ def finished(config: RunConfig, folder: Path) -> Run:
     effective = partial(load_weights, folder)
     bare = replace(config, pretrain=PretrainConfig())  # the weights are in the folder
     built = cache(partial(build_task, bare))
-    return Run(read_summary(folder), rows, folder, dict(config.plain), effective, built)
+    summary = read_summary(folder) if is_finished(folder) else {}
+    return Run(summary, rows, folder, dict(config.plain), effective, built)
 
 
 def execute(

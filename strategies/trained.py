@@ -20,6 +20,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.export.trained import TrainedModel, put
 from fedraclora.lowrank.algebra import Product, sum_products, truncated_product
 from fedraclora.lowrank.dora import magnitude_of
+from fedraclora.models.narrow import dequantise
+from fedraclora.narrow_weight import BITS, base_name, dense
 from fedraclora.protocol.link import Link, Plan, matrices
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.folder import provenance
@@ -68,7 +70,8 @@ def trained_model(
         )
     changes: dict[str, Product] = {}
     magnitudes: Tree = {}
-    model = copy.deepcopy(task.model).cpu().eval()
+    held = dict(task.model.named_parameters())
+    model = dequantise(copy.deepcopy(task.model).cpu().eval())
     if folder is None:
         if round_ is not None:
             raise ConfigError(
@@ -76,7 +79,7 @@ def trained_model(
                 "folder=..."
             )
         plan = plan_of(config, task)
-        start = {n: p.detach().cpu().clone() for n, p in task.model.named_parameters()}
+        start = {n: p.detach().cpu().clone() for n, p in held.items()}
         weights = effective()
     else:
         plan = stored_plan(folder) or plan_of(config, task)
@@ -85,6 +88,7 @@ def trained_model(
         weights = method.weights(state, draw)
         start, changes = _from_start(folder, config, method, state, round_)
         magnitudes = _magnitudes(method, state)
+    start, weights = dense(start), dense(weights)
     model.to(next(iter(weights.values())).dtype)  # a narrow base widens with what is added to it
     put(model, weights)
     source, tokenizer = _sources(plain)
@@ -99,7 +103,7 @@ def trained_model(
         tokenizer=tokenizer,
         config=plain,
         facts={**facts, "weights_digest": digest(weights), **provenance()},
-        warnings=_warnings(plan),
+        warnings=_warnings(plan, held),
     )
 
 
@@ -184,11 +188,17 @@ def _sources(plain: Mapping[str, object]) -> tuple[str | None, str | None]:
     return found[0], found[1] or found[0]
 
 
-def _warnings(plan: Plan) -> tuple[str, ...]:
-    if not plan.local:
-        return ()
-    sentence = (
-        f"Each client kept {', '.join(plan.local)} to itself (head=local): here they are as they "
-        "were before the first round, so train them on your own samples before you use the model."
-    )
-    return (sentence,)
+def _warnings(plan: Plan, held: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    found = []
+    if plan.local:
+        found.append(
+            f"Each client kept {', '.join(plan.local)} to itself (head=local): here they are as "
+            "they were before the first round, so train them on your own samples before you use "
+            "the model."
+        )
+    if narrow := sorted({base_name(w) for w in held.values()} & (BITS.keys() | {"bfloat16"})):
+        found.append(
+            f"The run held weights in {narrow[0]} (model.base). Merged weights are those, "
+            "dequantised, and what was trained; an adapter is exact beside them."
+        )
+    return tuple(found)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
+from fedraclora.narrow_weight import QuantisedWeight, base_name
 from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree
 
@@ -82,11 +84,19 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
         link: What to fold in.
         plan: Gives each target's (out, in) view.
 
+    Raises:
+        ConfigError: If there is a term for a quantised weight.
+
     Returns:
         A new tree; untouched tensors are shared with ``base``.
     """
     out = dict(base)
     for name, term in link.terms.items():
+        if isinstance(base[name], QuantisedWeight):
+            raise ConfigError(
+                f"{name} is held in {base_name(base[name])}, and nothing can be merged into it: "
+                "set model.base=float32"
+            )
         view = plan.targets[name]
         factors = matrices(term)
         product = factors[0]

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fedraclora.narrow_weight import is_narrow
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.sketch import Sketches, SketchSpec
-from fedraclora.tree import Tree, wide
+from fedraclora.tree import Tree
 
 Terms = dict[str, Term]
 
@@ -84,6 +85,6 @@ def fold_pools(base: Tree, pools: Mapping[str, Pool], plan: Plan) -> tuple[Tree,
         The parameters, rounded once; and the terms of narrower ones, which stay beside them.
     """
     terms = {name: pool.term(name, base) for name, pool in pools.items()}
-    narrow = {n: t for n, t in terms.items() if base[n].dtype != wide(base[n].dtype)}
+    narrow = {n: t for n, t in terms.items() if is_narrow(base[n])}
     folded = Link({n: t for n, t in terms.items() if n not in narrow})
     return apply_link(parameters(base), folded, plan), narrow

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from fedraclora.data.samples import ClientData
+from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import moment_kinds
@@ -78,6 +79,8 @@ class LiveTensors(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if QuantisedWeight in types:
+            return NotImplemented  # it dequantises first, by operators that are counted here
         kwargs = kwargs or {}
         # What comes in without having come out of anything was there before.
         self._see(args, counted=False)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedraclora.errors import CheckpointError
+from fedraclora.narrow_weight import join, split
 from fedraclora.tree import Tree
 
 FILE = "checkpoint.safetensors"
@@ -270,7 +271,7 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
             stored = set(file.keys())
         if stored != set(tensors) or _digest(tensors, header["meta"]) != header["sha256"]:
             raise CheckpointError(f"{path} is damaged: its digest does not fit; {advice}")
-        return tensors, json.loads(header["meta"])
+        return join(tensors), json.loads(header["meta"])
 
 
 def _header(path: Path, advice: str) -> dict[str, str]:
@@ -297,7 +298,7 @@ def _own(tensors: Tree) -> Tree:
     """Move tensors to the CPU, contiguous, each in memory of its own; copy only if needed."""
     own: Tree = {}
     taken: set[int] = set()
-    for name, tensor in tensors.items():
+    for name, tensor in split(tensors).items():
         host = tensor.detach().cpu().contiguous()
         storage = host.untyped_storage()
         if storage.nbytes() != host.nbytes or storage.data_ptr() in taken:

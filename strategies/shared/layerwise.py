@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from fedraclora.limits import Limited
 from fedraclora.lowrank.algebra import Product, sum_products
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import (
     Adapter,
     Cohort,
@@ -254,7 +255,8 @@ class LayerMethod(LowRank):
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         """Compute W + s times the product of the factors as they stand, for every matrix."""
-        base = widened(parameters(state.base))
+        held = dense({name: state.base[name] for name in state.plan.targets})
+        base = widened(parameters(state.base) | held)
         return apply_link(base, self.standing(state, draw, own), state.plan)
 
     def standing(self, state: State, draw: Draw, own: Tree | None = None) -> Link:

@@ -393,6 +393,20 @@ def test_the_command_says_what_it_cannot_export(plain_run, tmp_path, monkeypatch
         assert not (tmp_path / name / "export").exists()
 
 
+def test_a_run_that_was_stopped_gives_the_rounds_that_it_has(plain_run, tmp_path, monkeypatch):
+    stopped, out = tmp_path / "stopped", tmp_path / "out"
+    shutil.copytree(plain_run.folder, stopped, ignore=shutil.ignore_patterns("export"))
+    (stopped / "summary.json").unlink()
+    shutil.rmtree(stopped / "checkpoint")
+    words = ["--round", "1", "--format", "state_dict", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["fedraclora export", str(stopped), *words])
+    assert command.main() == 0
+    found, wanted = load_file(out / "model.safetensors"), load_weights(plain_run.folder, 1)
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    facts = json.loads((out / "export.json").read_text())
+    assert (facts["rounds"], facts["cohort"]) == (1, plain_run.summary["cohort"])
+
+
 def test_the_card_says_how_to_run_it_again(plain_run, tmp_path, monkeypatch):
     plain_run.export(tmp_path / "out", "state_dict")
     monkeypatch.chdir(tmp_path / "out")
