@@ -50,6 +50,12 @@ class Bound:
 BOUNDS = (
     Bound("B", "vectorised", "central", most=1.10),
     Bound("minilm", "vectorised", "central", most=1.10),
+    Bound("texts", "vectorised", "peft", most=1 / 1.3),
+    Bound("texts", "vectorised", "central", most=1.05),
+    Bound("llama", "vectorised", "peft", most=1.0),
+    Bound("llama", "vectorised", "central", most=1.05),
+    Bound("smollm2", "vectorised", "peft", most=1.0),
+    Bound("smollm2", "vectorised", "central", most=1.05),
     Bound("A", "flower", "vectorised", least=60),
     Bound("A", "pfl", "vectorised", least=15),
     Bound("A", "fedjax", "vectorised", least=3.5),

@@ -3,7 +3,8 @@
 Rows of ours are timed in turn in this process, so that a busy machine slows all of them; then
 each peer that is installed (`make bench-peers`) does the same work in a process of its own. Keys:
 
-  size=     A, B, C, minilm, cohort, population, several with commas (a process each), or all
+  size=     A, B, C, minilm, texts, llama, smollm2, cohort, population, several with commas (a
+            process each), or all
   rows=     names of rows, with commas, or all
   rounds=   counted rounds of each row, instead of the workload's own number
   device=   auto, cpu or cuda
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -87,10 +89,18 @@ def apart(config: BenchConfig) -> int:
     return abs(subprocess.run(command, check=False).returncode)  # noqa: S603  this program
 
 
+def peak_apart(name: str, row: str, config: BenchConfig) -> int:
+    """Run one row in a process of its own; its peak of memory, bytes."""
+    with tempfile.TemporaryDirectory() as out:
+        apart(replace(config, size=name, rows=row, rounds=1, out=out, check=False))
+        return int(Report.read(Path(out) / f"{name}.json").rows[row]["peak_bytes"])
+
+
 def measure(name: str, case: Case, config: BenchConfig) -> Report:
     """Time the rows of one workload: ours in turn, then the peers one by one."""
     workload = case.workload
-    report = Report(name, about=about(case.device, config.threads))
+    tokens = {"tokens": case.tokens} if workload.apart else {}
+    report = Report(name, about=about(case.device, config.threads) | tokens)
     rounds = workload.rounds if config.rounds is None else config.rounds
     chosen = [row for row in workload.rows if config.wants(row)]
     loss = partial(training_loss, case.task)
@@ -100,6 +110,9 @@ def measure(name: str, case: Case, config: BenchConfig) -> Report:
             report.rows |= timed(group, case, rounds, loss)
         except EngineError as error:
             report.missing |= dict.fromkeys(group, str(error))
+    if workload.apart and len(here) > 1:
+        for row in here:
+            report.rows[row]["peak_bytes"] = peak_apart(name, row, config)
     if case.device.type == "cuda":
         for row, precision in PRECISION_OF.items():
             if row in report.rows:

