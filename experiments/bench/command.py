@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,7 +31,7 @@ from experiments.bench.config import BenchConfig, parse
 from experiments.bench.launch import interpreter, run_peer
 from experiments.bench.phases import profile
 from experiments.bench.report import Report, about
-from experiments.bench.rows import BUILDERS, hosted
+from experiments.bench.rows import BUILDERS, hosted, peak_alone
 from experiments.bench.table import table as markdown
 from experiments.bench.table import tables
 from experiments.bench.timing import Figures, figures, interleaved, training_loss
@@ -89,30 +88,25 @@ def apart(config: BenchConfig) -> int:
     return abs(subprocess.run(command, check=False).returncode)  # noqa: S603  this program
 
 
-def peak_apart(name: str, row: str, config: BenchConfig) -> int:
-    """Run one row in a process of its own; its peak of memory, bytes."""
-    with tempfile.TemporaryDirectory() as out:
-        apart(replace(config, size=name, rows=row, rounds=1, out=out, check=False))
-        return int(Report.read(Path(out) / f"{name}.json").rows[row]["peak_bytes"])
-
-
 def measure(name: str, case: Case, config: BenchConfig) -> Report:
     """Time the rows of one workload: ours in turn, then the peers one by one."""
     workload = case.workload
-    tokens = {"tokens": case.tokens} if workload.apart else {}
-    report = Report(name, about=about(case.device, config.threads) | tokens)
+    report = Report(name, about=about(case.device, config.threads))
     rounds = workload.rounds if config.rounds is None else config.rounds
     chosen = [row for row in workload.rows if config.wants(row)]
-    loss = partial(training_loss, case.task)
     here = [row for row in chosen if row in BUILDERS and row not in RAY]
+    # First: what this process holds by then would lie in theirs.
+    alone = here if workload.apart and case.device.type == "cpu" else []
+    peaks = {row: peak_alone(row, workload) for row in alone}
+    loss = partial(training_loss, case.task)
+    report.about |= {"tokens": case.tokens} if workload.apart else {}
     for group in (here, [row for row in chosen if row in RAY]):
         try:
             report.rows |= timed(group, case, rounds, loss)
         except EngineError as error:
             report.missing |= dict.fromkeys(group, str(error))
-    if workload.apart and len(here) > 1:
-        for row in here:
-            report.rows[row]["peak_bytes"] = peak_apart(name, row, config)
+    for row, peak in peaks.items():
+        report.rows[row]["peak_bytes"] = peak
     if case.device.type == "cuda":
         for row, precision in PRECISION_OF.items():
             if row in report.rows:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 
 import torch
 
@@ -14,8 +16,8 @@ from experiments.bench.central import Central
 from experiments.bench.peft_loop import PeftLoop
 from experiments.bench.plain import PlainLoop
 from experiments.bench.runs import RAY_WORKERS, Row, federated, lapped, ray_settings
-from experiments.bench.usage import Laps
-from experiments.bench.workloads import RAY, Case
+from experiments.bench.usage import Laps, peak, reset_peak
+from experiments.bench.workloads import RAY, Case, Workload
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from strategies.fedavg import FedAvg
 
@@ -101,3 +103,21 @@ BUILDERS: dict[str, Callable[[Case], Row]] = {
     "population 1,000": federated,
     "population 1,000,000": lambda case: federated(case.of(1_000_000)),
 }
+
+
+def peak_alone(row: str, workload: Workload) -> int:
+    """Run the second round of a row in a process of its own; the peak of its memory, bytes.
+
+    It is forked, so call it before this process holds a model or has computed a gradient.
+    """
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        return pool.submit(_second_round, row, workload).result()
+
+
+def _second_round(row: str, workload: Workload) -> int:
+    run = BUILDERS[row](Case(workload, torch.device("cpu")))
+    run.round(Laps(children=False))
+    reset_peak()
+    run.round(Laps(children=False))
+    run.close()
+    return peak()
