@@ -37,13 +37,17 @@ LABELS = {
 }
 
 
-def tables(folder: Path) -> str:
+def tables(folder: Path, workloads: Sequence[str] = tuple(WORKLOADS)) -> str:
     """Make one table per file of a folder, in the order of the workloads.
+
+    Args:
+        folder: Of JSON files.
+        workloads: Whose tables, all unless given.
 
     Raises:
         ConfigError: If there is none.
     """
-    paths = [path for name in WORKLOADS if (path := folder / f"{name}.json").is_file()]
+    paths = [path for name in workloads if (path := folder / f"{name}.json").is_file()]
     if not paths:
         raise ConfigError(f"{folder} holds no figures of the benchmark")
     return "\n".join(table(Report.read(path)).markdown() for path in paths)

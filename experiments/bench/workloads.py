@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedraclora.data.samples import ClientData, Partitioned, Samples
 from fedraclora.data.locate import package_path
+from fedraclora.data.samples import ClientData, Partitioned, Samples
 from fedraclora.data.task import IGNORED_TOKEN, Task
 from fedraclora.data.virtual import virtual
 from fedraclora.models import MODELS

@@ -134,9 +134,7 @@ class CohortLinear(CohortLayer):
             factors, scale = self.low_rank() or ([], 1.0)
             shared = self.shared(weight)
             term = Term(K, scale, self.context.places_in(x))
-            out = adapted_linear(
-                x, shared.mT if transposed else shared, frozen_bias, term, factors
-            )
+            out = adapted_linear(x, shared.mT if transposed else shared, frozen_bias, term, factors)
         else:
             out = times(x, weight.mT if transposed else weight, K)
             out = out if frozen_bias is None else out + frozen_bias.to(out.dtype)
