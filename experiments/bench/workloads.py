@@ -7,7 +7,7 @@ end at the same weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -20,7 +20,8 @@ from fedraclora.data.samples import ClientData, Partitioned, Samples
 from fedraclora.data.task import IGNORED_TOKEN, Task
 from fedraclora.data.virtual import virtual
 from fedraclora.models import MODELS
-from fedraclora.protocol.plan import Plan, make_plan
+from fedraclora.protocol.method import Plan
+from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator
 
 LR = 0.1
@@ -55,7 +56,7 @@ class Workload:
     what: str
     clients: int
     rounds: int
-    model: Callable[[], nn.Module]
+    model: Callable[..., nn.Module]
     data: Callable[[int, int], ClientData]
     head: str
     rows: tuple[str, ...]
@@ -207,12 +208,12 @@ def pretrained() -> nn.Module:
     return MODELS["hf"](shape=(), classes=2, seed=0, path=str(folder)).model
 
 
-def llama(*, checkpointing: bool = False, **config: int) -> nn.Module:
+def llama(config: Mapping[str, int], *, checkpointing: bool = False) -> nn.Module:
     """Build a network of Llama form with random weights and tied embeddings.
 
     Args:
-        checkpointing: Whether blocks are computed again in the backward pass.
         config: Sizes, by their names in transformers.
+        checkpointing: Whether blocks are computed again in the backward pass.
     """
     given = {"model_type": "llama", "tie_word_embeddings": True, **config}
     classes = config["vocab_size"]
@@ -283,7 +284,7 @@ WORKLOADS = {
         "16 clients, Llama form of 4.6 M, texts of 16 to 64 tokens",
         16,
         5,
-        partial(llama, **SMALL_LLAMA),
+        partial(llama, SMALL_LLAMA),
         partial(texts, 1024, 64),
         "lm_head",
         (*LANGUAGE, "bf16", "peft bf16", "checkpointing", "peft checkpointing"),
@@ -296,7 +297,7 @@ WORKLOADS = {
         "4 clients, SmolLM2's shape (135 M), texts of 16 to 64 tokens",
         4,
         3,
-        partial(llama, **SMOLLM2),
+        partial(llama, SMOLLM2),
         partial(texts, 49152, 64),
         "lm_head",
         (*LANGUAGE, "bf16", "peft bf16"),

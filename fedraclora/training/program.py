@@ -126,7 +126,7 @@ class Program:
 
     def load(self, base: Tree) -> None:
         """Point the model's parameters at the replica's weights (no copy on one device)."""
-        self.base = base
+        self.base, self.context.narrowed = base, {}
         for name, parameter in self.parameters.items():
             parameter.data = base[name]
 

@@ -66,7 +66,7 @@ TEXTS = Workload(
     "3 clients",
     3,
     2,
-    partial(llama, **SIZES),
+    partial(llama, SIZES),
     partial(texts, 1030, 12),
     "lm_head",
     ("vectorised", "inline", "peft", "checkpointing", "peft checkpointing"),
@@ -77,7 +77,7 @@ TEXTS = Workload(
     apart=True,
 )
 CPU = torch.device("cpu")
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "vectorised": {"seconds": 0.01, "cpu_seconds": 0.01, "peak_bytes": 3e8},
     "central": {"seconds": 0.005, "cpu_seconds": 0.005, "peak_bytes": 3e8},
     "flower": {
@@ -233,7 +233,7 @@ def test_a_peer_that_ends_elsewhere_is_seen() -> None:
 
 def test_the_table_names_versions_and_ratios(tmp_path: Path) -> None:
     about = {"processor": "P", "cores": 2, "threads": 1, "versions": {"torch": "2"}, "git": "abc"}
-    Report("A", ROWS, {}, about).write(tmp_path)  # type: ignore[arg-type]
+    Report("A", ROWS, {}, about).write(tmp_path)
     made = tables(tmp_path)
     row = next(line for line in made.splitlines() if "Flower" in line)
     assert row == "| Flower 1.42.0, Ray 2.55.1, 2 actors | 0.5 | 1.5 | 2000 | 300 | 150 |"
@@ -316,7 +316,7 @@ def test_bad_words_are_named(word: str, said: str) -> None:
 def test_the_command_prints_a_stored_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Report("A", ROWS, {}, {}).write(tmp_path)  # type: ignore[arg-type]
+    Report("A", ROWS, {}, {}).write(tmp_path)
     assert run(parse([f"table={tmp_path}"])) == 0
     assert "| **`vectorised`** |" in capsys.readouterr().out
 
@@ -339,7 +339,7 @@ def test_a_broken_bound_and_other_work_end_with_a_status(
 ) -> None:
     rows = {"fedavg": {**ROWS["vectorised"], "loss": 1.5}, **ROWS}
     rows["pfl"] = {**rows["pfl"], "loss": loss}
-    report = Report("A", rows, {"fedlab": "not installed"}, {"device": "cpu"})  # type: ignore[arg-type]
+    report = Report("A", rows, {"fedlab": "not installed"}, {"device": "cpu"})
     monkeypatch.setattr(command, "measure", lambda *_: report)
     assert run(parse(["size=A", *words])) == status
     found = capsys.readouterr()
@@ -372,9 +372,9 @@ def test_a_file_that_is_no_report_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_rows_of_several_workloads_stand_side_by_side(tmp_path: Path) -> None:
-    Report("A", ROWS, {}, {}).write(tmp_path)  # type: ignore[arg-type]
+    Report("A", ROWS, {}, {}).write(tmp_path)
     slower = ROWS | {"central": {**ROWS["central"], "cpu_seconds": 0.01}}
-    Report("C", slower, {}, {}).write(tmp_path)  # type: ignore[arg-type]
+    Report("C", slower, {}, {}).write(tmp_path)
     made = side_by_side(tmp_path, ["A", "C"], ["vectorised", "flower"])
     assert "| CPU s / central | 100 clients, MLP 64-128-10 | 1,000 clients, MLP" in made
     assert "| Flower 1.42.0, Ray 2.55.1, 2 actors | 300 | 150 |" in made

@@ -65,7 +65,10 @@ def test_the_plan_counts_the_tokens_of_samples_that_count() -> None:
     assert plan.plan(None) == [Batch(2, 2)]
 
 
-FORMS = {  # factors of a low-rank term [6, 5] for 3 clients, those of "K" one for each
+# Factors of a low-rank term [6, 5] for 3 clients, those of "K" one for each.
+FORMS: dict[str, list[tuple[int | str, ...]]] = {
+    str, list[tuple[int | str, ...]]
+] = {  # factors of a low-rank term [6, 5] for 3 clients, those of "K" one for each
     "none": [],
     "B": [("K", 6, 2), (2, 5)],
     "A": [(6, 2), ("K", 2, 5)],
@@ -81,7 +84,7 @@ def test_layer_and_gradients_are_those_of_autograd_at_real_tokens(
     form: str, packed: bool, bias: bool
 ) -> None:
     x, weight = drawn(3, 4, 5).requires_grad_(), drawn(6, 5).requires_grad_()
-    shapes = [[3 if side == "K" else side for side in shape] for shape in FORMS[form]]
+    shapes = [[3 if side == "K" else int(side) for side in shape] for shape in FORMS[form]]
     factors = [drawn(*shape).requires_grad_(len(shape) == 3) for shape in shapes]
     shift = drawn(6).requires_grad_() if bias else None
     slope = drawn(3, 4, 6) * MASK[..., None]  # padding reaches no loss
