@@ -67,8 +67,6 @@ def test_the_plan_counts_the_tokens_of_samples_that_count() -> None:
 
 # Factors of a low-rank term [6, 5] for 3 clients, those of "K" one for each.
 FORMS: dict[str, list[tuple[int | str, ...]]] = {
-    str, list[tuple[int | str, ...]]
-] = {  # factors of a low-rank term [6, 5] for 3 clients, those of "K" one for each
     "none": [],
     "B": [("K", 6, 2), (2, 5)],
     "A": [(6, 2), ("K", 2, 5)],
