@@ -129,7 +129,7 @@ def base_name(weight: torch.Tensor) -> str:
 
 
 def is_narrow(weight: torch.Tensor) -> bool:
-    """Tell whether a weight is held in fewer bits than float32, so that nothing is merged into it."""
+    """Tell whether a weight is held in fewer bits than float32: nothing is merged into it."""
     return isinstance(weight, QuantisedWeight) or weight.dtype.itemsize < 4
 
 

@@ -22,13 +22,17 @@ LABELS: dict[str, str] = yaml.safe_load(
 )
 
 
-def tables(folder: Path) -> str:
+def tables(folder: Path, workloads: Sequence[str] = tuple(WORKLOADS)) -> str:
     """Make one table per file of a folder, in the order of the workloads.
+
+    Args:
+        folder: Of JSON files.
+        workloads: Whose tables, all unless given.
 
     Raises:
         ConfigError: If there is none.
     """
-    paths = [path for name in WORKLOADS if (path := folder / f"{name}.json").is_file()]
+    paths = [path for name in workloads if (path := folder / f"{name}.json").is_file()]
     if not paths:
         raise ConfigError(f"{folder} holds no figures of the benchmark")
     return "\n".join(table(Report.read(path)).markdown() for path in paths)
@@ -75,6 +79,14 @@ def table(report: Report) -> Table:
 def cpu_cells(report: Report, name: str) -> dict[str, str]:
     """Write a row that ran on the CPU."""
     row, rows = report.rows[name], report.rows
+    if "tokens" in report.about:
+        return {
+            "CPU s a round": f"{row['cpu_seconds']:.3g}",
+            "tokens a CPU s": f"{report.about['tokens'] / row['cpu_seconds']:,.0f}",
+            "peak MB": f"{row['peak_bytes'] / 1e6:.0f}",
+            "CPU / loop": against(row, rows.get("peft"), "cpu_seconds"),
+            "CPU / central": against(row, rows.get("central"), "cpu_seconds"),
+        }
     return {
         "s a round": f"{row['seconds']:.3g}",
         "CPU s a round": f"{row['cpu_seconds']:.3g}",

@@ -120,12 +120,14 @@ class MemoryModel:
             optimiser, and which sample comes when.
         step: Of a client: its batch, what the forward pass keeps for the backward pass, and
             whatever else comes and goes in a step.
+        tokens: Of a client in a step, at most, padding included; 0 where samples have none.
     """
 
     weights: int
     shared: int
     trained: int
     step: int
+    tokens: int = 0
 
     @property
     def client(self) -> int:
@@ -183,6 +185,7 @@ def measure(
         shared=max(0, one.laid_out - client, four.laid_out - 4 * client, one.live.peak - client),
         trained=trained,
         step=client - trained,
+        tokens=(length or 0) * min(trainer.local.batch_size or int(sizes.max()), int(sizes.max())),
     )
 
 

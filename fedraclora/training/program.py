@@ -127,7 +127,7 @@ class Program:
 
     def load(self, base: Tree) -> None:
         """Point the model's parameters at the replica's weights (no copy on one device)."""
-        self.base = base
+        self.base, self.context.narrowed = base, {}
         for name, parameter in self.parameters.items():
             weight = base[name]
             if isinstance(parameter, QuantisedWeight) and isinstance(weight, QuantisedWeight):
