@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 
 from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.quantised import FULL
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
@@ -33,10 +35,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Term:
-    """A low-rank term of a link: the factors in order (a matrix, or a sketch by its seed)."""
+    """A term of a link, which is added to a weight.
+
+    Attributes:
+        factors: In order, a matrix or a sketch by its seed; one alone is a change in the shape in
+            which the weight is stored.
+        scale: Of their product.
+        kind: In which its numbers travel (`fedraclora.protocol.quantised`): they are such numbers.
+    """
 
     factors: tuple[torch.Tensor | SketchSpec, ...]
     scale: float
+    kind: str = FULL
 
 
 @dataclass(frozen=True)
@@ -85,14 +95,12 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
     """
     out = dict(base)
     for name, term in link.terms.items():
-        view = plan.targets[name]
-        factors = matrices(term)
-        product = factors[0]
-        for factor in factors[1:]:
-            product = product @ factor
-        wide = view.matrix(base[name]).to(torch.float64)
-        wide = wide.add(product.to(wide.device), alpha=term.scale)
-        out[name] = view.stored(wide.to(base[name].dtype), base[name])
+        first, *others = matrices(term)
+        product = reduce(torch.matmul, others, first)
+        view = plan.targets[name] if others else None
+        wide = (view.matrix(base[name]) if view else base[name]).to(torch.float64)
+        wide = wide.add(product.to(wide.device), alpha=term.scale).to(base[name].dtype)
+        out[name] = view.stored(wide, base[name]) if view else wide
     for name, value in link.dense.items():
         out[name] = value.to(base[name])
     for part in link.rest:

@@ -26,6 +26,7 @@ VECTORS = {
     "samples": np.int64,
     "steps": np.int64,
     "losses": np.float64,
+    "rounding": np.float64,
 }
 AXES, LONGEST_AXIS = 8, 2**40  # of a shape that a message names
 
