@@ -97,7 +97,7 @@ def decode(raw: torch.Tensor, sizes: Sizes, kind: str) -> torch.Tensor:
     """Read what `encode` packed, float64 [P].
 
     Raises:
-        WireError: If it is of another size or type.
+        WireError: If it is of another size or type, or has a number that `encode` does not give.
     """
     size = int(packed_bytes(sizes, kind))
     if raw.dtype != torch.uint8 or tuple(raw.shape) != (size,):
@@ -113,6 +113,8 @@ def decode(raw: torch.Tensor, sizes: Sizes, kind: str) -> torch.Tensor:
     scales, codes = packed[: len(lengths)], packed[len(lengths) :].view(np.int8)
     if kind == "int4":
         codes = np.stack([codes << 4 >> 4, codes >> 4], axis=1).reshape(-1)[: lengths.sum()]
+    if (codes < -LEVELS[kind]).any():
+        raise WireError(f"a number of the kind {kind} is below -{LEVELS[kind]}, which none may be")
     return torch.from_numpy(codes * np.repeat(_powers(scales), lengths))
 
 

@@ -224,16 +224,18 @@ def _packed(numbers: torch.Tensor, layout: Layout, kind: str) -> torch.Tensor:
     """Pack numbers [..., P] as they travel."""
     if kind == FULL:
         return numbers
-    rows = [encode(row, layout.sizes, kind) for row in numbers.reshape(-1, layout.size)]
-    return torch.stack(rows).reshape(*numbers.shape[:-1], -1)
+    if numbers.dim() == 1:
+        return encode(numbers, layout.sizes, kind)
+    return torch.stack([encode(row, layout.sizes, kind) for row in numbers])
 
 
 def _floats(content: RecordDict, record: str, axes: int, layout: Layout, kind: str) -> torch.Tensor:
     """Read an array of the numbers that travel, [k, P] or [P]."""
     found = read_array(content, record)
-    if kind != FULL and found.dim() == axes:
-        rows = [decode(row, layout.sizes, kind) for row in found.reshape(-1, found.shape[-1])]
-        found = torch.stack(rows).reshape(*found.shape[:-1], layout.size)
+    if kind != FULL and axes == 1:
+        found = decode(found, layout.sizes, kind)
+    elif kind != FULL:
+        found = torch.stack([decode(row, layout.sizes, kind) for row in found])
     if found.dim() != axes or found.dtype not in DTYPES.values():
         raise WireError(
             f"the record {record} has the shape {tuple(found.shape)} and the type {found.dtype}; "
