@@ -101,8 +101,8 @@ class Changes:
         size = sum(int(packed_bytes(parts[i][1], self.kind)) for i in places.tolist())
         if raw.dtype != torch.uint8 or tuple(raw.shape) != (size,):
             raise WireError(
-                f"clients {clients.tolist()} sent {raw.dtype} of shape {tuple(raw.shape)}; "
-                f"{size} bytes of the kind {self.kind} are wanted"
+                f"numbers of the kind {self.kind} came as {raw.dtype} of the shape "
+                f"{tuple(raw.shape)}; {size} bytes are wanted"
             )
         found, at = [torch.zeros(0, dtype=dtype)], 0
         for i, start in zip(places.tolist(), self._starts(clients), strict=True):

@@ -178,7 +178,11 @@ def unpack_result(
             notes=[worded(note, "a note") for note in listed(header["notes"], "notes", MANY)],
         )
         if read is not None and not reply.reduced:
-            reply = replace(reply, numbers=read(reply.numbers, reply.clients))
+            try:
+                reply = replace(reply, numbers=read(reply.numbers, reply.clients))
+            except WireError as error:
+                who = f"round {round_}: clients {reply.clients.tolist()}"
+                raise WireError(f"{who} sent what cannot be read: {error}") from error
         sent = read_layout(header["layout"], f"round {round_}: the layout")
         if sent != layout:
             raise WireError(

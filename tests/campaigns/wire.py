@@ -514,7 +514,8 @@ def check_downlink(scene: Scene, random: Random) -> str:
     for record in ("arrays", "own"):
         if record in again:
             came, back = (c[record]["flat"].numpy() for c in (content, again))  # type: ignore[index, union-attr]
-            must(np.array_equal(came, back, equal_nan=True), f"{record} is read as another one")
+            same = np.array_equal(came.astype(back.dtype), back, equal_nan=True)
+            must(same, f"{record} is read as another one")
     return "taken"
 
 
