@@ -49,6 +49,14 @@ FIGURES = {
             for name in ROUNDS
         ),
     ),
+    "fewer_bits": (
+        f"Linear regression, numbers rounded up and down, each at its step: {SPREAD}",
+        2,
+        (
+            ("fewer bits/gradient descent", "gap", "gradient descent, r = 4 of n = 12"),
+            ("fewer bits/SGD", "gap", "SGD, r = 4 of n = 12"),
+        ),
+    ),
     "cover": (
         "Blocks without replacement (worst seed, bound on every seed) and independent ones (mean)",
         2,
