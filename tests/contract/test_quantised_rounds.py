@@ -8,15 +8,21 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ArrayRecord, RecordDict
+from typing_extensions import override
 from worlds import (
     RAGGED,
+    Played,
     Run,
     assert_equal_trees,
     assert_updates_lead_on,
+    distance,
     distinct,
+    is_personal,
     make_method,
     make_world,
+    mean_weights,
     run,
+    stepped,
 )
 
 from fedraclora.devices.distributions import Choice
@@ -25,16 +31,19 @@ from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
-from fedraclora.protocol.method import Cohort
+from fedraclora.protocol.method import Cohort, State
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire import unpack_downlink
-from strategies.server.round_step import RoundStep
+from strategies.server.exchange import Exchange
+from strategies.server.round_step import CloseRound, RoundStep
 from strategies.steps.settings import RoundSettings
 
 COHORT, ROUNDS = 3, 3
 SHORT = {"fed_rac_lora", "fedavg", "fedavg_lora", "fedsa_lora", "fedsvd", "flora_stacking", "slora"}
 BITS = {"uplink": "int8", "downlink": "int4"}
+EXACT = [n for n in sorted(distinct()) if make_method(n).traits.exact and not is_personal((n, {}))]
 
 
 class Individuals(RoundStep):
@@ -82,6 +91,33 @@ def test_bytes_are_those_of_messages_and_everyone_has_the_servers_bits(
         start = factor if isinstance(factor, torch.Tensor) else getattr(factor, "start", None)
         if kept is not None and isinstance(start, torch.Tensor) and start.shape == kept.shape:
             assert torch.equal(start, kept)
+
+
+class Watched(RoundStep):
+    """Keeps the last round as the method closed it."""
+
+    individuals = True
+    played: Played
+
+    @override
+    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+        after = close(got)
+        self.played = Played(state, exchange.downlink, got, after)
+        return after
+
+
+@pytest.mark.short(when=lambda name: name in {"fed_rac_lora", "fedavg"})
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_exact_is_exact_of_what_was_sent(name: str) -> None:
+    """The mean of the clients' weights as they were sent; what goes down adds its own rounding."""
+    for downlink, most in (("float32", 1e-12), ("bfloat16", 0.02)):
+        watched = Watched()
+        done = finished(name, steps=[watched], uplink="int4", downlink=downlink).strategy
+        played, method = watched.played, done.method
+        old, reached = method.weights(played.before, done.draw), mean_weights(played)
+        wanted = stepped(method, played, reached, done.draw)
+        off = distance(method.weights(done.state, done.draw), wanted, list(old))
+        assert off <= most * distance(old, wanted, list(old))
 
 
 @pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg", "fedavg_lora"])
