@@ -140,7 +140,7 @@ def _scales(largest: Floats, levels: int) -> npt.NDArray[np.uint8]:
     """Choose the exponents of blocks by their largest numbers, as bytes."""
     fraction, exponent = np.frexp(largest / levels)
     least = exponent - (fraction == 0.5)
-    found = np.clip(least + ZERO, 0, NO_NUMBER).astype(np.uint8)
+    found: npt.NDArray[np.uint8] = np.clip(least + ZERO, 0, NO_NUMBER).astype(np.uint8)
     found[~np.isfinite(largest)] = NO_NUMBER
     return found
 

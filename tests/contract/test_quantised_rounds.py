@@ -143,6 +143,7 @@ def test_budgets_cut_what_is_rounded() -> None:
     assert sent < sum(r["uplink_bytes"] for r in finished("fed_rac_lora", **BITS).rows)
 
 
+@pytest.mark.slow
 def test_noise_is_rounded_and_its_rounding_not_told() -> None:
     level = ClientLevel(clip=0.05, noise_multiplier=0.5, delta=1e-3)
     private = RoundSettings(privacy=level, secret=Secret(bytes(range(32))))
