@@ -13,7 +13,7 @@ from flwr.app import RecordDict
 from fedraclora.errors import WireError
 from fedraclora.protocol.downlink import differs
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
-from fedraclora.protocol.quantised import FULL, ROUNDED, decode, encode, packed_bytes
+from fedraclora.protocol.quantised import FULL, ROUNDED, packed_bytes
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
@@ -33,10 +33,11 @@ from fedraclora.wire.records import (
     DTYPES,
     array_record,
     header_record,
-    read_array,
+    packed_numbers,
     read_first,
     read_header,
     read_layout,
+    read_numbers,
     read_shape,
     read_vectors,
     vector_record,
@@ -141,7 +142,7 @@ class Packed:
             "own": self.own_layout.shapes,
         }
         self.config = header_record(header)
-        self.arrays = array_record(_packed(layout.pack(shared), layout, kind))
+        self.arrays = array_record(packed_numbers(layout.pack(shared), layout, kind))
 
     def message(self, clients: torch.Tensor, first: int) -> RecordDict:
         """Write the content of a message to clients at the places ``first, first + 1, ...``."""
@@ -154,7 +155,7 @@ class Packed:
         content = RecordDict({"config": self.config, "arrays": self.arrays, "chunk": chunk})
         if self.own:
             rows = self.own_layout.pack({n: t[places] for n, t in self.own.items()}, lead=1)
-            content["own"] = array_record(_packed(rows, self.own_layout, self.kind))
+            content["own"] = array_record(packed_numbers(rows, self.own_layout, self.kind))
         return content
 
 
@@ -186,7 +187,7 @@ class Reader:
             request = _request(header, vectors, read_first(content))
             if header["own"]:
                 layout = read_layout(header["own"], "own")
-                rows = _floats(content, "own", 2, layout, header["kind"])
+                rows = read_numbers(content, "own", 2, layout, header["kind"])
                 if len(rows) != len(request.clients):
                     raise WireError(
                         f"{len(request.clients)} clients are asked, but tensors of their own came "
@@ -204,7 +205,7 @@ class Reader:
         self._header = header = read_header(content)
         exactly(header, HEADER, "the header of a train message")
         layout = read_layout(header["layout"], "the layout")
-        flat = _floats(content, "arrays", 1, layout, _kind(header["kind"], "its kind"))
+        flat = read_numbers(content, "arrays", 1, layout, _kind(header["kind"], "its kind"))
         if len(flat) != layout.size:
             raise WireError(f"a message has {len(flat)} numbers, but its layout has {layout.size}")
         self._tensors = layout.unpack(flat)
@@ -218,30 +219,6 @@ def _kind(value: object, what: str) -> str:
     if value not in (FULL, *ROUNDED):
         raise WireError(f"{what} is {shown(value)}; one of {(FULL, *ROUNDED)} is wanted")
     return str(value)
-
-
-def _packed(numbers: torch.Tensor, layout: Layout, kind: str) -> torch.Tensor:
-    """Pack numbers [..., P] as they travel."""
-    if kind == FULL:
-        return numbers
-    if numbers.dim() == 1:
-        return encode(numbers, layout.sizes, kind)
-    return torch.stack([encode(row, layout.sizes, kind) for row in numbers])
-
-
-def _floats(content: RecordDict, record: str, axes: int, layout: Layout, kind: str) -> torch.Tensor:
-    """Read an array of the numbers that travel, [k, P] or [P]."""
-    found = read_array(content, record)
-    if kind != FULL and axes == 1:
-        found = decode(found, layout.sizes, kind)
-    elif kind != FULL:
-        found = torch.stack([decode(row, layout.sizes, kind) for row in found])
-    if found.dim() != axes or found.dtype not in DTYPES.values():
-        raise WireError(
-            f"the record {record} has the shape {tuple(found.shape)} and the type {found.dtype}; "
-            f"{axes} axes and one of {[*DTYPES]} are wanted"
-        )
-    return found
 
 
 def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainRequest:
