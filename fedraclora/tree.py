@@ -50,7 +50,12 @@ class Layout:
     @property
     def size(self) -> int:
         """Numbers in the flat vector."""
-        return sum(prod(shape) for _, shape in self.shapes)
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of each tensor."""
+        return [prod(shape) for _, shape in self.shapes]
 
     def pack(self, tree: Mapping[str, torch.Tensor], lead: int = 0) -> torch.Tensor:
         """Concatenate the tensors of ``tree`` into [*leading axes, size].
@@ -69,9 +74,9 @@ class Layout:
             raise ShapeError(f"cannot pack: {difference(Layout.of(tree, lead), self)}")
         if not self.shapes:
             return torch.empty(0)
-        sizes = [prod(shape) for _, shape in self.shapes]
         parts = [
-            t.reshape(*t.shape[:lead], size) for t, size in zip(tree.values(), sizes, strict=True)
+            t.reshape(*t.shape[:lead], size)
+            for t, size in zip(tree.values(), self.sizes, strict=True)
         ]
         return torch.cat(parts, dim=-1)
 
@@ -88,7 +93,7 @@ class Layout:
                 f"cannot unpack numbers of shape {tuple(flat.shape)}: the last axis must have "
                 f"{self.size}"
             )
-        parts = flat.split([prod(shape) for _, shape in self.shapes], dim=-1)
+        parts = flat.split(self.sizes, dim=-1)
         lead = flat.shape[:-1]
         return {
             name: part.reshape((*lead, *shape))

@@ -148,6 +148,9 @@ def _collect(known: Known, link: Link, plan: Plan) -> None:
     for part in link.parts():
         for name, term in part.terms.items():
             first, *rest = matrices(term)
+            if not rest:
+                known[name] = None
+                continue
             left = first * term.scale
             right = reduce(torch.matmul, rest)
             if name not in known:

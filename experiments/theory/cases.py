@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from experiments.theory.bounds.spectrum import beside_kept, of_downlink
-from experiments.theory.bounds.theorems import local_step_limit
+from experiments.theory.bounds.theorems import local_step_limit, rounding
 from experiments.theory.problems import Problem, problem
 from experiments.theory.runs import first_downlink
+from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.sketch import SKETCHES, Constants
 from fedraclora.training.extras.settings import LocalSettings
 from strategies.fed_rac_lora import FedRacLora
@@ -34,6 +35,7 @@ class Case:
         share: Step over the largest that the theorem allows.
         fresh: Share of fresh rows where links are built on those before them; None: they are not.
         kept_scale: Length of the kept rows there.
+        kind: How numbers go up and down.
     """
 
     panel: str
@@ -49,6 +51,7 @@ class Case:
     share: float = 1.0
     fresh: float | None = None
     kept_scale: float | str = 1.0
+    kind: str = FULL
 
     @property
     def name(self) -> str:
@@ -96,7 +99,7 @@ class Case:
         """The step in weight space, gamma."""
         ground = problem(self.problem)
         if self.local_steps == 1:
-            return self.share / ground.smoothness
+            return self.share / (ground.smoothness * (1 + rounding(self.kind, self.kind)))
         smoothness = self.smoothness(ground)
         cohort = self.taking_part
         return self.share * local_step_limit(smoothness, self.local_steps, ground.clients, cohort)
@@ -245,9 +248,21 @@ def chains() -> list[Case]:
     ]
 
 
+def fewer_bits() -> list[Case]:
+    """Gradient descent and SGD with numbers rounded on their way up and down."""
+    return [
+        Case(f"fewer bits/{name}", kind, data, theorem, 4, 60, batch=batch, share=share, kind=kind)
+        for name, data, theorem, batch, share in (
+            ("gradient descent", "linear", "gd", 0, 1.0),
+            ("SGD", "linear, 1 client", "sgd", 48, 0.2),
+        )
+        for kind in (FULL, *ROUNDED)
+    ]
+
+
 def all_cases(size: str = "full") -> list[Case]:
     """Every case that has a bound; ``small``: the first of every panel, a few rounds of it."""
-    cases = [*rates(), *sketches(), *stochastic(), *covers(), *chains()]
+    cases = [*rates(), *sketches(), *stochastic(), *covers(), *chains(), *fewer_bits()]
     if size == "full":
         return cases
     first = {case.panel: case for case in reversed(cases)}

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.theory.bounds.descent import Descent, Given
-from experiments.theory.bounds.theorems import cover, federated, gd, reshuffling, sgd
+from experiments.theory.bounds.theorems import cover, federated, gd, reshuffling, rounding, sgd
 from experiments.theory.cases import Case
 from experiments.theory.problems import MEASURES, problem
 from experiments.theory.runs import federate, start_of
@@ -38,6 +38,7 @@ def run(case: Case, seed: int) -> Path:
         cohort=case.taking_part,
         seed=seed,
         measure=ground.measure,
+        kind=case.kind,
     )
     rows = strategy.recorder.ledger.rows
     metrics: list[dict[str, float]] = [row["metrics"] for row in rows]  # type: ignore[misc]
@@ -186,10 +187,9 @@ def theorem(case: Case, noise: dict[str, float]) -> Descent:
         lambda_max=spectrum.lambda_max,
         curvature=ground.curvature,
     )
-    if case.theorem == "gd":
-        return gd(given, case.step)
-    if case.theorem == "sgd":
-        return sgd(given, case.step)
+    if case.theorem in {"gd", "sgd"}:
+        bound = gd if case.theorem == "gd" else sgd
+        return bound(given, case.step, rounding(case.kind, case.kind))
     if case.theorem == "reshuffling":
         return reshuffling(given, case.step, case.local_steps)
     if case.theorem == "cover":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.narrow_weight import QuantisedWeight, base_name
+from fedraclora.protocol.quantised import FULL
 from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree
 
@@ -35,10 +37,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Term:
-    """A low-rank term of a link: the factors in order (a matrix, or sketches by their seed)."""
+    """A term of a link, which is added to a weight.
+
+    Attributes:
+        factors: In order, a matrix, or sketches by their seed; one alone is a change in the shape
+            in which the weight is stored.
+        scale: Of their product.
+        kind: In which its numbers travel (`fedraclora.protocol.quantised`): they are such numbers.
+    """
 
     factors: tuple[torch.Tensor | SketchSpec | Sketches, ...]
     scale: float
+    kind: str = FULL
 
 
 @dataclass(frozen=True)
@@ -97,14 +107,12 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
                 f"{name} is held in {base_name(base[name])}, and nothing can be merged into it: "
                 "set model.base=float32"
             )
-        view = plan.targets[name]
-        factors = matrices(term)
-        product = factors[0]
-        for factor in factors[1:]:
-            product = product @ factor
-        wide = view.matrix(base[name]).to(torch.float64)
-        wide = wide.add(product.to(wide.device), alpha=term.scale)
-        out[name] = view.stored(wide.to(base[name].dtype), base[name])
+        first, *others = matrices(term)
+        product = reduce(torch.matmul, others, first)
+        view = plan.targets[name] if others else None
+        wide = (view.matrix(base[name]) if view else base[name]).to(torch.float64)
+        wide = wide.add(product.to(wide.device), alpha=term.scale).to(base[name].dtype)
+        out[name] = view.stored(wide, base[name]) if view else wide
     for name, value in link.dense.items():
         out[name] = value.to(base[name]) if name in base else value
     for part in link.rest:

@@ -46,7 +46,9 @@ class Traits:
 
     Attributes:
         exact: The new effective weights are old + step (mean - old), where mean is the weighted
-            mean of the clients' own; with a step of 1 they are that mean.
+            mean of the clients' own; with a step of 1 they are that mean. Of what was sent: where
+            numbers travel in fewer bits, a client's weights are those that came, and what the
+            server's rounding adds is a column of the ledger.
         linear: Weighted sums of what clients send are enough (secure aggregation can serve it).
         merges: Updates are folded into the base weights, so absent clients must catch up.
         ranks: What it promises holds under rank budgets (`Cohort.ranks`), which it hands on.

@@ -8,6 +8,7 @@ public checkpoint, or a seed).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Link, Plan, Term
+from fedraclora.protocol.quantised import FULL, decode, encode, packed_bytes
 from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree
 
@@ -23,8 +25,12 @@ SEED_BYTES = 8
 
 
 def term_bytes(term: Term) -> int:
-    """Count the payload bytes of a low-rank term: its matrices, and 8 for each seed."""
-    return sum(f.nbytes if isinstance(f, torch.Tensor) else SEED_BYTES for f in term.factors)
+    """Count the payload bytes of a term: its matrices, and 8 for each seed."""
+    tensors = [f for f in term.factors if isinstance(f, torch.Tensor)]
+    seeds = SEED_BYTES * (len(term.factors) - len(tensors))
+    if term.kind == FULL:
+        return seeds + sum(t.nbytes for t in tensors)
+    return seeds + sum(int(packed_bytes([t.numel()], term.kind)) for t in tensors)
 
 
 class LinkSizes:
@@ -133,10 +139,15 @@ def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
                 parts.append(vars(factor))
             elif isinstance(factor, Sketches):
                 parts.append({"first": vars(factor.first), "count": factor.count})
-            else:
+            elif term.kind == FULL:
                 tensors[f"term|{name}|{i}"] = factor
                 parts.append(None)
-        terms[name] = {"scale": term.scale, "factors": parts}
+            else:
+                packed = encode(factor.reshape(-1), [factor.numel()], term.kind)
+                tensors[f"term|{name}|{i}"] = packed
+                parts.append(list(factor.shape))
+        kind = {} if term.kind == FULL else {"kind": term.kind}
+        terms[name] = {"scale": term.scale, "factors": parts, **kind}
     rest = []
     for i, part in enumerate(link.rest):
         more, described = link_tensors(part)
@@ -150,14 +161,19 @@ def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -
     terms: dict[str, Term] = {}
     stored = meta["terms"]
     for name, term in stored.items():  # type: ignore[attr-defined]
-        factors = tuple(
-            tensors[f"term|{name}|{i}"] if part is None else _sketch(part)
-            for i, part in enumerate(term["factors"])
-        )
-        terms[name] = Term(factors, float(term["scale"]))
+        kind = term.get("kind", FULL)
+        factors: list[torch.Tensor | SketchSpec | Sketches] = []
+        for i, part in enumerate(term["factors"]):
+            if isinstance(part, Mapping):
+                factors.append(_sketch(part))
+                continue
+            factor = tensors[f"term|{name}|{i}"]
+            shaped = part is None or kind == FULL
+            factors.append(factor if shaped else decode(factor, [prod(part)], kind).reshape(part))
+        terms[name] = Term(tuple(factors), float(term["scale"]), kind)
     dense = {n.partition("|")[2]: v for n, v in tensors.items() if n.startswith("dense|")}
     rest = []
-    for i, part in enumerate(meta.get("rest", ())):  # type: ignore[arg-type,var-annotated]
+    for i, part in enumerate(meta.get("rest", ())):  # type: ignore[arg-type]
         prefix = f"rest{i}|"
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         rest.append(read_link(own, part))

@@ -14,6 +14,7 @@ from fedraclora.errors import WireError
 from fedraclora.protocol.downlink import differs
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.pool import Pool
+from fedraclora.protocol.quantised import FULL, ROUNDED, packed_bytes
 from fedraclora.protocol.recipes import RECIPES
 from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Layout, Tree
@@ -33,10 +34,11 @@ from fedraclora.wire.records import (
     DTYPES,
     array_record,
     header_record,
-    read_array,
+    packed_numbers,
     read_first,
     read_header,
     read_layout,
+    read_numbers,
     read_shape,
     read_vectors,
     vector_record,
@@ -45,6 +47,7 @@ from fedraclora.wire.records import (
 WEIGHTS = (None, "examples", "uniform")
 ASKED = frozenset({"recipe", "arguments", "link", "extras", "adapters", "dense", "pools"})
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
+HEADER |= {"uplink", "kind"}
 ADAPTER = frozenset({"scale", "factors"})
 POOL = frozenset({"spec", "count", "scale"})
 TRAINED = frozenset({"role", "shape", "main", "upload", "started", "spec"})
@@ -69,6 +72,7 @@ class TrainRequest:
         reduce: None for one row per client; ``examples`` or ``uniform`` for weighted sums of
             blocks of clients (`fedraclora.protocol.uplinks`), where ``first`` opens a block.
         clip: The greatest norm of the update that a client may send; None: any.
+        uplink: How the clients' numbers travel (`fedraclora.protocol.quantised`).
     """
 
     round_: int
@@ -78,14 +82,26 @@ class TrainRequest:
     first: int = 0
     reduce: str | None = None
     clip: float | None = None
+    uplink: str = FULL
 
 
-def payload_bytes(downlink: Downlink, cohort: int, itemsize: int) -> int:
-    """Payload of a downlink to one client of a cohort: numbers that are sent, and 8 per seed."""
-    numbers = sum(t.numel() // (cohort if own else 1) for t, own in _sent(downlink).values())
+def payload_bytes(downlink: Downlink, cohort: int, kind: str) -> int:
+    """Count the payload of a downlink to one client of a cohort.
+
+    Args:
+        downlink: What is sent.
+        cohort: To how many.
+        kind: Of its numbers: a key of `WIDTHS`, or one of `ROUNDED`.
+
+    Returns:
+        The bytes of its numbers, and 8 per seed.
+    """
+    sent = _sent(downlink).values()
+    shared = [t.numel() for t, own in sent if not own]
+    own = [t.numel() // cohort for t, own in sent if own]
     starts = [slot.start for slot in downlink.trained().values()]
     drawn = [isinstance(f, SketchSpec) for f in [*downlink.factors().values(), *starts]]
-    return numbers * itemsize + SEED_BYTES * sum(drawn)
+    return int(packed_bytes(shared + own, kind)) + SEED_BYTES * sum(drawn)
 
 
 class Packed:
@@ -94,22 +110,27 @@ class Packed:
     Args:
         downlink: What to train.
         request: Round, version and step sizes.
-        dtype: Of the numbers on the wire: float32 or float64.
+        dtype: Of the numbers: float32 or float64.
+        kind: How they travel; they have been rounded to it.
     """
 
-    def __init__(self, downlink: Downlink, request: TrainRequest, dtype: str) -> None:
+    def __init__(
+        self, downlink: Downlink, request: TrainRequest, dtype: str, kind: str = FULL
+    ) -> None:
         sent = _sent(downlink)
         shared = {n: t.to(DTYPES[dtype]) for n, (t, own) in sent.items() if not own}
         self.own = {n: t.to(DTYPES[dtype]) for n, (t, own) in sent.items() if own}
         layout = Layout.of(shared)
         self.own_layout = Layout.of(self.own, skip=1)
-        self.ranks = downlink.ranks
+        self.ranks, self.kind = downlink.ranks, kind
         header = {
             "round": request.round_,
             "version": request.version,
             "rate_scale": request.rate_scale,
             "reduce": request.reduce,
             "clip": request.clip,
+            "uplink": request.uplink,
+            "kind": kind,
             "recipe": downlink.recipe,
             "arguments": downlink.arguments,
             "link": downlink.link,
@@ -123,7 +144,8 @@ class Packed:
             "layout": layout.shapes,
             "own": self.own_layout.shapes,
         }
-        self.config, self.arrays = header_record(header), array_record(layout.pack(shared))
+        self.config = header_record(header)
+        self.arrays = array_record(packed_numbers(layout.pack(shared), layout, kind))
 
     def message(self, clients: torch.Tensor, first: int) -> RecordDict:
         """Write the content of a message to clients at the places ``first, first + 1, ...``."""
@@ -136,7 +158,7 @@ class Packed:
         content = RecordDict({"config": self.config, "arrays": self.arrays, "chunk": chunk})
         if self.own:
             rows = self.own_layout.pack({n: t[places] for n, t in self.own.items()}, lead=1)
-            content["own"] = array_record(rows)
+            content["own"] = array_record(packed_numbers(rows, self.own_layout, self.kind))
         return content
 
 
@@ -167,13 +189,14 @@ class Reader:
             vectors = read_vectors(content)
             request = _request(header, vectors, read_first(content))
             if header["own"]:
-                rows = _floats(content, "own", 2)
+                layout = read_layout(header["own"], "own")
+                rows = read_numbers(content, "own", 2, layout, header["kind"])
                 if len(rows) != len(request.clients):
                     raise WireError(
                         f"{len(request.clients)} clients are asked, but tensors of their own came "
                         f"for {len(rows)}"
                     )
-                own = read_layout(header["own"], "own").unpack(rows)
+                own = layout.unpack(rows)
                 downlink = _downlink(header, self._tensors | own, own.keys())
             if "ranks" in vectors:
                 downlink = replace(downlink, ranks=_ranks(vectors["ranks"], len(request.clients)))
@@ -184,8 +207,8 @@ class Reader:
         self._arrays = None  # a message that is refused is not remembered
         self._header = header = read_header(content)
         exactly(header, HEADER, "the header of a train message")
-        flat = _floats(content, "arrays", 1)
         layout = read_layout(header["layout"], "the layout")
+        flat = read_numbers(content, "arrays", 1, layout, _kind(header["kind"], "its kind"))
         if len(flat) != layout.size:
             raise WireError(f"a message has {len(flat)} numbers, but its layout has {layout.size}")
         self._tensors = layout.unpack(flat)
@@ -194,15 +217,11 @@ class Reader:
         self._arrays = content["arrays"]
 
 
-def _floats(content: RecordDict, record: str, axes: int) -> torch.Tensor:
-    """Read an array of the numbers that travel."""
-    found = read_array(content, record)
-    if found.dim() != axes or found.dtype not in DTYPES.values():
-        raise WireError(
-            f"the record {record} has the shape {tuple(found.shape)} and the type {found.dtype}; "
-            f"{axes} axes and one of {[*DTYPES]} are wanted"
-        )
-    return found
+def _kind(value: object, what: str) -> str:
+    """Read how numbers travel."""
+    if value not in (FULL, *ROUNDED):
+        raise WireError(f"{what} is {shown(value)}; one of {(FULL, *ROUNDED)} is wanted")
+    return str(value)
 
 
 def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainRequest:
@@ -226,6 +245,7 @@ def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainReque
         first,
         header["reduce"],
         clip,
+        _kind(header["uplink"], "uplink"),
     )
 
 

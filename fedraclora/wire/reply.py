@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import RecordDict
@@ -13,6 +13,7 @@ from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.uplinks import SUM_BLOCK, Refusal, block_sums, check_rows
 from fedraclora.training.local_result import LocalResult
 from fedraclora.tree import Layout, difference
+from fedraclora.wire.changes import Coded
 from fedraclora.wire.downlink import TrainRequest
 from fedraclora.wire.fields import (
     MANY,
@@ -56,6 +57,8 @@ class Reply:
         failures: Why a client trained nothing, by id.
         refused: Clients that a sum leaves out, because their numbers cannot be used.
         notes: Sentences for the ledger.
+        rounding: What rounding added to the change of each client, relative to it [k]; None where
+            numbers are sent as they are.
     """
 
     round_: int
@@ -70,6 +73,7 @@ class Reply:
     failures: dict[int, str]
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    rounding: torch.Tensor | None = None
 
 
 def pack_result(
@@ -80,6 +84,7 @@ def pack_result(
     failures: Mapping[int, str],
     notes: list[str],
     mask: torch.Tensor | None = None,
+    coded: Coded | None = None,
 ) -> RecordDict:
     """Write what a chunk brought back.
 
@@ -92,6 +97,8 @@ def pack_result(
         failures: Why a client trained nothing, by id.
         notes: Sentences for the ledger.
         mask: Which numbers of its row each client sends, bool [k, P]; None: all.
+        coded: The rows in fewer bits, where ``result`` has them as they will be read; None: they
+            are sent as they are.
     """
     if result is None:  # every client of the chunk failed
         none = torch.zeros(0, dtype=torch.int64)
@@ -102,6 +109,8 @@ def pack_result(
     refused: list[Refusal] = []
     vectors = {"clients": clients, "losses": result.losses}
     vectors |= {"samples": result.samples, "steps": result.steps}
+    if coded is not None:
+        vectors["rounding"] = torch.tensor(coded.errors, dtype=torch.float64)
     if request.reduce is not None:
         weights = client_weights(request.reduce, result.samples)
         refused = check_rows(clients, weights, result.losses, numbers)
@@ -111,6 +120,8 @@ def pack_result(
         numbers = torch.zeros(-(-len(request.clients) // SUM_BLOCK), layout.size).to(sums)
         numbers[: len(sums)] = sums
         vectors = {name: vector[kept] for name, vector in vectors.items()}
+    elif coded is not None:
+        numbers = torch.cat([torch.zeros(0, dtype=torch.uint8), *coded.codes])
     elif mask is not None:
         numbers = numbers[mask.to(numbers.device)]
     header = {
@@ -129,7 +140,12 @@ def pack_result(
     )
 
 
-def unpack_result(content: RecordDict, layout: Layout, ranks: torch.Tensor | None = None) -> Reply:
+def unpack_result(
+    content: RecordDict,
+    layout: Layout,
+    ranks: torch.Tensor | None = None,
+    read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> Reply:
     """Read a reply back: the one place where what another machine sent is looked at unchecked.
 
     Every field has the type, the range and the length that it should have, or the reply is
@@ -140,6 +156,8 @@ def unpack_result(content: RecordDict, layout: Layout, ranks: torch.Tensor | Non
         layout: What a client sends, budgets aside.
         ranks: The cohort's rank budgets, if it has any: then rows are cut, and their sizes are
             left to `fedraclora.protocol.rank_budgets.widen`.
+        read: Gives the numbers of some clients from their bytes and their ids; None: the numbers
+            came as they are.
 
     Raises:
         WireError: Saying what came and what was wanted.
@@ -152,13 +170,19 @@ def unpack_result(content: RecordDict, layout: Layout, ranks: torch.Tensor | Non
             round_,
             whole(header["version"], "its version"),
             read_first(content),
-            **_vectors(content, round_),
+            **_vectors(content, round_, WANTED if read is None else WANTED | {"rounding"}),
             numbers=read_array(content, "arrays"),
             reduced=flag(header["reduced"], "reduced"),
             failures=_failures(header["failures"]),
             refused=_refused(header["refused"]),
             notes=[worded(note, "a note") for note in listed(header["notes"], "notes", MANY)],
         )
+        if read is not None and not reply.reduced:
+            try:
+                reply = replace(reply, numbers=read(reply.numbers, reply.clients))
+            except WireError as error:
+                who = f"round {round_}: clients {reply.clients.tolist()}"
+                raise WireError(f"{who} sent what cannot be read: {error}") from error
         sent = read_layout(header["layout"], f"round {round_}: the layout")
         if sent != layout:
             raise WireError(
@@ -169,12 +193,12 @@ def unpack_result(content: RecordDict, layout: Layout, ranks: torch.Tensor | Non
     return reply
 
 
-def _vectors(content: RecordDict, round_: int) -> dict[str, torch.Tensor]:
+def _vectors(content: RecordDict, round_: int, wanted: set[str]) -> dict[str, torch.Tensor]:
     """Read the vectors of a reply, all of them."""
     vectors = read_vectors(content)
-    if vectors.keys() != WANTED:
+    if vectors.keys() != wanted:
         raise WireError(
-            f"round {round_}: a reply has the vectors {[*vectors]}; {sorted(WANTED)} are wanted"
+            f"round {round_}: a reply has the vectors {[*vectors]}; {sorted(wanted)} are wanted"
         )
     return vectors
 
@@ -205,7 +229,8 @@ def _check_sizes(reply: Reply, layout: Layout, *, cut: bool) -> None:
     numbers, count = reply.numbers, len(reply.clients)
     rows = len(numbers) if reply.reduced and numbers.dim() else count
     fits = numbers.dim() == 1 if cut else tuple(numbers.shape) == (rows, layout.size)
-    lengths = [len(v) for v in (reply.clients, reply.losses, reply.samples, reply.steps)]
+    vectors = [reply.clients, reply.losses, reply.samples, reply.steps]
+    lengths = [len(v) for v in (*vectors, reply.rounding) if v is not None]
     if not fits or set(lengths) != {count}:
         raise WireError(
             f"round {reply.round_}: a reply has rows of shape {tuple(numbers.shape)} and {lengths} "

@@ -27,12 +27,14 @@ from fedraclora.devices.asynchronous import PendingClient
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink, Link, Method, State
+from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.tree import Tree
 from fedraclora.wire import TrainRequest, pack_downlink, unpack_downlink, uplink_layout
 from fedraclora.wire.records import array_record, header_record, read_array, read_header
 
 PREFIX = "buffer/"
+NEWER = {"extras": {}, "pools": {}, "uplink": FULL, "kind": FULL}  # fields that older headers lack
 OLDER = ("variates", "lifted")  # fields of headers of older releases, which were empty here
 
 
@@ -123,7 +125,7 @@ def read_batches(state: State) -> tuple[list[Batch], tuple[PendingClient, ...]]:
     for round_ in rounds:
         clients, lands = stored[f"{round_}/clients"], stored[f"{round_}/lands"]
         header = json.loads(bytes(stored[f"{round_}/header"].tolist()))
-        header = {"extras": {}, "pools": {}} | {k: v for k, v in header.items() if k not in OLDER}
+        header = NEWER | {k: v for k, v in header.items() if k not in OLDER}
         content = pack_downlink(Downlink(), TrainRequest(round_, 0, 1.0, clients), "float32")
         content["config"] = header_record(header)
         content["arrays"] = array_record(stored[f"{round_}/numbers"])

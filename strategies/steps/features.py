@@ -11,6 +11,7 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.recipes import RECIPES, Recipe
 from fedraclora.training.extras.prox import Prox
 from fedraclora.training.extras.sample_level import SampleLevel
@@ -118,6 +119,12 @@ SETTINGS = {
         lambda s: getattr(s.chosen.privacy, "quantile", None) is not None, "privacy.quantile=null"),
     "local.dp": Feature(lambda s: s.run.local.extra_of(SampleLevel) is not None, "local.dp=null"),
     "secure=secagg": Feature(lambda s: s.max_weight > 0, "secure=none"),
+    "wire.uplink in fewer bits": Feature(
+        lambda s: s.run.loop.uplink != FULL and f"wire.uplink is {s.run.loop.uplink}",
+        "wire.uplink=float32"),
+    "wire.downlink in fewer bits": Feature(
+        lambda s: s.run.loop.downlink != FULL and f"wire.downlink is {s.run.loop.downlink}",
+        "wire.downlink=float32"),
     "secure.max_weight=1": Feature(
         lambda s: s.max_weight == 1,
         "for secure.max_weight the most samples that a client may have"),

@@ -211,7 +211,7 @@ def test_what_comes_down_is_counted_and_what_goes_up_is_the_methods() -> None:
     for one, two in zip(with_.rows, without.rows, strict=True):
         assert one["uplink_bytes"] == two["uplink_bytes"]
         assert one["downlink_bytes"] == two["downlink_bytes"] + COHORT * 8 * trained
-    assert payload_bytes(sent, 3, 8) * COHORT == without.rows[0]["downlink_bytes"]
+    assert payload_bytes(sent, 3, "float64") * COHORT == without.rows[0]["downlink_bytes"]
 
 
 def population_mean(done: Run) -> Tree:

@@ -534,8 +534,12 @@ def run(
     system: SystemConfig | None = None,
     kind: type[FedStrategy] | None = None,
     steps: Sequence[RoundStep] = (),
+    **numbers: str,
 ) -> Run:
-    """Run a method from start to end as `fedraclora simulate` does, with its one strategy."""
+    """Run a method from start to end as `fedraclora simulate` does, with its one strategy.
+
+    ``numbers``: How they travel, ``uplink`` and ``downlink``.
+    """
     loop = LoopConfig(
         rounds=rounds,
         clients=world.clients,
@@ -545,6 +549,7 @@ def run(
         weights=weights,
         dtype=str(world.dtype).removeprefix("torch."),
         max_failures=max_failures,
+        **numbers,  # type: ignore[arg-type]
     )
     engine = Recording(arrange)
     device = torch.device("cpu")

@@ -79,6 +79,7 @@ RUNS = {
         "weights=uniform",
     ),
     "ranks": ("method.rank=4", "engine.chunk=32", "system=mixed_ranks"),
+    "fewer bits": ("method=fedavg", "engine.chunk=9", "wire.uplink=int4", "wire.downlink=int8"),
 }
 
 
