@@ -109,7 +109,8 @@ def assemble(
         state, server = method.init(base, plan, draw), config.server_optimiser
         first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
         downlink = method.open_round(state, 1, first, draw)
-        begins = state.base is not base or downlink.recipe == "gradient"
+        moved = any(state.base[name] is not weight for name, weight in base.items())
+        begins = moved or downlink.recipe == "gradient"
         changes = {
             f"method={name} merges each update into the weights": method.traits.merges,
             "dora=true rescales the weights": config.dora,

@@ -42,8 +42,8 @@ def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, part
     dim = shape[1 if draws_right(side, shape) else 0]
     if parts > dim:
         raise ConfigError(
-            f"method.sketches (times method.pool) is {parts}, but {name} has only {dim} on the "
-            "drawn side; take fewer"
+            f"a drawing is cut into {parts} sketches (method.sketches, times method.pool where "
+            f"there is one), but {name} has only {dim} dimensions on the drawn side; take fewer"
         )
     return resolve_rank(rank, dim // parts, name, cap=cap)
 
