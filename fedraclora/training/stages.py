@@ -102,7 +102,7 @@ class Linear:
         )
         self.B_name, self.A_name = labels or ("", "")
         self.frozen = {n: frozen[n] for n in labels if n in frozen}
-        self.stack = self.stacked_bias = None
+        self.stack = self.stacked_bias = self.room = None
         A = self.frozen.get(self.A_name)
         if self.weight is not None and A is not None and A.dim() == 2 and self.outputs <= THIN:
             height = self.outputs + A.shape[0]
@@ -155,7 +155,10 @@ class Linear:
             gradients[self.bias_name] = rows.sum(dim=1)
         W = values.get(self.weight_name)
         if W is not None:
-            gradients[self.weight_name] = torch.bmm(rows.mT, self.split(self.x))
+            # In the same room at every step: fresh memory costs more than the product.
+            room = self.room = torch.empty_like(W) if self.room is None else self.room
+            x = self.split(self.x)
+            gradients[self.weight_name] = torch.bmm(rows.mT, x, out=room[: self.K])
         back = None
         if to_input:
             back = slope @ self.weight if W is None else torch.bmm(rows, W).flatten(0, 1)  # type: ignore[operator]
