@@ -7,8 +7,9 @@ the cohort or one per client (a leading axis K).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -96,8 +97,12 @@ class Downlink:
     link: int = 0
     extras: dict[str, Tree] = field(default_factory=dict)
 
-    def factors(self) -> dict[str, Factor]:
+    def factors(self) -> Mapping[str, Factor]:
         """All factors of all adapters, by ``"<weight>/<label>"``."""
+        return self._factors
+
+    @cached_property  # asked for some thirty times in a round
+    def _factors(self) -> Mapping[str, Factor]:
         return {
             f"{weight}/{label}": factor
             for weight, adapter in self.adapters.items()
@@ -113,20 +118,28 @@ class Downlink:
         dense = {name: change(name, slot) for name, slot in self.dense.items()}
         return replace(self, adapters=adapters, dense=dense)  # type: ignore[arg-type]
 
-    def trained(self) -> dict[str, Trained]:
+    def trained(self) -> Mapping[str, Trained]:
         """Everything that clients train, by its name on the uplink, in packing order."""
+        return self._trained
+
+    @cached_property
+    def _trained(self) -> Mapping[str, Trained]:
         factors = self.factors().items()
         return {name: f for name, f in factors if isinstance(f, Trained)} | self.dense
 
-    def uploaded(self) -> dict[str, Trained]:
+    def uploaded(self) -> Mapping[str, Trained]:
         """What clients send back, in packing order."""
+        return self._uploaded
+
+    @cached_property
+    def _uploaded(self) -> Mapping[str, Trained]:
         return {name: slot for name, slot in self.trained().items() if slot.upload}
 
-    @property
+    @cached_property
     def apart(self) -> bool:
         """Return whether numbers at one place of two uplinks may mean different things."""
         local = {n for n, slot in self.trained().items() if not slot.upload}
-        factors = (self.factors() | self.dense).items()
+        factors = (*self.factors().items(), *self.dense.items())
         return self.ranks is not None or any(differs(f) for n, f in factors if n not in local)
 
     def select(self, places: torch.Tensor) -> Downlink:

@@ -66,6 +66,49 @@ def weighted_sum(
     return sum_blocks(block_sums(stacked, weights, places))
 
 
+class RunningSum:
+    """Computes `weighted_sum` of rows that come one after another, and keeps none of them.
+
+    Args:
+        size: Numbers of a row.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.total = torch.zeros(size, dtype=torch.float64)
+        self.block, self.number = torch.zeros_like(self.total), 0
+        self.room = torch.empty(AT_ONCE, dtype=torch.float64)  # fresh memory costs more than sums
+
+    def add(self, stacked: torch.Tensor, weights: torch.Tensor, places: torch.Tensor) -> None:
+        """Add rows; arguments as in `block_sums`, with places behind those that were added."""
+        blocks, counts = torch.unique_consecutive(places // SUM_BLOCK, return_counts=True)
+        parts = zip(stacked.split(counts.tolist()), weights.split(counts.tolist()), strict=True)
+        for number, (rows, column) in zip(blocks.tolist(), parts, strict=True):
+            if number != self.number:
+                self.add_blocks(self.block[None])
+                self.block.zero_()
+                self.number = number
+            self._add(rows, column[:, None])
+
+    def _add(self, rows: torch.Tensor, column: torch.Tensor) -> None:
+        """Add rows to the block, a few numbers of them at a time: they stay in the cache."""
+        step = max(1, AT_ONCE // len(rows))
+        for start in range(0, rows.shape[1], step):
+            some, out = rows[:, start : start + step], self.block[start : start + step]
+            part = self.room[: some.numel()].view(some.shape).copy_(some).mul_(column)
+            for row in part:
+                out += row
+
+    def add_blocks(self, sums: torch.Tensor) -> None:
+        """Add sums of blocks [B, P], float64, whose places are behind those that were added."""
+        for block in sums:
+            self.total += block
+
+    def value(self) -> torch.Tensor:
+        """Return the sum, float64 [P]; nothing is added after it."""
+        self.total += self.block
+        return self.total
+
+
 def sum_blocks(blocks: torch.Tensor) -> torch.Tensor:
     """Add blocks [B, P] one after another; float64 [P]."""
     total = blocks[0].clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from fedraclora.wire.records import (
     read_vectors,
     vector_record,
 )
+from fedraclora.wire.unwritten import Records, held_by, unwritten, written
 
 WEIGHTS = (None, "examples", "uniform")
 ASKED = frozenset({"recipe", "arguments", "link", "extras", "adapters", "dense"})
@@ -86,8 +88,31 @@ def payload_bytes(downlink: Downlink, cohort: int, itemsize: int) -> int:
     return numbers * itemsize + SEED_BYTES * sum(drawn)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a train message says, before it is written.
+
+    Attributes:
+        downlink: For the whole cohort.
+        request: For the clients of the message.
+        apart: Whether the downlink has something for each client.
+    """
+
+    downlink: Downlink
+    request: TrainRequest
+    apart: bool
+
+    def read(self) -> tuple[Downlink, TrainRequest]:
+        """Return what a client reads."""
+        if not self.apart:
+            return self.downlink, self.request
+        first = self.request.first
+        places = torch.arange(first, first + len(self.request.clients))
+        return self.downlink.select(places), self.request
+
+
 class Packed:
-    """A downlink as records; what the cohort shares is written once.
+    """A downlink for messages; what the cohort shares is written once, where one is written.
 
     Args:
         downlink: What to train.
@@ -96,12 +121,17 @@ class Packed:
     """
 
     def __init__(self, downlink: Downlink, request: TrainRequest, dtype: str) -> None:
-        sent = _sent(downlink)
-        shared = {n: t.to(DTYPES[dtype]) for n, (t, own) in sent.items() if not own}
-        self.own = {n: t.to(DTYPES[dtype]) for n, (t, own) in sent.items() if own}
-        layout = Layout.of(shared)
+        self.downlink, self.request = _travelling(downlink, DTYPES[dtype]), request
+        self.sent = _sent(self.downlink)
+        self.own = {n: t for n, (t, own) in self.sent.items() if own}
         self.own_layout = Layout.of(self.own, skip=1)
-        self.ranks = downlink.ranks
+
+    @cached_property
+    def shared(self) -> Records:
+        """The records of what the cohort shares."""
+        downlink, request = self.downlink, self.request
+        shared = {n: t for n, (t, own) in self.sent.items() if not own}
+        layout = Layout.of(shared)
         header = {
             "round": request.round_,
             "version": request.version,
@@ -120,26 +150,33 @@ class Packed:
             "layout": layout.shapes,
             "own": self.own_layout.shapes,
         }
-        self.config, self.arrays = header_record(header), array_record(layout.pack(shared))
+        return {"config": header_record(header), "arrays": array_record(layout.pack(shared))}
 
     def message(self, clients: torch.Tensor, first: int) -> RecordDict:
-        """Write the content of a message to clients at the places ``first, first + 1, ...``."""
+        """Make the content of a message to clients at the places ``first, first + 1, ...``."""
+        request = replace(self.request, clients=clients, first=first)
+        apart = bool(self.own) or self.downlink.ranks is not None
+        asked = Asked(self.downlink, request, apart)
+        return unwritten(asked, partial(self._records, clients, first))
+
+    def _records(self, clients: torch.Tensor, first: int) -> Records:
+        """Write such a message."""
         places = slice(first, first + len(clients))
         vectors = {"clients": clients}
-        if self.ranks is not None:
-            vectors["ranks"] = self.ranks[places]
+        if self.downlink.ranks is not None:
+            vectors["ranks"] = self.downlink.ranks[places]
         chunk = vector_record(vectors)
         chunk["first"] = first
-        content = RecordDict({"config": self.config, "arrays": self.arrays, "chunk": chunk})
+        records = {**self.shared, "chunk": chunk}
         if self.own:
             rows = self.own_layout.pack({n: t[places] for n, t in self.own.items()}, lead=1)
-            content["own"] = array_record(rows)
-        return content
+            records["own"] = array_record(rows)
+        return records
 
 
 def pack_downlink(downlink: Downlink, request: TrainRequest, dtype: str) -> RecordDict:
     """Write a downlink for the clients of one order; see `Packed`."""
-    return Packed(downlink, request, dtype).message(request.clients, request.first)
+    return written(Packed(downlink, request, dtype).message(request.clients, request.first))
 
 
 class Reader:
@@ -157,6 +194,8 @@ class Reader:
         Raises:
             WireError: If a record, a field or a tensor is missing, or is not what it should be.
         """
+        if isinstance(asked := held_by(content), Asked):
+            return asked.read()
         with reading("a train message"):
             if self._arrays is None or content.get("arrays") is not self._arrays:
                 self._read_shared(content)
@@ -307,6 +346,24 @@ def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
     for extra, tree in downlink.extras.items():
         sent |= {f"{extra}/{name}": (tensor, False) for name, tensor in tree.items()}
     return sent
+
+
+def _travelling(downlink: Downlink, dtype: torch.dtype) -> Downlink:
+    """Convert the tensors of a downlink to how they travel: on the CPU, in one precision."""
+
+    def changed(name: str, factor: Factor) -> Factor:
+        del name
+        if isinstance(factor, torch.Tensor):
+            return factor.to("cpu", dtype)
+        if isinstance(factor, Trained) and isinstance(factor.start, torch.Tensor):
+            return replace(factor, start=factor.start.to("cpu", dtype))
+        return factor
+
+    extras = {
+        extra: {n: t.to("cpu", dtype) for n, t in tree.items()}
+        for extra, tree in downlink.extras.items()
+    }
+    return replace(downlink.mapped(changed), extras=extras)
 
 
 def _describe(factor: Factor) -> dict[str, object]:

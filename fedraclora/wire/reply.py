@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from flwr.app import RecordDict
@@ -21,6 +22,7 @@ from fedraclora.wire.fields import (
     flag,
     listed,
     mapping,
+    printable,
     reading,
     shown,
     whole,
@@ -36,6 +38,7 @@ from fedraclora.wire.records import (
     read_vectors,
     vector_record,
 )
+from fedraclora.wire.unwritten import Records, held_by, unwritten
 
 WANTED = {"clients", "losses", "samples", "steps"}
 HEADER = frozenset({"round", "version", "failures", "refused", "reduced", "notes", "layout"})
@@ -71,6 +74,24 @@ class Reply:
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def select(self, kept: torch.Tensor) -> Reply:
+        """Keep some of the clients, bool [k], in everything but their numbers."""
+        vectors = {name: getattr(self, name)[kept] for name in sorted(WANTED)}
+        return replace(self, **vectors)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a reply says, before it is written.
+
+    Attributes:
+        reply: Its fields.
+        layout: What each client sends.
+    """
+
+    reply: Reply
+    layout: Layout
+
 
 def pack_result(
     result: LocalResult | None,
@@ -81,7 +102,7 @@ def pack_result(
     notes: list[str],
     mask: torch.Tensor | None = None,
 ) -> RecordDict:
-    """Write what a chunk brought back.
+    """Answer with what a chunk brought back.
 
     Args:
         result: Of the clients that trained, or None if none did.
@@ -113,20 +134,34 @@ def pack_result(
         vectors = {name: vector[kept] for name, vector in vectors.items()}
     elif mask is not None:
         numbers = numbers[mask.to(numbers.device)]
+    reply = Reply(
+        request.round_,
+        request.version,
+        request.first,
+        **vectors,
+        numbers=numbers.detach().cpu(),
+        reduced=request.reduce is not None,
+        failures={client: printable(reason) for client, reason in failures.items()},
+        refused=refused,
+        notes=[printable(note) for note in notes],
+    )
+    return unwritten(Answered(reply, layout), partial(_records, reply, layout))
+
+
+def _records(reply: Reply, layout: Layout) -> Records:
+    """Write a reply."""
     header = {
-        "round": request.round_,
-        "version": request.version,
-        "failures": {str(c): r for c, r in failures.items()},
-        "refused": [[r.client, r.reason] for r in refused],
-        "reduced": request.reduce is not None,
-        "notes": notes,
+        "round": reply.round_,
+        "version": reply.version,
+        "failures": {str(c): r for c, r in reply.failures.items()},
+        "refused": [[r.client, r.reason] for r in reply.refused],
+        "reduced": reply.reduced,
+        "notes": reply.notes,
         "layout": layout.shapes,
     }
-    chunk = vector_record(vectors)
-    chunk["first"] = request.first
-    return RecordDict(
-        {"config": header_record(header), "arrays": array_record(numbers), "chunk": chunk}
-    )
+    chunk = vector_record({name: getattr(reply, name) for name in sorted(WANTED)})
+    chunk["first"] = reply.first
+    return {"config": header_record(header), "arrays": array_record(reply.numbers), "chunk": chunk}
 
 
 def unpack_result(content: RecordDict, layout: Layout, ranks: torch.Tensor | None = None) -> Reply:
@@ -144,29 +179,38 @@ def unpack_result(content: RecordDict, layout: Layout, ranks: torch.Tensor | Non
     Raises:
         WireError: Saying what came and what was wanted.
     """
-    with reading("a reply"):
-        header = read_header(content)
-        exactly(header, HEADER, "the header of a reply")
-        round_ = whole(header["round"], "its round")
-        reply = Reply(
-            round_,
-            whole(header["version"], "its version"),
-            read_first(content),
-            **_vectors(content, round_),
-            numbers=read_array(content, "arrays"),
-            reduced=flag(header["reduced"], "reduced"),
-            failures=_failures(header["failures"]),
-            refused=_refused(header["refused"]),
-            notes=[worded(note, "a note") for note in listed(header["notes"], "notes", MANY)],
+    if isinstance(answered := held_by(content), Answered):
+        reply, sent = answered.reply, answered.layout
+    else:
+        with reading("a reply"):
+            reply, sent = _read(content)
+    if sent != layout:
+        raise WireError(
+            f"round {reply.round_}: clients {reply.clients.tolist()} sent other tensors than "
+            f"was asked: {difference(sent, layout)}"
         )
-        sent = read_layout(header["layout"], f"round {round_}: the layout")
-        if sent != layout:
-            raise WireError(
-                f"round {round_}: clients {reply.clients.tolist()} sent other tensors than "
-                f"was asked: {difference(sent, layout)}"
-            )
+    with reading("a reply"):
         _check_sizes(reply, layout, cut=ranks is not None and not reply.reduced)
     return reply
+
+
+def _read(content: RecordDict) -> tuple[Reply, Layout]:
+    """Read the fields of a reply, and the layout of its rows."""
+    header = read_header(content)
+    exactly(header, HEADER, "the header of a reply")
+    round_ = whole(header["round"], "its round")
+    reply = Reply(
+        round_,
+        whole(header["version"], "its version"),
+        read_first(content),
+        **_vectors(content, round_),
+        numbers=read_array(content, "arrays"),
+        reduced=flag(header["reduced"], "reduced"),
+        failures=_failures(header["failures"]),
+        refused=_refused(header["refused"]),
+        notes=[worded(note, "a note") for note in listed(header["notes"], "notes", MANY)],
+    )
+    return reply, read_layout(header["layout"], f"round {round_}: the layout")
 
 
 def _vectors(content: RecordDict, round_: int) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from flwr.app import Message
@@ -15,10 +16,17 @@ from fedraclora.errors import ClientError, FedRacLoraError, WireError
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.rank_budgets import check_budgets, uploaded_numbers, widen
-from fedraclora.protocol.uplinks import Refusal, Uplinks, check_rows, sum_blocks, too_many
+from fedraclora.protocol.uplinks import (
+    Refusal,
+    Uplinks,
+    check_rows,
+    sum_blocks,
+    too_many,
+)
 from fedraclora.wire import Packed, Reply, TrainRequest, unpack_result, uplink_layout
 from fedraclora.wire.fields import printable
 from fedraclora.wire.records import read_first
+from strategies.server.cohort_sum import CohortSum
 from strategies.server.guard import check_reply
 from strategies.server.loop import LoopConfig
 
@@ -47,6 +55,7 @@ class Exchange:
         timeline: The exchange on the virtual clock, or None.
         clip: The greatest norm of an update that clients are to send; None: any.
         reduced: Whether sums were asked for.
+        sum: Of the rows that have come, where it is enough; None: the rows are kept.
     """
 
     downlink: Downlink
@@ -68,11 +77,15 @@ class Exchange:
     timeline: Timeline | None = None
     clip: float | None = None
     reduced: bool = False
+    sum: CohortSum | None = None
 
     def __post_init__(self) -> None:
         """Fix the layout of the uplink, and see that the method heeds the rank budgets."""
         check_budgets(self.downlink, self.cohort)
         self.layout = uplink_layout(self.downlink)
+        if self.reduce and not self.loop.guarded:
+            weighting, size = self.loop.weights, self.layout.size
+            self.sum = CohortSum(self.downlink, self.cohort, weighting, size)
 
     def messages(self, nodes: Sequence[int]) -> list[Message]:
         """Write one message per chunk of the cohort, to the nodes in turn."""
@@ -138,11 +151,13 @@ class Exchange:
         weights = client_weights(self.loop.weights, torch.cat([r.samples for r in self.replies]))
         self._check_ids(clients.tolist())
         places = torch.searchsorted(self.cohort.clients, clients)
-        reduced = self.replies[0].reduced
+        summed = self.sum is not None or self.replies[0].reduced
         numbers = torch.cat([r.numbers for r in self.replies])
-        if not reduced:
+        if self.sum is not None and numbers.numel():
+            raise WireError(f"round {self.round_}: replies came to the messages of other clients")
+        if not summed:
             numbers = widen(numbers, self.downlink, places)
-        refused = [] if reduced else check_rows(clients, weights, losses, numbers)
+        refused = [] if summed else check_rows(clients, weights, losses, numbers)
         out = torch.tensor([f.client for r in self.replies for f in r.refused], dtype=torch.int64)
         came = torch.searchsorted(self.cohort.clients, torch.cat([clients, out]))
         self.received = int(self.counts[came].sum())
@@ -159,11 +174,15 @@ class Exchange:
             clients,
             weights,
             self.layout,
-            stacked=None if reduced else numbers,
-            summed=sum_blocks(numbers) if reduced else None,
+            stacked=None if summed else numbers,
+            summed=self._total(numbers) if summed else None,
             versions=torch.full_like(clients, self.version),
             places=places,
         )
+
+    def _total(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Compute the sum of the cohort: of what was added as it came, or of sums of blocks."""
+        return sum_blocks(blocks) if self.sum is None else self.sum.value()
 
     @cached_property
     def counts(self) -> torch.Tensor:
@@ -172,11 +191,18 @@ class Exchange:
 
     def _read_all(self, messages: Iterable[Message]) -> None:
         """Read each reply, and note whose message it answers."""
-        sent = {m.metadata.message_id: (m, clients) for m, clients in self.chunks}
+        firsts = accumulate((len(clients) for _, clients in self.chunks), initial=0)
+        sent = {
+            m.metadata.message_id: (m, clients, first)
+            for (m, clients), first in zip(self.chunks, firsts, strict=False)
+        }
         for message in messages:
             asked = message.metadata.reply_to_message_id
-            request, clients = sent.get(asked, (None, []))
-            if not self.loop.guarded:
+            request, clients, first = sent.get(asked, (None, [], 0))
+            if self.sum is not None and request is not None:
+                for reply in self.sum.take(first, clients, self._read(message, clients)):
+                    self._take(reply)
+            elif not self.loop.guarded:
                 self._take(self._read(message, clients))
             elif request is not None:
                 del sent[asked]  # whatever else answers it is a replay
@@ -189,6 +215,8 @@ class Exchange:
                     self.failures += [Refusal(c, why) for c in clients]
                 else:
                     self._take(reply)
+        for reply in () if self.sum is None else self.sum.rest():
+            self._take(reply)
 
     def _check(self, reply: Reply, request: Message, clients: Sequence[int]) -> None:
         """Check a reply against the message that it answers."""
