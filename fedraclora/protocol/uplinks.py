@@ -41,21 +41,20 @@ def block_sums(
     """
     K, P = stacked.shape
     last = K - 1 if places is None else int(places[-1]) if K else -1
-    sums = torch.zeros(last // SUM_BLOCK + 1, P, dtype=torch.float64, device=stacked.device)
+    blocks = last // SUM_BLOCK + 1
+    height = max(1, min(last + 1, SUM_BLOCK))
+    sums = torch.zeros(blocks, P, dtype=torch.float64, device=stacked.device)
     column = weights.to(stacked.device, torch.float64)[:, None]
-    whole = last + 1 == K
-    for start in range(0, P, step := max(1, AT_ONCE // max(1, K))):
-        part, out = (
-            stacked[:, start : start + step].double() * column,
-            sums[:, start : start + step],
-        )
-        for place in range(min(SUM_BLOCK, last + 1)):
-            if whole:
-                rows = part[place::SUM_BLOCK]
-                out[: rows.shape[0]] += rows
-            elif places is not None:
-                found = torch.nonzero(places % SUM_BLOCK == place).flatten()
-                out[places[found] // SUM_BLOCK] += part[found]
+    for start in range(0, P if K else 0, step := max(1, AT_ONCE // (height * max(1, blocks)))):
+        part, out = stacked[:, start : start + step].double(), sums[:, start : start + step]
+        # A place where nobody is adds zero, which changes no bit of a sum that began at zero.
+        room = out.new_zeros(blocks * height, out.shape[1])
+        if last + 1 == K or places is None:
+            torch.mul(part, column, out=room[:K])
+        else:
+            room[places.to(room.device)] = part * column
+        for rows in room.view(blocks, height, -1).unbind(1):
+            out += rows
     return sums
 
 
@@ -239,12 +238,11 @@ def check_rows(
         One refusal per client that fails; empty if all pass.
     """
     fine = computable(stacked).cpu()
-    refused = []
-    for k in (
-        torch.nonzero(~(fine & torch.isfinite(losses) & torch.isfinite(weights) & (weights > 0)))
-        .flatten()
-        .tolist()
-    ):
+    passed = fine & torch.isfinite(losses) & torch.isfinite(weights) & (weights > 0)
+    refused: list[Refusal] = []
+    if bool(passed.all()):
+        return refused
+    for k in torch.nonzero(~passed).flatten().tolist():
         if not torch.isfinite(losses[k]):
             reason = f"its training loss is {float(losses[k])}; lower local.lr or set local.clip"
         elif not fine[k]:

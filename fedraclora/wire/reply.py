@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from flwr.app import RecordDict
 
 from fedraclora.errors import WireError
@@ -126,12 +127,15 @@ def pack_result(
     if request.reduce is not None:
         weights = client_weights(request.reduce, result.samples)
         refused = check_rows(clients, weights, result.losses, numbers)
-        kept = ~torch.isin(clients, torch.tensor([r.client for r in refused], dtype=torch.int64))
-        places = torch.searchsorted(request.clients, clients[kept])
-        sums = block_sums(numbers[kept.to(numbers.device)], weights[kept], places)
-        numbers = torch.zeros(-(-len(request.clients) // SUM_BLOCK), layout.size).to(sums)
-        numbers[: len(sums)] = sums
-        vectors = {name: vector[kept] for name, vector in vectors.items()}
+        if refused:
+            kept = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
+            numbers, weights = numbers[kept.to(numbers.device)], weights[kept]
+            vectors = {name: vector[kept] for name, vector in vectors.items()}
+        whole = len(numbers) == len(request.clients)
+        places = None if whole else torch.searchsorted(request.clients, vectors["clients"])
+        sums = block_sums(numbers, weights, places)
+        missing = -(-len(request.clients) // SUM_BLOCK) - len(sums)
+        numbers = F.pad(sums, (0, 0, 0, missing)) if missing else sums
     elif mask is not None:
         numbers = numbers[mask.to(numbers.device)]
     reply = Reply(
