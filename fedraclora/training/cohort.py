@@ -17,7 +17,7 @@ from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.data.token_losses import output_layer, token_losses
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
-from fedraclora.protocol.recipes import RECIPES
+from fedraclora.protocol.recipes import RECIPES, keep_gradient
 from fedraclora.rng import hash_key
 from fedraclora.training.extra import Hook, Optimiser, When
 from fedraclora.training.gradients import clip_per_client, correcting, written_out_gradients
@@ -104,6 +104,8 @@ class CohortTrainer:
         plain = (CohortOptimiser if steps else GradientMean)(self.local, values, rates, carried)
         own = (extra.optimiser(chunk, rates) for extra in self.local.extras if steps)
         optimiser: Optimiser = next(filter(None, own), plain)
+        if chunk.network is not None and not hooks and optimiser is plain and plain.is_plain:
+            chunk.network.descend(rates)
         losses = torch.zeros(len(order), dtype=torch.float64, device=self.device)
         lengths = self.data.lengths(chunk.clients, schedule.positions)
         try:
@@ -168,7 +170,8 @@ class CohortTrainer:
             correct = correcting(downlink, chunk.order)
             found.append((When.RECIPE, lambda gradients, _: correct(gradients)))
         follow = recipe.gradient(chunk.frozen, downlink.arguments, chunk.ranks)
-        found.append((When.RECIPE, lambda gradients, _: follow(gradients)))
+        if follow is not keep_gradient:
+            found.append((When.RECIPE, lambda gradients, _: follow(gradients)))
         if masks:
             found.append((When.BUDGET, lambda gradients, _: cut_gradients(gradients, masks)))
         if largest is not None and recipe.steps:
