@@ -118,6 +118,21 @@ class Downlink:
         dense = {name: change(name, slot) for name, slot in self.dense.items()}
         return replace(self, adapters=adapters, dense=dense)  # type: ignore[arg-type]
 
+    def to(self, dtype: torch.dtype) -> Downlink:
+        """Convert what is sent to how it travels: on the CPU, in one precision."""
+
+        def changed(name: str, factor: Factor) -> Factor:
+            del name
+            if isinstance(factor, torch.Tensor):
+                return factor.to("cpu", dtype)
+            if isinstance(factor, Trained) and isinstance(factor.start, torch.Tensor):
+                return replace(factor, start=factor.start.to("cpu", dtype))
+            return factor
+
+        trees = self.extras.items()
+        extras = {e: {n: t.to("cpu", dtype) for n, t in tree.items()} for e, tree in trees}
+        return replace(self.mapped(changed), extras=extras)
+
     def trained(self) -> Mapping[str, Trained]:
         """Everything that clients train, by its name on the uplink, in packing order."""
         return self._trained

@@ -103,7 +103,8 @@ class Linear:
         )
         self.B_name, self.A_name = labels or ("", "")
         self.frozen = {n: frozen[n] for n in labels if n in frozen}
-        self.stack = self.stacked_bias = self.room = None
+        self.stack = self.stacked_bias = None
+        self.room: torch.Tensor | None = None  # of a gradient
         self.rate: float | None = None  # of steps that `backward` takes itself
         A = self.frozen.get(self.A_name)
         if self.weight is not None and A is not None and A.dim() == 2 and self.outputs <= THIN:

@@ -90,13 +90,7 @@ def payload_bytes(downlink: Downlink, cohort: int, itemsize: int) -> int:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a train message says, before it is written.
-
-    Attributes:
-        downlink: For the whole cohort.
-        request: For the clients of the message.
-        apart: Whether the downlink has something for each client.
-    """
+    """What a train message says before it is written; ``apart``: not the same to all clients."""
 
     downlink: Downlink
     request: TrainRequest
@@ -121,7 +115,7 @@ class Packed:
     """
 
     def __init__(self, downlink: Downlink, request: TrainRequest, dtype: str) -> None:
-        self.downlink, self.request = _travelling(downlink, DTYPES[dtype]), request
+        self.downlink, self.request = downlink.to(DTYPES[dtype]), request
         self.sent = _sent(self.downlink)
         self.own = {n: t for n, (t, own) in self.sent.items() if own}
         self.own_layout = Layout.of(self.own, skip=1)
@@ -346,24 +340,6 @@ def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
     for extra, tree in downlink.extras.items():
         sent |= {f"{extra}/{name}": (tensor, False) for name, tensor in tree.items()}
     return sent
-
-
-def _travelling(downlink: Downlink, dtype: torch.dtype) -> Downlink:
-    """Convert the tensors of a downlink to how they travel: on the CPU, in one precision."""
-
-    def changed(name: str, factor: Factor) -> Factor:
-        del name
-        if isinstance(factor, torch.Tensor):
-            return factor.to("cpu", dtype)
-        if isinstance(factor, Trained) and isinstance(factor.start, torch.Tensor):
-            return replace(factor, start=factor.start.to("cpu", dtype))
-        return factor
-
-    extras = {
-        extra: {n: t.to("cpu", dtype) for n, t in tree.items()}
-        for extra, tree in downlink.extras.items()
-    }
-    return replace(downlink.mapped(changed), extras=extras)
 
 
 def _describe(factor: Factor) -> dict[str, object]:

@@ -23,6 +23,7 @@ class _Unwritten(UserDict[str, ArrayRecord | ConfigRecord | MetricRecord]):
         self.held, self.write = held, write  # the parent's would set `data`
 
     @cached_property
+    @override
     def data(self) -> Records:  # type: ignore[override]
         return self.write()
 

@@ -200,8 +200,8 @@ class Exchange:
             asked = message.metadata.reply_to_message_id
             request, clients, first = sent.get(asked, (None, [], 0))
             if self.sum is not None and request is not None:
-                for reply in self.sum.take(first, clients, self._read(message, clients)):
-                    self._take(reply)
+                for added in self.sum.take(first, clients, self._read(message, clients)):
+                    self._take(added)
             elif not self.loop.guarded:
                 self._take(self._read(message, clients))
             elif request is not None:
@@ -215,8 +215,8 @@ class Exchange:
                     self.failures += [Refusal(c, why) for c in clients]
                 else:
                     self._take(reply)
-        for reply in () if self.sum is None else self.sum.rest():
-            self._take(reply)
+        for added in () if self.sum is None else self.sum.rest():
+            self._take(added)
 
     def _check(self, reply: Reply, request: Message, clients: Sequence[int]) -> None:
         """Check a reply against the message that it answers."""
