@@ -25,7 +25,7 @@ from fedraclora.tree import Tree
 LARGEST = {"cpu": 256, "cuda": 4096}  # more bring nothing: the products are large by then
 SPREAD = 8  # chunks that a large cohort gives at least, where several processes train
 HOST_BYTES = 256 << 20  # on a CPU: for all of a chunk; workers share the machine
-CACHE_BYTES = 16 << 20  # on a CPU: for what is trained, which every step reads and writes
+CACHE_BYTES = 12 << 20  # on a CPU: for what is trained, which every step reads and writes
 FREE_SHARE = 0.8  # of a GPU's free memory; the rest is for fragments and the workspaces of kernels
 PROCESS_BYTES = 512 << 20  # of a GPU: for CUDA itself, in each process
 

@@ -53,7 +53,7 @@ class CohortSum:
                 yield self._added(asked, reply)
 
     def _added(self, asked: Sequence[int], reply: Reply) -> Reply:
-        """Check and add the rows of a reply, and give the rest of it.
+        """Check and add the rows of a reply, and give the rest of it, which holds no view of them.
 
         A reply of clients that were not asked is left as it is.
         """
@@ -61,7 +61,7 @@ class CohortSum:
             return reply
         if reply.reduced:
             self.sum.add_blocks(reply.numbers)
-            return replace(reply, numbers=reply.numbers[:0])
+            return replace(reply, numbers=reply.numbers.new_empty(0, reply.numbers.shape[1]))
         places = torch.searchsorted(self.cohort.clients, reply.clients)
         rows = widen(reply.numbers, self.downlink, places)
         weights = client_weights(self.weighting, reply.samples)
@@ -72,7 +72,7 @@ class CohortSum:
             reply = replace(reply.select(kept), refused=[*reply.refused, *refused])
         if len(rows):
             self.sum.add(rows, weights, places)
-        return replace(reply, numbers=rows[:0])
+        return replace(reply, numbers=rows.new_empty(0, rows.shape[1]))
 
     def value(self) -> torch.Tensor:
         """Return the sum, float64 [P]; nothing comes after it."""
