@@ -19,6 +19,7 @@ from fedraclora.privacy.secagg import Terms
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.quantised import ROUNDED
 from fedraclora.protocol.rank_budgets import uploaded_mask
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
@@ -26,7 +27,15 @@ from fedraclora.training.local_result import LocalResult, join
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.base import BaseWeights
-from fedraclora.wire import Reader, TrainRequest, clients_of, pack_result, uplink_layout
+from fedraclora.wire import (
+    Changes,
+    Coded,
+    Reader,
+    TrainRequest,
+    clients_of,
+    pack_result,
+    uplink_layout,
+)
 from fedraclora.wire.secagg import Stage, read_stage
 
 log = logging.getLogger(__name__)
@@ -44,6 +53,7 @@ class Job:
         places, results: Of the clients that have trained, part after part.
         failures: Why others have not, by id.
         notes: Sentences for the ledger.
+        coded: Their rows in fewer bits; None where these are sent as they are.
     """
 
     downlink: Downlink
@@ -55,6 +65,7 @@ class Job:
     results: list[LocalResult] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    coded: Coded | None = None
 
     def parts(self) -> Iterator[tuple[list[int], LocalResult]]:
         """Yield the result of each chunk with the places of its clients."""
@@ -118,7 +129,8 @@ class Worker:
         downlink, request = self._reader.read(content)
         base = self.replica.at(request.version, request.round_)
         downlink, moments = restore(self.store, downlink, request, base, self.trainer.local)
-        job = Job(downlink, request, base, moments, hidden=stage is not None)
+        coded = Coded() if request.uplink in ROUNDED else None
+        job = Job(downlink, request, base, moments, hidden=stage is not None, coded=coded)
         waiting = [list(range(len(request.clients)))]
         while waiting:
             places = waiting.pop()
@@ -157,6 +169,10 @@ class Worker:
             local = self.trainer.local
             if request.clip is not None:  # first: what clients keep is what they send
                 result = sending(partial(shortened, bound=request.clip), result, part, base)
+            if job.coded is not None:
+                changes = Changes(request.uplink, part, base, clients)
+                to = (self.trainer.seed, request.round_, job.coded)
+                result = sending(lambda rows, _: changes.encode(rows, *to), result, part, base)
             if not job.hidden:
                 keep(self.store, part, request, clients, result, base, local)
             for extra in local.extras:
@@ -229,6 +245,7 @@ class Worker:
             job.failures,
             job.notes,
             uploaded_mask(downlink, places) if request.reduce is None else None,
+            job.coded,
         )
 
 

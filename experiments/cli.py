@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from string import Template
 
 from experiments import completion
 from experiments.choices import groups, keys_of
@@ -29,25 +30,12 @@ COMMANDS = {
 
 def usage() -> str:
     """Write the help text."""
-    lines = ["usage: fedraclora COMMAND [OVERRIDE ...] | --version", "", "commands:"]
-    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-    lines += [
-        "",
-        "overrides are Hydra's: group=choice, key=value, -m group=a,b key=1,2 for a sweep.",
-        "  A list is quoted for the shell: 'targets=[query,value]'. A key that only some of the",
-        "  choices of a sweep have, or read, has ++: -m attack=none,sign_flip ++attack.scale=5",
-        "configs of your own: --config-dir DIR experiment=NAME for DIR/experiment/NAME.yaml",
-        'what a run would have: --cfg job; completion: eval "$(fedraclora -sc install=bash)"',
-        "keys of a choice, and what they mean: fedraclora simulate local=momentum --help",
-        "keys typed most: method.rank method.alpha data.root local.lr local.epochs clients cohort",
-        "  rounds seed device output.dir resume experiment; all of them: conf/config.yaml",
-        "",
-        "groups:",
-    ]
+    chosen = []
     for group, choices in groups().items():
-        lines.append(f"  {group}=")
-        lines += [f"    {name:<22} {text}" for name, text in choices.items()]
-    return "\n".join(lines)
+        chosen += [f"  {group}=", *(f"    {name:<22} {text}" for name, text in choices.items())]
+    text = Template(Path(__file__).with_name("usage.tmpl").read_text(encoding="utf-8"))
+    commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return text.substitute(commands=commands, groups="\n".join(chosen)).rstrip("\n")
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -38,9 +38,10 @@ def main() -> int:
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder {folder}")
     plain = read_config(folder)
-    if not is_finished(folder):
+    if not is_finished(folder) and asked.round is None:
         raise CheckpointError(
-            f"{folder}: this run has not come to its end; go on with {resume_word(folder)} first"
+            f"{folder}: this run has not come to its end; go on with {resume_word(folder)} first, "
+            "or say with --round which of its rounds"
         )
     run = finished(from_plain(plain, METHODS, began=True), folder)
     out = asked.out or folder / "export" / asked.format

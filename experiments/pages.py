@@ -5,10 +5,11 @@ where NAME is a folder of ``experiments/results``, or, for one column of several
 side, ``<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->``. ``<!-- board NAME -->`` is the
 leaderboard of a study, with its figure, ``<!-- methods -->`` what the docstrings of the methods
 say (`experiments.methods_page`), ``<!-- conflicts -->`` what does not go together in a round,
-``<!-- bench -->`` all tables of the benchmark, and ``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->``
-some of its rows side by side. What stands between such a line and the next ``<!-- end -->`` is made
-here. A column is named by how its title begins; ± is added where a column ``std`` follows. A test
-holds the pages to the results, so no figure is typed twice.
+``<!-- bench -->`` all tables of the benchmark, ``<!-- bench WORKLOAD, WORKLOAD -->`` some, and
+``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->`` some of their rows side by side. What stands between
+such a line and the next ``<!-- end -->`` is made here. A column is named by how its title begins;
+± is added where a column ``std`` follows. A test holds the pages to the results, so no figure is
+typed twice.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def _made(found: re.Match[str], results: Path) -> str:
         return board(head, results)
     if found["kind"] == "bench":
         folder = results / "bench"
-        return side_by_side(folder, _words(head), _words(rest[0])) if head else tables(folder)
+        if rest:
+            return side_by_side(folder, _words(head), _words(rest[0]))
+        return tables(folder, _words(head)) if head else tables(folder)
     if found["kind"] == "table":
         cells = read_table(results / head)
         if rest:

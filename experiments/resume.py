@@ -14,7 +14,7 @@ from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.continued import free_keys, plans_rounds
 from fedraclora.run.digests import known_data
 from fedraclora.run.folder import is_finished, read_summary
-from fedraclora.run.recorder import stands_at, stored_device
+from fedraclora.run.recorder import checkpoint_meta, resolved
 from fedraclora.weights.files import difference, flatten
 
 
@@ -99,7 +99,7 @@ def _refused_rounds(folder: Path, stored: Mapping[str, object], rounds: int) -> 
     """Explain why a run may not go on to another last round; None if it may."""
     if planned := plans_rounds(stored):
         return f" ({planned} is planned over all rounds)"
-    done = stands_at(folder)
+    done = checkpoint_meta(folder).get("round")
     if done is not None and rounds < done:
         return f" (it stands at round {done})"
     if is_finished(folder) and read_summary(folder).get("stopped"):
@@ -115,7 +115,7 @@ def _device(name: str) -> str | None:
 
 
 def _was_on(folder: Path, stored: Mapping[str, object]) -> str | None:
-    return stored_device(folder) or _device(str(stored.get("device")))
+    return resolved(folder, "device") or _device(str(stored.get("device")))
 
 
 def _engine(old: Plain, new: Plain, typed: Sequence[str] | None) -> Plain:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fedraclora.errors import ShapeError
+from fedraclora.narrow_weight import split
 
 Tree = dict[str, torch.Tensor]
 
@@ -51,7 +52,12 @@ class Layout:
     @property
     def size(self) -> int:
         """Numbers in the flat vector."""
-        return sum(prod(shape) for _, shape in self.shapes)
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of each tensor."""
+        return [prod(shape) for _, shape in self.shapes]
 
     def pack(self, tree: Mapping[str, torch.Tensor], lead: int = 0) -> torch.Tensor:
         """Concatenate the tensors of ``tree`` into [*leading axes, size].
@@ -70,9 +76,9 @@ class Layout:
             raise ShapeError(f"cannot pack: {difference(Layout.of(tree, lead), self)}")
         if not self.shapes:
             return torch.empty(0)
-        sizes = [prod(shape) for _, shape in self.shapes]
         parts = [
-            t.reshape(*t.shape[:lead], size) for t, size in zip(tree.values(), sizes, strict=True)
+            t.reshape(*t.shape[:lead], size)
+            for t, size in zip(tree.values(), self.sizes, strict=True)
         ]
         return torch.cat(parts, dim=-1)
 
@@ -89,7 +95,7 @@ class Layout:
                 f"cannot unpack numbers of shape {tuple(flat.shape)}: the last axis must have "
                 f"{self.size}"
             )
-        parts = flat.split([prod(shape) for _, shape in self.shapes], dim=-1)
+        parts = flat.split(self.sizes, dim=-1)
         lead = flat.shape[:-1]
         return {
             name: part.reshape((*lead, *shape))
@@ -131,8 +137,7 @@ def digest(tree: Mapping[str, torch.Tensor]) -> str:
         False
     """
     h = hashlib.sha256()
-    for name in sorted(tree):
-        tensor = tree[name]
+    for name, tensor in sorted(split(tree).items()):
         h.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # any dtype
         h.update(raw.numpy().tobytes())
@@ -143,7 +148,8 @@ def fingerprint(tree: Mapping[str, torch.Tensor]) -> int:
     """Sum the bits of all tensors as integers, mixed with their names: a fast check for equality.
 
     At the speed of memory, on any device, and in any order of sums; trees that differ by accident
-    (one last bit) differ in it but for a chance of 2^-64 per tensor. `digest` is for proof.
+    (one last bit) differ in it but for a chance of 2^-64 per tensor. A tensor without numbers is as
+    good as none. `digest` is for proof.
 
     Example:
         >>> one = torch.ones(2)
@@ -153,9 +159,12 @@ def fingerprint(tree: Mapping[str, torch.Tensor]) -> int:
         False
     """
     total = 0
-    for name in sorted(tree):
-        raw = tree[name].detach().contiguous().reshape(-1)
-        words = raw.view(torch.int64 if raw.element_size() == 8 else torch.int32)
-        key = f"{name}|{raw.dtype}|{tuple(tree[name].shape)}|{int(words.sum(dtype=torch.int64))}"
+    for name, tensor in sorted(split(tree).items()):
+        if not tensor.numel():
+            continue
+        raw = tensor.detach().contiguous().reshape(-1)
+        narrow = torch.int8 if raw.nbytes % 4 else torch.int32
+        words = raw.view(torch.int64 if raw.element_size() == 8 else narrow)
+        key = f"{name}|{raw.dtype}|{tuple(tensor.shape)}|{int(words.sum(dtype=torch.int64))}"
         total ^= int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
     return total

@@ -19,9 +19,11 @@ from strategies.frlora import FrLora
 from strategies.galore_average import GaloreAverage
 from strategies.hetlora import HetLora
 from strategies.lora_fair import LoraFair
+from strategies.pool_rac_lora import PoolRacLora
 from strategies.ravan import Ravan
 from strategies.rolora import RoLora
 from strategies.slora import SLora
+from strategies.subspace_rac_lora import SubspaceRacLora
 from strategies.xgblora import XgbLora
 
 METHODS: dict[str, type[Method]] = {
@@ -42,9 +44,11 @@ METHODS: dict[str, type[Method]] = {
     "galore_average": GaloreAverage,
     "hetlora": HetLora,
     "lora_fair": LoraFair,
+    "pool_rac_lora": PoolRacLora,
     "ravan": Ravan,
     "rolora": RoLora,
     "slora": SLora,
+    "subspace_rac_lora": SubspaceRacLora,
     "xgblora": XgbLora,
     # Settings of methods above that have names of their own.
     "fed_cola": FedAvgLora,

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from fedraclora.allocation.synflow import flows
 from fedraclora.config.build import (
     BuiltTask,
     build_task,
@@ -33,7 +31,7 @@ from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.continued import free_keys
 from fedraclora.run.initial import source_of
-from fedraclora.run.recorder import RunRecorder, stored_chunk
+from fedraclora.run.recorder import RunRecorder, resolved
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.precision import check_base
@@ -46,7 +44,7 @@ from strategies.start import begin_from
 from strategies.steps.order import round_steps
 from strategies.steps.settings import RoundSettings
 from strategies.wiring import Wired, wire
-from strategies.wrappers.dora import method_of
+from strategies.wrappers.order import method_of
 
 
 @dataclass(frozen=True)
@@ -105,16 +103,23 @@ def assemble(
             )
         base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
         draw = Draw(config.seed)
-        flow = partial(flows, built.task.model, built.task.test)
-        method = method_of(config, flow)
+        method = method_of(config, built.task)
         name = str(section(config.plain, "method").get("name"))
         in_full = (*plan.dense, *plan.local)
-        check_base(base, name, in_full, merges=method.traits.merges, rescales=config.dora)
-        state = method.init(base, plan, draw)
+        state, server = method.init(base, plan, draw), config.server_optimiser
         first = Cohort(torch.arange(built.cohort), torch.ones(built.cohort))
         downlink = method.open_round(state, 1, first, draw)
+        begins = state.base is not base or downlink.recipe == "gradient"
+        changes = {
+            f"method={name} merges each update into the weights": method.traits.merges,
+            "dora=true rescales the weights": config.dora,
+            f"method={name} takes its first factors out of the weights": begins,
+            f"server_optimiser={server.name} with space=weights steps in the weights":
+                server.name != "none" and server.space == "weights",
+        }  # fmt: skip
+        check_base(base, in_full, changes)
         trainer = trainer_of(config, built, plan)
-        stored = stored_chunk(folder) if resume and folder is not None else None
+        stored = resolved(folder, "chunk") if resume and folder is not None else None
         chunk = settle_chunk(config, engine, trainer, built.cohort, base, downlink, stored)
         loop = loop_of(config, built, chunk.chunk, trainer.dtype)
         store = ClientStore()
@@ -195,12 +200,12 @@ def book_of(
     base: Tree,
 ) -> RunRecorder:
     """Make the files of a run; a resume under other values than these is refused."""
-    resolved = {"chunk": loop.chunk, "device": built.device.type, "dtype": loop.dtype}
+    fixed = {"chunk": loop.chunk, "device": built.device.type, "dtype": loop.dtype}
     own = config.pretrain.epochs or config.start is not None  # weights that nobody else has
-    resolved["summation_block"] = SUM_BLOCK
+    fixed["summation_block"] = SUM_BLOCK
     return RunRecorder(
         folder,
-        fixed={**config.digested, "resolved": resolved},
+        fixed={**config.digested, "resolved": fixed},
         every=config.output.checkpoint_every,
         sync=config.output.sync,
         chain=config.output.chain,

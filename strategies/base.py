@@ -21,6 +21,7 @@ from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
 from fedraclora.errors import ClientError, RoundLostError, WireError
 from fedraclora.evaluation.generate import Answering
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
@@ -35,6 +36,7 @@ from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.exchange import Exchange
 from strategies.server.guard import persistently
 from strategies.server.loop import LoopConfig
+from strategies.server.quantised import DownlinkRounding
 from strategies.server.round_step import RoundStep, RoundSteps, RunContext
 from strategies.server.rows import Moved, Row, fleet_columns, ledger_row
 from strategies.server.serverside import EvaluatesItself
@@ -84,6 +86,7 @@ class FedStrategy(EvaluatesItself):
         self.draw, self.answering = Draw(loop.seed), answering
         self.devices = devices or DeviceSimulator(SystemConfig(), loop.seed, local)
         self.devices.check(method)
+        self.rounding = DownlinkRounding(loop.downlink, loop.seed)
         run = RunContext(method, local, loop, self.devices, sizes)
         self.steps = RoundSteps(steps, run, state)
         self.catch_up, self.done = CatchUp(state.base, loop.clients), 0
@@ -140,7 +143,7 @@ class FedStrategy(EvaluatesItself):
             result.train_metrics_clientapp[round_] = metrics
         self.recorder.save(self.state, self.done, self.catch_up)
         weights = self.method.weights(self.state, self.draw)
-        result.arrays = ArrayRecord({n: Array(t.cpu().numpy()) for n, t in weights.items()})
+        result.arrays = ArrayRecord({n: Array(t.cpu().numpy()) for n, t in dense(weights).items()})
         return result
 
     def _round(self, grid: Grid, round_: int, timeout: float | None) -> MetricRecord:
@@ -160,7 +163,7 @@ class FedStrategy(EvaluatesItself):
                 return self._give_up(exchange, grid, str(lost), watch)
             got = self._treated(raw)
             watch.lap("train")
-            moved.count(exchange, self.loop.dtype)
+            moved.count(exchange)
             again = self.method.next_exchange(self.state, exchange.downlink, got)
             if again is None:
                 break
@@ -176,6 +179,7 @@ class FedStrategy(EvaluatesItself):
         watch.lap("evaluate")
         step = effective_step(exchange.downlink, self.local, exchange.rate_scale)
         row = ledger_row(exchange, self.state, measured, moved, self.recorder.totals())
+        row |= self.rounding.columns
         row |= fleet_columns(exchange, self.devices.clock) if self.devices.enabled else {}
         for extra in self.local.extras:
             row |= extra.columns(exchange.downlink, got)
@@ -187,7 +191,7 @@ class FedStrategy(EvaluatesItself):
     def _give_up(self, exchange: Exchange, grid: Grid, why: str, watch: Stopwatch) -> MetricRecord:
         """Go on after a round that real clients will not answer again: nothing changes in it."""
         round_, moved = exchange.round_, Moved()
-        moved.count(exchange, self.loop.dtype)
+        moved.count(exchange)
         moved.fetch(self.catch_up, exchange, taken_traffic(grid))
         self.done = round_
         row = ledger_row(exchange, self.state, {"metrics": {}}, moved, self.recorder.totals())
@@ -233,12 +237,13 @@ class FedStrategy(EvaluatesItself):
         after = self._next(exchange, got)
         while names := overflowing(after, self.state):
             what = f"the merged weights are too large ({', '.join(names[:3])})"
-            if not raw.has_individuals or not self.divisible:
+            found = largest(raw, self._setting()) if raw.has_individuals else exchange.longest
+            if found is None or not self.divisible:
                 raise ClientError(
                     f"round {exchange.round_}: {what}, after updates of clients "
                     f"{raw.clients.tolist()}; lower local.lr or set local.clip"
                 )
-            client, norm = largest(raw, self._setting())
+            client, norm = found
             reason = f"{what}, and its update is the largest, of norm {norm:.3g}"
             raw = exchange.without(raw, client, reason)
             after = self._next(exchange, self._treated(raw))
@@ -251,7 +256,7 @@ class FedStrategy(EvaluatesItself):
 
     def _close(self, round_: int, after: State) -> None:
         """Keep the next state, and publish its weights."""
-        self.state = after
+        self.state = self.rounding.closed(self.state, after, self._current().downlink, round_)
         self.catch_up.add(self.state.link)
         self.replica.publish(self.state.base, self.catch_up.version, self.state.link)
         self.done = round_
@@ -288,6 +293,7 @@ class FedStrategy(EvaluatesItself):
         self, downlink: Downlink, cohort: Cohort, round_: int, grid: Grid, before: Exchange | None
     ) -> list[Message]:
         """Open an exchange: one message per chunk of the clients whose replies will count."""
+        downlink = self.rounding.sent(downlink, round_)
         in_time, downlink, timeline = self.devices.race(
             round_, cohort, downlink, self.sizes, None if before else self.catch_up, self.loop
         )
@@ -303,6 +309,7 @@ class FedStrategy(EvaluatesItself):
             before=before,
             clip=self.steps.bound(first=before is None),
             timeline=timeline,
+            base=self.state.base,
         )
         return self._exchange.messages(list(grid.get_node_ids()))
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Share
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
@@ -47,15 +47,13 @@ class BernoulliLora(LowRank):
 
     sketch: str = "orthonormal"
     normalise: str = "rows"
-    probability: float = 0.5
+    probability: Share = 0.5
     coins: int = 0
 
     @override
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
-        if not 0 <= self.probability <= 1:
-            raise ConfigError(f"method.probability is {self.probability}; it must lie in [0, 1]")
         self.round_method(1)
 
     def round_method(self, round_: int) -> FedRacLora:

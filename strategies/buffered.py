@@ -20,9 +20,8 @@ from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, State
-from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.wire import DTYPES, payload_bytes
+from fedraclora.wire import payload_bytes, uploaded_bytes
 from strategies.base import FedStrategy
 from strategies.server.buffer import PREFIX, batch_of, merge, read_batches, write_batches
 from strategies.server.exchange import Exchange
@@ -43,7 +42,7 @@ class BufferedStrategy(FedStrategy):
         loop, draw = self.loop, self.draw
         any_ = Cohort(torch.arange(1), torch.ones(1, dtype=torch.float64))
         sent = self.method.open_round(self.state, server_round, any_, draw)
-        sent = self.steps.send(sent, self.state)
+        sent = self.rounding.sent(self.steps.send(sent, self.state), server_round)
         self._leg = leg = self._passed(server_round, sent)
         started = sorted(leg.started, key=lambda flight: flight.client)
         clients = torch.tensor([f.client for f in started], dtype=torch.int64)
@@ -59,18 +58,20 @@ class BufferedStrategy(FedStrategy):
             asked,
             loop,
             rate_scale=self.local.rate_scale(server_round, loop.rounds),
+            base=self.state.base,
             timeline=Timeline(kept, list(leg.dropped), leg.end - self.devices.now, took, []),
         )
         return self._exchange.messages(list(grid.get_node_ids()))
 
     def _passed(self, round_: int, sent: Downlink) -> AsyncStep:
         """Find who starts in a round, and who answers."""
-        size, devices, loop = DTYPES[self.loop.dtype].itemsize, self.devices, self.loop
+        devices, loop = self.devices, self.loop
+        up_kind, down_kind = loop.kinds
 
         def load(clients: torch.Tensor) -> Load:
-            down = torch.full((len(clients),), payload_bytes(sent, len(clients), size))
+            down = torch.full((len(clients),), payload_bytes(sent, len(clients), down_kind))
             down += torch.from_numpy(self.catch_up.missing(clients))
-            up = uploaded_numbers(sent, len(clients)) * size
+            up = uploaded_bytes(sent, len(clients), up_kind)
             return Load(devices.passes(self.sizes(clients)), down, up)
 
         batches, lost = read_batches(self.state)

@@ -31,18 +31,17 @@ factor for k rounds and merges it when the sketch is drawn anew; None never does
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Chance, Count, Positive
 from fedraclora.protocol.method import Cohort, Traits
 from fedraclora.rng import generator
 from fedraclora.sketch import check_sketch
 from strategies.shared.asymmetric import Asymmetric
-from strategies.shared.common import check_link
+from strategies.shared.common import Side
 from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
@@ -59,11 +58,11 @@ class FedRacLora(Asymmetric):
         server_lr: eta, the server's step.
     """
 
-    side: str = "right"
+    side: Side = "right"
     blocks: str = "independent"
-    resample_every: int | None = 1
-    density: float = 0.1
-    server_lr: float = 1.0
+    resample_every: Count | None = 1
+    density: Chance = 0.1
+    server_lr: Positive = 1.0
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
@@ -73,13 +72,17 @@ class FedRacLora(Asymmetric):
             layer,
             drawn,
             self.sketch,
-            index=layer.link,
+            index=self.sketch_number(layer.link),
             rank=rows,
             normalise=self.normalise,
             blocks=self.blocks,
             density=self.density,
         )
         return {trained: layer.trained(trained, rank=rows), drawn: sketch}
+
+    def sketch_number(self, link: int) -> int:
+        """Number the sketch of a link: another number is an independent drawing."""
+        return link
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
@@ -118,8 +121,3 @@ class FedRacLora(Asymmetric):
         """Reject impossible hyperparameters."""
         super().__post_init__()
         check_sketch(self.sketch, self.normalise, self.blocks)
-        check_link(self.side, self.resample_every)
-        if not 0 < self.density <= 1:
-            raise ConfigError(f"method.density is {self.density}; it must lie in (0, 1]")
-        if not 0 < self.server_lr < math.inf:
-            raise ConfigError(f"method.server_lr is {self.server_lr}; a positive number is wanted")

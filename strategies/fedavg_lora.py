@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
+from fedraclora.limits import Count
 from fedraclora.protocol.method import Traits
-from strategies.shared.common import check_link
 from strategies.shared.factored import Factored
 from strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
@@ -45,7 +45,7 @@ class FedAvgLora(Factored):
 
     carries = False
 
-    resample_every: int | None = None
+    resample_every: Count | None = None
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
@@ -69,9 +69,3 @@ class FedAvgLora(Factored):
     def traits(self) -> Traits:
         merges = self.resample_every is not None
         return Traits(exact=False, linear=True, merges=merges)
-
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        check_link(self.side, self.resample_every)

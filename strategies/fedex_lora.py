@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Count
 from fedraclora.lowrank.algebra import Product, balanced_factors, stack_products
 from fedraclora.protocol.method import Traits
 from strategies.shared.factored import Factored
@@ -42,7 +42,7 @@ class FedExLora(Factored):
 
     link_rounds = None
 
-    residual_rank: int | None = None
+    residual_rank: Count | None = None
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
@@ -56,15 +56,6 @@ class FedExLora(Factored):
     @override
     def traits(self) -> Traits:
         return Traits(exact=self.residual_rank is None, linear=False, merges=True)
-
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        if self.residual_rank is not None and self.residual_rank < 1:
-            raise ConfigError(
-                f"method.residual_rank is {self.residual_rank}; 1 or more, or null, is wanted"
-            )
 
 
 def residual(replies: Replies) -> Product | None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan, Traits
 from strategies.shared.asymmetric import Asymmetric
 from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
@@ -45,7 +45,7 @@ class FedKrso(Asymmetric):
 
     sketch: str = "gaussian"
     sketches: int = 2
-    interval: int = 1
+    interval: Count = 1
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
@@ -60,10 +60,3 @@ class FedKrso(Asymmetric):
     @override
     def arguments(self, plan: Plan) -> dict[str, float | int]:
         return {"parts": self.sketches, "interval": self.interval}
-
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        if self.interval < 1:
-            raise ConfigError(f"method.interval is {self.interval}; 1 or more is wanted")

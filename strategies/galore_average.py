@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Count, Limited
 from fedraclora.protocol.method import Cohort, Downlink, Draw, State
 from fedraclora.protocol.plan import resolve_rank
 from strategies.fedavg import FedAvg
@@ -30,7 +30,7 @@ from strategies.shared.common import turned
 
 
 @dataclass(frozen=True)
-class GaloreAverage(FedAvg):
+class GaloreAverage(Limited, FedAvg, group="method"):
     """Hyperparameters of GaLore with direct averaging.
 
     Attributes:
@@ -40,13 +40,13 @@ class GaloreAverage(FedAvg):
     """
 
     rank: int | float = 8
-    gap: int = 200
+    gap: Count = 200
 
+    @override
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
+        super().__post_init__()
         resolve_rank(self.rank, 1, "any layer", cap=True)
-        if self.gap < 1:
-            raise ConfigError(f"method.gap is {self.gap}; 1 or more is wanted")
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:

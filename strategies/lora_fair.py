@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Positive
 from fedraclora.protocol.method import Traits
 from strategies.fedex_lora import residual
 from strategies.shared.factored import Factored
@@ -40,7 +40,7 @@ class LoraFair(Factored):
 
     traits = Traits(exact=False, linear=False, merges=False)
 
-    ridge: float = 0.01
+    ridge: Positive = 0.01
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
@@ -50,10 +50,3 @@ class LoraFair(Factored):
             onto = rest[0] @ (rest[1] @ A.mT)  # R A^T
             B = B + torch.linalg.solve(gram, onto.mT).mT
         return LayerUpdate(carried={"B": B, "A": A})
-
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        if not self.ridge > 0:
-            raise ConfigError(f"method.ridge is {self.ridge}; a positive number is wanted")

@@ -24,6 +24,7 @@ from fedraclora.run.folder import (
     amend,
     begin,
     has_checkpoint,
+    is_finished,
     read_config,
     read_summary,
     run_title,
@@ -37,7 +38,6 @@ from strategies.assembly import Assembled, assemble
 from strategies.run import Run
 from strategies.server.rows import Row
 from strategies.weights import load_weights
-from strategies.wrappers.allocated import current
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ SHOWN = 1000  # clients in partition.png, spread over the population
 
 
 def finished(config: RunConfig, folder: Path) -> Run:
-    """Read a run that has come to its end from its folder; nothing is run or written.
+    """Read a run from its folder, with its summary if it has come to its end; nothing is written.
 
     Args:
         config: Its settings, as they are stored.
@@ -58,7 +58,8 @@ def finished(config: RunConfig, folder: Path) -> Run:
     effective = partial(load_weights, folder)
     bare = replace(config, pretrain=PretrainConfig())  # the weights are in the folder
     built = cache(partial(build_task, bare))
-    return Run(read_summary(folder), rows, folder, dict(config.plain), effective, built)
+    summary = read_summary(folder) if is_finished(folder) else {}
+    return Run(summary, rows, folder, dict(config.plain), effective, built)
 
 
 def execute(
@@ -158,7 +159,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     """Collect the final figures of a run."""
     strategy, ledger = run.strategy, run.strategy.recorder.ledger
     measured = [r for r in ledger.rows if r.get("metrics")]
-    method, state = current(strategy.method, strategy.state)
+    method, state = strategy.method.in_force(strategy.state)
     up, down = mean_floats(method, state.plan, strategy.done)
     more: dict[str, object] = {}
     if "virtual_seconds" in ledger.rows[-1]:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
+from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import Rank, resolve_rank
 from strategies.fed_sb import FedSb
@@ -43,7 +44,7 @@ class Ravan(FedSb):
 
     recipe = "block_diagonal"
 
-    heads: int = 2
+    heads: Count = 2
 
     @override
     def core_rank(self, layer: Layer) -> int:
@@ -62,10 +63,3 @@ class Ravan(FedSb):
                 "take fewer"
             )
         return resolve_rank(self.rank, side // self.heads, name, cap=self.cap)
-
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        if self.heads < 1:
-            raise ConfigError(f"method.heads is {self.heads}; 1 or more is wanted")

@@ -21,6 +21,7 @@ from fedraclora.data.objects import found_target, is_frame, table_of
 from fedraclora.data.tabular import new_rows
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.models.narrow import dequantise
 from fedraclora.run.folder import run_title
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
@@ -90,7 +91,7 @@ class Run:
 
     def model(self) -> nn.Module:
         """Build the trained model: a copy on the CPU, in evaluation mode, with `weights`."""
-        model = copy.deepcopy(self.built().task.model).cpu()
+        model = dequantise(copy.deepcopy(self.built().task.model).cpu())
         parameters = dict(model.named_parameters())
         model.load_state_dict({n: t for n, t in self.weights().items() if n in parameters}, False)
         return model.eval()
@@ -185,7 +186,8 @@ class Run:
         return {
             **{key: section(self.config, key) for key in ("method", "data", "model")},
             "rounds": last,
-            **{key: self.summary.get(key) for key in ("clients", "cohort")},
+            "clients": self.built().clients,
+            "cohort": self.built().cohort,
             "metrics": row.get("metrics"),
             "uplink_bytes": row.get("uplink_total"),
             "downlink_bytes": row.get("downlink_total"),

@@ -25,7 +25,7 @@ from math import prod
 
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Chance, Count
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Trained, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
@@ -47,8 +47,8 @@ class SLora(LayerMethod):
     link_rounds = None
     begins_carried = True
 
-    sparse_rounds: int = 5
-    density: float = 0.1
+    sparse_rounds: Count = 5
+    density: Chance = 0.1
 
     # The second stage: FedAvg-LoRA from the factors that the first one found.
 
@@ -102,12 +102,3 @@ class SLora(LayerMethod):
             return sum(prod(plan.shapes[n]) for n in plan.targets) + dense_floats(plan), 0
         factors = sum(self.rank_of(plan, n) * sum(v.shape) for n, v in plan.targets.items())
         return factors + dense_floats(plan), factors
-
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        if self.sparse_rounds < 1:
-            raise ConfigError(f"method.sparse_rounds is {self.sparse_rounds}; 1 or more is wanted")
-        if not 0 < self.density <= 1:
-            raise ConfigError(f"method.density is {self.density}; it must lie in (0, 1]")

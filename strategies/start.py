@@ -11,6 +11,7 @@ from torch import nn
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.models.adapter import adapter_digest, is_adapter, merge_adapter
+from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.run.folder import is_finished, read_config, read_summary, resume_word
 from strategies import METHODS
 from strategies.weights import load_weights
@@ -82,6 +83,12 @@ def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
         raise CheckpointError(
             f"start={folder} is not what it was when the config was written: its digest is "
             f"{found}, not {said['sha256']}; restore it from a copy"
+        )
+    if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
+        raise ConfigError(
+            f"start={folder} is merged into the weights, and most of it would be rounded away in "
+            "those of model.base=int8 or int4: set model.base=float32, or export it as a Hugging "
+            "Face folder (--format hf) and name that by model.path"
         )
     if is_adapter(folder):
         merge_adapter(model, folder)

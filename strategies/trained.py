@@ -20,7 +20,9 @@ from fedraclora.errors import ConfigError
 from fedraclora.export.trained import TrainedModel, put
 from fedraclora.lowrank.algebra import Product, sum_products, truncated_product
 from fedraclora.lowrank.dora import magnitude_of
-from fedraclora.protocol.link import Link, Plan, Term, matrices
+from fedraclora.models.narrow import dequantise
+from fedraclora.narrow_weight import BITS, base_name, dense
+from fedraclora.protocol.link import Link, Plan, matrices
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.folder import provenance
 from fedraclora.run.rebuild import state_at, stored_plan
@@ -30,7 +32,8 @@ from fedraclora.weights.files import read_links
 from strategies import METHODS
 from strategies.shared.layerwise import LayerMethod
 from strategies.wrappers.around import Around
-from strategies.wrappers.dora import Dora, method_of
+from strategies.wrappers.dora import Dora
+from strategies.wrappers.order import method_of
 
 Known = dict[str, Product | None]  # None: a weight whose change is not known by factors
 
@@ -67,7 +70,8 @@ def trained_model(
         )
     changes: dict[str, Product] = {}
     magnitudes: Tree = {}
-    model = copy.deepcopy(task.model).cpu().eval()
+    held = dict(task.model.named_parameters())
+    model = dequantise(copy.deepcopy(task.model).cpu().eval())
     if folder is None:
         if round_ is not None:
             raise ConfigError(
@@ -75,7 +79,7 @@ def trained_model(
                 "folder=..."
             )
         plan = plan_of(config, task)
-        start = {n: p.detach().cpu().clone() for n, p in task.model.named_parameters()}
+        start = {n: p.detach().cpu().clone() for n, p in held.items()}
         weights = effective()
     else:
         plan = stored_plan(folder) or plan_of(config, task)
@@ -84,6 +88,7 @@ def trained_model(
         weights = method.weights(state, draw)
         start, changes = _from_start(folder, config, method, state, round_)
         magnitudes = _magnitudes(method, state)
+    start, weights = dense(start), dense(weights)
     model.to(next(iter(weights.values())).dtype)  # a narrow base widens with what is added to it
     put(model, weights)
     source, tokenizer = _sources(plain)
@@ -98,7 +103,7 @@ def trained_model(
         tokenizer=tokenizer,
         config=plain,
         facts={**facts, "weights_digest": digest(weights), **provenance()},
-        warnings=_warnings(plan),
+        warnings=_warnings(plan, held),
     )
 
 
@@ -117,20 +122,22 @@ def _from_start(
     ends = _standing(method, before, draw), _standing(method, state, draw)
     if ends[0] is None or ends[1] is None:
         return start, {}
-    _collect(known, Link({n: replace(t, scale=-t.scale) for n, t in ends[0].items()}), state.plan)
+    for part in ends[0].parts():
+        minus = {n: replace(t, scale=-t.scale) for n, t in part.terms.items()}
+        _collect(known, Link(minus), state.plan)
     for number, tensors, meta in read_links(folder / "chain"):
         if number and (round_ is None or number <= round_):
             _collect(known, read_link(tensors, meta), state.plan)
-    _collect(known, Link(ends[1]), state.plan)
+    _collect(known, ends[1], state.plan)
     return start, {name: change for name, change in known.items() if change is not None}
 
 
-def _standing(method: Method, state: State, draw: Draw) -> dict[str, Term] | None:
-    """Give the terms that a method adds to the base for its weights; None: it does not say."""
+def _standing(method: Method, state: State, draw: Draw) -> Link | None:
+    """Give what a method adds to the base for its weights; None: it does not say."""
     if isinstance(method, Around):
         return _standing(*method.at(state), draw)
     if type(method).weights is Method.weights:
-        return {}
+        return Link()
     if isinstance(method, LayerMethod) and type(method).weights is LayerMethod.weights:
         return method.standing(state, draw)
     return None
@@ -141,6 +148,9 @@ def _collect(known: Known, link: Link, plan: Plan) -> None:
     for part in link.parts():
         for name, term in part.terms.items():
             first, *rest = matrices(term)
+            if not rest:
+                known[name] = None
+                continue
             left = first * term.scale
             right = reduce(torch.matmul, rest)
             if name not in known:
@@ -181,11 +191,17 @@ def _sources(plain: Mapping[str, object]) -> tuple[str | None, str | None]:
     return found[0], found[1] or found[0]
 
 
-def _warnings(plan: Plan) -> tuple[str, ...]:
-    if not plan.local:
-        return ()
-    sentence = (
-        f"Each client kept {', '.join(plan.local)} to itself (head=local): here they are as they "
-        "were before the first round, so train them on your own samples before you use the model."
-    )
-    return (sentence,)
+def _warnings(plan: Plan, held: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    found = []
+    if plan.local:
+        found.append(
+            f"Each client kept {', '.join(plan.local)} to itself (head=local): here they are as "
+            "they were before the first round, so train them on your own samples before you use "
+            "the model."
+        )
+    if narrow := sorted({base_name(w) for w in held.values()} & (BITS.keys() | {"bfloat16"})):
+        found.append(
+            f"The run held weights in {narrow[0]} (model.base). Merged weights are those, "
+            "dequantised, and what was trained; an adapter is exact beside them."
+        )
+    return tuple(found)

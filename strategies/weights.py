@@ -7,12 +7,13 @@ from pathlib import Path
 from fedraclora.config.build import build_task, plan_of
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw
 from fedraclora.run.folder import read_config
 from fedraclora.run.rebuild import stored_plan, weights_at
 from fedraclora.tree import Tree
 from strategies import METHODS
-from strategies.wrappers.dora import method_of
+from strategies.wrappers.order import method_of
 
 
 def load_weights(folder: Path | str, round_: int | None = None) -> Tree:
@@ -38,4 +39,4 @@ def load_weights(folder: Path | str, round_: int | None = None) -> Tree:
         raise CheckpointError(f"there is no run folder {folder}")
     config = from_plain(read_config(folder), METHODS)
     plan = stored_plan(folder) or plan_of(config, build_task(config).task)
-    return weights_at(folder, round_, method_of(config), Draw(config.seed), plan)
+    return dense(weights_at(folder, round_, method_of(config), Draw(config.seed), plan))

@@ -16,6 +16,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Engine, EngineParts
 from fedraclora.engines.local import MessageGrid
 from fedraclora.evaluation.generate import Answering
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.tree import Tree
@@ -57,7 +58,7 @@ class Wired:
 
     def weights(self) -> Tree:
         """Return the effective weights now: name of a parameter -> tensor of its shape."""
-        return self.strategy.method.weights(self.strategy.state, self.strategy.draw)
+        return dense(self.strategy.method.weights(self.strategy.state, self.strategy.draw))
 
     def close(self) -> None:
         """End what the engine started."""

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Chance, Positive
 from fedraclora.protocol.method import Plan, Traits
 from fedraclora.protocol.plan import Ranks
 from fedraclora.rng import generator
@@ -49,9 +49,9 @@ class XgbLora(Factored):
     carries = False
 
     rank: Ranks = 1
-    layers: float = 0.5
+    layers: Chance = 0.5
     layers_seed: int = 0
-    server_lr: float = 0.5
+    server_lr: Positive = 0.5
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
@@ -70,12 +70,3 @@ class XgbLora(Factored):
     @override
     def traits(self) -> Traits:
         return Traits(exact=False, linear=True, merges=True, step=self.server_lr, varies=True)
-
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        if not 0 < self.layers <= 1:
-            raise ConfigError(f"method.layers is {self.layers}; a share in (0, 1] is wanted")
-        if not 0 < self.server_lr < math.inf:
-            raise ConfigError(f"method.server_lr is {self.server_lr}; a positive number is wanted")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import yaml
 from typing_extensions import override
 
 from experiments.bench.report import Rows
@@ -47,21 +49,8 @@ class Bound:
         return f"{self.workload}: {what} in {self.by.replace('_', ' ')}, {limit} wanted"
 
 
-BOUNDS = (
-    Bound("B", "vectorised", "central", most=1.10),
-    Bound("minilm", "vectorised", "central", most=1.10),
-    Bound("A", "flower", "vectorised", least=60),
-    Bound("A", "pfl", "vectorised", least=15),
-    Bound("A", "fedjax", "vectorised", least=3.5),
-    Bound("B", "pfl", "vectorised", least=5),
-    Bound("C", "flower", "vectorised", least=100),
-    Bound("C", "pfl", "vectorised", least=20),
-    Bound("A", "ray idle", None, most=0.015, by="seconds"),
-    Bound("minilm", "ray x1", "ray x2", least=1.6, by="seconds"),
-    Bound("cohort", "cohort 10,000", "cohort 1,000", most=11),
-    Bound("population", "population 1,000,000", "population 1,000", most=1.1),
-    Bound("population", "population 1,000,000", None, most=1.5e9, by="peak_bytes"),
-)
+TABLE = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+BOUNDS = tuple(Bound(**row) for row in yaml.safe_load(TABLE))
 
 
 def judge(workload: str, rows: Rows, device: str = "cpu") -> dict[str, list[str]]:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from typing_extensions import override
 
-from experiments.bench.workloads import LR, Workload
+from experiments.bench.workloads import LR, Workload, plan_of
 from fedraclora.data.task import LOSSES, Task, forward
-from fedraclora.protocol.plan import make_plan
+from fedraclora.data.token_losses import output_layer, token_losses
 
 
 class LowRankLinear(nn.Module):
@@ -44,7 +44,7 @@ class Central:
     """
 
     def __init__(self, workload: Workload, task: Task, at_once: int) -> None:
-        plan = make_plan(task.model, task.head, head_policy="adapt")
+        plan = plan_of(task)
         model = copy.deepcopy(task.model).requires_grad_(requires_grad=False).eval()
         for name in plan.targets:
             owner = name.rpartition(".")[0]
@@ -67,8 +67,11 @@ class Central:
             optimiser.zero_grad()
             for part in clients.split(self.at_once):
                 places = torch.arange(workload.batch, device=clients.device) + step * workload.batch
-                batch = data.gather(part, places.expand(len(part), -1))
-                outputs = forward(self.model, batch.inputs)
-                losses, _ = LOSSES[self.task.loss](outputs, batch.target)
+                batch = data.gather(part, places.expand(len(part), -1)).trim()
+                if (head := output_layer(self.model, self.task.loss)) is not None:
+                    losses, _ = token_losses(self.model, head, batch, self.trained[0].dtype)
+                else:
+                    outputs = forward(self.model, batch.inputs)
+                    losses, _ = LOSSES[self.task.loss](outputs, batch.target)
                 (losses.sum() / (len(clients) * workload.batch)).backward()
             optimiser.step()

@@ -3,7 +3,8 @@
 Rows of ours are timed in turn in this process, so that a busy machine slows all of them; then
 each peer that is installed (`make bench-peers`) does the same work in a process of its own. Keys:
 
-  size=     A, B, C, minilm, cohort, population, several with commas (a process each), or all
+  size=     A, B, C, minilm, texts, llama, smollm2, cohort, population, several with commas (a
+            process each), or all
   rows=     names of rows, with commas, or all
   rounds=   counted rounds of each row, instead of the workload's own number
   device=   auto, cpu or cuda
@@ -30,7 +31,7 @@ from experiments.bench.config import BenchConfig, parse
 from experiments.bench.launch import interpreter, run_peer
 from experiments.bench.phases import profile
 from experiments.bench.report import Report, about
-from experiments.bench.rows import BUILDERS, hosted
+from experiments.bench.rows import BUILDERS, hosted, peak_alone
 from experiments.bench.table import table as markdown
 from experiments.bench.table import tables
 from experiments.bench.timing import Figures, figures, interleaved, training_loss
@@ -93,13 +94,19 @@ def measure(name: str, case: Case, config: BenchConfig) -> Report:
     report = Report(name, about=about(case.device, config.threads))
     rounds = workload.rounds if config.rounds is None else config.rounds
     chosen = [row for row in workload.rows if config.wants(row)]
-    loss = partial(training_loss, case.task)
     here = [row for row in chosen if row in BUILDERS and row not in RAY]
+    # First: what this process holds by then would lie in theirs.
+    alone = here if workload.apart and case.device.type == "cpu" else []
+    peaks = {row: peak_alone(row, workload) for row in alone}
+    loss = partial(training_loss, case.task)
+    report.about |= {"tokens": case.tokens} if workload.apart else {}
     for group in (here, [row for row in chosen if row in RAY]):
         try:
             report.rows |= timed(group, case, rounds, loss)
         except EngineError as error:
             report.missing |= dict.fromkeys(group, str(error))
+    for row, peak in peaks.items():
+        report.rows[row]["peak_bytes"] = peak
     if case.device.type == "cuda":
         for row, precision in PRECISION_OF.items():
             if row in report.rows:

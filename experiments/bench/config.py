@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from typing_extensions import override
+
 from experiments.bench.workloads import WORKLOADS
 from experiments.words import key_values
 from fedraclora.config.schema import build
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import unknown
+from fedraclora.limits import Count, Limited
 
 ROWS = tuple(dict.fromkeys(row for workload in WORKLOADS.values() for row in workload.rows))
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Limited):
     """What to time.
 
     Attributes:
@@ -32,24 +35,24 @@ class BenchConfig:
     device: str = "auto"
     size: str = "all"
     rows: str = "all"
-    rounds: int | None = None
-    threads: int = 1
+    rounds: Count | None = None
+    threads: Count = 1
     out: str | None = None
     peers: str = ".venv-peers"
     check: bool = False
     profile: bool = False
     table: str | None = None
 
+    @override
     def __post_init__(self) -> None:
         """Reject impossible settings."""
+        super().__post_init__()
         for size in self.sizes:
             if size not in WORKLOADS:
                 raise unknown("size", size, [*WORKLOADS, "all"])
         for row in () if self.rows == "all" else self.rows.split(","):
             if row not in ROWS:
                 raise unknown("rows", row, [*ROWS, "all"])
-        if self.threads < 1 or (self.rounds is not None and self.rounds < 1):
-            raise ConfigError("rounds and threads must be 1 or more")
 
     @property
     def sizes(self) -> tuple[str, ...]:

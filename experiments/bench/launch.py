@@ -19,6 +19,7 @@ from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 
+FILES = ("data.npz", "start.npz", "final.npz", "outcome.json")  # of a peer's work
 PATIENCE = 1800.0  # seconds for one peer
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,10 +56,7 @@ def write_work(folder: Path, workload: Workload, task: Task, rounds: int, thread
     start: dict[str, Any] = {n: p.detach().cpu().numpy() for n, p in task.model.named_parameters()}
     np.savez(folder / "start.npz", **start)
     settings = {
-        "data": str(folder / "data.npz"),
-        "start": str(folder / "start.npz"),
-        "final": str(folder / "final.npz"),
-        "outcome": str(folder / "outcome.json"),
+        "paths": {Path(name).stem: str(folder / name) for name in FILES},
         "rounds": rounds,
         "batch": workload.batch,
         "lr": LR,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 
 import torch
 
 from experiments.bench.central import Central
+from experiments.bench.peft_loop import PeftLoop
 from experiments.bench.plain import PlainLoop
 from experiments.bench.runs import RAY_WORKERS, Row, federated, lapped, ray_settings
-from experiments.bench.usage import Laps
-from experiments.bench.workloads import RAY, Case
-from fedraclora.training.precision import BF16_MIXED
+from experiments.bench.usage import Laps, peak, reset_peak
+from experiments.bench.workloads import RAY, Case, Workload
+from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from strategies.fedavg import FedAvg
 
 
@@ -22,6 +26,18 @@ def loop(case: Case) -> Row:
     """Full weights, by hand."""
     run = PlainLoop(case.workload, replace(case.task, model=copy.deepcopy(case.task.model)))
     return Row(lapped(run.round), weights=lambda: run.state)
+
+
+def peft(case: Case, precision: str = FLOAT32) -> Row:
+    """Fed-RAC-LoRA by hand, on PEFT."""
+    run = PeftLoop(case, precision)
+    return Row(lapped(run.round), weights=run.weights if precision == FLOAT32 else None)
+
+
+def checkpointed(case: Case) -> Case:
+    """The same, with blocks that are computed again in the backward pass."""
+    model = partial(case.workload.model, checkpointing=True)
+    return Case(replace(case.workload, model=model), case.device)
 
 
 def central(case: Case) -> Row:
@@ -75,6 +91,10 @@ BUILDERS: dict[str, Callable[[Case], Row]] = {
     "idle": lambda case: federated(case, steps=0),
     "fedavg": lambda case: federated(case, method=FedAvg()),  # the algorithm of the peers
     "loop": loop,
+    "peft": peft,
+    "peft bf16": lambda case: peft(case, BF16_MIXED),
+    "checkpointing": lambda case: federated(checkpointed(case)),
+    "peft checkpointing": lambda case: peft(checkpointed(case)),
     "ray idle": lambda case: ray(case, 2, steps=0),
     "ray x1": lambda case: ray(case, 1),
     "ray x2": lambda case: ray(case, 2),
@@ -83,3 +103,21 @@ BUILDERS: dict[str, Callable[[Case], Row]] = {
     "population 1,000": federated,
     "population 1,000,000": lambda case: federated(case.of(1_000_000)),
 }
+
+
+def peak_alone(row: str, workload: Workload) -> int:
+    """Run the second round of a row in a process of its own; the peak of its memory, bytes.
+
+    It is forked, so call it before this process holds a model or has computed a gradient.
+    """
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        return pool.submit(_second_round, row, workload).result()
+
+
+def _second_round(row: str, workload: Workload) -> int:
+    run = BUILDERS[row](Case(workload, torch.device("cpu")))
+    run.round(Laps(children=False))
+    reset_peak()
+    run.round(Laps(children=False))
+    run.close()
+    return peak()

@@ -15,12 +15,11 @@ from flwr.app import RecordDict
 from clients.engines import InProcess, OnRay
 from clients.worker import Worker
 from experiments.bench.usage import Laps
-from experiments.bench.workloads import LR, Case
+from experiments.bench.workloads import LR, Case, plan_of
 from fedraclora.config.build import fix_bits
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.base import EngineParts
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
-from fedraclora.protocol.plan import make_plan
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.training.chunking import plan_chunk
@@ -114,7 +113,7 @@ def trainer_of(
         precision: Of the matrix products.
     """
     bias = "average" if isinstance(method, FedAvg) else "frozen"
-    plan = make_plan(case.task.model, case.task.head, head_policy="adapt", bias_policy=bias)
+    plan = plan_of(case.task, bias)
     local = LocalConfig(lr=LR, batch_size=case.workload.batch, steps=steps, shuffle=False)
     return partial(
         CohortTrainer, case.task, plan, local, seed=0, device=case.device, precision=precision
@@ -149,6 +148,8 @@ def federated(
         workers: Ray workers that train; 0 trains in this process.
     """
     workload, cohort = case.workload, case.workload.cohort
+    loops = "peft" in workload.rows and precision == FLOAT32  # a plain loop does the same
+    comparable = isinstance(method, FedAvg) or loops
     method = FedRacLora(rank=workload.rank) if method is None else method
     make_trainer = trainer_of(case, method, steps=steps, precision=precision)
     trainer, settings = make_trainer(), ray_settings(workers or 1, case.device)
@@ -185,7 +186,7 @@ def federated(
     return Row(
         round_,
         workers=(lambda: [int(path.stem) for path in crew.glob("*.pid")]) if workers else None,
-        weights=run.weights if isinstance(method, FedAvg) else None,
+        weights=run.weights if comparable else None,
         facts={"chunk": float(size)},
         close=close,
     )

@@ -30,7 +30,6 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
-from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire import uplink_layout
 from strategies import METHODS
@@ -67,7 +66,7 @@ def row(name: str, method: Method, size: int, clients: int) -> dict[str, object]
     up, down = method.floats(plan, 2)
     terms = {} if after.link is None else after.link.terms
     factors = (f for term in terms.values() for f in term.factors)
-    numbers = sum(SEED_BYTES if isinstance(f, SketchSpec) else f.numel() for f in factors)
+    numbers = sum(f.numel() if isinstance(f, torch.Tensor) else SEED_BYTES for f in factors)
     link = min(numbers, size * size)
     times = {"close CPU s": f"{min(seconds):.2f}", "init CPU s": f"{first:.2f}"}
     return {"method": name, **times, "up": up, "down": down, "link": link}

@@ -10,36 +10,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from experiments.bench.report import Report
 from experiments.bench.workloads import RAY, WORKLOADS
 from experiments.tables import Table
 from fedraclora.errors import ConfigError, unknown
 
-LABELS = {
-    "vectorised": "**`vectorised`**",
-    "bf16": "**`vectorised`**, `precision=bf16-mixed`",
-    "central": "central: one model, the same samples and steps",
-    "inline": "`inline`: one client after another",
-    "idle": "`vectorised`, clients that do nothing",
-    "fedavg": "`vectorised`, full weights (`fedavg`)",
-    "loop": "full weights, plain PyTorch loop",
-    "ray idle": "`ray`, 2 workers, clients that do nothing",
-    "ray x1": "`ray`, 1 worker",
-    "ray x2": "`ray`, 2 workers",
-    "flower": "Flower {flwr}, Ray {ray}, 2 actors",
-    "pfl": "pfl {pfl}",
-    "fedlab": "FedLab {fedlab}",
-    "fedjax": "FedJAX {fedjax}, jit",
-}
+LABELS: dict[str, str] = yaml.safe_load(
+    Path(__file__).with_name("labels.yaml").read_text(encoding="utf-8")
+)
 
 
-def tables(folder: Path) -> str:
+def tables(folder: Path, workloads: Sequence[str] = tuple(WORKLOADS)) -> str:
     """Make one table per file of a folder, in the order of the workloads.
+
+    Args:
+        folder: Of JSON files.
+        workloads: Whose tables, all unless given.
 
     Raises:
         ConfigError: If there is none.
     """
-    paths = [path for name in WORKLOADS if (path := folder / f"{name}.json").is_file()]
+    paths = [path for name in workloads if (path := folder / f"{name}.json").is_file()]
     if not paths:
         raise ConfigError(f"{folder} holds no figures of the benchmark")
     return "\n".join(table(Report.read(path)).markdown() for path in paths)
@@ -86,6 +79,14 @@ def table(report: Report) -> Table:
 def cpu_cells(report: Report, name: str) -> dict[str, str]:
     """Write a row that ran on the CPU."""
     row, rows = report.rows[name], report.rows
+    if "tokens" in report.about:
+        return {
+            "CPU s a round": f"{row['cpu_seconds']:.3g}",
+            "tokens a CPU s": f"{report.about['tokens'] / row['cpu_seconds']:,.0f}",
+            "peak MB": f"{row['peak_bytes'] / 1e6:.0f}",
+            "CPU / loop": against(row, rows.get("peft"), "cpu_seconds"),
+            "CPU / central": against(row, rows.get("central"), "cpu_seconds"),
+        }
     return {
         "s a round": f"{row['seconds']:.3g}",
         "CPU s a round": f"{row['cpu_seconds']:.3g}",

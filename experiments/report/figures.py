@@ -28,6 +28,7 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
         f"{metric} by round": ("round", metric, ("round",), ("metrics", metric)),
         f"{metric} by traffic, both ways": ("MB, up and down", metric, (), ("metrics", metric)),
         "loss on the test samples": ("round", "loss", ("round",), ("metrics", "loss")),
+        "exact match of answers": ("round", "share", ("round",), ("metrics", "exact_match")),
         "training loss": ("round", "loss", ("round",), ("train_loss",)),
         "sent by clients, in all": ("round", "MB", ("round",), ("uplink_total",)),
         "sent to clients, catch-up included": ("round", "MB", ("round",), ("downlink_total",)),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from experiments.theory.bounds.theorems import local_step_limit
+from experiments.theory.bounds.spectrum import beside_kept, of_downlink
+from experiments.theory.bounds.theorems import local_step_limit, rounding
 from experiments.theory.problems import Problem, problem
-from fedraclora.sketch import SKETCHES
+from experiments.theory.runs import first_downlink
+from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.sketch import SKETCHES, Constants
 from fedraclora.training.extras.settings import LocalSettings
 from strategies.fed_rac_lora import FedRacLora
+from strategies.subspace_rac_lora import SubspaceRacLora
 
 SCALE = 1.5  # s = alpha / r of every case, so that lr and the step in weight space differ
 
@@ -29,6 +33,9 @@ class Case:
         batch: Samples of a step; 0: all of a client's.
         cohort: Clients of a round; None: all of them.
         share: Step over the largest that the theorem allows.
+        fresh: Share of fresh rows where links are built on those before them; None: they are not.
+        kept_scale: Length of the kept rows there.
+        kind: How numbers go up and down.
     """
 
     panel: str
@@ -42,6 +49,9 @@ class Case:
     batch: int = 0
     cohort: int | None = None
     share: float = 1.0
+    fresh: float | None = None
+    kept_scale: float | str = 1.0
+    kind: str = FULL
 
     @property
     def name(self) -> str:
@@ -49,8 +59,17 @@ class Case:
         return f"{self.panel}: {self.label}"
 
     @property
-    def method(self) -> FedRacLora:
-        """Fed-RAC-LoRA with this sketch."""
+    def method(self) -> FedRacLora | SubspaceRacLora:
+        """Fed-RAC-LoRA with this sketch, or on the links before."""
+        if self.fresh is not None:
+            return SubspaceRacLora(
+                rank=self.rank,
+                alpha=SCALE * self.rank,
+                cap=False,
+                resample_every=1,
+                fresh=self.fresh,
+                kept_scale=self.kept_scale,
+            )
         return FedRacLora(
             rank=self.rank,
             alpha=SCALE * self.rank,
@@ -80,7 +99,7 @@ class Case:
         """The step in weight space, gamma."""
         ground = problem(self.problem)
         if self.local_steps == 1:
-            return self.share / ground.smoothness
+            return self.share / (ground.smoothness * (1 + rounding(self.kind, self.kind)))
         smoothness = self.smoothness(ground)
         cohort = self.taking_part
         return self.share * local_step_limit(smoothness, self.local_steps, ground.clients, cohort)
@@ -89,6 +108,16 @@ class Case:
     def taking_part(self) -> int:
         """K, clients of a round."""
         return self.cohort or problem(self.problem).clients
+
+    def spectrum(self) -> Constants:
+        """Compute the constants of every link: of the first, and of those built on the last."""
+        task, method = problem(self.problem).task, self.method
+        found = [of_downlink(first_downlink(task, method))]
+        if isinstance(method, SubspaceRacLora):
+            shape, kept = next(task.model.parameters()).shape, method.kept(self.rank, 1)
+            found += [beside_kept(self.rank, kept, d, method.length(self.rank, d)) for d in shape]
+        least, greatest = min(c.lambda_min for c in found), max(c.lambda_max for c in found)
+        return Constants(least, greatest)
 
     def smoothness(self, ground: Problem) -> float:
         """The L that the theorem asks for."""
@@ -188,9 +217,52 @@ def covers() -> list[Case]:
     ]
 
 
+def chains() -> list[Case]:
+    """Links built on those before them, of both sides by turns: fresh rows, and kept ones."""
+    bases: dict[str, tuple[float, float | str]] = {
+        "drawn": (1.0, 1.0),
+        "half kept, c = 1": (0.5, 1.0),
+        "half kept, c = (r/d)^(1/4)": (0.5, "auto"),
+    }
+    kinds = (
+        ("gd", "linear", 1.0, 0, 30),
+        ("sgd", "linear, 1 client", 0.2, 48, 70),
+        ("federated", "linear, 8 clients", 1.0, 48, 70),
+    )
+    return [
+        Case(
+            f"chain/linear, {theorem}",
+            f"{label}, r = 4",
+            data,
+            theorem,
+            4,
+            rounds,
+            batch=batch,
+            share=share,
+            fresh=fresh,
+            kept_scale=length,
+        )
+        for theorem, data, share, batch, rounds in kinds
+        for label, (fresh, length) in bases.items()
+        if theorem != "federated" or length == 1.0  # local steps are proved for projections alone
+    ]
+
+
+def fewer_bits() -> list[Case]:
+    """Gradient descent and SGD with numbers rounded on their way up and down."""
+    return [
+        Case(f"fewer bits/{name}", kind, data, theorem, 4, 60, batch=batch, share=share, kind=kind)
+        for name, data, theorem, batch, share in (
+            ("gradient descent", "linear", "gd", 0, 1.0),
+            ("SGD", "linear, 1 client", "sgd", 48, 0.2),
+        )
+        for kind in (FULL, *ROUNDED)
+    ]
+
+
 def all_cases(size: str = "full") -> list[Case]:
     """Every case that has a bound; ``small``: the first of every panel, a few rounds of it."""
-    cases = [*rates(), *sketches(), *stochastic(), *covers()]
+    cases = [*rates(), *sketches(), *stochastic(), *covers(), *chains(), *fewer_bits()]
     if size == "full":
         return cases
     first = {case.panel: case for case in reversed(cases)}

@@ -1,8 +1,9 @@
 """``fedraclora theory``: measured curves of convex problems beside the bounds on them.
 
 Linear and logistic regression, by rank, sketch and side; gradient descent, SGD, reshuffling, and
-federated rounds with all clients and with a cohort; blocks without replacement; the counter-example
-of arXiv 2410.08305. Everything runs through the framework's own loop. Keys:
+federated rounds with all clients and with a cohort; blocks without replacement; links built on
+those before them; the counter-example of arXiv 2410.08305, and one of a basis without a drawn
+share. Everything runs through the framework's own loop. Keys:
 
   size=     full, or small: one curve of each panel and few rounds, to see that it works
   seeds=    of sketches, cohorts and shuffles; 20
@@ -32,6 +33,7 @@ from rich.progress import track
 
 from experiments.status import reported
 from experiments.theory import counter_example as example
+from experiments.theory import noise_example as noise
 from experiments.theory import verdict
 from experiments.theory.cases import Case, all_cases
 from experiments.theory.config import TheoryConfig
@@ -61,16 +63,23 @@ def run(config: TheoryConfig) -> int:
     began = time.perf_counter()
     cases, seeds = all_cases(config.size), range(config.seeds)
     trials = example.trials(config.size, config.seeds)
+    noises = noise.trials(config.size, config.seeds)
     with workers(config.number_of_jobs) as pool:
         jobs = [(case, seed) for case in cases for seed in seeds]
         paths = list(_shown(pool.map(_case, jobs, chunksize=4), len(jobs), "curves"))
         ends = list(_shown(pool.map(example.run, trials), len(trials), "counter-example"))
+        noisy = list(_shown(pool.map(noise.run, noises), len(noises), "a noisy basis"))
     judged = [judge(c, paths[i * len(seeds) : (i + 1) * len(seeds)]) for i, c in enumerate(cases)]
-    found = example.summarise(trials, ends)
+    found, lost = example.summarise(trials, ends), example.summarise(noises, noisy)
     slow = slowdowns(judged)
     out = Path(config.out or f"runs/theory/{datetime.now():%Y-%m-%d/%H-%M-%S}")
     out.mkdir(parents=True, exist_ok=True)
-    tables = [bounds_table(judged), example_table(found), slowdown_table(slow)]
+    tables = [
+        bounds_table(judged),
+        example_table("3 x 3, rank 1", found, example.CHAIN, example.START),
+        example_table("3 x 3, noise in one entry", lost, 1, 1.0),
+        slowdown_table(slow),
+    ]
     report: dict[str, object] = {
         **provenance(),
         "size": config.size,
@@ -79,11 +88,12 @@ def run(config: TheoryConfig) -> int:
         "holds": all(j.holds for j in judged),
         "cases": [j.plain() for j in judged],
         "counter_example": [vars(outcome) for outcome in found],
+        "noise_example": [vars(outcome) for outcome in lost],
         "slowdown": [vars(s) for s in slow],
     }
     (out / "theory.json").write_text(json.dumps(_short(report), indent=None) + "\n")
     (out / "table.md").write_text("\n".join(table.markdown() for table in tables))
-    draw(judged, found, slow, out)
+    draw(judged, found, lost, slow, out)
     for table in tables:
         table.print()
     crossed = [j.case.name for j in judged if not j.holds]

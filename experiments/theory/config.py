@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Annotated
 
-from fedraclora.errors import ConfigError, unknown
-
-SIZES = ("full", "small")
+from fedraclora.limits import Count, Limited, choice_of, whole_from
 
 
 @dataclass(frozen=True)
-class TheoryConfig:
+class TheoryConfig(Limited):
     """What to run.
 
     Attributes:
@@ -21,19 +20,10 @@ class TheoryConfig:
         out: The folder to write; null: a dated one.
     """
 
-    size: str = "full"
-    seeds: int = 20
-    jobs: int | None = None
+    size: Annotated[str, choice_of(("full", "small"))] = "full"
+    seeds: Annotated[int, whole_from(2)] = 20  # fewer have no standard error
+    jobs: Count | None = None
     out: str | None = None
-
-    def __post_init__(self) -> None:
-        """Reject impossible settings."""
-        if self.size not in SIZES:
-            raise unknown("size", self.size, SIZES)
-        if self.seeds < 2:
-            raise ConfigError(f"seeds is {self.seeds}; a standard error needs 2 or more")
-        if self.jobs is not None and self.jobs < 1:
-            raise ConfigError(f"jobs is {self.jobs}; 1 or more is wanted")
 
     @property
     def number_of_jobs(self) -> int:

@@ -7,7 +7,7 @@ has N(0, 1) entries, B = 0, and a chain has a link every `CHAIN` steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -100,7 +100,17 @@ class Trial:
 def run(trial: Trial) -> Array:
     """Run the method, and return the gap after each link; infinite from where the path diverged."""
     local = LocalConfig(lr=trial.share / SMOOTHNESS, batch_size=0, steps=CHAIN, shuffle=False)
-    method = METHODS[trial.method]
+    return follow(task(), METHODS[trial.method], local, trial, measure)
+
+
+def follow(
+    task: Task,
+    method: Method,
+    local: LocalConfig,
+    trial: Trial,
+    measure: Callable[[Tree], dict[str, float]],
+) -> Array:
+    """Run a path of one client; its gap after each link, infinite from where it diverged."""
     gaps: list[float] = []
 
     def watch(weights: Tree) -> dict[str, float]:
@@ -109,9 +119,7 @@ def run(trial: Trial) -> Array:
         return found
 
     with suppress(ClientError):  # the framework refuses factors that are not finite
-        federate(
-            task(), method, local, rounds=trial.links, cohort=1, seed=trial.seed, measure=watch
-        )
+        federate(task, method, local, rounds=trial.links, cohort=1, seed=trial.seed, measure=watch)
     whole = np.full(trial.links + 1, np.inf)
     whole[: len(gaps)] = gaps
     lost = np.flatnonzero(~(whole < DIVERGED))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import yaml
 
-from experiments.theory.cases import ROUNDS
 from experiments.theory.counter_example import CHAIN, Outcome
 from experiments.theory.slowdown import Slowdown
 from experiments.theory.verdict import ERRORS, Curve, Judged
@@ -17,57 +17,24 @@ GAP = ("round", "f(W) - f*, over the first")
 GRADIENT = ("round", "mean of ||grad f||² so far, over the first")
 
 
-# Figure: its title, how many panels stand in a row, and of each the cases, the quantity, the title.
-SPREAD = "mean of the seeds ± 3 standard errors"
-FIGURES = {
-    "rates": (
-        f"Gradient descent with step 1/L by rank: {SPREAD}",
-        3,
-        (
-            ("rates/isotropic", "gap", "isotropic quadratic (the bound is exact), n = 12"),
-            ("rates/linear", "gap", "linear regression, right sketch, n = 12"),
-            ("rates/linear, left", "gap", "linear regression, left sketch, m = 6"),
-            ("rates/logistic", "gap", "logistic regression, n = 8"),
-            ("rates/linear", "gradient", "linear regression, gradient"),
-            ("rates/logistic", "gradient", "logistic regression, gradient"),
-        ),
-    ),
-    "sketches": (
-        "Linear regression by sketch: E[H] decides",
-        2,
-        (
-            ("sketches/right", "gap", "right, r = 4 of n = 12"),
-            ("sketches/left", "gap", "left, r = 2 of m = 6"),
-        ),
-    ),
-    "stochastic": (
-        f"Noise, local steps and cohorts: {SPREAD}",
-        len(ROUNDS),
-        tuple(
-            (f"stochastic/{loss}, {name}", quantity, f"{loss}, {name}")
-            for loss, quantity in (("linear", "gap"), ("logistic", "gradient"))
-            for name in ROUNDS
-        ),
-    ),
-    "cover": (
-        "Blocks without replacement (worst seed, bound on every seed) and independent ones (mean)",
-        2,
-        (
-            ("cover/linear", "gap", "linear regression, condition 8"),
-            ("cover/near-isotropic", "gap", "linear regression, condition 1.3"),
-        ),
-    ),
-}
+FIGURES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def draw(
-    judged: Sequence[Judged], found: Sequence[Outcome], slow: Sequence[Slowdown], out: Path
+    judged: Sequence[Judged],
+    found: Sequence[Outcome],
+    noisy: Sequence[Outcome],
+    slow: Sequence[Slowdown],
+    out: Path,
 ) -> None:
     """Write all figures into a folder."""
-    for name, (title, columns, panels) in FIGURES.items():
-        drawn = [panel(judged, *words) for words in panels]
-        bounds_figure(title, drawn, columns, out / f"{name}.png")
-    _counter_example(found, out / "counter_example.png")
+    for name, figure in FIGURES.items():
+        drawn = [panel(judged, *words) for words in figure["panels"]]
+        bounds_figure(figure["title"], drawn, figure["columns"], out / f"{name}.png")
+    title = "3 x 3 quadratic, M = diag(10, 1, ..., 1), rank 1"
+    _counter_example(title, found, CHAIN, out / "counter_example.png")
+    title = "3 x 3, noise where f is flat"
+    _counter_example(title, noisy, 1, out / "noise_example.png")
     _slowdowns(slow, out / "slowdown.png")
 
 
@@ -90,17 +57,23 @@ def normalised(curve: Curve) -> Measured:
     return Measured(curve.rounds, curve.mean / first, spread, curve.bound / first)
 
 
-def _counter_example(found: Sequence[Outcome], path: Path) -> None:
+def _counter_example(title: str, found: Sequence[Outcome], steps: int, path: Path) -> None:
     panels = []
     for share in dict.fromkeys(o.share for o in found):
         curves = {}
         for o in (o for o in found if o.share == share):
             label = o.method + (f" ({o.diverged} of {o.seeds} diverged)" if o.diverged else "")
             median = np.array(o.median)
-            curves[label] = Measured(CHAIN * np.arange(len(median), dtype=np.float64), median)
-        title = f"step {share:g} / L"
-        panels.append(Panel(title, ("step", "f(W) - f*, median of the seeds"), curves, floor=1e-6))
-    bounds_figure("3 x 3 quadratic, M = diag(10, 1, ..., 1), rank 1", panels, 2, path)
+            curves[label] = Measured(steps * np.arange(len(median), dtype=np.float64), median)
+        panels.append(
+            Panel(
+                f"step {share:g} / L",
+                ("step", "f(W) - f*, median of the seeds"),
+                curves,
+                floor=1e-6,
+            )
+        )
+    bounds_figure(title, panels, len(panels), path)
 
 
 def _slowdowns(slow: Sequence[Slowdown], path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments.tables import Table
-from experiments.theory.counter_example import CHAIN, START, Outcome
+from experiments.theory.counter_example import Outcome
 from experiments.theory.slowdown import Slowdown
 from experiments.theory.verdict import Judged
 
@@ -38,13 +38,13 @@ def bounds_table(judged: Sequence[Judged]) -> Table:
     return Table.of(records, [note], _text)
 
 
-def example_table(found: Sequence[Outcome]) -> Table:
-    """Make the table of the counter-example's final gaps."""
+def example_table(title: str, found: Sequence[Outcome], steps: int, start: float) -> Table:
+    """Make the table of a counter-example's final gaps; a link has so many steps."""
     records: list[dict[str, object]] = [
         {
-            "3 x 3, rank 1": o.method,
+            title: o.method,
             "step x L": o.share,
-            "steps": CHAIN * (len(o.median) - 1),
+            "steps": steps * (len(o.median) - 1),
             "diverged": f"{o.diverged} of {o.seeds}",
             "median gap": o.median[-1],
             "least": o.best,
@@ -52,7 +52,7 @@ def example_table(found: Sequence[Outcome]) -> Table:
         }
         for o in found
     ]
-    return Table.of(records, [f"The gap at the start is {START:.3g}."], _text)
+    return Table.of(records, [f"The gap at the start is {start:.3g}."], _text)
 
 
 def slowdown_table(slow: Sequence[Slowdown]) -> Table:

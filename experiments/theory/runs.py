@@ -11,6 +11,7 @@ from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
 from fedraclora.protocol.plan import make_plan
+from fedraclora.protocol.quantised import FULL
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
@@ -30,6 +31,7 @@ def federate(
     measure: Callable[[Tree], dict[str, float]] | None = None,
     weights: str = "uniform",
     chunk: int | None = None,
+    kind: str = FULL,
 ) -> FedStrategy:
     """Run rounds through Flower's strategy over the in-process grid.
 
@@ -43,12 +45,15 @@ def federate(
         measure: Gives the metrics of the weights of every round; None: there are none.
         weights: Of clients: ``uniform`` or ``examples``.
         chunk: Clients that train as one batch; None: the cohort.
+        kind: How numbers go up and down.
 
     Returns:
         The strategy, whose ledger has T + 1 rows.
     """
     clients = task.train.num_clients
-    loop = LoopConfig(rounds, clients, cohort, chunk or cohort, seed, weights, "float64")
+    loop = LoopConfig(
+        rounds, clients, cohort, chunk or cohort, seed, weights, "float64", kind, kind
+    )
     trainer = CohortTrainer(task, plan_of(task), local, seed=seed, device=torch.device("cpu"))
     run = wire(method, EngineParts.of(trainer, cohort), loop, InProcess(), evaluate=measure)
     run.start()

@@ -8,11 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.theory.bounds.descent import Descent, Given
-from experiments.theory.bounds.spectrum import of_downlink
-from experiments.theory.bounds.theorems import cover, federated, gd, reshuffling, sgd
+from experiments.theory.bounds.theorems import cover, federated, gd, reshuffling, rounding, sgd
 from experiments.theory.cases import Case
 from experiments.theory.problems import MEASURES, problem
-from experiments.theory.runs import federate, first_downlink, start_of
+from experiments.theory.runs import federate, start_of
 
 Vector = npt.NDArray[np.float64]
 
@@ -39,6 +38,7 @@ def run(case: Case, seed: int) -> Path:
         cohort=case.taking_part,
         seed=seed,
         measure=ground.measure,
+        kind=case.kind,
     )
     rows = strategy.recorder.ledger.rows
     metrics: list[dict[str, float]] = [row["metrics"] for row in rows]  # type: ignore[misc]
@@ -175,7 +175,7 @@ def curve(
 def theorem(case: Case, noise: dict[str, float]) -> Descent:
     """Build the theorem of a case; ``noise`` has sigma_sq of single samples, and zeta_sq."""
     ground = problem(case.problem)
-    spectrum = of_downlink(first_downlink(ground.task, case.method))
+    spectrum = case.spectrum()
     steps = case.theorem in {"sgd", "reshuffling", "federated"}
     given = Given(
         smoothness=case.smoothness(ground),
@@ -187,10 +187,9 @@ def theorem(case: Case, noise: dict[str, float]) -> Descent:
         lambda_max=spectrum.lambda_max,
         curvature=ground.curvature,
     )
-    if case.theorem == "gd":
-        return gd(given, case.step)
-    if case.theorem == "sgd":
-        return sgd(given, case.step)
+    if case.theorem in {"gd", "sgd"}:
+        bound = gd if case.theorem == "gd" else sgd
+        return bound(given, case.step, rounding(case.kind, case.kind))
     if case.theorem == "reshuffling":
         return reshuffling(given, case.step, case.local_steps)
     if case.theorem == "cover":

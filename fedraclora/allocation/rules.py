@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from typing_extensions import override
 
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError
+from fedraclora.limits import Chance, Count, Fraction, Limited, Positive, choice_of
 from fedraclora.tree import Tree
 
 
@@ -43,7 +45,7 @@ SYNFLOW = "synflow"  # without data: `fedraclora.allocation.synflow`
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Limited, group="allocation"):
     """Every adapted layer has the method's rank."""
 
     name: ClassVar[str] = "none"
@@ -62,21 +64,9 @@ class HeteroLora(Uniform):
 
     name: ClassVar[str] = "heterolora"
 
-    proxy: str = "grad_norm"
-    share: float = 0.25
-    every: int | None = None
-
-    def __post_init__(self) -> None:
-        """Reject impossible settings."""
-        if self.proxy not in PROXIES and self.proxy != SYNFLOW:
-            raise unknown("allocation.proxy", self.proxy, [*PROXIES, SYNFLOW])
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"allocation.share is {self.share}; a share in (0, 1] is wanted")
-        if self.every is not None and self.every < 1:
-            raise ConfigError(
-                f"allocation.every is {self.every}; a number of rounds from 1 on, or null (choose "
-                "once), is wanted"
-            )
+    proxy: Annotated[str, choice_of([*PROXIES, SYNFLOW])] = "grad_norm"
+    share: Chance = 0.25
+    every: Count | None = None
 
     def due(self, round_: int) -> bool:
         """Return whether layers are chosen in a round (from 1)."""
@@ -137,27 +127,22 @@ class AdaLora(Uniform):
 
     name: ClassVar[str] = "adalora"
 
-    target: float = 4.0
+    target: Positive = 4.0
     begin: int = 10
     end: int = 100
-    every: int = 1
-    beta1: float = 0.85
-    beta2: float = 0.85
+    every: Count = 1
+    beta1: Fraction = 0.85
+    beta2: Fraction = 0.85
 
+    @override
     def __post_init__(self) -> None:
         """Reject impossible schedules."""
-        if not 0 < self.target < math.inf:
-            raise ConfigError(f"allocation.target is {self.target}; a positive number is wanted")
+        super().__post_init__()
         if not 0 <= self.begin < self.end:
             raise ConfigError(
                 f"allocation.begin is {self.begin} and allocation.end is {self.end}; "
                 "0 <= begin < end is wanted"
             )
-        if self.every < 1:
-            raise ConfigError(f"allocation.every is {self.every}; 1 or more is wanted")
-        for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ConfigError(f"allocation.{key} is {getattr(self, key)}; [0, 1) is wanted")
 
     def budget(self, round_: int, first: int, layers: int) -> int | None:
         """Compute the number of components left after a round, b(t); None where nothing is cut.

@@ -38,12 +38,9 @@ class AttackedTrainer(CohortTrainer):
         clients: torch.Tensor,
         *,
         round_: int,
-        rate_scale: float,
-        moments: Tree | None = None,
+        **given: Any,
     ) -> LocalResult:
-        result = super().train(
-            base, downlink, clients, round_=round_, rate_scale=rate_scale, moments=moments
-        )
+        result = super().train(base, downlink, clients, round_=round_, **given)
         hit = torch.nonzero(torch.isin(clients.cpu(), self.attackers)).flatten()
         if not len(hit):
             return result

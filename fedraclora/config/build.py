@@ -29,6 +29,7 @@ from fedraclora.models.built import seeded
 from fedraclora.models.dropout import refuse_functions
 from fedraclora.models.gguf import is_gguf, precision_of
 from fedraclora.models.outputs import refuse_interaction, refuse_outputs
+from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
 from fedraclora.protocol.cohorts import check_cohort
@@ -197,6 +198,11 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts |= {"test": len(data.test), "validation": len(validation or ())}
     facts |= _said_of_weights(config)
     if config.pretrain.epochs:
+        if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
+            raise ConfigError(
+                f"model.base is {config.model['base']}, whose weights are frozen, but pretrain "
+                "trains them: set pretrain=none, or model.base=float32"
+            )
         facts["pretrain"] = _pretrained(config, whole, model)
     train = Partitioned.of(data.train, parts) if isinstance(parts, list) else parts
     clients = train.num_clients

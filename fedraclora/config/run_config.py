@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated
 
 from fedraclora.aggregation.base import Aggregator
@@ -34,6 +34,7 @@ from fedraclora.config.settings import (
     OutputConfig,
     PretrainConfig,
     StopConfig,
+    WireConfig,
 )
 from fedraclora.config.unread import refuse_unread
 from fedraclora.data import DATASETS, PARTITIONS
@@ -77,6 +78,7 @@ def digested(plain: Plain) -> dict[str, object]:
         kept["start"] = without(start, "path")
     # Before these, runs are the same.
     unset = {"allocation": {"name": Uniform.name}, "dora": False, "start": None}
+    unset["wire"] = vars(WireConfig())
     return {k: v for k, v in kept.items() if k not in unset or v != unset[k]}
 
 
@@ -141,6 +143,7 @@ class RunConfig(TaskConfig):
         stop: When to end before the last round.
         start: What the run begins from, if not from the weights of its model: the folder of a
             finished run or of a PEFT adapter, or its ``path`` and its digest ``sha256``.
+        wire: How numbers go up and down.
     """
 
     method: Method
@@ -154,6 +157,7 @@ class RunConfig(TaskConfig):
     control_variates: bool
     stop: StopConfig
     start: str | dict[str, str] | None = None
+    wire: WireConfig = field(default_factory=WireConfig)
 
     @property
     def digested(self) -> dict[str, object]:
@@ -174,6 +178,7 @@ KINDS: dict[str, Callable[..., object]] = {
     "output": OutputConfig,
     "system": SystemConfig,
     "stop": StopConfig,
+    "wire": WireConfig,
 }
 NAMED = ("local", "pretrain", "output", "system")
 # Groups that choose a row of a table: those that are called at once, and those that wait for data.
@@ -280,7 +285,7 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     hints = typing.get_type_hints(kind)
     found: dict[str, object] = {"plain": plain}
     keys = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
-    given = {f.name for f in fields(kind) if f.default is not MISSING}
+    given = {f.name for f in fields(kind) if (f.default, f.default_factory) != (MISSING, MISSING)}
     missing = [key for key in keys if key not in plain and key not in given]
     errors = (
         [f"the config has no key {', '.join(missing)}; see conf/config.yaml"] if missing else []

@@ -21,6 +21,7 @@ from fedraclora.limits import (
     Whole,
     choice_of,
 )
+from fedraclora.protocol.quantised import FULL, ROUNDED
 
 MEASURED = (*METRICS, "gap", *(f"personal_{name}" for name in METRICS))
 MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends without a word
@@ -32,6 +33,14 @@ Chunk = Annotated[
         lambda value: value == "auto" or (isinstance(value, int) and value >= 1),
     ),
 ]
+
+
+@dataclass(frozen=True)
+class WireConfig(Limited, group="wire"):
+    """How numbers go up and down: as they are trained, or rounded to fewer bits without bias."""
+
+    uplink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
+    downlink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ contents), ``instruction``, ``input`` and ``output`` (Alpaca), or ``prompt`` and
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedraclora.data.table import cells_of, open_text
 from fedraclora.errors import ConfigError, DataError, unknown
 
 Message = dict[str, str]
@@ -212,13 +212,8 @@ def rows(path: Path, header: bool) -> Iterator[Mapping[str, Any]]:
     )
 
 
-def _open(path: Path) -> Any:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
-
-
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with _open(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -232,11 +227,8 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _cells(path: Path, delimiter: str, header: bool) -> Iterator[Mapping[str, Any]]:
-    with _open(path) as file:
-        if delimiter == "\t":
-            reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-        else:
-            reader = csv.reader(file, delimiter=delimiter)
+    with open_text(path) as file:
+        reader = cells_of(file, delimiter)
         names: Sequence[str] | None = next(reader, []) if header else None
         for cells in filter(None, reader):
             columns = [str(n) for n in range(len(cells))] if names is None else names

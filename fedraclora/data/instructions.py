@@ -11,7 +11,7 @@ import numpy as np
 
 from fedraclora.data.chat import Chat, fitted, packed, padded
 from fedraclora.data.conversations import Conversation, Form, read_conversations
-from fedraclora.data.dataset import DataSet, split_rows
+from fedraclora.data.dataset import DataSet, divide
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
@@ -198,10 +198,6 @@ def _split(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Hold rows out, the same fraction of each client."""
     owners = None if whole[0].client is None else np.array([one.client for one in whole])
-    kept, held = split_rows(len(whole), test, generator(split_seed, "split", "test"), owners)
-    if not len(kept) or not len(held):
-        raise ConfigError(
-            f"data.test={test} of {len(whole)} rows leaves {len(kept)} to train on and "
-            f"{len(held)} to test on: choose another fraction, or name data.test_file"
-        )
+    rng = generator(split_seed, "split", "test")
+    kept, held = divide("data.test", test, len(whole), rng, labels=owners)
     return [whole[row] for row in kept], [whole[row] for row in held]

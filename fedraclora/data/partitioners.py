@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import LazyLoader
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from fedraclora.data.dataset import Column, DataSet, Rows
 from fedraclora.errors import ConfigError
@@ -22,9 +27,7 @@ from fedraclora.rng import generator, hash_key
 
 def iid(data: DataSet, *, clients: int, seed: int) -> list[Rows]:
     """Divide rows evenly at random; sizes differ by one at most."""
-    from flwr_datasets.partitioner import IidPartitioner
-
-    return _divide(data, IidPartitioner(clients), "row", seed)
+    return _divide(data, _library().IidPartitioner(clients), "row", seed)
 
 
 @limited("partition")
@@ -47,9 +50,7 @@ def dirichlet(
         Yurochkin et al., *Bayesian nonparametric federated learning of neural networks*,
         ICML 2019, arXiv:1905.12022.
     """
-    from flwr_datasets.partitioner import DirichletPartitioner
-
-    partitioner = DirichletPartitioner(
+    partitioner = _library().DirichletPartitioner(
         clients, "label", float(alpha), min_size, seed=hash_key(seed, "partition")
     )
     return _divide(data, partitioner, "label", seed)
@@ -77,9 +78,7 @@ def pathological(
         McMahan et al., *Communication-efficient learning of deep networks from decentralized
         data*, AISTATS 2017, arXiv:1602.05629 (the pathological non-IID partition).
     """
-    from flwr_datasets.partitioner import PathologicalPartitioner
-
-    partitioner = PathologicalPartitioner(
+    partitioner = _library().PathologicalPartitioner(
         clients,
         "label",
         classes_per_client,
@@ -113,11 +112,9 @@ def shards(
     References:
         McMahan et al., AISTATS 2017, arXiv:1602.05629 (two shards per client).
     """
-    from flwr_datasets.partitioner import ShardPartitioner
-
     if shards_per_client is None and shard_size is None:
         raise ConfigError("set partition.shards_per_client or partition.shard_size, or both")
-    partitioner = ShardPartitioner(
+    partitioner = _library().ShardPartitioner(
         clients,
         "label",
         shards_per_client,
@@ -170,6 +167,36 @@ def class_labels(data: DataSet) -> Column:
             "or natural where it has a client column"
         )
     return data.columns["label"]
+
+
+class _Plots(PathFinder):
+    """Finds what flwr-datasets plots with, to be loaded when something of it is used first.
+
+    Its package imports it at once, and with it seaborn, matplotlib and scipy.stats: a second of
+    every start.
+    """
+
+    @classmethod
+    @override
+    def find_spec(
+        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "flwr_datasets.visualization":
+            return None
+        spec = super().find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
+
+
+def _library() -> Any:
+    """Import the partitioners of flwr-datasets."""
+    sys.meta_path.insert(0, _Plots)
+    try:
+        from flwr_datasets import partitioner
+    finally:
+        sys.meta_path.remove(_Plots)
+    return partitioner
 
 
 def _divide(data: DataSet, partitioner: Any, column: str, seed: int) -> list[Rows]:

@@ -7,7 +7,7 @@ import csv
 import gzip
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from fedraclora.errors import ConfigError, DataError, unknown
 
@@ -41,26 +41,33 @@ def read_columns(path: Path, columns: Sequence[Named], *, header: bool) -> list[
             f"{path}: a name that ends in .tsv or .csv, or in one of them and .gz or .bz2, is "
             "wanted"
         )
-    opener = _OPENERS.get(packed, open)
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:  # type: ignore[operator]
+        with open_text(path) as file:
             return _read(file, _DELIMITERS[kind], path, columns, header)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a table: {error}") from error
 
 
-def _read(
-    file: TextIO,
-    delimiter: str,
-    path: Path,
-    columns: Sequence[Named],
-    header: bool,
-) -> list[list[str]]:
+def open_text(path: Path) -> TextIO:
+    """Open a text file, packed or not; a byte-order mark is skipped."""
+    opener: Any = _OPENERS.get(path.suffix, open)
+    file: TextIO = opener(path, "rt", encoding="utf-8-sig", newline="")
+    return file
+
+
+def cells_of(file: TextIO, delimiter: str) -> Any:
+    """Read rows of cells, by `csv.reader`; between tabs quotes are as any other sign."""
     plain = delimiter == "\t"
-    reader = csv.reader(
+    return csv.reader(
         file, delimiter=delimiter, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
     )
-    names = next(reader, []) if header else []
+
+
+def _read(
+    file: TextIO, delimiter: str, path: Path, columns: Sequence[Named], header: bool
+) -> list[list[str]]:
+    reader = cells_of(file, delimiter)
+    names: list[str] = next(reader, []) if header else []
     places = [_place(key, column, names, header) for key, column in columns]
     found: list[list[str]] = [[] for _ in columns]
     for row in reader:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fedraclora.data.locate import model_source
+from fedraclora.data.locate import from_pretrained, model_source
 from fedraclora.errors import DataError
 
 Encoder = Callable[[list[list[str]]], dict[str, torch.Tensor]]
@@ -30,12 +30,7 @@ def make_encoder(tokenizer: str, *, root: str | None, max_length: int) -> Encode
     from transformers import AutoTokenizer
 
     source, local = model_source(tokenizer, key="data.tokenizer", root=root)
-    try:
-        loaded = AutoTokenizer.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"data.tokenizer={tokenizer}: no tokenizer can be read from there: {error}"
-        ) from error
+    loaded = from_pretrained(AutoTokenizer, source, local, "data.tokenizer")
     if loaded.pad_token is None:
         if loaded.eos_token is None:
             raise DataError(f"data.tokenizer={tokenizer} has no padding token: choose another")

@@ -1,4 +1,7 @@
-"""What stands beside an exported model: a model card, the config of its run, the facts as JSON."""
+"""What stands beside an exported model: a model card, the config of its run, the facts as JSON.
+
+The text of the card is ``card.md.j2``.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
+from jinja2 import Environment, PackageLoader
 
 from fedraclora.export.trained import TrainedModel, is_hugging_face
 
 Record = Mapping[str, object]
 FACTS = "export.json"
-ERROR = (
-    "The relative error is the Frobenius norm of what the adapter leaves out of `W_T - W_0`, over "
-    "that of `W_T - W_0`; the largest difference is that of a weight after merging, rounding in it."
-)
-BROUGHT = (
-    "Model, data or method that a program brought are known in it by a digest alone; hand the same "
-    "ones in again."
-)
 
 
 def write_card(trained: TrainedModel, folder: Path, form: str, record: Record) -> None:
@@ -51,115 +47,36 @@ def libraries() -> dict[str, str]:
 
 def card(trained: TrainedModel, form: str, record: Record) -> str:
     """Write a model card, with the front matter that the Hugging Face hub reads."""
-    facts, loads = trained.facts, _loading(trained, form, record)
-    method, data = _named(facts.get("method")), _named(facts.get("data"))
-    head: dict[str, object] = {"tags": ["federated-learning", "fedraclora", method]}
+    facts, model, kind = trained.facts, trained.model, type(trained.model).__name__
+    method, data = (_mapping(facts.get(key)).get("name", "unknown") for key in ("method", "data"))
+    head: dict[str, object] = {"tags": ["federated-learning", "fedraclora", str(method)]}
     if form == "peft":
         head |= {"library_name": "peft"}
-    elif is_hugging_face(trained.model) and form == "hf":
+    elif is_hugging_face(model) and form == "hf":
         head |= {"library_name": "transformers"}
     if trained.source is not None and "/" in trained.source and not Path(trained.source).exists():
         head |= {"base_model": trained.source}
-    rows = {
-        "method": _spelt(facts.get("method")),
-        "data": _spelt(facts.get("data")),
-        "model": _spelt(facts.get("model")),
-        "rounds": facts.get("rounds"),
-        "clients": f"{facts.get('clients')}, {facts.get('cohort')} a round",
-        "sent by clients, bytes": facts.get("uplink_bytes"),
-        "sent to clients, bytes": facts.get("downlink_bytes"),
-        "seed": facts.get("seed"),
-        **{f"metric: {name}": value for name, value in _mapping(facts.get("metrics")).items()},
-        "weights digest": f"`{facts.get('weights_digest')}`",
-        "versions": _spelt({**_mapping(facts.get("versions")), **libraries()}),
-        "revision": facts.get("git"),
-    }
-    lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", ""]
-    data = "Samples of a Python program" if data == "object" else data
-    lines += [f"# {data}, trained by {method}", ""]
-    lines += [f"> **Note.** {sentence}\n" for sentence in trained.warnings]
-    lines += ["Trained across clients that kept their samples, with fedraclora.", ""]
-    lines += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""]
-    lines += ["## Load it", "", "```python", *loads, "```", ""]
-    layers = _mapping(record.get("layers"))
-    if layers:
-        lines += [
-            "## Layers",
-            "",
-            ERROR,
-            "",
-            "| layer | rank | rank of the change | relative error | largest difference |",
-            "|---|---:|---:|---:|---:|",
-            *(_row(name, _mapping(layer)) for name, layer in layers.items()),
-            "",
-        ]
-    if saved := record.get("saved_in_full"):
-        names = ", ".join(f"`{name}`" for name in saved) if isinstance(saved, list) else saved
-        lines += [f"Trained in full, and saved whole: {names}.", ""]
-    lines += [
-        "## Train it again",
-        "",
-        "`run.yaml` is the whole config of the run:",
-        "",
-        "```python",
-        "from pathlib import Path",
-        "import fedraclora, yaml",
-        'run = fedraclora.simulate(yaml.safe_load(Path("run.yaml").read_text()))',
-        "```",
-        "",
-        BROUGHT,
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _loading(trained: TrainedModel, form: str, record: Record) -> list[str]:
-    """Write the lines of Python that load an export from its folder."""
-    kind = type(trained.model).__name__
-    if form == "peft":
-        base = record.get("base")
-        if base is None:
-            return [
-                "from peft import PeftModel",
-                "from safetensors.torch import load_file",
-                f"model = ...  # the {kind} that the run was given",
-                'model.load_state_dict(load_file("base.safetensors"))',
-                'model = PeftModel.from_pretrained(model, ".").merge_and_unload()',
-            ]
-        labels = getattr(getattr(trained.model, "config", None), "num_labels", None)
-        more = f", num_labels={labels}" if "Classification" in kind else ""
-        return [
-            "from peft import PeftModel",
-            f"from transformers import {kind}",
-            f"model = {kind}.from_pretrained({str(base)!r}{more})",
-            'model = PeftModel.from_pretrained(model, ".").merge_and_unload()',
-        ]
-    if form == "gguf":
-        return [
-            f"from transformers import {kind}",
-            f'model = {kind}.from_pretrained(".", gguf_file="model.gguf")',
-        ]
-    if form == "hf":
-        return [f"from transformers import {kind}", f'model = {kind}.from_pretrained(".")']
-    return [
-        "from safetensors.torch import load_file",
-        f"model = ...  # the {kind} that the run was given",
-        'model.load_state_dict(load_file("model.safetensors"))',
-    ]
-
-
-def _row(name: str, layer: Mapping[str, object]) -> str:
-    cells = [layer.get("rank"), layer.get("rank_of_change")]
-    cells += [f"{layer.get(key):.2e}" for key in ("relative_error", "largest_difference")]
-    return f"| `{name}` | {' | '.join(map(str, cells))} |"
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    environment = Environment(  # noqa: S701  it is Markdown
+        loader=PackageLoader("fedraclora.export", "."), trim_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"spelt": _spelt, "quoted": repr}
+    return environment.get_template("card.md.j2").render(
+        head=yaml.safe_dump(head, sort_keys=False).rstrip(),
+        method=method,
+        data=data,
+        warnings=trained.warnings,
+        facts=facts,
+        versions={**_mapping(facts.get("versions")), **libraries()},
+        form=form,
+        record={"base": None, **record},
+        kind=kind,
+        labels=f", num_labels={labels}" if "Classification" in kind else "",
+    )
 
 
 def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _named(group: object) -> str:
-    return str(_mapping(group).get("name", "unknown"))
 
 
 def _spelt(group: object) -> str:

@@ -182,24 +182,3 @@ def sylvester(left: torch.Tensor, right: torch.Tensor, target: torch.Tensor) -> 
     turned = torch.where(sums > least, (U.mT @ target @ V) / sums, 0)
     X: torch.Tensor = U @ turned @ V.mT
     return X
-
-
-def effective_rank(matrix: torch.Tensor) -> float:
-    """Effective rank: exp of the entropy of the normalised singular values of [m, n].
-
-    Returns:
-        A number in [1, min(m, n)]; 0 for a zero matrix.
-
-    References:
-        Roy and Vetterli, *The effective rank*, EUSIPCO 2007.
-
-    Example:
-        >>> round(effective_rank(torch.eye(3)), 6)
-        3.0
-    """
-    s = torch.linalg.svdvals(matrix.to(torch.float64))
-    total = float(s.sum())
-    if total == 0:
-        return 0.0
-    p = s[s > 0] / total
-    return float(torch.exp(-(p * p.log()).sum()))

@@ -27,7 +27,7 @@ class Built:
         model: The network, float32, with its initial weights; in training mode.
         head: Name prefixes of the final layer; empty where there is nothing but one layer.
         targets: The default pattern of adapted layers (`fedraclora.lowrank.layers.find_targets`).
-        narrow: Whether the weights are narrower than float32, and are to stay so.
+        narrow: Whether weights are narrower than float32, and are to stay so.
     """
 
     model: nn.Module

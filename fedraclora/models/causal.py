@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from fedraclora.data.locate import GGUF, check_file, from_pretrained, model_source
 from fedraclora.errors import ConfigError, DataError, ModelError, unknown
-from fedraclora.limits import Count, Fraction, choice_of, limited
+from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import Attention, Built, require_input, seeded
 from fedraclora.models.dropout import refuse_idle_rate
 from fedraclora.models.gguf import made_plain
 from fedraclora.models.hf import cut_layers, quiet, set_dropout
-
-BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from fedraclora.models.narrow import Base, narrowed
 
 
 @limited("model")
@@ -31,7 +30,7 @@ def build_causal_lm(
     layers: Count | None = None,
     dropout: Fraction = 0.0,
     attention: Attention = "sdpa",
-    base: Annotated[str, choice_of(BASES)] = "float32",
+    base: Base = "float32",
     checkpointing: bool = False,
     sha256: str | None = None,
 ) -> Built:
@@ -48,7 +47,8 @@ def build_causal_lm(
         layers: Keep the first so many layers; None for all.
         dropout: Dropout of hidden states.
         attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
-        base: Precision of the weights: ``float32``, or ``bfloat16`` for methods that never merge.
+        base: Precision of the weights: ``float32``; or, for methods that never merge,
+            ``bfloat16``, ``int8`` or ``int4`` (`fedraclora.models.narrow.narrowed`).
         checkpointing: Keep only the inputs of each block for the backward pass, and compute the
             rest again: less memory, about a third more time.
         sha256: SHA-256 of the GGUF file, or of ``model.safetensors`` in the folder, or None.
@@ -82,8 +82,8 @@ def build_causal_lm(
             )
         newest = getattr(model, "activation_checkpointing_enable", None)  # its name from v5.24 on
         (newest or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    network: nn.Module = model.to(BASES[base]).train()
-    return Built(network, (_head(model),), _targets(network), narrow=base != "float32")
+    network: nn.Module = model.train()
+    return narrowed(Built(network, (_head(model),), _targets(network)), base)
 
 
 def _loaded(

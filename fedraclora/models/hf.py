@@ -22,6 +22,7 @@ from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import Attention, Built, require_heads, require_input, seeded
 from fedraclora.models.dropout import refuse_idle_rate
 from fedraclora.models.gguf import is_gguf, made_plain
+from fedraclora.models.narrow import Base, narrowed
 
 # How architectures call rates of dropout in their configurations: hidden_dropout_prob, resid_pdrop,
 # dropout_rate, ...
@@ -38,6 +39,7 @@ def build_hf(
     layers: Count | None = None,
     dropout: Fraction = 0.0,
     attention: Attention = "sdpa",
+    base: Base = "float32",
     sha256: str | None = None,
 ) -> Built:
     """Load a pretrained model for sequence classification (or regression, with one output).
@@ -51,6 +53,8 @@ def build_hf(
         layers: Keep the first so many layers; None for all.
         dropout: Dropout of hidden states.
         attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
+        base: Precision of the weights: ``float32``; or, for methods that never merge,
+            ``bfloat16``, ``int8`` or ``int4`` (`fedraclora.models.narrow.narrowed`).
         sha256: SHA-256 of ``model.safetensors`` in the folder, or None.
 
     Returns:
@@ -92,7 +96,7 @@ def build_hf(
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{key} cannot be loaded: {error}") from error
     refuse_idle_rate(model, dropout)
-    return _built(made_plain(model))
+    return narrowed(_built(made_plain(model)), base)
 
 
 @limited("model")

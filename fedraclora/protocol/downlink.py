@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from fedraclora.protocol.pool import Pool
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
 
@@ -87,6 +88,7 @@ class Downlink:
             ones live on, so that a client's moments may, too (`fedraclora.training.moments`).
         extras: What clients add to gradients beside, by the name of the extra that sends it: by
             trained name, in its shape, or [K, *shape] at the clients.
+        pools: By weight, what stands beside it at every replica, adapted in this round or not.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class Downlink:
     ranks: torch.Tensor | None = None
     link: int = 0
     extras: dict[str, Tree] = field(default_factory=dict)
+    pools: dict[str, Pool] = field(default_factory=dict)
 
     def factors(self) -> Mapping[str, Factor]:
         """All factors of all adapters, by ``"<weight>/<label>"``."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 
+from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.sketch import SketchSpec
+from fedraclora.narrow_weight import QuantisedWeight, base_name
+from fedraclora.protocol.quantised import FULL
+from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree
 
 
@@ -33,10 +37,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Term:
-    """A low-rank term of a link: the factors in order (a matrix, or a sketch by its seed)."""
+    """A term of a link, which is added to a weight.
 
-    factors: tuple[torch.Tensor | SketchSpec, ...]
+    Attributes:
+        factors: In order, a matrix, or sketches by their seed; one alone is a change in the shape
+            in which the weight is stored.
+        scale: Of their product.
+        kind: In which its numbers travel (`fedraclora.protocol.quantised`): they are such numbers.
+    """
+
+    factors: tuple[torch.Tensor | SketchSpec | Sketches, ...]
     scale: float
+    kind: str = FULL
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,8 @@ class Link:
 
     Attributes:
         terms: Low-rank terms by weight.
-        dense: New values by name.
+        dense: New values by name. A name with a "/" is of no parameter, but of what replicas
+            keep beside them (`fedraclora.protocol.pool`).
         rest: Further changes of the same round, in order: a weight may have a term in each.
     """
 
@@ -64,7 +77,8 @@ class Link:
 def matrices(term: Term) -> tuple[torch.Tensor, ...]:
     """Draw what is sketched and give the factors of a term as float64 matrices."""
     return tuple(
-        f.draw() if isinstance(f, SketchSpec) else f.to("cpu", torch.float64) for f in term.factors
+        f.to("cpu", torch.float64) if isinstance(f, torch.Tensor) else f.draw()
+        for f in term.factors
     )
 
 
@@ -80,21 +94,27 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
         link: What to fold in.
         plan: Gives each target's (out, in) view.
 
+    Raises:
+        ConfigError: If there is a term for a quantised weight.
+
     Returns:
         A new tree; untouched tensors are shared with ``base``.
     """
     out = dict(base)
     for name, term in link.terms.items():
-        view = plan.targets[name]
-        factors = matrices(term)
-        product = factors[0]
-        for factor in factors[1:]:
-            product = product @ factor
-        wide = view.matrix(base[name]).to(torch.float64)
-        wide = wide.add(product.to(wide.device), alpha=term.scale)
-        out[name] = view.stored(wide.to(base[name].dtype), base[name])
+        if isinstance(base[name], QuantisedWeight):
+            raise ConfigError(
+                f"{name} is held in {base_name(base[name])}, and nothing can be merged into it: "
+                "set model.base=float32"
+            )
+        first, *others = matrices(term)
+        product = reduce(torch.matmul, others, first)
+        view = plan.targets[name] if others else None
+        wide = (view.matrix(base[name]) if view else base[name]).to(torch.float64)
+        wide = wide.add(product.to(wide.device), alpha=term.scale).to(base[name].dtype)
+        out[name] = view.stored(wide, base[name]) if view else wide
     for name, value in link.dense.items():
-        out[name] = value.to(base[name])
+        out[name] = value.to(base[name]) if name in base else value
     for part in link.rest:
         out = apply_link(out, part, plan)
     return out

@@ -46,13 +46,17 @@ class Traits:
 
     Attributes:
         exact: The new effective weights are old + step (mean - old), where mean is the weighted
-            mean of the clients' own; with a step of 1 they are that mean.
+            mean of the clients' own; with a step of 1 they are that mean. Of what was sent: where
+            numbers travel in fewer bits, a client's weights are those that came, and what the
+            server's rounding adds is a column of the ledger.
         linear: Weighted sums of what clients send are enough (secure aggregation can serve it).
         merges: Updates are folded into the base weights, so absent clients must catch up.
         ranks: What it promises holds under rank budgets (`Cohort.ranks`), which it hands on.
         step: The server's step, in `exact`.
         varies: What clients train differs from round to round, so nothing of it lives on there.
             What comes back in one round may decide it for the next.
+        pools: A pool stands beside each adapted weight (`fedraclora.protocol.pool`): a link is a
+            new value of a part of it. Without `merges` W itself stays as it is for the whole run.
     """
 
     exact: bool
@@ -61,6 +65,7 @@ class Traits:
     ranks: bool = False
     step: float = 1.0
     varies: bool = False
+    pools: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,10 @@ class Method(Protocol):
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         """Turn what came back into the next state; the changed base goes with its link."""
         ...
+
+    def in_force(self, state: State) -> tuple[Method, State]:
+        """Return the method and the state as they stand: what wraps one may leave layers out."""
+        return self, state
 
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         """Effective dense weights: global, or personal with what a client keeps (``own``)."""

@@ -102,17 +102,6 @@ def within(ranks: torch.Tensor, size: int) -> torch.Tensor:
     return (places >= first[:, None]) & (places < end[:, None])
 
 
-def window(
-    adapter: Adapter, label: str, shape: tuple[int, ...], ranks: torch.Tensor
-) -> tuple[slice, ...]:
-    """Return the part of a factor that one client has; ``ranks`` as in `spans`, with K = 1."""
-    cut = [slice(None)] * len(shape)
-    for axis in rank_axes(adapter, label):
-        first, end = spans(ranks, shape[axis])
-        cut[axis] = slice(int(first), int(end))
-    return tuple(cut)
-
-
 def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
     """Mask what clients train of the factors that a budget cuts.
 

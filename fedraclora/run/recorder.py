@@ -304,24 +304,6 @@ def checkpoint_meta(folder: Path) -> dict[str, Any]:
     return dict(load_checkpoint(path)[1]) if has_checkpoint(path) else {}
 
 
-def stored_chunk(folder: Path) -> int | None:
-    """Read the chunk of the run whose checkpoint a folder holds; None if it does not say."""
-    chunk: int | None = _resolved(folder, "chunk")
-    return chunk
-
-
-def stored_device(folder: Path) -> str | None:
-    """Read the kind of device of the run of a folder; None if no checkpoint says it."""
-    device: str | None = _resolved(folder, "device")
-    return device
-
-
-def stands_at(folder: Path) -> int | None:
-    """Read the round at which the checkpoint of a folder stands; None if there is none."""
-    round_: int | None = checkpoint_meta(folder).get("round")
-    return round_
-
-
-def _resolved(folder: Path, key: str) -> Any:
+def resolved(folder: Path, key: str) -> Any:
     """Read what a setting ``auto`` came to in a run; None where no checkpoint says it."""
     return checkpoint_meta(folder).get("fixed", {}).get("resolved", {}).get(key)

@@ -6,6 +6,13 @@
 
 from __future__ import annotations
 
-from fedraclora.sketch.draw import SKETCHES, Constants, SketchSpec, check_sketch, constants
+from fedraclora.sketch.draw import (
+    SKETCHES,
+    Constants,
+    Sketches,
+    SketchSpec,
+    check_sketch,
+    constants,
+)
 
-__all__ = ["SKETCHES", "Constants", "SketchSpec", "check_sketch", "constants"]
+__all__ = ["SKETCHES", "Constants", "SketchSpec", "Sketches", "check_sketch", "constants"]

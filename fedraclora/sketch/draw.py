@@ -13,7 +13,7 @@ sketch is about ``lr s^2 gram_scale``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import sqrt
 
@@ -143,6 +143,29 @@ class SketchSpec:
         """Return whether this block of a cover takes rows from two bases."""
         start = self.index * self.rank % self.dim
         return self.blocks == "cover" and start + self.rank > self.dim
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """Consecutive sketches of one layer as one factor: rows below rows (left: columns by columns).
+
+    Attributes:
+        first: The first; the others have the numbers after its own.
+        count: How many.
+
+    Example:
+        >>> one = SketchSpec("coordinate", "right", rank=2, dim=4, seed=7, index=0, blocks="cover")
+        >>> Sketches(one, 2).draw().sum(dim=0)
+        tensor([1., 1., 1., 1.], dtype=torch.float64)
+    """
+
+    first: SketchSpec
+    count: int
+
+    def draw(self) -> torch.Tensor:
+        """Draw them all: float64, [count * rank, dim] (right) or [dim, count * rank] (left)."""
+        each = (replace(self.first, index=self.first.index + j).draw() for j in range(self.count))
+        return torch.cat(list(each), dim=0 if self.first.side == "right" else 1)
 
 
 def _drawn(spec: SketchSpec) -> torch.Tensor:

@@ -26,6 +26,9 @@ LARGEST = {"cpu": 256, "cuda": 4096}  # more bring nothing: the products are lar
 SPREAD = 8  # chunks that a large cohort gives at least, where several processes train
 HOST_BYTES = 256 << 20  # on a CPU: for all of a chunk; workers share the machine
 CACHE_BYTES = 12 << 20  # on a CPU: for what is trained, which every step reads and writes
+# On a CPU: tokens of a chunk. A product is as fast as it gets with fewer, and what lies between
+# products leaves the cache with more.
+TOKENS = 512
 FREE_SHARE = 0.8  # of a GPU's free memory; the rest is for fragments and the workspaces of kernels
 PROCESS_BYTES = 512 << 20  # of a GPU: for CUDA itself, in each process
 
@@ -139,6 +142,8 @@ def plan_chunk(
     }
     if device == "cpu":
         bounds["the cache"] = max(1, CACHE_BYTES // max(1, memory.trained))
+        if memory.tokens:
+            bounds["tokens that fill a product"] = max(1, TOKENS // memory.tokens)
     if spread:
         bounds["the workers"] = -(-cohort // (SPREAD * SUM_BLOCK)) * SUM_BLOCK
     reason = min(bounds, key=lambda name: bounds[name])

@@ -2,7 +2,7 @@
 
 All clients of a chunk share the frozen weights and differ only in what they train, so K clients
 train as one: see `fedraclora.training.cohort_layers`. The result equals that of K runs of the
-one-client loop in `fedraclora.reference.client` (to 1e-10 in float64; a batched product rounds
+one-client loop in `tests/reference/client.py` (to 1e-10 in float64; a batched product rounds
 differently).
 """
 
@@ -15,7 +15,9 @@ import torch
 from fedraclora.data.samples import ClientData
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.data.token_losses import output_layer, token_losses
+from fedraclora.protocol.link import Link, apply_link, matrices
 from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.protocol.pool import Pool, Terms, fold_pools, parameters
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
 from fedraclora.protocol.recipes import RECIPES, keep_gradient
 from fedraclora.rng import hash_key
@@ -30,7 +32,7 @@ from fedraclora.training.probe import GradientMean
 from fedraclora.training.program import OpenChunk, Program, refuse_mixing
 from fedraclora.training.schedule import Batch, Schedule
 from fedraclora.training.vmapped import vmapped_forward
-from fedraclora.tree import Tree, wide
+from fedraclora.tree import Tree, wide, widened
 
 PROGRAMS_KEPT = 4  # each holds the base weights that it last trained from
 
@@ -71,6 +73,7 @@ class CohortTrainer:
         self.answer_key: bytes | None = None  # a real client puts one of its own here
         self.former = next((e for e in local.extras if e.forms_gradients), None)
         self._programs: dict[tuple[str, ...], Program] = {}
+        self._pools: tuple[Tree, dict[str, Pool], tuple[Tree, Terms]] | None = None
 
     def train(
         self,
@@ -132,15 +135,23 @@ class CohortTrainer:
         sizes = self.data.sizes(clients)
         key = hash_key(self.seed, "shuffle", round_)
         schedule = Schedule.of(clients, sizes, self.local, key)
+        base, narrow = self._with_pools(base, downlink)
         order, back = torch.argsort(schedule.steps, descending=True, stable=True), None
         if not torch.equal(order, places := torch.arange(len(order)).to(order)):
             back = torch.empty_like(order).index_copy_(0, order, places)
             clients, sizes, schedule = clients[order], sizes[order], schedule.select(order)
         values, starts, frozen = materialise(downlink, base, order)
         program = self._program(downlink, base)
+        if narrow and not program.folded:  # there weights are dense all the same
+            program.base = apply_link(widened(base), Link(narrow), self.plan)
+        program.context.pools = {
+            name: [t.to(self.device, wide(base[name].dtype)) for t in matrices(term)]
+            for name, term in narrow.items()
+        }
         program.context.seed, program.context.round_ = self.seed, round_
+        program.context.scalings = self.local.scalings
         program.context.scales = {n: a.scale for n, a in downlink.adapters.items()}
-        plain = self.precision == FLOAT32 and self.former is None
+        plain = self.precision == FLOAT32 and self.former is None and not narrow
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
         return OpenChunk(
             downlink=downlink,
@@ -240,6 +251,15 @@ class CohortTrainer:
         # Outside, so that the loss is formed as precisely on any device.
         losses, counts = self.loss(output.to(self.dtype), samples.target)
         return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
+
+    def _with_pools(self, base: Tree, downlink: Downlink) -> tuple[Tree, Terms]:
+        """Fold pools into the weights, once for all chunks of a round; see `fold_pools`."""
+        pools, known = downlink.pools, self._pools
+        if not pools:
+            return parameters(base), {}
+        if known is None or known[0] is not base or known[1] != pools:
+            self._pools = known = (base, pools, fold_pools(base, pools, self.plan))
+        return known[2]
 
     def _program(self, downlink: Downlink, base: Tree) -> Program:
         """Return the rewritten model for what is trained, holding these base weights."""

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.training.cohort_layers import CohortLayer, times
+from fedraclora.training.adapted import times
+from fedraclora.training.cohort_layers import CohortLayer
 
 
 class CohortEmbedding(CohortLayer):

@@ -8,6 +8,7 @@ are replaced by the classes here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -17,10 +18,11 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora.errors import ModelError
-from fedraclora.lowrank.dora import row_lengths
 from fedraclora.lowrank.layers import layer_view
 from fedraclora.rng import cohort_bits, hash_key
-from fedraclora.training.packing import packed_linear
+from fedraclora.training.adapted import Term, adapted_linear, times
+from fedraclora.training.extra import Scaling
+from fedraclora.training.packing import Places
 from fedraclora.tree import Tree
 
 
@@ -36,7 +38,10 @@ class CohortContext:
         places: Of the real tokens (`fedraclora.training.packing.real_tokens`), or None.
         dense: Tensors that clients train in full, [K, ...] by parameter name.
         factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
+        pools: Two more factors, 2-D, of weights beside which a pool stands.
         scales: Scale of each low-rank term.
+        scalings: What may scale the outputs of a layer (`fedraclora.training.extra.Scaling`).
+        narrowed: Frozen weights in the precision of products, where that is another, by layer.
         clients: Ids of the clients in the batch, for dropout masks.
         step: The local step, for dropout masks.
         seed, round_: For dropout masks.
@@ -46,10 +51,13 @@ class CohortContext:
     rows: int = 0
     tokens: int = 0
     padded: int = 0
-    places: torch.Tensor | None = None
+    places: Places | None = None
     dense: Tree = field(default_factory=dict)
     factors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    pools: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
+    scalings: Sequence[Scaling] = ()
+    narrowed: Tree = field(default_factory=dict)
     clients: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     step: int = 0
     seed: int = 0
@@ -57,39 +65,17 @@ class CohortContext:
 
     def clear(self) -> None:
         """Release the tensors of a chunk that has ended."""
-        self.dense, self.factors, self.places = {}, {}, None
+        self.dense, self.factors, self.pools = {}, {}, {}
+        self.places, self.narrowed = None, {}
+
+    def places_in(self, x: torch.Tensor) -> Places | None:
+        """Return the places of real tokens in a layer's input, where it has tokens with padding."""
+        return self.places if x.dim() == 3 and x.shape[1] == self.tokens else None
 
 
-def times(x: torch.Tensor, factor: torch.Tensor, K: int) -> torch.Tensor:
-    """Apply a factor from the right: ``x @ factor.T`` per sample.
-
-    Args:
-        x: [K * b, ..., n].
-        factor: [r, n], shared, or [K, r, n].
-        K: Clients in the batch.
-
-    Returns:
-        [K * b, ..., r].
-    """
-    if factor.dim() == 2:
-        return F.linear(x, factor)
-    wide = torch.bmm(x.reshape(K, -1, x.shape[-1]), factor.mT)
-    return wide.reshape(*x.shape[:-1], factor.shape[1])
-
-
-def add_low_rank(
-    out: torch.Tensor, x: torch.Tensor, factors: list[torch.Tensor], scale: float, K: int
-) -> torch.Tensor:
-    """Add ``scale * x (F_1 F_2 ...)^T`` to ``out``, in place where the last factor is batched."""
-    for factor in reversed(factors[1:]):
-        x = times(x, factor, K)
-    # Autocast knows no products in place: both sides take the precision that ``out`` came in.
-    last, x = factors[0].to(out.dtype), x.to(out.dtype)
-    if last.dim() == 2:
-        return out.add_(F.linear(x, last), alpha=scale)
-    rows = out.reshape(K, -1, out.shape[-1])
-    rows = rows.baddbmm_(x.reshape(K, -1, x.shape[-1]), last.mT, alpha=scale)
-    return rows.reshape(out.shape)
+def joined(factor: torch.Tensor, shared: torch.Tensor, dim: int) -> torch.Tensor:
+    """Append the components of a shared factor, 2-D, to one that may have a client axis."""
+    return torch.cat([factor, shared.expand(*factor.shape[:-2], *shared.shape)], dim=dim)
 
 
 class CohortLayer(nn.Module):
@@ -126,20 +112,25 @@ class CohortLayer(nn.Module):
         """Return factors and scale of the low-rank term on the weight, or None."""
         name = f"{self.layer}.weight"
         factors = self.context.factors.get(name)
-        return None if factors is None else (factors, self.context.scales[name])
+        if factors is None:
+            return None
+        if (pool := self.context.pools.get(name)) is not None:
+            factors = [joined(factors[0], pool[0], dim=-1), joined(factors[1], pool[1], dim=-2)]
+        return factors, self.context.scales[name]
 
     def rescale(self) -> torch.Tensor | None:
-        """Compute the factor on the outputs of each client, [K, out]; None without DoRA.
+        """Compute the factor on the outputs of each client, [K, out]; None where there is none.
 
         It is formed in the precision of the weights, whatever that of the products.
         """
-        if (magnitude := self.per_client("magnitude")) is None:
-            return None
-        weight: torch.Tensor = self.inner.weight  # type: ignore[assignment]
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            W = layer_view(self.inner).matrix(weight)
-            lengths = row_lengths(W, *(self.low_rank() or ()))
-        return magnitude / lengths
+        for scaling in self.context.scalings:
+            own = self.context.dense.get(scaling.name_of(f"{self.layer}.weight"))
+            if own is not None:
+                weight: torch.Tensor = self.inner.weight  # type: ignore[assignment]
+                with torch.autocast(weight.device.type, enabled=False):
+                    W = layer_view(self.inner).matrix(weight)
+                    return scaling.outputs(own, W, self.low_rank())
+        return None
 
 
 class CohortLinear(CohortLayer):
@@ -156,13 +147,13 @@ class CohortLinear(CohortLayer):
         if rescale is not None and frozen_bias is not None:  # it is added to what is rescaled
             bias, frozen_bias = frozen_bias[None], None
         if weight is None or K == 1:
-            shared: torch.Tensor = self.inner.weight if weight is None else weight[0]  # type: ignore[assignment]
-            out = self._product(x, shared.mT if transposed else shared, frozen_bias)
+            factors, scale = self.low_rank() or ([], 1.0)
+            shared = self.shared(weight)
+            term = Term(K, scale, self.context.places_in(x))
+            out = adapted_linear(x, shared.mT if transposed else shared, frozen_bias, term, factors)
         else:
             out = times(x, weight.mT if transposed else weight, K)
             out = out if frozen_bias is None else out + frozen_bias.to(out.dtype)
-        if (term := self.low_rank()) is not None:
-            out = add_low_rank(out, x, *term, K)
         if rescale is not None:
             rows = out.reshape(K, -1, out.shape[-1])
             out = (rows * rescale[:, None]).to(out.dtype).reshape(out.shape)
@@ -171,14 +162,22 @@ class CohortLinear(CohortLayer):
             out = (rows + bias[:, None].to(out.dtype)).reshape(out.shape)
         return out
 
-    def _product(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Multiply by what all clients share, over real tokens where they are known."""
-        places = self.context.places
-        if places is None or x.dim() != 3 or x.shape[1] != self.context.tokens:
-            return F.linear(x, weight, bias)
-        return packed_linear(x, weight, bias, places)
+    def shared(self, trained: torch.Tensor | None) -> torch.Tensor:
+        """Return the weight of all clients in the precision of products.
+
+        Args:
+            trained: [1, ...], of the one client there is; None: it is frozen, and narrowed once.
+        """
+        weight: torch.Tensor = self.inner.weight if trained is None else trained[0]  # type: ignore[assignment]
+        kind = weight.device.type
+        if not torch.is_autocast_enabled(kind) or weight.dtype != torch.float32:
+            return weight
+        dtype, narrowed = torch.get_autocast_dtype(kind), self.context.narrowed
+        if trained is not None:
+            return weight.to(dtype)
+        if self.layer not in narrowed:
+            narrowed[self.layer] = weight.to(dtype)
+        return narrowed[self.layer]
 
 
 class CohortLayerNorm(CohortLayer):

@@ -6,7 +6,7 @@ The core calls `LocalExtra` and `Keeper` and knows none of those that there are;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, Protocol
@@ -18,6 +18,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.local_result import LocalResult
 from fedraclora.tree import Tree
 
+Term = tuple[Sequence[torch.Tensor], float]  # factors and scale
 Rates = dict[str, float]  # step size of each trained tensor
 # From gradients and values, [active, ...] by name, to new gradients.
 Hook = Callable[[Tree, Tree], Tree]
@@ -144,6 +145,28 @@ class LocalExtra:
         """Compute the ledger's columns of a round, from what was asked and what came back."""
         del sent, got
         return {}
+
+
+class Scaling(Protocol):
+    """What scales the outputs of an adapted layer, and so the rows of its effective weight.
+
+    By a tensor that clients train beside the layer, [K, out]; a layer without one is as it is.
+    """
+
+    def name_of(self, weight: str) -> str:
+        """Name that tensor among what is trained in full: no parameter has the name."""
+
+    def outputs(self, own: torch.Tensor, matrix: torch.Tensor, term: Term | None) -> torch.Tensor:
+        """Compute what the outputs of K clients are multiplied by, [K, out], before the bias.
+
+        Args:
+            own: What clients train, [K, out].
+            matrix: W, [out, in].
+            term: The low-rank term on it, if there is one: its factors, 2-D or [K, ...], its scale.
+        """
+
+    def rows(self, own: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Scale the rows of one client's weight with its term, [out, in]."""
 
 
 class Keeper(Protocol):

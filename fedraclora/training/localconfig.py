@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
-from fedraclora.errors import ConfigError, unknown
-from fedraclora.training.extra import LocalExtra
+from typing_extensions import override
+
+from fedraclora.errors import ConfigError
+from fedraclora.limits import (
+    Count,
+    Fraction,
+    Limit,
+    Limited,
+    NotNegative,
+    Positive,
+    Share,
+    Whole,
+    choice_of,
+    whole_from,
+)
+from fedraclora.training.extra import LocalExtra, Scaling
 
 Extra = TypeVar("Extra", bound=LocalExtra)
-LEAST = dict.fromkeys(("epochs", "steps", "batch_size", "warmup"), 0)
-LEAST |= dict.fromkeys(("step_every", "restart_every"), 1)
 MOST = 1_000_000  # local steps or epochs of a round, all of which are laid out before it
+Laid = Annotated[int, whole_from(0), Limit(f"{MOST} or fewer", lambda value: value <= MOST)]
+BatchSize = Annotated[int, Limit("0 (all) or more", lambda value: value >= 0)]
 
 
 @dataclass(frozen=True)
-class LocalConfig:
+class LocalConfig(Limited, group="local"):
     """Settings of plain local training.
 
     A class that derives from this one adds keys to the config group, and to its `extras` what they
@@ -47,40 +60,32 @@ class LocalConfig:
             warm-up not counted.
     """
 
-    optimiser: str = "sgd"
-    moments: str = "round"
-    moments_kept: float = 0.0
-    lr: float = 0.1
-    dense_lr: float | None = None
-    epochs: int = 1
-    steps: int | None = None
-    batch_size: int = 32
-    shuffle: bool = True
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip: float | None = None
-    schedule: str = "constant"
-    warmup: int = 0
-    restart_every: int | None = None
-    final: float = 0.0
-    step_every: int = 50
-    step_factor: float = 0.5
+    OPTIMISERS: ClassVar[tuple[str, ...]] = ("sgd", "adamw")
+    # What may scale the outputs of adapted layers, where an exchange asks for it.
+    scalings: ClassVar[tuple[Scaling, ...]] = ()
 
-    # The words that a key may have; numbers that lie above 0, and that lie in [0, end).
-    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "optimiser": ("sgd", "adamw"),
-        "schedule": ("constant", "cosine", "linear", "step"),
-        "moments": ("round", "link", "run"),
-    }
-    POSITIVE: ClassVar[tuple[str, ...]] = ("lr", "dense_lr", "clip", "eps")
-    BELOW: ClassVar[Mapping[str, float]] = {
-        **dict.fromkeys(("weight_decay", "final", "step_factor"), math.inf),
-        **dict.fromkeys(("momentum", "beta1", "beta2"), 1),
-    }
+    optimiser: Annotated[str, choice_of(OPTIMISERS)] = "sgd"
+    moments: Annotated[str, choice_of(("round", "link", "run"))] = "round"
+    moments_kept: Share = 0.0
+    lr: Positive = 0.1
+    dense_lr: Positive | None = None
+    epochs: Laid = 1
+    steps: Laid | None = None
+    batch_size: BatchSize = 32
+    shuffle: bool = True
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+    weight_decay: NotNegative = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Positive = 1e-8
+    clip: Positive | None = None
+    schedule: Annotated[str, choice_of(("constant", "cosine", "linear", "step"))] = "constant"
+    warmup: Whole = 0
+    restart_every: Count | None = None
+    final: NotNegative = 0.0
+    step_every: Count = 50
+    step_factor: NotNegative = 0.5
 
     @property
     def extras(self) -> tuple[LocalExtra, ...]:
@@ -96,31 +101,15 @@ class LocalConfig:
         """Return whether a second answer to a round would tell what the first one hides."""
         return any(extra.answers_once for extra in self.extras)
 
+    @override
     def __post_init__(self) -> None:
         """Reject settings that cannot train."""
-        for key, known in self.CHOICES.items():
-            if getattr(self, key) not in known:
-                raise unknown(f"local.{key}", getattr(self, key), known)
+        super().__post_init__()
         self._check_extras()
         self._check_moments()
-        for key in self.POSITIVE:
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"local.{key} is {value}; a positive finite number is wanted")
-        for key, least in LEAST.items():
-            number = getattr(self, key)
-            if number is not None and number < least:
-                every = "0 (all)" if key == "batch_size" else least
-                raise ConfigError(f"local.{key} is {number}; {every} or more is wanted")
-        if max(self.epochs, self.steps or 0) > MOST:
-            key = "steps" if self.epochs <= MOST else "epochs"
-            raise ConfigError(f"local.{key} is {getattr(self, key)}; {MOST} or fewer are wanted")
-        for key, end in self.BELOW.items():
-            if not 0 <= getattr(self, key) < end:
-                raise ConfigError(f"local.{key} is {getattr(self, key)}; it must lie in [0, {end})")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("local.nesterov=true needs local.momentum above 0")
-        adaptive = self.CHOICES["optimiser"][1:]
+        adaptive = self.OPTIMISERS[1:]
         # What an optimiser would pass over: a run would not be what its config says.
         users = {"momentum": ("sgd",)} | dict.fromkeys(("beta1", "beta2", "eps"), adaptive)
         for key, used in users.items():
@@ -160,10 +149,6 @@ class LocalConfig:
             raise ConfigError(
                 f"local.moments is {self.moments}, but sgd without momentum has none; "
                 "set local.momentum, take local=adamw, or leave it at round"
-            )
-        if not 0 <= self.moments_kept <= 1:
-            raise ConfigError(
-                f"local.moments_kept is {self.moments_kept}; a share in [0, 1] is wanted"
             )
         if self.moments_kept and self.moments != "link":
             raise ConfigError(

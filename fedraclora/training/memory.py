@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from fedraclora.data.samples import ClientData
+from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import moment_kinds
@@ -78,6 +79,8 @@ class LiveTensors(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if QuantisedWeight in types:
+            return NotImplemented  # it dequantises first, by operators that are counted here
         kwargs = kwargs or {}
         # What comes in without having come out of anything was there before.
         self._see(args, counted=False)
@@ -117,12 +120,14 @@ class MemoryModel:
             optimiser, and which sample comes when.
         step: Of a client: its batch, what the forward pass keeps for the backward pass, and
             whatever else comes and goes in a step.
+        tokens: Of a client in a step, at most, padding included; 0 where samples have none.
     """
 
     weights: int
     shared: int
     trained: int
     step: int
+    tokens: int = 0
 
     @property
     def client(self) -> int:
@@ -181,6 +186,7 @@ def measure(
         shared=max(0, one.laid_out - client, four.laid_out - 4 * client, one.live.peak - client),
         trained=trained,
         step=client - trained,
+        tokens=(length or 0) * min(trainer.local.batch_size or int(sizes.max()), int(sizes.max())),
     )
 
 

@@ -8,19 +8,40 @@ then put back in their places, is the same where it counts, and zero elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from typing_extensions import override
 
 from fedraclora.data.samples import Samples
 
 WORTH_PACKING = 0.85  # share of real tokens above which moving the rows costs what it saves
 
 
-def real_tokens(samples: Samples, valid: torch.Tensor, real: int) -> torch.Tensor | None:
+class Places(NamedTuple):
+    """Where the real tokens of a batch are, and the way back.
+
+    Rows are only ever taken: putting rows in their places is several times as slow.
+
+    Attributes:
+        real: int64 [real + 1], into the batch as [N * T]: the real tokens, in order, then any one
+            of padding.
+        back: int64 [N * T], into those rows; padding is the last of them.
+    """
+
+    real: torch.Tensor
+    back: torch.Tensor
+
+    def pack(self, rows: torch.Tensor) -> torch.Tensor:
+        """Take the real rows of [N * T, n], and one of padding: [real + 1, n]."""
+        return rows.index_select(0, self.real)
+
+    def spread(self, packed: torch.Tensor) -> torch.Tensor:
+        """Put rows back, and zero at padding: [N * T, m]. The last row of ``packed`` is lost."""
+        packed[-1] = 0
+        return packed.index_select(0, self.back)
+
+
+def real_tokens(samples: Samples, valid: torch.Tensor, real: int) -> Places | None:
     """Find the places of the real tokens of a batch, where there is enough padding to save.
 
     Args:
@@ -30,69 +51,12 @@ def real_tokens(samples: Samples, valid: torch.Tensor, real: int) -> torch.Tenso
             device is waited for; 0: all tokens are to be computed.
 
     Returns:
-        int64 [real], into the batch as [N * T], in order; None where all are to be computed.
+        The places; None where all are to be computed.
     """
     tokens, lengths = samples.padded, samples.lengths
     if lengths is None or not 0 < real <= WORTH_PACKING * len(samples) * tokens:
         return None
     place = torch.arange(tokens, device=lengths.device)
-    padding = place >= (lengths * valid.reshape(-1))[:, None]
-    return padding.reshape(-1).byte().argsort(stable=True)[:real]
-
-
-def packed_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, places: torch.Tensor
-) -> torch.Tensor:
-    """Compute ``x @ weight.T + bias`` at the real tokens, and zero at padding.
-
-    Args:
-        x: [N, T, n].
-        weight: [m, n].
-        bias: [m], or None.
-        places: Of `real_tokens`.
-
-    Returns:
-        [N, T, m].
-    """
-    N, T, n = x.shape
-    # Some releases of torch type `apply` and some do not: with our own type both check alike.
-    gather: Callable[..., torch.Tensor] = _Gather.apply
-    scatter: Callable[..., torch.Tensor] = _Scatter.apply
-    out = F.linear(gather(x.reshape(N * T, n), places), weight, bias)
-    return scatter(out, places, N * T).reshape(N, T, -1)
-
-
-# Autograd's own way back from `index_select` adds row after row; no place comes twice here.
-
-
-def _scattered(rows: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
-    return rows.new_zeros(count, rows.shape[1]).index_copy_(0, places, rows)
-
-
-class _Gather(torch.autograd.Function):
-    @override
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        ctx.count = x.shape[0]
-        return x.index_select(0, places)
-
-    @override
-    @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (places,) = ctx.saved_tensors
-        return _scattered(slope, places, ctx.count), None
-
-
-class _Scatter(torch.autograd.Function):
-    @override
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        return _scattered(rows, places, count)
-
-    @override
-    @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return slope.index_select(0, places), None, None
+    padding = (place >= (lengths * valid.reshape(-1))[:, None]).reshape(-1)
+    back = torch.where(padding, real, (~padding).cumsum(0) - 1)
+    return Places(padding.byte().argsort(stable=True)[: real + 1], back)

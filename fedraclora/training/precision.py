@@ -8,13 +8,14 @@ its 8 bits, would lose it. Evaluation and aggregation know one precision, that o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.tree import Tree, wide
+from fedraclora.narrow_weight import base_name, is_narrow
+from fedraclora.tree import Tree
 
 FLOAT32, BF16_MIXED = "float32", "bf16-mixed"
 PRECISIONS = (FLOAT32, BF16_MIXED)
@@ -32,37 +33,28 @@ def products_in(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
 
-def check_base(
-    base: Tree, method: str, in_full: Sequence[str], *, merges: bool, rescales: bool
-) -> None:
+def check_base(base: Tree, in_full: Sequence[str], changes: Mapping[str, bool]) -> None:
     """Refuse to change weights that are narrower than float32.
 
     Args:
         base: The weights.
-        method: Its name, for the message.
         in_full: Which of them are trained themselves.
-        merges: Whether the method folds updates into them.
-        rescales: Whether they are rescaled (DoRA).
+        changes: What may change them, as sentences, and whether it does.
 
     Raises:
         ConfigError: If they would be changed: a link is far smaller than the weight it is added to,
             and most of it would be rounded away.
     """
-    narrow = [name for name, weight in base.items() if weight.dtype != wide(weight.dtype)]
-    own = [name for name in narrow if name in in_full]
-    if not narrow or not (merges or rescales or own):
-        return
-    if merges:
-        why = f"method={method} merges each update into the weights"
-    elif rescales:
-        why = "dora=true rescales the weights"
-    else:
-        why = f"{own[0]} is trained in full"
-    raise ConfigError(
-        f"model.base is {str(base[narrow[0]].dtype)[6:]}, but {why}, and most of such a change "
-        "would be rounded away: set model.base=float32, or choose what stays beside the weights "
-        "(method=ffa_lora or fedavg_lora; dora=false, head=frozen, bias=frozen, dense=null)"
-    )
+    narrow = [n for n, w in base.items() if is_narrow(w)]
+    own = [f"{name} is trained in full" for name in narrow if name in in_full]
+    why = [said for said, holds in changes.items() if holds] + own
+    if narrow and why:
+        raise ConfigError(
+            f"model.base is {base_name(base[narrow[0]])}, but {why[0]}, and most of such a change "
+            "would be rounded away: set model.base=float32, or choose what stays beside the "
+            "weights (method=ffa_lora, pool_rac_lora or fedavg_lora; dora=false, "
+            "server_optimiser=none, head=frozen, bias=frozen, dense=null)"
+        )
 
 
 def check_precision(precision: str, model: nn.Module, device: torch.device) -> None:

@@ -9,6 +9,8 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import forward, loss_function
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.rng import generator
+from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.optimiser import CohortOptimiser
 
 
 def pretrain(
@@ -23,7 +25,9 @@ def pretrain(
     lr: float,
     batch_size: int,
 ) -> dict[str, float]:
-    """Train every weight of ``model`` in place with AdamW.
+    """Train every weight of ``model`` in place with AdamW, as a cohort of one.
+
+    To the bits of `torch.optim.AdamW`, which imports torch's compiler: a second of every start.
 
     Args:
         model: The network.
@@ -39,14 +43,17 @@ def pretrain(
     Returns:
         Metrics on ``test``.
     """
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr)
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    cohort = {n: w[None] for n, w in weights.items()}
+    adamw = LocalConfig(optimiser="adamw", weight_decay=0.01)
+    optimiser = CohortOptimiser(adamw, cohort, dict.fromkeys(cohort, lr))
     for epoch in range(epochs):
         order = torch.from_numpy(generator(seed, "pretrain", epoch).permutation(len(train)))
         for rows in order.split(batch_size):
             batch = train.take(rows).trim()
             losses, counts = loss_function(loss)(forward(model, batch.inputs), batch.target)
-            optimiser.zero_grad()
+            model.zero_grad()
             (losses.sum() / counts.sum()).backward()
-            optimiser.step()
-    weights = {n: p.detach() for n, p in model.named_parameters()}
+            found = {n: p.grad[None] for n, p in model.named_parameters() if p.grad is not None}
+            optimiser.step(found)
     return evaluate(model, weights, test, loss, metrics)

@@ -13,6 +13,7 @@ from fedraclora.data.samples import ClientData, Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import is_batch_norm, layer_kind
+from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.method import Downlink
 from fedraclora.training.cohort_conv import CohortConv2d
 from fedraclora.training.cohort_embedding import CohortEmbedding
@@ -126,9 +127,13 @@ class Program:
 
     def load(self, base: Tree) -> None:
         """Point the model's parameters at the replica's weights (no copy on one device)."""
-        self.base = base
+        self.base, self.context.narrowed = base, {}
         for name, parameter in self.parameters.items():
-            parameter.data = base[name]
+            weight = base[name]
+            if isinstance(parameter, QuantisedWeight) and isinstance(weight, QuantisedWeight):
+                parameter.codes, parameter.scale = weight.codes, weight.scale
+            else:
+                parameter.data = weight
 
 
 @dataclass(frozen=True, kw_only=True)

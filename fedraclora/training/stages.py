@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedraclora.protocol.method import Downlink
-from fedraclora.training.cohort_layers import times
+from fedraclora.training.adapted import times
 from fedraclora.tree import Tree
 
 THIN = 64  # outputs up to which a layer's weight and sketch are stacked into one product

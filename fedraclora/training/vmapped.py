@@ -10,16 +10,17 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
 from torch.func import functional_call, vmap
 
 from fedraclora.data.samples import Samples
-from fedraclora.lowrank.dora import magnitudes, rescaled
 from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.training.extra import Scaling
 from fedraclora.training.program import Program
 from fedraclora.tree import Tree
 
@@ -30,7 +31,12 @@ REFUSED = ("vmap: ", "Batching rule not implemented", "accessing `data` under vm
 
 
 def effective_weights(
-    base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree
+    base: Tree,
+    downlink: Downlink,
+    plan: Plan,
+    values: Tree,
+    frozen: Tree,
+    scalings: Iterable[Scaling] = (),
 ) -> Tree:
     """Compute the dense effective weights of one client.
 
@@ -40,16 +46,19 @@ def effective_weights(
         plan: Views of the adapted matrices.
         values: Trained tensors of the client, without a client axis.
         frozen: Frozen factors of the client, 2-D.
+        scalings: What may scale rows.
 
     Returns:
         Every parameter by name, in stored layout; differentiable in ``values``.
     """
     out = adapted_weights(base, downlink, plan, values, frozen)
-    scaled = magnitudes(downlink.adapters, downlink.dense)
-    for weight, name in scaled.items():
-        view = plan.targets[weight]
-        out[weight] = view.stored(rescaled(view.matrix(out[weight]), values[name]), base[weight])
-    return out | {n: values[n] for n in downlink.dense if n not in scaled.values()}
+    dense = {n: values[n] for n in downlink.dense}
+    for weight, scaling in product(downlink.adapters, scalings):
+        if (trained := dense.pop(scaling.name_of(weight), None)) is not None:
+            view = plan.targets[weight]
+            rows = scaling.rows(trained, view.matrix(out[weight]))
+            out[weight] = view.stored(rows, base[weight])
+    return out | dense
 
 
 def adapted_weights(base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree) -> Tree:
@@ -57,9 +66,9 @@ def adapted_weights(base: Tree, downlink: Downlink, plan: Plan, values: Tree, fr
     out = dict(base)
     for weight, adapter in downlink.adapters.items():
         names = [f"{weight}/{label}" for label in adapter.factors]
-        product = torch.linalg.multi_dot([values.get(n, frozen.get(n)) for n in names])
+        term = torch.linalg.multi_dot([values.get(n, frozen.get(n)) for n in names])
         view = plan.targets[weight]
-        out[weight] = view.stored(view.matrix(base[weight]) + adapter.scale * product, base[weight])
+        out[weight] = view.stored(view.matrix(base[weight]) + adapter.scale * term, base[weight])
     return out
 
 
@@ -76,7 +85,7 @@ def vmapped_forward(
 
     The weights are formed in their own precision, the forward pass in that of ``products``.
     """
-    K = next(iter(leaves.values())).shape[0]
+    K, scalings = next(iter(leaves.values())).shape[0], program.context.scalings
 
     def split(t: torch.Tensor) -> torch.Tensor:
         return t.reshape(K, -1, *t.shape[1:])
@@ -85,7 +94,7 @@ def vmapped_forward(
     shared = {n: f for n, f in frozen.items() if f.dim() == 2}
 
     def one(values: Tree, own: Tree, inputs: Tree) -> torch.Tensor:
-        weights = effective_weights(program.base, downlink, plan, values, shared | own)
+        weights = effective_weights(program.base, downlink, plan, values, shared | own, scalings)
         plain = set(inputs) == {"x"}
         with products:
             output = functional_call(

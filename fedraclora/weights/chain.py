@@ -8,6 +8,7 @@ public checkpoint, or a seed).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,21 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.protocol.method import Link, Plan, Term, apply_link
-from fedraclora.sketch import SketchSpec
+from fedraclora.protocol.method import Link, Plan, Term
+from fedraclora.protocol.quantised import FULL, decode, encode, packed_bytes
+from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree
 
 SEED_BYTES = 8
 
 
 def term_bytes(term: Term) -> int:
-    """Count the payload bytes of a low-rank term: its matrices, and 8 for each seed."""
-    return sum(SEED_BYTES if isinstance(f, SketchSpec) else f.nbytes for f in term.factors)
+    """Count the payload bytes of a term: its matrices, and 8 for each seed."""
+    tensors = [f for f in term.factors if isinstance(f, torch.Tensor)]
+    seeds = SEED_BYTES * (len(term.factors) - len(tensors))
+    if term.kind == FULL:
+        return seeds + sum(t.nbytes for t in tensors)
+    return seeds + sum(int(packed_bytes([t.numel()], term.kind)) for t in tensors)
 
 
 class LinkSizes:
@@ -36,7 +42,7 @@ class LinkSizes:
         base: The weights at version 0.
 
     Attributes:
-        dense: Bytes of each weight, whole [W].
+        dense: Bytes of each weight as it is now, whole [W].
         sums: For each version the bytes of all links up to it [W].
     """
 
@@ -56,8 +62,9 @@ class LinkSizes:
         for part in () if link is None else link.parts():
             for name, term in part.terms.items():
                 row[self.place[name]] += term_bytes(term)
-            for name in part.dense:
-                row[self.place[name]] += self.dense[self.place[name]]
+            for name, value in part.dense.items():
+                self.dense[self.place[name]] = value.nbytes
+                row[self.place[name]] += value.nbytes
         self.sums.append(self.sums[-1] + row)
 
     def since(self, version: int) -> npt.NDArray[np.int64]:
@@ -118,6 +125,9 @@ class CatchUp(LinkSizes):
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the tensors of `state` back."""
         self.sums = list(tensors["catch_up/sums"].numpy().copy())
+        for name, i in self.place.items():  # a part of a pool may be empty, or not
+            if (now := tensors.get(f"base/{name}")) is not None:
+                self.dense[i] = now.nbytes
         self.versions = np.zeros_like(self.versions)
         self.versions[tensors["catch_up/clients"].numpy()] = tensors["catch_up/versions"].numpy()
 
@@ -131,10 +141,17 @@ def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
         for i, factor in enumerate(term.factors):
             if isinstance(factor, SketchSpec):
                 parts.append(vars(factor))
-            else:
+            elif isinstance(factor, Sketches):
+                parts.append({"first": vars(factor.first), "count": factor.count})
+            elif term.kind == FULL:
                 tensors[f"term|{name}|{i}"] = factor
                 parts.append(None)
-        terms[name] = {"scale": term.scale, "factors": parts}
+            else:
+                packed = encode(factor.reshape(-1), [factor.numel()], term.kind)
+                tensors[f"term|{name}|{i}"] = packed
+                parts.append(list(factor.shape))
+        kind = {} if term.kind == FULL else {"kind": term.kind}
+        terms[name] = {"scale": term.scale, "factors": parts, **kind}
     rest = []
     for i, part in enumerate(link.rest):
         more, described = link_tensors(part)
@@ -148,18 +165,30 @@ def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -
     terms: dict[str, Term] = {}
     stored = meta["terms"]
     for name, term in stored.items():  # type: ignore[attr-defined]
-        factors = tuple(
-            tensors[f"term|{name}|{i}"] if part is None else SketchSpec(**part)
-            for i, part in enumerate(term["factors"])
-        )
-        terms[name] = Term(factors, float(term["scale"]))
+        kind = term.get("kind", FULL)
+        factors: list[torch.Tensor | SketchSpec | Sketches] = []
+        for i, part in enumerate(term["factors"]):
+            if isinstance(part, Mapping):
+                factors.append(_sketch(part))
+                continue
+            factor = tensors[f"term|{name}|{i}"]
+            shaped = part is None or kind == FULL
+            factors.append(factor if shaped else decode(factor, [prod(part)], kind).reshape(part))
+        terms[name] = Term(tuple(factors), float(term["scale"]), kind)
     dense = {n.partition("|")[2]: v for n, v in tensors.items() if n.startswith("dense|")}
     rest = []
-    for i, part in enumerate(meta.get("rest", ())):  # type: ignore[arg-type,var-annotated]
+    for i, part in enumerate(meta.get("rest", ())):  # type: ignore[arg-type]
         prefix = f"rest{i}|"
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         rest.append(read_link(own, part))
     return Link(terms, dense, tuple(rest))
+
+
+def _sketch(described: Mapping[str, Any]) -> SketchSpec | Sketches:
+    """Read the sketch of a term, or several."""
+    if "first" in described:
+        return Sketches(SketchSpec(**described["first"]), described["count"])
+    return SketchSpec(**described)
 
 
 def plan_meta(plan: Plan) -> dict[str, object]:
@@ -174,10 +203,3 @@ def read_plan(meta: Mapping[str, Any]) -> Plan:
     parts = {key: tuple(meta[key]) for key in ("dense", "local", "weights")}
     shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
     return Plan(targets, **parts, shapes=shapes)
-
-
-def replay(base: Tree, links: list[Link], plan: Plan) -> Tree:
-    """Rebuild the weights after the given links: W_t from W_0."""
-    for link in links:
-        base = apply_link(base, link, plan)
-    return base

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedraclora.errors import CheckpointError
+from fedraclora.narrow_weight import join, split
 from fedraclora.tree import Tree
 
 FILE = "checkpoint.safetensors"
@@ -260,7 +261,7 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
     Raises:
         CheckpointError: If the file is cut short or changed.
     """
-    try:
+    with whole(path, advice):
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
             # safetensors sorts tensors by dtype; packing order is the order they came in. Cloned,
@@ -270,32 +271,34 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
             stored = set(file.keys())
         if stored != set(tensors) or _digest(tensors, header["meta"]) != header["sha256"]:
             raise CheckpointError(f"{path} is damaged: its digest does not fit; {advice}")
-        meta: dict[str, object] = json.loads(header["meta"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({error}); {advice}"
-        ) from error
-    return tensors, meta
+        return join(tensors), json.loads(header["meta"])
 
 
 def _header(path: Path, advice: str) -> dict[str, str]:
     """Read what a file says of itself, without its tensors."""
-    try:
+    with whole(path, advice):
         with safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata()
         json.loads(header["meta"])["round"], header["sha256"]
+        return header
+
+
+@contextmanager
+def whole(path: Path, advice: str) -> Iterator[None]:
+    """Say that a file is damaged, and what to do, where it cannot be read inside."""
+    try:
+        yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint ({error}); {advice}"
         ) from error
-    return header
 
 
 def _own(tensors: Tree) -> Tree:
     """Move tensors to the CPU, contiguous, each in memory of its own; copy only if needed."""
     own: Tree = {}
     taken: set[int] = set()
-    for name, tensor in tensors.items():
+    for name, tensor in split(tensors).items():
         host = tensor.detach().cpu().contiguous()
         storage = host.untyped_storage()
         if storage.nbytes() != host.nbytes or storage.data_ptr() in taken:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from fedraclora.narrow_weight import join, split
 from fedraclora.protocol.link import Link
 from fedraclora.tree import Tree, fingerprint, to_numpy
 from fedraclora.weights.base import BaseWeights
@@ -61,7 +62,7 @@ def update_tensors(update: WeightUpdate) -> tuple[Tree, dict[str, object]]:
         found, meta = link_tensors(link)
         tensors |= {f"{version}|{name}": t for name, t in found.items()}
         links.append([version, meta])
-    tensors |= {f"dense|{name}": t for name, t in update.dense.items()}
+    tensors |= {f"dense|{name}": t for name, t in split(update.dense).items()}
     # As text: 64 bits are more than a number of JSON is sure to keep.
     meta = {"version": update.version, "mark": str(update.mark), "held": update.start}
     return tensors, {**meta, "links": links}
@@ -74,7 +75,9 @@ def read_update(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) ->
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     links = tuple((v, read_link(part(f"{v}|"), link)) for v, link in meta["links"])
-    return WeightUpdate(meta["version"], int(meta["mark"]), meta["held"], links, part("dense|"))
+    return WeightUpdate(
+        meta["version"], int(meta["mark"]), meta["held"], links, join(part("dense|"))
+    )
 
 
 def _from_arrays(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> WeightUpdate:

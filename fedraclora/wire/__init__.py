@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedraclora.wire.changes import Changes, Coded, uploaded_bytes
 from fedraclora.wire.downlink import (
     Packed,
     Reader,
@@ -16,6 +17,8 @@ from fedraclora.wire.reply import Reply, pack_result, unpack_result
 
 __all__ = [
     "DTYPES",
+    "Changes",
+    "Coded",
     "Packed",
     "Reader",
     "Reply",
@@ -28,4 +31,5 @@ __all__ = [
     "unpack_downlink",
     "unpack_result",
     "uplink_layout",
+    "uploaded_bytes",
 ]

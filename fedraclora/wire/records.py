@@ -16,6 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedraclora.errors import WireError
+from fedraclora.protocol.quantised import FULL, decode, encode
 from fedraclora.tree import Layout, Tree, to_numpy
 from fedraclora.wire.fields import listed, named, parsed, reading, shown, whole
 
@@ -26,6 +27,7 @@ VECTORS = {
     "samples": np.int64,
     "steps": np.int64,
     "losses": np.float64,
+    "rounding": np.float64,
 }
 AXES, LONGEST_AXIS = 8, 2**40  # of a shape that a message names
 
@@ -125,6 +127,32 @@ def read_array(content: RecordDict, name: str) -> torch.Tensor:
         array = record["flat"]
         _check_bytes(array.data)
         return torch.from_numpy(array.numpy())
+
+
+def packed_numbers(numbers: torch.Tensor, layout: Layout, kind: str) -> torch.Tensor:
+    """Pack numbers [..., P] as they travel."""
+    if kind == FULL:
+        return numbers
+    if numbers.dim() == 1:
+        return encode(numbers, layout.sizes, kind)
+    return torch.stack([encode(row, layout.sizes, kind) for row in numbers])
+
+
+def read_numbers(
+    content: RecordDict, record: str, axes: int, layout: Layout, kind: str
+) -> torch.Tensor:
+    """Read an array of the numbers that travel, [k, P] or [P]."""
+    found = read_array(content, record)
+    if kind != FULL and axes == 1:
+        found = decode(found, layout.sizes, kind)
+    elif kind != FULL:
+        found = torch.stack([decode(row, layout.sizes, kind) for row in found])
+    if found.dim() != axes or found.dtype not in DTYPES.values():
+        raise WireError(
+            f"the record {record} has the shape {tuple(found.shape)} and the type {found.dtype}; "
+            f"{axes} axes and one of {[*DTYPES]} are wanted"
+        )
+    return found
 
 
 def _check_bytes(data: bytes) -> None:

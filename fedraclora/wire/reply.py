@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.uplinks import SUM_BLOCK, Refusal, block_sums, check_rows
 from fedraclora.training.local_result import LocalResult
 from fedraclora.tree import Layout, difference
+from fedraclora.wire.changes import Coded
 from fedraclora.wire.downlink import TrainRequest
 from fedraclora.wire.fields import (
     MANY,
@@ -60,6 +62,8 @@ class Reply:
         failures: Why a client trained nothing, by id.
         refused: Clients that a sum leaves out, because their numbers cannot be used.
         notes: Sentences for the ledger.
+        rounding: What rounding added to the change of each client, relative to it [k]; None where
+            numbers are sent as they are.
     """
 
     round_: int
@@ -74,10 +78,17 @@ class Reply:
     failures: dict[int, str]
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    rounding: torch.Tensor | None = None
+
+    @property
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """What has one value per client."""
+        found = {name: getattr(self, name) for name in sorted(WANTED)}
+        return found if self.rounding is None else found | {"rounding": self.rounding}
 
     def select(self, kept: torch.Tensor) -> Reply:
         """Keep some of the clients, bool [k], in everything but their numbers."""
-        vectors = {name: getattr(self, name)[kept] for name in sorted(WANTED)}
+        vectors: dict[str, Any] = {name: each[kept] for name, each in self.vectors.items()}
         return replace(self, **vectors)
 
 
@@ -102,6 +113,7 @@ def pack_result(
     failures: Mapping[int, str],
     notes: list[str],
     mask: torch.Tensor | None = None,
+    coded: Coded | None = None,
 ) -> RecordDict:
     """Answer with what a chunk brought back.
 
@@ -114,6 +126,8 @@ def pack_result(
         failures: Why a client trained nothing, by id.
         notes: Sentences for the ledger.
         mask: Which numbers of its row each client sends, bool [k, P]; None: all.
+        coded: The rows in fewer bits, where ``result`` has them as they will be read; None: they
+            are sent as they are.
     """
     if result is None:  # every client of the chunk failed
         none = torch.zeros(0, dtype=torch.int64)
@@ -124,6 +138,8 @@ def pack_result(
     refused: list[Refusal] = []
     vectors = {"clients": clients, "losses": result.losses}
     vectors |= {"samples": result.samples, "steps": result.steps}
+    if coded is not None:
+        vectors["rounding"] = torch.tensor(coded.errors, dtype=torch.float64)
     if request.reduce is not None:
         weights = client_weights(request.reduce, result.samples)
         refused = check_rows(clients, weights, result.losses, numbers)
@@ -136,6 +152,8 @@ def pack_result(
         sums = block_sums(numbers, weights, places)
         missing = -(-len(request.clients) // SUM_BLOCK) - len(sums)
         numbers = F.pad(sums, (0, 0, 0, missing)) if missing else sums
+    elif coded is not None:
+        numbers = torch.cat([torch.zeros(0, dtype=torch.uint8), *coded.codes])
     elif mask is not None:
         numbers = numbers[mask.to(numbers.device)]
     reply = Reply(
@@ -163,12 +181,17 @@ def _records(reply: Reply, layout: Layout) -> Records:
         "notes": reply.notes,
         "layout": layout.shapes,
     }
-    chunk = vector_record({name: getattr(reply, name) for name in sorted(WANTED)})
+    chunk = vector_record(reply.vectors)
     chunk["first"] = reply.first
     return {"config": header_record(header), "arrays": array_record(reply.numbers), "chunk": chunk}
 
 
-def unpack_result(content: RecordDict, layout: Layout, ranks: torch.Tensor | None = None) -> Reply:
+def unpack_result(
+    content: RecordDict,
+    layout: Layout,
+    ranks: torch.Tensor | None = None,
+    read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> Reply:
     """Read a reply back: the one place where what another machine sent is looked at unchecked.
 
     Every field has the type, the range and the length that it should have, or the reply is
@@ -179,6 +202,8 @@ def unpack_result(content: RecordDict, layout: Layout, ranks: torch.Tensor | Non
         layout: What a client sends, budgets aside.
         ranks: The cohort's rank budgets, if it has any: then rows are cut, and their sizes are
             left to `fedraclora.protocol.rank_budgets.widen`.
+        read: Gives the numbers of some clients from their bytes and their ids; None: the numbers
+            came as they are.
 
     Raises:
         WireError: Saying what came and what was wanted.
@@ -187,18 +212,22 @@ def unpack_result(content: RecordDict, layout: Layout, ranks: torch.Tensor | Non
         reply, sent = answered.reply, answered.layout
     else:
         with reading("a reply"):
-            reply, sent = _read(content)
+            reply, sent = _read(content, coded=read is not None)
+    who = f"round {reply.round_}: clients {reply.clients.tolist()}"
+    if read is not None and not reply.reduced:
+        with reading("a reply"):
+            try:
+                reply = replace(reply, numbers=read(reply.numbers, reply.clients))
+            except WireError as error:
+                raise WireError(f"{who} sent what cannot be read: {error}") from error
     if sent != layout:
-        raise WireError(
-            f"round {reply.round_}: clients {reply.clients.tolist()} sent other tensors than "
-            f"was asked: {difference(sent, layout)}"
-        )
+        raise WireError(f"{who} sent other tensors than was asked: {difference(sent, layout)}")
     with reading("a reply"):
         _check_sizes(reply, layout, cut=ranks is not None and not reply.reduced)
     return reply
 
 
-def _read(content: RecordDict) -> tuple[Reply, Layout]:
+def _read(content: RecordDict, *, coded: bool) -> tuple[Reply, Layout]:
     """Read the fields of a reply, and the layout of its rows."""
     header = read_header(content)
     exactly(header, HEADER, "the header of a reply")
@@ -207,7 +236,7 @@ def _read(content: RecordDict) -> tuple[Reply, Layout]:
         round_,
         whole(header["version"], "its version"),
         read_first(content),
-        **_vectors(content, round_),
+        **_vectors(content, round_, WANTED | {"rounding"} if coded else WANTED),
         numbers=read_array(content, "arrays"),
         reduced=flag(header["reduced"], "reduced"),
         failures=_failures(header["failures"]),
@@ -217,12 +246,12 @@ def _read(content: RecordDict) -> tuple[Reply, Layout]:
     return reply, read_layout(header["layout"], f"round {round_}: the layout")
 
 
-def _vectors(content: RecordDict, round_: int) -> dict[str, torch.Tensor]:
+def _vectors(content: RecordDict, round_: int, wanted: set[str]) -> dict[str, torch.Tensor]:
     """Read the vectors of a reply, all of them."""
     vectors = read_vectors(content)
-    if vectors.keys() != WANTED:
+    if vectors.keys() != wanted:
         raise WireError(
-            f"round {round_}: a reply has the vectors {[*vectors]}; {sorted(WANTED)} are wanted"
+            f"round {round_}: a reply has the vectors {[*vectors]}; {sorted(wanted)} are wanted"
         )
     return vectors
 
@@ -253,7 +282,7 @@ def _check_sizes(reply: Reply, layout: Layout, *, cut: bool) -> None:
     numbers, count = reply.numbers, len(reply.clients)
     rows = len(numbers) if reply.reduced and numbers.dim() else count
     fits = numbers.dim() == 1 if cut else tuple(numbers.shape) == (rows, layout.size)
-    lengths = [len(v) for v in (reply.clients, reply.losses, reply.samples, reply.steps)]
+    lengths = [len(vector) for vector in reply.vectors.values()]
     if not fits or set(lengths) != {count}:
         raise WireError(
             f"round {reply.round_}: a reply has rows of shape {tuple(numbers.shape)} and {lengths} "

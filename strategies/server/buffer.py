@@ -27,12 +27,14 @@ from fedraclora.devices.asynchronous import PendingClient
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink, Link, Method, State
+from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.tree import Tree
 from fedraclora.wire import TrainRequest, pack_downlink, unpack_downlink, uplink_layout
 from fedraclora.wire.records import array_record, header_record, read_array, read_header
 
 PREFIX = "buffer/"
+NEWER = {"extras": {}, "pools": {}, "uplink": FULL, "kind": FULL}  # fields that older headers lack
 OLDER = ("variates", "lifted")  # fields of headers of older releases, which were empty here
 
 
@@ -123,7 +125,7 @@ def read_batches(state: State) -> tuple[list[Batch], tuple[PendingClient, ...]]:
     for round_ in rounds:
         clients, lands = stored[f"{round_}/clients"], stored[f"{round_}/lands"]
         header = json.loads(bytes(stored[f"{round_}/header"].tolist()))
-        header = {"extras": {}} | {k: v for k, v in header.items() if k not in OLDER}
+        header = NEWER | {k: v for k, v in header.items() if k not in OLDER}
         content = pack_downlink(Downlink(), TrainRequest(round_, 0, 1.0, clients), "float32")
         content["config"] = header_record(header)
         content["arrays"] = array_record(stored[f"{round_}/numbers"])
@@ -170,9 +172,9 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
         carries |= bool(own and state.carried)
     if carries:
         raise ConfigError(
-            "a reply to an older downlink came (system.buffer), but this method goes on training "
-            "the same factors, so that they have changed since; take a method that merges in "
-            "every round (method.resample_every=1), or never (null)"
+            "a reply to an older downlink came (system.buffer), but what this method carries from "
+            "round to round has changed since; take a method that merges in every round and "
+            "carries nothing (fed_rac_lora with method.resample_every=1), or never merges (null)"
         )
     first, *others = links
     report = {"staleness": sum(ages) / len(ages), "staleness_max": max(ages)}

@@ -22,6 +22,9 @@ class CohortSum:
         cohort: Whose replies count.
         weighting: ``examples`` or ``uniform``.
         size: Numbers of a row.
+
+    Attributes:
+        longest: The client whose row has the largest norm, and that norm; None before there is one.
     """
 
     def __init__(self, downlink: Downlink, cohort: Cohort, weighting: str, size: int) -> None:
@@ -29,6 +32,7 @@ class CohortSum:
         self.sum = RunningSum(size)
         self.waiting: dict[int, tuple[Sequence[int], Reply | None]] = {}
         self.turn = 0
+        self.longest: tuple[int, float] | None = None
 
     def take(self, place: int, asked: Sequence[int], reply: Reply | None) -> Iterator[Reply]:
         """Take what answers a message, and yield the replies whose rows have been added by it.
@@ -72,6 +76,10 @@ class CohortSum:
             reply = replace(reply.select(kept), refused=[*reply.refused, *refused])
         if len(rows):
             self.sum.add(rows, weights, places)
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            found = int(reply.clients[norms.argmax()]), float(norms.max())
+            # Of equal norms that of the first client.
+            self.longest = max(self.longest or found, found, key=lambda pair: pair[1])
         return replace(reply, numbers=rows.new_empty(0, rows.shape[1]))
 
     def value(self) -> torch.Tensor:

@@ -11,10 +11,10 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Downlink, Method
-from fedraclora.protocol.rank_budgets import check_ranks, uploaded_numbers
+from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.chain import CatchUp
-from fedraclora.wire import DTYPES, payload_bytes
+from fedraclora.wire import payload_bytes, uploaded_bytes
 from strategies.server.loop import LoopConfig
 
 
@@ -93,11 +93,11 @@ class DeviceSimulator:
         """
         if not self.enabled:
             return asked, downlink, None
-        size = DTYPES[loop.dtype].itemsize
-        down = torch.full((len(asked),), payload_bytes(downlink, len(asked), size))
+        sent, kind = loop.kinds
+        down = torch.full((len(asked),), payload_bytes(downlink, len(asked), kind))
         if catch_up is not None:
             down += torch.from_numpy(catch_up.missing(asked.clients))
-        up = uploaded_numbers(downlink, len(asked)) * size
+        up = uploaded_bytes(downlink, len(asked), sent)
         load = Load(self.passes(sizes(asked.clients)), down, up)
         needed = len(asked) if catch_up is None else loop.cohort
         timeline = self.system.timeline(self.seed, round_, asked.clients, load, needed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 
 import torch
@@ -15,15 +15,20 @@ from fedraclora.engines.local import RUN_AT_FAULT
 from fedraclora.errors import ClientError, FedRacLoraError, WireError
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink
+from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.rank_budgets import check_budgets, uploaded_numbers, widen
-from fedraclora.protocol.uplinks import (
-    Refusal,
-    Uplinks,
-    check_rows,
-    sum_blocks,
-    too_many,
+from fedraclora.protocol.uplinks import Refusal, Uplinks, check_rows, sum_blocks, too_many
+from fedraclora.tree import Tree
+from fedraclora.wire import (
+    DTYPES,
+    Changes,
+    Packed,
+    Reply,
+    TrainRequest,
+    unpack_result,
+    uplink_layout,
+    uploaded_bytes,
 )
-from fedraclora.wire import Packed, Reply, TrainRequest, unpack_result, uplink_layout
 from fedraclora.wire.fields import printable
 from fedraclora.wire.records import read_first
 from strategies.server.cohort_sum import CohortSum
@@ -46,8 +51,7 @@ class Exchange:
         reduce: Whether sums of clients are enough for what follows.
         replies: In ascending order of client, once collected.
         failures: Clients whose reply is not used.
-        received: Numbers that clients sent, those of refused clients included.
-        sent_bytes: What they sent in bytes, where these are no numbers of the wire's kind.
+        received: Bytes of the numbers that clients sent, those of refused clients included.
         chunks: The messages that were sent, each with its clients.
         before: The exchange before this one in the same round.
         mean_loss: Mean training loss over the clients whose replies are used.
@@ -56,6 +60,9 @@ class Exchange:
         clip: The greatest norm of an update that clients are to send; None: any.
         reduced: Whether sums were asked for.
         sum: Of the rows that have come, where it is enough; None: the rows are kept.
+        base: The weights that clients train from, by which changes in fewer bits are read.
+        rounding: Mean of what rounding added to the changes of these clients, each relative to its
+            norm; None where they send numbers as they are.
     """
 
     downlink: Downlink
@@ -70,7 +77,6 @@ class Exchange:
     replies: list[Reply] = field(default_factory=list)
     failures: list[Refusal] = field(default_factory=list)
     received: int = 0
-    sent_bytes: int | None = None
     chunks: list[tuple[Message, list[int]]] = field(default_factory=list)
     mean_loss: float = float("nan")
     steps: int = 0
@@ -78,12 +84,15 @@ class Exchange:
     clip: float | None = None
     reduced: bool = False
     sum: CohortSum | None = None
+    base: Tree = field(default_factory=dict)
+    rounding: float | None = None
 
     def __post_init__(self) -> None:
         """Fix the layout of the uplink, and see that the method heeds the rank budgets."""
         check_budgets(self.downlink, self.cohort)
         self.layout = uplink_layout(self.downlink)
-        if self.reduce and not self.loop.guarded:
+        # Where a client may fail, a round may have to be closed again without its row.
+        if self.reduce and not self.loop.guarded and not self.loop.max_failures:
             weighting, size = self.loop.weights, self.layout.size
             self.sum = CohortSum(self.downlink, self.cohort, weighting, size)
 
@@ -94,9 +103,15 @@ class Exchange:
         self.reduced = self.reduce and loop.whole_blocks(len(clients))
         reduce = loop.weights if self.reduced else None
         request = TrainRequest(
-            self.round_, self.version, self.rate_scale, clients, reduce=reduce, clip=self.clip
+            self.round_,
+            self.version,
+            self.rate_scale,
+            clients,
+            reduce=reduce,
+            clip=self.clip,
+            uplink=loop.uplink,
         )
-        packed = Packed(self.downlink, request, loop.dtype)
+        packed = Packed(self.downlink, request, loop.dtype, loop.downlink)
         for i, first in enumerate(range(0, len(clients), loop.chunk)):
             chunk = clients[first : first + loop.chunk]
             content, node = packed.message(chunk, first), nodes[i % len(nodes)]
@@ -160,7 +175,8 @@ class Exchange:
         refused = [] if summed else check_rows(clients, weights, losses, numbers)
         out = torch.tensor([f.client for r in self.replies for f in r.refused], dtype=torch.int64)
         came = torch.searchsorted(self.cohort.clients, torch.cat([clients, out]))
-        self.received = int(self.counts[came].sum())
+        up, _ = self.loop.kinds
+        self.received = int(uploaded_bytes(self.downlink, len(self.cohort), up)[came].sum())
         self.failures += refused
         self.failures.sort(key=lambda f: f.client)
         if len(self.all_failures) > allowed or len(refused) == len(clients):
@@ -169,7 +185,7 @@ class Exchange:
             keep = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
             clients, numbers, places = clients[keep], numbers[keep], places[keep]
             weights, losses, steps = weights[keep], losses[keep], steps[keep]
-        self.mean_loss, self.steps = float(losses.mean()), int(steps.sum())
+        self._measure(clients)
         return Uplinks(
             clients,
             weights,
@@ -183,6 +199,20 @@ class Exchange:
     def _total(self, blocks: torch.Tensor) -> torch.Tensor:
         """Compute the sum of the cohort: of what was added as it came, or of sums of blocks."""
         return sum_blocks(blocks) if self.sum is None else self.sum.value()
+
+    def _measure(self, clients: torch.Tensor) -> None:
+        """Compute the figures of the clients whose replies are used."""
+        used = torch.isin(torch.cat([r.clients for r in self.replies]), clients)
+        self.mean_loss = float(torch.cat([r.losses for r in self.replies])[used].mean())
+        self.steps = int(torch.cat([r.steps for r in self.replies])[used].sum())
+        if self.loop.uplink != FULL:
+            errors = [r.rounding for r in self.replies if r.rounding is not None]
+            self.rounding = float(torch.cat(errors)[used].mean())
+
+    @property
+    def longest(self) -> tuple[int, float] | None:
+        """The client whose row had the largest norm, and that norm; None where rows are kept."""
+        return None if self.sum is None else self.sum.longest
 
     @cached_property
     def counts(self) -> torch.Tensor:
@@ -233,7 +263,11 @@ class Exchange:
                 raise ClientError(f"round {self.round_} cannot be run: {reason}")
             self.failures += [Refusal(c, printable(reason)) for c in asked]
             return None
-        reply = unpack_result(message.content, self.layout, self.downlink.ranks)
+        read = None
+        if self.loop.uplink != FULL:
+            changes = Changes(self.loop.uplink, self.downlink, self.base, self.cohort.clients)
+            read = partial(changes.decode, dtype=DTYPES[self.loop.dtype])
+        reply = unpack_result(message.content, self.layout, self.downlink.ranks, read)
         if (reply.round_, reply.version) != (self.round_, self.version):
             raise WireError(
                 f"clients {reply.clients.tolist()} answered for round {reply.round_} from version "
@@ -272,10 +306,7 @@ class Exchange:
         if failed > self.loop.allowed(len(self.first.cohort)) or len(got.clients) == 1:
             raise too_many(self.all_failures, self.round_, self.loop.rule)
         kept = got.clients != client
-        answered = torch.cat([r.clients for r in self.replies])
-        used = torch.isin(answered, got.clients[kept])
-        self.mean_loss = float(torch.cat([r.losses for r in self.replies])[used].mean())
-        self.steps = int(torch.cat([r.steps for r in self.replies])[used].sum())
+        self._measure(got.clients[kept])
         return replace(
             got,
             clients=got.clients[kept],

@@ -62,6 +62,11 @@ def check_reply(
             raise WireError(
                 f"the reply says {found.tolist()} {name}; {least} to {most} are possible"
             )
+    if reply.rounding is not None and not (reply.rounding.isfinite() & (reply.rounding >= 0)).all():
+        raise WireError(
+            f"the reply says that rounding added {reply.rounding.tolist()} of each change; "
+            "numbers from 0 on are possible"
+        )
     if reduced:
         _check_sums(reply, clients)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import SUM_BLOCK
 
 
@@ -19,6 +20,8 @@ class LoopConfig:
         seed: Of the run.
         weights: ``examples`` or ``uniform``.
         dtype: Of numbers on the wire, that of the base weights.
+        uplink, downlink: How they travel: as they are, or rounded to fewer bits
+            (`fedraclora.protocol.quantised`).
         evaluate_every: Rounds between evaluations; the last round is always evaluated.
         max_failures: Clients that may fail in a round before the run stops.
         guarded: Whether clients are other people's machines: then whatever one of them sends is a
@@ -37,6 +40,8 @@ class LoopConfig:
     seed: int
     weights: str = "examples"
     dtype: str = "float32"
+    uplink: str = FULL
+    downlink: str = FULL
     evaluate_every: int = 1
     max_failures: int = 0
     timeout: float | None = None
@@ -50,6 +55,12 @@ class LoopConfig:
         if not self.guarded:
             return self.max_failures
         return cohort - min(self.min_clients or cohort, cohort)
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """Kinds of numbers that go up and down: keys of `quantised.WIDTHS` or of its levels."""
+        up, down = (self.dtype if k == FULL else k for k in (self.uplink, self.downlink))
+        return up, down
 
     @property
     def rule(self) -> str:

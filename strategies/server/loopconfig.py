@@ -23,6 +23,8 @@ def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype)
         seed=config.seed,
         weights=config.weights,
         dtype=str(dtype).removeprefix("torch."),
+        uplink=config.wire.uplink,
+        downlink=config.wire.downlink,
         evaluate_every=config.evaluate.every,
         max_failures=config.max_failures,
         **vars(config.engine.waiting(built.cohort)),

@@ -9,7 +9,7 @@ import torch
 from fedraclora.engines.deploy import Traffic
 from fedraclora.protocol.method import State
 from fedraclora.weights.chain import CatchUp
-from fedraclora.wire import DTYPES, payload_bytes
+from fedraclora.wire import payload_bytes
 from strategies.server.exchange import Exchange
 
 Row = dict[str, object]
@@ -30,12 +30,11 @@ class Moved:
     fetched: int = 0
     transport: int | None = None
 
-    def count(self, exchange: Exchange, dtype: str) -> None:
+    def count(self, exchange: Exchange) -> None:
         """Add an exchange: what each asked client was sent, and every row that came."""
-        size = DTYPES[dtype].itemsize
-        each = payload_bytes(exchange.downlink, len(exchange.cohort), size)
-        sent = exchange.sent_bytes
-        self.up += exchange.received * size if sent is None else sent
+        _, kind = exchange.loop.kinds
+        each = payload_bytes(exchange.downlink, len(exchange.cohort), kind)
+        self.up += exchange.received
         self.down += each * len(exchange.asked)
 
     def fetch(self, catch_up: CatchUp, exchange: Exchange, sent: Traffic | None) -> None:
@@ -89,6 +88,7 @@ def ledger_row(
         **({} if moved.transport is None else {"transport_bytes": moved.transport}),
         "uplink_total": totals[0] + moved.up,
         "downlink_total": totals[1] + moved.down + moved.fetched,
+        **({} if exchange.rounding is None else {"rounding_up": exchange.rounding}),
         "report": state.report,
         "notes": [*state.notes, *exchange.notes],
     }

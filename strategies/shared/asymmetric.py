@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import Rank
 from fedraclora.sketch import check_sketch
@@ -28,15 +28,13 @@ class Asymmetric(LayerMethod):
 
     sketch: str = "orthonormal"
     normalise: str = "rows"
-    sketches: int = 1
+    sketches: Count = 1
 
     @override
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
         check_sketch(self.sketch, self.normalise, "independent")
-        if self.sketches < 1:
-            raise ConfigError(f"method.sketches is {self.sketches}; 1 or more is wanted")
 
     @property
     def drawn_side(self) -> str:
@@ -47,10 +45,15 @@ class Asymmetric(LayerMethod):
         """Return the labels of the factor that is drawn and of the one that is trained."""
         return ("A", "B") if draws_right(self.drawn_side, shape) else ("B", "A")
 
+    @property
+    def parts(self) -> int:
+        """How many factors of a layer's rank share the dimension of the drawn side."""
+        return self.sketches
+
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:
-        side, parts = self.drawn_side, self.sketches
-        return drawn_rank(self.rank, side, plan, name, cap=self.cap, parts=parts)
+        side = self.drawn_side
+        return drawn_rank(self.rank, side, plan, name, cap=self.cap, parts=self.parts)
 
     @override
     def scale_of(self, plan: Plan, name: str) -> float:

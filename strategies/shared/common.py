@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from typing import Annotated
 
 import torch
 
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError
+from fedraclora.limits import choice_of
 from fedraclora.protocol.method import (
     Link,
     Plan,
@@ -18,21 +20,8 @@ from fedraclora.protocol.method import (
 from fedraclora.protocol.plan import Rank, Ranks, resolve_rank
 from fedraclora.tree import Tree
 
-SIDES = ("right", "left", "auto")
-
-
-def check_link(side: str, resample_every: int | None) -> None:
-    """Reject a side that does not exist, and links of no rounds.
-
-    Raises:
-        ConfigError: Naming the key.
-    """
-    if side not in SIDES:
-        raise unknown("method.side", side, SIDES)
-    if resample_every is not None and resample_every < 1:
-        raise ConfigError(
-            f"method.resample_every is {resample_every}; 1 or more, or null, is wanted"
-        )
+# What is drawn: A (right), B (left), or the larger factor.
+Side = Annotated[str, choice_of(("right", "left", "auto"))]
 
 
 def draws_right(side: str, shape: tuple[int, int]) -> bool:
@@ -53,7 +42,8 @@ def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, part
     dim = shape[1 if draws_right(side, shape) else 0]
     if parts > dim:
         raise ConfigError(
-            f"method.sketches is {parts}, but {name} has only {dim} on the drawn side; take fewer"
+            f"method.sketches (times method.pool) is {parts}, but {name} has only {dim} on the "
+            "drawn side; take fewer"
         )
     return resolve_rank(rank, dim // parts, name, cap=cap)
 

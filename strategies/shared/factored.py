@@ -21,7 +21,7 @@ from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.shared import initials
-from strategies.shared.common import check_link, closed, drawn_rank, draws_right
+from strategies.shared.common import Side, closed, drawn_rank, draws_right
 from strategies.shared.drawn import Drawn
 from strategies.shared.layerwise import Factors, Layer, LayerMethod, Round
 
@@ -41,13 +41,7 @@ class Factored(Drawn):
     truncates: ClassVar[bool] = False
     """Return whether a client with a budget has its own components alone, not the rest frozen."""
 
-    side: str = "right"
-
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        check_link(self.side, None)
+    side: Side = "right"
 
     @property
     def lives_on(self) -> bool:

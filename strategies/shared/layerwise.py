@@ -18,7 +18,9 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
+from fedraclora.limits import Limited
 from fedraclora.lowrank.algebra import Product, sum_products
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import (
     Adapter,
     Cohort,
@@ -41,6 +43,7 @@ from fedraclora.protocol.plan import (
     resolve_rank,
     resolve_scale,
 )
+from fedraclora.protocol.pool import parameters
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree, wide, widened
@@ -61,7 +64,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class LowRank(Method):
+class LowRank(Limited, Method, group="method"):
     """Hyperparameters of all low-rank methods (``conf/lowrank.yaml``).
 
     Attributes:
@@ -78,8 +81,10 @@ class LowRank(Method):
     rslora: bool = False
     cap: bool = True
 
+    @override
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
+        super().__post_init__()
         check_rank(self.rank)
         resolve_scale(self.alpha, 1, rslora=self.rslora)
 
@@ -236,20 +241,26 @@ class LayerMethod(LowRank):
                     carried[f"{name}/{label}"] = value.to(layer.dtype)
             if merged := _rounded(update.merged or (), layer.dtype):
                 terms[name] = Term(merged, adapter.scale)
-        link = Link(terms, dense_means(state, came.mean, self.traits.step))
         ends = state.memo.age + 1 == self.link_rounds
+        dense = dense_means(state, came.mean, self.traits.step)
+        link = self.merge(state, terms, dense)
         report = {} if error is None else error.report()
         return closed(state, link, carried=carried, ends=ends, report=report)
+
+    def merge(self, state: State, terms: dict[str, Term], dense: Tree) -> Link:
+        """Build the link of a round from its products and means: each is folded into its W."""
+        del state
+        return Link(terms, dense)
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         """Compute W + s times the product of the factors as they stand, for every matrix."""
-        terms = self.standing(state, draw, own)
-        base = widened(state.base)
-        return apply_link(base, Link(terms), state.plan) if terms else base
+        held = dense({name: state.base[name] for name in state.plan.targets})
+        base = widened(parameters(state.base) | held)
+        return apply_link(base, self.standing(state, draw, own), state.plan)
 
-    def standing(self, state: State, draw: Draw, own: Tree | None = None) -> dict[str, Term]:
-        """Compute the terms that the factors as they stand add to the base, by weight."""
+    def standing(self, state: State, draw: Draw, own: Tree | None = None) -> Link:
+        """Compute what the factors as they stand add to the base."""
         own, now, terms = own or {}, Round(1, draw), {}
         for layer in self.layers_of(state):
             factors = []
@@ -260,7 +271,7 @@ class LayerMethod(LowRank):
                 factors.append(value)
             else:
                 terms[layer.name] = Term(tuple(factors), layer.scale)
-        return terms
+        return Link(terms)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:

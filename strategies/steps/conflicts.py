@@ -67,6 +67,7 @@ OTHER_RULE, SINGLE_RULE = "another aggregator than mean", "a rule that looks at 
 COLLUDING, GRADIENTS = "an attack whose clients collude", "clients that send gradients"
 APART = "other things to train at each client"
 STARTS, NO_PLACE = "other factors to start from at each client", "their mean has no one start"
+POOL = "a method with a pool of sketches"
 DRIFTS = "gradients of two rounds have no coordinates in common"
 
 WHY = {
@@ -80,6 +81,7 @@ WHY = {
     "local.weight_decay": {
         "a method that trains a share of the entries of full weights":
             "decay would move the others"},
+    "local.prox": {"dora=true": "a weight is no sum of the base and a low-rank term"},
     "server_optimiser.space=weights": {
         STAYS: "each client has weights of its own, and the server none",
         "dora=true": "what is added to a base weight is not added to the effective one"},
@@ -107,7 +109,10 @@ WHY = {
     SECURE: {
         **dict.fromkeys((SINGLE_RULE, COLLUDING, SINGLE), "the server gets a sum alone"),
         "a cohort of two or less": "it hides a client among 3 or more",
-        APART: "what is added up must be the same numbers"},
+        APART: "what is added up must be the same numbers",
+        "wire.uplink in fewer bits": "its clients round their updates already, to common steps"},
+    "wire.downlink in fewer bits": {
+        POOL: "what goes down is the sum of several links, which would be rounded again each time"},
     "secure.max_weight above 1": {"weights=uniform": "under it every weight is 1"},
     "secure.max_weight=1": {"weights=examples": "clients weigh as much as they have samples"},
     PRIVATE: {
@@ -122,7 +127,8 @@ WHY = {
     TWICE: dict.fromkeys((PRIVATE, SECURE, "local.dp"),
         "privacy is accounted for one exchange a round"),
     "system.buffer": dict.fromkeys((SINGLE, STAYS, OTHER_RULE, COLLUDING, SECURE, VARIATES,
-        "an allocation of ranks", FACTORS, APART, GRADIENTS), "it mixes replies of several rounds"),
+        "an allocation of ranks", FACTORS, APART, GRADIENTS, POOL),
+        "it mixes replies of several rounds"),
 }
 # fmt: on
 CONFLICTS = tuple(

@@ -11,7 +11,9 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.recipes import RECIPES, Recipe
+from fedraclora.training.extras.prox import Prox
 from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
 from strategies.server.round_step import RunContext
@@ -117,6 +119,12 @@ SETTINGS = {
         lambda s: getattr(s.chosen.privacy, "quantile", None) is not None, "privacy.quantile=null"),
     "local.dp": Feature(lambda s: s.run.local.extra_of(SampleLevel) is not None, "local.dp=null"),
     "secure=secagg": Feature(lambda s: s.max_weight > 0, "secure=none"),
+    "wire.uplink in fewer bits": Feature(
+        lambda s: s.run.loop.uplink != FULL and f"wire.uplink is {s.run.loop.uplink}",
+        "wire.uplink=float32"),
+    "wire.downlink in fewer bits": Feature(
+        lambda s: s.run.loop.downlink != FULL and f"wire.downlink is {s.run.loop.downlink}",
+        "wire.downlink=float32"),
     "secure.max_weight=1": Feature(
         lambda s: s.max_weight == 1,
         "for secure.max_weight the most samples that a client may have"),
@@ -146,6 +154,9 @@ SETTINGS = {
     "local.weight_decay": Feature(
         lambda s: s.run.local.weight_decay > 0
         and f"local.weight_decay is {s.run.local.weight_decay}", "local.weight_decay=0"),
+    "local.prox": Feature(
+        lambda s: (found := s.run.local.extra_of(Prox)) is not None and found.setting,
+        "local.prox=0"),
     "local epochs in the place of steps": Feature(
         lambda s: not s.run.local.steps, "local.steps=1 or more"),
     "local steps that are not plain SGD": Feature(
@@ -166,7 +177,9 @@ METHODS = {name: Feature(found, "another method") for name, found in {
     "a method whose factors begin anew with each link":
         lambda s: s.run.method.traits.merges and _begins_anew(s.sent),
     "a method whose factors stand beside others in each link":
-        lambda s: s.run.method.traits.merges and next(iter(s.sent.adapters), ""),
+        lambda s: (s.run.method.traits.merges or s.run.method.traits.pools)
+        and next(iter(s.sent.adapters), ""),
+    "a method with a pool of sketches": lambda s: s.run.method.traits.pools,
     # These three a step finds when it computes.
     "a method whose trained factors begin anew": lambda _: False,
     "a method whose frozen factors have changed": lambda _: False,

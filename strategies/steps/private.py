@@ -115,7 +115,8 @@ class PrivateRounds(RoundStep):
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
         if got is None:  # nothing is released, and it costs as much
             self.note(exchange.round_, self.clip)
-        return {"train_loss": None, "privacy": self.row}  # no noise covers the loss
+        told = ("train_loss", *(["rounding_up"] if exchange.rounding is not None else []))
+        return {**dict.fromkeys(told), "privacy": self.row}  # no noise covers these
 
     def note(self, round_: int, clip: float) -> None:
         """Write what the ledger says of a round whose clip was ``clip``."""

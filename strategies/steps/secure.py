@@ -195,7 +195,7 @@ class SecureSum(RoundStep):
                 f"norm {norm:.4g}; {K} to {K * self.config.max_weight} and at most "
                 f"{weight * clip:.4g} are possible: some client sent what it may not"
             )
-        exchange.sent_bytes = K * len(whole) * WORD
+        exchange.received = K * len(whole) * WORD
         self.row = {
             "clients": K,
             "step": step,

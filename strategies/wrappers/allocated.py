@@ -92,6 +92,8 @@ class Allocated(Around):
         state = self.inner.init(base, plan, draw)
         if any(state.base[name] is not base[name] for name in plan.targets):
             raise refused(self.inner, "it changes the base weights before the first round")
+        if self.inner.traits.pools:
+            raise refused(self.inner, "its pools have a part of every layer for each link")
         if self.client_state:
             raise refused(self.inner, "its clients keep factors of their own")
         if self.inner.memo is not Memo:
@@ -102,6 +104,10 @@ class Allocated(Around):
     def at(self, state: State) -> tuple[Method, State]:
         """Return the method, and the state with the layers that were chosen last."""
         return self.inner, narrowed(state)
+
+    @override
+    def in_force(self, state: State) -> tuple[Method, State]:
+        return self.at(state)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
@@ -178,11 +184,6 @@ def allocated(
     if not isinstance(method, FedAvgLora | FedExLora) or not method.lives_on:
         raise refused(method, "its components do not live on", "fedavg_lora, fedex_lora")
     return Pruned(method, rule)
-
-
-def current(method: Method, state: State) -> tuple[Method, State]:
-    """Return the method with the ranks that are in force, and the state with its layers alone."""
-    return method.at(state) if isinstance(method, Allocated | Pruned) else (method, state)
 
 
 def refused(

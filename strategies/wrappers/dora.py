@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.dora import magnitude_of, magnitudes, rescaled, row_lengths
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Trained, Traits
@@ -30,25 +29,10 @@ from fedraclora.protocol.recipes import RECIPES
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.shared.common import server_step
-from strategies.wrappers.allocated import Allocated, Flow, allocated
+from strategies.wrappers.allocated import Allocated
 from strategies.wrappers.around import Around
 
 INSTEAD = "take fedavg_lora, ffa_lora, rolora, fedsa_lora or hetlora, or dora=false"
-
-
-def method_of(config: RunConfig, flow: Flow | None = None) -> Method:
-    """Build the method of a run with what is put around it.
-
-    Args:
-        config: Of the run.
-        flow: Scores the adapters of a downlink by SYNFLOW; not wanted where no round is opened.
-
-    Raises:
-        ConfigError: If they do not fit.
-    """
-    fixed = config.control_variates or config.server_optimiser.space == "factors"
-    method = allocated(config.method, config.allocation, flow, fixed=fixed)
-    return Dora(method) if config.dora else method
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,10 @@ class Pruned(Around):
         inner = replace(self.inner, rank=ranks) if ranks else self.inner
         return inner, replace(state, plan=plan, carried=carried)
 
+    @override
+    def in_force(self, state: State) -> tuple[Method, State]:
+        return self.at(state)
+
     def _smoothed(self, state: State, sent: Downlink, after: State) -> Tree:
         """Smooth the importance of each entry, and its uncertainty."""
         found: Tree = {}

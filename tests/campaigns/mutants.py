@@ -160,6 +160,8 @@ def array_values(record: str) -> Change:
             # A number that is not the one that was there: else nothing has changed.
             with np.errstate(all="ignore"):
                 new[at] = pick(random, [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, 7.5])
+        if old.size and old.dtype == np.uint8:
+            new[at] ^= pick(random, [1, 16, 127, 128, 255])
         shapes = [
             old.reshape(-1),
             old.T,

@@ -255,4 +255,4 @@ def test_a_sum_that_nobody_can_be_blamed_for_is_lost() -> None:
 def test_bytes_are_those_of_the_words() -> None:
     clients = six()
     exchange, _ = sum_of(secure_sum(), Wire(clients))
-    assert exchange.sent_bytes == 6 * (6 + 1) * 4
+    assert exchange.received == 6 * (6 + 1) * 4

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 from fedraclora.engines.local import become_a_task
 from fedraclora.run.ledger import Ledger
@@ -56,6 +57,34 @@ def test_too_few_numbers_under_a_budget_are_the_failure_of_their_client() -> Non
     answers = scene.answers()
     answers[2] = Message(content, reply_to=scene.exchange.chunks[2][0])
     assert judged(scene, Case("by hand", 2, answers, content), Ledger(None)) == "refused"
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda raw: np.append(np.uint8(255), raw[1:]), "its update has a NaN or an infinity"),
+        (lambda raw: np.append(np.uint8(220), raw[1:]), "its update is too long"),
+        (
+            lambda raw: np.append(raw[:-1], np.uint8(128)),
+            "clients [1] sent what cannot be read: a num",
+        ),
+        (lambda raw: raw[1:], "int8 came as torch.uint8 of the shape (49,); 50 bytes are"),
+        (lambda raw: raw.astype(np.float32), "int8 came as torch.float32"),
+    ],
+)
+def test_fewer_bits_that_are_not_what_they_should_be_are_the_failure_of_their_client(
+    damage: Any, why: str
+) -> None:
+    become_a_task()
+    scene = scene_of("fewer bits")
+    content = read(scene.replies[1])
+    raw = content["arrays"]["flat"].numpy()  # type: ignore[index, union-attr]
+    content["arrays"] = ArrayRecord({"flat": Array(damage(raw))})
+    answers = scene.answers()
+    answers[1] = Message(content, reply_to=scene.exchange.chunks[1][0])
+    assert judged(scene, Case("by hand", 1, answers, content), Ledger(None)) == "refused"
+    (failure,) = [f for f in collected(scene, answers).exchange.failures if f.client == 1]
+    assert why in failure.reason
 
 
 def test_an_array_that_claims_to_be_large_takes_no_memory() -> None:

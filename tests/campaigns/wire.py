@@ -36,8 +36,9 @@ from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.data.task import Task
 from fedraclora.engines.local import become_a_task
 from fedraclora.errors import ClientError, WireError
-from fedraclora.protocol.method import Cohort, Draw, State
+from fedraclora.protocol.method import Cohort, Downlink, Draw, State
 from fedraclora.protocol.plan import make_plan
+from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.rank_budgets import uploaded_mask
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
@@ -46,12 +47,13 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire import Packed, Reader
+from fedraclora.wire import Changes, Packed, Reader
 from fedraclora.wire.fields import LONGEST
 from fedraclora.wire.weight_update import HEADER, NUMBERS, add_weight_update, read_weight_update
 from strategies import METHODS
 from strategies.server.exchange import Exchange
 from strategies.server.loop import LoopConfig
+from strategies.server.quantised import DownlinkRounding
 from strategies.server.rows import Moved, ledger_row
 from strategies.steps.scaffold import open_corrected
 from tests.campaigns.mutants import (
@@ -187,6 +189,7 @@ class Setting:
     ranks: bool = False
     variates: bool = False
     dtype: torch.dtype = torch.float32
+    kinds: tuple[str, str] = (FULL, FULL)
 
 
 SETTINGS = {
@@ -201,6 +204,10 @@ SETTINGS = {
     "full weights": Setting("fedavg", dtype=torch.float64),
     "variates": Setting("fed_rac_lora", {"rank": 2}, local=PLAIN, variates=True),
     "a sum of one": Setting("fed_rac_lora", {"rank": 2}, cohort=1, reduce=True),
+    "fewer bits": Setting("fed_rac_lora", {"rank": 2, "resample_every": 3}, kinds=("int8", "int4")),
+    "budgets in fewer bits": Setting(
+        "hetlora", {"rank": 2}, ranks=True, kinds=("int4", "bfloat16")
+    ),
     "sums of blocks": Setting("fed_rac_lora", {"rank": 2}, cohort=70, chunk=32, reduce=True),
 }
 
@@ -247,6 +254,7 @@ def scene_of(name: str) -> Scene:
     loop = LoopConfig(
         rounds=9, clients=setting.cohort, cohort=setting.cohort, chunk=setting.chunk, seed=SEED,
         dtype=str(setting.dtype).removeprefix("torch."), guarded=True, min_clients=1,
+        uplink=setting.kinds[0], downlink=setting.kinds[1],
     )  # fmt: skip
     replica = BaseWeights(base)
     trainer = CohortTrainer(task, plan, setting.local, seed=SEED, device=torch.device("cpu"))
@@ -255,12 +263,16 @@ def scene_of(name: str) -> Scene:
     ranks = 1 + clients % 3 if setting.ranks else None
     cohort = Cohort(clients, torch.ones(len(clients), dtype=torch.float64), ranks)
     state, scene = method.init(base, plan, draw), None
+    rounding = DownlinkRounding(loop.downlink, SEED)
     for round_ in range(1, ROUND + 1):
         sent = method.open_round(state, round_, cohort, draw)
         if setting.variates:
             sent = open_corrected(sent, state, lifted=True)
+        sent = rounding.sent(sent, round_)
         replica.publish(state.base, round_ - 1)
-        exchange = Exchange(sent, round_, round_ - 1, cohort, cohort, loop, reduce=setting.reduce)
+        exchange = Exchange(
+            sent, round_, round_ - 1, cohort, cohort, loop, reduce=setting.reduce, base=state.base
+        )
         messages = exchange.messages([2])
         for i, message in enumerate(messages):
             message.metadata.__dict__["_message_id"] = f"{round_}/{i}"
@@ -271,7 +283,8 @@ def scene_of(name: str) -> Scene:
         if outcome.got is None:
             raise RuntimeError(f"{name}: honest clients fail: {outcome.error}")
         if round_ < ROUND:
-            state = method.close_round(state, sent, outcome.got)
+            after = method.close_round(state, sent, outcome.got)
+            state = rounding.closed(state, after, sent, round_)
     assert scene is not None  # there is more than one round
     return scene
 
@@ -426,6 +439,12 @@ def check_taken(scene: Scene, place: int, outcome: Outcome, content: RecordDict)
     mine = torch.isin(got.clients, torch.tensor(np.frombuffer(chunk["clients"], np.int64)))
     samples = np.frombuffer(chunk["samples"], np.int64)
     must(np.array_equal(got.weights[mine].numpy(), samples), "other weights")
+    exchange = scene.exchange
+    if exchange.loop.uplink != FULL:
+        clients = exchange.cohort.clients
+        changes = Changes(exchange.loop.uplink, exchange.downlink, exchange.base, clients)
+        raw_, who = torch.from_numpy(numbers), got.clients[mine]
+        numbers = changes.decode(raw_, who, got.rows().dtype).numpy()
     must(bool(np.isfinite(numbers).all()), "numbers that are none")
     if scene.exchange.reduced:
         blocks = [plain(read(data))[2] for data in scene.replies]
@@ -478,7 +497,8 @@ def check_downlink(scene: Scene, random: Random) -> str:
     except WireError as error:
         must(str(error).isprintable() and len(str(error)) < 12 * LONGEST, "the error's text")
         return "refused"
-    again = Packed(downlink, order, scene.exchange.loop.dtype).message(order.clients, 0)
+    loop = scene.exchange.loop
+    again = Packed(downlink, order, loop.dtype, loop.downlink).message(order.clients, 0)
     chunk: Any = again["chunk"]
     chunk["first"] = order.first
     for record in ("config", "chunk"):
@@ -486,11 +506,23 @@ def check_downlink(scene: Scene, random: Random) -> str:
         if record == "config":
             came, back = ({"header": json.loads(str(c["header"]))} for c in (came, back))
         must(back.items() <= came.items() or back == came, f"{record}: {came} is read as {back}")
+    if loop.downlink != FULL:  # a scale may be larger than it need be
+        pairs = zip(tensors(downlink), tensors(Reader().read(again)[0]), strict=True)
+        same = (np.array_equal(came, back, equal_nan=True) for came, back in pairs)
+        must(all(same), "numbers are read as others")
+        return "taken"
     for record in ("arrays", "own"):
         if record in again:
             came, back = (c[record]["flat"].numpy() for c in (content, again))  # type: ignore[index, union-attr]
-            must(np.array_equal(came, back, equal_nan=True), f"{record} is read as another one")
+            same = np.array_equal(came.astype(back.dtype), back, equal_nan=True)
+            must(same, f"{record} is read as another one")
     return "taken"
+
+
+def tensors(downlink: Downlink) -> list[torch.Tensor]:
+    """Every tensor that is sent."""
+    starts = [slot.start for slot in downlink.trained().values()]
+    return [f for f in [*downlink.factors().values(), *starts] if isinstance(f, torch.Tensor)]
 
 
 # ---- The campaign -------------------------------------------------------------------------------

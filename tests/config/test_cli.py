@@ -530,3 +530,15 @@ def test_the_installed_script_ends_a_diverging_run(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: round 1: 5 client(s) failed")
     assert (tmp_path / "run" / "checkpoint" / "checkpoint.safetensors").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
+    """The main job, with pretraining and a partition of flwr-datasets; plots come at its end."""
+    heavy = ["matplotlib", "mlflow", "ray", "scipy", "seaborn", "sklearn", "sympy"]
+    heavy += ["torch._dynamo", "transformers"]
+    words = ["simulate", "rounds=1", "output.plots=false", f"output.dir={tmp_path / 'run'}"]
+    code = f"import experiments.cli as c, sys\ntry: c.main({words})\nexcept SystemExit: pass\n"
+    code += f"print('found', [name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("found []\n"), done.stdout
+    assert (tmp_path / "run" / "summary.json").is_file()

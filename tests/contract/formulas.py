@@ -57,6 +57,15 @@ def one_factor(method: Any, plan: Plan, round_: int) -> Count:
     return trained + dense(plan), carried
 
 
+def by_turns(method: Any, plan: Plan, round_: int) -> Count:
+    """r m up in right links, r n in left ones; down the frozen factor, and within a link both."""
+    link, begun = divmod(round_ - 1, method.resample_every)
+    both = sizes(method, plan)
+    trained, frozen = both if link % 2 == 0 else both[::-1]
+    drawn = link == 0 or method.fresh == 1 or (method.pairs and link % 2 == 0)
+    return trained + dense(plan), frozen * (not drawn) + trained * (begun > 0)
+
+
 def by_coin(method: Any, plan: Plan, round_: int) -> Count:
     """r n where the coin says B is drawn, r m where A is; a seed down."""
     drawn = method.round_method(round_)
@@ -152,6 +161,7 @@ FORMULAS: dict[str, Callable[[Any, Plan, int], Count]] = {
     "frlora": from_principal,
     "rolora": alternating,
     "slora": in_stages,
+    "subspace_rac_lora": by_turns,
 }
 
 

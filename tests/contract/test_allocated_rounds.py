@@ -192,6 +192,7 @@ def test_a_client_that_fails_in_the_probe_is_not_asked_to_train() -> None:
 REFUSED: dict[str, tuple[Method, str]] = {
     "changes the base": (FrLora(rank=2), "changes the base weights"),
     "pissa": (make_method("fedavg_lora", initial="pissa"), "changes the base weights"),
+    "keeps a pool": (make_method("pool_rac_lora"), "a part of every layer"),
     "keeps state": (make_method("fedsa_lora"), "keep factors of their own"),
     "probes by itself": (make_method("fedavg_lora", initial="lora_ga"), "recipe gradient"),
     "follows a recipe": (make_method("ravan"), "recipe block_diagonal"),

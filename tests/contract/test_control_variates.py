@@ -37,7 +37,6 @@ from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State, Trained
-from fedraclora.reference.client import train_one
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
@@ -47,6 +46,7 @@ from fedraclora.tree import Tree
 from fedraclora.wire import payload_bytes
 from strategies.steps.scaffold import ControlVariates
 from strategies.steps.settings import RoundSettings
+from tests.reference.client import train_one
 
 Variant = tuple[str, dict[str, Any]]
 STEPS = LocalSettings(lr=0.03, steps=3, batch_size=0, shuffle=False)
@@ -211,7 +211,7 @@ def test_what_comes_down_is_counted_and_what_goes_up_is_the_methods() -> None:
     for one, two in zip(with_.rows, without.rows, strict=True):
         assert one["uplink_bytes"] == two["uplink_bytes"]
         assert one["downlink_bytes"] == two["downlink_bytes"] + COHORT * 8 * trained
-    assert payload_bytes(sent, 3, 8) * COHORT == without.rows[0]["downlink_bytes"]
+    assert payload_bytes(sent, 3, "float64") * COHORT == without.rows[0]["downlink_bytes"]
 
 
 def population_mean(done: Run) -> Tree:

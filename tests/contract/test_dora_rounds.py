@@ -39,7 +39,7 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire import TrainRequest, pack_downlink, unpack_downlink
@@ -199,7 +199,7 @@ def test_a_run_resumes_to_the_bit(name: str, tmp_path: Path, world: World) -> No
 
 @every_fitting
 def test_training_goes_on_from_what_was_learnt(variant: Variant, world: World) -> None:
-    done = run(world, dora(variant[0], **variant[1]), LocalConfig(lr=0.05, steps=3), rounds=6)
+    done = run(world, dora(variant[0], **variant[1]), LocalSettings(lr=0.05, steps=3), rounds=6)
     losses = [row["metrics"]["loss"] for row in done.rows]
     assert losses == sorted(losses, reverse=True)
     first = done.strategy.method.init(world.base, world.plan, done.strategy.draw)
@@ -248,7 +248,7 @@ def test_the_server_s_momentum_moves_the_magnitudes(world: World) -> None:
 
 def test_control_variates_correct_the_magnitudes(world: World) -> None:
     """One full step of all clients: the server's variates are the mean gradients."""
-    local, method = LocalConfig(lr=0.1, steps=1, batch_size=0), dora("fedavg_lora")
+    local, method = LocalSettings(lr=0.1, steps=1, batch_size=0), dora("fedavg_lora")
     treatment = RoundSettings(variates=True)
     done = run(world, method, local, rounds=1, weights="uniform", treatment=treatment)
     start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
@@ -289,6 +289,11 @@ def test_a_start_from_gradients_is_refused(world: World) -> None:
     state = method.init(world.base, world.plan, DRAW)
     with pytest.raises(ConfigError, match=r"clients send gradients.* take another method\.initial"):
         method.open_round(state, 1, some_cohort(), DRAW)
+
+
+def test_a_pull_to_the_start_is_refused(world: World) -> None:
+    with pytest.raises(ConfigError, match=r"local\.prox=0\.5.: a weight is no sum.*dora=false"):
+        run(world, dora("fedavg_lora"), LocalSettings(lr=0.1, prox=0.5), rounds=1)
 
 
 def test_an_allocation_is_refused() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
@@ -154,12 +155,14 @@ def test_catch_up_is_the_links_a_client_missed_or_the_dense_weight(done: Run, fo
     def size(link: Link, name: str) -> int:
         total = link.dense[name].numel() * ITEM if name in link.dense else 0
         for factor in link.terms[name].factors if name in link.terms else ():
-            total += SEED_BYTES if isinstance(factor, SketchSpec) else factor.numel() * ITEM
+            total += factor.numel() * ITEM if isinstance(factor, torch.Tensor) else SEED_BYTES
         return total
 
     held: dict[int, int] = {}
     for round_, row in enumerate(done.rows, start=1):
         wanted = 0
+        before = [link.dense for link in links[: round_ - 1]]
+        dense |= {n: t.numel() * ITEM for given in before for n, t in given.items()}
         for client in draw_cohort(1, round_, 5, COHORT).tolist():
             missed = links[held.get(client, 0) : round_ - 1]
             wanted += sum(min(sum(size(k, n) for k in missed), dense[n]) for n in dense)

@@ -195,7 +195,8 @@ def test_a_conv1d_trains_as_the_linear_layer_that_it_transposes(variant: Variant
 def test_an_orthonormal_sketch_of_full_rank_is_fedavg(
     name: str, side: str, momentum: float, world: World
 ) -> None:
-    method = make_method(name, rank=1.0, alpha="auto", sketch="orthonormal", side=side)
+    full = {"rank": 1.0, "pool": 1, "alpha": "auto", "side": side}
+    method = make_method(name, sketch="orthonormal", **full)
     local = replace(RAGGED, momentum=momentum)
     found = run(world, method, local, rounds=3, cohort=4)
     assert_close_trees(found.weights, fedavg(momentum).weights, 1e-10)
@@ -206,7 +207,8 @@ def test_an_orthonormal_sketch_of_full_rank_is_fedavg(
 def test_a_preconditioned_sketch_of_full_rank_is_fedavg(name: str, sketch: str) -> None:
     """B (A A^T)^-1 A with a square A: any A that is surely invertible will do."""
     world = make_world(bias="frozen", head="frozen")
-    method = make_method(name, rank=1.0, alpha="auto", sketch=sketch)
+    full = {"rank": 1.0, "pool": 1, "alpha": "auto", "blocks": "independent"}
+    method = make_method(name, sketch=sketch, **full)
     local = replace(RAGGED, precondition=True)
     found = run(world, method, local, rounds=2, cohort=4)
     assert_close_trees(found.weights, fedavg_without_head().weights, 1e-8)

@@ -27,9 +27,9 @@ from fedraclora.allocation.rules import AdaLora
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Draw, State
 from fedraclora.tree import Tree
-from fedraclora.weights.chain import replay
-from strategies.wrappers.allocated import allocated, current
+from strategies.wrappers.allocated import allocated
 from strategies.wrappers.pruned import Pruned
+from tests.reference.chain import replay
 
 LAYERS = {"linear": linear, "conv1d": conv1d}
 DRAW = Draw(17)
@@ -97,7 +97,7 @@ def test_fedex_stays_exact_under_a_schedule() -> None:
     """The mean of the clients' weights, whatever is cut afterwards."""
     method, world = pruned("fedex_lora"), make_world()
     for played in play_rounds(method, world, 6, DRAW):
-        inner, at = current(method, played.before)
+        inner, at = method.in_force(played.before)
         plain = inner.close_round(at, played.sent, played.got)
         assert_close_trees(method.weights(played.after, DRAW), inner.weights(plain, DRAW))
 
@@ -134,7 +134,7 @@ def test_bytes_fall_with_the_ranks_and_training_goes_on() -> None:
     assert ups[0] == ups[1] == 5 * 8 * (3 * sum(sides.values()) + dense)
     assert ups[-1] == 5 * 8 * numbers
     assert ups == sorted(ups, reverse=True)
-    method, state = current(done.strategy.method, last)
+    method, state = done.strategy.method.in_force(last)
     assert method.floats(state.plan, 9) == (numbers, numbers - dense)
     losses = [row["metrics"]["loss"] for row in done.rows]
     assert losses == sorted(losses, reverse=True)

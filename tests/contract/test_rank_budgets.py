@@ -31,6 +31,7 @@ from worlds import (
     some_cohort,
     stepped,
     variants,
+    with_pools,
 )
 
 from fedraclora.errors import ConfigError
@@ -50,6 +51,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import digest_rows
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
+from fedraclora.wire import unpack_downlink
 from strategies.server.loop import LoopConfig
 
 Variant = tuple[str, dict[str, Any]]
@@ -82,7 +84,7 @@ def start_of(factor: Trained) -> torch.Tensor:
 
 def cut_weights(played: Played, k: int, rank: int) -> Tree:
     """Dense weights of the client at place ``k``: W + s B[:, :r] A[:r], and what it was sent."""
-    base, plan = played.before.base, played.before.plan
+    base, plan = with_pools(played), played.before.plan
     rows, out = played.got.stack(), dict(base)
     for weight, adapter in played.sent.adapters.items():
         pair, start = [], []
@@ -224,13 +226,11 @@ def test_the_uplink_of_the_ledger_is_the_components_and_the_message(variant: Var
     done = known(variant, BUDGETS, chunk=1)
     plan = make_world().plan
     dense = sum(torch.Size(plan.shapes[name]).numel() for name in plan.dense)
-    answered = iter(done.worker.answered)
+    asked, answered = iter(done.worker.asked), iter(done.worker.answered)
     for round_, row in enumerate(done.rows, start=1):
         wanted = 0
-        opened = done.strategy.method.open_round(
-            done.strategy.state, round_, some_cohort((1.0,)), done.strategy.draw
-        )
         for rank in BUDGETS[draw_cohort(1, round_, 5, COHORT)].tolist():
+            opened, _ = unpack_downlink(next(asked))
             trained = [
                 factor.shape[0 if name == "B" else 1] * min(rank, RANK)  # r_k m, or r_k n
                 for adapter in opened.adapters.values()

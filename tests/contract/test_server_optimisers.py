@@ -40,13 +40,14 @@ from fedraclora.protocol.method import Draw, Method
 from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
-from fedraclora.weights.chain import CatchUp, replay
+from fedraclora.weights.chain import CatchUp
 from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.exchange import Exchange
 from strategies.server.loop import LoopConfig
 from strategies.server.round_step import RoundSteps, RunContext
 from strategies.steps.order import round_steps
 from strategies.steps.settings import RoundSettings
+from tests.reference.chain import replay
 
 Variant = tuple[str, dict[str, Any]]
 DRAW = Draw(seed=17)
@@ -261,6 +262,7 @@ def test_no_momentum_and_a_step_of_one_is_the_method_itself(space: str, world: W
         (("frlora", {}), Momentum(space="factors"), "begin anew with each link"),
         (("fed_rac_lora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
         (("rolora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
+        (("pool_rac_lora", {}), Adam(space="factors"), "or server_optimiser=momentum"),
     ],
     ids=lambda v: str(v)[:20],
 )

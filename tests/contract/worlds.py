@@ -89,7 +89,7 @@ def make_method(name: str, **changes: Any) -> Method:
     """A method with its YAML's defaults, at rank 3 and alpha 5 where it has them."""
     group = yaml_of(name)
     table_key = group.pop("name")
-    wanted = {"rank": RANK, "alpha": ALPHA, "sparse_rounds": 2} | changes
+    wanted = {"rank": RANK, "alpha": ALPHA, "sparse_rounds": 2, "pool": 2} | changes
     return METHODS[table_key](**group | {k: v for k, v in wanted.items() if k in group})
 
 
@@ -98,13 +98,23 @@ def distinct() -> list[str]:
     return [name for name in METHODS if name not in aliases()]
 
 
+POOLS = (
+    {"refresh": 4, "resample_every": 2},
+    {"refresh": 3, "sketch": "gaussian", "blocks": "independent"},
+    {"pool": 1, "side": "left", "server_lr": 1.75},
+)
+
+
 def variants() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every distinct method, and what of each class changes what travels or is merged."""
     seen = set()
     for name in sorted(distinct()):
         group = yaml_of(name)
         yield name, {}
-        if METHODS[name] in seen:  # a preset of a class that has had its variants
+        pools = [(name, changes) for changes in POOLS if "pool" in group]
+        yield from pools
+        # A preset of a class that has had its variants, or what else is of the one it builds on.
+        if METHODS[name] in seen or pools:
             continue
         seen.add(METHODS[name])
         if "side" in group:
@@ -112,6 +122,8 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {"side": "auto"}
         if "resample_every" in group:
             yield name, {"resample_every": 3}
+            bases = ({"pairs": True, "fresh": 0.0}, {"basis": "coordinate", "kept_scale": 0.5})
+            yield from ((name, b | {"resample_every": 1}) for b in bases if "pairs" in group)
             starts = [s for s in ("pissa", "orthogonal") if "initial" in group]
             yield from ((name, {"initial": s, "resample_every": None}) for s in starts)
         if "blocks" in group:
@@ -338,12 +350,26 @@ def play_rounds(
     return played
 
 
+def with_pools(played: Played) -> Tree:
+    """Base weights of a round with s sum_j B^(j) A_j, part by part; a second opinion as below."""
+    base = dict(played.before.base)
+    for weight, pool in played.sent.pools.items():
+        for j in range(pool.sketches.count):
+            drawn = replace(pool.sketches.first, index=pool.sketches.first.index + j)
+            right = drawn.side == "right"
+            part = base[f"{weight}/{'B' if right else 'A'}.{j}"]
+            product = part @ drawn.draw() if right else drawn.draw() @ part
+            transposed = played.before.plan.targets[weight].kind == "conv1d"
+            base[weight] = base[weight] + pool.scale * (product.T if transposed else product)
+    return base
+
+
 def client_weights(played: Played, k: int) -> Tree:
     """Dense effective weights of the client at place ``k``: W + scale F_1 F_2, written out.
 
     Written without `fedraclora.protocol.link` and `LayerView`, so that it is a second opinion.
     """
-    base, plan = played.before.base, played.before.plan
+    base, plan = with_pools(played), played.before.plan
     rows = played.got.stack()
     out = dict(base)
     for weight, adapter in played.sent.adapters.items():
@@ -508,8 +534,12 @@ def run(
     system: SystemConfig | None = None,
     kind: type[FedStrategy] | None = None,
     steps: Sequence[RoundStep] = (),
+    **numbers: str,
 ) -> Run:
-    """Run a method from start to end as `fedraclora simulate` does, with its one strategy."""
+    """Run a method from start to end as `fedraclora simulate` does, with its one strategy.
+
+    ``numbers``: How they travel, ``uplink`` and ``downlink``.
+    """
     loop = LoopConfig(
         rounds=rounds,
         clients=world.clients,
@@ -519,6 +549,7 @@ def run(
         weights=weights,
         dtype=str(world.dtype).removeprefix("torch."),
         max_failures=max_failures,
+        **numbers,  # type: ignore[arg-type]
     )
     engine = Recording(arrange)
     device = torch.device("cpu")

@@ -58,6 +58,7 @@ def test_studies_stand_side_by_side(results: Path) -> None:
         ("table a/table.md: loss", "no column begins with 'loss'"),
         ("beside table.md: accuracy", "wanted"),
         ("bench", "holds no figures"),
+        ("bench A", "holds no figures"),
         ("bench A: vectorised", "holds no figures"),
     ],
 )

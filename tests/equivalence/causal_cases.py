@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from vectorised_cases import SEED, SIZES, Case, task_of
 
 from fedraclora.data.task import IGNORED_TOKEN, Task
 from fedraclora.models.causal import build_causal_lm
+from fedraclora.models.narrow import narrowed
 from fedraclora.rng import generator
 
 TOKENS, WIDTH = 23, 9
@@ -26,7 +29,7 @@ CONFIGS: dict[str, dict[str, object]] = {
 TARGETS = {"llama": "q_proj,v_proj", "qwen2": "all-linear", "gpt2": "c_attn,c_proj"}
 
 
-def causal_task(kind: str, **more: object) -> Task:
+def causal_task(kind: str, base: str = "float32", **more: object) -> Task:
     """Texts of unequal length, of unequal clients, whose last tokens are the answer."""
     draw = generator(SEED, "answers")
     total = sum(SIZES)
@@ -44,7 +47,10 @@ def causal_task(kind: str, **more: object) -> Task:
         **more,  # type: ignore[arg-type]
     )
     inputs = {"input_ids": ids * mask, "attention_mask": mask.long()}
-    return task_of(built.model, inputs, labels, head=built.head, loss="next_token")
+    task = task_of(built.model, inputs, labels, head=built.head, loss="next_token")
+    if base != "float32":  # once the weights are large enough
+        narrowed(replace(built, model=task.model), base)
+    return task
 
 
 def causal_case(kind: str, **more: object) -> Case:

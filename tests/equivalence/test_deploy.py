@@ -51,8 +51,14 @@ def base_at(folder: Path, version: int) -> str:
     "words",
     [
         ["method=fed_rac_lora", "head=average", "bias=average"],
+        ["method=pool_rac_lora", "method.pool=2", "clients=5", "cohort=2"],
         ["method=fedavg_lora"],
         ["method=fedavg"],
+        pytest.param(
+            ["method=subspace_rac_lora", "rounds=5", "clients=5", "cohort=2"],
+            marks=pytest.mark.slow,
+        ),
+        ["wire.uplink=int4", "wire.downlink=int8", "method.resample_every=2"],
         ["local=momentum", "rounds=4", "clients=5", "cohort=2"],
         ["pretrain=digits_0_4", "pretrain.epochs=1", "data.labels=[5,6,7,8,9]", "weights=uniform"],
     ],
@@ -134,7 +140,14 @@ def test_a_cache_that_is_not_what_it_was_is_replaced_once(harm: str, tmp_path: P
     assert sorted(asked) == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("words", [["method=fedavg"], ["method=fed_rac_lora", "method.rank=90"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method=fedavg"],
+        ["method=fed_rac_lora", "method.rank=90"],
+        ["method=fedavg", "wire.uplink=int8", "wire.downlink=int8"],
+    ],
+)
 def test_payload_of_the_ledger_is_what_is_serialised(words: list[str], tmp_path: Path) -> None:
     """Payloads of a megabyte and more: within 2 %, and each message holds one array for each."""
     network = Network(tmp_path / "cache", nodes_for(2))

@@ -52,6 +52,7 @@ SMALL = [
 # method of a class: the contract suite has their presets.
 RUNS = {name: [f"method={name}"] for name in METHODS} | {
     "carried": ["method=fed_rac_lora", "method.resample_every=4"],
+    "pool": ["method=pool_rac_lora", "method.pool=2", "method.refresh=3", "method.side=left"],
     "left cover": ["method=fed_rac_lora", "method.side=left", "method.blocks=cover"],
     "moments": [
         "method=cola",
@@ -68,6 +69,12 @@ RUNS = {name: [f"method={name}"] for name in METHODS} | {
         "local.moments=run",
     ],
     "adamw": ["method=fedavg_lora", "local=adamw"],
+    "fewer bits": [
+        "method=fed_rac_lora",
+        "method.resample_every=4",
+        "wire.uplink=int8",
+        "wire.downlink=int4",
+    ],
 }
 KINDS = set({kind: name for name, kind in reversed(METHODS.items())}.values())
 one_of_a_class = pytest.mark.short(when=lambda name: name in KINDS or name not in METHODS)

@@ -17,16 +17,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
-from vectorised_agreement import LOCAL, assert_agrees, base_of, foldable, method_of, run, trainer_of
+from vectorised_agreement import LOCAL, base_of, foldable, method_of, run, trainer_of
 from vectorised_cases import CASES, SEED, SIZES, Case, classes, convolution, normal, reader, task_of
 from vectorised_settings import PAIRED, SETTINGS
 
 from fedraclora.data.samples import Partitioned
-from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Layout, Tree
 from strategies.wrappers.dora import Dora
@@ -131,7 +130,7 @@ def started(sent: Downlink, base: Tree) -> tuple[Tree, dict[str, float]]:
 @pytest.mark.parametrize("kind", PLAIN)
 def test_rounds_are_those_of_plain_autograd(kind: str, name: str, how: str) -> None:
     case, method, draw = PLAIN[kind](), dora(name), Draw(SEED)
-    local = LocalConfig(batch_size=4, epochs=2, shuffle=False, **SAME[how])  # type: ignore[arg-type]
+    local = LocalSettings(batch_size=4, epochs=2, shuffle=False, **SAME[how])  # type: ignore[arg-type]
     plan, base = case.plan(), base_of(case.task)
     trainer = trainer_of(case.task, plan, local)
     state = method.init(base, plan, draw)
@@ -216,15 +215,6 @@ def test_a_model_with_tied_weights_beside_what_is_adapted() -> None:
 def test_rank_budgets(name: str) -> None:
     """The lengths are those of whole rows, of components beyond the budget, too."""
     test_ranks.run(CASES["mlp"](), dora(name), LOCAL, rounds=3, check={1, 3})
-
-
-def test_prox_is_refused() -> None:
-    case, method = CASES["mlp"](), dora("fedavg_lora")
-    plan = case.plan()
-    state = method.init(base_of(case.task), plan, Draw(SEED))
-    sent = method.open_round(state, 1, COHORT, Draw(SEED))
-    with pytest.raises(ConfigError, match=r"local\.prox is 0\.5, but under dora=true"):
-        assert_agrees(case, plan, replace(LOCAL, prox=0.5), state.base, sent, COHORT.clients)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn-adapted", "gpt2"])

@@ -44,12 +44,15 @@ RUNS = {
     "local head": ("method.rank=2", "head=local"),
     "rows": ("method.rank=2",),
     "carried": ("method.rank=2", "method.resample_every=3"),
+    "basis of the last link": ("method=subspace_rac_lora", "method.rank=2"),
+    "pool": ("method=pool_rac_lora", "method.pool=2", "method.refresh=3"),
     "dense": ("method=fedavg",),
     "both factors": ("method=fedavg_lora",),
     "lengths of rows": ("method=fedavg_lora", "method.alpha=4", "dora=true"),
     "moments": ("method=cola", "method.resample_every=2", "local.moments=link"),
     "secure": ("method.rank=2", "secure=secagg", "weights=uniform"),
     "ranks": ("method.rank=4", "system=mixed_ranks"),
+    "fewer bits": ("method.rank=2", "wire.uplink=int4", "wire.downlink=int8"),
 }
 PROCESS = b"ray::ClientAppActor"  # how Ray names Flower's processes; a dot and a method follow
 

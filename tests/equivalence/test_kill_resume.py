@@ -42,6 +42,7 @@ JOB = [
 ]
 METHODS = {
     "fed_rac_lora": ["method=fed_rac_lora", "method.resample_every=3"],
+    "pool_rac_lora": ["method=pool_rac_lora", "method.pool=2", "method.refresh=3"],
     "fedavg_lora": ["method=fedavg_lora"],
     "moments": ["method=cola", "local=adamw", "local.moments=run"],
 }
@@ -152,6 +153,7 @@ def killed_run(plain: Plain, reaper: Reaper) -> bool:
     [
         ("fed_rac_lora", False),
         ("fed_rac_lora", True),
+        pytest.param("pool_rac_lora", False, marks=pytest.mark.slow),
         pytest.param("fedavg_lora", False, marks=pytest.mark.slow),
         pytest.param("moments", False, marks=pytest.mark.slow),
     ],

@@ -13,11 +13,13 @@ from vectorised_agreement import ATOL, base_of, method_of, trainer_of
 from vectorised_cases import SEED, SIZES
 
 from fedraclora.data.task import IGNORED_TOKEN, Task
+from fedraclora.models.narrow import dequantise
+from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.reference.client import batches, own_tensors
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
+from tests.reference.client import batches, own_tensors
 
 RANK, ALPHA = 3, 2.0
 LOCALS = {
@@ -37,7 +39,7 @@ def adapted(task: Task, kind: str, starts: Tree) -> Any:
         fan_in_fan_out=kind == "gpt2",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(copy.deepcopy(task.model), config).double()
+    model = get_peft_model(dequantise(copy.deepcopy(task.model)), config).double()
     put(model, starts)
     return model
 
@@ -88,11 +90,14 @@ def train(model: Any, task: Task, client: int, local: LocalConfig, trained: str)
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("optimiser", LOCALS)
 @pytest.mark.parametrize(("name", "trained"), [("fedavg_lora", "AB"), ("ffa_lora", "B")])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("kind", "held"), [*((k, "float32") for k in CONFIGS), ("llama", "int8"), ("gpt2", "int8")]
+)
 def test_a_round_is_that_of_a_loop_on_peft(
-    kind: str, name: str, trained: str, optimiser: str
+    kind: str, held: str, name: str, trained: str, optimiser: str
 ) -> None:
-    case, local = causal_case(kind), LOCALS[optimiser]
+    """Of a quantised base: on the same weights, dequantised."""
+    case, local = causal_case(kind, base=held), LOCALS[optimiser]
     task, plan, method, draw = case.task, case.plan(), method_of(name), Draw(SEED)
     base, clients = base_of(task), torch.tensor([0, 2, 3, 5])
     sizes = torch.tensor([SIZES[client] for client in clients], dtype=torch.float64)
@@ -105,7 +110,7 @@ def test_a_round_is_that_of_a_loop_on_peft(
     layout = Layout(tuple((n, s.shape) for n, s in sent.uploaded().items()))
     rows = layout.pack({n: ours[n] for n, _ in layout.shapes}, lead=1)
     state = method.close_round(state, sent, Uplinks(clients, sizes, layout, rows))
-    weights = method.weights(state, draw)
+    weights = dense(method.weights(state, draw))
 
     plain = adapted(task, kind, values | frozen)
     assert set(adapters(plain)) == {*values, *frozen}

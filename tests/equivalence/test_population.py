@@ -25,11 +25,11 @@ from fedraclora.models.mlp import build_mlp
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.plan import make_plan
-from fedraclora.reference.client import train_one
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from strategies import METHODS
 from strategies.fed_rac_lora import FedRacLora
+from tests.reference.client import train_one
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MANY = 10**6

@@ -15,13 +15,13 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
-from fedraclora.reference.client import train_one
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.local_result import LocalResult
 from fedraclora.training.precision import BF16_MIXED, FLOAT32, PRECISIONS
 from fedraclora.tree import Tree
 from strategies import METHODS
+from tests.reference.client import train_one
 
 BITS = 2.0**-8  # of bfloat16: one rounding loses up to half of this share
 CLIENTS = torch.arange(len(SIZES))

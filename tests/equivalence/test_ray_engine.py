@@ -59,6 +59,8 @@ RUNS = {
     "rows": ("method.rank=2", "engine.chunk=9"),
     "sums": ("method.rank=2", "engine.chunk=32"),
     "carried": ("method.rank=2", "engine.chunk=32", "method.resample_every=3"),
+    "basis of the last link": ("method=subspace_rac_lora", "method.rank=2", "engine.chunk=32"),
+    "pool": ("method=pool_rac_lora", "engine.chunk=32", "method.pool=2", "method.refresh=3"),
     "dense": ("method=fedavg", "engine.chunk=32"),
     "both factors": ("method=fedavg_lora", "engine.chunk=20"),
     "local head": ("method.rank=2", "engine.chunk=16", "head=local"),
@@ -77,6 +79,7 @@ RUNS = {
         "weights=uniform",
     ),
     "ranks": ("method.rank=4", "engine.chunk=32", "system=mixed_ranks"),
+    "fewer bits": ("method=fedavg", "engine.chunk=9", "wire.uplink=int4", "wire.downlink=int8"),
 }
 
 
@@ -118,7 +121,8 @@ def on_ray(name: str, workers: int) -> Assembled:
     return run(*words, "engine=ray", chunk, f"engine.workers={workers}")
 
 
-@pytest.mark.short(when=lambda name: name in {"sums", "local head", "secure"})  # rows: with three
+# In the short suite rows come from three workers, and plain sums from the two of test_ray_gpu.
+@pytest.mark.short(when=lambda name: name in {"local head", "secure"})
 @pytest.mark.parametrize("name", RUNS)
 def test_two_workers_are_one_process(name: str) -> None:
     assert bits(on_ray(name, 2)) == in_process(name)
@@ -130,7 +134,7 @@ def test_the_number_of_workers_changes_no_bit(workers: int) -> None:
 
 
 def test_replicas_follow_by_links_and_only_the_first_round_sends_weights() -> None:
-    done = on_ray("sums", 2)
+    done = on_ray("local head", 2)
     assert isinstance(done.grid, RayGrid)
     history = done.grid.history
     assert (history.version, history.oldest) == (4, 0)

@@ -26,7 +26,10 @@ ROUNDS = {  # fewer than in the command, but every theorem, side and kind of pro
     "stochastic/linear, federated, all 8: r = 12": 15,
     "stochastic/linear, federated, 3 of 8: r = 3": 15,
     "stochastic/logistic, federated, 3 of 8: r = 8": 15,
+    "fewer bits/gradient descent: int4": 15,
     "cover/near-isotropic: cover, r = 4": 9,
+    "chain/linear, sgd: half kept, c = 1, r = 4": 10,
+    "chain/linear, sgd: half kept, c = (r/d)^(1/4), r = 4": 10,
 }
 
 

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from vectorised_agreement import (
+    ATOL,
     KINDS,
     LOCAL,
     agreed,
@@ -16,9 +17,14 @@ from vectorised_agreement import (
     run,
     trainer_of,
 )
-from vectorised_cases import CASES, SEED, SIZES, Case, mlp
+from vectorised_cases import CASES, SEED, SIZES, Case, mlp, scaled
 
-from fedraclora.protocol.method import Cohort, Draw
+from fedraclora.protocol.method import Cohort, Draw, Plan
+from fedraclora.protocol.pool import Pool, Terms, parameters
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.rng import generator, torch_normal
+from fedraclora.tree import Tree
+from fedraclora.wire import uplink_layout
 
 # Every method on a model of each way to train, and what clients train on every model; the rest is
 # for the long suite.
@@ -62,3 +68,35 @@ def test_results_come_in_the_order_that_was_asked() -> None:
     )
     assert result.samples.tolist() == [SIZES[c] for c in clients.tolist()]
     assert result.steps.tolist() == [2 * -(-SIZES[c] // 4) for c in clients.tolist()]
+
+
+@pytest.mark.parametrize("case", ["mlp", "cnn-adapted", "gpt2", "vmap"])
+def test_a_pool_may_stand_beside_weights_that_it_is_not_folded_into(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is for narrow weights; in float64 both ways come to the same."""
+    world = Case(scaled(), dense="gain,shift") if case == "vmap" else CASES[case]()
+    method, plan, draw = method_of("pool_rac_lora", pool=2), world.plan(), Draw(SEED)
+    cohort = Cohort(torch.arange(len(SIZES)), torch.arange(1.0, len(SIZES) + 1).double())
+    state = method.init(base_of(world.task), plan, draw)
+    for round_ in range(1, 4):
+        sent = method.open_round(state, round_, cohort, draw)
+        layout = uplink_layout(sent)
+        rows = torch_normal(generator(SEED, round_), len(SIZES), layout.size)
+        got = Uplinks(cohort.clients, cohort.weights, layout, rows)
+        state = method.close_round(state, sent, got)
+    sent = method.open_round(state, 4, cohort, draw)
+    assert sent.pools.keys() == sent.adapters.keys()
+
+    def trained() -> Tree:
+        trainer = trainer_of(world.task, plan, LOCAL)
+        return trainer.train(state.base, sent, cohort.clients, round_=4, rate_scale=1.0).trained
+
+    folded = trained()
+
+    def apart(base: Tree, pools: dict[str, Pool], _: Plan) -> tuple[Tree, Terms]:
+        return parameters(base), {name: pool.term(name, base) for name, pool in pools.items()}
+
+    monkeypatch.setattr("fedraclora.training.cohort.fold_pools", apart)
+    for name, value in trained().items():
+        torch.testing.assert_close(value, folded[name], rtol=0, atol=ATOL)

@@ -19,12 +19,12 @@ from fedraclora.data.task import Task
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.reference.client import train_one
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.program import Program
 from fedraclora.tree import Layout, Tree
 from strategies import METHODS
+from tests.reference.client import train_one
 
 ATOL = 1e-10
 

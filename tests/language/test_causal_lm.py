@@ -156,7 +156,7 @@ def test_outputs_are_formed_at_labels_alone(
     assert loss == pytest.approx(same, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["fedavg_lora", "ffa_lora"])
+@pytest.mark.parametrize("method", ["fedavg_lora", "ffa_lora", "pool_rac_lora"])
 def test_a_narrow_base_stays_as_it_is(method: str, questions: Path, tokenizer: str) -> None:
     words = (f"method={method}", "rounds=2", "evaluate.generate=null", "bias=frozen")
     wide = run(questions, tokenizer, *words)
@@ -176,6 +176,7 @@ def test_a_narrow_base_stays_as_it_is(method: str, questions: Path, tokenizer: s
     ("words", "said"),
     [
         (["method=fed_rac_lora"], "method=fed_rac_lora merges each update into the weights"),
+        (["method=pool_rac_lora", "method.refresh=4"], "method=pool_rac_lora merges each update"),
         (["method=fed_relora"], "model.base is bfloat16, but method=fed_relora merges"),
         (["method=ffa_lora", "head=average"], "lm_head.weight is trained in full"),
         (["method=fedavg_lora", "dora=true"], "dora=true rescales the weights"),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from chats import save_tokenizer
+
+from experiments import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "language-models.md").read_text()
@@ -24,36 +24,32 @@ def block(language: str) -> str:
 
 
 def test_the_first_look_runs_as_it_is_typed(
-    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedraclora"])  # Hydra is handed its words this way
     exec(compile(block("python"), "language-models.md", "exec"), {})
     (line,) = (s for s in PAGE.splitlines() if s.startswith("fedraclora simulate experiment=tiny"))
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "experiments.cli", *line.split()[1:], *words],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(*words: str) -> object:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*line.split()[1:], *words])
+        return ended.value.code
 
-    done = run("output.dir=run")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert run("output.dir=run") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metrics"]["exact_match"] == 1.0
     # A tokenizer without a template of its own is refused; that of the page serves.
     (tmp_path / "bare").mkdir()
     bare = f"data.tokenizer={save_tokenizer(tmp_path / 'bare', None)}"
     own = f"data.file={questions}"
-    refused = run(bare, own, "rounds=1", "output.dir=other")
-    assert refused.returncode == 1
-    assert "has no chat template: set data.template" in refused.stdout + refused.stderr
+    assert run(bare, own, "rounds=1", "output.dir=other") == 1
+    assert "has no chat template: set data.template" in capsys.readouterr().err
     (tmp_path / "chat.jinja").write_text(block("jinja"))
-    done = run(bare, own, "data.template=chat.jinja", "output.dir=other")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert run(bare, own, "data.template=chat.jinja", "output.dir=other") == 0
     summary = json.loads((tmp_path / "other" / "summary.json").read_text())
     assert summary["metrics"]["exact_match"] == 1.0
     assert summary["metrics"]["token_accuracy"] == 1.0

@@ -72,8 +72,10 @@ def shell(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shell:
 def used(folder: Path, shell: Shell) -> Path:
     """The folder with a preset of the user's, a run of it, and a script."""
     (folder / "mine" / "experiment").mkdir(parents=True)
-    preset = ["# @package _global_", "defaults: [override /data: digits, override /pretrain: none]"]
-    preset += ["clients: 6", "cohort: 3", "rounds: 1", "output: {progress: false}"]
+    # Drawn samples: a process imports no library for data or partitions.
+    preset = ["# @package _global_", "defaults: [override /data: virtual]"]
+    preset += ["data: {samples: 20, held_out: 50}", "clients: 6", "cohort: 3", "rounds: 1"]
+    preset += ["output: {progress: false, plots: false}"]
     (folder / "mine" / "experiment" / "little.yaml").write_text("\n".join(preset))
     shell("fedraclora simulate --config-dir mine experiment=little output.dir=first")
     page = (ROOT / "docs" / "python.md").read_text()

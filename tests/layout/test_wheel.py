@@ -37,8 +37,10 @@ def test_it_holds_code_and_settings_and_no_results(wheel: Mapping[str, Path]) ->
 def test_it_holds_all_code_and_all_that_is_read(wheel: Mapping[str, Path]) -> None:
     read = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
     read += [*choices.CONF.rglob("*.yaml"), *ranking.STUDIES.glob("*.yaml")]
-    read += [path for name in PACKAGES for path in (ROOT / name).rglob("py.typed")]
-    read += [init.TEMPLATES / template for template in init.FILES.values()]
+    for kind in ("py.typed", "*.j2", "*.tmpl", "*.yaml"):
+        found = [path for name in PACKAGES for path in (ROOT / name).rglob(kind)]
+        read += [path for path in found if "results" not in path.parts]
+    assert {init.TEMPLATES / template for template in init.FILES.values()} <= {*read}
     assert {path.relative_to(ROOT).as_posix() for path in read} <= wheel.keys()
 
 

@@ -156,8 +156,9 @@ def test_what_a_run_gives(tmp_path: Path) -> None:
 
 def test_a_run_in_a_folder_goes_on_with_the_same_objects(tmp_path: Path) -> None:
     whole = run(data=CLIENTS, rounds=3)
-    run(data=CLIENTS, folder=tmp_path / "run", rounds=3)
-    again = run(data=CLIENTS, folder=tmp_path / "run", rounds=3, resume=True)
+    kept = {"folder": tmp_path / "run", "rounds": 3, "output": {"plots": False}}
+    run(data=CLIENTS, **kept)
+    again = run(data=CLIENTS, **kept, resume=True)
     assert again.summary["weights_digest"] == whole.summary["weights_digest"]
     assert again.evaluate() == whole.evaluate()
     with pytest.raises(FedRacLoraError, match="digest"):

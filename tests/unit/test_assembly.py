@@ -16,7 +16,7 @@ from fedraclora.config import build
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
-from fedraclora.run.recorder import stored_chunk
+from fedraclora.run.recorder import resolved
 from fedraclora.training import chunking
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_checkpoint, save_checkpoint
@@ -99,7 +99,7 @@ def test_the_stored_chunk_is_read_off_the_checkpoint(tmp_path: Path) -> None:
         ({}, None),
     ):
         save_checkpoint(tmp_path / "checkpoint", tensors, {"round": 2, "fixed": fixed})
-        assert stored_chunk(tmp_path) == wanted
+        assert resolved(tmp_path, "chunk") == wanted
 
 
 def test_a_new_run_stores_its_chunk_among_what_fixes_the_bits(small: int, tmp_path: Path) -> None:

@@ -25,10 +25,19 @@ from experiments.bench.launch import environment, interpreter, run_peer
 from experiments.bench.phases import profile
 from experiments.bench.report import Report
 from experiments.bench.rows import BUILDERS
-from experiments.bench.table import side_by_side, tables
+from experiments.bench.table import side_by_side, table, tables
 from experiments.bench.timing import training_loss
 from experiments.bench.usage import Laps
-from experiments.bench.workloads import PEERS, WORKLOADS, Case, Workload, mlp, vectors
+from experiments.bench.workloads import (
+    PEERS,
+    WORKLOADS,
+    Case,
+    Workload,
+    llama,
+    mlp,
+    texts,
+    vectors,
+)
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Downlink
 from fedraclora.training.cohort import CohortTrainer
@@ -45,8 +54,30 @@ TINY = Workload(
     samples=8,
     batch=4,
 )
+SIZES = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 1030,  # enough that losses are formed at labelled tokens alone
+}
+TEXTS = Workload(
+    "3 clients",
+    3,
+    2,
+    partial(llama, SIZES),
+    partial(texts, 1030, 12, None),
+    "lm_head",
+    ("vectorised", "inline", "peft", "checkpointing", "peft checkpointing"),
+    rank=2,
+    samples=4,
+    batch=2,
+    loss="next_token",
+    apart=True,
+)
 CPU = torch.device("cpu")
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "vectorised": {"seconds": 0.01, "cpu_seconds": 0.01, "peak_bytes": 3e8},
     "central": {"seconds": 0.005, "cpu_seconds": 0.005, "peak_bytes": 3e8},
     "flower": {
@@ -64,8 +95,8 @@ ROWS = {
 }
 
 
-def weights_after(row: str, rounds: int) -> dict[str, torch.Tensor]:
-    run = BUILDERS[row](Case(TINY, CPU))
+def weights_after(row: str, rounds: int, of: Workload = TINY) -> dict[str, torch.Tensor]:
+    run = BUILDERS[row](Case(of, CPU))
     for _ in range(rounds):
         run.round(Laps(children=False))
     run.close()
@@ -117,6 +148,29 @@ def test_ray_rows_count_their_own_workers() -> None:
     assert found["ray x2"]["peak_bytes"] > found["ray x1"]["peak_bytes"] > 0
     assert all(row["cpu_seconds"] > 0 for row in found.values())
     gc.collect()  # before the next test, for which a warning is an error
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
+def test_language_rows_are_one_algorithm() -> None:
+    """By hand on PEFT, vectorised, one after another, with checkpointing: the same weights."""
+    start = dict(TEXTS.task(CPU).model.named_parameters())
+    found = {row: weights_after(row, 2, TEXTS) for row in TEXTS.rows}
+    for row, weights in found.items():
+        for name, wanted in found["peft"].items():
+            assert torch.allclose(weights[name], wanted, rtol=0, atol=1e-6), (row, name)
+    trained = "model.layers.1.mlp.down_proj.weight"
+    assert not torch.allclose(found["peft"][trained], start[trained], rtol=0, atol=1e-4)
+    report = Report("llama", {"vectorised": ROWS["vectorised"]}, about={"tokens": 70})
+    assert "7,000" in table(report).markdown()  # tokens over 0.01 s
+
+
+@pytest.mark.slow
+def test_memory_of_a_row_is_that_of_a_process_of_its_own() -> None:
+    # From a new process: in this one gradients were computed, which a fork does not survive.
+    code = "import test_bench as t; from experiments.bench.rows import peak_alone as peak"
+    call = [sys.executable, "-c", f"{code}; print(peak('central', t.TEXTS))"]
+    done = subprocess.run(call, cwd=Path(__file__).parent, capture_output=True, check=True)
+    assert 1e8 < int(done.stdout) < 4e9
 
 
 def test_virtual_clients_are_asked_for_a_cohort() -> None:
@@ -179,7 +233,7 @@ def test_a_peer_that_ends_elsewhere_is_seen() -> None:
 
 def test_the_table_names_versions_and_ratios(tmp_path: Path) -> None:
     about = {"processor": "P", "cores": 2, "threads": 1, "versions": {"torch": "2"}, "git": "abc"}
-    Report("A", ROWS, {}, about).write(tmp_path)  # type: ignore[arg-type]
+    Report("A", ROWS, {}, about).write(tmp_path)
     made = tables(tmp_path)
     row = next(line for line in made.splitlines() if "Flower" in line)
     assert row == "| Flower 1.42.0, Ray 2.55.1, 2 actors | 0.5 | 1.5 | 2000 | 300 | 150 |"
@@ -262,7 +316,7 @@ def test_bad_words_are_named(word: str, said: str) -> None:
 def test_the_command_prints_a_stored_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Report("A", ROWS, {}, {}).write(tmp_path)  # type: ignore[arg-type]
+    Report("A", ROWS, {}, {}).write(tmp_path)
     assert run(parse([f"table={tmp_path}"])) == 0
     assert "| **`vectorised`** |" in capsys.readouterr().out
 
@@ -285,7 +339,7 @@ def test_a_broken_bound_and_other_work_end_with_a_status(
 ) -> None:
     rows = {"fedavg": {**ROWS["vectorised"], "loss": 1.5}, **ROWS}
     rows["pfl"] = {**rows["pfl"], "loss": loss}
-    report = Report("A", rows, {"fedlab": "not installed"}, {"device": "cpu"})  # type: ignore[arg-type]
+    report = Report("A", rows, {"fedlab": "not installed"}, {"device": "cpu"})
     monkeypatch.setattr(command, "measure", lambda *_: report)
     assert run(parse(["size=A", *words])) == status
     found = capsys.readouterr()
@@ -318,9 +372,9 @@ def test_a_file_that_is_no_report_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_rows_of_several_workloads_stand_side_by_side(tmp_path: Path) -> None:
-    Report("A", ROWS, {}, {}).write(tmp_path)  # type: ignore[arg-type]
+    Report("A", ROWS, {}, {}).write(tmp_path)
     slower = ROWS | {"central": {**ROWS["central"], "cpu_seconds": 0.01}}
-    Report("C", slower, {}, {}).write(tmp_path)  # type: ignore[arg-type]
+    Report("C", slower, {}, {}).write(tmp_path)
     made = side_by_side(tmp_path, ["A", "C"], ["vectorised", "flower"])
     assert "| CPU s / central | 100 clients, MLP 64-128-10 | 1,000 clients, MLP" in made
     assert "| Flower 1.42.0, Ray 2.55.1, 2 actors | 300 | 150 |" in made

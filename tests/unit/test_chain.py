@@ -21,9 +21,9 @@ from fedraclora.weights.chain import (
     CatchUp,
     link_tensors,
     read_link,
-    replay,
     term_bytes,
 )
+from tests.reference.chain import replay
 
 M, N, R, SCALE = 5, 7, 2, 1.5
 SPEC = SketchSpec("orthonormal", "right", R, N, seed=4, index=3)

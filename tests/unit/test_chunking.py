@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,6 +135,17 @@ def test_a_cpu_has_a_cache(planned: Planner, monkeypatch: pytest.MonkeyPatch) ->
     assert planned(10**9, 10**4, CPU).chunk == 1
 
 
+@pytest.mark.parametrize(("tokens", "wanted"), [(100, 5), (10**4, 1), (1, 40)])
+def test_on_a_cpu_a_chunk_holds_the_tokens_that_fill_a_product(
+    planned: Planner, monkeypatch: pytest.MonkeyPatch, tokens: int, wanted: int
+) -> None:
+    texts = replace(MODEL, tokens=tokens)
+    monkeypatch.setattr(chunking, "measure", lambda *_: texts)
+    found = planned(10**9, 40, CPU)
+    assert (found.chunk, found.memory) == (wanted, texts)
+    assert planned(10**9, 40).chunk == 40  # a GPU wants more
+
+
 @pytest.mark.parametrize(
     ("cohort", "wanted", "reason"),
     [
@@ -179,6 +191,7 @@ def test_the_plan_is_said_in_megabytes() -> None:
         "shared": 1_350_000,
         "trained": 2_700_000,
         "step": 28_200_000,
+        "tokens": 0,
     }
 
 

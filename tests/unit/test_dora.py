@@ -15,6 +15,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.lowrank.dora import magnitude_of, rescaled, row_lengths
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
+from fedraclora.training.extras.magnitudes import Magnitudes
 from strategies import METHODS
 from strategies.wrappers.dora import Dora
 
@@ -58,7 +59,7 @@ def test_outputs_are_scaled_in_the_precision_of_the_weights() -> None:
     layer = nn.Linear(7, 5)
     context = CohortContext(active=2, rows=6, scales={"fc.weight": 0.5})
     context.factors = {"fc.weight": [normal(2, 5, 3).float(), normal(3, 7).float()]}
-    context.dense = {"fc.magnitude": normal(2, 5).float()}
+    context.dense, context.scalings = {"fc.magnitude": normal(2, 5).float()}, (Magnitudes(),)
     cohort = CohortLinear(layer, "fc", context)
     wide = cohort.rescale()
     with torch.autocast("cpu", torch.bfloat16):

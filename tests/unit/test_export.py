@@ -84,7 +84,7 @@ def trained(model: str, method: str, folder: Path | None = None, **keys: object)
         method, _, word = method.partition(" ")
         more = dict([word.split("=")])
     return fedraclora.simulate(
-        QUIET,
+        *(QUIET, *(["output.plots=false"] if folder else [])),
         model=make(),
         data=clients,
         test=samples(30, 9),
@@ -353,7 +353,7 @@ def test_layers_that_peft_cannot_adapt_are_named(tmp_path):
 def plain_run(tmp_path_factory):
     """A run whose config is all that it takes."""
     return fedraclora.simulate(
-        QUIET,
+        *(QUIET, "output.plots=false"),
         *("data=virtual", "data.held_out=50", "data.samples=20", "model.hidden=[9]"),
         method={"name": "fed_rac_lora", "rank": RANK},
         clients=5,
@@ -391,6 +391,20 @@ def test_the_command_says_what_it_cannot_export(plain_run, tmp_path, monkeypatch
         assert command.main() == 1
         assert words in capsys.readouterr().err
         assert not (tmp_path / name / "export").exists()
+
+
+def test_a_run_that_was_stopped_gives_the_rounds_that_it_has(plain_run, tmp_path, monkeypatch):
+    stopped, out = tmp_path / "stopped", tmp_path / "out"
+    shutil.copytree(plain_run.folder, stopped, ignore=shutil.ignore_patterns("export"))
+    (stopped / "summary.json").unlink()
+    shutil.rmtree(stopped / "checkpoint")
+    words = ["--round", "1", "--format", "state_dict", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["fedraclora export", str(stopped), *words])
+    assert command.main() == 0
+    found, wanted = load_file(out / "model.safetensors"), load_weights(plain_run.folder, 1)
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    facts = json.loads((out / "export.json").read_text())
+    assert (facts["rounds"], facts["cohort"]) == (1, plain_run.summary["cohort"])
 
 
 def test_the_card_says_how_to_run_it_again(plain_run, tmp_path, monkeypatch):

@@ -61,7 +61,10 @@ def run(folder: Path | None, rounds: int = ROUNDS, **keys: Any):
         "bias": "frozen",
     }
     return fedraclora.simulate(
-        *("output.progress=false", *(["output.checkpoint_every=2"] if folder else [])),
+        *(
+            "output.progress=false",
+            *(["output.checkpoint_every=2", "output.plots=false"] if folder else []),
+        ),
         data=data,
         test=test,
         rounds=rounds,

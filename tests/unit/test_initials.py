@@ -16,7 +16,6 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Adapter, Downlink, Draw, Plan, State, Trained
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.rank_budgets import check_ranks
-from fedraclora.reference.client import train_one
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
@@ -30,6 +29,7 @@ from strategies.flexlora import FlexLora
 from strategies.flora_stacking import FloraStacking
 from strategies.shared.factored import Factored
 from strategies.shared.initials import GAMMA, STARTS, gradient_factors, orthogonal
+from tests.reference.client import train_one
 
 M, N, R, ALPHA = 8, 11, 3, 5.0
 S = ALPHA / R

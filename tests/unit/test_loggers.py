@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ SIZES: dict[str, Any] = {"clients": 6, "cohort": 3, "rounds": 3}
 
 def run(folder: Path | None, *names: str, **keys: Any) -> fedraclora.Run:
     return fedraclora.simulate(
-        *WORDS, folder=folder, output={"loggers": list(names)}, **(SIZES | keys)
+        *WORDS, folder=folder, output={"loggers": list(names), "plots": False}, **(SIZES | keys)
     )
 
 
@@ -64,15 +65,12 @@ def test_tensorboard_goes_on_where_the_run_does(tmp_path: Path) -> None:
     assert found == pytest.approx(series(done))
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+@contextmanager
+def mlflow_server(place: Path) -> Iterator[str]:
     """A real MLflow server on loopback, with SQLite."""
-    pytest.importorskip("mlflow.server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = tmp_path / "mlflow"
-    place.mkdir()
     words = ["--backend-store-uri", f"sqlite:///{place}/mlflow.db", "--host", "127.0.0.1"]
     words += ["--port", str(port), "--workers", "1", "--default-artifact-root", str(place)]
     log = (place / "log").open("w")
@@ -81,6 +79,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         cwd=place,
         stdout=log,
         stderr=log,
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # four processes more
         start_new_session=True,
     )
     address = f"http://127.0.0.1:{port}"
@@ -99,12 +98,26 @@ def server(tmp_path: Path) -> Iterator[str]:
         log.close()
 
 
+@pytest.fixture(params=["file", pytest.param("server", marks=pytest.mark.slow)])
+def tracking(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where MLflow keeps runs: a database that it opens itself, or one behind its server."""
+    pytest.importorskip("mlflow")
+    place = tmp_path / "mlflow"
+    place.mkdir()
+    if request.param == "file":
+        yield f"sqlite:///{place}/mlflow.db"
+        return
+    with mlflow_server(place) as address:
+        yield address
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SQLAlchemy, about MLflow
 def test_mlflow_reads_the_rounds_back(
-    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
     done = run(tmp_path / "run", "mlflow")
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("fedraclora")
@@ -162,7 +175,7 @@ def test_trackio_reads_the_rounds_back(tmp_path: Path) -> None:
     code = (
         "import sys, fedraclora, trackio\n"
         f"run = fedraclora.simulate(*{WORDS}, folder=sys.argv[1], clients=6, cohort=3, rounds=3,\n"
-        "    output={'loggers': ['trackio']})\n"
+        "    output={'loggers': ['trackio'], 'plots': False})\n"
         "from trackio.sqlite_storage import SQLiteStorage\n"
         "(name,) = SQLiteStorage.get_runs('fedraclora')\n"
         "rows = SQLiteStorage.get_logs('fedraclora', name)\n"

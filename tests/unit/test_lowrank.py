@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +10,6 @@ from hypothesis import strategies as st
 from fedraclora.errors import ShapeError
 from fedraclora.lowrank.algebra import (
     balanced_factors,
-    effective_rank,
     fix_signs,
     minus,
     product_norm,
@@ -109,29 +106,6 @@ def test_a_small_norm_is_not_lost_in_cancellation() -> None:
     left, right = torch.cat([a, -a], dim=1), torch.cat([b + tiny, b])
     wanted = float(torch.linalg.norm(a @ tiny))
     assert product_norm(left, right) == pytest.approx(wanted, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("values", "wanted"),
-    [([1.0, 1.0, 1.0], 3.0), ([2.0, 0.0, 0.0], 1.0), ([0.0, 0.0], 0.0), ([3.0, 3.0, 0.0], 2.0)],
-)
-def test_the_effective_rank_of_equal_singular_values_is_their_number(
-    values: list[float], wanted: float
-) -> None:
-    assert effective_rank(torch.diag(torch.tensor(values))) == pytest.approx(wanted)
-
-
-def test_the_effective_rank_is_the_exponential_of_the_entropy() -> None:
-    matrix = torch.diag(torch.tensor([3.0, 1.0]))[:, :2]
-    wanted = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
-    assert effective_rank(matrix) == pytest.approx(wanted)
-    assert effective_rank(7.0 * matrix) == pytest.approx(wanted)
-
-
-@given(sizes, sizes)
-def test_the_effective_rank_lies_between_one_and_the_rank(m: int, n: int) -> None:
-    found = effective_rank(normal(m, n))
-    assert 1.0 - 1e-12 <= found <= min(m, n) + 1e-12
 
 
 @given(sizes, sizes, sizes)

@@ -178,7 +178,7 @@ NAN, INF = float("nan"), float("inf")
         ({"batch_size": -1}, "local.batch_size is -1; 0 (all) or more is wanted"),
         ({"prox": -0.1}, "local.prox"),
         ({"weight_decay": -0.1}, "local.weight_decay"),
-        ({"momentum": 1.0}, "local.momentum is 1.0; it must lie in [0, 1)"),
+        ({"momentum": 1.0}, "local.momentum is 1.0; a number in [0, 1) is wanted"),
         ({"momentum": NAN}, "local.momentum is nan"),
         ({"nesterov": True}, "local.nesterov=true needs local.momentum above 0"),
         (

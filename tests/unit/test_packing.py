@@ -8,12 +8,16 @@ import torch.nn.functional as F
 
 from fedraclora.data.samples import Samples
 from fedraclora.rng import generator
+from fedraclora.training.adapted import Term, adapted_linear
 from fedraclora.training.cohort_layers import CohortContext, CohortLinear
-from fedraclora.training.packing import packed_linear, real_tokens
+from fedraclora.training.packing import Places, real_tokens
 from fedraclora.training.schedule import Batch, Schedule
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
-PLACES = torch.tensor([0, 1, 2, 3, 4, 8, 9])
+REAL = torch.tensor([0, 1, 2, 3, 4, 8, 9])
+PLACES = Places(
+    torch.tensor([*REAL.tolist(), 5]), torch.tensor([0, 1, 2, 3, 4, 7, 7, 7, 5, 6, 7, 7])
+)
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -28,20 +32,21 @@ def batch(mask: torch.Tensor | None) -> Samples:
 def test_places_are_those_of_real_tokens() -> None:
     found = real_tokens(batch(MASK), torch.ones(1, 3, dtype=torch.bool), 7)
     assert found is not None
-    assert torch.equal(found, PLACES)
+    for a, b in zip(found, PLACES, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_sample_that_does_not_count_has_none() -> None:
     found = real_tokens(batch(MASK), torch.tensor([[True, False, True]]), 6)
     assert found is not None
-    assert found.tolist() == [0, 1, 2, 3, 8, 9]
+    assert found.real[:-1].tolist() == [0, 1, 2, 3, 8, 9]
 
 
 def test_tokens_up_to_the_last_real_one_are_real() -> None:
     mask = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]])  # padded on the left, too
     found = real_tokens(batch(mask), torch.ones(3, 1, dtype=torch.bool), 6)
     assert found is not None
-    assert found.tolist() == [0, 1, 4, 8, 9, 10]
+    assert found.real[:-1].tolist() == [0, 1, 4, 8, 9, 10]
 
 
 @pytest.mark.parametrize(
@@ -60,20 +65,42 @@ def test_the_plan_counts_the_tokens_of_samples_that_count() -> None:
     assert plan.plan(None) == [Batch(2, 2)]
 
 
+# Factors of a low-rank term [6, 5] for 3 clients, those of "K" one for each.
+FORMS: dict[str, list[tuple[int | str, ...]]] = {
+    "none": [],
+    "B": [("K", 6, 2), (2, 5)],
+    "A": [(6, 2), ("K", 2, 5)],
+    "B and A": [("K", 6, 2), ("K", 2, 5)],
+    "inner": [(6, 2), ("K", 2, 2), (2, 5)],
+}
+
+
 @pytest.mark.parametrize("bias", [True, False])
-def test_product_and_gradients_are_those_of_a_plain_layer_at_real_tokens(bias: bool) -> None:
-    x, weight = drawn(3, 4, 5), drawn(6, 5)
-    shift = drawn(6) if bias else None
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_layer_and_gradients_are_those_of_autograd_at_real_tokens(
+    form: str, packed: bool, bias: bool
+) -> None:
+    x, weight = drawn(3, 4, 5).requires_grad_(), drawn(6, 5).requires_grad_()
+    shapes = [[3 if side == "K" else int(side) for side in shape] for shape in FORMS[form]]
+    factors = [drawn(*shape).requires_grad_(len(shape) == 3) for shape in shapes]
+    shift = drawn(6).requires_grad_() if bias else None
     slope = drawn(3, 4, 6) * MASK[..., None]  # padding reaches no loss
-    leaves = [t.requires_grad_() for t in (x, weight, shift) if t is not None]
-    plain, packed = F.linear(x, weight, shift), packed_linear(x, weight, shift, PLACES)
+    leaves = [t for t in (x, weight, shift, *factors) if t is not None and t.requires_grad]
+    plain = F.linear(x, weight, shift)
+    if factors:
+        product = torch.eye(6, dtype=torch.float64)
+        for factor in factors:
+            product = product @ factor
+        plain = plain + 0.7 * (x @ product.mT)
+    found = adapted_linear(x, weight, shift, Term(3, 0.7, PLACES if packed else None), factors)
     real = MASK.bool()
-    assert torch.allclose(plain[real], packed[real], rtol=0, atol=1e-14)
-    assert not packed[~real].any()
+    assert torch.allclose(plain[real], found[real], rtol=0, atol=1e-13)
+    assert factors or not packed or not found[~real].any()
     wanted = torch.autograd.grad((plain * slope).sum(), leaves)
-    found = torch.autograd.grad((packed * slope).sum(), leaves)
-    for a, b in zip(wanted, found, strict=True):
-        assert torch.allclose(a, b, rtol=0, atol=1e-13)
+    given = torch.autograd.grad((found * slope).sum(), leaves)
+    for a, b in zip(wanted, given, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dense", [False, True])

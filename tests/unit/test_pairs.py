@@ -239,7 +239,10 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
             {"adjust": "lora_pro", "gate_penalty": 0.5},
             "local.adjust=lora_pro and local.gate_penalty=0.5 each say how",
         ),
-        ({"gate_penalty": 0.0}, "local.gate_penalty is 0.0; a positive finite number is wanted"),
+        (
+            {"gate_penalty": 0.0},
+            "local.gate_penalty is 0.0; a positive finite number, or null, is wanted",
+        ),
         (
             {"optimiser": "lora_rite", "moments": "link"},
             "local.moments is link, but under local.optimiser=lora_rite moments mean nothing",

@@ -72,8 +72,11 @@ def test_failures_and_generations_are_shown(
     assert folder is not None
     shown = read_shown(folder)
     shown.rows[-1]["failures"] = [{"client": 3, "reason": "<b>no disk</b>"}]
+    for row, share in zip(shown.rows[-2:], (0.25, 0.5), strict=True):
+        row["metrics"] = {**row["metrics"], "exact_match": share}
     shown.rows[-1]["generations"] = [{"prompt": "2 + 2 =", "answer": "5", "wanted": "4"}]
     text = page_of([shown])
+    assert "exact match of answers" in text
     assert "&lt;b&gt;no disk&lt;/b&gt;" in text
     assert "<b>no disk</b>" not in text
     assert '<td class="text">2 + 2 =</td><td class="text">5</td><td class="text">4</td>' in text

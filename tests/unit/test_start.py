@@ -36,7 +36,7 @@ def run(start: Path | None, folder: Path | None = None, *, rounds: int = 0, **ke
     x, y = numbers(80)
     given = {"model": net(), "method": {"name": "fed_rac_lora", "rank": 2}} | keys
     return fedraclora.simulate(
-        "output.progress=false",
+        *("output.progress=false", *(["output.plots=false"] if folder else [])),
         data=[(x[k::4], y[k::4]) for k in range(4)],
         test=numbers(30, 9),
         rounds=rounds,
@@ -61,6 +61,7 @@ def plain_run(folder: Path | None, start: Path | None = None, **keys: Any):
     """Run by choices alone, so that its config is all that it takes."""
     return fedraclora.simulate(
         *("output.progress=false", "data=virtual", "data.held_out=50", "data.samples=20"),
+        *(["output.plots=false"] if folder else []),
         **{"model": {"name": "mlp", "hidden": [9]}, "clients": 5, "cohort": 5, "rounds": 2}
         | {"folder": folder, "start": None if start is None else str(start)}
         | keys,

@@ -22,9 +22,9 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.protocol.cohorts import draw_cohort
-from fedraclora.reference.client import batches
 from fedraclora.training.localconfig import LocalConfig
 from strategies.server.device_simulator import DeviceSimulator
+from tests.reference.client import batches
 
 PRESETS = list(groups()["system"])
 FLEET = SystemConfig(

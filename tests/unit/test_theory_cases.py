@@ -8,6 +8,7 @@ import torch
 from torch.func import functional_call
 
 from experiments.theory import counter_example as example
+from experiments.theory import noise_example as noise
 from experiments.theory.cases import SCALE, Case, all_cases
 from experiments.theory.config import TheoryConfig
 from experiments.theory.problems import MEASURES, PROBLEMS, WEIGHT, Problem, problem
@@ -224,6 +225,31 @@ def test_paths_that_diverge_are_counted() -> None:
     assert (found.seeds, found.diverged) == (3, 1)
     assert found.median == [2.0, 1.5, 0.7]
     assert (found.best, found.worst) == (0.5, np.inf)
+
+
+def test_a_basis_of_noisy_links_alone_ends_beside_the_optimum() -> None:
+    gaps = {m: noise.run(example.Trial(m, noise.SHARE, 30, 1)) for m in noise.METHODS}
+    kept = gaps.pop("kept, r = 1")
+    assert kept[30] == pytest.approx(kept[15], rel=1e-6)
+    assert kept[30] > 0.5
+    assert all(gap[30] < 0.05 for gap in gaps.values())
+
+
+def test_the_noise_of_the_example_has_mean_zero_and_no_loss() -> None:
+    task = noise.task()
+    data = task.train
+    assert isinstance(data, Partitioned)
+    W = torch_normal(generator(4, "test"), 3, 3)
+    output = functional_call(task.model, {WEIGHT: W}, (data.samples.inputs["x"],))
+    losses, _ = noise.loss(output, data.samples.target)
+    assert float(losses.mean()) == pytest.approx(noise.measure({WEIGHT: W})["gap"])
+    assert float(losses[0] - losses[1]) == pytest.approx(2 * noise.SIGMA * float(W[0, 0]))
+    assert noise.measure(start_of(task)) == {"gap": 1.0}
+
+
+def test_links_on_the_last_have_the_constants_of_both_sides() -> None:
+    c = next(c for c in all_cases() if c.kept_scale == "auto").spectrum()  # r = 4, k = 2; 6 x 12
+    assert (c.lambda_min, c.lambda_max) == pytest.approx((2 / 10, 4 / 6))
 
 
 # ---- Settings -----------------------------------------------------------------------------------

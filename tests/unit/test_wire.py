@@ -162,7 +162,7 @@ def test_a_downlink_without_numbers_comes_back() -> None:
     array = content["arrays"]
     assert isinstance(array, ArrayRecord)
     assert array["flat"].numpy().size == 0
-    assert payload_bytes(sent, K, 4) == 8
+    assert payload_bytes(sent, K, "float32") == 8
 
 
 def test_a_start_that_is_drawn_travels_as_a_seed() -> None:
@@ -176,14 +176,14 @@ def test_a_start_that_is_drawn_travels_as_a_seed() -> None:
     opening = start.opening()
     assert opening is not None
     assert torch.equal(opening, SPEC.draw())
-    assert payload_bytes(sent, K, 4) == 8
+    assert payload_bytes(sent, K, "float32") == 8
 
 
 def test_the_payload_counts_numbers_of_one_client_and_seeds() -> None:
     numbers = M * R + R * R + R * N + 3 + 2
-    assert payload_bytes(everything(), K, 4) == numbers * 4 + 8
-    assert payload_bytes(everything(), K, 8) == numbers * 8 + 8
-    assert payload_bytes(Downlink(), K, 8) == 0
+    assert payload_bytes(everything(), K, "float32") == numbers * 4 + 8
+    assert payload_bytes(everything(), K, "float64") == numbers * 8 + 8
+    assert payload_bytes(Downlink(), K, "float64") == 0
 
 
 def arrays_of(content: RecordDict) -> list[Any]:
@@ -196,7 +196,7 @@ def test_the_payload_is_the_arrays_of_a_message_to_one_client(place: int) -> Non
     request = replace(ORDER, clients=CLIENTS[place : place + 1], first=place)
     content = pack_downlink(everything(), request, "float64")
     numbers = sum(array.nbytes for array in arrays_of(content))
-    assert numbers + 8 == payload_bytes(everything(), K, 8)
+    assert numbers + 8 == payload_bytes(everything(), K, "float64")
 
 
 def test_what_a_cohort_shares_is_packed_and_read_once() -> None:

@@ -23,7 +23,7 @@ class Work:
 
     def __init__(self) -> None:
         settings = json.loads(Path(os.environ["BENCH_WORK"]).read_text())
-        self.paths = {k: settings[k] for k in ("data", "start", "final", "outcome")}
+        self.paths: dict[str, str] = settings["paths"]
         self.rounds: int = settings["rounds"]
         self.batch: int = settings["batch"]
         self.lr: float = settings["lr"]

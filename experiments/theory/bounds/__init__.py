@@ -1,8 +1,9 @@
 r"""Convergence bounds of chains of random projections, as functions of named constants.
 
 A round with sketches H (block diagonal over layers, ``H = H^2 = H^T``), drawn anew and
-independently of the past, moves the weights by ``-step H g``. Every theorem here is one
-inequality, with f the objective and t the round,
+independently of the past, moves the weights by ``-step H g``; where a part of H is known from the
+past, all holds given that past (`spectrum.beside_kept`). Every theorem here is one inequality, with
+f the objective and t the round,
 
     E f(W^{t+1}) <= E f(W^t) - progress E ||grad f(W^t)||^2 + error,                       (*)
 

@@ -6,9 +6,28 @@ from math import sqrt
 
 from experiments.theory.bounds.descent import ROUNDING, Descent, Given
 from fedraclora.errors import ConfigError
+from fedraclora.protocol.quantised import BLOCK, FULL, LEVELS
 
 
-def gd(given: Given, step: float) -> Descent:
+def rounding(uplink: str, downlink: str) -> float:
+    """Compute q: a change that is rounded on its way up and down has a mean square up to 1 + q.
+
+    Source: derived here (docs/theory.md, section 3).
+
+    Args:
+        uplink: How numbers go up, `fedraclora.protocol.quantised`.
+        downlink: How they go down.
+
+    Example:
+        >>> round(rounding("int8", "float32"), 5)
+        0.00198
+    """
+    added = {kind: BLOCK / levels**2 for kind, levels in LEVELS.items()}
+    added |= {"bfloat16": 2.0**-16, FULL: 0.0}
+    return (1 + added[uplink]) * (1 + added[downlink]) - 1
+
+
+def gd(given: Given, step: float, q: float = 0.0) -> Descent:
     """Bound projected gradient descent, ``W <- W - step H grad f(W)``.
 
     Source: Theorems 5.3 (non-convex) and 5.5 (PL) of arXiv 2410.08305, as secondary sources quote
@@ -18,16 +37,17 @@ def gd(given: Given, step: float) -> Descent:
     Args:
         given: L, gap, mu, lambda_min. The noise is ignored: there is none.
         step: gamma, in weight space.
+        q: Of `rounding`.
 
     Raises:
-        ConfigError: If the step is above 1 / L, or lambda_min is 0.
+        ConfigError: If the step is above 1 / ((1 + q) L), or lambda_min is 0.
     """
-    _check(given, step, 1 / given.smoothness)
+    _check(given, step, 1 / ((1 + q) * given.smoothness))
     source = "arXiv 2410.08305, Theorems 5.3 and 5.5"
     return Descent(step * given.lambda_min / 2, 0.0, given, source)
 
 
-def sgd(given: Given, step: float) -> Descent:
+def sgd(given: Given, step: float, q: float = 0.0) -> Descent:
     """Bound ``W <- W - step H g`` with an unbiased g whose noise is independent of H.
 
     Source: derived here (docs/theory.md, section 3); the paper has an SGD theorem, whose constants
@@ -36,12 +56,14 @@ def sgd(given: Given, step: float) -> Descent:
     Args:
         given: L, gap, mu, sigma_sq, lambda_min, lambda_max.
         step: gamma, in weight space.
+        q: Of `rounding`.
 
     Raises:
-        ConfigError: If the step is above 1 / L, or lambda_min is 0.
+        ConfigError: If the step is above 1 / ((1 + q) L), or lambda_min is 0.
     """
-    _check(given, step, 1 / given.smoothness)
-    error = given.smoothness * step**2 * given.lambda_max * given.sigma_sq / 2
+    smoothness = (1 + q) * given.smoothness
+    _check(given, step, 1 / smoothness)
+    error = smoothness * step**2 * given.lambda_max * given.sigma_sq / 2
     return Descent(step * given.lambda_min / 2, error, given, "derived here, section 3")
 
 

@@ -13,7 +13,6 @@ from typing import ClassVar
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.lowrank.dora import magnitudes
 from fedraclora.protocol.method import Adapter, Downlink
 from fedraclora.training.extra import Chunk, Hook, LocalExtra, When
 from fedraclora.tree import Tree
@@ -51,17 +50,11 @@ def with_prox(
         mu: Strength of the pull.
 
     Raises:
-        ConfigError: For a term of three factors that trains more than its middle one, R; and for
-            rows with magnitudes, whose weights are no sum of the base and a term.
+        ConfigError: For a term of three factors that trains more than its middle one, R.
 
     References:
         Li et al., *Federated optimization in heterogeneous networks*, arXiv 1812.06127.
     """
-    if magnitudes(downlink.adapters, downlink.dense):
-        raise ConfigError(
-            f"local.prox is {mu}, but under dora=true it is not defined: a weight is no sum of the "
-            "base and a low-rank term; set local.prox=0, or dora=false"
-        )
     out = dict(gradients)
     for name in downlink.dense:
         active = leaves[name].shape[0]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from typing_extensions import override
 
+from fedraclora.limits import NotNegative, Positive, choice_of
 from fedraclora.privacy.sample_level import SampleNoise
-from fedraclora.training.extra import LocalExtra
+from fedraclora.training.extra import LocalExtra, Scaling
 from fedraclora.training.extras.gates import Gates
 from fedraclora.training.extras.lora_rite import LoraRite
+from fedraclora.training.extras.magnitudes import Magnitudes
 from fedraclora.training.extras.pairs import ADJUSTMENTS, Adjustment, Precondition
 from fedraclora.training.extras.prox import Prox
 from fedraclora.training.extras.sample_level import SampleLevel
@@ -33,20 +33,16 @@ class LocalSettings(LocalConfig):
         gate_penalty: lambda of SoRA's gates (`fedraclora.training.extras.gates`), or None: none.
     """
 
-    dp: SampleNoise | None = None
-    prox: float = 0.0
-    precondition: bool = False
-    adjust: str = "none"
-    damping: float = 1e-6
-    gate_penalty: float | None = None
+    OPTIMISERS: ClassVar[tuple[str, ...]] = (*LocalConfig.OPTIMISERS, "lora_rite")
+    scalings: ClassVar[tuple[Scaling, ...]] = (Magnitudes(),)
 
-    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **LocalConfig.CHOICES,
-        "optimiser": (*LocalConfig.CHOICES["optimiser"], "lora_rite"),
-        "adjust": ("none", *ADJUSTMENTS),
-    }
-    POSITIVE: ClassVar[tuple[str, ...]] = (*LocalConfig.POSITIVE, "damping", "gate_penalty")
-    BELOW: ClassVar[Mapping[str, float]] = {**LocalConfig.BELOW, "prox": inf}
+    optimiser: Annotated[str, choice_of(OPTIMISERS)] = "sgd"
+    dp: SampleNoise | None = None
+    prox: NotNegative = 0.0
+    precondition: bool = False
+    adjust: Annotated[str, choice_of(("none", *ADJUSTMENTS))] = "none"
+    damping: Positive = 1e-6
+    gate_penalty: Positive | None = None
 
     @property
     @override

@@ -16,11 +16,10 @@ from torch.func import functional_call
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, loss_function
 from fedraclora.privacy.sample_level import answer_keys, seed_key
-from fedraclora.protocol.method import Downlink, Plan
-from fedraclora.protocol.rank_budgets import window
+from fedraclora.protocol.method import Adapter, Downlink, Plan
+from fedraclora.protocol.pool import fold_pools
+from fedraclora.protocol.rank_budgets import rank_axes, spans
 from fedraclora.protocol.recipes import RECIPES, GradientHook
-from fedraclora.reference.dp_sgd import set_noisy_gradients
-from fedraclora.reference.pairs import LocalGates, LocalRite, adjust_gradients
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
@@ -28,6 +27,8 @@ from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.vmapped import adapted_weights, effective_weights
 from fedraclora.tree import Tree
+from tests.reference.dp_sgd import set_noisy_gradients
+from tests.reference.pairs import LocalGates, LocalRite, adjust_gradients
 
 
 def train_one(
@@ -63,7 +64,7 @@ def train_one(
         The trained tensors, and the mean loss over the local steps.
     """
     starts, frozen = own_tensors(downlink, base, place)
-    values = starts
+    base, values = fold_pools(base, downlink.pools, plan)[0], starts
     own = None if downlink.ranks is None else downlink.ranks[place : place + 1]
     if own is not None:
         base, values, frozen = within_budget(base, downlink, plan, values, frozen, own)
@@ -74,13 +75,13 @@ def train_one(
     hook, sums = recipe.gradient(frozen, downlink.arguments, None), dict[str, torch.Tensor]()
     model, context = with_seeded_dropout(task.model, client, seed, round_)
     optimiser = make_optimiser(local, downlink, values, frozen, rate_scale)
-    start_weights = effective_weights(base, downlink, plan, values, frozen)
+    start_weights = effective_weights(base, downlink, plan, values, frozen, local.scalings)
     start_weights = {n: w.detach().clone() for n, w in start_weights.items()}
     clients, losses = torch.tensor([client]), []
     samples = task.train.gather(clients, torch.arange(int(task.train.sizes(clients)))[None])
     for step, rows in enumerate(batches(len(samples), client, local, seed, round_)):
         context.step, context.rows = step, len(rows)
-        weights = effective_weights(base, downlink, plan, values, frozen)
+        weights = effective_weights(base, downlink, plan, values, frozen, local.scalings)
         each, counts = sample_losses(model, weights, samples.take(rows), task.loss, precision)
         loss = each.sum() / counts.sum().clamp(min=1)
         losses.append(float(loss.detach()))
@@ -135,6 +136,17 @@ def part_of(
     if ranks is None or weight not in downlink.adapters:
         return ()
     return window(downlink.adapters[weight], label, shape, ranks)
+
+
+def window(
+    adapter: Adapter, label: str, shape: tuple[int, ...], ranks: torch.Tensor
+) -> tuple[slice, ...]:
+    """Return the part of a factor that one client has; ``ranks`` as in `spans`, with K = 1."""
+    cut = [slice(None)] * len(shape)
+    for axis in rank_axes(adapter, label):
+        first, end = spans(ranks, shape[axis])
+        cut[axis] = slice(int(first), int(end))
+    return tuple(cut)
 
 
 def within_budget(

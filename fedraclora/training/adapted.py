@@ -1,0 +1,149 @@
+"""A frozen linear layer with a low-rank term of each client, and its way back written out.
+
+    out_k = x_k W^T + b + s x_k (F_1 F_2 ...)_k^T
+
+Autograd would do the same, but copy: it adds in place on a view by copying the slope, adds the
+slopes of the two paths to x as whole tensors, and keeps a rounded copy of W for every use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from typing_extensions import override
+
+from fedraclora.training.packing import Places
+
+
+class Term(NamedTuple):
+    """How the low-rank term enters.
+
+    Attributes:
+        clients: In the batch, K.
+        scale: s.
+        places: Of the real tokens, where products with W leave padding out; else None.
+    """
+
+    clients: int
+    scale: float = 1.0
+    places: Places | None = None
+
+
+def times(x: torch.Tensor, factor: torch.Tensor, K: int) -> torch.Tensor:
+    """Apply a factor from the right: ``x @ factor.T`` per sample.
+
+    Args:
+        x: [K * b, ..., n].
+        factor: [r, n], shared, or [K, r, n].
+        K: Clients in the batch.
+
+    Returns:
+        [K * b, ..., r].
+    """
+    if factor.dim() == 2:
+        return F.linear(x, factor)
+    wide = torch.bmm(x.reshape(K, -1, x.shape[-1]), factor.mT)
+    return wide.reshape(*x.shape[:-1], factor.shape[1])
+
+
+def add_product(
+    out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, K: int, scale: float = 1.0
+) -> None:
+    """Add ``scale * x @ factor.T`` per sample to ``out``, in place; see `times`."""
+    if factor.dim() == 2:
+        rows = out.view(-1, out.shape[-1])
+        rows.addmm_(x.reshape(-1, x.shape[-1]), factor.mT, alpha=scale)
+    else:
+        wide = out.view(K, -1, out.shape[-1])
+        wide.baddbmm_(x.reshape(K, -1, x.shape[-1]), factor.mT, alpha=scale)
+
+
+def adapted_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    term: Term,
+    factors: list[torch.Tensor],
+) -> torch.Tensor:
+    """Apply the layer; padding, where it is known, has the low-rank term alone.
+
+    Args:
+        x: [K * b, ..., n].
+        weight: [m, n], in the precision of the products, which is also that of the result.
+        bias: [m], or None.
+        term: Of the batch.
+        factors: F_1, F_2, ..., each [., .] shared, or [K, ., .]; none: there is no such term.
+
+    Returns:
+        [K * b, ..., m].
+    """
+    # Some releases of torch type `apply` and some do not: with our own type both check alike.
+    apply: Callable[..., torch.Tensor] = _Adapted.apply
+    return apply(x, weight, bias, term, *factors)
+
+
+class _Adapted(torch.autograd.Function):
+    @override
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        term: Term,
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        K, scale, places = term
+        dtype = weight.dtype
+        x, factors = x.to(dtype), tuple(factor.to(dtype) for factor in factors)
+        bias = None if bias is None else bias.to(dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        if places is None:
+            out = F.linear(rows, weight, bias)
+        else:
+            out = places.spread(F.linear(places.pack(rows), weight, bias))
+        out = out.view(*x.shape[:-1], -1)
+        passed = [x]  # what each factor is applied to, the last of them first
+        for factor in reversed(factors[1:]):
+            passed.append(times(passed[-1], factor, K))
+        if factors:
+            add_product(out, passed[-1], factors[0], K, scale)
+        trained = ctx.needs_input_grad
+        if not (trained[1] or (factors and trained[-1])):
+            passed[0] = x.new_empty(0)  # the largest of them, and of no use
+        ctx.term, ctx.shape = term, x.shape
+        ctx.save_for_backward(weight, *factors, *passed)
+        return out
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        K, scale, places = ctx.term
+        to_x, to_weight, to_bias, _, *to_factors = ctx.needs_input_grad
+        weight, *saved = ctx.saved_tensors
+        factors, passed = saved[: len(to_factors)], saved[len(to_factors) :]
+        rows = slope.reshape(-1, slope.shape[-1])
+        of_x = of_weight = None
+        if to_x and places is None:
+            of_x = rows @ weight
+        elif to_x:
+            of_x = places.spread(places.pack(rows) @ weight)
+        if to_weight:
+            of_weight = rows.mT @ passed[0].reshape(len(rows), -1)
+        of_factors: list[torch.Tensor | None] = [None] * len(factors)
+        back = slope.reshape(K, -1, slope.shape[-1])
+        for i, factor in enumerate(factors):
+            alpha = scale if i == 0 else 1.0
+            if to_factors[i]:
+                given = passed[len(factors) - 1 - i].reshape(K, -1, factor.shape[-1])
+                of_factors[i] = (given.mT @ back).mul_(alpha).mT
+            if i < len(factors) - 1:
+                back = times(back, factor.mT, K).mul_(alpha)
+            elif of_x is not None:
+                add_product(of_x, back, factor.mT, K, alpha)
+        of_bias = rows.sum(dim=0) if to_bias else None
+        of_x = None if of_x is None else of_x.view(ctx.shape)
+        return of_x, of_weight, of_bias, None, *of_factors

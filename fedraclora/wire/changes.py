@@ -1,0 +1,143 @@
+"""What clients send in fewer bits: each row as the rounded change of where it started.
+
+    client k sends Q(x_k - x_0),  and the server reads  x_0 + Q(x_k - x_0)
+
+Both know the start x_0; of gradients it is zero. A change is short beside the weight that it
+changes, and so is what rounding adds to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+
+from fedraclora.errors import WireError
+from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.quantised import WIDTHS, decode, encode, packed_bytes
+from fedraclora.protocol.rank_budgets import uploaded_mask, uploaded_numbers
+from fedraclora.protocol.recipes import RECIPES
+from fedraclora.rng import generator
+from fedraclora.tree import Tree
+from fedraclora.wire.downlink import uplink_layout
+
+Part = tuple[slice | torch.Tensor, list[int]]  # which numbers of its row a client sends, by tensor
+
+
+@dataclass
+class Coded:
+    """Rows as they are sent, in the order of the clients.
+
+    Attributes:
+        codes: The bytes of each client, uint8.
+        errors: What rounding added to each change, relative to its norm.
+    """
+
+    codes: list[torch.Tensor] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Writes and reads the changes of clients.
+
+    Attributes:
+        kind: Of the numbers, one of `fedraclora.protocol.quantised.ROUNDED`.
+        sent: What was asked.
+        base: The weights that clients train from.
+        clients: For whom ``sent`` is, int64 [K], in ascending order.
+    """
+
+    kind: str
+    sent: Downlink
+    base: Tree
+    clients: torch.Tensor
+
+    def encode(self, rows: torch.Tensor, seed: int, round_: int, coded: Coded) -> torch.Tensor:
+        """Round the rows of all clients.
+
+        Args:
+            rows: What they trained, float64 [K, P].
+            seed: Of the run.
+            round_: From 1.
+            coded: Takes the bytes and the errors.
+
+        Returns:
+            The rows as the server will read them, float64 [K, P].
+        """
+        found = rows.clone()
+        starts, parts = self._starts(self.clients), _parts(self.sent, len(self.clients))
+        for client, row, start, (kept, sizes) in zip(
+            self.clients.tolist(), found, starts, parts, strict=True
+        ):
+            rng = generator(seed, "uplink", round_, self.sent.recipe, client)
+            change = row[kept] - start[kept]
+            coded.codes.append(encode(change, sizes, self.kind, rng))
+            back = decode(coded.codes[-1], sizes, self.kind)
+            row[kept] = start[kept] + back
+            error = (back - change).norm() / change.norm()
+            coded.errors.append(float(error) if error.isfinite() else 0.0)
+        return found
+
+    def decode(self, raw: torch.Tensor, clients: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Read the rows of some clients from their bytes, one client after another.
+
+        Args:
+            raw: uint8 [bytes].
+            clients: Their ids, int64 [k].
+            dtype: Of the rows.
+
+        Returns:
+            [k, P]; under rank budgets what is sent of the rows, one after another.
+
+        Raises:
+            WireError: If there are not as many bytes as these clients send.
+        """
+        places = torch.searchsorted(self.clients, clients)
+        parts = [*_parts(self.sent, len(self.clients))]
+        size = sum(int(packed_bytes(parts[i][1], self.kind)) for i in places.tolist())
+        if raw.dtype != torch.uint8 or tuple(raw.shape) != (size,):
+            raise WireError(
+                f"numbers of the kind {self.kind} came as {raw.dtype} of the shape "
+                f"{tuple(raw.shape)}; {size} bytes are wanted"
+            )
+        found, at = [torch.zeros(0, dtype=dtype)], 0
+        for i, start in zip(places.tolist(), self._starts(clients), strict=True):
+            kept, sizes = parts[i]
+            end = at + int(packed_bytes(sizes, self.kind))
+            change = decode(raw[at:end], sizes, self.kind)
+            found.append((start[kept] + change).to(dtype))
+            at = end
+        numbers = torch.cat(found)
+        whole = self.sent.ranks is None
+        return numbers.reshape(len(clients), uplink_layout(self.sent).size) if whole else numbers
+
+    def _starts(self, clients: torch.Tensor) -> torch.Tensor:
+        """Compute where these clients start, float64 [k, P]."""
+        layout, places = uplink_layout(self.sent), torch.searchsorted(self.clients, clients)
+        start = torch.zeros(layout.size, dtype=torch.float64)
+        if RECIPES[self.sent.recipe].steps:
+            start = opening_rows(self.sent, self.base, layout, places).double()
+        return start.expand(len(clients), layout.size)
+
+
+def uploaded_bytes(sent: Downlink, cohort: int, kind: str) -> torch.Tensor:
+    """Count the bytes of the numbers that each client of a cohort sends back, int64 [K]."""
+    if kind in WIDTHS:
+        return uploaded_numbers(sent, cohort) * WIDTHS[kind]
+    each = [packed_bytes(sizes, kind) for _, sizes in _parts(sent, cohort)]
+    return torch.tensor(each, dtype=torch.int64)
+
+
+def _parts(sent: Downlink, cohort: int) -> Iterator[Part]:
+    """Yield for each client which numbers of its row it sends, and how many of each tensor."""
+    sizes = [prod(slot.shape) for slot in sent.uploaded().values()]
+    masks = uploaded_mask(sent, torch.arange(cohort))
+    if masks is None:
+        yield from [(slice(None), sizes)] * cohort
+        return
+    for mask in masks:
+        yield mask, [int(part.sum()) for part in mask.split(sizes)]

@@ -1,0 +1,147 @@
+"""Subspace RAC-LoRA: Fed-RAC-LoRA whose frozen factor is taken from the links before it.
+
+Link j = 0, 1, ... lasts for ``resample_every`` rounds; even links are right, odd ones left. Per
+adapted matrix W (m x n), s = alpha / r, with k kept and f = r - k fresh rows, f = ceil(fresh r):
+
+    right: A = [c K; F], K the k leading right singular vectors of the last link's change of W,
+           F the rows of a drawing made orthonormal to K and to one another
+           client i: local steps on B_i from B;  B = sum_i p_i B_i;  last round: W <- W + s B A
+    left:  B = [c K, F] likewise, K of left singular vectors; clients train A
+
+Each link turns the basis by the gradient once: subspace iteration with a warm start, along the
+chain. The first link is drawn. With ``pairs`` all even links are: each pair is one randomised range
+finder. With ``fresh = 1`` these are Fed-RAC-LoRA's links, of both sides by turns.
+
+- Uplink: r m numbers per matrix and client in right links, r n in left ones. Downlink: a seed where
+  the frozen factor is drawn, else the factor: r n numbers in right links, r m in left ones; within
+  a link the trained factor, too; and what the client missed: r (m + n) numbers per link (a drawing
+  is a seed there, too), at most m n. The server computes the factor once and sends it. Singular
+  vectors that clients computed themselves would differ by rounding between machines, and a client
+  that catches up by whole weights holds no link to compute them from.
+- Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
+- Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
+- Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
+  gradient's energy that lies in its basis (`strategies.shared.past.energies`), for local SGD.
+- Server: one mean, per link and matrix two QRs, an SVD of an r x r matrix and a merge.
+- Source: Malinovsky et al., 2024, arXiv 2410.08305 (the chain); Vogels et al., *PowerSGD*, NeurIPS
+  2019, arXiv 1905.13727 (the iteration); Halko, Martinsson and Tropp, SIAM Review 53(2), 2011,
+  doi 10.1137/090771806 (pairs); He et al., *GoLore*, arXiv 2410.11289 (why a share stays random).
+- Departures: a method of this project, put together from these; no paper has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+from typing_extensions import override
+
+from fedraclora.errors import ConfigError, unknown
+from fedraclora.protocol.link import Link
+from fedraclora.protocol.method import Downlink, Plan, State, Traits
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.rng import generator
+from strategies.shared import past
+from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
+
+BASES = {"singular": past.leading, "coordinate": past.squared_lengths}
+
+
+@dataclass(frozen=True)
+class SubspaceRacLora(LayerMethod):
+    """Hyperparameters, beside those of `LowRank`.
+
+    Attributes:
+        basis: ``singular``, or ``coordinate``: rows are unit vectors, the k kept ones drawn without
+            replacement with chances as the squared length of their rows (columns) of the change.
+        resample_every: Rounds of a link.
+        fresh: Share of the rows that are drawn anew, in [0, 1].
+        pairs: Draw every even link whole.
+        kept_scale: c, the length of kept rows in (0, 1], where fresh ones have length 1; ``auto``:
+            (r / d)^(1/4) for rows of d numbers. ``local.precondition`` undoes it.
+    """
+
+    traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
+
+    basis: str = "singular"
+    resample_every: int = 2
+    fresh: float = 0.25
+    pairs: bool = False
+    kept_scale: float | str = "auto"
+
+    @override
+    def factors(self, layer: Layer, now: Round) -> Factors:
+        drawn, trained = past.sides(layer.link)
+        kind = "coordinate" if self.basis == "coordinate" else "orthonormal"
+        sketch = now.sketch(layer, drawn, kind, index=layer.link, normalise="rows")
+        if drawn not in layer.carried:
+            return {trained: layer.trained(trained), drawn: sketch}
+        kept = past.as_rows(layer.carried[drawn].to(torch.float64), drawn)
+        if self.basis == "coordinate":
+            clocks = generator(now.draw.seed, "kept", layer.name, layer.link)
+            uniform = torch.from_numpy(clocks.random(kept.shape[1]))
+            kept = past.chosen(kept[0], self.kept(layer.rank, layer.link), uniform)
+        rows = past.completed(kept, past.as_rows(sketch.draw(), drawn))
+        rows[: len(kept)] *= self.length(*rows.shape)
+        frozen = past.as_rows(rows, drawn).to(layer.dtype)
+        return {trained: layer.trained(trained), drawn: frozen}
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        trained = past.trained_side(replies.adapter)
+        if not layer.ends:
+            return LayerUpdate(carried=layer.carried | {trained: replies.mean(trained)})
+        # Of what is merged to the bit, as a client that holds the link could.
+        means = replies.means() | {trained: replies.mean(trained).to(layer.dtype)}
+        change, kept = (means["B"], means["A"]), self.kept(layer.rank, layer.link + 1)
+        carried = {trained: BASES[self.basis](change, trained, kept)} if kept else {}
+        return LayerUpdate(merged=change, carried=carried)  # W <- W + s B A
+
+    def kept(self, rank: int, link: int) -> int:
+        """Count the rows of a link that come from the one before it, k."""
+        whole = link == 0 or (self.pairs and link % 2 == 0)
+        return 0 if whole else rank - ceil(self.fresh * rank)
+
+    def length(self, rank: int, dim: int) -> float:
+        """Compute c, the length of kept rows of ``dim`` numbers."""
+        return (rank / dim) ** 0.25 if self.kept_scale == "auto" else float(self.kept_scale)
+
+    @override
+    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        after = super().close_round(state, sent, got)
+        terms, link = (after.link or Link()).terms, state.memo.sketch
+        kept = {name: self.kept(self.rank_of(state.plan, name), link) for name in terms}
+        return replace(after, report=after.report | past.report(terms, sent, kept))
+
+    @override
+    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
+        up, down = super().floats(plan, round_)
+        link = (round_ - 1) // self.resample_every
+        side = "BA".index(past.sides(link)[0])
+        frozen = [(self.rank_of(plan, n), view.shape[side]) for n, view in plan.targets.items()]
+        return up, down + sum(r * d for r, d in frozen if self.kept(r, link))
+
+    @property
+    @override
+    def link_rounds(self) -> int:
+        return self.resample_every
+
+    @override
+    def __post_init__(self) -> None:
+        """Reject impossible hyperparameters."""
+        super().__post_init__()
+        if self.basis not in BASES:
+            raise unknown("method.basis", self.basis, BASES)
+        if not self.resample_every or self.resample_every < 1:
+            raise ConfigError(
+                f"method.resample_every is {self.resample_every}; 1 or more rounds are wanted"
+            )
+        if not 0 <= self.fresh <= 1:
+            raise ConfigError(f"method.fresh is {self.fresh}; a share in [0, 1] is wanted")
+        if self.kept_scale != "auto" and not (
+            isinstance(self.kept_scale, float | int) and 0 < self.kept_scale <= 1
+        ):
+            raise ConfigError(
+                f"method.kept_scale is {self.kept_scale!r}; auto, or a number in (0, 1], is wanted"
+            )

@@ -1,0 +1,28 @@
+"""The method of a run with what its config puts around it: an allocation, DoRA."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fedraclora.allocation.synflow import flows
+from fedraclora.config.run_config import RunConfig
+from fedraclora.data.task import Task
+from fedraclora.protocol.method import Method
+from strategies.wrappers.allocated import allocated
+from strategies.wrappers.dora import Dora
+
+
+def method_of(config: RunConfig, task: Task | None = None) -> Method:
+    """Build the method of a run with what is put around it.
+
+    Args:
+        config: Of the run.
+        task: Whose model scores layers by SYNFLOW; not wanted where no round is opened.
+
+    Raises:
+        ConfigError: If they do not fit.
+    """
+    fixed = config.control_variates or config.server_optimiser.space == "factors"
+    flow = None if task is None else partial(flows, task.model, task.test)
+    method = allocated(config.method, config.allocation, flow, fixed=fixed)
+    return Dora(method) if config.dora else method

@@ -1,0 +1,175 @@
+"""Every method with numbers in fewer bits: bytes, replicas, and what is kept is what is sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, RecordDict
+from typing_extensions import override
+from worlds import (
+    RAGGED,
+    Played,
+    Run,
+    assert_equal_trees,
+    assert_updates_lead_on,
+    distance,
+    distinct,
+    is_personal,
+    make_method,
+    make_world,
+    mean_weights,
+    run,
+    stepped,
+)
+
+from fedraclora import wire
+from fedraclora.devices.distributions import Choice
+from fedraclora.devices.system import SystemConfig
+from fedraclora.errors import ConfigError
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.privacy.secagg import SecAgg
+from fedraclora.privacy.secret import Secret
+from fedraclora.protocol.method import Cohort, State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.sketch import SketchSpec
+from fedraclora.weights.chain import SEED_BYTES
+from fedraclora.wire import unpack_downlink
+from strategies.server.exchange import Exchange
+from strategies.server.round_step import CloseRound, RoundStep
+from strategies.steps.settings import RoundSettings
+
+COHORT, ROUNDS = 3, 3
+SHORT = {"fed_rac_lora", "fedavg", "fedavg_lora", "fedsa_lora", "fedsvd", "flora_stacking", "slora"}
+BITS = {"uplink": "int8", "downlink": "int4"}
+EXACT = [n for n in sorted(distinct()) if make_method(n).traits.exact and not is_personal((n, {}))]
+
+
+class Individuals(RoundStep):
+    """Looks at each client, so that no sums are made where they train."""
+
+    individuals = True
+
+
+def finished(name: str, **more: Any) -> Run:
+    more = {"rounds": ROUNDS, "cohort": COHORT} | more
+    return run(make_world(), make_method(name), RAGGED, **more)
+
+
+def array_bytes(content: RecordDict) -> int:
+    records = [r for r in content.values() if isinstance(r, ArrayRecord)]
+    return sum(r["flat"].numpy().nbytes for r in records)
+
+
+def seeds(content: RecordDict) -> int:
+    downlink, _ = unpack_downlink(content)
+    starts = [slot.start for slot in downlink.trained().values()]
+    return sum(isinstance(f, SketchSpec) for f in [*downlink.factors().values(), *starts])
+
+
+@pytest.mark.short(when=lambda name: name in SHORT)
+@pytest.mark.parametrize("name", sorted(distinct()))
+def test_bytes_are_those_of_messages_and_everyone_has_the_servers_bits(
+    name: str, tmp_path: Path
+) -> None:
+    done = finished(name, chunk=1, folder=tmp_path, **BITS)
+    asked, answered = done.worker.asked, done.worker.answered
+    down = sum(array_bytes(c) + SEED_BYTES * seeds(c) for c in asked)
+    assert sum(row["downlink_bytes"] for row in done.rows) == down
+    assert sum(row["uplink_bytes"] for row in done.rows) == sum(map(array_bytes, answered))
+    for row in done.rows:
+        assert 0 < row["rounding_up"] < 0.05
+        assert 0 < row["rounding_down"] < 0.9
+    assert_updates_lead_on(tmp_path)  # the chain, late joiners, and what they fetch
+    strategy = done.strategy
+    some = Cohort(torch.arange(2), torch.ones(2))
+    sent = strategy.method.open_round(strategy.state, ROUNDS + 1, some, strategy.draw)
+    again = strategy.rounding.sent(sent, ROUNDS + 1)
+    for key, factor in again.factors().items():
+        kept = strategy.state.carried.get(key)
+        start = factor if isinstance(factor, torch.Tensor) else getattr(factor, "start", None)
+        if kept is not None and isinstance(start, torch.Tensor) and start.shape == kept.shape:
+            assert torch.equal(start, kept)
+
+
+class Watched(RoundStep):
+    """Keeps the last round as the method closed it."""
+
+    individuals = True
+    played: Played
+
+    @override
+    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+        after = close(got)
+        self.played = Played(state, exchange.downlink, got, after)
+        return after
+
+
+@pytest.mark.short(when=lambda name: name in {"fed_rac_lora", "fedavg"})
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_exact_is_exact_of_what_was_sent(name: str) -> None:
+    """The mean of the clients' weights as they were sent; what goes down adds its own rounding."""
+    for downlink, most in (("float32", 1e-12), ("bfloat16", 0.02)):
+        watched = Watched()
+        done = finished(name, steps=[watched], uplink="int4", downlink=downlink).strategy
+        played, method = watched.played, done.method
+        old, reached = method.weights(played.before, done.draw), mean_weights(played)
+        wanted = stepped(method, played, reached, done.draw)
+        off = distance(method.weights(done.state, done.draw), wanted, list(old))
+        assert off <= most * distance(old, wanted, list(old))
+
+
+@pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg", "fedavg_lora"])
+def test_sums_of_clients_are_sums_of_what_they_send(name: str) -> None:
+    together = finished(name, chunk=COHORT, **BITS)
+    rows = finished(name, chunk=COHORT, steps=[Individuals()], **BITS)
+    assert_equal_trees(together.weights, rows.weights)
+    assert [r["rounding_up"] for r in together.rows] == [r["rounding_up"] for r in rows.rows]
+
+
+@pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg", "hetlora", "pool_rac_lora"])
+@pytest.mark.parametrize("bits", [BITS, {"uplink": "bfloat16", "downlink": "int8"}, {}])
+def test_messages_that_are_written_change_no_bit(
+    name: str, bits: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = finished(name, **bits)
+    for module in (wire.downlink, wire.reply):
+        monkeypatch.setattr(module, "unwritten", lambda _, write: RecordDict(write()))
+    written = finished(name, **bits)
+    assert_equal_trees(held.weights, written.weights)
+    for column in ("train_loss", "uplink_bytes", "downlink_bytes", "rounding_up"):
+        assert [r.get(column) for r in held.rows] == [r.get(column) for r in written.rows]
+
+
+@pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg_lora", "hetlora"])
+def test_a_run_that_goes_on_is_the_run(name: str, tmp_path: Path) -> None:
+    whole = finished(name, **BITS)
+    finished(name, rounds=2, folder=tmp_path, **BITS)
+    assert_equal_trees(finished(name, folder=tmp_path, resume=True, **BITS).weights, whole.weights)
+
+
+def test_budgets_cut_what_is_rounded() -> None:
+    system = SystemConfig(rank_budget=Choice([0.34, 1.0]))
+    rows = finished("fed_rac_lora", system=system, chunk=1, **BITS)
+    sent = sum(map(array_bytes, rows.worker.answered))
+    assert sent == sum(row["uplink_bytes"] for row in rows.rows)
+    assert sent < sum(r["uplink_bytes"] for r in finished("fed_rac_lora", **BITS).rows)
+
+
+@pytest.mark.slow
+def test_noise_is_rounded_and_its_rounding_not_told() -> None:
+    level = ClientLevel(clip=0.05, noise_multiplier=0.5, delta=1e-3)
+    private = RoundSettings(privacy=level, secret=Secret(bytes(range(32))))
+    done = finished("fed_rac_lora", rounds=1, treatment=private, weights="uniform", **BITS)
+    assert {row.get("rounding_up") for row in done.rows} == {None}
+    assert all(row["rounding_down"] > 0 for row in done.rows)
+
+
+def test_a_secure_sum_has_steps_of_its_own() -> None:
+    secure = RoundSettings(security=SecAgg(clip=1.0, max_weight=9))
+    with pytest.raises(ConfigError, match=r"secure=secagg does not go with wire.uplink in fewer"):
+        finished("fed_rac_lora", treatment=secure, cohort=5, **BITS)
+    done = finished("fed_rac_lora", treatment=secure, cohort=5, downlink="int8")
+    assert done.rows[-1]["rounding_down"] > 0
