@@ -191,6 +191,7 @@ def pretend_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCard]:
     for kind in ("flash", "mem_efficient", "cudnn"):  # the CPU's kernels heed them, too
         monkeypatch.setattr(torch.backends.cuda, f"enable_{kind}_sdp", lambda enabled: None)
     autocast, make, count = torch.autocast, torch.nn.Parameter.__new__, LiveTensors.__init__
+    is_enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
 
     def stays(kind: Any, data: Any = None, requires_grad: bool = True) -> torch.Tensor:
         made = make(kind, data, requires_grad)
@@ -200,6 +201,8 @@ def pretend_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCard]:
         count(self, HOST)  # below this mode everything is where it really is
 
     monkeypatch.setattr(torch, "autocast", lambda _, *a, **k: autocast("cpu", *a, **k))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: is_enabled("cpu"))
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: dtype_of("cpu"))
     monkeypatch.setattr(torch.nn.Parameter, "__new__", stays)
     monkeypatch.setattr(LiveTensors, "__init__", counts)
     with PretendCard() as card:
