@@ -147,12 +147,13 @@ class Worker:
         index, request, base = torch.tensor(places), job.request, job.base
         whole = len(places) == len(request.clients)
         part = job.downlink if whole else job.downlink.select(index)
+        clients = request.clients if whole else request.clients[index]
         result, failure, starved = None, "", False
         try:
             result = self.trainer.train(
                 base,
                 part,
-                request.clients[index],
+                clients,
                 round_=request.round_,
                 rate_scale=request.rate_scale,
                 moments={n: t[index] for n, t in job.moments.items()},
@@ -169,11 +170,11 @@ class Worker:
             if request.clip is not None:  # first: what clients keep is what they send
                 result = sending(partial(shortened, bound=request.clip), result, part, base)
             if job.coded is not None:
-                changes = Changes(request.uplink, part, base, request.clients[index])
+                changes = Changes(request.uplink, part, base, clients)
                 to = (self.trainer.seed, request.round_, job.coded)
                 result = sending(lambda rows, _: changes.encode(rows, *to), result, part, base)
             if not job.hidden:
-                keep(self.store, part, request, request.clients[index], result, base, local)
+                keep(self.store, part, request, clients, result, base, local)
             for extra in local.extras:
                 result = extra.sent(result)
             job.places += places

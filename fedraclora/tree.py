@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from math import prod
 
@@ -21,6 +22,7 @@ from fedraclora.narrow_weight import split
 Tree = dict[str, torch.Tensor]
 
 
+@cache
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Give the precision of what is trained beside weights of some precision: float32 or wider.
 

@@ -237,12 +237,13 @@ class FedStrategy(EvaluatesItself):
         after = self._next(exchange, got)
         while names := overflowing(after, self.state):
             what = f"the merged weights are too large ({', '.join(names[:3])})"
-            if not raw.has_individuals or not self.divisible:
+            found = largest(raw, self._setting()) if raw.has_individuals else exchange.longest
+            if found is None or not self.divisible:
                 raise ClientError(
                     f"round {exchange.round_}: {what}, after updates of clients "
                     f"{raw.clients.tolist()}; lower local.lr or set local.clip"
                 )
-            client, norm = largest(raw, self._setting())
+            client, norm = found
             reason = f"{what}, and its update is the largest, of norm {norm:.3g}"
             raw = exchange.without(raw, client, reason)
             after = self._next(exchange, self._treated(raw))

@@ -89,7 +89,7 @@ class SystemConfig(Limited, group="system"):
     @property
     def enabled(self) -> bool:
         """Return whether anything differs from a fleet of ideal devices."""
-        return self != SystemConfig()
+        return self != IDEAL
 
     @property
     def timed(self) -> bool:
@@ -223,3 +223,6 @@ class SystemConfig(Limited, group="system"):
     ) -> torch.Tensor:
         """What clients keep for the whole run, float64 [K]."""
         return of.quantile(cohort_uniforms(hash_key(seed, f"system/{name}"), clients))
+
+
+IDEAL = SystemConfig()

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -37,10 +37,10 @@ class InProcessGrid(LocalGrid):
         )
 
     @override
-    def answer(self, messages: list[Message], timeout: float | None) -> list[Message]:
+    def answer(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
         del timeout  # a client that hangs in this process hangs the process
-        replies = [self._one(message) for message in messages]
-        return replies if self.arrange is None else self.arrange(replies)
+        replies = map(self._one, messages)  # each is read before the next is asked for
+        return replies if self.arrange is None else self.arrange([*replies])
 
     def _one(self, message: Message) -> Message:
         try:

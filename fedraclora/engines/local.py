@@ -92,7 +92,7 @@ class LocalGrid(MessageGrid):
         self._run: Run | None = None
 
     @abstractmethod
-    def answer(self, messages: list[Message], timeout: float | None) -> list[Message]:
+    def answer(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
         """Answer messages, each with its id set.
 
         Args:

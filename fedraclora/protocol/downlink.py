@@ -7,8 +7,9 @@ the cohort or one per client (a leading axis K).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -99,8 +100,12 @@ class Downlink:
     extras: dict[str, Tree] = field(default_factory=dict)
     pools: dict[str, Pool] = field(default_factory=dict)
 
-    def factors(self) -> dict[str, Factor]:
+    def factors(self) -> Mapping[str, Factor]:
         """All factors of all adapters, by ``"<weight>/<label>"``."""
+        return self._factors
+
+    @cached_property  # asked for some thirty times in a round
+    def _factors(self) -> Mapping[str, Factor]:
         return {
             f"{weight}/{label}": factor
             for weight, adapter in self.adapters.items()
@@ -116,20 +121,43 @@ class Downlink:
         dense = {name: change(name, slot) for name, slot in self.dense.items()}
         return replace(self, adapters=adapters, dense=dense)  # type: ignore[arg-type]
 
-    def trained(self) -> dict[str, Trained]:
+    def to(self, dtype: torch.dtype) -> Downlink:
+        """Convert what is sent to how it travels: on the CPU, in one precision."""
+
+        def changed(name: str, factor: Factor) -> Factor:
+            del name
+            if isinstance(factor, torch.Tensor):
+                return factor.to("cpu", dtype)
+            if isinstance(factor, Trained) and isinstance(factor.start, torch.Tensor):
+                return replace(factor, start=factor.start.to("cpu", dtype))
+            return factor
+
+        trees = self.extras.items()
+        extras = {e: {n: t.to("cpu", dtype) for n, t in tree.items()} for e, tree in trees}
+        return replace(self.mapped(changed), extras=extras)
+
+    def trained(self) -> Mapping[str, Trained]:
         """Everything that clients train, by its name on the uplink, in packing order."""
+        return self._trained
+
+    @cached_property
+    def _trained(self) -> Mapping[str, Trained]:
         factors = self.factors().items()
         return {name: f for name, f in factors if isinstance(f, Trained)} | self.dense
 
-    def uploaded(self) -> dict[str, Trained]:
+    def uploaded(self) -> Mapping[str, Trained]:
         """What clients send back, in packing order."""
+        return self._uploaded
+
+    @cached_property
+    def _uploaded(self) -> Mapping[str, Trained]:
         return {name: slot for name, slot in self.trained().items() if slot.upload}
 
-    @property
+    @cached_property
     def apart(self) -> bool:
         """Return whether numbers at one place of two uplinks may mean different things."""
         local = {n for n, slot in self.trained().items() if not slot.upload}
-        factors = (self.factors() | self.dense).items()
+        factors = (*self.factors().items(), *self.dense.items())
         return self.ranks is not None or any(differs(f) for n, f in factors if n not in local)
 
     def select(self, places: torch.Tensor) -> Downlink:

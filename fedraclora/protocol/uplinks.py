@@ -41,21 +41,20 @@ def block_sums(
     """
     K, P = stacked.shape
     last = K - 1 if places is None else int(places[-1]) if K else -1
-    sums = torch.zeros(last // SUM_BLOCK + 1, P, dtype=torch.float64, device=stacked.device)
+    blocks = last // SUM_BLOCK + 1
+    height = max(1, min(last + 1, SUM_BLOCK))
+    sums = torch.zeros(blocks, P, dtype=torch.float64, device=stacked.device)
     column = weights.to(stacked.device, torch.float64)[:, None]
-    whole = last + 1 == K
-    for start in range(0, P, step := max(1, AT_ONCE // max(1, K))):
-        part, out = (
-            stacked[:, start : start + step].double() * column,
-            sums[:, start : start + step],
-        )
-        for place in range(min(SUM_BLOCK, last + 1)):
-            if whole:
-                rows = part[place::SUM_BLOCK]
-                out[: rows.shape[0]] += rows
-            elif places is not None:
-                found = torch.nonzero(places % SUM_BLOCK == place).flatten()
-                out[places[found] // SUM_BLOCK] += part[found]
+    for start in range(0, P if K else 0, step := max(1, AT_ONCE // (height * max(1, blocks)))):
+        part, out = stacked[:, start : start + step].double(), sums[:, start : start + step]
+        # A place where nobody is adds zero, which changes no bit of a sum that began at zero.
+        room = out.new_zeros(blocks * height, out.shape[1])
+        if last + 1 == K or places is None:
+            torch.mul(part, column, out=room[:K])
+        else:
+            room[places.to(room.device)] = part * column
+        for rows in room.view(blocks, height, -1).unbind(1):
+            out += rows
     return sums
 
 
@@ -64,6 +63,53 @@ def weighted_sum(
 ) -> torch.Tensor:
     """Compute ``sum_k weights[k] * stacked[k]`` in float64 [P]; arguments as in `block_sums`."""
     return sum_blocks(block_sums(stacked, weights, places))
+
+
+class RunningSum:
+    """Computes `weighted_sum` of rows that come one after another, and keeps none of them.
+
+    Args:
+        size: Numbers of a row.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.total = torch.zeros(size, dtype=torch.float64)
+        self.block, self.number = torch.zeros_like(self.total), 0
+        self.room = torch.empty(AT_ONCE, dtype=torch.float64)  # fresh memory costs more than sums
+
+    def add(self, stacked: torch.Tensor, weights: torch.Tensor, places: torch.Tensor) -> None:
+        """Add rows; arguments as in `block_sums`, with places behind those that were added."""
+        blocks, counts = torch.unique_consecutive(places // SUM_BLOCK, return_counts=True)
+        parts = zip(stacked.split(counts.tolist()), weights.split(counts.tolist()), strict=True)
+        for number, (rows, column) in zip(blocks.tolist(), parts, strict=True):
+            if number != self.number:
+                self.add_blocks(self.block[None])
+                self.block.zero_()
+                self.number = number
+            self._add(rows, column)
+
+    def _add(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add rows to the block, a few numbers of them at a time: they stay in the cache."""
+        # Products of 24 and 29 bits are exact in float64: whether one or two steps round is one.
+        whole = bool(((weights == weights.round()) & (weights < 1 << 29)).all())
+        at_once, factors = rows.dtype == torch.float32 and whole, weights.tolist()
+        for start in range(0, rows.shape[1], AT_ONCE):
+            out = self.block[start : start + AT_ONCE]
+            for row, weight in zip(rows[:, start : start + AT_ONCE], factors, strict=True):
+                if at_once:
+                    out.add_(row, alpha=weight)
+                else:
+                    out += self.room[: len(row)].copy_(row).mul_(weight)
+
+    def add_blocks(self, sums: torch.Tensor) -> None:
+        """Add sums of blocks [B, P], float64, whose places are behind those that were added."""
+        for block in sums:
+            self.total += block
+
+    def value(self) -> torch.Tensor:
+        """Return the sum, float64 [P]; nothing is added after it."""
+        self.total += self.block
+        return self.total
 
 
 def sum_blocks(blocks: torch.Tensor) -> torch.Tensor:
@@ -196,12 +242,11 @@ def check_rows(
         One refusal per client that fails; empty if all pass.
     """
     fine = computable(stacked).cpu()
-    refused = []
-    for k in (
-        torch.nonzero(~(fine & torch.isfinite(losses) & torch.isfinite(weights) & (weights > 0)))
-        .flatten()
-        .tolist()
-    ):
+    passed = fine & torch.isfinite(losses) & torch.isfinite(weights) & (weights > 0)
+    refused: list[Refusal] = []
+    if bool(passed.all()):
+        return refused
+    for k in torch.nonzero(~passed).flatten().tolist():
         if not torch.isfinite(losses[k]):
             reason = f"its training loss is {float(losses[k])}; lower local.lr or set local.clip"
         elif not fine[k]:

@@ -76,11 +76,13 @@ class Ledger:
                 f"got {round_!r}; to write a round again, cut the ledger first"
             )
         plain = {str(key): _plain(value, str(key)) for key, value in row.items()}
-        seal = _seal(self.seal(), plain)
+        text = json.dumps(plain, allow_nan=False)
+        seal = _seal(self.seal(), text)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.parent.is_dir():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             with named(self.path), self.path.open("ab") as file:
-                file.write(_line(plain, seal))
+                file.write(_line(text, seal))
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
@@ -106,7 +108,7 @@ class Ledger:
     def _rewrite(self) -> None:
         if self.path is not None:
             with replacing(self.path) as partial:
-                lines = map(_line, self.rows, seals(self.rows))
+                lines = map(_line, map(json.dumps, self.rows), seals(self.rows))
                 partial.write_bytes(b"".join(lines))
 
     def _where(self) -> str:
@@ -145,7 +147,7 @@ def seals(rows: Iterable[Mapping[str, object]]) -> Iterator[str]:
     """Compute the digest at each row: of all its columns, and of all rows before."""
     before = ""
     for row in rows:
-        before = _seal(before, row)
+        before = _seal(before, json.dumps(row))
         yield before
 
 
@@ -207,7 +209,7 @@ def _parse(data: bytes, path: Path) -> list[Row]:
             if not isinstance(row, dict) or _round(row) < least:
                 raise ValueError(f"a row must be a mapping with a round from {least} on")
             claimed = row.pop(_SEAL, None)
-            seal = _seal(seal, row)
+            seal = _seal(seal, json.dumps(row))
             if claimed != seal and (claimed is not None or sealed):
                 raise ValueError("its digest does not fit, or a row before it is gone")
             sealed = claimed is not None
@@ -227,12 +229,13 @@ def _round(row: Mapping[str, object]) -> int:
     return value if isinstance(value, int) else -1
 
 
-def _line(row: Row, seal: str) -> bytes:
-    return json.dumps({**row, _SEAL: seal}, allow_nan=False).encode() + b"\n"
+def _line(text: str, seal: str) -> bytes:
+    """Write the JSON of a row, which has a round at least, and its digest behind it."""
+    return f'{text[:-1]}, "{_SEAL}": "{seal}"}}\n'.encode()
 
 
-def _seal(before: str, row: Mapping[str, object]) -> str:
-    return hashlib.sha256(f"{before}|{json.dumps(row)}".encode()).hexdigest()
+def _seal(before: str, text: str) -> str:
+    return hashlib.sha256(f"{before}|{text}".encode()).hexdigest()
 
 
 def _plain(value: object, where: str) -> object:

@@ -19,7 +19,7 @@ from fedraclora.protocol.link import Link, apply_link, matrices
 from fedraclora.protocol.method import Downlink, Plan
 from fedraclora.protocol.pool import Pool, Terms, fold_pools, parameters
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
-from fedraclora.protocol.recipes import RECIPES
+from fedraclora.protocol.recipes import RECIPES, keep_gradient
 from fedraclora.rng import hash_key
 from fedraclora.training.extra import Hook, Optimiser, When
 from fedraclora.training.gradients import clip_per_client, correcting, written_out_gradients
@@ -107,22 +107,24 @@ class CohortTrainer:
         plain = (CohortOptimiser if steps else GradientMean)(self.local, values, rates, carried)
         own = (extra.optimiser(chunk, rates) for extra in self.local.extras if steps)
         optimiser: Optimiser = next(filter(None, own), plain)
+        if chunk.network is not None and not hooks and optimiser is plain and plain.is_plain:
+            chunk.network.descend(rates)
         losses = torch.zeros(len(order), dtype=torch.float64, device=self.device)
-        lengths = self.data.lengths(clients.to(self.device), schedule.positions)
+        lengths = self.data.lengths(chunk.clients, schedule.positions)
         try:
             for step, batch in enumerate(schedule.plan(lengths)):
                 losses[: batch.active] += self._step(chunk, step, batch, optimiser, hooks)
         finally:
             chunk.program.context.clear()
         if isinstance(optimiser, GradientMean):
-            values = optimiser.means(schedule.steps[order])
-        back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)).to(order))
+            values = optimiser.means(schedule.steps)
+        moments = optimiser.moments(schedule.steps)
         return LocalResult(
-            trained={name: value[back] for name, value in values.items()},
-            losses=(losses[back] / schedule.steps.clamp(min=1)).cpu(),
-            steps=schedule.steps.cpu(),
-            samples=chunk.sizes.cpu(),
-            moments={n: t[back] for n, t in optimiser.moments(schedule.steps[order]).items()},
+            trained={name: chunk.as_asked(value) for name, value in values.items()},
+            losses=chunk.as_asked(losses / schedule.steps.clamp(min=1)).cpu(),
+            steps=chunk.as_asked(schedule.steps).cpu(),
+            samples=chunk.as_asked(chunk.sizes).cpu(),
+            moments={n: chunk.as_asked(t) for n, t in moments.items()},
         )
 
     def open(
@@ -133,8 +135,11 @@ class CohortTrainer:
         sizes = self.data.sizes(clients)
         key = hash_key(self.seed, "shuffle", round_)
         schedule = Schedule.of(clients, sizes, self.local, key)
-        order = torch.argsort(schedule.steps, descending=True, stable=True)
         base, narrow = self._with_pools(base, downlink)
+        order, back = torch.argsort(schedule.steps, descending=True, stable=True), None
+        if not torch.equal(order, places := torch.arange(len(order)).to(order)):
+            back = torch.empty_like(order).index_copy_(0, order, places)
+            clients, sizes, schedule = clients[order], sizes[order], schedule.select(order)
         values, starts, frozen = materialise(downlink, base, order)
         program = self._program(downlink, base)
         if narrow and not program.folded:  # there weights are dense all the same
@@ -150,7 +155,7 @@ class CohortTrainer:
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
         return OpenChunk(
             downlink=downlink,
-            clients=clients[order],
+            clients=clients,
             seed=self.seed,
             round_=round_,
             key=self.answer_key,
@@ -163,6 +168,7 @@ class CohortTrainer:
             schedule=schedule,
             sizes=sizes,
             order=order,
+            back=back,
             network=program.network(downlink, frozen) if plain else None,
         )
 
@@ -175,7 +181,8 @@ class CohortTrainer:
             correct = correcting(downlink, chunk.order)
             found.append((When.RECIPE, lambda gradients, _: correct(gradients)))
         follow = recipe.gradient(chunk.frozen, downlink.arguments, chunk.ranks)
-        found.append((When.RECIPE, lambda gradients, _: follow(gradients)))
+        if follow is not keep_gradient:
+            found.append((When.RECIPE, lambda gradients, _: follow(gradients)))
         if masks:
             found.append((When.BUDGET, lambda gradients, _: cut_gradients(gradients, masks)))
         if largest is not None and recipe.steps:
@@ -188,7 +195,8 @@ class CohortTrainer:
         self, chunk: OpenChunk, step: int, batch: Batch, optimiser: Optimiser, hooks: list[Hook]
     ) -> torch.Tensor:
         """Take one local step of the clients that still train; give their losses, [active]."""
-        leaves, network = chunk.leaves(batch.active), chunk.network
+        network = chunk.network
+        leaves = chunk.leaves(batch.active) if network is None else chunk.trained(batch.active)
         if self.former is not None:
             run = partial(self._forward, chunk, step, batch)
             loss, gradients = self.former.gradients(chunk, run, batch.active, batch.width, step)

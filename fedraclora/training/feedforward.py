@@ -7,6 +7,8 @@ does not fit in here is left to autograd, with the same result but for rounding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -14,6 +16,8 @@ from fedraclora.data.task import SLOPES, Task
 from fedraclora.protocol.method import Downlink
 from fedraclora.training.stages import ACTIVATIONS, SHAPES, Flatten, Linear, Stage
 from fedraclora.tree import Tree
+
+LARGE, ALIGNED = 1 << 20, 64  # bytes of a weight that fills a core's own cache; of a vector
 
 
 def written_out(task: Task, downlink: Downlink) -> bool:
@@ -49,6 +53,7 @@ class FeedForward:
 
     def __init__(self, model: nn.Module, downlink: Downlink, base: Tree, frozen: Tree) -> None:
         self.stages: list[Stage] = []
+        self.at_once = 0  # bytes of a client's gradients that are never there all together
         for name, module in model.named_children():
             if isinstance(module, nn.Linear):
                 self.stages.append(Linear(name, downlink, base, frozen))
@@ -60,6 +65,22 @@ class FeedForward:
         names = [name for name, _ in model.named_children()]
         # Nothing before the first layer that is trained has gradients.
         self.first = min(names.index(name) for name in trained)
+
+    def descend(self, rates: Mapping[str, float]) -> None:
+        """Have large weights take the steps of plain SGD as soon as their gradients are there.
+
+        All gradients of a chunk at once would be as large as what it trains. A product has the
+        same bits alone and in a batch where it begins at the same alignment.
+
+        Args:
+            rates: Step size of each trained tensor.
+        """
+        for stage in self.stages:
+            if isinstance(stage, Linear) and stage.weight_name in rates:
+                size = stage.base.nbytes
+                if size >= LARGE and not size % ALIGNED:
+                    stage.rate = rates[stage.weight_name]
+                    self.at_once += size
 
     def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
         """Map [K * b, ...] to [K * b, outputs].

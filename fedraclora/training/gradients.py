@@ -18,6 +18,8 @@ def written_out_gradients(
 ) -> tuple[torch.Tensor, Tree]:
     """Compute mean losses, [active], and gradients, [active, ...] by name, without autograd.
 
+    Those of weights that take their steps in here (`FeedForward.descend`) are left out.
+
     Args:
         network: Of the chunk.
         task: Its loss and client data.
@@ -34,7 +36,7 @@ def written_out_gradients(
         share = share / share.sum(dim=1, keepdim=True)
         gradients = network.backward(slope.mul_(share.reshape(-1, 1)))
         loss = (losses.reshape(share.shape) * share).sum(dim=1)
-    return loss, {n: gradients[n] for n in leaves}
+    return loss, {n: gradients[n] for n in leaves if n in gradients}
 
 
 def clip_per_client(gradients: Tree, largest: float) -> Tree:

@@ -178,6 +178,7 @@ def measure(
         torch.Size(s.shape).numel() * trainer.dtype.itemsize for s in downlink.trained().values()
     )
     trained = two.resident - one.resident + (1 + len(moment_kinds(trainer.local))) * own
+    trained -= one.at_once
     # Each stretch by itself: where what is shared makes the peak, it hides what a client adds.
     client = max(four.laid_out - three.laid_out, two.live.peak - one.live.peak, trained)
     return MemoryModel(
@@ -215,18 +216,20 @@ class Probe(CohortTrainer):
         live: Counts; to be entered around `train`. Its peak is that of the steps.
         laid_out: The peak before the first step.
         resident: Bytes that live before the first step.
+        at_once: Bytes of gradients that never live beside what is trained (`FeedForward.descend`).
     """
 
     def __init__(self, trainer: CohortTrainer, length: int | None, *, steps: bool = True) -> None:
         vars(self).update(vars(trainer))
         self.length, self.steps = length, steps
         self.live = LiveTensors(trainer.device)
-        self.laid_out = self.resident = 0
+        self.laid_out = self.resident = self.at_once = 0
 
     @override
     def _step(self, chunk: OpenChunk, step: int, batch: Batch, *rest: Any) -> torch.Tensor:
         self.laid_out, self.resident = self.live.peak, self.live.now
         self.live.peak = self.live.now
+        self.at_once = 0 if chunk.network is None else chunk.network.at_once
         for _ in range(min(2, int(chunk.schedule.steps.max())) if self.steps else 0):
             # The same batch twice: none is wider.
             full = Batch(batch.active, batch.width, self.length or batch.length)

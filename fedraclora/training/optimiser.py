@@ -40,6 +40,13 @@ class CohortOptimiser:
             alike = bool((steps == steps[0]).all())
             self.count, self.before = (int(steps[0]), None) if alike else (0, steps)
 
+    @property
+    def is_plain(self) -> bool:
+        """Return whether a step is the gradient times its rate, and nothing else."""
+        return self.config.optimiser == "sgd" and not (
+            self.config.momentum or self.config.weight_decay
+        )
+
     def _of_kind(self, kind: str) -> Tree:
         prefix = f"moments/{kind}/"
         return {n.removeprefix(prefix): t for n, t in self.stored.items() if n.startswith(prefix)}

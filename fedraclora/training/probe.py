@@ -18,6 +18,11 @@ from fedraclora.tree import Tree
 class GradientMean(CohortOptimiser):
     """In the place of an optimiser: sums gradients where that would take steps."""
 
+    @property
+    @override
+    def is_plain(self) -> bool:
+        return False
+
     @override
     def step(self, gradients: Tree) -> None:
         self.count += 1

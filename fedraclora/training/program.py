@@ -142,9 +142,10 @@ class OpenChunk(Chunk):
 
     Attributes:
         program: The rewritten model.
-        schedule: Which sample each client sees when, in the order in which they were asked.
-        sizes: Samples of each client, in that order, int64 [K].
+        schedule: Which sample each client sees when.
+        sizes: Samples of each client, int64 [K].
         order: Places among those that were asked, int64 [K]: those still training are a prefix.
+        back: The places of those that were asked in this order; None where it is the same.
         network: The network with its gradients written out, where it is plain enough.
     """
 
@@ -152,11 +153,22 @@ class OpenChunk(Chunk):
     schedule: Schedule
     sizes: torch.Tensor
     order: torch.Tensor
+    back: torch.Tensor | None
     network: FeedForward | None
 
+    def trained(self, active: int) -> Tree:
+        """Return what the first ``active`` clients train, [active, ...]: views."""
+        if active == len(self.clients):
+            return self.values
+        return {n: v[:active] for n, v in self.values.items()}
+
     def leaves(self, active: int) -> Tree:
-        """Return what the first ``active`` clients train, as leaves of a new graph."""
-        return {n: v[:active].detach().requires_grad_() for n, v in self.values.items()}
+        """Return the same as leaves of a new graph."""
+        return {n: v.detach().requires_grad_() for n, v in self.trained(active).items()}
+
+    def as_asked(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Bring [K, ...] into the order in which the clients were asked."""
+        return tensor if self.back is None else tensor[self.back]
 
     def samples(self, data: ClientData, step: int, batch: Batch) -> tuple[Samples, torch.Tensor]:
         """Select the samples of a step, client after client, and which of them count.
@@ -171,12 +183,11 @@ class OpenChunk(Chunk):
         """
         schedule, context = self.schedule, self.program.context
         active, width, length, real = batch
-        rows = self.order[:active]
         context.active, context.clients, context.step = active, self.clients[:active], step
-        whole = data.gather(context.clients, schedule.positions[rows, step, :width])
+        whole = data.gather(context.clients, schedule.positions[:active, step, :width])
         samples = whole.trim(length)
         context.tokens, context.padded = samples.padded, whole.padded
-        valid = schedule.valid[rows, step, :width]
+        valid = schedule.valid[:active, step, :width]
         context.places = real_tokens(samples, valid, real)
         return samples, valid
 

@@ -35,6 +35,10 @@ class Schedule:
     valid: torch.Tensor
     steps: torch.Tensor  # int64 [K]
 
+    def select(self, order: torch.Tensor) -> Schedule:
+        """Take the clients at these places, int64, in their order."""
+        return Schedule(self.positions[order], self.valid[order], self.steps[order])
+
     def plan(self, lengths: torch.Tensor | None) -> list[Batch]:
         """Compute for every step how much of the batch takes part.
 

@@ -94,7 +94,8 @@ class Linear:
         dense = downlink.dense
         self.weight = None if self.weight_name in dense else base[self.weight_name]
         self.bias = None if self.bias_name in dense else base.get(self.bias_name)
-        self.outputs = base[self.weight_name].shape[0]
+        self.base = base[self.weight_name]
+        self.outputs = self.base.shape[0]
         adapter = downlink.adapters.get(self.weight_name)
         self.scale = 0.0 if adapter is None else adapter.scale
         labels = (
@@ -103,6 +104,8 @@ class Linear:
         self.B_name, self.A_name = labels or ("", "")
         self.frozen = {n: frozen[n] for n in labels if n in frozen}
         self.stack = self.stacked_bias = None
+        self.room: torch.Tensor | None = None  # of a gradient
+        self.rate: float | None = None  # of steps that `backward` takes itself
         A = self.frozen.get(self.A_name)
         if self.weight is not None and A is not None and A.dim() == 2 and self.outputs <= THIN:
             height = self.outputs + A.shape[0]
@@ -153,13 +156,25 @@ class Linear:
         values, rows = self.values, self.split(slope)
         if self.bias_name in values:
             gradients[self.bias_name] = rows.sum(dim=1)
-        W = values.get(self.weight_name)
-        if W is not None:
-            gradients[self.weight_name] = torch.bmm(rows.mT, self.split(self.x))
-        back = None
+        W, back = values.get(self.weight_name), None
         if to_input:
             back = slope @ self.weight if W is None else torch.bmm(rows, W).flatten(0, 1)  # type: ignore[operator]
+        if W is not None and self.rate is not None:
+            self._descend(rows, W, self.rate)
+        elif W is not None:
+            # In the same room at every step: fresh memory costs more than the product.
+            room = self.room = torch.empty_like(W) if self.room is None else self.room
+            x = self.split(self.x)
+            gradients[self.weight_name] = torch.bmm(rows.mT, x, out=room[: self.K])
         return self._through_factors(slope, gradients, back) if self.scale else back
+
+    def _descend(self, rows: torch.Tensor, W: torch.Tensor, rate: float) -> None:
+        """Take the step of plain SGD, client by client: a gradient is gone before the next."""
+        room = self.room = torch.empty_like(W[:1]) if self.room is None else self.room
+        for slope, x, own in zip(
+            rows.split(1), self.split(self.x).split(1), W.split(1), strict=True
+        ):
+            own.add_(torch.bmm(slope.mT, x, out=room), alpha=-rate)
 
     def _through_factors(
         self, slope: torch.Tensor, gradients: Tree, back: torch.Tensor | None

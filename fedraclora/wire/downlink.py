@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,24 +12,13 @@ from flwr.app import RecordDict
 
 from fedraclora.errors import WireError
 from fedraclora.protocol.downlink import differs
-from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
-from fedraclora.protocol.pool import Pool
+from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.quantised import FULL, ROUNDED, packed_bytes
-from fedraclora.protocol.recipes import RECIPES
-from fedraclora.sketch import Sketches, SketchSpec
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.chain import SEED_BYTES
-from fedraclora.wire.fields import (
-    exactly,
-    flag,
-    listed,
-    mapping,
-    named,
-    reading,
-    real,
-    shown,
-    whole,
-)
+from fedraclora.wire.described import ASKED, describe, described_downlink
+from fedraclora.wire.fields import exactly, reading, real, shown, whole
 from fedraclora.wire.records import (
     DTYPES,
     array_record,
@@ -39,19 +28,14 @@ from fedraclora.wire.records import (
     read_header,
     read_layout,
     read_numbers,
-    read_shape,
     read_vectors,
     vector_record,
 )
+from fedraclora.wire.unwritten import Records, held_by, unwritten, written
 
 WEIGHTS = (None, "examples", "uniform")
-ASKED = frozenset({"recipe", "arguments", "link", "extras", "adapters", "dense", "pools"})
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
 HEADER |= {"uplink", "kind"}
-ADAPTER = frozenset({"scale", "factors"})
-POOL = frozenset({"spec", "count", "scale"})
-TRAINED = frozenset({"role", "shape", "main", "upload", "started", "spec"})
-SPEC = {field.name: str(field.type) for field in dataclasses.fields(SketchSpec)}
 
 
 def uplink_layout(downlink: Downlink) -> Layout:
@@ -104,8 +88,25 @@ def payload_bytes(downlink: Downlink, cohort: int, kind: str) -> int:
     return int(packed_bytes(shared + own, kind)) + SEED_BYTES * sum(drawn)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a train message says before it is written; ``apart``: not the same to all clients."""
+
+    downlink: Downlink
+    request: TrainRequest
+    apart: bool
+
+    def read(self) -> tuple[Downlink, TrainRequest]:
+        """Return what a client reads."""
+        if not self.apart:
+            return self.downlink, self.request
+        first = self.request.first
+        places = torch.arange(first, first + len(self.request.clients))
+        return self.downlink.select(places), self.request
+
+
 class Packed:
-    """A downlink as records; what the cohort shares is written once.
+    """A downlink for messages; what the cohort shares is written once, where one is written.
 
     Args:
         downlink: What to train.
@@ -117,12 +118,17 @@ class Packed:
     def __init__(
         self, downlink: Downlink, request: TrainRequest, dtype: str, kind: str = FULL
     ) -> None:
-        sent = _sent(downlink)
-        shared = {n: t.to(DTYPES[dtype]) for n, (t, own) in sent.items() if not own}
-        self.own = {n: t.to(DTYPES[dtype]) for n, (t, own) in sent.items() if own}
-        layout = Layout.of(shared)
+        self.downlink, self.request = downlink.to(DTYPES[dtype]), request
+        self.sent, self.kind = _sent(self.downlink), kind
+        self.own = {n: t for n, (t, own) in self.sent.items() if own}
         self.own_layout = Layout.of(self.own, skip=1)
-        self.ranks, self.kind = downlink.ranks, kind
+
+    @cached_property
+    def shared(self) -> Records:
+        """The records of what the cohort shares."""
+        downlink, request = self.downlink, self.request
+        shared = {n: t for n, (t, own) in self.sent.items() if not own}
+        layout = Layout.of(shared)
         header = {
             "round": request.round_,
             "version": request.version,
@@ -130,41 +136,39 @@ class Packed:
             "reduce": request.reduce,
             "clip": request.clip,
             "uplink": request.uplink,
-            "kind": kind,
-            "recipe": downlink.recipe,
-            "arguments": downlink.arguments,
-            "link": downlink.link,
-            "extras": {extra: list(tree) for extra, tree in downlink.extras.items()},
-            "adapters": {
-                w: {"scale": a.scale, "factors": {k: _describe(f) for k, f in a.factors.items()}}
-                for w, a in downlink.adapters.items()
-            },
-            "dense": {n: _describe(slot) for n, slot in downlink.dense.items()},
-            "pools": {w: _describe_pool(pool) for w, pool in downlink.pools.items()},
+            "kind": self.kind,
+            **describe(downlink),
             "layout": layout.shapes,
             "own": self.own_layout.shapes,
         }
-        self.config = header_record(header)
-        self.arrays = array_record(packed_numbers(layout.pack(shared), layout, kind))
+        numbers = packed_numbers(layout.pack(shared), layout, self.kind)
+        return {"config": header_record(header), "arrays": array_record(numbers)}
 
     def message(self, clients: torch.Tensor, first: int) -> RecordDict:
-        """Write the content of a message to clients at the places ``first, first + 1, ...``."""
+        """Make the content of a message to clients at the places ``first, first + 1, ...``."""
+        request = replace(self.request, clients=clients, first=first)
+        apart = bool(self.own) or self.downlink.ranks is not None
+        asked = Asked(self.downlink, request, apart)
+        return unwritten(asked, partial(self._records, clients, first))
+
+    def _records(self, clients: torch.Tensor, first: int) -> Records:
+        """Write such a message."""
         places = slice(first, first + len(clients))
         vectors = {"clients": clients}
-        if self.ranks is not None:
-            vectors["ranks"] = self.ranks[places]
+        if self.downlink.ranks is not None:
+            vectors["ranks"] = self.downlink.ranks[places]
         chunk = vector_record(vectors)
         chunk["first"] = first
-        content = RecordDict({"config": self.config, "arrays": self.arrays, "chunk": chunk})
+        records = {**self.shared, "chunk": chunk}
         if self.own:
             rows = self.own_layout.pack({n: t[places] for n, t in self.own.items()}, lead=1)
-            content["own"] = array_record(packed_numbers(rows, self.own_layout, self.kind))
-        return content
+            records["own"] = array_record(packed_numbers(rows, self.own_layout, self.kind))
+        return records
 
 
 def pack_downlink(downlink: Downlink, request: TrainRequest, dtype: str) -> RecordDict:
     """Write a downlink for the clients of one order; see `Packed`."""
-    return Packed(downlink, request, dtype).message(request.clients, request.first)
+    return written(Packed(downlink, request, dtype).message(request.clients, request.first))
 
 
 class Reader:
@@ -182,6 +186,8 @@ class Reader:
         Raises:
             WireError: If a record, a field or a tensor is missing, or is not what it should be.
         """
+        if isinstance(asked := held_by(content), Asked):
+            return asked.read()
         with reading("a train message"):
             if self._arrays is None or content.get("arrays") is not self._arrays:
                 self._read_shared(content)
@@ -197,7 +203,7 @@ class Reader:
                         f"for {len(rows)}"
                     )
                 own = layout.unpack(rows)
-                downlink = _downlink(header, self._tensors | own, own.keys())
+                downlink = described_downlink(header, self._tensors | own, own.keys())
             if "ranks" in vectors:
                 downlink = replace(downlink, ranks=_ranks(vectors["ranks"], len(request.clients)))
         return downlink, request
@@ -213,7 +219,7 @@ class Reader:
             raise WireError(f"a message has {len(flat)} numbers, but its layout has {layout.size}")
         self._tensors = layout.unpack(flat)
         if not header["own"]:
-            self._downlink = _downlink(header, self._tensors, set())
+            self._downlink = described_downlink(header, self._tensors, set())
         self._arrays = content["arrays"]
 
 
@@ -267,76 +273,6 @@ def unpack_downlink(content: RecordDict) -> tuple[Downlink, TrainRequest]:
     return Reader().read(content)
 
 
-def _downlink(
-    header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], own: Collection[str]
-) -> Downlink:
-    """Build a downlink from its description and its tensors; ``own`` are one per client."""
-    adapters = {}
-    for weight, described in mapping(header["adapters"], "adapters").items():
-        exactly(
-            mapping(described, weight), frozenset({"scale", "factors"}), f"the adapter {weight}"
-        )
-        factors = {}
-        for label, factor in mapping(described["factors"], f"the factors of {weight}").items():
-            key = f"{weight}/{label}"
-            factors[label] = _factor(factor, key, tensors.get(key), key in own)
-        adapters[weight] = Adapter(factors, real(described["scale"], f"the scale of {weight}"))
-    dense = {}
-    for key, described in mapping(header["dense"], "dense").items():
-        slot = _factor(described, key, tensors.get(key), key in own)
-        if not isinstance(slot, Trained):
-            raise WireError(f"the dense tensor {key} is frozen, but only trained ones are sent")
-        dense[key] = slot
-    if header["recipe"] not in RECIPES:
-        raise WireError(
-            f"the recipe of a message is {shown(header['recipe'])}; {sorted(RECIPES)} are known"
-        )
-    arguments = mapping(header["arguments"], "arguments")
-    downlink = Downlink(
-        adapters,
-        dense,
-        header["recipe"],
-        {key: real(value, f"the argument {key}") for key, value in arguments.items()},
-        link=whole(header["link"], "its link"),
-        pools={w: _pool(p, w) for w, p in mapping(header["pools"], "pools").items()},
-    )
-    extras = mapping(header["extras"], "extras").items()
-    slots = downlink.trained()
-    return replace(downlink, extras={e: _extra(e, names, tensors, slots) for e, names in extras})
-
-
-def _describe_pool(pool: Pool) -> dict[str, object]:
-    """Describe a pool in plain JSON; its parts are at the replica."""
-    first, count = pool.sketches.first, pool.sketches.count
-    return {"spec": vars(first), "count": count, "scale": pool.scale}
-
-
-def _pool(described: object, weight: str) -> Pool:
-    """Read the pool of a weight from `_describe_pool`."""
-    where = f"the pool of {weight}"
-    plain = mapping(described, where)
-    exactly(plain, POOL, where)
-    first = _spec(plain["spec"], where)
-    count = whole(plain["count"], f"the number of parts of {where}", 1, first.dim // first.rank)
-    return Pool(Sketches(first, count), real(plain["scale"], f"the scale of {where}"))
-
-
-def _extra(
-    extra: str, names: object, tensors: Mapping[str, torch.Tensor], slots: Mapping[str, Trained]
-) -> Tree:
-    """Read what an extra sends beside some of the tensors that are trained."""
-    found = {}
-    for name in (named(each, f"the extra {extra}") for each in listed(names, extra)):
-        value = tensors.get(f"{extra}/{name}")
-        if value is None or name not in slots or tuple(value.shape) != slots[name].shape:
-            raise WireError(
-                f"the extra {extra} of a message names {name}, but no tensor of that name is "
-                "trained, or the numbers for it are missing or of another shape"
-            )
-        found[name] = value
-    return found
-
-
 def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
     """Every tensor that a downlink carries, by name, and whether it is one per client."""
     factors = downlink.factors().items()
@@ -347,59 +283,3 @@ def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
     for extra, tree in downlink.extras.items():
         sent |= {f"{extra}/{name}": (tensor, False) for name, tensor in tree.items()}
     return sent
-
-
-def _describe(factor: Factor) -> dict[str, object]:
-    """Describe a factor in plain JSON; its numbers travel in the flat array."""
-    if isinstance(factor, SketchSpec):
-        return {"role": "sketched", "spec": vars(factor)}
-    if isinstance(factor, torch.Tensor):
-        return {"role": "frozen"}
-    return {
-        "role": "trained",
-        "shape": factor.shape,
-        "main": factor.main,
-        "upload": factor.upload,
-        "started": isinstance(factor.start, torch.Tensor),
-        "spec": vars(factor.start) if isinstance(factor.start, SketchSpec) else None,
-    }
-
-
-def _factor(described: object, key: str, value: torch.Tensor | None, own: bool) -> Factor:
-    """Read the factor or tensor ``key`` from `_describe`; ``own``: its value is one per client."""
-    plain = mapping(described, key)
-    role = plain.get("role")
-    if role == "sketched":
-        exactly(plain, frozenset({"role", "spec"}), key)
-        return _spec(plain["spec"], key)
-    if role == "frozen":
-        exactly(plain, frozenset({"role"}), key)
-        if value is None or value.dim() != 2 + own:
-            raise WireError("a frozen factor came without its numbers, or is no matrix")
-        return value
-    if role != "trained":
-        raise WireError(f"{key} is {shown(role)}; sketched, frozen or trained is wanted")
-    exactly(plain, TRAINED, key)
-    shape = read_shape(plain["shape"], f"the shape of {key}")
-    start: torch.Tensor | SketchSpec | None = None
-    if flag(plain["started"], "started"):
-        start = value
-        if value is None or tuple(value.shape[own:]) != shape:
-            raise WireError(f"{key} came without the numbers from which it starts")
-    elif plain["spec"] is not None:
-        start = _spec(plain["spec"], key)
-        drawn = (start.rank, start.dim) if start.side == "right" else (start.dim, start.rank)
-        if drawn != shape:
-            raise WireError(
-                f"{key} has the shape {shape}, but is to start as a drawing of shape {drawn}"
-            )
-    return Trained(shape, start, flag(plain["main"], "main"), flag(plain["upload"], "upload"))
-
-
-def _spec(described: object, key: str) -> SketchSpec:
-    """Read a sketch back from JSON."""
-    plain = mapping(described, f"the sketch of {key}")
-    exactly(plain, frozenset(SPEC), f"the sketch of {key}")
-    check = {"int": whole, "float": real, "str": named}
-    read = {k: check[kind](plain[k], f"{k} of the sketch of {key}") for k, kind in SPEC.items()}
-    return SketchSpec(**read)  # type: ignore[arg-type]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from flwr.app import RecordDict
 
 from fedraclora.errors import WireError
@@ -22,6 +25,7 @@ from fedraclora.wire.fields import (
     flag,
     listed,
     mapping,
+    printable,
     reading,
     shown,
     whole,
@@ -37,6 +41,7 @@ from fedraclora.wire.records import (
     read_vectors,
     vector_record,
 )
+from fedraclora.wire.unwritten import Records, held_by, unwritten
 
 WANTED = {"clients", "losses", "samples", "steps"}
 HEADER = frozenset({"round", "version", "failures", "refused", "reduced", "notes", "layout"})
@@ -75,6 +80,30 @@ class Reply:
     notes: list[str] = field(default_factory=list)
     rounding: torch.Tensor | None = None
 
+    @property
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """What has one value per client."""
+        found = {name: getattr(self, name) for name in sorted(WANTED)}
+        return found if self.rounding is None else found | {"rounding": self.rounding}
+
+    def select(self, kept: torch.Tensor) -> Reply:
+        """Keep some of the clients, bool [k], in everything but their numbers."""
+        vectors: dict[str, Any] = {name: each[kept] for name, each in self.vectors.items()}
+        return replace(self, **vectors)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a reply says, before it is written.
+
+    Attributes:
+        reply: Its fields.
+        layout: What each client sends.
+    """
+
+    reply: Reply
+    layout: Layout
+
 
 def pack_result(
     result: LocalResult | None,
@@ -86,7 +115,7 @@ def pack_result(
     mask: torch.Tensor | None = None,
     coded: Coded | None = None,
 ) -> RecordDict:
-    """Write what a chunk brought back.
+    """Answer with what a chunk brought back.
 
     Args:
         result: Of the clients that trained, or None if none did.
@@ -114,30 +143,47 @@ def pack_result(
     if request.reduce is not None:
         weights = client_weights(request.reduce, result.samples)
         refused = check_rows(clients, weights, result.losses, numbers)
-        kept = ~torch.isin(clients, torch.tensor([r.client for r in refused], dtype=torch.int64))
-        places = torch.searchsorted(request.clients, clients[kept])
-        sums = block_sums(numbers[kept.to(numbers.device)], weights[kept], places)
-        numbers = torch.zeros(-(-len(request.clients) // SUM_BLOCK), layout.size).to(sums)
-        numbers[: len(sums)] = sums
-        vectors = {name: vector[kept] for name, vector in vectors.items()}
+        if refused:
+            kept = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
+            numbers, weights = numbers[kept.to(numbers.device)], weights[kept]
+            vectors = {name: vector[kept] for name, vector in vectors.items()}
+        whole = len(numbers) == len(request.clients)
+        places = None if whole else torch.searchsorted(request.clients, vectors["clients"])
+        sums = block_sums(numbers, weights, places)
+        missing = -(-len(request.clients) // SUM_BLOCK) - len(sums)
+        numbers = F.pad(sums, (0, 0, 0, missing)) if missing else sums
     elif coded is not None:
         numbers = torch.cat([torch.zeros(0, dtype=torch.uint8), *coded.codes])
     elif mask is not None:
         numbers = numbers[mask.to(numbers.device)]
+    reply = Reply(
+        request.round_,
+        request.version,
+        request.first,
+        **vectors,
+        numbers=numbers.detach().cpu(),
+        reduced=request.reduce is not None,
+        failures={client: printable(reason) for client, reason in failures.items()},
+        refused=refused,
+        notes=[printable(note) for note in notes],
+    )
+    return unwritten(Answered(reply, layout), partial(_records, reply, layout))
+
+
+def _records(reply: Reply, layout: Layout) -> Records:
+    """Write a reply."""
     header = {
-        "round": request.round_,
-        "version": request.version,
-        "failures": {str(c): r for c, r in failures.items()},
-        "refused": [[r.client, r.reason] for r in refused],
-        "reduced": request.reduce is not None,
-        "notes": notes,
+        "round": reply.round_,
+        "version": reply.version,
+        "failures": {str(c): r for c, r in reply.failures.items()},
+        "refused": [[r.client, r.reason] for r in reply.refused],
+        "reduced": reply.reduced,
+        "notes": reply.notes,
         "layout": layout.shapes,
     }
-    chunk = vector_record(vectors)
-    chunk["first"] = request.first
-    return RecordDict(
-        {"config": header_record(header), "arrays": array_record(numbers), "chunk": chunk}
-    )
+    chunk = vector_record(reply.vectors)
+    chunk["first"] = reply.first
+    return {"config": header_record(header), "arrays": array_record(reply.numbers), "chunk": chunk}
 
 
 def unpack_result(
@@ -162,35 +208,42 @@ def unpack_result(
     Raises:
         WireError: Saying what came and what was wanted.
     """
-    with reading("a reply"):
-        header = read_header(content)
-        exactly(header, HEADER, "the header of a reply")
-        round_ = whole(header["round"], "its round")
-        reply = Reply(
-            round_,
-            whole(header["version"], "its version"),
-            read_first(content),
-            **_vectors(content, round_, WANTED if read is None else WANTED | {"rounding"}),
-            numbers=read_array(content, "arrays"),
-            reduced=flag(header["reduced"], "reduced"),
-            failures=_failures(header["failures"]),
-            refused=_refused(header["refused"]),
-            notes=[worded(note, "a note") for note in listed(header["notes"], "notes", MANY)],
-        )
-        if read is not None and not reply.reduced:
+    if isinstance(answered := held_by(content), Answered):
+        reply, sent = answered.reply, answered.layout
+    else:
+        with reading("a reply"):
+            reply, sent = _read(content, coded=read is not None)
+    who = f"round {reply.round_}: clients {reply.clients.tolist()}"
+    if read is not None and not reply.reduced:
+        with reading("a reply"):
             try:
                 reply = replace(reply, numbers=read(reply.numbers, reply.clients))
             except WireError as error:
-                who = f"round {round_}: clients {reply.clients.tolist()}"
                 raise WireError(f"{who} sent what cannot be read: {error}") from error
-        sent = read_layout(header["layout"], f"round {round_}: the layout")
-        if sent != layout:
-            raise WireError(
-                f"round {round_}: clients {reply.clients.tolist()} sent other tensors than "
-                f"was asked: {difference(sent, layout)}"
-            )
+    if sent != layout:
+        raise WireError(f"{who} sent other tensors than was asked: {difference(sent, layout)}")
+    with reading("a reply"):
         _check_sizes(reply, layout, cut=ranks is not None and not reply.reduced)
     return reply
+
+
+def _read(content: RecordDict, *, coded: bool) -> tuple[Reply, Layout]:
+    """Read the fields of a reply, and the layout of its rows."""
+    header = read_header(content)
+    exactly(header, HEADER, "the header of a reply")
+    round_ = whole(header["round"], "its round")
+    reply = Reply(
+        round_,
+        whole(header["version"], "its version"),
+        read_first(content),
+        **_vectors(content, round_, WANTED | {"rounding"} if coded else WANTED),
+        numbers=read_array(content, "arrays"),
+        reduced=flag(header["reduced"], "reduced"),
+        failures=_failures(header["failures"]),
+        refused=_refused(header["refused"]),
+        notes=[worded(note, "a note") for note in listed(header["notes"], "notes", MANY)],
+    )
+    return reply, read_layout(header["layout"], f"round {round_}: the layout")
 
 
 def _vectors(content: RecordDict, round_: int, wanted: set[str]) -> dict[str, torch.Tensor]:
@@ -229,8 +282,7 @@ def _check_sizes(reply: Reply, layout: Layout, *, cut: bool) -> None:
     numbers, count = reply.numbers, len(reply.clients)
     rows = len(numbers) if reply.reduced and numbers.dim() else count
     fits = numbers.dim() == 1 if cut else tuple(numbers.shape) == (rows, layout.size)
-    vectors = [reply.clients, reply.losses, reply.samples, reply.steps]
-    lengths = [len(v) for v in (*vectors, reply.rounding) if v is not None]
+    lengths = [len(vector) for vector in reply.vectors.values()]
     if not fits or set(lengths) != {count}:
         raise WireError(
             f"round {reply.round_}: a reply has rows of shape {tuple(numbers.shape)} and {lengths} "

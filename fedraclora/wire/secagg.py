@@ -43,6 +43,7 @@ from flwr.supercore.primitives.asymmetric import (
 from fedraclora.errors import WireError
 from fedraclora.privacy.secret import stream
 from fedraclora.wire.records import array_record, header_record, vector_record
+from fedraclora.wire.unwritten import held_by
 
 Words = npt.NDArray[np.uint32]
 STAGES = ("keys", "shares", "masked", "unmask")
@@ -97,6 +98,8 @@ def read_stage(content: RecordDict) -> Stage | None:
     Raises:
         WireError: If it is not one of ours.
     """
+    if held_by(content) is not None:
+        return None
     record = content.get("secure")
     if not isinstance(record, ConfigRecord):
         return None

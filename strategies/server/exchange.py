@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import accumulate
 
 import torch
 from flwr.app import Message
@@ -30,6 +31,7 @@ from fedraclora.wire import (
 )
 from fedraclora.wire.fields import printable
 from fedraclora.wire.records import read_first
+from strategies.server.cohort_sum import CohortSum
 from strategies.server.guard import check_reply
 from strategies.server.loop import LoopConfig
 
@@ -57,6 +59,7 @@ class Exchange:
         timeline: The exchange on the virtual clock, or None.
         clip: The greatest norm of an update that clients are to send; None: any.
         reduced: Whether sums were asked for.
+        sum: Of the rows that have come, where it is enough; None: the rows are kept.
         base: The weights that clients train from, by which changes in fewer bits are read.
         rounding: Mean of what rounding added to the changes of these clients, each relative to its
             norm; None where they send numbers as they are.
@@ -80,6 +83,7 @@ class Exchange:
     timeline: Timeline | None = None
     clip: float | None = None
     reduced: bool = False
+    sum: CohortSum | None = None
     base: Tree = field(default_factory=dict)
     rounding: float | None = None
 
@@ -87,6 +91,10 @@ class Exchange:
         """Fix the layout of the uplink, and see that the method heeds the rank budgets."""
         check_budgets(self.downlink, self.cohort)
         self.layout = uplink_layout(self.downlink)
+        # Where a client may fail, a round may have to be closed again without its row.
+        if self.reduce and not self.loop.guarded and not self.loop.max_failures:
+            weighting, size = self.loop.weights, self.layout.size
+            self.sum = CohortSum(self.downlink, self.cohort, weighting, size)
 
     def messages(self, nodes: Sequence[int]) -> list[Message]:
         """Write one message per chunk of the cohort, to the nodes in turn."""
@@ -158,11 +166,13 @@ class Exchange:
         weights = client_weights(self.loop.weights, torch.cat([r.samples for r in self.replies]))
         self._check_ids(clients.tolist())
         places = torch.searchsorted(self.cohort.clients, clients)
-        reduced = self.replies[0].reduced
+        summed = self.sum is not None or self.replies[0].reduced
         numbers = torch.cat([r.numbers for r in self.replies])
-        if not reduced:
+        if self.sum is not None and numbers.numel():
+            raise WireError(f"round {self.round_}: replies came to the messages of other clients")
+        if not summed:
             numbers = widen(numbers, self.downlink, places)
-        refused = [] if reduced else check_rows(clients, weights, losses, numbers)
+        refused = [] if summed else check_rows(clients, weights, losses, numbers)
         out = torch.tensor([f.client for r in self.replies for f in r.refused], dtype=torch.int64)
         came = torch.searchsorted(self.cohort.clients, torch.cat([clients, out]))
         up, _ = self.loop.kinds
@@ -180,11 +190,15 @@ class Exchange:
             clients,
             weights,
             self.layout,
-            stacked=None if reduced else numbers,
-            summed=sum_blocks(numbers) if reduced else None,
+            stacked=None if summed else numbers,
+            summed=self._total(numbers) if summed else None,
             versions=torch.full_like(clients, self.version),
             places=places,
         )
+
+    def _total(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Compute the sum of the cohort: of what was added as it came, or of sums of blocks."""
+        return sum_blocks(blocks) if self.sum is None else self.sum.value()
 
     def _measure(self, clients: torch.Tensor) -> None:
         """Compute the figures of the clients whose replies are used."""
@@ -195,6 +209,11 @@ class Exchange:
             errors = [r.rounding for r in self.replies if r.rounding is not None]
             self.rounding = float(torch.cat(errors)[used].mean())
 
+    @property
+    def longest(self) -> tuple[int, float] | None:
+        """The client whose row had the largest norm, and that norm; None where rows are kept."""
+        return None if self.sum is None else self.sum.longest
+
     @cached_property
     def counts(self) -> torch.Tensor:
         """How many numbers each client of the cohort sends, int64 [K]."""
@@ -202,11 +221,18 @@ class Exchange:
 
     def _read_all(self, messages: Iterable[Message]) -> None:
         """Read each reply, and note whose message it answers."""
-        sent = {m.metadata.message_id: (m, clients) for m, clients in self.chunks}
+        firsts = accumulate((len(clients) for _, clients in self.chunks), initial=0)
+        sent = {
+            m.metadata.message_id: (m, clients, first)
+            for (m, clients), first in zip(self.chunks, firsts, strict=False)
+        }
         for message in messages:
             asked = message.metadata.reply_to_message_id
-            request, clients = sent.get(asked, (None, []))
-            if not self.loop.guarded:
+            request, clients, first = sent.get(asked, (None, [], 0))
+            if self.sum is not None and request is not None:
+                for added in self.sum.take(first, clients, self._read(message, clients)):
+                    self._take(added)
+            elif not self.loop.guarded:
                 self._take(self._read(message, clients))
             elif request is not None:
                 del sent[asked]  # whatever else answers it is a replay
@@ -219,6 +245,8 @@ class Exchange:
                     self.failures += [Refusal(c, why) for c in clients]
                 else:
                     self._take(reply)
+        for added in () if self.sum is None else self.sum.rest():
+            self._take(added)
 
     def _check(self, reply: Reply, request: Message, clients: Sequence[int]) -> None:
         """Check a reply against the message that it answers."""

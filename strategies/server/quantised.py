@@ -78,7 +78,7 @@ class DownlinkRounding:
                 terms[name] = self._term(whole, round_, i, name)
             parts.append(Link(terms))
             base = apply_link(base, parts[-1], before.plan)
-        travels = sent.factors() | sent.dense
+        travels = {*sent.factors(), *sent.dense}
         carried = {
             name: self._counted(tensor, round_, name) if name in travels else tensor
             for name, tensor in after.carried.items()

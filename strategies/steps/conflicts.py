@@ -42,8 +42,9 @@ class Conflict:
         Raises:
             ConfigError: Saying why, and what to take.
         """
-        what, beside = FEATURES[self.what].found(setup), FEATURES[self.beside].found(setup)
-        if what and beside:
+        if (what := FEATURES[self.what].found(setup)) and (
+            beside := FEATURES[self.beside].found(setup)
+        ):
             raise self.error(what, beside)
 
     def error(self, *found: bool | str) -> ConfigError:

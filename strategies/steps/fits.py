@@ -27,6 +27,7 @@ class Fits(RoundStep):
 
     def __init__(self, chosen: RoundSettings) -> None:
         self.chosen = chosen
+        self.sent: Downlink | None = None  # what was looked at last
 
     @override
     def begin(self, state: State) -> None:
@@ -36,11 +37,13 @@ class Fits(RoundStep):
     @override
     def send(self, sent: Downlink, state: State) -> Downlink:
         self._check(IN_ROUNDS, sent)
+        self.sent = sent
         return sent
 
     @override
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        self._check(IN_ROUNDS, context.sent)  # which may be that of a later exchange
+        if context.sent is not self.sent:  # it may be that of a later exchange
+            self._check(IN_ROUNDS, context.sent)
         return got
 
     def _check(self, rows: Iterable[Conflict], sent: Downlink) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from worlds import (
     RAGGED,
     Run,
@@ -63,9 +65,15 @@ def done(variant: Variant, folder: Path) -> Run:
     return finished(variant, folder=folder)
 
 
+def serialised(content: RecordDict) -> RecordDict:
+    """A message as it arrives elsewhere: written, serialised and read back."""
+    raw = recorddict_to_proto(content).SerializeToString()
+    return recorddict_from_proto(ProtoRecordDict.FromString(raw))
+
+
 def array_bytes(content: RecordDict) -> int:
     """Bytes of the numbers in a message: the one flat array, without numpy's own header."""
-    record = content["arrays"]
+    record = serialised(content)["arrays"]
     assert isinstance(record, ArrayRecord)
     assert list(record) == ["flat"]
     array = record["flat"].numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from worlds import (
     stepped,
 )
 
+from fedraclora import wire
 from fedraclora.devices.distributions import Choice
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
@@ -126,6 +128,25 @@ def test_sums_of_clients_are_sums_of_what_they_send(name: str) -> None:
     rows = finished(name, chunk=COHORT, steps=[Individuals()], **BITS)
     assert_equal_trees(together.weights, rows.weights)
     assert [r["rounding_up"] for r in together.rows] == [r["rounding_up"] for r in rows.rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *product(["fed_rac_lora", "fedavg", "hetlora"], [BITS, {"downlink": "bfloat16"}, {}]),
+        *product(["pool_rac_lora"], [{"uplink": "int4"}, {}]),
+    ],
+)
+def test_messages_that_are_written_change_no_bit(
+    name: str, bits: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = finished(name, **bits)
+    for module in (wire.downlink, wire.reply):
+        monkeypatch.setattr(module, "unwritten", lambda _, write: RecordDict(write()))
+    written = finished(name, **bits)
+    assert_equal_trees(held.weights, written.weights)
+    for column in ("train_loss", "uplink_bytes", "downlink_bytes", "rounding_up"):
+        assert [r.get(column) for r in held.rows] == [r.get(column) for r in written.rows]
 
 
 @pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg_lora", "hetlora"])

@@ -15,6 +15,7 @@ from fedraclora.protocol.method import Downlink, Draw
 from fedraclora.protocol.uplinks import (
     SUM_BLOCK,
     Refusal,
+    RunningSum,
     Uplinks,
     block_sums,
     check_rows,
@@ -80,6 +81,20 @@ def test_workers_that_hold_whole_blocks_change_no_bit(K: int, blocks: int) -> No
     parts = [block_sums(rows[i : i + size], weights[i : i + size]) for i in range(0, K, size)]
     assert torch.equal(torch.cat(parts), block_sums(rows, weights))
     assert block_sums(rows, weights).shape == (-(-K // SUM_BLOCK), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(cohorts, st.integers(1, 40), st.booleans())
+def test_a_running_sum_has_the_bits_of_the_sum(
+    dtype: torch.dtype, K: int, chunk: int, counts: bool
+) -> None:
+    rows, weights = cohort(K)
+    rows, weights = rows.to(dtype), weights.mul(97).ceil() if counts else weights
+    places = torch.arange(K) + torch.arange(K) // 3  # every fourth client is missing
+    found = RunningSum(rows.shape[1])
+    for i in range(0, K, chunk):
+        found.add(rows[i : i + chunk], weights[i : i + chunk], places[i : i + chunk])
+    assert torch.equal(found.value(), weighted_sum(rows, weights, places))
 
 
 def test_one_column_is_summed_as_it_is_among_others() -> None:

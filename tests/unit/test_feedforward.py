@@ -16,12 +16,14 @@ from fedraclora.data.task import LOSSES, SLOPES, Task
 from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
+from fedraclora.training import feedforward
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.feedforward import FeedForward, written_out
 from fedraclora.training.gradients import written_out_gradients
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.program import OpenChunk
 from fedraclora.training.stages import THIN
+from fedraclora.tree import Tree
 
 SIZES = (5, 9, 3, 7)
 CLIENTS = torch.arange(len(SIZES))
@@ -135,6 +137,23 @@ def test_gradients_are_those_of_autograd(case: str, loss: str, step: int) -> Non
     assert list(gradients) == list(leaves)
     for (name, gradient), slope in zip(gradients.items(), slopes, strict=True):
         torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-13, msg=name)
+
+
+def test_weights_that_take_their_steps_at_once_take_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def trained(large: int) -> Tree:
+        monkeypatch.setattr(feedforward, "LARGE", large)
+        monkeypatch.setattr(feedforward, "ALIGNED", 1)
+        loss = min(SLOPES)
+        sent = DOWNLINKS["everything"](OUTPUTS[loss])
+        trainer, chunk = opened(loss, sent)
+        base = chunk.program.base
+        return trainer.train(base, sent, CLIENTS, round_=1, rate_scale=1.0).trained
+
+    one, other = trained(1), trained(1 << 40)
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-12, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("loss", sorted(SLOPES))

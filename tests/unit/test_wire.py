@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.client_state import restore
+from fedraclora import wire
 from fedraclora.errors import WireError
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
@@ -28,12 +29,12 @@ from fedraclora.wire import (
     Reader,
     TrainRequest,
     pack_downlink,
-    pack_result,
     payload_bytes,
     unpack_downlink,
     unpack_result,
     uplink_layout,
 )
+from fedraclora.wire.unwritten import written
 
 K, M, R, N = 4, 5, 2, 7
 SPEC = SketchSpec("coordinate", "right", R, N, seed=2**62 + 3, index=5, blocks="cover")
@@ -259,6 +260,12 @@ def test_a_dense_tensor_has_to_be_trained() -> None:
 
 
 # --- uplink --------------------------------------------------------------------------------------
+
+
+def pack_result(*given: Any) -> RecordDict:
+    """A reply as it leaves the process."""
+    return written(wire.pack_result(*given))
+
 
 LAYOUT = Layout((("w/B", (M, R)), ("b", (3,))))
 

@@ -1,0 +1,87 @@
+"""The sum of a cohort's rows, formed as replies come, where nobody looks at a single one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from fedraclora.protocol.cohorts import client_weights
+from fedraclora.protocol.method import Cohort, Downlink
+from fedraclora.protocol.rank_budgets import widen
+from fedraclora.protocol.uplinks import RunningSum, check_rows
+from fedraclora.wire import Reply
+
+
+class CohortSum:
+    """Adds rows in the order of clients; a reply that comes early waits for its turn.
+
+    Args:
+        downlink: What is asked.
+        cohort: Whose replies count.
+        weighting: ``examples`` or ``uniform``.
+        size: Numbers of a row.
+
+    Attributes:
+        longest: The client whose row has the largest norm, and that norm; None before there is one.
+    """
+
+    def __init__(self, downlink: Downlink, cohort: Cohort, weighting: str, size: int) -> None:
+        self.downlink, self.cohort, self.weighting = downlink, cohort, weighting
+        self.sum = RunningSum(size)
+        self.waiting: dict[int, tuple[Sequence[int], Reply | None]] = {}
+        self.turn = 0
+        self.longest: tuple[int, float] | None = None
+
+    def take(self, place: int, asked: Sequence[int], reply: Reply | None) -> Iterator[Reply]:
+        """Take what answers a message, and yield the replies whose rows have been added by it.
+
+        Args:
+            place: Of the first client that was asked, in the cohort.
+            asked: Whom the message asked.
+            reply: What came; None where they failed.
+        """
+        self.waiting[place] = asked, reply
+        while self.turn in self.waiting:
+            asked, reply = self.waiting.pop(self.turn)
+            self.turn += len(asked)
+            if reply is not None:
+                yield self._added(asked, reply)
+
+    def rest(self) -> Iterator[Reply]:
+        """Yield the replies that waited for others that never came."""
+        for place in sorted(self.waiting):
+            asked, reply = self.waiting.pop(place)
+            if reply is not None:
+                yield self._added(asked, reply)
+
+    def _added(self, asked: Sequence[int], reply: Reply) -> Reply:
+        """Check and add the rows of a reply, and give the rest of it, which holds no view of them.
+
+        A reply of clients that were not asked is left as it is.
+        """
+        if not set(reply.clients.tolist()) <= set(asked):
+            return reply
+        if reply.reduced:
+            self.sum.add_blocks(reply.numbers)
+            return replace(reply, numbers=reply.numbers.new_empty(0, reply.numbers.shape[1]))
+        places = torch.searchsorted(self.cohort.clients, reply.clients)
+        rows = widen(reply.numbers, self.downlink, places)
+        weights = client_weights(self.weighting, reply.samples)
+        refused = check_rows(reply.clients, weights, reply.losses, rows)
+        if refused:
+            kept = ~torch.isin(reply.clients, torch.tensor([r.client for r in refused]))
+            rows, weights, places = rows[kept], weights[kept], places[kept]
+            reply = replace(reply.select(kept), refused=[*reply.refused, *refused])
+        if len(rows):
+            self.sum.add(rows, weights, places)
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            found = int(reply.clients[norms.argmax()]), float(norms.max())
+            # Of equal norms that of the first client.
+            self.longest = max(self.longest or found, found, key=lambda pair: pair[1])
+        return replace(reply, numbers=rows.new_empty(0, rows.shape[1]))
+
+    def value(self) -> torch.Tensor:
+        """Return the sum, float64 [P]; nothing comes after it."""
+        return self.sum.value()
