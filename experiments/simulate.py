@@ -108,7 +108,7 @@ def report(summary: Plain, folder: Path) -> None:
             table.add_row("diverged", "lower local.lr or set local.clip; it cannot go on as it is")
     table.add_row("rounds", str(summary["rounds"]))
     table.add_row("clients", f"{summary['clients']}, {summary['cohort']} a round")
-    table.add_row("uplink", f"{summary['uplink_floats']} floats a client and round")
+    table.add_row("uplink", f"{summary['uplink_floats']} numbers a client and round")
     table.add_row("uplink in all", f"{number(summary, 'uplink_total') / 1e6:.2f} MB")
     table.add_row("downlink in all", f"{number(summary, 'downlink_total') / 1e6:.2f} MB")
     if "asked" in summary:
