@@ -73,8 +73,16 @@ class Entry:
 
     @property
     def curves(self) -> list[list[Row]]:
-        """The measured rounds, per seed."""
-        return [line["curve"] for line in self.lines]
+        """The rounds at which the metric was measured, per seed; a few have generated answers."""
+        names = {self.study.metric, f"personal_{self.study.metric}"}
+        return [
+            [
+                point
+                for point in line["curve"]
+                if not point["metrics"] or names & {*point["metrics"]}
+            ]
+            for line in self.lines
+        ]
 
     @cached_property
     def scores(self) -> list[float]:

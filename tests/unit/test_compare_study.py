@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.compare import main
-from experiments.study.entries import best_rows, entries, is_unverified
+from experiments.study.entries import Entry, best_rows, entries, is_unverified
 from experiments.study.file import Study
 from experiments.study.leaderboard import leaderboard
 from experiments.study.ranking import STUDIES, chosen, find
@@ -277,3 +277,12 @@ def test_a_run_of_other_settings_stops_before_anything_runs(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="rounds=9"):
         run_jobs([job], json.loads(json.dumps(done)), tmp_path / "runs.jsonl", 1)
     assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_rounds_at_which_the_metric_was_not_measured_are_left_out_of_the_curves() -> None:
+    measured = ({"exact_match": 0.1, "loss": 2.0}, {"loss": 1.0}, {"exact_match": 0.6}, {})
+    curve = [{"round": t, "metrics": found} for t, found in enumerate(measured)]
+    lines = [{"curve": curve, "metrics": measured[2]}]
+    study = Study.read(find("smollm2"))
+    (found,) = Entry(study, "FFA-LoRA r=8", lines, 0.005).curves
+    assert [point["round"] for point in found] == [0, 2, 3]  # a run that diverged has none
