@@ -124,7 +124,8 @@ def test_a_round_of_a_million_clients_looks_at_its_cohort_alone(name: str, tmp_p
         assert [row["round"] for row in run.strategy.recorder.ledger.rows] == [0, 1, 2, 3]
         cost[clients] = (seen.numel, peak[0])
     # Clients differ in size, so cohorts do a little: by less than a factor of two.
-    assert cost[MANY][0] < 2 * cost[1000][0] < MANY // 5
+    # Rows are added up over blocks of 2 ** 17 numbers, which is the largest tensor here.
+    assert cost[MANY][0] < 2 * cost[1000][0] < MANY // 3
     assert cost[MANY][1] < 2 * cost[1000][1] < 4 * MANY
 
 
