@@ -122,18 +122,25 @@ class Downlink:
         return replace(self, adapters=adapters, dense=dense)  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype) -> Downlink:
-        """Convert what is sent to how it travels: on the CPU, in one precision."""
+        """Convert what is sent to how it travels: on the CPU, in one precision, row by row.
+
+        A tensor that was read back from a message is contiguous, and products of one that is not
+        may differ in their last bits.
+        """
+
+        def sent(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to("cpu", dtype).contiguous()
 
         def changed(name: str, factor: Factor) -> Factor:
             del name
             if isinstance(factor, torch.Tensor):
-                return factor.to("cpu", dtype)
+                return sent(factor)
             if isinstance(factor, Trained) and isinstance(factor.start, torch.Tensor):
-                return replace(factor, start=factor.start.to("cpu", dtype))
+                return replace(factor, start=sent(factor.start))
             return factor
 
         trees = self.extras.items()
-        extras = {e: {n: t.to("cpu", dtype) for n, t in tree.items()} for e, tree in trees}
+        extras = {e: {n: sent(t) for n, t in tree.items()} for e, tree in trees}
         return replace(self.mapped(changed), extras=extras)
 
     def trained(self) -> Mapping[str, Trained]:

@@ -134,7 +134,7 @@ def test_sums_of_clients_are_sums_of_what_they_send(name: str) -> None:
     ("name", "bits"),
     [
         *product(["fed_rac_lora", "fedavg", "hetlora"], [BITS, {"downlink": "bfloat16"}, {}]),
-        *product(["pool_rac_lora"], [{"uplink": "int4"}, {}]),
+        *product(["pool_rac_lora", "subspace_rac_lora"], [{"uplink": "int4"}, {}]),
     ],
 )
 def test_messages_that_are_written_change_no_bit(
