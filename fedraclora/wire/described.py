@@ -47,9 +47,7 @@ def described_downlink(
     """Build a downlink from its description and its tensors; ``own`` are one per client."""
     adapters = {}
     for weight, described in mapping(header["adapters"], "adapters").items():
-        exactly(
-            mapping(described, weight), frozenset({"scale", "factors"}), f"the adapter {weight}"
-        )
+        exactly(mapping(described, weight), ADAPTER, f"the adapter {weight}")
         factors = {}
         for label, factor in mapping(described["factors"], f"the factors of {weight}").items():
             key = f"{weight}/{label}"
