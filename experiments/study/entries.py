@@ -8,12 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from experiments.study.file import Study
-from experiments.study.tuning import Done, Line, final_lines, read_lines, score, tuned_value
+from experiments.study.tuning import Done, Line, final_lines, score, tuned_value
 from fedraclora.config.schema import bind
-from fedraclora.errors import ConfigError, unknown
 from fedraclora.protocol.method import Method
 from fedraclora.run.ledger import Row, number
 from strategies import METHODS
@@ -130,39 +128,3 @@ def entries(study: Study, done: Done) -> list[Entry]:
     """List the rows whose final runs are all there and did not diverge, the best first."""
     stable = [entry for entry in finals(study, done) if math.isfinite(entry.mean)]
     return sorted(stable, key=lambda entry: (entry.personal, -entry.mean))
-
-
-def best_rows(study: Study, results: Path) -> Study:
-    """Fill in the rows that a study takes over from another by its results.
-
-    ``best: {of: NAME, rows: N, beside: [ROW, ...], without: [ROW, ...]}`` takes the N best rows of
-    the study whose results lie in ``results/NAME``, and those named beside them. A row of the
-    same name in the study itself wins. Clients' own models are not ranked, and so not taken.
-
-    Args:
-        study: A study; without ``best`` it is given as it is.
-        results: The folder of all results.
-
-    Raises:
-        ConfigError: If the other study has not run to its end, or the reference is none of them.
-    """
-    if study.best is None:
-        return study
-    folder = results / str(study.best["of"])
-    if not folder.is_dir():
-        raise ConfigError(
-            f"the study takes its rows from the results of {folder.name}, and {folder} is not "
-            "there: a checkout has it, a wheel has no results; name the rows yourself, in a study "
-            "file of your own"
-        )
-    other, done = Study.read(folder / "study.yaml"), read_lines(folder / "runs.jsonl")
-    ran = {entry.row for entry in finals(other, done)}
-    if missing := [row for row in other.rows if row not in ran]:
-        raise ConfigError(f"the study in {folder} has no final runs of {', '.join(missing)} yet")
-    beside, without = (study.best.get(key, []) for key in ("beside", "without"))
-    ranked = [entry.row for entry in entries(other, done) if not entry.personal]
-    fit = [row for row in ranked if row not in {*beside, *without}]
-    chosen = [*fit[: int(study.best["rows"])], *beside]
-    if study.reference not in {None, *chosen}:
-        raise unknown("row as reference", study.reference, chosen)
-    return study.changed(more={row: list(other.rows[row]) for row in chosen}, only=chosen)

@@ -15,7 +15,7 @@ from fedraclora.evaluation.metrics import higher_is_better
 
 KEYS = {"experiment", "metric", "grid", "final", "rows"}
 OPTIONAL = {"tune", "reference", "overrides", "reported"}
-OPTIONAL |= {"target", "varied", "best", "more", "only"}
+OPTIONAL |= {"target", "varied", "more", "only"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ class Study:
         target: A value of the metric; a leaderboard says what it takes to reach it.
         varied: Config keys that rows differ in although all rows of a comparison share them
             (`experiments.study.same`).
-        best: Rows to take over from another study by their results (`experiments.study.entries`).
         fixed: Values that another study has tuned, by row, in place of the grid's.
     """
 
@@ -69,7 +68,6 @@ class Study:
     reported: Mapping[str, float] = field(default_factory=dict)
     target: float | None = None
     varied: Sequence[str] = ()
-    best: Mapping[str, Any] | None = None
     fixed: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -189,8 +187,7 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
         for row in group or ():
             if row not in loaded["rows"]:
                 raise unknown(f"row of {key}", row, loaded["rows"])
-    # Where rows come from another study, that is known once they are there (`best_rows`).
-    if "best" not in loaded and loaded.get("reference") not in {None, *loaded["rows"]}:
+    if loaded.get("reference") not in {None, *loaded["rows"]}:
         raise unknown("row as reference", loaded["reference"], loaded["rows"])
     if extra := set(loaded.get("tune") or ()) - {"seeds", "overrides", "by"}:
         raise unknown("key of tune", min(extra), ("seeds", "overrides", "by"))

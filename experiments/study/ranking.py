@@ -24,9 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import RESULTS
 from experiments.choices import groups
-from experiments.study.entries import best_rows
 from experiments.study.file import Study
 from experiments.study.leaderboard import write_leaderboard
 from experiments.study.run import run_study
@@ -43,12 +41,11 @@ def is_study(words: Sequence[str]) -> bool:
     return any(word.startswith("experiment=") for word in words)
 
 
-def compare_study(words: Sequence[str], results: Path = RESULTS) -> None:
+def compare_study(words: Sequence[str]) -> None:
     """Run what the words ask for; see the module's docstring.
 
     Args:
         words: KEY=VALUE.
-        results: Where other studies' results lie, for a study that takes their best rows.
 
     Raises:
         ConfigError: For a word, a study or a row that is not known.
@@ -56,7 +53,7 @@ def compare_study(words: Sequence[str], results: Path = RESULTS) -> None:
     options, overrides = part(words, KEYS)
     key_values(overrides)  # each is KEY=VALUE
     name = str(options["experiment"])
-    study = chosen(find(name), options, overrides, results)
+    study = chosen(find(name), options, overrides)
     out = Path(str(options.get("out", Path("runs/compare") / Path(name).stem)))
     jobs = options.get("jobs", 1)
     if not isinstance(jobs, int) or jobs < 1:
@@ -83,11 +80,9 @@ def find(name: str) -> Path:
     return known[name]
 
 
-def chosen(
-    path: Path, options: dict[str, object], overrides: Sequence[str], results: Path = RESULTS
-) -> Study:
+def chosen(path: Path, options: dict[str, object], overrides: Sequence[str]) -> Study:
     """Read a study, and change it as the words say."""
-    study = best_rows(Study.read(path, overrides), results)
+    study = Study.read(path, overrides)
     names = {"metric": "metric", "preset": "experiment"}
     changes = {name: options[key] for key, name in names.items() if key in options}
     if "target" in options:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.compare import main
-from experiments.study.entries import Entry, best_rows, entries, is_unverified
+from experiments.study.entries import Entry, entries, is_unverified
 from experiments.study.file import Study
 from experiments.study.leaderboard import leaderboard
 from experiments.study.ranking import STUDIES, chosen, find
@@ -110,34 +110,6 @@ def test_results_of_other_settings_are_not_taken_for_these(
     said = capsys.readouterr().err
     assert "local.batch_size=8" in said
     assert "take another folder" in said
-
-
-def test_a_study_takes_the_best_rows_of_another(ran: Path, tmp_path: Path) -> None:
-    text = TINY[: TINY.index("rows:")] + "rows: {}\n"
-    text += "best: {of: out, rows: 1, beside: [fedavg_lora], without: [nothing]}\n"
-    path = tmp_path / "next.yaml"
-    path.write_text(text)
-    study = chosen(path, {}, [], results=ran)
-    # Of the two that are ranked, one is taken anyway; clients' own models are not.
-    assert list(study.rows) == ["fedkrso", "fedavg_lora"]
-    assert study.rows["fedkrso"] == ["method=fedkrso", "method.rank=2"]
-    assert Study.parse(study.text, path, {}).rows == study.rows
-    path.write_text(f"{text}reference: fedavg_lora\n")
-    assert chosen(path, {}, [], results=ran).reference == "fedavg_lora"
-    assert chosen(path, {"methods": "fedkrso"}, [], results=ran).reference is None
-    path.write_text(f"{text}reference: fedkrsu\n")
-    with pytest.raises(ConfigError, match="row as reference 'fedkrsu'; did you mean 'fedkrso'"):
-        chosen(path, {}, [], results=ran)
-    (tmp_path / "half").mkdir()
-    for name in ("study.yaml", "runs.jsonl"):
-        (tmp_path / "half" / name).write_text((ran / "out" / name).read_text())
-    half = tmp_path / "half" / "runs.jsonl"
-    kept = [text for text in half.read_text().splitlines() if '"fedkrso"' not in text]
-    half.write_text("\n".join(kept))
-    with pytest.raises(ConfigError, match="no final runs of fedkrso yet"):
-        best_rows(study.changed(best={"of": "half", "rows": 1}), tmp_path)
-    with pytest.raises(ConfigError, match="a checkout has it, a wheel has no results"):
-        best_rows(study.changed(best={"of": "absent", "rows": 1}), tmp_path)
 
 
 def tiny(tmp_path: Path, text: str = TINY) -> Path:
@@ -247,22 +219,14 @@ def test_every_study_compares_its_rows_alike(path: Path) -> None:
 
 
 ALONE = {"lora", "asymmetric_lora", "cola", "relora", "rac_lora", "full"}  # of one client
+BY_SGD = {"fedslop"}  # under AdamW it is fed_rac_lora
 
 
-def test_the_leaderboard_of_mnist_has_every_federated_method() -> None:
-    study = Study.read(find("leaderboard_mnist"))
+@pytest.mark.parametrize(("board", "without"), [("mnist", ALONE), ("minilm", ALONE | BY_SGD)])
+def test_a_leaderboard_has_every_federated_method(board: str, without: set[str]) -> None:
+    study = Study.read(find(f"leaderboard_{board}"))
     named = {word.partition("=")[2] for row in study.rows.values() for word in row[:1]}
-    assert set(METHODS) - ALONE <= named
-
-
-def test_the_leaderboard_of_minilm_takes_its_rows_from_that_of_mnist(tmp_path: Path) -> None:
-    study = Study.read(find("leaderboard_minilm"))
-    assert study.best is not None
-    assert (study.best["of"], study.best["rows"]) == ("leaderboard_mnist", 8)
-    rows = Study.read(find(str(study.best["of"]))).rows
-    assert {*study.best["beside"], *study.best["without"]} <= set(rows)  # type: ignore[misc]
-    some = {row: [*rows[row]] for row in ("fed_rac_lora", "fedavg", "fedavg_lora")}
-    check_same(study.changed(more=some))
+    assert set(METHODS) - without <= named
 
 
 def test_unverified_is_what_a_docstring_says() -> None:
