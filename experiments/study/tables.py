@@ -91,10 +91,10 @@ def budgets(study: Study, done: Done) -> Table | None:
     The budgets are what the run that used least used in all its rounds. A run counts with its last
     measured round that is within the budget: nothing is interpolated.
 
-    With a ``reference`` in the study, two more columns hold the rows against it, seed by seed: the
-    mean difference of final runs, with its standard error; and the uplink at which a run first was
-    as good as the reference's run of the same seed at its end, over the whole uplink of that run,
-    as mean and standard deviation over the seeds that got there.
+    With a ``reference`` in the study, three more columns hold the rows against it, seed by seed:
+    the mean difference of final runs, with its standard error; and, for uplink and for traffic, the
+    bytes at which a run first was as good as the reference's run of the same seed at its end, over
+    all bytes of that run, as mean and standard deviation over the seeds that got there.
 
     Args:
         study: The study.
@@ -106,10 +106,9 @@ def budgets(study: Study, done: Done) -> Table | None:
     found = {entry.row: entry for entry in finals(study, done)}
     if len(found) < 2:
         return None
-    ways: dict[str, tuple[Callable[[Row], float], float]] = {}
-    for name, way in (("uplink", uplink), ("traffic", traffic)):
-        least = min(way(curve[-1]) for entry in found.values() for curve in entry.curves)
-        ways[f"at {least / MEGABYTE:.4g} MB of {name}"] = way, least
+    ways: dict[str, Callable[[Row], float]] = {"uplink": uplink, "traffic": traffic}
+    curves = [curve for entry in found.values() for curve in entry.curves]
+    least = {name: min(way(curve[-1]) for curve in curves) for name, way in ways.items()}
     reference = found.get(str(study.reference))
     records = []
     for entry in found.values():
@@ -117,15 +116,18 @@ def budgets(study: Study, done: Done) -> Table | None:
             "method": entry.title,
             "at equal local steps": mean_and_deviation(entry.scores, 4),
         }
-        for title, (bytes_of, budget) in ways.items():
+        for name, way in ways.items():
             # The last points whose bytes do not exceed the budget; the first has none.
-            points = [[p for p in curve if bytes_of(p) <= budget][-1] for curve in entry.curves]
-            record[title] = mean_and_deviation([score(p, study.metric) for p in points], 4)
+            points = [[p for p in curve if way(p) <= least[name]][-1] for curve in entry.curves]
+            record[f"at {least[name] / MEGABYTE:.4g} MB of {name}"] = mean_and_deviation(
+                [score(p, study.metric) for p in points], 4
+            )
         if reference is not None:
             row = reference.row
             record[f"less {row}, ± standard error"] = _difference(entry, reference)
-            share = _uplink_share(entry, reference)
-            record[f"uplink to the final {study.metric} of {row} / its uplink"] = share
+            for name, way in ways.items():
+                title = f"{name} to the final {study.metric} of {row} / its {name}"
+                record[title] = _share(entry, reference, way)
         records.append(record)
     return Table.of(records)
 
@@ -139,11 +141,11 @@ def _difference(entry: Entry, other: Entry) -> str:
     return f"{statistics.fmean(found):+.4f} ± {error:.4f}"
 
 
-def _uplink_share(entry: Entry, other: Entry) -> str:
-    """Uplink to the final score of the other run of its seed, over that run's whole uplink."""
+def _share(entry: Entry, other: Entry, way: Callable[[Row], float]) -> str:
+    """Bytes to the final score of the other run of its seed, over all of that run's bytes."""
     pairs = zip(entry.curves, other.curves, other.scores, strict=True)
     shares = [
-        uplink(point) / uplink(theirs[-1])
+        way(point) / way(theirs[-1])
         for mine, theirs, target in pairs
         if (point := first_reaching(mine, entry.study.metric, target)) is not None
     ]
