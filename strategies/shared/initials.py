@@ -175,7 +175,8 @@ def begun(
     carried: Tree = {}
     terms = {}
     for name, pair in factors.items():
-        B, A = (t.to("cpu").to(state.base[name].dtype) for t in pair)
+        # Whole rows in memory, as a restored state has them: products round by layout.
+        B, A = (t.to("cpu", state.base[name].dtype).contiguous() for t in pair)
         carried |= {f"{name}/B": B, f"{name}/A": A}
         terms[name] = Term((B, A), -scales[name])
     return carried, Link(terms)
