@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +72,7 @@ def assemble(
     *,
     engine_of: MakeEngine,
     resume: bool = False,
-    on_round: Callable[[Row], None] | None = None,
+    on_round: Sequence[Callable[[Row], None]] = (),
 ) -> Assembled:
     """Build every part of a run.
 
@@ -81,7 +81,7 @@ def assemble(
         folder: The run folder, which exists; None keeps the ledger in memory.
         engine_of: Makes the engine.
         resume: Go on from the folder's checkpoint.
-        on_round: Called with each new ledger row.
+        on_round: Functions, each of which is called with every new ledger row.
 
     Returns:
         The parts; whoever has them closes them.
@@ -124,14 +124,6 @@ def assemble(
         chunk = settle_chunk(config, engine, trainer, built.cohort, base, downlink, stored)
         loop = loop_of(config, built, chunk.chunk, trainer.dtype)
         store = ClientStore()
-        chosen = RoundSettings(
-            config.aggregator,
-            config.attack,
-            config.privacy,
-            security=config.secure,
-            optimiser=config.server_optimiser,
-            variates=config.control_variates,
-        )
 
         def personal(own: Tree) -> Tree:
             """Compute the weights of a client from its stored state."""
@@ -147,7 +139,7 @@ def assemble(
             recorder=book_of(config, folder, loop, built, store, base),
             resume=resume,
             evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
-            steps=round_steps(chosen, config.local),
+            steps=round_steps(RoundSettings.of(config), config.local),
             system=config.system,
             stop=stopping(config, built, plan, store, personal),
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),

@@ -56,7 +56,7 @@ class FedStrategy(EvaluatesItself):
         evaluate: Gives the metrics of dense weights.
         recorder: Ledger, chain and checkpoints.
         steps: What happens to a round besides, in the order in which updates pass it.
-        on_round: Called with each new ledger row.
+        on_round: Functions, each of which is called with every new ledger row.
         sizes: Samples of clients [K], where the server knows them before they train.
         devices: The clients' devices; ideal ones by default.
         stop: Says when to end before the last round.
@@ -74,7 +74,7 @@ class FedStrategy(EvaluatesItself):
         evaluate: Callable[[Tree], dict[str, float]] | None,
         recorder: RunRecorder,
         steps: Sequence[RoundStep] = (),
-        on_round: Callable[[Row], None] | None = None,
+        on_round: Sequence[Callable[[Row], None]] = (),
         sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
         devices: DeviceSimulator | None = None,
         stop: Stopping | None = None,
@@ -273,8 +273,8 @@ class FedStrategy(EvaluatesItself):
 
     def _publish_row(self, row: Row) -> None:
         self.recorder.append(row)
-        if self.on_round is not None:
-            self.on_round(self.recorder.ledger.rows[-1])
+        for call in self.on_round:
+            call(self.recorder.ledger.rows[-1])
 
     @override
     def configure_train(

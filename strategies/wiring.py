@@ -79,7 +79,7 @@ def wire(
     system: SystemConfig | None = None,
     stop: Stopping | None = None,
     sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
-    on_round: Callable[[Row], None] | None = None,
+    on_round: Sequence[Callable[[Row], None]] = (),
     kind: type[FedStrategy] | None = None,
     answering: Answering | None = None,
 ) -> Wired:
@@ -98,7 +98,7 @@ def wire(
         system: The clients' devices; None: ideal ones.
         stop: Says when to end before the last round.
         sizes: Samples of clients [K], where the server knows them before they train.
-        on_round: Called with each new ledger row.
+        on_round: Functions, each of which is called with every new ledger row.
         kind: The strategy; None: the one that these devices need.
         answering: Has a language model answer prompts; None: it does not.
 
