@@ -187,13 +187,14 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
 
 def draw(run: Assembled, folder: Path) -> None:
     """Draw the curves and, for a task with classes, the labels of up to `SHOWN` clients."""
-    from fedraclora import plots
+    from fedraclora.plots.partition import label_distribution
+    from fedraclora.plots.run import curves
 
     rows, plain = run.strategy.recorder.ledger.rows, run.config.plain
-    plots.curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)
+    curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))
-        plots.label_distribution(counts, folder / "partition.png", population=run.built.clients)
+        label_distribution(counts, folder / "partition.png", population=run.built.clients)
 
 
 def mean_floats(method: Method, plan: Plan, rounds: int) -> tuple[float, float]:

@@ -134,11 +134,6 @@ class InServerApp(Engine):
             ended=self.ended,
         )
 
-    @override
-    def close(self) -> None:
-        super().close()
-        self.job.close()
-
 
 def read_config(text: str, *, began: bool = False) -> RunConfig:
     """Read the config of a run, which goes on if it ``began`` before.

@@ -24,7 +24,7 @@ from strategies.base import FedStrategy
 from strategies.buffered import BufferedStrategy
 from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.loop import LoopConfig
-from strategies.server.round_step import RoundStep
+from strategies.server.round_step import RoundStep, RunContext
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
 from strategies.steps.order import round_steps
@@ -116,18 +116,15 @@ def wire(
     kind = kind or (FedStrategy if system.buffer is None else BufferedStrategy)
     with ExitStack() as failed:
         failed.callback(engine.close)
+        devices = DeviceSimulator(system, loop.seed, trainer.local)
         strategy = kind(
-            method,
+            RunContext(method, trainer.local, loop, devices, sizes),
             state,
-            trainer.local,
-            loop,
             replica=engine.replica,
             evaluate=evaluate,
             recorder=recorder,
             steps=round_steps(RoundSettings(), trainer.local) if steps is None else steps,
             on_round=on_round,
-            sizes=sizes,
-            devices=DeviceSimulator(system, loop.seed, trainer.local),
             stop=stop,
             answering=answering,
         )

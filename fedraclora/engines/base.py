@@ -103,6 +103,7 @@ class Engine(ABC):
         if self._grid is not None:
             self._grid.close()
             self._grid = None
+        self.replica.close()
 
 
 MakeEngine = Callable[[RunConfig], Engine]

@@ -33,6 +33,9 @@ class BaseWeights:
         """
         self.base, self.version = base, version
 
+    def close(self) -> None:
+        """Remove what has been written for workers that are elsewhere."""
+
     def at(self, version: int, round_: int) -> Tree:
         """Return the weights, which must stand at ``version``.
 

@@ -89,7 +89,7 @@ def record_of(content: RecordDict, name: str, kind: type[R]) -> R:
     record = content.get(name)
     if not isinstance(record, kind):
         raise WireError(
-            f"a message has the records {shown(list(content))}, but no {kind.__name__} {name}"
+            f"a message has the records {shown(list(content))}; {kind.__name__} {name} is wanted"
         )
     return record
 
