@@ -106,12 +106,12 @@ class LayerMethod(LowRank):
     # What a method says.
 
     def factors(self, layer: Layer, now: Round) -> Factors:
-        """Return what clients get for one matrix, by label.
+        """Return what clients get for one matrix, by label; here they train both factors.
 
         Returns:
             A `Trained` slot, or a frozen factor: a tensor that is sent, or a drawing (a seed).
         """
-        raise NotImplementedError
+        return {"B": layer.trained("B"), "A": layer.trained("A")}
 
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         """Compute what a round makes of one matrix.
