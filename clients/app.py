@@ -20,8 +20,8 @@ def make_client_app(worker: Worker) -> ClientApp:
     app = ClientApp()
 
     @app.train("cohort")
-    def train(message: Message, context: Context) -> Message:
-        del context  # nothing is kept in Flower's state: it is lost when a client raises
+    def train(message: Message, _context: Context) -> Message:
+        # Nothing is kept in Flower's state: it is lost when a client raises.
         return Message(worker.train(message.content), reply_to=message)
 
     return app

@@ -106,11 +106,6 @@ class InFlower(Engine):
             device=parts.built.device.type,
         )
 
-    @override
-    def close(self) -> None:
-        super().close()
-        self.job.close()
-
 
 def engine_of(config: RunConfig) -> Engine:
     """Make the engine that a config names.

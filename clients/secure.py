@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import RecordDict
 
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.privacy.secagg import Terms
 from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
 from fedraclora.wire import TrainRequest, round_of
-from fedraclora.wire.records import header_record, vector_record
 from fedraclora.wire.secagg import (
     Stage,
     Words,
@@ -108,9 +107,8 @@ def _remember(store: ClientStore, client: int, memory: Memory, stage: str) -> No
     store.secrets[client] = json.dumps(memory).encode()
 
 
-def _keys(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
+def _keys(_client: int, memory: Memory, _data: Any, _terms: Terms) -> Any:
     """Make the keys of a round: for masks, and to seal shares."""
-    del client, data, terms
     memory["mask"], mask = new_pair()
     memory["box"], box = new_pair()
     memory["seed"] = new_seed()
@@ -140,9 +138,8 @@ def _shares(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
     }
 
 
-def _unmask(client: int, memory: Memory, data: Any, terms: Terms) -> Any:
+def _unmask(client: int, memory: Memory, data: Any, _terms: Terms) -> Any:
     """Collect seeds' shares of clients in the sum, and keys' shares of those who are not."""
-    del terms
     alive, gone = ([int(c) for c in data[key]] for key in ("alive", "gone"))
     near, shares = {*memory["near"]}, memory["held"]
     if len({*alive, *gone}) != len(alive) + len(gone) or not {*alive, *gone} <= near:
@@ -209,18 +206,9 @@ def masked_reply(
         except DAMAGED as error:
             failures[client] = f"client {client} cannot read its message ({error!r})"
     words = np.stack(rows) if rows else np.zeros((0, updates.shape[1] + 1), dtype=np.uint32)
-    header = {"round": request.round_, "version": request.version, "notes": notes}
-    header["failures"] = {str(c): why for c, why in failures.items()}
-    arrays = ArrayRecord()
-    arrays["flat"] = Array(words)
-    return RecordDict(
-        {
-            "config": header_record(header),
-            "arrays": arrays,
-            "chunk": vector_record({"clients": torch.tensor(members, dtype=torch.int64)}),
-            "secure": Stage("masked", {}, unopened).record(),
-        }
-    )
+    told = {"version": request.version, "notes": notes}
+    sent = members, torch.from_numpy(words)
+    return stage_message(request.round_, Stage("masked", {}, unopened), failures, told, sent)
 
 
 def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:

@@ -121,7 +121,7 @@ def simulate(
     lent = lend_all(model, data, method, partition, beside, whole=whole)
     plain, typed = config_of(choices if whole else (*lent.words, *choices), keys | lent.keys)
     plain = lent.put_into(plain, typed)
-    seen = as_one(on_round)
+    seen = as_list(on_round)
     output = section(plain, "output")
     place = place_of(plain, output, folder)
     if place is None:
@@ -147,23 +147,21 @@ def simulate(
     return carry_out(found, place, resume=goes_on, on_round=seen)
 
 
-def as_one(
+def as_list(
     on_round: Callable[[Row], None] | Sequence[Callable[[Row], None]] | None,
-) -> Callable[[Row], None] | None:
-    """Join several callbacks."""
-    if on_round is None or callable(on_round):
-        return on_round
-    if isinstance(on_round, str) or not all(map(callable, on_round)):
+) -> list[Callable[[Row], None]]:
+    """List what is to be called with each new row.
+
+    Raises:
+        ConfigError: If something cannot be called.
+    """
+    if callable(on_round):
+        return [on_round]
+    if isinstance(on_round, str) or not all(map(callable, on_round or ())):
         raise ConfigError(
             f"on_round is {on_round!r}; a function, or a list of functions, is wanted"
         )
-    each = list(on_round)
-
-    def call(row: Row) -> None:
-        for function in each:
-            function(row)
-
-    return call
+    return list(on_round or ())
 
 
 def place_of(plain: Plain, output: Plain, folder: str | Path | None) -> Path | None:

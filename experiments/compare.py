@@ -28,7 +28,8 @@ from experiments.study.ranking import compare_study, is_study
 from experiments.tables import Table
 from fedraclora.errors import CheckpointError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
-from fedraclora.plots import MEGABYTE, compare_figure
+from fedraclora.plots.axes import MEGABYTE
+from fedraclora.plots.comparison import compare_figure
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import column, number, round_seconds
 

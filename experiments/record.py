@@ -72,8 +72,8 @@ class Record:
     def draw(self) -> None:
         """Draw the curves, where the run asks for pictures."""
         if section(self.plain, "output").get("plots"):
-            from fedraclora import plots
+            from fedraclora.plots.run import curves
 
             picture = self.folder / "curves.png"
             rounds = int(str(self.plain["rounds"]))
-            plots.curves(self.ledger.rows, picture, run_title(self.plain), planned=rounds)
+            curves(self.ledger.rows, picture, run_title(self.plain), planned=rounds)

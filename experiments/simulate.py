@@ -48,7 +48,7 @@ def carry_out(
     folder: Path | None,
     *,
     resume: bool = False,
-    on_round: Callable[[Row], None] | None = None,
+    on_round: Sequence[Callable[[Row], None]] = (),
 ) -> Run:
     """Run to the end in this process with a progress bar; see `strategies.outcome.execute`.
 
@@ -56,7 +56,7 @@ def carry_out(
         plain: The resolved config.
         folder: The run folder; None: the run leaves nothing behind.
         resume: Go on with the run in the folder.
-        on_round: Called with each new ledger row.
+        on_round: Functions, each of which is called with every new ledger row.
 
     Returns:
         The run.
@@ -64,18 +64,12 @@ def carry_out(
     config = from_plain(plain, METHODS, began=resume)
     label = method_label(plain)
     with RunProgress(config.rounds, shown=config.output.progress, label=label) as progress:
-
-        def show(row: Row) -> None:
-            progress.show(row)
-            if on_round is not None:
-                on_round(row)
-
         return execute(
             config,
             folder,
             engine_of,
             resume=resume,
-            on_round=show,
+            on_round=(progress.show, *on_round),
             on_start=partial(introduce, progress),
         )
 

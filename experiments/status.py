@@ -54,7 +54,9 @@ def explained(error: Exception) -> str | None:
         return message
     if isinstance(error, OSError):
         return _of_system(error)
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _is_out_of_memory(error)
+    ):
         return (
             f"memory ran out ({str(error) or type(error).__name__}): make the model, "
             "local.batch_size, evaluate.batch_size or the cohort smaller"
@@ -94,8 +96,6 @@ def _of_system(error: OSError) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    if not isinstance(error, RuntimeError):
-        return False
     from fedraclora.training.memory import is_out_of_memory
 
     return is_out_of_memory(error)

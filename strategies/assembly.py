@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from fedraclora.config.build import (
 )
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section
+from fedraclora.data.task import Task
 from fedraclora.engines.base import Engine, EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.evaluate import evaluate
@@ -45,6 +47,8 @@ from strategies.steps.order import round_steps
 from strategies.steps.settings import RoundSettings
 from strategies.wiring import Wired, wire
 from strategies.wrappers.order import method_of
+
+Measure = Callable[[Tree], dict[str, float]]  # of weights
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def assemble(
     *,
     engine_of: MakeEngine,
     resume: bool = False,
-    on_round: Callable[[Row], None] | None = None,
+    on_round: Sequence[Callable[[Row], None]] = (),
 ) -> Assembled:
     """Build every part of a run.
 
@@ -81,7 +85,7 @@ def assemble(
         folder: The run folder, which exists; None keeps the ledger in memory.
         engine_of: Makes the engine.
         resume: Go on from the folder's checkpoint.
-        on_round: Called with each new ledger row.
+        on_round: Functions, each of which is called with every new ledger row.
 
     Returns:
         The parts; whoever has them closes them.
@@ -124,20 +128,13 @@ def assemble(
         chunk = settle_chunk(config, engine, trainer, built.cohort, base, downlink, stored)
         loop = loop_of(config, built, chunk.chunk, trainer.dtype)
         store = ClientStore()
-        chosen = RoundSettings(
-            config.aggregator,
-            config.attack,
-            config.privacy,
-            security=config.secure,
-            optimiser=config.server_optimiser,
-            variates=config.control_variates,
-        )
 
         def personal(own: Tree) -> Tree:
             """Compute the weights of a client from its stored state."""
             dense = {n: t.to(base[n].device) for n, t in own.items() if n in base}
             return method.weights(wired.strategy.state, draw, own) | dense
 
+        measure = partial(measurement, config, built, plan, store, personal)
         wired = wire(
             method,
             EngineParts(built, trainer, store, terms_of(config, built)),
@@ -146,10 +143,10 @@ def assemble(
             state=state,
             recorder=book_of(config, folder, loop, built, store, base),
             resume=resume,
-            evaluate=measurement(config, built, plan, store, config.evaluate.split, personal),
-            steps=round_steps(chosen, config.local),
+            evaluate=measure(config.evaluate.split),
+            steps=round_steps(RoundSettings.of(config), config.local),
             system=config.system,
-            stop=stopping(config, built, plan, store, personal),
+            stop=stopping(config, built.task, measure),
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
             on_round=on_round,
             answering=answering_of(config, built),
@@ -216,21 +213,14 @@ def book_of(
     )
 
 
-def stopping(
-    config: RunConfig,
-    built: BuiltTask,
-    plan: Plan,
-    store: ClientStore,
-    personal: Callable[[Tree], Tree],
-) -> Stopping:
+def stopping(config: RunConfig, task: Task, measure: Callable[[str], Measure]) -> Stopping:
     """Make what ends a run early, by the validation split."""
     if config.stop.patience is None:
         return Stopping()
     metric = config.stop.metric
-    if metric.removeprefix("personal_") not in {*built.task.metrics, "gap"}:
-        raise unknown("stop.metric of these data", metric, built.task.metrics)
-    measure = measurement(config, built, plan, store, "validation", personal)
-    return Stopping(config.stop, measure)
+    if metric.removeprefix("personal_") not in {*task.metrics, "gap"}:
+        raise unknown("stop.metric of these data", metric, task.metrics)
+    return Stopping(config.stop, measure("validation"))
 
 
 def answering_of(config: RunConfig, built: BuiltTask) -> Answering | None:
@@ -255,9 +245,9 @@ def measurement(
     built: BuiltTask,
     plan: Plan,
     store: ClientStore,
-    split: str,
     personal: Callable[[Tree], Tree],
-) -> Callable[[Tree], dict[str, float]]:
+    split: str,
+) -> Measure:
     """Build the function that measures weights: on the server, or on clients if a part stays there.
 
     The figures of clients' own models have names of their own, ``personal_...``.

@@ -9,33 +9,28 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext
-from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
 from fedraclora.errors import ClientError, RoundLostError, WireError
 from fedraclora.evaluation.generate import Answering
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.cohorts import client_weights
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
-from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.steps import effective_step
 from fedraclora.tree import Tree
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp
-from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.exchange import Exchange
 from strategies.server.guard import persistently
-from strategies.server.loop import LoopConfig
 from strategies.server.quantised import DownlinkRounding
 from strategies.server.round_step import RoundStep, RoundSteps, RunContext
 from strategies.server.rows import Moved, Row, fleet_columns, ledger_row
@@ -48,48 +43,39 @@ class FedStrategy(EvaluatesItself):
     """Runs a method round by round.
 
     Args:
-        method: The algorithm.
-        state: Its state before the next round.
-        local: Local settings, for the step size that the ledger logs and clients are told.
-        loop: Settings of the loop.
+        run: Method, local settings (for the step size that the ledger logs and clients are told),
+            settings of the loop, and devices.
+        state: The method's state before the next round.
         replica: Where new base weights are published.
         evaluate: Gives the metrics of dense weights.
         recorder: Ledger, chain and checkpoints.
         steps: What happens to a round besides, in the order in which updates pass it.
-        on_round: Called with each new ledger row.
-        sizes: Samples of clients [K], where the server knows them before they train.
-        devices: The clients' devices; ideal ones by default.
+        on_round: Functions, each of which is called with every new ledger row.
         stop: Says when to end before the last round.
         answering: Has a language model answer prompts; None: it does not.
     """
 
     def __init__(
         self,
-        method: Method,
+        run: RunContext,
         state: State,
-        local: LocalConfig,
-        loop: LoopConfig,
         *,
         replica: BaseWeights,
         evaluate: Callable[[Tree], dict[str, float]] | None,
         recorder: RunRecorder,
         steps: Sequence[RoundStep] = (),
-        on_round: Callable[[Row], None] | None = None,
-        sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
-        devices: DeviceSimulator | None = None,
+        on_round: Sequence[Callable[[Row], None]] = (),
         stop: Stopping | None = None,
         answering: Answering | None = None,
     ) -> None:
-        self.method, self.state, self.local, self.loop = method, state, local, loop
+        self.method, self.state, self.local, self.loop = run.method, state, run.local, run.loop
+        self.devices, self.sizes, self.draw = run.devices, run.sizes, run.draw
         self.replica, self.evaluate, self.recorder = replica, evaluate, recorder
-        self.on_round, self.sizes, self.stop = on_round, sizes, stop or Stopping()
-        self.draw, self.answering = Draw(loop.seed), answering
-        self.devices = devices or DeviceSimulator(SystemConfig(), loop.seed, local)
-        self.devices.check(method)
-        self.rounding = DownlinkRounding(loop.downlink, loop.seed)
-        run = RunContext(method, local, loop, self.devices, sizes)
+        self.on_round, self.stop, self.answering = on_round, stop or Stopping(), answering
+        self.devices.check(self.method)
+        self.rounding = DownlinkRounding(self.loop.downlink, self.loop.seed)
         self.steps = RoundSteps(steps, run, state)
-        self.catch_up, self.done = CatchUp(state.base, loop.clients), 0
+        self.catch_up, self.done = CatchUp(state.base, self.loop.clients), 0
         self._exchange: Exchange | None = None
 
     def resume(self, state: State, done: int) -> None:
@@ -273,8 +259,8 @@ class FedStrategy(EvaluatesItself):
 
     def _publish_row(self, row: Row) -> None:
         self.recorder.append(row)
-        if self.on_round is not None:
-            self.on_round(self.recorder.ledger.rows[-1])
+        for call in self.on_round:
+            call(self.recorder.ledger.rows[-1])
 
     @override
     def configure_train(

@@ -43,12 +43,10 @@ class FedAvg(Method):
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        del draw
         return State(base, plan)
 
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
-        del round_, cohort, draw
         full = {n: Trained(tuple(state.base[n].shape)) for n in state.plan.weights}
         return Downlink(dense=full | dense_slots(state))
 
@@ -60,5 +58,4 @@ class FedAvg(Method):
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        del round_
         return sum(prod(plan.shapes[n]) for n in plan.weights) + dense_floats(plan), 0

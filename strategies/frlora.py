@@ -27,7 +27,7 @@ from fedraclora.lowrank.algebra import minus, sum_products
 from fedraclora.protocol.method import Draw, Plan, State, Traits
 from fedraclora.tree import Tree
 from strategies.shared.initials import begin
-from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
+from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,6 @@ class FrLora(LayerMethod):
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
         state = super().init(base, plan, draw)
         return begin(state, "pissa", *self.ranks_and_scales(plan), draw)
-
-    @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
-        return {"B": layer.trained("B"), "A": layer.trained("A")}
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:

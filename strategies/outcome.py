@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, partial
@@ -68,7 +68,7 @@ def execute(
     engine_of: MakeEngine,
     *,
     resume: bool = False,
-    on_round: Callable[[Row], None] | None = None,
+    on_round: Sequence[Callable[[Row], None]] = (),
     on_start: Callable[[Assembled], None] | None = None,
 ) -> Run:
     """Run to the end and write everything that a run leaves behind.
@@ -79,7 +79,7 @@ def execute(
             that cannot run leaves none behind. None: the run leaves nothing behind.
         engine_of: Makes the engine.
         resume: Go on with the run in the folder.
-        on_round: Called with each new ledger row.
+        on_round: Functions, each of which is called with every new ledger row.
         on_start: Called once with all parts, before the first round.
 
     Returns:
@@ -90,7 +90,6 @@ def execute(
     """
     began = time.perf_counter()
     loggers = logging_to(config.output.loggers)
-    shown = partial(show_row, loggers, on_round)
     with ExitStack() as stack:
         goes_on = False
         if folder is not None:
@@ -99,7 +98,8 @@ def execute(
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
             goes_on = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
-        run = assemble(config, folder, engine_of=engine_of, resume=goes_on, on_round=shown)
+        watched = (loggers.row, *on_round)
+        run = assemble(config, folder, engine_of=engine_of, resume=goes_on, on_round=watched)
         stack.callback(run.close)
         if folder is not None:
             if resume:
@@ -122,13 +122,6 @@ def execute(
     loggers.end(summary)
     rows = list(run.strategy.recorder.ledger.rows)
     return Run(summary, rows, folder, dict(config.plain), run.weights, lambda: run.built)
-
-
-def show_row(loggers: Logging, on_round: Callable[[Row], None] | None, row: Row) -> None:
-    """Show a new ledger row to the loggers of a run, and to whoever asked for it."""
-    loggers.row(row)
-    if on_round is not None:
-        on_round(row)
 
 
 def end_failed(loggers: Logging, kind: type[BaseException] | None, *_: object) -> None:
@@ -194,13 +187,14 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
 
 def draw(run: Assembled, folder: Path) -> None:
     """Draw the curves and, for a task with classes, the labels of up to `SHOWN` clients."""
-    from fedraclora import plots
+    from fedraclora.plots.partition import label_distribution
+    from fedraclora.plots.run import curves
 
     rows, plain = run.strategy.recorder.ledger.rows, run.config.plain
-    plots.curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)
+    curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))
-        plots.label_distribution(counts, folder / "partition.png", population=run.built.clients)
+        label_distribution(counts, folder / "partition.png", population=run.built.clients)
 
 
 def mean_floats(method: Method, plan: Plan, rounds: int) -> tuple[float, float]:

@@ -138,11 +138,12 @@ class Run:
         Args:
             path: Where to write them as a PNG, too; None: nowhere.
         """
-        from fedraclora import plots
+        from fedraclora.plots.axes import write_png
+        from fedraclora.plots.run import figure_of
 
-        figure = plots.figure_of(self.rows, run_title(self.config))
+        figure = figure_of(self.rows, run_title(self.config))
         if path is not None:
-            plots.write_png(figure, Path(path).expanduser())
+            write_png(figure, Path(path).expanduser())
         return figure
 
     def export(

@@ -62,7 +62,7 @@ def main(grid: Grid, context: Context) -> None:
             return OnHosts(grid, settings, folder, known=known, ended=ended)
         return InServerApp(grid, settings, config, ended=ended)
 
-    on_round = tell_row if deployed else tell
+    on_round = [tell_row if deployed else tell]
     run = execute(config, folder, engine_of, resume=resume, on_round=on_round)
     if deployed:
         write_line(SUMMARY, run.summary)
@@ -133,11 +133,6 @@ class InServerApp(Engine):
             timeout=self.settings.timeout,
             ended=self.ended,
         )
-
-    @override
-    def close(self) -> None:
-        super().close()
-        self.job.close()
 
 
 def read_config(text: str, *, began: bool = False) -> RunConfig:

@@ -30,7 +30,7 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.shared.common import closed, dense_floats, dense_means, dense_slots, turned
-from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
+from strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies
 from strategies.shared.products import principal
 
 
@@ -51,10 +51,6 @@ class SLora(LayerMethod):
     density: Chance = 0.1
 
     # The second stage: FedAvg-LoRA from the factors that the first one found.
-
-    @override
-    def factors(self, layer: Layer, now: Round) -> Factors:
-        return {"B": layer.trained("B"), "A": layer.trained("A")}
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:

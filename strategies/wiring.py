@@ -24,7 +24,7 @@ from strategies.base import FedStrategy
 from strategies.buffered import BufferedStrategy
 from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.loop import LoopConfig
-from strategies.server.round_step import RoundStep
+from strategies.server.round_step import RoundStep, RunContext
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
 from strategies.steps.order import round_steps
@@ -79,7 +79,7 @@ def wire(
     system: SystemConfig | None = None,
     stop: Stopping | None = None,
     sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
-    on_round: Callable[[Row], None] | None = None,
+    on_round: Sequence[Callable[[Row], None]] = (),
     kind: type[FedStrategy] | None = None,
     answering: Answering | None = None,
 ) -> Wired:
@@ -98,7 +98,7 @@ def wire(
         system: The clients' devices; None: ideal ones.
         stop: Says when to end before the last round.
         sizes: Samples of clients [K], where the server knows them before they train.
-        on_round: Called with each new ledger row.
+        on_round: Functions, each of which is called with every new ledger row.
         kind: The strategy; None: the one that these devices need.
         answering: Has a language model answer prompts; None: it does not.
 
@@ -116,18 +116,15 @@ def wire(
     kind = kind or (FedStrategy if system.buffer is None else BufferedStrategy)
     with ExitStack() as failed:
         failed.callback(engine.close)
+        devices = DeviceSimulator(system, loop.seed, trainer.local)
         strategy = kind(
-            method,
+            RunContext(method, trainer.local, loop, devices, sizes),
             state,
-            trainer.local,
-            loop,
             replica=engine.replica,
             evaluate=evaluate,
             recorder=recorder,
             steps=round_steps(RoundSettings(), trainer.local) if steps is None else steps,
             on_round=on_round,
-            sizes=sizes,
-            devices=DeviceSimulator(system, loop.seed, trainer.local),
             stop=stop,
             answering=answering,
         )

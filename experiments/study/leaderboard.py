@@ -24,7 +24,8 @@ from experiments.study.file import Study
 from experiments.study.tables import cost
 from experiments.study.tuning import Done
 from experiments.tables import Table
-from fedraclora.plots import MEGABYTE, Entrant, leaderboard_figure
+from fedraclora.plots.axes import MEGABYTE
+from fedraclora.plots.leaderboard import Entrant, leaderboard_figure
 from fedraclora.run.ledger import Row, number
 
 UNVERIFIED, PERSONAL = "†", "‡"

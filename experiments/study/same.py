@@ -6,6 +6,10 @@ same settings have the same ones. The tuning budget is the grid's, of as many va
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import yaml
+
 from experiments.choices import composed
 from experiments.study.file import Study
 from fedraclora.config.run_config import from_plain
@@ -13,30 +17,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.weights.files import flatten
 from strategies import METHODS
 
-# Keys and groups. A row may change what is not here: its method and how its clients step.
-SHARED = (
-    "data",
-    "partition",
-    "model",
-    "pretrain",
-    "clients",
-    "cohort",
-    "rounds",
-    "weights",
-    "head",
-    "bias",
-    "targets",
-    "dense",
-    "precision",
-    "evaluate",
-    "local.batch_size",
-    "local.epochs",
-    "local.steps",
-    "system",
-    "attack",
-    "privacy",
-    "secure",
-)
+SHARED: list[str] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def check_same(study: Study) -> None:

@@ -18,7 +18,7 @@ from experiments.study.entries import (
 from experiments.study.file import Study
 from experiments.study.tuning import Done, diverged, score, tried_values
 from experiments.tables import Table
-from fedraclora.plots import MEGABYTE
+from fedraclora.plots.axes import MEGABYTE
 from fedraclora.run.ledger import Row, number
 
 DRAWN = 12  # curves that can be told apart
@@ -158,7 +158,7 @@ def _share(entry: Entry, other: Entry, way: Callable[[Row], float]) -> str:
 
 def draw(study: Study, done: Done, out: Path) -> None:
     """Draw the final runs: metric against rounds and bytes, of the `DRAWN` best rows."""
-    from fedraclora.plots import compare_figure
+    from fedraclora.plots.comparison import compare_figure
 
     found = finals(study, done)
     best = sorted(found, key=lambda entry: -entry.mean)[:DRAWN]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from experiments.theory.bounds.spectrum import beside_kept, of_downlink
 from experiments.theory.bounds.theorems import local_step_limit, rounding
 from experiments.theory.problems import Problem, problem
 from experiments.theory.runs import first_downlink
-from fedraclora.protocol.quantised import FULL, ROUNDED
+from fedraclora.protocol.quantised import FULL
 from fedraclora.sketch import SKETCHES, Constants
 from fedraclora.training.extras.settings import LocalSettings
 from strategies.fed_rac_lora import FedRacLora
@@ -136,133 +141,18 @@ class Case:
         )
 
 
-def rates() -> list[Case]:
-    """Gradient descent by rank: the slowdown by n / r."""
-    cases = []
-    for rank in (1, 2, 4, 6, 12):
-        label = f"r = {rank}"
-        cases += [
-            Case("rates/isotropic", label, "isotropic", "gd", rank, max(3, 60 // rank)),
-            Case("rates/linear", label, "linear", "gd", rank, 240 // rank),
-        ]
-    for rank in (1, 3, 6):
-        label = f"r = {rank}"
-        cases.append(Case("rates/linear, left", label, "linear", "gd", rank, 120 // rank, "left"))
-    for rank in (1, 2, 4, 8):
-        cases.append(Case("rates/logistic", f"r = {rank}", "logistic", "gd", rank, 192 // rank))
-    return cases
-
-
-def sketches() -> list[Case]:
-    """Gradient descent by sketch and side, E[rank] / dim at most 1/3 in all."""
-    return [
-        Case(f"sketches/{side}", kind, "linear", "gd", rank, 24, side, kind)
-        for side, rank in (("right", 4), ("left", 2))
-        for kind in SKETCHES
-    ]
-
-
-ROUNDS = {  # panel: theorem, whose data, step over the largest, cohort
-    "SGD": ("sgd", "1 client", 0.2, None),
-    "reshuffling": ("reshuffling", "1 client", 1.0, None),
-    "federated, all 8": ("federated", "8 clients", 1.0, None),
-    "federated, 3 of 8": ("federated", "8 clients", 1.0, 3),
-}
-RANKS = (
-    ("linear", "right", 3),
-    ("linear", "left", 3),
-    ("linear", "right", 12),
-    ("logistic", "right", 2),
-    ("logistic", "right", 8),
-)
-
-
-def stochastic() -> list[Case]:
-    """SGD, reshuffling, and federated rounds with all clients and with a cohort."""
-    return [
-        Case(
-            f"stochastic/{loss}, {name}",
-            f"r = {rank}" + (" of 6, left" if side == "left" else ""),
-            f"{loss}, {data}",
-            theorem,
-            rank,
-            70,
-            side,
-            batch=48,
-            cohort=cohort,
-            share=share,
-        )
-        for name, (theorem, data, share, cohort) in ROUNDS.items()
-        for loss, side, rank in RANKS
-    ]
-
-
-def covers() -> list[Case]:
-    """Blocks of one basis dealt without replacement, against independent ones."""
-    kinds = {"cover": "orthonormal", "coordinate cover": "coordinate", "independent": "orthonormal"}
-    return [
-        Case(
-            f"cover/{data}",
-            f"{name}, r = {rank}",
-            data,
-            "gd" if name == "independent" else "cover",
-            rank,
-            120 // rank,
-            sketch=sketch,
-        )
-        for data in ("linear", "near-isotropic")
-        for rank in (2, 4)
-        for name, sketch in kinds.items()
-        if rank == 4 or name != "coordinate cover"
-    ]
-
-
-def chains() -> list[Case]:
-    """Links built on those before them, of both sides by turns: fresh rows, and kept ones."""
-    bases: dict[str, tuple[float, float | str]] = {
-        "drawn": (1.0, 1.0),
-        "half kept, c = 1": (0.5, 1.0),
-        "half kept, c = (r/d)^(1/4)": (0.5, "auto"),
-    }
-    kinds = (
-        ("gd", "linear", 1.0, 0, 30),
-        ("sgd", "linear, 1 client", 0.2, 48, 70),
-        ("federated", "linear, 8 clients", 1.0, 48, 70),
-    )
-    return [
-        Case(
-            f"chain/linear, {theorem}",
-            f"{label}, r = 4",
-            data,
-            theorem,
-            4,
-            rounds,
-            batch=batch,
-            share=share,
-            fresh=fresh,
-            kept_scale=length,
-        )
-        for theorem, data, share, batch, rounds in kinds
-        for label, (fresh, length) in bases.items()
-        if theorem != "federated" or length == 1.0  # local steps are proved for projections alone
-    ]
-
-
-def fewer_bits() -> list[Case]:
-    """Gradient descent and SGD with numbers rounded on their way up and down."""
-    return [
-        Case(f"fewer bits/{name}", kind, data, theorem, 4, 60, batch=batch, share=share, kind=kind)
-        for name, data, theorem, batch, share in (
-            ("gradient descent", "linear", "gd", 0, 1.0),
-            ("SGD", "linear, 1 client", "sgd", 48, 0.2),
-        )
-        for kind in (FULL, *ROUNDED)
-    ]
+def expanded(row: Mapping[str, Any]) -> Iterator[Case]:
+    """Make the curves of a panel: one for each place of its lists, or the only one."""
+    lists = {key: value for key, value in row.items() if isinstance(value, list)}
+    for values in zip(*lists.values(), strict=True):
+        fields = {**row, **dict(zip(lists, values, strict=True))}
+        yield Case(**fields | {"label": fields["label"].format(**fields)})
 
 
 def all_cases(size: str = "full") -> list[Case]:
     """Every case that has a bound; ``small``: the first of every panel, a few rounds of it."""
-    cases = [*rates(), *sketches(), *stochastic(), *covers(), *chains(), *fewer_bits()]
+    panels = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    cases = [case for panel in panels for case in expanded(panel)]
     if size == "full":
         return cases
     first = {case.panel: case for case in reversed(cases)}

@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -35,7 +34,7 @@ from experiments.status import reported
 from experiments.theory import counter_example as example
 from experiments.theory import noise_example as noise
 from experiments.theory import verdict
-from experiments.theory.cases import Case, all_cases
+from experiments.theory.cases import all_cases
 from experiments.theory.config import TheoryConfig
 from experiments.theory.figures import draw
 from experiments.theory.report import bounds_table, example_table, slowdown_table
@@ -66,7 +65,8 @@ def run(config: TheoryConfig) -> int:
     noises = noise.trials(config.size, config.seeds)
     with workers(config.number_of_jobs) as pool:
         jobs = [(case, seed) for case in cases for seed in seeds]
-        paths = list(_shown(pool.map(_case, jobs, chunksize=4), len(jobs), "curves"))
+        curves = pool.map(verdict.run, *zip(*jobs, strict=True), chunksize=4)
+        paths = list(_shown(curves, len(jobs), "curves"))
         ends = list(_shown(pool.map(example.run, trials), len(trials), "counter-example"))
         noisy = list(_shown(pool.map(noise.run, noises), len(noises), "a noisy basis"))
     judged = [judge(c, paths[i * len(seeds) : (i + 1) * len(seeds)]) for i, c in enumerate(cases)]
@@ -105,20 +105,10 @@ def run(config: TheoryConfig) -> int:
     return 1 if crossed else 0
 
 
-@contextmanager
-def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+def workers(jobs: int) -> ProcessPoolExecutor:
     """Start processes of one thread each."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
-        yield pool
-
-
-def _one_thread() -> None:
-    fix_bits(1, torch.device("cpu"))
-
-
-def _case(job: tuple[Case, int]) -> verdict.Path:
-    return verdict.run(*job)
+    context, one_thread = multiprocessing.get_context("spawn"), (1, torch.device("cpu"))
+    return ProcessPoolExecutor(jobs, context, fix_bits, one_thread)
 
 
 def _shown(results: Iterator[T], total: int, what: str) -> Iterator[T]:

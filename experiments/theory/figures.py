@@ -11,7 +11,7 @@ import yaml
 from experiments.theory.counter_example import CHAIN, Outcome
 from experiments.theory.slowdown import Slowdown
 from experiments.theory.verdict import ERRORS, Curve, Judged
-from fedraclora.plots import Measured, Panel, bounds_figure
+from fedraclora.plots.bounds import Measured, Panel, bounds_figure
 
 GAP = ("round", "f(W) - f*, over the first")
 GRADIENT = ("round", "mean of ||grad f||² so far, over the first")

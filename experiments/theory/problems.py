@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 from experiments.theory.bounds.logistic import logistic_pl
 from experiments.theory.runs import start_of
@@ -135,58 +137,24 @@ def from_data(data: DataSet, clients: int) -> Problem:
     return replace(ground, pl=logistic_pl(float(str(data.info["curvature"])), norm, gap))
 
 
-def isotropic() -> Problem:
+def isotropic() -> DataSet:
     """Make ``1/2 ||W - Y||^2`` with W 6 x 12: L = mu = 1, and a step of 1 leaves 1 - r/n of it."""
     m, n = 6, 12
     target = torch_normal(generator(0, "theory", "isotropic"), n, m)
     samples = Samples({"x": n**0.5 * torch.eye(n, dtype=torch.float64)}, n**0.5 * target)
     info: dict[str, object] = {"smoothness": 1.0, "strong_convexity": 1.0}
     parts = [np.arange(n)]
-    data = DataSet(
+    return DataSet(
         samples, samples, m, "squared_error", ("loss",), {}, (n,), parts, optimum=0.0, info=info
     )
-    return from_data(data, 1)
 
 
-def linear(clients: int, samples: int, condition: float, heterogeneity: float = 0.0) -> Problem:
-    """Draw a linear regression, W 6 x 12."""
-    data = least_squares(
-        clients=clients,
-        samples=samples,
-        features=12,
-        outputs=6,
-        noise=1.0,
-        heterogeneity=heterogeneity,
-        condition=condition,
-        dtype="float64",
-    )
-    return from_data(data, clients)
-
-
-def logistic(clients: int, samples: int, heterogeneity: float = 0.0) -> Problem:
-    """Draw a logistic regression, W 1 x 8."""
-    data = logistic_regression(
-        clients=clients,
-        samples=samples,
-        features=8,
-        flip=0.3,
-        heterogeneity=heterogeneity,
-        condition=1.0,
-        dtype="float64",
-    )
-    return from_data(data, clients)
-
-
-PROBLEMS: dict[str, Callable[[], Problem]] = {
+DATA: dict[str, Callable[..., DataSet]] = {
     "isotropic": isotropic,
-    "linear": lambda: linear(1, 96, 4.0),
-    "near-isotropic": lambda: linear(1, 2400, 1.0),
-    "logistic": lambda: logistic(1, 256),
-    "linear, 1 client": lambda: linear(1, 192, 1.0),
-    "logistic, 1 client": lambda: logistic(1, 192),
-    "linear, 8 clients": lambda: linear(8, 192, 1.0, 0.2),
-    "logistic, 8 clients": lambda: logistic(8, 192, 0.3),
+    "least_squares": least_squares,
+    "logistic_regression": logistic_regression,
 }
+PROBLEMS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 @cache
@@ -198,4 +166,5 @@ def problem(name: str) -> Problem:
     """
     if name not in PROBLEMS:
         raise unknown("problem", name, PROBLEMS)
-    return PROBLEMS[name]()
+    settings = dict(PROBLEMS[name])
+    return from_data(DATA[settings.pop("data")](**settings), settings.get("clients", 1))

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import yaml
 
 from experiments.theory.verdict import Judged
 
-SERIES = {  # panel: gap that is left, over the first
-    "rates/isotropic": 0.01,
-    "rates/linear": 0.01,
-    "rates/linear, left": 0.01,
-    "rates/logistic": 0.01,
-    "stochastic/linear, SGD": 0.1,
-    "stochastic/linear, reshuffling": 0.1,
-    "stochastic/linear, federated, all 8": 0.1,
-}
+SERIES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,6 @@ class Aggregator(Limited, group="aggregator"):
         Raises:
             ConfigError: Saying why.
         """
-        del cohort
 
     @abstractmethod
     def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
@@ -74,7 +73,6 @@ class Mean(Aggregator):
 
     @override
     def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        del setting
         return got
 
 
@@ -88,7 +86,6 @@ class Total(Aggregator):
 
     @override
     def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        del setting
         if got.stacked is None:
             return got
         return replace(got, stacked=None, summed=got.sum())

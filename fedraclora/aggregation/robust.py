@@ -48,7 +48,6 @@ class Estimate(Aggregator):
 
     @override
     def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        del setting
         return replace(got, stacked=None, summed=self.estimate(rows_of(got)) * got.total)
 
 
@@ -122,7 +121,6 @@ class MultiKrum(Aggregator):
 
     @override
     def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        del setting
         kept = self.choose(rows_of(got))
         # The weight of 0 leaves a client out and its place to it, which a stacked method may need.
         weights = torch.zeros_like(got.weights)

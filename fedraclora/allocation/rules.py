@@ -24,9 +24,8 @@ from fedraclora.limits import Chance, Count, Fraction, Limited, Positive, choice
 from fedraclora.tree import Tree
 
 
-def gradient_norm(values: Tree, gradients: Tree) -> float:
+def gradient_norm(_values: Tree, gradients: Tree) -> float:
     """GRAD-NORM of one layer: ``sum ||g||_F`` over its trained factors; values are not read."""
-    del values
     return sum(float(torch.linalg.norm(g.double())) for g in gradients.values())
 
 

@@ -11,6 +11,7 @@ from typing_extensions import override
 from fedraclora.attacks.attack import Attack
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink
+from fedraclora.rng import hash_key
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.local_result import LocalResult
 from fedraclora.tree import Layout, Tree
@@ -47,7 +48,8 @@ class AttackedTrainer(CohortTrainer):
         layout = Layout(tuple((n, s.shape) for n, s in downlink.uploaded().items()))
         rows = layout.pack({n: result.trained[n][hit].cpu().double() for n, _ in layout.shapes}, 1)
         start = opening_rows(downlink, base, layout, hit)
-        moved = self.attack.sent(rows - start, clients[hit], self.seed, round_)
+        key = hash_key(self.seed, "attack", round_)
+        moved = self.attack.sent(rows - start, clients[hit], key)
         trained = dict(result.trained)
         for name, tensor in layout.unpack(start + moved).items():
             trained[name] = trained[name].clone()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Annotated
 
 from fedraclora.aggregation.base import Aggregator
@@ -170,17 +170,6 @@ class RunConfig(TaskConfig):
         return self.head in {"average", "local"} or self.bias == "average" or bool(self.dense)
 
 
-# Groups of one kind each; a name says which of the files it is.
-KINDS: dict[str, Callable[..., object]] = {
-    "local": LocalSettings,
-    "evaluate": EvaluateConfig,
-    "pretrain": PretrainConfig,
-    "output": OutputConfig,
-    "system": SystemConfig,
-    "stop": StopConfig,
-    "wire": WireConfig,
-}
-NAMED = ("local", "pretrain", "output", "system")
 # Groups that choose a row of a table: those that are called at once, and those that wait for data.
 ROWS: dict[str, Mapping[str, Callable[..., object]]] = {
     "allocation": ALLOCATIONS,
@@ -191,6 +180,13 @@ ROWS: dict[str, Mapping[str, Callable[..., object]]] = {
     "secure": SECURES,
     "attack": ATTACKS,
 }
+# Groups of one kind each: the other dataclasses; a name says which of the files it is.
+KINDS: dict[str, Callable[..., object]] = {
+    key: kind
+    for key, kind in typing.get_type_hints(RunConfig).items()
+    if isinstance(kind, type) and is_dataclass(kind) and key not in ROWS
+}
+NAMED = ("local", "pretrain", "output", "system")
 TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
     "data": DATASETS,
     "model": MODELS,

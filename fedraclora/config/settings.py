@@ -1,5 +1,8 @@
 """Settings of a run, group by group: frozen dataclasses that refuse what cannot run."""
 
+# A hook has arguments that an override uses.
+# ruff: noqa: ARG002
+
 from __future__ import annotations
 
 import os
@@ -72,7 +75,6 @@ class EngineConfig(Limited, group="engine"):
         Raises:
             ConfigError: If a round needs more replies than that.
         """
-        del cohort
         return Waiting()  # Ray's workers have a limit for each chunk; in this process none waits
 
     def fewest(self, cohort: int, max_failures: int) -> int:

@@ -24,76 +24,65 @@ class Rule:
     """Some keys of a group, and what reads them.
 
     Attributes:
-        group: Its name.
-        keys: Of the group.
+        keys: Their paths.
         read: Whether something reads them.
         reader: What does, for messages.
     """
 
-    group: str
     keys: Collection[str]
     read: Callable[[RunConfig], bool]
     reader: str
 
 
 RULES = (
-    Rule("local", ["epochs"], lambda c: c.local.steps is None, "local.steps=null"),
-    Rule("local", ["damping"], lambda c: c.local.adjust != "none", "local.adjust"),
+    Rule(["local.epochs"], lambda c: c.local.steps is None, "local.steps=null"),
+    Rule(["local.damping"], lambda c: c.local.adjust != "none", "local.adjust"),
     Rule(
-        "local",
-        ["final"],
+        ["local.final"],
         lambda c: c.local.schedule in {"cosine", "linear"},
         "local.schedule=cosine and linear",
     ),
     Rule(
-        "local",
-        ["step_every", "step_factor"],
+        ["local.step_every", "local.step_factor"],
         lambda c: c.local.schedule == "step",
         "local.schedule=step",
     ),
     Rule(
-        "local",
-        ["moments_kept"],
+        ["local.moments_kept"],
         lambda c: links_end(c.method, c.allocation),
         "methods whose links end (with method.resample_every), and no link of this one ever does",
     ),
     Rule(
-        "local",
-        ["dense_lr"],
+        ["local.dense_lr"],
         lambda c: c.trained_in_full,
         "layers trained in full (head=average, head=local, bias=average, dense)",
     ),
     Rule(
-        "method",
-        ["density"],
+        ["method.density"],
         lambda c: getattr(c.method, "sketch", "sparse_sign") == "sparse_sign",
         "method.sketch=sparse_sign",
     ),
     Rule(
-        "pretrain",
-        ["labels", "lr", "batch_size"],
+        ["pretrain.labels", "pretrain.lr", "pretrain.batch_size"],
         lambda c: c.pretrain.epochs > 0,
         "pretrain.epochs above 0 (pretrain=none leaves all of it out)",
     ),
     Rule(
-        "attack",
-        ["share"],
+        ["attack.share"],
         lambda c: type(c.attack) is not Attack,
         "attacks, and attack=none has none",
     ),
     Rule(
-        "evaluate",
-        ["clients"],
+        ["evaluate.clients"],
         lambda c: c.head == "local" or c.method.client_state,
         "head=local and methods that leave a part at each client",
     ),
     Rule(
-        "evaluate",
-        ["answers", "new_tokens", "shown"],
+        ["evaluate.answers", "evaluate.new_tokens", "evaluate.shown"],
         lambda c: c.evaluate.generate is not None,
         "evaluate.generate",
     ),
-    Rule("stop", ["metric"], lambda c: c.stop.patience is not None, "stop.patience"),
+    Rule(["stop.metric"], lambda c: c.stop.patience is not None, "stop.patience"),
 )
 
 
@@ -112,14 +101,15 @@ def refuse_unread(config: RunConfig) -> None:
     """
     found = {}
     for rule in RULES:
-        settings = getattr(config, rule.group)
-        defaults = {field.name: field.default for field in fields(settings)}
-        for key in rule.keys if not rule.read(config) else ():
+        for path in rule.keys if not rule.read(config) else ():
+            group, _, key = path.partition(".")
+            settings = getattr(config, group)
+            defaults = {field.name: field.default for field in fields(settings)}
             if key in defaults and (value := getattr(settings, key)) != defaults[key]:
                 default = "null" if defaults[key] is None else defaults[key]
-                found[f"{rule.group}.{key}"] = (
-                    f"{rule.group}.{key} is {value}, which nothing reads here: it is for "
-                    f"{rule.reader}; leave it at {default}"
+                found[path] = (
+                    f"{path} is {value}, which nothing reads here: it is for {rule.reader}; "
+                    f"leave it at {default}"
                 )
     if found:
         raise UnreadKeysError("\n  ".join(found.values()), found)

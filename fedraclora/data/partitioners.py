@@ -50,10 +50,7 @@ def dirichlet(
         Yurochkin et al., *Bayesian nonparametric federated learning of neural networks*,
         ICML 2019, arXiv:1905.12022.
     """
-    partitioner = _library().DirichletPartitioner(
-        clients, "label", float(alpha), min_size, seed=hash_key(seed, "partition")
-    )
-    return _divide(data, partitioner, "label", seed)
+    return _by_label(data, clients, seed, "Dirichlet", float(alpha), min_size)
 
 
 @limited("partition")
@@ -78,14 +75,7 @@ def pathological(
         McMahan et al., *Communication-efficient learning of deep networks from decentralized
         data*, AISTATS 2017, arXiv:1602.05629 (the pathological non-IID partition).
     """
-    partitioner = _library().PathologicalPartitioner(
-        clients,
-        "label",
-        classes_per_client,
-        "first-deterministic",
-        seed=hash_key(seed, "partition"),
-    )
-    return _divide(data, partitioner, "label", seed)
+    return _by_label(data, clients, seed, "Pathological", classes_per_client, "first-deterministic")
 
 
 @limited("partition")
@@ -114,15 +104,10 @@ def shards(
     """
     if shards_per_client is None and shard_size is None:
         raise ConfigError("set partition.shards_per_client or partition.shard_size, or both")
-    partitioner = _library().ShardPartitioner(
-        clients,
-        "label",
-        shards_per_client,
-        shard_size,
-        keep_incomplete_shard=shards_per_client is None,
-        seed=hash_key(seed, "partition"),
+    keep = shards_per_client is None
+    return _by_label(
+        data, clients, seed, "Shard", shards_per_client, shard_size, keep_incomplete_shard=keep
     )
-    return _divide(data, partitioner, "label", seed)
 
 
 @limited("partition")
@@ -197,6 +182,14 @@ def _library() -> Any:
     finally:
         sys.meta_path.remove(_Plots)
     return partitioner
+
+
+def _by_label(
+    data: DataSet, clients: int, seed: int, kind: str, *given: object, **named: object
+) -> list[Rows]:
+    """Divide by the classes, with a seeded partitioner of flwr-datasets."""
+    make, drawn = vars(_library())[f"{kind}Partitioner"], hash_key(seed, "partition")
+    return _divide(data, make(clients, "label", *given, seed=drawn, **named), "label", seed)
 
 
 def _divide(data: DataSet, partitioner: Any, column: str, seed: int) -> list[Rows]:

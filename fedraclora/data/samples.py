@@ -107,26 +107,21 @@ class ClientData(Protocol):
     @property
     def num_clients(self) -> int:
         """Number of clients."""
-        ...
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K] for ids [K]."""
-        ...
 
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Take samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
-        ...
 
     def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         """Tokens without padding: ids [K], positions [K, ...] -> int64 like ``positions``.
 
         None where samples are not padded: then batches are taken as they are.
         """
-        ...
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ClientData:
         """Move to a device; floating samples take ``dtype`` when given."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,7 @@ def _run(
     """Run a model whose last layer sees chosen states alone; give all states, and its outputs."""
     seen: list[torch.Tensor] = []
 
-    def choose(module: nn.Module, given: tuple[Any, ...]) -> tuple[torch.Tensor]:
-        del module
+    def choose(_module: nn.Module, given: tuple[Any, ...]) -> tuple[torch.Tensor]:
         seen.append(given[0])
         return (chosen(given[0]),)
 

@@ -69,7 +69,4 @@ class Diurnal(Availability):
         return within & Bernoulli(self.chance).at(seed, round_, now, clients)
 
 
-AVAILABILITY: dict[str, type[Availability]] = {
-    "bernoulli": Bernoulli,
-    "diurnal": Diurnal,
-}
+AVAILABILITY: dict[str, type[Availability]] = {"bernoulli": Bernoulli, "diurnal": Diurnal}

@@ -124,9 +124,5 @@ class Choice(Distribution):
 
 
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
-    "constant": Constant,
-    "uniform": Uniform,
-    "lognormal": LogNormal,
-    "pareto": Pareto,
-    "choice": Choice,
+    kind.__name__.lower(): kind for kind in (Constant, Uniform, LogNormal, Pareto, Choice)
 }

@@ -189,7 +189,12 @@ class SystemConfig(Limited, group="system"):
         Arguments as for `timeline`; float64 [K] each.
         """
         seconds = self._seconds(seed, round_, clients, load)
-        return seconds, self._gone(seed, round_, clients, seconds)
+        never = torch.full_like(seconds, math.inf)
+        if not self.drop_out:
+            return seconds, never
+        u = cohort_uniforms(hash_key(seed, "system/drop out", round_), clients)
+        # Below drop_out, u is uniform up to it: its share of it is the moment.
+        return seconds, torch.where(u < self.drop_out, seconds * (u / self.drop_out), never)
 
     def _seconds(self, seed: int, round_: int, clients: torch.Tensor, load: Load) -> torch.Tensor:
         """Virtual seconds of each client, float64 [K]."""
@@ -206,17 +211,6 @@ class SystemConfig(Limited, group="system"):
             u = cohort_uniforms(hash_key(seed, "system/jitter", round_), clients)
             total *= LogNormal(1.0, self.jitter).quantile(u)
         return total
-
-    def _gone(
-        self, seed: int, round_: int, clients: torch.Tensor, seconds: torch.Tensor
-    ) -> torch.Tensor:
-        """Virtual seconds after which each client vanishes, inf where it stays; float64 [K]."""
-        never = torch.full_like(seconds, math.inf)
-        if not self.drop_out:
-            return never
-        u = cohort_uniforms(hash_key(seed, "system/drop out", round_), clients)
-        # Below drop_out, u is uniform up to it: its share of it is the moment.
-        return torch.where(u < self.drop_out, seconds * (u / self.drop_out), never)
 
     def _of_device(
         self, name: str, of: Distribution, seed: int, clients: torch.Tensor

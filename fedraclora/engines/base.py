@@ -83,15 +83,16 @@ class Engine(ABC):
         self._grid = self.make_grid(parts)
         return self._grid
 
-    def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:
+    def recall(self, base: Tree, links: Iterable[tuple[int, Link]], version: int) -> None:  # noqa: B027
         """Take over the history of a run that goes on, where clients may hold its older weights.
+
+        Most clients end with the run: then there is nothing to do.
 
         Args:
             base: Its weights now.
             links: Of its rounds, in order; read where they are of use.
             version: Where it stands.
         """
-        del base, links, version  # most clients end with the run
 
     @abstractmethod
     def make_grid(self, parts: EngineParts) -> MessageGrid:
@@ -102,6 +103,7 @@ class Engine(ABC):
         if self._grid is not None:
             self._grid.close()
             self._grid = None
+        self.replica.close()
 
 
 MakeEngine = Callable[[RunConfig], Engine]

@@ -38,7 +38,7 @@ class InProcessGrid(LocalGrid):
 
     @override
     def answer(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
-        del timeout  # a client that hangs in this process hangs the process
+        # The time is not heeded: a client that hangs in this process hangs the process.
         replies = map(self._one, messages)  # each is read before the next is asked for
         return replies if self.arrange is None else self.arrange([*replies])
 

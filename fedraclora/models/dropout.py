@@ -91,7 +91,6 @@ class _Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        del types
         named = kwargs or {}
         if func in _DROPS:
             rate, on = (

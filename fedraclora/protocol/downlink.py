@@ -58,6 +58,15 @@ def differs(factor: Factor) -> bool:
     return isinstance(factor, torch.Tensor) and factor.dim() == 3
 
 
+def with_numbers(factor: Factor, change: Callable[[torch.Tensor], torch.Tensor]) -> Factor:
+    """Replace the numbers that are sent for a factor: its own, or those from which it starts."""
+    if isinstance(factor, torch.Tensor):
+        return change(factor)
+    if isinstance(factor, Trained) and isinstance(factor.start, torch.Tensor):
+        return replace(factor, start=change(factor.start))
+    return factor
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A low-rank term on one matrix: ``scale * product of factors``, left to right.
@@ -131,17 +140,9 @@ class Downlink:
         def sent(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to("cpu", dtype).contiguous()
 
-        def changed(name: str, factor: Factor) -> Factor:
-            del name
-            if isinstance(factor, torch.Tensor):
-                return sent(factor)
-            if isinstance(factor, Trained) and isinstance(factor.start, torch.Tensor):
-                return replace(factor, start=sent(factor.start))
-            return factor
-
         trees = self.extras.items()
         extras = {e: {n: sent(t) for n, t in tree.items()} for e, tree in trees}
-        return replace(self.mapped(changed), extras=extras)
+        return replace(self.mapped(lambda _, factor: with_numbers(factor, sent)), extras=extras)
 
     def trained(self) -> Mapping[str, Trained]:
         """Everything that clients train, by its name on the uplink, in packing order."""
@@ -170,13 +171,8 @@ class Downlink:
     def select(self, places: torch.Tensor) -> Downlink:
         """Keep the per-client values of the clients at ``places`` (int64) only."""
 
-        def part(name: str, factor: Factor) -> Factor:
-            del name
-            if not differs(factor):
-                return factor
-            if isinstance(factor, Trained):
-                return replace(factor, start=factor.start[places])  # type: ignore[index]
-            return factor[places]  # type: ignore[index]
+        def part(_name: str, factor: Factor) -> Factor:
+            return with_numbers(factor, lambda t: t[places]) if differs(factor) else factor
 
         ranks = None if self.ranks is None else self.ranks[places]
         slots = self.trained()

@@ -5,6 +5,9 @@ client, a message or a data set: it says what the cohort trains (`Downlink`), is
 came back (`Uplinks`), and says what the server holds next (`State`).
 """
 
+# A hook has arguments that an override uses.
+# ruff: noqa: ARG002
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -189,7 +192,6 @@ class Method(Protocol):
     @property
     def traits(self) -> Traits:
         """What the method promises."""
-        ...
 
     @property
     def client_state(self) -> bool:
@@ -203,20 +205,16 @@ class Method(Protocol):
 
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
         """Build the state before the first round."""
-        ...
 
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         """Build what the cohort trains in round ``round_`` (from 1)."""
-        ...
 
     def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
         """Ask for another exchange in the same round (a second pass), or None to close it."""
-        del state, sent, got
         return None
 
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         """Turn what came back into the next state; the changed base goes with its link."""
-        ...
 
     def in_force(self, state: State) -> tuple[Method, State]:
         """Return the method and the state as they stand: what wraps one may leave layers out."""
@@ -224,7 +222,6 @@ class Method(Protocol):
 
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
         """Effective dense weights: global, or personal with what a client keeps (``own``)."""
-        del draw, own
         return state.base
 
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
@@ -232,4 +229,3 @@ class Method(Protocol):
 
         Catch-up of an absent client and the bytes of seeds and headers are not in it.
         """
-        ...

@@ -26,16 +26,13 @@ def keep_gradient(gradients: Tree) -> Tree:
     return gradients
 
 
-def no_hook(
-    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
-) -> GradientHook:
+def no_hook(*_: object) -> GradientHook:
     """Plain local steps: whatever is frozen, gradients are kept."""
-    del frozen, arguments, ranks
     return keep_gradient
 
 
 def projected(
-    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+    frozen: Tree, _arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
 ) -> GradientHook:
     """Precondition by the frozen factor's Gram matrix: g_B (A A^T)^+, or (B^T B)^+ g_A.
 
@@ -45,7 +42,6 @@ def projected(
 
     Args:
         frozen: Frozen factors by "<weight>/<label>": A [r, n] or [K, r, n], B [m, r] or [K, m, r].
-        arguments: None are read.
         ranks: Which components each client trains, as in `fedraclora.protocol.rank_budgets.spans`,
             or None.
 
@@ -55,7 +51,6 @@ def projected(
     References:
         Zhang et al., *LoRA-FA*, arXiv 2308.03303; Malinovsky et al., arXiv 2410.08305, eq. (4).
     """
-    del arguments
     inverses = {}
     for name, factor in frozen.items():
         weight, _, label = name.rpartition("/")
@@ -81,17 +76,12 @@ def projected(
     return hook
 
 
-def block_diagonal(
-    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
-) -> GradientHook:
+def block_diagonal(_frozen: Tree, arguments: Arguments, *_: object) -> GradientHook:
     """Train the diagonal blocks of the middle factor "R" alone; what is beside them stays.
 
     Args:
-        frozen: Not read.
         arguments: ``blocks``: how many; it divides the rows of R.
-        ranks: Not read.
     """
-    del frozen, ranks
     blocks = int(arguments["blocks"])
 
     def hook(gradients: Tree) -> Tree:
@@ -106,20 +96,15 @@ def block_diagonal(
     return hook
 
 
-def in_turn(
-    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
-) -> GradientHook:
+def in_turn(_frozen: Tree, arguments: Arguments, *_: object) -> GradientHook:
     """Train one part of the columns of each B at a time, the parts in turn.
 
     Args:
-        frozen: Not read.
         arguments: ``parts``, how many; ``interval``, local steps of a turn.
-        ranks: Not read.
 
     Returns:
         The hook for the round: it counts its calls, one for each local step.
     """
-    del frozen, ranks
     parts, interval = int(arguments["parts"]), int(arguments["interval"])
     calls = iter(range(2**63))
 
@@ -140,19 +125,14 @@ def as_matrices(stored: torch.Tensor, *, turned: bool) -> torch.Tensor:
     return stored.mT if turned else stored.reshape(*stored.shape[:2], -1)
 
 
-def sparse(
-    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
-) -> GradientHook:
+def sparse(_frozen: Tree, arguments: Arguments, *_: object) -> GradientHook:
     """Train a random share of the entries of full weights; one mask for all clients, for good.
 
     Args:
-        frozen: Not read.
         arguments: ``density``, the chance of an entry to be trained; ``seed/<weight>``, of the mask
             of each weight that has one; ``turned/<weight>`` for those stored (in, out), whose mask
             is turned, too.
-        ranks: Not read.
     """
-    del frozen, ranks
     masks: Tree = {}
 
     def mask(name: str, gradient: torch.Tensor) -> torch.Tensor:
@@ -170,16 +150,12 @@ def sparse(
     return hook
 
 
-def galore(
-    frozen: Tree, arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
-) -> GradientHook:
+def galore(_frozen: Tree, arguments: Arguments, *_: object) -> GradientHook:
     """Project gradients of full weights on their leading singular vectors, of the smaller side.
 
     Args:
-        frozen: Not read.
         arguments: ``gap``, local steps that a projection serves; ``rank/<weight>`` for each weight
             that is projected; ``turned/<weight>`` for those stored (in, out).
-        ranks: Not read.
 
     Returns:
         The hook for the round. Directions that the gradient does not have are projected out: which
@@ -188,7 +164,6 @@ def galore(
     References:
         Zhao et al., *GaLore*, ICML 2024, arXiv 2403.03507.
     """
-    del frozen, ranks
     gap, calls = int(arguments["gap"]), iter(range(2**63))
     bases: Tree = {}
 

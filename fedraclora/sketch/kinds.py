@@ -22,17 +22,14 @@ class Size(Protocol):
     @property
     def rank(self) -> int:
         """Rows."""
-        ...
 
     @property
     def dim(self) -> int:
         """Numbers per row."""
-        ...
 
     @property
     def density(self) -> float:
         """Probability that an entry of a sparse sketch is not zero."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ The core calls `LocalExtra` and `Keeper` and knows none of those that there are;
 `fedraclora.training.extras`.
 """
 
+# A hook has arguments that an override uses.
+# ruff: noqa: ARG002
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -117,7 +120,6 @@ class LocalExtra:
         Raises:
             ConfigError: Where it does not fit what is trained.
         """
-        del chunk
         return {}
 
     def optimiser(self, chunk: Chunk, rates: Rates) -> Optimiser | None:
@@ -130,7 +132,6 @@ class LocalExtra:
         Raises:
             ConfigError: Where it does not fit what is trained.
         """
-        del chunk, rates
         return None
 
     def sent(self, result: LocalResult) -> LocalResult:
@@ -143,7 +144,6 @@ class LocalExtra:
 
     def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:
         """Compute the ledger's columns of a round, from what was asked and what came back."""
-        del sent, got
         return {}
 
 

@@ -1,5 +1,8 @@
 """Layers of a feed-forward network for a chunk of clients, each with its way back written out."""
 
+# A hook has arguments that an override uses.
+# ruff: noqa: ARG002
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -26,13 +29,11 @@ class Stage(Protocol):
 
     def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
         """Map [K * b, ...]; ``values`` are the trained tensors of the K clients."""
-        ...
 
     def backward(
         self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
     ) -> torch.Tensor | None:
         """Add the gradients of what is trained here; give that of the input, where it is wanted."""
-        ...
 
 
 class Flatten:
@@ -44,7 +45,6 @@ class Flatten:
 
     def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
         """See `Stage.forward`."""
-        del values, K
         self.shape = x.shape
         return x.flatten(1) if self.flat else x
 
@@ -52,7 +52,6 @@ class Flatten:
         self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
     ) -> torch.Tensor | None:
         """See `Stage.backward`."""
-        del gradients
         return slope.reshape(self.shape) if to_input and self.shape is not None else None
 
 
@@ -67,7 +66,6 @@ class Activation:
 
     def forward(self, x: torch.Tensor, values: Tree, K: int) -> torch.Tensor:
         """See `Stage.forward`."""
-        del values, K
         self.output = self.there(x)
         return self.output
 
@@ -75,7 +73,6 @@ class Activation:
         self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
     ) -> torch.Tensor | None:
         """See `Stage.backward`."""
-        del gradients
         return self.back(slope, self.output) if to_input else None
 
 

@@ -1,5 +1,8 @@
 """Base weights and their version, as workers read them and the server replaces them."""
 
+# A hook has arguments that an override uses.
+# ruff: noqa: ARG002
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -28,8 +31,10 @@ class BaseWeights:
             version: Their version.
             link: How they follow from the version before; None if nothing changed.
         """
-        del link  # for replicas that are elsewhere
         self.base, self.version = base, version
+
+    def close(self) -> None:
+        """Remove what has been written for workers that are elsewhere."""
 
     def at(self, version: int, round_: int) -> Tree:
         """Return the weights, which must stand at ``version``.

@@ -59,8 +59,8 @@ class JobFolder(WeightHistory):
     def _path(self) -> Path:
         return self.folder / f"{self.version:06d}.safetensors"
 
+    @override
     def close(self) -> None:
-        """Remove the folder."""
         self._made.cleanup()
 
 

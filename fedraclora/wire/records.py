@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from io import BytesIO
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fedraclora.protocol.quantised import FULL, decode, encode
 from fedraclora.tree import Layout, Tree, to_numpy
 from fedraclora.wire.fields import listed, named, parsed, reading, shown, whole
 
+R = TypeVar("R", ArrayRecord, ConfigRecord)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 VECTORS = {
     "clients": np.int64,
@@ -79,18 +80,28 @@ def read_header(content: RecordDict) -> dict[str, Any]:
     return read_json(content, "config")
 
 
+def record_of(content: RecordDict, name: str, kind: type[R]) -> R:
+    """Return the record ``name`` of a message.
+
+    Raises:
+        WireError: If there is none, or one of another kind.
+    """
+    record = content.get(name)
+    if not isinstance(record, kind):
+        raise WireError(
+            f"a message has the records {shown(list(content))}; {kind.__name__} {name} is wanted"
+        )
+    return record
+
+
 def read_json(content: RecordDict, name: str) -> dict[str, Any]:
     """Read the header in the record ``name``.
 
     Raises:
         WireError: If it is missing, or no JSON object.
     """
-    record = content.get(name)
-    if not isinstance(record, ConfigRecord):
-        raise WireError(
-            f"a message has the records {shown(list(content))}; one named {name} is wanted"
-        )
-    return parsed(record.get("header"), f"the header in the record {name}")
+    text = record_of(content, name, ConfigRecord).get("header")
+    return parsed(text, f"the header in the record {name}")
 
 
 def round_of(content: RecordDict) -> int:
@@ -117,12 +128,7 @@ def read_array(content: RecordDict, name: str) -> torch.Tensor:
     Raises:
         WireError: If it is missing, or its bytes are not those of the shape that it names.
     """
-    record = content.get(name)
-    if not isinstance(record, ArrayRecord):
-        raise WireError(
-            f"a message has the records {shown(list(content))}; an array record named {name} is "
-            "wanted"
-        )
+    record = record_of(content, name, ArrayRecord)
     with reading(f"the array of the record {name}"):
         array = record["flat"]
         _check_bytes(array.data)
@@ -176,7 +182,7 @@ def read_vectors(content: RecordDict) -> Tree:
     Raises:
         WireError: If they are not whole.
     """
-    chunk = _chunk(content)
+    chunk = record_of(content, "chunk", ConfigRecord)
     with reading("a vector of the record chunk"):
         return {
             name: torch.from_numpy(np.frombuffer(chunk[name], kind).copy())  # type: ignore[arg-type]
@@ -187,16 +193,8 @@ def read_vectors(content: RecordDict) -> Tree:
 
 def read_first(content: RecordDict) -> int:
     """Read the place of a message's first client in the cohort."""
-    return whole(_chunk(content).get("first"), "the place of its first client")
-
-
-def _chunk(content: RecordDict) -> ConfigRecord:
-    record = content.get("chunk")
-    if not isinstance(record, ConfigRecord):
-        raise WireError(
-            f"a message has the records {shown(list(content))}; one named chunk is wanted"
-        )
-    return record
+    first = record_of(content, "chunk", ConfigRecord).get("first")
+    return whole(first, "the place of its first client")
 
 
 def read_layout(shapes: object, what: str) -> Layout:

@@ -77,16 +77,28 @@ class Stage:
 
 
 def stage_message(
-    round_: int, stage: Stage, failures: Mapping[int, str] | None = None
+    round_: int,
+    stage: Stage,
+    failures: Mapping[int, str] | None = None,
+    told: Mapping[str, object] | None = None,
+    sent: tuple[list[int], torch.Tensor] | None = None,
 ) -> RecordDict:
-    """Write a message, or a reply, of a stage in which nobody trains."""
-    header = {"round": round_, "failures": {str(c): why for c, why in (failures or {}).items()}}
-    clients = torch.tensor(sorted(stage.data), dtype=torch.int64)
+    """Write a message, or a reply, of a stage.
+
+    Args:
+        round_: Its number.
+        stage: What it says of secure aggregation.
+        failures: Why a client does not answer, by id.
+        told: What else the header has.
+        sent: Clients, and a row of numbers of each; None: those of ``stage``, and no numbers.
+    """
+    why = {str(c): reason for c, reason in (failures or {}).items()}
+    clients, rows = sent or (sorted(stage.data), torch.empty(0))
     return RecordDict(
         {
-            "config": header_record(header),
-            "arrays": array_record(torch.empty(0)),
-            "chunk": vector_record({"clients": clients}),
+            "config": header_record({"round": round_, "failures": why, **(told or {})}),
+            "arrays": array_record(rows),
+            "chunk": vector_record({"clients": torch.tensor(clients, dtype=torch.int64)}),
             "secure": stage.record(),
         }
     )

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from math import prod
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import RecordDict
 
 from fedraclora.errors import WireError
 from fedraclora.tree import Tree
 from fedraclora.weights.update import WeightUpdate, read_update, update_tensors
 from fedraclora.wire.fields import exactly, listed, named, reading, shown, whole
-from fedraclora.wire.records import DTYPES, header_record, read_array, read_json, read_shape
+from fedraclora.wire.records import (
+    DTYPES,
+    array_record,
+    header_record,
+    read_array,
+    read_json,
+    read_shape,
+)
 
 FIELDS = frozenset({"version", "mark", "held", "links", "tensors"})
 KINDS = DTYPES | {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,9 +32,8 @@ def add_weight_update(content: RecordDict, update: WeightUpdate) -> None:
     described = [[n, str(t.dtype)[6:], t.shape] for n, t in tensors.items()]
     # As bytes: one array for numbers of any kinds.
     raw = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in tensors.values()]
-    record = ArrayRecord()
-    record["flat"] = Array(torch.cat(raw).numpy() if raw else np.zeros(0, np.uint8))
-    content[HEADER], content[NUMBERS] = header_record(meta | {"tensors": described}), record
+    content[HEADER] = header_record(meta | {"tensors": described})
+    content[NUMBERS] = array_record(torch.cat([torch.zeros(0, dtype=torch.uint8), *raw]))
 
 
 def read_weight_update(content: RecordDict) -> WeightUpdate:

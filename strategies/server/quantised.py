@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedraclora.protocol.downlink import differs
-from fedraclora.protocol.method import Downlink, Factor, Link, State, Term, Trained, apply_link
+from fedraclora.protocol.downlink import differs, with_numbers
+from fedraclora.protocol.method import Downlink, Factor, Link, State, Term, apply_link
 from fedraclora.protocol.quantised import FULL, rounded
 from fedraclora.rng import generator
 
@@ -46,11 +46,7 @@ class DownlinkRounding:
 
         def change(name: str, factor: Factor) -> Factor:
             rows = differs(factor)
-            if isinstance(factor, torch.Tensor):
-                return self._rounded(factor, round_, name, apart=rows)
-            if isinstance(factor, Trained) and isinstance(factor.start, torch.Tensor):
-                return replace(factor, start=self._rounded(factor.start, round_, name, apart=rows))
-            return factor
+            return with_numbers(factor, lambda t: self._rounded(t, round_, name, apart=rows))
 
         extras = {
             extra: {n: self._rounded(t, round_, extra, n) for n, t in tree.items()}

@@ -18,7 +18,6 @@ class EvaluatesItself(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Evaluation is the server's: no messages."""
-        del server_round, arrays, config, grid
         return []
 
     @override
@@ -26,7 +25,6 @@ class EvaluatesItself(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Evaluation is the server's: nothing to aggregate."""
-        del server_round, replies
         return None
 
     @override

@@ -61,7 +61,7 @@ class Factored(Drawn):
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
         if layer.carried or self.initial in initials.STARTS:  # of which a probe comes first
-            return {"B": layer.trained("B"), "A": layer.trained("A")}
+            return super().factors(layer, now)
         if draws_right(self.side, layer.shape):
             return {"B": layer.trained("B"), "A": layer.trained("A", self.first(layer, now, "A"))}
         return {"B": layer.trained("B", self.first(layer, now, "B")), "A": layer.trained("A")}

@@ -8,6 +8,9 @@ every method has is here: the loop over matrices, the tensors that are trained i
 rounding, the age of links, effective weights, the count of what is sent, and the error of a round.
 """
 
+# A hook has arguments that an override uses.
+# ruff: noqa: ARG002
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -103,12 +106,12 @@ class LayerMethod(LowRank):
     # What a method says.
 
     def factors(self, layer: Layer, now: Round) -> Factors:
-        """Return what clients get for one matrix, by label.
+        """Return what clients get for one matrix, by label; here they train both factors.
 
         Returns:
             A `Trained` slot, or a frozen factor: a tensor that is sent, or a drawing (a seed).
         """
-        raise NotImplementedError
+        return {"B": layer.trained("B"), "A": layer.trained("A")}
 
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         """Compute what a round makes of one matrix.
@@ -131,12 +134,10 @@ class LayerMethod(LowRank):
 
     def subset(self, plan: Plan, round_: int) -> Plan:
         """Choose the matrices that a round adapts; all, unless a method says otherwise."""
-        del round_
         return plan
 
     def arguments(self, plan: Plan) -> dict[str, float | int]:
         """Return the numbers that the recipe reads."""
-        del plan
         return {}
 
     @property
@@ -156,7 +157,6 @@ class LayerMethod(LowRank):
 
     def components(self, cohort: Cohort, now: Round) -> torch.Tensor | None:
         """Choose which components each client trains (`Downlink.ranks`); None: all of them."""
-        del now
         return cohort.ranks if self.traits.ranks else None
 
     def layer_rank(self, plan: Plan, name: str) -> Rank:
@@ -200,7 +200,6 @@ class LayerMethod(LowRank):
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        del draw
         check_patterns(self.rank, plan.targets)
         notes = tuple(n for w in plan.targets if (n := self.layer_rank(plan, w).note) is not None)
         return State(base, plan, memo=self.memo(), notes=notes)
@@ -249,7 +248,6 @@ class LayerMethod(LowRank):
 
     def merge(self, state: State, terms: dict[str, Term], dense: Tree) -> Link:
         """Build the link of a round from its products and means: each is folded into its W."""
-        del state
         return Link(terms, dense)
 
     @override

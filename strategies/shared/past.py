@@ -40,13 +40,12 @@ def leading(change: Change, side: str, kept: int) -> torch.Tensor:
     return u if side == "B" else vt
 
 
-def squared_lengths(change: Change, side: str, kept: int) -> torch.Tensor:
+def squared_lengths(change: Change, side: str, _kept: int) -> torch.Tensor:
     """Compute the squared lengths of the rows (side ``B``) or columns (``A``) of B A.
 
     Returns:
         [m, 1] or [1, n], float64; ``chosen`` draws the kept ones by them.
     """
-    del kept
     B, A = matrices(Term(change, 1.0))
     squares = (B @ (A @ A.mT) * B).sum(dim=1) if side == "B" else (B.mT @ B @ A * A).sum(dim=0)
     return as_rows(squares[None], side)

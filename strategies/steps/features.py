@@ -50,7 +50,7 @@ class Setup:
     @property
     def max_weight(self) -> int:
         """The greatest weight of a client in a secure sum; 0: there is none."""
-        return self.chosen.security.max_weight if isinstance(self.chosen.security, SecAgg) else 0
+        return self.chosen.secure.max_weight if isinstance(self.chosen.secure, SecAgg) else 0
 
 
 def _moments(local: LocalConfig) -> str:
@@ -136,14 +136,16 @@ SETTINGS = {
     "a cohort of two or less": Feature(
         lambda s: s.run.loop.cohort < LEAST and f"cohort is {s.run.loop.cohort}",
         "a cohort of 3 or more"),
-    "control_variates=true": Feature(lambda s: s.chosen.variates, "control_variates=false"),
+    "control_variates=true": Feature(lambda s: s.chosen.control_variates, "control_variates=false"),
     "server_optimiser.space=weights": Feature(
-        lambda s: s.chosen.optimiser.name != "none" and s.chosen.optimiser.space == "weights",
+        lambda s: s.chosen.server_optimiser.name != "none"
+        and s.chosen.server_optimiser.space == "weights",
         "server_optimiser=none or space=factors"),
     "server_optimiser.space=factors": Feature(
-        lambda s: s.chosen.optimiser.space == "factors", ONE_SPACE),
+        lambda s: s.chosen.server_optimiser.space == "factors", ONE_SPACE),
     "an adaptive server_optimiser with space=factors": Feature(
-        lambda s: s.chosen.optimiser.adapts and s.chosen.optimiser.space == "factors",
+        lambda s: s.chosen.server_optimiser.adapts
+        and s.chosen.server_optimiser.space == "factors",
         f"server_optimiser=momentum, {ONE_SPACE}"),
     "system": Feature(lambda s: s.run.devices.enabled, "system=none"),
     "system.buffer": Feature(

@@ -36,12 +36,12 @@ def round_steps(chosen: RoundSettings, local: LocalConfig) -> list[RoundStep]:
         steps.append(RobustRule(chosen.aggregator))
     if isinstance(chosen.privacy, ClientLevel):
         steps.append(PrivateRounds(chosen.privacy, chosen.secret))
-    if isinstance(chosen.security, SecAgg):
-        steps.append(SecureSum(chosen.security))
+    if isinstance(chosen.secure, SecAgg):
+        steps.append(SecureSum(chosen.secure))
     if (level := local.extra_of(SampleLevel)) is not None:
         steps.append(SampleAccount(level.noise))
-    if chosen.variates:
+    if chosen.control_variates:
         steps.append(ControlVariates())
-    if chosen.optimiser.name != "none":
-        steps.append(OptimisedServer(chosen.optimiser))
+    if chosen.server_optimiser.name != "none":
+        steps.append(OptimisedServer(chosen.server_optimiser))
     return steps

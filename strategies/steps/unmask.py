@@ -225,9 +225,8 @@ def blame(round_: int, client: int, why: str) -> CulpritError:
     return CulpritError(text, client, why)
 
 
-def check_keys(client: int, sent: Any, answer: Any) -> None:
+def check_keys(_client: int, _sent: Any, answer: Any) -> None:
     """Reject a reply that has no public keys."""
-    del client, sent
     if {*answer} != {"mask", "box", "seed"}:
         raise WireError(f"it sent the keys {[*answer]}; mask, box and seed are wanted")
     for name in ("mask", "box"):
@@ -235,9 +234,8 @@ def check_keys(client: int, sent: Any, answer: Any) -> None:
     checked_text(answer["seed"], MARK_LENGTH)
 
 
-def check_sealed(client: int, sent: Any, answer: Any) -> None:
+def check_sealed(_client: int, sent: Any, answer: Any) -> None:
     """Reject a reply without one sealed text, with two marks, for each neighbour."""
-    del client
     if {*answer} != {*sent}:
         raise WireError(
             f"it sealed shares for the clients {[*answer]}, but its neighbours are {[*sent]}"

@@ -11,7 +11,8 @@ from experiments.cli import main
 from experiments.theory import command
 from experiments.theory.verdict import Judged
 
-FIGURES = {"rates", "sketches", "stochastic", "cover", "counter_example", "slowdown"}
+FIGURES = {"rates", "sketches", "stochastic", "chain", "fewer_bits", "cover"}
+FIGURES |= {"counter_example", "noise_example", "slowdown"}
 
 
 def status_of(*words: str) -> int:

@@ -206,7 +206,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
     rough = replace(UNEVEN, drop_out=0.3)
 
     def play(rounds: int, folder: Path | None = None, **more: Any) -> Run:
-        beside = {} if rule is None else {"treatment": RoundSettings(optimiser=rule)}
+        beside = {} if rule is None else {"treatment": RoundSettings(server_optimiser=rule)}
         return go(world, (name, {}), rounds, folder=folder, system=rough, **beside, **more)
 
     whole = play(7)
@@ -234,7 +234,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
         (("fed_rac_lora", {}), {"aggregator": Median()}, "aggregator=median"),
         (
             ("fed_rac_lora", {}),
-            {"treatment": RoundSettings(optimiser=Momentum(space="factors"))},
+            {"treatment": RoundSettings(server_optimiser=Momentum(space="factors"))},
             "space=factors",
         ),
     ],

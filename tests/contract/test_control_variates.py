@@ -64,7 +64,7 @@ VARIANTS: list[Variant] = [
 
 def corrected(world: World, method: Method, rounds: int, **more: Any) -> Run:
     local = more.pop("local", STEPS)
-    treatment = RoundSettings(**more.pop("beside", {}), variates=True)
+    treatment = RoundSettings(**more.pop("beside", {}), control_variates=True)
     return run(
         world, method, local, rounds=rounds, cohort=COHORT, seed=SEED, treatment=treatment, **more
     )
@@ -188,7 +188,7 @@ def test_the_batch_of_clients_adds_what_the_one_client_loop_adds(
 @pytest.mark.parametrize("name", ["ffa_lora", "fed_rac_lora", "fedavg_lora"])
 def test_a_run_goes_on_bit_for_bit_with_what_clients_keep(name: str, tmp_path: Path) -> None:
     world, method = make_world(dtype=torch.float32), make_method(name)
-    beside = {"optimiser": Momentum(beta=0.5)}
+    beside = {"server_optimiser": Momentum(beta=0.5)}
     whole = corrected(world, method, 5, folder=tmp_path / "whole", beside=beside)
     corrected(world, method, 2, folder=tmp_path / "part", beside=beside)
     rest = corrected(world, method, 5, folder=tmp_path / "part", beside=beside, resume=True)
@@ -236,8 +236,8 @@ def test_the_servers_variate_is_the_mean_of_the_clients(variant: Variant, secure
     world, method = make_world(), make_method(variant[0], **variant[1])
     beside: dict[str, Any] = {}
     if secure:
-        beside = {"security": SecAgg(clip=CLIP, max_weight=1, neighbours=2, threshold=0.6)}
-    treatment = RoundSettings(**beside, variates=True)
+        beside = {"secure": SecAgg(clip=CLIP, max_weight=1, neighbours=2, threshold=0.6)}
+    treatment = RoundSettings(**beside, control_variates=True)
     done = run(
         world, method, STEPS, rounds=5, cohort=COHORT, weights="uniform", treatment=treatment
     )
@@ -249,7 +249,7 @@ def test_the_servers_variate_is_the_mean_of_the_clients(variant: Variant, secure
     if secure:
         free = run(
             world, method, STEPS, rounds=5, cohort=COHORT, weights="uniform",
-            treatment=RoundSettings(variates=True),
+            treatment=RoundSettings(control_variates=True),
         )  # fmt: skip
         gaps = [float((found[n] - t).abs().max()) for n, t in servers(free).items()]
         assert max(gaps) > 1e-2, "the clip does nothing"
@@ -258,7 +258,7 @@ def test_the_servers_variate_is_the_mean_of_the_clients(variant: Variant, secure
 def test_a_client_whose_masked_update_does_not_go_out_keeps_what_it_had() -> None:
     """The one with nine samples may not send a weight above eight: the sum is without it."""
     secure = SecAgg(clip=CLIP, max_weight=8, neighbours=4, threshold=0.6)
-    treatment = RoundSettings(security=secure, variates=True)
+    treatment = RoundSettings(secure=secure, control_variates=True)
     world = make_world()
     more: dict[str, Any] = {"rounds": 3, "max_failures": 1, "treatment": treatment}
     done = run(world, make_method("fed_rac_lora"), STEPS, **more)
@@ -337,7 +337,7 @@ def test_drift_of_unlike_clients_is_taken_out(name: str) -> None:
                 replace(STEPS, steps=20),
                 rounds=60,
                 weights="uniform",
-                treatment=RoundSettings(variates=on),
+                treatment=RoundSettings(control_variates=on),
             ).weights
         )
         - optimum

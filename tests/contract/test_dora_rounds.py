@@ -214,7 +214,7 @@ def test_training_goes_on_from_what_was_learnt(variant: Variant, world: World) -
 def test_sums_carry_the_magnitudes(name: str, world: World) -> None:
     whole = run(world, dora(name), RAGGED, rounds=3, weights="uniform")
     summed = run(world, dora(name), RAGGED, rounds=3, weights="uniform", aggregator=Total())
-    secure = RoundSettings(security=SecAgg(clip=50.0, max_weight=1))
+    secure = RoundSettings(secure=SecAgg(clip=50.0, max_weight=1))
     hidden = run(world, dora(name), RAGGED, rounds=3, weights="uniform", treatment=secure)
     assert_close_trees(summed.strategy.state.carried, whole.strategy.state.carried)
     assert_close_trees(hidden.strategy.state.carried, whole.strategy.state.carried, 1e-5)
@@ -236,7 +236,7 @@ def test_privacy_of_clients_bounds_the_magnitudes_with_the_rest(world: World) ->
 
 def test_the_server_s_momentum_moves_the_magnitudes(world: World) -> None:
     """With one round of momentum, the step is the mean change."""
-    rule = RoundSettings(optimiser=Momentum(space="factors", lr=0.5))
+    rule = RoundSettings(server_optimiser=Momentum(space="factors", lr=0.5))
     method = dora("fedavg_lora")
     plain = run(world, method, RAGGED, rounds=1)
     halved = run(world, method, RAGGED, rounds=1, treatment=rule)
@@ -249,7 +249,7 @@ def test_the_server_s_momentum_moves_the_magnitudes(world: World) -> None:
 def test_control_variates_correct_the_magnitudes(world: World) -> None:
     """One full step of all clients: the server's variates are the mean gradients."""
     local, method = LocalSettings(lr=0.1, steps=1, batch_size=0), dora("fedavg_lora")
-    treatment = RoundSettings(variates=True)
+    treatment = RoundSettings(control_variates=True)
     done = run(world, method, local, rounds=1, weights="uniform", treatment=treatment)
     start = magnitudes(method.init(world.base, world.plan, done.strategy.draw))
     for name, now in magnitudes(done.strategy.state).items():
@@ -317,6 +317,6 @@ def test_an_embedding_is_refused(world: World) -> None:
 
 
 def test_a_server_s_step_on_weights_is_refused(world: World) -> None:
-    rule = RoundSettings(optimiser=Momentum(space="weights"))
+    rule = RoundSettings(server_optimiser=Momentum(space="weights"))
     with pytest.raises(ConfigError, match=r"dora=true: .*space=factors"):
         run(world, dora("fedavg_lora"), RAGGED, rounds=1, treatment=rule)

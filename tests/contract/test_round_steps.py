@@ -108,9 +108,9 @@ def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
         Median(),
         ALittleIsEnough(0.2),
         ClientLevel(),
-        security=SecAgg(),
-        optimiser=Momentum(),
-        variates=True,
+        secure=SecAgg(),
+        server_optimiser=Momentum(),
+        control_variates=True,
     )
     everything = round_steps(chosen, replace(LOCAL, dp=SampleNoise()))
     assert [type(step).__name__ for step in everything] == [

@@ -66,7 +66,7 @@ def secure(world: World, method: Any = None, **changes: Any) -> Run:
     weights = changes.pop("weights", "uniform")
     settings = {"clip": 50.0, "max_weight": 9 if weights == "examples" else 1}
     settings |= changes.pop("settings", {})
-    treatment = RoundSettings(security=SecAgg(**settings), **changes.pop("beside", {}))
+    treatment = RoundSettings(secure=SecAgg(**settings), **changes.pop("beside", {}))
     method = method or make_method("fed_rac_lora")
     return run(
         world, method, RAGGED, weights=weights, treatment=treatment, **{"rounds": 1} | changes

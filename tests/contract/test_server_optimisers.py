@@ -82,7 +82,7 @@ def rounds(method: Method, world: World, rule: ServerOptimiser, count: int = 4) 
     """Rounds of random replies that the server closes with its optimiser."""
     state, loop = method.init(world.base, world.plan, DRAW), LoopConfig(count, 5, 5, 5, DRAW.seed)
     devices = DeviceSimulator(SystemConfig(), DRAW.seed, RAGGED)
-    chosen = round_steps(RoundSettings(optimiser=rule), RAGGED)
+    chosen = round_steps(RoundSettings(server_optimiser=rule), RAGGED)
     steps = RoundSteps(chosen, RunContext(method, RAGGED, loop, devices), state)
     played = []
     for round_ in range(1, count + 1):
@@ -289,7 +289,7 @@ def test_a_run_goes_on_bit_for_bit_with_its_moments(
             cohort=3,
             folder=folder,
             resume=resume,
-            treatment=RoundSettings(optimiser=rule),
+            treatment=RoundSettings(server_optimiser=rule),
             arrange=(lambda messages: messages[::-1]) if turned else None,
         )
 

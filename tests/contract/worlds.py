@@ -555,7 +555,7 @@ def run(
     device = torch.device("cpu")
     trainer = CohortTrainer(world.task, world.plan, local, seed=seed, device=device)
     treatment = treatment or RoundSettings(aggregator, attack or Attack())
-    security = treatment.security
+    security = treatment.secure
     terms = Terms(security, weights) if isinstance(security, SecAgg) else None
     parts = replace(EngineParts.of(trainer, loop.cohort), terms=terms)
     wired = wire(

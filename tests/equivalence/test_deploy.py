@@ -204,7 +204,7 @@ def test_a_run_that_began_in_process_goes_on_deployed(tmp_path: Path) -> None:
 
     config = from_plain(small(words, cut, "inline"), METHODS)
     with pytest.raises(KeyboardInterrupt):
-        execute(config, cut, engine_of, on_round=stop)
+        execute(config, cut, engine_of, on_round=[stop])
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy(words, cut, network, resume=True)
     assert summary(cut)["weights_digest"] == wanted["weights_digest"]

@@ -227,7 +227,7 @@ def test_a_run_that_died_after_any_row_goes_on_from_its_last_checkpoint(
         if row["round"] == stop:
             raise Killed
 
-    first.strategy.on_round = die
+    first.strategy.on_round = (die,)
     with pytest.raises(Killed):
         first.strategy.start(first.grid)
     if stop < 3:

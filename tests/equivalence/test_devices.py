@@ -163,7 +163,7 @@ def test_a_run_that_goes_on_asks_whom_it_would_have_asked(at: int, tmp_path: Pat
 
     whole = played(job(ROUGH))
     with pytest.raises(KeyboardInterrupt):
-        played(job(ROUGH, folder=tmp_path, on_round=stop))
+        played(job(ROUGH, folder=tmp_path, on_round=[stop]))
     again = job(ROUGH, folder=tmp_path, resume=True)
     assert again.strategy.done == at - 1
     assert bits(played(again)) == bits(whole)

@@ -57,7 +57,7 @@ def test_a_run_that_began_in_process_goes_on_as_an_app(tmp_path: Path) -> None:
 
     config = from_plain(composed([*inline, f"output.dir={cut}"]), METHODS)
     with pytest.raises(KeyboardInterrupt):
-        execute(config, cut, engine_of, on_round=stop)
+        execute(config, cut, engine_of, on_round=[stop])
     assert flower.main([f"resume={cut}", "engine.workers=2"]) == 0
     found, wanted = summary(cut), summary(whole)
     assert [found[name] for name in DIGESTS] == [wanted[name] for name in DIGESTS]

@@ -18,6 +18,7 @@ from fedraclora.attacks.attack import (
 )
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.errors import ConfigError, DataError
+from fedraclora.rng import hash_key
 
 
 def normals(*shape: int) -> torch.Tensor:
@@ -36,22 +37,22 @@ def test_who_attacks_is_a_draw_of_the_seed() -> None:
 
 def test_a_flipped_sign() -> None:
     updates = normals(3, 5)
-    assert torch.equal(SignFlip(0.2, 3.0).sent(updates, torch.arange(3), 0, 1), -3 * updates)
-    assert torch.equal(Attack().sent(updates, torch.arange(3), 0, 1), updates)
+    assert torch.equal(SignFlip(0.2, 3.0).sent(updates, torch.arange(3), 0), -3 * updates)
+    assert torch.equal(Attack().sent(updates, torch.arange(3), 0), updates)
 
 
 def test_noise_has_the_size_that_it_says_and_is_the_clients_own() -> None:
     updates, clients = normals(4, 20000), torch.tensor([2, 5, 7, 11])
     attack = ScaledNoise(0.2, 4.0)
-    sent = attack.sent(updates, clients, seed=1, round_=3)
+    sent = attack.sent(updates, clients, hash_key(1, "attack", 3))
     ratio = sent.norm(dim=1) / updates.norm(dim=1)
     torch.testing.assert_close(ratio, torch.full((4,), 4.0).double(), rtol=0.02, atol=0)
     assert float((sent / sent.std()).mean()) == pytest.approx(0, abs=0.02)
     overlap = torch.corrcoef(torch.cat([sent, updates])) - torch.eye(8)
     assert float(overlap.abs().max()) < 0.04
-    one = attack.sent(updates[2:3], clients[2:3], seed=1, round_=3)
+    one = attack.sent(updates[2:3], clients[2:3], hash_key(1, "attack", 3))
     assert torch.equal(one[0], sent[2])
-    assert not torch.equal(attack.sent(updates, clients, seed=1, round_=4), sent)
+    assert not torch.equal(attack.sent(updates, clients, hash_key(1, "attack", 4)), sent)
 
 
 def test_flipped_labels_of_attackers_only() -> None:

@@ -33,8 +33,7 @@ from experiments.bench.workloads import (
     WORKLOADS,
     Case,
     Workload,
-    llama,
-    mlp,
+    network,
     texts,
     vectors,
 )
@@ -47,7 +46,7 @@ TINY = Workload(
     "6 clients",
     6,
     2,
-    mlp(7, 5, 3),
+    partial(network, "mlp", 3, (7,), hidden=[5]),
     partial(vectors, 7, 3),
     "fc2",
     ("fedavg", "loop"),
@@ -55,6 +54,8 @@ TINY = Workload(
     batch=4,
 )
 SIZES = {
+    "model_type": "llama",
+    "tie_word_embeddings": True,
     "hidden_size": 8,
     "intermediate_size": 12,
     "num_hidden_layers": 2,
@@ -66,7 +67,7 @@ TEXTS = Workload(
     "3 clients",
     3,
     2,
-    partial(llama, SIZES),
+    partial(network, "causal_lm", 1030, config=SIZES),
     partial(texts, 1030, 12, None),
     "lm_head",
     ("vectorised", "inline", "peft", "checkpointing", "peft checkpointing"),

@@ -12,16 +12,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from fedraclora.errors import ShapeError
-from fedraclora.plots import (
-    Entrant,
-    compare_figure,
-    comparison,
-    curves,
-    label_distribution,
-    partition,
-    run,
-)
-from fedraclora.plots.leaderboard import clusters
+from fedraclora.plots import comparison, partition, run
+from fedraclora.plots.comparison import compare_figure
+from fedraclora.plots.leaderboard import Entrant, clusters
+from fedraclora.plots.partition import label_distribution
+from fedraclora.plots.run import curves
 from fedraclora.rng import generator
 from fedraclora.run.ledger import Row
 
@@ -224,7 +219,7 @@ def test_counts_must_be_a_matrix(tmp_path: Path, shape: tuple[int, ...]) -> None
 def test_no_figure_goes_through_pyplot(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"
-        "from fedraclora.plots import curves\n"
+        "from fedraclora.plots.run import curves\n"
         "curves([{'round': 1, 'train_loss': 2.0}], pathlib.Path(sys.argv[1]), 'run')\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )

@@ -175,10 +175,8 @@ def test_what_a_client_is_does_not_depend_on_the_cohort(order: list[int], cut: i
     ids = torch.tensor([3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 10**9])
     places = torch.tensor(order[:cut])
     some = ids[places]
-    whole = FLEET._seconds(1, 2, ids, load(ids))
-    assert torch.equal(FLEET._seconds(1, 2, some, load(some)), whole[places])
-    gone = FLEET._gone(1, 2, ids, whole)
-    assert torch.equal(FLEET._gone(1, 2, some, whole[places]), gone[places])
+    whole, own = FLEET.trips(1, 2, ids, load(ids)), FLEET.trips(1, 2, some, load(some))
+    assert all(torch.equal(few, all_[places]) for few, all_ in zip(own, whole, strict=True))
     ranks, few = FLEET.ranks(1, ids, 8), FLEET.ranks(1, some, 8)
     assert ranks is not None
     assert few is not None
@@ -223,8 +221,10 @@ def test_speed_and_bandwidth_are_drawn_apart() -> None:
 
 def test_clients_vanish_as_often_as_asked_and_evenly_in_time() -> None:
     ids = torch.arange(20_000)
-    seconds = torch.full((20_000,), 10.0, dtype=torch.float64)
-    gone = SystemConfig(drop_out=0.2)._gone(0, 1, ids, seconds)
+    work = Load(torch.full_like(ids, 10), torch.zeros_like(ids), torch.zeros_like(ids))
+    system = SystemConfig(speed=Constant(1.0), drop_out=0.2)
+    seconds, gone = system.trips(0, 1, ids, work)
+    assert torch.equal(seconds, torch.full_like(seconds, 10.0))
     lost = gone[gone.isfinite()]
     assert len(lost) == pytest.approx(4000, abs=5 * math.sqrt(20_000 * 0.2 * 0.8))
     assert float(lost.min()) > 0

@@ -18,7 +18,9 @@ from experiments.theory.verdict import Curve, Path, judge, run, theorem
 from fedraclora.data.samples import Partitioned
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError
+from fedraclora.protocol.quantised import FULL, ROUNDED
 from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SKETCHES
 
 FEDERATED = [name for name in PROBLEMS if "8 clients" in name]
 
@@ -109,6 +111,14 @@ def test_every_case_has_a_theorem_and_its_step_is_the_one_the_ledger_logs() -> N
         descent = theorem(case, {"sigma_sq": 1.0, "zeta_sq": 1.0})
         assert descent.progress > 0
         assert (descent.error > 0) == (case.theorem not in {"gd", "cover"})
+
+
+def test_no_kind_of_sketch_or_of_numbers_is_left_out() -> None:
+    for side in ("left", "right"):
+        assert {c.sketch for c in all_cases() if c.panel == f"sketches/{side}"} == {*SKETCHES}
+    for name in ("gradient descent", "SGD"):
+        kinds = {c.kind for c in all_cases() if c.panel == f"fewer bits/{name}"}
+        assert kinds == {FULL, *ROUNDED}
 
 
 @pytest.mark.parametrize("theorem_", ["gd", "sgd", "federated", "cover"])

@@ -62,14 +62,7 @@ def make_authority(folder: Path) -> Authority:
     made = Authority(folder / "ca.crt", folder / "server.pem", folder / "server.key")
     made.certificate.write_bytes(root.public_bytes(serialization.Encoding.PEM))
     made.server_certificate.write_bytes(server.public_bytes(serialization.Encoding.PEM))
-    _write_secret(
-        made.server_key,
-        own.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        ),
-    )
+    _write_secret(made.server_key, own, serialization.PrivateFormat.PKCS8)
     return made
 
 
@@ -80,14 +73,7 @@ def make_node_key(path: Path) -> Path:
         The public key's file.
     """
     key = ec.generate_private_key(ec.SECP384R1())
-    _write_secret(
-        path,
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.OpenSSH,
-            serialization.NoEncryption(),
-        ),
-    )
+    _write_secret(path, key, serialization.PrivateFormat.OpenSSH)
     public = path.with_name(f"{path.name}.pub")
     public.write_bytes(
         key.public_key().public_bytes(
@@ -130,7 +116,10 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
     )
 
 
-def _write_secret(path: Path, data: bytes) -> None:
-    """Write a file that only this user can read, from its first byte on."""
+def _write_secret(
+    path: Path, key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat
+) -> None:
+    """Write a key to a file that only this user can read, from its first byte on."""
+    data = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)

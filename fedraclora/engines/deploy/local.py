@@ -10,7 +10,6 @@ import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from fedraclora.engines.deploy.control import Connection
 from fedraclora.engines.deploy.keys import Authority, make_authority, make_node_key
@@ -68,12 +67,7 @@ class LocalDeployment:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End everything."""
         self.close()
 

@@ -33,11 +33,9 @@ class Post(Protocol):
     @property
     def grid(self) -> Grid:
         """Flower's own grid."""
-        ...
 
     def wait(self, what: str) -> None:
         """Wait a moment."""
-        ...
 
 
 class Roster:

@@ -114,8 +114,7 @@ class Runtime:
         server = ServerApp()
 
         @server.main()
-        def main(grid: Grid, context: Context) -> None:
-            del context
+        def main(grid: Grid, _context: Context) -> None:
             self._handed.put(grid)
             # Flower's thread for this is no daemon: it must not outlive what it works for.
             while not self._done.wait(1.0) and threading.main_thread().is_alive():

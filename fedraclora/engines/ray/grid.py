@@ -33,7 +33,6 @@ class Site(Protocol):
 
     def train(self, content: RecordDict, stored: Tree) -> tuple[RecordDict, Tree]:
         """Answer a train message; ``stored`` is what its clients hold, before and after."""
-        ...
 
 
 @dataclass(frozen=True)

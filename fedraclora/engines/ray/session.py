@@ -97,8 +97,7 @@ def own_sigterm() -> Iterator[None]:
         return
     came = []
 
-    def wait(number: int, frame: FrameType | None) -> None:
-        del frame
+    def wait(number: int, _frame: FrameType | None) -> None:
         signal.alarm(0)
         came.append(number)
         if len(came) > 1:
