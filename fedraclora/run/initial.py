@@ -119,7 +119,7 @@ def base_at(chain: Path, round_: int, plan: Plan) -> Tree:
     """
     base, last = Tree(), -1
     for number, tensors, meta in read_links(chain):
-        if number > round_ or number != last + 1:
+        if number > round_ or meta.get("first", number) != last + 1:
             break
         if number:
             base = apply_link(base, read_link(tensors, meta), plan)

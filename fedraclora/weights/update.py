@@ -120,12 +120,14 @@ class WeightHistory(BaseWeights):
 
         Args:
             base: Its weights now.
-            links: Of its rounds, in order; rounds may be missing that changed nothing.
+            links: Of its rounds from some version on, in order; after the first, rounds may be
+                missing that changed nothing.
             version: Where it stands.
         """
         changes = dict(links)
-        self.publish(base, 0)
-        for number in range(1, version + 1):
+        start = min(changes, default=version + 1) - 1
+        self.publish(base, start)
+        for number in range(start + 1, version + 1):
             self.publish(base, number, changes.get(number))
 
     def since(self, start: int | None) -> WeightUpdate:
