@@ -182,8 +182,13 @@ def population(width: int, classes: int, clients: int, each: int) -> ClientData:
 
 
 def mlp(width: int, hidden: int, classes: int) -> Callable[[], nn.Module]:
-    """Build a two-layer perceptron ``fc1``, ``relu1``, ``fc2``."""
-    return lambda: MODELS["mlp"](shape=(width,), classes=classes, seed=0, hidden=[hidden]).model
+    """Give what builds a two-layer perceptron ``fc1``, ``relu1``, ``fc2``."""
+    return partial(perceptron, width, hidden, classes)
+
+
+def perceptron(width: int, hidden: int, classes: int) -> nn.Module:
+    """Build the network of `mlp`, also in another process."""
+    return MODELS["mlp"](shape=(width,), classes=classes, seed=0, hidden=[hidden]).model
 
 
 def minilm() -> nn.Module:
