@@ -10,12 +10,16 @@ import torch
 
 from experiments.compact import main
 from fedraclora.errors import CheckpointError
-from fedraclora.protocol.link import Link, Term, apply_link
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Memo, State
+from fedraclora.protocol.quantised import decode, encode
 from fedraclora.run.compact import compact
 from fedraclora.run.folder import alone
+from fedraclora.run.initial import base_at
 from fedraclora.run.rebuild import kept_rounds, state_at
 from fedraclora.run.recorder import RunRecorder
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import digest
 from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.files import append_link, link_digest, link_files, load_tensors
@@ -55,6 +59,8 @@ def test_kept_rounds_come_back_and_folded_ones_are_refused(tmp_path: Path) -> No
     compact(folder, 8)
     assert names(folder) == ["000000", "000001-000008", "000009"]
     assert_kept(folder, [0, 8, 9])
+    rebuilt = base_at(folder / "chain", 8, PLAN)  # as for the checkpoint of a large model
+    assert digest(rebuilt) == digest(states(0.5)[8].base)
 
 
 def test_a_weight_is_kept_by_its_links_or_whole_whichever_is_smaller(tmp_path: Path) -> None:
@@ -110,6 +116,28 @@ def test_what_a_kill_leaves_beside_a_fold_is_not_read_and_goes(tmp_path: Path) -
     assert kept_rounds(folder / "chain") == "0 to 8 in steps of 4, 9"
     compact(folder, 4)
     assert names(folder) == ["000000", "000001-000004", "000005-000008", "000009"]
+
+
+def test_links_in_fewer_bits_stay_in_them(tmp_path: Path) -> None:
+    """Terms of 20 bytes on a weight of 140: in a fold they stand one after another."""
+    plan = Plan({"w": LayerView("linear", (7, 5))}, weights=("w",), shapes={"w": (7, 5)})
+    state, recorder = State({"w": torch.ones(7, 5)}, plan), RunRecorder(tmp_path, sync=False)
+    recorder.begin(state)
+    recorder.append({"round": 0, "uplink_total": 0, "downlink_total": 0})
+    for round_ in (1, 2, 3):
+        drawn = torch.linspace(-round_, 1.0, 21)
+        B = decode(encode(drawn, [21], "int4"), [21], "int4").reshape(7, 3)
+        spec = SketchSpec("gaussian", "right", 3, 5, seed=1, index=round_)
+        link = Link({"w": Term((B, spec), 5 / 3, "int4")})
+        state = State(apply_link(state.base, link, plan), plan, link=link)
+        recorder.link(round_, state)
+        recorder.append({"round": round_, "uplink_total": 0, "downlink_total": 0})
+    recorder.save(state, 3, CatchUp(state.base, 1))
+    compact(tmp_path, 100)
+    tensors, meta = load_tensors(tmp_path / "chain" / "000001-000003.safetensors", "")
+    assert [tensor.nbytes for tensor in tensors.values()] == [12, 12, 12]
+    assert [part["terms"]["w"]["kind"] for part in (meta, *meta["rest"])] == ["int4"] * 3
+    assert digest(state_at(tmp_path, 3).base) == digest(state.base)
 
 
 def test_a_replica_elsewhere_follows_from_the_last_fold_on() -> None:
