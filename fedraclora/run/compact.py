@@ -21,7 +21,7 @@ from fedraclora.run.rebuild import kept_rounds, read_states, state_at
 from fedraclora.run.recorder import carried_change, checkpoint_meta
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import link_tensors, read_link
-from fedraclora.weights.files import LinkFile, fold_links, link_files, remove_folded
+from fedraclora.weights.links import LinkFile, fold_links, link_files, remove_folded
 from fedraclora.weights.update import WeightHistory
 
 

@@ -21,7 +21,7 @@ from fedraclora.models import MODELS
 from fedraclora.protocol.link import Plan, apply_link
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import read_link
-from fedraclora.weights.files import read_links
+from fedraclora.weights.links import read_links
 
 LARGE = 16 * 2**20  # bytes of base weights; below, every file stands alone
 NOT_WEIGHTS = "carried|"  # prefix of what else a link holds

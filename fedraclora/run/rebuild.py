@@ -15,7 +15,8 @@ from fedraclora.run.ledger import read_ledger
 from fedraclora.run.recorder import CARRIED, checkpoint_meta, part
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import read_link, read_plan
-from fedraclora.weights.files import link_digest, link_files, load_checkpoint, read_links
+from fedraclora.weights.files import load_checkpoint
+from fedraclora.weights.links import link_digest, link_files, read_links
 
 
 def state_at(

@@ -20,16 +20,13 @@ from fedraclora.run.initial import ModelSource, checkpoint_base, is_small
 from fedraclora.run.ledger import Ledger
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
-from fedraclora.weights.files import (
+from fedraclora.weights.files import difference, has_checkpoint, load_checkpoint, save_checkpoint
+from fedraclora.weights.links import (
     append_link,
     cut_links,
-    difference,
-    has_checkpoint,
     link_digest,
     link_files,
-    load_checkpoint,
     read_links,
-    save_checkpoint,
     stored_digest,
 )
 

@@ -27,7 +27,7 @@ from fedraclora.run.compact import compact
 from fedraclora.run.folder import read_summary
 from fedraclora.tree import digest
 from fedraclora.weights import files as checkpoint
-from fedraclora.weights.files import link_digest
+from fedraclora.weights.links import link_digest
 from strategies.weights import load_weights
 
 Plain = dict[str, object]

@@ -40,7 +40,7 @@ from fedraclora.run.compact import compact
 from fedraclora.run.rebuild import state_at, weights_at
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
-from fedraclora.weights.files import read_links
+from fedraclora.weights.links import read_links
 from strategies.fed_sb import FedSb
 
 Variant = tuple[str, dict[str, Any]]

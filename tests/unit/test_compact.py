@@ -22,7 +22,8 @@ from fedraclora.run.recorder import RunRecorder
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import digest
 from fedraclora.weights.chain import CatchUp
-from fedraclora.weights.files import append_link, link_digest, link_files, load_tensors
+from fedraclora.weights.files import load_tensors
+from fedraclora.weights.links import append_link, link_digest, link_files
 from fedraclora.weights.update import WeightHistory
 from tests.unit.test_rebuild import PLAN, ROUNDS, states, written
 
