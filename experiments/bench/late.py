@@ -100,7 +100,7 @@ def by_round(rows: Rows, title: str) -> list[dict[str, str]]:
         for word, row in (("first", first), ("last", last)):
             record[f"peak MB, {word}"] = f"{row['peak_bytes'] / 1e6:.0f}"
         record["kB on disk a round"] = f"{last['facts']['disk'] / 1e3:.3g}"
-        record["checkpoint kB"] = f"{last['facts']['checkpoint'] / 1e3:.3g}"
+        record["checkpoint kB"] = f"{last['facts']['checkpoint'] / 1e3:,.0f}"
         record["catch-up MB a round"] = f"{last['facts']['catchup'] / 1e6:.3g}"
         records.append(record)
     return records
