@@ -127,8 +127,11 @@ class CatchUp(LinkSizes):
         return cost
 
     def state(self) -> Tree:
-        """Tensors for a checkpoint; clients at the floor or below come back at version 0."""
-        seen = np.flatnonzero(self.versions > self.floor)
+        """Tensors for a checkpoint; clients at the floor or below go back to version 0."""
+        seen = np.flatnonzero(self.versions)  # no array of the population is made
+        above = self.versions[seen] > self.floor
+        self.versions[seen[~above]] = 0
+        seen = seen[above]
         return {
             "catch_up/floor": torch.tensor([self.floor]),
             "catch_up/sums": torch.from_numpy(np.stack(self.sums)),
