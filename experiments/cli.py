@@ -21,6 +21,7 @@ COMMANDS = {
     "deploy": "run it on real SuperNodes: connection=NAME, or local=3 on this machine",
     "compare": "read run folders into one table, or run methods alike (experiment=STUDY)",
     "export": "write the trained model of a run: --format peft | hf | state_dict | gguf",
+    "compact": "fold the links of a finished or stopped run, for a smaller folder: --every N",
     "report": "write what runs were, their curves and costs, into one HTML file",
     "theory": "run convex problems beside the bounds on them; non-zero where a curve crosses",
     "init": "write a small project in a new folder NAME, to be changed into your own",

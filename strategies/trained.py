@@ -28,7 +28,7 @@ from fedraclora.run.folder import provenance
 from fedraclora.run.rebuild import state_at, stored_plan
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import read_link
-from fedraclora.weights.files import read_links
+from fedraclora.weights.links import read_links
 from strategies import METHODS
 from strategies.shared.layerwise import LayerMethod
 from strategies.wrappers.around import Around

@@ -12,6 +12,7 @@ from multiprocessing import get_context
 
 import torch
 
+from experiments.bench import late
 from experiments.bench.central import Central
 from experiments.bench.peft_loop import PeftLoop
 from experiments.bench.plain import PlainLoop
@@ -102,6 +103,7 @@ BUILDERS: dict[str, Callable[[Case], Row]] = {
     "cohort 10,000": lambda case: federated(case.of(10_000)),
     "population 1,000": federated,
     "population 1,000,000": lambda case: federated(case.of(1_000_000)),
+    **late.BUILDERS,
 }
 
 

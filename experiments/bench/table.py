@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from experiments.bench import late
 from experiments.bench.report import Report
 from experiments.bench.workloads import RAY, WORKLOADS
 from experiments.tables import Table
@@ -64,12 +65,14 @@ def table(report: Report) -> Table:
     cuda = about.get("device") == "cuda"
     title = f"{report.workload}: {WORKLOADS[report.workload].what}"
     by, cells = ("seconds", cuda_cells) if cuda else ("cpu_seconds", cpu_cells)
-    ranked = sorted(rows, key=lambda name: float(rows[name][by]))
-    records = [{title: label(name, rows[name]), **cells(report, name)} for name in ranked]
     where = about.get("card") or f"{about.get('processor')}, {about.get('cores')} cores"
     versions = about.get("versions", {})
     note = f"{where}; torch {versions.get('torch')}, {about.get('threads')} thread a process; "
     note += f"revision {about.get('git')}."
+    if rows.keys() & late.BUILDERS.keys():
+        return Table.of(late.by_round(rows, title), [note])
+    ranked = sorted(rows, key=lambda name: float(rows[name][by]))
+    records = [{title: label(name, rows[name]), **cells(report, name)} for name in ranked]
     if cuda and {"bf16", "vectorised"} <= rows.keys():
         gain = against(rows["vectorised"], rows["bf16"], "seconds")
         note += f" bf16-mixed: {gain} times the samples a second of float32."

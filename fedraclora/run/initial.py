@@ -21,7 +21,7 @@ from fedraclora.models import MODELS
 from fedraclora.protocol.link import Plan, apply_link
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import read_link
-from fedraclora.weights.files import read_links
+from fedraclora.weights.links import read_links
 
 LARGE = 16 * 2**20  # bytes of base weights; below, every file stands alone
 NOT_WEIGHTS = "carried|"  # prefix of what else a link holds
@@ -119,7 +119,7 @@ def base_at(chain: Path, round_: int, plan: Plan) -> Tree:
     """
     base, last = Tree(), -1
     for number, tensors, meta in read_links(chain):
-        if number > round_ or number != last + 1:
+        if number > round_ or meta.get("first", number) != last + 1:
             break
         if number:
             base = apply_link(base, read_link(tensors, meta), plan)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -91,7 +92,9 @@ class Ledger:
 
     def seal(self, round_: int | None = None) -> str:
         """Compute the digest of all rows up to a round, every column; empty where there is none."""
-        count = len(self.rows) if round_ is None else sum(_round(r) <= round_ for r in self.rows)
+        count = len(self.rows)
+        if round_ is not None:
+            count = bisect_right(self.rows, round_, key=_round)
         return self._seals[count - 1] if count else ""
 
     def cut(self, round_: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from fedraclora.run.ledger import read_ledger
 from fedraclora.run.recorder import CARRIED, checkpoint_meta, part
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import read_link, read_plan
-from fedraclora.weights.files import link_digest, load_checkpoint, read_links
+from fedraclora.weights.files import load_checkpoint
+from fedraclora.weights.links import link_digest, link_files, read_links
 
 
 def state_at(
@@ -38,7 +40,8 @@ def state_at(
 
     Raises:
         CheckpointError: If a file is damaged, missing or of another run, or does not reach so far;
-            and where an older release has not kept what the method takes.
+            if the round was folded into a later one; and where an older release has not kept what
+            the method takes.
     """
     kind = Memo if method is None else method.memo
     if round_ is None:
@@ -48,19 +51,12 @@ def state_at(
         base = checkpoint_base(part(tensors, "base/"), meta, folder / "chain", plan)
         return State(base, plan, carried, kind.read(meta["memo"]))
     chain, last, state = folder / "chain", -1, State({}, Plan({}))
+    _check_kept(chain, round_)
     beyond, memo = False, {}
-    for number, tensors, meta in read_links(chain):
-        _check_gap(folder, last, number)
+    for number, after, meta in read_states(folder, plan, kind):
         if beyond := number > round_:
             break
-        if number == 0:
-            base = initial_weights(tensors, meta, chain / "000000.safetensors")
-            state = State(base, plan or _stored_plan(meta, chain))
-        else:
-            base = apply_link(state.base, read_link(tensors, meta), state.plan)
-        kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
-        last, memo = number, meta.get("memo", {})
-        state = State(base, state.plan, kept | part(tensors, CARRIED), kind.read(memo))
+        last, state, memo = number, replace(after, link=None), meta.get("memo", {})
     if last < 0 or (last < round_ and not beyond):
         reached = "no round" if last < 0 else f"round {last}"
         missing = chain / f"{last + 1:06d}.safetensors"
@@ -75,6 +71,73 @@ def state_at(
             "can be read"
         )
     return state
+
+
+def read_states(
+    folder: Path, plan: Plan | None, kind: type[Memo]
+) -> Iterator[tuple[int, State, dict[str, Any]]]:
+    """Follow the chain of a run folder from the initial state on.
+
+    Args:
+        folder: The run folder.
+        plan: As for `state_at`.
+        kind: In which the method keeps what is no tensor.
+
+    Yields:
+        The round of each link (the last one, where several were folded), the state after it with
+        the link, and the link's meta data.
+
+    Raises:
+        CheckpointError: If a file is damaged, missing or of another run.
+    """
+    chain, last, state = folder / "chain", -1, State({}, Plan({}))
+    for number, tensors, meta in read_links(chain):
+        _check_gap(folder, last, meta.get("first", number))
+        link = None
+        if number == 0:
+            base = initial_weights(tensors, meta, chain / "000000.safetensors")
+            state = State(base, plan or _stored_plan(meta, chain))
+        else:
+            link = read_link(tensors, meta)
+            base = apply_link(state.base, link, state.plan)
+        kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
+        carried, memo = kept | part(tensors, CARRIED), kind.read(meta.get("memo", {}))
+        last, state = number, State(base, state.plan, carried, memo, link)
+        yield number, state, meta
+
+
+def kept_rounds(chain: Path) -> str:
+    """Name the rounds after which the chain gives the weights, for whoever may choose among them.
+
+    Example:
+        0 to 300 in steps of 100, 301, 302
+    """
+    rounds = [file.last for file in link_files(chain)]
+    runs: list[list[int]] = []
+    for round_ in rounds:
+        if runs and (len(runs[-1]) == 1 or round_ - runs[-1][-1] == runs[-1][1] - runs[-1][0]):
+            runs[-1].append(round_)
+        else:
+            runs.append([round_])
+    return ", ".join(map(_named_run, runs))
+
+
+def _named_run(run: list[int]) -> str:
+    if len(run) < 3:
+        return ", ".join(map(str, run))
+    step = run[1] - run[0]
+    return f"{run[0]} to {run[-1]}" + (f" in steps of {step}" if step > 1 else "")
+
+
+def _check_kept(chain: Path, round_: int) -> None:
+    """Reject a round whose link was folded with later ones."""
+    for file in link_files(chain):
+        if file.first <= round_ < file.last:
+            raise CheckpointError(
+                f"the weights after round {round_} are no longer in {chain}: its link was folded "
+                f"with those up to round {file.last} (fedraclora compact). Choose one of the "
+                f"rounds that were kept: {kept_rounds(chain)}"
+            )
 
 
 def stored_plan(folder: Path) -> Plan | None:

@@ -20,15 +20,13 @@ from fedraclora.run.initial import ModelSource, checkpoint_base, is_small
 from fedraclora.run.ledger import Ledger
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
-from fedraclora.weights.files import (
+from fedraclora.weights.files import difference, has_checkpoint, load_checkpoint, save_checkpoint
+from fedraclora.weights.links import (
     append_link,
     cut_links,
-    difference,
-    has_checkpoint,
     link_digest,
-    load_checkpoint,
+    link_files,
     read_links,
-    save_checkpoint,
     stored_digest,
 )
 
@@ -144,23 +142,27 @@ class RunRecorder:
             self._keep(round_, state, *link_tensors(state.link or Link()))
 
     def links(self) -> Iterator[tuple[int, Link]]:
-        """Read the links of the chain back, each with its round; none where none are kept."""
+        """Read back the links after the last that were folded, each with its round.
+
+        There are none where none are kept.
+        """
         if self.keep_chain and self.folder is not None:
-            for number, tensors, meta in read_links(self.folder / "chain"):
-                if number:  # 0 is the initial weights
+            chain = self.folder / "chain"
+            folded = max((f.last for f in link_files(chain) if f.first < f.last), default=0)
+            for number, tensors, meta in read_links(chain):
+                if number > folded:  # 0 is the initial weights
                     yield number, read_link(tensors, meta)
 
     def _keep(self, round_: int, state: State, tensors: Tree, meta: dict[str, object]) -> None:
         """Write a link, with what the method carries where that is not what it was."""
         if self.folder is None:
             return
-        old, new = self._carried, dict(state.carried)
-        changed = {n: t for n, t in new.items() if n not in old or not _same(old[n], t)}
-        gone = [n for n in old if n not in new]
-        more = {"memo": state.memo.stored()} | ({"gone": gone} if gone else {})
-        tensors = tensors | {f"{CARRIED}{n}": t for n, t in changed.items()}
-        chain = self.folder / "chain"
-        path = append_link(chain, round_, tensors, meta | more, previous=self._link, sync=self.sync)
+        new = dict(state.carried)
+        changed, gone = carried_change(self._carried, new)
+        meta, chain = meta | {"memo": state.memo.stored()} | gone, self.folder / "chain"
+        path = append_link(
+            chain, round_, tensors | changed, meta, previous=self._link, sync=self.sync
+        )
         self._link, self._carried = stored_digest(path), new
 
     def due(self, round_: int) -> bool:
@@ -277,6 +279,17 @@ class RunRecorder:
                     f"{self.folder / name} is missing, or is not what it was when the checkpoint "
                     f"was written; {advice}"
                 )
+
+
+def carried_change(old: Tree, new: Tree) -> tuple[Tree, dict[str, object]]:
+    """Describe for a link how what a method carries became something else.
+
+    Returns:
+        The tensors that are other ones, and in meta data the names of those that are gone.
+    """
+    changed = {n: t for n, t in new.items() if n not in old or not _same(old[n], t)}
+    gone = [n for n in old if n not in new]
+    return {f"{CARRIED}{n}": t for n, t in changed.items()}, {"gone": gone} if gone else {}
 
 
 def _same(old: torch.Tensor, new: torch.Tensor) -> bool:

@@ -37,24 +37,29 @@ class LinkSizes:
     """Counts the bytes of links by weight: the one rule of what a replica at an old version needs.
 
     Of each weight that is the links since then, or the weight whole where these are not smaller.
+    So there is a version, the floor, such that whoever holds it or an older one needs the same: of
+    each weight the links up to it are none, or those after it are not smaller than the weight. As
+    versions come the floor rises, and what lies below it is forgotten: what is kept, and what a
+    round costs, does not grow with the rounds.
 
     Args:
         base: The weights at version 0.
 
     Attributes:
         dense: Bytes of each weight as it is now, whole [W].
-        sums: For each version the bytes of all links up to it [W].
+        floor: The version up to which all need the same.
+        sums: For each version from the floor on the bytes of all links up to it [W].
     """
 
     def __init__(self, base: Mapping[str, torch.Tensor]) -> None:
         self.place = {name: i for i, name in enumerate(base)}
         self.dense = np.array([t.nbytes for t in base.values()], np.int64)
-        self.sums = [np.zeros(len(base), np.int64)]
+        self.floor, self.sums = 0, [np.zeros(len(base), np.int64)]
 
     @property
     def version(self) -> int:
         """Version of the server's base: the number of links."""
-        return len(self.sums) - 1
+        return self.floor + len(self.sums) - 1
 
     def add(self, link: Link | None) -> None:
         """Append the link of a round (None: nothing changed, but the version moves on)."""
@@ -66,10 +71,18 @@ class LinkSizes:
                 self.dense[self.place[name]] = value.nbytes
                 row[self.place[name]] += value.nbytes
         self.sums.append(self.sums[-1] + row)
+        # A weight whose size changes comes whole in a link that is as large: a floor stays one.
+        while len(self.sums) > 1 and self._is_floor(self.sums[1]):
+            del self.sums[0]
+            self.floor += 1
+
+    def _is_floor(self, until: npt.NDArray[np.int64]) -> bool:
+        """Check whether older versions need what this one needs, given the bytes up to it [W]."""
+        return bool(((self.sums[-1] - until >= self.dense) | (until == 0)).all())
 
     def since(self, version: int) -> npt.NDArray[np.int64]:
-        """Count the bytes of the links after a version [W]."""
-        after: npt.NDArray[np.int64] = self.sums[-1] - self.sums[version]
+        """Count the bytes of the links after a version, or the floor if it lies below it [W]."""
+        after: npt.NDArray[np.int64] = self.sums[-1] - self.sums[max(version - self.floor, 0)]
         return after
 
     def followed(self, version: int) -> frozenset[str]:
@@ -82,8 +95,8 @@ class CatchUp(LinkSizes):
     """Counts the bytes that each client must fetch before it can take part.
 
     They are those of the `fedraclora.weights.update.WeightUpdate` that a client of its own machine
-    is sent. Four bytes a client are kept, its version; a round and a checkpoint touch only clients
-    that have taken part.
+    is sent. Four bytes a client are kept, its version. A round touches its cohort alone, and a
+    checkpoint holds the clients above the floor.
 
     Args:
         base: The initial weights (their sizes bound what a weight can cost).
@@ -98,7 +111,7 @@ class CatchUp(LinkSizes):
         """Count the bytes that each client needs to come to the current version [K]."""
         if not len(clients):
             return np.zeros(0, dtype=np.int64)
-        versions = self.versions[clients.numpy()]
+        versions = np.maximum(self.versions[clients.numpy()], self.floor)
         if (versions == versions[0]).all():  # as where everybody is asked in every round
             each = np.minimum(self.since(int(versions[0])), self.dense).sum()
             return np.full(len(versions), each)
@@ -114,16 +127,21 @@ class CatchUp(LinkSizes):
         return cost
 
     def state(self) -> Tree:
-        """Tensors for a checkpoint."""
-        seen = np.flatnonzero(self.versions)
+        """Tensors for a checkpoint; clients at the floor or below go back to version 0."""
+        seen = np.flatnonzero(self.versions)  # no array of the population is made
+        above = self.versions[seen] > self.floor
+        self.versions[seen[~above]] = 0
+        seen = seen[above]
         return {
+            "catch_up/floor": torch.tensor([self.floor]),
             "catch_up/sums": torch.from_numpy(np.stack(self.sums)),
             "catch_up/clients": torch.from_numpy(seen),
             "catch_up/versions": torch.from_numpy(self.versions[seen]),
         }
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take the tensors of `state` back."""
+        """Take the tensors of `state` back; those of older releases have all versions."""
+        self.floor = int(tensors["catch_up/floor"]) if "catch_up/floor" in tensors else 0
         self.sums = list(tensors["catch_up/sums"].numpy().copy())
         for name, i in self.place.items():  # a part of a pool may be empty, or not
             if (now := tensors.get(f"base/{name}")) is not None:

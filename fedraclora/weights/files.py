@@ -3,8 +3,7 @@
 A checkpoint is one safetensors file: tensors, and beside them in the file's header the meta data
 as JSON, the order of the tensors and a SHA-256 of all of it. It is written under a temporary
 name, flushed to the disk and renamed, so a process that is killed at any moment leaves the old
-checkpoint or the new one. The chain is a folder of such files, one for each round's link; each
-holds the digest of the one before, so that none can be missing or another run's.
+checkpoint or the new one.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from fedraclora.narrow_weight import join, split
 from fedraclora.tree import Tree
 
 FILE = "checkpoint.safetensors"
-_RESTORE_LINK = "restore the file from a copy: later weights need it"
 _ABSENT = "(absent)"
 
 
@@ -121,111 +119,6 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def append_link(
-    folder: Path,
-    round_: int,
-    tensors: Tree,
-    meta: dict[str, object],
-    *,
-    previous: str | None = None,
-    sync: bool = True,
-) -> Path:
-    """Write the link of one round to the chain, for example ``chain/000012.safetensors``.
-
-    Args:
-        folder: The chain's folder.
-        round_: The round that made the link; a link of that round that is there is replaced.
-        tensors: The link's tensors.
-        meta: JSON values; ``round`` is added.
-        previous: Digest of the link before (`link_digest`), empty for the first; None: not kept.
-        sync: Flush to the disk before returning.
-
-    Returns:
-        The file.
-    """
-    path = folder / f"{round_:06d}.safetensors"
-    follows = {} if previous is None else {"previous": previous}
-    save_tensors(path, tensors, {**meta, "round": round_, **follows}, sync=sync)
-    return path
-
-
-def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, Any]]]:
-    """Read the chain, link by link, in ascending order of rounds.
-
-    Yields:
-        Round, tensors and meta data of each link; nothing where there is no folder.
-
-    Raises:
-        CheckpointError: If a link is damaged, missing, of another run, or renamed.
-    """
-    before: tuple[Path, str] | None = None
-    for round_, path in _links(folder):
-        tensors, meta = load_tensors(path, _RESTORE_LINK)
-        before = _follow(path, round_, meta, before)
-        yield round_, tensors, meta
-
-
-def link_digest(folder: Path, round_: int | None = None) -> str:
-    """Return the digest of the last link up to a round, and check each against the one before.
-
-    Headers alone are read: what is in the tensors is verified where they are.
-
-    Args:
-        folder: The chain's folder.
-        round_: The last round that counts; None takes all.
-
-    Returns:
-        Empty where there is no link.
-
-    Raises:
-        CheckpointError: If a link is missing, of another run, or renamed, or has no header.
-    """
-    before: tuple[Path, str] | None = None
-    for number, path in _links(folder):
-        if round_ is None or number <= round_:
-            header = _header(path, _RESTORE_LINK)
-            before = _follow(path, number, json.loads(header["meta"]), before)
-    return before[1] if before else ""
-
-
-def stored_digest(path: Path) -> str:
-    """Read the digest that a link's file says it has."""
-    return _header(path, _RESTORE_LINK)["sha256"]
-
-
-def _follow(
-    path: Path, round_: int, meta: Mapping[str, object], before: tuple[Path, str] | None
-) -> tuple[Path, str]:
-    """Check a link against the one before it; links of older releases do not say which it was."""
-    if meta.get("round") != round_:
-        raise CheckpointError(
-            f"{path} has the link of round {meta.get('round')}: the file has been renamed; give it "
-            "its name back"
-        )
-    previous = meta.get("previous")
-    if previous is not None and previous != (before[1] if before else ""):
-        last = int(before[0].stem) if before else -1
-        if round_ > last + 1:
-            gone = path.with_name(f"{round_ - 1:06d}.safetensors")
-            raise CheckpointError(f"{gone} is missing; {_RESTORE_LINK}")
-        other = f" from {before[0].name}" if before else ""
-        raise CheckpointError(
-            f"{path} does not follow{other}: one of them is of another run; {_RESTORE_LINK}"
-        )
-    return path, stored_digest(path)
-
-
-def cut_links(folder: Path, round_: int) -> None:
-    """Remove the links of all rounds after ``round_``, the last one first."""
-    for found, path in reversed(_links(folder)):
-        if found > round_:
-            path.unlink()
-
-
-def _links(folder: Path) -> list[tuple[int, Path]]:
-    return sorted((int(p.stem), p) for p in folder.glob("*.safetensors") if p.stem.isdecimal())
-
-
 def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync: bool) -> None:
     """Write tensors and JSON values to one file, in one move.
 
@@ -274,7 +167,7 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
         return join(tensors), json.loads(header["meta"])
 
 
-def _header(path: Path, advice: str) -> dict[str, str]:
+def read_header(path: Path, advice: str) -> dict[str, str]:
     """Read what a file says of itself, without its tensors."""
     with whole(path, advice):
         with safe_open(path, framework="pt") as file:

@@ -97,7 +97,7 @@ class WeightHistory(BaseWeights):
     def __init__(self) -> None:
         super().__init__({}, -1)
         self.oldest = -1
-        self._links: list[Link] = []  # to each version after the oldest, as far as they are kept
+        self._links: list[Link] = []  # to each version above the floor, as far as they are kept
         self._sizes = LinkSizes({})
         self._mark: int | None = None
 
@@ -106,9 +106,10 @@ class WeightHistory(BaseWeights):
         if self.base and version == self.version + 1:
             self._sizes.add(link)
             self._links.append(link or Link())
+            del self._links[: self._sizes.floor + len(self._links) - self._sizes.version]
             for i, known in enumerate(self._links):
                 if known.terms or known.dense or known.rest:
-                    self._links[i] = _terms(known, self._sizes.followed(i))
+                    self._links[i] = _terms(known, self._sizes.followed(self._sizes.floor + i))
         elif not self.base or version != self.version:
             self.oldest, self._links, self._sizes = version, [], LinkSizes(base)
         self._mark = None
@@ -119,12 +120,14 @@ class WeightHistory(BaseWeights):
 
         Args:
             base: Its weights now.
-            links: Of its rounds, in order; rounds may be missing that changed nothing.
+            links: Of its rounds from some version on, in order; after the first, rounds may be
+                missing that changed nothing.
             version: Where it stands.
         """
         changes = dict(links)
-        self.publish(base, 0)
-        for number in range(1, version + 1):
+        start = min(changes, default=version + 1) - 1
+        self.publish(base, start)
+        for number in range(start + 1, version + 1):
             self.publish(base, number, changes.get(number))
 
     def since(self, start: int | None) -> WeightUpdate:
@@ -133,9 +136,10 @@ class WeightHistory(BaseWeights):
             self._mark = fingerprint(self.base)
         if start is None or not self.oldest <= start <= self.version:
             return WeightUpdate(self.version, self._mark, None, dense=dict(self.base))
-        first = start - self.oldest
+        first = max(start - self.oldest, self._sizes.floor)
         names = self._sizes.followed(first)
-        links = ((start + i, _terms(k, names)) for i, k in enumerate(self._links[first:], start=1))
+        after = enumerate(self._links[first - self._sizes.floor :], start=self.oldest + first + 1)
+        links = ((version, _terms(link, names)) for version, link in after)
         dense = {name: t for name, t in self.base.items() if name not in names}
         kept = tuple((v, link) for v, link in links if link.terms)
         return WeightUpdate(self.version, self._mark, start, kept, dense)

@@ -53,8 +53,7 @@ class Stopping:
 
     def due(self, rows: Sequence[Row]) -> bool:
         """Check whether the last ``patience`` evaluations have not improved on one before them."""
-        best = self.best(rows)
-        if best is None or self.config.patience is None:
+        if self.config.patience is None or (best := self.best(rows)) is None:
             return False
         after = sum("validation" in r and number(r, "round") > number(best, "round") for r in rows)
         return after >= self.config.patience

@@ -30,7 +30,7 @@ from fedraclora.errors import FedRacLoraError
 from fedraclora.rng import generator
 from fedraclora.run.folder import read_summary
 from fedraclora.tree import digest
-from fedraclora.weights.files import link_digest
+from fedraclora.weights.links import link_digest
 from strategies.weights import load_weights
 
 Plain = dict[str, object]

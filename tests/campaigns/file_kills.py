@@ -17,14 +17,18 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.choices import composed
 from experiments.simulate import run_one
+from fedraclora.run.compact import compact
 from fedraclora.run.folder import read_summary
+from fedraclora.tree import digest
 from fedraclora.weights import files as checkpoint
-from fedraclora.weights.files import link_digest
+from fedraclora.weights.links import link_digest
+from strategies.weights import load_weights
 
 Plain = dict[str, object]
 DEAD = 9  # status of a process that was killed here
@@ -63,6 +67,7 @@ KINDS: dict[str, list[list[str]]] = {
         ]
     ],
     "extended": [["method=fedavg_lora", "rounds=2"], ["method=fedavg_lora", "rounds=4"]],
+    "compacted": [["method=fed_rac_lora", "rounds=5"], ["compact"]],
 }
 
 
@@ -112,8 +117,26 @@ def command(words: Sequence[str], folder: Path) -> Plain:
     return composed([*JOB, *words, f"output.dir={folder}"])
 
 
-def started(plain: Plain, at: int = 0, mode: str = "before") -> tuple[int, list[str]]:
-    """Give a command in a process of its own that dies at an operation; its status and its words.
+def job(words: Sequence[str], folder: Path) -> Callable[[], object]:
+    """Give what a command does in a folder."""
+    if words != ["compact"]:
+        return partial(run_one, command(words, folder), [], None)
+    return partial(compacted, folder)
+
+
+def compacted(folder: Path) -> None:
+    """Compact a run, whose last weights must be those that it measured, before and after."""
+    summary = read_summary(folder)
+    for again in (True, False):
+        weights = digest(load_weights(folder, int(str(summary["rounds"]))))
+        if weights != summary["weights_digest"]:
+            raise AssertionError("the chain gives other weights")
+        if again:
+            compact(folder, 2)
+
+
+def started(work: Callable[[], object], at: int = 0, mode: str = "before") -> tuple[int, list[str]]:
+    """Do a job in a process of its own that dies at an operation; its status and its words.
 
     The words are the operations that it came to, or the error where it failed by itself.
     """
@@ -124,7 +147,7 @@ def started(plain: Plain, at: int = 0, mode: str = "before") -> tuple[int, list[
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             fatal(at, mode, log)
             try:
-                run_one(plain, [], None)
+                work()
             except BaseException as error:
                 pipe.write(json.dumps([f"{type(error).__name__}: {error}"]))
                 pipe.flush()
@@ -139,9 +162,10 @@ def started(plain: Plain, at: int = 0, mode: str = "before") -> tuple[int, list[
 
 
 def end_of(folder: Path) -> tuple[object, ...]:
-    """What must come out the same: weights, ledger and chain."""
-    summary = read_summary(folder)
-    return summary["weights_digest"], summary["ledger_digest"], link_digest(folder / "chain")
+    """What must come out the same: weights, ledger and chain, and which files it has."""
+    summary, chain = read_summary(folder), folder / "chain"
+    names = tuple(sorted(path.name for path in chain.glob("[!.]*")))
+    return summary["weights_digest"], summary["ledger_digest"], link_digest(chain), names
 
 
 def trials(kind: str, root: Path, every: int, counts: Counter[str]) -> list[str]:
@@ -155,9 +179,9 @@ def trials(kind: str, root: Path, every: int, counts: Counter[str]) -> list[str]
     """
     before, last = KINDS[kind][:-1], KINDS[kind][-1]
     for words in before:
-        started(command(words, root / "ready"))
+        started(job(words, root / "ready"))
     at = root / "at"
-    plain = command(last, at)
+    work = job(last, at)
 
     def fresh() -> None:
         shutil.rmtree(at, ignore_errors=True)
@@ -165,7 +189,7 @@ def trials(kind: str, root: Path, every: int, counts: Counter[str]) -> list[str]
             shutil.copytree(root / "ready", at)
 
     fresh()
-    status, log = started(plain)
+    status, log = started(work)
     if status:
         return [f"{kind}: not even undisturbed: {log}"]
     wanted, wrong, number = end_of(at), [], 0
@@ -176,9 +200,9 @@ def trials(kind: str, root: Path, every: int, counts: Counter[str]) -> list[str]
             if number % every or (mode == "torn" and name not in {"save_file", "fsync"}):
                 continue
             fresh()
-            status, _ = started(plain, n, mode)
+            status, _ = started(work, n, mode)
             counts["died" if status == DEAD else f"ended with {status}"] += 1
-            status, said = started(plain)
+            status, said = started(work)
             where = f"{kind}: {mode} operation {n} ({name})"
             if status:
                 wrong.append(f"{where}: does not go on: {said}")

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
     ("kinds", "every"),
     [
         (["carried", "extended"], 60),
+        (["compacted"], 7),
         pytest.param(["fed_rac_lora", "moments", "private"], 10, marks=pytest.mark.slow),
     ],
 )

@@ -26,7 +26,7 @@ from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.link import Link
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES, read_link
-from fedraclora.weights.files import read_links
+from fedraclora.weights.links import read_links
 from fedraclora.wire import unpack_downlink
 
 Variant = tuple[str, dict[str, Any]]

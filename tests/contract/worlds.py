@@ -54,7 +54,7 @@ from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp, read_link
-from fedraclora.weights.files import read_links
+from fedraclora.weights.links import read_links
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import uplink_layout

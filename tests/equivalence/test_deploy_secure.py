@@ -17,7 +17,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.privacy.secret import FILE
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import number
-from fedraclora.weights.files import load_tensors, read_links
+from fedraclora.weights.files import load_tensors
+from fedraclora.weights.links import read_links
 from fedraclora.wire import clients_of
 from fedraclora.wire.secagg import read_stage
 from tests.campaigns.faults.network import Network, deploy, nodes_for, rows, small, summary

@@ -19,12 +19,20 @@ from experiments.bench.report import Report
 from experiments.bench.rows import BUILDERS
 from experiments.bench.table import tables
 from experiments.bench.usage import Laps
-from experiments.bench.workloads import WORKLOADS, Case, Workload, mlp, vectors
+from experiments.bench.workloads import WORKLOADS, Case, Workload, network, vectors
 from fedraclora.training.cohort import CohortTrainer
 
 ROWS = ("vectorised", "bf16", "central", "inline", "idle", "fedavg", "loop", "pfl")
 SMALL = Workload(
-    "6 clients", 6, 1, mlp(7, 5, 3), partial(vectors, 7, 3), "fc2", ROWS, samples=8, batch=4
+    "6 clients",
+    6,
+    1,
+    partial(network, "mlp", 3, shape=[7], hidden=[5]),
+    partial(vectors, 7, 3),
+    "fc2",
+    ROWS,
+    samples=8,
+    batch=4,
 )
 THERE, HERE = torch.device("cuda"), torch.device("cpu")
 FITS = 20  # clients, on the pretended card

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from experiments.simulate import run_one
 from fedraclora.rng import generator
 from fedraclora.run.ledger import digest_rows, read_ledger
-from fedraclora.weights.files import read_links
+from fedraclora.weights.links import read_links
 from tests.campaigns import kill_resume
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

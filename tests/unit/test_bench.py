@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.bench import command
+from experiments.bench import command, late
 from experiments.bench.bounds import BOUNDS, disagreements, judge
 from experiments.bench.capacity import largest, largest_chunk
 from experiments.bench.command import measure, run, timed
@@ -487,3 +488,39 @@ def test_workloads_fix_their_data() -> None:
     assert torch.equal(a.target, b.target)
     means = a.inputs["x"].reshape(6, 8, 7).mean(dim=1)
     assert means.std(dim=0).mean() > 1.5 * 8**-0.5 * 0.9  # shifted by client: not iid
+
+
+def test_a_row_stands_late_in_a_run_and_counts_what_a_round_leaves() -> None:
+    """Each link has 4 x (5 + 3) numbers, which two that were missed cost less than the weights."""
+    run, laps = late.late(Case(replace(TINY, rank=1), CPU), 50, 6, 20), Laps(children=False)
+    run.round(laps)
+    first = dict(run.facts)
+    run.round(laps)
+    run.close()
+    assert len(laps.cpu) == len(laps.wall) == 2
+    assert 0 < first["catchup"] <= 6 * 4 * (7 * 5 + 5 * 3)
+    assert first["disk"] > run.facts["disk"] > 0  # of the initial weights each round has less
+    assert run.facts["checkpoint"] > 0
+
+
+def test_rounds_late_in_a_run_are_a_line_for_each_size() -> None:
+    facts = {"disk": 2000.0, "checkpoint": 5e4, "catchup": 3e6}
+    rows = {
+        late.named("1M/1k", round_): {
+            "cpu_seconds": each,
+            "peak_bytes": 1e6 * round_,
+            "facts": facts,
+        }
+        for round_, each in ((10, 0.01), (100, 0.011), (1000, 0.012))
+    } | {late.named("1k/100", 10): {"cpu_seconds": 0.1, "peak_bytes": 1e6, "facts": facts}}
+    (line,) = late.by_round(rows, "rounds")
+    assert [*line.values()] == [
+        *("1,000,000 clients, 1,000 a round", "0.01", "0.011", "0.012", "1.2"),
+        *("10", "1000", "2", "50", "3"),
+    ]
+    report = Report("rounds", rows, about={"device": "cpu"})
+    assert "| 1,000,000 clients, 1,000 a round | 0.01 |" in table(report).markdown()
+
+
+def test_workloads_with_rows_in_processes_of_their_own_can_be_sent_there() -> None:
+    assert all(pickle.dumps(each) for each in WORKLOADS.values() if each.apart)

@@ -180,41 +180,45 @@ def test_catching_up_by_hand() -> None:
 
 @dataclass(frozen=True)
 class Event:
-    """A round that closed with a link of this rank (0: none), or clients that fetch."""
+    """A round that closed with a link of this rank (0: none), or clients that fetch.
+
+    ``dense`` is how many numbers the bias has from then on, as a part of a pool that fills.
+    """
 
     rank: int = 0
-    dense: bool = False
+    dense: int | None = None
     fetching: frozenset[int] = frozenset()
 
     @property
     def link(self) -> Link | None:
         """The link; None for a round that changed nothing."""
-        if not self.rank and not self.dense:
+        if not self.rank and self.dense is None:
             return None
         terms = {"lin": Term((torch.zeros(M, self.rank), SPEC), 1.0)} if self.rank else {}
-        return Link(terms, {"bias": torch.zeros(M)} if self.dense else {})
+        return Link(terms, {} if self.dense is None else {"bias": torch.zeros(self.dense)})
 
 
-rounds = st.builds(Event, rank=st.integers(0, 3), dense=st.booleans())
+rounds = st.builds(Event, rank=st.integers(0, 3), dense=st.none() | st.integers(0, 3))
 fetches = st.builds(Event, fetching=st.frozensets(st.integers(0, 4), min_size=1))
 
 
-@given(st.lists(rounds | fetches, max_size=12))
+@given(st.lists(rounds | fetches, max_size=20))
 def test_a_client_fetches_the_links_it_missed_or_the_dense_weight(events: list[Event]) -> None:
     catch_up = CatchUp({"lin": torch.zeros(M, N), "bias": torch.zeros(M)}, 5)
     history: list[Event] = []
-    held = dict.fromkeys(range(5), 0)
+    held, size = dict.fromkeys(range(5), 0), M
     for event in events:
         if not event.fetching:
             catch_up.add(event.link)
             history.append(event)
+            size = size if event.dense is None else event.dense
             continue
         wanted = []
         for client in sorted(event.fetching):
             missed = history[held[client] :]
             lin = sum(M * e.rank * 4 + 8 for e in missed if e.rank)
-            bias = sum(M * 4 for e in missed if e.dense)
-            wanted.append(min(lin, M * N * 4) + min(bias, M * 4))
+            bias = sum(e.dense * 4 for e in missed if e.dense)
+            wanted.append(min(lin, M * N * 4) + min(bias, size * 4))
             held[client] = len(history)
         assert catch_up.fetch(torch.tensor(sorted(event.fetching))).tolist() == wanted
         assert catch_up.version == len(history)
@@ -234,6 +238,24 @@ def test_what_was_caught_up_survives_a_checkpoint() -> None:
     assert stored["catch_up/clients"].tolist() == [1]
     assert stored["catch_up/versions"].tolist() == [1]
     np.testing.assert_array_equal(second.sums, first.sums)
+
+
+def test_what_is_kept_does_not_grow_with_the_rounds() -> None:
+    """Three links of 48 bytes cost less than 140: whoever missed four needs the weight whole."""
+    catch_up, again = (
+        CatchUp({"lin": torch.zeros(M, N), "bias": torch.zeros(M)}, 99) for _ in "ab"
+    )
+    link = Link({"lin": Term((torch.zeros(M, R), SPEC), 1.0)})
+    kept = []
+    for round_ in range(60):
+        catch_up.add(link)
+        catch_up.fetch(torch.tensor([round_]))
+        kept.append(sum(t.numel() for t in catch_up.state().values()))
+    assert (catch_up.version, catch_up.floor, len(set(kept[10:]))) == (60, 57, 1)
+    again.restore(catch_up.state())
+    costs = catch_up.missing(torch.arange(99))
+    assert costs[55:61].tolist() == [140, 140, 96, 48, 0, 140]
+    np.testing.assert_array_equal(again.missing(torch.arange(99)), costs)
 
 
 def test_a_checkpoint_holds_the_clients_that_took_part_and_no_others() -> None:

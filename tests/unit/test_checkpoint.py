@@ -13,15 +13,13 @@ from fedraclora.errors import CheckpointError
 from fedraclora.tree import Tree
 from fedraclora.weights.files import (
     FILE,
-    append_link,
-    cut_links,
     difference,
     flatten,
     load_checkpoint,
-    read_links,
     replacing,
     save_checkpoint,
 )
+from fedraclora.weights.links import append_link, cut_links, read_links
 
 META: dict[str, object] = {"round": 3, "config_digest": "ab", "memo": {"drawn": 2}, "none": None}
 

@@ -17,7 +17,8 @@ from fedraclora.errors import CheckpointError
 from fedraclora.models.hf import build_transformer
 from fedraclora.run import initial
 from fedraclora.tree import digest
-from fedraclora.weights.files import load_checkpoint, read_links
+from fedraclora.weights.files import load_checkpoint
+from fedraclora.weights.links import read_links
 from strategies.weights import load_weights
 from tests.unit.test_export import BERT, distance, loaded, texts
 

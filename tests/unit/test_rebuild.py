@@ -16,7 +16,7 @@ from fedraclora.run.rebuild import state_at, stored_plan
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import CatchUp, link_tensors
-from fedraclora.weights.files import append_link, link_digest
+from fedraclora.weights.links import append_link, link_digest
 
 PLAN = Plan({"w": LayerView("conv1d", (5, 7))}, ("b",), weights=("w",), shapes={"w": (7, 5)})
 ROUNDS = 9

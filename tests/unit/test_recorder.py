@@ -17,7 +17,8 @@ from fedraclora.run.ledger import read_ledger
 from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import CatchUp
-from fedraclora.weights.files import load_checkpoint, read_links
+from fedraclora.weights.files import load_checkpoint
+from fedraclora.weights.links import read_links
 
 SPEC = SketchSpec("coordinate", "right", 2, 7, seed=1, index=0)
 LINK = Link({"w": Term((torch.ones(5, 2), SPEC), 1.5)}, {"b": torch.ones(5)})

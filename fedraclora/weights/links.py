@@ -1,0 +1,181 @@
+"""The files of the chain: a folder with one for each round's link, which changed the base.
+
+Each holds the digest of the one before, so that none can be missing or another run's. The links of
+some rounds may have been folded into one file, which has the digest of the last of them, too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedraclora.errors import CheckpointError
+from fedraclora.tree import Tree
+from fedraclora.weights.files import load_tensors, read_header, save_tensors
+
+_RESTORE_LINK = "restore the file from a copy: later weights need it"
+_LINK = re.compile(r"(\d+)(?:-(\d+))?\.safetensors")
+
+
+def append_link(
+    folder: Path,
+    round_: int,
+    tensors: Tree,
+    meta: dict[str, object],
+    *,
+    previous: str | None = None,
+    sync: bool = True,
+) -> Path:
+    """Write the link of one round to the chain, for example ``chain/000012.safetensors``.
+
+    Args:
+        folder: The chain's folder.
+        round_: The round that made the link; a link of that round that is there is replaced.
+        tensors: The link's tensors.
+        meta: JSON values; ``round`` is added.
+        previous: Digest of the link before (`link_digest`), empty for the first; None: not kept.
+        sync: Flush to the disk before returning.
+
+    Returns:
+        The file.
+    """
+    path = folder / f"{round_:06d}.safetensors"
+    follows = {} if previous is None else {"previous": previous}
+    save_tensors(path, tensors, {**meta, "round": round_, **follows}, sync=sync)
+    return path
+
+
+class LinkFile(NamedTuple):
+    """A file of the chain: the link of one round, or what those of several were folded into.
+
+    Attributes:
+        first, last: The rounds that it leads through.
+        path: Where it lies.
+    """
+
+    first: int
+    last: int
+    path: Path
+
+
+def link_files(folder: Path) -> list[LinkFile]:
+    """List the files of a chain in the order of their rounds.
+
+    Links whose rounds another file has as well are left out: whoever folded them was killed before
+    they were removed.
+    """
+    found: list[LinkFile] = []
+    for file in sorted(_all_links(folder), key=lambda file: (-file.last, file.first)):
+        if not found or file.last < found[-1].first:
+            found.append(file)
+    return found[::-1]
+
+
+def fold_links(folder: Path, files: list[LinkFile], tensors: Tree, meta: dict[str, object]) -> None:
+    """Write what leads through the rounds of several links in their place, and remove them.
+
+    The new file comes in one move; as soon as it is there, nobody reads the others. What follows
+    them follows it, since it has the digest of the last of them beside its own.
+
+    Args:
+        folder: The chain's folder.
+        files: Of adjoining rounds, in order.
+        tensors: Of the fold.
+        meta: JSON values, with ``previous`` of the first of them; ``round``, ``first`` and the
+            digest of the last of them are added.
+    """
+    first, last = files[0].first, files[-1].last
+    meta = {**meta, "round": last, "first": first, "stands_for": stored_digest(files[-1].path)}
+    path = folder / f"{first:06d}-{last:06d}.safetensors"
+    save_tensors(path, tensors, meta, sync=True)
+    remove_folded(folder)
+
+
+def remove_folded(folder: Path) -> None:
+    """Remove the links whose rounds are in another file of the chain as well."""
+    for file in {*_all_links(folder)} - {*link_files(folder)}:
+        file.path.unlink()
+
+
+def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, Any]]]:
+    """Read the chain, link by link, in ascending order of rounds.
+
+    Yields:
+        Round, tensors and meta data of each link; nothing where there is no folder. Of links that
+        were folded the last round, with the first in the meta data.
+
+    Raises:
+        CheckpointError: If a link is damaged, missing, of another run, or renamed.
+    """
+    before: tuple[LinkFile, str] | None = None
+    for file in link_files(folder):
+        tensors, meta = load_tensors(file.path, _RESTORE_LINK)
+        before = _follow(file, meta, before)
+        yield file.last, tensors, meta
+
+
+def link_digest(folder: Path, round_: int | None = None) -> str:
+    """Return the digest of the last link up to a round, and check each against the one before.
+
+    Headers alone are read: what is in the tensors is verified where they are.
+
+    Args:
+        folder: The chain's folder.
+        round_: The last round that counts; None takes all.
+
+    Returns:
+        Empty where there is no link.
+
+    Raises:
+        CheckpointError: If a link is missing, of another run, or renamed, or has no header.
+    """
+    before: tuple[LinkFile, str] | None = None
+    for file in link_files(folder):
+        if round_ is None or file.last <= round_:
+            header = read_header(file.path, _RESTORE_LINK)
+            before = _follow(file, json.loads(header["meta"]), before)
+    return before[1] if before else ""
+
+
+def stored_digest(path: Path) -> str:
+    """Read the digest that a link's file says it has; a fold has that of its last link."""
+    header = read_header(path, _RESTORE_LINK)
+    return str(json.loads(header["meta"]).get("stands_for", header["sha256"]))
+
+
+def _follow(
+    file: LinkFile, meta: Mapping[str, object], before: tuple[LinkFile, str] | None
+) -> tuple[LinkFile, str]:
+    """Check a link against the one before it; links of older releases do not say which it was."""
+    path, round_ = file.path, meta.get("round")
+    if (meta.get("first", round_), round_) != (file.first, file.last):
+        raise CheckpointError(
+            f"{path} has the link of round {round_}: the file has been renamed; give it "
+            "its name back"
+        )
+    previous = meta.get("previous")
+    if previous is not None and previous != (before[1] if before else ""):
+        last = before[0].last if before else -1
+        if file.first > last + 1:
+            gone = path.with_name(f"{file.first - 1:06d}.safetensors")
+            raise CheckpointError(f"{gone} is missing; {_RESTORE_LINK}")
+        other = f" from {before[0].path.name}" if before else ""
+        raise CheckpointError(
+            f"{path} does not follow{other}: one of them is of another run; {_RESTORE_LINK}"
+        )
+    return file, stored_digest(path)
+
+
+def cut_links(folder: Path, round_: int) -> None:
+    """Remove the links of all rounds after ``round_``, the last one first."""
+    for file in sorted(_all_links(folder), key=lambda file: file.last, reverse=True):
+        if file.last > round_:
+            file.path.unlink()
+
+
+def _all_links(folder: Path) -> list[LinkFile]:
+    named_so = ((_LINK.fullmatch(path.name), path) for path in folder.glob("*.safetensors"))
+    return [LinkFile(int(m[1]), int(m[2] or m[1]), path) for m, path in named_so if m]
