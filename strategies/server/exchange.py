@@ -172,7 +172,7 @@ class Exchange:
             raise WireError(f"round {self.round_}: replies came to the messages of other clients")
         if not summed:
             numbers = widen(numbers, self.downlink, places)
-        refused = [] if summed else check_rows(clients, weights, losses, numbers)
+        refused = [] if summed else check_rows(clients, weights, losses, [numbers])
         out = torch.tensor([f.client for r in self.replies for f in r.refused], dtype=torch.int64)
         came = torch.searchsorted(self.cohort.clients, torch.cat([clients, out]))
         up, _ = self.loop.kinds
