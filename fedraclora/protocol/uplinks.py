@@ -47,13 +47,14 @@ def block_sums(
     sums = torch.zeros(blocks, P, dtype=torch.float64, device=stacked.device)
     column = weights.to(stacked.device, torch.float64)[:, None]
     for start in range(0, P if K else 0, step := max(1, AT_ONCE // (height * max(1, blocks)))):
-        part, out = stacked[:, start : start + step].double(), sums[:, start : start + step]
+        part, out = stacked[:, start : start + step], sums[:, start : start + step]
+        room = out.new_empty(blocks * height, out.shape[1])
         # A place where nobody is adds zero, which changes no bit of a sum that began at zero.
-        room = out.new_zeros(blocks * height, out.shape[1])
         if last + 1 == K or places is None:
-            torch.mul(part, column, out=room[:K])
+            room[:K].copy_(part).mul_(column)
+            room[K:].zero_()
         else:
-            room[places.to(room.device)] = part * column
+            room.zero_()[places.to(room.device)] = part.double() * column
         for rows in room.view(blocks, height, -1).unbind(1):
             out += rows
     return sums
@@ -243,14 +244,6 @@ def norms_of(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     return whole
 
 
-def computable(norms: torch.Tensor) -> torch.Tensor:
-    """Find the rows whose norm is no more than `greatest_norm`: bool [K].
-
-    A NaN passes through a norm, and is no number below any other.
-    """
-    return norms <= greatest_norm(norms.dtype)
-
-
 def check_rows(
     clients: torch.Tensor,
     weights: torch.Tensor,
@@ -270,22 +263,23 @@ def check_rows(
     Returns:
         One refusal per client that fails; empty if all pass.
     """
-    fine = computable(norms_of(pieces) if norms is None else norms).cpu()
-    passed = fine & torch.isfinite(losses) & torch.isfinite(weights) & (weights > 0)
+    found = norms_of(pieces) if norms is None else norms
+    longest = greatest_norm(found.dtype)
     refused: list[Refusal] = []
-    if bool(passed.all()):
-        return refused
-    for k in torch.nonzero(~passed).flatten().tolist():
-        if not torch.isfinite(losses[k]):
-            reason = f"its training loss is {float(losses[k])}; lower local.lr or set local.clip"
-        elif not fine[k]:
+    each = zip(found.tolist(), losses.tolist(), weights.tolist(), strict=True)
+    for k, (norm, loss, weight) in enumerate(each):
+        if norm <= longest and math.isfinite(loss) and 0.0 < weight < math.inf:  # a NaN is not
+            continue
+        if not math.isfinite(loss):
+            reason = f"its training loss is {loss}; lower local.lr or set local.clip"
+        elif not norm <= longest:
             reason = "its update has a NaN or an infinity; lower local.lr or set local.clip"
             row = torch.cat([piece[k] for piece in pieces])
             if row.isfinite().all():
-                norm = float(torch.linalg.vector_norm(row.double()))
-                reason = f"its update is too long, of norm {norm:.3g}; lower local.lr"
+                length = float(torch.linalg.vector_norm(row.double()))
+                reason = f"its update is too long, of norm {length:.3g}; lower local.lr"
         else:
-            reason = f"its weight is {float(weights[k])}; a positive finite number is wanted"
+            reason = f"its weight is {weight}; a positive finite number is wanted"
         refused.append(Refusal(int(clients[k]), reason))
     return refused
 

@@ -53,8 +53,10 @@ class Stopping:
 
     def due(self, rows: Sequence[Row]) -> bool:
         """Check whether the last ``patience`` evaluations have not improved on one before them."""
+        if self.config.patience is None:  # else all rows are looked at, in every round
+            return False
         best = self.best(rows)
-        if best is None or self.config.patience is None:
+        if best is None:
             return False
         after = sum("validation" in r and number(r, "round") > number(best, "round") for r in rows)
         return after >= self.config.patience

@@ -19,9 +19,7 @@ from fedraclora.protocol.uplinks import (
     Uplinks,
     block_sums,
     check_rows,
-    computable,
     finite,
-    norms_of,
     too_many,
     weighted_sum,
 )
@@ -217,5 +215,7 @@ def test_rows_with_whose_fourth_power_nothing_overflows_pass(
     rows = torch.full((4, 77), limit / 16, dtype=dtype)  # of norm 0.55 times the limit
     rows[0, 3], rows[2, 50] = 1.1 * limit, bad
     rows[3, 0], rows[3, 1] = float("inf"), float("nan")
-    assert computable(norms_of([rows])).tolist() == [False, True, False, False]
-    assert computable(norms_of([rows[:, :0]])).tolist() == [True] * 4
+    ones = torch.ones(4, dtype=torch.float64)
+    refused = check_rows(torch.arange(4), ones, ones, [rows])
+    assert [r.client for r in refused] == [0, 2, 3]
+    assert check_rows(torch.arange(4), ones, ones, [rows[:, :0]]) == []
