@@ -237,10 +237,11 @@ class Worker:
     def _reply(job: Job) -> RecordDict:
         downlink, request = job.downlink, job.request
         places = torch.tensor(job.places, dtype=torch.int64)
+        whole = len(places) == len(request.clients)  # parts are tried in order
         return pack_result(
             join(job.results),
             request,
-            request.clients[places],
+            request.clients if whole else request.clients[places],
             uplink_layout(downlink),
             job.failures,
             job.notes,

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from math import prod
 
 import numpy as np
@@ -20,6 +20,7 @@ from fedraclora.errors import ShapeError
 from fedraclora.narrow_weight import split
 
 Tree = dict[str, torch.Tensor]
+LARGE = 1 << 18  # numbers of a tensor that is not copied where it need not be
 
 
 @cache
@@ -81,6 +82,31 @@ class Layout:
             for t, size in zip(tree.values(), self.sizes, strict=True)
         ]
         return torch.cat(parts, dim=-1)
+
+    def pieces(self, tree: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Give the columns that `pack` joins, side by side: those of large tensors uncopied.
+
+        Args:
+            tree: As for `pack`, with one leading axis [K, ...].
+
+        Returns:
+            One [K, p] or more; what is packed of several tensors is new.
+
+        Raises:
+            ShapeError: If the names or the shapes differ from the layout.
+        """
+        if Layout.of(tree, 1) != self:
+            raise ShapeError(f"cannot pack: {difference(Layout.of(tree, 1), self)}")
+        found = []
+        for large, group in groupby(self.shapes, lambda pair: prod(pair[1]) >= LARGE):
+            part = Layout(tuple(group))
+            own = {name: tree[name] for name, _ in part.shapes}
+            if large:
+                columns = zip(own.values(), part.sizes, strict=True)
+                found += [t.reshape(len(t), size) for t, size in columns]
+            else:
+                found.append(part.pack(own, lead=1))
+        return tuple(found) or (torch.empty(0),)
 
     def unpack(self, flat: torch.Tensor) -> Tree:
         """Cut [*leading axes, size] into named views; the inverse of `pack`.

@@ -36,6 +36,7 @@ from fedraclora.protocol.cohorts import check_cohort
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.memory import keep_freed_memory
 from fedraclora.training.pretrain import pretrain
 
 PRETRAINED_KEPT = 8  # models in one process
@@ -126,7 +127,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def fix_bits(threads: int, device: torch.device) -> None:
-    """Fix what changes bits: threads of torch and of every BLAS, and the free choices of a GPU."""
+    """Fix what changes bits: threads of torch and of every BLAS, and the free choices of a GPU.
+
+    A process that trains calls this once, so that it keeps freed memory from here on, too.
+    """
+    keep_freed_memory()
     torch.set_num_threads(threads)
     threadpool_limits(limits=threads)
     # The fast path of torch's own transformer blocks has no derivative, and other bits.

@@ -20,6 +20,7 @@ from fedraclora.tree import Layout, Tree
 SUM_BLOCK = 32
 CALMER = "lower local.lr"  # what is advised where a client's numbers are not finite
 AT_ONCE = 1 << 17  # numbers in float64, which then stay in the cache
+TILE = 1 << 15  # of them where each is read and written for every client
 
 
 def block_sums(
@@ -46,13 +47,14 @@ def block_sums(
     sums = torch.zeros(blocks, P, dtype=torch.float64, device=stacked.device)
     column = weights.to(stacked.device, torch.float64)[:, None]
     for start in range(0, P if K else 0, step := max(1, AT_ONCE // (height * max(1, blocks)))):
-        part, out = stacked[:, start : start + step].double(), sums[:, start : start + step]
+        part, out = stacked[:, start : start + step], sums[:, start : start + step]
+        room = out.new_empty(blocks * height, out.shape[1])
         # A place where nobody is adds zero, which changes no bit of a sum that began at zero.
-        room = out.new_zeros(blocks * height, out.shape[1])
         if last + 1 == K or places is None:
-            torch.mul(part, column, out=room[:K])
+            room[:K].copy_(part).mul_(column)
+            room[K:].zero_()
         else:
-            room[places.to(room.device)] = part * column
+            room.zero_()[places.to(room.device)] = part.double() * column
         for rows in room.view(blocks, height, -1).unbind(1):
             out += rows
     return sums
@@ -75,31 +77,44 @@ class RunningSum:
     def __init__(self, size: int) -> None:
         self.total = torch.zeros(size, dtype=torch.float64)
         self.block, self.number = torch.zeros_like(self.total), 0
-        self.room = torch.empty(AT_ONCE, dtype=torch.float64)  # fresh memory costs more than sums
+        self.room = torch.empty(TILE, dtype=torch.float64)  # fresh memory costs more than sums
 
-    def add(self, stacked: torch.Tensor, weights: torch.Tensor, places: torch.Tensor) -> None:
-        """Add rows; arguments as in `block_sums`, with places behind those that were added."""
+    def add(
+        self, pieces: Sequence[torch.Tensor], weights: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        """Add rows.
+
+        Args:
+            pieces: The columns of the rows, [K, p] each, side by side.
+            weights: float64 [K].
+            places: As in `block_sums`; behind those that were added.
+        """
+        # Products of 24 and 29 bits are exact in float64: whether one or two steps round is one.
+        whole = bool(((weights == weights.round()) & (weights < 1 << 29)).all())
         blocks, counts = torch.unique_consecutive(places // SUM_BLOCK, return_counts=True)
-        parts = zip(stacked.split(counts.tolist()), weights.split(counts.tolist()), strict=True)
-        for number, (rows, column) in zip(blocks.tolist(), parts, strict=True):
+        parts = zip(*(piece.split(counts.tolist()) for piece in pieces), strict=True)
+        columns = weights.split(counts.tolist())
+        for number, rows, column in zip(blocks.tolist(), parts, columns, strict=True):
             if number != self.number:
                 self.add_blocks(self.block[None])
                 self.block.zero_()
                 self.number = number
-            self._add(rows, column)
+            outs = self.block.split([piece.shape[1] for piece in rows])
+            for out, piece in zip(outs, rows, strict=True):
+                at_once = whole and piece.dtype == torch.float32
+                self._add(out, piece, column.tolist(), at_once=at_once)
 
-    def _add(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add rows to the block, a few numbers of them at a time: they stay in the cache."""
-        # Products of 24 and 29 bits are exact in float64: whether one or two steps round is one.
-        whole = bool(((weights == weights.round()) & (weights < 1 << 29)).all())
-        at_once, factors = rows.dtype == torch.float32 and whole, weights.tolist()
-        for start in range(0, rows.shape[1], AT_ONCE):
-            out = self.block[start : start + AT_ONCE]
-            for row, weight in zip(rows[:, start : start + AT_ONCE], factors, strict=True):
+    def _add(
+        self, out: torch.Tensor, rows: torch.Tensor, weights: list[float], *, at_once: bool
+    ) -> None:
+        """Add rows to their part of the block, a few numbers at a time: they stay in the cache."""
+        for part, columns in zip(out.split(TILE), rows.split(TILE, dim=1), strict=True):
+            room = self.room[: len(part)]
+            for row, weight in zip(columns, weights, strict=True):
                 if at_once:
-                    out.add_(row, alpha=weight)
+                    part.add_(room.copy_(row), alpha=weight)
                 else:
-                    out += self.room[: len(row)].copy_(row).mul_(weight)
+                    part.add_(room.copy_(row).mul_(weight))
 
     def add_blocks(self, sums: torch.Tensor) -> None:
         """Add sums of blocks [B, P], float64, whose places are behind those that were added."""
@@ -216,19 +231,25 @@ def greatest_norm(dtype: torch.dtype) -> float:
     return math.sqrt(math.sqrt(torch.finfo(dtype).max))
 
 
-def computable(rows: torch.Tensor) -> torch.Tensor:
-    """Find the rows of [K, P] that have a norm that is no more than `greatest_norm`: bool [K].
+def norms_of(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Compute the norm of each row, whose columns lie side by side in pieces [K, p]; [K].
 
-    One pass and no copy; a NaN passes through a norm, and is no number below any other.
+    One pass and no copy.
     """
-    if not rows.shape[1]:
-        return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms <= greatest_norm(rows.dtype)
+    norms = [torch.linalg.vector_norm(piece, dim=1) for piece in pieces if piece.shape[1]]
+    if not norms:
+        return pieces[0].new_zeros(len(pieces[0]))
+    # A norm of one number is that number, to the bit.
+    whole: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return whole
 
 
 def check_rows(
-    clients: torch.Tensor, weights: torch.Tensor, losses: torch.Tensor, stacked: torch.Tensor
+    clients: torch.Tensor,
+    weights: torch.Tensor,
+    losses: torch.Tensor,
+    pieces: Sequence[torch.Tensor],
+    norms: torch.Tensor | None = None,
 ) -> list[Refusal]:
     """Check each client's row before any sum: numbers that are no NaN and not absurd, weight, loss.
 
@@ -236,26 +257,29 @@ def check_rows(
         clients: int64 [K].
         weights: float64 [K].
         losses: Mean training loss of each client [K].
-        stacked: [K, P].
+        pieces: The columns of the rows, [K, p] each, side by side.
+        norms: Of the rows [K], where they are known.
 
     Returns:
         One refusal per client that fails; empty if all pass.
     """
-    fine = computable(stacked).cpu()
-    passed = fine & torch.isfinite(losses) & torch.isfinite(weights) & (weights > 0)
+    found = norms_of(pieces) if norms is None else norms
+    longest = greatest_norm(found.dtype)
     refused: list[Refusal] = []
-    if bool(passed.all()):
-        return refused
-    for k in torch.nonzero(~passed).flatten().tolist():
-        if not torch.isfinite(losses[k]):
-            reason = f"its training loss is {float(losses[k])}; lower local.lr or set local.clip"
-        elif not fine[k]:
+    each = zip(found.tolist(), losses.tolist(), weights.tolist(), strict=True)
+    for k, (norm, loss, weight) in enumerate(each):
+        if norm <= longest and math.isfinite(loss) and 0.0 < weight < math.inf:  # a NaN is not
+            continue
+        if not math.isfinite(loss):
+            reason = f"its training loss is {loss}; lower local.lr or set local.clip"
+        elif not norm <= longest:
             reason = "its update has a NaN or an infinity; lower local.lr or set local.clip"
-            if stacked[k].isfinite().all():
-                norm = float(torch.linalg.vector_norm(stacked[k].double()))
-                reason = f"its update is too long, of norm {norm:.3g}; lower local.lr"
+            row = torch.cat([piece[k] for piece in pieces])
+            if row.isfinite().all():
+                length = float(torch.linalg.vector_norm(row.double()))
+                reason = f"its update is too long, of norm {length:.3g}; lower local.lr"
         else:
-            reason = f"its weight is {float(weights[k])}; a positive finite number is wanted"
+            reason = f"its weight is {weight}; a positive finite number is wanted"
         refused.append(Refusal(int(clients[k]), reason))
     return refused
 

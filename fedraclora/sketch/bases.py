@@ -117,11 +117,13 @@ def _haar(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
     """Apply the first ``stop`` random reflections to unit vectors start..stop-1."""
     low = torch_normal(generator(*leaf), stop, dim).mT.tril()
     head = low.diagonal()
-    # LAPACK's convention: H = I - tau v v^T with v[0] = 1 maps the column to (beta, 0, ..., 0).
-    beta = -torch.copysign(torch.linalg.vector_norm(low, dim=0), head)
-    unit = _unit_rows(np.arange(start, stop), dim).mT
-    columns = torch.ormqr(low / (head - beta), (beta - head) / beta, unit)
-    return (columns * beta[start:stop].sign()).mT
+    # LAPACK's convention: H = I - tau v v^T with v[0] = 1 maps the column to (-beta, 0, ..., 0).
+    beta = torch.copysign(torch.linalg.vector_norm(low, dim=0), head)
+    first = head + beta
+    unit = low.new_zeros(stop - start, dim)
+    unit.diagonal(start).fill_(1.0)
+    columns = torch.ormqr(low / first, first / beta, unit.mT)
+    return (columns * beta[start:stop].neg().sign()).mT
 
 
 @lru_cache(maxsize=128)

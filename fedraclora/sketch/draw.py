@@ -175,7 +175,8 @@ def _drawn(spec: SketchSpec) -> torch.Tensor:
         rows = kind.basis.block(spec.seed, spec.dim, spec.rank, spec.index)
     else:
         rows = kind.draw((spec.seed, "block", spec.index), spec)
-    rows = rows * sqrt(spec.gram_scale / kind.gram(spec))
+    if (stretch := sqrt(spec.gram_scale / kind.gram(spec))) != 1.0:
+        rows = rows * stretch
     return (rows if spec.side == "right" else rows.mT).contiguous()
 
 

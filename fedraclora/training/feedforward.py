@@ -67,7 +67,7 @@ class FeedForward:
         self.first = min(names.index(name) for name in trained)
 
     def descend(self, rates: Mapping[str, float]) -> None:
-        """Have large weights take the steps of plain SGD as soon as their gradients are there.
+        """Have large weights take the steps of plain SGD without gradients of their own.
 
         All gradients of a chunk at once would be as large as what it trains. A product has the
         same bits alone and in a batch where it begins at the same alignment.

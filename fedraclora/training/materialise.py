@@ -31,7 +31,7 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
                 # A copy: views into a message lie anywhere, and products round by alignment.
                 frozen[name] = value[order] if value.dim() == 3 else value.clone()
             else:
-                starts[name] = start_of(factor, torch.zeros(factor.shape).to(like), order)
+                starts[name] = start_of(factor, like.new_zeros(factor.shape), order)
                 # A tall factor lies in memory as its transpose: so come its gradients
                 # (`fedraclora.training.stages`); those of a dense weight do not.
                 tall = factor.shape[0] > factor.shape[1]

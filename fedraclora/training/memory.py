@@ -8,6 +8,9 @@ for itself (workspaces of cuBLAS, fragments of the allocator) is not.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,8 +34,28 @@ from fedraclora.tree import Tree
 
 LOOKED_AT = 10_000  # clients among whom the largest is looked for
 TOGETHER = 256  # of them whose samples are looked at in one go
+LARGEST_KEPT, KEPT = 32 << 20, 256 << 20  # bytes of a piece, and of all, that are kept when freed
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 # What PyTorch says where it has no exception of its own: the CPU's allocator, CUDA's libraries.
 _STARVED = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed for the next chunk; whether it does.
+
+    It gives large pieces back to the system otherwise, and every page of them is cleared anew when
+    it is next touched. Of glibc alone: other libraries, and a process whose environment says how
+    (``MALLOC_...``, ``GLIBC_TUNABLES``), stay as they are. Pieces of `LARGEST_KEPT` or more are
+    given back.
+
+    References:
+        mallopt(3), M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
+    """
+    said = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if said or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(_TRIM_THRESHOLD, KEPT))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -70,19 +70,20 @@ class Schedule:
         Returns:
             The schedule.
         """
-        batch = torch.full_like(sizes, local.batch_size) if local.batch_size else sizes
-        per_epoch = (sizes + batch - 1) // batch
-        steps = (
-            per_epoch * local.epochs if local.steps is None else torch.full_like(sizes, local.steps)
-        )
-        count, width = int(steps.max()), int(batch.minimum(sizes).max())
+        largest = int(sizes.max())
+        width = min(local.batch_size or largest, largest)
+        batch = local.batch_size or sizes[:, None]  # of all samples, an epoch is one step
+        per_epoch = (sizes[:, None] + batch - 1) // batch  # [K, 1]
+        fixed = None if local.steps is None else torch.full_like(sizes, local.steps)
+        steps = per_epoch[:, 0] * local.epochs if fixed is None else fixed
+        count = int(steps.max())
         step = torch.arange(count, device=sizes.device)
-        epoch = step // per_epoch[:, None]  # [K, steps]
+        epoch = step // per_epoch  # [K, steps]
         place = torch.arange(width, device=sizes.device)
-        position = (step % per_epoch[:, None] * batch[:, None])[..., None] + place
-        inside = (position < sizes[:, None, None]) & (place < batch[:, None, None])
+        position = (step % per_epoch * batch)[..., None] + place
+        inside = position < sizes[:, None, None]
         valid = inside & (step < steps[:, None])[..., None]
-        position = position.clamp_(max=int(sizes.max()) - 1)
+        position = position.clamp_(max=largest - 1)
         if local.shuffle and count:
             epochs = range(int(epoch.max()) + 1)
             shuffles = torch.stack(

@@ -166,12 +166,15 @@ class Linear:
         return self._through_factors(slope, gradients, back) if self.scale else back
 
     def _descend(self, rows: torch.Tensor, W: torch.Tensor, rate: float) -> None:
-        """Take the step of plain SGD, client by client: a gradient is gone before the next."""
-        room = self.room = torch.empty_like(W[:1]) if self.room is None else self.room
+        """Take the step of plain SGD: the product is added to the weight, and no gradient is there.
+
+        Weights round once, where a gradient of its own would round before its rate does.
+        """
+        # Client by client: BLAS may round several otherwise than one, of a sample each.
         for slope, x, own in zip(
             rows.split(1), self.split(self.x).split(1), W.split(1), strict=True
         ):
-            own.add_(torch.bmm(slope.mT, x, out=room), alpha=-rate)
+            own.baddbmm_(slope.mT, x, alpha=-rate)
 
     def _through_factors(
         self, slope: torch.Tensor, gradients: Tree, back: torch.Tensor | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -56,8 +56,8 @@ class Reply:
         first: Place of the chunk's first client in the cohort.
         clients: Ids of the clients whose work is here, int64 [k].
         losses, samples, steps: One value per client [k].
-        numbers: Their rows [k, P]; under rank budgets what is left of the rows, one after
-            another; or float64 sums of the chunk's blocks [blocks, P].
+        pieces: The columns of `numbers`, side by side: in this process large tensors stay where
+            they were trained.
         reduced: Whether they are sums.
         failures: Why a client trained nothing, by id.
         refused: Clients that a sum leaves out, because their numbers cannot be used.
@@ -73,12 +73,26 @@ class Reply:
     losses: torch.Tensor
     samples: torch.Tensor
     steps: torch.Tensor
-    numbers: torch.Tensor
+    pieces: tuple[torch.Tensor, ...]
     reduced: bool
     failures: dict[int, str]
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rounding: torch.Tensor | None = None
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """Their rows [k, P]; under rank budgets what is left of the rows, one after another.
+
+        Or float64 sums of the chunk's blocks [blocks, P].
+        """
+        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=-1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `numbers`, which are not joined for it."""
+        *lead, last = (piece.shape for piece in self.pieces)
+        return (*last[:-1], sum(piece[-1] for piece in (*lead, last))) if last else ()
 
     @property
     def vectors(self) -> dict[str, torch.Tensor]:
@@ -134,15 +148,17 @@ def pack_result(
         result = LocalResult(
             {n: torch.empty(0, *s) for n, s in layout.shapes}, none.double(), none, none
         )
-    numbers = layout.pack({n: result.trained[n] for n, _ in layout.shapes}, lead=1)
+    trained = {n: result.trained[n] for n, _ in layout.shapes}
     refused: list[Refusal] = []
     vectors = {"clients": clients, "losses": result.losses}
     vectors |= {"samples": result.samples, "steps": result.steps}
     if coded is not None:
         vectors["rounding"] = torch.tensor(coded.errors, dtype=torch.float64)
+    pieces: tuple[torch.Tensor, ...]
     if request.reduce is not None:
+        numbers = layout.pack(trained, lead=1)
         weights = client_weights(request.reduce, result.samples)
-        refused = check_rows(clients, weights, result.losses, numbers)
+        refused = check_rows(clients, weights, result.losses, [numbers])
         if refused:
             kept = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
             numbers, weights = numbers[kept.to(numbers.device)], weights[kept]
@@ -151,17 +167,20 @@ def pack_result(
         places = None if whole else torch.searchsorted(request.clients, vectors["clients"])
         sums = block_sums(numbers, weights, places)
         missing = -(-len(request.clients) // SUM_BLOCK) - len(sums)
-        numbers = F.pad(sums, (0, 0, 0, missing)) if missing else sums
+        pieces = (F.pad(sums, (0, 0, 0, missing)) if missing else sums,)
     elif coded is not None:
-        numbers = torch.cat([torch.zeros(0, dtype=torch.uint8), *coded.codes])
+        pieces = (torch.cat([torch.zeros(0, dtype=torch.uint8), *coded.codes]),)
     elif mask is not None:
-        numbers = numbers[mask.to(numbers.device)]
+        numbers = layout.pack(trained, lead=1)
+        pieces = (numbers[mask.to(numbers.device)],)
+    else:
+        pieces = layout.pieces(trained)
     reply = Reply(
         request.round_,
         request.version,
         request.first,
         **vectors,
-        numbers=numbers.detach().cpu(),
+        pieces=tuple(piece.detach().cpu() for piece in pieces),
         reduced=request.reduce is not None,
         failures={client: printable(reason) for client, reason in failures.items()},
         refused=refused,
@@ -217,7 +236,7 @@ def unpack_result(
     if read is not None and not reply.reduced:
         with reading("a reply"):
             try:
-                reply = replace(reply, numbers=read(reply.numbers, reply.clients))
+                reply = replace(reply, pieces=(read(reply.numbers, reply.clients),))
             except WireError as error:
                 raise WireError(f"{who} sent what cannot be read: {error}") from error
     if sent != layout:
@@ -237,7 +256,7 @@ def _read(content: RecordDict, *, coded: bool) -> tuple[Reply, Layout]:
         whole(header["version"], "its version"),
         read_first(content),
         **_vectors(content, round_, WANTED | {"rounding"} if coded else WANTED),
-        numbers=read_array(content, "arrays"),
+        pieces=(read_array(content, "arrays"),),
         reduced=flag(header["reduced"], "reduced"),
         failures=_failures(header["failures"]),
         refused=_refused(header["refused"]),
@@ -279,12 +298,12 @@ def _refused(value: object) -> list[Refusal]:
 
 def _check_sizes(reply: Reply, layout: Layout, *, cut: bool) -> None:
     """Reject a number of rows, losses or sizes that is not the number of clients."""
-    numbers, count = reply.numbers, len(reply.clients)
-    rows = len(numbers) if reply.reduced and numbers.dim() else count
-    fits = numbers.dim() == 1 if cut else tuple(numbers.shape) == (rows, layout.size)
+    shape, count = reply.shape, len(reply.clients)
+    rows = shape[0] if reply.reduced and shape else count
+    fits = len(shape) == 1 if cut else shape == (rows, layout.size)
     lengths = [len(vector) for vector in reply.vectors.values()]
     if not fits or set(lengths) != {count}:
         raise WireError(
-            f"round {reply.round_}: a reply has rows of shape {tuple(numbers.shape)} and {lengths} "
+            f"round {reply.round_}: a reply has rows of shape {shape} and {lengths} "
             f"ids, losses and sizes; {(rows, layout.size)} and {count} of each are wanted"
         )

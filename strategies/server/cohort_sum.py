@@ -10,7 +10,7 @@ import torch
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.rank_budgets import widen
-from fedraclora.protocol.uplinks import RunningSum, check_rows
+from fedraclora.protocol.uplinks import RunningSum, check_rows, norms_of
 from fedraclora.wire import Reply
 
 
@@ -65,22 +65,25 @@ class CohortSum:
             return reply
         if reply.reduced:
             self.sum.add_blocks(reply.numbers)
-            return replace(reply, numbers=reply.numbers.new_empty(0, reply.numbers.shape[1]))
+            return replace(reply, pieces=(reply.numbers.new_empty(0, reply.shape[1]),))
         places = torch.searchsorted(self.cohort.clients, reply.clients)
-        rows = widen(reply.numbers, self.downlink, places)
-        weights = client_weights(self.weighting, reply.samples)
-        refused = check_rows(reply.clients, weights, reply.losses, rows)
+        pieces = reply.pieces
+        if self.downlink.ranks is not None:
+            pieces = (widen(reply.numbers, self.downlink, places),)
+        weights, norms = client_weights(self.weighting, reply.samples), norms_of(pieces)
+        refused = check_rows(reply.clients, weights, reply.losses, pieces, norms)
         if refused:
             kept = ~torch.isin(reply.clients, torch.tensor([r.client for r in refused]))
-            rows, weights, places = rows[kept], weights[kept], places[kept]
             reply = replace(reply.select(kept), refused=[*reply.refused, *refused])
-        if len(rows):
-            self.sum.add(rows, weights, places)
-            norms = torch.linalg.vector_norm(rows, dim=1)
+            pieces = tuple(piece[kept] for piece in pieces)
+            weights, places, norms = weights[kept], places[kept], norms[kept]
+        if len(norms):
+            self.sum.add(pieces, weights, places)
             found = int(reply.clients[norms.argmax()]), float(norms.max())
             # Of equal norms that of the first client.
             self.longest = max(self.longest or found, found, key=lambda pair: pair[1])
-        return replace(reply, numbers=rows.new_empty(0, rows.shape[1]))
+        width = sum(piece.shape[1] for piece in pieces)
+        return replace(reply, pieces=(pieces[0].new_empty(0, width),))
 
     def value(self) -> torch.Tensor:
         """Return the sum, float64 [P]; nothing comes after it."""

@@ -160,23 +160,18 @@ class Exchange:
         if not self.replies:
             raise ClientError(f"round {self.round_}: no client replied in time")
         self.replies.sort(key=lambda r: r.first)
-        clients = torch.cat([r.clients for r in self.replies])
-        losses = torch.cat([r.losses for r in self.replies])
-        steps = torch.cat([r.steps for r in self.replies])
-        weights = client_weights(self.loop.weights, torch.cat([r.samples for r in self.replies]))
+        clients, losses = (self._joined(name) for name in ("clients", "losses"))
+        weights = client_weights(self.loop.weights, self._joined("samples"))
         self._check_ids(clients.tolist())
         places = torch.searchsorted(self.cohort.clients, clients)
         summed = self.sum is not None or self.replies[0].reduced
-        numbers = torch.cat([r.numbers for r in self.replies])
+        numbers = self._joined("numbers")
         if self.sum is not None and numbers.numel():
             raise WireError(f"round {self.round_}: replies came to the messages of other clients")
         if not summed:
             numbers = widen(numbers, self.downlink, places)
-        refused = [] if summed else check_rows(clients, weights, losses, numbers)
-        out = torch.tensor([f.client for r in self.replies for f in r.refused], dtype=torch.int64)
-        came = torch.searchsorted(self.cohort.clients, torch.cat([clients, out]))
-        up, _ = self.loop.kinds
-        self.received = int(uploaded_bytes(self.downlink, len(self.cohort), up)[came].sum())
+        refused = [] if summed else check_rows(clients, weights, losses, [numbers])
+        self._receive(clients)
         self.failures += refused
         self.failures.sort(key=lambda f: f.client)
         if len(self.all_failures) > allowed or len(refused) == len(clients):
@@ -184,7 +179,7 @@ class Exchange:
         if refused:
             keep = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
             clients, numbers, places = clients[keep], numbers[keep], places[keep]
-            weights, losses, steps = weights[keep], losses[keep], steps[keep]
+            weights = weights[keep]
         self._measure(clients)
         return Uplinks(
             clients,
@@ -200,14 +195,31 @@ class Exchange:
         """Compute the sum of the cohort: of what was added as it came, or of sums of blocks."""
         return sum_blocks(blocks) if self.sum is None else self.sum.value()
 
+    def _joined(self, name: str) -> torch.Tensor:
+        """Join what all replies have of one name, in the order of the replies."""
+        parts = [getattr(reply, name) for reply in self.replies]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _receive(self, clients: torch.Tensor) -> None:
+        """Count the bytes of the numbers of these clients, and of those that a sum leaves out."""
+        out = [f.client for reply in self.replies for f in reply.refused]
+        up, _ = self.loop.kinds
+        if self.downlink.ranks is None:  # each sends as many
+            each = int(uploaded_bytes(self.downlink, 1, up))
+            self.received = (len(clients) + len(out)) * each
+            return
+        who = torch.cat([clients, torch.tensor(out, dtype=torch.int64)])
+        came = torch.searchsorted(self.cohort.clients, who)
+        self.received = int(uploaded_bytes(self.downlink, len(self.cohort), up)[came].sum())
+
     def _measure(self, clients: torch.Tensor) -> None:
         """Compute the figures of the clients whose replies are used."""
-        used = torch.isin(torch.cat([r.clients for r in self.replies]), clients)
-        self.mean_loss = float(torch.cat([r.losses for r in self.replies])[used].mean())
-        self.steps = int(torch.cat([r.steps for r in self.replies])[used].sum())
+        came = self._joined("clients")
+        used = slice(None) if len(clients) == len(came) else torch.isin(came, clients)
+        self.mean_loss = float(self._joined("losses")[used].mean())
+        self.steps = int(self._joined("steps")[used].sum())
         if self.loop.uplink != FULL:
-            errors = [r.rounding for r in self.replies if r.rounding is not None]
-            self.rounding = float(torch.cat(errors)[used].mean())
+            self.rounding = float(self._joined("rounding")[used].mean())
 
     @property
     def longest(self) -> tuple[int, float] | None:

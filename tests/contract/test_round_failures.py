@@ -119,7 +119,7 @@ def huge(patch: pytest.MonkeyPatch, client: int, size: float) -> None:
     def unpacked(*given: Any) -> Reply:
         reply = unpack(*given)
         rows = reply.clients == client
-        return replace(reply, numbers=reply.numbers.masked_fill(rows[:, None], size))
+        return replace(reply, pieces=(reply.numbers.masked_fill(rows[:, None], size),))
 
     patch.setattr(exchange, "unpack_result", unpacked)
 

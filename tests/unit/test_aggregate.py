@@ -19,7 +19,6 @@ from fedraclora.protocol.uplinks import (
     Uplinks,
     block_sums,
     check_rows,
-    computable,
     finite,
     too_many,
     weighted_sum,
@@ -84,16 +83,18 @@ def test_workers_that_hold_whole_blocks_change_no_bit(K: int, blocks: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@given(cohorts, st.integers(1, 40), st.booleans())
+@given(cohorts, st.integers(1, 40), st.booleans(), st.integers(1, 4))
 def test_a_running_sum_has_the_bits_of_the_sum(
-    dtype: torch.dtype, K: int, chunk: int, counts: bool
+    dtype: torch.dtype, K: int, chunk: int, counts: bool, cut: int
 ) -> None:
     rows, weights = cohort(K)
     rows, weights = rows.to(dtype), weights.mul(97).ceil() if counts else weights
     places = torch.arange(K) + torch.arange(K) // 3  # every fourth client is missing
     found = RunningSum(rows.shape[1])
     for i in range(0, K, chunk):
-        found.add(rows[i : i + chunk], weights[i : i + chunk], places[i : i + chunk])
+        found.add(
+            rows[i : i + chunk].split(cut, dim=1), weights[i : i + chunk], places[i : i + chunk]
+        )
     assert torch.equal(found.value(), weighted_sum(rows, weights, places))
 
 
@@ -175,14 +176,14 @@ def test_a_client_that_cannot_be_summed_is_named(place: str, value: float, words
     rows, weights = cohort(3)
     losses = torch.ones(3, dtype=torch.float64)
     {"row": rows[:, 1], "loss": losses, "weight": weights}[place][1] = value
-    refused = check_rows(clients, weights, losses, rows)
+    refused = check_rows(clients, weights, losses, [rows])
     assert [r.client for r in refused] == [8]
     assert words in refused[0].reason
 
 
 def test_clients_that_are_well_pass() -> None:
     rows, weights = cohort(3)
-    assert check_rows(torch.arange(3), weights, torch.ones(3), rows) == []
+    assert check_rows(torch.arange(3), weights, torch.ones(3), rows.split(2, dim=1)) == []
 
 
 def test_the_error_of_a_lost_round_names_round_clients_and_the_limit() -> None:
@@ -214,5 +215,7 @@ def test_rows_with_whose_fourth_power_nothing_overflows_pass(
     rows = torch.full((4, 77), limit / 16, dtype=dtype)  # of norm 0.55 times the limit
     rows[0, 3], rows[2, 50] = 1.1 * limit, bad
     rows[3, 0], rows[3, 1] = float("inf"), float("nan")
-    assert computable(rows).tolist() == [False, True, False, False]
-    assert computable(rows[:, :0]).tolist() == [True] * 4
+    ones = torch.ones(4, dtype=torch.float64)
+    refused = check_rows(torch.arange(4), ones, ones, [rows])
+    assert [r.client for r in refused] == [0, 2, 3]
+    assert check_rows(torch.arange(4), ones, ones, [rows[:, :0]]) == []

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import platform
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -385,3 +389,31 @@ def test_clients_that_take_no_step_are_measured() -> None:
     model = world(mlp(), steps=0).model()
     assert model.client > 0
     assert replace(model, trained=0).client < model.client
+
+
+ROUND = """
+import resource, torch
+from fedraclora.training.memory import keep_freed_memory
+
+def chunk() -> None:
+    [torch.ones(6, 1 << 19) for _ in range(3)]  # 12 MB each
+
+print(keep_freed_memory())
+chunk()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    chunk()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+@pytest.mark.parametrize("said", [{}, {"MALLOC_TRIM_THRESHOLD_": "0"}])
+def test_freed_memory_is_kept_unless_the_environment_says_how(said: dict[str, str]) -> None:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", ROUND], env=plain | said, capture_output=True, text=True, check=True
+    )
+    kept, faults = run.stdout.split()
+    assert kept == str(not said)
+    assert said or int(faults) < 500  # of 9,216 pages each time

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fedraclora.tree
 from fedraclora.errors import ShapeError
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Layout, Tree, digest, to_numpy
@@ -37,6 +38,23 @@ def test_a_cohort_packs_into_rows() -> None:
     layout = Layout.of(cohort, skip=1)
     assert layout.shapes == (("b", (1,)), ("w", (1, 2)))
     assert layout.pack(cohort, lead=1).tolist() == [[1, 3, 4], [2, 5, 6]]
+
+
+@given(trees, st.integers(1, 9))
+def test_pieces_are_the_columns_of_what_is_packed(
+    shapes: dict[str, tuple[int, ...]], large: int
+) -> None:
+    tree = drawn(shapes, 3)
+    layout = Layout.of(tree, skip=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fedraclora.tree, "LARGE", large)
+        pieces = layout.pieces(tree)
+    assert torch.equal(torch.cat(pieces, dim=-1), layout.pack(tree, lead=1))
+    kept = [t for t in tree.values() if t[0].numel() >= large]
+    found = {piece.data_ptr() for piece in pieces}
+    assert {t.data_ptr() for t in kept} <= found
+    with pytest.raises(ShapeError, match="cannot pack"):
+        layout.pieces(tree | {"more": torch.zeros(3)})
 
 
 @given(trees, st.integers(0, 2))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.client_state import restore
-from fedraclora import wire
+from fedraclora import tree, wire
 from fedraclora.errors import WireError
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
@@ -292,6 +292,22 @@ def test_a_reply_comes_back_to_the_bit(count: int, dtype: torch.dtype) -> None:
     assert reply.numbers.dtype == dtype
     rows = LAYOUT.unpack(reply.numbers)
     assert all(torch.equal(rows[n], sent.trained[n]) for n, _ in LAYOUT.shapes)
+
+
+def test_large_tensors_are_joined_where_a_reply_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "LARGE", 3)
+    sent = result(2)
+    content = wire.pack_result(sent, ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    kept = unpack_result(content, LAYOUT)
+    assert [piece.data_ptr() for piece in kept.pieces] == [
+        sent.trained[name].data_ptr() for name, _ in LAYOUT.shapes
+    ]
+    assert kept.shape == (2, LAYOUT.size)
+    read = unpack_result(written(content), LAYOUT)
+    assert torch.equal(read.pieces[0], kept.numbers)
+    content = wire.pack_result(sent, ORDER, CLIENTS[:1], LAYOUT, {}, [])
+    with pytest.raises(WireError, match=r"rows of shape \(2, "):
+        unpack_result(content, LAYOUT)
 
 
 def test_what_is_not_uploaded_does_not_travel() -> None:
