@@ -14,7 +14,7 @@ from fedraclora.weights.update import WeightUpdate, read_update, update_tensors
 from fedraclora.wire.fields import exactly, listed, named, reading, shown, whole
 from fedraclora.wire.records import DTYPES, header_record, read_array, read_json, read_shape
 
-FIELDS = frozenset({"version", "mark", "held", "links", "tensors"})
+FIELDS = frozenset({"version", "mark", "held", "links", "values", "tensors"})
 KINDS = DTYPES | {"bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS |= {k: getattr(torch, k) for k in ("int8", "int16", "int32", "int64", "uint8", "bool")}
 HEADER, NUMBERS = "parcel", "parcel-numbers"  # records of the message

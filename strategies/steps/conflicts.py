@@ -111,8 +111,6 @@ WHY = {
         "a cohort of two or less": "it hides a client among 3 or more",
         APART: "what is added up must be the same numbers",
         "wire.uplink in fewer bits": "its clients round their updates already, to common steps"},
-    "wire.downlink in fewer bits": {
-        POOL: "what goes down is the sum of several links, which would be rounded again each time"},
     "secure.max_weight above 1": {"weights=uniform": "under it every weight is 1"},
     "secure.max_weight=1": {"weights=examples": "clients weigh as much as they have samples"},
     PRIVATE: {

@@ -122,9 +122,6 @@ SETTINGS = {
     "wire.uplink in fewer bits": Feature(
         lambda s: s.run.loop.uplink != FULL and f"wire.uplink is {s.run.loop.uplink}",
         "wire.uplink=float32"),
-    "wire.downlink in fewer bits": Feature(
-        lambda s: s.run.loop.downlink != FULL and f"wire.downlink is {s.run.loop.downlink}",
-        "wire.downlink=float32"),
     "secure.max_weight=1": Feature(
         lambda s: s.max_weight == 1,
         "for secure.max_weight the most samples that a client may have"),
