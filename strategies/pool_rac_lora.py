@@ -134,6 +134,11 @@ class PoolRacLora(FedRacLora):
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
+        if self.probe_rounds:
+            raise ConfigError(
+                "method.first is gradient, but the sketches of a pool recur by their seeds; leave "
+                "it at drawn, or take method=fed_rac_lora"
+            )
         if self.pool < 1:
             raise ConfigError(f"method.pool is {self.pool}; 1 or more is wanted")
         if self.resample_every is None:

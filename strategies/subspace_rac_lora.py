@@ -9,8 +9,10 @@ adapted matrix W (m x n), s = alpha / r, with k kept and f = r - k fresh rows, f
     left:  B = [c K, F] likewise, K of left singular vectors; clients train A
 
 Each link turns the basis by the gradient once: subspace iteration with a warm start, along the
-chain. The first link is drawn. With ``pairs`` all even links are: each pair is one randomised range
-finder. With ``fresh = 1`` these are Fed-RAC-LoRA's links, of both sides by turns.
+chain. The first link is drawn, unless ``first=gradient`` takes its K from the gradient by a round
+more (`strategies.shared.gradient_first`). With ``pairs`` all other even links are drawn: each pair
+is one randomised range finder. With ``fresh = 1`` these are Fed-RAC-LoRA's links, of both sides by
+turns.
 
 - Uplink: r m numbers per matrix and client in right links, r n in left ones. Downlink: a seed where
   the frozen factor is drawn, else the factor: r n numbers in right links, r m in left ones; within
@@ -38,18 +40,21 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.link import Link
 from fedraclora.protocol.method import Downlink, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
+from fedraclora.tree import Tree
 from strategies.shared import past
-from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
+from strategies.shared.gradient_first import GradientFirst
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 BASES = {"singular": past.leading, "coordinate": past.squared_lengths}
 
 
 @dataclass(frozen=True)
-class SubspaceRacLora(LayerMethod):
+class SubspaceRacLora(GradientFirst):
     """Hyperparameters, beside those of `LowRank`.
 
     Attributes:
@@ -100,7 +105,7 @@ class SubspaceRacLora(LayerMethod):
 
     def kept(self, rank: int, link: int) -> int:
         """Count the rows of a link that come from the one before it, k."""
-        whole = link == 0 or (self.pairs and link % 2 == 0)
+        whole = self.pairs and link % 2 == 0 if link else not self.probe_rounds
         return 0 if whole else rank - ceil(self.fresh * rank)
 
     def length(self, rank: int, dim: int) -> float:
@@ -108,7 +113,13 @@ class SubspaceRacLora(LayerMethod):
         return (rank / dim) ** 0.25 if self.kept_scale == "auto" else float(self.kept_scale)
 
     @override
+    def first_factor(self, layer: Layer, gradient: Product) -> Tree:
+        return {"A": BASES[self.basis](gradient, "A", self.kept(layer.rank, 0))}
+
+    @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+        if self.probes(state):
+            return super().close_round(state, sent, got)
         after = super().close_round(state, sent, got)
         terms, link = (after.link or Link()).terms, state.memo.sketch
         kept = {name: self.kept(self.rank_of(state.plan, name), link) for name in terms}
@@ -117,7 +128,9 @@ class SubspaceRacLora(LayerMethod):
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         up, down = super().floats(plan, round_)
-        link = (round_ - 1) // self.resample_every
+        if round_ == self.probe_rounds:
+            return up, down
+        link = (round_ - 1 - self.probe_rounds) // self.resample_every
         side = "BA".index(past.sides(link)[0])
         frozen = [(self.rank_of(plan, n), view.shape[side]) for n, view in plan.targets.items()]
         return up, down + sum(r * d for r, d in frozen if self.kept(r, link))
@@ -139,6 +152,11 @@ class SubspaceRacLora(LayerMethod):
             )
         if not 0 <= self.fresh <= 1:
             raise ConfigError(f"method.fresh is {self.fresh}; a share in [0, 1] is wanted")
+        if self.probe_rounds and self.fresh == 1:
+            raise ConfigError(
+                "method.first is gradient, but with method.fresh=1 all rows are drawn; lower "
+                "method.fresh, or leave method.first at drawn"
+            )
         if self.kept_scale != "auto" and not (
             isinstance(self.kept_scale, float | int) and 0 < self.kept_scale <= 1
         ):
