@@ -40,7 +40,7 @@ from typing_extensions import override
 
 from fedraclora.limits import Chance, Count, Positive
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.method import Cohort, Draw, Plan, Traits
+from fedraclora.protocol.method import Cohort, Draw, Traits
 from fedraclora.rng import generator
 from fedraclora.sketch import SketchSpec, check_sketch
 from fedraclora.tree import Tree
@@ -99,19 +99,6 @@ class FedRacLora(GradientFirst, Asymmetric):
         count = min(layer.rank * self.sketches, len(gradient[1]))
         length = self.drawing(layer, Round(1, Draw(0))).gram_scale ** 0.5  # as a drawing's
         return {drawn: past.leading(gradient, drawn, count) * length}
-
-    @override
-    def probe_ranks(self, plan: Plan) -> dict[str, int]:
-        return {name: r * self.sketches for name, r in super().probe_ranks(plan).items()}
-
-    @override
-    def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        (up, down), since = super().floats(plan, round_), round_ - self.probe_rounds
-        if self.probe_rounds and 1 <= since <= (self.resample_every or since):
-            for name, rank in self.probe_ranks(plan).items():
-                shape = plan.targets[name].shape
-                down += rank * shape["BA".index(self.sides(shape)[0])]
-        return up, down
 
     def sketch_number(self, link: int) -> int:
         """Number the sketch of a link: another number is an independent drawing."""

@@ -14,12 +14,13 @@ the factor goes down in each round, where a drawing costs a seed. The server nee
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import unknown
+from fedraclora.errors import ConfigError
+from fedraclora.limits import choice_of
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
@@ -27,7 +28,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from strategies.shared import initials, past
 from strategies.shared.common import closed
-from strategies.shared.layerwise import Layer, LayerMethod
+from strategies.shared.layerwise import Layer, LayerMethod, nobody
 
 FIRST = ("drawn", "gradient")
 
@@ -40,7 +41,17 @@ class GradientFirst(LayerMethod):
         first: Where the frozen factor of the first link comes from: ``drawn``, or ``gradient``.
     """
 
-    first: str = "drawn"
+    first: Annotated[str, choice_of(FIRST)] = "drawn"
+
+    @override
+    def __post_init__(self) -> None:
+        """Reject impossible hyperparameters."""
+        super().__post_init__()
+        if self.probe_rounds and self.traits.pools:
+            raise ConfigError(
+                "method.first is gradient, but the sketches of a pool recur by their seeds; leave "
+                "it at drawn, or take method=fed_rac_lora"
+            )
 
     def first_factor(self, layer: Layer, gradient: Product) -> Tree:
         """Compute what is carried into the first link, by label.
@@ -61,15 +72,11 @@ class GradientFirst(LayerMethod):
         begun = state.memo.sketch or state.memo.age or state.carried
         return self.first == "gradient" and not begun
 
-    def probe_ranks(self, plan: Plan) -> dict[str, int]:
-        """Return how many vectors of each layer's gradient are wanted."""
-        return self.ranks_and_scales(plan)[0]
-
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         if not self.probes(state):
             return super().open_round(state, round_, cohort, draw)
-        ranks = self.probe_ranks(state.plan)
+        ranks, _ = self.ranks_and_scales(state.plan)
         return initials.first_probe(state.plan, ranks, draw, purpose="/probe")
 
     @override
@@ -92,15 +99,14 @@ class GradientFirst(LayerMethod):
         if not self.probe_rounds:
             return super().floats(plan, round_)
         if round_ == 1:
-            return initials.probe_floats(plan, self.probe_ranks(plan))
-        return LayerMethod.floats(replace(self, first="drawn"), plan, round_ - 1)
-
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        if self.first not in FIRST:
-            raise unknown("method.first", self.first, FIRST)
+            return initials.probe_floats(plan, self.ranks_and_scales(plan)[0])
+        drawn = replace(self, first="drawn")
+        up, down = LayerMethod.floats(drawn, plan, round_ - 1)
+        if self.link_rounds is None or round_ - 1 <= self.link_rounds:
+            base = {name: torch.empty(plan.shapes[name], device="meta") for name in plan.targets}
+            factors = drawn.open_round(State(base, plan), 1, nobody(), Draw(0)).factors().values()
+            down += sum(f.rank * f.dim for f in factors if isinstance(f, SketchSpec))
+        return up, down
 
 
 def whole(factor: torch.Tensor, drawing: SketchSpec) -> torch.Tensor:
