@@ -87,7 +87,8 @@ class DownlinkRounding:
                 for name, term in part.terms.items()
             }
             for name in parameters(part.dense):
-                whole = Term((part.dense[name].double() - base[name].double(),), 1.0)
+                value = part.dense[name].double()  # of the host; the base may lie on a GPU
+                whole = Term((value - base[name].to(value),), 1.0)
                 terms[name] = self._term(whole, round_, i, name)
             values = part.dense.keys() - parameters(part.dense).keys()
             kept = {n: self._part(n, part.dense[n], moments, round_) for n in sorted(values)}
