@@ -17,6 +17,8 @@ factor for k rounds and merges it when the sketch is drawn anew; None never does
   numbers per link to catch up on. ``server_lr = G`` then takes in each column the mean of its
   group, where groups have equal weights. With fewer clients than groups some parts stay zero.
 - ``server_lr = eta``: W <- W + eta (mean of the clients' weights - W), biases and head included.
+- ``first=gradient``: a round more, which finds the factor of the first link
+  (`strategies.shared.gradient_first`), by which the same step size goes further.
 - Rank budgets: client k trains the first r_k components and sends r_k m numbers (left: r_k n); the
   rest of a carried factor, which it downloads whole, stays as it is
   (`fedraclora.protocol.rank_budgets`). Exact.
@@ -37,16 +39,21 @@ import torch
 from typing_extensions import override
 
 from fedraclora.limits import Chance, Count, Positive
-from fedraclora.protocol.method import Cohort, Traits
+from fedraclora.lowrank.algebra import Product
+from fedraclora.protocol.method import Cohort, Draw, Traits
 from fedraclora.rng import generator
-from fedraclora.sketch import check_sketch
+from fedraclora.sketch import SketchSpec, check_sketch
+from fedraclora.tree import Tree
+from strategies.shared import past
 from strategies.shared.asymmetric import Asymmetric
 from strategies.shared.common import Side
+from strategies.shared.gradient_first import GradientFirst, whole
+from strategies.shared.layer import Value
 from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
 @dataclass(frozen=True)
-class FedRacLora(Asymmetric):
+class FedRacLora(GradientFirst, Asymmetric):
     """Hyperparameters of Fed-RAC-LoRA (and of FFA-LoRA, with ``resample_every=None``).
 
     Attributes:
@@ -67,18 +74,31 @@ class FedRacLora(Asymmetric):
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
         drawn, trained = self.sides(layer.shape)  # A and B; under a left sketch, B and A
-        rows = layer.rank * self.sketches
-        sketch = now.sketch(
+        sketch: Value = self.drawing(layer, now)
+        if drawn in layer.carried:
+            sketch = whole(layer.carried[drawn], self.drawing(layer, now))
+        return {trained: layer.trained(trained, rank=layer.rank * self.sketches), drawn: sketch}
+
+    def drawing(self, layer: Layer, now: Round) -> SketchSpec:
+        """Draw the frozen factor of a link."""
+        drawn, _ = self.sides(layer.shape)
+        return now.sketch(
             layer,
             drawn,
             self.sketch,
             index=self.sketch_number(layer.link),
-            rank=rows,
+            rank=layer.rank * self.sketches,
             normalise=self.normalise,
             blocks=self.blocks,
             density=self.density,
         )
-        return {trained: layer.trained(trained, rank=rows), drawn: sketch}
+
+    @override
+    def first_factor(self, layer: Layer, gradient: Product) -> Tree:
+        drawn, _ = self.sides(layer.shape)
+        count = min(layer.rank * self.sketches, len(gradient[1]))
+        length = self.drawing(layer, Round(1, Draw(0))).gram_scale ** 0.5  # as a drawing's
+        return {drawn: past.leading(gradient, drawn, count) * length}
 
     def sketch_number(self, link: int) -> int:
         """Number the sketch of a link: another number is an independent drawing."""

@@ -30,6 +30,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
+from fedraclora.limits import Count
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Term, Traits
 from fedraclora.protocol.pool import Pool, added, part_name
 from fedraclora.sketch import SketchSpec
@@ -49,7 +50,7 @@ class PoolRacLora(FedRacLora):
     """
 
     blocks: str = "cover"
-    pool: int = 4
+    pool: Count = 4
     refresh: int | None = None
 
     @override
@@ -134,8 +135,6 @@ class PoolRacLora(FedRacLora):
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
-        if self.pool < 1:
-            raise ConfigError(f"method.pool is {self.pool}; 1 or more is wanted")
         if self.resample_every is None:
             raise ConfigError(
                 "method.resample_every is null, but a pool goes from sketch to sketch; take 1 or "

@@ -9,15 +9,15 @@ adapted matrix W (m x n), s = alpha / r, with k kept and f = r - k fresh rows, f
     left:  B = [c K, F] likewise, K of left singular vectors; clients train A
 
 Each link turns the basis by the gradient once: subspace iteration with a warm start, along the
-chain. The first link is drawn. With ``pairs`` all even links are: each pair is one randomised range
-finder. With ``fresh = 1`` these are Fed-RAC-LoRA's links, of both sides by turns.
+chain. The first link is drawn, or has its K from the gradient (``first=gradient``, a round more:
+`strategies.shared.gradient_first`). With ``pairs`` all other even links are drawn: each pair is one
+randomised range finder. With ``fresh = 1`` these are Fed-RAC-LoRA's links, of sides by turns.
 
 - Uplink: r m numbers per matrix and client in right links, r n in left ones. Downlink: a seed where
   the frozen factor is drawn, else the factor: r n numbers in right links, r m in left ones; within
   a link the trained factor, too; and what the client missed: r (m + n) numbers per link (a drawing
-  is a seed there, too), at most m n. The server computes the factor once and sends it. Singular
-  vectors that clients computed themselves would differ by rounding between machines, and a client
-  that catches up by whole weights holds no link to compute them from.
+  is a seed there, too), at most m n. The server computes the factor and sends it: singular vectors
+  of clients would differ between machines, and whoever fetches whole weights has no link for them.
 - Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
 - Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
 - Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
@@ -33,23 +33,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Annotated
 
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError
+from fedraclora.limits import Count, Limit, Share, choice_of
+from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.link import Link
 from fedraclora.protocol.method import Downlink, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
+from fedraclora.tree import Tree
 from strategies.shared import past
-from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
+from strategies.shared.gradient_first import GradientFirst
+from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
+LENGTH = Limit(
+    "auto, or a number in (0, 1],",
+    lambda c: c == "auto" or (isinstance(c, float | int) and 0 < c <= 1),
+)
 BASES = {"singular": past.leading, "coordinate": past.squared_lengths}
 
 
 @dataclass(frozen=True)
-class SubspaceRacLora(LayerMethod):
+class SubspaceRacLora(GradientFirst):
     """Hyperparameters, beside those of `LowRank`.
 
     Attributes:
@@ -64,11 +73,11 @@ class SubspaceRacLora(LayerMethod):
 
     traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
 
-    basis: str = "singular"
-    resample_every: int = 2
-    fresh: float = 0.25
+    basis: Annotated[str, choice_of(BASES)] = "singular"
+    resample_every: Count = 2
+    fresh: Share = 0.25
     pairs: bool = False
-    kept_scale: float | str = "auto"
+    kept_scale: Annotated[float | str, LENGTH] = "auto"
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
@@ -100,12 +109,16 @@ class SubspaceRacLora(LayerMethod):
 
     def kept(self, rank: int, link: int) -> int:
         """Count the rows of a link that come from the one before it, k."""
-        whole = link == 0 or (self.pairs and link % 2 == 0)
+        whole = self.pairs and link % 2 == 0 if link else not self.probe_rounds
         return 0 if whole else rank - ceil(self.fresh * rank)
 
     def length(self, rank: int, dim: int) -> float:
         """Compute c, the length of kept rows of ``dim`` numbers."""
         return (rank / dim) ** 0.25 if self.kept_scale == "auto" else float(self.kept_scale)
+
+    @override
+    def first_factor(self, layer: Layer, gradient: Product) -> Tree:
+        return {"A": BASES[self.basis](gradient, "A", self.kept(layer.rank, 0))}
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
@@ -117,10 +130,10 @@ class SubspaceRacLora(LayerMethod):
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         up, down = super().floats(plan, round_)
-        link = (round_ - 1) // self.resample_every
+        link = (round_ - 1 - self.probe_rounds) // self.resample_every
         side = "BA".index(past.sides(link)[0])
         frozen = [(self.rank_of(plan, n), view.shape[side]) for n, view in plan.targets.items()]
-        return up, down + sum(r * d for r, d in frozen if self.kept(r, link))
+        return up, down + sum(r * d for r, d in frozen if link > 0 and self.kept(r, link))
 
     @property
     @override
@@ -131,17 +144,7 @@ class SubspaceRacLora(LayerMethod):
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
-        if self.basis not in BASES:
-            raise unknown("method.basis", self.basis, BASES)
-        if not self.resample_every or self.resample_every < 1:
+        if self.probe_rounds and self.fresh == 1:
             raise ConfigError(
-                f"method.resample_every is {self.resample_every}; 1 or more rounds are wanted"
-            )
-        if not 0 <= self.fresh <= 1:
-            raise ConfigError(f"method.fresh is {self.fresh}; a share in [0, 1] is wanted")
-        if self.kept_scale != "auto" and not (
-            isinstance(self.kept_scale, float | int) and 0 < self.kept_scale <= 1
-        ):
-            raise ConfigError(
-                f"method.kept_scale is {self.kept_scale!r}; auto, or a number in (0, 1], is wanted"
+                "method.first is gradient, but with method.fresh=1 all rows are drawn; lower that"
             )

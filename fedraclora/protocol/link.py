@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
@@ -62,15 +62,17 @@ class Link:
         dense: New values by name. A name with a "/" is of no parameter, but of what replicas
             keep beside them (`fedraclora.protocol.pool`).
         rest: Further changes of the same round, in order: a weight may have a term in each.
+        kind: In which the new values travel, as in `Term`; that of `rest` is its own.
     """
 
     terms: dict[str, Term] = field(default_factory=dict)
     dense: Tree = field(default_factory=dict)
     rest: tuple[Link, ...] = ()
+    kind: str = FULL
 
     def parts(self) -> tuple[Link, ...]:
         """Split the link into the changes of the round, in order."""
-        own = (Link(self.terms, self.dense),)
+        own = (replace(self, rest=()),)
         return own + tuple(part for link in self.rest for part in link.parts())
 
 

@@ -30,6 +30,7 @@ from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.training.precision import FLOAT32, check_precision, products_in
 from fedraclora.training.probe import GradientMean
 from fedraclora.training.program import OpenChunk, Program, refuse_mixing
+from fedraclora.training.row_moments import ROWS, taken_rows
 from fedraclora.training.schedule import Batch, Schedule
 from fedraclora.training.vmapped import vmapped_forward
 from fedraclora.tree import Tree, wide, widened
@@ -99,12 +100,14 @@ class CohortTrainer:
         Returns:
             What came out, in the order of ``clients``.
         """
+        downlink, rows = taken_rows(downlink)
         chunk = self.open(base, downlink, clients, round_=round_)
         schedule, order, values = chunk.schedule, chunk.order, chunk.values
         rates = {n: self.local.rate(s.main, rate_scale) for n, s in downlink.trained().items()}
         carried = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
         steps, hooks = RECIPES[downlink.recipe].steps, self._hooks(chunk)
-        plain = (CohortOptimiser if steps else GradientMean)(self.local, values, rates, carried)
+        kind = CohortOptimiser if steps else GradientMean
+        plain = kind(self.local, values, rates, carried, rows)
         own = (extra.optimiser(chunk, rates) for extra in self.local.extras if steps)
         optimiser: Optimiser = next(filter(None, own), plain)
         if chunk.network is not None and not hooks and optimiser is plain and plain.is_plain:
@@ -119,6 +122,7 @@ class CohortTrainer:
         if isinstance(optimiser, GradientMean):
             values = optimiser.means(schedule.steps)
         moments = optimiser.moments(schedule.steps)
+        values = values | {ROWS + n: row for n, row in plain.rows(schedule.steps).items()}
         return LocalResult(
             trained={name: chunk.as_asked(value) for name, value in values.items()},
             losses=chunk.as_asked(losses / schedule.steps.clamp(min=1)).cpu(),

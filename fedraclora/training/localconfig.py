@@ -38,7 +38,8 @@ class LocalConfig(Limited, group="local"):
 
     Attributes:
         optimiser: ``sgd`` or ``adamw``.
-        moments: How long its moments live: ``round``, ``link`` or ``run`` (`moments`).
+        moments: How long its moments live: ``round``, ``link`` or ``run`` (`moments`); or ``rows``:
+            second moments of rows are averaged and go on (`row_moments`).
         moments_kept: Share of them that outlives a link; for ``link`` only.
         lr: Step size of what the method trains.
         dense_lr: Step size of head and biases trained in full beside it; None = ``lr``.
@@ -65,7 +66,7 @@ class LocalConfig(Limited, group="local"):
     scalings: ClassVar[tuple[Scaling, ...]] = ()
 
     optimiser: Annotated[str, choice_of(OPTIMISERS)] = "sgd"
-    moments: Annotated[str, choice_of(("round", "link", "run"))] = "round"
+    moments: Annotated[str, choice_of(("round", "link", "run", "rows"))] = "round"
     moments_kept: Share = 0.0
     lr: Positive = 0.1
     dense_lr: Positive | None = None
@@ -133,7 +134,8 @@ class LocalConfig(Limited, group="local"):
 
     def _check_extras(self) -> None:
         for extra in self.extras if self.moments != "round" else ():
-            if extra.ends_moments:
+            steps_itself = type(extra).optimiser is not LocalExtra.optimiser
+            if extra.ends_moments or (self.moments == "rows" and steps_itself):
                 raise ConfigError(
                     f"local.moments is {self.moments}, but under {extra.setting} moments mean "
                     "nothing beyond their round; set local.moments=round"
@@ -145,6 +147,11 @@ class LocalConfig(Limited, group="local"):
             )
 
     def _check_moments(self) -> None:
+        if self.moments == "rows" and "second" not in moment_kinds(self):
+            raise ConfigError(
+                f"local.moments is rows, but {self.optimiser} has no second moment; take "
+                "local=adamw, or local.moments=round or link"
+            )
         if self.moments != "round" and not moment_kinds(self):
             raise ConfigError(
                 f"local.moments is {self.moments}, but sgd without momentum has none; "

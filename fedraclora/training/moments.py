@@ -6,6 +6,8 @@ steps are those of one long round if the moments (and Adam's count of steps) liv
     local.moments = round   they begin at zero in every round
     local.moments = link    they live as long as what is trained: a new link begins with new ones
     local.moments = run     they never end; after a merge they speak of a sketch that is gone
+    local.moments = rows    they begin anew in every round, but second moments of rows go on, at the
+                            server (`fedraclora.training.row_moments`)
 
 ``link`` is a chain whose links have an optimiser of their own (COLA). ``run`` is what the public
 code of RAC-LoRA does: its optimiser does not know of the merge. ``local.moments_kept`` lets a
@@ -35,7 +37,7 @@ def blank_moments(local: LocalConfig, downlink: Downlink, dtype: torch.dtype) ->
     """Build the moments of a client that has not trained yet, to be stored by name.
 
     Args:
-        local: Settings; nothing lives on under ``moments: round``.
+        local: Settings; nothing stays at clients under ``moments: round`` and ``rows``.
         downlink: Says what is trained.
         dtype: Of the base weights.
 
@@ -44,7 +46,7 @@ def blank_moments(local: LocalConfig, downlink: Downlink, dtype: torch.dtype) ->
         (steps that they have seen) and ``moments/link`` (the link that they belong to), without
         a client axis.
     """
-    if local.moments == "round":
+    if local.moments in {"round", "rows"}:
         return {}
     slots = downlink.trained().items()
     found = {

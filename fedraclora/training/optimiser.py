@@ -12,6 +12,7 @@ import math
 import torch
 
 from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.row_moments import entries, of_rows
 from fedraclora.tree import Tree
 
 
@@ -23,10 +24,16 @@ class CohortOptimiser:
         values: The tensors that are trained, [K, ...]; updated in place by `step`.
         rates: Step size of each.
         stored: Moments to begin with, by the names of `fedraclora.training.moments`; none: at zero.
+        rows: Second moments of rows to begin with, by name (`fedraclora.training.row_moments`).
     """
 
     def __init__(
-        self, config: LocalConfig, values: Tree, rates: dict[str, float], stored: Tree | None = None
+        self,
+        config: LocalConfig,
+        values: Tree,
+        rates: dict[str, float],
+        stored: Tree | None = None,
+        rows: Tree | None = None,
     ) -> None:
         self.config, self.values, self.rates = config, values, rates
         self.stored = stored or {}
@@ -35,6 +42,9 @@ class CohortOptimiser:
         self.room: torch.Tensor | None = None  # of `_scratch`
         self.first = self._of_kind("first")
         self.second = self._of_kind("second")
+        self.unseen: dict[str, float] = {}  # 1 - w of second moments that do not begin at zero
+        for name, row in (rows or {}).items():
+            self.second[name], self.unseen[name] = entries(name, row, values[name])
         if self.stored:
             steps = self.stored["moments/steps"].to(torch.float64)
             alike = bool((steps == steps[0]).all())
@@ -58,6 +68,15 @@ class CohortOptimiser:
             steps: Steps that each client has taken since, int64 [K].
         """
         return {n: t + steps if n == "moments/steps" else t for n, t in self.stored.items()}
+
+    def rows(self, steps: torch.Tensor) -> Tree:
+        """Return the second moments of rows as they are now, by the names they came by, [K, ...].
+
+        Args:
+            steps: Steps that each client has taken, int64 [K].
+        """
+        left = self.config.beta2 ** steps.to(torch.float64)
+        return {n: of_rows(n, self.second[n], u * left) for n, u in self.unseen.items()}
 
     def step(self, gradients: Tree) -> None:
         """Take one step for the clients that still train: the first rows of each tensor.
@@ -90,6 +109,7 @@ class CohortOptimiser:
         config, rate = self.config, self.rates[name]
         if name not in self.first:
             self.first[name] = torch.zeros_like(self.values[name])
+        if name not in self.second:
             self.second[name] = torch.zeros_like(self.values[name])
         active = gradient.shape[0]
         first, second = self.first[name][:active], self.second[name][:active]
@@ -105,7 +125,7 @@ class CohortOptimiser:
             return
         # All clients that still train have taken the same number of steps.
         correction1 = 1 - config.beta1**self.count
-        correction2 = 1 - config.beta2**self.count
+        correction2 = 1 - self.unseen.get(name, 1.0) * config.beta2**self.count
         scale = torch.sqrt(second, out=self._scratch(second))
         scale.div_(math.sqrt(correction2)).add_(config.eps)
         value.addcdiv_(first, scale, value=-rate / correction1)

@@ -22,6 +22,7 @@ from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree
 
 SEED_BYTES = 8
+VALUES = {"float32": torch.float32, "float64": torch.float64}  # what is read of fewer bits
 
 
 def term_bytes(term: Term) -> int:
@@ -31,6 +32,11 @@ def term_bytes(term: Term) -> int:
     if term.kind == FULL:
         return seeds + sum(t.nbytes for t in tensors)
     return seeds + sum(int(packed_bytes([t.numel()], term.kind)) for t in tensors)
+
+
+def value_bytes(value: torch.Tensor, kind: str) -> int:
+    """Count the payload bytes of a new value."""
+    return value.nbytes if kind == FULL else int(packed_bytes([value.numel()], kind))
 
 
 class LinkSizes:
@@ -48,12 +54,14 @@ class LinkSizes:
     Attributes:
         dense: Bytes of each weight as it is now, whole [W].
         floor: The version up to which all need the same.
+        kinds: In which weights travel whole, by name; those that are not here, as they are.
         sums: For each version from the floor on the bytes of all links up to it [W].
     """
 
     def __init__(self, base: Mapping[str, torch.Tensor]) -> None:
         self.place = {name: i for i, name in enumerate(base)}
         self.dense = np.array([t.nbytes for t in base.values()], np.int64)
+        self.kinds: dict[str, str] = {}
         self.floor, self.sums = 0, [np.zeros(len(base), np.int64)]
 
     @property
@@ -68,8 +76,10 @@ class LinkSizes:
             for name, term in part.terms.items():
                 row[self.place[name]] += term_bytes(term)
             for name, value in part.dense.items():
-                self.dense[self.place[name]] = value.nbytes
-                row[self.place[name]] += value.nbytes
+                self.dense[self.place[name]] = size = value_bytes(value, part.kind)
+                row[self.place[name]] += size
+                if part.kind != FULL:
+                    self.kinds[name] = part.kind
         self.sums.append(self.sums[-1] + row)
         # A weight whose size changes comes whole in a link that is as large: a floor stays one.
         while len(self.sums) > 1 and self._is_floor(self.sums[1]):
@@ -135,6 +145,7 @@ class CatchUp(LinkSizes):
         return {
             "catch_up/floor": torch.tensor([self.floor]),
             "catch_up/sums": torch.from_numpy(np.stack(self.sums)),
+            "catch_up/dense": torch.from_numpy(self.dense),
             "catch_up/clients": torch.from_numpy(seen),
             "catch_up/versions": torch.from_numpy(self.versions[seen]),
         }
@@ -143,7 +154,9 @@ class CatchUp(LinkSizes):
         """Take the tensors of `state` back; those of older releases have all versions."""
         self.floor = int(tensors["catch_up/floor"]) if "catch_up/floor" in tensors else 0
         self.sums = list(tensors["catch_up/sums"].numpy().copy())
-        for name, i in self.place.items():  # a part of a pool may be empty, or not
+        if (dense := tensors.get("catch_up/dense")) is not None:
+            self.dense = dense.numpy().copy()
+        for name, i in self.place.items() if dense is None else ():  # of an older release
             if (now := tensors.get(f"base/{name}")) is not None:
                 self.dense[i] = now.nbytes
         self.versions = np.zeros_like(self.versions)
@@ -152,7 +165,7 @@ class CatchUp(LinkSizes):
 
 def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
     """Split a link into tensors and a description that is plain JSON, to be written to disk."""
-    tensors: Tree = {f"dense|{n}": v for n, v in link.dense.items()}
+    tensors, values = packed_values(link.dense, dict.fromkeys(link.dense, link.kind))
     terms: dict[str, object] = {}
     for name, term in link.terms.items():
         parts: list[object] = []
@@ -175,7 +188,8 @@ def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
         more, described = link_tensors(part)
         tensors |= {f"rest{i}|{n}": t for n, t in more.items()}
         rest.append(described)
-    return tensors, {"terms": terms} | ({"rest": rest} if rest else {})
+    beside: dict[str, object] = {"values": values, "rest": rest}
+    return tensors, {"terms": terms} | {key: value for key, value in beside.items() if value}
 
 
 def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -> Link:
@@ -193,13 +207,36 @@ def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -
             shaped = part is None or kind == FULL
             factors.append(factor if shaped else decode(factor, [prod(part)], kind).reshape(part))
         terms[name] = Term(tuple(factors), float(term["scale"]), kind)
-    dense = {n.partition("|")[2]: v for n, v in tensors.items() if n.startswith("dense|")}
+    values: Mapping[str, Any] = meta.get("values", {})  # type: ignore[assignment]
+    kind = next((value[0] for value in values.values()), FULL)
     rest = []
     for i, part in enumerate(meta.get("rest", ())):  # type: ignore[arg-type]
         prefix = f"rest{i}|"
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         rest.append(read_link(own, part))
-    return Link(terms, dense, tuple(rest))
+    return Link(terms, read_values(tensors, values), tuple(rest), kind)
+
+
+def packed_values(values: Tree, kinds: Mapping[str, str]) -> tuple[Tree, dict[str, list[object]]]:
+    """Pack values that are numbers of a kind, and describe them in plain JSON; others stay."""
+    tensors, described = Tree(), dict[str, list[object]]()
+    for name, value in values.items():
+        kind = kinds.get(name, FULL)
+        if kind == FULL:
+            tensors[f"dense|{name}"] = value
+        else:
+            tensors[f"dense|{name}"] = encode(value.reshape(-1), [value.numel()], kind)
+            described[name] = [kind, list(value.shape), str(value.dtype).removeprefix("torch.")]
+    return tensors, described
+
+
+def read_values(tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any]) -> Tree:
+    """Read the values that `packed_values` wrote."""
+    found = {n.partition("|")[2]: t for n, t in tensors.items() if n.startswith("dense|")}
+    for name, (kind, shape, dtype) in described.items():
+        value = decode(found[name], [prod(shape)], kind).reshape(shape)
+        found[name] = value.to(VALUES[dtype])
+    return found
 
 
 def _sketch(described: Mapping[str, Any]) -> SketchSpec | Sketches:

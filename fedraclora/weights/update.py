@@ -17,9 +17,18 @@ from typing_extensions import override
 
 from fedraclora.narrow_weight import join, split
 from fedraclora.protocol.link import Link
+from fedraclora.protocol.quantised import FULL
 from fedraclora.tree import Tree, fingerprint, to_numpy
 from fedraclora.weights.base import BaseWeights
-from fedraclora.weights.chain import LinkSizes, link_tensors, read_link, term_bytes
+from fedraclora.weights.chain import (
+    LinkSizes,
+    link_tensors,
+    packed_values,
+    read_link,
+    read_values,
+    term_bytes,
+    value_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class WeightUpdate:
         start: The version that it starts from, or None: it holds every weight whole.
         links: Versions in ascending order, each with the terms that lead to it.
         dense: Weights that are sent whole.
+        kinds: In which these travel, by name; those that are not here, as they are.
     """
 
     version: int
@@ -39,13 +49,15 @@ class WeightUpdate:
     start: int | None
     links: tuple[tuple[int, Link], ...] = ()
     dense: Tree = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of its numbers, and 8 for each seed."""
         parts = [part for _, link in self.links for part in link.parts()]
         terms = sum(term_bytes(term) for part in parts for term in part.terms.values())
-        return terms + sum(t.nbytes for t in self.dense.values())
+        whole = (value_bytes(t, self.kinds.get(n, FULL)) for n, t in self.dense.items())
+        return terms + sum(whole)
 
     @override
     def __reduce__(self) -> tuple[object, ...]:
@@ -62,10 +74,11 @@ def update_tensors(update: WeightUpdate) -> tuple[Tree, dict[str, object]]:
         found, meta = link_tensors(link)
         tensors |= {f"{version}|{name}": t for name, t in found.items()}
         links.append([version, meta])
-    tensors |= {f"dense|{name}": t for name, t in split(update.dense).items()}
+    whole, values = packed_values(split(update.dense), update.kinds)
+    tensors |= whole
     # As text: 64 bits are more than a number of JSON is sure to keep.
     meta = {"version": update.version, "mark": str(update.mark), "held": update.start}
-    return tensors, {**meta, "links": links}
+    return tensors, {**meta, "links": links, "values": values}
 
 
 def read_update(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> WeightUpdate:
@@ -75,9 +88,10 @@ def read_update(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) ->
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     links = tuple((v, read_link(part(f"{v}|"), link)) for v, link in meta["links"])
-    return WeightUpdate(
-        meta["version"], int(meta["mark"]), meta["held"], links, join(part("dense|"))
-    )
+    values = meta["values"]
+    dense = join(read_values(tensors, values))
+    kinds = {name: value[0] for name, value in values.items()}
+    return WeightUpdate(meta["version"], int(meta["mark"]), meta["held"], links, dense, kinds)
 
 
 def _from_arrays(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> WeightUpdate:
@@ -134,15 +148,16 @@ class WeightHistory(BaseWeights):
         """Collect what a replica at version ``start`` needs; None for one that has no weights."""
         if self._mark is None:
             self._mark = fingerprint(self.base)
+        kinds = self._sizes.kinds
         if start is None or not self.oldest <= start <= self.version:
-            return WeightUpdate(self.version, self._mark, None, dense=dict(self.base))
+            return WeightUpdate(self.version, self._mark, None, dense=dict(self.base), kinds=kinds)
         first = max(start - self.oldest, self._sizes.floor)
         names = self._sizes.followed(first)
         after = enumerate(self._links[first - self._sizes.floor :], start=self.oldest + first + 1)
         links = ((version, _terms(link, names)) for version, link in after)
         dense = {name: t for name, t in self.base.items() if name not in names}
         kept = tuple((v, link) for v, link in links if link.terms)
-        return WeightUpdate(self.version, self._mark, start, kept, dense)
+        return WeightUpdate(self.version, self._mark, start, kept, dense, kinds)
 
 
 def _terms(link: Link, names: frozenset[str]) -> Link:

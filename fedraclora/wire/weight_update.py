@@ -20,7 +20,7 @@ from fedraclora.wire.records import (
     read_shape,
 )
 
-FIELDS = frozenset({"version", "mark", "held", "links", "tensors"})
+FIELDS = frozenset({"version", "mark", "held", "links", "values", "tensors"})
 KINDS = DTYPES | {"bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS |= {k: getattr(torch, k) for k in ("int8", "int16", "int32", "int64", "uint8", "bool")}
 HEADER, NUMBERS = "parcel", "parcel-numbers"  # records of the message

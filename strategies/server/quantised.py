@@ -2,9 +2,14 @@
 
     link:     W <- W + s Q(B_bar) A;   a tensor trained in full:  x <- x + Q(x_new - x)
     carried:  B_bar <- Q(B_bar), as the next round sends it
+    pool:     S <- S + B_bar;  B^(j) <- Q(S), or W <- W + s Q(S) A where the pool is folded
 
 So the state at the server, the files of the chain, every replica, whoever comes late and a run that
 goes on have the same bits, and a round is exact of what was sent.
+
+S is the sum of all links under one sketch of a pool, which only the server has: what rounding left
+of it, S - Q(S), is kept for the next link. So a part is off by one rounding, however often it is
+published. The residues are with the moments of the state (`RESIDUE`).
 """
 
 from __future__ import annotations
@@ -15,8 +20,13 @@ import torch
 
 from fedraclora.protocol.downlink import differs, with_numbers
 from fedraclora.protocol.method import Downlink, Factor, Link, State, Term, apply_link
+from fedraclora.protocol.pool import parameters, part_name
 from fedraclora.protocol.quantised import FULL, rounded
 from fedraclora.rng import generator
+from fedraclora.sketch import Sketches
+from fedraclora.tree import Tree
+
+RESIDUE = "residue/"  # of the names in `State.moments`; the rest is the name of the part
 
 
 @dataclass
@@ -66,13 +76,19 @@ class DownlinkRounding:
         if self.kind == FULL:
             return after
         self.squares = (0.0, 0.0)
-        base, parts = before.base, []
+        base, parts, moments = before.base, list[Link](), dict(after.moments)
         for i, part in enumerate((after.link or Link()).parts()):
-            terms = {name: self._term(term, round_, i, name) for name, term in part.terms.items()}
-            for name, value in part.dense.items():
-                whole = Term((value.double() - base[name].double(),), 1.0)
+            terms = {
+                name: self._term(summed(name, term, moments), round_, i, name)
+                for name, term in part.terms.items()
+            }
+            for name in parameters(part.dense):
+                value = part.dense[name].double()  # of the host; the base may lie on a GPU
+                whole = Term((value - base[name].to(value),), 1.0)
                 terms[name] = self._term(whole, round_, i, name)
-            parts.append(Link(terms))
+            values = part.dense.keys() - parameters(part.dense).keys()
+            kept = {n: self._part(n, part.dense[n], moments, round_) for n in sorted(values)}
+            parts.append(Link(terms, kept, kind=self.kind))
             base = apply_link(base, parts[-1], before.plan)
         travels = {*sent.factors(), *sent.dense}
         carried = {
@@ -81,7 +97,7 @@ class DownlinkRounding:
         }
         first, *rest = parts
         link = after.link and replace(first, rest=tuple(rest))
-        return replace(after, base=base, carried=carried, link=link)
+        return replace(after, base=base, carried=carried, link=link, moments=moments)
 
     def _term(self, term: Term, round_: int, part: int, name: str) -> Term:
         factors = tuple(
@@ -89,6 +105,16 @@ class DownlinkRounding:
             for i, f in enumerate(term.factors)
         )
         return replace(term, factors=factors, kind=self.kind)
+
+    def _part(self, name: str, value: torch.Tensor, moments: Tree, round_: int) -> torch.Tensor:
+        """Round the new value of a part of a pool; ``moments`` keep what that leaves of the sum."""
+        left = moments.pop(RESIDUE + name, None)
+        if not value.numel():  # the pool has been folded, and begins anew
+            return value
+        total = value.double() if left is None else value.double() + left
+        found = self._counted(total, round_, "link", name)
+        moments[RESIDUE + name] = total - found
+        return found.to(value.dtype)
 
     def _counted(self, tensor: torch.Tensor, round_: int, *keys: str | int) -> torch.Tensor:
         """Round a tensor, and add to the squares."""
@@ -105,3 +131,19 @@ class DownlinkRounding:
     ) -> torch.Tensor:
         rng = generator(self.seed, "downlink", round_, *keys)
         return rounded(tensor, self.kind, rng, len(tensor) if apart else 1)
+
+
+def summed(name: str, term: Term, moments: Tree) -> Term:
+    """Add to the parts of a pool that is folded into a weight what rounding has left of them."""
+    pool = next((f for f in term.factors if isinstance(f, Sketches)), None)
+    if pool is None:
+        return term
+    label, dim = ("B", 1) if pool.first.side == "right" else ("A", 0)
+
+    def exact(factor: torch.Tensor) -> torch.Tensor:
+        parts = factor.double().chunk(pool.count, dim)
+        left = (moments.get(RESIDUE + part_name(name, label, j)) for j in range(pool.count))
+        return torch.cat([p if e is None else p + e for p, e in zip(parts, left, strict=True)], dim)
+
+    factors = (exact(f) if isinstance(f, torch.Tensor) else f for f in term.factors)
+    return replace(term, factors=tuple(factors))

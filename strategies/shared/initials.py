@@ -205,12 +205,19 @@ def probe_floats(plan: Plan, ranks: Mapping[str, int]) -> tuple[int, int]:
     return up, down
 
 
-def first_probe(plan: Plan, ranks: Mapping[str, int], draw: Draw) -> Downlink:
-    """Ask for ``G_k Omega^T``: the gradient of B = 0 under A = Omega, with the scale 1."""
+def first_probe(plan: Plan, ranks: Mapping[str, int], draw: Draw, purpose: str = "") -> Downlink:
+    """Ask for ``G_k Omega^T``: the gradient of B = 0 under A = Omega, with the scale 1.
+
+    Args:
+        plan: Of the run.
+        ranks: Vectors wanted of each layer.
+        draw: The method's randomness.
+        purpose: Parts Omega from what else is drawn of a layer.
+    """
     adapters = {}
     for name, rank in ranks.items():
         (m, n), q = plan.targets[name].shape, probe_rank(plan, name, rank)
-        omega = SketchSpec("orthonormal", "right", q, n, draw.sketch_seed(name), index=0)
+        omega = SketchSpec("orthonormal", "right", q, n, draw.sketch_seed(name + purpose), index=0)
         adapters[name] = Adapter({"B": Trained((m, q)), "A": omega}, 1.0)
     return Downlink(adapters, recipe="gradient")
 

@@ -294,7 +294,7 @@ class LayerMethod(LowRank):
         """Open a round for nobody, in the link that it belongs to."""
         rounds = self.link_rounds or round_
         memo = self.memo(sketch=(round_ - 1) // rounds, age=(round_ - 1) % rounds)
-        return self.open_round(replace(state, memo=memo), round_, _nobody(), Draw(0))
+        return self.open_round(replace(state, memo=memo), round_, nobody(), Draw(0))
 
     def _blank(self, plan: Plan, labels: tuple[str, ...]) -> Tree:
         """Build factors B or A of every matrix that have a shape and no numbers."""
@@ -317,7 +317,7 @@ def numbers(sent: Downlink) -> tuple[int, int]:
     return up, down
 
 
-def _nobody() -> Cohort:
+def nobody() -> Cohort:
     """Build a cohort for a round that nobody trains."""
     return Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
 

@@ -60,6 +60,7 @@ class Conflict:
 SINGLE = "a method that needs each client's own update"
 STAYS = "a method of which a part stays at each client"
 TWICE = "a method that asks twice in a round"
+ROW_MOMENTS = "local.moments=rows"
 SECURE, PRIVATE, VARIATES = "secure=secagg", "privacy=client_level", "control_variates=true"
 FACTORS = "server_optimiser.space=factors"
 ADAPTIVE = "an adaptive server_optimiser with space=factors"
@@ -111,8 +112,16 @@ WHY = {
         "a cohort of two or less": "it hides a client among 3 or more",
         APART: "what is added up must be the same numbers",
         "wire.uplink in fewer bits": "its clients round their updates already, to common steps"},
-    "wire.downlink in fewer bits": {
-        POOL: "what goes down is the sum of several links, which would be rounded again each time"},
+    ROW_MOMENTS: {
+        PRIVATE: "its noise would drown squares of gradients, which are small and never negative",
+        SECURE: "squares of gradients are smaller than the steps of its sums",
+        **dict.fromkeys(("wire.uplink in fewer bits", "wire.downlink in fewer bits"),
+            "what rounds to zero is divided by"),
+        FACTORS: "it would step in second moments, too",
+        APART: "the mean over a row has parts that a client does not train",
+        TWICE: "only the first exchange has them",
+        "system.buffer": "replies of several rounds have seen other squares",
+        "a method that trains neither factor A nor B": "there are no rows"},
     "secure.max_weight above 1": {"weights=uniform": "under it every weight is 1"},
     "secure.max_weight=1": {"weights=examples": "clients weigh as much as they have samples"},
     PRIVATE: {

@@ -16,6 +16,7 @@ from fedraclora.protocol.recipes import RECIPES, Recipe
 from fedraclora.training.extras.prox import Prox
 from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
+from fedraclora.training.row_moments import row_slots
 from strategies.server.round_step import RunContext
 from strategies.steps.settings import RoundSettings
 from strategies.wrappers.allocated import Allocated
@@ -125,6 +126,8 @@ SETTINGS = {
     "wire.downlink in fewer bits": Feature(
         lambda s: s.run.loop.downlink != FULL and f"wire.downlink is {s.run.loop.downlink}",
         "wire.downlink=float32"),
+    "local.moments=rows": Feature(
+        lambda s: s.run.local.moments == "rows", "local.moments=round or link"),
     "secure.max_weight=1": Feature(
         lambda s: s.max_weight == 1,
         "for secure.max_weight the most samples that a client may have"),
@@ -176,6 +179,8 @@ METHODS = {name: Feature(found, "another method") for name, found in {
     "a method that trains a share of the entries of full weights":
         lambda s: s.recipe.fixes and not s.sent.adapters,
     "a method whose clients send gradients first": lambda s: not s.recipe.steps,
+    "a method that trains neither factor A nor B":
+        lambda s: s.recipe.steps and not row_slots(s.sent, {}),
     "a method whose factors begin anew with each link":
         lambda s: s.run.method.traits.merges and _begins_anew(s.sent),
     "a method whose factors stand beside others in each link":

@@ -14,6 +14,7 @@ from strategies.steps.fedopt import OptimisedServer
 from strategies.steps.fits import Fits
 from strategies.steps.private import PrivateRounds
 from strategies.steps.robust import RobustRule
+from strategies.steps.row_moments import RowMoments
 from strategies.steps.scaffold import ControlVariates
 from strategies.steps.secure import SecureSum
 from strategies.steps.settings import RoundSettings
@@ -40,6 +41,8 @@ def round_steps(chosen: RoundSettings, local: LocalConfig) -> list[RoundStep]:
         steps.append(SecureSum(chosen.secure))
     if (level := local.extra_of(SampleLevel)) is not None:
         steps.append(SampleAccount(level.noise))
+    if local.moments == "rows":
+        steps.append(RowMoments())
     if chosen.control_variates:
         steps.append(ControlVariates())
     if chosen.server_optimiser.name != "none":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from worlds import (
     World,
     assert_close_trees,
     assert_equal_trees,
+    assert_updates_lead_on,
     conv1d,
     linear,
     make_method,
@@ -24,7 +26,10 @@ from fedraclora.aggregation.server_optimisers import Momentum
 from fedraclora.allocation.rules import HeteroLora, Uniform
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.link import Plan
+from fedraclora.protocol.method import Cohort, Draw, Trained
+from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES
+from fedraclora.wire import unpack_downlink
 from strategies.shared.initials import GAMMA, STARTS
 from strategies.steps.settings import RoundSettings
 from strategies.wrappers.allocated import allocated
@@ -106,6 +111,91 @@ def test_a_run_with_a_start_resumes_to_the_bit(initial: str, tmp_path: Path) -> 
     run(world, method, RAGGED, rounds=1, cohort=3, folder=tmp_path)
     resumed = run(world, method, RAGGED, rounds=3, cohort=3, folder=tmp_path, resume=True)
     assert_equal_trees(resumed.weights, whole.weights)
+
+
+# --- the first frozen factor from the gradient ---------------------------------------------------
+
+FIRST = [
+    ("fed_rac_lora", {"resample_every": 2}),
+    ("fed_rac_lora", {"side": "left", "sketches": 2, "normalise": "identity"}),
+    ("ffa_lora", {"rank": 7}),  # more than the rows of two layers
+    ("subspace_rac_lora", {"fresh": 0.5}),
+    ("subspace_rac_lora", {"basis": "coordinate", "resample_every": 1}),
+]
+firsts = pytest.mark.parametrize(("name", "more"), FIRST, ids=str)
+
+
+def first(name: str, more: dict[str, Any]) -> Any:
+    return make_method(name, **({"rank": RANK, "first": "gradient"} | more))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_first_factor_is_of_the_singular_vectors_of_the_mean_gradient(side: str) -> None:
+    world = make_world()
+    done = run(world, first("fed_rac_lora", {"side": side}), FULL_BATCH, rounds=1)
+    assert_equal_trees(done.weights, world.base)
+    label = "A" if side == "right" else "B"
+    for name, G in gradients(world).items():
+        U, _, Vt = torch.linalg.svd(G)
+        found = done.strategy.state.carried[f"{name}/{label}"]
+        wanted = (Vt if label == "A" else U.mT)[:RANK]
+        overlap = ((found if label == "A" else found.mT) @ wanted.mT).abs()
+        torch.testing.assert_close(overlap, torch.eye(RANK).double(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.short(when=lambda name: name != "fed_rac_lora")
+@firsts
+def test_what_it_costs_is_the_formula_and_it_goes_on(
+    name: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    world, method = make_world(), first(name, more)
+    whole = run(world, method, RAGGED, rounds=5, cohort=3, chunk=1, folder=tmp_path / "whole")
+    for round_, row in enumerate(whole.rows, start=1):
+        up, down = method.floats(world.plan, round_)
+        assert row["uplink_bytes"] == 3 * ITEM * up
+        seeds = row["downlink_bytes"] - 3 * ITEM * down
+        assert seeds % SEED_BYTES == 0
+        assert 0 <= seeds <= 3 * 2 * SEED_BYTES * len(world.plan.targets)
+    losses = [row["metrics"]["loss"] for row in whole.rows]
+    assert losses[0] == world.loss(world.base) > losses[1]
+    assert_updates_lead_on(tmp_path / "whole")
+    for stop in (1, 2):
+        folder = tmp_path / str(stop)
+        run(world, method, RAGGED, rounds=stop, cohort=3, chunk=1, folder=folder)
+        again = run(world, method, RAGGED, rounds=5, cohort=3, chunk=1, folder=folder, resume=True)
+        assert_equal_trees(again.weights, whole.weights)
+
+
+@firsts
+def test_a_first_link_is_as_long_as_a_drawn_one_and_stays(name: str, more: dict[str, Any]) -> None:
+    """Its factor has the lengths of a drawing's, and the same bits in all rounds of the link."""
+    world, method, draw = make_world(), first(name, more), Draw(1)
+    done = run(world, method, RAGGED, rounds=3, cohort=3, chunk=3)
+    asked = [unpack_downlink(content)[0] for content in done.worker.asked]
+    rounds = [d for d in asked if d.recipe != "gradient"]
+    assert [d.link for d in rounds] == ([0, 0] if method.link_rounds != 1 else [0, 1])
+    drawn = replace(method, first="drawn")
+    state = drawn.init(world.base, world.plan, draw)
+    sent = drawn.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), draw)
+    for weight, adapter in rounds[0].adapters.items():
+        (label,) = (k for k, f in adapter.factors.items() if not isinstance(f, Trained))
+        A, spec = adapter.factors[label], sent.adapters[weight].factors[label]
+        assert isinstance(A, torch.Tensor)
+        assert isinstance(spec, SketchSpec)
+        gram = A @ A.mT if label == "A" else A.mT @ A
+        own = gram.diagonal() if name == "subspace_rac_lora" else torch.tensor(spec.gram_scale)
+        torch.testing.assert_close(gram, own * torch.eye(spec.rank).double())
+        if method.link_rounds != 1:
+            assert torch.equal(rounds[1].adapters[weight].factors[label], A)
+
+
+def test_a_first_factor_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a pool recur by their seeds"):
+        make_method("pool_rac_lora", first="gradient")
+    with pytest.raises(ConfigError, match=r"with method.fresh=1 all rows are drawn"):
+        make_method("subspace_rac_lora", first="gradient", fresh=1.0)
+    with pytest.raises(ConfigError, match=r"method\.first"):
+        make_method("fed_rac_lora", first="gradients")
 
 
 @pytest.mark.parametrize("rule", [Uniform(), HeteroLora()])

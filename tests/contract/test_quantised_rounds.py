@@ -44,6 +44,7 @@ from strategies.steps.settings import RoundSettings
 
 COHORT, ROUNDS = 3, 3
 SHORT = {"fed_rac_lora", "fedavg", "fedavg_lora", "fedsa_lora", "fedsvd", "flora_stacking", "slora"}
+SHORT |= {"pool_rac_lora"}
 BITS = {"uplink": "int8", "downlink": "int4"}
 EXACT = [n for n in sorted(distinct()) if make_method(n).traits.exact and not is_personal((n, {}))]
 
@@ -95,6 +96,16 @@ def test_bytes_are_those_of_messages_and_everyone_has_the_servers_bits(
             assert torch.equal(start, kept)
 
 
+def test_a_pool_that_is_folded_leads_on_in_fewer_bytes(tmp_path: Path) -> None:
+    totals = []
+    for kind in ("int8", "float32"):
+        method, folder = make_method("pool_rac_lora", refresh=2), tmp_path / kind
+        done = run(make_world(), method, RAGGED, rounds=5, cohort=2, folder=folder, downlink=kind)
+        assert_updates_lead_on(folder)
+        totals.append(done.rows[-1]["downlink_total"])  # with catch-up
+    assert totals[0] < totals[1] / 2
+
+
 class Watched(RoundStep):
     """Keeps the last round as the method closed it."""
 
@@ -134,7 +145,7 @@ def test_sums_of_clients_are_sums_of_what_they_send(name: str) -> None:
     ("name", "bits"),
     [
         *product(["fed_rac_lora", "fedavg", "hetlora"], [BITS, {"downlink": "bfloat16"}, {}]),
-        *product(["pool_rac_lora", "subspace_rac_lora"], [{"uplink": "int4"}, {}]),
+        *product(["pool_rac_lora", "subspace_rac_lora"], [BITS, {"downlink": "bfloat16"}, {}]),
     ],
 )
 def test_messages_that_are_written_change_no_bit(
@@ -149,7 +160,7 @@ def test_messages_that_are_written_change_no_bit(
         assert [r.get(column) for r in held.rows] == [r.get(column) for r in written.rows]
 
 
-@pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg_lora", "hetlora"])
+@pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg_lora", "hetlora", "pool_rac_lora"])
 def test_a_run_that_goes_on_is_the_run(name: str, tmp_path: Path) -> None:
     whole = finished(name, **BITS)
     finished(name, rounds=2, folder=tmp_path, **BITS)

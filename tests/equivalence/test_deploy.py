@@ -60,6 +60,21 @@ def base_at(folder: Path, version: int) -> str:
         ),
         ["wire.uplink=int4", "wire.downlink=int8", "method.resample_every=2"],
         ["local=momentum", "rounds=4", "clients=5", "cohort=2"],
+        pytest.param(
+            ["local.moments=rows", "local=adamw", "clients=5", "cohort=2"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [
+                "wire.downlink=int8",
+                "method=pool_rac_lora",
+                "method.refresh=4",
+                "rounds=6",
+                "clients=5",
+                "cohort=2",
+            ],
+            marks=pytest.mark.slow,
+        ),
         ["pretrain=digits_0_4", "pretrain.epochs=1", "data.labels=[5,6,7,8,9]", "weights=uniform"],
     ],
     ids=lambda words: words[0],

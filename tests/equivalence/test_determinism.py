@@ -69,6 +69,8 @@ RUNS = {name: [f"method={name}"] for name in METHODS} | {
         "local.moments=run",
     ],
     "adamw": ["method=fedavg_lora", "local=adamw"],
+    "moments of rows": ["method=subspace_rac_lora", "local=adamw", "local.moments=rows"],
+    "pool in fewer bits": ["method=pool_rac_lora", "method.refresh=4", "wire.downlink=int8"],
     "fewer bits": [
         "method=fed_rac_lora",
         "method.resample_every=4",

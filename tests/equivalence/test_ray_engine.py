@@ -79,6 +79,12 @@ RUNS = {
         "weights=uniform",
     ),
     "ranks": ("method.rank=4", "engine.chunk=32", "system=mixed_ranks"),
+    "moments of rows": (
+        "method.rank=2",
+        "engine.chunk=32",
+        "local=adamw",
+        "local.moments=rows",
+    ),
     "fewer bits": ("method=fedavg", "engine.chunk=9", "wire.uplink=int4", "wire.downlink=int8"),
 }
 

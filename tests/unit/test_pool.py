@@ -14,8 +14,9 @@ import fedraclora
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.models.built import seeded
-from fedraclora.protocol.method import Cohort, Draw, Plan, State
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
 from fedraclora.protocol.pool import parameters
+from fedraclora.protocol.quantised import rounded
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import digest
@@ -25,6 +26,7 @@ from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import TrainRequest, pack_downlink, unpack_downlink, uplink_layout
 from strategies.fed_rac_lora import FedRacLora
 from strategies.pool_rac_lora import PoolRacLora
+from strategies.server.quantised import RESIDUE, DownlinkRounding
 
 M, N, R, ALPHA = 3, 8, 2, 5.0
 NAME, DRAW, CPU = "fc.weight", Draw(7), torch.device("cpu")
@@ -44,9 +46,13 @@ def begun(method: PoolRacLora | FedRacLora, dtype: torch.dtype = torch.float64) 
 def after(method: PoolRacLora | FedRacLora, state: State, round_: int) -> State:
     """Close a round in which two clients of unequal weight send drawn numbers."""
     sent = method.open_round(state, round_, COHORT, DRAW)
-    layout = uplink_layout(sent)
-    rows = normal(2, layout.size, key=round_).to(state.base[NAME].dtype)
-    return method.close_round(state, sent, Uplinks(COHORT.clients, SHARES, layout, rows))
+    rows = drawn(sent, round_).to(state.base[NAME].dtype)
+    got = Uplinks(COHORT.clients, SHARES, uplink_layout(sent), rows)
+    return method.close_round(state, sent, got)
+
+
+def drawn(sent: Downlink, round_: int) -> torch.Tensor:
+    return normal(2, uplink_layout(sent).size, key=round_)
 
 
 def states(method: PoolRacLora | FedRacLora, rounds: int, dtype: torch.dtype) -> list[State]:
@@ -128,6 +134,37 @@ def test_a_refresh_moves_no_bit_and_empties_the_pool() -> None:
     assert (kept.traits.merges, folded.traits.merges) == (False, True)
     sent = folded.open_round(ends[1], 5, COHORT, DRAW)
     assert (sent.pools, sent.adapters[NAME].factors["A"].index) == ({}, 2)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_is_published_is_off_by_one_rounding_however_often(side: str) -> None:
+    """By hand: S in float64 at the server, Q(S) everywhere else, where a pool is folded too."""
+    rank = R if side == "right" else 1
+    method = PoolRacLora(rank=rank, alpha=ALPHA, side=side, pool=2, refresh=6)
+    rounding, kept = DownlinkRounding("int4", 5), replace(method, refresh=None)
+    label, dim = ("B", 1) if side == "right" else ("A", 0)
+    state, sums = begun(method, torch.float32), [0.0, 0.0]
+    for round_ in range(1, 7):
+        sent = method.open_round(state, round_, COHORT, DRAW)
+        one, other = drawn(sent, round_).double()
+        mean = (one + 3 * other) / 4
+        part, place = f"{NAME}/{label}.{(round_ - 1) % 2}", (round_ - 1) % 2
+        sums[place] = sums[place] + mean.reshape(sent.trained()[f"{NAME}/{label}"].shape)
+        before, state = state, rounding.closed(state, after(method, state, round_), sent, round_)
+        if round_ < 6:
+            rng = generator(5, "downlink", round_, "link", part)
+            wanted = rounded(sums[place], "int4", rng)
+            assert torch.equal(state.base[part].double(), wanted)
+            assert state.link is not None
+            assert read_link(*link_tensors(state.link)).dense[part].dtype == torch.float32
+            assert torch.equal(read_link(*link_tensors(state.link)).dense[part], state.base[part])
+    rng = generator(5, "downlink", 6, "link", 0, NAME, 0 if side == "right" else 1)
+    folded = rounded(torch.cat(sums, dim), "int4", rng)  # type: ignore[arg-type]
+    sketches = kept.pools(before, DRAW)[NAME].sketches.draw()
+    product = folded @ sketches if side == "right" else sketches @ folded
+    W = (before.base[NAME].double() + ALPHA / rank * product).float()
+    torch.testing.assert_close(state.base[NAME], W, rtol=0, atol=0)
+    assert not any(name.startswith(RESIDUE) for name in state.moments)
 
 
 def test_a_pool_that_tiles_and_is_refreshed_with_each_pass_is_a_cover() -> None:

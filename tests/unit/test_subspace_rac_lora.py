@@ -184,8 +184,8 @@ def test_the_scale_of_kept_rows_gives_noise_no_more_than_a_drawing_does() -> Non
     ("changes", "words"),
     [
         ({"basis": "random"}, "basis"),
-        ({"resample_every": 0}, "1 or more rounds"),
-        ({"resample_every": None}, "1 or more rounds"),
+        ({"resample_every": 0}, "1 or more is wanted"),
+        ({"resample_every": None}, "1 or more is wanted"),
         ({"fresh": 1.5}, r"share in \[0, 1\]"),
         ({"fresh": math.nan}, r"share in \[0, 1\]"),
         ({"kept_scale": 0.0}, "auto, or a number"),
