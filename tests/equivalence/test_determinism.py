@@ -68,6 +68,13 @@ RUNS = {name: [f"method={name}"] for name in METHODS} | {
         "local=adamw",
         "local.moments=run",
     ],
+    "projected moments": [
+        "method=galore_average",
+        "method.gap=3",
+        "method.scale=0.5",
+        "local=adamw",
+        "local.moments=run",
+    ],
     "adamw": ["method=fedavg_lora", "local=adamw"],
     "fewer bits": [
         "method=fed_rac_lora",
