@@ -11,6 +11,7 @@ from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora
 from strategies.fedkrso import FedKrso
 from strategies.fedmomentum import FedMomentum
+from strategies.fedrot_lora import FedRotLora
 from strategies.fedsa_lora import FedSaLora
 from strategies.fedsvd import FedSvd
 from strategies.flexlora import FlexLora
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "fedex_lora": FedExLora,
     "fedkrso": FedKrso,
     "fedmomentum": FedMomentum,
+    "fedrot_lora": FedRotLora,
     "fedsa_lora": FedSaLora,
     "fedsvd": FedSvd,
     "flexlora": FlexLora,

@@ -1,19 +1,25 @@
-"""GaLore at the clients, full weights averaged: gradients are projected, nothing else is changed.
+"""GaLore at the clients, full weights averaged: moments live in a subspace of the gradients.
 
-    client k: every ``gap`` local steps P_k = the r leading singular vectors of its gradient, on the
-    smaller side;  local steps on W_k along P_k P_k^T G (m <= n), or G P_k P_k^T (m > n)
-    W <- sum_k p_k W_k
+    client k: every ``gap`` local steps P_k = the r leading singular vectors of its gradient G, on
+    the smaller side;  R = P_k^T G (m <= n), or G P_k (m > n);  D = the optimiser's step for R
+    W_k <- W_k + scale P_k D,  or W_k + scale D P_k^T;   W <- sum_k p_k W_k
 
 - Uplink: m n numbers per matrix. Downlink: what the client missed, at most m n.
 - Aggregation: exact and linear: it is FedAvg's.
+- Client: moments of r max(m, n) numbers per matrix each, where FedAvg's have m n, and r min(m, n)
+  of P_k. They begin anew in each round, with the count of steps and P_k, unless ``local.moments``
+  is ``link`` or ``run`` (the same here: no link ends): then a client that returns goes on with its
+  own, and ``gap`` counts its steps over all rounds. Plain SGD has no moments: P_k is taken anew in
+  each round.
 - Server: one mean, K m n operations.
 - Source: Mahla, Jadhav and Ramakrishnan, *Why gradient subspace? Identifying and mitigating LoRA's
   bottlenecks in federated fine-tuning of large language models*, arXiv 2410.23111; GaLore: Zhao et
   al., ICML 2024, arXiv 2403.03507.
-- Departures: moments have the full shape. Under SGD with momentum that is the same while P_k stays;
-  under AdamW it is not GaLore, whose moments are those of the projected gradient: use SGD. GaLore's
-  memory is so not saved here. Its constant scale is in the step size.
-- Unverified: the abstract and summaries of the federated paper were read: its interval and rank.
+- Departures: those of `fedraclora.training.galore` from GaLore's code: Adam's eps and decay are
+  torch's, directions that the gradient has not are left out, P's signs are fixed. ``scale`` is 1,
+  where GaLore pretrains with 0.25.
+- Unverified: the abstract and summaries of the federated paper were read: its interval, its rank
+  and whether its clients' moments outlive a round.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
-from fedraclora.limits import Count, Limited
+from fedraclora.limits import Count, Limited, Positive
 from fedraclora.protocol.method import Cohort, Downlink, Draw, State
 from fedraclora.protocol.plan import resolve_rank
 from strategies.fedavg import FedAvg
@@ -34,13 +40,15 @@ class GaloreAverage(Limited, FedAvg, group="method"):
     """Hyperparameters of GaLore with direct averaging.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the smaller side if written with a dot. Above the smaller side
-            nothing is projected.
-        gap: Local steps that a projection serves; it is taken anew in each round.
+        rank: r; a fraction (0, 1] of the smaller side if written with a dot. From the smaller side
+            on gradients are turned, and no shorter.
+        gap: Local steps that a projection serves, counted as long as a client's moments live.
+        scale: Of what is projected back (the paper's alpha); weight decay is not scaled.
     """
 
     rank: int | float = 8
     gap: Count = 200
+    scale: Positive = 1.0
 
     @override
     def __post_init__(self) -> None:
@@ -55,6 +63,5 @@ class GaloreAverage(Limited, FedAvg, group="method"):
             for name, view in state.plan.targets.items()
         }
         sent = super().open_round(state, round_, cohort, draw)
-        return replace(
-            sent, recipe="galore", arguments={"gap": self.gap, **ranks, **turned(state.plan)}
-        )
+        arguments = {"gap": self.gap, "scale": self.scale, **ranks, **turned(state.plan)}
+        return replace(sent, recipe="galore", arguments=arguments)

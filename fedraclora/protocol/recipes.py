@@ -150,47 +150,6 @@ def sparse(_frozen: Tree, arguments: Arguments, *_: object) -> GradientHook:
     return hook
 
 
-def galore(_frozen: Tree, arguments: Arguments, *_: object) -> GradientHook:
-    """Project gradients of full weights on their leading singular vectors, of the smaller side.
-
-    Args:
-        arguments: ``gap``, local steps that a projection serves; ``rank/<weight>`` for each weight
-            that is projected; ``turned/<weight>`` for those stored (in, out).
-
-    Returns:
-        The hook for the round. Directions that the gradient does not have are projected out: which
-        of them an SVD names is the library's choice.
-
-    References:
-        Zhao et al., *GaLore*, ICML 2024, arXiv 2403.03507.
-    """
-    gap, calls = int(arguments["gap"]), iter(range(2**63))
-    bases: Tree = {}
-
-    def project(name: str, gradient: torch.Tensor, *, anew: bool) -> torch.Tensor:
-        turned = f"turned/{name}" in arguments
-        G = as_matrices(gradient, turned=turned)
-        left = G.shape[1] <= G.shape[2]
-        if anew:
-            u, s, vt = torch.linalg.svd(G, full_matrices=False)
-            rank = int(arguments[f"rank/{name}"])
-            least = 10 * max(G.shape[1:]) * torch.finfo(G.dtype).eps * s[:, :1]
-            nonzero = (s > least).to(G)[:, None, :rank]
-            bases[name] = (u if left else vt.mT)[..., :rank] * nonzero
-        P = bases[name][: len(G)]
-        out = P @ (P.mT @ G) if left else (G @ P) @ P.mT
-        return out.mT if turned else out.reshape(gradient.shape)
-
-    def hook(gradients: Tree) -> Tree:
-        anew = next(calls) % gap == 0
-        return {
-            n: project(n, g, anew=anew) if f"rank/{n}" in arguments else g
-            for n, g in gradients.items()
-        }
-
-    return hook
-
-
 @dataclass(frozen=True)
 class Recipe:
     """Hooks of one client behaviour, prepared once a round.
@@ -202,11 +161,16 @@ class Recipe:
             stay where they are (`fedraclora.training.probe`).
         fixes: Whether some entries of what is trained have no gradient, ever: they stay as they
             are, unless something else than a gradient moves them.
+        projects: Whether the optimiser projects the gradients of whole weights
+            (`fedraclora.training.galore`). Its arguments are ``gap``, the local steps that a
+            projection serves; ``scale``, of what is projected back; ``rank/<weight>`` for each
+            weight that is projected; ``turned/<weight>`` for those stored (in, out).
     """
 
     gradient: Callable[[Tree, Arguments, torch.Tensor | None], GradientHook] = no_hook
     steps: bool = True
     fixes: bool = False
+    projects: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -215,6 +179,6 @@ RECIPES: dict[str, Recipe] = {
     "block_diagonal": Recipe(gradient=block_diagonal, fixes=True),
     "in_turn": Recipe(gradient=in_turn),
     "sparse": Recipe(gradient=sparse, fixes=True),
-    "galore": Recipe(gradient=galore),
+    "galore": Recipe(projects=True),
     "gradient": Recipe(steps=False),
 }

@@ -22,6 +22,7 @@ from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
 from fedraclora.protocol.recipes import RECIPES, keep_gradient
 from fedraclora.rng import hash_key
 from fedraclora.training.extra import Hook, Optimiser, When
+from fedraclora.training.galore import GaLore
 from fedraclora.training.gradients import clip_per_client, correcting, written_out_gradients
 from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
@@ -105,10 +106,13 @@ class CohortTrainer:
         schedule, order, values = chunk.schedule, chunk.order, chunk.values
         rates = {n: self.local.rate(s.main, rate_scale) for n, s in downlink.trained().items()}
         carried = {n: t.to(self.device)[order] for n, t in (moments or {}).items()}
-        steps, hooks = RECIPES[downlink.recipe].steps, self._hooks(chunk)
-        kind = CohortOptimiser if steps else GradientMean
-        plain = kind(self.local, values, rates, carried, rows)
-        own = (extra.optimiser(chunk, rates) for extra in self.local.extras if steps)
+        recipe, hooks = RECIPES[downlink.recipe], self._hooks(chunk)
+        if recipe.projects:
+            plain: CohortOptimiser = GaLore(self.local, values, rates, carried, downlink)
+        else:
+            kind = CohortOptimiser if recipe.steps else GradientMean
+            plain = kind(self.local, values, rates, carried, rows)
+        own = (extra.optimiser(chunk, rates) for extra in self.local.extras if recipe.steps)
         optimiser: Optimiser = next(filter(None, own), plain)
         if chunk.network is not None and not hooks and optimiser is plain and plain.is_plain:
             chunk.network.descend(rates)

@@ -26,8 +26,9 @@ from fedraclora.data.samples import ClientData
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.downlink import Downlink
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.localconfig import moment_kinds
+from fedraclora.training.extra import Hook, Optimiser
 from fedraclora.training.materialise import start_from
+from fedraclora.training.moments import moment_shapes
 from fedraclora.training.program import OpenChunk
 from fedraclora.training.schedule import Batch
 from fedraclora.tree import Tree
@@ -197,16 +198,18 @@ def measure(
         return probe
 
     one, two, three, four = count(1), count(2), count(3, steps=False), count(4, steps=False)
-    own = sum(
-        torch.Size(s.shape).numel() * trainer.dtype.itemsize for s in downlink.trained().values()
-    )
-    trained = two.resident - one.resident + (1 + len(moment_kinds(trainer.local))) * own
-    trained -= one.at_once
+    gradients = [slot.shape for slot in downlink.trained().values()]
+    moments = moment_shapes(trainer.local, downlink).values()
+    own = sum(torch.Size(shape).numel() for shape in (*gradients, *moments))
+    trained = two.resident - one.resident + own * trainer.dtype.itemsize - one.at_once
     # Each stretch by itself: where what is shared makes the peak, it hides what a client adds.
-    client = max(four.laid_out - three.laid_out, two.live.peak - one.live.peak, trained)
+    stretches = [(one.formed, two.formed), (one.stepped, two.stepped)]
+    more = [with_two - with_one for with_one, with_two in stretches]
+    client = max(four.laid_out - three.laid_out, *more, trained)
+    alone = max(one.laid_out, one.formed, one.stepped) - client
     return MemoryModel(
         weights=sum(t.nbytes for t in base.values()),
-        shared=max(0, one.laid_out - client, four.laid_out - 4 * client, one.live.peak - client),
+        shared=max(0, alone, four.laid_out - 4 * client),
         trained=trained,
         step=client - trained,
         tokens=(length or 0) * min(trainer.local.batch_size or int(sizes.max()), int(sizes.max())),
@@ -236,8 +239,10 @@ class Probe(CohortTrainer):
         steps: Whether to take steps, or to stop before the first.
 
     Attributes:
-        live: Counts; to be entered around `train`. Its peak is that of the steps.
+        live: Counts; to be entered around `train`.
         laid_out: The peak before the first step.
+        formed: The peak until gradients are formed.
+        stepped: The peak of what hooks and the optimiser make of them.
         resident: Bytes that live before the first step.
         at_once: Bytes of gradients that never live beside what is trained (`FeedForward.descend`).
     """
@@ -246,20 +251,31 @@ class Probe(CohortTrainer):
         vars(self).update(vars(trainer))
         self.length, self.steps = length, steps
         self.live = LiveTensors(trainer.device)
-        self.laid_out = self.resident = self.at_once = 0
+        self.laid_out = self.resident = self.at_once = self.formed = self.stepped = 0
 
     @override
-    def _step(self, chunk: OpenChunk, step: int, batch: Batch, *rest: Any) -> torch.Tensor:
-        self.laid_out, self.resident = self.live.peak, self.live.now
-        self.live.peak = self.live.now
+    def _step(
+        self, chunk: OpenChunk, step: int, batch: Batch, optimiser: Optimiser, hooks: list[Hook]
+    ) -> torch.Tensor:
+        def formed(gradients: Tree, _: Tree) -> Tree:
+            self.formed = self._lap(self.formed)
+            return gradients
+
+        self.resident, self.laid_out = self.live.now, self._lap(0)
         self.at_once = 0 if chunk.network is None else chunk.network.at_once
         for _ in range(min(2, int(chunk.schedule.steps.max())) if self.steps else 0):
             # The same batch twice: none is wider.
             full = Batch(batch.active, batch.width, self.length or batch.length)
-            super()._step(chunk, step, full, *rest)
+            super()._step(chunk, step, full, optimiser, [formed, *hooks])
+            self.stepped = self._lap(self.stepped)
             if self.live.now == self.resident:
                 break  # the first left nothing (moments, buffers) that lies beside the second
         raise Enough
+
+    def _lap(self, most: int) -> int:
+        """End a stretch; return its peak, or that of one before it where that was higher."""
+        peak, self.live.peak = self.live.peak, self.live.now
+        return max(most, peak)
 
 
 def longest(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> int | None:

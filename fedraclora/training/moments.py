@@ -18,6 +18,8 @@ That code prunes the second moment by its own magnitude. Here both keep the same
 first moment stays and its second is gone, Adam divides by eps, and A of a new link, whose gradient
 is zero while B is, moves by 1e8 times the step size unless the warm-up begins at a rate of zero.
 
+Where gradients are projected (GaLore), what they are projected on is a part of the moments.
+
 Moments do not travel: each client has its own, also of what is averaged. They are not exact under
 averaging, and one that is seldom asked has old ones; with one client there is no difference.
 Shuffles and dropout masks are keyed by the round, so K rounds of one epoch see other batches than
@@ -29,8 +31,30 @@ from __future__ import annotations
 import torch
 
 from fedraclora.protocol.method import Downlink
+from fedraclora.training.galore import projections
 from fedraclora.training.localconfig import LocalConfig, moment_kinds
 from fedraclora.tree import Tree
+
+
+def moment_shapes(local: LocalConfig, downlink: Downlink) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what an optimiser holds for one client.
+
+    Args:
+        local: Settings.
+        downlink: Says what is trained.
+
+    Returns:
+        By ``first/<name>`` and so on: as what is trained; of a weight whose gradients are projected
+        (`fedraclora.training.galore`) as these, with ``basis/<name>``, of what they are projected
+        on.
+    """
+    projected = projections(downlink)
+    found: dict[str, tuple[int, ...]] = {}
+    for kind in moment_kinds(local):
+        for name, slot in downlink.trained().items():
+            own = projected.get(name)
+            found[f"{kind}/{name}"] = slot.shape if own is None else own.coordinates
+    return found | {f"basis/{name}": own.basis for name, own in projected.items()}
 
 
 def blank_moments(local: LocalConfig, downlink: Downlink, dtype: torch.dtype) -> Tree:
@@ -42,18 +66,14 @@ def blank_moments(local: LocalConfig, downlink: Downlink, dtype: torch.dtype) ->
         dtype: Of the base weights.
 
     Returns:
-        ``moments/first/<name>`` and so on in the shapes of what is trained, ``moments/steps``
+        ``moments/first/<name>`` and so on in the shapes of `moment_shapes`, ``moments/steps``
         (steps that they have seen) and ``moments/link`` (the link that they belong to), without
         a client axis.
     """
     if local.moments in {"round", "rows"}:
         return {}
-    slots = downlink.trained().items()
-    found = {
-        f"moments/{kind}/{name}": torch.zeros(slot.shape, dtype=dtype)
-        for kind in moment_kinds(local)
-        for name, slot in slots
-    }
+    shapes = moment_shapes(local, downlink)
+    found = {f"moments/{name}": torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
     return found | {key: torch.zeros((), dtype=dtype) for key in ("moments/steps", "moments/link")}
 
 

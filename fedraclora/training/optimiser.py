@@ -86,12 +86,14 @@ class CohortOptimiser:
         """
         self.count += 1
         for name, gradient in gradients.items():
-            active = gradient.shape[0]
-            value = self.values[name][:active]
-            if self.config.optimiser == "sgd":
-                self._sgd(name, value, gradient)
-            else:
-                self._adamw(name, value, gradient)
+            self._take(name, self.values[name][: gradient.shape[0]], gradient)
+
+    def _take(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Take the step of one tensor, [active, ...], with the moments of this name, in place."""
+        if self.config.optimiser == "sgd":
+            self._sgd(name, value, gradient)
+        else:
+            self._adamw(name, value, gradient)
 
     def _sgd(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> None:
         config = self.config
@@ -132,7 +134,6 @@ class CohortOptimiser:
 
     def _scratch(self, like: torch.Tensor) -> torch.Tensor:
         """Return room for a tensor, the same for all: fresh memory costs more than the writing."""
-        if self.room is None:
-            largest = max(value.numel() for value in self.values.values())
-            self.room = like.new_empty(largest)
+        if self.room is None or self.room.numel() < like.numel():
+            self.room = like.new_empty(like.numel())
         return self.room[: like.numel()].view(like.shape)

@@ -150,6 +150,7 @@ FORMULAS: dict[str, Callable[[Any, Plan, int], Count]] = {
     "ravan": cores,
     "fedex_lora": both,
     "fedmomentum": both,
+    "fedrot_lora": both,
     "flexlora": both,
     "hetlora": both,
     "lora_fair": both,

@@ -68,6 +68,13 @@ RUNS = {name: [f"method={name}"] for name in METHODS} | {
         "local=adamw",
         "local.moments=run",
     ],
+    "projected moments": [
+        "method=galore_average",
+        "method.gap=3",
+        "method.scale=0.5",
+        "local=adamw",
+        "local.moments=run",
+    ],
     "adamw": ["method=fedavg_lora", "local=adamw"],
     "moments of rows": ["method=subspace_rac_lora", "local=adamw", "local.moments=rows"],
     "pool in fewer bits": ["method=pool_rac_lora", "method.refresh=4", "wire.downlink=int8"],

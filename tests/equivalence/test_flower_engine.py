@@ -50,6 +50,7 @@ RUNS = {
     "both factors": ("method=fedavg_lora",),
     "lengths of rows": ("method=fedavg_lora", "method.alpha=4", "dora=true"),
     "moments": ("method=cola", "method.resample_every=2", "local.moments=link"),
+    "projected moments": ("method=galore_average", "method.gap=3", "local.moments=run"),
     "secure": ("method.rank=2", "secure=secagg", "weights=uniform"),
     "ranks": ("method.rank=4", "system=mixed_ranks"),
     "moments of rows": ("method.rank=2", "local=adamw", "local.moments=rows"),

@@ -71,6 +71,12 @@ RUNS = {
         "head=local",
         "local.moments=link",
     ),
+    "projected moments": (
+        "method=galore_average",
+        "method.gap=3",
+        "engine.chunk=16",
+        "local.moments=run",
+    ),
     "secure": (
         "method.rank=2",
         "engine.chunk=32",

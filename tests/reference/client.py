@@ -28,6 +28,7 @@ from fedraclora.training.precision import FLOAT32, products_in
 from fedraclora.training.vmapped import adapted_weights, effective_weights
 from fedraclora.tree import Tree
 from tests.reference.dp_sgd import set_noisy_gradients
+from tests.reference.galore import LocalGalore
 from tests.reference.pairs import LocalGates, LocalRite, adjust_gradients
 
 
@@ -204,7 +205,7 @@ def batches(
 
 def make_optimiser(
     local: LocalSettings, downlink: Downlink, values: Tree, frozen: Tree, rate_scale: float
-) -> torch.optim.Optimizer | LocalGates:
+) -> torch.optim.Optimizer | LocalGates | LocalGalore:
     """Build the torch optimiser, with one step size for the method's own and one beside it."""
     slots, decay, betas = downlink.trained(), local.weight_decay, (local.beta1, local.beta2)
 
@@ -221,6 +222,8 @@ def make_optimiser(
             return LocalRite(groups, frozen, betas=betas, eps=local.eps, weight_decay=decay)
         return torch.optim.AdamW(groups, betas=betas, eps=local.eps, weight_decay=decay)
 
+    if downlink.recipe == "galore":
+        return LocalGalore(local, values, downlink, rate_scale)
     if local.gate_penalty is not None:
         return LocalGates(local, values, downlink, make)
     return make(values.items())

@@ -34,7 +34,15 @@ from tests.reference.client import train_one
 M, N, R, ALPHA = 8, 11, 3, 5.0
 S = ALPHA / R
 DRAW = Draw(3)
-LIVING = ("fedavg_lora", "fedex_lora", "fedmomentum", "flexlora", "hetlora", "lora_fair")
+LIVING = (
+    "fedavg_lora",
+    "fedex_lora",
+    "fedmomentum",
+    "fedrot_lora",
+    "flexlora",
+    "hetlora",
+    "lora_fair",
+)
 
 
 def plan_of(kind: str = "linear") -> Plan:

@@ -10,6 +10,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.training import memory
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
+from fedraclora.training.localconfig import moment_kinds
 from fedraclora.training.memory import LiveTensors, MemoryModel, longest, measure, owned
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree, digest
@@ -269,6 +271,22 @@ def test_the_model_is_what_training_takes(name: str) -> None:
         # What a kernel takes for itself is not in it: 1.8 kB of a convolution of one client.
         assert 0.95 * taken <= model.training(clients) <= 1.3 * taken, clients
     assert model.weights == sum(t.nbytes for t in chosen.base.values())
+
+
+@pytest.mark.parametrize("local", [{"momentum": 0.9}, {"optimiser": "adamw"}])
+def test_projected_moments_take_what_they_say(local: dict[str, Any]) -> None:
+    """Of many clients: an SVD works on one at a time, in room of its own."""
+    whole, projected = (world(mlp(), name, **local) for name in ("fedavg", "galore_average"))
+    models = [chosen.model() for chosen in (whole, projected)]
+    kinds = len(moment_kinds(projected.trainer.local))
+    r, shapes = 3, [(40, 50), (10, 40)]
+    saved = 4 * sum(kinds * m * n - kinds * r * n - m * r for m, n in shapes)
+    assert models[0].trained - models[1].trained == saved
+    for clients in (8, 20):
+        runs = [partial(chosen.train, torch.full((clients,), 1)) for chosen in (whole, projected)]
+        taken = [allocated(run) for run in runs]
+        assert 0.95 * taken[1] <= models[1].training(clients) <= 1.3 * taken[1]
+    assert taken[0] - taken[1] > 0.95 * saved * clients
 
 
 def test_no_other_clients_take_more() -> None:

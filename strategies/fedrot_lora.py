@@ -1,0 +1,76 @@
+"""FedRot-LoRA: FedAvg-LoRA whose clients' factors are turned towards the last ones before the mean.
+
+    client k: (B_k, A_k) from (B, A), local steps on both
+    R_k = argmin ||R^T A_k - A||_F  or  argmin ||B_k R - B||_F  over rotations, the rounds in turn
+        = U V^T of  A_k A^T = U S V^T,  or of  B_k^T B = U S V^T  (the last column turned, det = 1)
+    R_k <- the rotation nearest to (1 - strength) I + strength R_k
+    B <- sum_k p_k B_k R_k;   A <- sum_k p_k R_k^T A_k;   effective weight W + s B A
+
+A product B_k A_k is the same in many pairs of factors, and the mean of two pairs depends on which:
+R_k takes the one that is nearest to what all began with. A is aligned in the second round, B in the
+third, and so on; in the first, where one factor is zero, nothing is.
+
+- Uplink: r (m + n) numbers per matrix and client. Downlink: the same after the first round.
+- Aggregation: **not exact**: factors are averaged apart; the error is reported each round as
+  ``aggregation_error``. It needs each client's own factors.
+- Server: K SVDs of r x r matrices and products of O(K (m + n) r^2).
+- Source: Zhang et al., *FedRot-LoRA: mitigating rotational misalignment in federated LoRA*, ICML
+  2026, arXiv 2602.23638; the rule is that of its code, ``rotation_align_optimization_soft``.
+- Departures: the server turns the factors, where the paper's clients do before they send: the means
+  are the same, but the server must see each client's own. Where it is open which rotation is
+  nearest (a singular value of zero), the library's choice is taken, as there.
+- Unverified: the abstract and the code were read: its ``rotate_lambda`` (here ``strength``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from typing_extensions import override
+
+from fedraclora.limits import Limit
+from fedraclora.protocol.method import Traits
+from strategies.shared.factored import Factored
+from strategies.shared.layerwise import Layer, LayerUpdate, Replies
+
+Strength = Annotated[float, Limit("a number in (0, 1]", lambda value: 0 < value <= 1)]
+
+
+@dataclass(frozen=True)
+class FedRotLora(Factored):
+    """Hyperparameters of FedRot-LoRA, beside those of `Factored`.
+
+    Attributes:
+        strength: How far factors are turned: 1 all the way; 0, which is refused, is FedAvg-LoRA.
+    """
+
+    traits = Traits(exact=False, linear=False, merges=False)
+
+    strength: Strength = 1.0
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        Bs, As, p = replies.B, replies.A, replies.p[:, None, None]
+        R = eye = torch.eye(layer.rank).to(Bs).expand(len(Bs), -1, -1)
+        if replies.carried is not None and layer.link:
+            B, A = (factor.to(Bs) for factor in replies.carried)
+            R = rotations(As @ A.mT if layer.link % 2 else Bs.mT @ B)
+        if self.strength < 1:
+            R = rotations((1 - self.strength) * eye + self.strength * R)
+        return LayerUpdate(carried={"B": (p * (Bs @ R)).sum(0), "A": (p * (R.mT @ As)).sum(0)})
+
+
+def rotations(matrices: torch.Tensor) -> torch.Tensor:
+    """Compute the rotation R with the largest trace of R^T M for each matrix M: the nearest one.
+
+    Args:
+        matrices: [K, r, r]. Not modified.
+
+    Returns:
+        [K, r, r]: orthogonal, of determinant 1.
+    """
+    u, _, vt = torch.linalg.svd(matrices)
+    last = vt[:, -1:] * torch.linalg.det(u @ vt).sign()[:, None, None]
+    return torch.bmm(u, torch.cat([vt[:, :-1], last], dim=1))
