@@ -83,7 +83,7 @@ class Program:
             ModelError: If a layer can be neither rewritten nor run under vmap.
         """
         model = task.model
-        copied = copy.deepcopy(model).to(device)
+        copied = copied_layers(model).to(device)
         context = CohortContext()
         trained = [*downlink.adapters, *downlink.dense]
         owners = {name.rpartition(".")[0] for name in trained}
@@ -202,6 +202,13 @@ class OpenChunk(Chunk):
         if self.program.packer is not None:
             self.program.pack(packed_layout(samples, valid, *batch[4:]))
         return samples, valid
+
+
+def copied_layers(model: nn.Module) -> nn.Module:
+    """Copy a model, but not the memory of its weights: `Program.load` gives it others."""
+    plain = (p for p in model.parameters() if type(p) is nn.Parameter)
+    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in plain}
+    return copy.deepcopy(model, shared)
 
 
 def computes_again(module: nn.Module) -> bool:
