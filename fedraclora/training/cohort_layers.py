@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import layer_view
-from fedraclora.models.packed import Layout
+from fedraclora.models.packed_layout import Layout
 from fedraclora.rng import cohort_bits, hash_key
 from fedraclora.training.adapted import Term, adapted_linear, times
 from fedraclora.training.extra import Scaling

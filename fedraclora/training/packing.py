@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fedraclora.data.samples import Samples
-from fedraclora.models.packed import Layout
+from fedraclora.models.packed_layout import Layout
 
 WORTH_PACKING = 0.85  # share of real tokens above which moving the rows costs what it saves
 

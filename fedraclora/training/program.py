@@ -13,7 +13,8 @@ from fedraclora.data.samples import ClientData, Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import is_batch_norm, layer_kind
-from fedraclora.models.packed import Layout, Packer
+from fedraclora.models.packed import Packer
+from fedraclora.models.packed_layout import Layout
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.method import Downlink
 from fedraclora.training.cohort_conv import CohortConv2d

@@ -9,7 +9,8 @@ import torch
 
 from fedraclora.data.task import forward
 from fedraclora.models.built import seeded
-from fedraclora.models.packed import Layout, Packer, bucket_tops
+from fedraclora.models.packed import Packer
+from fedraclora.models.packed_layout import Layout, bucket_tops
 from fedraclora.rng import generator
 
 LENGTHS = torch.tensor([2, 5, 1, 3, 4, 1])  # of two clients' samples
