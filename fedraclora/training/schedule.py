@@ -21,7 +21,8 @@ class Batch(NamedTuple):
         length: Tokens of their longest sample; 0 where samples have none, or no padding.
         real: Tokens of all their samples without padding; 0 where all are to be computed.
         longest: The same of the client that has most.
-        tops: Tokens of the longest sample of each bucket (`fedraclora.models.packed_layout.bucket_tops`).
+        tops: Tokens of the longest sample of each bucket
+            (`fedraclora.models.packed_layout.bucket_tops`).
     """
 
     active: int
