@@ -122,6 +122,7 @@ class CohortTrainer:
             for step, batch in enumerate(schedule.plan(lengths)):
                 losses[: batch.active] += self._step(chunk, step, batch, optimiser, hooks)
         finally:
+            chunk.program.pack(None)
             chunk.program.context.clear()
         if isinstance(optimiser, GradientMean):
             values = optimiser.means(schedule.steps)
@@ -241,6 +242,8 @@ class CohortTrainer:
         program, downlink = chunk.program, chunk.downlink
         samples, valid = chunk.samples(self.data, step, batch)
         context, active = program.context, len(next(iter(leaves.values())))
+        if context.layout is not None and context.layout.clients != active:
+            program.pack(None)  # every sample is a client of its own
         context.active = active
         products = products_in(self.precision, self.device)
         if not program.folded:

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import layer_view
+from fedraclora.models.packed_layout import Layout
 from fedraclora.rng import cohort_bits, hash_key
 from fedraclora.training.adapted import Term, adapted_linear, times
 from fedraclora.training.extra import Scaling
@@ -36,6 +37,7 @@ class CohortContext:
         tokens, padded: Tokens of a sample, and what they were before padding was trimmed, for
             dropout masks; 0 where samples have no padding.
         places: Of the real tokens (`fedraclora.training.packing.real_tokens`), or None.
+        layout: Of the batch inside the blocks of a transformer, where they are packed.
         dense: Tensors that clients train in full, [K, ...] by parameter name.
         factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
         pools: Two more factors, 2-D, of weights beside which a pool stands.
@@ -52,6 +54,7 @@ class CohortContext:
     tokens: int = 0
     padded: int = 0
     places: Places | None = None
+    layout: Layout | None = None
     dense: Tree = field(default_factory=dict)
     factors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     pools: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -66,11 +69,16 @@ class CohortContext:
     def clear(self) -> None:
         """Release the tensors of a chunk that has ended."""
         self.dense, self.factors, self.pools = {}, {}, {}
-        self.places, self.narrowed = None, {}
+        self.places, self.layout, self.narrowed = None, None, {}
+
+    def is_packed(self, x: torch.Tensor) -> bool:
+        """Tell whether an input is one of a transformer's blocks that are packed."""
+        return self.layout is not None and self.layout.holds(x)
 
     def places_in(self, x: torch.Tensor) -> Places | None:
         """Return the places of real tokens in a layer's input, where it has tokens with padding."""
-        return self.places if x.dim() == 3 and x.shape[1] == self.tokens else None
+        whole = x.dim() == 3 and x.shape[0] == self.rows and x.shape[1] == self.tokens
+        return self.places if whole else None
 
 
 def joined(factor: torch.Tensor, shared: torch.Tensor, dim: int) -> torch.Tensor:
@@ -95,7 +103,7 @@ class CohortLayer(nn.Module):
             ModelError: If the first axis is not the batch: its clients cannot be told apart.
         """
         rows = self.context.rows
-        if x.shape[0] == rows:
+        if x.shape[0] == rows or self.context.is_packed(x):
             return x
         if x.shape[0] == 1:
             return x.expand(rows, *x.shape[1:])
@@ -210,12 +218,17 @@ class CohortDropout(CohortLayer):
         context = self.context
         key = hash_key(context.seed, "dropout", context.round_, self.layer)
         # A token's mask must not depend on how far the batch was trimmed: drawn before the cut.
+        layout = context.layout if context.is_packed(x) else None
         whole = list(x.shape)
-        if x.dim() > 2 and whole[1] == context.tokens:
+        if layout is not None:
+            whole[:2] = [context.rows, context.padded]
+        elif x.dim() > 2 and whole[1] == context.tokens:
             whole[1] = context.padded
         count = prod(whole) // len(context.clients)
         bits = cohort_bits(key, context.clients, count, stream=context.step).reshape(whole)
         keep = bits >= int(p * 2**32)
-        if whole != list(x.shape):
+        if layout is not None:
+            keep = layout.pack(keep[:, : layout.tokens])
+        elif whole != list(x.shape):
             keep = keep[:, : x.shape[1]]
         return x * keep.to(x.dtype) / (1 - p)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fedraclora.data.samples import Samples
+from fedraclora.models.packed_layout import Layout
 
 WORTH_PACKING = 0.85  # share of real tokens above which moving the rows costs what it saves
 
@@ -60,3 +61,23 @@ def real_tokens(samples: Samples, valid: torch.Tensor, real: int) -> Places | No
     padding = (place >= (lengths * valid.reshape(-1))[:, None]).reshape(-1)
     back = torch.where(padding, real, (~padding).cumsum(0) - 1)
     return Places(padding.byte().argsort(stable=True)[: real + 1], back)
+
+
+def packed_layout(
+    samples: Samples, valid: torch.Tensor, longest: int, tops: tuple[int, ...]
+) -> Layout | None:
+    """Lay out the real tokens of a batch, where there is enough padding to save.
+
+    Args:
+        samples: [N, T] tokens each, padded.
+        valid: Which of the samples count, [K, N / K]; the others have no real token.
+        longest: Real tokens of the client that has most (`fedraclora.training.schedule.Batch`); 0:
+            all tokens are to be computed.
+        tops: Of the same batch.
+    """
+    tokens, lengths, clients = samples.padded, samples.lengths, len(valid)
+    worth = clients * (longest + 1) <= WORTH_PACKING * len(samples) * tokens
+    if lengths is None or not longest or not worth:
+        return None
+    counted = lengths * valid.reshape(-1)
+    return Layout.of(counted, clients=clients, tokens=tokens, longest=longest, tops=tops)

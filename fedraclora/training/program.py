@@ -13,6 +13,8 @@ from fedraclora.data.samples import ClientData, Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import is_batch_norm, layer_kind
+from fedraclora.models.packed import Packer
+from fedraclora.models.packed_layout import Layout
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.method import Downlink
 from fedraclora.training.cohort_conv import CohortConv2d
@@ -26,7 +28,7 @@ from fedraclora.training.cohort_layers import (
 )
 from fedraclora.training.extra import Chunk
 from fedraclora.training.feedforward import FeedForward, written_out
-from fedraclora.training.packing import real_tokens
+from fedraclora.training.packing import packed_layout, real_tokens
 from fedraclora.training.schedule import Batch, Schedule
 from fedraclora.tree import Tree
 
@@ -61,6 +63,7 @@ class Program:
         parameters: Of the copy.
         base: The replica's weights.
         plain: The model itself, if it fits into `fedraclora.training.feedforward`.
+        packer: Where blocks of the model see real tokens alone.
         in_turn: Whether vmap cannot run it: then clients follow one another.
     """
 
@@ -70,6 +73,7 @@ class Program:
     parameters: dict[str, nn.Parameter]
     base: Tree
     plain: nn.Module | None = None
+    packer: Packer | None = None
     in_turn: bool = False
 
     @classmethod
@@ -80,7 +84,7 @@ class Program:
             ModelError: If a layer can be neither rewritten nor run under vmap.
         """
         model = task.model
-        copied = copy.deepcopy(model).to(device)
+        copied = copied_layers(model).to(device)
         context = CohortContext()
         trained = [*downlink.adapters, *downlink.dense]
         owners = {name.rpartition(".")[0] for name in trained}
@@ -105,6 +109,7 @@ class Program:
                     "set the model's dropout to 0"
                 )
             return cls(copied.eval(), False, context, parameters, {})
+        packer = Packer.of(copied.eval())
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         for owner in owners:
@@ -117,13 +122,19 @@ class Program:
         copied.eval()  # CohortDropout stays on
         for module in recomputed:
             module.training = True  # its own flag alone: else it keeps everything
-        return cls(copied, True, context, parameters, {}, plain)
+        return cls(copied, True, context, parameters, {}, plain, packer)
 
     def network(self, downlink: Downlink, frozen: Tree) -> FeedForward | None:
         """Return the network with its gradients written out, if it fits."""
         if self.plain is None:
             return None
         return FeedForward(self.plain, downlink, self.base, frozen)
+
+    def pack(self, layout: Layout | None) -> None:
+        """Pack the blocks' batches from here on, where there is a layout."""
+        if self.packer is not None:
+            self.packer.use(layout)
+            self.context.layout = layout
 
     def load(self, base: Tree) -> None:
         """Point the model's parameters at the replica's weights (no copy on one device)."""
@@ -182,14 +193,23 @@ class OpenChunk(Chunk):
             The samples [active * width], and bool [active, width].
         """
         schedule, context = self.schedule, self.program.context
-        active, width, length, real = batch
+        active, width, length, real = batch[:4]
         context.active, context.clients, context.step = active, self.clients[:active], step
         whole = data.gather(context.clients, schedule.positions[:active, step, :width])
         samples = whole.trim(length)
         context.tokens, context.padded = samples.padded, whole.padded
         valid = schedule.valid[:active, step, :width]
         context.places = real_tokens(samples, valid, real)
+        if self.program.packer is not None:
+            self.program.pack(packed_layout(samples, valid, *batch[4:]))
         return samples, valid
+
+
+def copied_layers(model: nn.Module) -> nn.Module:
+    """Copy a model, but not the memory of its weights: `Program.load` gives it others."""
+    plain = (p for p in model.parameters() if type(p) is nn.Parameter)
+    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in plain}
+    return copy.deepcopy(model, shared)
 
 
 def computes_again(module: nn.Module) -> bool:

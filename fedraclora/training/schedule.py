@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fedraclora.models.packed_layout import bucket_tops
 from fedraclora.rng import cohort_permutations
 from fedraclora.training.localconfig import LocalConfig
 
@@ -19,12 +20,17 @@ class Batch(NamedTuple):
         width: Samples of the widest of their batches.
         length: Tokens of their longest sample; 0 where samples have none, or no padding.
         real: Tokens of all their samples without padding; 0 where all are to be computed.
+        longest: The same of the client that has most.
+        tops: Tokens of the longest sample of each bucket
+            (`fedraclora.models.packed_layout.bucket_tops`).
     """
 
     active: int
     width: int
     length: int = 0
     real: int = 0
+    longest: int = 0
+    tops: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,18 @@ class Schedule:
         widths = self.valid.sum(dim=2)
         alive = (widths > 0).sum(dim=0)
         columns = [alive, widths.amax(dim=0)]
-        if lengths is not None:
-            counted = lengths * self.valid
-            columns += [counted.amax(dim=(0, 2)), counted.sum(dim=(0, 2))]
-        return [Batch(*row) for row in torch.stack(columns, dim=1).tolist()]
+        if lengths is None:
+            return [Batch(*row) for row in torch.stack(columns, dim=1).tolist()]
+        counted = lengths * self.valid
+        own = counted.sum(dim=2)
+        columns += [counted.amax(dim=(0, 2)), own.sum(dim=0), own.amax(dim=0)]
+        sorted_ = counted.transpose(0, 1).flatten(1).sort(dim=1, descending=True).values
+        whole = torch.cat([torch.stack(columns, dim=1), sorted_], dim=1).tolist()
+        batches = []
+        for alive_, widest, length, real, longest, *tokens in whole:
+            tops = bucket_tops(tokens[: alive_ * widest])
+            batches.append(Batch(alive_, widest, length, real, longest, tops))
+        return batches
 
     @classmethod
     def of(

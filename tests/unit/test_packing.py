@@ -61,7 +61,7 @@ def test_the_plan_counts_the_tokens_of_samples_that_count() -> None:
     plan = Schedule(
         torch.zeros(2, 1, 2, dtype=torch.int64), valid, torch.ones(2, dtype=torch.int64)
     )
-    assert plan.plan(torch.tensor([[[3, 1]], [[2, 9]]])) == [Batch(2, 2, 3, 6)]
+    assert plan.plan(torch.tensor([[[3, 1]], [[2, 9]]])) == [Batch(2, 2, 3, 6, 4, (3,))]
     assert plan.plan(None) == [Batch(2, 2)]
 
 

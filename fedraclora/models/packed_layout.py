@@ -1,0 +1,202 @@
+"""Where the real tokens of a padded batch are, for `fedraclora.models.packed`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from typing_extensions import override
+
+
+class Rows(torch.autograd.Function):
+    """Take rows, where each row but those of zero slope is taken once: so back, rows are taken."""
+
+    @override
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.back = back
+        return x.index_select(0, there)
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return slope.index_select(0, ctx.back), None, None
+
+
+def rows(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """Take the rows ``there`` of x; ``back`` holds, for each row of x, where it came to."""
+    # Some releases of torch type `apply` and some do not: with our own type both check alike.
+    apply: Callable[..., torch.Tensor] = Rows.apply
+    return apply(x, there, back)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Samples of about the same length.
+
+    Attributes:
+        count, tokens: Samples, and the tokens of the longest.
+        lengths: Of each, int64 [count].
+    """
+
+    count: int
+    tokens: int
+    lengths: torch.Tensor
+
+    def hidden(self) -> torch.Tensor:
+        """Tell which keys no query may see, bool [count, 1, 1, tokens]."""
+        place = torch.arange(self.tokens, device=self.lengths.device)
+        return (place >= self.lengths[:, None])[:, None, None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the real tokens of a batch are.
+
+    Attributes:
+        clients, length: The packed batch is [clients, length, ...]; each row ends in padding.
+        there: For each packed token, its place in the padded batch, int64 [clients * length].
+        back: For each token of the padded batch, its place in the packed one, int64 [N * T].
+        tokens: T.
+        buckets: The samples, longest first.
+        bucketed: For each token of the buckets, in order, its place in the packed batch, int64.
+        slot: For each packed token, its place among those; beyond the last for padding.
+        first, stride, place: For each token of the buckets: where its sample begins, the tokens
+            of its bucket, and its place in the sample, int64.
+    """
+
+    clients: int
+    length: int
+    there: torch.Tensor
+    back: torch.Tensor
+    tokens: int
+    buckets: tuple[Bucket, ...]
+    bucketed: torch.Tensor
+    slot: torch.Tensor
+    first: torch.Tensor
+    stride: torch.Tensor
+    place: torch.Tensor
+    heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        lengths: torch.Tensor,
+        *,
+        clients: int,
+        tokens: int,
+        longest: int,
+        tops: tuple[int, ...],
+    ) -> Layout:
+        """Lay out a batch.
+
+        Args:
+            lengths: Tokens of each sample, client after client, int64 [N]; at least one place of
+                the padded batch must be padding.
+            clients: K; each has N / K samples.
+            tokens: Of each sample with its padding, T.
+            longest: Tokens of the client that has most.
+            tops: Tokens of the longest sample of each bucket (`bucket_tops`).
+        """
+        N, device = len(lengths), lengths.device
+        own = lengths.reshape(clients, -1)
+        before = (own.cumsum(dim=1) - own).reshape(-1)  # tokens of the client's earlier samples
+        length = longest + 1
+        row = torch.arange(N, device=device) // own.shape[1] * length
+        start = row + before  # of each sample in the packed batch
+        spare = longest  # a packed place that is padding: the last of the first client
+        place = torch.arange(tokens, device=device)
+        real = place < lengths[:, None]
+        back = torch.where(real, start[:, None] + place, spare).reshape(-1)
+        padding = torch.argmin(real.reshape(-1).byte())  # a padded place that is padding
+        there = padding.expand(clients * length).clone()
+        # Padding writes, too: to a place beyond the end, so that no size depends on the data.
+        there = torch.cat([there, there[:1]])
+        target = torch.where(real, start[:, None] + place, clients * length).reshape(-1)
+        there = there.index_copy(0, target, torch.arange(N * tokens, device=device))[:-1]
+
+        order = torch.argsort(lengths, descending=True, stable=True)
+        parts = order.split(-(-N // len(tops)))
+        buckets, found, total = [], [], 0
+        for part, top in zip(parts, tops, strict=True):
+            at = place[:top].expand(len(part), -1)
+            inside = at < lengths[part, None]
+            token = torch.where(inside, start[part, None] + at, spare)
+            first = total + torch.arange(len(part), device=device)[:, None] * top
+            whole = (token, first.expand_as(at), torch.full_like(at, top), at, inside)
+            found.append(torch.stack([t.reshape(-1) for t in whole]))
+            buckets.append(Bucket(len(part), top, lengths[part]))
+            total += len(part) * top
+        bucketed, firsts, stride, at, inside = torch.cat(found, dim=1)
+        slot = torch.full((clients * length + 1,), total, device=device)
+        target = torch.where(inside.bool(), bucketed, clients * length)
+        slot = slot.index_copy(0, target, torch.arange(total, device=device))[:-1]
+        return cls(
+            clients,
+            length,
+            there,
+            back,
+            tokens,
+            tuple(buckets),
+            bucketed,
+            slot,
+            firsts,
+            stride,
+            at,
+        )
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Tell whether a tensor is of the packed batch."""
+        return x.dim() > 1 and x.shape[0] == self.clients and x.shape[1] == self.length
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """Turn [N, T, ...], or [1, T, ...] for all samples, into [clients, length, ...]."""
+        if x.shape[0] * self.tokens == len(self.back):
+            packed = rows(x.flatten(0, 1), self.there, self.back)
+        else:
+            packed = x[0].index_select(0, self.there % self.tokens)
+        return packed.view(self.clients, self.length, *x.shape[2:])
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Turn [clients, length, ...] into [N, T, ...]; padding gets what no loss may see."""
+        return rows(x.flatten(0, 1), self.back, self.there).view(-1, self.tokens, *x.shape[2:])
+
+    def of_heads(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find rows [tokens, heads] of the packed batch in buckets [count, heads, tokens].
+
+        Returns:
+            There and back; in the buckets one more row, which is padding, comes last.
+        """
+        if heads not in self.heads:
+            head = torch.arange(heads, device=self.slot.device)
+            total = len(self.bucketed)
+            first, stride, place = (F.pad(t, (0, 1)) for t in (self.first, self.stride, self.place))
+            at = (first * heads + place)[self.slot, None] + stride[self.slot, None] * head
+            at = torch.where((self.slot == total)[:, None], total * heads, at)
+            there, done = [], 0
+            for bucket in self.buckets:
+                size = bucket.count * bucket.tokens
+                token = self.bucketed[done : done + size].reshape(bucket.count, 1, -1)
+                there.append((token * heads + head[:, None]).reshape(-1))
+                done += size
+            spare = torch.full((1,), (self.length - 1) * heads, device=head.device)
+            self.heads[heads] = torch.cat([*there, spare]), at.reshape(-1)
+        return self.heads[heads]
+
+
+def bucket_tops(lengths: list[int], most: int = 4, least: int = 8) -> tuple[int, ...]:
+    """Choose buckets of a batch: at most ``most``, of ``least`` samples or more.
+
+    Args:
+        lengths: Of the samples, descending.
+        most: Buckets; each costs some calls.
+        least: Samples of a bucket, where there are so many.
+
+    Returns:
+        Tokens of the longest sample of each.
+    """
+    size = -(-len(lengths) // max(1, min(most, len(lengths) // least)))
+    return tuple(max(1, top) for top in lengths[::size])
