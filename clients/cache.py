@@ -1,9 +1,9 @@
 """The folder in which a node keeps files, and what its configuration says of them.
 
 The folder of a client is ``<cache>/fedraclora-cache/<run>/<client>``, where ``cache`` is a key of
-the node's configuration: a folder that may hold anything else. What is made here has a file `MARKER`
-in it, and nothing without one is written into or removed. Flower's process for each message imports
-this, so that it must cost nothing.
+the node's configuration: a folder that may hold anything else. What is made here has a file
+`MARKER` in it, and nothing without one is written into or removed. Flower's process for each
+message imports this, so that it must cost nothing.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from clients.cache import cache_of, claim, served
 from fedraclora.errors import ClientError
 
 FOLDERS = "residents"  # in the cache, with a folder for each node
+PROGRAM = ("-m", "clients.resident")
 READY = b"ready"
 GONE = (EOFError, ConnectionError)  # what a process meets whose peer has gone
 
@@ -126,7 +127,7 @@ def started(address: str, key: bytes) -> Connection | None:
             # What is imported here is found there: the app's own copy of this code comes first.
             path = os.pathsep.join(part or str(Path.cwd()) for part in sys.path)
             subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", "-m", "clients.resident", *map(str, handles), key.decode()],
+                [sys.executable, "-P", *PROGRAM, *map(str, handles), key.decode()],
                 env={**os.environ, "PYTHONPATH": path},
                 pass_fds=handles,
             )

@@ -15,24 +15,29 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+from flwr.app import Context, Message
+
 from clients.handover import GONE, READY, check_peer
-from clients.respond import respond
 from fedraclora.errors import ClientError
 
 log = logging.getLogger(__name__)
 
 IDLE = 600.0  # seconds without a message, after which memory is more use to others
 
+Respond = Callable[[Message, Context], Message]
 
-def serve(listener: socket.socket, node: int, key: bytes) -> None:
+
+def serve(listener: socket.socket, node: int, key: bytes, respond: Respond) -> None:
     """Answer one message after another, until it is time to end.
 
     Args:
         listener: Where messages come.
         node: Handle of the process that this one must not outlive (`os.pidfd_open`).
         key: Of the run.
+        respond: Answers a message.
     """
     while True:
         ready, _, _ = select.select([listener.fileno(), node], [], [], IDLE)
@@ -51,12 +56,12 @@ def serve(listener: socket.socket, node: int, key: bytes) -> None:
                 if peer.recv_bytes() != key:
                     return
                 peer.send_bytes(READY)
-                answer(peer, node)
+                answer(peer, node, respond)
             except GONE:
                 log.warning("a process of this node went away before it had its answer")
 
 
-def answer(peer: Connection, node: int) -> None:
+def answer(peer: Connection, node: int, respond: Respond) -> None:
     """Answer a message; if its process or the node's ends meanwhile, this one does, too."""
     message, context = peer.recv()
     answered = threading.Event()
@@ -80,8 +85,10 @@ def answer(peer: Connection, node: int) -> None:
 def main() -> None:
     """Serve what the command line names."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the whole group of the node
+    from clients.respond import respond
+
     listener, node, key = sys.argv[1:]
-    serve(socket.socket(fileno=int(listener)), int(node), key.encode())
+    serve(socket.socket(fileno=int(listener)), int(node), key.encode(), respond)
 
 
 if __name__ == "__main__":

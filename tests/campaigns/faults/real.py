@@ -25,6 +25,7 @@ from tests.campaigns.faults.trials import Outcome, absent, final_weights
 # a measure: they end what hangs.
 WORDS = ["engine.min_clients=1", "engine.wait=900", "engine.timeout=900"]
 PATIENCE = 3600.0  # seconds for a round
+STILL = 10.0  # seconds in which a reply that is on its way is sent
 TAKEN = "SuperNode ID"  # what a node says whose key is taken
 LINK = "the SuperLink is killed; resume"
 
@@ -71,12 +72,21 @@ class Drill:
         wait_for(has_ended, f"the end of round {round_}")
         return len(self.rows())
 
-    def new_process(self, k: int) -> None:
-        """Wait until node ``k`` starts a process for its client."""
-        before = set(client_processes(self.deployment, k))
-        wait_for(
-            lambda: bool(set(client_processes(self.deployment, k)) - before), f"work at node {k}"
-        )
+    def catch(self, k: int) -> None:
+        """Stop the client at node ``k``, and wait until it has a message that it does not answer.
+
+        One that has answered already is seen to send that in a moment.
+        """
+        wait_for(lambda: bool(client_processes(self.deployment, k)), f"a client at node {k}")
+        signal_clients(self.deployment, k, signal.SIGSTOP)
+        since = [time.monotonic()]
+
+        def waits() -> bool:
+            if not unanswered(self.deployment, k):
+                since[0] = time.monotonic()
+            return time.monotonic() > since[0] + STILL
+
+        wait_for(waits, f"work at node {k}")
 
     def end(self) -> Status:
         """Wait for the end of the run; give what Flower says of it."""
@@ -95,14 +105,16 @@ def wait_for(ready: Callable[[], bool], what: str) -> None:
 
 
 def client_processes(deployment: LocalDeployment, k: int) -> list[int]:
-    """The processes of node ``k`` in which a client trains: they have loaded torch.
+    """The process of node ``k`` in which its client trains, if there is one."""
+    node = deployment.nodes[k]
+    return [] if node is None else pgrep("-g", str(node.process.pid), "-f", "clients.resident")
 
-    One that dies before that, without its message, Flower starts again after some minutes.
-    """
-    if (node := deployment.nodes[k]) is None:
-        return []
-    found = pgrep("-g", str(node.process.pid), "-f", "flwr-clientapp")
-    return [pid for pid in found if "libtorch" in maps(pid)]
+
+def unanswered(deployment: LocalDeployment, k: int) -> bool:
+    """Whether node ``k`` has a train message that it has not answered."""
+    node = deployment.nodes[k]
+    said = "" if node is None else node.file.read_text(errors="replace")
+    return said.count("Receiving: train") > said.count("Sending: train")
 
 
 def pgrep(*words: str) -> list[int]:
@@ -112,19 +124,11 @@ def pgrep(*words: str) -> list[int]:
     return [int(pid) for pid in listed.stdout.split()]
 
 
-def maps(pid: int) -> str:
-    """What a process has loaded; nothing, where there is none or it is dead."""
-    try:
-        return Path(f"/proc/{pid}/maps").read_text()
-    except OSError:
-        return ""
-
-
-def kill_clients(deployment: LocalDeployment, k: int) -> None:
-    """Kill the processes of node ``k`` in which a client trains."""
+def signal_clients(deployment: LocalDeployment, k: int, sign: int) -> None:
+    """Send a signal to the process of node ``k`` in which its client trains."""
     for pid in client_processes(deployment, k):
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, sign)
 
 
 def end_node(deployment: LocalDeployment, k: int, *, killed: bool = False) -> None:
@@ -200,10 +204,12 @@ def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
         at = job.rounds_until(1)
         running.start_node(2)
         came.append(Injected("a node is added late", at, 2, joins=True))
+        job.catch(0)
+        at = len(job.rows())
+        signal_clients(running, 0, signal.SIGKILL)
         came.append(Injected("the process of a client is killed", at, 0, joins=False))
-        # Each that comes up: one that is ending as this begins has sent its reply already.
-        at = job.rounds_until(at, lambda: kill_clients(running, 0))
-        job.new_process(1)
+        job.rounds_until(at)
+        job.catch(1)
         at = len(job.rows())
         end_node(running, 1, killed=True)
         came.append(Injected("a node is killed mid-round", at, 1, joins=False))
@@ -211,8 +217,9 @@ def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
         restart_node(running, 1)
         came.append(Injected("a node that was killed is started again", at, 1, joins=True))
         job.rounds_until(at)
-        job.new_process(0)
+        job.catch(0)
         at = len(job.rows())
+        signal_clients(running, 0, signal.SIGCONT)  # SIGTERM means nothing to who is stopped
         end_node(running, 0)
         came.append(Injected("a node is stopped by SIGTERM", at, 0, joins=False))
         at = job.rounds_until(at)
