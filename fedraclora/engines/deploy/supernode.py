@@ -9,6 +9,7 @@ has imported Flower. Run as a file, without this project: what an app imports is
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 SUPEREXEC, CLIENT_APP = "flower-superexec", "flwr-clientapp"  # Flower's commands
+PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
 LEAST = 0.1  # seconds of a pause
 SHARE = 0.1  # of the time since something happened, that a pause may add to it
 
@@ -69,6 +71,9 @@ def run_superexec() -> None:
         run_clientapps(theirs)
         return
     theirs.close()
+    if sys.platform == "linux":
+        # Flower's own watch of the SuperNode tells a thread, which wakes nobody from long pauses.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     from flwr.supercore.cli import flower_superexec
     from flwr.supercore.superexec import run_superexec as loop

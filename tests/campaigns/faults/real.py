@@ -214,7 +214,9 @@ def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
         end_node(running, 1, killed=True)
         came.append(Injected("a node is killed mid-round", at, 1, joins=False))
         at = job.rounds_until(at)
+        job.catch(0)  # a key is refused for longer than rounds take: the run waits meanwhile
         restart_node(running, 1)
+        signal_clients(running, 0, signal.SIGCONT)
         came.append(Injected("a node that was killed is started again", at, 1, joins=True))
         job.rounds_until(at)
         job.catch(0)
