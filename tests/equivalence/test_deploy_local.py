@@ -24,7 +24,7 @@ from fedraclora.engines.deploy.keys import make_authority, make_node_key
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import Program
 from fedraclora.errors import EngineError
-from tests.campaigns.faults.real import Drill, client_processes, signal_clients, wait_for
+from tests.campaigns.faults.real import Drill, client_processes, wait_for
 from tests.campaigns.faults.trials import absent, final_weights
 
 WORDS = [
@@ -161,19 +161,17 @@ def is_alive(pid: int) -> bool:
 def test_one_process_of_a_node_trains_until_it_is_killed(
     node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever kills it in the middle of a message fails that message alone."""
+    """Who kills it as it works fails that client's rounds alone, by name."""
     if node != "ours":
         monkeypatch.setattr(local, "SUPERNODE", None)
     with LocalDeployment([[0], [1], [2]]) as running:
-        job = Drill(running, tmp_path / "run", ["rounds=5"])
+        job = Drill(running, tmp_path / "run", ["rounds=6"])
         job.begin()
         job.rounds_until(1)
         (first,) = client_processes(running, 0)
         job.rounds_until(2)
         assert client_processes(running, 0) == [first]
-        job.catch(0)
-        at = len(job.rows())
-        signal_clients(running, 0, signal.SIGKILL)
+        at = job.kill_for_a_round(0)
         assert job.end().word == COMPLETED
         (second,) = client_processes(running, 0)
         assert second != first
@@ -181,12 +179,12 @@ def test_one_process_of_a_node_trains_until_it_is_killed(
         assert program is not None
         program.process.kill()  # it alone: what it has started ends by itself
         wait_for(lambda: not is_alive(second), "the end of the process that trains")
-    assert {row["round"]: row["failures"] for row in job.rows()[1:] if row["failures"]}.keys() == {
-        at
-    }
-    (failure,) = job.rows()[at]["failures"]  # type: ignore[misc]
-    assert failure["client"] == 0
-    assert f"round {at}, clients [0] of this node: " in failure["reason"]
-    assert "ended before it answered" in failure["reason"]
-    wanted = final_weights(["rounds=5", "engine.min_clients=1"], absent({at: [0]}))
+    missing = {row["round"]: row["failures"] for row in job.rows()[1:] if row["failures"]}
+    for round_, failures in missing.items():
+        (failure,) = failures
+        assert failure["client"] == 0
+        assert f"round {round_}, clients [0] of this node: the process that" in failure["reason"]
+    assert at in missing
+    fault = absent({round_: [0] for round_ in missing})
+    wanted = final_weights(["rounds=6", "engine.min_clients=1"], fault)
     assert summary(tmp_path / "run")["weights_digest"] == wanted

@@ -25,7 +25,6 @@ from tests.campaigns.faults.trials import Outcome, absent, final_weights
 # a measure: they end what hangs.
 WORDS = ["engine.min_clients=1", "engine.wait=900", "engine.timeout=900"]
 PATIENCE = 3600.0  # seconds for a round
-STILL = 10.0  # seconds in which a reply that is on its way is sent
 TAKEN = "SuperNode ID"  # what a node says whose key is taken
 LINK = "the SuperLink is killed; resume"
 
@@ -72,21 +71,32 @@ class Drill:
         wait_for(has_ended, f"the end of round {round_}")
         return len(self.rows())
 
-    def catch(self, k: int) -> None:
-        """Stop the client at node ``k``, and wait until it has a message that it does not answer.
+    def kill_for_a_round(self, k: int) -> int:
+        """Kill the client at node ``k`` whenever it comes up, for a whole round; give which.
 
-        One that has answered already is seen to send that in a moment.
+        It is missed there: to come up takes longer than to be found.
         """
+
+        def kill() -> None:
+            signal_clients(self.deployment, k, signal.SIGKILL)
+
+        at = self.rounds_until(len(self.rows()), kill)
+        self.rounds_until(at, kill)
+        return at
+
+    def catch(self, k: int) -> None:
+        """Stop the client at node ``k`` while it has nothing to do, and wait for a message."""
         wait_for(lambda: bool(client_processes(self.deployment, k)), f"a client at node {k}")
-        signal_clients(self.deployment, k, signal.SIGSTOP)
-        since = [time.monotonic()]
 
-        def waits() -> bool:
-            if not unanswered(self.deployment, k):
-                since[0] = time.monotonic()
-            return time.monotonic() > since[0] + STILL
+        def is_stopped_idle() -> bool:
+            signal_clients(self.deployment, k, signal.SIGSTOP)
+            if unanswered(self.deployment, k):
+                signal_clients(self.deployment, k, signal.SIGCONT)
+                return False
+            return True
 
-        wait_for(waits, f"work at node {k}")
+        wait_for(is_stopped_idle, f"a pause of node {k}")
+        wait_for(lambda: unanswered(self.deployment, k), f"work at node {k}")
 
     def end(self) -> Status:
         """Wait for the end of the run; give what Flower says of it."""
@@ -204,11 +214,8 @@ def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
         at = job.rounds_until(1)
         running.start_node(2)
         came.append(Injected("a node is added late", at, 2, joins=True))
-        job.catch(0)
-        at = len(job.rows())
-        signal_clients(running, 0, signal.SIGKILL)
+        at = job.kill_for_a_round(0)
         came.append(Injected("the process of a client is killed", at, 0, joins=False))
-        job.rounds_until(at)
         job.catch(1)
         at = len(job.rows())
         end_node(running, 1, killed=True)
