@@ -74,9 +74,11 @@ def test_a_process_for_each_command_line_is_forked_until_nobody_asks(tmp_path: P
     (tmp_path / "flwr" / "__init__.py").touch()
     (tmp_path / "flwr" / "supernode" / "__init__.py").touch()
     (stand_in / "__init__.py").write_text(
-        "import os, sys\n"
+        "import os, sys, time\n"
         "def flwr_clientapp():\n"
         "    print(*sys.argv, os.getpid(), os.getppid(), flush=True)\n"
+        "    if sys.argv[-1] == 'long':\n"
+        "        time.sleep(60)\n"
     )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
@@ -94,8 +96,11 @@ def test_a_process_for_each_command_line_is_forked_until_nobody_asks(tmp_path: P
                 ours.send(f'["flwr-clientapp", "--token", "{token}"]'.encode())
             assert process.stdout is not None
             lines = sorted(process.stdout.readline().split() for _ in range(2))
+            ours.send(b'["flwr-clientapp", "--token", "long"]')
+            assert process.stdout.readline().split()[2] == "long"
             ours.close()
             assert process.wait() == 0
+            assert process.stdout.read() == ""  # the last of them ends with it
     assert [line[:3] for line in lines] == [
         ["flwr-clientapp", "--token", t] for t in ("one", "two")
     ]

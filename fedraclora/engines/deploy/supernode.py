@@ -71,9 +71,7 @@ def run_superexec() -> None:
         run_clientapps(theirs)
         return
     theirs.close()
-    if sys.platform == "linux":
-        # Flower's own watch of the SuperNode tells a thread, which wakes nobody from long pauses.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
 
     from flwr.supercore.cli import flower_superexec
     from flwr.supercore.superexec import run_superexec as loop
@@ -106,10 +104,20 @@ def run_clientapps(asked: socket.socket) -> None:
     while words := asked.recv(1 << 16):
         if os.fork() == 0:
             asked.close()
+            end_with_parent()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             sys.argv = json.loads(words)
             flwr_clientapp()
             return
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when the process ends that started this one.
+
+    Flower's own watch of it tells a thread, which wakes nobody from long pauses.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def put(module: object, **names: object) -> None:
