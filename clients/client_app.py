@@ -1,30 +1,18 @@
-"""The ClientApp of Flower's runtimes: it finds what it needs in a folder of its machine.
+"""The ClientApp of Flower's runtimes: thin, since Flower starts a process for every message.
 
-A message may meet any process, or a fresh one. A process builds data and model once and keeps
-them. In a simulation the base weights follow those of the server by a folder of its machine; on
-real hosts each client has its own (`clients.node`).
+On real hosts it hands a message to the process that stays on its node (`clients.handover`), so that
+it imports nothing that takes time. Elsewhere a process lives on, and answers itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
+import os
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from clients import node
-from clients.ray_worker import answer
-from clients.worker import Worker
-from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
-from fedraclora.config.run_config import task_from_plain
-from fedraclora.config.settings import PretrainConfig
-from fedraclora.engines.local import STALE, error_of, failed
-from fedraclora.errors import StaleError, WireError
-from fedraclora.weights.job import read_settings
-from fedraclora.weights.replica import FolderReplica
-from fedraclora.wire.records import read_tree, tree_record
+from clients.handover import hand_over
+from fedraclora.engines.local import error_of, failed
 
 app = ClientApp()
 
@@ -32,53 +20,25 @@ app = ClientApp()
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
     """Report which client this node is, or on a real host which it serves."""
-    job = message.content.get("job")
-    if isinstance(job, ConfigRecord):
-        try:
-            content = node.introduce(context, str(job["run"]))
-        except Exception as error:
-            return failed(message, error_of(error))
-        return Message(content, reply_to=message)
-    record = ConfigRecord({"id": int(context.node_config["partition-id"])})
-    return Message(RecordDict({"partition": record}), reply_to=message)
+    return answer(message, context)
 
 
 @app.train("cohort")
 def train(message: Message, context: Context) -> Message:
-    """Train the client of this node; what goes wrong is said in one line, not in Ray's words."""
+    """Train the client of this node; what goes wrong is said in one line, not in Flower's words."""
     # Nothing is kept in the state of the context: it is lost when a client raises.
-    try:
-        job = message.content.get("job")
-        if not isinstance(job, ConfigRecord):
-            raise WireError(
-                f"a message of the server has the records {list(message.content)}, but not the "
-                "record job, which says what to do: run the server and the clients from one "
-                "release"
-            )
-        if "run" in job:
-            reply = node.answer(context, str(job["run"]), message.content)
-            return Message(reply, reply_to=message)
-        worker = worker_of(str(job["folder"]))
-        content, stored = answer(worker, message.content, read_tree(message.content, "kept"))
-        content["kept"] = tree_record(stored)
-    except StaleError:
-        return Message(RecordDict({STALE: ConfigRecord()}), reply_to=message)
-    except Exception as error:
-        return failed(message, error_of(error))
-    return Message(content, reply_to=message)
+    return answer(message, context)
 
 
-@lru_cache(maxsize=1)
-def worker_of(folder: str) -> Worker:
-    """Build data and model of a run, once in each process.
+def answer(message: Message, context: Context) -> Message:
+    """Answer a message: by the process that stays on the node, or by this one."""
+    job = message.content.get("job")
+    # Without pidfd (it is Linux's) no process could be sure to end with its node.
+    if isinstance(job, ConfigRecord) and "run" in job and hasattr(os, "pidfd_open"):
+        try:
+            return hand_over(message, context)
+        except Exception as error:
+            return failed(message, error_of(error))
+    from clients.respond import respond
 
-    Args:
-        folder: Of a `fedraclora.weights.job.JobFolder`.
-    """
-    config = task_from_plain(read_settings(Path(folder)))
-    fix_bits(config.engine.threads, pick_device(config.device))
-    # The base weights come from the folder: to pretrain them here again would be for nothing.
-    built = build_task(replace(config, pretrain=PretrainConfig()))
-    trainer = trainer_of(config, built, plan_of(config, built.task))
-    replica = FolderReplica(Path(folder), trainer.plan, built.device)
-    return Worker(trainer, replica, terms=terms_of(config, built))
+    return respond(message, context)

@@ -1,16 +1,13 @@
 """What a SuperNode keeps on its disk, and how it answers: base weights, and what stays with it.
 
-Flower starts a fresh process for every message. The folder of a client is
-``<cache>/fedraclora-cache/<run>/<client>``, where ``cache`` is a key of the node's configuration: a
-folder that may hold anything else. What is made here has a file `MARKER` in it, and nothing without
-one is written into or removed.
+What must last is on the disk (`clients.cache`): the process that answers may be killed at any time,
+and the next message then meets a fresh one. What it keeps in memory saves reading that again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +15,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from clients.answers import Answers
+from clients.cache import folder_of, is_own, make_room, served
 from clients.worker import Worker
 from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
 from fedraclora.config.run_config import task_from_plain
@@ -33,9 +31,7 @@ from fedraclora.weights.replica import StoredReplica, read_stored_replica
 from fedraclora.wire import clients_of
 from fedraclora.wire.weight_update import read_weight_update
 
-RUNS = 4  # of whose weights a cache keeps
-CACHE = "fedraclora-cache"  # inside the folder that the node's configuration names
-MARKER = ".made-by-fedraclora"
+KEPT = 4  # clients whose weights, and data of their own, stay in memory
 
 
 def introduce(context: Context, run: str) -> RecordDict:
@@ -65,8 +61,7 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     else:
         found = trainer_for(settings, str(own), client, alone=len(served(context)) == 1)
     trainer, terms = found
-    holding = StoredReplica(folder, trainer.plan, trainer.device)
-    holding.begin(dict(trainer.task.model.named_parameters()))
+    holding = replica_of(folder, trainer)
     if not holding.follow(read_weight_update(content)):
         return RecordDict({STALE: ConfigRecord({"held": holding.version})})
 
@@ -87,69 +82,6 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         reply = answers.once(content, f"{holding.version} {holding.mark}", compute)
     reply["job"] = ConfigRecord({"held": holding.version, "mark": str(holding.mark)})
     return reply
-
-
-def served(context: Context) -> list[int]:
-    """Read the ids of the clients of this node.
-
-    Raises:
-        ConfigError: If the node's configuration does not name them.
-    """
-    config = context.node_config
-    text = str(config.get("partition-ids", config.get("partition-id", "")))
-    ids = [int(word) for word in text.replace(",", " ").split() if word.isdecimal()]
-    if not ids:
-        raise ConfigError(
-            f"node-config has partition-id={text!r}: the number of this node's client is wanted, "
-            "or partition-ids with several, parted by commas"
-        )
-    return ids
-
-
-def folder_of(context: Context, run: str, client: int) -> Path:
-    """Return the folder in which a client keeps its state of a run."""
-    cache = context.node_config.get("cache", os.environ.get("FLWR_HOME", "~/.flwr"))
-    if not (run.isascii() and run.isalnum()):  # it becomes a path, and comes from outside
-        raise WireError(
-            f"the name of a run is {run!r:.100}; it names a folder here, so that only letters and "
-            "digits may be in it"
-        )
-    return Path(str(cache)).expanduser() / CACHE / run / str(client)
-
-
-def make_room(folder: Path) -> None:
-    """Make the folder of a run, and remove those of the oldest where there are too many.
-
-    Raises:
-        ConfigError: If it, or the cache that it lies in, is a folder of somebody else.
-    """
-    claim(folder.parent)
-    claim(folder)
-    folder.touch()
-    made = [p for p in folder.parent.iterdir() if is_own(p) and not p.is_symlink()]
-    for old in sorted(made, key=lambda path: path.stat().st_mtime)[:-RUNS]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def claim(folder: Path) -> None:
-    """Make a folder with the marker; one that is there must have it, or be empty.
-
-    Raises:
-        ConfigError: If it has something else in it.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Looked at twice: another process of this node may be claiming it now.
-    if not is_own(folder) and any(folder.iterdir()) and not is_own(folder):
-        raise ConfigError(
-            f"{folder} was not made by fedraclora (it has no file {MARKER}), and is left as it is; "
-            "move it away, or name another folder as cache in node-config"
-        )
-    (folder / MARKER).touch()
-
-
-def is_own(folder: Path) -> bool:
-    """Check whether a folder was made by `claim`."""
-    return (folder / MARKER).is_file()
 
 
 def store_file(folder: Path) -> Path:
@@ -179,7 +111,15 @@ def read_store(folder: Path, rounds: int) -> ClientStore:
     return store
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=KEPT)
+def replica_of(folder: Path, trainer: CohortTrainer) -> StoredReplica:
+    """Read the base weights of a client, or begin with those of the model."""
+    holding = StoredReplica(folder, trainer.plan, trainer.device)
+    holding.begin(dict(trainer.task.model.named_parameters()))
+    return holding
+
+
+@lru_cache(maxsize=KEPT)
 def trainer_for(
     settings: str, own: str | None, client: int, *, alone: bool
 ) -> tuple[CohortTrainer, Terms | None]:

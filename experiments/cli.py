@@ -19,6 +19,7 @@ COMMANDS = {
     "simulate": "run a federated experiment in this process; -m sweeps",
     "flower": "run it as a Flower app, by `flwr run` on this machine",
     "deploy": "run it on real SuperNodes: connection=NAME, or local=3 on this machine",
+    "node": "be a SuperNode for `deploy`: the words of flower-supernode, answered sooner",
     "compare": "read run folders into one table, or run methods alike (experiment=STUDY)",
     "export": "write the trained model of a run: --format peft | hf | state_dict | gguf",
     "compact": "fold the links of a finished or stopped run, for a smaller folder: --every N",

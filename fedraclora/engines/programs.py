@@ -79,21 +79,27 @@ class Program:
         words: Its command line.
         environ: Its environment.
         file: Takes what it writes.
+        script: Python file to run in its place; it takes the same words.
 
     Raises:
         EngineError: If there is no such program.
     """
 
     def __init__(
-        self, name: str, words: Sequence[str], environ: Mapping[str, str], file: Path
+        self,
+        name: str,
+        words: Sequence[str],
+        environ: Mapping[str, str],
+        file: Path,
+        script: Path | None = None,
     ) -> None:
         self.name, self.file = name, file
-        program = shutil.which(name, path=environ["PATH"])
+        program = script or shutil.which(name, path=environ["PATH"])
         if program is None:
             raise EngineError(f"there is no {name} beside this Python: install flwr")
         with file.open("wb") as log:
             self.process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", str(TETHERED), program, *words],
+                [sys.executable, "-P", str(TETHERED), str(program), *words],
                 env=environ,
                 stdin=subprocess.PIPE,
                 stdout=log,

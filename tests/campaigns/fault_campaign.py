@@ -20,7 +20,7 @@ from tests.campaigns.faults.real import LINK, drill
 from tests.campaigns.faults.trials import KINDS, Outcome, inject
 
 TURNS, SHIFT, LONG = 3, 5, 8  # series of all kinds, by how much they are shifted, kinds a run
-DRILL_ROUNDS = 14
+DRILL_ROUNDS = 30
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

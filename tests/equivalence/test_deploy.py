@@ -9,8 +9,8 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
+from clients.cache import CACHE, MARKER
 from clients.engines import engine_of
-from clients.node import CACHE, MARKER
 from experiments.simulate import simulate
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.deploy.traffic import message_bytes

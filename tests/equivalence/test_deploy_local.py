@@ -18,10 +18,14 @@ from experiments import deploy
 from experiments.choices import composed
 from experiments.record import Record
 from experiments.simulate import simulate
+from fedraclora.engines.deploy import local
+from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.keys import make_authority, make_node_key
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import Program
 from fedraclora.errors import EngineError
+from tests.campaigns.faults.real import Drill, client_processes, wait_for
+from tests.campaigns.faults.trials import absent, final_weights
 
 WORDS = [
     # Drawn, so that no process imports a library for data or partitions.
@@ -142,3 +146,45 @@ def test_a_command_that_is_interrupted_leaves_no_process(sign: int, tmp_path: Pa
     assert not [*tmp_path.glob("fedraclora-*")]
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert str(tmp_path) not in listed.stdout
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node", ["ours", "Flower's own"])
+def test_one_process_of_a_node_trains_until_it_is_killed(
+    node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who kills it as it works fails that client's rounds alone, by name."""
+    if node != "ours":
+        monkeypatch.setattr(local, "SUPERNODE", None)
+    with LocalDeployment([[0], [1], [2]]) as running:
+        job = Drill(running, tmp_path / "run", ["rounds=6"])
+        job.begin()
+        job.rounds_until(1)
+        (first,) = client_processes(running, 0)
+        job.rounds_until(2)
+        assert client_processes(running, 0) == [first]
+        at = job.kill_for_a_round(0)
+        assert job.end().word == COMPLETED
+        (second,) = client_processes(running, 0)
+        assert second != first
+        (program, _, _) = running.nodes
+        assert program is not None
+        program.process.kill()  # it alone: what it has started ends by itself
+        wait_for(lambda: not is_alive(second), "the end of the process that trains")
+    missing = {row["round"]: row["failures"] for row in job.rows()[1:] if row["failures"]}
+    for round_, failures in missing.items():
+        (failure,) = failures
+        assert failure["client"] == 0
+        assert f"round {round_}, clients [0] of this node: the process that" in failure["reason"]
+    assert at in missing
+    fault = absent({round_: [0] for round_ in missing})
+    wanted = final_weights(["rounds=6", "engine.min_clients=1"], fault)
+    assert summary(tmp_path / "run")["weights_digest"] == wanted

@@ -159,7 +159,7 @@ def test_secure_sums_of_real_nodes_of_which_one_is_killed(tmp_path: Path) -> Non
         job = Drill(running, tmp_path / "run", secured)
         job.begin()
         job.rounds_until(1)
-        job.new_process(3)
+        job.catch(3)
         end_node(running, 3, killed=True)
         assert job.end().word == COMPLETED
     first, second = rows(tmp_path / "run")[1:]

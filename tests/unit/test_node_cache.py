@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, RecordDict
 
-from clients.node import CACHE, MARKER, RUNS, folder_of, introduce, make_room
+from clients.cache import CACHE, MARKER, RUNS, folder_of, make_room
+from clients.node import introduce
 from fedraclora.errors import ConfigError, WireError
 
 

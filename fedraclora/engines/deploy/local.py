@@ -23,6 +23,7 @@ from fedraclora.engines.programs import (
 )
 from fedraclora.errors import EngineError
 
+SUPERNODE = Path(__file__).with_name("supernode.py")
 NAME = "local"  # of the connection
 
 
@@ -142,7 +143,7 @@ class LocalDeployment:
         """Start a SuperNode with some credentials: those of node ``k``, or others."""
         words = [*secure, "--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1"]
         words += ["--port", str(free_port()), "--node-config", config]
-        return Program("flower-supernode", words, self.environ, self.home / log)
+        return Program("flower-supernode", words, self.environ, self.home / log, SUPERNODE)
 
     def close(self) -> None:
         """End everything, the nodes first, and remove the folder."""

@@ -1,4 +1,4 @@
-"""Nodes of a deployment in this process: the apps and the messages are real, the network is not.
+"""Nodes of a deployment in this process: what answers and the messages are real, not the network.
 
 What goes over it is written to bytes and read back. A fault may do what it likes with a message.
 """
@@ -16,7 +16,8 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from typing_extensions import override
 
-from clients.client_app import app as client_app
+from clients import node as client_node
+from clients.respond import respond
 from experiments.choices import composed
 from fedraclora.engines.local import MessageGrid, become_a_task
 from fedraclora.wire import clients_of
@@ -127,7 +128,7 @@ class Network(MessageGrid):
         return self.fault(message, lambda: self.call(message))
 
     def call(self, message: Message) -> Message:
-        """Run the ClientApp of a node."""
+        """Answer as the process that stays on a node does, when it is new."""
         node = message.metadata.dst_node_id
         config = {"cache": str(self.cache / str(node)), **self.nodes[node]}
         copy = Message(
@@ -138,7 +139,8 @@ class Network(MessageGrid):
         )
         copy.metadata.__dict__["_message_id"] = message.metadata.message_id
         context = Context(1, node, config, RecordDict(), self.run_config)
-        reply = client_app(message=copy, context=context)
+        client_node.replica_of.cache_clear()  # what a node has after its process was replaced
+        reply = respond(copy, context)
         if reply.has_error():
             return Message(reply.error, reply_to=message)
         return Message(over_the_wire(reply.content), reply_to=message)

@@ -71,12 +71,32 @@ class Drill:
         wait_for(has_ended, f"the end of round {round_}")
         return len(self.rows())
 
-    def new_process(self, k: int) -> None:
-        """Wait until node ``k`` starts a process for its client."""
-        before = set(client_processes(self.deployment, k))
-        wait_for(
-            lambda: bool(set(client_processes(self.deployment, k)) - before), f"work at node {k}"
-        )
+    def kill_for_a_round(self, k: int) -> int:
+        """Kill the client at node ``k`` whenever it comes up, for a whole round; give which.
+
+        It is missed there: to come up takes longer than to be found.
+        """
+
+        def kill() -> None:
+            signal_clients(self.deployment, k, signal.SIGKILL)
+
+        at = self.rounds_until(len(self.rows()), kill)
+        self.rounds_until(at, kill)
+        return at
+
+    def catch(self, k: int) -> None:
+        """Stop the client at node ``k`` while it has nothing to do, and wait for a message."""
+        wait_for(lambda: bool(client_processes(self.deployment, k)), f"a client at node {k}")
+
+        def is_stopped_idle() -> bool:
+            signal_clients(self.deployment, k, signal.SIGSTOP)
+            if unanswered(self.deployment, k):
+                signal_clients(self.deployment, k, signal.SIGCONT)
+                return False
+            return True
+
+        wait_for(is_stopped_idle, f"a pause of node {k}")
+        wait_for(lambda: unanswered(self.deployment, k), f"work at node {k}")
 
     def end(self) -> Status:
         """Wait for the end of the run; give what Flower says of it."""
@@ -95,14 +115,16 @@ def wait_for(ready: Callable[[], bool], what: str) -> None:
 
 
 def client_processes(deployment: LocalDeployment, k: int) -> list[int]:
-    """The processes of node ``k`` in which a client trains: they have loaded torch.
+    """The process of node ``k`` in which its client trains, if there is one."""
+    node = deployment.nodes[k]
+    return [] if node is None else pgrep("-g", str(node.process.pid), "-f", "clients.resident")
 
-    One that dies before that, without its message, Flower starts again after some minutes.
-    """
-    if (node := deployment.nodes[k]) is None:
-        return []
-    found = pgrep("-g", str(node.process.pid), "-f", "flwr-clientapp")
-    return [pid for pid in found if "libtorch" in maps(pid)]
+
+def unanswered(deployment: LocalDeployment, k: int) -> bool:
+    """Whether node ``k`` has a train message that it has not answered."""
+    node = deployment.nodes[k]
+    said = "" if node is None else node.file.read_text(errors="replace")
+    return said.count("Receiving: train") > said.count("Sending: train")
 
 
 def pgrep(*words: str) -> list[int]:
@@ -112,19 +134,11 @@ def pgrep(*words: str) -> list[int]:
     return [int(pid) for pid in listed.stdout.split()]
 
 
-def maps(pid: int) -> str:
-    """What a process has loaded; nothing, where there is none or it is dead."""
-    try:
-        return Path(f"/proc/{pid}/maps").read_text()
-    except OSError:
-        return ""
-
-
-def kill_clients(deployment: LocalDeployment, k: int) -> None:
-    """Kill the processes of node ``k`` in which a client trains."""
+def signal_clients(deployment: LocalDeployment, k: int, sign: int) -> None:
+    """Send a signal to the process of node ``k`` in which its client trains."""
     for pid in client_processes(deployment, k):
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, sign)
 
 
 def end_node(deployment: LocalDeployment, k: int, *, killed: bool = False) -> None:
@@ -200,19 +214,21 @@ def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
         at = job.rounds_until(1)
         running.start_node(2)
         came.append(Injected("a node is added late", at, 2, joins=True))
+        at = job.kill_for_a_round(0)
         came.append(Injected("the process of a client is killed", at, 0, joins=False))
-        # Each that comes up: one that is ending as this begins has sent its reply already.
-        at = job.rounds_until(at, lambda: kill_clients(running, 0))
-        job.new_process(1)
+        job.catch(1)
         at = len(job.rows())
         end_node(running, 1, killed=True)
         came.append(Injected("a node is killed mid-round", at, 1, joins=False))
         at = job.rounds_until(at)
+        job.catch(0)  # a key is refused for longer than rounds take: the run waits meanwhile
         restart_node(running, 1)
+        signal_clients(running, 0, signal.SIGCONT)
         came.append(Injected("a node that was killed is started again", at, 1, joins=True))
         job.rounds_until(at)
-        job.new_process(0)
+        job.catch(0)
         at = len(job.rows())
+        signal_clients(running, 0, signal.SIGCONT)  # SIGTERM means nothing to who is stopped
         end_node(running, 0)
         came.append(Injected("a node is stopped by SIGTERM", at, 0, joins=False))
         at = job.rounds_until(at)

@@ -1,0 +1,81 @@
+"""Answers the messages of Flower's runtimes, in a process that may live on.
+
+A message may meet any process, or a fresh one. A process builds data and model once and keeps
+them. In a simulation the base weights follow those of the server by a folder of its machine; on
+real hosts each client has its own (`clients.node`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from clients import node
+from clients.ray_worker import answer
+from clients.worker import Worker
+from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
+from fedraclora.config.run_config import task_from_plain
+from fedraclora.config.settings import PretrainConfig
+from fedraclora.engines.local import STALE, error_of, failed
+from fedraclora.errors import StaleError, WireError
+from fedraclora.weights.job import read_settings
+from fedraclora.weights.replica import FolderReplica
+from fedraclora.wire.records import read_tree, tree_record
+
+
+def respond(message: Message, context: Context) -> Message:
+    """Answer a message; what goes wrong is an error reply."""
+    reply = introduced if message.metadata.message_type == "query.partition" else trained
+    try:
+        return Message(reply(message.content, context), reply_to=message)
+    except StaleError:
+        return Message(RecordDict({STALE: ConfigRecord()}), reply_to=message)
+    except Exception as error:
+        return failed(message, error_of(error))
+
+
+def introduced(content: RecordDict, context: Context) -> RecordDict:
+    """Report which client this node is, or on a real host which it serves."""
+    job = content.get("job")
+    if isinstance(job, ConfigRecord):
+        return node.introduce(context, str(job["run"]))
+    record = ConfigRecord({"id": int(context.node_config["partition-id"])})
+    return RecordDict({"partition": record})
+
+
+def trained(content: RecordDict, context: Context) -> RecordDict:
+    """Train the client of this node.
+
+    Raises:
+        WireError: If the message does not say what to do.
+    """
+    job = content.get("job")
+    if not isinstance(job, ConfigRecord):
+        raise WireError(
+            f"a message of the server has the records {list(content)}, but not the record job, "
+            "which says what to do: run the server and the clients from one release"
+        )
+    if "run" in job:
+        return node.answer(context, str(job["run"]), content)
+    reply, stored = answer(worker_of(str(job["folder"])), content, read_tree(content, "kept"))
+    reply["kept"] = tree_record(stored)
+    return reply
+
+
+@lru_cache(maxsize=1)
+def worker_of(folder: str) -> Worker:
+    """Build data and model of a run, once in each process.
+
+    Args:
+        folder: Of a `fedraclora.weights.job.JobFolder`.
+    """
+    config = task_from_plain(read_settings(Path(folder)))
+    fix_bits(config.engine.threads, pick_device(config.device))
+    # The base weights come from the folder: to pretrain them here again would be for nothing.
+    built = build_task(replace(config, pretrain=PretrainConfig()))
+    trainer = trainer_of(config, built, plan_of(config, built.task))
+    replica = FolderReplica(Path(folder), trainer.plan, built.device)
+    return Worker(trainer, replica, terms=terms_of(config, built))

@@ -1,0 +1,201 @@
+"""A message goes to the process that stays on its node, which is replaced and ends as it should."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from clients import handover
+from clients.cache import cache_of
+from clients.handover import check_peer, hand_over, open_alone, started
+from fedraclora.engines.local import become_a_task
+from fedraclora.errors import ClientError
+
+# Stands for `clients.resident`, without what takes time to import.
+STAND_IN = """
+import os, signal, socket, sys, time
+from flwr.app import ConfigRecord, Message, RecordDict
+from clients import resident
+
+def respond(message, context):
+    asked = message.content["asked"]["what"]
+    if asked == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if asked == "work":
+        open(context.node_config["cache"] + "/working", "w").write(str(os.getpid()))
+        time.sleep(60)
+    said = {"process": os.getpid(), "was": asked, "path": sys.path[0]}
+    return Message(RecordDict({"said": ConfigRecord(said)}), reply_to=message)
+
+listener, node, key = sys.argv[1:]
+resident.IDLE = float(os.environ.get("IDLE", "60"))
+resident.serve(socket.socket(fileno=int(listener)), int(node), key.encode(), respond)
+"""
+
+Parent = subprocess.Popen[bytes]
+
+
+@pytest.fixture
+def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parent]:
+    """Stands for the process of the node that starts this one for a message."""
+    become_a_task()
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(handover, "PROGRAM", (str(script),))
+    with subprocess.Popen(["sleep", "300"]) as process:
+        monkeypatch.setattr(os, "getppid", lambda: process.pid)
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A path that is too long for a socket."""
+    folder = tmp_path / ("a folder of a long name " * 8)
+    folder.mkdir()
+    return folder
+
+
+def context(cache: Path, *, run: int = 7) -> Context:
+    return Context(run, 5, {"partition-id": 3, "cache": str(cache)}, RecordDict(), {})
+
+
+def message(what: str) -> Message:
+    content = RecordDict({"asked": ConfigRecord({"what": what})})
+    return Message(content, dst_node_id=5, message_type="train.cohort", group_id="4")
+
+
+def asked(cache: Path, what: str = "who", *, run: int = 7) -> int:
+    """Let a message be answered; the process that did."""
+    reply = hand_over(message(what), context(cache, run=run))
+    said = reply.content["said"]
+    assert said["was"] == what
+    assert said["path"] == sys.path[0]  # it imports what this process would
+    return int(said["process"])
+
+
+def has_ended(pid: int) -> bool:
+    """Wait for the end of a process; nobody waits for it else."""
+    return until(lambda: state(pid) in "ZX")
+
+
+def state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+def until(ready: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 60
+    while not ready():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def working(cache: Path) -> int:
+    """Wait until a process is in the middle of a message; that process."""
+    mark = cache / "working"
+    assert until(lambda: mark.is_file() and mark.read_text() != "")
+    return int(mark.read_text())
+
+
+def test_one_process_answers_them_all_and_is_replaced_when_it_goes(
+    parent: Parent, cache: Path
+) -> None:
+    first = asked(cache)
+    assert first != os.getpid()
+    assert asked(cache) == first
+    os.kill(first, signal.SIGKILL)
+    assert has_ended(first)
+    second = asked(cache)
+    assert second != first
+    with pytest.raises(ClientError, match=r"round 4, clients \[3\] .* ended before it answered"):
+        asked(cache, "die")
+    third = asked(cache)
+    assert third not in {first, second}
+    fourth = asked(cache, run=8)  # it serves one run
+    assert fourth != third
+    assert has_ended(third)
+    parent.kill()  # and ends with its node
+    assert has_ended(fourth)
+
+
+def test_only_its_user_may_enter(
+    parent: Parent, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked(cache)
+    folder = cache_of(context(cache)) / handover.FOLDERS / "5"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "socket").stat().st_mode) == 0o600
+    folder.chmod(0o711)
+    with pytest.raises(ClientError, match=r"has mode 711; only the user of this process"):
+        asked(cache)
+    one, other = socket.socketpair()
+    with one, other:
+        check_peer(one)
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        with pytest.raises(ClientError, match="is of user"):
+            check_peer(one)
+
+
+@pytest.mark.parametrize("whose", ["node", "message"])
+def test_it_does_not_work_for_who_is_gone(whose: str, parent: Parent, cache: Path) -> None:
+    with open_alone(cache_of(context(cache)), 5) as address:
+        resident = started(address, b"key")
+        assert resident is not None
+        resident.send((message("work"), context(cache)))
+        pid = working(cache)
+        if whose == "node":
+            parent.kill()
+        else:
+            resident.close()
+        assert has_ended(pid)
+
+
+def test_it_ends_where_nothing_comes(
+    parent: Parent, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IDLE", "0.1")
+    assert has_ended(asked(cache))
+
+
+def test_one_that_does_not_start_is_the_error_of_the_message(
+    parent: Parent, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "PROGRAM", ("-c", "raise SystemExit('no torch')"))
+    with pytest.raises(ClientError, match=r"round 4, clients \[3\] .* did not start"):
+        asked(cache)
+
+
+def test_the_app_of_a_message_imports_nothing_that_takes_time() -> None:
+    words = "import sys, clients.client_app; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", words], capture_output=True, text=True, check=True, env=os.environ
+    )
+    loaded = done.stdout.split()
+    heavy = {"torch", "scipy", "pandas", "sklearn", "safetensors", "transformers", "ray"}
+    assert not heavy & {*loaded}
+    ours = {m for m in loaded if m.partition(".")[0] in {"clients", "fedraclora", "strategies"}}
+    assert ours == {
+        "clients",
+        "clients.cache",
+        "clients.client_app",
+        "clients.handover",
+        "fedraclora",
+        "fedraclora.engines",
+        "fedraclora.engines.local",
+        "fedraclora.errors",
+    }
