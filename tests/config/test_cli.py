@@ -381,7 +381,9 @@ def test_resume_under_the_same_config_goes_on(simulate: Run, command: Run, tmp_p
 
 
 def test_an_unknown_command_is_refused(command: Run) -> None:
-    assert_refused(command("simulat"), "'simulat'", "did you mean 'simulate'?", "bench, compare")
+    assert_refused(
+        command("simulat"), "'simulat'", "did you mean 'simulate'?", "bench, compact, compare"
+    )
 
 
 def test_help_lists_the_groups_with_one_line_each(

@@ -140,7 +140,7 @@ def test_moments_go_on_across_sketches_and_move_the_second_round() -> None:
 @pytest.mark.parametrize(
     ("name", "more", "beside"),
     [
-        ("fed_rac_lora", {"treatment": RoundSettings(security=SecAgg(clip=1.0))}, "secure=secagg"),
+        ("fed_rac_lora", {"treatment": RoundSettings(secure=SecAgg(clip=1.0))}, "secure=secagg"),
         (
             "fed_rac_lora",
             {"treatment": RoundSettings(privacy=ClientLevel(clip=0.1)), "weights": "uniform"},
@@ -150,7 +150,7 @@ def test_moments_go_on_across_sketches_and_move_the_second_round() -> None:
         ("fed_rac_lora", {"downlink": "bfloat16"}, "wire.downlink in fewer bits"),
         (
             "fed_rac_lora",
-            {"treatment": RoundSettings(optimiser=Momentum(space="factors"))},
+            {"treatment": RoundSettings(server_optimiser=Momentum(space="factors"))},
             "server_optimiser.space=factors",
         ),
         (

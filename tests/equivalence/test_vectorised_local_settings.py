@@ -20,7 +20,8 @@ from fedraclora.protocol.method import Cohort, Draw
 @pytest.mark.parametrize("name", KINDS)
 def test_every_local_setting(name: str, setting: str) -> None:
     local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
-    run(CASES["mlp"](), method_of(name, sketch="gaussian"), local, rounds=2, check={2})
+    method = method_of(name, sketch="gaussian", blocks="independent")
+    run(CASES["mlp"](), method, local, rounds=2, check={2})
 
 
 @pytest.mark.parametrize("setting", PROJECTED)

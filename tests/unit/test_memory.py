@@ -171,7 +171,7 @@ def cnn() -> Task:
 
 
 def transformer(longest_client: int = 0) -> Task:
-    """Samples are short, but one, of the named client."""
+    """Samples are short, but those of the named client, whose padding would take no memory."""
     built = build_transformer(
         shape=(),
         classes=3,
@@ -184,7 +184,7 @@ def transformer(longest_client: int = 0) -> Task:
         max_length=LENGTH,
     )
     lengths = torch.full((sum(SIZES),), 9)
-    lengths[sum(SIZES[:longest_client])] = LENGTH
+    lengths[sum(SIZES[:longest_client]) :][: SIZES[longest_client]] = LENGTH
     mask = (torch.arange(LENGTH) < lengths[:, None]).long()
     ids = torch.from_numpy(generator(0, "words").integers(1, WORDS, (sum(SIZES), LENGTH)))
     data = divided({"input_ids": ids, "attention_mask": mask}, 3)
