@@ -155,16 +155,25 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
         CheckpointError: If the file is cut short or changed.
     """
     with whole(path, advice):
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata()
-            # safetensors sorts tensors by dtype; packing order is the order they came in. Cloned,
-            # for they lie in the file's buffer, and matrix products round by alignment.
-            names = json.loads(header["names"])
-            tensors = {name: file.get_tensor(name).clone() for name in names}
-            stored = set(file.keys())
-        if stored != set(tensors) or _digest(tensors, header["meta"]) != header["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its digest does not fit; {advice}")
-        return join(tensors), json.loads(header["meta"])
+        # Twice: safetensors opens header and data apart, and a file may be replaced in between.
+        for _ in range(2):
+            header, tensors, fits = _read(path)
+            if fits:
+                return join(tensors), json.loads(header["meta"])
+    raise CheckpointError(f"{path} is damaged: its digest does not fit; {advice}")
+
+
+def _read(path: Path) -> tuple[dict[str, str], Tree, bool]:
+    """Read header and tensors, and whether its digest fits them."""
+    with safe_open(path, framework="pt") as file:
+        header: dict[str, str] = file.metadata()
+        # safetensors sorts tensors by dtype; packing order is the order they came in. Cloned,
+        # for they lie in the file's buffer, and matrix products round by alignment.
+        names = json.loads(header["names"])
+        tensors = {name: file.get_tensor(name).clone() for name in names}
+        stored = set(file.keys())
+    fits = stored == set(tensors) and _digest(tensors, header["meta"]) == header["sha256"]
+    return header, tensors, fits
 
 
 def read_header(path: Path, advice: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedraclora.errors import CheckpointError
 from fedraclora.tree import Tree
+from fedraclora.weights import files
 from fedraclora.weights.files import (
     FILE,
     difference,
@@ -225,3 +226,21 @@ def test_difference_gives_a_line_per_key() -> None:
 
 def test_flatten_keeps_empty_mappings_as_values() -> None:
     assert flatten({"a": {"b": {}, "c": [1]}, "d": {}}) == {"a.b": {}, "a.c": [1], "d": {}}
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = ({"a": torch.full((3,), float(i))} for i in range(2))
+    path, read = tmp_path / "file.safetensors", files._read
+    files.save_tensors(path, old, {}, sync=False)
+
+    def between(where: Path) -> object:
+        header, tensors, fits = read(where)
+        if torch.equal(tensors["a"], new["a"]):
+            return header, tensors, fits
+        files.save_tensors(path, new, {}, sync=False)
+        return header, read(where)[1], False  # the header of one and the data of the other
+
+    monkeypatch.setattr(files, "_read", between)
+    assert torch.equal(files.load_tensors(path, "")[0]["a"], new["a"])
