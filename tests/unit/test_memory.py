@@ -171,7 +171,7 @@ def cnn() -> Task:
 
 
 def transformer(longest_client: int = 0) -> Task:
-    """Samples are short, but those of the named client, whose padding would take no memory."""
+    """Samples are short, but those of the named client: what is packed has no padding then."""
     built = build_transformer(
         shape=(),
         classes=3,
@@ -295,7 +295,9 @@ def test_no_other_clients_take_more() -> None:
     ids = torch.tensor([0, 1, 2])
     assert allocated(lambda: chosen.train(ids)) <= 1.02 * model.training(3)
     short = world(transformer(longest_client=1)).model()
-    assert model == short
+    # Where the largest client's texts are short, they are counted with padding, which costs more.
+    assert replace(model, step=short.step) == short
+    assert short.step <= model.step <= 1.1 * short.step
 
 
 def test_padding_is_looked_for_a_few_clients_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
