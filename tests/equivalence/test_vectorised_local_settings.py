@@ -35,7 +35,9 @@ def test_a_preconditioner_by_the_factor_that_is_frozen(trained: str, setting: st
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_preconditioner_and_prox_on_either_side(side: str) -> None:
-    local = replace(LOCAL, precondition=True, prox=0.3)
+    # Small steps: the drawn factor of the last layer is square and nearly singular, so that a long
+    # step of its preconditioner makes rounding as large as the bound.
+    local = replace(LOCAL, lr=0.001, precondition=True, prox=0.3)
     method = method_of("fed_rac_lora", side=side, sketch="gaussian", resample_every=None)
     run(CASES["cnn-adapted"](), method, local, rounds=2, check={2})
 
