@@ -173,7 +173,7 @@ class World:
     task: Task
     plan: Plan
     base: Tree
-    played: dict[tuple[type, Method, Draw], list[Played]] = field(default_factory=dict)
+    played: dict[tuple[type, Method, Draw], list[Played]] = field(init=False, default_factory=dict)
 
     @property
     def clients(self) -> int:
