@@ -6,13 +6,7 @@
 
 from __future__ import annotations
 
-from fedraclora.sketch.draw import (
-    SKETCHES,
-    Constants,
-    Sketches,
-    SketchSpec,
-    check_sketch,
-    constants,
-)
+from fedraclora.sketch.draw import Constants, Sketches, SketchSpec, check_sketch, constants
+from fedraclora.sketch.kinds import SKETCHES
 
 __all__ = ["SKETCHES", "Constants", "SketchSpec", "Sketches", "check_sketch", "constants"]

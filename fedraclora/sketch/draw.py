@@ -20,18 +20,8 @@ from math import sqrt
 import torch
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.sketch import bases, kinds
+from fedraclora.sketch.kinds import SKETCHES
 
-SKETCHES: dict[str, kinds.Kind] = {
-    "orthonormal": kinds.frame(bases.HAAR, "float"),
-    "coordinate": kinds.frame(bases.COORDINATE, "exact"),
-    "srht": kinds.frame(bases.SRHT, "power_of_two"),
-    "gaussian": kinds.GAUSSIAN,
-    "kaiming_uniform": kinds.KAIMING_UNIFORM,
-    "rademacher": kinds.RADEMACHER,
-    "sparse_sign": kinds.SPARSE_SIGN,
-    "count_sketch": kinds.COUNT_SKETCH,
-}
 SIDES = ("right", "left")
 NORMALISATIONS = ("rows", "identity", "none")
 BLOCKS = ("independent", "cover")
@@ -125,24 +115,6 @@ class SketchSpec:
         if self.normalise == "identity":
             return self.dim / self.rank
         return SKETCHES[self.kind].gram(self)
-
-    @property
-    def exact_bits(self) -> bool:
-        """Return whether any machine draws the same bits, so that a digest can prove the sketch.
-
-        True for kinds drawn from raw integers; an ``srht`` needs a dim that is a power of two,
-        and its block across two bases goes through a QR and is not exact.
-        """
-        bits = SKETCHES[self.kind].bits
-        if bits == "power_of_two":
-            return bases.is_power_of_two(self.dim) and not self._straddles
-        return bits == "exact"
-
-    @property
-    def _straddles(self) -> bool:
-        """Return whether this block of a cover takes rows from two bases."""
-        start = self.index * self.rank % self.dim
-        return self.blocks == "cover" and start + self.rank > self.dim
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,22 @@
-"""The laws of random sketches: how each kind is drawn, its scale, its expected rank."""
+"""The laws of random sketches: how each kind is drawn, its scale, its expected rank.
+
+Kinds that are drawn from raw integers have the same bits on every machine, so that a digest can
+prove them: all but ``gaussian`` and ``orthonormal``, and ``srht`` where dim is a power of two. A
+block of a cover that takes rows from two bases goes through a QR, and has not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb, sqrt
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from fedraclora.rng import generator, torch_normal
-from fedraclora.sketch.bases import Basis, Leaf, signs, words
-
-Bits = Literal["exact", "power_of_two", "float"]
+from fedraclora.sketch.bases import COORDINATE, HAAR, SRHT, Basis, Leaf, signs, words
 
 
 class Size(Protocol):
@@ -40,25 +43,21 @@ class Kind:
         draw: (leaf of the seed tree, size) -> A as drawn, before any normalisation.
         gram: size -> c of ``E[A A^T] = c I`` for A as drawn (its mean diagonal).
         mean_rank: size -> E[rank A].
-        bits: Whether all machines draw the same bits: ``exact``, ``float`` (no), or
-            ``power_of_two`` (where dim is one).
         basis: The basis behind the kind, or None where rows are not orthonormal.
     """
 
     draw: Callable[[Leaf, Size], torch.Tensor]
     gram: Callable[[Size], float]
     mean_rank: Callable[[Size], float]
-    bits: Bits
     basis: Basis | None = None
 
 
-def frame(basis: Basis, bits: Bits) -> Kind:
+def frame(basis: Basis) -> Kind:
     """Build the kind of a basis: A is its first ``rank`` rows, so ``A A^T = I``."""
     return Kind(
         draw=lambda leaf, size: basis.rows(leaf, size.dim, 0, size.rank),
         gram=lambda size: 1.0,  # noqa: ARG005
         mean_rank=full_rank,
-        bits=bits,
         basis=basis,
     )
 
@@ -133,15 +132,15 @@ def sign_rank(rank: int, dim: int, density: float) -> float:
     return min(max(mean, 0.0), float(min(rank, dim)))
 
 
-GAUSSIAN = Kind(gaussian, lambda s: float(s.dim), full_rank, "float")
-KAIMING_UNIFORM = Kind(kaiming_uniform, lambda s: 1.0 / 3.0, full_rank, "exact")  # noqa: ARG005
-RADEMACHER = Kind(
-    rademacher, lambda s: float(s.dim), lambda s: sign_rank(s.rank, s.dim, 1.0), "exact"
-)
-SPARSE_SIGN = Kind(
-    sparse_sign,
-    lambda s: s.density * s.dim,
-    lambda s: sign_rank(s.rank, s.dim, s.density),
-    "exact",
-)
-COUNT_SKETCH = Kind(count_sketch, lambda s: s.dim / s.rank, count_rank, "exact")
+SKETCHES: dict[str, Kind] = {
+    "orthonormal": frame(HAAR),
+    "coordinate": frame(COORDINATE),
+    "srht": frame(SRHT),
+    "gaussian": Kind(gaussian, lambda s: float(s.dim), full_rank),
+    "kaiming_uniform": Kind(kaiming_uniform, lambda s: 1.0 / 3.0, full_rank),  # noqa: ARG005
+    "rademacher": Kind(rademacher, lambda s: float(s.dim), lambda s: sign_rank(s.rank, s.dim, 1.0)),
+    "sparse_sign": Kind(
+        sparse_sign, lambda s: s.density * s.dim, lambda s: sign_rank(s.rank, s.dim, s.density)
+    ),
+    "count_sketch": Kind(count_sketch, lambda s: s.dim / s.rank, count_rank),
+}
