@@ -222,13 +222,8 @@ def check_sketch(kind: str, normalise: str, blocks: str) -> None:
     if blocks not in BLOCKS:
         raise unknown("choice of blocks of a sketch", blocks, BLOCKS)
     if blocks == "cover" and SKETCHES[kind].basis is None:
-        raise _no_basis(kind)
-
-
-def _no_basis(kind: str) -> ConfigError:
-    """Build the error for a cover of a kind without orthonormal bases."""
-    able = ", ".join(sorted(name for name, k in SKETCHES.items() if k.basis is not None))
-    return ConfigError(
-        f"blocks: cover cuts orthonormal bases into blocks, and a {kind!r} sketch has none; "
-        f"take one of {able}, or blocks: independent"
-    )
+        able = ", ".join(sorted(name for name, k in SKETCHES.items() if k.basis is not None))
+        raise ConfigError(
+            f"blocks: cover cuts orthonormal bases into blocks, and a {kind!r} sketch has none; "
+            f"take one of {able}, or blocks: independent"
+        )
