@@ -145,6 +145,11 @@ def difference(found: Layout, expected: Layout) -> str:
     return f"{came}, wanted is {asked} ({len(differ)} of {len(pairs)} tensors differ)"
 
 
+def below(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tree:
+    """Select the tensors whose names begin with a prefix, and strip it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
     """Copy a tensor on any device to a contiguous numpy array."""
     array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = (
