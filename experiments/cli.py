@@ -28,6 +28,8 @@ COMMANDS = {
     "init": "write a small project in a new folder NAME, to be changed into your own",
     "bench": "time whole rounds of the engines, the physical limit and the peers",
 }
+# Commands that are a folder, and the module in it that runs them.
+FOLDERS = dict.fromkeys(("bench", "report", "theory"), ".command")
 
 
 def usage() -> str:
@@ -80,7 +82,7 @@ def run(command: str, rest: Sequence[str]) -> int:
         raise unknown("command", command, COMMANDS)
     sys.argv = [f"fedraclora {command}", *rest]
     with at_once():
-        module = importlib.import_module(f"experiments.{command}")
+        module = importlib.import_module(f"experiments.{command}{FOLDERS.get(command, '')}")
     status = module.main()
     return status if isinstance(status, int) else 0
 

@@ -98,8 +98,9 @@ def assemble(
         failed.callback(engine.close)
         fix_bits(config.engine.threads, pick_device(config.device))
         built = build_task(config)
-        if not resume:
-            built = begun(config, built)
+        if not resume and (start := begin_from(config, built.task.model)):
+            info = {**built.task.info, "start": start}
+            built = replace(built, task=replace(built.task, info=info))
         plan = plan_of(config, built.task)
         if plan.local and not built.classes:
             raise ConfigError(
@@ -157,13 +158,6 @@ def assemble(
     )
 
 
-def begun(config: RunConfig, built: BuiltTask) -> BuiltTask:
-    """Bring the model of a task to where the run begins, and have the task say so."""
-    if not (start := begin_from(config, built.task.model)):
-        return built
-    return replace(built, task=replace(built.task, info={**built.task.info, "start": start}))
-
-
 def settle_chunk(
     config: RunConfig,
     engine: Engine,
@@ -174,17 +168,16 @@ def settle_chunk(
     stored: int | None,
 ) -> ChunkPlan:
     """Plan the chunk of a run; one that goes on keeps its own, whatever memory is free now."""
-    chunk, share, spread = config.engine.chunk, engine.share, engine.spread
-    if chunk == "auto" and stored is not None:
+    if config.engine.chunk == "auto" and stored is not None:
         return ChunkPlan(stored, "as it began")
     return plan_chunk(
-        chunk,
+        config.engine.chunk,
         trainer,
         base,
         downlink,
         cohort,
-        share=share,
-        spread=spread,
+        share=engine.share,
+        spread=engine.spread,
         elsewhere=engine.elsewhere,
     )
 

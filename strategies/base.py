@@ -53,7 +53,12 @@ class FedStrategy(EvaluatesItself):
         on_round: Functions, each of which is called with every new ledger row.
         stop: Says when to end before the last round.
         answering: Has a language model answer prompts; None: it does not.
+
+    Attributes:
+        divisible: Whether a round can be closed again without a client, as far as the steps can.
     """
+
+    divisible = True
 
     def __init__(
         self,
@@ -166,7 +171,8 @@ class FedStrategy(EvaluatesItself):
         step = effective_step(exchange.downlink, self.local, exchange.rate_scale)
         row = ledger_row(exchange, self.state, measured, moved, self.recorder.totals())
         row |= self.rounding.columns
-        row |= fleet_columns(exchange, self.devices.clock) if self.devices.enabled else {}
+        if self.devices.system.enabled:
+            row |= fleet_columns(exchange, self.devices.clock)
         for extra in self.local.extras:
             row |= extra.columns(exchange.downlink, got)
         self.recorder.link(round_, self.state)
@@ -224,7 +230,7 @@ class FedStrategy(EvaluatesItself):
         while names := overflowing(after, self.state):
             what = f"the merged weights are too large ({', '.join(names[:3])})"
             found = largest(raw, self._setting()) if raw.has_individuals else exchange.longest
-            if found is None or not self.divisible:
+            if found is None or not (self.divisible and self.steps.repeatable):
                 raise ClientError(
                     f"round {exchange.round_}: {what}, after updates of clients "
                     f"{raw.clients.tolist()}; lower local.lr or set local.clip"
@@ -234,11 +240,6 @@ class FedStrategy(EvaluatesItself):
             raw = exchange.without(raw, client, reason)
             after = self._next(exchange, self._treated(raw))
         return after
-
-    @property
-    def divisible(self) -> bool:
-        """Return whether a round can be closed again without a client."""
-        return self.steps.repeatable
 
     def _close(self, round_: int, after: State) -> None:
         """Keep the next state, and publish its weights."""

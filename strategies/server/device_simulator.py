@@ -38,11 +38,6 @@ class DeviceSimulator:
     now: float = 0.0
 
     @property
-    def enabled(self) -> bool:
-        """Return whether devices differ from ideal ones."""
-        return self.system.enabled
-
-    @property
     def clock(self) -> dict[str, object]:
         """Virtual seconds since the run began, as a column of the ledger; {} if ideal."""
         return {"virtual_seconds": self.now} if self.system.timed else {}
@@ -91,7 +86,7 @@ class DeviceSimulator:
             The clients that answer in time with their part of the downlink, and the exchange on
             the clock; everyone and None for ideal devices.
         """
-        if not self.enabled:
+        if not self.system.enabled:
             return asked, downlink, None
         sent, kind = loop.kinds
         down = torch.full((len(asked),), payload_bytes(downlink, len(asked), kind))

@@ -57,7 +57,7 @@ class SampleAccount(RoundStep):
     def _count(self, asked: Callable[[], torch.Tensor]) -> None:
         """Count a round; where devices differ, as if all clients had taken part."""
         everyone = torch.arange(len(self.passes))
-        self.add(everyone if self.run.devices.enabled else asked())
+        self.add(everyone if self.run.devices.system.enabled else asked())
 
     def add(self, clients: torch.Tensor) -> None:
         """Count a round that these clients (ids, int64) took part in."""

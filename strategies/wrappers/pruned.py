@@ -46,6 +46,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora
+from strategies.shared.common import opening
 from strategies.wrappers.around import Around
 
 SMOOTH = {"importance/": 0, "uncertainty/": 1}
@@ -138,8 +139,7 @@ class Pruned(Around):
             if name not in after.carried:
                 continue
             now = after.carried[name].double()
-            start = slot.opening()
-            start = torch.zeros_like(now) if start is None else start.to(now)
+            start = opening(slot, now)
             old = [state.carried.get(prefix + name) for prefix in SMOOTH]
             pair = None if old[0] is None or old[1] is None else (old[0], old[1])
             values = self.rule.smoothed(pair, start, start - now)
