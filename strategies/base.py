@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
@@ -34,12 +33,12 @@ from strategies.server.guard import persistently
 from strategies.server.quantised import DownlinkRounding
 from strategies.server.round_step import RoundStep, RoundSteps, RunContext
 from strategies.server.rows import Moved, Row, fleet_columns, ledger_row
-from strategies.server.serverside import EvaluatesItself
+from strategies.server.serverside import OwnLoop
 from strategies.server.sound import largest, overflowing
 from strategies.server.stopping import Stopping
 
 
-class FedStrategy(EvaluatesItself):
+class FedStrategy(OwnLoop):
     """Runs a method round by round.
 
     Args:
@@ -299,14 +298,3 @@ class FedStrategy(EvaluatesItself):
             base=self.state.base,
         )
         return self._exchange.messages(list(grid.get_node_ids()))
-
-    @override
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Close a round that `configure_train` opened (Flower's own loop calls this)."""
-        raw = self._current().collect(replies)
-        got = self._treated(raw)
-        self._close(server_round, self._sound(self._current(), raw, got))
-        token = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})
-        return token, MetricRecord({"clients": len(got.clients)})

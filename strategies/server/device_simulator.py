@@ -114,14 +114,10 @@ class DeviceSimulator:
 
     def _rank(self, method: Method) -> int:
         rank = getattr(method, "rank", None)
-        if rank is None:
-            raise ConfigError(
-                f"system.rank_budget is a share of method.rank, but {type(method).__name__} has no "
-                "one rank; set system.rank_budget=null, or allocation=none if one is set"
-            )
         if not isinstance(rank, int):
+            found = "no one rank" if rank is None else f"the rank {rank!r}, not a whole number"
             raise ConfigError(
-                f"system.rank_budget is a share of method.rank, which is {rank!r}; a whole number "
-                "is wanted"
+                f"system.rank_budget is a share of method.rank, but {type(method).__name__} has "
+                f"{found}; set system.rank_budget=null, or allocation=none if one is set"
             )
         return rank
