@@ -33,8 +33,6 @@ from fedraclora.plots.comparison import compare_figure
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import column, number, round_seconds
 
-__all__ = ["Table", "compare", "main"]
-
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
 _TASK = ("data.", "model.", "pretrain.")
 
