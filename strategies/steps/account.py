@@ -30,7 +30,6 @@ class SampleAccount(RoundStep):
 
     dp: SampleNoise
     passes: torch.Tensor = field(init=False)
-    _known: dict[int, float] = field(default_factory=dict)
 
     spent = "sample_privacy"
 
@@ -73,6 +72,4 @@ class SampleAccount(RoundStep):
     def row(self) -> Row:
         """What the ledger says: the cost to the samples of the client with the most passes."""
         most = int(self.passes.max())
-        if most not in self._known:
-            self._known[most] = self.dp.epsilon(most)
-        return {"epsilon": self._known[most], "delta": self.dp.delta, "passes": most}
+        return {"epsilon": self.dp.epsilon(most), "delta": self.dp.delta, "passes": most}
