@@ -229,7 +229,7 @@ class LayerMethod(LowRank):
         terms: dict[str, Term] = {}
         for name, adapter in sent.adapters.items():
             layer = self.layer(state, state.plan, name)
-            replies = came.of(name)
+            replies = Replies(came, name)
             update = self.update(layer, replies)
             if error is not None:
                 parts = [_product(update.carried.values()), _product(update.merged or ())]

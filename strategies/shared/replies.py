@@ -41,10 +41,6 @@ class RoundReplies:
         """Everything that was sent, [K, ...], by name."""
         return self.got.stack()
 
-    def of(self, name: str) -> Replies:
-        """Return the replies for one layer."""
-        return Replies(self, name)
-
 
 @dataclass(frozen=True)
 class Replies:
