@@ -207,7 +207,7 @@ def test_the_regression_is_the_quadratic_of_the_paper() -> None:
     task = example.task()
     data = task.train
     assert isinstance(data, Partitioned)
-    M = example.diagonal()
+    M = example.M
     W = torch_normal(generator(4, "test"), 3, 3)
     output = functional_call(task.model, {WEIGHT: W}, (data.samples.inputs["x"],))
     loss = float(LOSSES[task.loss](output, data.samples.target)[0].mean())
