@@ -213,7 +213,8 @@ def _unknown_keys(words: Sequence[str], text: str) -> ConfigError:
         first = [re.sub(r"=([^\[(]*?),.*", r"=\1", word) for word in groups]  # of a sweep
         cfg = compose("config", overrides=[*first, *path], return_hydra_config=True)
     keys = flatten(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
-    there = [*map(str, cfg), *(key for key in keys if not key.startswith("hydra."))]
+    own = [key for key in keys if not key.startswith("hydra.")]
+    there = [*dict.fromkeys([*map(str, cfg), *own])]
     lines = []
     for word in words:
         key = key_of(word)
