@@ -81,30 +81,24 @@ class Job:
             self.notes.append(text)
 
 
+@dataclass(eq=False)
 class Worker:
     """Trains clients on one replica.
 
-    Args:
+    Attributes:
         trainer: Trains a chunk as one batch.
         replica: The base weights.
         store: What its clients keep between rounds.
         terms: What its clients insist on in secure aggregation; None: the run has none.
-
-    Attributes:
         limit: The most clients a batch may hold, once memory ran out with more; None before.
     """
 
-    def __init__(
-        self,
-        trainer: CohortTrainer,
-        replica: BaseWeights,
-        store: ClientStore | None = None,
-        terms: Terms | None = None,
-    ) -> None:
-        self.trainer, self.replica, self.terms = trainer, replica, terms
-        self.store = ClientStore() if store is None else store
-        self.limit: int | None = None
-        self._reader = Reader()
+    trainer: CohortTrainer
+    replica: BaseWeights
+    store: ClientStore = field(default_factory=ClientStore)
+    terms: Terms | None = None
+    limit: int | None = field(default=None, init=False)
+    _reader: Reader = field(default_factory=Reader, init=False)
 
     def train(self, content: RecordDict) -> RecordDict:
         """Answer one train message.

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
@@ -34,12 +33,12 @@ from strategies.server.guard import persistently
 from strategies.server.quantised import DownlinkRounding
 from strategies.server.round_step import RoundStep, RoundSteps, RunContext
 from strategies.server.rows import Moved, Row, fleet_columns, ledger_row
-from strategies.server.serverside import EvaluatesItself
+from strategies.server.serverside import OwnLoop
 from strategies.server.sound import largest, overflowing
 from strategies.server.stopping import Stopping
 
 
-class FedStrategy(EvaluatesItself):
+class FedStrategy(OwnLoop):
     """Runs a method round by round.
 
     Args:
@@ -53,7 +52,12 @@ class FedStrategy(EvaluatesItself):
         on_round: Functions, each of which is called with every new ledger row.
         stop: Says when to end before the last round.
         answering: Has a language model answer prompts; None: it does not.
+
+    Attributes:
+        divisible: Whether a round can be closed again without a client, as far as the steps can.
     """
+
+    divisible = True
 
     def __init__(
         self,
@@ -166,7 +170,8 @@ class FedStrategy(EvaluatesItself):
         step = effective_step(exchange.downlink, self.local, exchange.rate_scale)
         row = ledger_row(exchange, self.state, measured, moved, self.recorder.totals())
         row |= self.rounding.columns
-        row |= fleet_columns(exchange, self.devices.clock) if self.devices.enabled else {}
+        if self.devices.system.enabled:
+            row |= fleet_columns(exchange, self.devices.clock)
         for extra in self.local.extras:
             row |= extra.columns(exchange.downlink, got)
         self.recorder.link(round_, self.state)
@@ -224,7 +229,7 @@ class FedStrategy(EvaluatesItself):
         while names := overflowing(after, self.state):
             what = f"the merged weights are too large ({', '.join(names[:3])})"
             found = largest(raw, self._setting()) if raw.has_individuals else exchange.longest
-            if found is None or not self.divisible:
+            if found is None or not (self.divisible and self.steps.repeatable):
                 raise ClientError(
                     f"round {exchange.round_}: {what}, after updates of clients "
                     f"{raw.clients.tolist()}; lower local.lr or set local.clip"
@@ -234,11 +239,6 @@ class FedStrategy(EvaluatesItself):
             raw = exchange.without(raw, client, reason)
             after = self._next(exchange, self._treated(raw))
         return after
-
-    @property
-    def divisible(self) -> bool:
-        """Return whether a round can be closed again without a client."""
-        return self.steps.repeatable
 
     def _close(self, round_: int, after: State) -> None:
         """Keep the next state, and publish its weights."""
@@ -298,14 +298,3 @@ class FedStrategy(EvaluatesItself):
             base=self.state.base,
         )
         return self._exchange.messages(list(grid.get_node_ids()))
-
-    @override
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Close a round that `configure_train` opened (Flower's own loop calls this)."""
-        raw = self._current().collect(replies)
-        got = self._treated(raw)
-        self._close(server_round, self._sound(self._current(), raw, got))
-        token = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})
-        return token, MetricRecord({"clients": len(got.clients)})

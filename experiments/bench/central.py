@@ -48,10 +48,9 @@ class Central:
         model = copy.deepcopy(task.model).requires_grad_(requires_grad=False).eval()
         for name in plan.targets:
             owner = name.rpartition(".")[0]
-            parent, _, leaf = owner.rpartition(".")
             inner = model.get_submodule(owner)
             if isinstance(inner, nn.Linear):
-                setattr(model.get_submodule(parent), leaf, LowRankLinear(inner, workload.rank))
+                model.set_submodule(owner, LowRankLinear(inner, workload.rank))
         self.workload, self.task, self.model, self.at_once = workload, task, model, at_once
         self.trained = [p for p in model.parameters() if p.requires_grad]
 
