@@ -13,8 +13,8 @@ from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.deploy.roster import Roster
 from fedraclora.engines.deploy.traffic import Traffic
 from fedraclora.engines.forwarding import ForwardingGrid
-from fedraclora.engines.local import NODE_ID, UNREADABLE, failed, is_stale
-from fedraclora.errors import ClientError, EngineError
+from fedraclora.engines.local import UNREADABLE, failed, is_stale
+from fedraclora.errors import ClientError
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import clients_of
 from fedraclora.wire.fields import printable, shown
@@ -62,23 +62,6 @@ class DeployGrid(ForwardingGrid):
         self.traffic = Traffic()
         self.roster = Roster(self)
         self.one_by_one = False
-
-    @override
-    def get_node_ids(self) -> Iterable[int]:
-        """Return one node id for all: whom a message goes to is decided when it is sent."""
-        return [NODE_ID]
-
-    @override
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise EngineError(
-            "this grid sends messages by send_and_receive only, and not by push_messages"
-        )
-
-    @override
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise EngineError(
-            "this grid receives replies by send_and_receive only, and not by pull_messages"
-        )
 
     @override
     def send_and_receive(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedraclora.engines.deploy.control import Connection
-from fedraclora.engines.deploy.keys import Authority, make_authority, make_node_key
+from fedraclora.engines.deploy.keys import make_authority, make_node_key
 from fedraclora.engines.programs import (
     Program,
     end_all,
@@ -38,6 +38,8 @@ class LocalDeployment:
         home: The folder; gone after the end.
         port: Where the SuperLink listens.
         connection: To it.
+        authority: The certificates.
+        link: The SuperLink, and ``nodes`` the SuperNodes; None where one does not run.
     """
 
     def __init__(self, served: Sequence[Sequence[int]], data: str | None = None) -> None:
@@ -48,16 +50,15 @@ class LocalDeployment:
         self.connection = Connection(NAME, self.environ)
         self.port = free_port()
         self.nodes: list[Program | None] = [None] * len(served)
-        self._link: Program | None = None
-        self._authority: Authority | None = None
+        self.link: Program | None = None
+        self.authority = make_authority(self.home / "keys")
 
     def __enter__(self) -> LocalDeployment:
-        """Make keys, start everything, and wait until the SuperLink listens."""
+        """Start everything, and wait until the SuperLink listens."""
         try:
-            self._authority = make_authority(self.home / "keys")
             (self.home / "config.toml").write_text(
                 f'[superlink.{NAME}]\naddress = "127.0.0.1:{self.port}"\n'
-                f'root-certificates = "{self._authority.certificate}"\n'
+                f'root-certificates = "{self.authority.certificate}"\n'
             )
             self.start_link()
             for k in range(len(self.served)):
@@ -72,33 +73,6 @@ class LocalDeployment:
         """End everything."""
         self.close()
 
-    @property
-    def authority(self) -> Authority:
-        """The certificates.
-
-        Raises:
-            EngineError: Outside the context.
-        """
-        if self._authority is None:
-            raise EngineError(
-                "the local deployment has not been started, so that it has no certificates yet: "
-                "enter its context first"
-            )
-        return self._authority
-
-    @property
-    def link(self) -> Program:
-        """The SuperLink.
-
-        Raises:
-            EngineError: If it does not run.
-        """
-        if self._link is None:
-            raise EngineError(
-                "the SuperLink of the local deployment is not running: enter its context first"
-            )
-        return self._link
-
     def key(self, k: int) -> Path:
         """The private key of node ``k``."""
         return self.home / "keys" / f"node{k}"
@@ -112,8 +86,8 @@ class LocalDeployment:
         words += ["--host", "127.0.0.1", "--port", str(self.port)]
         words += ["--database", str(self.home / "superlink.db")]
         log = self.home / "superlink.log"
-        self._link = Program("flower-superlink", words, self.environ, log)
-        self._link.await_listening(self.port, keys.certificate)
+        self.link = Program("flower-superlink", words, self.environ, log)
+        self.link.await_listening(self.port, keys.certificate)
 
     def register(self, public: Path) -> None:
         """Register a node's key at the SuperLink.
@@ -148,6 +122,6 @@ class LocalDeployment:
     def close(self) -> None:
         """End everything, the nodes first, and remove the folder."""
         end_all([node for node in self.nodes if node is not None])
-        end_all([] if self._link is None else [self._link])
-        self.nodes, self._link = [None] * len(self.served), None
+        end_all([] if self.link is None else [self.link])
+        self.nodes, self.link = [None] * len(self.served), None
         self._made.cleanup()
