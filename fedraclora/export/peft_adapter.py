@@ -24,6 +24,7 @@ from fedraclora.errors import ConfigError, ModelError
 from fedraclora.export.change import Factors, factors_of_difference, factors_of_product
 from fedraclora.export.trained import Record, TrainedModel, is_hugging_face
 from fedraclora.imports import import_extra
+from fedraclora.lowrank.algebra import padded_to
 from fedraclora.lowrank.layers import LayerView, layer_kind, layer_view
 from fedraclora.models.hf import quiet
 from fedraclora.tree import Tree
@@ -231,9 +232,7 @@ def _adapted(trained: TrainedModel, start: Tree, parts: Parts) -> Any:
 
 def _fill(layer: Any, factors: Factors, rank: int) -> None:
     """Copy factors into a layer of PEFT; a rank of 0 stays a product of zero."""
-    more = rank - factors.kept
-    left = nn.functional.pad(factors.left, (0, more))
-    right = nn.functional.pad(factors.right, (0, 0, 0, more))
+    left, right = padded_to(factors.left, factors.right, rank)
     with torch.no_grad():
         if "default" in layer.lora_embedding_A:
             layer.lora_embedding_A["default"].copy_(left.mT)

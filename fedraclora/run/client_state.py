@@ -155,7 +155,7 @@ class ClientStore:
             rows = layout.pack(values, lead=1)
             for (client, round_), row in zip(tensors[f"{group}/keys"].tolist(), rows, strict=True):
                 found.append((client, Entry(round_, layout, row.clone())))
-            group = _next(group)
+            group += "+"
         self._entries = {}
         for client, entry in sorted(found, key=lambda each: each[1].round_):
             self._entries.setdefault(client, []).append(entry)
@@ -187,10 +187,5 @@ def _packed(clients: Mapping[int, list[Entry]]) -> Tree:
         found[f"{group}/keys"] = torch.tensor(keys, dtype=torch.int64)
         values = layout.unpack(torch.stack([entry.row for _, entry in entries_]))
         found |= {f"{group}/values/{n}": t for n, t in values.items()}
-        group = _next(group)
+        group += "+"
     return found
-
-
-def _next(group: str) -> str:
-    """Name the group after this one."""
-    return f"{group}+"

@@ -1,12 +1,18 @@
 """Random sketches: frozen factors that server and clients draw from a seed.
 
-`draw` holds the specification of a drawing and its constants, `kinds` the laws of random matrices,
+`draw` holds the specification of a drawing, the laws of random matrices and their constants,
 `bases` the orthonormal ones, made a few rows at a time.
 """
 
 from __future__ import annotations
 
-from fedraclora.sketch.draw import Constants, Sketches, SketchSpec, check_sketch, constants
-from fedraclora.sketch.kinds import SKETCHES
+from fedraclora.sketch.draw import (
+    SKETCHES,
+    Constants,
+    Sketches,
+    SketchSpec,
+    check_sketch,
+    constants,
+)
 
 __all__ = ["SKETCHES", "Constants", "SketchSpec", "Sketches", "check_sketch", "constants"]
