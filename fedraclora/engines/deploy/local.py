@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedraclora.engines.deploy.control import Connection
-from fedraclora.engines.deploy.keys import make_authority, make_node_key
+from fedraclora.engines.deploy.keys import make_identity, make_node_key
 from fedraclora.engines.programs import (
     Program,
     end_all,
@@ -38,7 +38,7 @@ class LocalDeployment:
         home: The folder; gone after the end.
         port: Where the SuperLink listens.
         connection: To it.
-        authority: The certificates.
+        identity: The certificate and the key of the SuperLink.
         link: The SuperLink, and ``nodes`` the SuperNodes; None where one does not run.
     """
 
@@ -51,14 +51,14 @@ class LocalDeployment:
         self.port = free_port()
         self.nodes: list[Program | None] = [None] * len(served)
         self.link: Program | None = None
-        self.authority = make_authority(self.home / "keys")
+        self.identity = make_identity(self.home / "keys")
 
     def __enter__(self) -> LocalDeployment:
         """Start everything, and wait until the SuperLink listens."""
         try:
             (self.home / "config.toml").write_text(
                 f'[superlink.{NAME}]\naddress = "127.0.0.1:{self.port}"\n'
-                f'root-certificates = "{self.authority.certificate}"\n'
+                f'root-certificates = "{self.identity.certificate}"\n'
             )
             self.start_link()
             for k in range(len(self.served)):
@@ -79,15 +79,15 @@ class LocalDeployment:
 
     def start_link(self) -> None:
         """Start the SuperLink on its database, and wait until it listens."""
-        keys = self.authority
-        words = ["--ssl-ca-certfile", str(keys.certificate)]
-        words += ["--ssl-certfile", str(keys.server_certificate)]
-        words += ["--ssl-keyfile", str(keys.server_key), "--enable-supernode-auth"]
+        server = self.identity
+        words = ["--ssl-ca-certfile", str(server.certificate)]
+        words += ["--ssl-certfile", str(server.certificate)]
+        words += ["--ssl-keyfile", str(server.key), "--enable-supernode-auth"]
         words += ["--host", "127.0.0.1", "--port", str(self.port)]
         words += ["--database", str(self.home / "superlink.db")]
         log = self.home / "superlink.log"
         self.link = Program("flower-superlink", words, self.environ, log)
-        self.link.await_listening(self.port, keys.certificate)
+        self.link.await_listening(self.port, server.certificate)
 
     def register(self, public: Path) -> None:
         """Register a node's key at the SuperLink.
@@ -105,7 +105,7 @@ class LocalDeployment:
     def start_node(self, k: int) -> Program:
         """Start SuperNode ``k``."""
         ids = ",".join(map(str, self.served[k]))
-        secure = ["--root-certificates", str(self.authority.certificate)]
+        secure = ["--root-certificates", str(self.identity.certificate)]
         secure += ["--auth-supernode-private-key", str(self.key(k))]
         config = f"partition-ids='{ids}'"
         if self.data is not None:
