@@ -100,6 +100,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "schedule": (["local.schedule=cosin"], ["did you mean 'cosine'?", NAMES]),
     "side": (["method.side=rigt"], ["did you mean 'right'?", NAMES]),
     "head": (["head=adpt"], ["did you mean 'adapt'?", NAMES]),
+    "bias": (["bias=froze"], ["did you mean 'frozen'?", NAMES]),
     "weights": (["weights=exmples"], ["did you mean 'examples'?", NAMES]),
     "device": (["device=gpu"], ["'gpu'", NAMES]),
     "rank 0": (["method.rank=0"], ["method.rank is 0", "positive integer or a fraction"]),
