@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby, zip_longest
 from math import prod
 
@@ -50,12 +50,12 @@ class Layout:
         """Read the layout of ``tree``, leaving out the first ``skip`` axes (1 for a cohort)."""
         return cls(tuple((name, tuple(t.shape[skip:])) for name, t in tree.items()))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Numbers in the flat vector."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Numbers of each tensor."""
         return [prod(shape) for _, shape in self.shapes]
@@ -77,11 +77,14 @@ class Layout:
             raise ShapeError(f"cannot pack: {difference(Layout.of(tree, lead), self)}")
         if not self.shapes:
             return torch.empty(0)
-        parts = [
-            t.reshape(*t.shape[:lead], size)
-            for t, size in zip(tree.values(), self.sizes, strict=True)
-        ]
-        return torch.cat(parts, dim=-1)
+        first = next(iter(tree.values()))
+        leading = first.shape[:lead]
+        packed = first.new_empty(*leading, self.size)
+        # Each is copied once, wherever it lies: reshaped and joined it would be copied twice.
+        parts = packed.split(self.sizes, dim=-1)
+        for part, tensor in zip(parts, tree.values(), strict=True):
+            part.view((*leading, *tensor.shape[lead:])).copy_(tensor)
+        return packed
 
     def pieces(self, tree: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Give the columns that `pack` joins, side by side: those of large tensors uncopied.
