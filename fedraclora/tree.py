@@ -15,12 +15,14 @@ from math import prod
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedraclora.errors import ShapeError
-from fedraclora.narrow_weight import split
+from fedraclora.narrow_weight import QuantisedWeight, split
 
 Tree = dict[str, torch.Tensor]
 LARGE = 1 << 18  # numbers of a tensor that is not copied where it need not be
+ALIGNED = 64  # bytes: where PyTorch's own allocator begins a tensor
 
 
 @cache
@@ -37,6 +39,30 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def widened(tree: Tree) -> Tree:
     """Give tensors in float32 or wider; those that are so already are not copied."""
     return {name: tensor.to(wide(tensor.dtype)) for name, tensor in tree.items()}
+
+
+def weights_of(model: nn.Module) -> Tree:
+    """Give the weights of a model, in its own memory: nobody writes into it, nor into weights.
+
+    What begins at no multiple of `ALIGNED` bytes, as in a file that is mapped into memory, is
+    copied: products round by alignment.
+    """
+    held = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: t if _is_aligned(t) else t.clone() for name, t in held.items()}
+
+
+def point_at(parameters: Mapping[str, torch.Tensor], weights: Tree) -> None:
+    """Point the parameters of a model at weights: no copy is made, and what they held is let go."""
+    for name, parameter in parameters.items():
+        weight = weights[name]
+        if isinstance(parameter, QuantisedWeight) and isinstance(weight, QuantisedWeight):
+            parameter.codes, parameter.scale = weight.codes, weight.scale
+        else:
+            parameter.data = weight
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, QuantisedWeight) or tensor.data_ptr() % ALIGNED == 0
 
 
 @dataclass(frozen=True)
