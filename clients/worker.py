@@ -138,10 +138,12 @@ class Worker:
 
     def _attempt(self, job: Job, places: list[int]) -> list[list[int]]:
         """Train the clients at ``places`` as one batch; give the parts that must be tried again."""
-        index, request, base = torch.tensor(places), job.request, job.base
-        whole = len(places) == len(request.clients)
-        part = job.downlink if whole else job.downlink.select(index)
-        clients = request.clients if whole else request.clients[index]
+        request, base = job.request, job.base
+        part, clients, moments = job.downlink, request.clients, job.moments
+        if len(places) < len(clients):
+            index = torch.tensor(places)
+            part, clients = part.select(index), clients[index]
+            moments = {n: t[index] for n, t in moments.items()}
         result, failure, starved = None, "", False
         try:
             result = self.trainer.train(
@@ -150,7 +152,7 @@ class Worker:
                 clients,
                 round_=request.round_,
                 rate_scale=request.rate_scale,
-                moments={n: t[index] for n, t in job.moments.items()},
+                moments=moments,
             )
         except OF_THE_RUN:
             raise

@@ -37,7 +37,7 @@ from fedraclora.run.recorder import RunRecorder, resolved
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.precision import check_base
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, weights_of
 from strategies.server.loop import LoopConfig
 from strategies.server.loopconfig import loop_of
 from strategies.server.rows import Row
@@ -106,7 +106,7 @@ def assemble(
             raise ConfigError(
                 "head is local, which is measured by class, but the data have no classes"
             )
-        base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
+        base = weights_of(built.task.model)
         draw = Draw(config.seed)
         method = method_of(config, built.task)
         name = str(section(config.plain, "method").get("name"))
@@ -163,6 +163,7 @@ def assemble(
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
             on_round=on_round,
             answering=answering_of(config, built),
+            alone=True,
         )
         failed.pop_all()
     return Assembled(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import ClassVar, Protocol, Self
 
 import torch
@@ -162,7 +163,12 @@ class Draw:
 
     def sketch_seed(self, weight: str) -> int:
         """Seed of all sketches of one layer; 63 bits, so that it fits a message."""
-        return hash_key(self.seed, "sketch", weight) >> 65
+        return _sketch_seed(self.seed, weight)
+
+
+@lru_cache(maxsize=1 << 12)
+def _sketch_seed(seed: int, weight: str) -> int:
+    return hash_key(seed, "sketch", weight) >> 65
 
 
 class Method(Protocol):

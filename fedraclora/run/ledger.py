@@ -80,7 +80,7 @@ class Ledger:
         text = json.dumps(plain, allow_nan=False)
         seal = _seal(self.seal(), text)
         if self.path is not None:
-            if not self.path.parent.is_dir():
+            if not self.rows:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             with named(self.path), self.path.open("ab") as file:
                 file.write(_line(text, seal))

@@ -123,6 +123,7 @@ class RunRecorder:
             cut_links(self.folder / "chain", -1)
             meta: dict[str, object] = {"initial": True, "plan": plan_meta(state.plan)}
             base, elsewhere = self.source.refer(state.base) if self.source else (state.base, {})
+            self.source = None  # it would hold the initial weights for the whole run
             self._keep(0, state, dict(base), meta | elsewhere)
 
     def totals(self) -> tuple[int, int]:
@@ -222,6 +223,7 @@ class RunRecorder:
                 f"{self.folder}: the checkpoint was written under another configuration "
                 f"({'; '.join(changed)}); set these keys back, or start the run anew without resume"
             )
+        self.source = None  # a run that goes on has kept its initial weights
         memo = meta["memo"]
         if not isinstance(memo, dict):
             raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")

@@ -110,8 +110,7 @@ def _haar(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
     # LAPACK's convention: H = I - tau v v^T with v[0] = 1 maps the column to (-beta, 0, ..., 0).
     beta = torch.copysign(torch.linalg.vector_norm(low, dim=0), head)
     first = head + beta
-    unit = low.new_zeros(stop - start, dim)
-    unit.diagonal(start).fill_(1.0)
+    unit = torch.eye(stop, dim, dtype=low.dtype)[start:]
     columns = torch.ormqr(low / first, first / beta, unit.mT)
     return (columns * beta[start:stop].neg().sign()).mT
 
