@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.supernode import start_client_internal
+from flwr.supernode.runtime import run_clientapp
 
 from fedraclora.engines.deploy import supernode
 from fedraclora.engines.deploy.local import SUPERNODE
@@ -54,9 +56,93 @@ def test_pauses_are_a_tenth_of_the_time_since_something_happened(
     for seconds in (50.2, 52.0, 60.0, 500.0):
         now[0] = seconds
         pauses.sleep(3.0)
+    pauses.sleep(0.5)
     pauses.note()
     pauses.sleep(3.0)
-    assert slept == pytest.approx([0.1, 0.2, 1.0, 3.0, 0.1])
+    pauses.sleep(0.5)
+    assert slept == pytest.approx([0.1, 0.2, 1.0, 3.0, 0.5, 0.1, 0.005])
+
+
+def test_an_app_is_installed_once_for_all_processes() -> None:
+    """Of one message and the next, which are others: the first is forked from this one."""
+    words = "import os, runpy, sys; scope = runpy.run_path(sys.argv[1]); "
+    words += (
+        "install = scope['once'](lambda app, name: print(app, name, os.getpid(), flush=True))\n"
+    )
+    words += "if (child := os.fork()) == 0:\n    install(b'one', name=1), os._exit(0)\n"
+    words += "os.waitpid(child, 0), print(child), print(os.getpid(), flush=True)\n"
+    words += "for app in (b'one', b'two', b'two', b'one'):\n    install(app, name=1)"
+    command = [sys.executable, "-c", words, str(SUPERNODE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, child, parent, *more = done.stdout.splitlines()
+    assert first == f"b'one' 1 {child}"
+    assert more == [f"b'two' 1 {parent}", f"b'one' 1 {parent}"]
+
+
+def test_it_installs_as_flower_does() -> None:
+    """It is called with the bytes of the app first, and nobody reads what it gives."""
+    assert "\n        install_from_fab(fab.content, skip_prompt=True)\n" in inspect.getsource(
+        run_clientapp
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "said"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit('no')", 1, ""),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_process_ends_at_once_with_its_status(how: str, status: int, said: str) -> None:
+    words = "import atexit, runpy, sys; scope = runpy.run_path(sys.argv[1])\n"
+    words += "atexit.register(print, 'late')\n"
+    words += f"def run():\n    print('ran', end='')\n    {how}\nscope['end_after'](run)"
+    done = subprocess.run(
+        [sys.executable, "-c", words, str(SUPERNODE)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (status, "ran")
+    assert done.stderr.strip().endswith(said)
+    assert bool(done.stderr) == bool(said)
+
+
+def test_a_message_wakes_who_looks_for_it(tmp_path: Path) -> None:
+    """Flower is stood in for: its loop would look every minute, and the server has gone at last."""
+    stand_in = tmp_path / "flwr" / "supercore"
+    for folder in (stand_in / "cli", stand_in / "superexec" / "executor", stand_in.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (stand_in.parent, stand_in, stand_in / "superexec"):
+        (folder / "__init__.py").touch()
+    (stand_in / "superexec" / "executor" / "__init__.py").touch()
+    (stand_in / "superexec" / "executor" / "subprocess_executor.py").write_text("import subprocess")
+    (stand_in / "superexec" / "run_superexec.py").write_text("import time")
+    (stand_in / "cli" / "__init__.py").write_text(
+        "from flwr.supercore.superexec import run_superexec\n"
+        "def flower_superexec():\n"
+        "    for seconds in (60, 60, 0.01, 0.01):\n"
+        "        print(seconds, flush=True)\n"
+        "        run_superexec.time.sleep(seconds)\n"
+    )
+    asleep, wake = os.pipe()
+    words = "import os, runpy, sys; scope = runpy.run_path(sys.argv[1])\n"
+    words += "os.fork = lambda: 1\nscope['run_superexec'](int(sys.argv[2]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", words, str(SUPERNODE), str(asleep)],
+        pass_fds=[asleep],
+        env={"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        os.close(asleep)
+        assert process.stdout is not None
+        for _ in range(2):
+            assert process.stdout.readline() == "60\n"
+            os.write(wake, b"..")
+        os.close(wake)
+        assert process.stdout.read() == "0.01\n0.01\n"
+    assert process.returncode == 0
 
 
 def test_it_imports_nothing_of_this_project() -> None:
@@ -73,6 +159,12 @@ def test_a_process_for_each_command_line_is_forked_until_nobody_asks(tmp_path: P
     stand_in.mkdir(parents=True)
     (tmp_path / "flwr" / "__init__.py").touch()
     (tmp_path / "flwr" / "supernode" / "__init__.py").touch()
+    for name in ("cli/install", "supernode/runtime/run_clientapp"):
+        file = tmp_path / "flwr" / f"{name}.py"
+        file.parent.mkdir()
+        (file.parent / "__init__.py").touch()
+        file.write_text("def install_from_fab(): pass")
+    (tmp_path / "httpcore.py").touch()
     (stand_in / "__init__.py").write_text(
         "import os, sys, time\n"
         "def flwr_clientapp():\n"
