@@ -12,12 +12,15 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import subprocess_executor
+from flwr.superlink.grid import http_grid
 from flwr.supernode import start_client_internal
 from flwr.supernode.runtime import run_clientapp
 
-from fedraclora.engines.deploy import supernode
+from fedraclora.engines.deploy import look_again_soon, supernode
+from fedraclora.engines.deploy.grid import PAUSE
 from fedraclora.engines.deploy.local import SUPERNODE
 from fedraclora.engines.deploy.supernode import Pauses, put
 
@@ -39,6 +42,30 @@ def test_every_message_passes_what_is_replaced() -> None:
     """It is looked up when it is called, and once in each turn of the loop."""
     source = inspect.getsource(start_client_internal.start_client_internal)
     assert len(re.findall(r"\b_push_messages\(", source)) == 1
+
+
+@pytest.mark.parametrize("module", [start_client_internal, http_grid])
+def test_parts_are_looked_for_with_the_pause_that_is_replaced(module: ModuleType) -> None:
+    source = inspect.getsource(module)
+    assert len(re.findall(r"= pull_objects\(", source)) == 1
+    assert "backoff" not in source
+
+
+def test_a_server_looks_again_soon_for_parts_of_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_grid, "pull_objects", None)  # and put back after
+    look_again_soon()
+    looks = list[str]()
+
+    def pull(name: str) -> bytes:
+        looks.append(name)
+        if len(looks) == 1:
+            raise ObjectUnavailableError(name)
+        return b"part"
+
+    found = http_grid.pull_objects
+    assert found.keywords == {"initial_backoff": PAUSE}  # type: ignore[attr-defined]
+    assert found(["one"], pull) == {"one": b"part"}
+    assert looks == ["one", "one"]
 
 
 def test_a_name_that_is_not_there_is_an_error() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from copy import copy
+from functools import partial
 
 from flwr.app import ConfigRecord, Error, Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from typing_extensions import override
 
 from fedraclora.config.settings import DeployConfig
@@ -202,6 +204,17 @@ class DeployGrid(ForwardingGrid):
     def _client(self, message: Message) -> int:
         (client,) = clients_of(message.content)
         return client
+
+
+def look_again_soon() -> None:
+    """Shorten the pause after which Flower looks again for parts of a reply, in this process.
+
+    Flower 1.42 gives a reply out as soon as it is announced, before its parts have come, and then
+    pauses for a second or more; no option changes that.
+    """
+    from flwr.superlink.grid import http_grid
+
+    http_grid.pull_objects = partial(pull_objects, initial_backoff=PAUSE)  # type: ignore[assignment]
 
 
 def _opened(reply: Message, message: Message) -> Message:

@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -73,6 +74,8 @@ def run_supernode() -> None:
 
     put(loop, time=SimpleNamespace(sleep=pauses.sleep), subprocess=SimpleNamespace(Popen=popen))
     put(loop, _push_messages=push_messages)
+    # A message is given out before its parts have come; then Flower pauses for a second or more.
+    put(loop, pull_objects=partial(loop.pull_objects, initial_backoff=LEAST))
     flower_supernode()
 
 
