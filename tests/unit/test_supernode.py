@@ -62,8 +62,8 @@ def test_a_server_looks_again_soon_for_parts_of_a_reply(monkeypatch: pytest.Monk
             raise ObjectUnavailableError(name)
         return b"part"
 
-    found = http_grid.pull_objects
-    assert found.keywords == {"initial_backoff": PAUSE}  # type: ignore[attr-defined]
+    found = http_grid.pull_objects  # type: ignore[attr-defined]
+    assert found.keywords == {"initial_backoff": PAUSE}
     assert found(["one"], pull) == {"one": b"part"}
     assert looks == ["one", "one"]
 
@@ -90,20 +90,32 @@ def test_pauses_are_a_tenth_of_the_time_since_something_happened(
     assert slept == pytest.approx([0.1, 0.2, 1.0, 3.0, 0.5, 0.1, 0.005])
 
 
-def test_an_app_is_installed_once_for_all_processes() -> None:
+def test_an_app_is_installed_once_for_all_processes(tmp_path: Path) -> None:
     """Of one message and the next, which are others: the first is forked from this one."""
-    words = "import os, runpy, sys; scope = runpy.run_path(sys.argv[1]); "
-    words += (
-        "install = scope['once'](lambda app, name: print(app, name, os.getpid(), flush=True))\n"
-    )
-    words += "if (child := os.fork()) == 0:\n    install(b'one', name=1), os._exit(0)\n"
-    words += "os.waitpid(child, 0), print(child), print(os.getpid(), flush=True)\n"
-    words += "for app in (b'one', b'two', b'two', b'one'):\n    install(app, name=1)"
-    command = [sys.executable, "-c", words, str(SUPERNODE)]
+    words = """
+import os, pathlib, runpy, sys
+def install(app, name):
+    print(app.decode(), name, os.getpid(), flush=True)
+    folder = pathlib.Path(sys.argv[2], app.decode())
+    folder.mkdir(exist_ok=True)
+    return folder
+installed = runpy.run_path(sys.argv[1])["once"](install)
+if (child := os.fork()) == 0:
+    installed(b"one", name=1)
+    os._exit(0)
+os.waitpid(child, 0)
+print(child, os.getpid(), flush=True)
+for app in (b"one", b"two", b"two", b"one"):
+    installed(app, name=1)
+pathlib.Path(sys.argv[2], "one").rmdir()
+installed(b"one", name=2)
+"""
+    command = [sys.executable, "-c", words, str(SUPERNODE), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    first, child, parent, *more = done.stdout.splitlines()
-    assert first == f"b'one' 1 {child}"
-    assert more == [f"b'two' 1 {parent}", f"b'one' 1 {parent}"]
+    first, processes, *more = done.stdout.splitlines()
+    child, parent = processes.split()
+    assert first == f"one 1 {child}"
+    assert more == [f"two 1 {parent}", f"one 1 {parent}", f"one 2 {parent}"]
 
 
 def test_it_installs_as_flower_does() -> None:

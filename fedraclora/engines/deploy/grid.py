@@ -214,7 +214,7 @@ def look_again_soon() -> None:
     """
     from flwr.superlink.grid import http_grid
 
-    http_grid.pull_objects = partial(pull_objects, initial_backoff=PAUSE)  # type: ignore[assignment]
+    http_grid.pull_objects = partial(pull_objects, initial_backoff=PAUSE)  # type: ignore[attr-defined]
 
 
 def _opened(reply: Message, message: Message) -> Message:

@@ -26,10 +26,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 SUPEREXEC, CLIENT_APP = "flower-superexec", "flwr-clientapp"  # Flower's commands
+LONGEST = 1 << 13  # bytes of a digest and a path
 PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
 LEAST = 0.1  # seconds of a pause between looks at a SuperLink: each is a request
 WITHIN = 0.005  # the same in the memory of this process
@@ -54,6 +56,7 @@ class Pauses:
 
 def run_supernode() -> None:
     """Run ``flower-supernode``."""
+    from flwr.supercore.inflatable.inflatable_utils import pull_objects
     from flwr.supernode import start_client_internal as loop
     from flwr.supernode.cli import flower_supernode
 
@@ -75,7 +78,7 @@ def run_supernode() -> None:
     put(loop, time=SimpleNamespace(sleep=pauses.sleep), subprocess=SimpleNamespace(Popen=popen))
     put(loop, _push_messages=push_messages)
     # A message is given out before its parts have come; then Flower pauses for a second or more.
-    put(loop, pull_objects=partial(loop.pull_objects, initial_backoff=LEAST))
+    put(loop, pull_objects=partial(pull_objects, initial_backoff=LEAST))
     flower_supernode()
 
 
@@ -152,22 +155,22 @@ def end_after(run: Callable[[], None]) -> NoReturn:
     os._exit(status if isinstance(status, int) else int(status is not None))
 
 
-def once(install: Callable[..., object]) -> Callable[..., None]:
+def once(install: Callable[..., Path]) -> Callable[..., None]:
     """Leave out the installation of an app that the process for the message before installed.
 
     Flower unpacks and checks all files of an app for every message, and throws them away where it
-    has the app. Processes that are forked from this one share what was installed last.
+    has the app. Processes that are forked from this one share what was installed last, and where.
 
     Args:
-        install: Flower's; it takes the bytes of an app.
+        install: Flower's; it takes the bytes of an app, and gives its folder.
     """
-    last = mmap.mmap(-1, hashlib.sha256().digest_size)
+    last = mmap.mmap(-1, LONGEST)
 
     def installed(app: bytes, **named: Any) -> None:
-        found = hashlib.sha256(app).digest()
-        if last[:] != found:
-            install(app, **named)
-            last[:] = found
+        digest = hashlib.sha256(app).hexdigest()
+        found, _, folder = os.fsdecode(last[:].rstrip(b"\0")).partition(" ")
+        if found != digest or not Path(folder).is_dir():
+            last[:] = os.fsencode(f"{digest} {install(app, **named)}").ljust(LONGEST, b"\0")
 
     return installed
 
