@@ -33,6 +33,8 @@ class LocalDeployment:
     Args:
         served: The clients of each node.
         data: Where the nodes find their samples, for runs with ``data=own``; None for others.
+        lasting: Whether the SuperLink keeps what it knows in a file, so that it may be started
+            again; in memory it answers sooner.
 
     Attributes:
         home: The folder; gone after the end.
@@ -42,11 +44,14 @@ class LocalDeployment:
         link: The SuperLink, and ``nodes`` the SuperNodes; None where one does not run.
     """
 
-    def __init__(self, served: Sequence[Sequence[int]], data: str | None = None) -> None:
-        self.served, self.data = served, data
+    def __init__(
+        self, served: Sequence[Sequence[int]], data: str | None = None, *, lasting: bool = False
+    ) -> None:
+        self.served, self.data, self.lasting = served, data, lasting
         self._made = private_folder()
         self.home = Path(self._made.name)
-        self.environ = environment(self.home)
+        # Each look of the SuperLink's SuperExec for a task is a request, and a run is one task.
+        self.environ = {**environment(self.home), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
         self.connection = Connection(NAME, self.environ)
         self.port = free_port()
         self.nodes: list[Program | None] = [None] * len(served)
@@ -78,13 +83,14 @@ class LocalDeployment:
         return self.home / "keys" / f"node{k}"
 
     def start_link(self) -> None:
-        """Start the SuperLink on its database, and wait until it listens."""
+        """Start the SuperLink, on its database if it has one, and wait until it listens."""
         server = self.identity
         words = ["--ssl-ca-certfile", str(server.certificate)]
         words += ["--ssl-certfile", str(server.certificate)]
         words += ["--ssl-keyfile", str(server.key), "--enable-supernode-auth"]
         words += ["--host", "127.0.0.1", "--port", str(self.port)]
-        words += ["--database", str(self.home / "superlink.db")]
+        if self.lasting:
+            words += ["--database", str(self.home / "superlink.db")]
         log = self.home / "superlink.log"
         self.link = Program("flower-superlink", words, self.environ, log)
         self.link.await_listening(self.port, server.certificate)
