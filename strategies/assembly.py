@@ -163,7 +163,7 @@ def assemble(
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
             on_round=on_round,
             answering=answering_of(config, built),
-            alone=True,
+            alone=folder is not None,  # else exports of the run ask for its first weights
         )
         failed.pop_all()
     return Assembled(

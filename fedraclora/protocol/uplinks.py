@@ -61,7 +61,7 @@ def block_sums(
 
 def add_rows(out: torch.Tensor, rows: torch.Tensor) -> None:
     """Add the rows of each block, [blocks, height, p], one after another to zeros [blocks, p]."""
-    if out.is_cpu and out.shape[1] > 1:
+    if out.device.type == "cpu" and out.shape[1] > 1:
         # So does numpy along an axis that is not the last ("numpy.sum", notes on precision).
         np.add.reduce(rows.numpy(), axis=1, out=out.numpy(), initial=0.0)
         return

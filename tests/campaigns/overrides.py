@@ -241,7 +241,7 @@ def attempt(words: Sequence[str], *, runs: bool, home: Path) -> Ended:
 
 def _in_child(words: Sequence[str], *, runs: bool, home: Path) -> None:
     """Try a set, and end the process with its status."""
-    start = FedStrategy.start
+    run = FedStrategy.run
 
     def begin(self: FedStrategy, *rest: Any, **more: Any) -> Any:
         shutil.copyfile(home / "run" / "config.yaml", home / "accepted.yaml")
@@ -255,7 +255,7 @@ def _in_child(words: Sequence[str], *, runs: bool, home: Path) -> None:
         most = pages * resource.getpagesize() + BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        FedStrategy.start = begin  # type: ignore[method-assign]
+        FedStrategy.run = begin  # type: ignore[method-assign]
         os.chdir(home)
         said, out = home / "said", home / "out"
         with (

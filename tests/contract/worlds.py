@@ -173,7 +173,7 @@ class World:
     task: Task
     plan: Plan
     base: Tree
-    played: dict[tuple[type, Method, Draw], list[Played]] = field(init=False, default_factory=dict)
+    played: dict[tuple[str, Draw], list[Played]] = field(init=False, default_factory=dict)
 
     @property
     def clients(self) -> int:
@@ -352,7 +352,7 @@ def play_rounds(
     anew: bool = False,
 ) -> list[Played]:
     """Several such rounds in a row; ``anew``: not those that were played before."""
-    key = (type(method), method, draw)
+    key = (repr(method), draw)  # the fields of some cannot be hashed
     kept = [] if anew or cohort else world.played.setdefault(key, [])
     state = kept[-1].after if kept else method.init(world.base, world.plan, draw)
     for round_ in range(len(kept) + 1, rounds + 1):
