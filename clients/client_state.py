@@ -16,8 +16,8 @@ from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialise import start_from
 from fedraclora.training.moments import begin_moments, blank_moments
-from fedraclora.tree import Layout, Tree, wide
-from fedraclora.wire import TrainRequest
+from fedraclora.tree import Tree, wide
+from fedraclora.wire import TrainRequest, uplink_layout
 
 
 def restore(
@@ -112,7 +112,7 @@ def _directions(
 ) -> Tree:
     """Average the steps of each client's local training, [K, ...] by name of what they send."""
     slots = downlink.uploaded()
-    layout = Layout.of({n: torch.empty(s.shape) for n, s in slots.items()})
+    layout = uplink_layout(downlink)
     places = torch.arange(len(result.losses))
     start = layout.unpack(opening_rows(downlink, base, layout, places))
     end = {n: result.trained[n].cpu() for n in slots}

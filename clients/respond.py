@@ -23,6 +23,7 @@ from fedraclora.engines.local import STALE, error_of, failed
 from fedraclora.errors import StaleError, WireError
 from fedraclora.weights.job import read_settings
 from fedraclora.weights.replica import FolderReplica
+from fedraclora.wire.folded import folded, unfolded
 from fedraclora.wire.records import read_tree, tree_record
 
 
@@ -59,7 +60,7 @@ def trained(content: RecordDict, context: Context) -> RecordDict:
             "which says what to do: run the server and the clients from one release"
         )
     if "run" in job:
-        return node.answer(context, str(job["run"]), content)
+        return folded(node.answer(context, str(job["run"]), unfolded(content)))
     reply, stored = answer(worker_of(str(job["folder"])), content, read_tree(content, "kept"))
     reply["kept"] = tree_record(stored)
     return reply

@@ -79,18 +79,17 @@ def _recall(store: ClientStore, client: int, round_: int, stage: str) -> Memory:
     memory: Memory = json.loads(store.secrets.get(client) or b"{}")
     last = int(memory.get("answered", 0))
     if round_ <= last and not (stage == "unmask" and round_ == last):
-        raise ClientError(
-            f"client {client} was asked for the stage {stage} of round {round_}, but has sent its "
-            f"masked vector in round {last}: it does not answer twice"
-        )
-    if stage == "keys":
+        stands = f"has sent its masked vector in round {last}"
+    elif stage == "keys":
         return {"round": round_, "answered": last}
-    if (memory.get("round"), memory.get("after")) != (round_, BEFORE[stage]):
-        raise ClientError(
-            f"client {client} was asked for the stage {stage} of round {round_}, but stands after "
-            f"{memory.get('after')} of round {memory.get('round')}: it does not answer twice"
-        )
-    return memory
+    elif (memory.get("round"), memory.get("after")) == (round_, BEFORE[stage]):
+        return memory
+    else:
+        stands = f"stands after {memory.get('after')} of round {memory.get('round')}"
+    raise ClientError(
+        f"client {client} was asked for the stage {stage} of round {round_}, but {stands}: it does "
+        "not answer twice"
+    )
 
 
 def _remember(store: ClientStore, client: int, memory: Memory, stage: str) -> None:

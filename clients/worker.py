@@ -81,30 +81,24 @@ class Job:
             self.notes.append(text)
 
 
+@dataclass(eq=False)
 class Worker:
     """Trains clients on one replica.
 
-    Args:
+    Attributes:
         trainer: Trains a chunk as one batch.
         replica: The base weights.
         store: What its clients keep between rounds.
         terms: What its clients insist on in secure aggregation; None: the run has none.
-
-    Attributes:
         limit: The most clients a batch may hold, once memory ran out with more; None before.
     """
 
-    def __init__(
-        self,
-        trainer: CohortTrainer,
-        replica: BaseWeights,
-        store: ClientStore | None = None,
-        terms: Terms | None = None,
-    ) -> None:
-        self.trainer, self.replica, self.terms = trainer, replica, terms
-        self.store = ClientStore() if store is None else store
-        self.limit: int | None = None
-        self._reader = Reader()
+    trainer: CohortTrainer
+    replica: BaseWeights
+    store: ClientStore = field(default_factory=ClientStore)
+    terms: Terms | None = None
+    limit: int | None = field(default=None, init=False)
+    _reader: Reader = field(default_factory=Reader, init=False)
 
     def train(self, content: RecordDict) -> RecordDict:
         """Answer one train message.
@@ -144,10 +138,12 @@ class Worker:
 
     def _attempt(self, job: Job, places: list[int]) -> list[list[int]]:
         """Train the clients at ``places`` as one batch; give the parts that must be tried again."""
-        index, request, base = torch.tensor(places), job.request, job.base
-        whole = len(places) == len(request.clients)
-        part = job.downlink if whole else job.downlink.select(index)
-        clients = request.clients if whole else request.clients[index]
+        request, base = job.request, job.base
+        part, clients, moments = job.downlink, request.clients, job.moments
+        if len(places) < len(clients):
+            index = torch.tensor(places)
+            part, clients = part.select(index), clients[index]
+            moments = {n: t[index] for n, t in moments.items()}
         result, failure, starved = None, "", False
         try:
             result = self.trainer.train(
@@ -156,7 +152,7 @@ class Worker:
                 clients,
                 round_=request.round_,
                 rate_scale=request.rate_scale,
-                moments={n: t[index] for n, t in job.moments.items()},
+                moments=moments,
             )
         except OF_THE_RUN:
             raise

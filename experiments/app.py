@@ -43,7 +43,7 @@ class RunRequest:
 
     @classmethod
     def of(
-        cls, plain: Plain, folder: Path, engine: Plain, *, server_folder: object, resume: bool
+        cls, plain: Plain, folder: Path, engine: Plain, kind: str, *, there: object, resume: bool
     ) -> RunRequest:
         """Check a run.
 
@@ -51,15 +51,21 @@ class RunRequest:
             plain: The config.
             folder: The local run folder, absolute.
             engine: What the command is for, also where a run goes on that began elsewhere.
-            server_folder: Where the server writes.
+            kind: The name of the command, and of the engine that it runs with.
+            there: Where the server writes.
             resume: Whether to go on with the run in the folder.
 
         Raises:
             FedRacLoraError: Whatever is wrong with what is asked for.
         """
         plain = {**plain, "engine": engine}
-        output = {**section(plain, "output"), "dir": str(server_folder)}
+        output = {**section(plain, "output"), "dir": str(there)}
         config = read_config(json.dumps({**plain, "output": output}), began=resume)
+        if (name := config.engine.name) != kind:
+            raise ConfigError(
+                f"engine is {name}, but `fedraclora {kind}` runs with engine={kind}: leave engine "
+                f"out, or use `fedraclora {name}`"
+            )
         built = build_task(replace(config, pretrain=PretrainConfig()))  # reads nodes' data, too
         return cls(config, plain, folder, resume, built)
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from experiments import CONF
 from fedraclora.errors import unknown
 
-__all__ = ["CONF", "choice", "composed", "groups", "keys_of", "lineage"]
-
 # A line of a file: indentation, key, value (in which "#1" is no comment), comment.
 LINE = re.compile(r"( *)(\w+):(?: .*?)??(?: +# (.*))?")
 GLOBAL = "@package _global_"  # its keys are those of the config itself: clients, data.file

@@ -15,19 +15,11 @@ from experiments.interrupt import at_once, in_order
 from experiments.status import reported
 from fedraclora.errors import unknown
 
-COMMANDS = {
-    "simulate": "run a federated experiment in this process; -m sweeps",
-    "flower": "run it as a Flower app, by `flwr run` on this machine",
-    "deploy": "run it on real SuperNodes: connection=NAME, or local=3 on this machine",
-    "node": "be a SuperNode for `deploy`: the words of flower-supernode, answered sooner",
-    "compare": "read run folders into one table, or run methods alike (experiment=STUDY)",
-    "export": "write the trained model of a run: --format peft | hf | state_dict | gguf",
-    "compact": "fold the links of a finished or stopped run, for a smaller folder: --every N",
-    "report": "write what runs were, their curves and costs, into one HTML file",
-    "theory": "run convex problems beside the bounds on them; non-zero where a curve crosses",
-    "init": "write a small project in a new folder NAME, to be changed into your own",
-    "bench": "time whole rounds of the engines, the physical limit and the peers",
-}
+# What each is for stands in usage.tmpl.
+COMMANDS: tuple[str, ...] = ("simulate", "flower", "deploy", "node", "compare", "export")
+COMMANDS += ("compact", "report", "theory", "init", "bench")
+# Commands that are a folder, and the module in it that runs them.
+FOLDERS = dict.fromkeys(("bench", "report", "theory"), ".command")
 
 
 def usage() -> str:
@@ -36,8 +28,7 @@ def usage() -> str:
     for group, choices in groups().items():
         chosen += [f"  {group}=", *(f"    {name:<22} {text}" for name, text in choices.items())]
     text = Template(Path(__file__).with_name("usage.tmpl").read_text(encoding="utf-8"))
-    commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
-    return text.substitute(commands=commands, groups="\n".join(chosen)).rstrip("\n")
+    return text.substitute(groups="\n".join(chosen)).rstrip("\n")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -80,7 +71,7 @@ def run(command: str, rest: Sequence[str]) -> int:
         raise unknown("command", command, COMMANDS)
     sys.argv = [f"fedraclora {command}", *rest]
     with at_once():
-        module = importlib.import_module(f"experiments.{command}")
+        module = importlib.import_module(f"experiments.{command}{FOLDERS.get(command, '')}")
     status = module.main()
     return status if isinstance(status, int) else 0
 

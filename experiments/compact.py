@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,24 +19,14 @@ from fedraclora.run.compact import compact
 from fedraclora.run.folder import read_config
 
 
-def arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Read the words of the command."""
-    parser = argparse.ArgumentParser("fedraclora compact", description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a run that is not running")
-    parser.add_argument(
-        "--every",
-        type=int,
-        default=100,
-        metavar="N",
-        help="keep each N-th round (100), beside the first and the last checkpoint",
-    )
-    return parser.parse_args(words)
-
-
 @reported
 def main() -> int:
     """Compact the run that is named."""
-    asked = arguments(sys.argv[1:])
+    parser = argparse.ArgumentParser("fedraclora compact", description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a run that is not running")
+    every = "keep each N-th round (100), beside the first and the last checkpoint"
+    parser.add_argument("--every", type=int, default=100, metavar="N", help=every)
+    asked = parser.parse_args()
     folder = asked.run.expanduser()
     if asked.every < 1:
         raise ConfigError(f"--every is {asked.every}; a number of rounds from 1 on is wanted")

@@ -33,8 +33,6 @@ from fedraclora.plots.comparison import compare_figure
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import column, number, round_seconds
 
-__all__ = ["Table", "compare", "main"]
-
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
 _TASK = ("data.", "model.", "pretrain.")
 
@@ -118,10 +116,9 @@ def _ranked(groups: Sequence[Group], metric: str, target: float | None) -> list[
     sign = -1.0 if higher_is_better(metric) else 1.0
 
     def place(ranked: Ranked) -> tuple[bool, bool, float]:
-        group, record = ranked
-        mean = sign * number(record, "metric_mean")
-        known = math.isfinite(mean)
-        return not known, group.unfinished, mean if known else 0.0
+        mean = sign * number(ranked[1], "metric_mean")
+        lost = not math.isfinite(mean)
+        return lost, ranked[0].unfinished, 0.0 if lost else mean
 
     found = sorted(((group, _record(group, metric, target)) for group in groups), key=place)
     for rank, (group, record) in enumerate(found, 1):

@@ -27,14 +27,13 @@ from experiments.simulate import choose, shown
 from experiments.status import reported
 from experiments.words import part
 from fedraclora.config.schema import section
-from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.deploy.control import COMPLETED, PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.imports import is_function
 from fedraclora.run.folder import alone, method_label
-from strategies.server_app import ROW, SUMMARY, settings_of
+from strategies.server_app import ROW, SUMMARY
 
 OWN = ("connection", "local")  # words of this command alone
 KEPT = 40  # lines of a log that are shown where a run fails
@@ -60,14 +59,7 @@ def prepare(words: Sequence[str], local: int | None) -> RunRequest:
     if resume and "engine.folder" not in typed:
         engine["folder"] = section(plain, "engine").get("folder")
     there = folder if local else engine.get("folder") or f"~/fedraclora/{folder.name}"
-    request = RunRequest.of(plain, folder, engine, server_folder=there, resume=resume)
-    if not isinstance(settings_of(request.config), DeployConfig):
-        name = request.config.engine.name
-        raise ConfigError(
-            f"engine is {name}, but `fedraclora deploy` runs on real hosts with engine=deploy: "
-            "leave engine out"
-        )
-    return request
+    return RunRequest.of(plain, folder, engine, "deploy", there=there, resume=resume)
 
 
 def deployed(words: Sequence[str], local: object) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,21 +18,16 @@ from strategies import METHODS
 from strategies.outcome import finished
 
 
-def arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Read the words of the command."""
+@reported
+def main() -> int:
+    """Export what the command line asks for."""
     parser = argparse.ArgumentParser("fedraclora export", description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--format", choices=FORMATS, default="peft")
     parser.add_argument("--rank", type=int, help="peft: the largest rank of a layer")
     parser.add_argument("--round", type=int, help="of the weights, 0 to the last; else the last")
     parser.add_argument("--out", type=Path, help="a new folder; else RUN/export/FORMAT")
-    return parser.parse_args(words)
-
-
-@reported
-def main() -> int:
-    """Export what the command line asks for."""
-    asked = arguments(sys.argv[1:])
+    asked = parser.parse_args()
     folder = asked.run.expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder {folder}")

@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from experiments.app import RunRequest, checkout, copy_app
 from experiments.choices import composed
@@ -25,7 +26,6 @@ from fedraclora.engines.flower.grid import run_options
 from fedraclora.engines.flower.superlink import Options, SuperLink, words_of
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.run.folder import is_finished, read_summary
-from strategies.server_app import settings_of
 
 FAILED = "Simulation failed with exception: "  # how Flower begins
 
@@ -40,20 +40,12 @@ def prepare(words: Sequence[str]) -> RunRequest:
     asked = composed(["engine=flower", *words])
     plain, folder, resume = choose(asked, [key_of(word) for word in words], None)
     folder, engine = folder.resolve(), section(asked, "engine")
-    return RunRequest.of(plain, folder, engine, server_folder=folder, resume=resume)
+    return RunRequest.of(plain, folder, engine, "flower", there=folder, resume=resume)
 
 
 def options_of(request: RunRequest) -> Options:
-    """Build Flower's own options: nodes and resources.
-
-    Raises:
-        ConfigError: If the engine is that of another command.
-    """
-    settings, built = settings_of(request.config), request.built
-    if not isinstance(settings, FlowerConfig):
-        raise ConfigError(
-            f"engine is {settings.name}, which runs on real hosts: use `fedraclora deploy`"
-        )
+    """Build Flower's own options: nodes and resources."""
+    settings, built = cast(FlowerConfig, request.config.engine), request.built
     return run_options(settings, built.device.type, built.clients)
 
 

@@ -16,16 +16,7 @@ import yaml
 from experiments.choices import groups
 from fedraclora.errors import ConfigError
 
-TEMPLATES = Path(__file__).parent / "project"
-# Where each file of the project stands -> its template.
-FILES = {
-    "README.md": "README.md.tmpl",
-    "data.py": "data.py.tmpl",
-    "model.py": "model.py.tmpl",
-    "conf/experiment/{name}.yaml": "preset.yaml.tmpl",
-    "run.py": "run.py.tmpl",
-    "test_{name}.py": "test_project.py.tmpl",
-}
+TEMPLATES = Path(__file__).parent / "project"  # as the project will be, NAME for its name
 
 
 def write_project(name: str, where: Path) -> Path:
@@ -52,10 +43,11 @@ def write_project(name: str, where: Path) -> Path:
     folder = where / name
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} holds something already; choose another name or remove it")
-    for path, template in FILES.items():
-        file = folder / path.format(name=name)
+    for template in TEMPLATES.rglob("*.tmpl"):
+        path = template.relative_to(TEMPLATES).as_posix().removesuffix(".tmpl")
+        file = folder / path.replace("NAME", name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(Template((TEMPLATES / template).read_text()).substitute(name=name))
+        file.write_text(Template(template.read_text()).substitute(name=name))
     return folder
 
 

@@ -24,6 +24,7 @@ from experiments import CONF, Plain
 from experiments.completion import part_folders
 from fedraclora.config.run_config import NAMED, choices_with, from_plain, unknown_key
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
+from fedraclora.weights.files import flatten
 from strategies import METHODS
 
 # How Hydra begins what it has to say.
@@ -211,7 +212,9 @@ def _unknown_keys(words: Sequence[str], text: str) -> ConfigError:
         path = [word for word in words if key_of(word) == "hydra.searchpath"]
         first = [re.sub(r"=([^\[(]*?),.*", r"=\1", word) for word in groups]  # of a sweep
         cfg = compose("config", overrides=[*first, *path], return_hydra_config=True)
-    there = [key for key in _paths(cfg) if not key.startswith("hydra.")]
+    keys = flatten(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
+    own = [key for key in keys if not key.startswith("hydra.")]
+    there = [*dict.fromkeys([*map(str, cfg), *own])]
     lines = []
     for word in words:
         key = key_of(word)
@@ -240,13 +243,3 @@ def _deep(group: str, inner: str) -> list[str]:
 
 def _choosable(group: str) -> bool:
     return (CONF / group).is_dir()
-
-
-def _paths(cfg: DictConfig, before: str = "") -> list[str]:
-    """The paths of all keys."""
-    found = []
-    for key in cfg:
-        path = before + str(key)
-        node = cfg._get_node(key)  # noqa: SLF001  # as it is written: nothing is resolved
-        found += [path, *(_paths(node, f"{path}.") if isinstance(node, DictConfig) else ())]
-    return found

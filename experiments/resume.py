@@ -86,7 +86,8 @@ def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -
 def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: Plain) -> str | None:
     """Explain why a run may not go on with another value of a key; None if it may."""
     if key == "device":
-        return None if _device(str(plain["device"])) == _was_on(folder, stored) else ""
+        before = resolved(folder, "device") or _device(str(stored.get("device")))
+        return None if _device(str(plain["device"])) == before else ""
     if key == "rounds":
         return _refused_rounds(folder, stored, int(str(plain["rounds"])))
     if key.startswith("data.") and key in free_keys(stored):
@@ -112,10 +113,6 @@ def _device(name: str) -> str | None:
         return pick_device(name).type
     except ConfigError:
         return None
-
-
-def _was_on(folder: Path, stored: Mapping[str, object]) -> str | None:
-    return resolved(folder, "device") or _device(str(stored.get("device")))
 
 
 def _engine(old: Plain, new: Plain, typed: Sequence[str] | None) -> Plain:

@@ -54,9 +54,9 @@ def explained(error: Exception) -> str | None:
         return message
     if isinstance(error, OSError):
         return _of_system(error)
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and _is_out_of_memory(error)
-    ):
+    from fedraclora.training.memory import is_out_of_memory
+
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
         return (
             f"memory ran out ({str(error) or type(error).__name__}): make the model, "
             "local.batch_size, evaluate.batch_size or the cohort smaller"
@@ -93,12 +93,6 @@ def _of_system(error: OSError) -> str:
     if error.errno == errno.ENAMETOOLONG:
         return f"{what}; choose a shorter name"
     return what
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    from fedraclora.training.memory import is_out_of_memory
-
-    return is_out_of_memory(error)
 
 
 def _of_config(error: Exception) -> str | None:

@@ -89,8 +89,7 @@ class Table:
         whose texts would be broken into lines, the label first.
         """
         least, whole = [], []
-        for index, title in enumerate(self.header):
-            cells = [row[index] for row in self.cells]
+        for title, *cells in zip(self.header, *self.cells, strict=True):
             texts = [title, *(cell for cell in cells if cell[:1].isalpha())]
             words = [word for text in texts for word in text.split()]
             least.append(max(map(len, [*words, *set(cells).difference(texts)]), default=1))

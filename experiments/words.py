@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 
 from fedraclora.errors import ConfigError
 
+TRUTH = {"true": True, "false": False}
+
 
 def key_values(words: Sequence[str]) -> dict[str, object]:
     """Read words into a group of settings: whole numbers, true and false, and text.
@@ -22,10 +24,7 @@ def key_values(words: Sequence[str]) -> dict[str, object]:
         key, mark, text = word.partition("=")
         if not mark:
             raise ConfigError(f"{word!r} is not of the form key=value")
-        low = text.lower()
-        group[key] = (
-            int(text) if text.isdecimal() else low == "true" if low in {"true", "false"} else text
-        )
+        group[key] = int(text) if text.isdecimal() else TRUTH.get(text.lower(), text)
     return group
 
 

@@ -64,6 +64,25 @@ def import_function(key: str, name: str) -> Any:
     return found
 
 
+def import_extra(package: str, purpose: str) -> Any:
+    """Import a package of the extra ``export``, which need not be installed.
+
+    Args:
+        package: As it is imported.
+        purpose: What needs it, for the message.
+
+    Raises:
+        ConfigError: Saying how to install it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"{purpose} needs the package {package}, which is not installed; install it with: pip "
+            "install 'fedraclora[export]'"
+        ) from error
+
+
 def check_call(key: str, function: Callable[..., object], **arguments: object) -> None:
     """Reject a function that does not take these arguments, before it is called.
 

@@ -14,8 +14,10 @@ from operator import index
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.random.bit_generator import ISeedSequence
+from typing_extensions import override
 
-_LOW32 = 0xFFFFFFFF
+_LOW32, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
@@ -54,7 +56,22 @@ def generator(seed: int, purpose: str, *keys: int | str) -> np.random.Generator:
     Returns:
         A fresh generator; two calls with equal arguments give equal draws.
     """
-    return np.random.Generator(np.random.Philox(key=hash_key(seed, purpose, *keys)))
+    key = _Key(hash_key(seed, purpose, *keys))
+    return np.random.Generator(np.random.Philox(key))  # type: ignore[arg-type]
+
+
+class _Key(ISeedSequence):
+    """The key of a Philox itself: given as ``key=``, numpy first asks the system for entropy."""
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+
+    @override
+    def generate_state(
+        self, n_words: int, dtype: npt.DTypeLike = np.uint32
+    ) -> npt.NDArray[np.uint32 | np.uint64]:
+        """Return the two words of 64 bits that Philox asks for."""
+        return np.array([self.key & _LOW64, self.key >> 64], dtype=np.uint64)
 
 
 def cohort_bits(key: int, clients: torch.Tensor, count: int, stream: int = 0) -> torch.Tensor:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby, zip_longest
 from math import prod
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedraclora.errors import ShapeError
-from fedraclora.narrow_weight import split
+from fedraclora.narrow_weight import QuantisedWeight, split
 
 Tree = dict[str, torch.Tensor]
 LARGE = 1 << 18  # numbers of a tensor that is not copied where it need not be
+ALIGNED = 64  # bytes: where PyTorch's own allocator begins a tensor
 
 
 @cache
@@ -39,6 +41,30 @@ def widened(tree: Tree) -> Tree:
     return {name: tensor.to(wide(tensor.dtype)) for name, tensor in tree.items()}
 
 
+def weights_of(model: nn.Module) -> Tree:
+    """Give the weights of a model, in its own memory: nobody writes into it, nor into weights.
+
+    What begins at no multiple of `ALIGNED` bytes, as in a file that is mapped into memory, is
+    copied: products round by alignment.
+    """
+    held = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: t if _is_aligned(t) else t.clone() for name, t in held.items()}
+
+
+def point_at(parameters: Mapping[str, torch.Tensor], weights: Tree) -> None:
+    """Point the parameters of a model at weights: no copy is made, and what they held is let go."""
+    for name, parameter in parameters.items():
+        weight = weights[name]
+        if isinstance(parameter, QuantisedWeight) and isinstance(weight, QuantisedWeight):
+            parameter.codes, parameter.scale = weight.codes, weight.scale
+        else:
+            parameter.data = weight
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, QuantisedWeight) or tensor.data_ptr() % ALIGNED == 0
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names and shapes of a tree, in packing order."""
@@ -50,12 +76,12 @@ class Layout:
         """Read the layout of ``tree``, leaving out the first ``skip`` axes (1 for a cohort)."""
         return cls(tuple((name, tuple(t.shape[skip:])) for name, t in tree.items()))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Numbers in the flat vector."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Numbers of each tensor."""
         return [prod(shape) for _, shape in self.shapes]
@@ -77,11 +103,14 @@ class Layout:
             raise ShapeError(f"cannot pack: {difference(Layout.of(tree, lead), self)}")
         if not self.shapes:
             return torch.empty(0)
-        parts = [
-            t.reshape(*t.shape[:lead], size)
-            for t, size in zip(tree.values(), self.sizes, strict=True)
-        ]
-        return torch.cat(parts, dim=-1)
+        first = next(iter(tree.values()))
+        leading = first.shape[:lead]
+        packed = first.new_empty(*leading, self.size)
+        # Each is copied once, wherever it lies: reshaped and joined it would be copied twice.
+        parts = packed.split(self.sizes, dim=-1)
+        for part, tensor in zip(parts, tree.values(), strict=True):
+            part.view((*leading, *tensor.shape[lead:])).copy_(tensor)
+        return packed
 
     def pieces(self, tree: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Give the columns that `pack` joins, side by side: those of large tensors uncopied.
@@ -143,6 +172,11 @@ def difference(found: Layout, expected: Layout) -> str:
         return "nothing differs"
     came, asked = ("nothing" if each is None else f"{each[0]} {each[1]}" for each in differ[0])
     return f"{came}, wanted is {asked} ({len(differ)} of {len(pairs)} tensors differ)"
+
+
+def below(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tree:
+    """Select the tensors whose names begin with a prefix, and strip it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:

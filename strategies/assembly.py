@@ -23,12 +23,12 @@ from fedraclora.config.build import (
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section
 from fedraclora.data.task import Task
-from fedraclora.engines.base import Engine, EngineParts, MakeEngine
+from fedraclora.engines.base import EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.personal import personal_accuracy
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan
+from fedraclora.protocol.method import Cohort, Draw, Plan
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.continued import free_keys
@@ -37,7 +37,7 @@ from fedraclora.run.recorder import RunRecorder, resolved
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.precision import check_base
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, weights_of
 from strategies.server.loop import LoopConfig
 from strategies.server.loopconfig import loop_of
 from strategies.server.rows import Row
@@ -98,14 +98,15 @@ def assemble(
         failed.callback(engine.close)
         fix_bits(config.engine.threads, pick_device(config.device))
         built = build_task(config)
-        if not resume:
-            built = begun(config, built)
+        if not resume and (start := begin_from(config, built.task.model)):
+            info = {**built.task.info, "start": start}
+            built = replace(built, task=replace(built.task, info=info))
         plan = plan_of(config, built.task)
         if plan.local and not built.classes:
             raise ConfigError(
                 "head is local, which is measured by class, but the data have no classes"
             )
-        base = {n: p.detach().clone() for n, p in built.task.model.named_parameters()}
+        base = weights_of(built.task.model)
         draw = Draw(config.seed)
         method = method_of(config, built.task)
         name = str(section(config.plain, "method").get("name"))
@@ -125,7 +126,19 @@ def assemble(
         check_base(base, in_full, changes)
         trainer = trainer_of(config, built, plan)
         stored = resolved(folder, "chunk") if resume and folder is not None else None
-        chunk = settle_chunk(config, engine, trainer, built.cohort, base, downlink, stored)
+        if config.engine.chunk == "auto" and stored is not None:
+            chunk = ChunkPlan(stored, "as it began")  # whatever memory is free now
+        else:
+            chunk = plan_chunk(
+                config.engine.chunk,
+                trainer,
+                base,
+                downlink,
+                built.cohort,
+                share=engine.share,
+                spread=engine.spread,
+                elsewhere=engine.elsewhere,
+            )
         loop = loop_of(config, built, chunk.chunk, trainer.dtype)
         store = ClientStore()
 
@@ -150,42 +163,11 @@ def assemble(
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
             on_round=on_round,
             answering=answering_of(config, built),
+            alone=True,
         )
         failed.pop_all()
     return Assembled(
         **vars(wired), config=config, built=built, plan=plan, trainer=trainer, chunk=chunk
-    )
-
-
-def begun(config: RunConfig, built: BuiltTask) -> BuiltTask:
-    """Bring the model of a task to where the run begins, and have the task say so."""
-    if not (start := begin_from(config, built.task.model)):
-        return built
-    return replace(built, task=replace(built.task, info={**built.task.info, "start": start}))
-
-
-def settle_chunk(
-    config: RunConfig,
-    engine: Engine,
-    trainer: CohortTrainer,
-    cohort: int,
-    base: Tree,
-    downlink: Downlink,
-    stored: int | None,
-) -> ChunkPlan:
-    """Plan the chunk of a run; one that goes on keeps its own, whatever memory is free now."""
-    chunk, share, spread = config.engine.chunk, engine.share, engine.spread
-    if chunk == "auto" and stored is not None:
-        return ChunkPlan(stored, "as it began")
-    return plan_chunk(
-        chunk,
-        trainer,
-        base,
-        downlink,
-        cohort,
-        share=share,
-        spread=spread,
-        elsewhere=engine.elsewhere,
     )
 
 

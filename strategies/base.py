@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
+from torch import nn
 from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext
@@ -26,7 +26,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder, Stopwatch
 from fedraclora.training.steps import effective_step
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, point_at
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import CatchUp
 from strategies.server.exchange import Exchange
@@ -34,12 +34,12 @@ from strategies.server.guard import persistently
 from strategies.server.quantised import DownlinkRounding
 from strategies.server.round_step import RoundStep, RoundSteps, RunContext
 from strategies.server.rows import Moved, Row, fleet_columns, ledger_row
-from strategies.server.serverside import EvaluatesItself
+from strategies.server.serverside import OwnLoop
 from strategies.server.sound import largest, overflowing
 from strategies.server.stopping import Stopping
 
 
-class FedStrategy(EvaluatesItself):
+class FedStrategy(OwnLoop):
     """Runs a method round by round.
 
     Args:
@@ -53,7 +53,14 @@ class FedStrategy(EvaluatesItself):
         on_round: Functions, each of which is called with every new ledger row.
         stop: Says when to end before the last round.
         answering: Has a language model answer prompts; None: it does not.
+        model: Of this run alone: it holds the weights of each round, so that its first ones are let
+            go. None: there is none, or others begin from it.
+
+    Attributes:
+        divisible: Whether a round can be closed again without a client, as far as the steps can.
     """
+
+    divisible = True
 
     def __init__(
         self,
@@ -67,12 +74,14 @@ class FedStrategy(EvaluatesItself):
         on_round: Sequence[Callable[[Row], None]] = (),
         stop: Stopping | None = None,
         answering: Answering | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         self.method, self.state, self.local, self.loop = run.method, state, run.local, run.loop
         self.devices, self.sizes, self.draw = run.devices, run.sizes, run.draw
         self.replica, self.evaluate, self.recorder = replica, evaluate, recorder
         self.on_round, self.stop, self.answering = on_round, stop or Stopping(), answering
         self.devices.check(self.method)
+        self.parameters = {} if model is None else dict(model.named_parameters())
         self.rounding = DownlinkRounding(self.loop.downlink, self.loop.seed)
         self.steps = RoundSteps(steps, run, state)
         self.catch_up, self.done = CatchUp(state.base, self.loop.clients), 0
@@ -93,7 +102,7 @@ class FedStrategy(EvaluatesItself):
         timeout: float | None = None,
         **_: object,
     ) -> Result:
-        """Run the rounds that are left.
+        """Run the rounds that are left, as `run` does, for whoever has a Flower strategy.
 
         Args:
             grid: Where clients run.
@@ -103,34 +112,51 @@ class FedStrategy(EvaluatesItself):
 
         Returns:
             Flower's result, with the effective weights.
+        """
+        metrics = self.run(grid, num_rounds, timeout)
+        weights = dense(self.method.weights(self.state, self.draw))
+        arrays = ArrayRecord({name: Array(t.cpu().numpy()) for name, t in weights.items()})
+        return Result(arrays, metrics)
+
+    def run(
+        self, grid: Grid, last: int | None = None, timeout: float | None = None
+    ) -> dict[int, MetricRecord]:
+        """Run the rounds that are left; the weights are not written out.
+
+        Args:
+            grid: Where clients run.
+            last: The last round, instead of ``loop.rounds``.
+            timeout: Seconds per exchange, instead of ``loop.timeout``.
+
+        Returns:
+            The training loss of each round.
 
         Raises:
             ClientError: If more clients failed than allowed, after a checkpoint.
         """
         self.steps.open(self.recorder, self.done)
         self.replica.publish(self.state.base, self.catch_up.version)
-        result = Result()
+        point_at(self.parameters, self.state.base)
+        metrics: dict[int, MetricRecord] = {}
         if not self.recorder.ledger.rows:
             self.recorder.begin(self.state)
             row: Row = {"round": 0} | self._measured() | {"notes": list(self.state.notes)}
             self._publish_row(row | {"uplink_total": 0, "downlink_total": 0} | self.devices.clock)
-        last = self.loop.rounds if num_rounds is None else num_rounds
+        last = self.loop.rounds if last is None else last
         for round_ in range(self.done + 1, last + 1):
             if self.stop.due(self.recorder.ledger.rows):
                 break
             try:
                 run = partial(self._round, grid, round_, timeout or self.loop.timeout)
-                metrics = persistently(run, self.loop.retries, getattr(grid, "incidents", []))
+                incidents = getattr(grid, "incidents", [])
+                metrics[round_] = persistently(run, self.loop.retries, incidents)
             except Exception:
                 # A checkpoint ahead of the ledger, whose row failed, could not be resumed.
                 if number(self.recorder.ledger.rows[-1], "round") == self.done:
                     self.recorder.save(self.state, self.done, self.catch_up)
                 raise
-            result.train_metrics_clientapp[round_] = metrics
         self.recorder.save(self.state, self.done, self.catch_up)
-        weights = self.method.weights(self.state, self.draw)
-        result.arrays = ArrayRecord({n: Array(t.cpu().numpy()) for n, t in dense(weights).items()})
-        return result
+        return metrics
 
     def _round(self, grid: Grid, round_: int, timeout: float | None) -> MetricRecord:
         """Run one round: exchanges until the method closes it, then evaluate and write."""
@@ -166,7 +192,8 @@ class FedStrategy(EvaluatesItself):
         step = effective_step(exchange.downlink, self.local, exchange.rate_scale)
         row = ledger_row(exchange, self.state, measured, moved, self.recorder.totals())
         row |= self.rounding.columns
-        row |= fleet_columns(exchange, self.devices.clock) if self.devices.enabled else {}
+        if self.devices.system.enabled:
+            row |= fleet_columns(exchange, self.devices.clock)
         for extra in self.local.extras:
             row |= extra.columns(exchange.downlink, got)
         self.recorder.link(round_, self.state)
@@ -224,7 +251,7 @@ class FedStrategy(EvaluatesItself):
         while names := overflowing(after, self.state):
             what = f"the merged weights are too large ({', '.join(names[:3])})"
             found = largest(raw, self._setting()) if raw.has_individuals else exchange.longest
-            if found is None or not self.divisible:
+            if found is None or not (self.divisible and self.steps.repeatable):
                 raise ClientError(
                     f"round {exchange.round_}: {what}, after updates of clients "
                     f"{raw.clients.tolist()}; lower local.lr or set local.clip"
@@ -235,16 +262,12 @@ class FedStrategy(EvaluatesItself):
             after = self._next(exchange, self._treated(raw))
         return after
 
-    @property
-    def divisible(self) -> bool:
-        """Return whether a round can be closed again without a client."""
-        return self.steps.repeatable
-
     def _close(self, round_: int, after: State) -> None:
         """Keep the next state, and publish its weights."""
         self.state = self.rounding.closed(self.state, after, self._current().downlink, round_)
         self.catch_up.add(self.state.link)
         self.replica.publish(self.state.base, self.catch_up.version, self.state.link)
+        point_at(self.parameters, self.state.base)
         self.done = round_
 
     def _measured(self) -> Row:
@@ -298,14 +321,3 @@ class FedStrategy(EvaluatesItself):
             base=self.state.base,
         )
         return self._exchange.messages(list(grid.get_node_ids()))
-
-    @override
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Close a round that `configure_train` opened (Flower's own loop calls this)."""
-        raw = self._current().collect(replies)
-        got = self._treated(raw)
-        self._close(server_round, self._sound(self._current(), raw, got))
-        token = ArrayRecord({"version": Array(np.array([self.catch_up.version]))})
-        return token, MetricRecord({"clients": len(got.clients)})

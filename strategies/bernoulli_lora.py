@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from typing_extensions import override
 
@@ -63,15 +63,8 @@ class BernoulliLora(LowRank):
 
     def sided(self, side: str) -> FedRacLora:
         """Build Fed-RAC-LoRA with one of the two sides."""
-        return FedRacLora(
-            rank=self.rank,
-            alpha=self.alpha,
-            rslora=self.rslora,
-            sketch=self.sketch,
-            side=side,
-            normalise=self.normalise,
-            cap=self.cap,
-        )
+        shared = {f.name for f in fields(FedRacLora)} & vars(self).keys()
+        return FedRacLora(side=side, **{name: getattr(self, name) for name in shared})
 
     @property
     def link_rounds(self) -> int:

@@ -30,9 +30,8 @@ from strategies.server.exchange import Exchange
 class BufferedStrategy(FedStrategy):
     """Runs a method without waiting for anyone; arguments as for `FedStrategy`."""
 
-    def __init__(self, *given: object, **named: object) -> None:
-        super().__init__(*given, **named)  # type: ignore[arg-type]
-        self._leg: AsyncStep | None = None
+    divisible = False  # replies of other rounds are merged with this one's
+    _leg: AsyncStep | None = None
 
     @override
     def configure_train(
@@ -78,11 +77,6 @@ class BufferedStrategy(FedStrategy):
         flying = (*(f for batch in batches for f in batch.flights), *lost)
         space = AsyncClock(devices.system, devices.seed, round_, loop.clients, loop.cohort, load)
         return space.fly(devices.now, flying, devices.system.buffer or 1)
-
-    @property
-    @override
-    def divisible(self) -> bool:
-        return False  # replies of other rounds are merged with this one's
 
     @override
     def _next(self, exchange: Exchange, got: Uplinks) -> State:

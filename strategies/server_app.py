@@ -20,7 +20,7 @@ from typing_extensions import override
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig, FlowerConfig
 from fedraclora.engines.base import Engine, EngineParts
-from fedraclora.engines.deploy import DeployGrid
+from fedraclora.engines.deploy import DeployGrid, look_again_soon
 from fedraclora.engines.flower import NodePerClient
 from fedraclora.engines.local import MessageGrid
 from fedraclora.errors import ConfigError
@@ -100,6 +100,7 @@ class OnHosts(Engine):
 
     @override
     def make_grid(self, parts: EngineParts) -> MessageGrid:
+        look_again_soon()
         name, known = run_id(self.folder), self.known
         return DeployGrid(
             self.flower, self.history, name, self.settings, known=known, ended=self.ended

@@ -87,7 +87,8 @@ def trained_model(
         draw = Draw(config.seed)
         weights = method.weights(state, draw)
         start, changes = _from_start(folder, config, method, state, round_)
-        magnitudes = _magnitudes(method, state)
+        if isinstance(method, Dora):
+            magnitudes = {name: state.carried[magnitude_of(name)] for name in plan.targets}
     start, weights = dense(start), dense(weights)
     model.to(next(iter(weights.values())).dtype)  # a narrow base widens with what is added to it
     put(model, weights)
@@ -170,12 +171,6 @@ def _bounded(change: Product) -> Product:
         return change
     u, s, vt = truncated_product(left, right, most)
     return u * s, vt
-
-
-def _magnitudes(method: Method, state: State) -> Tree:
-    if not isinstance(method, Dora):
-        return {}
-    return {name: state.carried[magnitude_of(name)] for name in state.plan.targets}
 
 
 def _sources(plain: Mapping[str, object]) -> tuple[str | None, str | None]:

@@ -19,7 +19,7 @@ from fedraclora.evaluation.generate import Answering
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.recorder import RunRecorder
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, weights_of
 from strategies.base import FedStrategy
 from strategies.buffered import BufferedStrategy
 from strategies.server.device_simulator import DeviceSimulator
@@ -54,7 +54,7 @@ class Wired:
         Raises:
             ClientError: If more clients failed than allowed, after a checkpoint.
         """
-        self.strategy.start(self.grid, num_rounds=last)
+        self.strategy.run(self.grid, last)
 
     def weights(self) -> Tree:
         """Return the effective weights now: name of a parameter -> tensor of its shape."""
@@ -82,6 +82,7 @@ def wire(
     on_round: Sequence[Callable[[Row], None]] = (),
     kind: type[FedStrategy] | None = None,
     answering: Answering | None = None,
+    alone: bool = False,
 ) -> Wired:
     """Build the strategy and start the engine.
 
@@ -101,6 +102,8 @@ def wire(
         on_round: Functions, each of which is called with every new ledger row.
         kind: The strategy; None: the one that these devices need.
         answering: Has a language model answer prompts; None: it does not.
+        alone: Whether no other run begins from the model of the task, which is then this run's to
+            change.
 
     Returns:
         The run; whoever has it closes it.
@@ -110,8 +113,7 @@ def wire(
     """
     trainer, system = parts.trainer, system or SystemConfig()
     if state is None:
-        base = {n: p.detach().clone() for n, p in trainer.task.model.named_parameters()}
-        state = method.init(base, trainer.plan, Draw(loop.seed))
+        state = method.init(weights_of(trainer.task.model), trainer.plan, Draw(loop.seed))
     recorder = recorder or RunRecorder(None, store=parts.store)
     kind = kind or (FedStrategy if system.buffer is None else BufferedStrategy)
     with ExitStack() as failed:
@@ -127,6 +129,7 @@ def wire(
             on_round=on_round,
             stop=stop,
             answering=answering,
+            model=trainer.task.model if alone else None,
         )
         if resume:
             restored, done = recorder.restore(state, strategy.catch_up)

@@ -2,7 +2,6 @@
 
 import sys
 
-from experiments.bench import main
+from experiments.bench.command import main
 
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(main())

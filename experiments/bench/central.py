@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +10,7 @@ from typing_extensions import override
 from experiments.bench.workloads import LR, Workload, plan_of
 from fedraclora.data.task import LOSSES, Task, forward
 from fedraclora.data.token_losses import output_layer, token_losses
+from fedraclora.training.program import copied_layers
 
 
 class LowRankLinear(nn.Module):
@@ -45,13 +44,12 @@ class Central:
 
     def __init__(self, workload: Workload, task: Task, at_once: int) -> None:
         plan = plan_of(task)
-        model = copy.deepcopy(task.model).requires_grad_(requires_grad=False).eval()
+        model = copied_layers(task.model).requires_grad_(requires_grad=False).eval()
         for name in plan.targets:
             owner = name.rpartition(".")[0]
-            parent, _, leaf = owner.rpartition(".")
             inner = model.get_submodule(owner)
             if isinstance(inner, nn.Linear):
-                setattr(model.get_submodule(parent), leaf, LowRankLinear(inner, workload.rank))
+                model.set_submodule(owner, LowRankLinear(inner, workload.rank))
         self.workload, self.task, self.model, self.at_once = workload, task, model, at_once
         self.trained = [p for p in model.parameters() if p.requires_grad]
 

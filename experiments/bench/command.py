@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from experiments.bench.bounds import disagreements, judge
 from experiments.bench.capacity import largest_chunk
@@ -32,13 +31,11 @@ from experiments.bench.launch import interpreter, run_peer
 from experiments.bench.phases import profile
 from experiments.bench.report import Report, about
 from experiments.bench.rows import BUILDERS, hosted, peak_alone
-from experiments.bench.table import table as markdown
-from experiments.bench.table import tables
+from experiments.bench.table import table, tables
 from experiments.bench.timing import Figures, figures, interleaved, training_loss
 from experiments.bench.usage import PROC
 from experiments.bench.workloads import PEERS, RAY, WORKLOADS, Case
 from experiments.status import reported
-from experiments.tables import Table
 from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
@@ -149,28 +146,7 @@ def judged(report: Report) -> list[str]:
 
 
 def show(report: Report) -> None:
-    """Print the rows of one workload; of a GPU in the form of the stored table."""
-    if report.about.get("device") == "cuda":
-        print(markdown(report).markdown())
-    else:
-        measured(report).print()
+    """Print the table of one workload, and what is missing in it."""
+    print(table(report).markdown())
     for name, why in report.missing.items():
         print(f"missing: {name}: {why}")
-
-
-def measured(report: Report) -> Table:
-    """Make the table of the rows as they were measured."""
-    columns = {"s a round": "seconds", "CPU s": "cpu_seconds", "peak MB": "peak_bytes"}
-    columns |= {"rounds": "rounds", "loss": "loss"}
-    units = {"peak_bytes": 1e6}
-
-    def text(row: Mapping[str, Any], key: str) -> str:
-        return f"{row[key] / units.get(key, 1.0):.5g}" if key in row else ""
-
-    title = f"{report.workload}: {WORKLOADS[report.workload].what}"
-    return Table.of(
-        [
-            {title: name} | {column: text(row, key) for column, key in columns.items()}
-            for name, row in report.rows.items()
-        ]
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from typing_extensions import override
 
@@ -62,8 +62,7 @@ class BenchConfig(Limited):
     @property
     def words(self) -> list[str]:
         """The words that `parse` reads this from."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return [f"{key}={value}" for key, value in given.items() if value is not None]
+        return [f"{key}={value}" for key, value in vars(self).items() if value is not None]
 
     def wants(self, row: str) -> bool:
         """Return whether a row is asked for."""

@@ -40,7 +40,7 @@ def late(case: Case, clients: int, asked: int, round_: int) -> Row:
         asked: Clients of a round.
         round_: A multiple of `LAP`.
     """
-    case = Case(replace(case.workload, clients=clients, asked=asked), case.device)
+    case = replace(case, workload=replace(case.workload, clients=clients, asked=asked))
     method = FedRacLora(rank=case.workload.rank)
     trainer = trainer_of(case, method, steps=0)()
     state, downlink = opened(method, trainer, asked)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +42,7 @@ class PeftLoop:
             rank_pattern={name: spec.rank for name, spec in self.sketches.items()},
             alpha_pattern={n: self.scales[n] * spec.rank for n, spec in self.sketches.items()},
         )
-        inner = copy.deepcopy(case.task.model).train()
+        inner = case.model.train()
         self.model: Any = peft.get_peft_model(inner, config)  # it replaces layers of `inner`
         self.layers: dict[str, Any] = {name: inner.get_submodule(name) for name in self.sketches}
         for name, parameter in self.model.named_parameters():

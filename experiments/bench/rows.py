@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from strategies.fedavg import FedAvg
 
 def loop(case: Case) -> Row:
     """Full weights, by hand."""
-    run = PlainLoop(case.workload, replace(case.task, model=copy.deepcopy(case.task.model)))
+    run = PlainLoop(case.workload, replace(case.task, model=case.model))
     return Row(lapped(run.round), weights=lambda: run.state)
 
 
@@ -38,7 +37,7 @@ def peft(case: Case, precision: str = FLOAT32) -> Row:
 def checkpointed(case: Case) -> Case:
     """The same, with blocks that are computed again in the backward pass."""
     model = partial(case.workload.model, checkpointing=True)
-    return Case(replace(case.workload, model=model), case.device)
+    return replace(case, workload=replace(case.workload, model=model))
 
 
 def central(case: Case) -> Row:
@@ -117,7 +116,7 @@ def peak_alone(row: str, workload: Workload) -> int:
 
 
 def _second_round(row: str, workload: Workload) -> int:
-    run = BUILDERS[row](Case(workload, torch.device("cpu")))
+    run = BUILDERS[row](Case(workload, torch.device("cpu"), alone=True))
     run.round(Laps(children=False))
     reset_peak()
     run.round(Laps(children=False))

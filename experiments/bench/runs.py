@@ -26,7 +26,7 @@ from fedraclora.training.chunking import plan_chunk
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.precision import FLOAT32
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, weights_of
 from fedraclora.weights.replica import Replica
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg
@@ -122,8 +122,7 @@ def trainer_of(
 
 def opened(method: Method, trainer: CohortTrainer, cohort: int) -> tuple[State, Downlink]:
     """Build the state before the first round, and what the cohort is sent in it."""
-    base = {n: p.detach().clone() for n, p in trainer.task.model.named_parameters()}
-    state = method.init(base, trainer.plan, Draw(0))
+    state = method.init(weights_of(trainer.task.model), trainer.plan, Draw(0))
     everyone = Cohort(torch.arange(cohort), torch.ones(cohort))
     return state, method.open_round(state, 1, everyone, Draw(0))
 
@@ -163,9 +162,8 @@ def federated(
     recorder.ledger = Ledger(crew / "ledger.jsonl")
     given = make_trainer, case.device, crew
     engine = OnRay(settings, BenchSite, lambda _: given) if workers else InProcess()
-    run = wire(
-        method, EngineParts.of(trainer, cohort), loop, engine, state=state, recorder=recorder
-    )
+    parts = EngineParts.of(trainer, cohort)
+    run = wire(method, parts, loop, engine, state=state, recorder=recorder, alone=case.alone)
 
     def round_(laps: Laps) -> None:
         def end(_: object) -> None:

@@ -54,7 +54,7 @@ def tree_peak(workers: Collection[int] | None = None) -> int:
     """
     pids = [os.getpid(), *descendants()]
     if workers is not None:
-        pids = [pid for pid in pids if pid in workers or not _command(pid).startswith(b"ray::")]
+        pids = [p for p in pids if p in workers or not _read(p, "cmdline").startswith("ray::")]
     return sum(peak(pid) for pid in pids)
 
 
@@ -66,27 +66,22 @@ def reset_peak() -> None:
 def peak(pid: int | None = None) -> int:
     """Bytes: the peak resident size of a process, this one unless named; 0 if it has ended."""
     pid = os.getpid() if pid is None else pid
-    try:
-        lines = (PROC / str(pid) / "status").read_text().splitlines()
-    except OSError:
-        return 0
+    lines = _read(pid, "status").splitlines()
     sizes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return 1024 * sum(sizes)  # none for a process that is ending
+    return 1024 * sum(sizes)  # none for a process that has ended, or is ending
 
 
-def _command(pid: int) -> bytes:
+def _read(pid: int, name: str) -> str:
+    """Read a file of ``/proc/PID``; it is empty if the process has ended."""
     try:
-        return (PROC / str(pid) / "cmdline").read_bytes()
+        return (PROC / str(pid) / name).read_text(errors="replace")
     except OSError:
-        return b""
+        return ""
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of ``/proc/PID/stat`` from the state on; none if the process has ended."""
-    try:
-        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+    """Fields of ``/proc/PID/stat`` from the state on."""
+    return _read(pid, "stat").rpartition(")")[2].split()
 
 
 @dataclass

@@ -7,6 +7,7 @@ end at the same weights.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -90,15 +91,27 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """A workload on a device; its data are built once, when a row asks for them."""
+    """A workload on a device; its data are built once, when a row asks for them.
+
+    Attributes:
+        workload: What is done.
+        device: Where.
+        alone: Whether a single row has the task, whose model it may change.
+    """
 
     workload: Workload
     device: torch.device
+    alone: bool = False
 
     @cached_property
     def task(self) -> Task:
         """The task that the rows share."""
         return self.workload.task(self.device)
+
+    @property
+    def model(self) -> nn.Module:
+        """A model for a row that changes it: a copy where other rows begin from the task's."""
+        return self.task.model if self.alone else copy.deepcopy(self.task.model)
 
     @cached_property
     def tokens(self) -> int:
@@ -109,7 +122,7 @@ class Case:
 
     def of(self, clients: int) -> Case:
         """The same with another population."""
-        return Case(replace(self.workload, clients=clients), self.device)
+        return replace(self, workload=replace(self.workload, clients=clients))
 
 
 def divided(samples: Samples, clients: int) -> Partitioned:

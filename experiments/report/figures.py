@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import plotly.graph_objects as go
 
-from fedraclora.plots.axes import COLOURS, MEGABYTE
-from fedraclora.run.ledger import Row, column, headline
+from fedraclora.plots.axes import COLOURS, MEGABYTE, Vector
+from fedraclora.run.ledger import Row, column, headline, round_seconds
 
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
@@ -38,33 +38,25 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
     for title, (x_name, y_name, x_keys, y_keys) in axes.items():
         lines = {}
         for label, rows in runs.items():
-            x = traffic(rows) if not x_keys else numbers(rows, *x_keys)
-            y = seconds(rows) if y_keys == ("seconds",) else numbers(rows, *y_keys)
-            if y_name == "MB":
-                y = [value / MEGABYTE for value in y]
-            kept = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
-            if len(kept) > 1:
-                lines[label] = ([a for a, _ in kept], [b for _, b in kept])
+            x = column(rows, *x_keys) if x_keys else traffic(rows)
+            y = seconds(rows) if y_keys == ("seconds",) else column(rows, *y_keys)
+            kept = np.isfinite(y)
+            if kept.sum() > 1:
+                unit = MEGABYTE if y_name == "MB" else 1.0
+                lines[label] = x[kept].tolist(), (y[kept] / unit).tolist()
         if lines and not (metric == "loss" and title.startswith("loss")):
             found[title] = drawn(lines, x_name, y_name)
     return found
 
 
-def numbers(rows: Sequence[Row], *keys: str) -> list[float]:
-    """Give a column as numbers; NaN where a row has none."""
-    return [float(value) for value in column(rows, *keys)]
-
-
-def traffic(rows: Sequence[Row]) -> list[float]:
+def traffic(rows: Sequence[Row]) -> Vector:
     """Megabytes both ways up to each round."""
-    up, down = numbers(rows, "uplink_total"), numbers(rows, "downlink_total")
-    return [(a + b) / MEGABYTE for a, b in zip(up, down, strict=True)]
+    return (column(rows, "uplink_total") + column(rows, "downlink_total")) / MEGABYTE
 
 
-def seconds(rows: Sequence[Row]) -> list[float]:
-    """Wall-clock seconds of each round, all phases together."""
-    laps = (row.get("seconds") for row in rows)
-    return [sum(map(float, lap.values())) if isinstance(lap, Mapping) else math.nan for lap in laps]
+def seconds(rows: Sequence[Row]) -> Vector:
+    """Wall-clock seconds of each round, all phases together; NaN where none are told."""
+    return np.array([round_seconds(row) if "seconds" in row else np.nan for row in rows])
 
 
 def drawn(lines: Lines, x_name: str, y_name: str) -> str:
@@ -72,9 +64,7 @@ def drawn(lines: Lines, x_name: str, y_name: str) -> str:
     figure = go.Figure()
     for place, (label, (x, y)) in enumerate(lines.items()):
         colour = COLOURS[place % (len(COLOURS) - 1)]  # the last is black: lost on a dark page
-        figure.add_scatter(
-            x=list(x), y=list(y), name=label, mode="lines", line={"color": colour, "width": 2}
-        )
+        figure.add_scatter(x=x, y=y, name=label, mode="lines", line={"color": colour, "width": 2})
     figure.update_layout(
         margin={"l": 56, "r": 12, "t": 8, "b": 44},
         height=300,

@@ -12,11 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from experiments.report.figures import curves
+from experiments.reports import Run, read_run
 from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError
 from fedraclora.objects import NAME
-from fedraclora.run.folder import method_label, read_config, read_summary, run_title
-from fedraclora.run.ledger import Row, read_ledger
+from fedraclora.run.folder import method_label, run_title
 from fedraclora.run.stopped import stop_reason
 from fedraclora.weights.files import flatten
 
@@ -25,22 +25,14 @@ SHOWN_FAILURES = 50
 
 
 @dataclass(frozen=True)
-class Shown:
+class Shown(Run):
     """A run as a report shows it.
 
     Attributes:
-        folder: Its folder.
-        config: The whole config.
-        rows: Of its ledger.
-        summary: Of ``summary.json``; empty where the run has not come to its end.
         stopped: Why it stopped before its end, in words; None if nothing says so.
     """
 
-    folder: Path
-    config: dict[str, object]
-    rows: list[Row]
-    summary: dict[str, object]
-    stopped: str | None
+    stopped: str | None = None
 
     @cached_property
     def title(self) -> str:
@@ -48,15 +40,9 @@ class Shown:
         return run_title(self.config)
 
     @property
-    def metrics(self) -> dict[str, object]:
+    def measured(self) -> dict[str, object]:
         """The metrics where they were last measured."""
-        found = next((row["metrics"] for row in reversed(self.rows) if row.get("metrics")), {})
-        return dict(found) if isinstance(found, dict) else {}
-
-    @property
-    def last(self) -> Row:
-        """The newest row."""
-        return self.rows[-1]
+        return dict(self.evaluated[-1]["metrics"]) if self.evaluated else {}
 
     @property
     def failures(self) -> list[tuple[object, object, object, str]]:
@@ -84,11 +70,7 @@ class Shown:
     @property
     def objects(self) -> list[str]:
         """The groups of the config that stand for objects of a Python program."""
-        return [
-            key
-            for key in ("model", "data", "method")
-            if section(self.config, key).get("name") == NAME
-        ]
+        return [key for key in ("model", "data", "method") if self._choice(key) == NAME]
 
     @property
     def facts(self) -> dict[str, str]:
@@ -99,10 +81,10 @@ class Shown:
         sizes = division if isinstance(division, dict) else {}
         return {
             "method": method_label(self.config),
-            **{name: figure(value) for name, value in self.metrics.items()},
-            "rounds": str(self.last["round"]),
-            "sent by clients": size(self.last["uplink_total"]),
-            "sent to clients": size(self.last["downlink_total"]),
+            **{name: figure(value) for name, value in self.measured.items()},
+            "rounds": str(self.last),
+            "sent by clients": size(self.rows[-1]["uplink_total"]),
+            "sent to clients": size(self.rows[-1]["downlink_total"]),
             "seconds": str(found.get("seconds", "")),
             "model": self._choice("model"),
             "data": str(task.get("source", self._choice("data"))),
@@ -141,16 +123,7 @@ def read_shown(folder: Path) -> Shown:
         raise CheckpointError(
             f"{folder} holds no run: a folder with config.yaml and ledger.jsonl is wanted"
         )
-    rows = read_ledger(folder / "ledger.jsonl")
-    if not rows:
-        raise CheckpointError(f"{folder}: the run has written no row yet")
-    return Shown(
-        folder,
-        dict(read_config(folder)),
-        rows,
-        read_summary(folder) if (folder / "summary.json").is_file() else {},
-        stop_reason(folder),
-    )
+    return Shown(**vars(read_run(folder)), stopped=stop_reason(folder))
 
 
 def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
@@ -189,13 +162,9 @@ def side_by_side(runs: Sequence[Shown]) -> dict[str, list[str]]:
 
 def labels_of(runs: Sequence[Shown]) -> list[str]:
     """Name each run by the shortest of method, title and folder that tells all of them apart."""
-    for labels in (
-        [method_label(run.config) for run in runs],
-        [run.title for run in runs],
-    ):
-        if len({*labels}) == len(runs):
-            return labels
-    return [str(run.folder) for run in runs]
+    methods, titles = [method_label(run.config) for run in runs], [run.title for run in runs]
+    folders = [str(run.folder) for run in runs]
+    return next((x for x in (methods, titles) if len({*x}) == len(runs)), folders)
 
 
 def differences(runs: Sequence[Shown]) -> dict[str, list[object]]:

@@ -73,11 +73,9 @@ def run_job(job: Job) -> Line:
     began, used = time.perf_counter(), time.process_time()
     config = from_plain(composed(job.overrides), METHODS)
     line: Line = {**vars(job), "key": job.key}
-    if job.phase == "final":
-        line |= {"config": config.digested, **provenance()}
     run = assemble(config, None)
     if job.phase == "final":
-        line["client_bytes"] = client_bytes(run)
+        line |= {"config": config.digested, **provenance(), "client_bytes": client_bytes(run)}
     try:
         run.start()
     except FedRacLoraError as error:  # a learning rate that diverges is a result, not a failure

@@ -25,7 +25,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -63,7 +62,7 @@ def run(config: TheoryConfig) -> int:
     cases, seeds = all_cases(config.size), range(config.seeds)
     trials = example.trials(config.size, config.seeds)
     noises = noise.trials(config.size, config.seeds)
-    with workers(config.number_of_jobs) as pool:
+    with workers(config.jobs) as pool:
         jobs = [(case, seed) for case in cases for seed in seeds]
         curves = pool.map(verdict.run, *zip(*jobs, strict=True), chunksize=4)
         paths = list(_shown(curves, len(jobs), "curves"))
@@ -91,7 +90,7 @@ def run(config: TheoryConfig) -> int:
         "noise_example": [vars(outcome) for outcome in lost],
         "slowdown": [vars(s) for s in slow],
     }
-    (out / "theory.json").write_text(json.dumps(_short(report), indent=None) + "\n")
+    (out / "theory.json").write_text(json.dumps(_short(report)) + "\n")
     (out / "table.md").write_text("\n".join(table.markdown() for table in tables))
     draw(judged, found, lost, slow, out)
     for table in tables:
@@ -116,12 +115,10 @@ def _shown(results: Iterator[T], total: int, what: str) -> Iterator[T]:
     return iter(track(results, what, total, console=console, disable=not console.is_terminal))
 
 
-def _short(value: object) -> object:
+def _short(report: object) -> object:
     """Keep six digits of every number, and write what is not finite as text."""
-    if isinstance(value, dict):
-        return {key: _short(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_short(part) for part in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else str(value)
-    return value
+    return json.loads(
+        json.dumps(report),
+        parse_float=lambda text: float(f"{float(text):.6g}"),
+        parse_constant=lambda text: str(float(text)),
+    )

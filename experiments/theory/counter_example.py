@@ -32,6 +32,8 @@ Array = npt.NDArray[np.float64]
 
 SIZE = 3
 SMOOTHNESS = 20.0
+M = torch.ones(SIZE, SIZE, dtype=torch.float64)  # its diagonal, by entry of W
+M[0, 0] = 10
 CHAIN = 20  # steps of a link, and of a round here
 METHODS: dict[str, Method] = {
     "full": FedAvg(),
@@ -59,19 +61,12 @@ class Weighted(nn.Module):
         return output
 
 
-def diagonal() -> torch.Tensor:
-    """The diagonal of M as a matrix [3, 3], by entry of W."""
-    M = torch.ones(SIZE, SIZE, dtype=torch.float64)
-    M[0, 0] = 10
-    return M
-
-
 def task() -> Task:
     """Write f as a regression: sample j sees column j of W, the loss is a mean over samples.
 
     ``(1/3) 1/2 (c w - y)^2 = M w^2 + w + const`` for ``c = sqrt(6 M)`` and ``y = -3 / c``.
     """
-    scales = (2 * SIZE * diagonal()).sqrt().mT
+    scales = (2 * SIZE * M).sqrt().mT
     x = torch.cat([torch.eye(SIZE, dtype=torch.float64), scales], dim=1)
     samples = Samples({"x": x}, -SIZE / scales)
     data = Partitioned.of(samples, [np.arange(SIZE)])
@@ -80,7 +75,6 @@ def task() -> Task:
 
 def measure(weights: Tree) -> dict[str, float]:
     """Compute the gap ``sum M (w - w*)^2``, w* = -1 / (2 M)."""
-    M = diagonal()
     return {"gap": float((M * (weights["fc1.weight"] + 1 / (2 * M)) ** 2).sum())}
 
 

@@ -9,10 +9,11 @@ shows the like for singular vectors of stochastic gradients.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import torch
 from torch import nn
-from typing_extensions import override
 
 from experiments.theory.counter_example import SIZE, Array, Trial, follow
 from fedraclora.data.samples import Partitioned, Samples
@@ -40,23 +41,13 @@ METHODS = {
 }
 
 
-class Columns(nn.Module):
-    """Give W itself, as the images of unit vectors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(SIZE, SIZE, bias=False)
-        self.fc1.weight.data = torch.diag(torch.tensor([0.0] + [1.0] * (SIZE - 1)))
-
-    @override
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute W^T for each sample, [N, 3, 3], of identity matrices."""
-        output: torch.Tensor = self.fc1(x)
-        return output
-
-
 def loss(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute ``(w_22^2 + w_33^2) / 2 + y w_11`` of each sample [N], and the counts."""
+    """Compute ``(w_22^2 + w_33^2) / 2 + y w_11`` of each sample [N], and the counts.
+
+    Args:
+        output: W^T for each sample, the images of unit vectors, [N, 3, 3].
+        target: y, [N].
+    """
     w = output.diagonal(dim1=1, dim2=2)
     half = w[:, 1:].square().sum(dim=1) / 2
     return half + target * w[:, 0], torch.ones(len(w), dtype=torch.int64)
@@ -67,7 +58,10 @@ def task() -> Task:
     x = torch.eye(SIZE, dtype=torch.float64).expand(2, -1, -1)
     samples = Samples({"x": x}, torch.tensor([SIGMA, -SIGMA], dtype=torch.float64))
     data = Partitioned.of(samples, [np.arange(2)])
-    return Task(Columns().double(), (), f"{__name__}:loss", ("loss",), data, samples)
+    layer = nn.Linear(SIZE, SIZE, bias=False)
+    layer.weight.data = torch.diag(torch.tensor([0.0] + [1.0] * (SIZE - 1)))
+    model = nn.Sequential(OrderedDict(fc1=layer)).double()
+    return Task(model, (), f"{__name__}:loss", ("loss",), data, samples)
 
 
 def measure(weights: Tree) -> dict[str, float]:

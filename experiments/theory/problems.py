@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -38,22 +39,22 @@ class Problem:
         clients: M.
         optimum: f*.
         smoothness: L of f.
+        own: L of each client's mean loss, [M].
+        each: L of the loss of each sample, [M, S].
         curvature: Greatest number that is known to lie below every eigenvalue of the Hessian.
         pl: mu of the PL inequality on the sublevel set of W^0.
         pl_everywhere: Whether mu holds outside of that set, too, where SGD and local steps may go.
-        own: L of each client's mean loss, [M].
-        each: L of the loss of each sample, [M, S].
     """
 
     task: Task
     clients: int
     optimum: float
     smoothness: float
-    curvature: float
-    pl: float
-    pl_everywhere: bool
     own: torch.Tensor
     each: torch.Tensor
+    curvature: float = 0.0
+    pl: float = 0.0
+    pl_everywhere: bool = False
 
     def batch_smoothness(self, batch: int) -> float:
         """Bound L of the mean loss of any ``batch`` samples of one client.
@@ -79,7 +80,7 @@ class Problem:
         The gradient of sample i is ``e_i x_i^T`` with the slope e_i of its loss, so its squared
         norm is ``||e_i||^2 ||x_i||^2`` and none is formed.
         """
-        data = self._data
+        data = cast(Partitioned, self.task.train)
         x = data.samples.inputs["x"]
         losses, slope = SLOPES[self.task.loss](x @ weights[WEIGHT].mT, data.samples.target)
         slope = slope.reshape(self.clients, -1, weights[WEIGHT].shape[0])
@@ -96,11 +97,6 @@ class Problem:
             "zeta_sq": float(norms.mean()) - gradient_sq,
         }
 
-    @property
-    def _data(self) -> Partitioned:
-        assert isinstance(self.task.train, Partitioned)  # noqa: S101 - built so below
-        return self.task.train
-
 
 def from_data(data: DataSet, clients: int) -> Problem:
     """Make the problem of a synthetic data set: its optimum and curvature are in its facts."""
@@ -111,8 +107,7 @@ def from_data(data: DataSet, clients: int) -> Problem:
     x = data.train.inputs["x"]
     rows = np.split(np.arange(len(x)), clients)
     train = Partitioned.of(data.train, rows)
-    metrics = data.metrics
-    task = Task(model, (), data.loss, metrics, train, data.test, optimum=data.optimum)
+    task = Task(model, (), data.loss, data.metrics, train, data.test, optimum=data.optimum)
     bend = 1.0 if data.loss == "squared_error" else 0.25  # greatest second derivative of the loss
     by_client = x.reshape(clients, -1, x.shape[1])
     squares = (by_client * by_client).sum(dim=2)
@@ -123,9 +118,6 @@ def from_data(data: DataSet, clients: int) -> Problem:
         clients,
         data.optimum,
         smoothness=float(str(data.info["smoothness"])),
-        curvature=0.0,
-        pl=0.0,
-        pl_everywhere=False,
         own=bend * own,
         each=bend * squares,
     )

@@ -12,6 +12,7 @@ from experiments.theory.bounds.theorems import cover, federated, gd, reshuffling
 from experiments.theory.cases import Case
 from experiments.theory.problems import MEASURES, problem
 from experiments.theory.runs import federate, start_of
+from fedraclora.run.ledger import column
 
 Vector = npt.NDArray[np.float64]
 
@@ -19,16 +20,11 @@ ERRORS = 3  # standard errors of the mean that a curve may lie above its bound
 ROUNDING = 1e-12  # of the initial value: the rounding error of a computed gap
 
 
-@dataclass(frozen=True)
-class Path:
-    """What one seed measured: each of `MEASURES`, and bytes sent up, after 0 to T rounds."""
-
-    measures: dict[str, Vector]
-    uplink: Vector
+Path = dict[str, Vector]  # what one seed measured after 0 to T rounds
 
 
 def run(case: Case, seed: int) -> Path:
-    """Run one seed of a case."""
+    """Run one seed of a case; give each of `MEASURES`, and ``uplink``, bytes sent so far."""
     ground = problem(case.problem)
     strategy = federate(
         ground.task,
@@ -41,9 +37,8 @@ def run(case: Case, seed: int) -> Path:
         kind=case.kind,
     )
     rows = strategy.recorder.ledger.rows
-    metrics: list[dict[str, float]] = [row["metrics"] for row in rows]  # type: ignore[misc]
-    measures = {key: np.array([m[key] for m in metrics]) for key in MEASURES}
-    return Path(measures, np.array([float(str(row["uplink_total"])) for row in rows]))
+    measures = {key: column(rows, "metrics", key) for key in MEASURES}
+    return measures | {"uplink": column(rows, "uplink_total")}
 
 
 @dataclass(frozen=True)
@@ -147,7 +142,7 @@ def judge(case: Case, paths: list[Path]) -> Judged:
     sigma^2 and zeta^2 are the greatest along all paths, which is no less than their expectation
     at any round.
     """
-    table = {key: np.stack([path.measures[key] for path in paths]) for key in MEASURES}
+    table = {key: np.stack([path[key] for path in paths]) for key in MEASURES}
     descent = theorem(case, {key: float(table[key].max()) for key in ("sigma_sq", "zeta_sq")})
     seen = np.arange(0, case.rounds + 1, case.blocks)
     times = np.arange(len(seen))
@@ -159,7 +154,7 @@ def judge(case: Case, paths: list[Path]) -> Judged:
     if descent.given.pl is not None:
         bound = np.array([descent.loss_gap(int(t)) for t in times])
         curves["gap"] = curve("gap", seen, gaps, bound, sure=sure)
-    uplink = np.mean([path.uplink for path in paths], axis=0)
+    uplink = np.mean([path["uplink"] for path in paths], axis=0)
     return Judged(case, descent, curves, table["gap"].mean(axis=0), uplink)
 
 

@@ -18,16 +18,17 @@ from fedraclora.config.run_config import BESIDE, TaskConfig
 from fedraclora.config.schema import Plain, bind, coerce, section, without
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.leak import refuse_shared
-from fedraclora.data.locate import resolve
+from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.own import Brought, settled_own
 from fedraclora.data.partition import make_partition
 from fedraclora.data.samples import Partitioned, Samples, count_labels
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.models.dropout import refuse_functions
-from fedraclora.models.gguf import is_gguf, precision_of
+from fedraclora.models.gguf import precision_of
 from fedraclora.models.outputs import refuse_interaction, refuse_outputs
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.privacy.client_level import ClientLevel
@@ -36,6 +37,7 @@ from fedraclora.protocol.cohorts import check_cohort
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import make_plan
 from fedraclora.training.cohort import CohortTrainer
+from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.memory import keep_freed_memory
 from fedraclora.training.pretrain import pretrain
 
@@ -196,7 +198,8 @@ def build_task(config: TaskConfig) -> BuiltTask:
         refuse_functions(built.model, tables[0].inputs)
         refuse_outputs(built.model, tables[0], data.classes, data.loss)
         refuse_interaction(built.model, tables[0].inputs)
-    dtype = _float_dtype(data.train)
+    floats = (t.dtype for t in data.train.inputs.values() if t.is_floating_point())
+    dtype = next(floats, torch.float32)  # token ids have none
     model = built.model if built.narrow else built.model.to(dtype)
     facts: dict[str, object] = {**data.info, "partition": info}
     facts |= {"train": len(data.train)} if len(data.train) else {}
@@ -234,7 +237,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
 def _said_of_weights(config: TaskConfig) -> dict[str, object]:
     """Say of weights from a GGUF file that they were rounded, and are float32 now."""
     path = config.model.get("path")
-    if not isinstance(path, str) or not is_gguf(path):
+    if not isinstance(path, str) or not path.endswith(GGUF):
         return {}
     kinds = precision_of(resolve(path, key="model.path"))
     return {"weights": f"{kinds} in {Path(path).name}, de-quantised to float32"}
@@ -267,17 +270,16 @@ def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> d
     if key not in _PRETRAINED:
         train, test = part.aside or (part.train, part.test)
         with seeded(config.seed, "pretrain"):  # dropout draws from torch's global generator
-            metrics = pretrain(
-                model,
-                train,
-                test,
-                part.loss,
-                part.metrics,
-                seed=config.seed,
-                epochs=asked.epochs,
+            adamw = LocalConfig(
+                optimiser="adamw",
+                weight_decay=0.01,
                 lr=asked.lr,
+                epochs=asked.epochs,
                 batch_size=asked.batch_size,
             )
+            pretrain(model, train, part.loss, adamw, config.seed)
+        weights = {n: p.detach() for n, p in model.named_parameters()}
+        metrics = evaluate(model, weights, test, part.loss, part.metrics)
         state = {n: t.detach().clone() for n, t in model.state_dict().items()}
         _PRETRAINED[key] = state, metrics
         while len(_PRETRAINED) > PRETRAINED_KEPT:
@@ -285,12 +287,6 @@ def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> d
     state, metrics = _PRETRAINED[key]
     model.load_state_dict(state)
     return dict(metrics)
-
-
-def _float_dtype(samples: Samples) -> torch.dtype:
-    """Precision of the inputs, which the model takes; float32 for token ids."""
-    floats = (t.dtype for t in samples.inputs.values() if t.is_floating_point())
-    return next(floats, torch.float32)
 
 
 def measured_samples(task: Task, split: str) -> Samples:

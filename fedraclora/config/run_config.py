@@ -164,11 +164,6 @@ class RunConfig(TaskConfig):
         """The part of the config that decides the result."""
         return digested(self.plain)
 
-    @property
-    def trained_in_full(self) -> bool:
-        """Return whether ``head``, ``bias`` or ``dense`` have layers trained in full."""
-        return self.head in {"average", "local"} or self.bias == "average" or bool(self.dense)
-
 
 # Groups that choose a row of a table: those that are called at once, and those that wait for data.
 ROWS: dict[str, Mapping[str, Callable[..., object]]] = {
@@ -296,7 +291,10 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
             elif key in ROWS:
                 found[key] = bind(key, ROWS[key], section(plain, key))()
             elif key in TABLES:
-                found[key] = _checked_row(key, section(plain, key))
+                # Called once it is known what else it is given; checked here.
+                found[key] = group = section(plain, key)
+                own = without(group, *BESIDE.get(key, ()))
+                bind(key, TABLES[key], own, **dict.fromkeys(GIVEN[key]))
             else:
                 found[key] = coerce(key, plain[key], hints[key])
         except MissingKeysError as error:
@@ -305,13 +303,6 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     if missing:
         raise MissingKeysError("\n  ".join(errors), missing)
     return found
-
-
-def _checked_row(kind: str, group: Plain) -> Plain:
-    """Check a group against its row, which is called once it is known what else it is given."""
-    own = without(group, *BESIDE.get(kind, ()))
-    bind(kind, TABLES[kind], own, **dict.fromkeys(GIVEN[kind]))
-    return group
 
 
 def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:

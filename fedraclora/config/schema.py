@@ -8,7 +8,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 
@@ -59,15 +59,6 @@ def bind(
     return _bound(kind, row, without(group, "name"), **given)
 
 
-def _bound(kind: str, target: Callable[..., T], group: Plain, **given: object) -> Callable[[], T]:
-    """Bind the keys of a group as arguments; see `bind`."""
-    arguments = checked_arguments(kind, target, group)
-    parameters = inspect.signature(target).parameters
-    given = {k: v for k, v in given.items() if k in parameters and k not in arguments}
-    refuse_missing(kind, target, {*arguments, *given})
-    return functools.partial(target, **arguments, **given)
-
-
 def row_of(kind: str, table: Mapping[str, T], name: object) -> T:
     """Look a name up in a table.
 
@@ -79,6 +70,38 @@ def row_of(kind: str, table: Mapping[str, T], name: object) -> T:
     return table[name]
 
 
+def _bound(kind: str, target: Callable[..., T], group: Plain, **given: object) -> Callable[[], T]:
+    """Bind the keys of a group as arguments of ``target``, each checked against its type.
+
+    Args:
+        kind: The group's key, for messages.
+        target: What is to be called.
+        group: The group, without its ``name``.
+        **given: Arguments that the config does not set; a key of the group wins over them.
+
+    Returns:
+        The call, ready to be made.
+
+    Raises:
+        UnreadKeysError: For a key that ``target`` does not take.
+        MissingKeysError: Naming all keys that have no default and are missing.
+        ConfigError: For a value of the wrong type.
+    """
+    parameters, hints = inspect.signature(target).parameters, _hints(target)
+    arguments = {key: value for key, value in given.items() if key in parameters}
+    for key, value in group.items():
+        if key not in parameters:
+            error = unknown("key", f"{kind}.{key}", [f"{kind}.{p}" for p in parameters])
+            raise UnreadKeysError(str(error), [f"{kind}.{key}"])
+        arguments[key] = coerce(f"{kind}.{key}", value, hints.get(key, object))
+    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
+    if missing:
+        wanted = {f"{kind}.{k}": _shown(hints.get(k, object)) for k in missing}
+        lines = [f"{key} is missing; {shown} is wanted" for key, shown in wanted.items()]
+        raise MissingKeysError("\n  ".join(lines), wanted)
+    return functools.partial(target, **arguments)
+
+
 def build(kind: str, target: Callable[..., T], group: Plain) -> T:
     """Call ``target`` with the keys of a group, checked.
 
@@ -86,35 +109,6 @@ def build(kind: str, target: Callable[..., T], group: Plain) -> T:
         ConfigError: For an unknown or missing key, or a value of the wrong type.
     """
     return _bound(kind, target, group)()
-
-
-def checked_arguments(kind: str, target: Callable[..., object], group: Plain) -> dict[str, object]:
-    """Check a group's keys and types against a signature."""
-    parameters = inspect.signature(target).parameters
-    hints = _hints(target)
-    arguments = {}
-    for key, value in group.items():
-        if key not in parameters:
-            error = unknown("key", f"{kind}.{key}", [f"{kind}.{p}" for p in parameters])
-            raise UnreadKeysError(str(error), [f"{kind}.{key}"])
-        arguments[key] = coerce(f"{kind}.{key}", value, hints.get(key, object))
-    return arguments
-
-
-def refuse_missing(kind: str, target: Callable[..., object], there: Collection[str]) -> None:
-    """Reject a group that leaves out a value without a default.
-
-    Raises:
-        MissingKeysError: Naming all of its keys that are missing, and what is wanted of each.
-    """
-    parameters = inspect.signature(target).parameters.items()
-    missing = [k for k, p in parameters if p.default is p.empty and k not in there]
-    if missing:
-        hints = _hints(target)
-        lines = [
-            f"{kind}.{k} is missing; {_shown(hints.get(k, object))} is wanted" for k in missing
-        ]
-        raise MissingKeysError("\n  ".join(lines), [f"{kind}.{k}" for k in missing])
 
 
 @functools.cache
@@ -179,16 +173,13 @@ def check_size(key: str, value: object) -> None:
             check_size(key, element)
     elif isinstance(value, int) and abs(value) > LARGEST_INT:
         raise ConfigError(f"{key} is {_short(value)}; whole numbers go up to {LARGEST_INT}")
-    elif isinstance(value, float) and value and not _is_float32(value):
+    elif isinstance(value, float) and (
+        0 < abs(value) < SMALLEST_FLOAT or LARGEST_FLOAT < abs(value) < math.inf
+    ):
         raise ConfigError(
             f"{key} is {value}; it is used as a float32 number, which is 0 or lies between "
             f"{SMALLEST_FLOAT:.2g} and {LARGEST_FLOAT:.2g}"
         )
-
-
-def _is_float32(value: float) -> bool:
-    """Infinities and NaN are left to those who know what the key is for."""
-    return not math.isfinite(value) or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT
 
 
 def _short(value: int) -> str:

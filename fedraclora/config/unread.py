@@ -54,7 +54,7 @@ RULES = (
     ),
     Rule(
         ["local.dense_lr"],
-        lambda c: c.trained_in_full,
+        lambda c: c.head in {"average", "local"} or c.bias == "average" or bool(c.dense),
         "layers trained in full (head=average, head=local, bias=average, dense)",
     ),
     Rule(

@@ -11,13 +11,20 @@ from typing_extensions import override
 from fedraclora.data.dataset import Clients, DataSet
 from fedraclora.data.partitioners import class_labels
 from fedraclora.data.samples import TableRows
-from fedraclora.data.virtual_clients import ClientLaw, Sizes, make_law, pick
+from fedraclora.data.virtual_clients import (
+    ClientLaw,
+    OfLaw,
+    Sizes,
+    class_mixes,
+    pick,
+    size_quantiles,
+)
 from fedraclora.limits import Count, NotNegative, Positive, limited
 from fedraclora.rng import generator, hash_key
 
 
 @dataclass(frozen=True)
-class Resampled(TableRows):
+class Resampled(OfLaw, TableRows):
     """Clients whose samples are rows of one table, drawn with replacement.
 
     Attributes:
@@ -30,15 +37,6 @@ class Resampled(TableRows):
     law: ClientLaw
     rows: torch.Tensor
     offsets: torch.Tensor
-
-    @property
-    def num_clients(self) -> int:
-        """Number of clients."""
-        return self.law.clients
-
-    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        """Number of samples of each client: int64 [K]."""
-        return self.law.sizes(clients)
 
     @override
     def rows_at(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -75,7 +73,7 @@ def bootstrap(
         clients: Number of clients.
         seed: The seed of the run.
         samples: Median number of samples of a client.
-        alpha: Skew of the clients' mixes of classes (`make_law`), or None.
+        alpha: Skew of the clients' mixes of classes (`class_mixes`), or None.
         sizes: ``constant``, ``lognormal`` or ``pareto``.
         spread: How unequal clients are.
 
@@ -89,15 +87,11 @@ def bootstrap(
     if alpha is not None:
         labels = np.asarray(class_labels(data))
     counts = np.unique(labels, return_counts=True)[1]
-    law = make_law(
+    law = ClientLaw(
         hash_key(seed, "partition", "bootstrap"),
-        generator(seed, "partition", "mixes"),
-        clients=clients,
-        shares=counts / counts.sum(),
-        alpha=alpha,
-        samples=samples,
-        sizes=sizes,
-        spread=spread,
+        clients,
+        size_quantiles(samples, sizes, spread),
+        class_mixes(generator(seed, "partition", "mixes"), counts / counts.sum(), alpha),
     )
     rows = torch.from_numpy(np.argsort(labels, kind="stable"))
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))

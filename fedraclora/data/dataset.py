@@ -244,7 +244,7 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
         return rows, Samples(selected.inputs, torch.from_numpy(renumber)[selected.target])
 
     rows, train = relabel(data.train)
-    selected = _keep(data, rows)
+    selected = keep_rows(data, rows)
     return replace(
         selected,
         train=train,
@@ -284,11 +284,11 @@ def hold_out(data: DataSet, validation: Fraction, seed: int) -> tuple[DataSet, S
     training, held_out = divide(
         "data.validation", validation, len(data.train), rng, labels=labels, owners=owners
     )
-    return _keep(data, training), take(data.train, held_out)
+    return keep_rows(data, training), take(data.train, held_out)
 
 
-def _keep(data: DataSet, rows: Rows) -> DataSet:
-    """Keep some training rows (ascending)."""
+def keep_rows(data: DataSet, rows: Rows) -> DataSet:
+    """Keep some training rows (ascending), and what clients have of them."""
     place = np.full(len(data.train), -1, dtype=np.int64)
     place[rows] = np.arange(len(rows))
     parts = data.parts

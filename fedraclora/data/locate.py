@@ -137,6 +137,28 @@ def model_source(spelling: str, *, key: str, root: str | None = None) -> tuple[s
         raise DataError(f"{error}{hint}") from error
 
 
+def checked_source(path: str, sha256: str | None) -> tuple[str, bool]:
+    """Find pretrained weights (``model.path``), and verify those that lie on this machine.
+
+    Args:
+        path: As for `model_source`.
+        sha256: Of the weights' file; None verifies nothing.
+
+    Returns:
+        What `from_pretrained` takes: the source, and whether it is local.
+
+    Raises:
+        DataError: If they are missing, or another file.
+    """
+    source, local = model_source(path, key="model.path")
+    if local and sha256 is not None:
+        weights = Path(source) if Path(source).is_file() else Path(source) / "model.safetensors"
+        if not weights.is_file():
+            raise DataError(f"model.path={path}: there is no {weights} to verify; sha256 is set")
+        check_file(weights, sha256)
+    return source, local
+
+
 def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: object) -> Any:
     """Load by an Auto class of transformers, from a folder or from one GGUF file in it.
 

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import DataSet, Rows, split_rows, take
+from fedraclora.data.dataset import DataSet, Rows, keep_rows, split_rows, take
 from fedraclora.data.fit import METRICS, Form, found_shape, gathered
 from fedraclora.data.samples import Samples
 from fedraclora.data.tabular import of_frames
@@ -309,18 +309,16 @@ def joined(tables: Sequence[Samples], names: Sequence[str]) -> Samples:
             raise DataError(
                 f"{name}: the inputs are {form}; {forms[0]}, as of client 0, are wanted"
             )
-    inputs = {n: torch.cat([table.inputs[n] for table in tables]) for n in tables[0].inputs}
-    return Samples(inputs, torch.cat([table.target for table in tables]))
+    return Samples.join(tables)
 
 
 def without_test(data: DataSet) -> DataSet:
     """Hold a fifth of each client's samples out; of all rows where they are not divided yet."""
     rng, rows = generator(0, "split", "test"), np.arange(len(data.train))
     parts = data.parts if isinstance(data.parts, list) else [rows]
-    training, held_out = [], []
+    held_out = []
     for part in parts:
         stay, out = split_rows(len(part), SHARE, rng)
-        training.append(part[stay] if len(stay) else part)
         held_out.append(part[out] if len(stay) else part[:0])
     out = np.sort(np.concatenate(held_out))
     if not len(out):
@@ -328,17 +326,8 @@ def without_test(data: DataSet) -> DataSet:
             f"the clients have {len(rows)} samples in all, of which none can be held out to "
             "measure on: say test=..."
         )
-    left = np.sort(np.concatenate(training))
-    place = np.full(len(rows), -1, dtype=np.int64)
-    place[left] = np.arange(len(left))
-    return replace(
-        data,
-        train=take(data.train, left),
-        test=take(data.train, out),
-        columns={name: values[left] for name, values in data.columns.items()},
-        parts=[place[part] for part in training] if isinstance(data.parts, list) else None,
-        info=data.info | {"held_out": SHARE},
-    )
+    kept = keep_rows(data, np.setdiff1d(np.concatenate(parts), out))
+    return replace(kept, test=take(data.train, out), info=data.info | {"held_out": SHARE})
 
 
 def digest_of(data: DataSet) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import io
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
 from types import ModuleType
@@ -27,7 +27,7 @@ from fedraclora.rng import generator, hash_key
 
 def iid(data: DataSet, *, clients: int, seed: int) -> list[Rows]:
     """Divide rows evenly at random; sizes differ by one at most."""
-    return _divide(data, _library().IidPartitioner(clients), "row", seed)
+    return _divide(data, _library().IidPartitioner(clients), None, seed)
 
 
 @limited("partition")
@@ -189,10 +189,11 @@ def _by_label(
 ) -> list[Rows]:
     """Divide by the classes, with a seeded partitioner of flwr-datasets."""
     make, drawn = vars(_library())[f"{kind}Partitioner"], hash_key(seed, "partition")
-    return _divide(data, make(clients, "label", *given, seed=drawn, **named), "label", seed)
+    partitioner = make(clients, "label", *given, seed=drawn, **named)
+    return _divide(data, partitioner, class_labels(data), seed)
 
 
-def _divide(data: DataSet, partitioner: Any, column: str, seed: int) -> list[Rows]:
+def _divide(data: DataSet, partitioner: Any, labels: Column | None, seed: int) -> list[Rows]:
     """Run a partitioner of flwr-datasets over shuffled rows; give the rows of each client."""
     from datasets import Dataset
 
@@ -204,10 +205,10 @@ def _divide(data: DataSet, partitioner: Any, column: str, seed: int) -> list[Row
             return found[:] if isinstance(key, str) else found
 
     order = generator(seed, "partition", "order").permutation(len(data.train))
-    columns = {"row": order}
-    if column != "row":
-        columns[column] = (class_labels(data) if column == "label" else data.columns[column])[order]
-    with _quiet():
+    columns = {"row": order} | ({} if labels is None else {"label": labels[order]})
+    # Progress bars and warnings say what is checked or reported here.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
         partitioner.dataset = Whole.from_dict(columns)
         partitioner.load_partition(0)
         # Most partitioners hold a table of the rows of each client, which is much faster to
@@ -218,11 +219,3 @@ def _divide(data: DataSet, partitioner: Any, column: str, seed: int) -> list[Row
             rows = np.asarray(partitioner.dataset.with_format("numpy")["row"][:])
             return [np.sort(rows[np.asarray(table[k], dtype=np.int64)]) for k in clients]
         return [np.sort(np.asarray(partitioner.load_partition(k)["row"][:])) for k in clients]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence progress bars and warnings; what they tell is checked or reported here."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

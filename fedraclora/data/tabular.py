@@ -379,21 +379,15 @@ def _classes(labels: Sequence[str], label: str, task: str, path: Path) -> list[s
 def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict[str, object]]:
     """Standardise features, and a number to predict, by the training rows; say its scale."""
     wide = train.inputs["x"]
-    x, test_x = _scaled(wide, test.inputs["x"])
+    mean, deviation = wide.mean(dim=0), wide.std(dim=0, correction=0)
+    x, test_x = (_as_scaled(part.inputs["x"], mean, deviation) for part in (train, test))
     facts: dict[str, object] = {}
     if wide.shape[1] <= TOLD:  # so that new rows can be brought to the same scale
-        facts["feature_means"] = wide.mean(dim=0).tolist()
-        facts["feature_deviations"] = wide.std(dim=0, correction=0).tolist()
-    if not train.target.is_floating_point():
-        return Samples({"x": x}, train.target), Samples({"x": test_x}, test.target), facts
-    wide = train.target.double()
-    y, test_y = _scaled(wide, test.target.double())
-    facts |= {"label_mean": float(wide.mean()), "label_deviation": float(wide.std(correction=0))}
+        facts |= {"feature_means": mean.tolist(), "feature_deviations": deviation.tolist()}
+    y, test_y = train.target, test.target
+    if y.is_floating_point():
+        y, test_y = y.double(), test_y.double()
+        mean, deviation = y.mean(dim=0), y.std(dim=0, correction=0)
+        y, test_y = (_as_scaled(target, mean, deviation) for target in (y, test_y))
+        facts |= {"label_mean": float(mean), "label_deviation": float(deviation)}
     return Samples({"x": x}, y), Samples({"x": test_x}, test_y), facts
-
-
-def _scaled(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Standardise both by mean and deviation of the first's rows; a constant column becomes 0."""
-    mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0)
-    deviation = torch.where(deviation == 0, torch.ones_like(deviation), deviation)
-    return (train - mean) / deviation, (test - mean) / deviation

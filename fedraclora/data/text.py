@@ -103,7 +103,13 @@ def load_text(
         rows, others = divide("data.test", test, len(table), rng, labels=strata, owners=owners)
         table, held_out = table[rows], table[others]
     if subsample is not None:
-        table = _subsample(table, subsample, split_seed)
+        if subsample > len(table):
+            raise ConfigError(
+                f"data.subsample={subsample}, but there are {len(table)} training rows; leave it "
+                "out"
+            )
+        drawn = generator(split_seed, "split", "subsample").permutation(len(table))[:subsample]
+        table = table[np.sort(drawn)]
     names = class_names(table[:, count].tolist(), values) if task == "classification" else []
     encode = make_encoder(tokenizer, root=root, max_length=max_length)
     train, tested = (
@@ -133,14 +139,3 @@ def _clean(columns: list[list[str]], texts: int, values: Sequence[str] | None) -
             f"no usable row among {len(columns[0])}: check data.text, data.label and data.values"
         )
     return np.array(filled, dtype=object), len(asked) - len(filled)
-
-
-def _subsample(table: Table, rows: int, split_seed: int) -> Table:
-    """Draw training rows, which stay in their order."""
-    if rows > len(table):
-        raise ConfigError(
-            f"data.subsample={rows}, but there are {len(table)} training rows; leave it out"
-        )
-    drawn = generator(split_seed, "split", "subsample").permutation(len(table))[:rows]
-    sample: Table = table[np.sort(drawn)]
-    return sample

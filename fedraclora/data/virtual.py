@@ -20,7 +20,14 @@ import torch
 
 from fedraclora.data.dataset import DTYPES, Clients, DataSet, Dtype, classification
 from fedraclora.data.samples import Samples
-from fedraclora.data.virtual_clients import ClientLaw, Sizes, make_law, pick
+from fedraclora.data.virtual_clients import (
+    ClientLaw,
+    OfLaw,
+    Sizes,
+    class_mixes,
+    pick,
+    size_quantiles,
+)
 from fedraclora.limits import Count, NotNegative, Positive, limited, whole_from
 from fedraclora.rng import generator, hash_key
 
@@ -28,7 +35,7 @@ POOL_NUMBERS = 1 << 21  # in the table of normals, over all features
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(OfLaw):
     """Clients who draw from a mixture of Gaussian clouds.
 
     Attributes:
@@ -45,15 +52,6 @@ class Mixture:
     pool: torch.Tensor
     noise: float
     shift: float
-
-    @property
-    def num_clients(self) -> int:
-        """Number of clients."""
-        return self.law.clients
-
-    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        """Number of samples of each client: int64 [K]."""
-        return self.law.sizes(clients)
 
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         """Make samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
@@ -130,15 +128,11 @@ def virtual(
     Raises:
         ConfigError: If a number is out of range, naming the key.
     """
-    law = make_law(
+    law = ClientLaw(
         hash_key(seed, "virtual", "clients"),
-        generator(seed, "virtual", "mixes"),
-        clients=clients,
-        shares=np.full(classes, 1 / classes),
-        alpha=alpha,
-        samples=samples,
-        sizes=sizes,
-        spread=spread,
+        clients,
+        size_quantiles(samples, sizes, spread),
+        class_mixes(generator(seed, "virtual", "mixes"), np.full(classes, 1 / classes), alpha),
     )
     norm = math.sqrt(1 + noise**2 + shift**2)
     rows = max(2, POOL_NUMBERS // features)

@@ -77,53 +77,59 @@ class ClientLaw:
         return replace(self, quantiles=self.quantiles.to(device), mixes=self.mixes.to(device))
 
 
-def make_law(
-    key: int,
-    rng: np.random.Generator,
-    *,
-    clients: int,
-    shares: npt.NDArray[np.float64],
-    alpha: float | None,
-    samples: int,
-    sizes: str,
-    spread: float,
-) -> ClientLaw:
-    """Draw the tables of a law of clients.
+class OfLaw:
+    """Clients whose number and sizes are those of a law."""
+
+    law: ClientLaw
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return self.law.clients
+
+    def sizes(self, clients: torch.Tensor) -> torch.Tensor:
+        """Number of samples of each client: int64 [K]."""
+        return self.law.sizes(clients)
+
+
+def class_mixes(
+    rng: np.random.Generator, shares: npt.NDArray[np.float64], alpha: float | None
+) -> torch.Tensor:
+    """Draw the table of the clients' mixes of classes, as `ClientLaw` reads it.
 
     Args:
-        key: Of the draws of clients and samples.
         rng: Where the mixes are drawn from.
-        clients: Size of the population.
         shares: Mean share of each class over the clients [classes], positive, of sum 1.
-        alpha: Concentration of the Dirichlet distribution of the clients' mixes, per class: small
-            is skewed, large is even; None gives all clients the mean.
-        samples: Median number of samples of a client.
-        sizes: ``constant``, ``lognormal`` (``spread``: deviation of the logarithm) or ``pareto``
-            (``spread``: inverse of the tail's exponent).
-        spread: How unequal clients are; 0 makes all sizes equal.
+        alpha: Concentration of the Dirichlet distribution of the mixes, per class: small is
+            skewed, large is even; None gives all clients the mean.
 
     Returns:
-        The law. A mix is one of up to 2^14 draws, a size one of 2^10 quantiles.
+        int64 [mixes, classes - 1]: up to 2^14 of them.
     """
     mean = np.asarray(shares, dtype=np.float64)[None]
     if alpha is not None:
         count = max(1, min(1 << 14, MIX_NUMBERS // mean.size))
         mean = rng.dirichlet(alpha * mean.size * mean[0], size=count)
     bounds = np.minimum(np.cumsum(mean, axis=1)[:, :-1], 1.0) * 2.0**32
-    return ClientLaw(
-        key,
-        clients,
-        torch.from_numpy(_quantiles(samples, sizes, spread)),
-        torch.from_numpy(bounds.astype(np.int64)),
-    )
+    return torch.from_numpy(bounds.astype(np.int64))
 
 
-def _quantiles(samples: int, sizes: str, spread: float) -> npt.NDArray[np.int64]:
-    """Numbers of samples at evenly spaced quantiles of a law whose median is ``samples``."""
+def size_quantiles(samples: int, sizes: str, spread: float) -> torch.Tensor:
+    """Give the table of the clients' numbers of samples, as `ClientLaw` reads it.
+
+    Args:
+        samples: The median.
+        sizes: ``constant``, ``lognormal`` (``spread``: deviation of the logarithm) or ``pareto``
+            (``spread``: inverse of the tail's exponent).
+        spread: How unequal clients are; 0 makes all sizes equal.
+
+    Returns:
+        int64 [1024], each at least 1.
+    """
     levels = (np.arange(QUANTILES) + 0.5) / QUANTILES
     factor = np.ones(QUANTILES)
     if sizes == "lognormal":
         factor = np.exp(spread * np.array([NormalDist().inv_cdf(q) for q in levels]))
     elif sizes == "pareto":
         factor = (2 * (1 - levels)) ** -spread
-    return np.maximum(1, np.rint(samples * factor)).astype(np.int64)
+    return torch.from_numpy(np.maximum(1, np.rint(samples * factor)).astype(np.int64))

@@ -125,17 +125,16 @@ class AsyncClock:
     def _starts(self, number: int, now: float, taken: set[int]) -> Iterator[PendingClient]:
         """Draw who takes a free place: uniformly among those that are available and not asked."""
         size = min(self.population, _SEARCH + len(taken))
+        there = self.system.availability
         rng = generator(self.seed, "system/buffer", self.round_, number)
         for drawn in rng.choice(self.population, size, replace=False).tolist():
             one = torch.tensor([drawn])
-            if drawn in taken or not self._available(one, now):
+            if drawn in taken:
+                continue
+            if there is not None and not there.at(self.seed, self.round_, now, one)[0]:
                 continue
             seconds, gone = self.system.trips(self.seed, self.round_, one, self.load(one))
             lost = bool(gone[0] <= seconds[0])
             yield PendingClient(
                 now + float(gone[0] if lost else seconds[0]), drawn, self.round_, lost
             )
-
-    def _available(self, client: torch.Tensor, now: float) -> bool:
-        there = self.system.availability
-        return there is None or bool(there.at(self.seed, self.round_, now, client)[0])

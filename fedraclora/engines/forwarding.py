@@ -25,6 +25,7 @@ class ForwardingGrid(MessageGrid):
     def __init__(
         self, start: Callable[[], Grid], *, ended: Callable[[], bool], pause: float
     ) -> None:
+        super().__init__()
         self.start, self.ended, self.pause = start, ended, pause
         self._grid: Grid | None = None
 

@@ -59,7 +59,13 @@ def is_stale(reply: Message) -> bool:
 
 
 class MessageGrid(Grid):
-    """A grid whose messages are made as everywhere, and which can be ended."""
+    """A grid of one node, whose messages are made as everywhere, and which can be ended.
+
+    Messages that are pushed are answered at once; who pulls gets the replies.
+    """
+
+    def __init__(self) -> None:
+        self._replies: dict[str, Message] = {}
 
     def close(self) -> None:
         """End what the grid has started."""
@@ -75,9 +81,24 @@ class MessageGrid(Grid):
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
+    @override
+    def get_node_ids(self) -> Iterable[int]:
+        return [NODE_ID]
+
+    @override
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        pushed = list(messages)
+        for reply in self.send_and_receive(pushed):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in pushed]
+
+    @override
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+
 
 class LocalGrid(MessageGrid):
-    """A grid of one node; subclasses say how messages are answered.
+    """A grid in this process; subclasses say how messages are answered.
 
     Attributes:
         incidents: What went wrong and was mended since the strategy last looked: sentences for
@@ -85,10 +106,10 @@ class LocalGrid(MessageGrid):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         become_a_task()
         self.incidents: list[str] = []
         self._ids = itertools.count(1)
-        self._replies: dict[str, Message] = {}
         self._run: Run | None = None
 
     @abstractmethod
@@ -113,21 +134,6 @@ class LocalGrid(MessageGrid):
         if self._run is None:
             raise WireError("this grid serves no Flower run")
         return self._run
-
-    @override
-    def get_node_ids(self) -> Iterable[int]:
-        return [NODE_ID]
-
-    @override
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        pushed = list(messages)
-        for reply in self.send_and_receive(pushed):
-            self._replies[reply.metadata.reply_to_message_id] = reply
-        return [message.metadata.message_id for message in pushed]
-
-    @override
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
 
     @override
     def send_and_receive(

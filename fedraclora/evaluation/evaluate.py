@@ -7,8 +7,9 @@ need them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -92,13 +93,7 @@ def tally(
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     _check_weights(model, weights)
-    probe = _Pass(model, loss, needs, batch_size)
-    with torch.no_grad(), evaluation_mode(model):
-        # One functional call for all batches: swapping the weights in costs as much as a batch
-        # of a small model.
-        named = {f"model.{k}": v for k, v in weights.items()}
-        counted: Tally = functional_call(probe, named, (samples,))
-    return counted
+    return with_weights(model, weights, _count, samples, loss, needs, batch_size)
 
 
 def _choose(metrics: tuple[str, ...], loss: str) -> dict[str, Metric]:
@@ -158,56 +153,77 @@ def batches(samples: Samples, size: int) -> Iterator[Samples]:
         yield samples.take(order[start:end]).trim(ascending[end - 1])
 
 
-class _Pass(nn.Module):
-    """One pass over the samples, as a module so that `functional_call` reaches the model."""
+T = TypeVar("T")
 
-    def __init__(self, model: nn.Module, loss: str, needs: set[str], batch_size: int) -> None:
+
+def with_weights(model: nn.Module, weights: Tree, function: Callable[..., T], *given: object) -> T:
+    """Call ``function(model, *given)`` while the model has other weights, to evaluate it.
+
+    Swapping weights in costs as much as a batch of a small model: one call serves all batches.
+    """
+    named = {f"model.{name}": value for name, value in weights.items()}
+    with torch.no_grad(), evaluation_mode(model):
+        found: T = functional_call(_Calling(model, function), named, given)
+    return found
+
+
+class _Calling(nn.Module):
+    """Hands a model to a function: weights are swapped for a call of a module alone."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.model = model
-        self._loss = loss
-        self._needs = needs
-        self._batch_size = batch_size
+        self.model, self._function = model, function
 
     @override
-    def forward(self, samples: Samples) -> Tally:
-        device = next(self.model.parameters(), samples.target).device
-        # Sum of losses, number of parts, right classes, counted classes.
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
-        kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
-        classes = 0
-        for stored in batches(samples, self._batch_size):
-            for loss, output, target in self._outputs(stored.to(device)):
-                if "loss" in self._needs:
-                    losses, parts = loss_function(loss)(output, target)
-                    sums[:2] += torch.stack([losses.double().sum(), parts.double().sum()])
-                if self._needs & {"correct", "classes"}:
-                    predicted, wanted, classes = _predict(loss, output, target)
-                    counts = wanted != IGNORED_TOKEN
-                    right = (predicted == wanted) & counts
-                    sums[2:] += torch.stack([right.sum(), counts.sum()])
-                    if "classes" in self._needs:
-                        kept["classes"].append((predicted[counts], wanted[counts]))
-                if "numbers" in self._needs:
-                    kept["numbers"].append(_numbers(output, target))
-        total, parts_total, correct, counted = sums.tolist()
-        return Tally(
-            loss=total,
-            parts=int(parts_total),
-            correct=int(correct),
-            counted=int(counted),
-            classes=classes,
-            labels=_join(kept["classes"]),
-            numbers=_join(kept["numbers"]),
-        )
+    def forward(self, *given: object) -> Any:
+        return self._function(self.model, *given)
 
-    def _outputs(self, batch: Samples) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Give a loss, outputs and targets: of all samples, or of labelled tokens by the piece."""
-        if (head := output_layer(self.model, self._loss)) is None:
-            yield self._loss, forward(self.model, batch.inputs), batch.target
-            return
-        labelled = Labelled.of(self.model, head, batch)
-        for states, wanted in labelled.pieces():
-            yield "cross_entropy", labelled.outputs(states), wanted
+
+def _count(
+    model: nn.Module, samples: Samples, loss: str, needs: set[str], batch_size: int
+) -> Tally:
+    """Count over all batches; what is summed stays on the device until the end."""
+    device = next(model.parameters(), samples.target).device
+    # Sum of losses, number of parts, right classes, counted classes.
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
+    classes = 0
+    for stored in batches(samples, batch_size):
+        for kind, output, target in _outputs(model, loss, stored.to(device)):
+            if "loss" in needs:
+                losses, parts = loss_function(kind)(output, target)
+                sums[:2] += torch.stack([losses.double().sum(), parts.double().sum()])
+            if needs & {"correct", "classes"}:
+                predicted, wanted, classes = _predict(kind, output, target)
+                counts = wanted != IGNORED_TOKEN
+                right = (predicted == wanted) & counts
+                sums[2:] += torch.stack([right.sum(), counts.sum()])
+                if "classes" in needs:
+                    kept["classes"].append((predicted[counts], wanted[counts]))
+            if "numbers" in needs:
+                kept["numbers"].append(_numbers(output, target))
+    total, parts_total, correct, counted = sums.tolist()
+    return Tally(
+        loss=total,
+        parts=int(parts_total),
+        correct=int(correct),
+        counted=int(counted),
+        classes=classes,
+        labels=_join(kept["classes"]),
+        numbers=_join(kept["numbers"]),
+    )
+
+
+def _outputs(
+    model: nn.Module, loss: str, batch: Samples
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Give a loss, outputs and targets: of all samples, or of labelled tokens by the piece."""
+    if (head := output_layer(model, loss)) is None:
+        yield loss, forward(model, batch.inputs), batch.target
+        return
+    labelled = Labelled.of(model, head, batch)
+    for states, wanted in labelled.pieces():
+        yield "cross_entropy", labelled.outputs(states), wanted
 
 
 def _join(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> npt.NDArray[np.generic]:

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
-from typing_extensions import override
 
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError
-from fedraclora.evaluation.evaluate import evaluation_mode
+from fedraclora.evaluation.evaluate import with_weights
 from fedraclora.tree import Tree
 
 
@@ -82,27 +80,54 @@ class Answering:
         """Generate at the given weights, greedily."""
         chosen = min(self.count, len(self.samples))
         rows = torch.arange(chosen) * len(self.samples) // chosen
-        ids, labels = (t[rows.to(t.device)].cpu() for t in self._tokens())
+        tokens = self.samples.inputs["input_ids"], self.samples.target
+        ids, labels = (t[rows.to(t.device)].cpu() for t in tokens)
         pairs = [cut(*pair) for pair in zip(ids, labels, strict=True)]
         order = sorted(range(chosen), key=lambda place: len(pairs[place][0]))
         texts: dict[int, str] = {}
-        named = {f"model.{name}": value for name, value in weights.items()}
-        writer = _Writer(self.model, self.tokenizer, self.new_tokens)
         device = next(iter(weights.values())).device
-        with torch.no_grad(), evaluation_mode(self.model):
-            for start in range(0, chosen, self.batch_size):
-                places = order[start : start + self.batch_size]
-                prompts = [pairs[place][0] for place in places]
-                written = functional_call(writer, named, (prompts, device))
-                texts.update(zip(places, written, strict=True))
+        for start in range(0, chosen, self.batch_size):
+            places = order[start : start + self.batch_size]
+            prompts = [pairs[place][0] for place in places]
+            written = with_weights(self.model, weights, self._written, prompts, device)
+            texts.update(zip(places, written, strict=True))
         decode = self.tokenizer.decode
         return [
             Answer(decode(prompt), decode(wanted, skip_special_tokens=True), texts[place])
             for place, (prompt, wanted) in enumerate(pairs)
         ]
 
-    def _tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.samples.inputs["input_ids"], self.samples.target
+    def _written(
+        self, model: nn.Module, prompts: list[torch.Tensor], device: torch.device
+    ) -> list[str]:
+        """Let the model go on from some prompts, without sampling; give what it writes."""
+        end = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id
+        pad = (0 if end is None else end) if pad is None else pad
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), pad)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # on the left: the answers begin together
+            ids[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = 1
+        generate: Any = model.generate
+        written = generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=self.new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            eos_token_id=end,
+            pad_token_id=pad,
+        )
+        texts: list[str] = self.tokenizer.batch_decode(
+            written[:, longest:], skip_special_tokens=True
+        )
+        return texts
 
 
 def cut(ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,41 +143,3 @@ def cut(ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     before = (~labelled[:end]).nonzero()
     start = int(before.max()) + 1 if len(before) else 1
     return ids[:start], ids[start:end]
-
-
-class _Writer(nn.Module):
-    """Generation as a module, so that `functional_call` reaches the model."""
-
-    def __init__(self, model: nn.Module, tokenizer: Any, new_tokens: int) -> None:
-        super().__init__()
-        self.model, self._tokenizer, self._new_tokens = model, tokenizer, new_tokens
-
-    @override
-    def forward(self, prompts: list[torch.Tensor], device: torch.device) -> list[str]:
-        end = self._tokenizer.eos_token_id
-        pad = self._tokenizer.pad_token_id
-        pad = (0 if end is None else end) if pad is None else pad
-        longest = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), longest), pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # on the left: the answers begin together
-            ids[row, longest - len(prompt) :] = prompt
-            mask[row, longest - len(prompt) :] = 1
-        generate: Any = self.model.generate
-        written = generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=self._new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-            eos_token_id=end,
-            pad_token_id=pad,
-        )
-        texts: list[str] = self._tokenizer.batch_decode(
-            written[:, longest:], skip_special_tokens=True
-        )
-        return texts

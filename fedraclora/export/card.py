@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
 from jinja2 import Environment, PackageLoader
 
 from fedraclora.export.trained import TrainedModel, is_hugging_face
+from fedraclora.run.folder import versions_of
 
 Record = Mapping[str, object]
 FACTS = "export.json"
+LIBRARIES = ("transformers", "peft", "safetensors", "gguf")
 
 
 def write_card(trained: TrainedModel, folder: Path, form: str, record: Record) -> None:
@@ -29,20 +29,11 @@ def write_card(trained: TrainedModel, folder: Path, form: str, record: Record) -
         form: The format.
         record: What the format says of itself.
     """
-    facts = {"format": form, **trained.facts, "libraries": libraries(), **record}
+    facts = {"format": form, **trained.facts, "libraries": versions_of(LIBRARIES), **record}
     facts["warnings"] = list(trained.warnings)
     (folder / FACTS).write_text(json.dumps(facts, indent=1, default=str) + "\n")
     (folder / "run.yaml").write_text(yaml.safe_dump(dict(trained.config), sort_keys=False))
     (folder / "README.md").write_text(card(trained, form, record))
-
-
-def libraries() -> dict[str, str]:
-    """Give the versions of the libraries that an export is written with."""
-    found = {}
-    for package in ("transformers", "peft", "safetensors", "gguf"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def card(trained: TrainedModel, form: str, record: Record) -> str:
@@ -67,7 +58,7 @@ def card(trained: TrainedModel, form: str, record: Record) -> str:
         data=data,
         warnings=trained.warnings,
         facts=facts,
-        versions={**_mapping(facts.get("versions")), **libraries()},
+        versions={**_mapping(facts.get("versions")), **versions_of(LIBRARIES)},
         form=form,
         record={"base": None, **record},
         kind=kind,

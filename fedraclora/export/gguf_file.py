@@ -17,14 +17,14 @@ import torch
 
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.export.hf_folder import no_rank
-from fedraclora.export.trained import TrainedModel
+from fedraclora.export.trained import Record, TrainedModel
+from fedraclora.imports import import_extra
 
 FILE = "model.gguf"
 INSTEAD = (
     "export --format hf, and convert that folder with llama.cpp: "
     "python convert_hf_to_gguf.py FOLDER --outfile model.gguf"
 )
-Record = dict[str, object]
 
 
 def write_gguf(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
@@ -41,12 +41,7 @@ def write_gguf(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
         ModelError: If transformers does not read back what was written.
     """
     no_rank(rank, "gguf")
-    try:
-        import gguf
-    except ImportError as error:
-        raise ConfigError(
-            "the package gguf is not installed; install it with: pip install 'fedraclora[export]'"
-        ) from error
+    gguf = import_extra("gguf", "--format gguf")
     config = _config(trained)
     writer: Any = gguf.GGUFWriter(folder / FILE, "llama")
     _describe(writer, config)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedraclora.data.locate import from_pretrained
 from fedraclora.errors import ConfigError, DataError, ModelError
-from fedraclora.export.trained import TrainedModel, is_hugging_face
-
-Record = dict[str, object]
+from fedraclora.export.trained import Record, TrainedModel, is_hugging_face
+from fedraclora.models.hf import quiet
 
 
 def write_hf(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
@@ -61,37 +61,17 @@ def save_model(model: nn.Module, folder: Path, trained: TrainedModel) -> None:
     Raises:
         DataError: If the tokenizer of the data cannot be read.
     """
-    from transformers.utils import logging
+    from transformers import AutoTokenizer
 
     known: Any = model
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet():
         known.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     if trained.tokenizer is None:
         return
     try:
-        read_tokenizer(trained.tokenizer).save_pretrained(folder)
+        local = Path(trained.tokenizer).exists()
+        tokenizer = from_pretrained(AutoTokenizer, trained.tokenizer, local, "the tokenizer")
+        tokenizer.save_pretrained(folder)
     except DataError:
         if trained.tokenizer != trained.source:  # a model's folder may be without one
             raise
-
-
-def read_tokenizer(source: str) -> Any:
-    """Read the tokenizer of a folder, a hub name or a GGUF file.
-
-    Raises:
-        DataError: If there is none.
-    """
-    from transformers import AutoTokenizer
-
-    path = Path(source)
-    try:
-        if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(source, local_files_only=path.exists())
-    except (OSError, ValueError) as error:
-        raise DataError(f"the tokenizer of {source} cannot be read: {error}") from error

@@ -22,14 +22,16 @@ from torch import nn
 
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.export.change import Factors, factors_of_difference, factors_of_product
-from fedraclora.export.trained import TrainedModel, is_hugging_face
+from fedraclora.export.trained import Record, TrainedModel, is_hugging_face
+from fedraclora.imports import import_extra
+from fedraclora.lowrank.algebra import padded_to
 from fedraclora.lowrank.layers import LayerView, layer_kind, layer_view
+from fedraclora.models.hf import quiet
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
 
 PREFIX = "base_model.model."  # PEFT puts it before the names of modules
 NEAR = 1e-5  # of the largest number of a tensor: where two ways to one sum may round apart
-Record = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def write_peft(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
         ConfigError: If nothing was trained, or PEFT is not installed.
         ModelError: If PEFT has no form for a layer, naming it.
     """
-    require_peft()
+    import_extra("peft", "--format peft")
     base, start = _base(trained, folder)
     parts = _parted(trained, start, rank)
     with _quiet():
@@ -78,20 +80,6 @@ def write_peft(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
     _hold(trained, start, parts, merged)
     layers = {name: _record(trained, name, f, merged) for name, f in parts.factors.items()}
     return {"base": base, "saved_in_full": parts.modules, "layers": layers}
-
-
-def require_peft() -> None:
-    """Refuse to go on without PEFT.
-
-    Raises:
-        ConfigError: Saying how to install it.
-    """
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "PEFT is not installed; install it with: pip install 'fedraclora[export]'"
-        ) from error
 
 
 def _base(trained: TrainedModel, folder: Path) -> tuple[str | None, Tree]:
@@ -244,9 +232,7 @@ def _adapted(trained: TrainedModel, start: Tree, parts: Parts) -> Any:
 
 def _fill(layer: Any, factors: Factors, rank: int) -> None:
     """Copy factors into a layer of PEFT; a rank of 0 stays a product of zero."""
-    more = rank - factors.kept
-    left = nn.functional.pad(factors.left, (0, more))
-    right = nn.functional.pad(factors.right, (0, 0, 0, more))
+    left, right = padded_to(factors.left, factors.right, rank)
     with torch.no_grad():
         if "default" in layer.lora_embedding_A:
             layer.lora_embedding_A["default"].copy_(left.mT)
@@ -333,13 +319,6 @@ def _record(trained: TrainedModel, name: str, factors: Factors, merged: Tree) ->
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what PEFT and transformers say of layouts and of new heads; all are expected."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedraclora.export.hf_folder import no_rank
-from fedraclora.export.trained import TrainedModel
+from fedraclora.export.trained import Record, TrainedModel
 from fedraclora.weights.files import save_tensors
-
-Record = dict[str, object]
 
 
 def write_state_dict(trained: TrainedModel, folder: Path, rank: int | None) -> Record:

@@ -13,6 +13,8 @@ from fedraclora.lowrank.algebra import Product
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.tree import Tree
 
+Record = dict[str, object]  # what an export says of itself, in plain JSON
+
 
 @dataclass(frozen=True)
 class TrainedModel:

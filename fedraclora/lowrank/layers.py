@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
@@ -66,8 +67,7 @@ def layer_view(module: nn.Module) -> LayerView:
     shape = tuple(module.weight.shape)  # type: ignore[arg-type]
     if kind == "conv1d":
         return LayerView(kind, (shape[1], shape[0]))
-    rows = shape[0]
-    return LayerView(kind, (rows, int(torch.Size(shape[1:]).numel())))
+    return LayerView(kind, (shape[0], prod(shape[1:])))
 
 
 def is_head(name: str, head: tuple[str, ...]) -> bool:
@@ -142,14 +142,10 @@ def find_targets(
         if not chosen and not any(layer_kind(m) for m in model.modules()):
             raise ModelError(f"targets={pattern}: the model has no layer that can be adapted")
     else:
-        chosen = {}
         for part in parts:
-            found = {n for n in named if matches(n, part)}
-            if not found:
-                error = unknown("target layer", part, named)
-                raise ConfigError(f"targets={pattern}: {error}")
-            chosen |= {n: named[n] for n in named if n in found}
-        chosen = {n: m for n, m in named.items() if n in chosen}
+            if not any(matches(n, part) for n in named):
+                raise ConfigError(f"targets={pattern}: {unknown('target layer', part, named)}")
+        chosen = {n: m for n, m in named.items() if any(matches(n, part) for part in parts)}
     views = {weight_name(n): layer_view(m) for n, m in chosen.items()}
     refuse_tied(model, list(views))
     return views

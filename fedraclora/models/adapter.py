@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedraclora.errors import ConfigError, DataError, ModelError
+from fedraclora.imports import import_extra
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 GIVEN = "Give the adapter of this model, or leave start out"
@@ -52,13 +53,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
         DataError: If the adapter is damaged.
         ModelError: If it is of another model, naming what does not fit.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError(
-            f"start={folder} is an adapter of PEFT, which is not installed; install it with: pip "
-            "install 'fedraclora[export]'"
-        ) from error
+    peft = import_extra("peft", f"start={folder}, an adapter of PEFT,")
     weights = _read(folder)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of layouts, which PEFT mends

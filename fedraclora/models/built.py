@@ -13,7 +13,7 @@ from torch import nn
 
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.limits import choice_of
-from fedraclora.lowrank.layers import is_batch_norm
+from fedraclora.lowrank.layers import is_batch_norm, layer_kind
 from fedraclora.rng import hash_key
 
 Attention = Annotated[str, choice_of(("sdpa", "eager"))]  # one fused kernel, or plain products
@@ -156,3 +156,15 @@ def is_blank(layer: nn.Module) -> bool:
     if not isinstance(mean, torch.Tensor) or not isinstance(variance, torch.Tensor):
         return False  # it has none, and is refused for that
     return bool((mean == 0).all() and (variance == 1).all())
+
+
+def found_head(model: nn.Module) -> tuple[str, ...]:
+    """Find the final layer: of the layers with weights the last, or what lies beside an encoder."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and hasattr(model, prefix):  # of Hugging Face
+        beside = (n for n, m in model.named_children() if n != prefix)
+        return tuple(n for n in beside if [*model.get_submodule(n).parameters()])
+    adaptable = [name for name, module in model.named_modules() if layer_kind(module)]
+    if len(adaptable) < 2:
+        return ()
+    return (adaptable[-1],)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedraclora.data.locate import GGUF, check_file, from_pretrained, model_source
-from fedraclora.errors import ConfigError, DataError, ModelError, unknown
+from fedraclora.data.locate import GGUF, checked_source, from_pretrained
+from fedraclora.errors import ConfigError, ModelError, unknown
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import Attention, Built, require_input, seeded
 from fedraclora.models.dropout import refuse_idle_rate
@@ -92,12 +91,7 @@ def _loaded(
     """Load weights in float32; those of a GGUF file come as a model like any other."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, local = model_source(path, key="model.path")
-    if local and sha256 is not None:
-        weights = Path(source) if Path(source).is_file() else Path(source) / "model.safetensors"
-        if not weights.is_file():
-            raise DataError(f"model.path={path}: there is no {weights} to verify; sha256 is set")
-        check_file(weights, sha256)
+    source, local = checked_source(path, sha256)
     given = from_pretrained(AutoConfig, source, local, "model.path")
     _prepare(given, layers, dropout)
     with quiet():

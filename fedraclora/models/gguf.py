@@ -7,13 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fedraclora.data.locate import GGUF
 from fedraclora.errors import DataError
-
-
-def is_gguf(source: str) -> bool:
-    """Tell whether a source of weights is a GGUF file."""
-    return source.endswith(GGUF)
 
 
 def made_plain(model: nn.Module) -> nn.Module:

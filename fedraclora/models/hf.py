@@ -10,18 +10,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedraclora.data.locate import check_file, from_pretrained, model_source
+from fedraclora.data.locate import checked_source, from_pretrained
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.limits import Count, Fraction, limited
-from fedraclora.models.built import Attention, Built, require_heads, require_input, seeded
+from fedraclora.models.built import (
+    Attention,
+    Built,
+    found_head,
+    require_heads,
+    require_input,
+    seeded,
+)
 from fedraclora.models.dropout import refuse_idle_rate
-from fedraclora.models.gguf import is_gguf, made_plain
+from fedraclora.models.gguf import made_plain
 from fedraclora.models.narrow import Base, narrowed
 
 # How architectures call rates of dropout in their configurations: hidden_dropout_prob, resid_pdrop,
@@ -68,12 +74,7 @@ def build_hf(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     require_input("hf", shape, classes, text=True)
-    source, local = model_source(path, key="model.path")
-    if local and sha256 is not None:
-        weights = Path(source) if is_gguf(source) else Path(source) / "model.safetensors"
-        if not weights.is_file():
-            raise DataError(f"model.path={path}: there is no {weights} to verify; sha256 is set")
-        check_file(weights, sha256)
+    source, local = checked_source(path, sha256)
     key = f"model.path={path}"
     try:
         config = from_pretrained(AutoConfig, source, local, key, num_labels=classes)
@@ -159,11 +160,7 @@ def build_transformer(
 
 def _built(model: Any) -> Built:
     """Find the head (what lies beside the encoder and has weights) and the targets."""
-    head = tuple(
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    )
+    head = found_head(model)
     if not head:
         raise ModelError(f"{type(model).__name__} has no head beside {model.base_model_prefix}")
     network: nn.Module = model

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.lowrank.layers import is_head, layer_kind
-from fedraclora.models.built import Built, take_module
+from fedraclora.lowrank.layers import is_head
+from fedraclora.models.built import Built, found_head, take_module
 from fedraclora.objects import lend, lent
 from fedraclora.tree import digest
 
@@ -58,18 +58,6 @@ def build_object(
             raise unknown("layer as model.head", name, layers)
     pattern = targets if isinstance(targets, str) else ",".join(targets)
     return Built(model, tuple(head), pattern)
-
-
-def found_head(model: nn.Module) -> tuple[str, ...]:
-    """Find the final layer: of the layers with weights the last, or what lies beside an encoder."""
-    prefix = getattr(model, "base_model_prefix", "")
-    if prefix and hasattr(model, prefix):  # of Hugging Face
-        beside = (n for n, m in model.named_children() if n != prefix)
-        return tuple(n for n in beside if [*model.get_submodule(n).parameters()])
-    adaptable = [name for name, module in model.named_modules() if layer_kind(module)]
-    if len(adaptable) < 2:
-        return ()
-    return (adaptable[-1],)
 
 
 def require_module(model: object) -> nn.Module:

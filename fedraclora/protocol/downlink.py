@@ -123,11 +123,15 @@ class Downlink:
 
     def mapped(self, change: Callable[[str, Factor], Factor]) -> Downlink:
         """Replace every factor and dense tensor by what ``change`` makes of its name and it."""
+        whole = {**self.factors(), **self.dense}
+        found = {name: change(name, factor) for name, factor in whole.items()}
+        if all(found[name] is factor for name, factor in whole.items()):
+            return self  # as where seeds are sent, and nothing else
         adapters = {
-            w: replace(a, factors={k: change(f"{w}/{k}", f) for k, f in a.factors.items()})
+            w: replace(a, factors={k: found[f"{w}/{k}"] for k in a.factors})
             for w, a in self.adapters.items()
         }
-        dense = {name: change(name, slot) for name, slot in self.dense.items()}
+        dense = {name: found[name] for name in self.dense}
         return replace(self, adapters=adapters, dense=dense)  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype) -> Downlink:
@@ -140,9 +144,10 @@ class Downlink:
         def sent(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to("cpu", dtype).contiguous()
 
+        found = self.mapped(lambda _, factor: with_numbers(factor, sent))
         trees = self.extras.items()
         extras = {e: {n: sent(t) for n, t in tree.items()} for e, tree in trees}
-        return replace(self.mapped(lambda _, factor: with_numbers(factor, sent)), extras=extras)
+        return replace(found, extras=extras) if extras else found
 
     def trained(self) -> Mapping[str, Trained]:
         """Everything that clients train, by its name on the uplink, in packing order."""
@@ -160,6 +165,11 @@ class Downlink:
     @cached_property
     def _uploaded(self) -> Mapping[str, Trained]:
         return {name: slot for name, slot in self.trained().items() if slot.upload}
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Names and shapes of what each client sends back."""
+        return Layout(tuple((name, slot.shape) for name, slot in self.uploaded().items()))
 
     @cached_property
     def apart(self) -> bool:

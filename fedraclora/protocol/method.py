@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import ClassVar, Protocol, Self
 
 import torch
 
-from fedraclora.errors import ConfigError
 from fedraclora.protocol.downlink import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.uplinks import Uplinks
@@ -79,30 +79,13 @@ class Cohort:
         clients: Ids, int64 [K].
         weights: Aggregation weights, float64 [K], not normalised; ones where the server cannot
             know them.
-        ranks: Rank budgets, int64 [K], each 1 or more; None: no budgets.
-
-    Raises:
-        ConfigError: If a budget is below 1, or their number is not that of the clients.
+        ranks: Rank budgets, int64 [K], each 1 or more (`fedraclora.devices.system` draws no
+            other); None: no budgets.
     """
 
     clients: torch.Tensor
     weights: torch.Tensor
     ranks: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.ranks is None:
-            return
-        if self.ranks.shape != self.clients.shape:
-            raise ConfigError(
-                f"{len(self)} clients came with rank budgets of shape {tuple(self.ranks.shape)}; "
-                "one for each is wanted"
-            )
-        for client, rank in zip(self.clients.tolist(), self.ranks.tolist(), strict=True):
-            if rank < 1:
-                raise ConfigError(
-                    f"client {client} has the rank budget {rank}; 1 or more is wanted: raise it, "
-                    "or leave the client out"
-                )
 
     def __len__(self) -> int:
         return int(self.clients.shape[0])
@@ -180,7 +163,12 @@ class Draw:
 
     def sketch_seed(self, weight: str) -> int:
         """Seed of all sketches of one layer; 63 bits, so that it fits a message."""
-        return hash_key(self.seed, "sketch", weight) >> 65
+        return _sketch_seed(self.seed, weight)
+
+
+@lru_cache(maxsize=1 << 12)
+def _sketch_seed(seed: int, weight: str) -> int:
+    return hash_key(seed, "sketch", weight) >> 65
 
 
 class Method(Protocol):

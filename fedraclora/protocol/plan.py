@@ -55,15 +55,11 @@ def make_plan(
         The plan.
 
     Raises:
-        ConfigError: For an unknown policy, or a pattern that matches nothing.
+        ConfigError: For a local head where there is none, or a pattern that matches nothing.
         ModelError: If a target, or a head that is trained, is tied to another layer.
     """
-    if head_policy not in HEAD_POLICIES:
-        raise unknown("head", head_policy, HEAD_POLICIES)
     if head_policy == "local" and not head:
         raise ConfigError("head is local, but this model has no head; use head=adapt")
-    if bias_policy not in BIAS_POLICIES:
-        raise unknown("bias", bias_policy, BIAS_POLICIES)
     modules = dict(model.named_modules())
     parameters = [n for n, _ in model.named_parameters()]
     views = find_targets(model, targets, head)
@@ -191,10 +187,9 @@ def resolve_rank(rank: Ranks, dim: int, name: str, *, cap: bool) -> Rank:
     """
     if isinstance(rank, Mapping):
         rank = own_rank(rank, name)
-    if isinstance(rank, bool) or not isinstance(rank, int | float):
+    number = isinstance(rank, int | float) and not isinstance(rank, bool)
+    if not number or not math.isfinite(rank) or rank <= 0:
         raise ConfigError(f"method.rank is {rank!r}; a positive integer or a fraction is wanted")
-    if not math.isfinite(rank) or rank <= 0:
-        raise ConfigError(f"method.rank is {rank}; a positive integer or a fraction is wanted")
     if isinstance(rank, float):
         if rank > 1:
             raise ConfigError(

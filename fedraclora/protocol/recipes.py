@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 
@@ -18,7 +17,7 @@ from fedraclora.tree import Tree
 
 GradientHook = Callable[[Tree], Tree]
 Arguments = Mapping[str, float | int]
-NO_ARGUMENTS: Arguments = MappingProxyType({})
+Prepare = Callable[[Tree, Arguments, torch.Tensor | None], GradientHook]
 
 
 def keep_gradient(gradients: Tree) -> Tree:
@@ -26,13 +25,8 @@ def keep_gradient(gradients: Tree) -> Tree:
     return gradients
 
 
-def no_hook(*_: object) -> GradientHook:
-    """Plain local steps: whatever is frozen, gradients are kept."""
-    return keep_gradient
-
-
 def projected(
-    frozen: Tree, _arguments: Arguments = NO_ARGUMENTS, ranks: torch.Tensor | None = None
+    frozen: Tree, _arguments: Arguments | None = None, ranks: torch.Tensor | None = None
 ) -> GradientHook:
     """Precondition by the frozen factor's Gram matrix: g_B (A A^T)^+, or (B^T B)^+ g_A.
 
@@ -51,7 +45,7 @@ def projected(
     References:
         Zhang et al., *LoRA-FA*, arXiv 2308.03303; Malinovsky et al., arXiv 2410.08305, eq. (4).
     """
-    inverses = {}
+    inverses: Tree = {}
     for name, factor in frozen.items():
         weight, _, label = name.rpartition("/")
         wide = factor.to(torch.float64)
@@ -63,17 +57,22 @@ def projected(
             gram = gram * budget[:, :, None] * budget[:, None, :]
         inverses[partner] = torch.linalg.pinv(gram, hermitian=True).to(factor.dtype)
 
+    def change(name: str, gradient: torch.Tensor) -> torch.Tensor:
+        inverse = inverses[name]
+        if inverse.dim() == 3:  # one factor per client: those still training come first
+            inverse = inverse[: len(gradient)]
+        return gradient @ inverse if name.endswith("/B") else inverse @ gradient
+
     def hook(gradients: Tree) -> Tree:
-        out = dict(gradients)
-        for name in gradients.keys() & inverses.keys():
-            inverse = inverses[name]
-            if inverse.dim() == 3:  # one factor per client: those still training come first
-                inverse = inverse[: gradients[name].shape[0]]
-            gradient = gradients[name]
-            out[name] = gradient @ inverse if name.endswith("/B") else inverse @ gradient
-        return out
+        return {n: change(n, g) if n in inverses else g for n, g in gradients.items()}
 
     return hook
+
+
+def part_of(gradient: torch.Tensor, parts: int) -> torch.Tensor:
+    """Number the columns of a gradient [K, m, r] by the part they belong to, of equal ones: [r]."""
+    columns = gradient.shape[-1]
+    return torch.arange(columns, device=gradient.device) * parts // columns
 
 
 def block_diagonal(_frozen: Tree, arguments: Arguments, *_: object) -> GradientHook:
@@ -84,14 +83,12 @@ def block_diagonal(_frozen: Tree, arguments: Arguments, *_: object) -> GradientH
     """
     blocks = int(arguments["blocks"])
 
+    def cut(gradient: torch.Tensor) -> torch.Tensor:
+        block = part_of(gradient, blocks)
+        return gradient.masked_fill(block[:, None] != block, 0)
+
     def hook(gradients: Tree) -> Tree:
-        out = dict(gradients)
-        for name, gradient in gradients.items():
-            if name.endswith("/R"):
-                block = torch.arange(gradient.shape[-1], device=gradient.device) * blocks
-                block = block // gradient.shape[-1]
-                out[name] = gradient.masked_fill(block[:, None] != block, 0)
-        return out
+        return {n: cut(g) if n.endswith("/R") else g for n, g in gradients.items()}
 
     return hook
 
@@ -110,12 +107,10 @@ def in_turn(_frozen: Tree, arguments: Arguments, *_: object) -> GradientHook:
 
     def hook(gradients: Tree) -> Tree:
         turn = next(calls) // interval % parts
-        out = dict(gradients)
-        for name, gradient in gradients.items():
-            if name.endswith("/B"):
-                part = torch.arange(gradient.shape[-1], device=gradient.device) * parts
-                out[name] = gradient.masked_fill(part // gradient.shape[-1] != turn, 0)
-        return out
+        return {
+            n: g.masked_fill(part_of(g, parts) != turn, 0) if n.endswith("/B") else g
+            for n, g in gradients.items()
+        }
 
     return hook
 
@@ -167,7 +162,7 @@ class Recipe:
             weight that is projected; ``turned/<weight>`` for those stored (in, out).
     """
 
-    gradient: Callable[[Tree, Arguments, torch.Tensor | None], GradientHook] = no_hook
+    gradient: Prepare = lambda *_: keep_gradient
     steps: bool = True
     fixes: bool = False
     projects: bool = False

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from fedraclora.errors import ClientError, DivergenceError, ShapeError
@@ -28,8 +29,7 @@ def block_sums(
 ) -> torch.Tensor:
     """Sum ``weights[k] * stacked[k]`` inside each block of `SUM_BLOCK` places of the cohort.
 
-    Elementwise operations only, so that the bits do not depend on a library's reduction order;
-    the loop runs over the places of a block, not over clients.
+    Row after row, so that the bits do not depend on a library's reduction order.
 
     Args:
         stacked: [K, P], any floating dtype.
@@ -55,9 +55,18 @@ def block_sums(
             room[K:].zero_()
         else:
             room.zero_()[places.to(room.device)] = part.double() * column
-        for rows in room.view(blocks, height, -1).unbind(1):
-            out += rows
+        add_rows(out, room.view(blocks, height, -1))
     return sums
+
+
+def add_rows(out: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add the rows of each block, [blocks, height, p], one after another to zeros [blocks, p]."""
+    if out.is_cpu and out.shape[1] > 1:
+        # So does numpy along an axis that is not the last ("numpy.sum", notes on precision).
+        np.add.reduce(rows.numpy(), axis=1, out=out.numpy(), initial=0.0)
+        return
+    for row in rows.unbind(1):
+        out += row
 
 
 def weighted_sum(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fedraclora.errors import ShapeError
-from fedraclora.tree import Layout, Tree, difference
+from fedraclora.tree import Layout, Tree, below, difference
 
 GENERATIONS = 2
 KEPT = "store/kept/"  # of the names of `ClientStore.secrets` among tensors
@@ -146,21 +146,16 @@ class ClientStore:
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take the tensors of `state` back."""
-        self.secrets = {
-            int(n.removeprefix(KEPT)): bytes(t.tolist())
-            for n, t in tensors.items()
-            if n.startswith(KEPT)
-        }
+        self.secrets = {int(c): bytes(t.tolist()) for c, t in below(tensors, KEPT).items()}
         found: list[tuple[int, Entry]] = []
         group = "store"
         while f"{group}/keys" in tensors:
-            prefix = f"{group}/values/"
-            values = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            values = below(tensors, f"{group}/values/")
             layout = Layout.of(values, skip=1)
             rows = layout.pack(values, lead=1)
             for (client, round_), row in zip(tensors[f"{group}/keys"].tolist(), rows, strict=True):
                 found.append((client, Entry(round_, layout, row.clone())))
-            group = _next(group)
+            group += "+"
         self._entries = {}
         for client, entry in sorted(found, key=lambda each: each[1].round_):
             self._entries.setdefault(client, []).append(entry)
@@ -192,10 +187,5 @@ def _packed(clients: Mapping[int, list[Entry]]) -> Tree:
         found[f"{group}/keys"] = torch.tensor(keys, dtype=torch.int64)
         values = layout.unpack(torch.stack([entry.row for _, entry in entries_]))
         found |= {f"{group}/values/{n}": t for n, t in values.items()}
-        group = _next(group)
+        group += "+"
     return found
-
-
-def _next(group: str) -> str:
-    """Name the group after this one."""
-    return f"{group}+"

@@ -15,12 +15,11 @@ from typing import Any
 
 from fedraclora.data.locate import file_digest, resolve
 from fedraclora.errors import CheckpointError, ConfigError, DataError
-from fedraclora.weights.files import write_text
+from fedraclora.weights.files import ADVICE, write_text
 
 FILE = "digests.json"
 SEAL = "sha256"
 PATHS = ("file", "samples", "test", "test_file", "tokenizer")  # keys of data that name files
-ADVICE = "restore the file from a copy, or start the run anew without resume"
 
 
 def sealed(found: Mapping[str, object]) -> str:

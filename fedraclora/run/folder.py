@@ -256,12 +256,17 @@ def read_summary(folder: Path) -> dict[str, object]:
 
 
 def provenance() -> dict[str, object]:
-    """Name the versions and the revision that made a result."""
+    """Say what a result depends on beside its config: versions, and the commit of the code."""
+    return {"versions": versions_of(PACKAGES), "git": git_revision()}
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Give the versions of those packages that are installed."""
     versions = {}
-    for package in PACKAGES:
+    for package in packages:
         with suppress(PackageNotFoundError):  # a bundle of Flower's runs where nothing is installed
             versions[package] = version(package)
-    return {"versions": versions, "git": git_revision()}
+    return versions
 
 
 @cache

@@ -73,14 +73,14 @@ class Ledger:
         round_, last = row.get("round"), self.rows[-1]["round"] if self.rows else None
         if not isinstance(round_, int) or (isinstance(last, int) and round_ <= last):
             raise CheckpointError(
-                f"{self._where()}: the round of a row must be an integer above {last}, "
+                f"ledger {self.path or ''}: the round of a row must be an integer above {last}, "
                 f"got {round_!r}; to write a round again, cut the ledger first"
             )
         plain = {str(key): _plain(value, str(key)) for key, value in row.items()}
         text = json.dumps(plain, allow_nan=False)
         seal = _seal(self.seal(), text)
         if self.path is not None:
-            if not self.path.parent.is_dir():
+            if not self.rows:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             with named(self.path), self.path.open("ab") as file:
                 file.write(_line(text, seal))
@@ -113,9 +113,6 @@ class Ledger:
             with replacing(self.path) as partial:
                 lines = map(_line, map(json.dumps, self.rows), seals(self.rows))
                 partial.write_bytes(b"".join(lines))
-
-    def _where(self) -> str:
-        return "ledger" if self.path is None else f"ledger {self.path}"
 
 
 def read_ledger(path: Path) -> list[Row]:

@@ -12,11 +12,11 @@ from fedraclora.errors import CheckpointError
 from fedraclora.protocol.method import Draw, Memo, Method, Plan, State, apply_link
 from fedraclora.run.initial import checkpoint_base, initial_weights
 from fedraclora.run.ledger import read_ledger
-from fedraclora.run.recorder import CARRIED, checkpoint_meta, part
-from fedraclora.tree import Tree
+from fedraclora.run.recorder import CARRIED, checkpoint_meta, hold_chain
+from fedraclora.tree import Tree, below
 from fedraclora.weights.chain import read_link, read_plan
 from fedraclora.weights.files import load_checkpoint
-from fedraclora.weights.links import link_digest, link_files, read_links
+from fedraclora.weights.links import link_files, read_links
 
 
 def state_at(
@@ -47,8 +47,8 @@ def state_at(
     if round_ is None:
         tensors, meta = load_checkpoint(folder / "checkpoint")
         plan = plan or _stored_plan(meta, folder / "checkpoint")
-        carried = part(tensors, "carried/")
-        base = checkpoint_base(part(tensors, "base/"), meta, folder / "chain", plan)
+        carried = below(tensors, "carried/")
+        base = checkpoint_base(below(tensors, "base/"), meta, folder / "chain", plan)
         return State(base, plan, carried, kind.read(meta["memo"]))
     chain, last, state = folder / "chain", -1, State({}, Plan({}))
     _check_kept(chain, round_)
@@ -63,7 +63,7 @@ def state_at(
         raise CheckpointError(
             f"{chain} reaches {reached}, but not round {round_}: {missing} is missing"
         )
-    _hold_against_checkpoint(folder)
+    hold_chain(folder, checkpoint_meta(folder))
     if not memo and method is not None and type(method).weights is not Method.weights:
         raise CheckpointError(
             f"{chain} was written by an older release, which kept the base weights alone "
@@ -101,7 +101,7 @@ def read_states(
             link = read_link(tensors, meta)
             base = apply_link(state.base, link, state.plan)
         kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
-        carried, memo = kept | part(tensors, CARRIED), kind.read(meta.get("memo", {}))
+        carried, memo = kept | below(tensors, CARRIED), kind.read(meta.get("memo", {}))
         last, state = number, State(base, state.plan, carried, memo, link)
         yield number, state, meta
 
@@ -154,17 +154,6 @@ def _check_gap(folder: Path, last: int, number: int) -> None:
         if last < 0 or rows.get(round_, {}).get("cohort") != 0:
             path = folder / "chain" / f"{round_:06d}.safetensors"
             raise CheckpointError(f"{path} is missing: restore it from a copy")
-
-
-def _hold_against_checkpoint(folder: Path) -> None:
-    """Reject a chain other than the one beside which the folder's checkpoint was written."""
-    meta, chain = checkpoint_meta(folder), folder / "chain"
-    round_, chain_digest = meta.get("round", 0), meta.get("chain")
-    if isinstance(chain_digest, str) and link_digest(chain, round_) != chain_digest:
-        raise CheckpointError(
-            f"{chain / f'{round_:06d}.safetensors'} is missing, or it is of another run than "
-            f"{folder / 'checkpoint'}: restore both folders from a copy"
-        )
 
 
 def _stored_plan(meta: Mapping[str, Any], path: Path) -> Plan:

@@ -18,9 +18,15 @@ from fedraclora.protocol.method import Link, State
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.initial import ModelSource, checkpoint_base, is_small
 from fedraclora.run.ledger import Ledger
-from fedraclora.tree import Tree, digest
+from fedraclora.tree import Tree, below, digest
 from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
-from fedraclora.weights.files import difference, has_checkpoint, load_checkpoint, save_checkpoint
+from fedraclora.weights.files import (
+    ADVICE,
+    difference,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fedraclora.weights.links import (
     append_link,
     cut_links,
@@ -117,6 +123,7 @@ class RunRecorder:
             cut_links(self.folder / "chain", -1)
             meta: dict[str, object] = {"initial": True, "plan": plan_meta(state.plan)}
             base, elsewhere = self.source.refer(state.base) if self.source else (state.base, {})
+            self.source = None  # it would hold the initial weights for the whole run
             self._keep(0, state, dict(base), meta | elsewhere)
 
     def totals(self) -> tuple[int, int]:
@@ -173,7 +180,9 @@ class RunRecorder:
         """Write a checkpoint: what round ``round_ + 1`` needs."""
         if self.folder is None:
             return
-        left = self._left_to_chain(state.base, catch_up)
+        # Large weights that the links of the chain give are not written once more.
+        whole = is_small(state.base) or not self.keep_chain
+        left = frozenset() if whole else catch_up.followed(0)
         tensors = {f"base/{n}": t for n, t in state.base.items() if n not in left}
         tensors |= {f"carried/{n}": t for n, t in state.carried.items()}
         tensors |= {f"moments/{n}": t for n, t in state.moments.items()}
@@ -190,10 +199,6 @@ class RunRecorder:
         } | ({"base_order": list(state.base)} if left else {})
         tensors |= catch_up.state() | self.store.state()
         save_checkpoint(self.folder / "checkpoint", tensors, meta)
-
-    def _left_to_chain(self, base: Tree, catch_up: CatchUp) -> frozenset[str]:
-        """Name the weights of a large model that the links of all rounds hold in fewer bytes."""
-        return frozenset() if is_small(base) or not self.keep_chain else catch_up.followed(0)
 
     def restore(self, start: State, catch_up: CatchUp) -> tuple[State, int]:
         """Read the checkpoint back; ledger rows and links past it are cut.
@@ -218,6 +223,7 @@ class RunRecorder:
                 f"{self.folder}: the checkpoint was written under another configuration "
                 f"({'; '.join(changed)}); set these keys back, or start the run anew without resume"
             )
+        self.source = None  # a run that goes on has kept its initial weights
         memo = meta["memo"]
         if not isinstance(memo, dict):
             raise CheckpointError(f"{self.folder}: the checkpoint's memo is {memo!r}")
@@ -228,11 +234,11 @@ class RunRecorder:
         catch_up.restore(tensors)
         self.store.restore(tensors)
         device = next(iter(start.base.values())).device
-        base = checkpoint_base(part(tensors, "base/"), meta, self.folder / "chain", start.plan)
+        base = checkpoint_base(below(tensors, "base/"), meta, self.folder / "chain", start.plan)
         if digest(base) != meta.get("base_digest", digest(base)):
             self.incidents.append("weights were rebuilt from the chain, and round otherwise here")
         base = {n: t.to(device) for n, t in base.items()}
-        carried, moments = part(tensors, "carried/"), part(tensors, "moments/")
+        carried, moments = below(tensors, "carried/"), below(tensors, "moments/")
         if self.keep_chain:
             self._link = link_digest(self.folder / "chain")
             # The links of older releases lack what is carried: the next one has all of it.
@@ -250,35 +256,44 @@ class RunRecorder:
             CheckpointError: Naming the file that is damaged, missing or of another run.
         """
         assert self.folder is not None  # noqa: S101
-        advice = "restore the file from a copy, or start the run anew without resume"
         path = self.folder / "ledger.jsonl"
         if round_ not in {row["round"] for row in self.ledger.rows[: round_ + 1]}:
             raise CheckpointError(
-                f"{path} ends before round {round_}, where the checkpoint stands; {advice}"
+                f"{path} ends before round {round_}, where the checkpoint stands; {ADVICE}"
             )
         if meta.get("ledger", self.ledger.seal(round_)) != self.ledger.seal(round_):
             raise CheckpointError(
                 f"{path} is not the ledger that the checkpoint of round {round_} belongs to; "
-                f"{advice}"
+                f"{ADVICE}"
             )
-        chain = self.folder / "chain"
         if self.keep_chain and meta.get("chain", "") is None:
             raise CheckpointError(
                 f"{self.folder} keeps no chain, and one that begins at round {round_ + 1} has no "
                 "initial weights; go on with output.chain=false"
             )
-        chain_digest = meta.get("chain") if self.keep_chain else None
-        if isinstance(chain_digest, str) and link_digest(chain, round_) != chain_digest:
-            raise CheckpointError(
-                f"{chain / f'{round_:06d}.safetensors'} is missing or of another run; {advice}"
-            )
+        if self.keep_chain:
+            hold_chain(self.folder, meta)
         found = beside(self.folder)
         for name, recorded in meta.get("files", {}).items():
             if found.get(name) != recorded:
                 raise CheckpointError(
                     f"{self.folder / name} is missing, or is not what it was when the checkpoint "
-                    f"was written; {advice}"
+                    f"was written; {ADVICE}"
                 )
+
+
+def hold_chain(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Check that the checkpoint of a run folder is one of its chain; older ones do not say.
+
+    Raises:
+        CheckpointError: If its link is missing, or is of another run.
+    """
+    chain, round_, known = folder / "chain", meta.get("round", 0), meta.get("chain")
+    if isinstance(known, str) and link_digest(chain, round_) != known:
+        raise CheckpointError(
+            f"{chain / f'{round_:06d}.safetensors'} is missing, or it is of another run than "
+            f"{folder / 'checkpoint'}: restore both folders from a copy"
+        )
 
 
 def carried_change(old: Tree, new: Tree) -> tuple[Tree, dict[str, object]]:
@@ -304,11 +319,6 @@ def beside(folder: Path) -> dict[str, str]:
     there = [name for name in BESIDE if (folder / name).is_file()]
     digests = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in there}
     return digests | {name: "present" for name in PRESENT if (folder / name).is_file()}
-
-
-def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tree:
-    """Select the tensors whose names begin with a prefix, and strip it."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def checkpoint_meta(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Random sketches: frozen factors that server and clients draw from a seed.
 
-`draw` holds the specification of a drawing and its constants, `kinds` the laws of random matrices,
+`draw` holds the specification of a drawing, the laws of random matrices and their constants,
 `bases` the orthonormal ones, made a few rows at a time.
 """
 

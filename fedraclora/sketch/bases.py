@@ -80,16 +80,6 @@ def permutation(rng: np.random.Generator, dim: int) -> Integers:
     return np.argsort(words(rng, dim), kind="stable").astype(np.int64)
 
 
-def is_power_of_two(dim: int) -> bool:
-    """Check whether ``dim`` is 1, 2, 4, 8, ...
-
-    Example:
-        >>> [dim for dim in range(1, 10) if is_power_of_two(dim)]
-        [1, 2, 4, 8]
-    """
-    return dim & (dim - 1) == 0
-
-
 def haar_rows(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
     """Make rows of a uniformly distributed (Haar) orthogonal matrix, [stop - start, dim].
 
@@ -120,8 +110,7 @@ def _haar(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
     # LAPACK's convention: H = I - tau v v^T with v[0] = 1 maps the column to (-beta, 0, ..., 0).
     beta = torch.copysign(torch.linalg.vector_norm(low, dim=0), head)
     first = head + beta
-    unit = low.new_zeros(stop - start, dim)
-    unit.diagonal(start).fill_(1.0)
+    unit = torch.eye(stop, dim, dtype=low.dtype)[start:]
     columns = torch.ormqr(low / first, first / beta, unit.mT)
     return (columns * beta[start:stop].neg().sign()).mT
 
@@ -161,7 +150,7 @@ def srht_rows(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
     row = permutation(rng, dim)[start:stop, None]
     flips = signs(words(rng, dim))
     column = np.arange(dim, dtype=np.int64)
-    if is_power_of_two(dim):
+    if dim & (dim - 1) == 0:  # a power of two
         transform = (1.0 - 2.0 * _parity(row & column)) * (1.0 / sqrt(dim))
     else:
         # The angle is reduced in integers (a full turn is 4 dim), where nothing is rounded.

@@ -9,33 +9,141 @@ The scale of a sketch sets the step: plain SGD with step size ``lr`` on B, under
 ``W + s B A``, moves W by ``lr s^2 G A^T A``. With orthonormal rows that is a projected gradient
 step of size ``lr s^2``; else ``A A^T`` is about ``gram_scale`` times I, and the step inside the
 sketch is about ``lr s^2 gram_scale``.
+
+Kinds that are drawn from raw integers have the same bits on every machine, so that a digest can
+prove them: all but ``gaussian`` and ``orthonormal``, and ``srht`` where dim is a power of two. A
+block of a cover that takes rows from two bases goes through a QR, and has not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import sqrt
+from math import comb, sqrt
 
+import numpy as np
 import torch
 
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.sketch import bases, kinds
+from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch.bases import COORDINATE, HAAR, SRHT, Basis, Leaf, signs, words
 
-SKETCHES: dict[str, kinds.Kind] = {
-    "orthonormal": kinds.frame(bases.HAAR, "float"),
-    "coordinate": kinds.frame(bases.COORDINATE, "exact"),
-    "srht": kinds.frame(bases.SRHT, "power_of_two"),
-    "gaussian": kinds.GAUSSIAN,
-    "kaiming_uniform": kinds.KAIMING_UNIFORM,
-    "rademacher": kinds.RADEMACHER,
-    "sparse_sign": kinds.SPARSE_SIGN,
-    "count_sketch": kinds.COUNT_SKETCH,
-}
 SIDES = ("right", "left")
 NORMALISATIONS = ("rows", "identity", "none")
 BLOCKS = ("independent", "cover")
 _SMALL = 1 << 17  # numbers in a drawing of 1 MiB
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One law of A [rank, dim], float64.
+
+    Attributes:
+        draw: (leaf of the seed tree, spec) -> A as drawn, before any normalisation.
+        gram: spec -> c of ``E[A A^T] = c I`` for A as drawn (its mean diagonal).
+        mean_rank: spec -> E[rank A].
+        basis: The basis behind the kind, or None where rows are not orthonormal.
+    """
+
+    draw: Callable[[Leaf, SketchSpec], torch.Tensor]
+    gram: Callable[[SketchSpec], float]
+    mean_rank: Callable[[SketchSpec], float]
+    basis: Basis | None = None
+
+
+def frame(basis: Basis) -> Kind:
+    """Build the kind of a basis: A is its first ``rank`` rows, so ``A A^T = I``."""
+    return Kind(
+        draw=lambda leaf, spec: basis.rows(leaf, spec.dim, 0, spec.rank),
+        gram=lambda spec: 1.0,  # noqa: ARG005
+        mean_rank=full_rank,
+        basis=basis,
+    )
+
+
+def gaussian(leaf: Leaf, spec: SketchSpec) -> torch.Tensor:
+    """Draw independent N(0, 1) entries; the row space is uniformly distributed."""
+    return torch_normal(generator(*leaf), spec.rank, spec.dim)
+
+
+def rademacher(leaf: Leaf, spec: SketchSpec) -> torch.Tensor:
+    """Draw independent signs +1, -1."""
+    return torch.from_numpy(signs(words(generator(*leaf), spec.rank, spec.dim)))
+
+
+def sparse_sign(leaf: Leaf, spec: SketchSpec) -> torch.Tensor:
+    """Draw entries that are +1 or -1 with probability ``density`` (to 2^-32) and else 0."""
+    drawn = words(generator(*leaf), spec.rank, spec.dim)
+    threshold = np.uint64(round(spec.density * 2**32))
+    nonzero = (drawn & np.uint64(0xFFFFFFFF)) < threshold
+    return torch.from_numpy(np.where(nonzero, signs(drawn), 0.0))
+
+
+def count_sketch(leaf: Leaf, spec: SketchSpec) -> torch.Tensor:
+    """Draw one +1 or -1 per column, in a uniform row (its bias is below rank / 2^32).
+
+    References:
+        Charikar, Chen, Farach-Colton, *Finding frequent items in data streams*, ICALP 2002.
+    """
+    rng = generator(*leaf)
+    low = words(rng, spec.dim) & np.uint64(0xFFFFFFFF)
+    row = ((low * np.uint64(spec.rank)) >> np.uint64(32)).astype(np.int64)
+    out = np.zeros((spec.rank, spec.dim))
+    out[row, np.arange(spec.dim)] = signs(words(rng, spec.dim))
+    return torch.from_numpy(out)
+
+
+def kaiming_uniform(leaf: Leaf, spec: SketchSpec) -> torch.Tensor:
+    """Draw uniform entries in [-1/sqrt(dim), 1/sqrt(dim)), variance 1 / (3 dim).
+
+    The default of PEFT and of torch.nn.Linear: kaiming_uniform with a = sqrt(5).
+    """
+    # 53 bits, as many as a float64 holds: both steps are exact, the product is rounded once.
+    drawn = words(generator(*leaf), spec.rank, spec.dim) >> np.uint64(11)
+    unit = drawn.astype(np.float64) * 2.0**-53
+    return torch.from_numpy((2.0 * unit - 1.0) * (1.0 / sqrt(spec.dim)))
+
+
+def full_rank(spec: SketchSpec) -> float:
+    """Rank of a kind that has full rank with probability one."""
+    return float(min(spec.rank, spec.dim))
+
+
+def count_rank(spec: SketchSpec) -> float:
+    """Mean rank of CountSketch, r (1 - (1 - 1/r)^n): rows that some column fell into."""
+    return spec.rank * (1.0 - (1.0 - 1.0 / spec.rank) ** spec.dim)
+
+
+def sign_rank(rank: int, dim: int, density: float) -> float:
+    """Mean rank of independent random signs, 1 with probability ``density``, up to pairs.
+
+    Counts rows that vanish and pairs of rows that are equal up to sign. Left out: three and
+    more rows that depend on one another without such a pair, and the correction for several
+    equal pairs at once; both vanish exponentially in ``dim``. At most min(rank, dim).
+
+    Example:
+        >>> sign_rank(rank=2, dim=1, density=1.0), sign_rank(rank=1, dim=2, density=0.5)
+        (1.0, 0.75)
+    """
+    vanish = (1.0 - density) ** dim
+    agree = ((1.0 - density) ** 2 + density**2 / 2.0) ** dim
+    mean = rank * (1.0 - vanish) - comb(rank, 2) * 2.0 * (agree - vanish**2)
+    return min(max(mean, 0.0), float(min(rank, dim)))
+
+
+SKETCHES: dict[str, Kind] = {
+    "orthonormal": frame(HAAR),
+    "coordinate": frame(COORDINATE),
+    "srht": frame(SRHT),
+    "gaussian": Kind(gaussian, lambda s: float(s.dim), full_rank),
+    "kaiming_uniform": Kind(kaiming_uniform, lambda s: 1.0 / 3.0, full_rank),  # noqa: ARG005
+    "rademacher": Kind(rademacher, lambda s: float(s.dim), lambda s: sign_rank(s.rank, s.dim, 1.0)),
+    "sparse_sign": Kind(
+        sparse_sign, lambda s: s.density * s.dim, lambda s: sign_rank(s.rank, s.dim, s.density)
+    ),
+    "count_sketch": Kind(count_sketch, lambda s: s.dim / s.rank, count_rank),
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +170,7 @@ class SketchSpec:
         ConfigError: On a name that does not exist or a number out of range.
 
     References:
-        Malinovsky et al., arXiv 2410.08305. Each kind's own source is in `kinds` or
+        Malinovsky et al., arXiv 2410.08305. Each kind's own source is with its law, or in
         `bases`.
 
     Example:
@@ -126,24 +234,6 @@ class SketchSpec:
             return self.dim / self.rank
         return SKETCHES[self.kind].gram(self)
 
-    @property
-    def exact_bits(self) -> bool:
-        """Return whether any machine draws the same bits, so that a digest can prove the sketch.
-
-        True for kinds drawn from raw integers; an ``srht`` needs a dim that is a power of two,
-        and its block across two bases goes through a QR and is not exact.
-        """
-        bits = SKETCHES[self.kind].bits
-        if bits == "power_of_two":
-            return bases.is_power_of_two(self.dim) and not self._straddles
-        return bits == "exact"
-
-    @property
-    def _straddles(self) -> bool:
-        """Return whether this block of a cover takes rows from two bases."""
-        start = self.index * self.rank % self.dim
-        return self.blocks == "cover" and start + self.rank > self.dim
-
 
 @dataclass(frozen=True)
 class Sketches:
@@ -199,7 +289,7 @@ def constants(spec: SketchSpec) -> Constants:
 
     Independent draws: every kind here is invariant in law under signed permutations of the
     coordinates, or is a uniform subset of an orthonormal basis, so ``E[H] = (E[rank] / dim) I``.
-    The mean rank of random signs is taken up to pairs of rows (`kinds.sign_rank`).
+    The mean rank of random signs is taken up to pairs of rows (`sign_rank`).
 
     A cover: given the blocks before it, a block misses directions for certain and may hit others
     for certain, so the constants are 0 and 1 and the theorems of arXiv 2410.08305 (which need
@@ -250,13 +340,8 @@ def check_sketch(kind: str, normalise: str, blocks: str) -> None:
     if blocks not in BLOCKS:
         raise unknown("choice of blocks of a sketch", blocks, BLOCKS)
     if blocks == "cover" and SKETCHES[kind].basis is None:
-        raise _no_basis(kind)
-
-
-def _no_basis(kind: str) -> ConfigError:
-    """Build the error for a cover of a kind without orthonormal bases."""
-    able = ", ".join(sorted(name for name, k in SKETCHES.items() if k.basis is not None))
-    return ConfigError(
-        f"blocks: cover cuts orthonormal bases into blocks, and a {kind!r} sketch has none; "
-        f"take one of {able}, or blocks: independent"
-    )
+        able = ", ".join(sorted(name for name, k in SKETCHES.items() if k.basis is not None))
+        raise ConfigError(
+            f"blocks: cover cuts orthonormal bases into blocks, and a {kind!r} sketch has none; "
+            f"take one of {able}, or blocks: independent"
+        )

@@ -32,24 +32,17 @@ class CohortConv2d(CohortLayer):
             out = out + inner.bias[:, None, None].to(out.dtype)
         return out
 
-    def _convolve(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, sides: int = 1) -> torch.Tensor:
+        """Convolve without bias, ``sides`` times as many channels as those of one sample."""
         inner: nn.Conv2d = self.inner  # type: ignore[assignment]
-        return F.conv2d(x, weight, None, inner.stride, inner.padding, inner.dilation, inner.groups)
+        groups = sides * inner.groups
+        return F.conv2d(x, weight, None, inner.stride, inner.padding, inner.dilation, groups)
 
     def _grouped(self, x: torch.Tensor, weight: torch.Tensor, K: int) -> torch.Tensor:
         """Convolve each client's samples with its own kernel [K, out, in/groups, k, k]."""
-        inner: nn.Conv2d = self.inner  # type: ignore[assignment]
         b = x.shape[0] // K
         side = x.reshape(K, b, *x.shape[1:]).transpose(0, 1).reshape(b, -1, *x.shape[2:])
-        out = F.conv2d(
-            side,
-            weight.reshape(-1, *weight.shape[2:]),
-            None,
-            inner.stride,
-            inner.padding,
-            inner.dilation,
-            K * inner.groups,
-        )
+        out = self._convolve(side, weight.reshape(-1, *weight.shape[2:]), K)
         out = out.reshape(b, K, -1, *out.shape[2:]).transpose(0, 1)
         return out.reshape(x.shape[0], -1, *out.shape[3:])
 

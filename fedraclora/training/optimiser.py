@@ -75,6 +75,8 @@ class CohortOptimiser:
         Args:
             steps: Steps that each client has taken, int64 [K].
         """
+        if not self.unseen:
+            return {}
         left = self.config.beta2 ** steps.to(torch.float64)
         return {n: of_rows(n, self.second[n], u * left) for n, u in self.unseen.items()}
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError
 from fedraclora.narrow_weight import base_name, is_narrow
 from fedraclora.tree import Tree
 
@@ -61,11 +61,9 @@ def check_precision(precision: str, model: nn.Module, device: torch.device) -> N
     """Reject a precision that the model or the device does not have.
 
     Raises:
-        ConfigError: If there is none of this name, or it is mixed and a weight is not float32 or
-            the GPU has no bfloat16.
+        ConfigError: If it is mixed and a weight is not float32 or the GPU has no bfloat16, or it
+            is not and a weight is narrow.
     """
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
     narrow = [n for n, p in model.named_parameters() if p.dtype == torch.bfloat16]
     if precision == FLOAT32:
         if narrow:

@@ -15,7 +15,6 @@ from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import is_batch_norm, layer_kind
 from fedraclora.models.packed import Packer
 from fedraclora.models.packed_layout import Layout
-from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.protocol.method import Downlink
 from fedraclora.training.cohort_conv import CohortConv2d
 from fedraclora.training.cohort_embedding import CohortEmbedding
@@ -30,7 +29,7 @@ from fedraclora.training.extra import Chunk
 from fedraclora.training.feedforward import FeedForward, written_out
 from fedraclora.training.packing import packed_layout, real_tokens
 from fedraclora.training.schedule import Batch, Schedule
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, point_at
 
 COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
     nn.Linear: CohortLinear,
@@ -139,12 +138,7 @@ class Program:
     def load(self, base: Tree) -> None:
         """Point the model's parameters at the replica's weights (no copy on one device)."""
         self.base, self.context.narrowed = base, {}
-        for name, parameter in self.parameters.items():
-            weight = base[name]
-            if isinstance(parameter, QuantisedWeight) and isinstance(weight, QuantisedWeight):
-                parameter.codes, parameter.scale = weight.codes, weight.scale
-            else:
-                parameter.data = weight
+        point_at(self.parameters, base)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,8 +97,8 @@ class Schedule:
         position = (step % per_epoch * batch)[..., None] + place
         inside = position < sizes[:, None, None]
         valid = inside & (step < steps[:, None])[..., None]
-        position = position.clamp_(max=largest - 1)
         if local.shuffle and count:
+            position = position.clamp_(max=largest - 1)
             epochs = range(int(epoch.max()) + 1)
             shuffles = torch.stack(
                 [cohort_permutations(key, clients, sizes, e) for e in epochs], dim=1

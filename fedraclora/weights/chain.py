@@ -19,7 +19,7 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Link, Plan, Term
 from fedraclora.protocol.quantised import FULL, decode, encode, packed_bytes
 from fedraclora.sketch import Sketches, SketchSpec
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, below
 
 SEED_BYTES = 8
 VALUES = {"float32": torch.float32, "float64": torch.float64}  # what is read of fewer bits
@@ -192,28 +192,25 @@ def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
     return tensors, {"terms": terms} | {key: value for key, value in beside.items() if value}
 
 
-def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, object]) -> Link:
+def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Link:
     """Rebuild a link from `link_tensors`."""
     terms: dict[str, Term] = {}
-    stored = meta["terms"]
-    for name, term in stored.items():  # type: ignore[attr-defined]
+    for name, term in meta["terms"].items():
         kind = term.get("kind", FULL)
         factors: list[torch.Tensor | SketchSpec | Sketches] = []
-        for i, part in enumerate(term["factors"]):
-            if isinstance(part, Mapping):
-                factors.append(_sketch(part))
+        for i, known in enumerate(term["factors"]):
+            if isinstance(known, Mapping):
+                factors.append(_sketch(known))
                 continue
             factor = tensors[f"term|{name}|{i}"]
-            shaped = part is None or kind == FULL
-            factors.append(factor if shaped else decode(factor, [prod(part)], kind).reshape(part))
+            shaped = known is None or kind == FULL
+            factors.append(factor if shaped else decode(factor, [prod(known)], kind).reshape(known))
         terms[name] = Term(tuple(factors), float(term["scale"]), kind)
-    values: Mapping[str, Any] = meta.get("values", {})  # type: ignore[assignment]
+    values = meta.get("values", {})
     kind = next((value[0] for value in values.values()), FULL)
-    rest = []
-    for i, part in enumerate(meta.get("rest", ())):  # type: ignore[arg-type]
-        prefix = f"rest{i}|"
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        rest.append(read_link(own, part))
+    rest = [
+        read_link(below(tensors, f"rest{i}|"), link) for i, link in enumerate(meta.get("rest", ()))
+    ]
     return Link(terms, read_values(tensors, values), tuple(rest), kind)
 
 
@@ -232,7 +229,7 @@ def packed_values(values: Tree, kinds: Mapping[str, str]) -> tuple[Tree, dict[st
 
 def read_values(tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any]) -> Tree:
     """Read the values that `packed_values` wrote."""
-    found = {n.partition("|")[2]: t for n, t in tensors.items() if n.startswith("dense|")}
+    found = below(tensors, "dense|")
     for name, (kind, shape, dtype) in described.items():
         value = decode(found[name], [prod(shape)], kind).reshape(shape)
         found[name] = value.to(VALUES[dtype])

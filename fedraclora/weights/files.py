@@ -25,6 +25,7 @@ from fedraclora.narrow_weight import join, split
 from fedraclora.tree import Tree
 
 FILE = "checkpoint.safetensors"
+ADVICE = "restore the file from a copy, or start the run anew without resume"
 _ABSENT = "(absent)"
 
 
@@ -111,7 +112,7 @@ def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, Any]]:
             f"there is no checkpoint {path}: give resume the folder of a run that has one, "
             "or start anew without resume"
         )
-    return load_tensors(path, "restore the file from a copy, or start the run anew without resume")
+    return load_tensors(path, ADVICE)
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -228,13 +229,11 @@ def difference(old: Mapping[str, object], new: Mapping[str, object]) -> list[str
         >>> difference({"method": {"rank": 4}, "seed": 0}, {"method": {"rank": 8}})
         ['method.rank: 4 -> 8', 'seed: 0 -> (absent)']
     """
-    left, right = flatten(old), flatten(new)
-    lines = []
-    for key in sorted({*left, *right}):
-        texts = [_canonical(side[key]) if key in side else _ABSENT for side in (left, right)]
-        if texts[0] != texts[1]:
-            lines.append(f"{key}: {texts[0]} -> {texts[1]}")
-    return lines
+    left, right = (
+        {key: _canonical(value) for key, value in flatten(side).items()} for side in (old, new)
+    )
+    pairs = {key: (left.get(key, _ABSENT), right.get(key, _ABSENT)) for key in left | right}
+    return [f"{key}: {was} -> {now}" for key, (was, now) in sorted(pairs.items()) if was != now]
 
 
 def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -18,7 +18,7 @@ from typing_extensions import override
 from fedraclora.narrow_weight import join, split
 from fedraclora.protocol.link import Link
 from fedraclora.protocol.quantised import FULL
-from fedraclora.tree import Tree, fingerprint, to_numpy
+from fedraclora.tree import Tree, below, fingerprint, to_numpy
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.chain import (
     LinkSizes,
@@ -83,11 +83,7 @@ def update_tensors(update: WeightUpdate) -> tuple[Tree, dict[str, object]]:
 
 def read_update(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> WeightUpdate:
     """Rebuild an update from `update_tensors`."""
-
-    def part(prefix: str) -> Tree:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-    links = tuple((v, read_link(part(f"{v}|"), link)) for v, link in meta["links"])
+    links = tuple((v, read_link(below(tensors, f"{v}|"), link)) for v, link in meta["links"])
     values = meta["values"]
     dense = join(read_values(tensors, values))
     kinds = {name: value[0] for name, value in values.items()}

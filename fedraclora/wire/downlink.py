@@ -40,7 +40,7 @@ HEADER |= {"uplink", "kind"}
 
 def uplink_layout(downlink: Downlink) -> Layout:
     """Names and shapes of what each client sends back."""
-    return Layout(tuple((n, s.shape) for n, s in downlink.uploaded().items()))
+    return downlink.layout
 
 
 @dataclass(frozen=True)

@@ -232,18 +232,24 @@ def unpack_result(
     else:
         with reading("a reply"):
             reply, sent = _read(content, coded=read is not None)
-    who = f"round {reply.round_}: clients {reply.clients.tolist()}"
     if read is not None and not reply.reduced:
         with reading("a reply"):
             try:
                 reply = replace(reply, pieces=(read(reply.numbers, reply.clients),))
             except WireError as error:
-                raise WireError(f"{who} sent what cannot be read: {error}") from error
+                raise WireError(f"{_who(reply)} sent what cannot be read: {error}") from error
     if sent != layout:
-        raise WireError(f"{who} sent other tensors than was asked: {difference(sent, layout)}")
+        raise WireError(
+            f"{_who(reply)} sent other tensors than was asked: {difference(sent, layout)}"
+        )
     with reading("a reply"):
         _check_sizes(reply, layout, cut=ranks is not None and not reply.reduced)
     return reply
+
+
+def _who(reply: Reply) -> str:
+    """Name the clients of a reply, to begin the sentence of an error."""
+    return f"round {reply.round_}: clients {reply.clients.tolist()}"
 
 
 def _read(content: RecordDict, *, coded: bool) -> tuple[Reply, Layout]:

@@ -42,6 +42,7 @@ from flwr.supercore.primitives.asymmetric import (
 
 from fedraclora.errors import WireError
 from fedraclora.privacy.secret import stream
+from fedraclora.wire.fields import reading
 from fedraclora.wire.records import array_record, header_record, vector_record
 from fedraclora.wire.unwritten import held_by
 
@@ -115,13 +116,11 @@ def read_stage(content: RecordDict) -> Stage | None:
     record = content.get("secure")
     if not isinstance(record, ConfigRecord):
         return None
-    try:
+    with reading("a message of secure aggregation"):
         fields: dict[str, Any] = dict(record)
         head = json.loads(fields.pop("head"))
         data = {int(client): json.loads(value) for client, value in fields.items()}
         stage = Stage(head["stage"], dict(head["settings"]), data)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise WireError(f"a message of secure aggregation is damaged ({error})") from error
     if stage.name not in STAGES:
         raise WireError(f"secure aggregation has no stage {stage.name!r}; its stages are {STAGES}")
     return stage
@@ -164,10 +163,8 @@ def read_public(text: object) -> ec.EllipticCurvePublicKey:
     Raises:
         WireError: If it is none, or one of another kind or curve.
     """
-    try:
+    with reading("what came for a public key"):
         key = bytes_to_public_key(checked_text(text, PUBLIC_LENGTH).encode())
-    except Exception as error:  # whatever the library says of what is no key
-        raise WireError(f"what came for a public key cannot be read ({error})"[:300]) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != CURVE.name:
         raise WireError(f"a public key is not a point of the curve {CURVE.name}")
     return key
@@ -204,11 +201,9 @@ def unseal(key: bytes, sender: int, receiver: int, text: str) -> list[str]:
     Raises:
         WireError: If it was not sealed by this sender for this receiver.
     """
-    try:
+    with reading(f"the sealed text of shares of client {sender}"):
         parts = json.loads(decrypt(key, text.encode()))
         found = [parts[0], parts[1], *(checked_text(share, SHARE_LENGTH) for share in parts[2:])]
-    except Exception as error:  # whatever the cipher says of what is not its own
-        raise WireError(f"shares of client {sender} cannot be opened ({error!r})") from error
     if found[:2] != [sender, receiver]:
         raise WireError(
             f"the shares of client {found[0]} for client {found[1]} came to another client, or "
@@ -245,10 +240,8 @@ def combine(shares: list[str]) -> str:
     Raises:
         WireError: If the shares do not fit together.
     """
-    try:
+    with reading("a secret from its shares"):
         return combine_shares([bytes.fromhex(share) for share in shares]).hex()
-    except Exception as error:  # whatever the library says of what are no shares of one secret
-        raise WireError(f"shares of a secret do not fit together ({error})") from error
 
 
 # --- masks ---------------------------------------------------------------------------------------

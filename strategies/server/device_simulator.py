@@ -38,11 +38,6 @@ class DeviceSimulator:
     now: float = 0.0
 
     @property
-    def enabled(self) -> bool:
-        """Return whether devices differ from ideal ones."""
-        return self.system.enabled
-
-    @property
     def clock(self) -> dict[str, object]:
         """Virtual seconds since the run began, as a column of the ledger; {} if ideal."""
         return {"virtual_seconds": self.now} if self.system.timed else {}
@@ -91,7 +86,7 @@ class DeviceSimulator:
             The clients that answer in time with their part of the downlink, and the exchange on
             the clock; everyone and None for ideal devices.
         """
-        if not self.enabled:
+        if not self.system.enabled:
             return asked, downlink, None
         sent, kind = loop.kinds
         down = torch.full((len(asked),), payload_bytes(downlink, len(asked), kind))
@@ -119,14 +114,10 @@ class DeviceSimulator:
 
     def _rank(self, method: Method) -> int:
         rank = getattr(method, "rank", None)
-        if rank is None:
-            raise ConfigError(
-                f"system.rank_budget is a share of method.rank, but {type(method).__name__} has no "
-                "one rank; set system.rank_budget=null, or allocation=none if one is set"
-            )
         if not isinstance(rank, int):
+            found = "no one rank" if rank is None else f"the rank {rank!r}, not a whole number"
             raise ConfigError(
-                f"system.rank_budget is a share of method.rank, which is {rank!r}; a whole number "
-                "is wanted"
+                f"system.rank_budget is a share of method.rank, but {type(method).__name__} has "
+                f"{found}; set system.rank_budget=null, or allocation=none if one is set"
             )
         return rank

@@ -215,11 +215,15 @@ class Exchange:
     def _measure(self, clients: torch.Tensor) -> None:
         """Compute the figures of the clients whose replies are used."""
         came = self._joined("clients")
-        used = slice(None) if len(clients) == len(came) else torch.isin(came, clients)
-        self.mean_loss = float(self._joined("losses")[used].mean())
-        self.steps = int(self._joined("steps")[used].sum())
+        used = None if len(clients) == len(came) else torch.isin(came, clients)
+
+        def of(name: str) -> torch.Tensor:
+            joined = self._joined(name)
+            return joined if used is None else joined[used]
+
+        self.mean_loss, self.steps = float(of("losses").mean()), int(of("steps").sum())
         if self.loop.uplink != FULL:
-            self.rounding = float(self._joined("rounding")[used].mean())
+            self.rounding = float(of("rounding").mean())
 
     @property
     def longest(self) -> tuple[int, float] | None:

@@ -10,8 +10,15 @@ from flwr.serverapp.strategy import Strategy
 from typing_extensions import override
 
 
-class EvaluatesItself(Strategy):
-    """A strategy that sends no evaluation messages."""
+class OwnLoop(Strategy):
+    """A strategy with a `start` of its own, which closes rounds and measures weights itself."""
+
+    @override
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Flower's own loop would ask; `start` closes its rounds otherwise."""
+        return None, None
 
     @override
     def configure_evaluate(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from fedraclora.config.settings import StopConfig
 from fedraclora.errors import unknown
@@ -17,21 +18,17 @@ from fedraclora.run.ledger import Row, number
 from fedraclora.tree import Tree
 
 
+@dataclass(frozen=True)
 class Stopping:
     """Says when a run has come to its end before its last round.
 
-    Args:
+    Attributes:
         config: Metric and patience; without patience nothing is measured and nothing stops.
         measure: Gives the metrics of dense weights on the validation split.
     """
 
-    def __init__(
-        self,
-        config: StopConfig | None = None,
-        measure: Callable[[Tree], dict[str, float]] | None = None,
-    ) -> None:
-        self.config = config or StopConfig()
-        self.measure = measure
+    config: StopConfig = field(default_factory=StopConfig)
+    measure: Callable[[Tree], dict[str, float]] | None = None
 
     def columns(self, weights: Tree) -> Row:
         """Compute the ledger's column ``validation``; none where it decides nothing.

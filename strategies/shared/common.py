@@ -48,11 +48,6 @@ def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, part
     return resolve_rank(rank, dim // parts, name, cap=cap)
 
 
-def link_age(round_: int, resample_every: int | None) -> int:
-    """Rounds that the link of a round has lived before it."""
-    return (round_ - 1) % resample_every if resample_every else round_ - 1
-
-
 def dense_slots(state: State) -> dict[str, Trained]:
     """Head, biases and other tensors that the plan trains in full, averaged or kept by clients."""
     plan, shapes = state.plan, state.plan.shapes
@@ -116,6 +111,17 @@ def closed(
 def turned(plan: Plan) -> dict[str, int]:
     """Name the weights that are stored (in, out), for recipes that look at a matrix."""
     return {f"turned/{name}": 1 for name, view in plan.targets.items() if view.kind == "conv1d"}
+
+
+def opening(slot: Trained, like: torch.Tensor) -> torch.Tensor:
+    """Return where a factor starts, in the precision and at the place of ``like``.
+
+    Where each client starts elsewhere that is the mean over them.
+    """
+    start = slot.opening()
+    if start is None:
+        return torch.zeros(slot.shape).to(like)
+    return (start.double().mean(dim=0) if slot.per_client else start).to(like)
 
 
 def dense_floats(plan: Plan) -> int:

@@ -40,11 +40,6 @@ class Drawn(LayerMethod):
     def layer_rank(self, plan: Plan, name: str) -> Rank:
         return drawn_rank(self.rank, "right", plan, name, cap=self.cap)
 
-    def first(self, layer: Layer, now: Round, label: str = "A") -> SketchSpec:
-        """Draw a factor as the link in progress begins it."""
-        return now.sketch(layer, label, self.initial, index=layer.link if self.redraws else 0)
-
-    @property
-    def redraws(self) -> bool:
-        """Return whether each link begins with a drawing of its own."""
-        return False
+    def first(self, layer: Layer, now: Round, label: str = "A", index: int = 0) -> SketchSpec:
+        """Draw a factor as it begins; another ``index`` is another drawing."""
+        return now.sketch(layer, label, self.initial, index=index)

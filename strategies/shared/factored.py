@@ -50,11 +50,6 @@ class Factored(Drawn):
 
     @property
     @override
-    def redraws(self) -> bool:
-        return True
-
-    @property
-    @override
     def begins_carried(self) -> bool:
         return self.initial in initials.STARTS
 
@@ -62,9 +57,9 @@ class Factored(Drawn):
     def factors(self, layer: Layer, now: Round) -> Factors:
         if layer.carried or self.initial in initials.STARTS:  # of which a probe comes first
             return super().factors(layer, now)
-        if draws_right(self.side, layer.shape):
-            return {"B": layer.trained("B"), "A": layer.trained("A", self.first(layer, now, "A"))}
-        return {"B": layer.trained("B", self.first(layer, now, "B")), "A": layer.trained("A")}
+        drawn = "A" if draws_right(self.side, layer.shape) else "B"
+        starts = {drawn: self.first(layer, now, drawn, layer.link)}  # each link has its own
+        return {label: layer.trained(label, starts.get(label)) for label in "BA"}
 
     @override
     def check_initial(self) -> None:

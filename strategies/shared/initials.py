@@ -138,30 +138,6 @@ def gradient_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> Prod
     return c * u[:, rank : 2 * rank], c * vt[:rank]
 
 
-def first_factors(
-    state: State, initial: str, ranks: Mapping[str, int], scales: Mapping[str, float], draw: Draw
-) -> dict[str, Product]:
-    """Compute B_0 and A_0 of each weight for a start that needs no client.
-
-    Args:
-        state: Holds the weights.
-        initial: ``pissa`` or ``orthogonal``.
-        ranks: Of the adapters.
-        scales: Of the adapters.
-        draw: Gives the seeds.
-    """
-    targets = state.plan.targets
-    if initial == "pissa":
-        return {
-            name: principal(view.matrix(state.base[name]), ranks[name], scales[name])
-            for name, view in targets.items()
-        }
-    return {
-        name: orthogonal(view.shape, ranks[name], draw.sketch_seed(name))
-        for name, view in targets.items()
-    }
-
-
 def begun(
     state: State, factors: Mapping[str, Product], scales: Mapping[str, float]
 ) -> tuple[Tree, Link]:
@@ -185,8 +161,22 @@ def begun(
 def begin(
     state: State, initial: str, ranks: Mapping[str, int], scales: Mapping[str, float], draw: Draw
 ) -> State:
-    """Build the state before the first round; arguments as in `first_factors`."""
-    carried, link = begun(state, first_factors(state, initial, ranks, scales, draw), scales)
+    """Build the state before the first round for a start that needs no client.
+
+    Args:
+        state: Holds the weights.
+        initial: ``pissa`` or ``orthogonal``.
+        ranks: Of the adapters.
+        scales: Of the adapters.
+        draw: Gives the seeds.
+    """
+    factors: dict[str, Product] = {}
+    for name, view in state.plan.targets.items():
+        if initial == "pissa":
+            factors[name] = principal(view.matrix(state.base[name]), ranks[name], scales[name])
+        else:
+            factors[name] = orthogonal(view.shape, ranks[name], draw.sketch_seed(name))
+    carried, link = begun(state, factors, scales)
     base = apply_link(state.base, link, state.plan) if initial == "pissa" else state.base
     return replace(state, base=base, carried=carried)
 

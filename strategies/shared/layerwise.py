@@ -50,7 +50,7 @@ from fedraclora.protocol.pool import parameters
 from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree, wide, widened
-from strategies.shared.common import closed, dense_means, dense_slots, link_age
+from strategies.shared.common import closed, dense_means, dense_slots
 from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, Value
 from strategies.shared.products import RoundError
 from strategies.shared.replies import Replies, RoundReplies
@@ -229,7 +229,7 @@ class LayerMethod(LowRank):
         terms: dict[str, Term] = {}
         for name, adapter in sent.adapters.items():
             layer = self.layer(state, state.plan, name)
-            replies = came.of(name)
+            replies = Replies(came, name)
             update = self.update(layer, replies)
             if error is not None:
                 parts = [_product(update.carried.values()), _product(update.merged or ())]
@@ -274,7 +274,8 @@ class LayerMethod(LowRank):
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         """Count what is sent by opening the round on tensors that have a shape and no numbers."""
-        first = max(1, round_ - link_age(round_, None if self.carries else self.link_rounds))
+        lasts = None if self.carries else self.link_rounds
+        first = 1 + (round_ - 1) // lasts * lasts if lasts else 1  # of the link
         base = {name: torch.empty(plan.shapes[name], device="meta") for name in plan.targets}
         state = State(base, plan)
         if self.begins_carried:

@@ -1,18 +1,10 @@
-"""Adapters as products of two factors: the state's own, and how far a round is from the mean."""
+"""Adapters as products of two factors: how far a round is from the mean, the nearest product."""
 
 from __future__ import annotations
 
 import torch
 
 from fedraclora.lowrank.algebra import Product, fix_signs, minus, product_norm, sum_products
-from fedraclora.protocol.method import State
-
-
-def carried_product(state: State, name: str) -> Product | None:
-    """Return the adapter of one weight before the round, in float64; None where it is zero."""
-    if f"{name}/B" not in state.carried:
-        return None
-    return tuple(state.carried[f"{name}/{k}"].to(torch.float64) for k in ("B", "A"))  # type: ignore[return-value]
 
 
 class RoundError:

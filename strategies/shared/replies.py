@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 
@@ -12,9 +13,8 @@ from fedraclora.protocol.method import Adapter, Downlink, State, Trained
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
-from strategies.shared.common import server_step
+from strategies.shared.common import opening, server_step
 from strategies.shared.layer import Value
-from strategies.shared.products import carried_product
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,6 @@ class RoundReplies:
     def stack(self) -> Tree:
         """Everything that was sent, [K, ...], by name."""
         return self.got.stack()
-
-    def of(self, name: str) -> Replies:
-        """Return the replies for one layer."""
-        return Replies(self, name)
 
 
 @dataclass(frozen=True)
@@ -80,8 +76,8 @@ class Replies:
             step: The server's, from where the factor started; 1 gives the mean itself.
         """
         factor = self.adapter.factors[label]
-        opening = factor.opening() if isinstance(factor, Trained) and step != 1.0 else None
-        return server_step(opening, self.all.mean[f"{self.name}/{label}"], step)
+        start = factor.opening() if isinstance(factor, Trained) and step != 1.0 else None
+        return server_step(start, self.all.mean[f"{self.name}/{label}"], step)
 
     def means(self, step: float = 1.0) -> dict[str, Value]:
         """Return factors by label in the order of their product: means, and frozen ones as sent.
@@ -140,28 +136,22 @@ class Replies:
     @property
     def carried(self) -> Product | None:
         """Return both factors before the round; None where the adapter was zero."""
-        return carried_product(self.all.state, self.name)
+        carried, names = self.all.state.carried, [f"{self.name}/{label}" for label in "BA"]
+        if names[0] not in carried:
+            return None
+        B, A = (carried[name].to(torch.float64) for name in names)
+        return B, A
 
     @property
     def start(self) -> Product:
         """Return both factors before the round, drawn or zero where none were carried."""
         if (found := self.carried) is not None:
             return found
-        return opening(self.adapter, "B", self.B), opening(self.adapter, "A", self.B)
+        B, A = (opening(cast(Trained, self.adapter.factors[k]), self.B) for k in "BA")
+        return B, A
 
     def product(self) -> Product:
         """Stack the factors of ``sum_k p_k B_k A_k``, without components that nobody has."""
         left, right = stack_products(self.B, self.A, self.p)
         kept = self.kept.reshape(-1)
         return left[:, kept], right[kept]
-
-
-def opening(adapter: Adapter, label: str, like: torch.Tensor) -> torch.Tensor:
-    """Return a trained factor as it begins, drawn or at zero, in float64 where ``like`` lies."""
-    factor = adapter.factors[label]
-    found = factor.opening() if isinstance(factor, Trained) else None
-    if found is None and isinstance(factor, Trained):
-        found = torch.zeros(factor.shape, dtype=torch.float64)
-    if found is None:
-        raise TypeError(f"the factor {label} is not trained, so that it has no start")
-    return found.to(like.device, torch.float64)

@@ -30,7 +30,6 @@ class SampleAccount(RoundStep):
 
     dp: SampleNoise
     passes: torch.Tensor = field(init=False)
-    _known: dict[int, float] = field(default_factory=dict)
 
     spent = "sample_privacy"
 
@@ -57,7 +56,7 @@ class SampleAccount(RoundStep):
     def _count(self, asked: Callable[[], torch.Tensor]) -> None:
         """Count a round; where devices differ, as if all clients had taken part."""
         everyone = torch.arange(len(self.passes))
-        self.add(everyone if self.run.devices.enabled else asked())
+        self.add(everyone if self.run.devices.system.enabled else asked())
 
     def add(self, clients: torch.Tensor) -> None:
         """Count a round that these clients (ids, int64) took part in."""
@@ -73,6 +72,4 @@ class SampleAccount(RoundStep):
     def row(self) -> Row:
         """What the ledger says: the cost to the samples of the client with the most passes."""
         most = int(self.passes.max())
-        if most not in self._known:
-            self._known[most] = self.dp.epsilon(most)
-        return {"epsilon": self._known[most], "delta": self.dp.delta, "passes": most}
+        return {"epsilon": self.dp.epsilon(most), "delta": self.dp.delta, "passes": most}

@@ -150,7 +150,7 @@ SETTINGS = {
         lambda s: s.chosen.server_optimiser.adapts
         and s.chosen.server_optimiser.space == "factors",
         f"server_optimiser=momentum, {ONE_SPACE}"),
-    "system": Feature(lambda s: s.run.devices.enabled, "system=none"),
+    "system": Feature(lambda s: s.run.devices.system.enabled, "system=none"),
     "system.buffer": Feature(
         lambda s: s.run.devices.system.buffer is not None, "system.buffer=null"),
     "local moments that live on": Feature(

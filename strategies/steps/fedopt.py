@@ -78,7 +78,9 @@ def step_in_weights(
         step. A dense value stands in the link for each weight that changed.
     """
     plan = before.plan
-    old, new = (_wide(method.weights(s, draw)) for s in (before, after))
+    old, new = (
+        {n: t.double() for n, t in method.weights(state, draw).items()} for state in (before, after)
+    )
     names = list(dict.fromkeys([*plan.targets, *plan.dense, *plan.weights]))
     change = {n: new[n] - old[n] for n in names}
     steps, moments = rule.advance(change, _own(before))
@@ -91,11 +93,13 @@ def step_in_weights(
         if not torch.equal(base, before.base[name]):
             dense[name] = base
     link = Link(dense=dense)
+    like = before.base  # of the moment ``first/<name>`` that of the name
+    moments = {n: m.to(like[n.partition("/")[2]]) for n, m in moments.items()}
     return replace(
         after,
         base=apply_link(before.base, link, plan),
         link=link,
-        moments=before.moments | {n: m.to(_like(before, n)) for n, m in moments.items()},
+        moments=before.moments | moments,
         report=after.report | _went(steps, change),
     )
 
@@ -150,19 +154,10 @@ def _beside(rule: ServerOptimiser, moments: Tree, sent: Downlink) -> tuple[Tree,
     return out, {"momentum_kept": after / before} if before else {}
 
 
-def _wide(weights: Tree) -> Tree:
-    return {n: t.double() for n, t in weights.items()}
-
-
 def _own(state: State) -> Tree:
     """Select the moments of the optimiser: the others are not its own."""
     kinds = ("first/", "second/", "beside/")
     return {n: m for n, m in state.moments.items() if n.startswith(kinds)}
-
-
-def _like(state: State, moment: str) -> torch.Tensor:
-    """Return the tensor whose precision a moment has, ``first/<name>``."""
-    return state.base[moment.partition("/")[2]]
 
 
 def _went(steps: Tree, change: Tree) -> dict[str, float]:

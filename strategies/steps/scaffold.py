@@ -20,7 +20,8 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.extras.variates import blank_variates, moved_by, seen, with_variates
 from fedraclora.training.gradients import mean_gradients
-from fedraclora.tree import Layout, Tree
+from fedraclora.tree import Tree
+from fedraclora.wire import uplink_layout
 from strategies.server.exchange import Exchange
 from strategies.server.round_step import CloseRound, RoundStep
 from strategies.steps.conflicts import VARIATES, refused
@@ -78,7 +79,7 @@ def lifts(method: Method, state: State, draw: Draw) -> bool:
 
 def _lives_on(method: Method, state: State, sent: Downlink, draw: Draw) -> bool:
     """Check whether the next round trains the same thing: a round without a change is closed."""
-    layout, cohort = _layout(sent), Cohort(torch.arange(2), torch.ones(2).double())
+    layout, cohort = uplink_layout(sent), Cohort(torch.arange(2), torch.ones(2).double())
     start = opening_rows(sent, state.base, layout, cohort.clients)
     got = Uplinks(cohort.clients, cohort.weights, layout, start.repeat(2, 1))
     after = method.close_round(state, sent, got)
@@ -120,7 +121,3 @@ def close_corrected(
 def _kept(state: State, sent: Downlink) -> Tree:
     blank = blank_variates(sent, next(iter(state.base.values())).dtype)
     return {n: state.moments.get(n, zero) for n, zero in blank.items()}
-
-
-def _layout(sent: Downlink) -> Layout:
-    return Layout(tuple((n, s.shape) for n, s in sent.uploaded().items()))

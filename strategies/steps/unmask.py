@@ -126,7 +126,7 @@ class Session:
             leaves[sender] = f"clients {closed} cannot open the shares that it sealed for them"
         for sender, why in leaves.items():
             if any(sender in self.near(c) for c in self.words):
-                raise blame(self.round_, sender, why)
+                raise CulpritError(self.round_, sender, why)
         for client, senders in complaints.items():
             message = self.messages[client]
             message["without"] += sorted(senders)
@@ -199,10 +199,12 @@ class Session:
         try:
             secret = combine(came[: self.threshold])
         except WireError as error:
-            raise blame(self.round_, owner, f"what it sealed are no shares ({error})") from error
+            why = f"what it sealed are no shares ({error})"
+            raise CulpritError(self.round_, owner, why) from error
         fits = mark(secret) == known["seed"] if kind == "alive" else is_pair(secret, known["mask"])
         if not fits:
-            raise blame(self.round_, owner, "the shares that it sealed are not of its own secret")
+            why = "the shares that it sealed are not of its own secret"
+            raise CulpritError(self.round_, owner, why)
         return secret
 
 
@@ -214,15 +216,9 @@ class CulpritError(RoundLostError):
         why: What it did.
     """
 
-    def __init__(self, text: str, client: int, why: str) -> None:
-        super().__init__(text)
+    def __init__(self, round_: int, client: int, why: str) -> None:
+        super().__init__(f"round {round_}: the sum is lost by client {client}: {why}")
         self.client, self.why = client, why
-
-
-def blame(round_: int, client: int, why: str) -> CulpritError:
-    """Build the error of a sum that one client has spoilt."""
-    text = f"round {round_}: the sum is lost by client {client}: {why}"
-    return CulpritError(text, client, why)
 
 
 def check_keys(_client: int, _sent: Any, answer: Any) -> None:

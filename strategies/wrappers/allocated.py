@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast
 
-import torch
 from typing_extensions import override
 
 from fedraclora.allocation.rules import SYNFLOW, AdaLora, HeteroLora, Uniform
@@ -47,7 +46,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora
-from strategies.shared.common import dense_slots
+from strategies.shared.common import dense_slots, opening
 from strategies.wrappers.around import Around
 from strategies.wrappers.pruned import Pruned
 
@@ -148,7 +147,7 @@ class Allocated(Around):
                 f"it carries factors, and allocation.every={self.rule.every} would drop those of "
                 "layers that are left out: set every=null",
             )
-        adapted = {name: int(name in sent.adapters) for name in targets(state)}
+        adapted = {name: int(name in sent.adapters) for name in state.plan.targets}
         memo = replace(cast(Chosen, after.memo), adapted=adapted)
         report = after.report | {"adapted_layers": float(len(sent.adapters))}
         return replace(after, plan=state.plan, memo=memo, report=report)
@@ -196,24 +195,11 @@ def refused(
     )
 
 
-def targets(state: State) -> list[str]:
-    """Name the layers that may be adapted."""
-    return list(state.plan.targets)
-
-
 def narrowed(state: State, names: Iterable[str] | None = None) -> State:
     """Restrict the state to the layers that are named, or else those that were chosen last."""
-    chosen = set(targets(state) if names is None else names)
+    chosen = set(state.plan.targets if names is None else names)
     if names is None:
         adapted = cast(Chosen, state.memo).adapted
         chosen = {name for name in chosen if adapted.get(name, 1)}
     kept = {name: view for name, view in state.plan.targets.items() if name in chosen}
     return replace(state, plan=replace(state.plan, targets=kept))
-
-
-def opening(slot: Trained, like: torch.Tensor) -> torch.Tensor:
-    """Return where a factor starts; the mean over clients where each starts elsewhere."""
-    start = slot.opening()
-    if start is None:
-        return torch.zeros_like(like)
-    return (start.double().mean(dim=0) if slot.per_client else start).to(like)

@@ -46,6 +46,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.fedavg_lora import FedAvgLora
 from strategies.fedex_lora import FedExLora
+from strategies.shared.common import opening
 from strategies.wrappers.around import Around
 
 SMOOTH = {"importance/": 0, "uncertainty/": 1}
@@ -138,8 +139,7 @@ class Pruned(Around):
             if name not in after.carried:
                 continue
             now = after.carried[name].double()
-            start = slot.opening()
-            start = torch.zeros_like(now) if start is None else start.to(now)
+            start = opening(slot, now)
             old = [state.carried.get(prefix + name) for prefix in SMOOTH]
             pair = None if old[0] is None or old[1] is None else (old[0], old[1])
             values = self.rule.smoothed(pair, start, start - now)
@@ -150,14 +150,14 @@ class Pruned(Around):
         self, state: State, sent: Downlink, after: State, smoothed: Tree, budget: int
     ) -> State:
         """Keep the best components, and merge the others."""
-        entries = {
-            n.removeprefix("importance/"): t * smoothed[n.replace("importance", "uncertainty", 1)]
-            for n, t in smoothed.items()
-            if n.startswith("importance/")
-        }
-        scores = {n: component_scores(entries[f"{n}/B"], entries[f"{n}/A"]) for n in sent.adapters}
+        scores = {}
+        for name in sent.adapters:
+            factors = [f"{name}/B", f"{name}/A"]
+            B, A = (smoothed[f"importance/{n}"] * smoothed[f"uncertainty/{n}"] for n in factors)
+            scores[name] = component_scores(B, A)
         carried: Tree = {}
-        left, terms = dict(self.kept(after).rank), dict(after.link.terms if after.link else {})
+        before = after.link or Link()
+        left, terms = dict(self.kept(after).rank), dict(before.terms)
         for name, kept in kept_components(scores, budget).items():
             scale = sent.adapters[name].scale
             B, A = (after.carried[f"{name}/{k}"] for k in ("B", "A"))
@@ -173,7 +173,7 @@ class Pruned(Around):
             for prefix in SMOOTH:
                 carried[f"{prefix}{name}/B"] = smoothed[f"{prefix}{name}/B"][:, kept]
                 carried[f"{prefix}{name}/A"] = smoothed[f"{prefix}{name}/A"][kept]
-        link = Link(terms, after.link.dense if after.link else {})
+        link = Link(terms, before.dense)
         another = after.memo.sketch + 1  # what is trained is another thing now
         memo = replace(self.kept(after), rank=left, sketch=another)
         base = apply_link(state.base, link, state.plan)

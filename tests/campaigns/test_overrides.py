@@ -14,11 +14,20 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {"seed": 0, "local": {"lr": 0.5, "dp": None}, "method": {"name": "fed_rac_lora"}}
 
 
-def test_sets_run_or_are_refused_in_one_message() -> None:
-    words = [sys.executable, "-m", "tests.campaigns.overrides", "--times", "60", "--seed", "1"]
+@pytest.mark.parametrize("times", [20, pytest.param(60, marks=pytest.mark.slow)])
+def test_sets_run_or_are_refused_in_one_message(times: int) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "tests.campaigns.overrides",
+        "--times",
+        str(times),
+        "--seed",
+        "1",
+    ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "60 sets, 0 failures of 0 kinds" in done.stdout
+    assert f"{times} sets, 0 failures of 0 kinds" in done.stdout
 
 
 def test_sets_are_a_function_of_seed_and_number() -> None:

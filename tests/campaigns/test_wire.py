@@ -16,8 +16,9 @@ from tests.campaigns.mutants import claimed, deep, stored
 from tests.campaigns.wire import Case, campaign, collected, judged, read, scene_of
 
 
-def test_fifteen_hundred_mutants() -> None:
-    assert sum(campaign(1500, first=100_000).values()) == 1500
+@pytest.mark.parametrize("count", [500, pytest.param(1500, marks=pytest.mark.slow)])
+def test_mutants(count: int) -> None:
+    assert sum(campaign(count, first=100_000).values()) == count
 
 
 ENDED = {

@@ -55,7 +55,7 @@ def measure(words: Sequence[str]) -> dict[str, int]:
         network = Network(Path(made) / "cache", nodes_for(2))
         serve(composed([*WORDS, *words, f"output.dir={folder}"]), network)
         last, floats = rows(folder)[2], int(str(summary(folder)["uplink_floats"]))
-        sent = [m for m in network.train_messages() if m.metadata.group_id == "2"]
+        sent = [m for m in network.posted if network.is_training(m) and m.metadata.group_id == "2"]
         up = [message_bytes(m) for m in sent if m.metadata.reply_to_message_id]
         down = [message_bytes(m) for m in sent if not m.metadata.reply_to_message_id]
         payload = [int(str(last[key])) for key in ("downlink_bytes", "catchup_bytes")]

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from experiments.choices import choice
-from experiments.cli import main
+from experiments.cli import COMMANDS, main
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.weights.files import flatten
 
@@ -100,6 +100,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "schedule": (["local.schedule=cosin"], ["did you mean 'cosine'?", NAMES]),
     "side": (["method.side=rigt"], ["did you mean 'right'?", NAMES]),
     "head": (["head=adpt"], ["did you mean 'adapt'?", NAMES]),
+    "bias": (["bias=froze"], ["did you mean 'frozen'?", NAMES]),
     "weights": (["weights=exmples"], ["did you mean 'examples'?", NAMES]),
     "device": (["device=gpu"], ["'gpu'", NAMES]),
     "rank 0": (["method.rank=0"], ["method.rank is 0", "positive integer or a fraction"]),
@@ -395,6 +396,7 @@ def test_help_lists_the_groups_with_one_line_each(
         assert "fed_rac_lora" in printed
         assert "a fresh shared sketch each round" in printed
         assert all(f"  {group}=" in printed for group in ("method", "data", "engine", "experiment"))
+        assert all(f"\n  {name} " in printed for name in COMMANDS)
 
 
 def test_help_with_a_choice_explains_its_keys_wherever_they_stand(

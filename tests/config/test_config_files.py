@@ -13,8 +13,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from experiments import CONF
 from experiments.assemble import assemble
-from experiments.choices import CONF, choice, groups, lineage
+from experiments.choices import choice, groups, lineage
 from experiments.methods_page import aliases
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import ENGINES, EvaluateConfig, OutputConfig, PretrainConfig

@@ -192,7 +192,7 @@ def names(folder: Path) -> set[str]:
 def test_the_bundle_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     code = [path for name in PACKAGES for path in ROOT.glob(f"{name}/**/*.py")]
     wanted = {path.relative_to(ROOT).as_posix() for path in code}
-    wanted |= {"pyproject.toml", ".info/CONTENT"}
+    wanted |= {"pyproject.toml", ".info/CONTENT", "strategies/steps/conflicts.yaml"}
     copy_app(tmp_path / "copy")
     assert names(tmp_path / "copy") == wanted
     # From a checkout, where other things lie beside it.

@@ -19,9 +19,9 @@ from strategies import METHODS
 def test_nothing_of_a_template_is_left_over(tmp_path: Path) -> None:
     folder = init.write_project("shop", tmp_path)
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    assert files.keys() == {path.format(name="shop") for path in init.FILES}
+    code = {"data.py", "model.py", "run.py", "test_shop.py"}
+    assert files.keys() == {"README.md", "conf/experiment/shop.yaml"} | code
     assert not [path for path, file in files.items() if "$" in file.read_text()]
-    assert {t.name for t in init.TEMPLATES.iterdir()} == set(init.FILES.values())
 
 
 def test_the_code_is_clean(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.choices import CONF, composed
+from experiments import CONF
+from experiments.choices import composed
 from experiments.study.file import Study
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import bind

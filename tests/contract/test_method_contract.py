@@ -264,7 +264,7 @@ def test_a_method_is_a_pure_function(variant: Variant, plain_world: World) -> No
     for _ in range(2):
         again = method_of(variant)
         assert again == method
-        states.append(play_rounds(again, plain_world, 4, DRAW)[-1].after)
+        states.append(play_rounds(again, plain_world, 4, DRAW, anew=True)[-1].after)
     assert_equal_trees(states[0].base, states[1].base)
     assert_equal_trees(states[0].carried, states[1].carried)
     assert states[0].memo == states[1].memo

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -165,11 +165,15 @@ def has_field(method: Method, name: str) -> bool:
 
 @dataclass(frozen=True)
 class World:
-    """A task, its plan and its initial weights."""
+    """A task, its plan and its initial weights, and what has been played in it.
+
+    Most tests of a file ask for the same rounds of the same method.
+    """
 
     task: Task
     plan: Plan
     base: Tree
+    played: dict[tuple[type, Method, Draw], list[Played]] = field(init=False, default_factory=dict)
 
     @property
     def clients(self) -> int:
@@ -339,15 +343,22 @@ def play(
 
 
 def play_rounds(
-    method: Method, world: World, rounds: int, draw: Draw, cohort: Cohort | None = None
+    method: Method,
+    world: World,
+    rounds: int,
+    draw: Draw,
+    cohort: Cohort | None = None,
+    *,
+    anew: bool = False,
 ) -> list[Played]:
-    """Several such rounds in a row."""
-    state = method.init(world.base, world.plan, draw)
-    played = []
-    for round_ in range(1, rounds + 1):
-        played.append(play(method, world, state, round_, cohort or some_cohort(), draw))
-        state = played[-1].after
-    return played
+    """Several such rounds in a row; ``anew``: not those that were played before."""
+    key = (type(method), method, draw)
+    kept = [] if anew or cohort else world.played.setdefault(key, [])
+    state = kept[-1].after if kept else method.init(world.base, world.plan, draw)
+    for round_ in range(len(kept) + 1, rounds + 1):
+        kept.append(play(method, world, state, round_, cohort or some_cohort(), draw))
+        state = kept[-1].after
+    return kept[:rounds]
 
 
 def with_pools(played: Played) -> Tree:

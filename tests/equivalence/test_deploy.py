@@ -170,12 +170,12 @@ def test_payload_of_the_ledger_is_what_is_serialised(words: list[str], tmp_path:
     deploy([*sized, *words], tmp_path / "run", network)
     _, *done = rows(tmp_path / "run")
     payload = sum(int(str(r["uplink_total"])) + int(str(r["downlink_total"])) for r in done[-1:])
-    serialised = sum(message_bytes(m) for m in network.sent)
+    serialised = sum(message_bytes(m) for m in network.posted)
     assert payload > 1 << 20
     assert payload < serialised < 1.02 * payload
     transport = sum(int(str(r["transport_bytes"])) for r in done)
     assert transport == serialised - payload
-    for message in network.train_messages():
+    for message in network.posted:
         records = [r for r in message.content.values() if isinstance(r, ArrayRecord)]
         assert all(len(r) == 1 for r in records)
 

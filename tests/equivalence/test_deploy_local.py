@@ -20,7 +20,7 @@ from experiments.record import Record
 from experiments.simulate import simulate
 from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import COMPLETED
-from fedraclora.engines.deploy.keys import make_authority, make_node_key
+from fedraclora.engines.deploy.keys import make_identity, make_node_key
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.programs import Program
 from fedraclora.errors import EngineError
@@ -78,7 +78,7 @@ def test_final_weights_and_ledger_are_those_of_inline(
 def test_its_folder_and_its_keys_are_private(deployment: LocalDeployment) -> None:
     for path in (deployment.home, deployment.home / "keys"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    for path in (deployment.key(0), deployment.authority.server_key):
+    for path in (deployment.key(0), deployment.identity.key):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
@@ -97,13 +97,13 @@ def is_refused(node: Program) -> bool:
 
 # That a node finds its server out, and sends a key, is Flower's.
 @pytest.mark.short(when=lambda kind: kind in {"an unknown key", "plain text"})
-@pytest.mark.parametrize("kind", ["an unknown key", "another CA", "plain text", "no key"])
+@pytest.mark.parametrize("kind", ["an unknown key", "another certificate", "plain text", "no key"])
 def test_strangers_are_refused(kind: str, deployment: LocalDeployment, tmp_path: Path) -> None:
     make_node_key(tmp_path / "stranger")
-    root = ["--root-certificates", str(deployment.authority.certificate)]
+    root = ["--root-certificates", str(deployment.identity.certificate)]
     key = ["--auth-supernode-private-key", str(tmp_path / "stranger")]
-    if kind == "another CA":
-        other = make_authority(tmp_path / "other")
+    if kind == "another certificate":
+        other = make_identity(tmp_path / "other")
         root = ["--root-certificates", str(other.certificate)]
         key = ["--auth-supernode-private-key", str(deployment.key(0))]
     secure = {"plain text": ["--insecure"], "no key": root}.get(kind, [*root, *key])

@@ -40,7 +40,7 @@ def test_it_holds_all_code_and_all_that_is_read(wheel: Mapping[str, Path]) -> No
     for kind in ("py.typed", "*.j2", "*.tmpl", "*.yaml"):
         found = [path for name in PACKAGES for path in (ROOT / name).rglob(kind)]
         read += [path for path in found if "results" not in path.parts]
-    assert {init.TEMPLATES / template for template in init.FILES.values()} <= {*read}
+    assert {path for path in init.TEMPLATES.rglob("*") if path.is_file()} <= {*read}
     assert {path.relative_to(ROOT).as_posix() for path in read} <= wheel.keys()
 
 
@@ -57,7 +57,7 @@ def test_a_flower_app_is_made_of_it(
     monkeypatch.setattr(app, "__file__", str(site / "experiments" / "app.py"))
     assert app.checkout() is None
     app.copy_app(tmp_path / "app")
-    wanted = {n for n in wheel if n.startswith(PACKAGES[:3]) and n.endswith(".py")}
+    wanted = {n for n in wheel if n.startswith(PACKAGES[:3]) and n.endswith((".py", ".yaml"))}
     made = [path for path in (tmp_path / "app").rglob("*") if path.is_file()]
     assert {p.relative_to(tmp_path / "app").as_posix() for p in made} == {*wanted, "pyproject.toml"}
     assert (tmp_path / "app/pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()

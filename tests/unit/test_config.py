@@ -21,7 +21,7 @@ from fedraclora.config.run_config import (
     from_plain,
     task_from_plain,
 )
-from fedraclora.config.schema import bind, build, checked_arguments, coerce, section, without
+from fedraclora.config.schema import bind, build, coerce, section, without
 from fedraclora.config.settings import (
     ENGINES,
     EvaluateConfig,
@@ -410,7 +410,7 @@ def test_unknown_rows_and_keys_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match="unknown thing 'None'"):
         bind("thing", {"a": thing}, {})
     with pytest.raises(ConfigError, match=r"unknown key 'thing.sise'; did you mean 'thing.size'"):
-        checked_arguments("thing", Thing, {"sise": 1})
+        build("thing", Thing, {"sise": 1})
 
 
 @pytest.mark.parametrize(

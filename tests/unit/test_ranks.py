@@ -202,14 +202,6 @@ def test_what_is_held_is_put_back_for_those_that_still_train() -> None:
     assert values["low/B"][:, 0].tolist() == [[1, 0], [1, 1], [1, 1], [1, 1]]
 
 
-def test_budgets_below_one_and_too_few_of_them_are_refused() -> None:
-    clients, weights = torch.tensor([3, 8]), torch.ones(2, dtype=torch.float64)
-    with pytest.raises(ConfigError, match="client 8 has the rank budget 0; 1 or more"):
-        Cohort(clients, weights, torch.tensor([1, 0]))
-    with pytest.raises(ConfigError, match=r"2 clients came with rank budgets of shape \(3,\)"):
-        Cohort(clients, weights, torch.tensor([1, 1, 1]))
-
-
 def test_a_part_of_a_cohort_keeps_its_budgets() -> None:
     cohort = Cohort(torch.tensor([3, 8, 9]), torch.arange(3.0), torch.tensor([1, 2, 4]))
     part = cohort.select(torch.tensor([True, False, True]))

@@ -89,6 +89,13 @@ def test_the_hash_does_not_depend_on_the_process() -> None:
     assert hash_key(0, "sketch", "fc1.weight") == 0x94842382AA2BBF0D9E139F5151E90794
 
 
+@given(st.integers(0, 2**63 - 1), st.integers(0, 10**6))
+def test_a_generator_is_the_philox_of_its_hash(seed: int, key: int) -> None:
+    whole = np.random.Philox(key=rng.hash_key(seed, "test", key))
+    found = rng.generator(seed, "test", key)
+    assert np.array_equal(found.bit_generator.random_raw(9), whole.random_raw(9))
+
+
 @given(seeds, st.text(max_size=5), st.lists(st.integers() | st.text(max_size=3), max_size=3))
 def test_a_generator_is_a_pure_function_of_its_leaf(
     seed: int, purpose: str, keys: list[int | str]

@@ -52,8 +52,3 @@ def test_weights_are_examples_or_ones_in_float64() -> None:
     assert client_weights("examples", samples).tolist() == [3.0, 1.0, 2.0**40]
     assert client_weights("uniform", samples).tolist() == [1.0, 1.0, 1.0]
     assert client_weights("examples", samples).dtype == torch.float64
-
-
-def test_an_unknown_weighting_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"unknown weights 'example'.*did you mean 'examples'"):
-        client_weights("example", torch.ones(2))

@@ -108,7 +108,7 @@ def test_any_threshold_of_shares_brings_a_secret_back() -> None:
 
 @pytest.mark.parametrize("shares", [[], ["ab"], ["zz"], [5], [None], ["ab" * 52, "cd" * 68]])
 def test_what_are_no_shares_is_said_to_be_none(shares: list[object]) -> None:
-    with pytest.raises(WireError, match="do not fit together"):
+    with pytest.raises(WireError, match="a secret from its shares cannot be read"):
         combine(shares)  # type: ignore[arg-type]
 
 
@@ -123,7 +123,7 @@ def test_shares_open_for_their_receiver_only() -> None:
     (a, A), (b, B), (c, _) = new_pair(), new_pair(), new_pair()
     text = seal(shared_key(a, B), 3, 8, ["seed", "key"])
     assert unseal(shared_key(b, A), 3, 8, text) == ["seed", "key"]
-    with pytest.raises(WireError, match="cannot be opened"):
+    with pytest.raises(WireError, match="shares of client 3 cannot be read"):
         unseal(shared_key(c, A), 3, 8, text)
     with pytest.raises(WireError, match="shares of client 3 for client 8 came to another client"):
         unseal(shared_key(b, A), 4, 8, text)
@@ -156,7 +156,7 @@ def test_a_stage_comes_back_as_it_was_sent() -> None:
     assert read_stage(content) == stage
     assert read_stage(RecordDict()) is None
     for head in ("no json", '{"stage": "shares"}', '{"stage": "later", "settings": {}}'):
-        with pytest.raises(WireError, match=r"is damaged|no stage 'later'"):
+        with pytest.raises(WireError, match=r"cannot be read|no stage 'later'"):
             read_stage(RecordDict({"secure": ConfigRecord({"head": head})}))
 
 

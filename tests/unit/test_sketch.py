@@ -180,28 +180,21 @@ def test_constants_by_hand() -> None:
     assert constants(spec_of("rademacher", 50, 1)).lambda_min <= 1.0
 
 
-def test_exact_bits_are_promised_for_raw_integers_only() -> None:
-    exact = {kind for kind in KINDS if spec_of(kind, 3, 8).exact_bits}
-    assert exact == set(KINDS) - {"gaussian", "orthonormal"}
-    assert not spec_of("srht", 3, 12).exact_bits
-    cover = [spec_of("srht", 3, 8, i, blocks="cover").exact_bits for i in range(4)]
-    assert cover == [True, True, False, True]
-    assert spec_of("coordinate", 3, 8, 2, blocks="cover").exact_bits
-
-
 def golden_specs() -> dict[str, SketchSpec]:
     specs = {
         f"{kind} {normalise}": spec_of(kind, 3, 8, index=5, normalise=normalise)
         for kind in KINDS
+        if kind not in {"gaussian", "orthonormal"}  # of floats, which differ between builds
         for normalise in draw.NORMALISATIONS
     }
     specs |= {
         f"{kind} cover {index}": spec_of(kind, 3, 8, index=index, blocks="cover")
         for kind in ("coordinate", "srht")
         for index in range(4)
+        if (kind, index) != ("srht", 2)  # of two bases, by a QR
     }
     specs["count_sketch left"] = spec_of("count_sketch", 5, 33, side="left")
-    return {name: spec for name, spec in specs.items() if spec.exact_bits}
+    return specs
 
 
 def bits(spec: SketchSpec) -> str:

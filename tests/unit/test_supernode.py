@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import socket
 import subprocess
@@ -11,11 +12,15 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import subprocess_executor
+from flwr.superlink.grid import http_grid
 from flwr.supernode import start_client_internal
+from flwr.supernode.runtime import run_clientapp
 
-from fedraclora.engines.deploy import supernode
+from fedraclora.engines.deploy import look_again_soon, supernode
+from fedraclora.engines.deploy.grid import PAUSE
 from fedraclora.engines.deploy.local import SUPERNODE
 from fedraclora.engines.deploy.supernode import Pauses, put
 
@@ -39,6 +44,30 @@ def test_every_message_passes_what_is_replaced() -> None:
     assert len(re.findall(r"\b_push_messages\(", source)) == 1
 
 
+@pytest.mark.parametrize("module", [start_client_internal, http_grid])
+def test_parts_are_looked_for_with_the_pause_that_is_replaced(module: ModuleType) -> None:
+    source = inspect.getsource(module)
+    assert len(re.findall(r"= pull_objects\(", source)) == 1
+    assert "backoff" not in source
+
+
+def test_a_server_looks_again_soon_for_parts_of_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_grid, "pull_objects", None)  # and put back after
+    look_again_soon()
+    looks = list[str]()
+
+    def pull(name: str) -> bytes:
+        looks.append(name)
+        if len(looks) == 1:
+            raise ObjectUnavailableError(name)
+        return b"part"
+
+    found = http_grid.pull_objects  # type: ignore[attr-defined]
+    assert found.keywords == {"initial_backoff": PAUSE}
+    assert found(["one"], pull) == {"one": b"part"}
+    assert looks == ["one", "one"]
+
+
 def test_a_name_that_is_not_there_is_an_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         put(SimpleNamespace(time=1), no_such_name=2)
@@ -54,9 +83,105 @@ def test_pauses_are_a_tenth_of_the_time_since_something_happened(
     for seconds in (50.2, 52.0, 60.0, 500.0):
         now[0] = seconds
         pauses.sleep(3.0)
+    pauses.sleep(0.5)
     pauses.note()
     pauses.sleep(3.0)
-    assert slept == pytest.approx([0.1, 0.2, 1.0, 3.0, 0.1])
+    pauses.sleep(0.5)
+    assert slept == pytest.approx([0.1, 0.2, 1.0, 3.0, 0.5, 0.1, 0.005])
+
+
+def test_an_app_is_installed_once_for_all_processes(tmp_path: Path) -> None:
+    """Of one message and the next, which are others: the first is forked from this one."""
+    words = """
+import os, pathlib, runpy, sys
+def install(app, name):
+    print(app.decode(), name, os.getpid(), flush=True)
+    folder = pathlib.Path(sys.argv[2], app.decode())
+    folder.mkdir(exist_ok=True)
+    return folder
+installed = runpy.run_path(sys.argv[1])["once"](install)
+if (child := os.fork()) == 0:
+    installed(b"one", name=1)
+    os._exit(0)
+os.waitpid(child, 0)
+print(child, os.getpid(), flush=True)
+for app in (b"one", b"two", b"two", b"one"):
+    installed(app, name=1)
+pathlib.Path(sys.argv[2], "one").rmdir()
+installed(b"one", name=2)
+"""
+    command = [sys.executable, "-c", words, str(SUPERNODE), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, processes, *more = done.stdout.splitlines()
+    child, parent = processes.split()
+    assert first == f"one 1 {child}"
+    assert more == [f"two 1 {parent}", f"one 1 {parent}", f"one 2 {parent}"]
+
+
+def test_it_installs_as_flower_does() -> None:
+    """It is called with the bytes of the app first, and nobody reads what it gives."""
+    assert "\n        install_from_fab(fab.content, skip_prompt=True)\n" in inspect.getsource(
+        run_clientapp
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "said"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit('no')", 1, ""),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_process_ends_at_once_with_its_status(how: str, status: int, said: str) -> None:
+    words = "import atexit, runpy, sys; scope = runpy.run_path(sys.argv[1])\n"
+    words += "atexit.register(print, 'late')\n"
+    words += f"def run():\n    print('ran', end='')\n    {how}\nscope['end_after'](run)"
+    done = subprocess.run(
+        [sys.executable, "-c", words, str(SUPERNODE)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (status, "ran")
+    assert done.stderr.strip().endswith(said)
+    assert bool(done.stderr) == bool(said)
+
+
+def test_a_message_wakes_who_looks_for_it(tmp_path: Path) -> None:
+    """Flower is stood in for: its loop would look every minute, and the server has gone at last."""
+    stand_in = tmp_path / "flwr" / "supercore"
+    for folder in (stand_in / "cli", stand_in / "superexec" / "executor", stand_in.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (stand_in.parent, stand_in, stand_in / "superexec"):
+        (folder / "__init__.py").touch()
+    (stand_in / "superexec" / "executor" / "__init__.py").touch()
+    (stand_in / "superexec" / "executor" / "subprocess_executor.py").write_text("import subprocess")
+    (stand_in / "superexec" / "run_superexec.py").write_text("import time")
+    (stand_in / "cli" / "__init__.py").write_text(
+        "from flwr.supercore.superexec import run_superexec\n"
+        "def flower_superexec():\n"
+        "    for seconds in (60, 60, 0.01, 0.01):\n"
+        "        print(seconds, flush=True)\n"
+        "        run_superexec.time.sleep(seconds)\n"
+    )
+    asleep, wake = os.pipe()
+    words = "import os, runpy, sys; scope = runpy.run_path(sys.argv[1])\n"
+    words += "os.fork = lambda: 1\nscope['run_superexec'](int(sys.argv[2]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", words, str(SUPERNODE), str(asleep)],
+        pass_fds=[asleep],
+        env={"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        os.close(asleep)
+        assert process.stdout is not None
+        for _ in range(2):
+            assert process.stdout.readline() == "60\n"
+            os.write(wake, b"..")
+        os.close(wake)
+        assert process.stdout.read() == "0.01\n0.01\n"
+    assert process.returncode == 0
 
 
 def test_it_imports_nothing_of_this_project() -> None:
@@ -73,6 +198,12 @@ def test_a_process_for_each_command_line_is_forked_until_nobody_asks(tmp_path: P
     stand_in.mkdir(parents=True)
     (tmp_path / "flwr" / "__init__.py").touch()
     (tmp_path / "flwr" / "supernode" / "__init__.py").touch()
+    for name in ("cli/install", "supernode/runtime/run_clientapp"):
+        file = tmp_path / "flwr" / f"{name}.py"
+        file.parent.mkdir()
+        (file.parent / "__init__.py").touch()
+        file.write_text("def install_from_fab(): pass")
+    (tmp_path / "httpcore.py").touch()
     (stand_in / "__init__.py").write_text(
         "import os, sys, time\n"
         "def flwr_clientapp():\n"

@@ -254,7 +254,7 @@ def test_a_cover_descends_for_every_basis(convex: bool, share: float) -> None:
 def test_a_cover_of_the_isotropic_quadratic_is_one_full_step() -> None:
     given = Given(smoothness=2.0, gap=1.0, pl=2.0, curvature=2.0)
     assert cover(given, 0.5, 7).contraction == pytest.approx(0.0)
-    assert cover(given, 0.5, 7).rounds_to(1e-9) == 1
+    assert cover(given, 0.5, 7).loss_gap(1) == pytest.approx(0.0)
     assert cover(replace(given, curvature=None), 0.5, 7).contraction > 0.5
 
 
@@ -285,10 +285,6 @@ def test_the_loss_gap_goes_from_delta_to_the_floor() -> None:
     assert descent.loss_gap(0) == 5.0
     assert descent.floor == pytest.approx(0.5 * 3.0 / (2 * 0.2))  # step L sigma^2 / (2 mu)
     assert descent.loss_gap(10_000) == pytest.approx(descent.floor)
-    turns = descent.rounds_to(4.0)
-    assert descent.loss_gap(turns) <= 4.0 < descent.loss_gap(turns - 1)
-    with pytest.raises(ConfigError, match=r"falls no lower than 3\.75"):
-        descent.rounds_to(3.0)
 
 
 # ---- Spectrum -----------------------------------------------------------------------------------

@@ -148,17 +148,17 @@ def test_one_cover_of_the_isotropic_quadratic_ends_at_its_optimum() -> None:
     case = Case("p", "l", "isotropic", "cover", 4, 3)
     found = run(case, 0)
     assert case.blocks == 3
-    assert found.measures["gap"][2] > 1
-    assert found.measures["gap"][3] < 1e-25
+    assert found["gap"][2] > 1
+    assert found["gap"][3] < 1e-25
 
 
 def paths(gaps: list[list[float]]) -> list[Path]:
     zeros = np.zeros(len(gaps[0]))
     return [
-        Path(
-            {key: np.array(g) if key in {"gap", "gradient_sq"} else zeros for key in MEASURES},
-            zeros,
-        )
+        {
+            key: np.array(g) if key in {"gap", "gradient_sq"} else zeros
+            for key in (*MEASURES, "uplink")
+        }
         for g in gaps
     ]
 
@@ -207,7 +207,7 @@ def test_the_regression_is_the_quadratic_of_the_paper() -> None:
     task = example.task()
     data = task.train
     assert isinstance(data, Partitioned)
-    M = example.diagonal()
+    M = example.M
     W = torch_normal(generator(4, "test"), 3, 3)
     output = functional_call(task.model, {WEIGHT: W}, (data.samples.inputs["x"],))
     loss = float(LOSSES[task.loss](output, data.samples.target)[0].mean())

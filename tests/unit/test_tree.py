@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import fedraclora.tree
 from fedraclora.errors import ShapeError
 from fedraclora.rng import generator, torch_normal
-from fedraclora.tree import Layout, Tree, digest, to_numpy
+from fedraclora.tree import ALIGNED, Layout, Tree, digest, point_at, to_numpy, weights_of
 
 shapes = st.lists(st.integers(1, 4), max_size=3).map(tuple)
 trees = st.dictionaries(st.text(min_size=1, max_size=4), shapes, min_size=1, max_size=4)
@@ -142,3 +143,22 @@ def test_the_digest_is_of_values_not_of_order_or_memory() -> None:
     right = {"b": torch.ones(4)[::2], "w": w.T.contiguous().T}
     assert digest(left) == digest(right)
     assert len(digest({})) == 64
+
+
+def test_weights_are_the_memory_of_the_model_where_it_is_aligned() -> None:
+    model = nn.Linear(5, 3)
+    odd = torch.zeros(16)[1:16].view(3, 5)
+    model.weight = nn.Parameter(odd)
+    held = weights_of(model)
+    assert held["bias"].data_ptr() == model.bias.data_ptr()
+    assert held["weight"].data_ptr() != model.weight.data_ptr()
+    assert held["weight"].data_ptr() % ALIGNED == 0
+    assert torch.equal(held["weight"], odd)
+
+
+def test_a_model_that_is_pointed_at_weights_holds_them_and_no_others() -> None:
+    model = nn.Linear(5, 3)
+    new = {"weight": torch.ones(3, 5), "bias": torch.ones(3)}
+    point_at(dict(model.named_parameters()), new)
+    assert model.weight.data_ptr() == new["weight"].data_ptr()
+    assert torch.equal(model(torch.ones(1, 5)), torch.full((1, 3), 6.0))

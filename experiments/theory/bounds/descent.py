@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log
 
 from fedraclora.errors import ConfigError
 
@@ -99,25 +98,3 @@ class Descent:
     def floor(self) -> float:
         """What the bound of the gap falls to: error / (1 - q)."""
         return self.error / (1 - self.contraction)
-
-    def rounds_to(self, gap: float) -> int:
-        """Rounds after which the bound on the gap is at most ``gap``.
-
-        Raises:
-            ConfigError: If the bound never gets there.
-
-        Example:
-            >>> from experiments.theory.bounds.theorems import gd
-            >>> gd(Given(smoothness=1.0, gap=1.0, pl=1.0, lambda_min=0.25), 1.0).rounds_to(0.01)
-            17
-        """
-        if gap <= self.floor:
-            raise ConfigError(
-                f"the bound falls no lower than {self.floor:.3g}, so that it never reaches a gap "
-                f"of {gap:.3g}"
-            )
-        if gap >= self.given.gap:
-            return 0
-        if self.contraction == 0:
-            return 1
-        return ceil(log((gap - self.floor) / (self.given.gap - self.floor)) / log(self.contraction))

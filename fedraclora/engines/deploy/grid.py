@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from copy import copy
+from functools import partial
 
 from flwr.app import ConfigRecord, Error, Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from typing_extensions import override
 
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.deploy.roster import Roster
 from fedraclora.engines.deploy.traffic import Traffic
 from fedraclora.engines.forwarding import ForwardingGrid
-from fedraclora.engines.local import NODE_ID, UNREADABLE, failed, is_stale
-from fedraclora.errors import ClientError, EngineError
+from fedraclora.engines.local import UNREADABLE, failed, is_stale
+from fedraclora.errors import ClientError, WireError
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire import clients_of
 from fedraclora.wire.fields import printable, shown
+from fedraclora.wire.folded import folded, unfolded
 from fedraclora.wire.weight_update import add_weight_update
 
 NODE_UNAVAILABLE = 5  # Flower's code for a node that is not there
-PAUSE = 0.2  # seconds between looks for replies: each is a request
+PAUSE = 0.1  # seconds between looks for replies: each is a request
 WRONG_WEIGHTS = 1001  # ours, far from Flower's
 
 
@@ -62,23 +66,6 @@ class DeployGrid(ForwardingGrid):
         self.traffic = Traffic()
         self.roster = Roster(self)
         self.one_by_one = False
-
-    @override
-    def get_node_ids(self) -> Iterable[int]:
-        """Return one node id for all: whom a message goes to is decided when it is sent."""
-        return [NODE_ID]
-
-    @override
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise EngineError(
-            "this grid sends messages by send_and_receive only, and not by push_messages"
-        )
-
-    @override
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise EngineError(
-            "this grid receives replies by send_and_receive only, and not by pull_messages"
-        )
 
     @override
     def send_and_receive(
@@ -122,10 +109,8 @@ class DeployGrid(ForwardingGrid):
                 message = waiting.pop(asked, None)
                 if message is None:
                     self.incidents.append("a second reply to a message was ignored")
-                elif not (reply.has_error() or reply.has_content()):
-                    replies.append(failed(message, Error(WRONG_WEIGHTS, "its reply is empty")))
-                elif not is_stale(reply):
-                    replies.append(self._accept(reply, message))
+                elif not is_stale(opened := _opened(reply, message)):
+                    replies.append(self._accept(opened, message))
                 elif asked in again:
                     error = Error(NODE_UNAVAILABLE, "it asked for every base weight twice")
                     replies.append(failed(message, error))
@@ -175,8 +160,10 @@ class DeployGrid(ForwardingGrid):
         add_weight_update(message.content, update)
         message.content["job"] = ConfigRecord({"run": self.run_id})
         message.metadata.dst_node_id, message.metadata.ttl = node, seconds
-        (name,) = self.grid.push_messages([message])
-        self.traffic.count(message)
+        sent = copy(message)  # with the metadata of this one, in which Flower notes its number
+        sent.content = folded(message.content)
+        (name,) = self.grid.push_messages([sent])
+        self.traffic.count(sent)
         self.traffic.fetched += update.payload_bytes
         return name
 
@@ -200,3 +187,27 @@ class DeployGrid(ForwardingGrid):
     def _client(self, message: Message) -> int:
         (client,) = clients_of(message.content)
         return client
+
+
+def look_again_soon() -> None:
+    """Shorten the pause after which Flower looks again for parts of a reply, in this process.
+
+    Flower 1.42 gives a reply out as soon as it is announced, before its parts have come, and then
+    pauses for a second or more; no option changes that.
+    """
+    from flwr.superlink.grid import http_grid
+
+    http_grid.pull_objects = partial(pull_objects, initial_backoff=PAUSE)  # type: ignore[attr-defined]
+
+
+def _opened(reply: Message, message: Message) -> Message:
+    """Unfold the reply to a message; one that cannot be read is the failure of its client."""
+    if reply.has_error():
+        return reply
+    if not reply.has_content():
+        return failed(message, Error(WRONG_WEIGHTS, "its reply is empty"))
+    try:
+        reply.content = unfolded(reply.content)
+    except WireError as error:
+        return failed(message, Error(WRONG_WEIGHTS, f"its reply is refused: {error}"))
+    return reply

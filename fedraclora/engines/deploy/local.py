@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedraclora.engines.deploy.control import Connection
-from fedraclora.engines.deploy.keys import Authority, make_authority, make_node_key
+from fedraclora.engines.deploy.keys import make_identity, make_node_key
 from fedraclora.engines.programs import (
     Program,
     end_all,
@@ -33,31 +33,37 @@ class LocalDeployment:
     Args:
         served: The clients of each node.
         data: Where the nodes find their samples, for runs with ``data=own``; None for others.
+        lasting: Whether the SuperLink keeps what it knows in a file, so that it may be started
+            again; in memory it answers sooner.
 
     Attributes:
         home: The folder; gone after the end.
         port: Where the SuperLink listens.
         connection: To it.
+        identity: The certificate and the key of the SuperLink.
+        link: The SuperLink, and ``nodes`` the SuperNodes; None where one does not run.
     """
 
-    def __init__(self, served: Sequence[Sequence[int]], data: str | None = None) -> None:
-        self.served, self.data = served, data
+    def __init__(
+        self, served: Sequence[Sequence[int]], data: str | None = None, *, lasting: bool = False
+    ) -> None:
+        self.served, self.data, self.lasting = served, data, lasting
         self._made = private_folder()
         self.home = Path(self._made.name)
-        self.environ = environment(self.home)
+        # Each look of the SuperLink's SuperExec for a task is a request, and a run is one task.
+        self.environ = {**environment(self.home), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
         self.connection = Connection(NAME, self.environ)
         self.port = free_port()
         self.nodes: list[Program | None] = [None] * len(served)
-        self._link: Program | None = None
-        self._authority: Authority | None = None
+        self.link: Program | None = None
+        self.identity = make_identity(self.home / "keys")
 
     def __enter__(self) -> LocalDeployment:
-        """Make keys, start everything, and wait until the SuperLink listens."""
+        """Start everything, and wait until the SuperLink listens."""
         try:
-            self._authority = make_authority(self.home / "keys")
             (self.home / "config.toml").write_text(
                 f'[superlink.{NAME}]\naddress = "127.0.0.1:{self.port}"\n'
-                f'root-certificates = "{self._authority.certificate}"\n'
+                f'root-certificates = "{self.identity.certificate}"\n'
             )
             self.start_link()
             for k in range(len(self.served)):
@@ -72,48 +78,22 @@ class LocalDeployment:
         """End everything."""
         self.close()
 
-    @property
-    def authority(self) -> Authority:
-        """The certificates.
-
-        Raises:
-            EngineError: Outside the context.
-        """
-        if self._authority is None:
-            raise EngineError(
-                "the local deployment has not been started, so that it has no certificates yet: "
-                "enter its context first"
-            )
-        return self._authority
-
-    @property
-    def link(self) -> Program:
-        """The SuperLink.
-
-        Raises:
-            EngineError: If it does not run.
-        """
-        if self._link is None:
-            raise EngineError(
-                "the SuperLink of the local deployment is not running: enter its context first"
-            )
-        return self._link
-
     def key(self, k: int) -> Path:
         """The private key of node ``k``."""
         return self.home / "keys" / f"node{k}"
 
     def start_link(self) -> None:
-        """Start the SuperLink on its database, and wait until it listens."""
-        keys = self.authority
-        words = ["--ssl-ca-certfile", str(keys.certificate)]
-        words += ["--ssl-certfile", str(keys.server_certificate)]
-        words += ["--ssl-keyfile", str(keys.server_key), "--enable-supernode-auth"]
+        """Start the SuperLink, on its database if it has one, and wait until it listens."""
+        server = self.identity
+        words = ["--ssl-ca-certfile", str(server.certificate)]
+        words += ["--ssl-certfile", str(server.certificate)]
+        words += ["--ssl-keyfile", str(server.key), "--enable-supernode-auth"]
         words += ["--host", "127.0.0.1", "--port", str(self.port)]
-        words += ["--database", str(self.home / "superlink.db")]
+        if self.lasting:
+            words += ["--database", str(self.home / "superlink.db")]
         log = self.home / "superlink.log"
-        self._link = Program("flower-superlink", words, self.environ, log)
-        self._link.await_listening(self.port, keys.certificate)
+        self.link = Program("flower-superlink", words, self.environ, log)
+        self.link.await_listening(self.port, server.certificate)
 
     def register(self, public: Path) -> None:
         """Register a node's key at the SuperLink.
@@ -131,7 +111,7 @@ class LocalDeployment:
     def start_node(self, k: int) -> Program:
         """Start SuperNode ``k``."""
         ids = ",".join(map(str, self.served[k]))
-        secure = ["--root-certificates", str(self.authority.certificate)]
+        secure = ["--root-certificates", str(self.identity.certificate)]
         secure += ["--auth-supernode-private-key", str(self.key(k))]
         config = f"partition-ids='{ids}'"
         if self.data is not None:
@@ -148,6 +128,6 @@ class LocalDeployment:
     def close(self) -> None:
         """End everything, the nodes first, and remove the folder."""
         end_all([node for node in self.nodes if node is not None])
-        end_all([] if self._link is None else [self._link])
-        self.nodes, self._link = [None] * len(self.served), None
+        end_all([] if self.link is None else [self.link])
+        self.nodes, self.link = [None] * len(self.served), None
         self._made.cleanup()

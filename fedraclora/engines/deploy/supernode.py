@@ -1,29 +1,40 @@
 """Flower's SuperNode with short pauses and a warm start of its apps.
 
 ``python -P supernode.py WORD ...``, with the words of ``flower-supernode``. By itself Flower 1.42
-pauses for 3 s where a SuperNode finds no message, and starts a Python for every message, which
-takes more than a second to import Flower. Neither can be set. Here both loops pause the shorter,
-the less time has passed since the last message, and a process for a message is forked from one that
+pauses for 3 s where a SuperNode finds no message, for up to 1 s until its SuperExec knows of one,
+and for 0.5 s between looks for a reply; and it starts a Python for every message, which takes more
+than a second to import Flower. Here a SuperNode pauses the shorter, the less time has passed since
+the last message, wakes its SuperExec with one, and a process for a message is forked from one that
 has imported Flower. Run as a file, without this project: what an app imports is its own copy of it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import hashlib
 import json
+import mmap
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 SUPEREXEC, CLIENT_APP = "flower-superexec", "flwr-clientapp"  # Flower's commands
+LONGEST = 1 << 13  # bytes of a digest and a path
 PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
-LEAST = 0.1  # seconds of a pause
+LEAST = 0.1  # seconds of a pause between looks at a SuperLink: each is a request
+WITHIN = 0.005  # the same in the memory of this process
 SHARE = 0.1  # of the time since something happened, that a pause may add to it
 
 
@@ -38,33 +49,45 @@ class Pauses:
         self.last = time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Pause for at most so many seconds."""
-        time.sleep(min(seconds, max(LEAST, SHARE * (time.monotonic() - self.last))))
+        """Pause for at most so many seconds: Flower's pauses below 1 s are within this process."""
+        least = WITHIN if seconds < 1 else LEAST
+        time.sleep(min(seconds, max(least, SHARE * (time.monotonic() - self.last))))
 
 
 def run_supernode() -> None:
     """Run ``flower-supernode``."""
+    from flwr.supercore.inflatable.inflatable_utils import pull_objects
     from flwr.supernode import start_client_internal as loop
     from flwr.supernode.cli import flower_supernode
 
     pauses, push = Pauses(), loop._push_messages  # noqa: SLF001
+    asleep, wake = os.pipe()
 
     def push_messages(*words: Any, **named: Any) -> None:  # called with every message
         pauses.note()
+        os.write(wake, b".")
         push(*words, **named)
         pauses.note()
 
     def popen(words: Sequence[str]) -> subprocess.Popen[bytes]:
-        own = [sys.executable, "-P", __file__] if words[0] == SUPEREXEC else []
-        return subprocess.Popen([*own, *words])  # noqa: S603
+        if words[0] != SUPEREXEC:
+            return subprocess.Popen(words)  # noqa: S603
+        own = [sys.executable, "-P", __file__, SUPEREXEC, str(asleep)]
+        return subprocess.Popen([*own, *words[1:]], pass_fds=[asleep])  # noqa: S603
 
     put(loop, time=SimpleNamespace(sleep=pauses.sleep), subprocess=SimpleNamespace(Popen=popen))
     put(loop, _push_messages=push_messages)
+    # A message is given out before its parts have come; then Flower pauses for a second or more.
+    put(loop, pull_objects=partial(pull_objects, initial_backoff=LEAST))
     flower_supernode()
 
 
-def run_superexec() -> None:
-    """Run ``flower-superexec``, which starts a process for every message."""
+def run_superexec(asleep: int) -> None:
+    """Run ``flower-superexec``, which starts a process for every message.
+
+    Args:
+        asleep: End of a pipe: the SuperNode writes to it when there is a message.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:  # before there are threads
         ours.close()
@@ -77,16 +100,18 @@ def run_superexec() -> None:
     from flwr.supercore.superexec import run_superexec as loop
     from flwr.supercore.superexec.executor import subprocess_executor
 
-    pauses = Pauses()
+    def sleep(seconds: float) -> None:
+        woken, _, _ = select.select([asleep], [], [], seconds)
+        if woken and not os.read(asleep, 1 << 10):  # the SuperNode has gone
+            time.sleep(seconds)
 
     def popen(words: Sequence[str], **named: Any) -> None:
-        pauses.note()
         if words[0] == CLIENT_APP:
             ours.send(json.dumps(words).encode())
         else:
             subprocess.Popen(words, **named)  # noqa: S603
 
-    put(loop, time=SimpleNamespace(sleep=pauses.sleep))
+    put(loop, time=SimpleNamespace(sleep=sleep))
     put(subprocess_executor, subprocess=SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
     flower_superexec()
 
@@ -97,18 +122,57 @@ def run_clientapps(asked: socket.socket) -> None:
     Args:
         asked: Brings them, as JSON; when its other end closes, this process ends.
     """
+    from flwr.cli.install import install_from_fab
     from flwr.supernode.cli import flwr_clientapp
+    from flwr.supernode.runtime import run_clientapp
 
+    import_module("httpcore")  # which httpx imports with its first client
+    put(run_clientapp, install_from_fab=once(install_from_fab))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the whole group
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    gc.freeze()  # else each of them would write to all that it shares with this one
     while words := asked.recv(1 << 16):
         if os.fork() == 0:
             asked.close()
             end_with_parent()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             sys.argv = json.loads(words)
-            flwr_clientapp()
-            return
+            end_after(flwr_clientapp)
+
+
+def end_after(run: Callable[[], None]) -> NoReturn:
+    """Run what ends by itself, and end at once: to take a whole interpreter apart takes longer."""
+    status: object = None
+    try:
+        run()
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+def once(install: Callable[..., Path]) -> Callable[..., None]:
+    """Leave out the installation of an app that the process for the message before installed.
+
+    Flower unpacks and checks all files of an app for every message, and throws them away where it
+    has the app. Processes that are forked from this one share what was installed last, and where.
+
+    Args:
+        install: Flower's; it takes the bytes of an app, and gives its folder.
+    """
+    last = mmap.mmap(-1, LONGEST)
+
+    def installed(app: bytes, **named: Any) -> None:
+        digest = hashlib.sha256(app).hexdigest()
+        found, _, folder = os.fsdecode(last[:].rstrip(b"\0")).partition(" ")
+        if found != digest or not Path(folder).is_dir():
+            last[:] = os.fsencode(f"{digest} {install(app, **named)}").ljust(LONGEST, b"\0")
+
+    return installed
 
 
 def end_with_parent() -> None:
@@ -133,11 +197,11 @@ def put(module: object, **names: object) -> None:
 
 def main() -> None:
     """Run what the command line names."""
-    run: Callable[[], None] = run_supernode
     if sys.argv[1:2] == [SUPEREXEC]:
-        run = run_superexec
-        del sys.argv[0]
-    run()
+        _, sys.argv[0], asleep, *sys.argv[1:] = sys.argv
+        run_superexec(int(asleep))
+    else:
+        run_supernode()
 
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ class Pool:
                 oldest = min(r.since for r in running.values()) + self.timeout
                 wait = max(0.0, min(oldest, end) - time.monotonic())
                 done, _ = ray.wait(list(running), num_returns=1, timeout=wait)
-                for ref in done or self._hung(running):
+                late = time.monotonic() - self.timeout
+                for ref in done or [ref for ref, task in running.items() if task.since < late]:
                     task = running.pop(ref)
                     free.append(task.seat)
                     cause = f"did not answer within {self.timeout:g} s"
@@ -149,10 +150,6 @@ class Pool:
         finally:
             for task in running.values():  # out of time, or an error: nobody waits for these
                 self._replace(task.seat, f"worker {task.seat.number} was given up", task.job)
-
-    def _hung(self, running: dict[Any, Running[Job]]) -> list[Any]:
-        late = time.monotonic() - self.timeout
-        return [ref for ref, task in running.items() if task.since < late]
 
     def _replace(self, seat: Seat, text: str, job: object) -> None:
         """Put a fresh process into a seat."""

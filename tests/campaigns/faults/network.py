@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from clients.respond import respond
 from experiments.choices import composed
 from fedraclora.engines.local import MessageGrid, become_a_task
 from fedraclora.wire import clients_of
+from fedraclora.wire.folded import folded, unfolded
 from strategies.server_app import app as server_app
 
 SMALL = [
@@ -62,7 +64,8 @@ class Network(MessageGrid):
         cache: Where nodes keep files.
         nodes: Node id to what its configuration says.
         fault: Does what it likes with train messages; is handed what answers them.
-        sent: All messages, with the replies.
+        sent: All messages, with the replies, unfolded.
+        posted: The same as they went over the wire.
     """
 
     cache: Path
@@ -70,6 +73,7 @@ class Network(MessageGrid):
     fault: Fault | None = None
     run_config: dict[str, bool | float | int | str] = field(default_factory=dict)
     sent: list[Message] = field(default_factory=list)
+    posted: list[Message] = field(default_factory=list)
     on_round: Callable[[int], None] | None = None
 
     def __post_init__(self) -> None:
@@ -101,9 +105,10 @@ class Network(MessageGrid):
             if self.on_round is not None and message.metadata.group_id:
                 self.on_round(int(message.metadata.group_id))
             message.metadata.__dict__["_message_id"] = name = str(next(self.ids))
-            self.waiting[name] = message
+            self.waiting[name] = opened = with_content(message, unfolded(message.content))
             names.append(name)
-            self.sent.append(message)
+            self.sent.append(opened)
+            self.posted.append(message)
         return names
 
     @override
@@ -116,14 +121,19 @@ class Network(MessageGrid):
                 self.waiting[name] = message
             found += replies
         self.sent += found
-        return found[::-1]
+        came = [
+            with_content(m, folded(m.content)) if self.is_training(m) and m.has_content() else m
+            for m in found
+        ]
+        self.posted += came
+        return [copy(m) for m in came[::-1]]  # what it is read as is not what came
 
     def serve(self, message: Message) -> list[Message]:
         """Answer as a node would."""
         node = message.metadata.dst_node_id
         if node not in self.nodes:
             return [Message(Error(5, "Node Unavailable"), reply_to=message)]
-        if self.fault is None or message.metadata.message_type != "train.cohort":
+        if self.fault is None or not self.is_training(message):
             return [self.call(message)]
         return self.fault(message, lambda: self.call(message))
 
@@ -131,23 +141,35 @@ class Network(MessageGrid):
         """Answer as the process that stays on a node does, when it is new."""
         node = message.metadata.dst_node_id
         config = {"cache": str(self.cache / str(node)), **self.nodes[node]}
-        copy = Message(
-            over_the_wire(message.content),
+        asked = Message(
+            over_the_wire(folded(message.content)),
             dst_node_id=node,
             message_type=message.metadata.message_type,
             group_id=message.metadata.group_id,
         )
-        copy.metadata.__dict__["_message_id"] = message.metadata.message_id
+        asked.metadata.__dict__["_message_id"] = message.metadata.message_id
         context = Context(1, node, config, RecordDict(), self.run_config)
         client_node.replica_of.cache_clear()  # what a node has after its process was replaced
-        reply = respond(copy, context)
+        reply = respond(asked, context)
         if reply.has_error():
             return Message(reply.error, reply_to=message)
-        return Message(over_the_wire(reply.content), reply_to=message)
+        return Message(unfolded(over_the_wire(reply.content)), reply_to=message)
 
     def train_messages(self) -> list[Message]:
         """What was sent to clients that train, and what they sent back."""
-        return [m for m in self.sent if m.metadata.message_type == "train.cohort"]
+        return [m for m in self.sent if self.is_training(m)]
+
+    @staticmethod
+    def is_training(message: Message) -> bool:
+        """Whether a message is one of those."""
+        return message.metadata.message_type == "train.cohort"
+
+
+def with_content(message: Message, content: RecordDict) -> Message:
+    """Give a message another content, beside the one that has it; they share their metadata."""
+    found = copy(message)
+    found.content = content
+    return found
 
 
 def nodes_for(clients: int) -> dict[int, dict[str, bool | float | int | str]]:

@@ -207,7 +207,8 @@ def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
     Raises:
         FedRacLoraError: If the run does not even go on.
     """
-    with tempfile.TemporaryDirectory() as made, LocalDeployment([[0], [1], [2]]) as running:
+    nodes = LocalDeployment([[0], [1], [2]], lasting=True)
+    with tempfile.TemporaryDirectory() as made, nodes as running:
         job, came = Drill(running, Path(made) / "run", [f"rounds={rounds}"]), list[Injected]()
         end_node(running, 2)  # it joins later
         job.begin()
