@@ -247,7 +247,7 @@ def _in_child(words: Sequence[str], *, runs: bool, home: Path) -> None:
         shutil.copyfile(home / "run" / "config.yaml", home / "accepted.yaml")
         if not runs:
             raise Started
-        return start(self, *rest, **more)
+        return run(self, *rest, **more)
 
     status: object = 99
     try:
