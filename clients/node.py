@@ -28,7 +28,7 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.weights.replica import StoredReplica, read_stored_replica
-from fedraclora.wire import clients_of
+from fedraclora.wire.records import clients_of
 from fedraclora.wire.weight_update import read_weight_update
 
 KEPT = 4  # clients whose weights, and data of their own, stay in memory

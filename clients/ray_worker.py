@@ -13,7 +13,7 @@ from fedraclora.protocol.method import Plan
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
 from fedraclora.weights.replica import Replica
-from fedraclora.wire import round_of
+from fedraclora.wire.records import round_of
 
 
 @dataclass(frozen=True)

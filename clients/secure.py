@@ -20,7 +20,8 @@ from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.privacy.secagg import Terms
 from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
-from fedraclora.wire import TrainRequest, round_of
+from fedraclora.wire.downlink import TrainRequest
+from fedraclora.wire.records import round_of
 from fedraclora.wire.secagg import (
     Stage,
     Words,

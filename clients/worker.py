@@ -27,15 +27,10 @@ from fedraclora.training.local_result import LocalResult, join
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.base import BaseWeights
-from fedraclora.wire import (
-    Changes,
-    Coded,
-    Reader,
-    TrainRequest,
-    clients_of,
-    pack_result,
-    uplink_layout,
-)
+from fedraclora.wire.changes import Changes, Coded
+from fedraclora.wire.downlink import Reader, TrainRequest, uplink_layout
+from fedraclora.wire.records import clients_of
+from fedraclora.wire.reply import pack_result
 from fedraclora.wire.secagg import Stage, read_stage
 
 log = logging.getLogger(__name__)

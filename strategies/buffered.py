@@ -21,7 +21,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.wire import payload_bytes, uploaded_bytes
+from fedraclora.wire.changes import uploaded_bytes
+from fedraclora.wire.downlink import payload_bytes
 from strategies.base import FedStrategy
 from strategies.server.buffer import PREFIX, batch_of, merge, read_batches, write_batches
 from strategies.server.exchange import Exchange

@@ -25,7 +25,8 @@ from fedraclora.training.feedforward import FeedForward
 from fedraclora.training.materialise import materialise
 from fedraclora.training.optimiser import CohortOptimiser
 from fedraclora.training.schedule import Schedule
-from fedraclora.wire import Reader, pack_result
+from fedraclora.wire.downlink import Reader
+from fedraclora.wire.reply import pack_result
 from strategies.base import FedStrategy
 from strategies.fed_rac_lora import FedRacLora
 from strategies.server.exchange import Exchange

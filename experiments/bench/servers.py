@@ -31,7 +31,7 @@ from fedraclora.protocol.method import Cohort, Draw, Method, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.weights.chain import SEED_BYTES
-from fedraclora.wire import uplink_layout
+from fedraclora.wire.downlink import uplink_layout
 from strategies import METHODS
 from strategies.fedavg import FedAvg
 from strategies.slora import SLora

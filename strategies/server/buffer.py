@@ -30,7 +30,7 @@ from fedraclora.protocol.method import Downlink, Link, Method, State
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.tree import Tree
-from fedraclora.wire import TrainRequest, pack_downlink, unpack_downlink, uplink_layout
+from fedraclora.wire.downlink import TrainRequest, pack_downlink, unpack_downlink, uplink_layout
 from fedraclora.wire.records import array_record, header_record, read_array, read_header
 
 PREFIX = "buffer/"

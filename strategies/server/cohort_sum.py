@@ -11,7 +11,7 @@ from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, Downlink
 from fedraclora.protocol.rank_budgets import widen
 from fedraclora.protocol.uplinks import RunningSum, check_rows, norms_of
-from fedraclora.wire import Reply
+from fedraclora.wire.reply import Reply
 
 
 class CohortSum:

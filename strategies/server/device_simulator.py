@@ -14,7 +14,8 @@ from fedraclora.protocol.method import Cohort, Downlink, Method
 from fedraclora.protocol.rank_budgets import check_ranks
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.chain import CatchUp
-from fedraclora.wire import payload_bytes, uploaded_bytes
+from fedraclora.wire.changes import uploaded_bytes
+from fedraclora.wire.downlink import payload_bytes
 from strategies.server.loop import LoopConfig
 
 

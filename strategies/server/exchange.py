@@ -19,18 +19,11 @@ from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.rank_budgets import check_budgets, uploaded_numbers, widen
 from fedraclora.protocol.uplinks import Refusal, Uplinks, check_rows, sum_blocks, too_many
 from fedraclora.tree import Tree
-from fedraclora.wire import (
-    DTYPES,
-    Changes,
-    Packed,
-    Reply,
-    TrainRequest,
-    unpack_result,
-    uplink_layout,
-    uploaded_bytes,
-)
+from fedraclora.wire.changes import Changes, uploaded_bytes
+from fedraclora.wire.downlink import Packed, TrainRequest, uplink_layout
 from fedraclora.wire.fields import printable
-from fedraclora.wire.records import read_first
+from fedraclora.wire.records import DTYPES, read_first
+from fedraclora.wire.reply import Reply, unpack_result
 from strategies.server.cohort_sum import CohortSum
 from strategies.server.guard import check_reply
 from strategies.server.loop import LoopConfig

@@ -9,7 +9,8 @@ import torch
 
 from fedraclora.errors import ClientError, WireError
 from fedraclora.protocol.uplinks import SUM_BLOCK, finite
-from fedraclora.wire import DTYPES, Reply
+from fedraclora.wire.records import DTYPES
+from fedraclora.wire.reply import Reply
 from strategies.server.loop import LoopConfig
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import torch
 from fedraclora.engines.deploy import Traffic
 from fedraclora.protocol.method import State
 from fedraclora.weights.chain import CatchUp
-from fedraclora.wire import payload_bytes
+from fedraclora.wire.downlink import payload_bytes
 from strategies.server.exchange import Exchange
 
 Row = dict[str, object]

@@ -21,7 +21,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.extras.variates import blank_variates, moved_by, seen, with_variates
 from fedraclora.training.gradients import mean_gradients
 from fedraclora.tree import Tree
-from fedraclora.wire import uplink_layout
+from fedraclora.wire.downlink import uplink_layout
 from strategies.server.exchange import Exchange
 from strategies.server.round_step import CloseRound, RoundStep
 from strategies.steps.conflicts import VARIATES, refused

@@ -36,7 +36,7 @@ from fedraclora.protocol.downlink import Downlink, Trained
 from fedraclora.protocol.method import Cohort
 from fedraclora.rng import generator
 from fedraclora.run.client_state import ClientStore
-from fedraclora.wire import unpack_downlink
+from fedraclora.wire.downlink import unpack_downlink
 from fedraclora.wire.secagg import (
     LARGEST,
     Stage,

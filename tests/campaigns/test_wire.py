@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 from fedraclora.engines.local import become_a_task
 from fedraclora.run.ledger import Ledger
-from fedraclora.wire import unpack_result
+from fedraclora.wire.reply import unpack_result
 from tests.campaigns.mutants import claimed, deep, stored
 from tests.campaigns.wire import Case, campaign, collected, judged, read, scene_of
 

@@ -47,7 +47,8 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire import Changes, Packed, Reader
+from fedraclora.wire.changes import Changes
+from fedraclora.wire.downlink import Packed, Reader
 from fedraclora.wire.fields import LONGEST
 from fedraclora.wire.weight_update import HEADER, NUMBERS, add_weight_update, read_weight_update
 from strategies import METHODS

@@ -28,7 +28,7 @@ from fedraclora.allocation.synflow import flows
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.sketch import SketchSpec
-from fedraclora.wire import unpack_downlink
+from fedraclora.wire.downlink import unpack_downlink
 from strategies import METHODS
 from strategies.frlora import FrLora
 from strategies.wrappers.allocated import Allocated, allocated

@@ -43,7 +43,7 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.extras.variates import with_variates
 from fedraclora.tree import Tree
-from fedraclora.wire import payload_bytes
+from fedraclora.wire.downlink import payload_bytes
 from strategies.steps.scaffold import ControlVariates
 from strategies.steps.settings import RoundSettings
 from tests.reference.client import train_one

@@ -42,7 +42,7 @@ from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 from fedraclora.weights.chain import SEED_BYTES
-from fedraclora.wire import TrainRequest, pack_downlink, unpack_downlink
+from fedraclora.wire.downlink import TrainRequest, pack_downlink, unpack_downlink
 from strategies.steps.settings import RoundSettings
 from strategies.wrappers.allocated import allocated
 from strategies.wrappers.dora import Dora

@@ -29,7 +29,7 @@ from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import Cohort, Draw, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES
-from fedraclora.wire import unpack_downlink
+from fedraclora.wire.downlink import unpack_downlink
 from strategies.shared.initials import GAMMA, STARTS
 from strategies.steps.settings import RoundSettings
 from strategies.wrappers.allocated import allocated

@@ -27,7 +27,7 @@ from fedraclora.protocol.link import Link
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES, read_link
 from fedraclora.weights.links import read_links
-from fedraclora.wire import unpack_downlink
+from fedraclora.wire.downlink import unpack_downlink
 
 Variant = tuple[str, dict[str, Any]]
 VARIANTS = list(variants())

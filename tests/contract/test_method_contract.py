@@ -50,7 +50,7 @@ from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
-from fedraclora.wire import uplink_layout
+from fedraclora.wire.downlink import uplink_layout
 from strategies import METHODS
 from strategies.shared.initials import STARTS
 from tests.reference.chain import replay

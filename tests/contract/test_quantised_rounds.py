@@ -37,7 +37,7 @@ from fedraclora.protocol.method import Cohort, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES
-from fedraclora.wire import unpack_downlink
+from fedraclora.wire.downlink import unpack_downlink
 from strategies.server.exchange import Exchange
 from strategies.server.round_step import CloseRound, RoundStep
 from strategies.steps.settings import RoundSettings

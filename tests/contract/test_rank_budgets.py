@@ -51,7 +51,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import digest_rows
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
-from fedraclora.wire import unpack_downlink
+from fedraclora.wire.downlink import unpack_downlink
 from strategies.server.loop import LoopConfig
 
 Variant = tuple[str, dict[str, Any]]

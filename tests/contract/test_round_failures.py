@@ -23,7 +23,7 @@ from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.errors import ClientError, WireError
 from fedraclora.run.ledger import read_ledger
 from fedraclora.weights.files import load_checkpoint
-from fedraclora.wire import Reply
+from fedraclora.wire.reply import Reply
 from strategies.server import exchange
 
 METHOD = make_method("fed_rac_lora")

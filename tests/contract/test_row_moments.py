@@ -33,7 +33,7 @@ from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.row_moments import ROWS
-from fedraclora.wire import unpack_downlink
+from fedraclora.wire.downlink import unpack_downlink
 from strategies.server.exchange import Exchange
 from strategies.server.round_step import CloseRound, RoundStep
 from strategies.steps.settings import RoundSettings

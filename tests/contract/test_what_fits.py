@@ -33,7 +33,7 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.protocol.method import Cohort, Draw, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
-from fedraclora.wire import unpack_downlink
+from fedraclora.wire.downlink import unpack_downlink
 from strategies.outcome import mean_floats
 from strategies.server.device_simulator import DeviceSimulator
 from strategies.steps.settings import RoundSettings

@@ -57,7 +57,7 @@ from fedraclora.weights.chain import CatchUp, read_link
 from fedraclora.weights.links import read_links
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire import uplink_layout
+from fedraclora.wire.downlink import uplink_layout
 from strategies import METHODS
 from strategies.base import FedStrategy
 from strategies.server.loop import LoopConfig

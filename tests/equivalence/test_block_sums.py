@@ -11,7 +11,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.data.samples import Partitioned, Samples
 from fedraclora.run.ledger import NONDETERMINISTIC
 from fedraclora.tree import digest
-from fedraclora.wire import Reply, unpack_result
+from fedraclora.wire.reply import Reply, unpack_result
 from strategies import METHODS
 from strategies.server import exchange as exchange_module
 from strategies.server.loop import LoopConfig

@@ -19,7 +19,7 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import number
 from fedraclora.weights.files import load_tensors
 from fedraclora.weights.links import read_links
-from fedraclora.wire import clients_of
+from fedraclora.wire.records import clients_of
 from fedraclora.wire.secagg import read_stage
 from tests.campaigns.faults.network import Network, deploy, nodes_for, rows, small, summary
 from tests.campaigns.faults.real import Drill, end_node

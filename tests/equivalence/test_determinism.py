@@ -26,7 +26,7 @@ from fedraclora.run.ledger import NONDETERMINISTIC, read_ledger
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.local_result import LocalResult
 from fedraclora.tree import Tree, digest
-from fedraclora.wire import uplink_layout
+from fedraclora.wire.downlink import uplink_layout
 from strategies import METHODS
 from strategies.fedavg import FedAvg
 

@@ -34,7 +34,7 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory, WeightUpdate
-from fedraclora.wire import TrainRequest, pack_downlink
+from fedraclora.wire.downlink import TrainRequest, pack_downlink
 from strategies import METHODS
 from tests.campaigns import kill_workers
 

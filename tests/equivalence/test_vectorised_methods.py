@@ -24,7 +24,7 @@ from fedraclora.protocol.pool import Pool, Terms, parameters
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree
-from fedraclora.wire import uplink_layout
+from fedraclora.wire.downlink import uplink_layout
 
 # Every method on a model of each way to train, and what clients train on every model; the rest is
 # for the long suite.

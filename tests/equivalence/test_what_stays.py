@@ -20,7 +20,8 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.base import BaseWeights
-from fedraclora.wire import TrainRequest, pack_downlink, unpack_result, uplink_layout
+from fedraclora.wire.downlink import TrainRequest, pack_downlink, uplink_layout
+from fedraclora.wire.reply import unpack_result
 
 CLIENTS = torch.tensor([0, 1, 2])
 

@@ -23,7 +23,7 @@ from fedraclora.protocol.method import (
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
-from fedraclora.wire import uplink_layout
+from fedraclora.wire.downlink import uplink_layout
 from strategies.bernoulli_lora import BernoulliLora
 from strategies.fed_sb import FedSb
 from strategies.fedex_lora import FedExLora

@@ -23,7 +23,7 @@ from fedraclora.tree import digest
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire import TrainRequest, pack_downlink, unpack_downlink, uplink_layout
+from fedraclora.wire.downlink import TrainRequest, pack_downlink, unpack_downlink, uplink_layout
 from strategies.fed_rac_lora import FedRacLora
 from strategies.pool_rac_lora import PoolRacLora
 from strategies.server.quantised import RESIDUE, DownlinkRounding

@@ -16,7 +16,7 @@ from fedraclora.protocol.quantised import BLOCK, LEVELS, ROUNDED, decode, encode
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import LinkSizes, link_tensors, read_link, term_bytes
-from fedraclora.wire import Changes, Coded, uploaded_bytes
+from fedraclora.wire.changes import Changes, Coded, uploaded_bytes
 
 SIZES = st.lists(st.integers(0, 70), max_size=4)
 kinds = pytest.mark.parametrize("kind", ROUNDED)

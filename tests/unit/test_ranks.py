@@ -31,7 +31,7 @@ from fedraclora.protocol.rank_budgets import (
 )
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
-from fedraclora.wire import uplink_layout
+from fedraclora.wire.downlink import uplink_layout
 from strategies.fed_rac_lora import FedRacLora
 from strategies.fedavg import FedAvg
 

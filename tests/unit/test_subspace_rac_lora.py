@@ -15,7 +15,7 @@ from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State, Trai
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
-from fedraclora.wire import uplink_layout
+from fedraclora.wire.downlink import uplink_layout
 from strategies.bernoulli_lora import BernoulliLora
 from strategies.shared.past import chosen, completed, energies
 from strategies.subspace_rac_lora import SubspaceRacLora

@@ -24,16 +24,16 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.training.local_result import LocalResult
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire import (
+from fedraclora.wire.downlink import (
     Packed,
     Reader,
     TrainRequest,
     pack_downlink,
     payload_bytes,
     unpack_downlink,
-    unpack_result,
     uplink_layout,
 )
+from fedraclora.wire.reply import unpack_result
 from fedraclora.wire.unwritten import written
 
 K, M, R, N = 4, 5, 2, 7

@@ -19,9 +19,9 @@ from fedraclora.engines.forwarding import ForwardingGrid
 from fedraclora.engines.local import UNREADABLE, failed, is_stale
 from fedraclora.errors import ClientError, WireError
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire import clients_of
 from fedraclora.wire.fields import printable, shown
 from fedraclora.wire.folded import folded, unfolded
+from fedraclora.wire.records import clients_of
 from fedraclora.wire.weight_update import add_weight_update
 
 NODE_UNAVAILABLE = 5  # Flower's code for a node that is not there

@@ -21,7 +21,7 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire import clients_of
+from fedraclora.wire.records import clients_of
 
 SHARED = ("config", "arrays")  # records that all messages of an exchange have in common
 

@@ -21,8 +21,8 @@ from clients import node as client_node
 from clients.respond import respond
 from experiments.choices import composed
 from fedraclora.engines.local import MessageGrid, become_a_task
-from fedraclora.wire import clients_of
 from fedraclora.wire.folded import folded, unfolded
+from fedraclora.wire.records import clients_of
 from strategies.server_app import app as server_app
 
 SMALL = [
