@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.client_state import restore
-from fedraclora import tree, wire
+from fedraclora import tree
 from fedraclora.errors import WireError
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
@@ -33,7 +33,7 @@ from fedraclora.wire.downlink import (
     unpack_downlink,
     uplink_layout,
 )
-from fedraclora.wire.reply import unpack_result
+from fedraclora.wire.reply import pack_result, unpack_result
 from fedraclora.wire.unwritten import written
 
 K, M, R, N = 4, 5, 2, 7
@@ -262,9 +262,9 @@ def test_a_dense_tensor_has_to_be_trained() -> None:
 # --- uplink --------------------------------------------------------------------------------------
 
 
-def pack_result(*given: Any) -> RecordDict:
+def reply_of(*given: Any) -> RecordDict:
     """A reply as it leaves the process."""
-    return written(wire.pack_result(*given))
+    return written(pack_result(*given))
 
 
 LAYOUT = Layout((("w/B", (M, R)), ("b", (3,))))
@@ -280,7 +280,7 @@ def result(count: int, dtype: torch.dtype = torch.float64) -> LocalResult:
 def test_a_reply_comes_back_to_the_bit(count: int, dtype: torch.dtype) -> None:
     sent, clients = result(count, dtype), CLIENTS[:count]
     failures = {7: "it broke", 2**33 + 1: "so did it"}
-    content = pack_result(sent, ORDER, clients, LAYOUT, failures, ["a note"])
+    content = reply_of(sent, ORDER, clients, LAYOUT, failures, ["a note"])
     reply = unpack_result(content, LAYOUT)
     assert (reply.round_, reply.version) == (9, 8)
     assert torch.equal(reply.clients, clients)
@@ -297,7 +297,7 @@ def test_a_reply_comes_back_to_the_bit(count: int, dtype: torch.dtype) -> None:
 def test_large_tensors_are_joined_where_a_reply_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree, "LARGE", 3)
     sent = result(2)
-    content = wire.pack_result(sent, ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    content = pack_result(sent, ORDER, CLIENTS[:2], LAYOUT, {}, [])
     kept = unpack_result(content, LAYOUT)
     assert [piece.data_ptr() for piece in kept.pieces] == [
         sent.trained[name].data_ptr() for name, _ in LAYOUT.shapes
@@ -305,7 +305,7 @@ def test_large_tensors_are_joined_where_a_reply_is_written(monkeypatch: pytest.M
     assert kept.shape == (2, LAYOUT.size)
     read = unpack_result(written(content), LAYOUT)
     assert torch.equal(read.pieces[0], kept.numbers)
-    content = wire.pack_result(sent, ORDER, CLIENTS[:1], LAYOUT, {}, [])
+    content = pack_result(sent, ORDER, CLIENTS[:1], LAYOUT, {}, [])
     with pytest.raises(WireError, match=r"rows of shape \(2, "):
         unpack_result(content, LAYOUT)
 
@@ -314,7 +314,7 @@ def test_what_is_not_uploaded_does_not_travel() -> None:
     downlink = everything()
     assert "private" not in dict(uplink_layout(downlink).shapes)
     assert list(dict(uplink_layout(downlink).shapes)) == list(downlink.uploaded())
-    content = pack_result(result(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    content = reply_of(result(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
     assert unpack_result(content, LAYOUT).numbers.shape == (2, LAYOUT.size)
 
 
@@ -337,7 +337,7 @@ def test_what_is_beyond_a_budget_does_not_travel() -> None:
     places = torch.tensor([0, 1, 3])
     sent = result(3)
     mask = uploaded_mask(BUDGETS, places)
-    content = pack_result(sent, ORDER, CLIENTS[places], LAYOUT, {}, [], mask)
+    content = reply_of(sent, ORDER, CLIENTS[places], LAYOUT, {}, [], mask)
     numbers = unpack_result(content, LAYOUT, BUDGETS.ranks).numbers
     assert numbers.shape == (M + 3 + 2 * M + 3 + M + 3,)
     rows = LAYOUT.unpack(widen(numbers, BUDGETS, places))
@@ -348,14 +348,14 @@ def test_what_is_beyond_a_budget_does_not_travel() -> None:
 
 
 def test_whole_rows_where_cut_ones_are_wanted_are_refused() -> None:
-    content = pack_result(result(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    content = reply_of(result(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
     with pytest.raises(WireError, match=r"round 9: a reply has rows of shape \(2, 13\)"):
         unpack_result(content, LAYOUT, BUDGETS.ranks)
 
 
 def test_a_chunk_in_which_all_failed_still_says_who() -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    reply = unpack_result(pack_result(None, ORDER, none, LAYOUT, {5: "x"}, []), LAYOUT)
+    reply = unpack_result(reply_of(None, ORDER, none, LAYOUT, {5: "x"}, []), LAYOUT)
     assert reply.failures == {5: "x"}
     assert reply.numbers.shape == (0, LAYOUT.size)
     for vector in (reply.clients, reply.losses, reply.samples, reply.steps):
@@ -365,7 +365,7 @@ def test_a_chunk_in_which_all_failed_still_says_who() -> None:
 
 def test_a_reply_of_another_layout_names_round_clients_and_shapes() -> None:
     other = Layout((("w/B", (M, R + 1)), ("b", (3,))))
-    content = pack_result(result(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
+    content = reply_of(result(2), ORDER, CLIENTS[:2], LAYOUT, {}, [])
     with pytest.raises(WireError) as caught:
         unpack_result(content, other)
     text = str(caught.value)
@@ -375,7 +375,7 @@ def test_a_reply_of_another_layout_names_round_clients_and_shapes() -> None:
 
 
 def test_a_reply_with_missing_rows_is_refused() -> None:
-    content = pack_result(result(2), ORDER, CLIENTS[:3], LAYOUT, {}, [])
+    content = reply_of(result(2), ORDER, CLIENTS[:3], LAYOUT, {}, [])
     with pytest.raises(WireError, match=r"round 9: .* rows of shape \(2, 13\).* \(3, 13\)"):
         unpack_result(content, LAYOUT)
 
@@ -383,7 +383,7 @@ def test_a_reply_with_missing_rows_is_refused() -> None:
 # Checks and sums broadcast: of two clients with one weight, the second would be left out.
 @pytest.mark.parametrize("vector", ["losses", "samples", "steps"])
 def test_a_reply_with_missing_numbers_is_refused(vector: str) -> None:
-    content = pack_result(result(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
+    content = reply_of(result(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
     config = content["chunk"]
     assert isinstance(config, ConfigRecord)
     stored = config[vector]
@@ -396,7 +396,7 @@ def test_a_reply_with_missing_numbers_is_refused(vector: str) -> None:
 # BUG (fails): a vector that is missing altogether is a KeyError that names neither round nor wish.
 @pytest.mark.parametrize("vector", ["losses", "samples", "steps"])
 def test_a_reply_that_lacks_a_vector_is_refused(vector: str) -> None:
-    content = pack_result(result(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
+    content = reply_of(result(3), ORDER, CLIENTS[:3], LAYOUT, {}, [])
     config = content["chunk"]
     assert isinstance(config, ConfigRecord)
     del config[vector]
