@@ -110,11 +110,16 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
                 "set model.base=float32"
             )
         first, *others = matrices(term)
-        product = reduce(torch.matmul, others, first)
         view = plan.targets[name] if others else None
-        wide = (view.matrix(base[name]) if view else base[name]).to(torch.float64)
-        wide = wide.add(product.to(wide.device), alpha=term.scale).to(base[name].dtype)
-        out[name] = view.stored(wide, base[name]) if view else wide
+        wide = (view.matrix(base[name]) if view else base[name]).to(torch.float64, copy=True)
+        if others and wide.device.type == "cpu":
+            *middle, last = others
+            wide.addmm_(reduce(torch.matmul, middle, first), last, alpha=term.scale)
+        else:
+            product = reduce(torch.matmul, others, first)
+            wide.add_(product.to(wide.device), alpha=term.scale)
+        new = wide.to(base[name].dtype)
+        out[name] = view.stored(new, base[name]) if view else new
     for name, value in link.dense.items():
         out[name] = value.to(base[name]) if name in base else value
     for part in link.rest:

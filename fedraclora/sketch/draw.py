@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import comb, sqrt
+from math import comb, inf, sqrt
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from fedraclora.sketch.bases import COORDINATE, HAAR, SRHT, Basis, Leaf, signs, 
 SIDES = ("right", "left")
 NORMALISATIONS = ("rows", "identity", "none")
 BLOCKS = ("independent", "cover")
-_SMALL = 1 << 17  # numbers in a drawing of 1 MiB
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ class SketchSpec:
             >>> SketchSpec("coordinate", "left", rank=1, dim=3, seed=7, index=0).draw().shape
             torch.Size([3, 1])
         """
-        return _few(self) if self.rank * self.dim > _SMALL else _many(self)
+        return next(draw for size, draw in _MEMORIES if self.rank * self.dim <= size)(self)
 
     @property
     def gram_scale(self) -> float:
@@ -270,10 +269,13 @@ def _drawn(spec: SketchSpec) -> torch.Tensor:
     return (rows if spec.side == "right" else rows.mT).contiguous()
 
 
-# A model has many small sketches, which a round draws several times, or a few large ones: two
-# memories bound the bytes that are held whatever the shapes.
-_many = lru_cache(maxsize=128)(_drawn)
-_few = lru_cache(maxsize=4)(_drawn)
+# A model has many small sketches, which a round draws several times, or a few large ones. What is
+# remembered by numbers of a drawing: 128 MiB up to the first two sizes, four of any other.
+_MEMORIES = (
+    (1 << 14, lru_cache(maxsize=1024)(_drawn)),
+    (1 << 17, lru_cache(maxsize=128)(_drawn)),
+    (inf, lru_cache(maxsize=4)(_drawn)),
+)
 
 
 @dataclass(frozen=True)

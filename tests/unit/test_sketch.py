@@ -76,9 +76,16 @@ def test_another_index_seed_or_layer_draws_another_sketch(kind: str) -> None:
     assert len(drawn) == len(specs)
 
 
-def test_large_sketches_are_remembered_too() -> None:
-    spec = spec_of("count_sketch", 3, draw._SMALL)
+@pytest.mark.parametrize("dim", [N, 1 << 14, 1 << 17])
+def test_sketches_of_every_size_are_remembered(dim: int) -> None:
+    spec = spec_of("count_sketch", 3, dim)
     assert spec.draw() is spec.draw()
+
+
+def test_the_small_sketches_of_a_deep_model_are_remembered() -> None:
+    specs = [spec_of("count_sketch", 2, N, index=i) for i in range(300)]
+    first = [spec.draw() for spec in specs]
+    assert all(spec.draw() is held for spec, held in zip(specs, first, strict=True))
 
 
 def test_entries_of_each_kind() -> None:
