@@ -111,7 +111,8 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
             )
         first, *others = matrices(term)
         view = plan.targets[name] if others else None
-        wide = (view.matrix(base[name]) if view else base[name]).to(torch.float64, copy=True)
+        old = view.matrix(base[name]) if view else base[name]
+        wide = torch.empty_like(old, dtype=torch.float64).copy_(old)
         if others and wide.device.type == "cpu":
             *middle, last = others
             wide.addmm_(reduce(torch.matmul, middle, first), last, alpha=term.scale)
