@@ -109,18 +109,17 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
                 f"{name} is held in {base_name(base[name])}, and nothing can be merged into it: "
                 "set model.base=float32"
             )
-        first, *others = matrices(term)
-        view = plan.targets[name] if others else None
-        old = view.matrix(base[name]) if view else base[name]
-        wide = torch.empty_like(old, dtype=torch.float64).copy_(old)
-        if others and wide.device.type == "cpu":
+        # Of one layout each: how a library multiplies, and the last bit, may depend on it.
+        first, *others = (factor.contiguous() for factor in matrices(term))
+        old = base[name]
+        new = torch.empty(old.shape, dtype=torch.float64, device=old.device).copy_(old)
+        W = plan.targets[name].matrix(new) if others else new
+        if others and new.device.type == "cpu":
             *middle, last = others
-            wide.addmm_(reduce(torch.matmul, middle, first), last, alpha=term.scale)
+            W.addmm_(reduce(torch.matmul, middle, first), last, alpha=term.scale)
         else:
-            product = reduce(torch.matmul, others, first)
-            wide.add_(product.to(wide.device), alpha=term.scale)
-        new = wide.to(base[name].dtype)
-        out[name] = view.stored(new, base[name]) if view else new
+            W.add_(reduce(torch.matmul, others, first).to(new.device), alpha=term.scale)
+        out[name] = new.to(old.dtype)
     for name, value in link.dense.items():
         out[name] = value.to(base[name]) if name in base else value
     for part in link.rest:
