@@ -20,6 +20,7 @@ from experiments.bench.usage import Laps, peak, reset_peak
 from experiments.bench.workloads import RAY, Case, Workload
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from strategies.fedavg import FedAvg
+from strategies.fedavg_lora import FedAvgLora
 
 
 def loop(case: Case) -> Row:
@@ -89,6 +90,7 @@ BUILDERS: dict[str, Callable[[Case], Row]] = {
     "bf16": lambda case: federated(case, precision=BF16_MIXED),
     "inline": lambda case: federated(case, chunk=1),
     "idle": lambda case: federated(case, steps=0),
+    "fedavg_lora": lambda case: federated(case, method=FedAvgLora(rank=case.workload.rank)),
     "fedavg": lambda case: federated(case, method=FedAvg()),  # the algorithm of the peers
     "loop": loop,
     "peft": peft,

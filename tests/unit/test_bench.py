@@ -237,8 +237,9 @@ def test_the_table_names_versions_and_ratios(tmp_path: Path) -> None:
     about = {"processor": "P", "cores": 2, "threads": 1, "versions": {"torch": "2"}, "git": "abc"}
     Report("A", ROWS, {}, about).write(tmp_path)
     made = tables(tmp_path)
-    row = next(line for line in made.splitlines() if "Flower" in line)
-    assert row == "| Flower 1.42.0, Ray 2.55.1, 2 actors | 0.5 | 1.5 | 2000 | 300 | 150 |"
+    (row,) = [line for line in made.splitlines() if "Flower" in line]
+    assert row.startswith("| full weights, Flower 1.42.0, Ray 2.55.1, 2 actors | 0.5 | 1.5 | 2000 |")
+    assert row.endswith("| 300 | 150 |")
     assert made.index("central") < made.index("`vectorised`") < made.index("pfl 0.6.0")
     assert "P, 2 cores; torch 2, 1 thread a process; revision abc." in made
     with pytest.raises(ConfigError, match="holds no figures"):
@@ -252,7 +253,7 @@ def test_the_table_of_a_gpu_gives_throughput_and_the_largest_chunk(tmp_path: Pat
     }
     Report("A", rows, {}, {"device": "cuda", "card": "Card 1"}).write(tmp_path)
     made = tables(tmp_path)
-    assert "| **`vectorised`** | 0.01 | 500,000 | 300 | 2 | 65,536 |" in made
+    assert "| **Fed-RAC-LoRA, `vectorised`** | 0.01 | 500,000 | 300 | 2 | 65,536 |" in made
     assert "Card 1; torch" in made
 
 
@@ -320,7 +321,7 @@ def test_the_command_prints_a_stored_table(
 ) -> None:
     Report("A", ROWS, {}, {}).write(tmp_path)
     assert run(parse([f"table={tmp_path}"])) == 0
-    assert "| **`vectorised`** |" in capsys.readouterr().out
+    assert "| **Fed-RAC-LoRA, `vectorised`** |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -379,7 +380,7 @@ def test_rows_of_several_workloads_stand_side_by_side(tmp_path: Path) -> None:
     Report("C", slower, {}, {}).write(tmp_path)
     made = side_by_side(tmp_path, ["A", "C"], ["vectorised", "flower"])
     assert "| CPU s / central | 100 clients, MLP 64-128-10 | 1,000 clients, MLP" in made
-    assert "| Flower 1.42.0, Ray 2.55.1, 2 actors | 300 | 150 |" in made
+    assert "| full weights, Flower 1.42.0, Ray 2.55.1, 2 actors | 300 | 150 |" in made
     with pytest.raises(ConfigError, match="row of workload A"):
         side_by_side(tmp_path, ["A"], ["nothing"])
 
