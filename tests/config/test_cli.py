@@ -431,7 +431,21 @@ def test_help_lists_the_groups_with_one_line_each(
         assert "fed_rac_lora" in printed
         assert "a fresh shared sketch each round" in printed
         assert all(f"  {group}=" in printed for group in ("method", "data", "engine", "experiment"))
-        assert all(f"\n  {name} " in printed for name in COMMANDS)
+        assert all(f"\n  {name} " in printed for name in (*COMMANDS, "evaluate", "stop", "wire"))
+
+
+def test_help_with_a_section_explains_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("wire", "wire.uplink=int8", "++wire.uplink=int8"):
+        main(["simulate", word, "--help"])
+        printed = capsys.readouterr().out
+        lines = [" ".join(line.split()) for line in printed.splitlines()]
+        assert printed.startswith("wire\n  numbers that travel: float32 (as they are trained) | ")
+        assert "wire.downlink=float32 the same, on the way to the clients" in lines
+        assert "groups:" not in printed
+    main(["simulate", "evaluate.every=2", "local=momentum", "evaluate.split=test", "--help"])
+    parts = capsys.readouterr().out.split("\n\n")
+    assert [part.split("\n")[0] for part in parts[::2]] == ["evaluate", "local=momentum"]
+    assert "evaluate.split=test" in parts[1]
 
 
 def test_help_with_a_choice_explains_its_keys_wherever_they_stand(
