@@ -421,6 +421,9 @@ def test_unknown_rows_and_keys_name_the_nearest() -> None:
         bind("thing", {"a": thing}, {})
     with pytest.raises(ConfigError, match=r"unknown key 'thing.sise'; did you mean 'thing.size'"):
         build("thing", Thing, {"sise": 1})
+    for name, near in (("galor", "galore_average"), ("fed_rac", "fed_rac_lora"), ("lor", "lora")):
+        with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
+            bind("method", METHOD_TABLE, {"name": name})
 
 
 @pytest.mark.parametrize(
