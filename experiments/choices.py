@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -26,6 +26,26 @@ def groups() -> dict[str, dict[str, str]]:
     for path in sorted(CONF.glob("*/*.yaml")):
         found.setdefault(path.parent.name, {})[path.stem] = _comment(path)[0]
     return found
+
+
+def sections() -> dict[str, str]:
+    """List the sections of ``config.yaml`` that are no groups: section -> its comment."""
+    comments = _comments(CONF / "config.yaml")
+    return {name: comments.get(name, "") for name in _sections()}
+
+
+def section_keys(name: str) -> str:
+    """Write what a section is, and a line for each of its keys, as `keys_of` does of a choice."""
+    comments = _comments(CONF / "config.yaml")
+    keys = {f"{name}.{key}": value for key, value in _sections()[name].items()}
+    return "\n".join([name, *_explained([comments.get(name, "")], keys, comments)])
+
+
+def _sections() -> dict[str, dict[str, object]]:
+    import yaml
+
+    loaded = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    return {k: v for k, v in loaded.items() if isinstance(v, dict) and k != "hydra"}
 
 
 def choice(group: str, name: str, *, folders: Sequence[Path] = ()) -> dict[str, object]:
@@ -98,13 +118,23 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
     for file in files:  # what is said last holds
         comments |= _comments(file)
     before = "" if GLOBAL in files[-1].read_text(encoding="utf-8") else f"{group}."
-    rows = []
-    for key, value in flatten(choice(group, name, folders=folders)).items():
-        word = f"{before}{key}={value if isinstance(value, str) else json.dumps(value)}"
-        rows.append((word, comments.get(key, comments.get(key.removesuffix(".name"), ""))))
+    keys = flatten(choice(group, name, folders=folders))
+    texts = {before + k: comments.get(k, comments.get(k.removesuffix(".name"), "")) for k in keys}
+    shown = {before + key: value for key, value in keys.items()}
+    return "\n".join([f"{group}={name}", *_explained(_comment(files[-1]), shown, texts)])
+
+
+def _explained(
+    about: Sequence[str], keys: Mapping[str, object], comments: Mapping[str, str]
+) -> list[str]:
+    """Write what something is, and a line for each of its keys with its value and its comment."""
+    rows = [
+        (f"{key}={value if isinstance(value, str) else json.dumps(value)}", comments.get(key, ""))
+        for key, value in keys.items()
+    ]
     width = max((len(word) for word, text in rows if text), default=0)
-    lines = [*_comment(files[-1]), "", *(f"{word:<{width}}  {text}" for word, text in rows)]
-    return "\n".join([f"{group}={name}", *(f"  {line}".rstrip() for line in lines)])
+    lines = [*about, "", *(f"{word:<{width}}  {text}" for word, text in rows)]
+    return [f"  {line}".rstrip() for line in lines]
 
 
 def composed(words: Sequence[str]) -> dict[str, object]:

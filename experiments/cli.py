@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from experiments import completion
-from experiments.choices import groups, keys_of
+from experiments.choices import groups, keys_of, section_keys, sections
 from experiments.interrupt import at_once, in_order
 from experiments.status import reported
 from fedraclora.errors import unknown
@@ -28,7 +28,8 @@ def usage() -> str:
     for group, choices in groups().items():
         chosen += [f"  {group}=", *(f"    {name:<22} {text}" for name, text in choices.items())]
     text = Template(Path(__file__).with_name("usage.tmpl").read_text(encoding="utf-8"))
-    return text.substitute(groups="\n".join(chosen)).rstrip("\n")
+    kept = "\n".join(f"  {name:<24} {text}" for name, text in sections().items())
+    return text.substitute(groups="\n".join(chosen), sections=kept).rstrip("\n")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -56,11 +57,16 @@ def main(words: Sequence[str] | None = None) -> None:
 
 @reported
 def explain(words: Sequence[str]) -> int:
-    """Print the keys of the choices among some words, or the help text if there are none."""
-    typed = [word.lstrip("+").partition("=") for word in words]
-    chosen = [(group, name) for group, mark, name in typed if mark and group in groups()]
+    """Print the keys of the choices and sections among some words; the help text if none is."""
     folders = [Path(name) for _, name in completion.part_folders(words)[0] if name]
-    print("\n\n".join(keys_of(*words, folders=folders) for words in chosen) or usage())
+    found: dict[str, None] = {}  # each once, in their order
+    for word in words:
+        key, mark, name = word.lstrip("+").partition("=")
+        if mark and key in groups():
+            found[keys_of(key, name, folders=folders)] = None
+        elif (section := key.partition(".")[0]) in sections():
+            found[section_keys(section)] = None
+    print("\n\n".join(found) or usage())
     return 0
 
 

@@ -78,7 +78,10 @@ def compare(
 
 def _read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     runs, notes = [], []
-    for folder in find_runs(paths):
+    folders, results = find_runs(paths)
+    if results:  # no note: a table says the same, whether its own folder was named or not
+        print(f"passed over, as results and not runs: {', '.join(map(str, results))}")
+    for folder in folders:
         try:
             runs.append(read_run(folder))
         except CheckpointError as error:

@@ -27,8 +27,8 @@ def in_order() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:  # its notes say what is left, and how to go on
+        print(" ".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(STATUS)
     finally:
         signal.signal(signal.SIGTERM, before)

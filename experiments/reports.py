@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,8 @@ from fedraclora.run.stopped import divergence
 from fedraclora.weights.files import flatten
 
 RUN_FILES = ("config.yaml", "ledger.jsonl", "summary.json")
+# By which a folder is known that a comparison, a study or `fedraclora theory` has written.
+RESULT_FILES = ({"table.md", "table.csv"}, {"study.yaml"}, {"table.md", "theory.json"})
 NOT_THE_RUN = ("seed", "output", "resume", "data.root")  # where and which draw, not what
 
 
@@ -98,31 +100,50 @@ class Run:
         return int(number(self.rows[-1], "round"))
 
 
-def find_runs(paths: Iterable[Path]) -> list[Path]:
+def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Find run folders: the paths themselves, or all below them; each once, sorted per path.
 
+    Returns:
+        The runs; and the paths that have none, but results of ours: ``runs/*`` names those, too.
+
     Raises:
-        CheckpointError: If a path does not exist or has no run.
+        CheckpointError: If a path does not exist or has neither, or if there is no run at all.
     """
     found: dict[Path, None] = {}
+    results = []
     for path in paths:
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a folder; give the folder of a run or of a sweep")
-        below = _runs_below(path)
-        if not below:
+        below = _below(path, _is_run)
+        if not below and _below(path, _is_result):
+            results.append(path)
+        elif not below:
             raise CheckpointError(
                 f"no run in {path} or below it; a run folder holds {', '.join(RUN_FILES)}"
             )
         found |= dict.fromkeys(below)
-    return list(found)
+    if results and not found:
+        raise CheckpointError(
+            f"no run in {', '.join(map(str, results))}: what was written there is the result of a "
+            "comparison or a study; give the folder of a run or of a sweep"
+        )
+    return list(found), results
 
 
-def _runs_below(folder: Path) -> list[Path]:
-    if any((folder / name).is_file() for name in RUN_FILES):
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in RUN_FILES)
+
+
+def _is_result(folder: Path) -> bool:
+    return any(all((folder / name).is_file() for name in names) for names in RESULT_FILES)
+
+
+def _below(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    if wanted(folder):
         return [folder]
     # Hidden folders are Hydra's own: .hydra/config.yaml is not a run.
     parts = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [run for part in parts for run in _runs_below(part)]
+    return [found for part in parts for found in _below(part, wanted)]
 
 
 def read_run(folder: Path) -> Run:

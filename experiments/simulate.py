@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +28,18 @@ from experiments.status import composing, reported, tell
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.protocol.plan import frozen_layers
-from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
-from fedraclora.run.ledger import headline, number
+from fedraclora.run.folder import (
+    has_begun,
+    method_label,
+    read_config,
+    read_summary,
+    refuse_existing,
+    resume_word,
+)
+from fedraclora.run.ledger import headline, number, read_ledger
+from fedraclora.run.recorder import checkpoint_meta
 from strategies import METHODS
 from strategies.assembly import Assembled
 from strategies.outcome import execute
@@ -154,9 +163,27 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
     if resume and is_done(folder, plain):
         Console().print(f"{folder} is finished already")
         return read_summary(folder)
-    summary = simulate(plain, folder, resume=resume)
+    try:
+        summary = simulate(plain, folder, resume=resume)
+    except KeyboardInterrupt as error:
+        with suppress(FedRacLoraError):  # what cannot be read must not hide how it ended
+            if has_begun(folder):
+                error.add_note(standing(folder))
+        raise
     report(summary, folder)
     return summary
+
+
+def standing(folder: Path) -> str:
+    """Say where a run that was interrupted stands, and the command that goes on with it."""
+    done = number(read_ledger(folder / "ledger.jsonl")[-1], "round")
+    kept = checkpoint_meta(folder).get("round")
+    if kept is None:
+        stands = "before its first checkpoint, so that it will begin again"
+    else:
+        stands = f"with a checkpoint after round {kept}: {done - kept:g} will be run again"
+    there = f"after round {done:g} of {read_config(folder).get('rounds')}"
+    return f"{there}, {stands}; go on with: fedraclora simulate {resume_word(folder)}"
 
 
 @reported

@@ -106,8 +106,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     """Find the names that are most like one that does not exist; none where no name is like it.
 
-    Of dotted names the last part decides: the same, its initials, or most of its letters. Among
-    equals, those of the likest group come first, then those that stand first in ``known``.
+    Of dotted names the last part decides: the same, its initials, its beginning, or most of its
+    letters. Among equals, those of the likest group come first, then those that stand first in
+    ``known``.
 
     Args:
         name: What came.
@@ -137,7 +138,8 @@ def _alike(one: str, other: str) -> float:
         return 1.0
     if {one, other} & {_initials(one), _initials(other)}:
         return 0.9
-    return SequenceMatcher(None, one, other).ratio()
+    least = 0.85 if len(one) > 2 and other.startswith(one) else 0.0  # galore_average, of galor
+    return max(least, SequenceMatcher(None, one, other).ratio())
 
 
 def _initials(words: str) -> str | None:

@@ -26,6 +26,7 @@ from fedraclora.limits import Share
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
+from fedraclora.sketch import Normalise, Sketch
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
 from strategies.shared.layerwise import LowRank
@@ -45,8 +46,8 @@ class BernoulliLora(LowRank):
 
     traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
 
-    sketch: str = "orthonormal"
-    normalise: str = "rows"
+    sketch: Sketch = "orthonormal"
+    normalise: Normalise = "rows"
     probability: Share = 0.5
     coins: int = 0
 

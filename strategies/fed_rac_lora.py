@@ -42,7 +42,7 @@ from fedraclora.limits import Chance, Count, Positive
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.method import Cohort, Draw, Traits
 from fedraclora.rng import generator
-from fedraclora.sketch import SketchSpec, check_sketch
+from fedraclora.sketch import Blocks, SketchSpec, check_sketch
 from fedraclora.tree import Tree
 from strategies.shared import past
 from strategies.shared.asymmetric import Asymmetric
@@ -66,7 +66,7 @@ class FedRacLora(GradientFirst, Asymmetric):
     """
 
     side: Side = "right"
-    blocks: str = "independent"
+    blocks: Blocks = "independent"
     resample_every: Count | None = 1
     density: Chance = 0.1
     server_lr: Positive = 1.0

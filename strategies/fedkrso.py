@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan, Traits
+from fedraclora.sketch import Sketch
 from strategies.shared.asymmetric import Asymmetric
 from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
@@ -43,7 +44,7 @@ class FedKrso(Asymmetric):
     traits = Traits(exact=True, linear=True, merges=True)
     recipe = "in_turn"
 
-    sketch: str = "gaussian"
+    sketch: Sketch = "gaussian"
     sketches: int = 2
     interval: Count = 1
 

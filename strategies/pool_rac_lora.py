@@ -33,7 +33,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Term, Traits
 from fedraclora.protocol.pool import Pool, added, part_name
-from fedraclora.sketch import SketchSpec
+from fedraclora.sketch import Blocks, SketchSpec
 from fedraclora.tree import Tree
 from strategies.fed_rac_lora import FedRacLora
 from strategies.shared.layerwise import Round
@@ -49,7 +49,7 @@ class PoolRacLora(FedRacLora):
         refresh: E, rounds of an era; None: the first pool serves for ever.
     """
 
-    blocks: str = "cover"
+    blocks: Blocks = "cover"
     pool: Count = 4
     refresh: int | None = None
 

@@ -41,6 +41,7 @@ from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.training.precision import BF16_MIXED, FLOAT32
 from fedraclora.tree import Tree
 
+NOT_INSTALLED = "not installed; `make bench-peers` installs the peers"
 PRECISION_OF = {"vectorised": FLOAT32, "bf16": BF16_MIXED}
 
 
@@ -111,7 +112,7 @@ def measure(name: str, case: Case, config: BenchConfig) -> Report:
     for peer in (row for row in chosen if row in PEERS):
         python = interpreter(Path(config.peers), peer)
         if case.device.type != "cpu" or python is None:
-            report.missing[peer] = "peers are timed on the CPU only" if python else "not installed"
+            report.missing[peer] = "peers are timed on the CPU only" if python else NOT_INSTALLED
             continue
         try:
             ran, weights = run_peer(peer, python, workload, case.task, rounds + 1, config.threads)

@@ -22,7 +22,7 @@ from experiments.study.entries import (
 )
 from experiments.study.file import Study
 from experiments.study.tables import cost
-from experiments.study.tuning import Done
+from experiments.study.tuning import Done, shown_value
 from experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.leaderboard import Entrant, leaderboard_figure
@@ -58,7 +58,12 @@ def leaderboard(study: Study, done: Done) -> Table | None:
         notes.append(f"Not run to the end, or diverged at every value: {', '.join(missing)}.")
     if spent := cost(done):
         notes.append(spent)
-    return replace(Table.of([_shown(study, r) for r in records], notes), records=records)
+    key = str(study.grid["key"])
+    shown = [
+        _shown(study, record) | {key: shown_value(study, entry.row, entry.value, done)}
+        for entry, record in zip(ranked, records, strict=True)
+    ]
+    return replace(Table.of(shown, notes), records=records)
 
 
 def write_leaderboard(study: Study, done: Done, out: Path) -> Table | None:
@@ -116,8 +121,8 @@ def _record(entry: Entry) -> Row:
 
 
 def _shown(study: Study, record: Row) -> dict[str, str]:
-    """What the table shows of a record, by title."""
-    key, there, seeds = str(study.grid["key"]), record["seeds_at_target"], record["seeds"]
+    """What the table shows of a record, by title; the tuned value comes behind it."""
+    there, seeds = record["seeds_at_target"], record["seeds"]
     missed = "" if there == seeds else f" ({there} of {seeds} seeds)"
     spread = number(record, "std")
 
@@ -145,7 +150,6 @@ def _shown(study: Study, record: Row) -> dict[str, str]:
         "exactness error": "exact" if record["exact"] else error,
         "server CPU s a round": text("server_cpu_seconds"),
         "client MB": text("client_bytes", MEGABYTE),
-        key: f"{number(record, key):g}",
     }
 
 

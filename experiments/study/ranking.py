@@ -63,7 +63,9 @@ def compare_study(words: Sequence[str]) -> None:
     if made is None:
         raise ConfigError(f"{out} has no method whose final runs are all there and did not diverge")
     made.print()
-    print(f"written: {out}/leaderboard.md, leaderboard.csv, leaderboard.png and more")
+    names = ("leaderboard.md", "leaderboard.csv", "leaderboard.png", "budgets.md", "compare.png")
+    there = [name for name in names if (out / name).is_file()]  # one row alone has no budgets
+    print(f"written: {out}/{', '.join(there)} and more")
 
 
 def find(name: str) -> Path:

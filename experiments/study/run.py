@@ -159,7 +159,8 @@ def run_jobs(jobs: list[Job], done: dict[str, Line], path: Path, workers: int) -
         with path.open("a") as file:
             file.write(json.dumps(line, default=str) + "\n")
         done[line["key"]] = line
-        print(line["key"], line["metrics"], flush=True)
+        ended = f"diverged: {line['diverged']}" if "diverged" in line else line["metrics"]
+        print(line["key"], ended, flush=True)
     return bool(left)
 
 

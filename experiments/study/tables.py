@@ -16,7 +16,7 @@ from experiments.study.entries import (
     uplink,
 )
 from experiments.study.file import Study
-from experiments.study.tuning import Done, diverged, score, tried_values
+from experiments.study.tuning import Done, diverged, score, shown_value, tried_values
 from experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.run.ledger import Row, number
@@ -45,10 +45,9 @@ def _record(entry: Entry, done: Done) -> dict[str, object]:
     study, lines, value = entry.study, entry.lines, entry.value
     tried = tried_values(study, entry.row, done)
     unstable = [v for v in tried if diverged(study, entry.row, v, done)]
-    edge = study.tune is not None and value in {min(tried), max(tried)}
     record: dict[str, object] = {
         "method": entry.title,
-        str(study.grid["key"]): f"{value:g}{' (edge of the grid)' if edge else ''}",
+        str(study.grid["key"]): shown_value(study, entry.row, value, done),
         "passed over": ", ".join(f"{v:g}" for v in unstable),
         "seeds": len(lines),
         study.metric: round(entry.mean, 4),

@@ -105,6 +105,13 @@ def diverged(study: Study, row: str, value: float, done: Done) -> bool:
     return any("diverged" in done.get(j.key, {}) for j in study.jobs("final", row, [value]))
 
 
+def shown_value(study: Study, row: str, value: float, done: Done) -> str:
+    """Write a tuned value, marked where the grid ends there: a better one may lie beyond it."""
+    tried = tried_values(study, row, done)
+    edge = study.tune is not None and value in {min(tried), max(tried)}
+    return f"{value:g}{' (edge of the grid)' if edge else ''}"
+
+
 def is_tuned(study: Study, row: str, done: Done) -> bool:
     """Check whether all tuning runs of a row are there."""
 

@@ -273,7 +273,7 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
     Raises:
         MissingKeysError: Naming all keys that are missing.
     """
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     found: dict[str, object] = {"plain": plain}
     keys = [key for key in inspect.signature(kind).parameters if key not in {"plain", "method"}]
     given = {f.name for f in fields(kind) if (f.default, f.default_factory) != (MISSING, MISSING)}

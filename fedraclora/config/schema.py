@@ -114,13 +114,16 @@ def build(kind: str, target: Callable[..., T], group: Plain) -> T:
 @functools.cache
 def _hints(target: Callable[..., object]) -> dict[str, object]:
     if dataclasses.is_dataclass(target):  # a field's hint is read where its class stands
-        return typing.get_type_hints(target)
+        return typing.get_type_hints(target, include_extras=True)
     called = target.__init__ if inspect.isclass(target) else target
-    return typing.get_type_hints(called)
+    return typing.get_type_hints(called, include_extras=True)
 
 
 def coerce(key: str, value: object, hint: object) -> object:
     """Check a plain value against a type hint; an int may stand for a float.
+
+    Limits beside the type are not checked here (`fedraclora.limits`), but the words that one leaves
+    are named where the type is wrong.
 
     A class whose ``rows()`` is a table stands for a nested group: its ``name`` is a row of the
     table, its other keys are that row's arguments, and what the row makes is the value. A row does
@@ -138,7 +141,7 @@ def coerce(key: str, value: object, hint: object) -> object:
         fedraclora.errors.ConfigError: method.rank is 'four'; int is wanted
     """
     check_size(key, value)
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    options = _options(hint)
     for option in options:
         if (table := _table(option)) and isinstance(value, Mapping):
             row = bind(key, table, value)
@@ -197,6 +200,9 @@ def _shown(hint: object) -> str:
     """A hint in the words of a config file."""
     if _is_union(hint):
         return " or ".join(map(_shown, typing.get_args(hint)))
+    if annotated := _annotated(hint):
+        words = [word for limit in annotated[1:] for word in getattr(limit, "choices", ())]
+        return f"one of {', '.join(words)}" if words else _shown(annotated[0])
     if table := _table(hint):
         return f"a group with a name ({', '.join(table)})"
     if hint is type(None):
@@ -215,6 +221,19 @@ def _fits_elements(value: list[object], hint: object) -> bool:
             except ConfigError:
                 return False
     return True
+
+
+def _options(hint: object) -> tuple[object, ...]:
+    """The types that a hint allows, without the limits beside them."""
+    if _is_union(hint):
+        return tuple(option for inner in typing.get_args(hint) for option in _options(inner))
+    annotated = _annotated(hint)
+    return _options(annotated[0]) if annotated else (hint,)
+
+
+def _annotated(hint: object) -> tuple[typing.Any, ...]:
+    """What stands in ``Annotated[...]``; empty for other hints."""
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else ()
 
 
 def _is_union(hint: object) -> bool:

@@ -8,11 +8,24 @@ from __future__ import annotations
 
 from fedraclora.sketch.draw import (
     SKETCHES,
+    Blocks,
     Constants,
+    Normalise,
+    Sketch,
     Sketches,
     SketchSpec,
     check_sketch,
     constants,
 )
 
-__all__ = ["SKETCHES", "Constants", "SketchSpec", "Sketches", "check_sketch", "constants"]
+__all__ = [
+    "SKETCHES",
+    "Blocks",
+    "Constants",
+    "Normalise",
+    "Sketch",
+    "SketchSpec",
+    "Sketches",
+    "check_sketch",
+    "constants",
+]

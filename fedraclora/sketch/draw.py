@@ -21,11 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import comb, inf, sqrt
+from typing import Annotated
 
 import numpy as np
 import torch
 
 from fedraclora.errors import ConfigError, unknown
+from fedraclora.limits import choice_of
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch.bases import COORDINATE, HAAR, SRHT, Basis, Leaf, signs, words
 
@@ -143,6 +145,10 @@ SKETCHES: dict[str, Kind] = {
     ),
     "count_sketch": Kind(count_sketch, lambda s: s.dim / s.rank, count_rank),
 }
+# Settings of methods.
+Sketch = Annotated[str, choice_of(SKETCHES)]
+Normalise = Annotated[str, choice_of(NORMALISATIONS)]
+Blocks = Annotated[str, choice_of(BLOCKS)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing_extensions import override
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.plan import Rank
-from fedraclora.sketch import check_sketch
+from fedraclora.sketch import Normalise, Sketch, check_sketch
 from strategies.shared.common import drawn_rank, draws_right
 from strategies.shared.layerwise import LayerMethod
 
@@ -26,8 +26,8 @@ class Asymmetric(LayerMethod):
         sketches: G, equal parts of one drawing, of the rank each.
     """
 
-    sketch: str = "orthonormal"
-    normalise: str = "rows"
+    sketch: Sketch = "orthonormal"
+    normalise: Normalise = "rows"
     sketches: Count = 1
 
     @override

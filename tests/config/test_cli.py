@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ import yaml
 
 from experiments.choices import choice
 from experiments.cli import COMMANDS, main
+from experiments.progress import RunProgress
 from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.run.folder import resume_word
 from fedraclora.weights.files import flatten
 
 SMALL = [
@@ -387,6 +390,38 @@ def test_an_unknown_command_is_refused(command: Run) -> None:
     )
 
 
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [(2, "with a checkpoint after round 2: 1 will be run again"), (9, "before its first check")],
+)
+def test_an_interrupt_says_where_the_run_stands_and_how_it_goes_on(
+    simulate: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sign: signal.Signals,
+    every: int,
+    said: str,
+) -> None:
+    def show(self: RunProgress, row: dict[str, object]) -> None:
+        if row["round"] == 3:
+            signal.raise_signal(sign)
+
+    words = ["rounds=4", "output.sync=false", f"output.checkpoint_every={every}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, "show", show)
+        heeded = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            status, error = simulate(*words)
+        finally:
+            signal.signal(signal.SIGINT, heeded)
+    hint = f"go on with: fedraclora simulate {resume_word(tmp_path / 'run')}"
+    assert (status, error.splitlines()[-1][:30]) == (130, "interrupted after round 3 of 4")
+    assert said in error
+    assert error.endswith(f"; {hint}\n")
+    assert simulate(*words, f"resume={tmp_path / 'run'}") == (0, "")
+
+
 def test_help_lists_the_groups_with_one_line_each(
     command: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -396,7 +431,21 @@ def test_help_lists_the_groups_with_one_line_each(
         assert "fed_rac_lora" in printed
         assert "a fresh shared sketch each round" in printed
         assert all(f"  {group}=" in printed for group in ("method", "data", "engine", "experiment"))
-        assert all(f"\n  {name} " in printed for name in COMMANDS)
+        assert all(f"\n  {name} " in printed for name in (*COMMANDS, "evaluate", "stop", "wire"))
+
+
+def test_help_with_a_section_explains_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("wire", "wire.uplink=int8", "++wire.uplink=int8"):
+        main(["simulate", word, "--help"])
+        printed = capsys.readouterr().out
+        lines = [" ".join(line.split()) for line in printed.splitlines()]
+        assert printed.startswith("wire\n  numbers that travel: float32 (as they are trained) | ")
+        assert "wire.downlink=float32 the same, on the way to the clients" in lines
+        assert "groups:" not in printed
+    main(["simulate", "evaluate.every=2", "local=momentum", "evaluate.split=test", "--help"])
+    parts = capsys.readouterr().out.split("\n\n")
+    assert [part.split("\n")[0] for part in parts[::2]] == ["evaluate", "local=momentum"]
+    assert "evaluate.split=test" in parts[1]
 
 
 def test_help_with_a_choice_explains_its_keys_wherever_they_stand(

@@ -468,7 +468,7 @@ def test_peers_that_are_not_there_or_fail_are_missing(tmp_path: Path, peer_pytho
     report = measure("A", Case(workload, CPU), config)
     assert report.rows.keys() == {"fedavg"}
     assert report.missing.keys() == {"pfl", "fedlab"}
-    assert report.missing["fedlab"] == "not installed"
+    assert report.missing["fedlab"] == "not installed; `make bench-peers` installs the peers"
     assert "peer pfl ended with status 1:\nno such library" in report.missing["pfl"]
 
 

@@ -414,11 +414,40 @@ def test_runs_are_found_below_a_folder_once(make: Make, tmp_path: Path) -> None:
     hydra.mkdir()
     (hydra / "config.yaml").write_text("a: 1")
     (a / "checkpoint").mkdir()
-    assert find_runs([tmp_path / "sweep", a]) == [a, b]
+    assert find_runs([tmp_path / "sweep", a]) == ([a, b], [])
     with pytest.raises(CheckpointError, match="no run in"):
         find_runs([a / "checkpoint"])
     with pytest.raises(CheckpointError, match="not a folder"):
         find_runs([tmp_path / "absent"])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_comparison_may_be_made_again_of_all_that_lies_beside_it(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make("a", rac())
+    sweep = tmp_path / "sweep"
+    out = sweep / "compare"
+
+    def words() -> list[str]:  # as the shell reads sweep/*
+        return [str(path) for path in sorted(sweep.iterdir())]
+
+    assert main([*words(), "--out", str(out)]) == 0
+    assert "passed over" not in capsys.readouterr().out
+    table = (out / "table.md").read_text()
+    study = sweep / "compared" / "mine"
+    study.mkdir(parents=True)
+    (study / "study.yaml").write_text("grid: {}")
+    assert main([*words(), "--out", str(out)]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "passed over" in x]
+    assert line.endswith(f"{out}, {study.parent}")
+    assert (out / "table.md").read_text() == table
+    # What is nothing of ours stays an error, and so does a command that names no run at all.
+    (sweep / "notes").mkdir()
+    assert main([*words(), "--out", str(out)]) == 1
+    assert f"no run in {sweep}/notes or below it" in capsys.readouterr().err
+    assert main([str(out), "--out", str(out)]) == 1
+    assert f"no run in {out}: what was written there" in capsys.readouterr().err
 
 
 def test_a_run_that_was_never_evaluated_has_nothing_to_compare(make: Make, tmp_path: Path) -> None:

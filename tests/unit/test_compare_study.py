@@ -92,7 +92,25 @@ def test_what_is_unverified_or_personal_is_marked_and_not_ranked(ran: Path) -> N
     assert rows[-1].startswith("| fedsa_lora ‡ |")
     for name in ("table.md", "budgets.md"):
         assert "| fedsa_lora (clients' own models) |" in (ran / "out" / name).read_text()
-    assert (ran / "out" / "leaderboard.png").stat().st_size > 10_000
+    for name in ("leaderboard.png", "compare.png"):
+        assert (ran / "out" / name).stat().st_size > 10_000
+
+
+def test_a_value_at_the_edge_of_its_grid_is_marked_in_every_table(
+    ran: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"experiment={ran}/tiny.yaml", f"out={ran}/out", "local.batch_size=8", "table=true"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith(f"written: {ran}/out/leaderboard.md, ")
+    assert "budgets.md, compare.png" in printed
+    marked = []
+    for name in ("leaderboard", "table"):
+        text = (ran / "out" / f"{name}.md").read_text()
+        lines = [line for line in text.splitlines() if line.startswith("| fed")]
+        marked.append({line.split()[1] for line in lines if "(edge of the grid)" in line})
+    assert marked[0] == marked[1] != set()
+    assert all(0 < float(record["local.lr"]) < 1 for record in records(ran).values())
 
 
 def test_what_has_run_is_not_run_again(ran: Path) -> None:

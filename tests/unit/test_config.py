@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
@@ -24,12 +24,14 @@ from fedraclora.config.run_config import (
 from fedraclora.config.schema import bind, build, coerce, section, without
 from fedraclora.config.settings import (
     ENGINES,
+    Chunk,
     EvaluateConfig,
     OutputConfig,
     PretrainConfig,
     RayConfig,
 )
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
+from fedraclora.limits import choice_of
 from fedraclora.protocol.method import Method
 from fedraclora.training.extras.settings import LocalSettings
 from strategies import METHODS
@@ -129,7 +131,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"method__alpha": 0}, "method.alpha is 0"),
         ({"method__alpha": float("nan")}, "method.alpha is nan"),
         ({"method__alpha": None}, "method.alpha is None"),
-        ({"method__sketch": "gausian"}, "unknown sketch 'gausian'; did you mean 'gaussian'"),
+        ({"method__sketch": "gausian"}, "unknown method.sketch 'gausian'; did you mean 'gaussian'"),
         ({"method__side": "lefty"}, "unknown method.side 'lefty'; did you mean 'left'"),
         ({"method__resample_every": 0}, "method.resample_every is 0; 1 or more, or null"),
         ({"method__density": 0.0}, "method.density is 0.0; a number in (0, 1] is wanted"),
@@ -138,6 +140,14 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"data__name": "mnist5k"}, "unknown data 'mnist5k'; did you mean 'mnist_5k'"),
         ({"model__name": "mpl"}, "unknown model 'mpl'; did you mean 'mlp'"),
         ({"local__lr": "fast"}, "local.lr is 'fast'; float is wanted"),
+        (
+            {"wire": {"uplink": 8}},
+            "wire.uplink is 8; one of float32, bfloat16, int8, int4 is wanted",
+        ),
+        ({"head": None}, "head is None; one of adapt, average, frozen, local is wanted"),
+        ({"local__schedule": 1}, "one of constant, cosine, linear, step is wanted"),
+        ({"method__side": 1}, "method.side is 1; one of right, left, auto is wanted"),
+        ({"method__sketch": 1}, "method.sketch is 1; one of orthonormal, coordinate, srht, gau"),
         ({"local__lr": -0.5}, "local.lr is -0.5"),
         ({"local__momentun": 0.5}, "unknown key 'local.momentun'; did you mean 'local.momentum'"),
         ({"local__epochs": 1.5}, "local.epochs is 1.5; int is wanted"),
@@ -411,6 +421,9 @@ def test_unknown_rows_and_keys_name_the_nearest() -> None:
         bind("thing", {"a": thing}, {})
     with pytest.raises(ConfigError, match=r"unknown key 'thing.sise'; did you mean 'thing.size'"):
         build("thing", Thing, {"sise": 1})
+    for name, near in (("galor", "galore_average"), ("fed_rac", "fed_rac_lora"), ("lor", "lora")):
+        with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
+            bind("method", METHOD_TABLE, {"name": name})
 
 
 @pytest.mark.parametrize(
@@ -446,6 +459,8 @@ def test_values_that_fit_pass(value: object, hint: object, wanted: object) -> No
         (None, int, "key is None; int is wanted"),
         (1, bool, "key is 1; bool is wanted"),
         (1, str | None, "key is 1; str or null is wanted"),
+        (1, Annotated[str, choice_of("ab")] | None, "key is 1; one of a, b or null is wanted"),
+        (1.5, Chunk, "key is 1.5; int or str is wanted"),
         ("x", list[int], "key is 'x'; list"),
         ([1], int | None, "key is [1]; int or null is wanted"),
     ],

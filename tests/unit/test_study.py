@@ -10,9 +10,9 @@ import pytest
 
 from experiments.study.command import main
 from experiments.study.file import Study
-from experiments.study.run import run_job
+from experiments.study.run import run_job, run_jobs
 from experiments.study.tables import budgets, cost, results, write_results
-from experiments.study.tuning import is_tuned, read_lines, score, tuned_by, tuned_value
+from experiments.study.tuning import Line, is_tuned, read_lines, score, tuned_by, tuned_value
 from fedraclora.errors import ConfigError
 
 TEXT = """
@@ -237,9 +237,15 @@ def test_a_run_is_recorded_with_config_and_revision(tmp_path: Path) -> None:
     assert found["curve"][-1]["metrics"] == found["metrics"]
 
 
-def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
+def test_a_run_that_diverges_is_a_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = study(tmp_path, TEXT + SMALL)
-    found = run_job(plan.jobs("final", "small", [1e30])[0])
+    (job,) = plan.jobs("final", "small", [1e30])[:1]
+    done: dict[str, Line] = {}
+    assert run_jobs([job], done, tmp_path / "runs.jsonl", 1)
+    found = done[job.key]
+    assert capsys.readouterr().out == f"{job.key} diverged: {found['diverged']}\n"
     assert "training loss" in str(found["diverged"])
     assert found["metrics"] == {}
     assert float(str(found["cpu_seconds"])) > 0
