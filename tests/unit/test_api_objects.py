@@ -281,3 +281,16 @@ def test_new_rows_of_a_frame_are_brought_to_its_scale(loss: str | None) -> None:
     assert found.evaluate(test, target="y") == pytest.approx(found.evaluate(), rel=1e-6)
     with pytest.raises(ConfigError, match="f3"):
         found.evaluate(test.drop(columns="f3"), target="y")
+
+
+def test_images_of_bytes_and_named_classes_are_told_for_exports() -> None:
+    images = np.arange(2 * 10 * 5, dtype=np.uint8).reshape(2, 10, 5)
+    clients = [(part, np.arange(10) % 2) for part in images]
+    found = run(data=clients, rounds=0).built().task.reading
+    assert found == {"shape": [5], "subtract": 0, "divide_by": 255}
+    table = datasets.Dataset.from_dict({"x": X, "label": Y % 2}).cast_column(
+        "label", datasets.ClassLabel(names=["no", "yes"])
+    )
+    for data in (table, {"one": table.select(range(40)), "two": table.select(range(40, 90))}):
+        found = run(data=data, clients=2 if data is table else None, rounds=0)
+        assert found.built().task.reading == {"shape": [5], "classes": ["no", "yes"]}
