@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
@@ -234,6 +234,23 @@ def test_a_run_in_memory_is_exported_by_the_difference_of_its_weights(dora, tmp_
     assert dora or record["layers"]["0"]["rank"] == RANK
     with pytest.raises(ConfigError, match="a run in memory has its last weights alone"):
         run.export(tmp_path / "first", round=1)
+
+
+def test_the_lines_of_the_card_load_an_adapter_whose_folder_was_moved(tmp_path):
+    run = trained("bert", "fedavg_lora", tmp_path / "run", head="average")
+    record = run.export(tmp_path / "adapter")
+    assert record["base"] == "./base"
+    moved = shutil.move(tmp_path / "adapter", tmp_path / "elsewhere")
+    assert distance(followed(moved)["model"], run.weights()) < 1e-6
+    card = (moved / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "write the new path of `base` there as `base_model_name_or_path`" in card
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(moved / "base")})
+    )
+    found = AutoPeftModelForSequenceClassification.from_pretrained(moved).merge_and_unload()
+    assert distance(found, run.weights()) < 1e-6
 
 
 def table(rows: int, seed: int) -> pd.DataFrame:
