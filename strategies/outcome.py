@@ -41,6 +41,7 @@ from strategies.weights import load_weights
 
 log = logging.getLogger(__name__)
 
+NAMED = 8  # notes of a run that begins
 SHOWN = 1000  # clients in partition.png, spread over the population
 
 
@@ -122,6 +123,13 @@ def execute(
     loggers.end(summary)
     rows = list(run.strategy.recorder.ledger.rows)
     return Run(summary, rows, folder, dict(config.plain), run.weights, lambda: run.built)
+
+
+def notes_of(run: Assembled) -> list[str]:
+    """Say what is not as it was asked for, such as a rank that was cut, where a run begins."""
+    notes = [] if run.strategy.recorder.ledger.rows else list(run.strategy.state.notes)
+    more = len(notes) - NAMED
+    return notes[:NAMED] + ([f"{more} more such notes are in the ledger"] if more > 0 else [])
 
 
 def end_failed(loggers: Logging, kind: type[BaseException] | None, *_: object) -> None:
