@@ -291,6 +291,7 @@ def test_the_card_brings_raw_rows_of_a_table_to_the_model_and_names_its_answers(
     if "classes" in samples:
         rows = rows[rows.kind.isin(samples["classes"])]
     built = run.built().task.model
+    assert 'frame[samples["features"]].to_numpy()' in (tmp_path / "out/README.md").read_text()
     raw = rows[samples["features"]].to_numpy()
     found = followed(tmp_path / "out", model=copy.deepcopy(built), raw=raw)
     expected = forward(run.model(), run.built().task.test.inputs)
