@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -42,10 +43,12 @@ from fedraclora.run.ledger import headline, number, read_ledger
 from fedraclora.run.recorder import checkpoint_meta
 from strategies import METHODS
 from strategies.assembly import Assembled
-from strategies.outcome import execute
+from strategies.outcome import execute, notes_of
 from strategies.run import Run
 from strategies.server.rows import Row
 from strategies.start import settled_start
+
+log = logging.getLogger(__name__)
 
 FAILED: list[str] = []
 SHOWN = 8  # layers that are named
@@ -84,8 +87,15 @@ def carry_out(
 
 
 def introduce(progress: RunProgress, run: Assembled) -> None:
-    """Print the chunk of a run, and which layers of somebody's own model it does not train."""
+    """Print the chunk of a run, its notes, and which layers of one's own model it does not train.
+
+    The notes go to the log where no progress is shown: they are not to be missed.
+    """
     progress.say(f"chunk: {run.chunk}")
+    for note in notes_of(run):
+        progress.say(f"note: {note}")
+        if not progress.shown:
+            log.warning("%s", note)
     own = section(run.config.plain, "model").get("name") in {"object", "function"}
     if own and (frozen := frozen_layers(run.built.task.model, run.plan)):
         shown = ", ".join(frozen[:SHOWN]) + (", ..." if len(frozen) > SHOWN else "")

@@ -29,8 +29,9 @@ from dataclasses import dataclass, replace
 from typing_extensions import override
 
 from fedraclora.limits import Count, Limited, Positive
-from fedraclora.protocol.method import Cohort, Downlink, Draw, State
-from fedraclora.protocol.plan import resolve_rank
+from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
+from fedraclora.protocol.plan import Rank, resolve_rank
+from fedraclora.tree import Tree
 from strategies.fedavg import FedAvg
 from strategies.shared.common import turned
 
@@ -57,10 +58,18 @@ class GaloreAverage(Limited, FedAvg, group="method"):
         resolve_rank(self.rank, 1, "any layer", cap=True)
 
     @override
+    def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
+        found = [self.layer_rank(plan, name) for name in plan.targets]
+        return State(base, plan, notes=tuple(rank.note for rank in found if rank.note is not None))
+
+    def layer_rank(self, plan: Plan, name: str) -> Rank:
+        """Compute the rank of one layer, and a note where it is not the one that was asked for."""
+        return resolve_rank(self.rank, min(plan.targets[name].shape), name, cap=True)
+
+    @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         ranks = {
-            f"rank/{name}": resolve_rank(self.rank, min(view.shape), name, cap=True).value
-            for name, view in state.plan.targets.items()
+            f"rank/{name}": self.layer_rank(state.plan, name).value for name in state.plan.targets
         }
         sent = super().open_round(state, round_, cohort, draw)
         arguments = {"gap": self.gap, "scale": self.scale, **ranks, **turned(state.plan)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,7 @@ from fedraclora.run.folder import (
     withdrawn,
     write_summary,
 )
-from fedraclora.run.ledger import read_ledger
+from fedraclora.run.ledger import read_ledger, round_seconds
 from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.tree import digest
 from strategies.assembly import Assembled, assemble
@@ -41,6 +42,7 @@ from strategies.weights import load_weights
 
 log = logging.getLogger(__name__)
 
+NAMED = 8  # notes of a run that begins
 SHOWN = 1000  # clients in partition.png, spread over the population
 
 
@@ -109,12 +111,13 @@ def execute(
                 begin(folder, config.plain)
             stack.enter_context(stopping_noted(run, folder))
         title, done = run_title(config.plain), run.strategy.done
+        before = math.fsum(map(round_seconds, run.strategy.recorder.ledger.rows))
         loggers.begin(Begin(title, config.plain, folder, done))
         stack.push(partial(end_failed, loggers))
         if on_start is not None:
             on_start(run)
         run.start()
-    summary = summarise(run, time.perf_counter() - began)
+    summary = summarise(run, before + time.perf_counter() - began)
     if folder is not None:
         if config.output.plots:
             draw(run, folder)
@@ -122,6 +125,13 @@ def execute(
     loggers.end(summary)
     rows = list(run.strategy.recorder.ledger.rows)
     return Run(summary, rows, folder, dict(config.plain), run.weights, lambda: run.built)
+
+
+def notes_of(run: Assembled) -> list[str]:
+    """Say what is not as it was asked for, such as a rank that was cut, where a run begins."""
+    notes = [] if run.strategy.recorder.ledger.rows else list(run.strategy.state.notes)
+    more = len(notes) - NAMED
+    return notes[:NAMED] + ([f"{more} more such notes are in the ledger"] if more > 0 else [])
 
 
 def end_failed(loggers: Logging, kind: type[BaseException] | None, *_: object) -> None:
@@ -149,7 +159,12 @@ def stopping_noted(run: Assembled, folder: Path) -> Iterator[None]:
 
 
 def summarise(run: Assembled, seconds: float) -> dict[str, object]:
-    """Collect the final figures of a run."""
+    """Collect the final figures of a run.
+
+    Args:
+        run: At its end.
+        seconds: What it took: this process, and the rounds of those before it.
+    """
     strategy, ledger = run.strategy, run.strategy.recorder.ledger
     measured = [r for r in ledger.rows if r.get("metrics")]
     method, state = strategy.method.in_force(strategy.state)

@@ -62,4 +62,7 @@ class Ravan(FedSb):
                 f"method.heads is {self.heads}, but {name} has only {side} on its smaller side; "
                 "take fewer"
             )
-        return resolve_rank(self.rank, side // self.heads, name, cap=self.cap)
+        heads = self.heads
+        return resolve_rank(
+            self.rank, side, name, cap=self.cap, parts=heads, of="heads (method.heads)"
+        )

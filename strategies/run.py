@@ -123,7 +123,7 @@ class Run:
             form = Form(found_shape(like), task.loss, built.classes or None)
             if is_frame(data):
                 frame = (data.rename(columns=str), Path("data"))  # type: ignore[attr-defined]
-                table = new_rows(frame, target or found_target(data), task.info)
+                table = new_rows(frame, target or found_target(data), task.reading)
             else:
                 table = table_of(data, "data", target)
             samples = form.fit(table, "data").to(
@@ -193,6 +193,7 @@ class Run:
             "uplink_bytes": row.get("uplink_total"),
             "downlink_bytes": row.get("downlink_total"),
             "seed": self.config.get("seed"),
+            "samples": self.built().task.reading,
         }
 
     def save(self, folder: str | Path) -> Path:

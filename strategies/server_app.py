@@ -31,7 +31,8 @@ from fedraclora.tree import Tree
 from fedraclora.weights.job import JobFolder
 from fedraclora.weights.update import WeightHistory
 from strategies import METHODS
-from strategies.outcome import execute
+from strategies.assembly import Assembled
+from strategies.outcome import execute, notes_of
 from strategies.server.rows import Row
 
 log = logging.getLogger("flwr")  # the log that Flower streams to its user
@@ -63,7 +64,7 @@ def main(grid: Grid, context: Context) -> None:
         return InServerApp(grid, settings, config, ended=ended)
 
     on_round = [tell_row if deployed else tell]
-    run = execute(config, folder, engine_of, resume=resume, on_round=on_round)
+    run = execute(config, folder, engine_of, resume=resume, on_round=on_round, on_start=warn)
     if deployed:
         write_line(SUMMARY, run.summary)
 
@@ -185,6 +186,12 @@ def settings_of(config: RunConfig) -> FlowerConfig | DeployConfig:
             "or deploy"
         )
     return config.engine
+
+
+def warn(run: Assembled) -> None:
+    """Log what is not as it was asked for, where a run begins."""
+    for note in notes_of(run):
+        log.warning("%s", note)
 
 
 def tell(row: Row) -> None:

@@ -229,6 +229,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         optimum=data.optimum,
         tokenizer=data.tokenizer,
         info=facts,
+        reading=({"shape": [*data.sample_shape]} if data.sample_shape else {}) | data.reading,
     )
     labelled = "label" in data.columns and data.classes > 1
     return BuiltTask(task, clients, size, data.classes if labelled else 0, device)

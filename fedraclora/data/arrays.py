@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedraclora.data.dataset import SHARE, DataSet, refuse_both, train_test
-from fedraclora.data.fit import Form, found_shape, gathered
+from fedraclora.data.fit import Form, found_shape, gathered, scale_of_bytes
 from fedraclora.data.idx import parse_idx, read_packed
 from fedraclora.data.labels import LOSSES, Kind, class_names, supervised, target_of
 from fedraclora.data.locate import resolve
@@ -82,7 +82,8 @@ def load_arrays(
         arrays |= {"test_x": other["x"], "test_target": other["target"]}
     names = _classes(arrays["target"], task, source)
     form = Form(None, LOSSES[task])
-    train = form.fit(_samples(arrays["x"], arrays["target"], names, task, source), source)
+    raw = _samples(arrays["x"], arrays["target"], names, task, source)
+    train = form.fit(raw, source)
     owners = _owners(arrays, len(train), source)
     if "test_x" in arrays:
         where = source if test is None else f"data.test={test}"
@@ -96,7 +97,16 @@ def load_arrays(
         train, held_out, rows = train_test(train, "data.test_share", share, split_seed, labels)
         owners = owners if owners is None else owners[rows]
     info: dict[str, object] = {"source": str(file)}
-    return supervised(train, held_out, names, task, metrics=metrics, owners=owners, info=info)
+    return supervised(
+        train,
+        held_out,
+        names,
+        task,
+        metrics=metrics,
+        owners=owners,
+        info=info,
+        reading=scale_of_bytes(raw),
+    )
 
 
 def read_file(path: Path) -> dict[str, Array]:

@@ -48,6 +48,9 @@ class DataSet:
         measures_training: Whether the figure of merit is the training objective (synthetic data).
         tokenizer: Of transformers, where samples are texts whose answers can be generated.
         info: Facts for the summary.
+        reading: How raw samples become those of the model, and its outputs answers, in plain JSON:
+            ``features`` in their order; what to ``subtract`` from inputs and to ``divide_by``;
+            ``classes`` in their order; the scale of a ``target`` that is a number.
     """
 
     train: Samples
@@ -64,6 +67,7 @@ class DataSet:
     measures_training: bool = False
     tokenizer: Any = None
     info: dict[str, object] = field(default_factory=dict)
+    reading: dict[str, object] = field(default_factory=dict)
 
     @property
     def on_demand(self) -> bool:
@@ -71,7 +75,13 @@ class DataSet:
         return not isinstance(self.parts, list | None)
 
 
-def classification(train: Samples, test: Samples, classes: int, info: dict[str, object]) -> DataSet:
+def classification(
+    train: Samples,
+    test: Samples,
+    classes: int,
+    info: dict[str, object],
+    reading: dict[str, object] | None = None,
+) -> DataSet:
     """Build a data set of dense inputs ``"x"`` with classes 0..classes-1 as target."""
     return DataSet(
         train=train,
@@ -82,6 +92,7 @@ def classification(train: Samples, test: Samples, classes: int, info: dict[str, 
         columns={"label": train.target.numpy()},
         sample_shape=tuple(train.inputs["x"].shape[1:]),
         info=info,
+        reading=(reading or {}) | {"classes": [str(k) for k in range(classes)]},
     )
 
 
@@ -245,13 +256,17 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
 
     rows, train = relabel(data.train)
     selected = keep_rows(data, rows)
+    known = data.reading.get("classes")
+    names = [known[k] if isinstance(known, list) else str(k) for k in chosen]
+    named: dict[str, object] = {"classes": names} if "classes" in selected.info else {}
     return replace(
         selected,
         train=train,
         test=train if data.test is data.train else relabel(data.test)[1],
         classes=len(chosen),
         columns=selected.columns | {"label": train.target.numpy()},
-        info=selected.info | {"labels": chosen},
+        info=selected.info | {"labels": chosen} | named,
+        reading=selected.reading | {"classes": names},
     )
 
 

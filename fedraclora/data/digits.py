@@ -34,7 +34,8 @@ def load_digits(*, test: Fraction = 0.25, split_seed: int = 0) -> DataSet:
         {"x": torch.from_numpy(images).to(torch.float32) / 16}, torch.from_numpy(labels).long()
     )
     train, held_out, _ = train_test(samples, "data.test", test, split_seed, labels)
-    return classification(train, held_out, 10, {"source": "scikit-learn digits"})
+    scale: dict[str, object] = {"subtract": 0.0, "divide_by": 16.0}
+    return classification(train, held_out, 10, {"source": "scikit-learn digits"}, reading=scale)
 
 
 @cache

@@ -7,6 +7,7 @@ what to write instead.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -194,6 +195,29 @@ def as_tensor(value: Any, where: str) -> torch.Tensor:
 def _kind(array: np.ndarray[Any, Any]) -> str:
     kinds = {"U": "words", "S": "words", "O": "Python objects", "c": "complex numbers"}
     return kinds.get(array.dtype.kind, f"values of type {array.dtype}")
+
+
+def scale_of_bytes(samples: Samples) -> dict[str, object]:
+    """Say what `Form.fit` does to the numbers of images, given as they came (`DataSet.reading`)."""
+    x = samples.inputs.get("x")
+    if set(samples.inputs) != {"x"} or x is None or x.dtype != torch.uint8:
+        return {}
+    return {"subtract": 0.0, "divide_by": 255.0}
+
+
+def scale_of(rows: torch.Tensor) -> dict[str, Any]:
+    """Find means and deviations of columns, in float64; a deviation of 0 counts as 1."""
+    rows = rows.double()
+    spread = rows.std(dim=0, correction=0)
+    spread = torch.where(spread == 0, torch.ones_like(spread), spread)
+    return {"subtract": rows.mean(dim=0).tolist(), "divide_by": spread.tolist()}
+
+
+def as_scaled(values: torch.Tensor, scale: Mapping[str, Any]) -> torch.Tensor:
+    """Standardise by what `scale_of` found before; float64."""
+    keys = ("subtract", "divide_by")
+    mean, spread = (torch.tensor(scale[key], dtype=torch.float64) for key in keys)
+    return (values.double() - mean) / spread
 
 
 def found_shape(samples: Samples) -> tuple[int, ...]:

@@ -85,6 +85,7 @@ def supervised(
     owners: Column | None,
     client: str = "client",
     info: dict[str, object],
+    reading: dict[str, object] | None = None,
 ) -> DataSet:
     """Build a data set of samples with classes or with numbers to predict.
 
@@ -97,8 +98,10 @@ def supervised(
         owners: The client of each training row, or None.
         client: The name of that column in the table.
         info: Facts for the summary.
+        reading: See `DataSet`; the classes are added.
     """
     usual = METRICS[task] if train.target.dim() == 1 else ("loss",)
+    named: dict[str, object] = {"classes": [*names]} if names else {}
     columns = {} if owners is None else dict.fromkeys((client, "client"), owners)
     return DataSet(
         train=train,
@@ -108,5 +111,6 @@ def supervised(
         metrics=tuple(metrics or usual),
         columns=columns | ({"label": train.target.numpy()} if names else {}),
         sample_shape=found_shape(train),
-        info=info | ({"classes": [*names]} if names else {}),
+        info=info | named,
+        reading=(reading or {}) | named,
     )

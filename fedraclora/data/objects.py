@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedraclora.data.dataset import DataSet, Rows, keep_rows, split_rows, take
-from fedraclora.data.fit import METRICS, Form, found_shape, gathered
+from fedraclora.data.fit import METRICS, Form, found_shape, gathered, scale_of_bytes
 from fedraclora.data.samples import Samples
 from fedraclora.data.tabular import of_frames
 from fedraclora.errors import ConfigError, DataError
@@ -85,6 +85,7 @@ def lend_data(
         sample_shape=found_shape(whole),
         parts=parts,
         info={"source": "a Python program"},
+        reading=scale_of_bytes(tables[0]) | named_classes(data, target),
     )
     if loss == "cross_entropy":
         found = replace(found, columns=found.columns | {"label": whole.target.numpy()})
@@ -277,6 +278,19 @@ def divided(data: Any, partitioner: Any) -> list[Rows]:
         np.asarray(partitioner.load_partition(k)["__row__"][:], dtype=np.int64)
         for k in range(partitioner.num_partitions)
     ]
+
+
+def named_classes(data: Any, target: str | None) -> dict[str, object]:
+    """Take the names of the classes that a ``Dataset`` of Hugging Face has (`DataSet.reading`)."""
+    tables = [data]
+    if is_clients(data):
+        tables = list(data.values()) if isinstance(data, Mapping) else data
+    first = tables[0]
+    if not is_columns(first):
+        return {}
+    name = target or next((name for name in TARGETS if name in first.column_names), None)
+    names = getattr((first.features or {}).get(name), "names", None)
+    return {"classes": [str(known) for known in names]} if names else {}
 
 
 def usual_loss(table: Samples) -> str:

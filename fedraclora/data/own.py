@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedraclora.data.dataset import SHARE, Clients, DataSet, refuse_both, split_rows, take
-from fedraclora.data.fit import METRICS, Form, found_shape
+from fedraclora.data.fit import METRICS, Form, found_shape, scale_of_bytes
 from fedraclora.data.partition import LOOKED_AT, spread_clients
 from fedraclora.data.samples import Samples
 from fedraclora.data.sources import counted, read_own, read_table, source_label
@@ -39,6 +39,7 @@ class Brought:
         share: Fraction of each client's samples that is held out, to measure on.
         split_seed: Of that choice.
         device, dtype: Where to, and what floating samples become; None: as they come.
+        reading: What was done to the numbers of those that were looked at (`DataSet.reading`).
     """
 
     source: str | None
@@ -50,6 +51,7 @@ class Brought:
     split_seed: int = 0
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
+    reading: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
     _found: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _held_out: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _read: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
@@ -95,6 +97,7 @@ class Brought:
         if client not in self._read:
             alone = self.alone or self.num_clients == 1
             self._read[client] = read_own(self.source, client, alone=alone)
+        self.reading.update(scale_of_bytes(self._read[client]))
         return self.form.fit(self._read[client], source_label(self.source, client))
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
@@ -194,6 +197,7 @@ def own_samples(
         sample_shape=form.shape if form.shape is not None else found_shape(table),
         parts=brought,
         info={"source": "each client's own"} | ({"held_out": share} if share else {}),
+        reading=dict(brought.reading),
     )
 
 
@@ -240,6 +244,8 @@ def _share(test: str | None, share: float | None, samples: str | None) -> float:
 def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
     """Find what is measured on, and with it what samples look like."""
     named = None if test is None else read_table(test)
+    if named is not None:
+        brought.reading.update(scale_of_bytes(named))
     if brought.form.classes is None or brought.form.shape is None:
         tables = [] if named is None else [brought.form.fit(named, source_label(test))]
         if brought.source is not None:

@@ -103,6 +103,7 @@ def load_shakespeare(
         sample_shape=(),
         aside=_split(cut(role for role in roles if role[0] in chosen), test) if chosen else None,
         info={"source": path, "roles": len(windows), "symbols": "".join(symbols)},
+        reading={"symbols": "".join(symbols)},
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 
 from fedraclora.data.dataset import SHARE, DataSet, refuse_both, train_test
+from fedraclora.data.fit import as_scaled, scale_of
 from fedraclora.data.labels import Kind, class_names, supervised, target_of
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
@@ -146,9 +147,11 @@ def of_frames(
         held_out = Samples({"x": x}, target_of(labels, classes, task))
         dropped += more
     info: dict[str, object] = {"source": source, "rows_dropped": dropped}
+    reading: dict[str, object] = {"features": used}
     if standardise:
         train, held_out, scale = _standardised(train, held_out)
-        info |= scale
+        info |= _told(scale)
+        reading |= scale
     train, held_out = (part.clone().to("cpu", torch.float32) for part in (train, held_out))
     info["features"] = used if len(used) <= TOLD else len(used)
     info |= {"columns_left_out": left_out} if left_out else {}
@@ -163,46 +166,38 @@ def of_frames(
         owners=owners,
         client=str(client),
         info=info,
+        reading=reading,
     )
 
 
-def new_rows(table: Table, label: str | None, facts: Mapping[str, object]) -> Samples:
+def new_rows(table: Table, label: str | None, reading: Mapping[str, Any]) -> Samples:
     """Bring rows that a run has not seen to the form of those that it was trained on.
 
     Args:
         table: The rows.
         label: The column to predict.
-        facts: Of `DataSet.info`: columns, classes and scale of the training rows.
+        reading: `DataSet.reading`: columns, classes and scale of the training rows.
 
     Raises:
-        ConfigError: If a column is missing, or the run keeps no list of its columns.
+        ConfigError: If a column is missing, or the run was not trained on a table.
         DataError: If values are missing, or a label is none of the classes.
     """
     frame, path = table
-    features = facts.get("features")
-    if not isinstance(features, list):
+    if "features" not in reading:
         raise ConfigError(
-            f"the run keeps the columns of tables of up to {TOLD} features alone: give (inputs, "
-            "target) as arrays, on the scale of the training rows"
+            "the run was not trained on a table with named columns: give (inputs, target) as "
+            "arrays, on the scale of the training samples"
         )
+    features, names = reading["features"], reading.get("classes", [])
     for name in features:
         _column(frame, "data", name, path)
     x, labels, _, _ = _rows(frame, features, _label(frame, label, path), None, "error", path)
-    classes = facts.get("classes")
-    names = [str(name) for name in classes] if isinstance(classes, list) else []
     target = target_of(labels, names, "classification" if names else "regression")
-    if "feature_means" in facts:
-        x = _as_scaled(x, facts["feature_means"], facts["feature_deviations"])
-    if "label_mean" in facts:
-        target = _as_scaled(target.double(), facts["label_mean"], facts["label_deviation"]).float()
+    if "subtract" in reading:
+        x = as_scaled(x, reading)
+    if "target" in reading:
+        target = as_scaled(target, reading["target"]).float()
     return Samples({"x": x.float()}, target)
-
-
-def _as_scaled(values: torch.Tensor, mean: object, deviation: object) -> torch.Tensor:
-    """Standardise by a mean and a deviation that were found before; one of 0 counts as 1."""
-    spread = torch.as_tensor(deviation, dtype=torch.float64)
-    spread = torch.where(spread == 0, torch.ones_like(spread), spread)
-    return (values - torch.as_tensor(mean, dtype=torch.float64)) / spread
 
 
 def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataFrame:
@@ -376,18 +371,22 @@ def _classes(labels: Sequence[str], label: str, task: str, path: Path) -> list[s
     return names
 
 
-def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict[str, object]]:
+def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict[str, Any]]:
     """Standardise features, and a number to predict, by the training rows; say its scale."""
-    wide = train.inputs["x"]
-    mean, deviation = wide.mean(dim=0), wide.std(dim=0, correction=0)
-    x, test_x = (_as_scaled(part.inputs["x"], mean, deviation) for part in (train, test))
-    facts: dict[str, object] = {}
-    if wide.shape[1] <= TOLD:  # so that new rows can be brought to the same scale
-        facts |= {"feature_means": mean.tolist(), "feature_deviations": deviation.tolist()}
+    scale = scale_of(train.inputs["x"])
+    x, test_x = (as_scaled(part.inputs["x"], scale) for part in (train, test))
     y, test_y = train.target, test.target
     if y.is_floating_point():
-        y, test_y = y.double(), test_y.double()
-        mean, deviation = y.mean(dim=0), y.std(dim=0, correction=0)
-        y, test_y = (_as_scaled(target, mean, deviation) for target in (y, test_y))
-        facts |= {"label_mean": float(mean), "label_deviation": float(deviation)}
-    return Samples({"x": x}, y), Samples({"x": test_x}, test_y), facts
+        scale["target"] = scale_of(y)
+        y, test_y = (as_scaled(target, scale["target"]) for target in (y, test_y))
+    return Samples({"x": x}, y), Samples({"x": test_x}, test_y), scale
+
+
+def _told(scale: Mapping[str, Any]) -> dict[str, object]:
+    """Say in the summary what the scale is."""
+    info: dict[str, object] = {}
+    if len(scale["subtract"]) <= TOLD:
+        info |= {"feature_means": scale["subtract"], "feature_deviations": scale["divide_by"]}
+    if label := scale.get("target"):
+        info |= {"label_mean": label["subtract"], "label_deviation": label["divide_by"]}
+    return info

@@ -129,6 +129,8 @@ class Task:
         optimum: The least value of the training objective where it is known (synthetic data).
         tokenizer: Of transformers, where the answers of texts can be generated; else None.
         info: Facts for the summary (split, partition, sizes).
+        reading: What raw samples become for the model, for exports: see `DataSet`; with ``shape``,
+            that of one input ``"x"``.
     """
 
     model: nn.Module
@@ -142,6 +144,7 @@ class Task:
     optimum: float | None = None
     tokenizer: Any = None
     info: dict[str, object] = field(default_factory=dict)
+    reading: dict[str, object] = field(default_factory=dict)
 
 
 def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

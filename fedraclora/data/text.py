@@ -125,6 +125,7 @@ def load_text(
         owners=None if client is None else np.array(table[:, -1].tolist()),
         client=str(client),
         info={"source": file, "rows_dropped": dropped},
+        reading={"tokenizer": tokenizer, "max_length": max_length},
     )
     return replace(data, held_out_by="client" if test_by_client else None)
 

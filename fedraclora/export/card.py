@@ -47,7 +47,13 @@ def card(trained: TrainedModel, form: str, record: Record) -> str:
         head |= {"library_name": "transformers"}
     if trained.source is not None and "/" in trained.source and not Path(trained.source).exists():
         head |= {"base_model": trained.source}
-    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    samples = _mapping(facts.get("samples"))
+    count = getattr(getattr(model, "config", None), "num_labels", None)
+    labels = f", num_labels={count}" if "Classification" in kind else ""
+    classes = samples.get("classes")
+    if labels and isinstance(classes, list) and len(classes) == count:
+        numbers = {name: k for k, name in enumerate(classes)}
+        labels = f", id2label={dict(enumerate(classes))}, label2id={numbers}"
     environment = Environment(  # noqa: S701  it is Markdown
         loader=PackageLoader("fedraclora.export", "."), trim_blocks=True, keep_trailing_newline=True
     )
@@ -62,7 +68,9 @@ def card(trained: TrainedModel, form: str, record: Record) -> str:
         form=form,
         record={"base": None, **record},
         kind=kind,
-        labels=f", num_labels={labels}" if "Classification" in kind else "",
+        labels=labels,
+        samples=samples,
+        logits=is_hugging_face(model),
     )
 
 

@@ -31,6 +31,7 @@ from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
 
 PREFIX = "base_model.model."  # PEFT puts it before the names of modules
+BASE = "./base"  # what is loaded first, where it lies beside the adapter
 NEAR = 1e-5  # of the largest number of a tensor: where two ways to one sum may round apart
 
 
@@ -74,7 +75,8 @@ def write_peft(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
     parts = _parted(trained, start, rank)
     with _quiet():
         adapted = _adapted(trained, start, parts)
-        adapted.peft_config["default"].base_model_name_or_path = base
+        found = str((folder / BASE).resolve()) if base == BASE else base  # none is relative in PEFT
+        adapted.peft_config["default"].base_model_name_or_path = found
         adapted.save_pretrained(folder, save_embedding_layers=False)
     merged = _merged(trained, start, folder)
     _hold(trained, start, parts, merged)
@@ -92,9 +94,8 @@ def _base(trained: TrainedModel, folder: Path) -> tuple[str | None, Tree]:
     if is_hugging_face(model):
         from fedraclora.export.hf_folder import save_model
 
-        place = folder / "base"
-        save_model(trained.at(trained.start), place, trained)
-        return str(place.resolve()), trained.start
+        save_model(trained.at(trained.start), folder / BASE, trained)
+        return BASE, trained.start
     tensors = trained.at(trained.start).state_dict()
     save_tensors(folder / "base.safetensors", tensors, {}, sync=False)
     return None, trained.start

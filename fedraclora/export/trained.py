@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,6 +68,14 @@ def put(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)
+
+
+def name_classes(model: nn.Module, classes: object) -> None:
+    """Write the names of the classes, in their order, into the config of a transformers model."""
+    config: Any = getattr(model, "config", None)
+    if isinstance(classes, list) and getattr(config, "num_labels", None) == len(classes):
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: k for k, name in enumerate(classes)}
 
 
 def is_hugging_face(model: nn.Module) -> bool:

@@ -163,7 +163,9 @@ def own_rank(ranks: Mapping[str, int | float], name: str) -> int | float:
     )
 
 
-def resolve_rank(rank: Ranks, dim: int, name: str, *, cap: bool) -> Rank:
+def resolve_rank(
+    rank: Ranks, dim: int, name: str, *, cap: bool, parts: int = 1, of: str = "parts"
+) -> Rank:
     """Turn ``method.rank`` into the rank of one layer.
 
     Args:
@@ -172,12 +174,14 @@ def resolve_rank(rank: Ranks, dim: int, name: str, *, cap: bool) -> Rank:
         dim: The drawn side's dimension (n for a right sketch, m for a left one).
         name: The layer, for messages.
         cap: Cut an integer rank at ``dim`` with a note, rather than refuse it.
+        parts: How many factors of this rank share the dimension, an equal part each.
+        of: What the parts are, and which keys say how many, for messages.
 
     Returns:
-        The rank, at least 1 and at most ``dim``.
+        The rank, at least 1 and at most ``dim // parts``.
 
     Raises:
-        ConfigError: If the rank is not positive, or above ``dim`` where no cap is wanted.
+        ConfigError: If the rank is not positive, or above ``dim // parts`` where no cap is wanted.
 
     Example:
         >>> resolve_rank(112, 784, "fc1", cap=True).value
@@ -187,6 +191,7 @@ def resolve_rank(rank: Ranks, dim: int, name: str, *, cap: bool) -> Rank:
     """
     if isinstance(rank, Mapping):
         rank = own_rank(rank, name)
+    whole, dim = dim, dim // parts
     number = isinstance(rank, int | float) and not isinstance(rank, bool)
     if not number or not math.isfinite(rank) or rank <= 0:
         raise ConfigError(f"method.rank is {rank!r}; a positive integer or a fraction is wanted")
@@ -196,13 +201,19 @@ def resolve_rank(rank: Ranks, dim: int, name: str, *, cap: bool) -> Rank:
                 f"method.rank is {rank}; a fraction lies in (0, 1], a rank is written without a dot"
             )
         return Rank(max(1, round(rank * dim)))
+    shared = f": its {whole} dimensions are shared by {parts} {of}" if parts > 1 else ""
+    if rank > dim and not cap and shared:
+        raise ConfigError(
+            f"method.rank is {rank}, but {name} has room for {dim} only{shared}; lower the rank, "
+            "take fewer of them, or set method.cap=true"
+        )
     if rank > dim and not cap:
         raise ConfigError(
             f"method.rank is {rank}, but {name} has only {dim} on the drawn side; "
             f"lower the rank or set method.cap=true"
         )
     if rank > dim:
-        return Rank(dim, f"rank of {name} capped at {dim} (asked: {rank})")
+        return Rank(dim, f"rank of {name} capped at {dim} (asked: {rank}){shared}")
     return Rank(rank)
 
 

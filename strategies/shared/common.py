@@ -30,6 +30,9 @@ def draws_right(side: str, shape: tuple[int, int]) -> bool:
     return side == "right" or (side == "auto" and n >= m)
 
 
+SKETCHES = "sketches (method.sketches, times method.pool where there is one)"
+
+
 def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, parts: int = 1) -> Rank:
     """Compute the rank of a layer; its bound is the dimension of the side that is drawn.
 
@@ -42,10 +45,10 @@ def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, part
     dim = shape[1 if draws_right(side, shape) else 0]
     if parts > dim:
         raise ConfigError(
-            f"a drawing is cut into {parts} sketches (method.sketches, times method.pool where "
-            f"there is one), but {name} has only {dim} dimensions on the drawn side; take fewer"
+            f"a drawing is cut into {parts} {SKETCHES}, but {name} has only {dim} dimensions on "
+            "the drawn side; take fewer"
         )
-    return resolve_rank(rank, dim // parts, name, cap=cap)
+    return resolve_rank(rank, dim, name, cap=cap, parts=parts, of=SKETCHES)
 
 
 def dense_slots(state: State) -> dict[str, Trained]:

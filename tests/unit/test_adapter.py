@@ -147,6 +147,22 @@ def test_a_rank_is_a_number_or_a_share(rank: float, dim: int, wanted: Rank) -> N
     assert resolve_rank(rank, dim, "fc1", cap=True) == wanted
 
 
+def test_a_rank_that_several_parts_share_a_dimension_for_says_so() -> None:
+    shared = {"parts": 8, "of": "sketches (method.pool)"}
+    said = "rank of fc1 capped at 3 (asked: 16): its 24 dimensions are shared by 8 sketches (method"
+    found = resolve_rank(16, 24, "fc1", cap=True, **shared)
+    assert found.value == 3
+    assert found.note is not None
+    assert found.note.startswith(said)
+    assert resolve_rank(3, 24, "fc1", cap=False, **shared) == Rank(3)
+    assert resolve_rank(1.0, 24, "fc1", cap=False, **shared) == Rank(3)
+    words = (
+        r"room for 3 only: its 24 dimensions are shared by 8 sketches \(method.pool\); lower the"
+    )
+    with pytest.raises(ConfigError, match=words):
+        resolve_rank(16, 24, "fc1", cap=False, **shared)
+
+
 @given(st.integers(1, 2000), st.floats(0, 1, exclude_min=True))
 def test_a_share_gives_at_least_one_and_at_most_all(dim: int, share: float) -> None:
     rank = resolve_rank(share, dim, "fc1", cap=False)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from experiments.choices import composed
 from experiments.simulate import simulate
 from experiments.values import literal, words_of
 from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.run.ledger import round_seconds
 from fedraclora.tree import digest
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false")
@@ -91,6 +93,17 @@ def test_a_run_goes_on_and_a_finished_one_is_read(tmp_path: Path) -> None:
     assert {p: p.read_bytes() for p in kept} == kept
     with pytest.raises(CheckpointError, match=r"seed: 0 -> 1"):
         run(*words, folder=folder, resume=True, rounds=3, seed=1)
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(folder=tmp_path / "run", rounds=3)
+    monkeypatch.setattr("strategies.outcome.time", SimpleNamespace(perf_counter=lambda: 7.0))
+    again = run(folder=tmp_path / "run", resume=True, rounds=4)
+    earlier = sum(map(round_seconds, first.rows))
+    assert again.summary["seconds"] == pytest.approx(earlier, abs=1e-3)
+    assert earlier > 2e-3
 
 
 def test_a_config_of_a_run_is_the_same_run() -> None:

@@ -231,6 +231,46 @@ def test_layers_that_are_not_trained_are_named(capsys: pytest.CaptureFixture[str
     assert not torch.equal(whole.weights()["1.weight"], before["1.weight"])
 
 
+CUT = {
+    "pool_rac_lora": (
+        {"pool": 3, "rank": 4},
+        "capped at 1 (asked: 4): its 5 dimensions are shared by 3 sketches",
+    ),
+    "ravan": ({"heads": 2, "rank": 4}, "are shared by 2 heads (method.heads)"),
+    "galore_average": ({"rank": 200}, "rank of 0.weight capped at 5 (asked: 200)"),
+}
+
+
+@pytest.mark.parametrize("method", CUT)
+def test_a_rank_that_was_cut_is_said_once_where_a_run_begins(
+    method: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    keys, words = CUT[method]
+    chosen = {"model": net(), "data": CLIENTS, "method": {"name": method, **keys}, "rounds": 1}
+    fedraclora.simulate(folder=tmp_path / "run", **chosen)
+    shown = capsys.readouterr().err
+    assert shown.count("note: rank of 0.weight") == 1
+    assert words in shown
+    assert not caplog.records
+    again = chosen | {"rounds": 2, "resume": True}
+    fedraclora.simulate(folder=tmp_path / "run", **again)
+    assert "note:" not in capsys.readouterr().err
+    run(**chosen)  # without progress
+    assert any(words in record.message for record in caplog.records)
+
+
+def test_many_notes_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    with seeded(0, "test"):
+        model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(11)])
+    fedraclora.simulate(model=model, data=CLIENTS, method={"name": "ffa_lora", "rank": 9}, rounds=0)
+    shown = capsys.readouterr().err
+    assert shown.count("note: rank of") == 8
+    assert "note: 3 more such notes are in the ledger" in shown
+
+
 def test_a_hugging_face_model_is_passed_as_it_is() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -281,3 +321,16 @@ def test_new_rows_of_a_frame_are_brought_to_its_scale(loss: str | None) -> None:
     assert found.evaluate(test, target="y") == pytest.approx(found.evaluate(), rel=1e-6)
     with pytest.raises(ConfigError, match="f3"):
         found.evaluate(test.drop(columns="f3"), target="y")
+
+
+def test_images_of_bytes_and_named_classes_are_told_for_exports() -> None:
+    images = np.arange(2 * 10 * 5, dtype=np.uint8).reshape(2, 10, 5)
+    clients = [(part, np.arange(10) % 2) for part in images]
+    found = run(data=clients, rounds=0).built().task.reading
+    assert found == {"shape": [5], "subtract": 0, "divide_by": 255}
+    table = datasets.Dataset.from_dict({"x": X, "label": Y % 2}).cast_column(
+        "label", datasets.ClassLabel(names=["no", "yes"])
+    )
+    for data in (table, {"one": table.select(range(40)), "two": table.select(range(40, 90))}):
+        found = run(data=data, clients=2 if data is table else None, rounds=0)
+        assert found.built().task.reading == {"shape": [5], "classes": ["no", "yes"]}

@@ -111,6 +111,17 @@ def test_digits_are_split_by_class_and_do_not_depend_on_the_run():
     assert np.allclose(counts, 1 / 3, atol=0.02)
 
 
+def test_digits_say_how_raw_ones_are_scaled():
+    from sklearn.datasets import load_digits
+
+    reading = DATASETS["digits"](test=0.25).reading
+    images, _ = load_digits(return_X_y=True)
+    data = DATASETS["digits"](test=0.25)
+    raw = torch.from_numpy(images).sub(reading["subtract"]).div(reading["divide_by"]).float()
+    assert (raw[:, None, :] == data.test.inputs["x"][:5]).all(dim=2).any(dim=0).all()
+    assert reading["classes"] == [str(k) for k in range(10)]
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, "half", 0.0])
 def test_a_test_fraction_out_of_range_names_the_key(fraction):
     with pytest.raises(ConfigError, match=r"data.test( is |=)"):
@@ -199,3 +210,11 @@ def test_the_full_mnist_is_the_official_one(data_root):
     assert (len(data.train), len(data.test)) == (60_000, 10_000)
     assert np.bincount(data.test.target)[:3].tolist() == [980, 1135, 1032]
     assert abs(float(data.train.inputs["x"].mean())) < 1e-3
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_mnist_says_how_bytes_are_scaled(small_mnist, normalise):
+    data = DATASETS["mnist"](root=str(small_mnist), normalise=normalise)
+    raw = torch.arange(6 * 784, dtype=torch.float64).reshape(6, 784) % 256
+    scaled = (raw - data.reading["subtract"]) / data.reading["divide_by"]
+    torch.testing.assert_close(scaled.float(), data.train.inputs["x"])

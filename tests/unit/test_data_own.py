@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,16 @@ def test_labels_of_any_whole_type_and_in_a_column_are_classes(kind: type) -> Non
         found = fit(x, target).target
         assert found.dtype == torch.int64
         assert found.tolist() == y.tolist()
+
+
+def test_the_server_tells_that_images_of_bytes_are_divided(tmp_path: Path) -> None:
+    for client in range(2):
+        x = DRAW.integers(0, 256, (9, 1, 2, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{client}.npz", x=x, target=np.arange(9) % 3)
+    words: dict[str, Any] = {"clients": 2, "samples": str(tmp_path)}
+    for test in ({}, {"test": str(tmp_path / "0.npz")}):
+        data = DATASETS["own"](**words, **test)
+        assert data.reading == {"subtract": 0, "divide_by": 255}
 
 
 def test_images_of_bytes_go_from_0_to_1_and_other_numbers_are_kept() -> None:

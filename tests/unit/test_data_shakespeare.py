@@ -50,7 +50,7 @@ def load(folder: Path, **change: object) -> DataSet:
 
 
 def read(data: DataSet, rows: torch.Tensor) -> list[str]:
-    symbols = str(data.info["symbols"])
+    symbols = str(data.reading["symbols"])
     return ["".join(symbols[int(i)] for i in row) for row in rows]
 
 

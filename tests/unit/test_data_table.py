@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from fedraclora.data import DATASETS, DataSet, make_partition
+from fedraclora.data.dataset import select_labels
 from fedraclora.data.idx import parse_idx
+from fedraclora.data.tabular import new_rows
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 
 DRAW = np.random.default_rng(5)
@@ -64,6 +66,29 @@ def test_features_are_standardised_by_the_training_rows(tmp_path: Path) -> None:
     mean, deviation = plain.mean(0), plain.std(0, correction=0).clamp(min=1e-9)
     scaled = (raw.test.inputs["x"] - mean) / deviation
     torch.testing.assert_close(data.test.inputs["x"], scaled, atol=1e-4, rtol=1e-4)
+
+
+def test_a_wide_table_says_its_scale_too_though_the_summary_does_not(tmp_path: Path) -> None:
+    wide = pd.DataFrame(DRAW.normal(3, 2, (ROWS, 60)), columns=[f"f{k}" for k in range(60)])
+    data = load(written(tmp_path, ".csv", wide.assign(outcome=FRAME.outcome)))
+    assert data.info["features"] == 60
+    assert "feature_means" not in data.info
+    assert data.reading["features"] == [*wide.columns]
+    assert len(data.reading["subtract"]) == len(data.reading["divide_by"]) == 60
+    frame = wide.assign(outcome=FRAME.outcome)
+    rows = new_rows((frame, tmp_path), "outcome", data.reading)
+    found = (rows.inputs["x"][:, None, :] == data.test.inputs["x"]).all(dim=2)
+    assert found.sum(dim=0).tolist() == [1] * len(data.test)
+
+
+def test_labels_that_are_chosen_are_the_classes_that_the_data_name(tmp_path: Path) -> None:
+    data = select_labels(load(written(tmp_path, ".csv")), [2, 0])
+    assert data.info["classes"] == data.reading["classes"] == ["well", "gone"]
+    rows = FRAME[FRAME.outcome != "ill"]
+    found = new_rows((rows, tmp_path), "outcome", data.reading)
+    assert found.target.tolist() == [int(name == "gone") for name in rows.outcome]
+    digits = select_labels(DATASETS["digits"](), [7, 3])
+    assert digits.reading["classes"] == ["7", "3"]
 
 
 def test_a_column_of_clients_is_the_partition_and_else_rows_are_divided(tmp_path: Path) -> None:
@@ -172,6 +197,8 @@ def test_images_are_the_same_from_npz_and_idx(tmp_path: Path) -> None:
     assert one.info["classes"] == ["1", "2", "3", "4", "5"]
     assert torch.equal(one.test.target, torch.arange(10) % 5)
     assert torch.equal(one.test.inputs["x"], two.test.inputs["x"])
+    assert one.reading == two.reading
+    assert one.reading == {"subtract": 0, "divide_by": 255, "classes": ["1", "2", "3", "4", "5"]}
     wanted = torch.from_numpy(IMAGES[:40]) / 255
     torch.testing.assert_close(one.train.inputs["x"][:, 0], wanted)
 

@@ -6,12 +6,15 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
@@ -106,6 +109,23 @@ def loaded(run, place: Path) -> nn.Module:
     else:
         model = type(task).from_pretrained(base)
     return PeftModel.from_pretrained(model, place).merge_and_unload().eval()
+
+
+def followed(place: Path, **given: object) -> dict[str, object]:
+    """Run the lines of a card that load and use the model, from another folder than its own."""
+    lines = "".join(
+        re.findall(
+            r"```python\n(.*?)```",
+            (place / "README.md").read_text().partition("## Train it again")[0],
+            re.DOTALL,
+        )
+    )
+    for name in given:
+        assert f"\n{name} = ...  #" in lines
+        lines = lines.replace(f"\n{name} = ...  #", "\n#")
+    names = dict(given)
+    exec(lines.replace('folder = "."', f"folder = {str(place)!r}"), names)
+    return names
 
 
 def distance(model: nn.Module, weights: dict[str, torch.Tensor]) -> float:
@@ -214,6 +234,120 @@ def test_a_run_in_memory_is_exported_by_the_difference_of_its_weights(dora, tmp_
     assert dora or record["layers"]["0"]["rank"] == RANK
     with pytest.raises(ConfigError, match="a run in memory has its last weights alone"):
         run.export(tmp_path / "first", round=1)
+
+
+def test_the_lines_of_the_card_load_an_adapter_whose_folder_was_moved(tmp_path):
+    run = trained("bert", "fedavg_lora", tmp_path / "run", head="average")
+    record = run.export(tmp_path / "adapter")
+    assert record["base"] == "./base"
+    moved = shutil.move(tmp_path / "adapter", tmp_path / "elsewhere")
+    assert distance(followed(moved)["model"], run.weights()) < 1e-6
+    card = (moved / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "write the new path of `base` there as `base_model_name_or_path`" in card
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(moved / "base")})
+    )
+    found = AutoPeftModelForSequenceClassification.from_pretrained(moved).merge_and_unload()
+    assert distance(found, run.weights()) < 1e-6
+
+
+def table(rows: int, seed: int) -> pd.DataFrame:
+    draw = np.random.default_rng(seed)
+    age, dose = draw.normal(50, 12, rows), draw.normal(3e-3, 2e-3, rows)
+    kind = np.where(age + 1e4 * dose > 80, "ill", np.where(age < 40, "none", "well"))
+    return pd.DataFrame({"age": age, "flat": 7, "dose": dose, "kind": kind, "next": 2 * age + 5})
+
+
+TABLES = {
+    "classes": ("kind", [], {"form": "peft", "classes": ["ill", "none", "well"]}),
+    "some classes": ("kind", ["data.labels=[2,0]"], {"form": "peft", "classes": ["well", "ill"]}),
+    "as they are": ("kind", ["data.standardise=false"], {"form": "peft", "divide_by": None}),
+    "a number": ("next", ["data.task=regression"], {"form": "state_dict", "classes": None}),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_the_card_brings_raw_rows_of_a_table_to_the_model_and_names_its_answers(case, tmp_path):
+    label, words, wanted = TABLES[case]
+    form = wanted.pop("form")
+    rows = table(40, 1)
+    table(120, 0).to_csv(tmp_path / "train.csv", index=False)
+    rows.to_csv(tmp_path / "test.csv", index=False)
+    run = fedraclora.simulate(
+        *(QUIET, "data=table", f"data.file={tmp_path}/train.csv", f"data.test={tmp_path}/test.csv"),
+        *(f"data.label={label}", "data.features=[dose,flat,age]", "pretrain=none", *words),
+        *("model=mlp", "model.hidden=[8]", "local.lr=0.1", "local.epochs=3"),
+        method={"name": "fed_rac_lora", "rank": 2},
+        clients=4,
+        cohort=4,
+        rounds=3,
+    )
+    run.export(tmp_path / "out", form)
+    samples = json.loads((tmp_path / "out" / "export.json").read_text())["samples"]
+    assert samples["features"] == ["dose", "flat", "age"]
+    assert {key: samples.get(key) for key in wanted} == wanted
+    if "classes" in samples:
+        rows = rows[rows.kind.isin(samples["classes"])]
+    built = run.built().task.model
+    assert 'frame[samples["features"]].to_numpy()' in (tmp_path / "out/README.md").read_text()
+    raw = rows[samples["features"]].to_numpy()
+    found = followed(tmp_path / "out", model=copy.deepcopy(built), raw=raw)
+    expected = forward(run.model(), run.built().task.test.inputs)
+    assert torch.allclose(found["output"], expected, atol=1e-4)
+    if label == "kind":
+        right = np.mean(np.array(found["answer"]) == rows.kind)
+        assert right == pytest.approx(run.summary["metrics"]["accuracy"])
+    else:
+        assert float(found["answer"].std()) > 1  # on the scale of the rows, whose deviation is 24
+    given = run.evaluate(rows, target=label)
+    assert given == pytest.approx(run.summary["metrics"], abs=1e-4)
+
+
+def test_the_classes_of_texts_are_named_in_the_config_of_their_model(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    inputs, target = texts(40)
+    columns = {n: t.tolist() for n, t in inputs.items()} | {"label": target.tolist()}
+    named = datasets.Dataset.from_dict(columns).cast_column(
+        "label", datasets.ClassLabel(names=["bad", "good"])
+    )
+    run = fedraclora.simulate(
+        QUIET,
+        model=MODELS["bert"][0](),
+        data=[named.select(range(20)), named.select(range(20, 40))],
+        test=texts(9, 4),
+        method={"name": "fedavg_lora", "rank": 1},
+        rounds=1,
+    )
+    for form, place in {"hf": "config.json", "peft": "base/config.json"}.items():
+        run.export(tmp_path / form, form)
+        config = json.loads((tmp_path / form / place).read_text())
+        assert config["id2label"] == {"0": "bad", "1": "good"}
+        assert config["label2id"] == {"bad": 0, "good": 1}
+        assert "- output k is the k-th of `classes`" in (tmp_path / form / "README.md").read_text()
+        facts = json.loads((tmp_path / form / "export.json").read_text())
+        assert facts["samples"]["classes"] == ["bad", "good"]
+
+
+def test_the_card_of_a_model_from_elsewhere_names_its_classes(tmp_path):
+    run = trained("bert", "fedavg_lora", tmp_path / "run", head="average")
+    run.export(tmp_path / "bert", "hf")
+    inputs, target = texts(20)
+    names = {"reading": {"classes": ["bad", "good"]}}
+    run = fedraclora.simulate(
+        *(QUIET, "model=hf", f"model.path={tmp_path}/bert"),
+        data=[({n: t[k::2] for n, t in inputs.items()}, target[k::2]) for k in range(2)],
+        test=texts(9, 4),
+        method={"name": "fedavg_lora", "rank": 1},
+        rounds=1,
+        head="average",
+    )
+    built = run.built()
+    task = replace(built.task, **names)
+    run = replace(run, built=lambda: replace(built, task=task))
+    run.export(tmp_path / "adapter")
+    assert followed(tmp_path / "adapter")["model"].config.id2label == {0: "bad", 1: "good"}
 
 
 def test_a_hugging_face_folder_is_the_trained_model(tmp_path):
