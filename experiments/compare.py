@@ -177,7 +177,7 @@ def _mean(values: Sequence[float]) -> float:
 def _figures(run: Run, metric: str, target: float | None) -> dict[str, float]:
     """The numbers of one run; NaN where it has none."""
     last, clients = run.rows[-1], np.nansum(column(run.rows, "cohort"))
-    sent = number(last, "uplink_total") / MEGABYTE
+    sent, fetched = (number(last, f"{way}_total") / MEGABYTE for way in ("uplink", "downlink"))
     errors = column(run.rows, "report", "aggregation_error")
     errors = errors[np.isfinite(errors)]
     # What simulated devices lost; without devices there are none.
@@ -186,7 +186,8 @@ def _figures(run: Run, metric: str, target: float | None) -> dict[str, float]:
         "rounds": number(last, "round"),
         "uplink_mb_per_client_round": float(sent / clients) if clients else math.nan,
         "uplink_mb": sent,
-        "downlink_mb": number(last, "downlink_total") / MEGABYTE,
+        "downlink_mb": fetched,
+        "traffic_mb": sent + fetched,
         "uplink_floats": number(run.summary, "uplink_floats"),
     }
     if target is not None:
@@ -195,11 +196,15 @@ def _figures(run: Run, metric: str, target: float | None) -> dict[str, float]:
         row = next(reached, {})
         figures["target_rounds"] = number(row, "round")
         figures["target_uplink_mb"] = number(row, "uplink_total") / MEGABYTE
+        there = number(row, "uplink_total") + number(row, "downlink_total")
+        figures["target_traffic_mb"] = there / MEGABYTE
         figures["target_virtual_seconds"] = number(row, "virtual_seconds")
         figures["target_reached"] = float(bool(row))
     return figures | {
         "aggregation_error_last": float(errors[-1]) if errors.size else math.nan,
         "aggregation_error_mean": float(errors.mean()) if errors.size else math.nan,
+        "rounding_up": _mean([number(row, "rounding_up") for row in run.rows]),
+        "rounding_down": _mean([number(row, "rounding_down") for row in run.rows]),
         "virtual_seconds": number(last, "virtual_seconds"),
         "dropped_per_round": _mean(dropped),
         "seconds": math.fsum(round_seconds(row) for row in run.rows),
@@ -239,12 +244,14 @@ def _shown(
         "MB up": text("uplink_mb"),
         "MB up per client and round": text("uplink_mb_per_client_round"),
         "MB down with catch-up": text("downlink_mb"),
+        "MB both ways": text("traffic_mb"),
         "floats up per client and round": text("uplink_floats"),
     }
     if target is not None:
         there = record["target_reached"]
         missed = "" if there == runs else f" ({there} of {runs} runs)"
-        keys = {"rounds": "rounds", "MB up": "uplink_mb", "virtual seconds": "virtual_seconds"}
+        keys = {"rounds": "rounds", "MB up": "uplink_mb", "MB both ways": "traffic_mb"}
+        keys["virtual seconds"] = "virtual_seconds"
         for title, key in keys.items():
             if key in measured:
                 reached = text(f"target_{key}") + missed if there else "not reached"
@@ -252,6 +259,8 @@ def _shown(
     optional = {
         "aggregation error, last": "aggregation_error_last",
         "aggregation error, mean": "aggregation_error_mean",
+        "rounding error, up": "rounding_up",
+        "rounding error, down": "rounding_down",
         "virtual seconds": "virtual_seconds",
         "dropped per round": "dropped_per_round",
     }

@@ -22,7 +22,12 @@ COHORT = 5
 
 
 def ledger_rows(
-    final: float, up: int, error: float | None, metric: str, pace: float | None
+    final: float,
+    up: int,
+    error: float | None,
+    metric: str,
+    pace: float | None,
+    rounding: float | None,
 ) -> list[Row]:
     """Row 0, then a metric that rises linearly to ``final``, evaluated every second round."""
     rows: list[Row] = [{"round": 0, "metrics": {metric: 0.0, "loss": 3.0}, "uplink_total": 0}]
@@ -44,6 +49,8 @@ def ledger_rows(
             row["metrics"] = {metric: final * round_ / ROUNDS, "loss": 3.0 - round_ / ROUNDS}
         if error is not None:
             row["report"] = {"aggregation_error": error * round_}
+        if rounding is not None:
+            row["rounding_up"] = rounding * round_
         if pace is not None:
             row["virtual_seconds"] = pace * round_
             row["dropped"] = [{"client": k, "reason": "late: 9 s"} for k in range(round_ % 2)]
@@ -68,12 +75,13 @@ def make(tmp_path: Path) -> Make:
         error: float | None = None,
         metric: str = "accuracy",
         pace: float | None = None,
+        rounding: float | None = None,
         **more: object,
     ) -> Path:
         folder = tmp_path / "sweep" / name
         folder.mkdir(parents=True)
         ledger = Ledger(folder / "ledger.jsonl")
-        for row in ledger_rows(final, up, error, metric, pace):
+        for row in ledger_rows(final, up, error, metric, pace, rounding):
             ledger.append(row, sync=False)
         config: dict[str, object] = {
             "method": method,
@@ -137,16 +145,27 @@ def test_seeds_are_joined_and_the_numbers_are_right(make: Make, tmp_path: Path) 
     assert record["uplink_mb_per_client_round"] == pytest.approx(0.001)
     assert record["uplink_mb"] == pytest.approx(1000 * COHORT * ROUNDS / 1e6)
     assert record["downlink_mb"] == pytest.approx(30 * ROUNDS / 1e6)
+    assert record["traffic_mb"] == pytest.approx((1000 * COHORT + 30) * ROUNDS / 1e6)
     assert record["uplink_floats"] == 250
     assert record["seconds"] == pytest.approx(0.5 * ROUNDS)
     # 0.8 * 18 / 20 = 0.72 and 0.95 * 16 / 20 = 0.76; 0.7 never reaches it.
     assert record["target_rounds"] == 17
     assert record["target_uplink_mb"] == pytest.approx(1000 * COHORT * 17 / 1e6)
+    assert record["target_traffic_mb"] == pytest.approx((1000 * COHORT + 30) * 17 / 1e6)
     assert record["target_reached"] == 2
     assert math.isnan(float(str(record["aggregation_error_last"])))
     assert other["aggregation_error_last"] == pytest.approx(1e-3 * ROUNDS)
     assert other["aggregation_error_mean"] == pytest.approx(1e-3 * (ROUNDS + 1) / 2)
     assert table.notes == ()
+
+
+def test_what_fewer_bits_cost_gets_columns(make: Make, tmp_path: Path) -> None:
+    make("float32", rac(), wire={"uplink": "float32"})
+    make("int8", rac(), wire={"uplink": "int8"}, rounding=0.01)
+    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    shown = dict(zip(table.header, zip(*table.cells, strict=True), strict=True))
+    assert sorted(shown["rounding error, up"]) == ["-", f"{0.01 * (ROUNDS + 1) / 2:.4g}"]
+    assert "rounding error, down" not in shown
 
 
 def test_virtual_time_and_dropped_clients_get_columns(make: Make, tmp_path: Path) -> None:
