@@ -250,8 +250,12 @@ def _shown(
     if target is not None:
         there = record["target_reached"]
         missed = "" if there == runs else f" ({there} of {runs} runs)"
-        keys = {"rounds": "rounds", "MB up": "uplink_mb", "MB both ways": "traffic_mb"}
-        keys["virtual seconds"] = "virtual_seconds"
+        keys = {
+            "rounds": "rounds",
+            "MB up": "uplink_mb",
+            "MB both ways": "traffic_mb",
+            "virtual seconds": "virtual_seconds",
+        }
         for title, key in keys.items():
             if key in measured:
                 reached = text(f"target_{key}") + missed if there else "not reached"

@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from fedraclora.limits import Count, Limited, Positive
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
-from fedraclora.protocol.plan import Rank, resolve_rank
+from fedraclora.protocol.plan import Rank, rank_notes, resolve_rank
 from fedraclora.tree import Tree
 from strategies.fedavg import FedAvg
 from strategies.shared.common import turned
@@ -59,8 +59,8 @@ class GaloreAverage(Limited, FedAvg, group="method"):
 
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        found = [self.layer_rank(plan, name) for name in plan.targets]
-        return State(base, plan, notes=tuple(rank.note for rank in found if rank.note is not None))
+        notes = rank_notes(self.layer_rank(plan, name) for name in plan.targets)
+        return State(base, plan, notes=notes)
 
     def layer_rank(self, plan: Plan, name: str) -> Rank:
         """Compute the rank of one layer, and a note where it is not the one that was asked for."""

@@ -163,6 +163,11 @@ def own_rank(ranks: Mapping[str, int | float], name: str) -> int | float:
     )
 
 
+def rank_notes(ranks: Iterable[Rank]) -> tuple[str, ...]:
+    """Collect what is said of ranks that are not those that were asked for."""
+    return tuple(rank.note for rank in ranks if rank.note is not None)
+
+
 def resolve_rank(
     rank: Ranks, dim: int, name: str, *, cap: bool, parts: int = 1, of: str = "parts"
 ) -> Rank:
@@ -202,15 +207,11 @@ def resolve_rank(
             )
         return Rank(max(1, round(rank * dim)))
     shared = f": its {whole} dimensions are shared by {parts} {of}" if parts > 1 else ""
-    if rank > dim and not cap and shared:
-        raise ConfigError(
-            f"method.rank is {rank}, but {name} has room for {dim} only{shared}; lower the rank, "
-            "take fewer of them, or set method.cap=true"
-        )
     if rank > dim and not cap:
+        fewer = ", take fewer of them," if shared else ""
         raise ConfigError(
-            f"method.rank is {rank}, but {name} has only {dim} on the drawn side; "
-            f"lower the rank or set method.cap=true"
+            f"method.rank is {rank}, but {name} has only {dim} on the drawn side{shared}; "
+            f"lower the rank{fewer} or set method.cap=true"
         )
     if rank > dim:
         return Rank(dim, f"rank of {name} capped at {dim} (asked: {rank}){shared}")

@@ -20,6 +20,8 @@ from fedraclora.protocol.method import (
 from fedraclora.protocol.plan import Rank, Ranks, resolve_rank
 from fedraclora.tree import Tree
 
+# What shares the dimension of a drawing, for messages.
+PARTS = "sketches (method.sketches, times method.pool where there is one)"
 # What is drawn: A (right), B (left), or the larger factor.
 Side = Annotated[str, choice_of(("right", "left", "auto"))]
 
@@ -28,9 +30,6 @@ def draws_right(side: str, shape: tuple[int, int]) -> bool:
     """Check whether A is the factor of a layer that is drawn; ``auto``: the larger one is."""
     m, n = shape
     return side == "right" or (side == "auto" and n >= m)
-
-
-SKETCHES = "sketches (method.sketches, times method.pool where there is one)"
 
 
 def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, parts: int = 1) -> Rank:
@@ -45,10 +44,10 @@ def drawn_rank(rank: Ranks, side: str, plan: Plan, name: str, *, cap: bool, part
     dim = shape[1 if draws_right(side, shape) else 0]
     if parts > dim:
         raise ConfigError(
-            f"a drawing is cut into {parts} {SKETCHES}, but {name} has only {dim} dimensions on "
+            f"a drawing is cut into {parts} {PARTS}, but {name} has only {dim} dimensions on "
             "the drawn side; take fewer"
         )
-    return resolve_rank(rank, dim, name, cap=cap, parts=parts, of=SKETCHES)
+    return resolve_rank(rank, dim, name, cap=cap, parts=parts, of=PARTS)
 
 
 def dense_slots(state: State) -> dict[str, Trained]:

@@ -43,6 +43,7 @@ from fedraclora.protocol.plan import (
     Ranks,
     check_patterns,
     check_rank,
+    rank_notes,
     resolve_rank,
     resolve_scale,
 )
@@ -201,7 +202,7 @@ class LayerMethod(LowRank):
     @override
     def init(self, base: Tree, plan: Plan, draw: Draw) -> State:
         check_patterns(self.rank, plan.targets)
-        notes = tuple(n for w in plan.targets if (n := self.layer_rank(plan, w).note) is not None)
+        notes = rank_notes(self.layer_rank(plan, name) for name in plan.targets)
         return State(base, plan, memo=self.memo(), notes=notes)
 
     @override

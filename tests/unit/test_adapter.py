@@ -157,7 +157,8 @@ def test_a_rank_that_several_parts_share_a_dimension_for_says_so() -> None:
     assert resolve_rank(3, 24, "fc1", cap=False, **shared) == Rank(3)
     assert resolve_rank(1.0, 24, "fc1", cap=False, **shared) == Rank(3)
     words = (
-        r"room for 3 only: its 24 dimensions are shared by 8 sketches \(method.pool\); lower the"
+        "only 3 on the drawn side: its 24 dimensions are shared by 8 sketches "
+        r"\(method.pool\); lower the rank, take fewer of them, or set method.cap"
     )
     with pytest.raises(ConfigError, match=words):
         resolve_rank(16, 24, "fc1", cap=False, **shared)
