@@ -77,7 +77,8 @@ def build_hf(
     source, local = checked_source(path, sha256)
     key = f"model.path={path}"
     try:
-        config = from_pretrained(AutoConfig, source, local, key, num_labels=classes)
+        with quiet():
+            config = from_pretrained(AutoConfig, source, local, key, num_labels=classes)
         set_dropout(config, dropout)
         cut_layers(config, layers)
         if config.pad_token_id is None:
@@ -192,7 +193,7 @@ def cut_layers(config: Any, layers: int | None) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the report of a new head and the progress bar; both are expected."""
+    """Silence the reports of a new head and the progress bar; both are expected."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
