@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from fedraclora.data.task import IGNORED_TOKEN, forward
 
 LARGE = 1024  # outputs from which on it pays
 PIECE = 32 << 20  # bytes of outputs that are formed at a time
+PLAIN: WeakSet[nn.Module] = WeakSet()  # models known to leave the outputs of their last layer alone
 
 
 def output_layer(model: nn.Module, loss: str) -> nn.Linear | None:
@@ -61,12 +63,15 @@ class Labelled:
         """Run a model up to its last layer."""
         wanted = samples.target[:, 1:]
         kept = wanted != IGNORED_TOKEN
-        found, outputs = _run(model, head, samples, lambda states: states[:, :1])
-        states = found[:, :-1][kept]
-        with torch.no_grad():
-            untouched = torch.equal(head(found[:, :1]), outputs)
-        if untouched:
-            return cls(states, wanted[kept], kept, head)
+        if model not in PLAIN:
+            found, outputs = _run(model, head, samples, lambda states: states[:, :1])
+            with torch.no_grad():
+                if torch.equal(head(found[:, :1]), outputs):
+                    PLAIN.add(model)
+        else:  # it reads no weight of the last layer, each of which bf16-mixed would cast
+            found = _states(model, head, samples)
+        if model in PLAIN:
+            return cls(found[:, :-1][kept], wanted[kept], kept, head)
         # The model does something to its outputs (a soft cap, a scale): it does it to these alone.
         _, outputs = _run(model, head, samples, lambda states: states[:, :-1][kept][None])
         return cls(outputs[0], wanted[kept], kept, lambda given: given)
@@ -76,6 +81,28 @@ class Labelled:
         width = getattr(self.outputs, "out_features", self.states.shape[-1])
         rows = max(1, PIECE // (width * self.states.element_size()))
         yield from zip(self.states.split(rows), self.wanted.split(rows), strict=True)
+
+
+class _Reached(Exception):  # noqa: N818 - no error
+    """The last layer was reached."""
+
+
+def _states(model: nn.Module, head: nn.Linear, samples: Samples) -> torch.Tensor:
+    """Run a model as far as its last layer; give what that would have been given."""
+    seen: list[torch.Tensor] = []
+
+    def stop(_module: nn.Module, given: tuple[Any, ...]) -> None:
+        seen.append(given[0])
+        raise _Reached
+
+    hook = head.register_forward_pre_hook(stop)
+    try:
+        forward(model, samples.inputs)
+    except _Reached:
+        return seen[0]
+    finally:
+        hook.remove()
+    raise AssertionError("a model that was run before has not come to its last layer")
 
 
 def _run(
