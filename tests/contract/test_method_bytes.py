@@ -15,6 +15,7 @@ from worlds import (
     Run,
     World,
     assert_updates_lead_on,
+    defaults_short,
     label,
     make_method,
     make_world,
@@ -33,8 +34,6 @@ Variant = tuple[str, dict[str, Any]]
 VARIANTS = list(variants())
 ITEM = 8  # bytes of a float64
 COHORT, ROUNDS = 3, 6
-
-defaults_short = pytest.mark.short(when=lambda variant: not variant[1])
 
 
 def finished(variant: Variant, chunk: int = 1, width: int = 1, folder: Path | None = None) -> Run:

@@ -21,6 +21,7 @@ from worlds import (
     assert_close_trees,
     assert_equal_trees,
     conv1d,
+    defaults_short,
     distinct,
     equal_clients,
     has_field,
@@ -53,7 +54,6 @@ SKETCHING = sorted(
 )
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=label)
-defaults_short = pytest.mark.short(when=lambda variant: not variant[1])
 every_method = pytest.mark.parametrize("name", sorted(distinct()))
 
 
@@ -158,6 +158,7 @@ def test_the_server_ends_with_the_weights_that_a_client_trained_to(
     assert two.rows[0]["train_loss"] == pytest.approx(wanted, rel=1e-12)
 
 
+@defaults_short
 @every_variant
 def test_equal_clients_are_one_client(variant: Variant, world: World) -> None:
     method = method_of(variant)
@@ -241,6 +242,7 @@ def test_the_same_seed_gives_the_same_bits(variant: Variant, world: World) -> No
     assert not torch.equal(first.weights["fc1.weight"], other.weights["fc1.weight"])
 
 
+@defaults_short
 @every_variant
 def test_a_linear_method_is_the_same_under_the_aggregator_sum(
     variant: Variant, world: World
@@ -254,6 +256,7 @@ def test_a_linear_method_is_the_same_under_the_aggregator_sum(
     assert_equal_trees(summed.weights, apart.weights)
 
 
+@defaults_short
 @every_variant
 def test_uniform_weights_differ_from_examples_where_clients_do(
     variant: Variant, world: World
@@ -304,6 +307,7 @@ def test_the_chain_on_disk_rebuilds_the_base_to_the_bit(
         state_at(folder, 6)
 
 
+@defaults_short
 @every_variant
 def test_a_compacted_chain_rebuilds_what_it_keeps_to_the_bit(
     variant: Variant, whole_run: Callable[[Variant], tuple[Run, Path]], tmp_path: Path

@@ -16,6 +16,7 @@ from worlds import (
     World,
     assert_close_trees,
     assert_equal_trees,
+    defaults_short,
     label,
     make_method,
     make_world,
@@ -47,7 +48,6 @@ from strategies.steps.settings import RoundSettings
 Variant = tuple[str, dict[str, Any]]
 LINEAR = [v for v in variants() if make_method(v[0], **v[1]).traits.linear]
 MASKED = ("ravan", "slora")  # refused: noise would move what they leave alone (test_what_fits)
-defaults_short = pytest.mark.short(when=lambda variant: not variant[1])
 every_variant = pytest.mark.parametrize("variant", list(variants()), ids=label)
 every_linear = pytest.mark.parametrize(
     "variant", [v for v in LINEAR if v[0] not in MASKED], ids=label
@@ -235,6 +235,7 @@ def test_what_does_not_go_with_privacy_is_refused(world: World) -> None:
     assert Attackers(SignFlip(0.2)).bound(first=False) is None
 
 
+@defaults_short
 @every_variant
 def test_samples_have_an_account_and_losses_stay_at_home(variant: Variant, world: World) -> None:
     name, changes = variant

@@ -11,6 +11,7 @@ from worlds import (
     World,
     assert_close_trees,
     assert_equal_trees,
+    defaults_short,
     equal_clients,
     label,
     make_method,
@@ -45,6 +46,7 @@ def world() -> World:
     return make_world()
 
 
+@defaults_short
 @every_variant
 def test_of_clients_that_agree_every_rule_makes_their_update(
     variant: Variant, world: World

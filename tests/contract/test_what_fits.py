@@ -15,6 +15,7 @@ from worlds import (
     World,
     assert_close_trees,
     assert_equal_trees,
+    defaults_short,
     label,
     make_method,
     make_world,
@@ -51,6 +52,7 @@ def world() -> World:
     return make_world()
 
 
+@defaults_short
 @every_variant
 def test_a_method_says_whether_what_clients_train_varies(variant: Variant, world: World) -> None:
     name, changes = variant

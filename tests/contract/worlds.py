@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from flwr.app import Message, RecordDict
 from torch import nn
@@ -153,6 +154,10 @@ def is_personal(variant: tuple[str, dict[str, Any]]) -> bool:
 def label(variant: tuple[str, dict[str, Any]]) -> str:
     """A variant's name in test ids."""
     return "-".join([variant[0], *(f"{k}={v}" for k, v in variant[1].items())])
+
+
+# In the short suite each method has its defaults alone where its settings meet no other code.
+defaults_short = pytest.mark.short(when=lambda variant: not variant[1])
 
 
 def has_field(method: Method, name: str) -> bool:

@@ -196,7 +196,8 @@ def test_a_run_may_die_again_while_it_goes_on(tmp_path: Path) -> None:
         assert digests(folder) == wanted, trial
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # that a run may die at any write, see above; a process, see test_file_kills
+@pytest.mark.parametrize("times", [1, 3])
 def test_a_killed_process_goes_on_to_the_same_end(
     times: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,7 +134,7 @@ def on_ray(name: str, workers: int) -> Assembled:
 
 
 # In the short suite rows come from three workers, and plain sums from the two of test_ray_gpu.
-@pytest.mark.short(when=lambda name: name in {"local head", "secure"})
+@pytest.mark.short(when=lambda name: name == "local head")
 @pytest.mark.parametrize("name", RUNS)
 def test_two_workers_are_one_process(name: str) -> None:
     assert bits(on_ray(name, 2)) == in_process(name)
@@ -253,7 +253,7 @@ ENDS = {
 }
 
 
-@pytest.mark.short(when=lambda how: how == "terminate")
+@SLOW
 @pytest.mark.parametrize("how", ENDS)
 def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
     sign, group, due = ENDS[how]

@@ -18,6 +18,7 @@ from vectorised_agreement import (
     trainer_of,
 )
 from vectorised_cases import CASES, SEED, SIZES, Case, mlp, scaled
+from vectorised_settings import ALSO, WIDELY
 
 from fedraclora.protocol.method import Cohort, Draw, Plan
 from fedraclora.protocol.pool import Pool, Terms, parameters
@@ -26,9 +27,10 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree
 from fedraclora.wire.downlink import uplink_layout
 
-# Every method on a model of each way to train, and what clients train on every model; the rest is
-# for the long suite.
-SHORT = {*product(KINDS, ("mlp", "cnn-adapted"))} | {*product(("fed_rac_lora", "fedavg"), CASES)}
+# Every method on one model, factors of every form on one that is trained in the other way, and what
+# clients train on every model; the rest is for the long suite.
+SHORT = {*product(KINDS, ("mlp",)), *product(WIDELY | ALSO, ("cnn-adapted",))}
+SHORT |= {*product(("fed_rac_lora", "fedavg"), CASES)}
 
 
 @pytest.mark.short(when=lambda name, case: (name, case) in SHORT)

@@ -76,6 +76,7 @@ def test_the_yaml_of_the_example_has_the_fields_as_keys(
     assert text.startswith("# ")
 
 
+@pytest.mark.slow
 def test_the_contract_suite_takes_the_example_as_it_is_printed(tmp_path: Path) -> None:
     """The recipe on a copy: one file, one line, one YAML, and the suite, without a test written."""
     root = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedraclora.data import DATASETS
+from fedraclora.data import DATASETS, digits
 from fedraclora.data import mnist as mnist_module
 from fedraclora.data.locate import check_file, model_source, package_path, resolve
 from fedraclora.errors import ConfigError, DataError
@@ -109,6 +109,13 @@ def test_digits_are_split_by_class_and_do_not_depend_on_the_run():
     assert not torch.equal(data.test.inputs["x"], other.test.inputs["x"])
     counts = np.bincount(data.test.target) / np.bincount(data.train.target)
     assert np.allclose(counts, 1 / 3, atol=0.02)
+
+
+def test_digits_come_through_the_library_where_their_file_is_elsewhere(monkeypatch):
+    read = digits._read.__wrapped__
+    found = read()
+    monkeypatch.setattr(digits, "FILE", ("gone.csv.gz",))
+    assert all(np.array_equal(*pair) for pair in zip(found, read(), strict=True))
 
 
 def test_digits_say_how_raw_ones_are_scaled():
