@@ -78,9 +78,9 @@ def compare(
 
 def _read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     runs, notes = [], []
-    folders, results = find_runs(paths)
-    if results:  # no note: a table says the same, whether its own folder was named or not
-        print(f"passed over, as results and not runs: {', '.join(map(str, results))}")
+    folders, without = find_runs(paths)
+    if without:  # no note: a table says the same, whether its own folder was named or not
+        print(f"passed over, as there is no run in it: {', '.join(map(str, without))}")
     for folder in folders:
         try:
             runs.append(read_run(folder))

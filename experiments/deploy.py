@@ -23,6 +23,7 @@ from experiments.interrupt import in_order
 from experiments.overrides import is_override, key_of, searched
 from experiments.progress import RunProgress
 from experiments.record import Record
+from experiments.resume import told_how_to_go_on
 from experiments.simulate import choose, shown
 from experiments.status import reported
 from experiments.words import part
@@ -218,7 +219,11 @@ def main(words: Sequence[str] | None = None) -> int:
     name, local = where(own)
     request = prepare(rest, local)
     if not request.is_done():
-        with place(request, local, name) as (connection, record):
+        again = f"deploy local={local}" if local else f"deploy connection={name}"
+        with (
+            told_how_to_go_on(request.folder, again, there=not local),
+            place(request, local, name) as (connection, record),
+        ):
             run(request, connection, record)
     return 0
 

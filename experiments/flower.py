@@ -18,6 +18,7 @@ from experiments.app import RunRequest, checkout, copy_app
 from experiments.choices import composed
 from experiments.interrupt import in_order
 from experiments.overrides import key_of, searched
+from experiments.resume import told_how_to_go_on
 from experiments.simulate import choose, shown
 from experiments.status import reported
 from fedraclora.config.schema import section
@@ -105,7 +106,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if asked.write is not None:
         write(request, asked.write)
     elif not request.is_done():
-        run(request)
+        with told_how_to_go_on(request.folder, "flower"):
+            run(request)
     return 0
 
 

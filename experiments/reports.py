@@ -104,30 +104,30 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Find run folders: the paths themselves, or all below them; each once, sorted per path.
 
     Returns:
-        The runs; and the paths that have none, but results of ours: ``runs/*`` names those, too.
+        The runs; and the paths that have none: ``runs/*`` names those, too.
 
     Raises:
-        CheckpointError: If a path does not exist or has neither, or if there is no run at all.
+        CheckpointError: If a path does not exist, or if there is no run at all.
     """
     found: dict[Path, None] = {}
-    results = []
+    without = []
     for path in paths:
-        if not path.is_dir():
-            raise CheckpointError(f"{path} is not a folder; give the folder of a run or of a sweep")
-        below = _below(path, _is_run)
-        if not below and _below(path, _is_result):
-            results.append(path)
-        elif not below:
-            raise CheckpointError(
-                f"no run in {path} or below it; a run folder holds {', '.join(RUN_FILES)}"
-            )
+        if not path.exists():
+            raise CheckpointError(f"there is no {path}; give the folder of a run or of a sweep")
+        below = _below(path, _is_run) if path.is_dir() else []
         found |= dict.fromkeys(below)
-    if results and not found:
+        if not below:
+            without.append(path)
+    if without and not found:
+        results = [path for path in without if path.is_dir() and _below(path, _is_result)]
+        why = f"a run folder holds {', '.join(RUN_FILES)}"
+        if results == without:
+            why = "what was written there is the result of a comparison or a study"
         raise CheckpointError(
-            f"no run in {', '.join(map(str, results))}: what was written there is the result of a "
-            "comparison or a study; give the folder of a run or of a sweep"
+            f"no run in {', '.join(map(str, without))} or below: {why}; give the folder of a run "
+            "or of a sweep"
         )
-    return list(found), results
+    return list(found), without
 
 
 def _is_run(folder: Path) -> bool:

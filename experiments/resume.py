@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from experiments import Plain
 from fedraclora.config.build import pick_device
 from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
 from fedraclora.config.schema import section
-from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
 from fedraclora.run.continued import free_keys, plans_rounds
 from fedraclora.run.digests import known_data
-from fedraclora.run.folder import is_finished, read_summary
+from fedraclora.run.folder import (
+    has_begun,
+    is_finished,
+    read_config,
+    read_summary,
+    resume_word,
+)
+from fedraclora.run.ledger import number, read_ledger
 from fedraclora.run.recorder import checkpoint_meta, resolved
 from fedraclora.weights.files import difference, flatten
 
@@ -73,6 +81,37 @@ def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
         return False
     summary = read_summary(folder)
     return summary.get("stopped") is True or summary.get("rounds") == plain.get("rounds")
+
+
+@contextmanager
+def told_how_to_go_on(folder: Path, command: str, *, there: bool = False) -> Iterator[None]:
+    """Where what is done inside is interrupted, note where the run stands, and how to go on.
+
+    Args:
+        folder: That of the run.
+        command: What runs it: simulate, or another with the words that it needs beside.
+        there: Checkpoints are on another machine.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        with suppress(FedRacLoraError):  # what cannot be read must not hide how it ended
+            if has_begun(folder):
+                again = f"go on with: fedraclora {command} {resume_word(folder)}"
+                error.add_note(f"{_standing(folder, there=there)}; {again}")
+        raise
+
+
+def _standing(folder: Path, *, there: bool) -> str:
+    done = number(read_ledger(folder / "ledger.jsonl")[-1], "round")
+    kept = checkpoint_meta(folder).get("round")
+    if there:
+        stands = "and the server keeps its checkpoint"
+    elif kept is None:
+        stands = "before its first checkpoint, so that it will begin again"
+    else:
+        stands = f"with a checkpoint after round {kept}: {done - kept:g} will be run again"
+    return f"after round {done:g} of {read_config(folder).get('rounds')}, {stands}"
 
 
 def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -> bool:

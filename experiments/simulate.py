@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,23 +23,20 @@ from experiments import CONF, Plain, folders
 from experiments.interrupt import in_order
 from experiments.overrides import flags_first, in_plain_words, key_of, plain_of, without_idle
 from experiments.progress import RunProgress
-from experiments.resume import go_on, is_done
+from experiments.resume import go_on, is_done, told_how_to_go_on
 from experiments.status import composing, reported, tell
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
-from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.errors import ConfigError
 from fedraclora.protocol.plan import frozen_layers
 from fedraclora.run.folder import (
-    has_begun,
     method_label,
     read_config,
     read_summary,
     refuse_existing,
-    resume_word,
 )
-from fedraclora.run.ledger import headline, number, read_ledger
-from fedraclora.run.recorder import checkpoint_meta
+from fedraclora.run.ledger import headline, number
 from strategies import METHODS
 from strategies.assembly import Assembled
 from strategies.outcome import execute, notes_of
@@ -173,27 +169,10 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
     if resume and is_done(folder, plain):
         Console().print(f"{folder} is finished already")
         return read_summary(folder)
-    try:
+    with told_how_to_go_on(folder, "simulate"):
         summary = simulate(plain, folder, resume=resume)
-    except KeyboardInterrupt as error:
-        with suppress(FedRacLoraError):  # what cannot be read must not hide how it ended
-            if has_begun(folder):
-                error.add_note(standing(folder))
-        raise
     report(summary, folder)
     return summary
-
-
-def standing(folder: Path) -> str:
-    """Say where a run that was interrupted stands, and the command that goes on with it."""
-    done = number(read_ledger(folder / "ledger.jsonl")[-1], "round")
-    kept = checkpoint_meta(folder).get("round")
-    if kept is None:
-        stands = "before its first checkpoint, so that it will begin again"
-    else:
-        stands = f"with a checkpoint after round {kept}: {done - kept:g} will be run again"
-    there = f"after round {done:g} of {read_config(folder).get('rounds')}"
-    return f"{there}, {stands}; go on with: fedraclora simulate {resume_word(folder)}"
 
 
 @reported

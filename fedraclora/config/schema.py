@@ -8,7 +8,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
 
@@ -207,9 +207,11 @@ def _shown(hint: object) -> str:
         return f"a group with a name ({', '.join(table)})"
     if hint is type(None):
         return "null"
-    if typing.get_origin(hint) is Mapping:
-        return "a mapping"
-    return str(hint) if typing.get_args(hint) else getattr(hint, "__name__", str(hint))
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in {Mapping, Sequence}:
+        listed = f"a list of {' or '.join(map(_shown, parts))}, in brackets,"
+        return "a mapping" if origin is Mapping else listed
+    return str(hint) if parts else getattr(hint, "__name__", str(hint))
 
 
 def _fits_elements(value: list[object], hint: object) -> bool:

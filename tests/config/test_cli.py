@@ -19,6 +19,7 @@ import yaml
 from experiments.choices import choice
 from experiments.cli import COMMANDS, main
 from experiments.progress import RunProgress
+from experiments.resume import told_how_to_go_on
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.run.folder import resume_word
 from fedraclora.weights.files import flatten
@@ -419,6 +420,12 @@ def test_an_interrupt_says_where_the_run_stands_and_how_it_goes_on(
     assert (status, error.splitlines()[-1][:30]) == (130, "interrupted after round 3 of 4")
     assert said in error
     assert error.endswith(f"; {hint}\n")
+    elsewhere = told_how_to_go_on(tmp_path / "run", "deploy connection=x", there=True)
+    with pytest.raises(KeyboardInterrupt) as ended, elsewhere:
+        raise KeyboardInterrupt
+    (note,) = ended.value.__notes__
+    assert note.startswith("after round 3 of 4, and the server keeps its checkpoint; go on with: ")
+    assert note.endswith(hint.removeprefix("go on with: fedraclora simulate"))
     assert simulate(*words, f"resume={tmp_path / 'run'}") == (0, "")
 
 

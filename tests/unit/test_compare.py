@@ -436,7 +436,7 @@ def test_runs_are_found_below_a_folder_once(make: Make, tmp_path: Path) -> None:
     assert find_runs([tmp_path / "sweep", a]) == ([a, b], [])
     with pytest.raises(CheckpointError, match="no run in"):
         find_runs([a / "checkpoint"])
-    with pytest.raises(CheckpointError, match="not a folder"):
+    with pytest.raises(CheckpointError, match=r"there is no .*absent"):
         find_runs([tmp_path / "absent"])
 
 
@@ -461,12 +461,16 @@ def test_a_comparison_may_be_made_again_of_all_that_lies_beside_it(
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "passed over" in x]
     assert line.endswith(f"{out}, {study.parent}")
     assert (out / "table.md").read_text() == table
-    # What is nothing of ours stays an error, and so does a command that names no run at all.
-    (sweep / "notes").mkdir()
-    assert main([*words(), "--out", str(out)]) == 1
-    assert f"no run in {sweep}/notes or below it" in capsys.readouterr().err
+    # So is an empty folder and a file; a command that names no run at all is an error.
+    (sweep / "empty").mkdir()
+    (sweep / "notes.txt").write_text("mine")
+    assert main([*words(), "--out", str(out)]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "passed over" in x]
+    assert line.endswith(f"{out}, {study.parent}, {sweep}/empty, {sweep}/notes.txt")
     assert main([str(out), "--out", str(out)]) == 1
-    assert f"no run in {out}: what was written there" in capsys.readouterr().err
+    assert f"no run in {out} or below: what was written there" in capsys.readouterr().err
+    assert main([str(sweep / "notes.txt"), "--out", str(out)]) == 1
+    assert f"no run in {sweep}/notes.txt or below: a run folder" in capsys.readouterr().err
 
 
 def test_a_run_that_was_never_evaluated_has_nothing_to_compare(make: Make, tmp_path: Path) -> None:
