@@ -84,7 +84,8 @@ class SLora(LayerMethod):
             old, new = state.base[name], mean[name]
             if ends:
                 change = view.matrix(new - carried.pop(f"{name}/initial").to(new))
-                rank, scale = self.rank_of(plan, name), self.scale_of(plan, name)
+                rank = self.rank_of(plan, name)
+                scale = self.scale_of(rank)
                 B, A = (t.to(old.dtype) for t in principal(change, rank, scale))
                 carried |= {f"{name}/B": B, f"{name}/A": A}
                 new = view.stored(view.matrix(new) - scale * B.double() @ A.double(), old)

@@ -174,7 +174,11 @@ class Partitioned(TableRows):
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
         """Number of samples of each client: int64 [K]."""
-        return self.offsets[clients + 1] - self.offsets[clients]
+        return self._sizes[clients]
+
+    @cached_property
+    def _sizes(self) -> torch.Tensor:
+        return self.offsets.diff()
 
     @override
     def rows_at(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

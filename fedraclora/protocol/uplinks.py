@@ -246,9 +246,8 @@ def norms_of(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     One pass and no copy.
     """
     norms = [torch.linalg.vector_norm(piece, dim=1) for piece in pieces if piece.shape[1]]
-    if not norms:
-        return pieces[0].new_zeros(len(pieces[0]))
-    # A norm of one number is that number, to the bit.
+    if len(norms) < 2:
+        return norms[0] if norms else pieces[0].new_zeros(len(pieces[0]))
     whole: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     return whole
 

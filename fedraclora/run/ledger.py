@@ -240,7 +240,7 @@ def _seal(before: str, text: str) -> str:
 
 def _plain(value: object, where: str) -> object:
     """Convert a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null."""
-    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
         value = value.tolist()
     if value is None or isinstance(value, bool | int | str):
         return value

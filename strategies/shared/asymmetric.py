@@ -56,7 +56,7 @@ class Asymmetric(LayerMethod):
         return drawn_rank(self.rank, side, plan, name, cap=self.cap, parts=self.parts)
 
     @override
-    def scale_of(self, plan: Plan, name: str) -> float:
+    def scale_of(self, rank: int) -> float:
         # E[A^T A] = I is that of all rows together, and each part has a G-th of it.
         parts = self.sketches**0.5 if self.normalise == "identity" else 1.0
-        return super().scale_of(plan, name) * parts
+        return super().scale_of(rank) * parts

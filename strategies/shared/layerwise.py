@@ -170,14 +170,14 @@ class LayerMethod(LowRank):
         """Return the rank of one layer."""
         return self.layer_rank(plan, name).value
 
-    def scale_of(self, plan: Plan, name: str) -> float:
-        """Return the scale s of one layer."""
-        return resolve_scale(self.alpha, self.rank_of(plan, name), rslora=self.rslora)
+    def scale_of(self, rank: int) -> float:
+        """Return the scale s of a layer of some rank."""
+        return resolve_scale(self.alpha, rank, rslora=self.rslora)
 
     def ranks_and_scales(self, plan: Plan) -> tuple[dict[str, int], dict[str, float]]:
         """Return r and s of every layer, by weight."""
         ranks = {name: self.rank_of(plan, name) for name in plan.targets}
-        return ranks, {name: self.scale_of(plan, name) for name in ranks}
+        return ranks, {name: self.scale_of(rank) for name, rank in ranks.items()}
 
     def layers_of(self, state: State, plan: Plan | None = None) -> Iterator[Layer]:
         """Yield the adapted matrices of a state, or of a part of its plan."""
@@ -188,11 +188,12 @@ class LayerMethod(LowRank):
     def layer(self, state: State, plan: Plan, name: str) -> Layer:
         """Return one adapted matrix as the method sees it."""
         keys = {label: f"{name}/{label}" for label in LABELS}
+        rank = self.rank_of(plan, name)
         return Layer(
             name=name,
             shape=plan.targets[name].shape,
-            rank=self.rank_of(plan, name),
-            scale=self.scale_of(plan, name),
+            rank=rank,
+            scale=self.scale_of(rank),
             carried={k: state.carried[key] for k, key in keys.items() if key in state.carried},
             link=state.memo.sketch,
             ends=state.memo.age + 1 == self.link_rounds,

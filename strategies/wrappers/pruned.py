@@ -168,7 +168,7 @@ class Pruned(Around):
                 terms[name] = joined(terms.get(name), (B[:, out], A[out]), scale)
             if not len(kept):
                 continue
-            now = replace(self.inner, rank={name: len(kept)}).scale_of(after.plan, name)
+            now = self.inner.scale_of(len(kept))
             carried |= {f"{name}/B": B[:, kept] * (scale / now), f"{name}/A": A[kept]}
             for prefix in SMOOTH:
                 carried[f"{prefix}{name}/B"] = smoothed[f"{prefix}{name}/B"][:, kept]

@@ -226,7 +226,7 @@ def test_lora_ga_needs_twice_as_many_vectors_as_its_rank() -> None:
     method = FedExLora(rank=6, alpha=ALPHA, initial="lora_ga")
     state = method.init({"w": weight()}, plan_of(), DRAW)
     assert state.notes == ("rank of w capped at 4: lora_ga needs twice as many vectors",)
-    assert method.scale_of(plan_of(), "w") == ALPHA / 4
+    assert method.ranks_and_scales(plan_of()) == ({"w": 4}, {"w": ALPHA / 4})
     with pytest.raises(ConfigError, match=r"2 r singular vectors.*only 8"):
         replace(method, cap=False).init({"w": weight()}, plan_of(), DRAW)
     thin = Plan({"w": LayerView("linear", (1, N))}, shapes={"w": (1, N)})
