@@ -17,6 +17,7 @@ from fedraclora.run.folder import versions_of
 
 Record = Mapping[str, object]
 FACTS = "export.json"
+OURS = ("linear", "mlp", "cnn")  # models that shape, outputs and their keys make
 LIBRARIES = ("transformers", "peft", "safetensors", "gguf")
 
 
@@ -68,10 +69,22 @@ def card(trained: TrainedModel, form: str, record: Record) -> str:
         form=form,
         record={"base": None, **record},
         kind=kind,
+        call=_call(trained),
         labels=labels,
         samples=samples,
         logits=is_hugging_face(model),
     )
+
+
+def _call(trained: TrainedModel) -> str | None:
+    """Write the call that builds a model of ours anew; None for others."""
+    group = dict(_mapping(trained.config.get("model")))
+    shape, name = _mapping(trained.facts.get("samples")).get("shape"), group.pop("name", None)
+    if name not in OURS or not isinstance(shape, list | tuple):
+        return None
+    *_, last = trained.model.parameters()  # of the layer that gives the outputs
+    given = {"shape": tuple(shape), "classes": last.shape[0], "seed": 0, **group}
+    return f"MODELS[{name!r}]({', '.join(f'{key}={value!r}' for key, value in given.items())})"
 
 
 def _mapping(value: object) -> Mapping[str, object]:

@@ -290,10 +290,9 @@ def test_the_card_brings_raw_rows_of_a_table_to_the_model_and_names_its_answers(
     assert {key: samples.get(key) for key in wanted} == wanted
     if "classes" in samples:
         rows = rows[rows.kind.isin(samples["classes"])]
-    built = run.built().task.model
     assert 'frame[samples["features"]].to_numpy()' in (tmp_path / "out/README.md").read_text()
     raw = rows[samples["features"]].to_numpy()
-    found = followed(tmp_path / "out", model=copy.deepcopy(built), raw=raw)
+    found = followed(tmp_path / "out", raw=raw)  # it builds the model, too
     expected = forward(run.model(), run.built().task.test.inputs)
     assert torch.allclose(found["output"], expected, atol=1e-4)
     if label == "kind":
@@ -303,6 +302,17 @@ def test_the_card_brings_raw_rows_of_a_table_to_the_model_and_names_its_answers(
         assert float(found["answer"].std()) > 1  # on the scale of the rows, whose deviation is 24
     given = run.evaluate(rows, target=label)
     assert given == pytest.approx(run.summary["metrics"], abs=1e-4)
+
+
+@pytest.mark.parametrize("model", ["model=linear", "model=cnn", "model=mlp"])
+def test_the_card_builds_a_model_of_ours(model, tmp_path):
+    words = ("data=digits", "data.labels=[7,1,4]", "pretrain=none", model, "local.lr=0.1")
+    method = {"name": "fed_rac_lora", "rank": 2}
+    run = fedraclora.simulate(QUIET, *words, method=method, clients=4, cohort=4, rounds=1)
+    run.export(tmp_path / "out", "state_dict")
+    found = followed(tmp_path / "out", raw=torch.zeros(2, 64))
+    assert distance(found["model"], run.weights()) == 0
+    assert set(found["answer"]) <= {"7", "1", "4"}
 
 
 def test_the_classes_of_texts_are_named_in_the_config_of_their_model(tmp_path):
