@@ -583,6 +583,7 @@ def test_the_installed_script_refuses_in_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: unknown method 'fed_rac_lorra'")
 
 
+@pytest.mark.slow  # in this process, see above
 def test_the_installed_script_ends_a_diverging_run(tmp_path: Path) -> None:
     done = console("simulate", *SMALL, "output.dir=run", "local.lr=1e30", folder=tmp_path)
     assert done.returncode != 0

@@ -271,6 +271,7 @@ def test_uniform_weights_differ_from_examples_where_clients_do(
 # --- files ---------------------------------------------------------------------------------------
 
 
+@defaults_short
 @every_variant
 def test_a_run_that_is_resumed_ends_with_the_same_bits(
     variant: Variant,

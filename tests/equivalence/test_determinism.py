@@ -13,6 +13,7 @@ import torch
 from flwr.app import Message
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from vectorised_settings import ALSO, WIDELY
 
 from experiments.assemble import Assembled, assemble
 from experiments.simulate import run_one
@@ -48,8 +49,7 @@ SMALL = [
     f"cohort={COHORT}",
     f"rounds={ROUNDS}",
 ]
-# Every method, and sketches that live over the places where runs are cut. The short suite has one
-# method of a class: the contract suite has their presets.
+# Every method, and sketches that live over the places where runs are cut.
 RUNS = {name: [f"method={name}"] for name in METHODS} | {
     "carried": ["method=fed_rac_lora", "method.resample_every=4"],
     "pool": ["method=pool_rac_lora", "method.pool=2", "method.refresh=3", "method.side=left"],
@@ -85,9 +85,9 @@ RUNS = {name: [f"method={name}"] for name in METHODS} | {
         "wire.downlink=int4",
     ],
 }
-KINDS = set({kind: name for name, kind in reversed(METHODS.items())}.values())
 few = pytest.mark.short(when=lambda name: name in {"fed_rac_lora", "fedavg", "adamw", "fewer bits"})
-one_of_a_class = pytest.mark.short(when=lambda name: name in KINDS or name not in METHODS)
+# Each method by its defaults is in the contract suite.
+settings = pytest.mark.short(when=lambda name: name in WIDELY or name not in METHODS)
 
 Plain = dict[str, object]
 Whole = Callable[[str], Assembled]
@@ -173,7 +173,7 @@ def assert_same(found: Assembled, wanted: Assembled) -> None:
 # ---- The seed and nothing else ------------------------------------------------------------------
 
 
-@one_of_a_class
+@settings
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_seed_gives_the_same_run(
     configs: dict[str, Plain], whole: Whole, name: str
@@ -189,7 +189,7 @@ def test_another_seed_gives_another_run(configs: dict[str, Plain], whole: Whole,
     assert one[1] != two[1]
 
 
-@one_of_a_class
+@settings
 @pytest.mark.parametrize("name", RUNS)
 def test_the_order_of_replies_changes_no_bit(
     configs: dict[str, Plain], whole: Whole, name: str
@@ -318,7 +318,7 @@ def test_a_nan_loss_is_named_with_its_client_and_round(configs: dict[str, Plain]
 
 
 @pytest.mark.parametrize(("how", "weights"), [("raises", "examples"), ("nan", "uniform")])
-@one_of_a_class
+@pytest.mark.short(when=lambda name: name in WIDELY | ALSO)  # factors of every form
 @pytest.mark.parametrize("name", METHODS)
 def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
     configs: dict[str, Plain],

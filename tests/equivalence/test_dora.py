@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 from vectorised_agreement import LOCAL, base_of, foldable, method_of, run, trainer_of
 from vectorised_cases import CASES, SEED, SIZES, Case, classes, convolution, normal, reader, task_of
-from vectorised_settings import PAIRED, SETTINGS
+from vectorised_settings import MEETING, PAIRED, SETTINGS
 
 from fedraclora.data.samples import Partitioned
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Trained
@@ -190,6 +190,7 @@ def test_either_side_and_biases_of_both_kinds(side: str, bias: str) -> None:
 STEPPED = {n: s for n, s in (SETTINGS | PAIRED).items() if "prox" not in s}
 
 
+@pytest.mark.short(when=lambda setting: setting in MEETING)
 @pytest.mark.parametrize("setting", STEPPED)
 def test_every_local_setting(setting: str) -> None:
     local = replace(LOCAL, **STEPPED[setting])  # type: ignore[arg-type]

@@ -151,7 +151,7 @@ def killed_run(plain: Plain, reaper: Reaper) -> bool:
 @pytest.mark.parametrize(
     ("name", "torn"),
     [
-        ("fed_rac_lora", False),
+        pytest.param("fed_rac_lora", False, marks=pytest.mark.slow),
         ("fed_rac_lora", True),
         pytest.param("pool_rac_lora", False, marks=pytest.mark.slow),
         pytest.param("fedavg_lora", False, marks=pytest.mark.slow),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from vectorised_settings import ALSO, WIDELY
 
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
@@ -43,6 +44,7 @@ def store_digest(run: Assembled) -> str:
     return digest(run.strategy.recorder.store.state())
 
 
+@pytest.mark.short(when=lambda method: method in WIDELY | ALSO)  # factors of every form
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in aliases()])
 def test_heads_stay_at_home_and_differ(method: str) -> None:
     run = job(f"method={method}")

@@ -89,6 +89,7 @@ def test_the_code_is_that_of_the_wheel(shell: Shell) -> None:
     assert str(ROOT) not in where
 
 
+@pytest.mark.short(when=lambda line: line != "python five.py")  # it runs in test_python_page
 @pytest.mark.parametrize("line", LINES)
 def test_a_line_does_its_work(line: str, used: Path, shell: Shell) -> None:
     shell(line)

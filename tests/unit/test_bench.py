@@ -353,6 +353,7 @@ def test_a_broken_bound_and_other_work_end_with_a_status(
     assert "open: A: fedjax / vectorised" in found.out or not words
 
 
+@pytest.mark.slow
 def test_several_workloads_run_in_a_process_each(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
