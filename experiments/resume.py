@@ -14,13 +14,7 @@ from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
 from fedraclora.run.continued import free_keys, plans_rounds
 from fedraclora.run.digests import known_data
-from fedraclora.run.folder import (
-    has_begun,
-    is_finished,
-    read_config,
-    read_summary,
-    resume_word,
-)
+from fedraclora.run.folder import has_begun, is_finished, read_config, read_summary, resume_word
 from fedraclora.run.ledger import number, read_ledger
 from fedraclora.run.recorder import checkpoint_meta, resolved
 from fedraclora.weights.files import difference, flatten
@@ -104,10 +98,9 @@ def told_how_to_go_on(folder: Path, command: str, *, there: bool = False) -> Ite
 
 def _standing(folder: Path, *, there: bool) -> str:
     done = number(read_ledger(folder / "ledger.jsonl")[-1], "round")
-    kept = checkpoint_meta(folder).get("round")
     if there:
         stands = "and the server keeps its checkpoint"
-    elif kept is None:
+    elif (kept := checkpoint_meta(folder).get("round")) is None:
         stands = "before its first checkpoint, so that it will begin again"
     else:
         stands = f"with a checkpoint after round {kept}: {done - kept:g} will be run again"

@@ -30,12 +30,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.plan import frozen_layers
-from fedraclora.run.folder import (
-    method_label,
-    read_config,
-    read_summary,
-    refuse_existing,
-)
+from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, number
 from strategies import METHODS
 from strategies.assembly import Assembled

@@ -69,22 +69,23 @@ def card(trained: TrainedModel, form: str, record: Record) -> str:
         form=form,
         record={"base": None, **record},
         kind=kind,
-        call=_call(trained),
+        built=_built(trained),
         labels=labels,
         samples=samples,
         logits=is_hugging_face(model),
     )
 
 
-def _call(trained: TrainedModel) -> str | None:
-    """Write the call that builds a model of ours anew; None for others."""
+def _built(trained: TrainedModel) -> str:
+    """Write the lines that build a model of ours anew; for others a place to put them."""
     group = dict(_mapping(trained.config.get("model")))
     shape, name = _mapping(trained.facts.get("samples")).get("shape"), group.pop("name", None)
     if name not in OURS or not isinstance(shape, list | tuple):
-        return None
+        return f"model = ...  # the {type(trained.model).__name__} that the run was given"
     *_, last = trained.model.parameters()  # of the layer that gives the outputs
     given = {"shape": tuple(shape), "classes": last.shape[0], "seed": 0, **group}
-    return f"MODELS[{name!r}]({', '.join(f'{key}={value!r}' for key, value in given.items())})"
+    words = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    return f"from fedraclora.models import MODELS\nmodel = MODELS[{name!r}]({words}).model"
 
 
 def _mapping(value: object) -> Mapping[str, object]:
