@@ -64,9 +64,9 @@ class Labelled:
         wanted = samples.target[:, 1:]
         kept = wanted != IGNORED_TOKEN
         if model not in PLAIN:
-            found, outputs = _run(model, head, samples, lambda states: states[:, :1])
+            found, outputs = _run(model, head, samples, _first)
             with torch.no_grad():
-                if torch.equal(head(found[:, :1]), outputs):
+                if torch.equal(head(found[:, :1]), outputs) and _hands_on(model, head, samples):
                     PLAIN.add(model)
         else:  # it reads no weight of the last layer, each of which bf16-mixed would cast
             found = _states(model, head, samples)
@@ -81,6 +81,28 @@ class Labelled:
         width = getattr(self.outputs, "out_features", self.states.shape[-1])
         rows = max(1, PIECE // (width * self.states.element_size()))
         yield from zip(self.states.split(rows), self.wanted.split(rows), strict=True)
+
+
+def _first(states: torch.Tensor) -> torch.Tensor:
+    return states[:, :1]
+
+
+def _hands_on(model: nn.Module, head: nn.Linear, samples: Samples) -> bool:
+    """Check that a model hands on outputs of any size: small ones pass a soft cap unchanged."""
+    made: list[torch.Tensor] = []
+
+    def answer(_module: nn.Module, _given: object, outputs: torch.Tensor) -> torch.Tensor:
+        sizes = torch.logspace(-3, 4, outputs.shape[-1], device=outputs.device)
+        sizes[::2] *= -1
+        made.append(sizes.to(outputs.dtype).expand_as(outputs))
+        return made[0]
+
+    hook = head.register_forward_hook(answer)
+    try:
+        _, outputs = _run(model, head, samples, _first)
+    finally:
+        hook.remove()
+    return torch.equal(made[0], outputs)
 
 
 class _Reached(Exception):  # noqa: N818 - no error

@@ -119,6 +119,11 @@ def test_what_a_model_does_to_its_outputs_is_done_to_those_at_labels() -> None:
     samples: Samples = causal_task("llama").test
     head = token_losses.output_layer(model, "next_token")
     assert head is not None
+    own = head.weight.detach().clone()
+    with torch.no_grad():  # outputs of zero are the same with a cap and without
+        head.weight.zero_()
+        token_losses.token_losses(model, head, samples, torch.float64)
+        head.weight.copy_(own)
     wanted = next_token(model(**samples.inputs).logits, samples.target)
     found = token_losses.token_losses(model, head, samples, torch.float64)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
