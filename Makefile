@@ -36,7 +36,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where it is set, each of the many processes of the tests would compile the project anew.
 test test-all golden: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install simulate test test-all lint fmt docs golden bench bench-peers clean
+.PHONY: help install simulate test tests test-all lint style types fmt docs golden bench bench-peers clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,17 +55,25 @@ $(STAMP): pyproject.toml requirements-data.txt
 simulate: install ## Run the main job: Fed-RAC-LoRA over 200 simulated clients (ARGS="key=value ...")
 	$(BIN)/python -m experiments.cli simulate $(ARGS)
 
-test: lint ## Check style, types and imports, then run the tests (not the slow ones, no GPU)
+test: style ## Check style, imports and types, and run the tests (not the slow ones, no GPU)
+	$(MAKE) --no-print-directory --jobs 2 types tests
+
+tests: install
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: lint ## The same with the slow tests, GPU tests where there is one, and more examples
 	$(BIN)/python -m pytest --hypothesis-profile=ci $(ARGS)
 
-lint: install ## Check style, types and import contracts
+lint: style types ## Check style, types and import contracts
+
+style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# Beside the tests it takes a core that they do not have to themselves yet.
+types: install
+	$(BIN)/mypy
 
 fmt: install ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix .

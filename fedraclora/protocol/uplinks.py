@@ -272,11 +272,11 @@ def check_rows(
         One refusal per client that fails; empty if all pass.
     """
     found = norms_of(pieces) if norms is None else norms
-    longest = greatest_norm(found.dtype)
+    longest, inf = greatest_norm(found.dtype), math.inf
     refused: list[Refusal] = []
     each = zip(found.tolist(), losses.tolist(), weights.tolist(), strict=True)
     for k, (norm, loss, weight) in enumerate(each):
-        if norm <= longest and math.isfinite(loss) and 0.0 < weight < math.inf:  # a NaN is not
+        if norm <= longest and -inf < loss < inf and 0.0 < weight < inf:  # a NaN is not
             continue
         if not math.isfinite(loss):
             reason = f"its training loss is {loss}; lower local.lr or set local.clip"

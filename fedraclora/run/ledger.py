@@ -240,12 +240,12 @@ def _seal(before: str, text: str) -> str:
 
 def _plain(value: object, where: str) -> object:
     """Convert a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null."""
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
-        value = value.tolist()
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, (int, str)):  # most are one of these
         return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    if isinstance(value, float):  # numpy's double, too
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return _plain(value.tolist(), where)
     if isinstance(value, Mapping):
         return {str(key): _plain(part, f"{where}.{key}") for key, part in value.items()}
     if isinstance(value, list | tuple):

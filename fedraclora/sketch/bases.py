@@ -110,9 +110,13 @@ def _haar(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
     # LAPACK's convention: H = I - tau v v^T with v[0] = 1 maps the column to (-beta, 0, ..., 0).
     beta = torch.copysign(torch.linalg.vector_norm(low, dim=0), head)
     first = head + beta
-    unit = torch.eye(stop, dim, dtype=low.dtype)[start:]
-    columns = torch.ormqr(low / first, first / beta, unit.mT)
-    return (columns * beta[start:stop].neg().sign()).mT
+    reflectors, tau = low / first, first / beta
+    if start == 0:  # the first columns of the product, at half the operations
+        columns: torch.Tensor = torch.linalg.householder_product(reflectors, tau)
+    else:
+        unit = torch.eye(stop, dim, dtype=low.dtype)[start:]
+        columns = torch.ormqr(reflectors, tau, unit.mT)
+    return (columns * beta[start:].neg().sign()).mT
 
 
 @lru_cache(maxsize=128)

@@ -172,7 +172,7 @@ def test_make_lists_its_targets() -> None:
 @needs_make
 def test_the_test_target_checks_style_types_imports_and_runs_the_tests() -> None:
     recipe = make("--dry-run", "test")
-    steps = ["ruff check", "ruff format --check", "mypy", "lint-imports", "-m pytest"]
+    steps = ["ruff check", "ruff format --check", "lint-imports", "mypy", "-m pytest"]
     places = [recipe.find(step) for step in steps]
     assert -1 not in places, f"missing from `make test`: {steps[places.index(-1)]}"
     assert places == sorted(places)
