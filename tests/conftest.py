@@ -7,7 +7,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -15,17 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from absl import logging as absl_logging
-from hydra._internal import defaults_list
-from hydra._internal.config_repository import ConfigRepository
-from hydra._internal.defaults_list import Overrides
-from hydra._internal.hydra import Hydra
-from hydra.core.default_element import InputDefault
-from hydra.plugins.config_source import ConfigResult
-from hydra.types import RunMode
 from hypothesis import settings
-from omegaconf import DictConfig
 
-from experiments import CONF
+sys.path.insert(0, str(Path(__file__).parent))
+
+import composing
 
 # Nothing of what is imported and collected is garbage, and to look through it is half the work.
 gc.disable()
@@ -40,59 +33,13 @@ absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 # Ray runs workers at the lowest priority but four: beside other tests they would wait for minutes.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# Hydra composes our configs from what it remembers.
+composing.install()
+
 # The same examples in each run: a failure can be repeated, a timed limit would be luck.
 settings.register_profile("dev", max_examples=25, derandomize=True, deadline=None)
 settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("dev")
-
-load_config = ConfigRepository.load_config
-# Where Hydra looks, and the name of a file there -> what it holds, pickled: a copy takes a quarter
-# of the time that `copy.deepcopy` does.
-files: dict[tuple[str, ...], bytes] = {}
-
-
-def remembered(self: ConfigRepository, config_path: str) -> ConfigResult | None:
-    """Read a file of Hydra's or of ours once in a process: each command composes thirty."""
-    places = [source.path for source in self.get_sources() if source.scheme() == "file"]
-    if places != [str(CONF)]:  # a test's own folder, too
-        return load_config(self, config_path)
-    key = (*(source.full_path() for source in self.get_sources()), config_path)
-    if key not in files:
-        files[key] = pickle.dumps(load_config(self, config_path))
-    found: ConfigResult | None = pickle.loads(files[key])
-    return found
-
-
-ConfigRepository.load_config = remembered  # type: ignore[method-assign]
-
-get_mode = Hydra.get_mode
-
-
-def mode_of(self: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
-    """Tell ``hydra.mode``, for which Hydra composes all once more; no file of ours sets it."""
-    places = [source.path for source in self.config_loader.get_sources()]
-    theirs = {path for path in places if path.startswith("/")} - {str(CONF)}
-    if theirs or any("hydra." in word for word in overrides):
-        mode: RunMode | None = get_mode(self, config_name, overrides)
-        return mode
-    return None
-
-
-Hydra.get_mode = mode_of  # type: ignore[method-assign]
-
-interpolation_map = defaults_list._create_interpolation_map
-
-
-def map_where_read(
-    overrides: Overrides, defaults: list[InputDefault], self_added: bool
-) -> DictConfig | None:
-    """Map the choices for ``${...}`` in a list of defaults, where one is read: it is slow."""
-    if not any(entry.is_interpolation() for entry in defaults):
-        return None
-    return interpolation_map(overrides, defaults, self_added)
-
-
-defaults_list._create_interpolation_map = map_where_read  # type: ignore[assignment]
 
 DATA_VARIABLE = "FEDRACLORA_DATA"
 GOLDEN_RTOL = 1e-6
