@@ -3,7 +3,8 @@
 A study names a preset, the rows to compare, one grid that every row is tuned on (on a validation
 split), and the seeds of the final runs; without ``tune`` all rows have the grid's one value, and
 ``--tuned-by`` takes what another study has tuned, of the same rows on a like task. ``--tuning``
-gives overrides to the tuning runs alone. Every run that ends adds one line to ``runs.jsonl``;
+gives overrides to the tuning runs alone, and ``--row`` runs some of the rows; what is written shows
+all that have run. Every run that ends adds one line to ``runs.jsonl``;
 started again, the study goes on where it stopped. ``fedraclora compare experiment=STUDY`` does the
 same and makes a leaderboard of it.
 """
@@ -34,6 +35,9 @@ def main() -> int:
     )
     parser.add_argument("--tuned-by", metavar="FOLDER", type=Path, help="take that study's values")
     parser.add_argument("--out", type=Path, help="default: experiments/results/<name>")
+    parser.add_argument(
+        "--row", action="append", default=[], help="run this one of its rows, and others so named"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="write the tables only")
     arguments = parser.parse_args()
@@ -41,5 +45,5 @@ def main() -> int:
     study = Study.read(arguments.study, arguments.overrides, arguments.metric, arguments.tuning)
     if arguments.tuned_by:
         study = tuned_by(study, arguments.tuned_by)
-    run_study(study, out, arguments.jobs, table_only=arguments.table)
+    run_study(study, out, arguments.jobs, rows=arguments.row, table_only=arguments.table)
     return 0

@@ -22,12 +22,17 @@ from experiments.study.file import Job, Study
 from experiments.study.same import check_same
 from experiments.study.tables import write_results
 from experiments.study.tuning import Line, read_lines, tried_values, tuned_value
-from fedraclora.errors import ConfigError, FedRacLoraError
+from fedraclora.errors import ConfigError, FedRacLoraError, unknown
 from fedraclora.run.ledger import Row, column, round_seconds
 
 
 def run_study(
-    study: Study, out: Path, workers: int = 1, *, table_only: bool = False
+    study: Study,
+    out: Path,
+    workers: int = 1,
+    *,
+    rows: Sequence[str] = (),
+    table_only: bool = False,
 ) -> dict[str, Line]:
     """Run what has not run, and write study.yaml, table, budgets and figure.
 
@@ -35,19 +40,24 @@ def run_study(
         study: What to run.
         out: Folder of the results; what has run there is not run again.
         workers: Runs at a time, each in a process of its own.
+        rows: Those to run; none: all of them. What is written shows every row that has run.
         table_only: Write table, budgets and figure of what has run, and run nothing.
 
     Returns:
         The lines of all runs, by key.
 
     Raises:
-        ConfigError: Rows would not be compared alike, or the folder has runs of another study.
+        ConfigError: Rows would not be compared alike, or the folder has runs of another study; or
+            there is no row of a name.
     """
+    for row in rows:
+        if row not in study.rows:
+            raise unknown("row", row, study.rows)
     path = out / "runs.jsonl"
     done = read_lines(path)
 
     def run(phase: str, values: Callable[[str], list[float]]) -> bool:
-        jobs = [job for row in study.rows for job in study.jobs(phase, row, values(row))]
+        jobs = [job for row in rows or study.rows for job in study.jobs(phase, row, values(row))]
         return run_jobs(jobs, done, path, workers)
 
     if not table_only:

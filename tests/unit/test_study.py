@@ -10,7 +10,7 @@ import pytest
 
 from experiments.study.command import main
 from experiments.study.file import Study
-from experiments.study.run import run_job, run_jobs
+from experiments.study.run import run_job, run_jobs, run_study
 from experiments.study.tables import budgets, cost, results, write_results
 from experiments.study.tuning import Line, is_tuned, read_lines, score, tuned_by, tuned_value
 from fedraclora.errors import ConfigError
@@ -301,3 +301,22 @@ def test_a_study_without_tuning_gives_all_rows_one_value(tmp_path: Path) -> None
         study(tmp_path, UNTUNED.replace("[0.1]", "[0.1, 0.2]"))
     with pytest.raises(ConfigError, match=r"row of reported 'us'"):
         study(tmp_path, UNTUNED.replace("{ours: 0.7}", "{us: 0.7}"))
+
+
+def test_some_rows_are_run_and_the_tables_show_all_that_have(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan, out = study(tmp_path, UNTUNED), tmp_path / "out"
+    monkeypatch.setattr(
+        "experiments.study.run.run_job", lambda job: line(0.8) | vars(job) | {"key": job.key}
+    )
+    run_study(plan, out, rows=["theirs"])
+    assert [job["row"] for job in read_lines(out / "runs.jsonl").values()] == ["theirs"] * 2
+    assert "ours" not in (out / "table.md").read_text()
+    run_study(plan, out, rows=["ours"])
+    shown = (out / "table.md").read_text()
+    assert "| ours |" in shown
+    assert "| theirs |" in shown
+    assert (out / "study.yaml").read_text() == plan.text
+    with pytest.raises(ConfigError, match="did you mean 'ours'"):
+        run_study(plan, out, rows=["our"])
