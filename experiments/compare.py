@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.groups import Group, group_runs, values
 from experiments.interrupt import in_order
-from experiments.reports import Run, find_runs, read_run
+from experiments.reports import ROUNDING, Run, find_runs, read_run
 from experiments.status import reported
 from experiments.study.ranking import compare_study, is_study
 from experiments.tables import Table
@@ -31,7 +31,7 @@ from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import compare_figure
 from fedraclora.run.folder import resume_word
-from fedraclora.run.ledger import column, number, round_seconds
+from fedraclora.run.ledger import column, known_mean, number, round_seconds
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
 _TASK = ("data.", "model.", "pretrain.")
@@ -185,6 +185,7 @@ def _figures(run: Run, metric: str, target: float | None) -> dict[str, float]:
     figures = {
         "rounds": number(last, "round"),
         "uplink_mb_per_client_round": float(sent / clients) if clients else math.nan,
+        "downlink_mb_per_client_round": float(fetched / clients) if clients else math.nan,
         "uplink_mb": sent,
         "downlink_mb": fetched,
         "traffic_mb": sent + fetched,
@@ -203,8 +204,7 @@ def _figures(run: Run, metric: str, target: float | None) -> dict[str, float]:
     return figures | {
         "aggregation_error_last": float(errors[-1]) if errors.size else math.nan,
         "aggregation_error_mean": float(errors.mean()) if errors.size else math.nan,
-        "rounding_up": _mean([number(row, "rounding_up") for row in run.rows]),
-        "rounding_down": _mean([number(row, "rounding_down") for row in run.rows]),
+        **{key: known_mean(run.rows, key) for key in ROUNDING.values()},
         "virtual_seconds": number(last, "virtual_seconds"),
         "dropped_per_round": _mean(dropped),
         "seconds": math.fsum(round_seconds(row) for row in run.rows),
@@ -260,11 +260,11 @@ def _shown(
             if key in measured:
                 reached = text(f"target_{key}") + missed if there else "not reached"
                 shown[f"{title} to {target:g}"] = reached
+    shown["MB down per client and round"] = text("downlink_mb_per_client_round")
     optional = {
         "aggregation error, last": "aggregation_error_last",
         "aggregation error, mean": "aggregation_error_mean",
-        "rounding error, up": "rounding_up",
-        "rounding error, down": "rounding_down",
+        **ROUNDING,
         "virtual seconds": "virtual_seconds",
         "dropped per round": "dropped_per_round",
     }

@@ -69,7 +69,7 @@ class RunProgress:
             parts = [part for part in (lost, measured, moved, left) if part]
             self.say(f"round {round_:.0f} of {self.rounds}: {', '.join(parts)}")
             return
-        moved = f"up {up / 1e6:.1f}, down {down / 1e6:.1f} MB"
+        moved = f"up {size(up)}, down {size(down)}"
         parts = [f"{round_:.0f}/{self.rounds}", left, self.label, self._metric, moved]
         text = fitted(parts, self.console.width - LEAST_BAR - 1)
         self.bar.update(self.task, completed=round_, text=text)
@@ -111,9 +111,11 @@ def size(count: float) -> str:
     """Format a number of bytes as text.
 
     Example:
-        >>> size(1_234_567), size(9.87e10)
-        ('1.23 MB', '98.70 GB')
+        >>> size(512), size(1_234_567), size(9.87e10)
+        ('0.5 kB', '1.23 MB', '98.70 GB')
     """
+    if count < 1e6:
+        return f"{count / 1e3:.1f} kB"
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 

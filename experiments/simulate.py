@@ -22,7 +22,8 @@ from clients.engines import engine_of
 from experiments import CONF, Plain, folders
 from experiments.interrupt import in_order
 from experiments.overrides import flags_first, in_plain_words, key_of, plain_of, without_idle
-from experiments.progress import RunProgress
+from experiments.progress import RunProgress, size
+from experiments.reports import ROUNDING
 from experiments.resume import go_on, is_done, told_how_to_go_on
 from experiments.status import composing, reported, tell
 from fedraclora.config.build import settled
@@ -82,6 +83,13 @@ def introduce(progress: RunProgress, run: Assembled) -> None:
 
     The notes go to the log where no progress is shown: they are not to be missed.
     """
+    if epochs := run.config.pretrain.epochs:
+        of = run.config.pretrain.labels
+        classes = "" if of is None else f" on the classes {', '.join(map(str, of))}"
+        progress.say(
+            f"pretrained: all weights, {epochs} epochs in one place{classes}, before the clients "
+            "begin (pretrain=none leaves it out)"
+        )
     progress.say(f"chunk: {run.chunk}")
     for note in notes_of(run):
         progress.say(f"note: {note}")
@@ -113,8 +121,12 @@ def report(summary: Plain, folder: Path) -> None:
     table.add_row("rounds", str(summary["rounds"]))
     table.add_row("clients", f"{summary['clients']}, {summary['cohort']} a round")
     table.add_row("uplink", f"{summary['uplink_floats']} numbers a client and round")
-    table.add_row("uplink in all", f"{number(summary, 'uplink_total') / 1e6:.2f} MB")
-    table.add_row("downlink in all", f"{number(summary, 'downlink_total') / 1e6:.2f} MB")
+    table.add_row("uplink in all", size(number(summary, "uplink_total")))
+    caught = f", {size(number(summary, 'catchup_total'))} of it catch-up"
+    table.add_row("downlink in all", size(number(summary, "downlink_total")) + caught)
+    for title, key in ROUNDING.items():
+        if key in summary:
+            table.add_row(title, f"{number(summary, key):.3g} of the change of a round")
     if "asked" in summary:
         dropped = f"{summary['dropped']} of {summary['asked']} times that a client was asked"
         table.add_row("dropped", dropped)

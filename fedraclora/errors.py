@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
+LISTED = 40  # names that a message lists where it knows a near one
+
 
 class FedRacLoraError(Exception):
     """Base of all errors raised on purpose."""
@@ -83,7 +85,9 @@ OF_THE_RUN = (ConfigError, ModelError)
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
-    """Build the error for a name that is not in a table: all names, and the nearest one.
+    """Build the error for a name that is not in a table: the nearest one, and all names.
+
+    Where there are more than `LISTED`, the nearest is enough.
 
     Args:
         kind: What the name should be, for example ``"method"``.
@@ -100,7 +104,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     names = sorted(known)
     near = nearest(str(name), names)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return ConfigError(f"unknown {kind} {str(name)!r}{hint} There are: {', '.join(names)}")
+    listed = "" if near and len(names) > LISTED else f" There are: {', '.join(names)}"
+    return ConfigError(f"unknown {kind} {str(name)!r}{hint}{listed}")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
@@ -136,6 +141,9 @@ def _alike(one: str, other: str) -> float:
     """How alike two words are, from 0 to 1."""
     if one == other:
         return 1.0
+    one, other = one.casefold(), other.casefold()
+    if one == other:
+        return 0.95
     if {one, other} & {_initials(one), _initials(other)}:
         return 0.9
     least = 0.85 if len(one) > 2 and other.startswith(one) else 0.0  # galore_average, of galor

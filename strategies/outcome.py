@@ -32,7 +32,7 @@ from fedraclora.run.folder import (
     withdrawn,
     write_summary,
 )
-from fedraclora.run.ledger import read_ledger, round_seconds
+from fedraclora.run.ledger import known_mean, read_ledger, round_seconds
 from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.tree import digest
 from strategies.assembly import Assembled, assemble
@@ -179,6 +179,9 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     if (best := strategy.stop.best(ledger.rows)) is not None:
         more["best"] = {key: best[key] for key in ("round", "validation", "metrics")}
         more["stopped"] = strategy.done < run.config.rounds
+    # What numbers in fewer bits are off by, in units of what changed.
+    errors = {key: known_mean(ledger.rows, key) for key in ("rounding_up", "rounding_down")}
+    more |= {key: error for key, error in errors.items() if math.isfinite(error)}
     more |= strategy.steps.summary(ledger.rows[-1])
     return {
         "rounds": strategy.done,
@@ -189,6 +192,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
         "downlink_floats": down,
         "uplink_total": ledger.rows[-1]["uplink_total"],
         "downlink_total": ledger.rows[-1]["downlink_total"],
+        "catchup_total": sum(int(str(row.get("catchup_bytes", 0))) for row in ledger.rows),
         **more,
         "clients": run.built.clients,
         "cohort": run.built.cohort,

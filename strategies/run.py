@@ -186,6 +186,7 @@ class Run:
         row: Mapping[str, object] = next((r for r in self.rows if r["round"] == last), {})
         return {
             **{key: section(self.config, key) for key in ("method", "data", "model")},
+            "wire": self.config.get("wire", {}),
             "rounds": last,
             "clients": self.built().clients,
             "cohort": self.built().cohort,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +12,14 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from experiments.progress import size
 from experiments.report.figures import curves
-from experiments.reports import Run, read_run
+from experiments.reports import ROUNDING, Run, read_run
 from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError
 from fedraclora.objects import NAME
 from fedraclora.run.folder import method_label, run_title
+from fedraclora.run.ledger import known_mean, number
 from fedraclora.run.stopped import stop_reason
 from fedraclora.weights.files import flatten
 
@@ -83,8 +86,13 @@ class Shown(Run):
             "method": method_label(self.config),
             **{name: figure(value) for name, value in self.measured.items()},
             "rounds": str(self.last),
-            "sent by clients": size(self.rows[-1]["uplink_total"]),
-            "sent to clients": size(self.rows[-1]["downlink_total"]),
+            "sent by clients": size(number(self.rows[-1], "uplink_total")),
+            "sent to clients": size(number(self.rows[-1], "downlink_total")),
+            **{
+                title: f"{error:.3g} of the change of a round"
+                for title, key in ROUNDING.items()
+                if math.isfinite(error := known_mean(self.rows, key))
+            },
             "seconds": str(found.get("seconds", "")),
             "model": self._choice("model"),
             "data": str(task.get("source", self._choice("data"))),
@@ -189,13 +197,3 @@ def figure(value: object) -> str:
     if value is None:
         return "not finite"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def size(value: object) -> str:
-    """Write bytes in megabytes.
-
-    Example:
-        >>> size(1234567)
-        '1.23 MB'
-    """
-    return f"{float(str(value)) / 1e6:,.2f} MB"

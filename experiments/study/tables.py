@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from experiments.reports import ROUNDING
 from experiments.study.entries import (
     Entry,
     finals,
@@ -38,7 +39,9 @@ def write_results(study: Study, done: Done, out: Path) -> None:
 
 def results(study: Study, done: Done) -> list[dict[str, object]]:
     """Make the records of the rows whose final runs are all there."""
-    return [_record(entry, done) for entry in finals(study, done)]
+    records = [_record(entry, done) for entry in finals(study, done)]
+    some = [title for title in ROUNDING if any(title in record for record in records)]
+    return [record | {title: record.get(title, "") for title in some} for record in records]
 
 
 def _record(entry: Entry, done: Done) -> dict[str, object]:
@@ -67,6 +70,9 @@ def _record(entry: Entry, done: Done) -> dict[str, object]:
         "uplink MB": round(_mean(lines, "uplink_total") / MEGABYTE, 2),
         "downlink MB with catch-up": round(_mean(lines, "downlink_total") / MEGABYTE, 2),
         "aggregation error": round(_mean(lines, "aggregation_error"), 4),
+        **{
+            title: round(_mean(lines, key), 4) for title, key in ROUNDING.items() if key in lines[0]
+        },
     }
 
 
@@ -156,18 +162,23 @@ def _share(entry: Entry, other: Entry, way: Callable[[Row], float]) -> str:
 
 
 def draw(study: Study, done: Done, out: Path) -> None:
-    """Draw the final runs: metric against rounds and bytes, of the `DRAWN` best rows."""
+    """Draw the final runs: metric against rounds and bytes, of the `DRAWN` best rows.
+
+    The reference, which the others are held against, is always among them.
+    """
     from fedraclora.plots.comparison import compare_figure
 
     found = finals(study, done)
-    best = sorted(found, key=lambda entry: -entry.mean)[:DRAWN]
+    best = sorted(found, key=lambda entry: (entry.row != study.reference, -entry.mean))[:DRAWN]
     groups = {
         entry.row: [[_point(study, p) for p in curve if p["round"]] for curve in entry.curves]
         for entry in found
         if entry in best
     }
     if len(best) < len(found):
-        print(f"compare.png shows the {len(best)} best of {len(found)} rows")
+        beside = " and the reference" if study.reference in {e.row for e in found} else ""
+        shown = len(best) - bool(beside)
+        print(f"compare.png shows the {shown} best of {len(found)} rows{beside}")
     if groups:
         compare_figure(groups, study.metric, out / "compare.png")
 

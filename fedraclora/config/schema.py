@@ -26,7 +26,8 @@ def section(plain: Plain, key: str) -> dict[str, object]:
     """
     value = plain.get(key)
     if not isinstance(value, Mapping):
-        raise ConfigError(f"the config needs a group {key}, but has {value!r}")
+        hint = "" if value is None else f": it has keys of its own (simulate {key} --help)"
+        raise ConfigError(f"the config needs a section {key}, but has {key}={value!r}{hint}")
     return dict(value)
 
 

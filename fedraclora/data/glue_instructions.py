@@ -14,9 +14,9 @@ from fedraclora.data.instructions import (
     Length,
     Settings,
     instruction_set,
-    require_tokenizer,
 )
 from fedraclora.data.locate import check_file, resolve
+from fedraclora.data.tokens import require_tokenizer
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import Count, limited
 from fedraclora.rng import generator

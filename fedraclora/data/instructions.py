@@ -14,7 +14,7 @@ from fedraclora.data.conversations import Conversation, Form, read_conversations
 from fedraclora.data.dataset import DataSet, divide
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.samples import Samples
-from fedraclora.errors import ConfigError
+from fedraclora.data.tokens import require_tokenizer
 from fedraclora.limits import Count, Fraction, choice_of, limited, whole_from
 from fedraclora.rng import generator
 
@@ -177,20 +177,6 @@ def instruction_set(
         tokenizer=chat.tokenizer,
         info=info,
     )
-
-
-def require_tokenizer(tokenizer: str | None) -> str:
-    """Give the name of a tokenizer.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    if tokenizer is None:
-        raise ConfigError(
-            "data.tokenizer is not set: name the folder of a tokenizer; it is that of model.path "
-            "where that is set"
-        )
-    return tokenizer
 
 
 def _split(

@@ -62,7 +62,11 @@ def target_of(labels: Sequence[str], names: Sequence[str], task: str) -> torch.T
         try:
             scores: npt.NDArray[np.float32] = np.array(labels, dtype=np.float32)
         except ValueError as error:
-            raise DataError(f"data.label: a score is not a number: {error}") from error
+            first = next(label for label in labels if not _is_number(label))
+            raise DataError(
+                f"data.label: {first!r} is not a number, but data.task=regression predicts "
+                "numbers: set data.task=classification, or mend the rows that have it"
+            ) from error
         if not np.isfinite(scores).all():
             raise DataError(
                 "data.label: a score is NaN or infinite: fill it in, or leave its row out"
@@ -73,6 +77,15 @@ def target_of(labels: Sequence[str], names: Sequence[str], task: str) -> torch.T
     if strange:
         raise DataError(f"test labels {strange} do not occur in the training rows {[*names]}")
     return torch.tensor([number[name] for name in labels], dtype=torch.int64)
+
+
+def _is_number(label: str) -> bool:
+    """Check whether numpy reads a label as a number."""
+    try:
+        np.float32(label)
+    except ValueError:
+        return False
+    return True
 
 
 def supervised(

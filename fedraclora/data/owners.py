@@ -38,7 +38,8 @@ def natural(
             f"samples; the largest has {max(map(len, every))}"
         )
     enough = f", {len(parts)} with at least {least} samples" if least > 1 else ""
-    reason = f"partition.column={column} has {len(every)} values{enough}"
+    named = "the column of data.client" if column == "client" else f"partition.column={column}"
+    reason = f"{named} has {len(every)} values{enough}"
     _require_number(clients, len(parts), reason)
     return parts
 

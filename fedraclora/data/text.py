@@ -14,7 +14,7 @@ from fedraclora.data.labels import Kind, class_names, supervised, target_of
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.table import Named, read_columns
-from fedraclora.data.tokens import make_encoder
+from fedraclora.data.tokens import make_encoder, require_tokenizer
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.rng import generator
@@ -29,7 +29,7 @@ def load_text(
     file: str,
     text: Sequence[str | int],
     label: str | int,
-    tokenizer: str,
+    tokenizer: str | None,
     root: str | None = None,
     test_file: str | None = None,
     client: str | int | None = None,
@@ -54,7 +54,7 @@ def load_text(
         text: One column of text, or two for pairs: names, or numbers from 0.
         label: The column of the label or score.
         tokenizer: A folder, ``package:NAME/path`` or ``hub:NAME`` for
-            ``transformers.AutoTokenizer``; only the last may download.
+            ``transformers.AutoTokenizer``; only the last may download. None is refused.
         root: The data root, or None.
         test_file: Test rows, or None to hold some of ``file`` out.
         client: The column of the natural client, or None.
@@ -111,7 +111,7 @@ def load_text(
         drawn = generator(split_seed, "split", "subsample").permutation(len(table))[:subsample]
         table = table[np.sort(drawn)]
     names = class_names(table[:, count].tolist(), values) if task == "classification" else []
-    encode = make_encoder(tokenizer, root=root, max_length=max_length)
+    encode = make_encoder(require_tokenizer(tokenizer), root=root, max_length=max_length)
     train, tested = (
         Samples(encode(part[:, :count].T.tolist()), target_of(part[:, count].tolist(), names, task))
         for part in (table, held_out)

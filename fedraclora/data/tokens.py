@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fedraclora.data.locate import from_pretrained, model_source
-from fedraclora.errors import DataError
+from fedraclora.errors import ConfigError, DataError
 
 Encoder = Callable[[list[list[str]]], dict[str, torch.Tensor]]
 
@@ -47,3 +47,17 @@ def make_encoder(tokenizer: str, *, root: str | None, max_length: int) -> Encode
         return {name: batch[name].to(torch.int64) for name in batch}
 
     return encode
+
+
+def require_tokenizer(tokenizer: str | None) -> str:
+    """Give the name of a tokenizer.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if tokenizer is None:
+        raise ConfigError(
+            "data.tokenizer is not set: name the folder of a tokenizer; it is that of model.path "
+            "where that is set"
+        )
+    return tokenizer

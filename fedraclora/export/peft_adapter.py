@@ -90,7 +90,8 @@ def _base(trained: TrainedModel, folder: Path) -> tuple[str | None, Tree]:
     if trained.source is not None and is_hugging_face(model):
         found = _loaded(trained, trained.source)
         if found is not None:
-            return trained.source, found
+            here = Path(trained.source)  # one on this machine is found from any folder
+            return str(here.resolve()) if here.is_dir() else trained.source, found
     if is_hugging_face(model):
         from fedraclora.export.hf_folder import save_model
 

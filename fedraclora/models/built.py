@@ -111,7 +111,8 @@ def check_fit(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
     if longest is not None and ids.shape[1] > longest:
         raise ConfigError(
             f"data.max_length={ids.shape[1]}, but the model reads {longest} tokens at most: "
-            "lower data.max_length or raise model.max_length"
+            "lower data.max_length, or take a model that reads more (one with random weights has "
+            "model.max_length)"
         )
 
 

@@ -169,6 +169,18 @@ def column(rows: Sequence[Mapping[str, object]], *path: str) -> npt.NDArray[np.f
     return np.array([number(row, *path) for row in rows], dtype=np.float64)
 
 
+def known_mean(rows: Sequence[Mapping[str, object]], *path: str) -> float:
+    """Average a number over the rows that have it; NaN where none has.
+
+    Example:
+        >>> known_mean([{"loss": 1.0}, {}, {"loss": 2.0}], "loss")
+        1.5
+    """
+    values = column(rows, *path)
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
 def round_seconds(row: Mapping[str, object]) -> float:
     """Wall-clock seconds of a round: ``seconds.total``, or the sum of its stations.
 

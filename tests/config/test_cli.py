@@ -188,7 +188,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "missing table": (
-        ["data=text", "data.file=mine.tsv"],
+        ["data=text", "data.file=mine.tsv", "model=mlp"],
         ["there is no mine.tsv", "set data.root"],
     ),
     "model of another kind": (

@@ -250,3 +250,10 @@ def test_the_first_comment_says_what_the_choice_is(name: str) -> None:
     group, _, choice = name.rpartition("/")
     if group:
         assert groups()[group][choice] == first.removeprefix("# ")
+
+
+@pytest.mark.parametrize("data", ["text", "glue_stsb", "shakespeare", "least_squares", "table"])
+def test_only_digits_are_pretrained_on_unless_it_is_asked_for(data: str) -> None:
+    """Or the server would train on what is the clients', before the first round."""
+    plain = composed(f"data/{data}", WITH.get(f"data/{data}", []))
+    assert plain["pretrain"] == choice("pretrain", "none")

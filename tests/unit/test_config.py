@@ -188,8 +188,8 @@ def test_what_clients_need_is_read_without_a_method() -> None:
         ({"aggregator__name": "means"}, "unknown aggregator 'means'; did you mean 'mean'"),
         ({"seed": "zero"}, "seed is 'zero'; int is wanted"),
         ({"max_failures": None}, "max_failures is None; int is wanted"),
-        ({"local": None}, "the config needs a group local, but has None"),
-        ({"method": "fedavg"}, "the config needs a group method, but has 'fedavg'"),
+        ({"local": None}, "the config needs a section local, but has local=None"),
+        ({"method": "fedavg"}, "a section method, but has method='fedavg': it has keys of its own"),
     ],
 )
 def test_what_cannot_run_is_refused_by_its_key(changes: dict[str, Any], words: str) -> None:

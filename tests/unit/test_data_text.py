@@ -205,7 +205,7 @@ BAD = {
     "test": ({"test_file": None, "test": 1.0}, "data.test is 1.0"),
     "nothing held": ({"test_file": None, "test": 0.0}, "0 to test on"),
     "sha256": ({"sha256": "00"}, "sha256"),
-    "score": ({"task": "regression", "label": "film"}, "score is not a number"),
+    "score": ({"task": "regression", "label": "film"}, "is not a number, but data.task=regression"),
     "file": ({"file": "nowhere.tsv"}, "data.file=nowhere.tsv"),
     "test file": ({"test_file": "nowhere.tsv"}, "data.test_file=nowhere.tsv"),
     "tokenizer": ({"tokenizer": "bert-base"}, "data.tokenizer=bert-base.*hub:NAME"),

@@ -36,7 +36,7 @@ def test_off_a_terminal_each_round_is_one_plain_line(capsys: pytest.CaptureFixtu
     assert out == ""
     assert lines.splitlines() == [
         "chunk: 3 clients",
-        "round 0 of 100: accuracy 0.1000, up 0.00 MB, down 0.00 MB",
+        "round 0 of 100: accuracy 0.1000, up 0.0 kB, down 0.0 kB",
         "round 1 of 100: training loss 0.2500, up 1.50 MB, down 3.00 GB, 3 min left",
         "round 2 of 100: training loss 0.2500, f1 not finite, up 3.00 MB, down 6.00 GB, 3 min left",
         "round 100 of 100: training loss 0.2500, accuracy 0.5000, up 150.00 MB, down 300.00 GB",

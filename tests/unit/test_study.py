@@ -320,3 +320,27 @@ def test_some_rows_are_run_and_the_tables_show_all_that_have(
     assert (out / "study.yaml").read_text() == plan.text
     with pytest.raises(ConfigError, match="did you mean 'ours'"):
         run_study(plan, out, rows=["our"])
+
+
+def test_the_figure_keeps_the_reference_and_the_table_the_rounding(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("experiments.study.tables.DRAWN", 2)
+    rows = "{worst: [], good: [], better: [], best: []}\nreference: worst"
+    plan = study(tmp_path, UNTUNED.replace("{ours: [], theirs: []}\nreported: {ours: 0.7}", rows))
+    scores = {"worst": 0.1, "good": 0.5, "better": 0.6, "best": 0.7}
+    more: dict[str, dict[str, float]] = {"best": {"rounding_up": 0.25}}
+    done = {
+        j.key: line(score, **more.get(row, {}))
+        for row, score in scores.items()
+        for j in plan.jobs("final", row, [0.1])
+    }
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(
+        "fedraclora.plots.comparison.compare_figure", lambda groups, *_: drawn.append([*groups])
+    )
+    write_results(plan, done, tmp_path)
+    assert drawn == [["worst", "best"]]
+    assert "the 1 best of 4 rows and the reference" in capsys.readouterr().out
+    shown = [row.get("rounding error, up") for row in results(plan, done)]
+    assert shown == ["", "", "", 0.25]
