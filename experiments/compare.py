@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import compare_figure
 from fedraclora.run.folder import resume_word
-from fedraclora.run.ledger import column, known_mean, number, round_seconds
+from fedraclora.run.ledger import Row, column, known_mean, number, round_seconds
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
 _TASK = ("data.", "model.", "pretrain.")
@@ -64,16 +64,33 @@ def compare(
     metric = _metric(runs, metric, notes)
     groups = group_runs(runs, by, notes)
     _warn(runs, groups, notes)
-    ranked = _ranked(groups, metric, target)
+    whole = [run for run in runs if not run.unfinished] or runs
+    wanted = Wanted(metric, target, min(_moved(run.rows[-1]) for run in whole))
+    ranked = _ranked(groups, wanted)
     records = tuple(record for _, record in ranked)
     measured = {key for r in records for key in r if math.isfinite(number(r, key))}
-    shown = [_shown(record, len(group.runs), target, measured) for group, record in ranked]
+    shown = [_shown(record, len(group.runs), wanted, measured) for group, record in ranked]
     table = replace(Table.of(shown, notes), records=records, texts=2)
     out.mkdir(parents=True, exist_ok=True)
     table.write(out, "table")
     ledgers = {group.title: [run.rows for run in group.runs] for group, _ in ranked}
     compare_figure(ledgers, metric, out / "compare.png")
     return table
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What runs are compared in.
+
+    Attributes:
+        metric: Key of the ledger's metrics.
+        target: A value of it to be reached, or None.
+        budget: Megabytes both ways at which they are compared, too: of the run that took least.
+    """
+
+    metric: str
+    target: float | None
+    budget: float
 
 
 def _read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -114,16 +131,16 @@ def _metric(runs: Sequence[Run], asked: str | None, notes: list[str]) -> str:
     return metric
 
 
-def _ranked(groups: Sequence[Group], metric: str, target: float | None) -> list[Ranked]:
+def _ranked(groups: Sequence[Group], wanted: Wanted) -> list[Ranked]:
     """Sort groups, the best first, and number them; behind them what has no rank."""
-    sign = -1.0 if higher_is_better(metric) else 1.0
+    sign = -1.0 if higher_is_better(wanted.metric) else 1.0
 
     def place(ranked: Ranked) -> tuple[bool, bool, float]:
         mean = sign * number(ranked[1], "metric_mean")
         lost = not math.isfinite(mean)
         return lost, ranked[0].unfinished, 0.0 if lost else mean
 
-    found = sorted(((group, _record(group, metric, target)) for group in groups), key=place)
+    found = sorted(((group, _record(group, wanted)) for group in groups), key=place)
     for rank, (group, record) in enumerate(found, 1):
         if math.isfinite(number(record, "metric_mean")) and not group.unfinished:
             record["rank"] = rank
@@ -145,12 +162,13 @@ def _warn(runs: Sequence[Run], groups: Sequence[Group], notes: list[str]) -> Non
     ]
 
 
-def _record(group: Group, metric: str, target: float | None) -> dict[str, object]:
+def _record(group: Group, wanted: Wanted) -> dict[str, object]:
     """The numbers of one group: means over its runs, and the deviation of the metric."""
+    metric = wanted.metric
     finals = [math.nan if run.diverged_at else run.final(metric) for run in group.runs]
     # One diverged seed makes the mean undefined: leaving it out would flatter the method.
     whole = all(math.isfinite(value) for value in finals)
-    found = [_figures(run, metric, target) for run in group.runs]
+    found = [_figures(run, wanted) for run in group.runs]
     means = {key: _mean([figures[key] for figures in found]) for key in found[0]}
     record: dict[str, object] = {
         "rank": math.nan,
@@ -163,7 +181,7 @@ def _record(group: Group, metric: str, target: float | None) -> dict[str, object
         "metric_std": statistics.stdev(finals) if whole and len(finals) > 1 else math.nan,
         **means,
     }
-    if target is not None:
+    if wanted.target is not None:
         record["target_reached"] = int(sum(figures["target_reached"] for figures in found))
     return record
 
@@ -174,8 +192,15 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(known) if known else math.nan
 
 
-def _figures(run: Run, metric: str, target: float | None) -> dict[str, float]:
+def _moved(row: Row) -> float:
+    """Megabytes that went both ways up to a round."""
+    return (number(row, "uplink_total") + number(row, "downlink_total")) / MEGABYTE
+
+
+def _figures(run: Run, wanted: Wanted) -> dict[str, float]:
     """The numbers of one run; NaN where it has none."""
+    metric, target = wanted.metric, wanted.target
+    within = [row for row in run.evaluated if _moved(row) <= wanted.budget]
     last, clients = run.rows[-1], np.nansum(column(run.rows, "cohort"))
     sent, fetched = (number(last, f"{way}_total") / MEGABYTE for way in ("uplink", "downlink"))
     errors = column(run.rows, "report", "aggregation_error")
@@ -189,6 +214,7 @@ def _figures(run: Run, metric: str, target: float | None) -> dict[str, float]:
         "uplink_mb": sent,
         "downlink_mb": fetched,
         "traffic_mb": sent + fetched,
+        "metric_at_traffic": number(within[-1] if within else {}, "metrics", metric),
         "uplink_floats": number(run.summary, "uplink_floats"),
     }
     if target is not None:
@@ -197,8 +223,7 @@ def _figures(run: Run, metric: str, target: float | None) -> dict[str, float]:
         row = next(reached, {})
         figures["target_rounds"] = number(row, "round")
         figures["target_uplink_mb"] = number(row, "uplink_total") / MEGABYTE
-        there = number(row, "uplink_total") + number(row, "downlink_total")
-        figures["target_traffic_mb"] = there / MEGABYTE
+        figures["target_traffic_mb"] = _moved(row)
         figures["target_virtual_seconds"] = number(row, "virtual_seconds")
         figures["target_reached"] = float(bool(row))
     return figures | {
@@ -212,14 +237,14 @@ def _figures(run: Run, metric: str, target: float | None) -> dict[str, float]:
 
 
 def _shown(
-    record: dict[str, object], runs: int, target: float | None, measured: Collection[str]
+    record: dict[str, object], runs: int, wanted: Wanted, measured: Collection[str]
 ) -> dict[str, str]:
     """What the table shows of a record, by title.
 
     Args:
         record: Of `_record`.
         runs: Of the group.
-        target: Value of the metric to be reached.
+        wanted: What is compared.
         measured: Keys that some record has a number of; the others have no column, if they may
             be absent.
     """
@@ -247,7 +272,7 @@ def _shown(
         "MB both ways": text("traffic_mb"),
         "floats up per client and round": text("uplink_floats"),
     }
-    if target is not None:
+    if (target := wanted.target) is not None:
         there = record["target_reached"]
         missed = "" if there == runs else f" ({there} of {runs} runs)"
         keys = {
@@ -261,6 +286,7 @@ def _shown(
                 reached = text(f"target_{key}") + missed if there else "not reached"
                 shown[f"{title} to {target:g}"] = reached
     shown["MB down per client and round"] = text("downlink_mb_per_client_round")
+    shown[f"{wanted.metric} at {wanted.budget:.4g} MB both ways"] = text("metric_at_traffic")
     optional = {
         "aggregation error, last": "aggregation_error_last",
         "aggregation error, mean": "aggregation_error_mean",

@@ -11,6 +11,7 @@ import pytest
 from experiments import deploy
 from experiments.bench.config import parse
 from experiments.choices import composed
+from experiments.study.file import Study
 from experiments.study.ranking import chosen, find
 from experiments.theory.config import TheoryConfig
 from experiments.words import key_values, part
@@ -31,7 +32,8 @@ LINES = [line for line in LINES if not set(line) & set("<\\|&")]  # whole comman
 SIMULATIONS = [line for line in LINES if line.startswith("fedraclora simulate")]
 DEPLOYMENTS = [line for line in LINES if line.startswith("fedraclora deploy")]
 THEORIES = [line for line in LINES if line.startswith("fedraclora theory")]
-COMPARISONS = [line for line in LINES if line.startswith("fedraclora compare experiment=")]
+COMPARED = "fedraclora compare experiment="
+COMPARISONS = [line for line in LINES if line.startswith(COMPARED) and ".yaml" not in line]
 BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 
 
@@ -51,6 +53,15 @@ def test_each_deployment_composes(line: str) -> None:
 def test_each_comparison_finds_its_study_and_rows(line: str) -> None:
     said = key_values(shlex.split(line)[2:])
     assert chosen(find(str(said["experiment"])), said, []).rows
+
+
+def test_the_study_of_ones_own_is_one() -> None:
+    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "traffic.md").read_text(), re.DOTALL)
+    study = Study.parse(found[0], Path("cheap.yaml"), {})
+    assert study.reference in study.rows
+    for row in study.rows:
+        for phase in ("tune", "final"):
+            from_plain(composed(study.jobs(phase, row, study.values(row))[0].overrides), METHODS)
 
 
 @pytest.mark.parametrize("line", BENCHES)

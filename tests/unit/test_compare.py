@@ -128,6 +128,19 @@ def rac(rank: int = 4) -> dict[str, object]:
     return {"name": "fed_rac_lora", "rank": rank, "alpha": "auto"}
 
 
+def test_groups_are_held_at_the_traffic_of_the_run_that_took_least(
+    make: Make, tmp_path: Path
+) -> None:
+    make("rac", rac(), final=0.7, up=1000)
+    make("avg", {"name": "fedavg"}, final=0.8, up=3000)
+    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    other, record = table.records
+    assert record["metric_at_traffic"] == pytest.approx(0.7)
+    # A third of its rounds, 6.7, are within it; evaluated was round 6.
+    assert other["metric_at_traffic"] == pytest.approx(0.8 * 6 / ROUNDS)
+    assert f"accuracy at {ROUNDS * (1000 * COHORT + 30) / 1e6:.4g} MB both ways" in table.header
+
+
 def test_seeds_are_joined_and_the_numbers_are_right(make: Make, tmp_path: Path) -> None:
     finals = [0.7, 0.8, 0.95]
     for seed, final in enumerate(finals):
@@ -503,6 +516,6 @@ def test_the_command_prints_the_table_or_the_error(
     assert main([*words, "--metric", "accuracy"]) == 0
     printed = capsys.readouterr().out
     assert "fed_rac_lora rank=8" in printed
-    assert "rounds to 0.4" in printed
+    assert "rounds to 0.4" in (tmp_path / "out" / "table.md").read_text()
     assert main([str(tmp_path / "absent")]) == 1
     assert "error: " in capsys.readouterr().err
