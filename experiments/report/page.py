@@ -88,11 +88,7 @@ class Shown(Run):
             "rounds": str(self.last),
             "sent by clients": size(number(self.rows[-1], "uplink_total")),
             "sent to clients": size(number(self.rows[-1], "downlink_total")),
-            **{
-                title: f"{error:.3g} of the change of a round"
-                for title, key in ROUNDING.items()
-                if math.isfinite(error := known_mean(self.rows, key))
-            },
+            **{title: _share(known_mean(self.rows, key)) for title, key in ROUNDING.items()},
             "seconds": str(found.get("seconds", "")),
             "model": self._choice("model"),
             "data": str(task.get("source", self._choice("data"))),
@@ -185,6 +181,11 @@ def differences(runs: Sequence[Shown]) -> dict[str, list[object]]:
         for key, row in values.items()
         if any(value != row[0] for value in row) and key not in ALONE[1:]
     }
+
+
+def _share(error: float) -> str:
+    """Write a rounding error; empty where nothing was rounded."""
+    return f"{error:.3g} of the change of a round" if math.isfinite(error) else ""
 
 
 def figure(value: object) -> str:

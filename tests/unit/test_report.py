@@ -24,9 +24,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fedraclora.Run]:
     root = tmp_path_factory.mktemp("runs")
+    wires = {"fed_rac_lora": "float32", "fedavg_lora": "int8"}
     return {
-        name: fedraclora.simulate(*WORDS, folder=root / name, method=name, local={"lr": 0.2})
-        for name in ("fed_rac_lora", "fedavg_lora")
+        name: fedraclora.simulate(
+            *WORDS, f"wire.uplink={bits}", folder=root / name, method=name, local={"lr": 0.2}
+        )
+        for name, bits in wires.items()
     }
 
 
@@ -63,6 +66,8 @@ def test_runs_stand_side_by_side(runs: dict[str, fedraclora.Run], tmp_path: Path
     assert text.count('<section class="card">') == 7
     for name in runs:
         assert name in text
+    assert "rounding error, up" in text  # of one of them
+    assert "rounding error, down" not in text
 
 
 def test_failures_and_generations_are_shown(
