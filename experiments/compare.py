@@ -32,6 +32,7 @@ from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import compare_figure
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import Row, column, known_mean, number, round_seconds
+from fedraclora.run.stopped import stop_reason
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
 _TASK = ("data.", "model.", "pretrain.")
@@ -64,7 +65,7 @@ def compare(
     metric = _metric(runs, metric, notes)
     groups = group_runs(runs, by, notes)
     _warn(runs, groups, notes)
-    whole = [run for run in runs if not run.unfinished] or runs
+    whole = [run for run in runs if run.summary and run.diverged_at is None] or runs
     wanted = Wanted(metric, target, min(_moved(run.rows[-1]) for run in whole))
     ranked = _ranked(groups, wanted)
     records = tuple(record for _, record in ranked)
@@ -122,7 +123,9 @@ def _metric(runs: Sequence[Run], asked: str | None, notes: list[str]) -> str:
             notes.append(f"warning: {run.folder}: diverged (round {run.diverged_at}), {advice}")
         elif run.unfinished:
             where = f"round {run.last} of {run.config.get('rounds')}"
-            notes.append(f"{run.folder}: unfinished, {where}; go on with {resume_word(run.folder)}")
+            why = f" ({reason})" if (reason := stop_reason(run.folder)) else ""
+            again = f"go on with {resume_word(run.folder)}"
+            notes.append(f"{run.folder}: unfinished, {where}{why}; {again}")
         elif not math.isfinite(run.final(metric)):
             notes.append(
                 f"warning: {run.folder}: {metric} is absent or not finite at the last evaluated "

@@ -21,7 +21,7 @@ from fedraclora.weights.files import flatten
 RUN_FILES = ("config.yaml", "ledger.jsonl", "summary.json")
 # By which a folder is known that a comparison, a study or `fedraclora theory` has written.
 RESULT_FILES = ({"table.md", "table.csv"}, {"study.yaml"}, {"table.md", "theory.json"})
-# Of a ledger and a summary: what numbers in fewer bits were off by, relative to what changed.
+# Of a ledger and a summary: what numbers in fewer bits were off by, relative to what was rounded.
 ROUNDING = {"rounding error, up": "rounding_up", "rounding error, down": "rounding_down"}
 NOT_THE_RUN = ("seed", "output", "resume", "data.root")  # where and which draw, not what
 

@@ -26,6 +26,7 @@ from experiments.progress import RunProgress, size
 from experiments.reports import ROUNDING
 from experiments.resume import go_on, is_done, told_how_to_go_on
 from experiments.status import composing, reported, tell
+from experiments.tables import console_for_tables
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
@@ -112,6 +113,8 @@ def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:
 def report(summary: Plain, folder: Path) -> None:
     """Print the outcome of a run."""
     table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")  # the folder is to be copied
     metrics = summary["metrics"]
     if isinstance(metrics, dict):
         for name, value in metrics.items():
@@ -126,7 +129,7 @@ def report(summary: Plain, folder: Path) -> None:
     table.add_row("downlink in all", size(number(summary, "downlink_total")) + caught)
     for title, key in ROUNDING.items():
         if key in summary:
-            table.add_row(title, f"{number(summary, key):.3g} of the change of a round")
+            table.add_row(title, f"{number(summary, key):.3g} of what was rounded")
     if "asked" in summary:
         dropped = f"{summary['dropped']} of {summary['asked']} times that a client was asked"
         table.add_row("dropped", dropped)
@@ -144,7 +147,7 @@ def report(summary: Plain, folder: Path) -> None:
     names = ("curves.png", "partition.png", "ledger.jsonl")
     there = ", ".join(name for name in names if (folder / name).is_file())
     table.add_row("written to", f"{folder} ({there})")
-    Console().print(table)
+    console_for_tables().print(table)
 
 
 def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain, Path, bool]:

@@ -64,9 +64,7 @@ class Table:
 
     def print(self) -> None:
         """Show the table and its notes on the terminal; of the columns, the first that fit."""
-        console = Console(markup=False, highlight=False)
-        if not console.is_terminal and "COLUMNS" not in os.environ:
-            console = Console(markup=False, highlight=False, width=240)  # a pipe has no width
+        console = console_for_tables()
         widths = self._widths(console.width) if self.header else []
         shown = len(widths)
         table = RichTable()
@@ -104,6 +102,14 @@ class Table:
             widths[index] += more
             spare -= more
         return widths
+
+
+def console_for_tables() -> Console:
+    """Make a console; where it leads into a pipe, which has no width, it is wide."""
+    console = Console(markup=False, highlight=False)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(markup=False, highlight=False, width=240)
 
 
 def read_table(path: Path) -> Cells:

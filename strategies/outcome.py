@@ -179,7 +179,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
     if (best := strategy.stop.best(ledger.rows)) is not None:
         more["best"] = {key: best[key] for key in ("round", "validation", "metrics")}
         more["stopped"] = strategy.done < run.config.rounds
-    # What numbers in fewer bits are off by, in units of what changed.
+    # What numbers in fewer bits are off by, relative to what was rounded.
     errors = {key: known_mean(ledger.rows, key) for key in ("rounding_up", "rounding_down")}
     more |= {key: error for key, error in errors.items() if math.isfinite(error)}
     more |= strategy.steps.summary(ledger.rows[-1])

@@ -185,7 +185,7 @@ def differences(runs: Sequence[Shown]) -> dict[str, list[object]]:
 
 def _share(error: float) -> str:
     """Write a rounding error; empty where nothing was rounded."""
-    return f"{error:.3g} of the change of a round" if math.isfinite(error) else ""
+    return f"{error:.3g} of what was rounded" if math.isfinite(error) else ""
 
 
 def figure(value: object) -> str:

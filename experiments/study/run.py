@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -21,8 +21,10 @@ from experiments.choices import composed
 from experiments.study.file import Job, Study
 from experiments.study.same import check_same
 from experiments.study.tables import write_results
-from experiments.study.tuning import Line, read_lines, tried_values, tuned_value
-from fedraclora.errors import ConfigError, FedRacLoraError, unknown
+from experiments.study.tuning import Line, read_lines, score, tried_values, tuned_value
+from fedraclora.config.schema import section
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError, unknown
+from fedraclora.run.digests import data_files
 from fedraclora.run.ledger import Row, column, round_seconds
 
 
@@ -55,13 +57,15 @@ def run_study(
             raise unknown("row", row, study.rows)
     path = out / "runs.jsonl"
     done = read_lines(path)
+    if not table_only:
+        check_same(study)
+        check_data(study, done, path)
 
     def run(phase: str, values: Callable[[str], list[float]]) -> bool:
         jobs = [job for row in rows or study.rows for job in study.jobs(phase, row, values(row))]
-        return run_jobs(jobs, done, path, workers)
+        return run_jobs(jobs, done, path, workers, study.metric)
 
     if not table_only:
-        check_same(study)
         out.mkdir(parents=True, exist_ok=True)
         (out / "study.yaml").write_text(study.text)
         run("tune", study.values)
@@ -83,6 +87,8 @@ def run_job(job: Job) -> Line:
     began, used = time.perf_counter(), time.process_time()
     config = from_plain(composed(job.overrides), METHODS)
     line: Line = {**vars(job), "key": job.key}
+    if files := data_files(section(config.plain, "data")):
+        line["data_files"] = files
     run = assemble(config, None)
     if job.phase == "final":
         line |= {"config": config.digested, **provenance(), "client_bytes": client_bytes(run)}
@@ -148,14 +154,42 @@ def curve(rows: list[Row]) -> list[Line]:
     return points
 
 
-def run_jobs(jobs: list[Job], done: dict[str, Line], path: Path, workers: int) -> bool:
+def check_data(study: Study, done: Mapping[str, Line], path: Path) -> None:
+    """Check that what has run was run on the files that the study would read now.
+
+    Raises:
+        DataError: If a file has changed, or is another one.
+    """
+    recorded = [line for line in done.values() if "data_files" in line]
+    if not recorded:
+        return
+    row = next(iter(study.rows))
+    job = study.jobs("final", row, study.values(row)[:1])[0]
+    found = data_files(section(composed(job.overrides), "data"))
+    for line in recorded:
+        if line["data_files"] != found:
+            raise DataError(
+                f"{path}: {line['key']} ran on other data: {', '.join(_changed(line, found))} "
+                "changed since. Restore the files, or take another folder (out)"
+            )
+
+
+def _changed(line: Line, found: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Name the files whose digests are not those of a line."""
+    then = {(key, n): d for key, files in line["data_files"].items() for n, d in files.items()}
+    now = {(key, name): d for key, files in found.items() for name, d in files.items()}
+    pairs = [pair for pair in dict.fromkeys([*then, *now]) if then.get(pair) != now.get(pair)]
+    return [f"data.{key} ({name})" for key, name in pairs]
+
+
+def run_jobs(jobs: list[Job], done: dict[str, Line], path: Path, workers: int, metric: str) -> bool:
     """Run the jobs that have not run, ``workers`` at a time; append each line, say how it ended.
 
     Returns:
         Whether there was anything to run.
 
     Raises:
-        ConfigError: If one has run under other settings.
+        ConfigError: If one has run under other settings, or the first has no such metric.
     """
     for job in jobs:
         was = _decisive(done.get(job.key, {}).get("overrides", job.overrides))
@@ -171,6 +205,7 @@ def run_jobs(jobs: list[Job], done: dict[str, Line], path: Path, workers: int) -
         done[line["key"]] = line
         ended = f"diverged: {line['diverged']}" if "diverged" in line else line["metrics"]
         print(line["key"], ended, flush=True)
+        score(line, metric)  # that it was not measured is said after the first run, not the last
     return bool(left)
 
 

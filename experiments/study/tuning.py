@@ -43,7 +43,10 @@ def score(line: Mapping[str, Any], metric: str) -> float:
     for name in (metric, f"personal_{metric}"):
         if name in metrics:
             return float(metrics[name])
-    raise ConfigError(f"a run has no metric {metric}; its metrics are {', '.join(metrics)}")
+    raise ConfigError(
+        f"a run has no metric {metric}; its metrics are {', '.join(metrics)}: name one of them as "
+        "the study's metric (what has run is kept)"
+    )
 
 
 def mean_score(study: Study, row: str, value: float, done: Done) -> float:

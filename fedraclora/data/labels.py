@@ -44,6 +44,38 @@ def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> l
     return sorted(found, key=int) if numeric else sorted(found)
 
 
+def classes_of(
+    labels: Sequence[str],
+    label: str,
+    task: str,
+    source: object,
+    values: Sequence[str] | None = None,
+) -> list[str]:
+    """Name the classes of a column of labels; none where numbers are predicted.
+
+    Args:
+        labels: Of each row.
+        label: The column, for messages.
+        task: A key of `METRICS`.
+        source: The file, for messages.
+        values: See `class_names`.
+
+    Raises:
+        ConfigError: If the labels look like numbers to predict, or are all the same.
+    """
+    if task != "classification":
+        return []
+    names = class_names(labels, values)
+    if any("." in name and name.replace(".", "", 1).lstrip("-").isdigit() for name in names):
+        raise ConfigError(
+            f"data.label={label}: the values ({', '.join(names[:3])}, ...) are fractions, not "
+            "classes; to predict a number set data.task=regression"
+        )
+    if len(names) < 2:
+        raise ConfigError(f"data.label={label}: {source} has the one value {names} only")
+    return names
+
+
 def target_of(labels: Sequence[str], names: Sequence[str], task: str) -> torch.Tensor:
     """Turn labels into classes by their place in ``names``, or into scores.
 

@@ -11,7 +11,7 @@ import torch
 
 from fedraclora.data.dataset import SHARE, DataSet, refuse_both, train_test
 from fedraclora.data.fit import as_scaled, scale_of
-from fedraclora.data.labels import Kind, class_names, supervised, target_of
+from fedraclora.data.labels import Kind, classes_of, supervised, target_of
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
@@ -131,7 +131,7 @@ def of_frames(
         raise ConfigError(f"data.client={client} is data.label, too: name another column, or none")
     used, left_out = _features(frame, features, named, owner, path)
     x, labels, clients, dropped = _rows(frame, used, named, owner, missing, path)
-    classes = _classes(labels, named, task, path)
+    classes = classes_of(labels, named, task, path)
     train = Samples({"x": x}, target_of(labels, classes, task))
     owners = None if clients is None else np.array(clients)
     if test is None:
@@ -350,25 +350,6 @@ def _written(column: object) -> list[str]:
     values = np.asarray(column, dtype=object)
     whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in values)
     return [str(value).strip() for value in whole]
-
-
-def _classes(labels: Sequence[str], label: str, task: str, path: Path) -> list[str]:
-    """Name the classes.
-
-    Raises:
-        ConfigError: If the labels look like numbers to predict, or are all the same.
-    """
-    if task != "classification":
-        return []
-    names = class_names(labels)
-    if any("." in name and name.replace(".", "", 1).lstrip("-").isdigit() for name in names):
-        raise ConfigError(
-            f"data.label={label}: the values ({', '.join(names[:3])}, ...) are fractions, not "
-            "classes; to predict a number set data.task=regression"
-        )
-    if len(names) < 2:
-        raise ConfigError(f"data.label={label}: {path} has the one value {names} only")
-    return names
 
 
 def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict[str, Any]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedraclora.data.dataset import SHARE, DataSet, divide
-from fedraclora.data.labels import Kind, class_names, supervised, target_of
+from fedraclora.data.labels import Kind, classes_of, supervised, target_of
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.table import Named, read_columns
@@ -89,7 +90,9 @@ def load_text(
 
     def read(spelling: str, key: str, pin: str | None, more: list[Named]) -> tuple[Table, int]:
         path = check_file(resolve(spelling, key=key, root=root), pin)
-        return _clean(read_columns(path, named + more, header=header), count, values)
+        columns = read_columns(path, named + more, header=header)
+        _refuse_gaps(columns[count:], [label, client], path)
+        return _clean(columns, count, values)
 
     owner: list[Named] = [] if client is None else [("data.client", client)]
     table, dropped = read(file, "data.file", sha256, owner)
@@ -110,7 +113,7 @@ def load_text(
             )
         drawn = generator(split_seed, "split", "subsample").permutation(len(table))[:subsample]
         table = table[np.sort(drawn)]
-    names = class_names(table[:, count].tolist(), values) if task == "classification" else []
+    names = classes_of(table[:, count].tolist(), str(label), task, file, values)
     encode = make_encoder(require_tokenizer(tokenizer), root=root, max_length=max_length)
     train, tested = (
         Samples(encode(part[:, :count].T.tolist()), target_of(part[:, count].tolist(), names, task))
@@ -128,6 +131,19 @@ def load_text(
         reading={"tokenizer": tokenizer, "max_length": max_length},
     )
     return replace(data, held_out_by="client" if test_by_client else None)
+
+
+def _refuse_gaps(
+    columns: Sequence[Sequence[str]], names: Sequence[str | int | None], path: Path
+) -> None:
+    """Refuse labels and owners that are empty: each would be a class, or a client, of its own."""
+    for column, name in zip(columns, names, strict=False):  # test rows have no owner
+        empty = [place for place, value in enumerate(column, 1) if not value.strip()]
+        if empty:
+            raise DataError(
+                f"{path}: the column {name} is empty in {len(empty)} rows, the first of them row "
+                f"{empty[0]}: fill them in, or leave the rows out"
+            )
 
 
 def _clean(columns: list[list[str]], texts: int, values: Sequence[str] | None) -> tuple[Table, int]:

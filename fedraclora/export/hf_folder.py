@@ -71,6 +71,8 @@ def save_model(model: nn.Module, folder: Path, trained: TrainedModel) -> None:
     try:
         local = Path(trained.tokenizer).exists()
         tokenizer = from_pretrained(AutoTokenizer, trained.tokenizer, local, "the tokenizer")
+        if tokenizer.pad_token is None:  # as in training
+            tokenizer.pad_token = tokenizer.eos_token
         tokenizer.save_pretrained(folder)
     except DataError:
         if trained.tokenizer != trained.source:  # a model's folder may be without one

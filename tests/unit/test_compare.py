@@ -139,6 +139,11 @@ def test_groups_are_held_at_the_traffic_of_the_run_that_took_least(
     # A third of its rounds, 6.7, are within it; evaluated was round 6.
     assert other["metric_at_traffic"] == pytest.approx(0.8 * 6 / ROUNDS)
     assert f"accuracy at {ROUNDS * (1000 * COHORT + 30) / 1e6:.4g} MB both ways" in table.header
+    lost = make("lost", rac(2), up=1)  # a run that diverged sets no budget
+    (lost / "summary.json").unlink()
+    (lost / "stopped.json").write_text('{"kind": "diverged", "round": 0, "reason": "NaN"}')
+    again = compare([tmp_path / "sweep"], tmp_path / "out")
+    assert again.header == table.header
 
 
 def test_seeds_are_joined_and_the_numbers_are_right(make: Make, tmp_path: Path) -> None:

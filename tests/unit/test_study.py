@@ -13,7 +13,7 @@ from experiments.study.file import Study
 from experiments.study.run import run_job, run_jobs, run_study
 from experiments.study.tables import budgets, cost, results, write_results
 from experiments.study.tuning import Line, is_tuned, read_lines, score, tuned_by, tuned_value
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, DataError
 
 TEXT = """
 experiment: null
@@ -243,7 +243,7 @@ def test_a_run_that_diverges_is_a_result(
     plan = study(tmp_path, TEXT + SMALL)
     (job,) = plan.jobs("final", "small", [1e30])[:1]
     done: dict[str, Line] = {}
-    assert run_jobs([job], done, tmp_path / "runs.jsonl", 1)
+    assert run_jobs([job], done, tmp_path / "runs.jsonl", 1, "accuracy")
     found = done[job.key]
     assert capsys.readouterr().out == f"{job.key} diverged: {found['diverged']}\n"
     assert "training loss" in str(found["diverged"])
@@ -344,3 +344,45 @@ def test_the_figure_keeps_the_reference_and_the_table_the_rounding(
     assert "the 1 best of 4 rows and the reference" in capsys.readouterr().out
     shown = [row.get("rounding error, up") for row in results(plan, done)]
     assert shown == ["", "", "", 0.25]
+
+
+TABLE = """
+experiment: null
+overrides: [data=table, data.file=mine.csv, data.label=y, data.client=who, rounds=1,
+  "model.hidden=[3]", output=study]
+metric: accuracy
+grid: {key: local.lr, values: [0.1]}
+final: {seeds: [0], overrides: []}
+rows: {ours: [], theirs: [method=fedavg]}
+"""
+
+
+def write_table(path: Path, shift: int = 0) -> None:
+    rows = [f"{i},{(i * i + shift) % 7},{'ab'[i % 2]},{i % 3}" for i in range(24)]
+    path.write_text("\n".join(["x,z,y,who", *rows]) + "\n")
+
+
+def test_a_study_does_not_go_on_with_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "mine.csv")
+    plan = study(tmp_path, TABLE)
+    run_study(plan, tmp_path / "out", rows=["ours"])
+    write_table(tmp_path / "mine.csv", shift=1)
+    with pytest.raises(DataError, match=r"final\|ours\|0.1\|0 ran on other data: data.file"):
+        run_study(plan, tmp_path / "out")
+    write_table(tmp_path / "mine.csv")
+    run_study(plan, tmp_path / "out")
+    assert len(read_lines(tmp_path / "out" / "runs.jsonl")) == 2
+
+
+def test_a_metric_that_is_not_measured_is_said_after_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "mine.csv")
+    plan = study(tmp_path, TABLE.replace("metric: accuracy", "metric: pearson"))
+    with pytest.raises(ConfigError, match="its metrics are accuracy, loss: name one of them"):
+        run_study(plan, tmp_path / "out")
+    assert len(read_lines(tmp_path / "out" / "runs.jsonl")) == 1
