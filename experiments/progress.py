@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -117,6 +118,14 @@ def size(count: float) -> str:
     if count < 1e6:
         return f"{count / 1e3:.1f} kB"
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def console_for_tables() -> Console:
+    """Make a console; where it leads into a pipe, which has no width, it is wide."""
+    console = Console(markup=False, highlight=False)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(markup=False, highlight=False, width=240)
 
 
 def duration(seconds: float) -> str:

@@ -22,11 +22,10 @@ from clients.engines import engine_of
 from experiments import CONF, Plain, folders
 from experiments.interrupt import in_order
 from experiments.overrides import flags_first, in_plain_words, key_of, plain_of, without_idle
-from experiments.progress import RunProgress, size
+from experiments.progress import RunProgress, console_for_tables, size
 from experiments.reports import ROUNDING
 from experiments.resume import go_on, is_done, told_how_to_go_on
 from experiments.status import composing, reported, tell
-from experiments.tables import console_for_tables
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.table import Table as RichTable
 
+from experiments.progress import console_for_tables
 from fedraclora.errors import ConfigError
 
 Cells = list[dict[str, str]]
@@ -102,14 +102,6 @@ class Table:
             widths[index] += more
             spare -= more
         return widths
-
-
-def console_for_tables() -> Console:
-    """Make a console; where it leads into a pipe, which has no width, it is wide."""
-    console = Console(markup=False, highlight=False)
-    if console.is_terminal or "COLUMNS" in os.environ:
-        return console
-    return Console(markup=False, highlight=False, width=240)
 
 
 def read_table(path: Path) -> Cells:
