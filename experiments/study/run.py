@@ -160,14 +160,15 @@ def check_data(study: Study, done: Mapping[str, Line], path: Path) -> None:
     Raises:
         DataError: If a file has changed, or is another one.
     """
-    recorded = [line for line in done.values() if "data_files" in line]
-    if not recorded:
-        return
-    row = next(iter(study.rows))
-    job = study.jobs("final", row, study.values(row)[:1])[0]
-    found = data_files(section(composed(job.overrides), "data"))
-    for line in recorded:
-        if line["data_files"] != found:
+    now: dict[str, Mapping[str, Mapping[str, str]]] = {}  # by row: a study may be about its data
+    for line in done.values():
+        row = line["row"]
+        if "data_files" not in line or row not in study.rows:
+            continue
+        if row not in now:
+            job = study.jobs("final", row, study.values(row)[:1])[0]
+            now[row] = data_files(section(composed(job.overrides), "data"))
+        if line["data_files"] != (found := now[row]):
             raise DataError(
                 f"{path}: {line['key']} ran on other data: {', '.join(_changed(line, found))} "
                 "changed since. Restore the files, or take another folder (out)"
