@@ -231,7 +231,7 @@ def _figures(run: Run, wanted: Wanted) -> dict[str, float]:
         figures["target_reached"] = float(bool(row))
     return figures | {
         "aggregation_error_last": float(errors[-1]) if errors.size else math.nan,
-        "aggregation_error_mean": float(errors.mean()) if errors.size else math.nan,
+        "aggregation_error_mean": known_mean(run.rows, "report", "aggregation_error"),
         **{key: known_mean(run.rows, key) for key in ROUNDING.values()},
         "virtual_seconds": number(last, "virtual_seconds"),
         "dropped_per_round": _mean(dropped),

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,7 +25,7 @@ from experiments.study.tuning import Line, read_lines, score, tried_values, tune
 from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError, unknown
 from fedraclora.run.digests import data_files
-from fedraclora.run.ledger import Row, column, round_seconds
+from fedraclora.run.ledger import Row, column, known_mean, round_seconds
 
 
 def run_study(
@@ -99,12 +99,12 @@ def run_job(job: Job) -> Line:
     finally:
         run.close()
     rows = run.strategy.recorder.ledger.rows
-    errors = column(rows, "report", "aggregation_error")
+    measured = known_mean(rows, "report", "aggregation_error")
     line |= summarise(run, time.perf_counter() - began)
     line["cpu_seconds"] = since(used)
     line["server_cpu_seconds"] = server_cpu_seconds(rows)
     line["curve"] = curve(rows)
-    line["aggregation_error"] = statistics.fmean(errors[np.isfinite(errors)].tolist() or [0.0])
+    line["aggregation_error"] = measured if math.isfinite(measured) else 0.0
     return line
 
 
@@ -217,8 +217,11 @@ def lines_of(jobs: list[Job], workers: int) -> Iterator[Line]:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for future in as_completed([pool.submit(run_job, job) for job in jobs]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(run_job, job) for job in jobs]):
+                yield future.result()
+        finally:  # whoever stops reading waits for no run that has not begun
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _decisive(overrides: Sequence[str]) -> list[str]:

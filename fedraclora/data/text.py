@@ -91,8 +91,9 @@ def load_text(
     def read(spelling: str, key: str, pin: str | None, more: list[Named]) -> tuple[Table, int]:
         path = check_file(resolve(spelling, key=key, root=root), pin)
         columns = read_columns(path, named + more, header=header)
-        _refuse_gaps(columns[count:], [label, client], path)
-        return _clean(columns, count, values)
+        rows = _clean(columns, count, values)
+        _refuse_gaps(rows[0], count, [label, client], path)
+        return rows
 
     owner: list[Named] = [] if client is None else [("data.client", client)]
     table, dropped = read(file, "data.file", sha256, owner)
@@ -133,16 +134,13 @@ def load_text(
     return replace(data, held_out_by="client" if test_by_client else None)
 
 
-def _refuse_gaps(
-    columns: Sequence[Sequence[str]], names: Sequence[str | int | None], path: Path
-) -> None:
+def _refuse_gaps(table: Table, texts: int, names: Sequence[str | int | None], path: Path) -> None:
     """Refuse labels and owners that are empty: each would be a class, or a client, of its own."""
-    for column, name in zip(columns, names, strict=False):  # test rows have no owner
-        empty = [place for place, value in enumerate(column, 1) if not value.strip()]
-        if empty:
+    for column, name in zip(table[:, texts:].T, names, strict=False):  # test rows have no owner
+        if empty := sum(not value.strip() for value in column):
             raise DataError(
-                f"{path}: the column {name} is empty in {len(empty)} rows, the first of them row "
-                f"{empty[0]}: fill them in, or leave the rows out"
+                f"{path}: the column {name} is empty in {empty} rows: fill them in, or leave the "
+                "rows out"
             )
 
 

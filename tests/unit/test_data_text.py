@@ -174,6 +174,28 @@ def test_rows_are_held_out_by_class(tmp_path, tokenizer):
     assert np.bincount(data.test.target).tolist() == [6, 6]
 
 
+GAPS = {
+    "label": ("\tfine\tfilm 1\n", "column label is empty in 1 rows"),
+    "owner": ("1\tfine\t \n", "column film is empty in 1 rows"),
+    "fraction": ("0.5\tfine\tfilm 1\n", "fractions, not classes.*data.task=regression"),
+}
+
+
+@pytest.mark.parametrize("case", GAPS)
+def test_gaps_and_fractions_are_no_classes(tmp_path, tokenizer, case):
+    row, words = GAPS[case]
+    path = reviews(tmp_path)
+    path.write_text(path.read_text() + row)
+    with pytest.raises((ConfigError, DataError), match=words):
+        load(path, tokenizer, client="film")
+
+
+def test_a_label_that_is_not_asked_for_may_be_empty(tmp_path, tokenizer):
+    path = reviews(tmp_path)
+    path.write_text(path.read_text() + GAPS["label"][0])
+    assert len(load(path, tokenizer, values=["0", "1"]).train) == 60
+
+
 def test_training_rows_are_drawn(tmp_path, tokenizer):
     def films(**change: object) -> list[str]:
         data = load(reviews(tmp_path), tokenizer, client="film", **change)
