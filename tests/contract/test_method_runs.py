@@ -14,6 +14,7 @@ import torch
 from flwr.app import Message
 from torch import nn
 from worlds import (
+    FORMS,
     FULL_BATCH,
     RAGGED,
     Run,
@@ -24,6 +25,7 @@ from worlds import (
     defaults_short,
     distinct,
     equal_clients,
+    forms_short,
     has_field,
     label,
     least_squares,
@@ -140,6 +142,7 @@ def test_a_round_starts_from_the_weights_that_the_server_holds(
     assert [row["train_loss"] for row in done.rows] == pytest.approx(seen[:-1], rel=1e-12)
 
 
+@pytest.mark.short(when=lambda variant, layer: layer is linear or variant[0] in FORMS)
 @pytest.mark.parametrize("layer", [linear, conv1d])
 @every_variant
 def test_the_server_ends_with_the_weights_that_a_client_trained_to(
@@ -158,7 +161,7 @@ def test_the_server_ends_with_the_weights_that_a_client_trained_to(
     assert two.rows[0]["train_loss"] == pytest.approx(wanted, rel=1e-12)
 
 
-@defaults_short
+@forms_short
 @every_variant
 def test_equal_clients_are_one_client(variant: Variant, world: World) -> None:
     method = method_of(variant)
@@ -170,6 +173,7 @@ def test_equal_clients_are_one_client(variant: Variant, world: World) -> None:
     assert_close_trees(many.weights, one.weights, 1e-11)
 
 
+@pytest.mark.short(when=lambda name: name in FORMS)
 @every_method
 def test_the_loss_falls_on_a_quadratic(name: str) -> None:
     world = least_squares()
@@ -182,7 +186,7 @@ def test_the_loss_falls_on_a_quadratic(name: str) -> None:
     assert losses[-1] < bound * world.loss(world.base)
 
 
-@defaults_short
+@forms_short
 @every_variant
 def test_a_conv1d_trains_as_the_linear_layer_that_it_transposes(variant: Variant) -> None:
     turned = make_world(conv1d)
@@ -232,7 +236,7 @@ def test_replies_may_come_in_any_order(variant: Variant, world: World) -> None:
 
 
 # That two runs of a variant have the same bits is shown where one of them is resumed, too.
-@defaults_short
+@forms_short
 @every_variant
 def test_the_same_seed_gives_the_same_bits(variant: Variant, world: World) -> None:
     first = usual(variant, rounds=4, cohort=3)
@@ -256,7 +260,7 @@ def test_a_linear_method_is_the_same_under_the_aggregator_sum(
     assert_equal_trees(summed.weights, apart.weights)
 
 
-@defaults_short
+@forms_short
 @every_variant
 def test_uniform_weights_differ_from_examples_where_clients_do(
     variant: Variant, world: World
@@ -348,7 +352,7 @@ def test_the_chain_on_disk_rebuilds_the_weights_of_every_round_to_the_bit(
     assert_equal_trees(last, measured[4])
 
 
-@defaults_short
+@forms_short
 @every_variant
 def test_the_initial_weights_of_a_world_are_never_written_to(variant: Variant) -> None:
     fresh, used = make_world(), make_world()

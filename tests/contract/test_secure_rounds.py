@@ -11,6 +11,7 @@ import pytest
 import torch
 from flwr.app import Message, RecordDict
 from worlds import (
+    FORMS,
     RAGGED,
     Run,
     World,
@@ -97,7 +98,9 @@ def leaving(monkeypatch: pytest.MonkeyPatch, when: dict[str, set[int]]) -> None:
 
 
 # Sums are of packed vectors, laid out by the method; its variants differ in their size alone.
-@pytest.mark.short(when=lambda variant, weights: not variant[1] or weights == "examples")
+@pytest.mark.short(
+    when=lambda variant, weights: variant[0] in FORMS and (not variant[1] or weights == "examples")
+)
 @pytest.mark.parametrize(
     ("variant", "weights"),
     [*((v, "uniform") for v in SAME), *((v, "examples") for v in SAME if v[0] == "fed_rac_lora")],

@@ -159,6 +159,10 @@ def label(variant: tuple[str, dict[str, Any]]) -> str:
 # In the short suite each method has its defaults alone where its settings meet no other code.
 defaults_short = pytest.mark.short(when=lambda variant: not variant[1])
 
+# Where no method has code of its own either, it has one method for each form of what is trained.
+FORMS = {"fed_rac_lora", "fedavg", "fedavg_lora", "rolora", "fed_sb", "ravan", "flora_stacking"}
+forms_short = pytest.mark.short(when=lambda variant: not variant[1] and variant[0] in FORMS)
+
 
 def has_field(method: Method, name: str) -> bool:
     """Whether a method has a hyperparameter of this name."""

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 from vectorised_agreement import base_of, method_of
 from vectorised_cases import CASES, SEED, SIZES, Case, scaled
-from vectorised_settings import ALSO, WIDELY
+from vectorised_settings import WIDELY
 
 from experiments.assemble import Assembled, assemble
 from experiments.choices import composed
@@ -84,7 +84,7 @@ RUNS = {
 }
 
 
-@pytest.mark.short(when=lambda method: method in WIDELY | ALSO)
+@pytest.mark.short(when=lambda method: method in WIDELY)
 @pytest.mark.parametrize(
     ("method", "model"),
     [*product(METHODS, ["mlp"]), *product(["fed_rac_lora", "fedavg_lora", "fedavg"], ["cnn"])],

@@ -253,8 +253,10 @@ def add_extras(values: Tree, sent: Downlink, place: int) -> None:
 def with_seeded_dropout(
     model: nn.Module, client: int, seed: int, round_: int
 ) -> tuple[nn.Module, CohortContext]:
-    """Copy a model with its dropout replaced by the seeded one, for a batch of one client."""
+    """Give a model with the seeded dropout in place of its own, for a batch of one client."""
     context = CohortContext(active=1, clients=torch.tensor([client]), seed=seed, round_=round_)
+    if not any(isinstance(module, nn.Dropout) for module in model.modules()):
+        return model.eval(), context
     copied = copy.deepcopy(model).eval()
     for name, module in list(copied.named_modules()):
         if isinstance(module, nn.Dropout):
