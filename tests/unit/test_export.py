@@ -152,6 +152,8 @@ CASES = {
 }
 
 
+# The short suite has every kind of factor on one model, and every model.
+@pytest.mark.short(when=lambda case: case.startswith("mlp") or "head" in case or "emb" in case)
 @pytest.mark.parametrize("case", CASES)
 def test_peft_merges_an_adapter_to_the_weights_and_the_metric_of_the_run(case, tmp_path):
     model, method, keys = CASES[case]

@@ -27,6 +27,7 @@ def last_row(*words: str) -> Row:
     return run.strategy.recorder.ledger.rows[-1]
 
 
+@pytest.mark.short(when=lambda rule: rule in {"median", "multi_krum"})  # by rows, by clients
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean", "geometric_median", "multi_krum"])
 def test_a_rule_keeps_the_accuracy_where_averaging_loses_it(rule: str) -> None:
     clean = number(last_row(), "metrics", "accuracy")
