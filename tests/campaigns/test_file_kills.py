@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("kinds", "every"),
     [
-        (["carried", "extended"], 60),
-        (["compacted"], 7),
+        (["carried", "compacted"], 30),
+        pytest.param(["extended"], 60, marks=pytest.mark.slow),
         pytest.param(["fed_rac_lora", "moments", "private"], 10, marks=pytest.mark.slow),
     ],
 )

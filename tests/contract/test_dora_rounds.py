@@ -17,6 +17,7 @@ from worlds import (
     client_weights,
     conv1d,
     distance,
+    forms_short,
     label,
     linear,
     make_method,
@@ -157,6 +158,7 @@ def test_a_client_s_own_weights_have_the_shared_lengths(variant: Variant, world:
         assert_close_trees(found, turned(mine, magnitudes(state), world.plan))
 
 
+@forms_short
 @every_fitting
 def test_bytes_are_the_formula_and_the_messages(variant: Variant, world: World) -> None:
     method, cohort, rounds = dora(variant[0], **variant[1]), 3, 4
@@ -197,6 +199,7 @@ def test_a_run_resumes_to_the_bit(name: str, tmp_path: Path, world: World) -> No
     assert magnitudes(whole.strategy.state)
 
 
+@forms_short
 @every_fitting
 def test_training_goes_on_from_what_was_learnt(variant: Variant, world: World) -> None:
     done = run(world, dora(variant[0], **variant[1]), LocalSettings(lr=0.05, steps=3), rounds=6)

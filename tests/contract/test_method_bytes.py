@@ -16,6 +16,7 @@ from worlds import (
     World,
     assert_updates_lead_on,
     defaults_short,
+    forms_short,
     label,
     make_method,
     make_world,
@@ -133,7 +134,7 @@ def test_bytes_do_not_depend_on_the_chunk(variant: Variant, done: Run) -> None:
         assert [left[c] for c in columns] == [right[c] for c in columns]
 
 
-@defaults_short
+@forms_short
 def test_what_a_message_holds_beside_its_numbers_does_not_grow(variant: Variant, done: Run) -> None:
     large = finished(variant, width=8)
     for kind in ("asked", "answered"):

@@ -228,7 +228,7 @@ def shuffled(messages: list[Message]) -> list[Message]:
     return [*messages[2::-1], *messages[3:]]
 
 
-@defaults_short
+@forms_short
 @every_variant
 def test_replies_may_come_in_any_order(variant: Variant, world: World) -> None:
     found = run(world, method_of(variant), RAGGED, rounds=4, chunk=1, arrange=shuffled)

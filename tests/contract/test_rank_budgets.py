@@ -22,6 +22,7 @@ from worlds import (
     assert_equal_trees,
     conv1d,
     distance,
+    forms_short,
     label,
     linear,
     make_method,
@@ -241,6 +242,7 @@ def test_the_uplink_of_the_ledger_is_the_components_and_the_message(variant: Var
         assert row["uplink_bytes"] == sum(array_bytes(next(answered)) for _ in range(COHORT))
 
 
+@forms_short
 @able
 def test_bytes_do_not_depend_on_the_chunk(variant: Variant) -> None:
     columns = ("uplink_bytes", "downlink_bytes", "catchup_bytes", "downlink_total")
@@ -253,6 +255,7 @@ def test_bytes_do_not_depend_on_the_chunk(variant: Variant) -> None:
         assert one["catchup_bytes"] <= plain["catchup_bytes"]  # a stack holds no empty components
 
 
+@forms_short
 @able
 def test_sums_of_blocks_are_those_of_rows(
     variant: Variant, monkeypatch: pytest.MonkeyPatch
