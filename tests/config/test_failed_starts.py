@@ -237,8 +237,11 @@ def test_a_long_name_is_cut_and_stays_unique() -> None:
     assert "\ufffd" not in wide
 
 
-def test_a_sweep_with_a_long_name_runs_and_is_found_again(command: Run, tmp_path: Path) -> None:
-    long = [f"local.lr={0.5:.230f}", f"output.dir={tmp_path}"]
+def test_a_sweep_with_a_long_name_runs_and_is_found_again(
+    command: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    hydra = tmp_path_factory.mktemp("multirun")
+    long = [f"local.lr={0.5:.230f}", f"output.dir={tmp_path}", f"hydra.sweep.dir={hydra}"]
     words = ["-m", *SMALL, "output.sync=false", "method.rank=1,2", *long]
     assert command(*words) == (0, "")
     folders = sorted(path.name for path in tmp_path.iterdir())
