@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
     ("kinds", "every"),
     [
         (["carried", "compacted"], 30),
-        pytest.param(["extended"], 60, marks=pytest.mark.slow),
+        pytest.param(["extended"], 10, marks=pytest.mark.slow),
         pytest.param(["fed_rac_lora", "moments", "private"], 10, marks=pytest.mark.slow),
     ],
 )
