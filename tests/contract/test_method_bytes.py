@@ -34,7 +34,7 @@ from fedraclora.wire.downlink import unpack_downlink
 Variant = tuple[str, dict[str, Any]]
 VARIANTS = list(variants())
 ITEM = 8  # bytes of a float64
-COHORT, ROUNDS = 3, 4
+COHORT, ROUNDS = 3, 6
 
 
 def finished(variant: Variant, chunk: int = 1, width: int = 1, folder: Path | None = None) -> Run:

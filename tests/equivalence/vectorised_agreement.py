@@ -26,7 +26,7 @@ from strategies import METHODS
 from tests.reference.client import train_one
 
 ATOL = 1e-10
-CHUNK = 3  # of five clients: neither one alone nor all
+CHUNKS = 2, len(SIZES)
 
 
 KINDS = list({kind: name for name, kind in reversed(METHODS.items())}.values())  # one of a class
@@ -64,7 +64,7 @@ def assert_agrees(
     round_: int = 1,
     rate_scale: float = 1.0,
 ) -> Tree:
-    """Hold the trainer, in chunks, against the oracle; give the trained tensors."""
+    """Hold the trainer, at every chunk size, against the oracle; give the trained tensors."""
     alone = [
         train_one(
             case.task,
@@ -83,14 +83,15 @@ def assert_agrees(
     wanted = {n: torch.stack([tree[n] for tree, _ in alone]) for n in downlink.trained()}
     losses = torch.tensor([loss for _, loss in alone], dtype=torch.float64)
     trainer = trainer_of(case.task, plan, local)
-    for places in torch.arange(len(clients)).split(CHUNK):
-        part = downlink.select(places)
-        got = trainer.train(base, part, clients[places], round_=round_, rate_scale=rate_scale)
-        assert got.trained.keys() == wanted.keys()
-        for name, value in got.trained.items():
-            gap = float((value - wanted[name][places]).abs().max())
-            assert gap <= ATOL, f"{name} of clients {clients[places].tolist()} is off by {gap}"
-        torch.testing.assert_close(got.losses, losses[places], rtol=0, atol=ATOL)
+    for size in CHUNKS:
+        for places in torch.arange(len(clients)).split(size):
+            part = downlink.select(places)
+            got = trainer.train(base, part, clients[places], round_=round_, rate_scale=rate_scale)
+            assert got.trained.keys() == wanted.keys()
+            for name, value in got.trained.items():
+                gap = float((value - wanted[name][places]).abs().max())
+                assert gap <= ATOL, f"{name} is off by {gap} in chunks of {size}"
+            torch.testing.assert_close(got.losses, losses[places], rtol=0, atol=ATOL)
     return wanted
 
 
