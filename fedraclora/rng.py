@@ -18,6 +18,7 @@ import torch
 from numpy.random.bit_generator import ISeedSequence
 from typing_extensions import override
 
+_PLACE_BITS = 30  # of a position in a shuffle: 2^30 samples of a client
 _LOW32, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -77,7 +78,9 @@ class _Key(ISeedSequence):
         return np.array([self.key & _LOW64, self.key >> 64], dtype=np.uint64)
 
 
-def cohort_bits(key: int, clients: torch.Tensor, count: int, stream: int = 0) -> torch.Tensor:
+def cohort_bits(
+    key: int, clients: torch.Tensor, count: int, stream: int | torch.Tensor = 0
+) -> torch.Tensor:
     """Draw 32 random bits for each of ``count`` positions of each client (Philox4x32-10).
 
     The counter is (position, stream, client low, client high) and the key is the low 64 bits of
@@ -88,7 +91,8 @@ def cohort_bits(key: int, clients: torch.Tensor, count: int, stream: int = 0) ->
         key: A key from `hash_key`, for example over (seed, purpose, round).
         clients: Client ids, int64 [K], on the device of the draw.
         count: Positions per client.
-        stream: A further counter word, for example the local step.
+        stream: A further counter word, for example the local step; or one for each client,
+            int64 [K].
 
     Returns:
         Integers in [0, 2^32) as int64 [K, count].
@@ -108,7 +112,7 @@ def cohort_bits(key: int, clients: torch.Tensor, count: int, stream: int = 0) ->
 
 
 def position_bits(
-    key: int, clients: torch.Tensor, positions: torch.Tensor, stream: int = 0
+    key: int, clients: torch.Tensor, positions: torch.Tensor, stream: int | torch.Tensor = 0
 ) -> torch.Tensor:
     """Draw four words of 32 random bits for each given position of each client.
 
@@ -118,7 +122,7 @@ def position_bits(
         key: A key from `hash_key`.
         clients: Client ids, int64 [K], on the device of the draw.
         positions: In [0, 2^32), int64 [K, b].
-        stream: A further counter word.
+        stream: A further counter word, or one for each client, int64 [K].
 
     Returns:
         Integers in [0, 2^32) as int64 [K, b, 4].
@@ -129,10 +133,11 @@ def position_bits(
         >>> bool((one[:, 0] == all_words[:, 2]).all())
         True
     """
+    word = stream[:, None] if isinstance(stream, torch.Tensor) else stream
     zero = torch.zeros_like(positions, memory_format=torch.contiguous_format)
     words = [
         zero + positions,
-        zero + (stream & _LOW32),
+        zero + (word & _LOW32),
         zero + (clients & _LOW32)[:, None],
         zero + ((clients >> 32) & _LOW32)[:, None],
     ]
@@ -166,7 +171,7 @@ def _philox4x32(words: list[Words], key: tuple[int, int]) -> list[Words]:
 
 
 def cohort_permutations(
-    key: int, clients: torch.Tensor, sizes: torch.Tensor, epoch: int
+    key: int, clients: torch.Tensor, sizes: torch.Tensor, epoch: int | torch.Tensor
 ) -> torch.Tensor:
     """Shuffle each client's sample positions for one local epoch (random reshuffling).
 
@@ -174,7 +179,7 @@ def cohort_permutations(
         key: A key from `hash_key` over (seed, "shuffle", round).
         clients: Client ids, int64 [K].
         sizes: Number of samples of each client, int64 [K].
-        epoch: The local epoch, from 0.
+        epoch: The local epoch, from 0; or one for each client, int64 [K].
 
     Returns:
         Positions, int64 [K, max(sizes)]: row k starts with a permutation of 0..sizes[k]-1; what
@@ -183,9 +188,14 @@ def cohort_permutations(
     width = int(sizes.max())
     bits = cohort_bits(key, clients, width, stream=epoch)
     position = torch.arange(width, device=clients.device)
-    # Padding sorts last; a tie of two 32-bit words is broken by position (stable sort).
-    padded = torch.where(position < sizes[:, None], bits, position + (1 << 32))
-    return torch.argsort(padded, dim=1, stable=True)
+    # Bits above, position below: a tie of two words is broken by position. Padding sorts last.
+    above = torch.where(position < sizes[:, None], bits << _PLACE_BITS, 1 << (_PLACE_BITS + 32))
+    words = above + position
+    if words.device.type == "cpu":  # NumPy sorts integers with vector instructions
+        words.numpy().sort(axis=1)
+    else:
+        words = words.sort(dim=1).values
+    return words & ((1 << _PLACE_BITS) - 1)
 
 
 def cohort_uniforms(key: int, clients: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -98,12 +99,47 @@ class Schedule:
         inside = position < sizes[:, None, None]
         valid = inside & (step < steps[:, None])[..., None]
         if local.shuffle and count:
-            position = position.clamp_(max=largest - 1)
-            epochs = range(int(epoch.max()) + 1)
-            shuffles = torch.stack(
-                [cohort_permutations(key, clients, sizes, e) for e in epochs], dim=1
-            )
-            flat = epoch[..., None] * shuffles.shape[2] + position
-            position = shuffles.reshape(len(clients), -1).gather(1, flat.reshape(len(clients), -1))
-            position = position.reshape(flat.shape)
+            last = (steps - 1) // per_epoch[:, 0]
+            position = _shuffled(position, epoch, last, clients, sizes, key)
         return cls(torch.where(valid, position, 0), valid, steps)
+
+
+def _shuffled(
+    position: torch.Tensor,
+    epoch: torch.Tensor,
+    last: torch.Tensor,
+    clients: torch.Tensor,
+    sizes: torch.Tensor,
+    key: int,
+) -> torch.Tensor:
+    """Replace positions by what each client's shuffle of that epoch has there.
+
+    Epochs are drawn together that the same clients reach, and as wide as the largest of those: a
+    client of few samples beside a large one may train many epochs, or be done long before it.
+
+    Args:
+        position: In the order of the data, [K, steps, width]; those that no client trains on may
+            lie beyond its samples, and become anything.
+        epoch: Of each step, [K, steps].
+        last: The last epoch of each client, [K].
+        clients: int64 [K].
+        sizes: Samples per client, int64 [K].
+        key: Of the round's shuffles.
+    """
+    ends = sorted(set((last + 1).tolist()))
+    starts = torch.zeros(len(clients), ends[-1], dtype=torch.int64, device=sizes.device)
+    drawn: list[torch.Tensor] = []
+    total = 0
+    for begin, end in pairwise((0, *ends)):
+        here = (last >= begin).nonzero()[:, 0]
+        rows, epochs = here, begin
+        if end > begin + 1:
+            rows = here.repeat_interleave(end - begin)
+            epochs = torch.arange(begin, end, device=sizes.device).repeat(len(here))
+        shuffles = cohort_permutations(key, clients[rows], sizes[rows], epochs)
+        first = torch.arange(len(rows), device=sizes.device) * shuffles.shape[1] + total
+        starts[here, begin:end] = first.reshape(len(here), -1)
+        drawn.append(shuffles.flatten())
+        total += shuffles.numel()
+    flat = starts.gather(1, epoch.clamp(max=ends[-1] - 1))[..., None] + position
+    return torch.cat(drawn).take(flat.clamp_(max=total - 1))

@@ -167,6 +167,14 @@ def test_epochs_are_shuffled_anew() -> None:
     assert not torch.equal(first[0], first[1])
 
 
+def test_clients_may_each_be_in_an_epoch_of_their_own() -> None:
+    clients, sizes, epochs = (torch.tensor(x) for x in ([4, 4, 7], [9, 9, 6], [0, 2, 1]))
+    found = cohort_permutations(5, clients, sizes, epochs)
+    for k in range(3):
+        alone = cohort_permutations(5, clients[k : k + 1], sizes[k : k + 1], int(epochs[k]))
+        assert torch.equal(found[k, : int(sizes[k])], alone[0])
+
+
 def test_a_permutation_is_uniform() -> None:
     """All 6 orders of 3 samples over 6000 clients: chi-square with 5 degrees, far from its tail."""
     orders = cohort_permutations(9, torch.arange(6000), torch.full((6000,), 3), 0)
