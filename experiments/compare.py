@@ -24,15 +24,19 @@ from experiments.groups import Group, group_runs, values
 from experiments.interrupt import in_order
 from experiments.reports import ROUNDING, Run, find_runs, read_run
 from experiments.status import reported
+from experiments.study.entries import shown_error
 from experiments.study.ranking import compare_study, is_study
 from experiments.tables import Table
-from fedraclora.errors import CheckpointError, unknown
+from fedraclora.config.schema import bind, section
+from fedraclora.errors import CheckpointError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import compare_figure
+from fedraclora.protocol.method import Method
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import Row, column, known_mean, number, round_seconds
 from fedraclora.run.stopped import stop_reason
+from strategies import METHODS
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
 _TASK = ("data.", "model.", "pretrain.")
@@ -182,11 +186,21 @@ def _record(group: Group, wanted: Wanted) -> dict[str, object]:
         "metric": metric,
         "metric_mean": statistics.fmean(finals) if whole else math.nan,
         "metric_std": statistics.stdev(finals) if whole and len(finals) > 1 else math.nan,
+        "exact": _is_exact(group.runs[0]),
         **means,
     }
     if wanted.target is not None:
         record["target_reached"] = int(sum(figures["target_reached"] for figures in found))
     return record
+
+
+def _is_exact(run: Run) -> bool:
+    """Return the trait of a run's method; False where it is none of this version's."""
+    try:
+        method: Method = bind("method", METHODS, section(run.config, "method"))()
+    except FedRacLoraError:
+        return False
+    return method.traits.exact
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -290,9 +304,11 @@ def _shown(
                 shown[f"{title} to {target:g}"] = reached
     shown["MB down per client and round"] = text("downlink_mb_per_client_round")
     shown[f"{wanted.metric} at {wanted.budget:.4g} MB both ways"] = text("metric_at_traffic")
+    for over in ("last", "mean"):
+        if (key := f"aggregation_error_{over}") in measured:
+            error = shown_error(bool(record["exact"]), number(record, key))
+            shown[f"aggregation error, {over}"] = error
     optional = {
-        "aggregation error, last": "aggregation_error_last",
-        "aggregation error, mean": "aggregation_error_mean",
         **ROUNDING,
         "virtual seconds": "virtual_seconds",
         "dropped per round": "dropped_per_round",

@@ -48,6 +48,23 @@ def first_reaching(points: Sequence[Row], metric: str, target: float) -> Row | N
     return next((p for p in points if score(p, metric) >= target), None)
 
 
+ROUND_OFF = 1e-12  # relative, of float64: the error of one client that is averaged with no other
+
+
+def shown_error(exact: bool, measured: float) -> str:
+    """Say how far aggregates were from the mean of the clients' weights, relative to their change.
+
+    Args:
+        exact: The method's trait, to which the contract suite holds it.
+        measured: The error; NaN where the run did not measure it.
+    """
+    if exact:
+        return "exact"
+    if math.isnan(measured):
+        return "not measured"
+    return f"{measured:.3g}" if measured > ROUND_OFF else "0"
+
+
 @dataclass(frozen=True)
 class Entry:
     """A row of a study with its final runs.
@@ -108,6 +125,12 @@ class Entry:
     def method(self) -> Method:
         """The method, as the runs had it."""
         return bind("method", METHODS, self.lines[0]["config"]["method"])()
+
+    @property
+    def aggregation_error(self) -> str:
+        """The error of aggregation over rounds and seeds, in words where it is none or unknown."""
+        measured = self.average(lambda line: number(line, "aggregation_error"))
+        return shown_error(self.method.traits.exact, measured)
 
     def average(self, figure: Callable[[Line], float]) -> float:
         """Mean of a figure over the seeds that have it; NaN if none has."""

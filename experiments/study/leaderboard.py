@@ -17,6 +17,7 @@ from experiments.study.entries import (
     entries,
     first_reaching,
     is_unverified,
+    shown_error,
     traffic,
     uplink,
 )
@@ -143,11 +144,11 @@ def _shown(study: Study, record: Row) -> dict[str, str]:
             "MB both ways to it": text("traffic_to_target", MEGABYTE),
         }
         found |= {title: shown + missed if there else "-" for title, shown in titles.items()}
-    # The contract suite holds exact methods to be exact.
-    error = text("aggregation_error") if number(record, "aggregation_error") > 0 else "not measured"
     return found | {
         "MB up in all": text("uplink", MEGABYTE),
-        "exactness error": "exact" if record["exact"] else error,
+        "aggregation error": shown_error(
+            bool(record["exact"]), number(record, "aggregation_error")
+        ),
         "server CPU s a round": text("server_cpu_seconds"),
         "client MB": text("client_bytes", MEGABYTE),
     }

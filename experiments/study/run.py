@@ -104,7 +104,8 @@ def run_job(job: Job) -> Line:
     line["cpu_seconds"] = since(used)
     line["server_cpu_seconds"] = server_cpu_seconds(rows)
     line["curve"] = curve(rows)
-    line["aggregation_error"] = measured if math.isfinite(measured) else 0.0
+    if math.isfinite(measured):
+        line["aggregation_error"] = measured
     return line
 
 

@@ -69,7 +69,7 @@ def _record(entry: Entry, done: Done) -> dict[str, object]:
         "uplink floats": lines[0]["uplink_floats"],
         "uplink MB": round(_mean(lines, "uplink_total") / MEGABYTE, 2),
         "downlink MB with catch-up": round(_mean(lines, "downlink_total") / MEGABYTE, 2),
-        "aggregation error": round(_mean(lines, "aggregation_error"), 4),
+        "aggregation error": entry.aggregation_error,
         **{
             title: round(_mean(lines, key), 4) for title, key in ROUNDING.items() if key in lines[0]
         },

@@ -177,6 +177,15 @@ def test_seeds_are_joined_and_the_numbers_are_right(make: Make, tmp_path: Path) 
     assert table.notes == ()
 
 
+def test_the_error_of_aggregation_is_a_figure_or_a_word(make: Make, tmp_path: Path) -> None:
+    make("rac", rac(), final=0.9)
+    make("avg", {"name": "fedavg_lora", "rank": 4}, final=0.8, error=0.01)
+    make("other", {"name": "of a later version"}, final=0.7)
+    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    shown = dict(zip(table.header, zip(*table.cells, strict=True), strict=True))
+    assert shown["aggregation error, last"] == ("exact", "0.2", "not measured")
+
+
 def test_what_fewer_bits_cost_gets_columns(make: Make, tmp_path: Path) -> None:
     make("float32", rac(), wire={"uplink": "float32"})
     make("int8", rac(), wire={"uplink": "int8"}, rounding=0.01)

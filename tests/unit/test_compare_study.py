@@ -220,9 +220,9 @@ def test_the_board_ranks_and_counts_what_reached_the_target(tmp_path: Path) -> N
     assert first["rounds to 0.4"] == "15"  # 20 of one seed, 10 of the other
     assert first["MB up to it"] == "15"
     assert first["MB both ways to it"] == "45"
-    assert first["exactness error"] == "0.25"
+    assert first["aggregation error"] == "0.25"
     assert second["rounds to 0.4"] == "10 (1 of 2 seeds)"
-    assert second["exactness error"] == "exact"
+    assert second["aggregation error"] == "exact"
     assert second["client MB"] == "-"
     assert "Not run to the end, or diverged at every value: rolora." in made.notes
     never = leaderboard(study.changed(target=0.95), done)

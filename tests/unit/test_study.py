@@ -40,7 +40,8 @@ def line(accuracy: float | None, **more: object) -> dict[str, Any]:
     metrics = {} if accuracy is None else {"accuracy": accuracy}
     point = {"round": 1, "metrics": metrics, "seconds": 0.5, "uplink_total": 8, "downlink_total": 9}
     found = {"metrics": metrics, "curve": [{**point, "round": 0}, point], "uplink_floats": 3}
-    found |= {"uplink_total": 8, "downlink_total": 9, "aggregation_error": 0.0, **more}
+    found |= {"config": {"method": {"name": "fedavg_lora", "rank": 2}}, "aggregation_error": 0.25}
+    found |= {"uplink_total": 8, "downlink_total": 9, **more}
     return found | ({"diverged": "nan"} if accuracy is None else {})
 
 
@@ -296,6 +297,7 @@ def test_a_study_without_tuning_gives_all_rows_one_value(tmp_path: Path) -> None
     (row,) = results(plan, done)
     assert (row["local.lr"], row["accuracy"]) == ("0.1", 0.8)
     assert (row["reported"], row["difference"]) == (0.7, "+0.1000")
+    assert row["aggregation error"] == "0.25"
     assert (row["at the best round"], row["best round"], row["rounds"]) == (0.9, 3.0, 5.0)
     with pytest.raises(ConfigError, match=r"no tune, but grid.values is"):
         study(tmp_path, UNTUNED.replace("[0.1]", "[0.1, 0.2]"))
