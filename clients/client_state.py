@@ -18,11 +18,12 @@ from fedraclora.training.materialise import start_from
 from fedraclora.training.moments import begin_moments, blank_moments
 from fedraclora.tree import Tree, wide
 from fedraclora.wire.downlink import TrainRequest, uplink_layout
+from fedraclora.wire.feedback import blank_residues
 
 
 def restore(
     store: ClientStore, downlink: Downlink, request: TrainRequest, base: Tree, local: LocalConfig
-) -> tuple[Downlink, Tree]:
+) -> tuple[Downlink, Tree, Tree]:
     """Read what the clients of a message hold.
 
     Args:
@@ -34,7 +35,8 @@ def restore(
 
     Returns:
         The downlink, where what stays at a client starts from what it holds, as keepers have it;
-        and the moments with which clients begin, [K, ...] by name.
+        the moments with which clients begin, and what rounding left of what they sent
+        (`fedraclora.wire.feedback`), [K, ...] by name.
 
     Raises:
         WireError: If something travels beside the downlink that no client reads.
@@ -55,16 +57,18 @@ def restore(
     steps = RECIPES[downlink.recipe].steps  # without, nothing has moments
     blank = blank_moments(local, downlink, dtype) if steps else {}
     blanks = [keeper.blank(downlink, dtype) for keeper in KEEPERS]
-    initial = default | blank | {n: t for stored in blanks for n, t in stored.items()}
+    rounded = blank_residues(downlink, dtype) if request.feedback else {}
+    initial = default | blank | {n: t for stored in blanks for n, t in stored.items()} | rounded
     if not initial:
-        return downlink, {}
+        return downlink, {}, {}
     link = downlink.link if local.moments == "link" else None
     found = store.read(request.clients, request.round_, initial, link)
     moments = begin_moments({n: found[n] for n in blank}, local, downlink.link)
     for keeper, stored in zip(KEEPERS, blanks, strict=True):
         if stored:
             downlink = keeper.begin({n: found[n] for n in stored}, downlink)
-    return start_from({n: found[n] for n in default}, downlink), moments
+    downlink = start_from({n: found[n] for n in default}, downlink)
+    return downlink, moments, {n: found[n] for n in rounded}
 
 
 def keep(
@@ -75,6 +79,8 @@ def keep(
     result: LocalResult,
     base: Tree,
     local: LocalConfig,
+    *,
+    residues: Tree | None = None,
     among: torch.Tensor | None = None,
 ) -> None:
     """Keep what stays; a client that diverged keeps what it had before.
@@ -87,10 +93,11 @@ def keep(
         result: What came of it, as the server will see it: clipped where clients clip.
         base: Global weights.
         local: Local settings.
+        residues: What rounding left of what they send (`fedraclora.wire.feedback`), [K, ...].
         among: Whose work is sent, bool [K]; None: everyone's.
     """
     own = {n: result.trained[n].cpu() for n, s in downlink.trained().items() if not s.upload}
-    stored = own | {n: t.cpu() for n, t in result.moments.items()}
+    stored = own | {n: t.cpu() for n, t in result.moments.items()} | (residues or {})
     for keeper in KEEPERS:
         if blank := keeper.blank(downlink, wide(next(iter(base.values())).dtype)):
             before = store.read(clients, request.round_, blank)

@@ -29,6 +29,7 @@ from fedraclora.tree import Layout, Tree
 from fedraclora.weights.base import BaseWeights
 from fedraclora.wire.changes import Changes, Coded
 from fedraclora.wire.downlink import Reader, TrainRequest, uplink_layout
+from fedraclora.wire.feedback import left_over, to_add
 from fedraclora.wire.records import clients_of
 from fedraclora.wire.reply import pack_result
 from fedraclora.wire.secagg import Stage, read_stage
@@ -44,6 +45,7 @@ class Job:
         downlink, request: What is asked.
         base: The weights that they start from.
         moments: With which their optimisers begin, [K, ...] by name.
+        residues: What rounding left of what they sent last, [K, ...] by name; none is kept: {}.
         hidden: Whether what they send is rounded and masked, and only then known to be sent.
         places, results: Of the clients that have trained, part after part.
         failures: Why others have not, by id.
@@ -55,6 +57,7 @@ class Job:
     request: TrainRequest
     base: Tree
     moments: Tree
+    residues: Tree
     hidden: bool
     places: list[int] = field(default_factory=list)
     results: list[LocalResult] = field(default_factory=list)
@@ -117,9 +120,11 @@ class Worker:
             return answer_stage(content, stage, self.store, self.terms)
         downlink, request = self._reader.read(content)
         base = self.replica.at(request.version, request.round_)
-        downlink, moments = restore(self.store, downlink, request, base, self.trainer.local)
+        held = restore(self.store, downlink, request, base, self.trainer.local)
+        downlink, moments, residues = held
         coded = Coded() if request.uplink in ROUNDED else None
-        job = Job(downlink, request, base, moments, hidden=stage is not None, coded=coded)
+        hidden = stage is not None
+        job = Job(downlink, request, base, moments, residues, hidden=hidden, coded=coded)
         waiting = [list(range(len(request.clients)))]
         while waiting:
             places = waiting.pop()
@@ -134,11 +139,13 @@ class Worker:
     def _attempt(self, job: Job, places: list[int]) -> list[list[int]]:
         """Train the clients at ``places`` as one batch; give the parts that must be tried again."""
         request, base = job.request, job.base
-        part, clients, moments = job.downlink, request.clients, job.moments
+        part, clients = job.downlink, request.clients
+        moments, residues = job.moments, job.residues
         if len(places) < len(clients):
             index = torch.tensor(places)
             part, clients = part.select(index), clients[index]
             moments = {n: t[index] for n, t in moments.items()}
+            residues = {n: t[index] for n, t in residues.items()}
         result, failure, starved = None, "", False
         try:
             result = self.trainer.train(
@@ -162,10 +169,12 @@ class Worker:
                 result = sending(partial(shortened, bound=request.clip), result, part, base)
             if job.coded is not None:
                 changes = Changes(request.uplink, part, base, clients)
-                to = (self.trainer.seed, request.round_, job.coded)
+                left = to_add(residues, part) if residues else None
+                to = (self.trainer.seed, request.round_, job.coded, left)
                 result = sending(lambda rows, _: changes.encode(rows, *to), result, part, base)
+                residues = {} if left is None else left_over(residues, part, left)
             if not job.hidden:
-                keep(self.store, part, request, clients, result, base, local)
+                keep(self.store, part, request, clients, result, base, local, residues=residues)
             for extra in local.extras:
                 result = extra.sent(result)
             job.places += places

@@ -81,7 +81,9 @@ class PoolRacLora(FedRacLora):
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         sent = super().open_round(state, round_, cohort, draw)
-        return replace(sent, pools=self.pools(state, draw))
+        era, turn = self.turn(state.memo.sketch)
+        place = (turn % self.pool, self.pool, era)
+        return replace(sent, pools=self.pools(state, draw), turn=place)
 
     def pools(self, state: State, draw: Draw) -> dict[str, Pool]:
         """Say what stands beside each weight; nothing does where an era begins."""

@@ -40,10 +40,24 @@ Chunk = Annotated[
 
 @dataclass(frozen=True)
 class WireConfig(Limited, group="wire"):
-    """How numbers go up and down: as they are trained, or rounded to fewer bits without bias."""
+    """How numbers go up and down: as they are trained, or rounded to fewer bits without bias.
+
+    ``feedback``: clients keep what rounding left (`fedraclora.wire.feedback`).
+    """
 
     uplink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
     downlink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
+    feedback: bool = False
+
+    @override
+    def __post_init__(self) -> None:
+        """Reject feedback of numbers that are not rounded."""
+        super().__post_init__()
+        if self.feedback and self.uplink == FULL:
+            raise ConfigError(
+                "wire.feedback is true, but with wire.uplink=float32 nothing is rounded that "
+                f"clients could keep; set wire.uplink to one of {', '.join(ROUNDED)}"
+            )
 
 
 @dataclass(frozen=True)

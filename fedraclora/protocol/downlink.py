@@ -98,6 +98,7 @@ class Downlink:
         extras: What clients add to gradients beside, by the name of the extra that sends it: by
             trained name, in its shape, or [K, *shape] at the clients.
         pools: By weight, what stands beside it at every replica, adapted in this round or not.
+        turn: Of a pool: the place of the sketch whose turn it is, of how many, and in which era.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -108,6 +109,12 @@ class Downlink:
     link: int = 0
     extras: dict[str, Tree] = field(default_factory=dict)
     pools: dict[str, Pool] = field(default_factory=dict)
+    turn: tuple[int, int, int] | None = None
+
+    @property
+    def frame(self) -> tuple[int, int, int]:
+        """What stands beside trained factors: its place, of how many that recur, and its number."""
+        return self.turn or (0, 1, self.link)
 
     def factors(self) -> Mapping[str, Factor]:
         """All factors of all adapters, by ``"<weight>/<label>"``."""

@@ -8,7 +8,7 @@ changes, and so is what rounding adds to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 
@@ -56,7 +56,14 @@ class Changes:
     base: Tree
     clients: torch.Tensor
 
-    def encode(self, rows: torch.Tensor, seed: int, round_: int, coded: Coded) -> torch.Tensor:
+    def encode(
+        self,
+        rows: torch.Tensor,
+        seed: int,
+        round_: int,
+        coded: Coded,
+        residues: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Round the rows of all clients.
 
         Args:
@@ -64,20 +71,27 @@ class Changes:
             seed: Of the run.
             round_: From 1.
             coded: Takes the bytes and the errors.
+            residues: What is added to the changes, float64 [K, P], and then takes what rounding
+                left of them; None: nothing is added or kept.
 
         Returns:
             The rows as the server will read them, float64 [K, P].
         """
         found = rows.clone()
         starts, parts = self._starts(self.clients), _parts(self.sent, len(self.clients))
-        for client, row, start, (kept, sizes) in zip(
-            self.clients.tolist(), found, starts, parts, strict=True
+        left: Iterable[torch.Tensor | None] = [None] * len(rows) if residues is None else residues
+        for client, row, start, e, (kept, sizes) in zip(
+            self.clients.tolist(), found, starts, left, parts, strict=True
         ):
             rng = generator(seed, "uplink", round_, self.sent.recipe, client)
             change = row[kept] - start[kept]
+            if e is not None:
+                change += e[kept]
             coded.codes.append(encode(change, sizes, self.kind, rng))
             back = decode(coded.codes[-1], sizes, self.kind)
             row[kept] = start[kept] + back
+            if e is not None:
+                e[kept] = change - back
             error = (back - change).norm() / change.norm()
             coded.errors.append(float(error) if error.isfinite() else 0.0)
         return found

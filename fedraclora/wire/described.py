@@ -18,7 +18,7 @@ from fedraclora.tree import Tree
 from fedraclora.wire.fields import exactly, flag, listed, mapping, named, real, shown, whole
 from fedraclora.wire.records import read_shape
 
-ASKED = frozenset({"recipe", "arguments", "link", "extras", "adapters", "dense", "pools"})
+ASKED = frozenset({"recipe", "arguments", "link", "extras", "adapters", "dense", "pools", "turn"})
 ADAPTER = frozenset({"scale", "factors"})
 POOL = frozenset({"spec", "count", "scale"})
 TRAINED = frozenset({"role", "shape", "main", "upload", "started", "spec"})
@@ -38,6 +38,7 @@ def describe(downlink: Downlink) -> dict[str, object]:
         },
         "dense": {n: _describe_factor(slot) for n, slot in downlink.dense.items()},
         "pools": {w: _describe_pool(pool) for w, pool in downlink.pools.items()},
+        "turn": downlink.turn,
     }
 
 
@@ -71,6 +72,7 @@ def described_downlink(
         {key: real(value, f"the argument {key}") for key, value in arguments.items()},
         link=whole(header["link"], "its link"),
         pools={w: _pool(p, w) for w, p in mapping(header["pools"], "pools").items()},
+        turn=None if header["turn"] is None else _turn(header["turn"], adapters),
     )
     extras = mapping(header["extras"], "extras").items()
     slots = downlink.trained()
@@ -91,6 +93,18 @@ def _pool(described: object, weight: str) -> Pool:
     first = _spec(plain["spec"], where)
     count = whole(plain["count"], f"the number of parts of {where}", 1, first.dim // first.rank)
     return Pool(Sketches(first, count), real(plain["scale"], f"the scale of {where}"))
+
+
+def _turn(described: object, adapters: Mapping[str, Adapter]) -> tuple[int, int, int]:
+    """Read which sketch of a pool has its turn."""
+    what = "the turn of a pool"
+    numbers = listed(described, what)
+    if len(numbers) != 3:
+        raise WireError(f"{what} is {shown(numbers)}; a place, of how many, and an era are wanted")
+    factors = [f for adapter in adapters.values() for f in adapter.factors.values()]
+    room = [f.dim // f.rank for f in factors if isinstance(f, SketchSpec)]
+    count = whole(numbers[1], what, 1, min(room, default=1))
+    return whole(numbers[0], what, 0, count - 1), count, whole(numbers[2], what)
 
 
 def _extra(

@@ -18,7 +18,7 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.described import ASKED, describe, described_downlink
-from fedraclora.wire.fields import exactly, reading, real, shown, whole
+from fedraclora.wire.fields import exactly, flag, reading, real, shown, whole
 from fedraclora.wire.records import (
     DTYPES,
     array_record,
@@ -35,7 +35,7 @@ from fedraclora.wire.unwritten import Records, held_by, unwritten, written
 
 WEIGHTS = (None, "examples", "uniform")
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
-HEADER |= {"uplink", "kind"}
+HEADER |= {"uplink", "kind", "feedback"}
 
 
 def uplink_layout(downlink: Downlink) -> Layout:
@@ -57,6 +57,7 @@ class TrainRequest:
             blocks of clients (`fedraclora.protocol.uplinks`), where ``first`` opens a block.
         clip: The greatest norm of the update that a client may send; None: any.
         uplink: How the clients' numbers travel (`fedraclora.protocol.quantised`).
+        feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
     """
 
     round_: int
@@ -67,6 +68,7 @@ class TrainRequest:
     reduce: str | None = None
     clip: float | None = None
     uplink: str = FULL
+    feedback: bool = False
 
 
 def payload_bytes(downlink: Downlink, cohort: int, kind: str) -> int:
@@ -136,6 +138,7 @@ class Packed:
             "reduce": request.reduce,
             "clip": request.clip,
             "uplink": request.uplink,
+            "feedback": request.feedback,
             "kind": self.kind,
             **describe(downlink),
             "layout": layout.shapes,
@@ -252,6 +255,7 @@ def _request(header: Mapping[str, Any], vectors: Tree, first: int) -> TrainReque
         header["reduce"],
         clip,
         _kind(header["uplink"], "uplink"),
+        flag(header["feedback"], "feedback"),
     )
 
 

@@ -34,7 +34,8 @@ from fedraclora.wire.downlink import TrainRequest, pack_downlink, unpack_downlin
 from fedraclora.wire.records import array_record, header_record, read_array, read_header
 
 PREFIX = "buffer/"
-NEWER = {"extras": {}, "pools": {}, "uplink": FULL, "kind": FULL}  # fields that older headers lack
+# Fields that older headers lack.
+NEWER = {"extras": {}, "pools": {}, "uplink": FULL, "kind": FULL, "feedback": False, "turn": None}
 OLDER = ("variates", "lifted")  # fields of headers of older releases, which were empty here
 
 

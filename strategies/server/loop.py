@@ -22,6 +22,7 @@ class LoopConfig:
         dtype: Of numbers on the wire, that of the base weights.
         uplink, downlink: How they travel: as they are, or rounded to fewer bits
             (`fedraclora.protocol.quantised`).
+        feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
         evaluate_every: Rounds between evaluations; the last round is always evaluated.
         max_failures: Clients that may fail in a round before the run stops.
         guarded: Whether clients are other people's machines: then whatever one of them sends is a
@@ -42,6 +43,7 @@ class LoopConfig:
     dtype: str = "float32"
     uplink: str = FULL
     downlink: str = FULL
+    feedback: bool = False
     evaluate_every: int = 1
     max_failures: int = 0
     timeout: float | None = None

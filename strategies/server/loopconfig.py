@@ -25,6 +25,7 @@ def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype)
         dtype=str(dtype).removeprefix("torch."),
         uplink=config.wire.uplink,
         downlink=config.wire.downlink,
+        feedback=config.wire.feedback,
         evaluate_every=config.evaluate.every,
         max_failures=config.max_failures,
         **vars(config.engine.waiting(built.cohort)),

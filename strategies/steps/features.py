@@ -123,6 +123,7 @@ SETTINGS = {
     "wire.uplink in fewer bits": Feature(
         lambda s: s.run.loop.uplink != FULL and f"wire.uplink is {s.run.loop.uplink}",
         "wire.uplink=float32"),
+    "wire.feedback=true": Feature(lambda s: s.run.loop.feedback, "wire.feedback=false"),
     "wire.downlink in fewer bits": Feature(
         lambda s: s.run.loop.downlink != FULL and f"wire.downlink is {s.run.loop.downlink}",
         "wire.downlink=float32"),
@@ -186,6 +187,8 @@ METHODS = {name: Feature(found, "another method") for name, found in {
     "a method whose factors stand beside others in each link":
         lambda s: (s.run.method.traits.merges or s.run.method.traits.pools)
         and next(iter(s.sent.adapters), ""),
+    "a method whose links last one round":
+        lambda s: not s.run.method.traits.pools and getattr(s.run.method, "link_rounds", None) == 1,
     "a method with a pool of sketches": lambda s: s.run.method.traits.pools,
     # These three a step finds when it computes.
     "a method whose trained factors begin anew": lambda _: False,

@@ -58,7 +58,12 @@ def base_at(folder: Path, version: int) -> str:
             ["method=subspace_rac_lora", "rounds=5", "clients=5", "cohort=2"],
             marks=pytest.mark.slow,
         ),
-        ["wire.uplink=int4", "wire.downlink=int8", "method.resample_every=2"],
+        [
+            "wire.uplink=int4",
+            "wire.downlink=int8",
+            "wire.feedback=true",
+            "method.resample_every=2",
+        ],
         ["local=momentum", "rounds=4", "clients=5", "cohort=2"],
         pytest.param(
             ["local.moments=rows", "local=adamw", "clients=5", "cohort=2"],

@@ -82,6 +82,7 @@ RUNS = {name: [f"method={name}"] for name in METHODS} | {
         "method=fed_rac_lora",
         "method.resample_every=4",
         "wire.uplink=int8",
+        "wire.feedback=true",
         "wire.downlink=int4",
     ],
 }

@@ -54,7 +54,13 @@ RUNS = {
     "secure": ("method.rank=2", "secure=secagg", "weights=uniform"),
     "ranks": ("method.rank=4", "system=mixed_ranks"),
     "moments of rows": ("method.rank=2", "local=adamw", "local.moments=rows"),
-    "fewer bits": ("method.rank=2", "wire.uplink=int4", "wire.downlink=int8"),
+    "fewer bits": (
+        "method=ffa_lora",
+        "method.rank=2",
+        "wire.uplink=int4",
+        "wire.downlink=int8",
+        "wire.feedback=true",
+    ),
 }
 PROCESS = b"ray::ClientAppActor"  # how Ray names Flower's processes; a dot and a method follow
 

@@ -91,7 +91,14 @@ RUNS = {
         "local=adamw",
         "local.moments=rows",
     ),
-    "fewer bits": ("method=fedavg", "engine.chunk=9", "wire.uplink=int4", "wire.downlink=int8"),
+    "fewer bits": (
+        "method=pool_rac_lora",
+        "method.pool=2",
+        "engine.chunk=9",
+        "wire.uplink=int4",
+        "wire.downlink=int8",
+        "wire.feedback=true",
+    ),
 }
 
 

@@ -1,0 +1,90 @@
+"""Error feedback: what rounding left of a client's change is added to its next one.
+
+    client k sends Q(c_k + e_k),  c_k the change of what it trained,  and keeps
+    e_k <- c_k + e_k - Q(c_k + e_k),  which is zero before its first round
+
+So what a client has sent in q rounds is off from the sum of its changes by one rounding, and not by
+q. That is of use where the next change is of the same thing. A residue of a factor is dropped when
+its link ends, since the next one stands beside another frozen factor; of a pool of sketches a
+client keeps one for each, for when its turn comes again. Tensors trained in full keep theirs.
+
+References:
+    Seide et al., *1-Bit stochastic gradient descent*, Interspeech 2014; Karimireddy et al., *Error
+    feedback fixes SignSGD*, ICML 2019, arXiv 1901.09847. Both are of biased rounding; that of
+    `fedraclora.protocol.quantised` has no bias.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.recipes import RECIPES
+from fedraclora.tree import Tree
+
+PREFIX = "residue/"
+LIFE = f"{PREFIX}life"  # by place in the pool: the number of what its residues are of, and 1
+
+
+def blank_residues(sent: Downlink, dtype: torch.dtype) -> Tree:
+    """Build the residues of a client that has sent nothing yet, by the names they are stored under.
+
+    Args:
+        sent: What is asked. Where clients send gradients they keep nothing.
+        dtype: Of what is stored.
+
+    Returns:
+        Tensors without a client axis.
+    """
+    if not RECIPES[sent.recipe].steps:
+        return {}
+    _, count, _ = sent.frame
+    found = {LIFE: torch.zeros(count, dtype=dtype)}
+    for name, slot in sent.uploaded().items():
+        places = range(1 if name in sent.dense else count)
+        found |= {_key(name, j): torch.zeros(slot.shape, dtype=dtype) for j in places}
+    return found
+
+
+def to_add(stored: Tree, sent: Downlink) -> torch.Tensor:
+    """Select what is added to the changes of this round.
+
+    Args:
+        stored: By the names of `blank_residues`, [K, ...].
+        sent: What is asked.
+
+    Returns:
+        In the form of rows, float64 [K, P].
+    """
+    place, _, number = sent.frame
+    lives = stored[LIFE][:, place] == number + 1
+    found = {}
+    for name in sent.uploaded():
+        if name in sent.dense:
+            found[name] = stored[_key(name, 0)].double()
+            continue
+        e = stored[_key(name, place)].double()
+        found[name] = torch.where(lives.reshape(-1, *[1] * (e.dim() - 1)), e, 0.0)
+    return sent.layout.pack(found, lead=1)
+
+
+def left_over(stored: Tree, sent: Downlink, left: torch.Tensor) -> Tree:
+    """Put what rounding left into what clients store.
+
+    Args:
+        stored: As `to_add` had it. Not modified.
+        sent: What was asked.
+        left: In the form of rows, float64 [K, P].
+    """
+    place, _, number = sent.frame
+    life = stored[LIFE].clone()
+    life[:, place] = number + 1
+    found = {**stored, LIFE: life}
+    for name, e in sent.layout.unpack(left).items():
+        key = _key(name, 0 if name in sent.dense else place)
+        found[key] = e.to(stored[key])
+    return found
+
+
+def _key(name: str, place: int) -> str:
+    return f"{PREFIX}{place}/{name}"

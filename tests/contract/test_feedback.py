@@ -1,0 +1,207 @@
+"""Error feedback: clients keep what rounding left, as long as it is of what they train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import RecordDict
+from worlds import RAGGED, Run, assert_equal_trees, make_method, make_world, run
+
+from fedraclora import wire
+from fedraclora.config.settings import WireConfig
+from fedraclora.errors import ConfigError, WireError
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.privacy.secret import Secret
+from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.quantised import encode
+from fedraclora.rng import generator
+from fedraclora.wire.changes import Changes, Coded
+from fedraclora.wire.described import describe, described_downlink
+from fedraclora.wire.feedback import PREFIX
+from strategies.steps.settings import RoundSettings
+
+BITS: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "feedback": True}
+
+
+def finished(name: str, method: dict[str, object] | None = None, **more: Any) -> Run:
+    more = {"rounds": 6, "cohort": 3, **BITS, **more}
+    return run(make_world(), make_method(name, **(method or {})), RAGGED, **more)
+
+
+@dataclass
+class Seen:
+    """What a client was about to send, what was added, what it sent, and beside which factor."""
+
+    client: int
+    round_: int
+    change: torch.Tensor
+    added: torch.Tensor
+    sent: torch.Tensor
+    asked: Downlink
+
+    def part(self, row: torch.Tensor, *, dense: bool) -> torch.Tensor:
+        """Take what is trained in full of a row, or the factors."""
+        found = self.asked.layout.unpack(row)
+        some = [t.flatten() for n, t in found.items() if (n in self.asked.dense) == dense]
+        return torch.cat([*some, torch.zeros(0, dtype=row.dtype)])
+
+
+@dataclass
+class Wiretap:
+    """Listens to what clients round."""
+
+    seen: list[Seen] = field(default_factory=list)
+
+    def listen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = Changes.encode
+
+        def encoded(
+            changes: Changes,
+            rows: torch.Tensor,
+            seed: int,
+            round_: int,
+            coded: Coded,
+            residues: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            assert residues is not None
+            added = residues.clone()
+            found = whole(changes, rows, seed, round_, coded, residues)
+            start = changes._starts(changes.clients)
+            for i, client in enumerate(changes.clients.tolist()):
+                args = (client, round_, rows[i] - start[i], added[i], found[i] - start[i])
+                self.seen.append(Seen(*args, changes.sent))
+            return found
+
+        monkeypatch.setattr(Changes, "encode", encoded)
+
+    def of_clients(self) -> Iterator[list[Seen]]:
+        for client in sorted({s.client for s in self.seen}):
+            yield [s for s in self.seen if s.client == client]
+
+
+@pytest.fixture
+def wiretap(monkeypatch: pytest.MonkeyPatch) -> Wiretap:
+    tap = Wiretap()
+    tap.listen(monkeypatch)
+    return tap
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ffa_lora", "fedavg_lora", "fedsa_lora", "fedavg"])
+def test_what_was_sent_in_all_is_off_by_one_rounding(name: str, wiretap: Wiretap) -> None:
+    finished(name, rounds=8)
+    assert max(map(len, wiretap.of_clients())) > 3
+    for rounds in wiretap.of_clients():
+        e = torch.zeros_like(rounds[0].change)
+        for seen in rounds:
+            close(seen.added, e)
+            e = seen.change + e - seen.sent
+        assert float(e.abs().max()) > 0
+        total = sum((s.change for s in rounds), torch.zeros_like(e))
+        close(sum((s.sent for s in rounds), torch.zeros_like(e)) + e, total)
+
+
+def test_the_bytes_are_those_of_the_change_and_the_residue(wiretap: Wiretap) -> None:
+    """The draw is that of a run without feedback; the residue changes what it decides of."""
+    done = finished("ffa_lora", chunk=1)
+    for seen, reply in zip(wiretap.seen, done.worker.answered, strict=True):
+        rng = generator(1, "uplink", seen.round_, seen.asked.recipe, seen.client)
+        sizes = seen.asked.layout.sizes
+        wanted = encode(seen.change + seen.added, sizes, "int4", rng)
+        assert wanted.numpy().tobytes() == reply["arrays"]["flat"].numpy().tobytes()
+
+
+def test_a_residue_of_a_factor_ends_with_its_link(wiretap: Wiretap) -> None:
+    finished("fed_rac_lora", {"resample_every": 2}, cohort=None)
+    for rounds in wiretap.of_clients():
+        for number, seen in enumerate(rounds):
+            of_factors = seen.part(seen.added, dense=False)
+            assert bool(of_factors.any()) == (number % 2 == 1)
+            assert bool(seen.part(seen.added, dense=True).any()) == (number > 0)
+
+
+@pytest.mark.parametrize("refresh", [None, 4])
+def test_residues_of_a_pool_wait_for_their_sketch(refresh: int | None, wiretap: Wiretap) -> None:
+    finished("pool_rac_lora", {"pool": 2, "refresh": refresh}, rounds=7)
+    for rounds in wiretap.of_clients():
+        left: dict[tuple[int, ...], torch.Tensor] = {}
+        for seen in rounds:
+            era, turn = divmod(seen.round_ - 1, refresh) if refresh else (0, seen.round_ - 1)
+            sketch = (era, turn % 2)
+            added = seen.part(seen.added, dense=False)
+            close(added, left.get(sketch, torch.zeros_like(added)))
+            left[sketch] = seen.part(seen.change + seen.added - seen.sent, dense=False)
+
+
+@pytest.mark.parametrize("name", ["ffa_lora", "pool_rac_lora", "fedavg_lora"])
+def test_runs_that_go_on_are_cut_or_are_written_have_the_same_bits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = finished(name).weights
+    finished(name, rounds=3, folder=tmp_path)
+    assert_equal_trees(finished(name, folder=tmp_path, resume=True).weights, whole)
+    assert_equal_trees(finished(name, chunk=3).weights, whole)
+    for module in (wire.downlink, wire.reply):
+        monkeypatch.setattr(module, "unwritten", lambda _, write: RecordDict(write()))
+    assert_equal_trees(finished(name).weights, whole)
+
+
+def test_moments_of_a_link_end_and_residues_of_dense_tensors_do_not(wiretap: Wiretap) -> None:
+    local, moving = replace(RAGGED, moments="link"), {"rounds": 6, "cohort": None, **BITS}
+    run(make_world(), make_method("fed_rac_lora", resample_every=3), local, **moving)
+    last = [rounds[3] for rounds in wiretap.of_clients()]
+    assert all(s.part(s.added, dense=True).any() for s in last)
+    assert not any(s.part(s.added, dense=False).any() for s in last)
+
+
+def test_without_it_nothing_stays_at_clients() -> None:
+    done = finished("ffa_lora", feedback=False)
+    assert not [n for n in done.strategy.recorder.store.state() if PREFIX in n]
+    assert [n for n in finished("ffa_lora").strategy.recorder.store.state() if PREFIX in n]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "reason"),
+    [
+        ("fed_rac_lora", {}, "a method whose links last one round: a factor of the next link"),
+        ("flexlora", {}, "a method whose links last one round"),
+        ("subspace_rac_lora", {}, "a method that trains other tensors from round to round"),
+        ("fed_rac_lora", {"sketches": 2, "resample_every": 2}, "other things to train at each"),
+    ],
+)
+def test_what_it_is_of_no_use_to_is_refused(
+    name: str, method: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"wire.feedback=true does not go with {reason}"):
+        finished(name, method)
+
+
+def test_a_private_run_refuses_it() -> None:
+    level = ClientLevel(clip=0.05, noise_multiplier=0.5, delta=1e-3)
+    private = RoundSettings(privacy=level, secret=Secret(bytes(range(32))))
+    with pytest.raises(ConfigError, match=r"wire.feedback=true does not go with privacy="):
+        finished("ffa_lora", treatment=private, weights="uniform")
+
+
+def test_feedback_of_numbers_that_are_not_rounded_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"with wire.uplink=float32 nothing is rounded"):
+        WireConfig(feedback=True)
+
+
+@pytest.mark.parametrize(
+    "turn", [[0], [0, 2], "soon", [2, 2, 0], [0, 0, 0], [-1, 2, 0], [0, 10**9, 0], [0.5, 2, 0]]
+)
+def test_a_turn_that_no_pool_has_is_refused(turn: object, wiretap: Wiretap) -> None:
+    finished("pool_rac_lora", {"pool": 2}, rounds=1)
+    described = json.loads(json.dumps(describe(wiretap.seen[0].asked))) | {"turn": turn}
+    with pytest.raises(WireError, match="the turn of a pool"):
+        described_downlink(described, {}, set())
