@@ -82,7 +82,7 @@ class FedStrategy(OwnLoop):
         self.on_round, self.stop, self.answering = on_round, stop or Stopping(), answering
         self.devices.check(self.method)
         self.parameters = {} if model is None else dict(model.named_parameters())
-        self.rounding = DownlinkRounding(self.loop.downlink, self.loop.seed)
+        self.rounding = DownlinkRounding(self.loop.downlink, self.loop.seed, self.loop.feedback)
         self.steps = RoundSteps(steps, run, state)
         self.catch_up, self.done = CatchUp(state.base, self.loop.clients), 0
         self._exchange: Exchange | None = None

@@ -42,7 +42,7 @@ Chunk = Annotated[
 class WireConfig(Limited, group="wire"):
     """How numbers go up and down: as they are trained, or rounded to fewer bits without bias.
 
-    ``feedback``: clients keep what rounding left (`fedraclora.wire.feedback`).
+    ``feedback``: both ends keep what rounding left of what they send (`fedraclora.wire.feedback`).
     """
 
     uplink: Annotated[str, choice_of((FULL, *ROUNDED))] = FULL
@@ -53,10 +53,10 @@ class WireConfig(Limited, group="wire"):
     def __post_init__(self) -> None:
         """Reject feedback of numbers that are not rounded."""
         super().__post_init__()
-        if self.feedback and self.uplink == FULL:
+        if self.feedback and self.uplink == self.downlink == FULL:
             raise ConfigError(
-                "wire.feedback is true, but with wire.uplink=float32 nothing is rounded that "
-                f"clients could keep; set wire.uplink to one of {', '.join(ROUNDED)}"
+                "wire.feedback is true, but with wire.uplink=float32 and wire.downlink=float32 "
+                f"rounding leaves nothing; set one of them to one of {', '.join(ROUNDED)}"
             )
 
 

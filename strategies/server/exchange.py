@@ -103,7 +103,7 @@ class Exchange:
             reduce=reduce,
             clip=self.clip,
             uplink=loop.uplink,
-            feedback=loop.feedback,
+            feedback=loop.feedback and loop.uplink != FULL,
         )
         packed = Packed(self.downlink, request, loop.dtype, loop.downlink)
         for i, first in enumerate(range(0, len(clients), loop.chunk)):

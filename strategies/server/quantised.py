@@ -9,7 +9,13 @@ goes on have the same bits, and a round is exact of what was sent.
 
 S is the sum of all links under one sketch of a pool, which only the server has: what rounding left
 of it, S - Q(S), is kept for the next link. So a part is off by one rounding, however often it is
-published. The residues are with the moments of the state (`RESIDUE`).
+published. With ``wire.feedback`` the same holds of a factor that lives on, for as long as its link,
+and of tensors trained in full:
+
+    carried:  B_bar <- Q(B_bar + e),  e <- B_bar + e - Q(B_bar + e);  at its end e is merged, too
+    in full:  x <- x + Q(x_new - x + e),  and e likewise
+
+The residues are with the moments of the state (`RESIDUE`).
 """
 
 from __future__ import annotations
@@ -36,11 +42,13 @@ class DownlinkRounding:
     Attributes:
         kind: How numbers go down; `FULL` leaves everything as it is.
         seed: Of the run.
+        feedback: Whether the server keeps what rounding left of what lives on.
         squares: Of the last round that was closed: of what it left, and of what rounding added.
     """
 
     kind: str
     seed: int
+    feedback: bool = False
     squares: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -77,24 +85,31 @@ class DownlinkRounding:
             return after
         self.squares = (0.0, 0.0)
         base, parts, moments = before.base, list[Link](), dict(after.moments)
+        ends = after.memo.sketch != before.memo.sketch
         for i, part in enumerate((after.link or Link()).parts()):
             terms = {
-                name: self._term(summed(name, term, moments), round_, i, name)
+                name: self._term(summed(name, term, moments) if ends else term, round_, i, name)
                 for name, term in part.terms.items()
             }
             for name in parameters(part.dense):
                 value = part.dense[name].double()  # of the host; the base may lie on a GPU
-                whole = Term((value - base[name].to(value),), 1.0)
-                terms[name] = self._term(whole, round_, i, name)
+                change = self._with_left(value - base[name].to(value), name, moments)
+                found = self._counted(change, round_, "link", i, name, 0)
+                terms[name] = Term((found,), 1.0, kind=self.kind)
+                self._keep(name, change, found, moments)
             values = part.dense.keys() - parameters(part.dense).keys()
             kept = {n: self._part(n, part.dense[n], moments, round_) for n in sorted(values)}
             parts.append(Link(terms, kept, kind=self.kind))
             base = apply_link(base, parts[-1], before.plan)
-        travels = {*sent.factors(), *sent.dense}
-        carried = {
-            name: self._counted(tensor, round_, name) if name in travels else tensor
-            for name, tensor in after.carried.items()
-        }
+        if ends:
+            of_link = {RESIDUE + name for name in sent.factors()}
+            moments = {name: t for name, t in moments.items() if name not in of_link}
+        carried, travels = dict(after.carried), {*sent.factors(), *sent.dense}
+        for name in [name for name in carried if name in travels]:
+            whole = self._with_left(carried[name], name, moments)
+            carried[name] = self._counted(whole, round_, name).to(carried[name])
+            if not ends:
+                self._keep(name, whole, carried[name], moments)
         first, *rest = parts
         link = after.link and replace(first, rest=tuple(rest))
         return replace(after, base=base, carried=carried, link=link, moments=moments)
@@ -111,10 +126,21 @@ class DownlinkRounding:
         left = moments.pop(RESIDUE + name, None)
         if not value.numel():  # the pool has been folded, and begins anew
             return value
-        total = value.double() if left is None else value.double() + left
+        of_link = moments.get(RESIDUE + name.rpartition(".")[0])
+        total = sum((e for e in (left, of_link) if e is not None), value.double())
         found = self._counted(total, round_, "link", name)
         moments[RESIDUE + name] = total - found
         return found.to(value.dtype)
+
+    def _with_left(self, value: torch.Tensor, name: str, moments: Tree) -> torch.Tensor:
+        """Add what rounding left of a value the last time."""
+        left = moments.get(RESIDUE + name)
+        return value if left is None else value.double() + left
+
+    def _keep(self, name: str, whole: torch.Tensor, found: torch.Tensor, moments: Tree) -> None:
+        """Keep what rounding left, where clients do, too."""
+        if self.feedback:
+            moments[RESIDUE + name] = whole.double() - found.double()
 
     def _counted(self, tensor: torch.Tensor, round_: int, *keys: str | int) -> torch.Tensor:
         """Round a tensor, and add to the squares."""
@@ -134,10 +160,15 @@ class DownlinkRounding:
 
 
 def summed(name: str, term: Term, moments: Tree) -> Term:
-    """Add to the parts of a pool that is folded into a weight what rounding has left of them."""
+    """Add to what is folded into a weight what rounding has left of it: a factor, or a pool's."""
     pool = next((f for f in term.factors if isinstance(f, Sketches)), None)
     if pool is None:
-        return term
+        found = list(term.factors)
+        for i, (factor, label) in enumerate(zip(found, "BA", strict=False)):
+            left = moments.get(f"{RESIDUE}{name}/{label}")
+            if left is not None and isinstance(factor, torch.Tensor):
+                found[i] = factor.double() + left
+        return replace(term, factors=tuple(found))
     label, dim = ("B", 1) if pool.first.side == "right" else ("A", 0)
 
     def exact(factor: torch.Tensor) -> torch.Tensor:

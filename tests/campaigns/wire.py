@@ -264,7 +264,7 @@ def scene_of(name: str) -> Scene:
     ranks = 1 + clients % 3 if setting.ranks else None
     cohort = Cohort(clients, torch.ones(len(clients), dtype=torch.float64), ranks)
     state, scene = method.init(base, plan, draw), None
-    rounding = DownlinkRounding(loop.downlink, SEED)
+    rounding = DownlinkRounding(loop.downlink, SEED, loop.feedback)
     for round_ in range(1, ROUND + 1):
         sent = method.open_round(state, round_, cohort, draw)
         if setting.variates:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import RecordDict
+from typing_extensions import override
 from worlds import RAGGED, Run, assert_equal_trees, make_method, make_world, run
 
 from fedraclora import wire
@@ -18,12 +19,17 @@ from fedraclora.config.settings import WireConfig
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secret import Secret
-from fedraclora.protocol.method import Downlink
-from fedraclora.protocol.quantised import encode
+from fedraclora.protocol.method import Downlink, State
+from fedraclora.protocol.quantised import encode, rounded
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
+from fedraclora.tree import Tree, below
 from fedraclora.wire.changes import Changes, Coded
 from fedraclora.wire.described import describe, described_downlink
 from fedraclora.wire.feedback import PREFIX
+from strategies.server.exchange import Exchange
+from strategies.server.quantised import RESIDUE
+from strategies.server.round_step import CloseRound, RoundStep
 from strategies.steps.settings import RoundSettings
 
 BITS: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "feedback": True}
@@ -163,10 +169,80 @@ def test_moments_of_a_link_end_and_residues_of_dense_tensors_do_not(wiretap: Wir
     assert not any(s.part(s.added, dense=False).any() for s in last)
 
 
-def test_without_it_nothing_stays_at_clients() -> None:
+@dataclass
+class Rounds(RoundStep):
+    """Keeps each round as the method closed it and as the server left it."""
+
+    individuals = True
+    closed: list[State] = field(default_factory=list)
+
+    @override
+    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+        self.closed.append(after := close(got))
+        return after
+
+
+def left(done: Run) -> Tree:
+    return below(done.strategy.state.moments, RESIDUE)
+
+
+@pytest.mark.parametrize("name", ["ffa_lora", "fedavg_lora", "fedex_lora"])
+def test_the_server_sends_a_factor_that_lives_on_off_by_one_rounding(name: str) -> None:
+    """The changes of all rounds add up to what clients start from, and what rounding left of it."""
+    rounds = Rounds()
+    done = finished(name, steps=[rounds])
+    assert left(done).keys() >= done.strategy.state.carried.keys() != set()
+    for n, value in done.strategy.state.carried.items():
+        total = rounds.closed[0].carried[n].double()
+        for number, after in enumerate(rounds.closed[1:], 1):
+            began = finished(name, rounds=number).strategy.state.carried[n]
+            total = total + after.carried[n].double() - began.double()
+        close(value.double() + left(done)[n], total)
+
+
+def test_the_server_merges_what_rounding_left_at_the_end_of_a_link() -> None:
+    rounds = Rounds()
+    method: dict[str, object] = {"resample_every": 2}
+    done = finished("fed_rac_lora", method, rounds=2, steps=[rounds], downlink="int4")
+    mid = finished("fed_rac_lora", method, rounds=1, downlink="int4")
+    assert not [n for n in left(done) if "/" in n]
+    (link,) = done.strategy.state.link.parts() if done.strategy.state.link else ()
+    (as_closed,) = rounds.closed[1].link.parts() if rounds.closed[1].link else ()
+    for name, term in link.terms.items():
+        if name not in as_closed.terms:  # trained in full
+            continue
+        e = left(mid)[f"{name}/B"]
+        assert float(e.abs().max()) > 0
+        wanted = as_closed.terms[name].factors[0].double() + e
+        rng = generator(1, "downlink", 2, "link", 0, name, 0)
+        assert torch.equal(term.factors[0].double(), rounded(wanted, "int4", rng))
+
+
+def test_the_sum_of_a_pool_has_what_rounding_left_within_its_links() -> None:
+    rounds, method = Rounds(), {"pool": 2, "resample_every": 2}
+    done = finished("pool_rac_lora", method, rounds=2, steps=[rounds])
+    mid = finished("pool_rac_lora", method, rounds=1)
+    parts = [n for n in left(done) if n.endswith("/B.0")]
+    assert parts
+    for part in parts:
+        e = left(mid)[part.removesuffix(".0")]
+        base = done.strategy.state.base[part].double()
+        close(base + left(done)[part], rounds.closed[1].base[part].double() + e)
+
+
+def test_only_the_end_that_rounds_keeps_what_it_left() -> None:
+    down = finished("ffa_lora", uplink="float32")
+    assert left(down)
+    assert not [n for n in down.strategy.recorder.store.state() if PREFIX in n]
+    up = finished("ffa_lora", downlink="float32")
+    assert not left(up)
+    assert [n for n in up.strategy.recorder.store.state() if PREFIX in n]
+
+
+def test_without_it_nothing_is_kept() -> None:
     done = finished("ffa_lora", feedback=False)
+    assert not left(done)
     assert not [n for n in done.strategy.recorder.store.state() if PREFIX in n]
-    assert [n for n in finished("ffa_lora").strategy.recorder.store.state() if PREFIX in n]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +269,7 @@ def test_a_private_run_refuses_it() -> None:
 
 
 def test_feedback_of_numbers_that_are_not_rounded_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"with wire.uplink=float32 nothing is rounded"):
+    with pytest.raises(ConfigError, match=r"with wire.uplink=float32.*rounding leaves nothing"):
         WireConfig(feedback=True)
 
 
