@@ -67,8 +67,8 @@ def encode(
         numbers: One tensor after another, [P].
         sizes: Numbers of each.
         kind: One of `ROUNDED`.
-        rng: Draws u, in steps of 2^-32; None rounds to the nearest, as numbers that have been
-            rounded before need no draw.
+        rng: Draws u, in steps of 2^-32; None rounds to the nearest (u = 1/2): numbers that have
+            been rounded before need no draw, and under feedback what is left is made up for.
 
     Returns:
         uint8, as many as `packed_bytes` counts. A block with a number that is not finite or beyond
@@ -119,7 +119,7 @@ def decode(raw: torch.Tensor, sizes: Sizes, kind: str) -> torch.Tensor:
 
 
 def rounded(
-    tensor: torch.Tensor, kind: str, rng: np.random.Generator, rows: int = 1
+    tensor: torch.Tensor, kind: str, rng: np.random.Generator | None, rows: int = 1
 ) -> torch.Tensor:
     """Round a tensor as it will be when it has been sent; ``rows`` of it are sent apart."""
     sizes = [tensor.numel() // rows] * rows

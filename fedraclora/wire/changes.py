@@ -72,7 +72,8 @@ class Changes:
             round_: From 1.
             coded: Takes the bytes and the errors.
             residues: What is added to the changes, float64 [K, P], and then takes what rounding
-                left of them; None: nothing is added or kept.
+                left of them, to the nearest; None: nothing is added or kept, and they are rounded
+                at random.
 
         Returns:
             The rows as the server will read them, float64 [K, P].
@@ -83,9 +84,10 @@ class Changes:
         for client, row, start, e, (kept, sizes) in zip(
             self.clients.tolist(), found, starts, left, parts, strict=True
         ):
-            rng = generator(seed, "uplink", round_, self.sent.recipe, client)
-            change = row[kept] - start[kept]
-            if e is not None:
+            rng, change = None, row[kept] - start[kept]
+            if e is None:
+                rng = generator(seed, "uplink", round_, self.sent.recipe, client)
+            else:
                 change += e[kept]
             coded.codes.append(encode(change, sizes, self.kind, rng))
             back = decode(coded.codes[-1], sizes, self.kind)

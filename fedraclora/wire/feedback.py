@@ -3,15 +3,16 @@
     client k sends Q(c_k + e_k),  c_k the change of what it trained,  and keeps
     e_k <- c_k + e_k - Q(c_k + e_k),  which is zero before its first round
 
-So what a client has sent in q rounds is off from the sum of its changes by one rounding, and not by
-q. That is of use where the next change is of the same thing. A residue of a factor is dropped when
-its link ends, since the next one stands beside another frozen factor; of a pool of sketches a
-client keeps one for each, for when its turn comes again. Tensors trained in full keep theirs.
+Q rounds to the nearest: its bias is made up for, and its error is half of that of rounding at
+random (the mean of its square, of numbers that may lie anywhere). What a client has sent in q
+rounds is off from the sum of its changes by one rounding, and not by q. That is of use where the
+next change is of the same thing. A residue of a factor is dropped when its link ends, since the
+next one stands beside another frozen factor; of a pool of sketches a client keeps one for each, for
+when its turn comes again. Tensors trained in full keep theirs.
 
 References:
     Seide et al., *1-Bit stochastic gradient descent*, Interspeech 2014; Karimireddy et al., *Error
-    feedback fixes SignSGD*, ICML 2019, arXiv 1901.09847. Both are of biased rounding; that of
-    `fedraclora.protocol.quantised` has no bias.
+    feedback fixes SignSGD*, ICML 2019, arXiv 1901.09847.
 """
 
 from __future__ import annotations

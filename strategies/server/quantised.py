@@ -10,7 +10,7 @@ goes on have the same bits, and a round is exact of what was sent.
 S is the sum of all links under one sketch of a pool, which only the server has: what rounding left
 of it, S - Q(S), is kept for the next link. So a part is off by one rounding, however often it is
 published. With ``wire.feedback`` the same holds of a factor that lives on, for as long as its link,
-and of tensors trained in full:
+and of tensors trained in full; Q then rounds to the nearest (`fedraclora.wire.feedback`):
 
     carried:  B_bar <- Q(B_bar + e),  e <- B_bar + e - Q(B_bar + e);  at its end e is merged, too
     in full:  x <- x + Q(x_new - x + e),  and e likewise
@@ -94,7 +94,8 @@ class DownlinkRounding:
             for name in parameters(part.dense):
                 value = part.dense[name].double()  # of the host; the base may lie on a GPU
                 change = self._with_left(value - base[name].to(value), name, moments)
-                found = self._counted(change, round_, "link", i, name, 0)
+                keys = ("link", i, name, 0)
+                found = self._counted(change, round_, *keys, nearest=self.feedback)
                 terms[name] = Term((found,), 1.0, kind=self.kind)
                 self._keep(name, change, found, moments)
             values = part.dense.keys() - parameters(part.dense).keys()
@@ -107,7 +108,9 @@ class DownlinkRounding:
         carried, travels = dict(after.carried), {*sent.factors(), *sent.dense}
         for name in [name for name in carried if name in travels]:
             whole = self._with_left(carried[name], name, moments)
-            carried[name] = self._counted(whole, round_, name).to(carried[name])
+            nearest = self.feedback and not ends
+            found = self._counted(whole, round_, name, nearest=nearest)
+            carried[name] = found.to(carried[name])
             if not ends:
                 self._keep(name, whole, carried[name], moments)
         first, *rest = parts
@@ -142,9 +145,14 @@ class DownlinkRounding:
         if self.feedback:
             moments[RESIDUE + name] = whole.double() - found.double()
 
-    def _counted(self, tensor: torch.Tensor, round_: int, *keys: str | int) -> torch.Tensor:
+    def _counted(
+        self, tensor: torch.Tensor, round_: int, *keys: str | int, nearest: bool = False
+    ) -> torch.Tensor:
         """Round a tensor, and add to the squares."""
-        found = self._rounded(tensor, round_, *keys)
+        if nearest:
+            found = rounded(tensor, self.kind, None)
+        else:
+            found = self._rounded(tensor, round_, *keys)
         (left, added), error = self.squares, found.double() - tensor.double()
         self.squares = (
             left + float(tensor.double().square().sum()),

@@ -12,6 +12,7 @@ from fedraclora.protocol.method import Adapter, Downlink, Trained
 from strategies.shared.layer import Value
 
 Change = tuple[Value, Value]  # B and A of a link
+ENERGY = "energy_seen"  # a column of the ledger
 
 
 def sides(link: int) -> tuple[str, str]:
@@ -98,7 +99,8 @@ def energies(term: Term, trained: str, kept: int) -> torch.Tensor:
         seen = sum_i e_i,    whole = sum_{i <= k} e_i + (d - k) / (r - k) sum_{i > k} e_i
 
     Over the draw, whole is unbiased. Of several steps these are energies of the way that clients
-    went; adaptive steps, whose size does not follow the gradient's, say nothing of it.
+    went; steps whose size does not follow the gradient's (adaptive ones, preconditioned ones) say
+    nothing of it, and the ledger then has no such figure (`strategies.steps.energy`).
 
     Args:
         term: Of the link: two factors and s.
@@ -129,4 +131,4 @@ def report(terms: Mapping[str, Term], sent: Downlink, kept: Mapping[str, int]) -
         if sent.ranks is not None and int(sent.ranks.min()) < rank:
             return {}
     share = float(energy[0] / energy[1])
-    return {"energy_seen": share} if share > 0 else {}
+    return {ENERGY: share} if share > 0 else {}

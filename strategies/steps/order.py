@@ -10,6 +10,7 @@ from fedraclora.training.localconfig import LocalConfig
 from strategies.server.round_step import RoundStep
 from strategies.steps.account import SampleAccount
 from strategies.steps.attackers import Attackers
+from strategies.steps.energy import NoEnergy, follows_gradient
 from strategies.steps.fedopt import OptimisedServer
 from strategies.steps.fits import Fits
 from strategies.steps.private import PrivateRounds
@@ -31,6 +32,8 @@ def round_steps(chosen: RoundSettings, local: LocalConfig) -> list[RoundStep]:
         In the order in which updates pass them. Columns of the ledger follow it, too.
     """
     steps: list[RoundStep] = [Fits(chosen)]
+    if not follows_gradient(local):
+        steps.append(NoEnergy())
     if chosen.attack.share or chosen.attack.colludes:
         steps.append(Attackers(chosen.attack))
     if not isinstance(chosen.aggregator, Mean):

@@ -115,6 +115,7 @@ def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
     everything = round_steps(chosen, replace(LOCAL, dp=SampleNoise()))
     assert [type(step).__name__ for step in everything] == [
         "Fits",
+        "NoEnergy",
         "Attackers",
         "RobustRule",
         "PrivateRounds",
@@ -141,3 +142,18 @@ def test_an_error_names_both_and_both_ways_out(row: Conflict) -> None:
     assert told.startswith(f"{row.what} does not go with {row.beside} (it is 7): {row.why}; take ")
     assert FEATURES[row.what].other in told
     assert FEATURES[row.beside].other in told
+
+
+@pytest.mark.parametrize(
+    ("local", "told"),
+    [
+        (LOCAL, True),
+        (replace(LOCAL, optimiser="adamw"), False),
+        (replace(LOCAL, precondition=True), False),
+    ],
+)
+def test_the_energy_seen_is_told_where_steps_follow_the_gradient(
+    local: LocalSettings, told: bool
+) -> None:
+    done = run(make_world(), make_method("subspace_rac_lora"), local, rounds=2, cohort=3)
+    assert ("energy_seen" in done.rows[-1]["report"]) == told

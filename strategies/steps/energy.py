@@ -1,0 +1,32 @@
+"""The energy that a basis sees, told only where a step follows the gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from typing_extensions import override
+
+from fedraclora.protocol.method import State
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.training.localconfig import LocalConfig
+from strategies.server.exchange import Exchange
+from strategies.server.round_step import CloseRound, RoundStep
+from strategies.shared.past import ENERGY
+
+
+def follows_gradient(local: LocalConfig) -> bool:
+    """Check whether a component moves by a multiple of its gradient, the same for all.
+
+    Adam's steps have one size whatever a row sees, and a preconditioner divides by the lengths of
+    rows, so that `strategies.shared.past.energies` would read its own step size back.
+    """
+    return local.optimiser == "sgd" and not local.extras
+
+
+class NoEnergy(RoundStep):
+    """Leaves ``energy_seen`` out of the ledger."""
+
+    @override
+    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+        after = close(got)
+        return replace(after, report={n: x for n, x in after.report.items() if n != ENERGY})
