@@ -18,7 +18,13 @@ from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.training.extras.variates import blank_variates, moved_by, seen, with_variates
+from fedraclora.training.extras.variates import (
+    blank_variates,
+    moved_by,
+    seen,
+    variates_of,
+    with_variates,
+)
 from fedraclora.training.gradients import mean_gradients
 from fedraclora.tree import Tree
 from fedraclora.wire.downlink import uplink_layout
@@ -114,8 +120,11 @@ def close_corrected(
     layout = got.layout
     start = layout.unpack(opening_rows(sent, state.base, layout, torch.arange(len(got.clients))))
     end = {n: t.cpu() for n, t in got.mean().items()}
-    new = mean_gradients(start, end, steps, rates)
-    return state.moments | moved_by(_kept(state, sent), sent, new, share)
+    new, kept = mean_gradients(start, end, steps, rates), _kept(state, sent)
+    # Clients have taken the c that went down into their steps, which may have been rounded.
+    went = variates_of(sent)
+    new = {n: new[n] + (c.double() - went[n].double()) for n, c in seen(kept, sent).items()}
+    return state.moments | moved_by(kept, sent, new, share)
 
 
 def _kept(state: State, sent: Downlink) -> Tree:

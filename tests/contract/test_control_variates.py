@@ -255,6 +255,17 @@ def test_the_servers_variate_is_the_mean_of_the_clients(variant: Variant, secure
         assert max(gaps) > 1e-2, "the clip does nothing"
 
 
+@pytest.mark.parametrize(
+    "variant", [("ffa_lora", {}), ("fedavg", {}), ("fed_rac_lora", {})], ids=label
+)
+def test_in_fewer_bits_variates_are_of_what_was_sent(variant: Variant) -> None:
+    """Both ways: clients have taken steps with the c that went down, which was rounded."""
+    world, method = make_world(), make_method(variant[0], **variant[1])
+    done = corrected(world, method, 5, weights="uniform", uplink="int4", downlink="int8")
+    assert all(row["rounding_up"] > 0.05 for row in done.rows)
+    assert_close_trees(servers(done), population_mean(done), 1e-9)
+
+
 def test_a_client_whose_masked_update_does_not_go_out_keeps_what_it_had() -> None:
     """The one with nine samples may not send a weight above eight: the sum is without it."""
     secure = SecAgg(clip=CLIP, max_weight=8, neighbours=4, threshold=0.6)

@@ -36,8 +36,8 @@ BITS: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "feedback": True}
 
 
 def finished(name: str, method: dict[str, object] | None = None, **more: Any) -> Run:
-    more = {"rounds": 6, "cohort": 3, **BITS, **more}
-    return run(make_world(), make_method(name, **(method or {})), RAGGED, **more)
+    more = {"rounds": 6, "cohort": 3, "local": RAGGED, **BITS, **more}
+    return run(make_world(), make_method(name, **(method or {})), more.pop("local"), **more)
 
 
 @dataclass
@@ -264,6 +264,12 @@ def test_a_private_run_refuses_it() -> None:
     private = RoundSettings(privacy=level, secret=Secret(bytes(range(32))))
     with pytest.raises(ConfigError, match=r"wire.feedback=true does not go with privacy="):
         finished("ffa_lora", treatment=private, weights="uniform")
+
+
+def test_control_variates_refuse_it() -> None:
+    chosen = RoundSettings(control_variates=True)
+    with pytest.raises(ConfigError, match=r"wire.feedback=true does not go with control_var"):
+        finished("ffa_lora", treatment=chosen, local=replace(RAGGED, steps=2, momentum=0.0))
 
 
 def test_feedback_of_numbers_that_are_not_rounded_is_refused() -> None:

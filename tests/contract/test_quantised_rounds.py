@@ -27,6 +27,9 @@ from worlds import (
 )
 
 from fedraclora import wire
+from fedraclora.aggregation.base import AggregationContext
+from fedraclora.aggregation.robust import Median
+from fedraclora.aggregation.statistics import shortened
 from fedraclora.devices.distributions import Choice
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
@@ -37,9 +40,12 @@ from fedraclora.protocol.method import Cohort, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES
+from fedraclora.wire.changes import Changes
 from fedraclora.wire.downlink import unpack_downlink
 from strategies.server.exchange import Exchange
 from strategies.server.round_step import CloseRound, RoundStep
+from strategies.steps import private as private_step
+from strategies.steps.robust import RobustRule
 from strategies.steps.settings import RoundSettings
 
 COHORT, ROUNDS = 3, 3
@@ -173,6 +179,60 @@ def test_budgets_cut_what_is_rounded() -> None:
     sent = sum(map(array_bytes, rows.worker.answered))
     assert sent == sum(row["uplink_bytes"] for row in rows.rows)
     assert sent < sum(r["uplink_bytes"] for r in finished("fed_rac_lora", **BITS).rows)
+
+
+class Seen(RoundStep):
+    """Keeps what passes its place of a round."""
+
+    individuals = True
+
+    def __init__(self) -> None:
+        self.got: list[Uplinks] = []
+
+    @override
+    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+        self.got.append(got)
+        return got
+
+
+@pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg"])
+def test_a_rule_works_on_what_was_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[torch.Tensor] = []
+    encode = Changes.encode
+
+    def heard(changes: Changes, *args: Any) -> torch.Tensor:
+        sent.append(found := encode(changes, *args))
+        return found
+
+    monkeypatch.setattr(Changes, "encode", heard)
+    before, after = Seen(), Seen()
+    finished(name, chunk=COHORT, steps=[before, RobustRule(Median()), after], **BITS)
+    assert len(sent) == ROUNDS
+    for read, came, left in zip(sent, before.got, after.got, strict=True):
+        torch.testing.assert_close(came.rows().double(), read, rtol=0, atol=1e-7)
+        mean = left.layout.pack(left.mean()).double()
+        torch.testing.assert_close(mean, read.median(dim=0).values, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("up", ["int8", "int4"])
+def test_what_rounding_lengthened_is_shortened_again_before_noise(
+    up: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, came, used = 0.02, list[torch.Tensor](), list[torch.Tensor]()
+
+    def heard(rows: torch.Tensor, start: torch.Tensor, bound: float) -> torch.Tensor:
+        found = shortened(rows, start, bound)
+        came.append(torch.linalg.vector_norm(rows - start, dim=1))
+        used.append(torch.linalg.vector_norm(found - start, dim=1))
+        return found
+
+    monkeypatch.setattr(private_step, "shortened", heard)
+    level = ClientLevel(clip=clip, noise_multiplier=0.5, delta=1e-3)
+    private = RoundSettings(privacy=level, secret=Secret(bytes(range(32))))
+    done = finished("fed_rac_lora", treatment=private, weights="uniform", uplink=up)
+    assert {row.get("rounding_up") for row in done.rows} == {None}
+    assert float(torch.cat(came).max()) > clip * (1 + 1e-6)
+    assert float(torch.cat(used).max()) <= clip * (1 + 1e-12)
 
 
 @pytest.mark.slow
