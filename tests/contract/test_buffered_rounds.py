@@ -197,6 +197,22 @@ def test_links_are_one_for_each_sketch_and_rebuild_the_base(tmp_path: Path) -> N
     assert len(sketches) > 3
 
 
+@pytest.mark.parametrize(("name", "feedback"), [("fed_rac_lora", False), ("ffa_lora", True)])
+def test_in_fewer_bits_a_run_goes_on_and_is_that_of_any_order(
+    name: str, feedback: bool, tmp_path: Path
+) -> None:
+    bits: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "feedback": feedback}
+    world = make_world(dtype=torch.float32)
+    whole = go(world, (name, {}), 7, **bits)
+    go(world, (name, {}), 4, folder=tmp_path, **bits)
+    rest = go(world, (name, {}), 7, folder=tmp_path, resume=True, **bits)
+    turned = go(world, (name, {}), 7, arrange=lambda messages: messages[::-1], **bits)
+    for other in (rest, turned):
+        assert_equal_trees(other.strategy.state.base, whole.strategy.state.base)
+        assert_equal_trees(other.strategy.state.carried, whole.strategy.state.carried)
+    assert all(row["rounding_up"] > 0 for row in whole.rows)
+
+
 @pytest.mark.parametrize("rule", [Momentum(beta=0.5), None], ids=["momentum", "none"])
 @pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg_lora"])
 def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(

@@ -40,11 +40,15 @@ JOB = [
     "output.progress=false",
     "output.checkpoint_every=2",
 ]
+BITS = ["wire.uplink=int4", "wire.downlink=int8", "wire.feedback=true"]
 METHODS = {
     "fed_rac_lora": ["method=fed_rac_lora", "method.resample_every=3"],
     "pool_rac_lora": ["method=pool_rac_lora", "method.pool=2", "method.refresh=3"],
     "fedavg_lora": ["method=fedavg_lora"],
     "moments": ["method=cola", "local=adamw", "local.moments=run"],
+    "basis of the last link": ["method=subspace_rac_lora", "method.resample_every=1"],
+    "fewer bits": ["method=ffa_lora", *BITS],
+    "pool in fewer bits": ["method=pool_rac_lora", "method.pool=2", "method.refresh=2", *BITS],
 }
 
 Plain = dict[str, object]
@@ -156,6 +160,9 @@ def killed_run(plain: Plain, reaper: Reaper) -> bool:
         pytest.param("pool_rac_lora", False, marks=pytest.mark.slow),
         pytest.param("fedavg_lora", False, marks=pytest.mark.slow),
         pytest.param("moments", False, marks=pytest.mark.slow),
+        pytest.param("basis of the last link", False, marks=pytest.mark.slow),
+        pytest.param("fewer bits", False, marks=pytest.mark.slow),
+        pytest.param("pool in fewer bits", False, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_dies_at_any_write_goes_on_to_the_same_end(
