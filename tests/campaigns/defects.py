@@ -11,8 +11,8 @@ One defect by hand: ``pytest -p tests.campaigns.defects --defect NAME``.
 
 The defects are those that were found in public implementations of federated low-rank methods, and
 the ways to get their algebra wrong that lie beside them, and the like for server optimisers,
-control variates and buffers. Methods are tested under alpha != rank, m != n and unequal weights,
-or most of these would pass.
+control variates, buffers, numbers in fewer bits, pools and projected gradients. Methods are tested
+under alpha != rank, m != n and unequal weights, or most of these would pass.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from experiments.words import key_values
 from fedraclora.errors import ConfigError, unknown
 from tests.campaigns.defects_methods import METHOD_DEFECTS
 from tests.campaigns.defects_server import SERVER_DEFECTS
+from tests.campaigns.defects_wire import WIRE_DEFECTS
 from tests.campaigns.planting import Defect
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFECTS = {defect.name: defect for defect in (*METHOD_DEFECTS, *SERVER_DEFECTS)}
+DEFECTS = {defect.name: defect for defect in (*METHOD_DEFECTS, *SERVER_DEFECTS, *WIRE_DEFECTS)}
 SUITE = (
     "tests/contract/test_method_contract.py",
     "tests/contract/test_method_runs.py",

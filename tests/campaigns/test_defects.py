@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedraclora.protocol.uplinks import finite
-from tests.campaigns import defects_methods, defects_server
+from tests.campaigns import defects_methods, defects_server, defects_wire
 from tests.campaigns.defects import DEFECTS, FOUND, found_by, main, pytest_exception_interact
 from tests.campaigns.planting import Defect, Planting
 
@@ -32,7 +32,8 @@ def test_what_a_defect_replaces_is_there_and_comes_back(defect: Defect) -> None:
 
 
 def test_names_are_unique() -> None:
-    assert len(DEFECTS) == len(defects_methods.METHOD_DEFECTS) + len(defects_server.SERVER_DEFECTS)
+    parts = defects_methods.METHOD_DEFECTS, defects_server.SERVER_DEFECTS, defects_wire.WIRE_DEFECTS
+    assert len(DEFECTS) == sum(map(len, parts))
 
 
 def test_what_is_not_there_is_refused() -> None:

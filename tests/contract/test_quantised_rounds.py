@@ -38,6 +38,7 @@ from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Cohort, State
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import SEED_BYTES
 from fedraclora.wire.changes import Changes
@@ -92,6 +93,7 @@ def test_bytes_are_those_of_messages_and_everyone_has_the_servers_bits(
         assert 0 < row["rounding_down"] < 0.9
     assert_updates_lead_on(tmp_path)  # the chain, late joiners, and what they fetch
     strategy = done.strategy
+    assert_equal_trees(state_at(tmp_path, ROUNDS).base, strategy.state.base)
     some = Cohort(torch.arange(2), torch.ones(2))
     sent = strategy.method.open_round(strategy.state, ROUNDS + 1, some, strategy.draw)
     again = strategy.rounding.sent(sent, ROUNDS + 1)

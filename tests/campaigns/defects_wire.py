@@ -1,0 +1,182 @@
+"""Defects of numbers in fewer bits, of pools of sketches, and of projected gradients.
+
+Each names the law that it breaks, by the name of the test that must find it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedraclora.protocol.method import Downlink, Link, State, Term
+from fedraclora.protocol.pool import added
+from fedraclora.protocol.quantised import encode
+from fedraclora.training.extras.variates import lifts
+from fedraclora.training.galore import GaLore, Projection
+from fedraclora.tree import Tree
+from fedraclora.wire.feedback import LIFE, left_over, to_add
+from strategies.pool_rac_lora import PoolRacLora
+from strategies.server import quantised
+from strategies.server.quantised import DownlinkRounding
+from strategies.steps import scaffold
+from tests.campaigns.planting import Planting, defect, defects_of
+
+BITS = ("tests/unit/test_quantised.py",)
+ROUNDS = ("tests/contract/test_quantised_rounds.py",)
+FEEDBACK = ("tests/contract/test_feedback.py",)
+DRIFT = ("tests/contract/test_control_variates.py",)
+POOLS = ("tests/unit/test_pool.py",)
+GALORE = ("tests/unit/test_galore.py",)
+
+
+# ---- Numbers in fewer bits ------------------------------------------------------------
+
+
+@defect(
+    "test_rounding_has_no_bias", "QSGD without its draw: rounded down, every change too short", BITS
+)
+def rounded_down(planting: Planting) -> None:
+    class Least:
+        def integers(self, _high: int, size: Any) -> Any:
+            return np.zeros(size, np.int64)
+
+    def biased(numbers: torch.Tensor, sizes: Any, kind: str, _rng: Any = None) -> torch.Tensor:
+        return encode(numbers, sizes, kind, Least())  # type: ignore[arg-type]
+
+    planting.function(encode, biased)
+
+
+@defect(
+    "everyone_has_the_servers_bits and fed_rac_lora",
+    "compressed on its way down alone: the server goes on with other numbers than its replicas",
+    ROUNDS,
+)
+def server_keeps_what_it_did_not_send(planting: Planting) -> None:
+    sound = DownlinkRounding.closed
+
+    def closed(self: DownlinkRounding, before: State, after: State, *rest: Any) -> State:
+        sent = sound(self, before, after, *rest)
+        return replace(sent, base=after.base)
+
+    planting.put(DownlinkRounding, "closed", closed)
+
+
+@defect(
+    "what_was_sent_in_all_is_off_by_one_rounding",
+    "error feedback that takes away what it should add",
+    FEEDBACK,
+)
+def residue_of_the_wrong_sign(planting: Planting) -> None:
+    planting.function(left_over, lambda stored, sent, left: left_over(stored, sent, -left))
+
+
+@defect(
+    "what_was_sent_in_all_is_off_by_one_rounding",
+    "error feedback that keeps only the last rounding, of the change without what was added",
+    FEEDBACK,
+)
+def residue_forgotten(planting: Planting) -> None:
+    planting.function(to_add, lambda stored, sent: torch.zeros_like(to_add(stored, sent)))
+
+
+@defect(
+    "a_residue_of_a_factor_ends_with_its_link",
+    "resets nothing: what was left beside one sketch is added beside another",
+    FEEDBACK,
+)
+def residue_outlives_its_link(planting: Planting) -> None:
+    def kept(stored: Tree, sent: Downlink) -> torch.Tensor:
+        return to_add({**stored, LIFE: torch.full_like(stored[LIFE], sent.frame[2] + 1)}, sent)
+
+    planting.function(to_add, kept)
+
+
+@defect(
+    "the_server_merges_what_rounding_left",
+    "a link that ends: what was left of the factor is thrown away",
+    FEEDBACK,
+)
+def residue_lost_where_a_link_ends(planting: Planting) -> None:
+    planting.put(quantised, "summed", lambda name, term, moments: term)
+
+
+@defect(
+    "test_in_fewer_bits_variates",
+    "SCAFFOLD: the server's c moves from what it holds, clients stepped by what came",
+    DRIFT,
+)
+def variates_moved_from_what_was_not_sent(planting: Planting) -> None:
+    sound = scaffold.close_corrected
+
+    def close(state: State, sent: Downlink, *rest: Any) -> Tree:
+        held = scaffold.open_corrected(sent, state, lifted=lifts(sent))
+        return sound(state, held, *rest)
+
+    planting.put(scaffold, "close_corrected", close)
+
+
+# ---- Pools ----------------------------------------------------------------------------
+
+
+@defect(
+    "test_links_under_one_sketch_add_up_by_hand",
+    "a part of a pool replaced by the last link under its sketch",
+    POOLS,
+)
+def part_replaced(planting: Planting) -> None:
+    planting.function(added, lambda part, more: more)
+
+
+@defect(
+    "test_links_under_one_sketch_add_up_by_hand or a_pool_reaches",
+    "clients train beside the base alone, without what the pool has learnt",
+    POOLS,
+)
+def pool_left_out_where_clients_train(planting: Planting) -> None:
+    planting.put(PoolRacLora, "pools", lambda self, state, draw: {})
+
+
+@defect(
+    "test_a_refresh_moves_no_bit", "a pool that is folded into the weights and trained on", POOLS
+)
+def pool_folded_and_kept(planting: Planting) -> None:
+    sound = PoolRacLora.merge
+
+    def merge(self: PoolRacLora, state: State, terms: dict[str, Term], dense: Tree) -> Link:
+        link = sound(self, state, terms, dense)
+        kept = {n: t if t.numel() else state.base[n] for n, t in link.dense.items()}
+        return replace(link, dense=kept)
+
+    planting.put(PoolRacLora, "merge", merge)
+
+
+# ---- Projected gradients --------------------------------------------------------------
+
+
+@defect("test_steps_are_those_of_the_formula", "GaLore: projected anew in every step", GALORE)
+def projected_anew_in_every_step(planting: Planting) -> None:
+    sound = GaLore.step
+
+    def step(self: GaLore, gradients: Tree) -> None:
+        self.gap = 1
+        sound(self, gradients)
+
+    planting.put(GaLore, "step", step)
+
+
+@defect("test_steps_are_those_of_the_formula", "GaLore: the step added without its scale", GALORE)
+def projected_step_without_its_scale(planting: Planting) -> None:
+    sound = Projection.add
+
+    def whole(
+        self: Projection, value: torch.Tensor, P: torch.Tensor, D: torch.Tensor, _scale: float
+    ) -> None:
+        sound(self, value, P, D, 1.0)
+
+    planting.put(Projection, "add", whole)
+
+
+WIRE_DEFECTS = defects_of(globals())
