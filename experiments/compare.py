@@ -24,7 +24,7 @@ from experiments.groups import Group, group_runs, values
 from experiments.interrupt import in_order
 from experiments.reports import ROUNDING, Run, find_runs, read_run
 from experiments.status import reported
-from experiments.study.entries import shown_error
+from experiments.study.entries import shown_error, takes_the_mean
 from experiments.study.ranking import compare_study, is_study
 from experiments.tables import Table
 from fedraclora.config.schema import bind, section
@@ -195,12 +195,12 @@ def _record(group: Group, wanted: Wanted) -> dict[str, object]:
 
 
 def _is_exact(run: Run) -> bool:
-    """Return the trait of a run's method; False where it is none of this version's."""
+    """Check whether aggregates were means; False where the method is none of this version's."""
     try:
         method: Method = bind("method", METHODS, section(run.config, "method"))()
     except FedRacLoraError:
         return False
-    return method.traits.exact
+    return method.traits.exact and takes_the_mean(run.config)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -42,9 +42,11 @@ def go_on(
         refused.append("experiment: a preset cannot be laid over a run; leave it out")
     taken: Plain = {}
     left, right = digested(stored), digested(plain)
-    new = flatten(plain)
-    for line in difference(left, right):
-        key = line.partition(":")[0]
+    old, new = flatten(stored), flatten(plain)
+    for found in difference(left, right):
+        key, line = found.partition(":")[0], found
+        if key in old and key in new:  # a digest leaves out some defaults
+            line = f"{key}: {json.dumps(old[key])} -> {json.dumps(new[key])}"
         if key.startswith("engine.") or not _meant(key, typed, right):
             continue
         if (why := _refusal(folder, key, stored, plain)) is None:
@@ -53,9 +55,9 @@ def go_on(
             refused.append(f"{line}{why}")
     engine = _engine(section(stored, "engine"), section(plain, "engine"), typed)
     for key in ENGINE_IN_DIGEST:
-        old = section(stored, "engine").get(key)
-        if engine.get(key) != old:
-            texts = (json.dumps(old), json.dumps(engine.get(key)))
+        was = section(stored, "engine").get(key)
+        if engine.get(key) != was:
+            texts = (json.dumps(was), json.dumps(engine.get(key)))
             refused.append(f"engine.{key}: {texts[0]} -> {texts[1]} (it decides bits)")
     output, wrong = _output(folder, section(stored, "output"), section(plain, "output"), typed)
     refused += wrong
@@ -63,6 +65,7 @@ def go_on(
         raise CheckpointError(
             f"{folder} was run under another config, and cannot go on under this one:\n  "
             + "\n  ".join(refused)
+            + "\nLeave these keys out to go on as it was, or start a new run without resume"
         )
     if "data.root" in new and (typed is None or "data.root" in typed):
         taken["data.root"] = new["data.root"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,6 +46,18 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
 def first_reaching(points: Sequence[Row], metric: str, target: float) -> Row | None:
     """Find the first measured round whose metric (more is better) is no worse than a target."""
     return next((p for p in points if score(p, metric) >= target), None)
+
+
+def takes_the_mean(config: Mapping[str, object]) -> bool:
+    """Check that nothing stands between the mean of clients and the new weights.
+
+    Args:
+        config: Of a run; what it lacks is plain.
+    """
+    plain = {"aggregator": "mean", "server_optimiser": "none", "privacy": "none"}
+    chosen = {key: config.get(key) for key in plain}
+    named = {key: group.get("name") for key, group in chosen.items() if isinstance(group, Mapping)}
+    return named.items() <= plain.items()
 
 
 ROUND_OFF = 1e-12  # relative, of float64: the error of one client that is averaged with no other
@@ -130,7 +142,8 @@ class Entry:
     def aggregation_error(self) -> str:
         """The error of aggregation over rounds and seeds, in words where it is none or unknown."""
         measured = self.average(lambda line: number(line, "aggregation_error"))
-        return shown_error(self.method.traits.exact, measured)
+        exact = self.method.traits.exact and takes_the_mean(self.lines[0]["config"])
+        return shown_error(exact, measured)
 
     def average(self, figure: Callable[[Line], float]) -> float:
         """Mean of a figure over the seeds that have it; NaN if none has."""

@@ -167,6 +167,9 @@ SETTINGS = {
         lambda s: not s.run.local.steps, "local.steps=1 or more"),
     "local steps that are not plain SGD": Feature(
         lambda s: _beside_plain_sgd(s.run.local), "local=sgd"),
+    "a method whose links last one round": Feature(
+        lambda s: not s.run.method.traits.pools and getattr(s.run.method, "link_rounds", None) == 1,
+        "method.resample_every=2 or more, where the method has it, or another method"),
     "dora=true": Feature(
         lambda s: bool(magnitudes(s.sent.adapters, s.sent.dense)), "dora=false"),
     "an allocation of ranks": Feature(
@@ -187,8 +190,6 @@ METHODS = {name: Feature(found, "another method") for name, found in {
     "a method whose factors stand beside others in each link":
         lambda s: (s.run.method.traits.merges or s.run.method.traits.pools)
         and next(iter(s.sent.adapters), ""),
-    "a method whose links last one round":
-        lambda s: not s.run.method.traits.pools and getattr(s.run.method, "link_rounds", None) == 1,
     "a method with a pool of sketches": lambda s: s.run.method.traits.pools,
     # These three a step finds when it computes.
     "a method whose trained factors begin anew": lambda _: False,
@@ -199,7 +200,7 @@ METHODS = {name: Feature(found, "another method") for name, found in {
 IN_ROUNDS = {
     "other things to train at each client": Feature(
         lambda s: s.sent.apart,
-        "another method, system.rank_budget=null, method.sketches=1"),
+        "another method, system=none (system.rank_budget=null), method.sketches=1"),
     "other factors to start from at each client": Feature(
         lambda s: any(slot.per_client for slot in s.sent.uploaded().values()), "another method"),
     "a round without a mean gradient": Feature(

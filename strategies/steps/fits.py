@@ -31,7 +31,9 @@ class Fits(RoundStep):
 
     @override
     def begin(self, state: State) -> None:
-        some = Cohort(torch.arange(2), torch.ones(2))
+        budgets = self.run.devices.system.rank_budget is not None
+        ranks = torch.ones(2, dtype=torch.int64) if budgets else None
+        some = Cohort(torch.arange(2), torch.ones(2), ranks)
         self._check(CONFLICTS, self.run.method.open_round(state, 1, some, self.run.draw))
 
     @override
