@@ -17,7 +17,8 @@ from fedraclora.tree import Layout, Tree, below, difference
 GENERATIONS = 2
 KEPT = "store/kept/"  # of the names of `ClientStore.secrets` among tensors
 MOMENTS = "moments/"
-NO_WEIGHTS = (MOMENTS, "variates/")  # what clients keep that is no part of their models
+# What clients keep that is no part of their models.
+NO_WEIGHTS = (MOMENTS, "variates/", "residue/")
 
 
 class Entry(NamedTuple):
@@ -112,7 +113,8 @@ class ClientStore:
     def latest(self, count: int) -> dict[int, Tree]:
         """Read the tensors of the ``count`` clients that trained last (the smaller id in a tie).
 
-        Moments of optimisers and control variates are no part of a client's model and are left out.
+        Moments of optimisers, control variates and what rounding left are no part of a client's
+        model and are left out.
         """
         recent = sorted(self._entries.items(), key=lambda item: (-item[1][-1].round_, item[0]))
         stored = {c: entries[-1].layout.unpack(entries[-1].row) for c, entries in recent[:count]}

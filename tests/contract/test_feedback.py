@@ -237,6 +237,13 @@ def test_only_the_end_that_rounds_keeps_what_it_left() -> None:
     assert [n for n in up.strategy.recorder.store.state() if PREFIX in n]
 
 
+def test_what_is_kept_is_no_part_of_a_clients_model() -> None:
+    with_it, without = (finished("fedsa_lora", feedback=f).worker.store for f in (True, False))
+    names = [own.keys() for own in with_it.latest(7).values()]
+    assert names == [own.keys() for own in without.latest(7).values()]
+    assert len(names) > 3
+
+
 def test_without_it_nothing_is_kept() -> None:
     done = finished("ffa_lora", feedback=False)
     assert not left(done)
