@@ -191,6 +191,7 @@ class Setting:
     variates: bool = False
     dtype: torch.dtype = torch.float32
     kinds: tuple[str, str] = (FULL, FULL)
+    feedback: bool = False
 
 
 SETTINGS = {
@@ -208,6 +209,9 @@ SETTINGS = {
     "fewer bits": Setting("fed_rac_lora", {"rank": 2, "resample_every": 3}, kinds=("int8", "int4")),
     "budgets in fewer bits": Setting(
         "hetlora", {"rank": 2}, ranks=True, kinds=("int4", "bfloat16")
+    ),
+    "feedback of a pool": Setting(
+        "pool_rac_lora", {"rank": 2, "pool": 2}, kinds=("int4", "int8"), feedback=True
     ),
     "sums of blocks": Setting("fed_rac_lora", {"rank": 2}, cohort=70, chunk=32, reduce=True),
 }
@@ -255,7 +259,7 @@ def scene_of(name: str) -> Scene:
     loop = LoopConfig(
         rounds=9, clients=setting.cohort, cohort=setting.cohort, chunk=setting.chunk, seed=SEED,
         dtype=str(setting.dtype).removeprefix("torch."), guarded=True, min_clients=1,
-        uplink=setting.kinds[0], downlink=setting.kinds[1],
+        uplink=setting.kinds[0], downlink=setting.kinds[1], feedback=setting.feedback,
     )  # fmt: skip
     replica = BaseWeights(base)
     trainer = CohortTrainer(task, plan, setting.local, seed=SEED, device=torch.device("cpu"))
