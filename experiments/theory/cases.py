@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from experiments.theory.bounds.spectrum import beside_kept, of_downlink
+from experiments.theory.bounds.spectrum import beside_kept, of_downlink, paired
 from experiments.theory.bounds.theorems import local_step_limit, rounding
 from experiments.theory.problems import Problem, problem
 from experiments.theory.runs import first_downlink
@@ -40,6 +40,7 @@ class Case:
         share: Step over the largest that the theorem allows.
         fresh: Share of fresh rows where links are built on those before them; None: they are not.
         kept_scale: Length of the kept rows there.
+        pairs: Whether every other link there is drawn whole.
         kind: How numbers go up and down.
     """
 
@@ -56,6 +57,7 @@ class Case:
     share: float = 1.0
     fresh: float | None = None
     kept_scale: float | str = 1.0
+    pairs: bool = False
     kind: str = FULL
 
     @property
@@ -74,6 +76,7 @@ class Case:
                 resample_every=1,
                 fresh=self.fresh,
                 kept_scale=self.kept_scale,
+                pairs=self.pairs,
             )
         return FedRacLora(
             rank=self.rank,
@@ -117,6 +120,8 @@ class Case:
     def spectrum(self) -> Constants:
         """Compute the constants of every link: of the first, and of those built on the last."""
         task, method = problem(self.problem).task, self.method
+        if self.pairs:
+            return paired(self.rank, next(task.model.parameters()).shape[1])
         found = [of_downlink(first_downlink(task, method))]
         if isinstance(method, SubspaceRacLora):
             shape, kept = next(task.model.parameters()).shape, method.kept(self.rank, 1)

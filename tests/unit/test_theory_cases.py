@@ -260,6 +260,8 @@ def test_the_noise_of_the_example_has_mean_zero_and_no_loss() -> None:
 def test_links_on_the_last_have_the_constants_of_both_sides() -> None:
     c = next(c for c in all_cases() if c.kept_scale == "auto").spectrum()  # r = 4, k = 2; 6 x 12
     assert (c.lambda_min, c.lambda_max) == pytest.approx((2 / 10, 4 / 6))
+    c = next(c for c in all_cases() if c.pairs).spectrum()
+    assert (c.lambda_min, c.lambda_max) == pytest.approx((4 / 24, (4 / 12 + 1) / 2))
 
 
 # ---- Settings -----------------------------------------------------------------------------------

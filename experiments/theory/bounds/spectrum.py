@@ -62,6 +62,26 @@ def beside_kept(rank: int, kept: int, dim: int, length: float = 1.0) -> Constant
     return Constants(min(length**2, share), max(length**4, share))
 
 
+def paired(rank: int, dim: int) -> Constants:
+    """Compute the constants of links in pairs: one drawn, the next on the range of the last change.
+
+    The second of a pair makes no progress that is proved, and takes in all noise (lambda_max 1).
+    Together they have the progress of one and the noise of both (docs/theory.md, section 9); these
+    are the means over both. A curve above its floor of noise stays below what one bound with the
+    means says: of two rounds with progress x and none, ``1 - x <= (1 - x/2)^2``.
+
+    Args:
+        rank: r.
+        dim: d, of the drawn rows.
+
+    Example:
+        >>> paired(rank=4, dim=16)
+        Constants(lambda_min=0.125, lambda_max=0.625)
+    """
+    share = rank / dim
+    return Constants(share / 2, (share + 1) / 2)
+
+
 def of_downlink(downlink: Downlink) -> Constants:
     """Compute the extreme eigenvalues of E[H] of a round from what the cohort is sent.
 
