@@ -81,9 +81,8 @@ class PoolRacLora(FedRacLora):
     @override
     def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
         sent = super().open_round(state, round_, cohort, draw)
-        era, turn = self.turn(state.memo.sketch)
-        place = (turn % self.pool, self.pool, era)
-        return replace(sent, pools=self.pools(state, draw), turn=place)
+        era, j = self.turn(state.memo.sketch)
+        return replace(sent, pools=self.pools(state, draw), turn=(j % self.pool, self.pool, era))
 
     def pools(self, state: State, draw: Draw) -> dict[str, Pool]:
         """Say what stands beside each weight; nothing does where an era begins."""

@@ -102,6 +102,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.short(when=lambda name: name in {"fedavg_lora", "fedsa_lora"})
 @pytest.mark.parametrize("name", ["ffa_lora", "fedavg_lora", "fedsa_lora", "fedavg"])
 def test_what_was_sent_in_all_is_off_by_one_rounding(name: str, wiretap: Wiretap) -> None:
     finished(name, rounds=8)
@@ -146,6 +147,7 @@ def test_residues_of_a_pool_wait_for_their_sketch(refresh: int | None, wiretap: 
             left[sketch] = seen.part(seen.change + seen.added - seen.sent, dense=False)
 
 
+@pytest.mark.short(when=lambda name: name == "pool_rac_lora")
 @pytest.mark.parametrize("name", ["ffa_lora", "pool_rac_lora", "fedavg_lora"])
 def test_runs_that_go_on_are_cut_or_are_written_have_the_same_bits(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -184,6 +186,7 @@ def left(done: Run) -> Tree:
     return below(done.strategy.state.moments, RESIDUE)
 
 
+@pytest.mark.short(when=lambda name: name == "fedex_lora")
 @pytest.mark.parametrize("name", ["ffa_lora", "fedavg_lora", "fedex_lora"])
 def test_the_server_sends_a_factor_that_lives_on_off_by_one_rounding(name: str) -> None:
     """The changes of all rounds add up to what clients start from, and what rounding left of it."""
