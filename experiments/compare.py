@@ -24,19 +24,16 @@ from experiments.groups import Group, group_runs, values
 from experiments.interrupt import in_order
 from experiments.reports import ROUNDING, Run, find_runs, read_run
 from experiments.status import reported
-from experiments.study.entries import shown_error, takes_the_mean
+from experiments.study.entries import is_exact, shown_error
 from experiments.study.ranking import compare_study, is_study
 from experiments.tables import Table
-from fedraclora.config.schema import bind, section
 from fedraclora.errors import CheckpointError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.comparison import compare_figure
-from fedraclora.protocol.method import Method
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import Row, column, known_mean, number, round_seconds
 from fedraclora.run.stopped import stop_reason
-from strategies import METHODS
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
 _TASK = ("data.", "model.", "pretrain.")
@@ -197,10 +194,9 @@ def _record(group: Group, wanted: Wanted) -> dict[str, object]:
 def _is_exact(run: Run) -> bool:
     """Check whether aggregates were means; False where the method is none of this version's."""
     try:
-        method: Method = bind("method", METHODS, section(run.config, "method"))()
+        return is_exact(run.config)
     except FedRacLoraError:
         return False
-    return method.traits.exact and takes_the_mean(run.config)
 
 
 def _mean(values: Sequence[float]) -> float:

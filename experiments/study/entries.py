@@ -11,7 +11,7 @@ from functools import cached_property
 
 from experiments.study.file import Study
 from experiments.study.tuning import Done, Line, final_lines, score, tuned_value
-from fedraclora.config.schema import bind
+from fedraclora.config.schema import Plain, bind, section
 from fedraclora.protocol.method import Method
 from fedraclora.run.ledger import Row, number
 from strategies import METHODS
@@ -48,16 +48,20 @@ def first_reaching(points: Sequence[Row], metric: str, target: float) -> Row | N
     return next((p for p in points if score(p, metric) >= target), None)
 
 
-def takes_the_mean(config: Mapping[str, object]) -> bool:
-    """Check that nothing stands between the mean of clients and the new weights.
+def is_exact(config: Plain) -> bool:
+    """Check that a run's method is exact, and that nothing else stands before the new weights.
 
     Args:
-        config: Of a run; what it lacks is plain.
+        config: Of the run; what it lacks beside the method is plain.
+
+    Raises:
+        ConfigError: If the method is none of this version's.
     """
+    method: Method = bind("method", METHODS, section(config, "method"))()
     plain = {"aggregator": "mean", "server_optimiser": "none", "privacy": "none"}
     chosen = {key: config.get(key) for key in plain}
     named = {key: group.get("name") for key, group in chosen.items() if isinstance(group, Mapping)}
-    return named.items() <= plain.items()
+    return method.traits.exact and named.items() <= plain.items()
 
 
 ROUND_OFF = 1e-12  # relative, of float64: the error of one client that is averaged with no other
@@ -138,12 +142,16 @@ class Entry:
         """The method, as the runs had it."""
         return bind("method", METHODS, self.lines[0]["config"]["method"])()
 
+    @cached_property
+    def exact(self) -> bool:
+        """Return whether the new weights are the mean of the clients'; see `is_exact`."""
+        return is_exact(self.lines[0]["config"])
+
     @property
     def aggregation_error(self) -> str:
         """The error of aggregation over rounds and seeds, in words where it is none or unknown."""
         measured = self.average(lambda line: number(line, "aggregation_error"))
-        exact = self.method.traits.exact and takes_the_mean(self.lines[0]["config"])
-        return shown_error(exact, measured)
+        return shown_error(self.exact, measured)
 
     def average(self, figure: Callable[[Line], float]) -> float:
         """Mean of a figure over the seeds that have it; NaN if none has."""

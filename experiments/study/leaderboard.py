@@ -18,7 +18,6 @@ from experiments.study.entries import (
     first_reaching,
     is_unverified,
     shown_error,
-    takes_the_mean,
     traffic,
     uplink,
 )
@@ -114,7 +113,7 @@ def _record(entry: Entry) -> Row:
         "traffic_to_target": at_target(traffic),
         "uplink": entry.average(uplink),
         "traffic": entry.average(traffic),
-        "exact": entry.method.traits.exact and takes_the_mean(entry.lines[0]["config"]),
+        "exact": entry.exact,
         "aggregation_error": mean("aggregation_error"),
         "server_cpu_seconds": mean("server_cpu_seconds"),
         "client_bytes": mean("client_bytes"),

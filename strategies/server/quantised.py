@@ -149,10 +149,7 @@ class DownlinkRounding:
         self, tensor: torch.Tensor, round_: int, *keys: str | int, nearest: bool = False
     ) -> torch.Tensor:
         """Round a tensor, and add to the squares."""
-        if nearest:
-            found = rounded(tensor, self.kind, None)
-        else:
-            found = self._rounded(tensor, round_, *keys)
+        found = self._rounded(tensor, round_, *keys, nearest=nearest)
         (left, added), error = self.squares, found.double() - tensor.double()
         self.squares = (
             left + float(tensor.double().square().sum()),
@@ -161,9 +158,14 @@ class DownlinkRounding:
         return found
 
     def _rounded(
-        self, tensor: torch.Tensor, round_: int, *keys: str | int, apart: bool = False
+        self,
+        tensor: torch.Tensor,
+        round_: int,
+        *keys: str | int,
+        apart: bool = False,
+        nearest: bool = False,
     ) -> torch.Tensor:
-        rng = generator(self.seed, "downlink", round_, *keys)
+        rng = None if nearest else generator(self.seed, "downlink", round_, *keys)
         return rounded(tensor, self.kind, rng, len(tensor) if apart else 1)
 
 
