@@ -120,6 +120,7 @@ class Worker:
             return answer_stage(content, stage, self.store, self.terms)
         downlink, request = self._reader.read(content)
         base = self.replica.at(request.version, request.round_)
+        downlink = downlink.beside(base)
         held = restore(self.store, downlink, request, base, self.trainer.local)
         downlink, moments, residues = held
         coded = Coded() if request.uplink in ROUNDED else None

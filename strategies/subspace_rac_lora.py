@@ -9,20 +9,20 @@ adapted matrix W (m x n), s = alpha / r, with k kept and f = r - k fresh rows, f
     left:  B = [c K, F] likewise, K of left singular vectors; clients train A
 
 Each link turns the basis by the gradient once: subspace iteration with a warm start, along the
-chain. The first link is drawn, or has its K from the gradient (``first=gradient``, a round more:
-`strategies.shared.gradient_first`). With ``pairs`` all other even links are drawn: each pair is one
-randomised range finder. With ``fresh = 1`` these are Fed-RAC-LoRA's links, of sides by turns.
+chain. The first link is drawn, or has its K from the gradient (`strategies.shared.gradient_first`).
+With ``pairs`` all other even links are drawn: each pair is one randomised range finder. With
+``fresh = 1`` these are Fed-RAC-LoRA's links, of sides by turns.
 
 - Uplink: r m numbers per matrix and client in right links, r n in left ones. Downlink: a seed where
-  the frozen factor is drawn, else the factor: r n numbers in right links, r m in left ones; within
-  a link the trained factor, too; and what the client missed: r (m + n) numbers per link (a drawing
-  is a seed there, too), at most m n. The server computes the factor and sends it: singular vectors
-  of clients would differ between machines, and whoever fetches whole weights has no link for them.
+  the frozen factor is drawn, else 2 r^2 coefficients by which clients compute it from the last link
+  (`fedraclora.protocol.derived`), or the factor where that is less, or ``basis=coordinate``; within
+  a link the trained factor, too; and what the client missed: of each link what was trained and the
+  coefficients, at most m n and what was trained last.
 - Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
 - Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
 - Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
   gradient's energy that lies in its basis (`strategies.shared.past.energies`), under local SGD.
-- Server: one mean, per link and matrix two QRs, an SVD of an r x r matrix and a merge.
+- Server: one mean; per link and matrix an SVD, a QR, a least-squares fit to 2 r rows, a merge.
 - Source: Malinovsky et al., 2024, arXiv 2410.08305 (the chain); Vogels et al., *PowerSGD*, NeurIPS
   2019, arXiv 1905.13727 (the iteration); Halko, Martinsson and Tropp, SIAM Review 53(2), 2011,
   doi 10.1137/090771806 (pairs); He et al., *GoLore*, arXiv 2410.11289 (why a share stays random).
@@ -33,28 +33,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Annotated
 
 import torch
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Count, Limit, Share, choice_of
+from fedraclora.limits import Count, Share
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.link import Link
-from fedraclora.protocol.method import Downlink, Plan, State, Traits
+from fedraclora.protocol.derived import as_rows
+from fedraclora.protocol.method import Downlink, Link, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
 from strategies.shared import past
 from strategies.shared.gradient_first import GradientFirst
 from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
-
-LENGTH = Limit(
-    "auto, or a number in (0, 1],",
-    lambda c: c == "auto" or (isinstance(c, float | int) and 0 < c <= 1),
-)
-BASES = {"singular": past.leading, "coordinate": past.squared_lengths}
 
 
 @dataclass(frozen=True)
@@ -73,39 +66,45 @@ class SubspaceRacLora(GradientFirst):
 
     traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
 
-    basis: Annotated[str, choice_of(BASES)] = "singular"
+    basis: past.Basis = "singular"
     resample_every: Count = 2
     fresh: Share = 0.25
     pairs: bool = False
-    kept_scale: Annotated[float | str, LENGTH] = "auto"
+    kept_scale: past.Length = "auto"
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
-        drawn, trained = past.sides(layer.link)
-        kind = "coordinate" if self.basis == "coordinate" else "orthonormal"
-        sketch = now.sketch(layer, drawn, kind, index=layer.link, normalise="rows")
-        if drawn not in layer.carried:
-            return {trained: layer.trained(trained), drawn: sketch}
-        kept = past.as_rows(layer.carried[drawn].to(torch.float64), drawn)
-        if self.basis == "coordinate":
+        label, trained = past.sides(layer.link)
+        drawing = now.sketch(layer, label, past.SKETCHES[self.basis], index=layer.link)
+        count = self.kept(layer.rank, layer.link)
+        if (kept := self.kept_rows(layer, label, count)) is None:
+            return {trained: layer.trained(trained), label: drawing}
+        held = layer.past
+        if self.basis == "coordinate":  # unit rows, which are not in the span of what was trained
             clocks = generator(now.draw.seed, "kept", layer.name, layer.link)
             uniform = torch.from_numpy(clocks.random(kept.shape[1]))
-            kept = past.chosen(kept[0], self.kept(layer.rank, layer.link), uniform)
-        rows = past.completed(kept, past.as_rows(sketch.draw(), drawn))
-        rows[: len(kept)] *= self.length(*rows.shape)
-        frozen = past.as_rows(rows, drawn).to(layer.dtype)
-        return {trained: layer.trained(trained), drawn: frozen}
+            kept, held = past.chosen(kept[0], count, uniform), None
+        length = self.length(layer.rank, kept.shape[1])
+        frozen = past.factor(kept, length, drawing, held, layer.dtype)
+        return {trained: layer.trained(trained), label: frozen}
+
+    def kept_rows(self, layer: Layer, label: str, count: int) -> torch.Tensor | None:
+        """Take K from the gradient or the last link, [k, d], or what it is drawn by, [1, d]."""
+        found = layer.carried.get(label)
+        if found is None and layer.past is not None and count:
+            rank, other = len(as_rows(layer.past, label)), layer.shape["AB".index(label)]
+            before = self.kept(rank, layer.link - 1), self.length(rank, other)
+            change = past.as_change(layer.past, label, *before)
+            found = past.BASES[self.basis](change, label, count)
+        return None if found is None else as_rows(found.to(torch.float64), label)
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         trained = past.trained_side(replies.adapter)
         if not layer.ends:
             return LayerUpdate(carried=layer.carried | {trained: replies.mean(trained)})
-        # Of what is merged to the bit, as a client that holds the link could.
-        means = replies.means() | {trained: replies.mean(trained).to(layer.dtype)}
-        change, kept = (means["B"], means["A"]), self.kept(layer.rank, layer.link + 1)
-        carried = {trained: BASES[self.basis](change, trained, kept)} if kept else {}
-        return LayerUpdate(merged=change, carried=carried)  # W <- W + s B A
+        keep = trained if self.kept(layer.rank, layer.link + 1) else None
+        return LayerUpdate(merged=tuple(replies.means().values()), keep=keep)  # W <- W + s B A
 
     def kept(self, rank: int, link: int) -> int:
         """Count the rows of a link that come from the one before it, k."""
@@ -118,7 +117,7 @@ class SubspaceRacLora(GradientFirst):
 
     @override
     def first_factor(self, layer: Layer, gradient: Product) -> Tree:
-        return {"A": BASES[self.basis](gradient, "A", self.kept(layer.rank, 0))}
+        return {"A": past.BASES[self.basis](gradient, "A", self.kept(layer.rank, 0))}
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
@@ -133,7 +132,8 @@ class SubspaceRacLora(GradientFirst):
         link = (round_ - 1 - self.probe_rounds) // self.resample_every
         side = "BA".index(past.sides(link)[0])
         frozen = [(self.rank_of(plan, n), view.shape[side]) for n, view in plan.targets.items()]
-        return up, down + sum(r * d for r, d in frozen if link > 0 and self.kept(r, link))
+        kept = [pair for pair in frozen if link > 0 and self.kept(pair[0], link)]
+        return up, down + sum(past.numbers(r, d, self.basis) for r, d in kept)
 
     @property
     @override

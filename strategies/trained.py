@@ -22,6 +22,7 @@ from fedraclora.lowrank.algebra import Product, sum_products, truncated_product
 from fedraclora.lowrank.dora import magnitude_of
 from fedraclora.models.narrow import dequantise
 from fedraclora.narrow_weight import BITS, base_name, dense
+from fedraclora.protocol.derived import past_name, weight_of
 from fedraclora.protocol.link import Link, Plan, matrices
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.folder import provenance
@@ -113,7 +114,7 @@ def _from_start(
     folder: Path, config: RunConfig, method: Method, state: State, round_: int | None
 ) -> tuple[Tree, dict[str, Product]]:
     """Give W_0, and of each weight whose change since is known by factors, those factors."""
-    draw, known = Draw(config.seed), Known()
+    draw, known, past = Draw(config.seed), Known(), Tree()
     links = [n for n, _, _ in islice(read_links(folder / "chain"), 1)]
     if links != [0]:  # the run kept no chain
         return {
@@ -126,11 +127,11 @@ def _from_start(
         return start, {}
     for part in ends[0].parts():
         minus = {n: replace(t, scale=-t.scale) for n, t in part.terms.items()}
-        _collect(known, Link(minus), state.plan)
+        _collect(known, Link(minus), state.plan, past)
     for number, tensors, meta in read_links(folder / "chain"):
         if number and (round_ is None or number <= round_):
-            _collect(known, read_link(tensors, meta), state.plan)
-    _collect(known, ends[1], state.plan)
+            _collect(known, read_link(tensors, meta), state.plan, past)
+    _collect(known, ends[1], state.plan, past)
     return start, {name: change for name, change in known.items() if change is not None}
 
 
@@ -145,11 +146,20 @@ def _standing(method: Method, state: State, draw: Draw) -> Link | None:
     return None
 
 
-def _collect(known: Known, link: Link, plan: Plan) -> None:
-    """Add a link to what is known: its low-rank terms beside those before."""
+def _collect(known: Known, link: Link, plan: Plan, past: Tree) -> None:
+    """Add a link to what is known: its low-rank terms beside those before.
+
+    Args:
+        known: What is known. Modified.
+        link: The link.
+        plan: Of the run.
+        past: What the last link trained, by its name in base weights. Modified.
+    """
     for part in link.parts():
         for name, term in part.terms.items():
-            first, *rest = matrices(term)
+            first, *rest = matrices(term.beside(past.get(past_name(name))))
+            if term.kept is not None:
+                past[past_name(name)] = term.kept
             if not rest:
                 known[name] = None
                 continue
@@ -159,9 +169,11 @@ def _collect(known: Known, link: Link, plan: Plan) -> None:
                 known[name] = left, right
             elif (old := known[name]) is not None:
                 known[name] = _bounded(sum_products(old, (left, right)))
-        for name in part.dense:
+        for name, value in part.dense.items():
             if name in plan.targets:
                 known[name] = None
+            elif weight_of(name) is not None:
+                past[name] = value
 
 
 def _bounded(change: Product) -> Product:

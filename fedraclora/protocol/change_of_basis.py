@@ -16,7 +16,6 @@ import torch
 
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.downlink import Adapter, Trained, differs
-from fedraclora.sketch import SketchSpec
 
 
 def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
@@ -30,7 +29,7 @@ def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
     frozen = [f for f in adapter.factors.values() if not isinstance(f, Trained)]
     if len(trained) != 1 or len(frozen) != 1:
         return None
-    if isinstance(other := frozen[0], SketchSpec):
+    if not isinstance(other := frozen[0], torch.Tensor):
         return trained[0], other.draw()
     return None if differs(other) else (trained[0], other.to("cpu", torch.float64))
 

@@ -1,8 +1,8 @@
 """What one exchange asks of the cohort: factors, adapters, and the downlink that names them.
 
 Effective weight of an adapted matrix: ``W + scale * F_1 F_2 (F_3)``, where each factor is drawn
-from a seed (`SketchSpec`), sent and held fixed (a tensor) or trained (`Trained`), and is shared by
-the cohort or one per client (a leading axis K).
+from a seed (`SketchSpec`), computed from the last link (`Derived`), sent and held fixed (a tensor)
+or trained (`Trained`), and is shared by the cohort or one per client (a leading axis K).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from fedraclora.protocol.derived import Derived, past_name
 from fedraclora.protocol.pool import Pool
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Layout, Tree
@@ -46,9 +47,10 @@ class Trained:
         return self.start.draw() if isinstance(self.start, SketchSpec) else self.start
 
 
-Factor = SketchSpec | torch.Tensor | Trained
-"""A factor: a drawing that both ends make from its seed, a tensor that is sent and held
-fixed (a matrix, or [K, rows, cols] with one for each client), or what clients train."""
+Factor = SketchSpec | Derived | torch.Tensor | Trained
+"""A factor: a drawing that both ends make from its seed, what both compute from the last link, a
+tensor that is sent and held fixed (a matrix, or [K, rows, cols] with one for each client), or what
+clients train."""
 
 
 def differs(factor: Factor) -> bool:
@@ -140,6 +142,16 @@ class Downlink:
         }
         dense = {name: found[name] for name in self.dense}
         return replace(self, adapters=adapters, dense=dense)  # type: ignore[arg-type]
+
+    def beside(self, base: Tree) -> Downlink:
+        """Fill in what the last link trained, which stands beside the base weights."""
+
+        def known(name: str, factor: Factor) -> Factor:
+            if not isinstance(factor, Derived):
+                return factor
+            return factor.beside(base.get(past_name(name.rpartition("/")[0])))
+
+        return self.mapped(known)
 
     def to(self, dtype: torch.dtype) -> Downlink:
         """Convert what is sent to how it travels: on the CPU, in one precision, row by row.

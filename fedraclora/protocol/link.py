@@ -11,6 +11,7 @@ import torch
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.narrow_weight import QuantisedWeight, base_name
+from fedraclora.protocol.derived import Derived, past_name
 from fedraclora.protocol.quantised import FULL
 from fedraclora.sketch import Sketches, SketchSpec
 from fedraclora.tree import Tree
@@ -40,15 +41,29 @@ class Term:
     """A term of a link, which is added to a weight.
 
     Attributes:
-        factors: In order, a matrix, or sketches by their seed; one alone is a change in the shape
-            in which the weight is stored.
+        factors: In order, a matrix, sketches by their seed, or what is computed from the last link;
+            one alone is a change in the shape in which the weight is stored.
         scale: Of their product.
         kind: In which its numbers travel (`fedraclora.protocol.quantised`): they are such numbers.
+        keep: Place of the factor that stays beside the weight until the next such term, which may
+            be computed from it (`fedraclora.protocol.derived`); None: none does.
     """
 
-    factors: tuple[torch.Tensor | SketchSpec | Sketches, ...]
+    factors: tuple[torch.Tensor | SketchSpec | Sketches | Derived, ...]
     scale: float
     kind: str = FULL
+    keep: int | None = None
+
+    def beside(self, past: torch.Tensor | None) -> Term:
+        """Fill in what the last link trained, where a factor is computed from it."""
+        found = (f.beside(past) if isinstance(f, Derived) else f for f in self.factors)
+        return replace(self, factors=tuple(found))
+
+    @property
+    def kept(self) -> torch.Tensor | None:
+        """The factor that stays beside the weight."""
+        factor = None if self.keep is None else self.factors[self.keep]
+        return factor if isinstance(factor, torch.Tensor) else None
 
 
 @dataclass(frozen=True)
@@ -110,7 +125,8 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
                 "set model.base=float32"
             )
         # Of one layout each: how a library multiplies, and the last bit, may depend on it.
-        first, *others = (factor.contiguous() for factor in matrices(term))
+        known = term.beside(out.get(past_name(name)))
+        first, *others = (factor.contiguous() for factor in matrices(known))
         old = base[name]
         new = torch.empty(old.shape, dtype=torch.float64, device=old.device).copy_(old)
         W = plan.targets[name].matrix(new) if others else new
@@ -120,6 +136,8 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
         else:
             W.add_(reduce(torch.matmul, others, first).to(new.device), alpha=term.scale)
         out[name] = new.to(old.dtype)
+        if term.kept is not None:
+            out[past_name(name)] = term.kept.to(out[name])
     for name, value in link.dense.items():
         out[name] = value.to(base[name]) if name in base else value
     for part in link.rest:

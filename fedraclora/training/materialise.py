@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree, wide
@@ -24,7 +25,7 @@ def materialise(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tr
         like = torch.empty(0, dtype=wide(base[weight].dtype), device=base[weight].device)
         for label, factor in adapter.factors.items():
             name = f"{weight}/{label}"
-            if isinstance(factor, SketchSpec):
+            if isinstance(factor, SketchSpec | Derived):
                 frozen[name] = factor.draw().to(like.device, like.dtype)
             elif isinstance(factor, torch.Tensor):
                 value = factor.to(like.device, like.dtype)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.derived import Derived, past_name, pasts, weight_of
 from fedraclora.protocol.method import Link, Plan, Term
 from fedraclora.protocol.quantised import FULL, decode, encode, packed_bytes
 from fedraclora.sketch import Sketches, SketchSpec
@@ -26,9 +27,10 @@ VALUES = {"float32": torch.float32, "float64": torch.float64}  # what is read of
 
 
 def term_bytes(term: Term) -> int:
-    """Count the payload bytes of a term: its matrices, and 8 for each seed."""
+    """Count the payload bytes of a term: its matrices, coefficients, and 8 for each seed."""
     tensors = [f for f in term.factors if isinstance(f, torch.Tensor)]
     seeds = SEED_BYTES * (len(term.factors) - len(tensors))
+    seeds += sum(f.nbytes for f in term.factors if isinstance(f, Derived))
     if term.kind == FULL:
         return seeds + sum(t.nbytes for t in tensors)
     return seeds + sum(int(packed_bytes([t.numel()], term.kind)) for t in tensors)
@@ -48,21 +50,34 @@ class LinkSizes:
     versions come the floor rises, and what lies below it is forgotten: what is kept, and what a
     round costs, does not grow with the rounds.
 
+    What the last link trained of a weight (`fedraclora.protocol.derived`) comes with its terms; to
+    whoever fetches the weight whole it is sent beside it, and is a part of what that costs.
+
     Args:
         base: The weights at version 0.
 
     Attributes:
         dense: Bytes of each weight as it is now, whole [W].
+        beside: Bytes of what the last link trained of it, and the next may need [W].
         floor: The version up to which all need the same.
         kinds: In which weights travel whole, by name; those that are not here, as they are.
         sums: For each version from the floor on the bytes of all links up to it [W].
     """
 
     def __init__(self, base: Mapping[str, torch.Tensor]) -> None:
-        self.place = {name: i for i, name in enumerate(base)}
-        self.dense = np.array([t.nbytes for t in base.values()], np.int64)
+        self.place = {name: i for i, name in enumerate(n for n in base if weight_of(n) is None)}
+        self.dense = np.array([base[name].nbytes for name in self.place], np.int64)
+        self.beside = np.zeros_like(self.dense)
+        for weight, past in pasts(base).items():
+            self.beside[self.place[weight]] = past.nbytes
         self.kinds: dict[str, str] = {}
-        self.floor, self.sums = 0, [np.zeros(len(base), np.int64)]
+        self.floor, self.sums = 0, [np.zeros_like(self.dense)]
+
+    @property
+    def whole(self) -> npt.NDArray[np.int64]:
+        """Bytes that each weight costs where it is fetched whole [W]."""
+        found: npt.NDArray[np.int64] = self.dense + self.beside
+        return found
 
     @property
     def version(self) -> int:
@@ -75,20 +90,28 @@ class LinkSizes:
         for part in () if link is None else link.parts():
             for name, term in part.terms.items():
                 row[self.place[name]] += term_bytes(term)
+                if term.kept is not None:
+                    self._stays(past_name(name), term.kept, term.kind)
             for name, value in part.dense.items():
-                self.dense[self.place[name]] = size = value_bytes(value, part.kind)
-                row[self.place[name]] += size
-                if part.kind != FULL:
-                    self.kinds[name] = part.kind
+                row[self.place[weight_of(name) or name]] += self._stays(name, value, part.kind)
         self.sums.append(self.sums[-1] + row)
         # A weight whose size changes comes whole in a link that is as large: a floor stays one.
         while len(self.sums) > 1 and self._is_floor(self.sums[1]):
             del self.sums[0]
             self.floor += 1
 
+    def _stays(self, name: str, value: torch.Tensor, kind: str) -> int:
+        """Take over the size of a new value, or of what stands beside a weight; return it."""
+        weight = weight_of(name)
+        size = value_bytes(value, kind)
+        (self.dense if weight is None else self.beside)[self.place[weight or name]] = size
+        if kind != FULL:
+            self.kinds[name] = kind
+        return size
+
     def _is_floor(self, until: npt.NDArray[np.int64]) -> bool:
         """Check whether older versions need what this one needs, given the bytes up to it [W]."""
-        return bool(((self.sums[-1] - until >= self.dense) | (until == 0)).all())
+        return bool(((self.sums[-1] - until >= self.whole) | (until == 0)).all())
 
     def since(self, version: int) -> npt.NDArray[np.int64]:
         """Count the bytes of the links after a version, or the floor if it lies below it [W]."""
@@ -96,9 +119,15 @@ class LinkSizes:
         return after
 
     def followed(self, version: int) -> frozenset[str]:
-        """Name the weights to which links lead from a version in fewer bytes than they have."""
-        smaller = self.since(version) < self.dense
-        return frozenset(name for name, i in self.place.items() if smaller[i])
+        """Name the weights to which links lead from a version in fewer bytes than they have.
+
+        Returns:
+            These, and the names of what the last link trained of them, where it stands beside them.
+        """
+        smaller = self.since(version) < self.whole
+        found = [name for name, i in self.place.items() if smaller[i]]
+        beside = [past_name(name) for name in found if self.beside[self.place[name]]]
+        return frozenset([*found, *beside])
 
 
 class CatchUp(LinkSizes):
@@ -123,11 +152,11 @@ class CatchUp(LinkSizes):
             return np.zeros(0, dtype=np.int64)
         versions = np.maximum(self.versions[clients.numpy()], self.floor)
         if (versions == versions[0]).all():  # as where everybody is asked in every round
-            each = np.minimum(self.since(int(versions[0])), self.dense).sum()
+            each = np.minimum(self.since(int(versions[0])), self.whole).sum()
             return np.full(len(versions), each)
         present, inverse = np.unique(versions, return_inverse=True)
         missing = np.stack([self.since(v) for v in present])
-        cost: npt.NDArray[np.int64] = np.minimum(missing, self.dense).sum(axis=1)[inverse]
+        cost: npt.NDArray[np.int64] = np.minimum(missing, self.whole).sum(axis=1)[inverse]
         return cost
 
     def fetch(self, clients: torch.Tensor) -> npt.NDArray[np.int64]:
@@ -146,6 +175,7 @@ class CatchUp(LinkSizes):
             "catch_up/floor": torch.tensor([self.floor]),
             "catch_up/sums": torch.from_numpy(np.stack(self.sums)),
             "catch_up/dense": torch.from_numpy(self.dense),
+            "catch_up/beside": torch.from_numpy(self.beside),
             "catch_up/clients": torch.from_numpy(seen),
             "catch_up/versions": torch.from_numpy(self.versions[seen]),
         }
@@ -156,6 +186,8 @@ class CatchUp(LinkSizes):
         self.sums = list(tensors["catch_up/sums"].numpy().copy())
         if (dense := tensors.get("catch_up/dense")) is not None:
             self.dense = dense.numpy().copy()
+        if (beside := tensors.get("catch_up/beside")) is not None:
+            self.beside = beside.numpy().copy()
         for name, i in self.place.items() if dense is None else ():  # of an older release
             if (now := tensors.get(f"base/{name}")) is not None:
                 self.dense[i] = now.nbytes
@@ -174,6 +206,9 @@ def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
                 parts.append(vars(factor))
             elif isinstance(factor, Sketches):
                 parts.append({"first": vars(factor.first), "count": factor.count})
+            elif isinstance(factor, Derived):
+                tensors[f"term|{name}|{i}"] = factor.coefficients
+                parts.append({"drawing": vars(factor.drawing)})
             elif term.kind == FULL:
                 tensors[f"term|{name}|{i}"] = factor
                 parts.append(None)
@@ -181,15 +216,16 @@ def link_tensors(link: Link) -> tuple[Tree, dict[str, object]]:
                 packed = encode(factor.reshape(-1), [factor.numel()], term.kind)
                 tensors[f"term|{name}|{i}"] = packed
                 parts.append(list(factor.shape))
-        kind = {} if term.kind == FULL else {"kind": term.kind}
-        terms[name] = {"scale": term.scale, "factors": parts, **kind}
+        beside = {"kind": term.kind if term.kind != FULL else None, "keep": term.keep}
+        beside = {key: value for key, value in beside.items() if value is not None}
+        terms[name] = {"scale": term.scale, "factors": parts, **beside}
     rest = []
     for i, part in enumerate(link.rest):
         more, described = link_tensors(part)
         tensors |= {f"rest{i}|{n}": t for n, t in more.items()}
         rest.append(described)
-    beside: dict[str, object] = {"values": values, "rest": rest}
-    return tensors, {"terms": terms} | {key: value for key, value in beside.items() if value}
+    others: dict[str, object] = {"values": values, "rest": rest}
+    return tensors, {"terms": terms} | {key: value for key, value in others.items() if value}
 
 
 def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Link:
@@ -197,15 +233,18 @@ def read_link(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> L
     terms: dict[str, Term] = {}
     for name, term in meta["terms"].items():
         kind = term.get("kind", FULL)
-        factors: list[torch.Tensor | SketchSpec | Sketches] = []
+        factors: list[torch.Tensor | SketchSpec | Sketches | Derived] = []
         for i, known in enumerate(term["factors"]):
-            if isinstance(known, Mapping):
+            if isinstance(known, Mapping) and "drawing" not in known:
                 factors.append(_sketch(known))
                 continue
             factor = tensors[f"term|{name}|{i}"]
+            if isinstance(known, Mapping):
+                factors.append(Derived(factor, SketchSpec(**known["drawing"])))
+                continue
             shaped = known is None or kind == FULL
             factors.append(factor if shaped else decode(factor, [prod(known)], kind).reshape(known))
-        terms[name] = Term(tuple(factors), float(term["scale"]), kind)
+        terms[name] = Term(tuple(factors), float(term["scale"]), kind, term.get("keep"))
     values = meta.get("values", {})
     kind = next((value[0] for value in values.values()), FULL)
     rest = [

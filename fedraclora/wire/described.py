@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fedraclora.errors import WireError
+from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.method import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.pool import Pool
 from fedraclora.protocol.recipes import RECIPES
@@ -127,6 +128,8 @@ def _describe_factor(factor: Factor) -> dict[str, object]:
     """Describe a factor in plain JSON; its numbers travel in the flat array."""
     if isinstance(factor, SketchSpec):
         return {"role": "sketched", "spec": vars(factor)}
+    if isinstance(factor, Derived):
+        return {"role": "derived", "spec": vars(factor.drawing)}
     if isinstance(factor, torch.Tensor):
         return {"role": "frozen"}
     return {
@@ -146,13 +149,16 @@ def _factor(described: object, key: str, value: torch.Tensor | None, own: bool) 
     if role == "sketched":
         exactly(plain, frozenset({"role", "spec"}), key)
         return _spec(plain["spec"], key)
+    if role == "derived":
+        exactly(plain, frozenset({"role", "spec"}), key)
+        return _derived(_spec(plain["spec"], key), key, value)
     if role == "frozen":
         exactly(plain, frozenset({"role"}), key)
         if value is None or value.dim() != 2 + own:
             raise WireError("a frozen factor came without its numbers, or is no matrix")
         return value
     if role != "trained":
-        raise WireError(f"{key} is {shown(role)}; sketched, frozen or trained is wanted")
+        raise WireError(f"{key} is {shown(role)}; sketched, derived, frozen or trained is wanted")
     exactly(plain, TRAINED, key)
     shape = read_shape(plain["shape"], f"the shape of {key}")
     start: torch.Tensor | SketchSpec | None = None
@@ -168,6 +174,18 @@ def _factor(described: object, key: str, value: torch.Tensor | None, own: bool) 
                 f"{key} has the shape {shape}, but is to start as a drawing of shape {drawn}"
             )
     return Trained(shape, start, flag(plain["main"], "main"), flag(plain["upload"], "upload"))
+
+
+def _derived(drawing: SketchSpec, key: str, value: torch.Tensor | None) -> Derived:
+    """Read what is to be computed from the last link."""
+    if value is None or value.dtype != torch.float64 or value.dim() != 2:
+        raise WireError(f"the coefficients of {key} are missing, or are no matrix of float64")
+    if not len(value) <= drawing.dim or value.shape[1] <= drawing.rank:
+        raise WireError(
+            f"the coefficients of {key} have the shape {tuple(value.shape)}; a row for each "
+            f"component, and more columns than the {drawing.rank} of its drawing, are wanted"
+        )
+    return Derived(value, drawing)
 
 
 def _spec(described: object, key: str) -> SketchSpec:

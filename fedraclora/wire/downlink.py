@@ -11,6 +11,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedraclora.errors import WireError
+from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.downlink import differs
 from fedraclora.protocol.method import Downlink
 from fedraclora.protocol.quantised import FULL, ROUNDED, packed_bytes
@@ -24,6 +25,7 @@ from fedraclora.wire.records import (
     array_record,
     header_record,
     packed_numbers,
+    read_array,
     read_first,
     read_header,
     read_layout,
@@ -35,7 +37,7 @@ from fedraclora.wire.unwritten import Records, held_by, unwritten, written
 
 WEIGHTS = (None, "examples", "uniform")
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
-HEADER |= {"uplink", "kind", "feedback"}
+HEADER |= {"uplink", "kind", "feedback", "coefficients"}
 
 
 def uplink_layout(downlink: Downlink) -> Layout:
@@ -80,14 +82,16 @@ def payload_bytes(downlink: Downlink, cohort: int, kind: str) -> int:
         kind: Of its numbers: a key of `WIDTHS`, or one of `ROUNDED`.
 
     Returns:
-        The bytes of its numbers, and 8 per seed.
+        The bytes of its numbers, and 8 per seed; of what is computed from the last link those of
+        the coefficients and of a seed.
     """
     sent = _sent(downlink).values()
     shared = [t.numel() for t, own in sent if not own]
     own = [t.numel() // cohort for t, own in sent if own]
     starts = [slot.start for slot in downlink.trained().values()]
-    drawn = [isinstance(f, SketchSpec) for f in [*downlink.factors().values(), *starts]]
-    return int(packed_bytes(shared + own, kind)) + SEED_BYTES * sum(drawn)
+    seeds = [isinstance(f, SketchSpec | Derived) for f in [*downlink.factors().values(), *starts]]
+    coefficients = sum(t.nbytes for t in _coefficients(downlink).values())
+    return int(packed_bytes(shared + own, kind)) + SEED_BYTES * sum(seeds) + coefficients
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,8 @@ class Packed:
         downlink, request = self.downlink, self.request
         shared = {n: t for n, (t, own) in self.sent.items() if not own}
         layout = Layout.of(shared)
+        coefficients = _coefficients(downlink)
+        beside = Layout.of(coefficients)
         header = {
             "round": request.round_,
             "version": request.version,
@@ -143,9 +149,13 @@ class Packed:
             **describe(downlink),
             "layout": layout.shapes,
             "own": self.own_layout.shapes,
+            "coefficients": beside.shapes,
         }
         numbers = packed_numbers(layout.pack(shared), layout, self.kind)
-        return {"config": header_record(header), "arrays": array_record(numbers)}
+        records: Records = {"config": header_record(header), "arrays": array_record(numbers)}
+        if coefficients:
+            records["coefficients"] = array_record(beside.pack(coefficients))
+        return records
 
     def message(self, clients: torch.Tensor, first: int) -> RecordDict:
         """Make the content of a message to clients at the places ``first, first + 1, ...``."""
@@ -221,6 +231,15 @@ class Reader:
         if len(flat) != layout.size:
             raise WireError(f"a message has {len(flat)} numbers, but its layout has {layout.size}")
         self._tensors = layout.unpack(flat)
+        beside = read_layout(header["coefficients"], "the layout of coefficients")
+        if beside.size:
+            numbers = read_array(content, "coefficients")
+            if numbers.dtype != torch.float64 or tuple(numbers.shape) != (beside.size,):
+                raise WireError(
+                    f"the coefficients of a message are {tuple(numbers.shape)} of {numbers.dtype}; "
+                    f"{beside.size} of float64 are wanted"
+                )
+            self._tensors |= beside.unpack(numbers)
         if not header["own"]:
             self._downlink = described_downlink(header, self._tensors, set())
         self._arrays = content["arrays"]
@@ -287,3 +306,9 @@ def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
     for extra, tree in downlink.extras.items():
         sent |= {f"{extra}/{name}": (tensor, False) for name, tensor in tree.items()}
     return sent
+
+
+def _coefficients(downlink: Downlink) -> Tree:
+    """Collect the coefficients of the factors that are computed from the last link, by name."""
+    factors = downlink.factors().items()
+    return {name: f.coefficients for name, f in factors if isinstance(f, Derived)}

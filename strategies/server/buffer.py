@@ -25,6 +25,7 @@ import torch
 
 from fedraclora.devices.asynchronous import PendingClient
 from fedraclora.errors import ConfigError
+from fedraclora.protocol.derived import pasts
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink, Link, Method, State
 from fedraclora.protocol.quantised import FULL
@@ -36,6 +37,7 @@ from fedraclora.wire.records import array_record, header_record, read_array, rea
 PREFIX = "buffer/"
 # Fields that older headers lack.
 NEWER = {"extras": {}, "pools": {}, "uplink": FULL, "kind": FULL, "feedback": False, "turn": None}
+NEWER |= {"coefficients": []}
 OLDER = ("variates", "lifted")  # fields of headers of older releases, which were empty here
 
 
@@ -164,13 +166,13 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
     ages = [float(round_ - b.round_) for b in batches for _ in b.flights]
     own = [[b] for b in batches if b.sent.link != now.link]
     together = [b for b in batches if b.sent.link == now.link]
-    carries = bool(own and state.carried)
+    carries = bool(own and _carries(state))
     links: list[Link] = []
     for group in [*own, *([together] if together else [])]:
         sent = now if group is together else group[0].sent
         state = _closed(method, state, sent, group, total, round_)
         links.append(state.link or Link())
-        carries |= bool(own and state.carried)
+        carries |= bool(own and _carries(state))
     if carries:
         raise ConfigError(
             "a reply to an older downlink came (system.buffer), but what this method carries from "
@@ -182,6 +184,11 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
     return replace(
         state, link=replace(first, rest=tuple(others)), report={"merged": float(len(ages))} | report
     )
+
+
+def _carries(state: State) -> bool:
+    """Check whether a method has something from earlier rounds beside the weights."""
+    return bool(state.carried or pasts(state.base))
 
 
 def _closed(

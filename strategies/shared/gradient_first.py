@@ -22,6 +22,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.limits import choice_of
 from fedraclora.lowrank.algebra import Product
+from fedraclora.protocol.derived import as_rows
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
@@ -119,9 +120,9 @@ def whole(factor: torch.Tensor, drawing: SketchSpec) -> torch.Tensor:
         drawing: Of rank k or more.
     """
     label = "A" if drawing.side == "right" else "B"
-    rows, length = past.as_rows(factor, label), drawing.gram_scale**0.5
+    rows, length = as_rows(factor, label), drawing.gram_scale**0.5
     if len(rows) == drawing.rank:
         return factor
-    drawn = past.as_rows(drawing.draw(), label)
+    drawn = as_rows(drawing.draw(), label)
     rows = past.completed(rows.to("cpu", torch.float64) / length, drawn) * length
-    return past.as_rows(rows, label).to(factor.dtype)
+    return as_rows(rows, label).to(factor.dtype)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import torch
 
 from fedraclora.lowrank.algebra import Product
+from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.method import Draw, Factor, Trained
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
-Value = torch.Tensor | SketchSpec  # a matrix, or a drawing by its seed
+# A matrix, a drawing by its seed, or what is computed from the last link.
+Value = torch.Tensor | SketchSpec | Derived
 Factors = dict[str, Factor]  # of a layer, by label
 LABELS = ("B", "R", "A")  # of factors, in the order of their product
 
@@ -30,6 +32,8 @@ class Layer:
         link: Number of the link in progress.
         ends: Whether the link ends with this round.
         dtype: Precision of W.
+        past: The factor that the last link trained, where that said so (`LayerUpdate.keep`), as
+            replicas hold it.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Layer:
     link: int
     ends: bool
     dtype: torch.dtype
+    past: torch.Tensor | None = None
 
     @property
     def m(self) -> int:
@@ -132,8 +137,11 @@ class LayerUpdate:
         merged: Factors whose product is folded into W, times s; None: nothing is.
         aggregate: What stands for the mean of the clients' products in the error of the round;
             None: what is carried and what is merged, together.
+        keep: Label of the merged factor from which the next link takes its frozen one
+            (`fedraclora.protocol.derived`); None: it does not.
     """
 
     carried: Mapping[str, Value] = field(default_factory=dict)
     merged: tuple[Value, ...] | None = None
     aggregate: Product | None = None
+    keep: str | None = None

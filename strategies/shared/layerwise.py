@@ -24,6 +24,7 @@ from typing_extensions import override
 from fedraclora.limits import Limited
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.narrow_weight import dense
+from fedraclora.protocol.derived import Derived, past_name
 from fedraclora.protocol.method import (
     Adapter,
     Cohort,
@@ -198,6 +199,7 @@ class LayerMethod(LowRank):
             link=state.memo.sketch,
             ends=state.memo.age + 1 == self.link_rounds,
             dtype=wide(state.base[name].dtype),
+            past=state.base.get(past_name(name)),
         )
 
     @override
@@ -241,7 +243,8 @@ class LayerMethod(LowRank):
                 if isinstance(value, torch.Tensor):  # a drawing is drawn anew from its seed
                     carried[f"{name}/{label}"] = value.to(layer.dtype)
             if merged := _rounded(update.merged or (), layer.dtype):
-                terms[name] = Term(merged, adapter.scale)
+                keep = None if update.keep is None else "BA".index(update.keep)
+                terms[name] = Term(merged, adapter.scale, keep=keep)
         ends = state.memo.age + 1 == self.link_rounds
         dense = dense_means(state, came.mean, self.traits.step)
         link = self.merge(state, terms, dense)
@@ -311,12 +314,14 @@ class LayerMethod(LowRank):
 
 
 def numbers(sent: Downlink) -> tuple[int, int]:
-    """Count the numbers (up, down) of a message to one client; a seed has none."""
+    """Count the numbers (up, down) of a message to one client; a seed has none, C is r (p + r)."""
     up = int(uploaded_numbers(sent, 1))
     down = 0
     for slot in sent.trained().values():
         down += prod(slot.shape) if isinstance(slot.start, torch.Tensor) else 0
-    down += sum(f.numel() for f in sent.factors().values() if isinstance(f, torch.Tensor))
+    for factor in sent.factors().values():
+        numbers = factor.coefficients if isinstance(factor, Derived) else factor
+        down += numbers.numel() if isinstance(numbers, torch.Tensor) else 0
     return up, down
 
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 
-from fedraclora.lowrank.algebra import truncated_product
+from fedraclora.limits import Limit, choice_of
+from fedraclora.lowrank.algebra import Product, truncated_product
+from fedraclora.protocol.change_of_basis import as_product
+from fedraclora.protocol.derived import Derived, as_rows
 from fedraclora.protocol.link import Term, matrices
 from fedraclora.protocol.method import Adapter, Downlink, Trained
+from fedraclora.sketch import SketchSpec
 from strategies.shared.layer import Value
 
-Change = tuple[Value, Value]  # B and A of a link
+Length = Annotated[
+    float | str,
+    Limit(
+        "auto, or a number in (0, 1],",
+        lambda c: c == "auto" or (isinstance(c, float | int) and 0 < c <= 1),
+    ),
+]
 ENERGY = "energy_seen"  # a column of the ledger
+CLOSE = 1e-9  # of a combination to the rows that it stands for, relative to these
 
 
 def sides(link: int) -> tuple[str, str]:
@@ -25,12 +37,7 @@ def trained_side(adapter: Adapter) -> str:
     return next(k for k, factor in adapter.factors.items() if isinstance(factor, Trained))
 
 
-def as_rows(factor: torch.Tensor, label: str) -> torch.Tensor:
-    """Turn B so that its components are rows, as those of A are; and back."""
-    return factor.mT if label == "B" else factor
-
-
-def leading(change: Change, side: str, kept: int) -> torch.Tensor:
+def leading(change: Product, side: str, kept: int) -> torch.Tensor:
     """Compute the leading left (side ``B``) or right (``A``) singular vectors of B A.
 
     Returns:
@@ -41,7 +48,7 @@ def leading(change: Change, side: str, kept: int) -> torch.Tensor:
     return u if side == "B" else vt
 
 
-def squared_lengths(change: Change, side: str, _kept: int) -> torch.Tensor:
+def squared_lengths(change: Product, side: str, _kept: int) -> torch.Tensor:
     """Compute the squared lengths of the rows (side ``B``) or columns (``A``) of B A.
 
     Returns:
@@ -50,6 +57,24 @@ def squared_lengths(change: Change, side: str, _kept: int) -> torch.Tensor:
     B, A = matrices(Term(change, 1.0))
     squares = (B @ (A @ A.mT) * B).sum(dim=1) if side == "B" else (B.mT @ B @ A * A).sum(dim=0)
     return as_rows(squares[None], side)
+
+
+def as_change(past: torch.Tensor, label: str, kept: int, length: float) -> Product:
+    """Write the change of the last link by what it trained alone, but for a rotation.
+
+    Its frozen rows were orthogonal, so that s B A has the left singular vectors (and lengths of
+    rows) of B times their lengths, up to s; where A was trained the right ones likewise.
+
+    Args:
+        past: What was trained: B [m, r] or A [r, n]. Not modified.
+        label: Which of them.
+        kept: How many of the frozen rows were kept ones.
+        length: That of those.
+    """
+    past = past.to("cpu", torch.float64)
+    lengths = past.new_ones(len(as_rows(past, label)))
+    lengths[:kept] = length
+    return as_product(label, past, lengths.diag())
 
 
 def chosen(weights: torch.Tensor, count: int, uniform: torch.Tensor) -> torch.Tensor:
@@ -71,6 +96,11 @@ def chosen(weights: torch.Tensor, count: int, uniform: torch.Tensor) -> torch.Te
     return torch.eye(len(weights), dtype=torch.float64)[first]
 
 
+BASES = {"singular": leading, "coordinate": squared_lengths}
+SKETCHES = {"singular": "orthonormal", "coordinate": "coordinate"}  # of the other rows
+Basis = Annotated[str, choice_of(BASES)]
+
+
 def completed(kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     """Append random rows to orthonormal ones, orthonormal to them and to one another.
 
@@ -87,6 +117,48 @@ def completed(kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     outside = torch.linalg.vector_norm(drawn - drawn @ kept.mT @ kept, dim=1) > 1e-6
     q, r = torch.linalg.qr(torch.cat([kept, drawn[outside][: len(drawn) - len(kept)]]).mT)
     return torch.where(r.diagonal() < 0, -q, q).mT
+
+
+def factor(
+    kept: torch.Tensor,
+    length: float,
+    drawing: SketchSpec,
+    past: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Value:
+    """Build a frozen factor of kept rows and drawn ones.
+
+    Args:
+        kept: K, orthonormal rows [k, d], float64. Not modified.
+        length: c, which they have in the factor.
+        drawing: Gives the other rows; its side is that of the factor.
+        past: What the last link trained, which clients hold, where K is in its span; or None.
+        dtype: In which the factor is sent where it is.
+
+    Returns:
+        A combination of what the last link trained and of the drawing; or the factor itself, where
+        that is no more bytes, or where rows lie outside the span: after a link that hardly trained.
+    """
+    label = "A" if drawing.side == "right" else "B"
+    rows = completed(kept, as_rows(drawing.draw(), label))
+    rows[: len(kept)] *= length
+    if past is not None and smaller(len(as_rows(past, label)), *rows.shape):
+        found = Derived.of(rows, past, drawing)
+        far = torch.linalg.vector_norm(as_rows(found.draw(), label) - rows)
+        if far <= CLOSE * torch.linalg.vector_norm(rows):
+            return found
+    return as_rows(rows, label).to(dtype)
+
+
+def smaller(past: int, rank: int, dim: int) -> bool:
+    """Check whether coefficients, of 8 bytes, take fewer than a factor of ``rank`` rows, of 4."""
+    return 2 * (past + rank) < dim
+
+
+def numbers(rank: int, dim: int, basis: str) -> int:
+    """Count the numbers that are sent for a frozen factor of [rank, dim] that is not drawn."""
+    few = basis == "singular" and smaller(rank, rank, dim)
+    return rank * (2 * rank if few else dim)
 
 
 def energies(term: Term, trained: str, kept: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ from typing_extensions import override
 from fedraclora.aggregation.server_optimisers import ServerOptimiser
 from fedraclora.lowrank.algebra import product_norm
 from fedraclora.protocol.change_of_basis import as_product, held_beside, transported
+from fedraclora.protocol.derived import past_name, pasts
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink, Draw, Link, Method, State, apply_link
 from fedraclora.protocol.uplinks import Uplinks
@@ -92,6 +93,8 @@ def step_in_weights(
         base = wide.to(after.base[name].dtype)
         if not torch.equal(base, before.base[name]):
             dense[name] = base
+    # What the next link is computed from stands in no term of this one.
+    dense |= {past_name(name): past for name, past in pasts(after.base).items()}
     link = Link(dense=dense)
     like = before.base  # of the moment ``first/<name>`` that of the name
     moments = {n: m.to(like[n.partition("/")[2]]) for n, m in moments.items()}

@@ -44,6 +44,7 @@ from worlds import (
 
 from fedraclora.aggregation.base import AggregationContext, Total
 from fedraclora.errors import ConfigError, ShapeError
+from fedraclora.protocol.derived import weight_of
 from fedraclora.protocol.link import apply_link
 from fedraclora.protocol.method import Draw, Method, Trained
 from fedraclora.protocol.rank_budgets import uploaded_numbers
@@ -329,6 +330,9 @@ def test_merging_rounds_once_from_float64(variant: Variant) -> None:
                 assert torch.equal(new, wide.float()), name
             elif name in link.dense:
                 assert torch.equal(new, link.dense[name]), name
+            elif (weight := weight_of(name)) is not None and weight in link.terms:
+                kept = link.terms[weight].kept
+                assert new is old if kept is None else torch.equal(new, kept), name
             else:
                 assert new is old, name
 

@@ -20,7 +20,7 @@ from strategies.bernoulli_lora import BernoulliLora
 from strategies.shared.past import chosen, completed, energies
 from strategies.subspace_rac_lora import SubspaceRacLora
 
-M, N, RANK, ALPHA = 9, 12, 4, 6.0
+M, N, RANK, ALPHA = 9, 12, 4, 6.0  # frozen factors are sent: coefficients would be more bytes
 DRAW = Draw(3)
 PLAN = Plan({"w": LayerView("linear", (M, N))}, weights=("w",), shapes={"w": (M, N)})
 COHORT = Cohort(torch.arange(2), torch.tensor([1.0, 3.0], dtype=torch.float64))
@@ -61,6 +61,11 @@ def frozen(sent: Downlink, label: str) -> torch.Tensor:
     return factor
 
 
+def drawn(sent: Downlink) -> dict[str, torch.Tensor]:
+    factors = sent.adapters["w"].factors.items()
+    return {label: f.draw() for label, f in factors if isinstance(f, SketchSpec)}
+
+
 def test_a_link_keeps_the_leading_singular_vectors_of_the_change_of_the_last() -> None:
     method = SubspaceRacLora(rank=RANK, alpha=ALPHA, resample_every=1, fresh=0.5, kept_scale=0.5)
     (first, _), (second, left), (_, right) = played(method, 3)
@@ -79,13 +84,21 @@ def test_the_basis_and_what_is_trained_last_as_long_as_the_link() -> None:
     method = SubspaceRacLora(rank=RANK, alpha=ALPHA, resample_every=2)
     states = played(method, 6)
     assert [sorted(state.carried) for state, _ in states] == [
-        ["w/B"],  # trained
-        ["w/B"],  # kept, of what was trained
-        ["w/A", "w/B"],
-        ["w/A"],
-        ["w/A", "w/B"],
         ["w/B"],
+        [],
+        ["w/A"],
+        [],
+        ["w/B"],
+        [],
     ]
+    # What was trained stays beside the weight for as long as the next link.
+    ends = [states[i][0].link.terms["w"].kept for i in (1, 3, 5)]  # type: ignore[union-attr]
+    beside = [state.base.get("w/past") for state, _ in states]
+    for after, kept in zip(beside[1:], [ends[0]] * 2 + [ends[1]] * 2 + [ends[2]], strict=True):
+        assert after is not None
+        assert torch.equal(after, kept)  # type: ignore[arg-type]
+    assert beside[0] is None
+    assert [tuple(kept.shape) for kept in ends] == [(M, RANK), (RANK, N), (M, RANK)]  # type: ignore[union-attr]
     (third, sent), (_, again) = states[2], states[3]
     assert torch.equal(frozen(sent, "B"), frozen(again, "B"))
     assert torch.equal(again.trained()["w/A"].start, third.carried["w/A"])  # type: ignore[arg-type]
@@ -99,8 +112,10 @@ def test_with_all_rows_fresh_links_are_those_of_drawings_by_turns() -> None:
         link = state.memo.sketch - 1
         plain = BernoulliLora(rank=RANK, alpha=ALPHA).sided("right" if link % 2 == 0 else "left")
         before = replace(state, memo=replace(state.memo, sketch=link))
-        assert sent.adapters == plain.open_round(before, link + 1, COHORT, DRAW).adapters
-        assert state.carried == {}
+        asked, wanted = drawn(sent), drawn(plain.open_round(before, link + 1, COHORT, DRAW))
+        assert asked.keys() == wanted.keys()
+        assert all(torch.equal(asked[label], wanted[label]) for label in wanted)
+        assert (state.carried, [*state.base]) == ({}, ["w"])
         # Nothing is kept: the share seen is that of a drawing, whatever came.
         assert state.report["energy_seen"] == pytest.approx(RANK / (N if link % 2 == 0 else M))
 
@@ -112,7 +127,6 @@ def test_pairs_draw_every_even_link() -> None:
         even = i % 2 == 0
         assert isinstance(sent.adapters["w"].factors["A" if even else "B"], SketchSpec) == even
         assert ("energy_seen" in state.report) == even  # beside kept rows alone nothing is known
-        assert ("w/B" in state.carried) == even
     # The second of a pair has the range of the first.
     B, first = frozen(states[1][1], "B"), states[0][0].base["w"]
     B = B / torch.linalg.vector_norm(B, dim=0)

@@ -1,0 +1,212 @@
+"""Frozen factors computed from the last link: at the server, in messages, at a replica."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from flwr.app import ConfigRecord
+
+from fedraclora.errors import WireError
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.change_of_basis import held_beside
+from fedraclora.protocol.derived import Derived
+from fedraclora.protocol.method import (
+    Adapter,
+    Cohort,
+    Downlink,
+    Draw,
+    Plan,
+    State,
+    Trained,
+    apply_link,
+)
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.rng import generator, torch_normal
+from fedraclora.sketch import SketchSpec
+from fedraclora.training.materialise import materialise
+from fedraclora.tree import digest
+from fedraclora.weights.chain import CatchUp, link_tensors, read_link
+from fedraclora.weights.replica import Replica
+from fedraclora.weights.update import WeightHistory
+from fedraclora.wire.downlink import (
+    TrainRequest,
+    pack_downlink,
+    payload_bytes,
+    unpack_downlink,
+    uplink_layout,
+)
+from strategies.server.quantised import DownlinkRounding
+from strategies.subspace_rac_lora import SubspaceRacLora
+
+M, N, R, ALPHA = 30, 40, 3, 7.0
+METHOD = SubspaceRacLora(rank=R, alpha=ALPHA, resample_every=1, fresh=0.3)  # k = 2
+DRAW, CPU = Draw(3), torch.device("cpu")
+PLAN = Plan({"w": LayerView("linear", (M, N))}, weights=("w",), shapes={"w": (M, N)})
+COHORT = Cohort(torch.arange(2), torch.tensor([1.0, 3.0], dtype=torch.float64))
+REQUEST = TrainRequest(2, 1, 1.0, COHORT.clients)
+COEFFICIENTS = 8 * R * (R + R)
+
+
+def played(
+    rounds: int, method: SubspaceRacLora = METHOD, wire: str = "float32"
+) -> list[tuple[State, Downlink]]:
+    """Close rounds of drawn replies: the state before each, and what it sent; then the last."""
+    rounding = DownlinkRounding(wire, seed=3)
+    state = method.init({"w": torch.zeros(M, N)}, PLAN, DRAW)
+    found = []
+    for round_ in range(1, rounds + 1):
+        sent = method.open_round(state, round_, COHORT, DRAW)
+        sent = rounding.sent(sent, round_)
+        found.append((state, sent))
+        layout = uplink_layout(sent)
+        rows = torch_normal(generator(0, "replies", round_), 2, layout.size).float()
+        got = Uplinks(COHORT.clients, COHORT.weights, layout, rows)
+        state = rounding.closed(state, method.close_round(state, sent, got), sent, round_)
+    return [*found, (state, Downlink())]
+
+
+def computed(sent: Downlink) -> Derived:
+    (found,) = (f for f in sent.factors().values() if not isinstance(f, Trained))
+    assert isinstance(found, Derived)
+    return found
+
+
+def test_rows_of_its_span_are_written_as_they_are() -> None:
+    drawing = SketchSpec("gaussian", "left", 2, 9, seed=1, index=4)
+    past = torch_normal(generator(1, "past"), 9, 3).float()
+    wanted = torch_normal(generator(2, "C"), 4, 5)
+    rows = wanted @ torch.cat([past.double().mT, drawing.draw().mT])
+    found = Derived.of(rows, past, drawing)
+    torch.testing.assert_close(found.coefficients, wanted)
+    torch.testing.assert_close(found.draw(), rows.mT)
+    assert found.nbytes == 8 * 4 * 5
+
+
+def test_a_link_is_built_on_the_last_one_and_on_a_drawing() -> None:
+    (_, first), (before, second), *_ = played(2)
+    assert isinstance(first.factors()["w/A"], SketchSpec)
+    B, found = computed(second).draw(), computed(second)
+    assert tuple(found.coefficients.shape) == (R, 2 * R)
+    lengths = torch.linalg.vector_norm(B, dim=0)
+    c = METHOD.length(R, M)
+    torch.testing.assert_close(lengths, torch.tensor([c, c, 1.0]).double())
+    unit = B / lengths
+    torch.testing.assert_close(unit.mT @ unit, torch.eye(R).double())
+    u = torch.linalg.svd(before.base["w"].double())[0][:, :2]
+    torch.testing.assert_close((unit[:, :2].mT @ u).abs(), torch.eye(2).double())
+
+
+@pytest.mark.parametrize("wire", ["float32", "int8", "int4"])
+def test_a_client_computes_what_the_server_froze(wire: str) -> None:
+    """From the message, the links that it fetched and nothing else; also of rounded links."""
+    states = played(4, wire=wire)
+    replica = Replica(PLAN, CPU)
+    replica.take({"w": torch.zeros(M, N)}, 0, None)
+    history = WeightHistory()
+    for version, (state, sent) in enumerate(states[:-1]):
+        history.publish(state.base, version, state.link)
+        link = None if state.link is None else read_link(*link_tensors(state.link))
+        if link is not None:
+            replica.take(apply_link(replica.base, link, PLAN), version, None)
+        assert digest(replica.base) == digest(state.base)
+        got, _ = unpack_downlink(pack_downlink(sent, REQUEST, "float32"))
+        there = got.beside(replica.at(version, version + 1))
+        for name, factor in sent.factors().items():
+            if isinstance(factor, Derived):
+                other = there.factors()[name]
+                assert isinstance(other, Derived)
+                assert torch.equal(other.draw(), factor.draw())
+        frozen = [materialise(d, state.base, COHORT.clients)[2] for d in (sent, there)]
+        assert all(torch.equal(frozen[0][name], frozen[1][name]) for name in frozen[0])
+    # Whoever fetches the weight whole has what the last link trained beside it.
+    late = Replica(PLAN, CPU)
+    assert late.follow(history.since(None))
+    assert digest(late.base) == digest(states[-2][0].base)
+
+
+def test_coefficients_are_all_that_is_sent_and_counted() -> None:
+    states = played(3)
+    sent = [down for _, down in states[:-1]]
+    assert [payload_bytes(down, 2, "float32") for down in sent] == [8] + [8 + COEFFICIENTS] * 2
+    assert [METHOD.floats(PLAN, i) for i in (1, 2)] == [(R * M, 0), (R * N, 2 * R * R)]
+    counted = CatchUp({"w": torch.zeros(M, N)}, 3)
+    for state, _ in states[1:]:
+        counted.add(state.link)
+    each = [4 * R * M + 8, 4 * R * N + COEFFICIENTS + 8, 4 * R * M + COEFFICIENTS + 8]
+    assert int(counted.missing(torch.tensor([0]))[0]) == sum(each)
+    counted.versions[:] = [0, 1, 2]
+    assert counted.missing(torch.arange(3)).tolist() == [sum(each), sum(each[1:]), each[2]]
+    assert counted.whole.tolist() == [4 * M * N + 4 * R * M]
+    again = CatchUp({"w": torch.zeros(M, N)}, 3)
+    again.restore(counted.state())
+    assert again.whole.tolist() == counted.whole.tolist()
+
+
+def test_after_a_link_that_trained_nothing_the_factor_itself_is_sent() -> None:
+    state = METHOD.init({"w": torch.zeros(M, N)}, PLAN, DRAW)
+    sent = METHOD.open_round(state, 1, COHORT, DRAW)
+    layout = uplink_layout(sent)
+    got = Uplinks(COHORT.clients, COHORT.weights, layout, torch.zeros(2, layout.size))
+    after = METHOD.close_round(state, sent, got)
+    frozen = METHOD.open_round(after, 2, COHORT, DRAW).factors()["w/B"]
+    assert isinstance(frozen, torch.Tensor)
+    assert frozen.dtype == torch.float32
+    assert torch.linalg.matrix_rank(frozen) == R
+
+
+def test_a_factor_of_a_short_side_is_sent_since_that_is_no_more_bytes() -> None:
+    plan = replace(PLAN, targets={"w": LayerView("linear", (4 * R, N))}, shapes={"w": (4 * R, N)})
+    state = METHOD.init({"w": torch.zeros(4 * R, N)}, plan, DRAW)
+    sent = METHOD.open_round(state, 1, COHORT, DRAW)
+    rows = torch_normal(generator(0, "replies", 1), 2, uplink_layout(sent).size).float()
+    got = Uplinks(COHORT.clients, COHORT.weights, uplink_layout(sent), rows)
+    after = METHOD.close_round(state, sent, got)
+    assert isinstance(METHOD.open_round(after, 2, COHORT, DRAW).factors()["w/B"], torch.Tensor)
+    assert METHOD.floats(plan, 2) == (R * N, R * 4 * R)
+
+
+def test_what_stands_beside_a_derived_factor_is_known() -> None:
+    _, sent = played(2)[1]
+    found = held_beside(sent.adapters["w"])
+    assert found is not None
+    assert found[0] == "A"
+    assert torch.equal(found[1], computed(sent).draw())
+
+
+def test_a_replica_without_the_last_link_says_so() -> None:
+    _, sent = played(2)[1]
+    got, _ = unpack_downlink(pack_downlink(sent, REQUEST, "float32"))
+    with pytest.raises(WireError, match="computed from what the last link trained"):
+        computed(got.beside({"w": torch.zeros(M, N)})).draw()
+    with pytest.raises(WireError, match="3 rows of 30 numbers that the last link trained"):
+        computed(got.beside({"w/past": torch.zeros(R, N)})).draw()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "told"),
+    [
+        ([], r"the coefficients of w/B are missing"),
+        ([["w/B", [R, R]]], r"the coefficients of a message are \(18,\)"),
+        ([["w/B", [R * R * 2]]], r"the coefficients of w/B are missing, or are no matrix"),
+        ([["w/B", [R * R, 2]]], r"more columns than the 3 of its drawing"),
+    ],
+)
+def test_damaged_coefficients_are_refused(shapes: object, told: str) -> None:
+    _, sent = played(2)[1]
+    content = pack_downlink(sent, REQUEST, "float32")
+    config = content["config"]
+    assert isinstance(config, ConfigRecord)
+    header = json.loads(str(config["header"])) | {"coefficients": shapes}
+    config["header"] = json.dumps(header)
+    with pytest.raises(WireError, match=told):
+        unpack_downlink(content)
+
+
+def test_the_scale_and_the_labels_are_the_adapters() -> None:
+    adapter = played(2)[1][1].adapters["w"]
+    assert isinstance(adapter, Adapter)
+    assert [*adapter.factors] == ["B", "A"]
+    assert adapter.scale == ALPHA / R
