@@ -115,6 +115,11 @@ class Entry:
             for line in self.lines
         ]
 
+    @property
+    def seeds(self) -> list[int]:
+        """Of the final runs."""
+        return [int(line["seed"]) for line in self.lines]
+
     @cached_property
     def scores(self) -> list[float]:
         """The metric at the end, per seed."""

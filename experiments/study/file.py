@@ -42,7 +42,7 @@ class Study:
         experiment: Preset that all runs start from.
         metric: What is tuned and reported.
         grid: The tuned key and its values; ``refine``, multiples of the best; ``scale``, by row.
-        final: Seeds and overrides of the final runs.
+        final: Seeds and overrides of the final runs; ``more``, further seeds of some rows.
         rows: What is compared: overrides, by name.
         text: The file.
         tune: Seeds and overrides of the tuning runs, and ``by``, what values are chosen by, for
@@ -59,7 +59,7 @@ class Study:
     experiment: str | None
     metric: str
     grid: Mapping[str, Any]
-    final: Mapping[str, object]
+    final: Mapping[str, Any]
     rows: Mapping[str, Sequence[str]]
     text: str
     tune: Mapping[str, object] | None = None
@@ -153,13 +153,15 @@ class Study:
         section = self.tune if phase == "tune" else self.final
         if section is None:
             return []
-        seeds, extra = section["seeds"], section["overrides"]
+        seeds, extra = _list(section["seeds"]), section["overrides"]
+        if phase == "final":
+            seeds = [*seeds, *self.final.get("more", {}).get(row, [])]
         preset = [f"experiment={self.experiment}"] if self.experiment else []
         common = [*preset, *self.overrides, *self.rows[row], *map(str, _list(extra))]
         return [
             Job(phase, row, v, int(str(s)), (*common, f"{self.grid['key']}={v}", f"seed={s}"))
             for v in values
-            for s in _list(seeds)
+            for s in seeds
         ]
 
     def values(self, row: str) -> list[float]:
@@ -183,6 +185,7 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
             "choose the greatest value: take a score, accuracy for one"
         )
     named = {"grid.scale": loaded["grid"].get("scale"), "reported": loaded.get("reported")}
+    named["final.more"] = loaded["final"].get("more")
     for key, group in named.items():
         for row in group or ():
             if row not in loaded["rows"]:

@@ -96,10 +96,11 @@ def budgets(study: Study, done: Done) -> Table | None:
     The budgets are what the run that used least used in all its rounds. A run counts with its last
     measured round that is within the budget: nothing is interpolated.
 
-    With a ``reference`` in the study, three more columns hold the rows against it, seed by seed:
-    the mean difference of final runs, with its standard error; and, for uplink and for traffic, the
-    bytes at which a run first was as good as the reference's run of the same seed at its end, over
-    all bytes of that run, as mean and standard deviation over the seeds that got there.
+    With a ``reference`` in the study, three more columns hold the rows against it, seed by seed, of
+    the seeds that both have: the mean difference of final runs, with its standard error; and, for
+    uplink and for traffic, the bytes at which a run first was as good as the reference's run of the
+    same seed at its end, over all bytes of that run, as mean and standard deviation over the seeds
+    that got there.
 
     Args:
         study: The study.
@@ -141,14 +142,18 @@ def _difference(entry: Entry, other: Entry) -> str:
     """Mean difference of runs of the same seeds, and its standard error; the seeds stand alike."""
     if entry is other:
         return ""
-    found = [x - y for x, y in zip(entry.scores, other.scores, strict=True)]
+    theirs = dict(zip(other.seeds, other.scores, strict=True))
+    mine = zip(entry.seeds, entry.scores, strict=True)
+    found = [score - theirs[seed] for seed, score in mine if seed in theirs]
     error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
     return f"{statistics.fmean(found):+.4f} ± {error:.4f}"
 
 
 def _share(entry: Entry, other: Entry, way: Callable[[Row], float]) -> str:
     """Bytes to the final score of the other run of its seed, over all of that run's bytes."""
-    pairs = zip(entry.curves, other.curves, other.scores, strict=True)
+    ends = dict(zip(other.seeds, zip(other.curves, other.scores, strict=True), strict=True))
+    own = zip(entry.seeds, entry.curves, strict=True)
+    pairs = [(mine, *ends[seed]) for seed, mine in own if seed in ends]
     shares = [
         way(point) / way(theirs[-1])
         for mine, theirs, target in pairs
@@ -156,8 +161,7 @@ def _share(entry: Entry, other: Entry, way: Callable[[Row], float]) -> str:
     ]
     if not shares:
         return "not reached"
-    whole = len(shares) == len(entry.lines)
-    missed = "" if whole else f" ({len(shares)} of {len(entry.lines)} runs)"
+    missed = "" if len(shares) == len(pairs) else f" ({len(shares)} of {len(pairs)} runs)"
     return mean_and_deviation(shares, 3) + missed
 
 

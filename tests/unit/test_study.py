@@ -187,7 +187,7 @@ def final(plan: Study, row: str, seed: int, up: int, scores: list[float]) -> dic
     ]
     last = {k: curve[-1][k] for k in ("metrics", "uplink_total", "downlink_total")}
     key = plan.jobs("final", row, [0.1])[seed].key
-    return {key: line(scores[-1], **last) | {"curve": curve, "key": key}}
+    return {key: line(scores[-1], **last) | {"curve": curve, "key": key, "seed": seed}}
 
 
 def test_budgets_are_those_of_the_row_that_used_least(tmp_path: Path) -> None:
@@ -219,6 +219,31 @@ def test_budgets_are_those_of_the_row_that_used_least(tmp_path: Path) -> None:
     # The other run of the reference is as good at 4 of its 8 MB as at its end.
     own = "0.750 ± 0.354"
     assert theirs == ("theirs", "0.6000 ± 0.1414", *["0.1000 ± 0.0000"] * 2, "", own, own)
+
+
+def test_a_row_with_further_seeds_is_held_against_the_seeds_that_both_have(tmp_path: Path) -> None:
+    text = TEXT.replace(", values: [0.1, 0.4], refine: [0.5]", ", values: [0.1]")
+    text = text.replace("overrides: []", "overrides: [], more: {ours: [2]}")
+    plan = study(tmp_path, text + "  theirs: [method=fedavg_lora]\nreference: theirs\n")
+    assert [job.seed for job in plan.jobs("final", "ours", [0.1])] == [0, 1, 2]
+    assert [job.seed for job in plan.jobs("final", "theirs", [0.1])] == [0, 1]
+    assert [job.seed for job in plan.jobs("tune", "ours", [0.1])] == [7, 8]
+    done = {
+        job.key: line(0.5) for row in plan.rows for job in plan.jobs("tune", row, plan.values(row))
+    }
+    for seed in (0, 1):
+        done |= final(plan, "theirs", seed, 4_000_000, [0.1, 0.6, 0.7 - 0.2 * seed])
+        done |= final(plan, "ours", seed, 1_000_000, [0.1, 0.4, 0.8 - 0.4 * seed])
+    assert budgets(plan, done) is None  # the third seed is missing
+    done |= final(plan, "ours", 2, 1_000_000, [0.1, 0.5, 0.9])
+    made = budgets(plan, done)
+    assert made is not None
+    ours, _ = made.cells
+    assert ours[1] == "0.7000 ± 0.2646"  # of 0.8, 0.4 and 0.9
+    assert ours[4:] == ("+0.0000 ± 0.1000", *["0.250 (1 of 2 runs)"] * 2)
+    turned = text.replace("more: {ours: [2]}", "more: {our: [2]}")
+    with pytest.raises(ConfigError, match="did you mean 'ours'"):
+        study(tmp_path, turned)
 
 
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
@@ -333,7 +358,7 @@ def test_the_figure_keeps_the_reference_and_the_table_the_rounding(
     scores = {"worst": 0.1, "good": 0.5, "better": 0.6, "best": 0.7}
     more: dict[str, dict[str, float]] = {"best": {"rounding_up": 0.25}}
     done = {
-        j.key: line(score, **more.get(row, {}))
+        j.key: line(score, seed=j.seed, **more.get(row, {}))
         for row, score in scores.items()
         for j in plan.jobs("final", row, [0.1])
     }
