@@ -15,7 +15,7 @@ from fedraclora.evaluation.metrics import higher_is_better
 
 KEYS = {"experiment", "metric", "grid", "final", "rows"}
 OPTIONAL = {"tune", "reference", "overrides", "reported"}
-OPTIONAL |= {"target", "varied", "more", "only"}
+OPTIONAL |= {"target", "varied", "budget", "more", "only"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Study:
         overrides: Of all runs.
         reported: The metric that a paper reports for a row, to be shown beside ours.
         target: A value of the metric; a leaderboard says what it takes to reach it.
+        budget: The row at whose uplink and traffic others are compared; None: at those of the row
+            that used least.
         varied: Config keys that rows differ in although all rows of a comparison share them
             (`experiments.study.same`).
         fixed: Values that another study has tuned, by row, in place of the grid's.
@@ -67,6 +69,7 @@ class Study:
     overrides: Sequence[str] = ()
     reported: Mapping[str, float] = field(default_factory=dict)
     target: float | None = None
+    budget: str | None = None
     varied: Sequence[str] = ()
     fixed: Mapping[str, float] = field(default_factory=dict)
 
@@ -190,8 +193,9 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
         for row in group or ():
             if row not in loaded["rows"]:
                 raise unknown(f"row of {key}", row, loaded["rows"])
-    if loaded.get("reference") not in {None, *loaded["rows"]}:
-        raise unknown("row as reference", loaded["reference"], loaded["rows"])
+    for key in ("reference", "budget"):
+        if loaded.get(key) not in {None, *loaded["rows"]}:
+            raise unknown(f"row as {key}", loaded[key], loaded["rows"])
     if extra := set(loaded.get("tune") or ()) - {"seeds", "overrides", "by"}:
         raise unknown("key of tune", min(extra), ("seeds", "overrides", "by"))
     if "tune" not in loaded and len(loaded["grid"]["values"]) != 1:
@@ -202,15 +206,16 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
 
 
 def _keep(loaded: dict[str, Any], only: Sequence[str] | None) -> None:
-    """Drop the rows that are not asked for, and the reference if it is one of them."""
+    """Drop the rows that are not asked for, and what else names one of them."""
     if only is None:
         return
     for row in only:
         if row not in loaded["rows"]:
             raise unknown("row", row, loaded["rows"])
     loaded["rows"] = {row: how for row, how in loaded["rows"].items() if row in only}
-    if loaded.get("reference") not in loaded["rows"]:
-        loaded["reference"] = None
+    for key in ("reference", "budget"):
+        if loaded.get(key) not in loaded["rows"]:
+            loaded[key] = None
 
 
 def _list(value: object) -> list[object]:

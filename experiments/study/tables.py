@@ -93,8 +93,9 @@ def cost(done: Done) -> str:
 def budgets(study: Study, done: Done) -> Table | None:
     """Compare rows at equal uplink, equal traffic and equal local steps: what a byte buys.
 
-    The budgets are what the run that used least used in all its rounds. A run counts with its last
-    measured round that is within the budget: nothing is interpolated.
+    The budgets are what the run that used least used in all its rounds, of all runs or of the row
+    that the study names as ``budget``. A run counts with its last measured round that is within the
+    budget: nothing is interpolated, and a run that used less counts with its end.
 
     With a ``reference`` in the study, three more columns hold the rows against it, seed by seed, of
     the seeds that both have: the mean difference of final runs, with its standard error; and, for
@@ -113,7 +114,8 @@ def budgets(study: Study, done: Done) -> Table | None:
     if len(found) < 2:
         return None
     ways: dict[str, Callable[[Row], float]] = {"uplink": uplink, "traffic": traffic}
-    curves = [curve for entry in found.values() for curve in entry.curves]
+    limiting = [found[study.budget]] if study.budget in found else found.values()
+    curves = [curve for entry in limiting for curve in entry.curves]
     least = {name: min(way(curve[-1]) for curve in curves) for name, way in ways.items()}
     reference = found.get(str(study.reference))
     records = []

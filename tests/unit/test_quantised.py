@@ -75,6 +75,23 @@ def test_rounding_has_no_bias_and_a_variance_below_its_bound(kind: str) -> None:
     assert (found - x).square().sum(1).mean() <= bound * x.square().sum()
 
 
+@kinds
+def test_what_rounding_adds_to_a_mean_falls_with_the_cohort(kind: str) -> None:
+    """ω / K of docs/theory.md: clients round alike only if they draw alike, and they do not."""
+    K, rounds, weights = 5, 400, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).double()
+    clients, p = torch.arange(K), weights / weights.sum()
+    changes = Changes(kind, asked(), {"b": torch.zeros(7)}, clients)
+    start = changes._starts(clients)
+    x = torch_normal(generator(4, "x"), 28).expand(K, 28)  # the same change at all
+    errors = torch.stack([changes.encode(start + x, 5, t, Coded()) for t in range(rounds)])
+    errors -= start + x
+    alone = errors.square().sum(-1).mean(0)  # [K]
+    together = (p[:, None] * errors).sum(1).square().sum(-1).mean()
+    assert float(together / (p.square() @ alone)) == pytest.approx(1.0, abs=0.15)
+    bound = 2.0**-16 if kind == "bfloat16" else BLOCK / LEVELS[kind] ** 2
+    assert together <= bound * p.square().sum() * x[0].square().sum()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
 @pytest.mark.parametrize("kind", LEVELS)
 def test_what_is_no_number_spoils_its_block_alone(bad: float, kind: str) -> None:

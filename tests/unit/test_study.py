@@ -221,6 +221,26 @@ def test_budgets_are_those_of_the_row_that_used_least(tmp_path: Path) -> None:
     assert theirs == ("theirs", "0.6000 ± 0.1414", *["0.1000 ± 0.0000"] * 2, "", own, own)
 
 
+def test_a_study_may_name_the_row_whose_bytes_are_the_budget(tmp_path: Path) -> None:
+    text = TEXT.replace(", values: [0.1, 0.4], refine: [0.5]", ", values: [0.1]")
+    text = text.replace("seeds: [0, 1]", "seeds: [0]")
+    rows = "  theirs: [method=fedavg_lora]\n  tiny: [method=fed_sb]\n"
+    plan = study(tmp_path, text + rows + "budget: ours\n")
+    done = {
+        job.key: line(0.5) for row in plan.rows for job in plan.jobs("tune", row, plan.values(row))
+    }
+    done |= final(plan, "ours", 0, 1_000_000, [0.1, 0.5, 0.8])
+    done |= final(plan, "theirs", 0, 2_000_000, [0.1, 0.6, 0.9])
+    done |= final(plan, "tiny", 0, 1_000, [0.1, 0.2, 0.3])
+    made = budgets(plan, done)
+    assert made is not None
+    assert made.header[2:] == ("at 2 MB of uplink", "at 8 MB of traffic")
+    assert [cells[2].split()[0] for cells in made.cells] == ["0.8000", "0.6000", "0.3000"]
+    with pytest.raises(ConfigError, match="did you mean 'ours'"):
+        study(tmp_path, TEXT + "budget: our\n")
+    assert plan.changed(only=["theirs", "tiny"]).budget is None
+
+
 def test_a_row_with_further_seeds_is_held_against_the_seeds_that_both_have(tmp_path: Path) -> None:
     text = TEXT.replace(", values: [0.1, 0.4], refine: [0.5]", ", values: [0.1]")
     text = text.replace("overrides: []", "overrides: [], more: {ours: [2]}")
