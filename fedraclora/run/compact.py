@@ -1,7 +1,7 @@
 """Fold the links of a run folder's chain: fewer files and bytes, the same weights.
 
 A fold leads through several rounds at once. Of each weight it has the terms of their links, in
-order, or the weight as it was at the end, whichever is smaller
+order, or the weight as it was at the end with what stands beside it, whichever is smaller
 (`fedraclora.weights.chain.LinkSizes`); what the method carries it has as it was at the end. So
 whoever reads the chain comes to the same bits, at the rounds that were kept.
 """
@@ -125,8 +125,10 @@ def _folded(start: State, end: State, history: WeightHistory) -> tuple[Tree, dic
         CheckpointError: If that link does not give the same weights.
     """
     update = history.since(0)
-    terms, *rest = [part for _, link in update.links for part in link.parts()] or [Link()]
-    tensors, meta = link_tensors(replace(terms, dense=update.dense, rest=tuple(rest)))
+    parts = [part for _, link in update.links for part in link.parts()]
+    whole = [Link(dense=update.dense)] if update.dense else []
+    first, *rest = [*parts, *whole] or [Link()]
+    tensors, meta = link_tensors(replace(first, rest=tuple(rest)))
     rebuilt = apply_link(start.base, read_link(tensors, meta), start.plan)
     if digest(rebuilt) != digest(end.base):
         raise CheckpointError(

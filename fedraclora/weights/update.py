@@ -2,8 +2,8 @@
 
 Ray workers, Flower's processes of this machine and clients on hosts hold a
 `fedraclora.weights.replica.Replica` each. A `WeightUpdate` brings it from the version that it holds
-to the newest: of each weight the links in between, or the weight whole, whichever is smaller, as
-`fedraclora.weights.chain.LinkSizes` counts it.
+to the newest: of each weight the links in between, or the weight whole with what stands beside it,
+whichever is smaller, as `fedraclora.weights.chain.LinkSizes` counts it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.narrow_weight import join, split
+from fedraclora.protocol.derived import weight_of
 from fedraclora.protocol.link import Link
 from fedraclora.protocol.quantised import FULL
 from fedraclora.tree import Tree, below, fingerprint, to_numpy
@@ -40,7 +41,7 @@ class WeightUpdate:
         mark: Fingerprint of the weights there: whoever follows proves itself by it.
         start: The version that it starts from, or None: it holds every weight whole.
         links: Versions in ascending order, each with the terms that lead to it.
-        dense: Weights that are sent whole.
+        dense: Weights that are sent whole, and what stands beside them.
         kinds: In which these travel, by name; those that are not here, as they are.
     """
 
@@ -56,8 +57,9 @@ class WeightUpdate:
         """Bytes of its numbers, and 8 for each seed."""
         parts = [part for _, link in self.links for part in link.parts()]
         terms = sum(term_bytes(term) for part in parts for term in part.terms.values())
+        beside = sum(value_bytes(t, part.kind) for part in parts for t in part.dense.values())
         whole = (value_bytes(t, self.kinds.get(n, FULL)) for n, t in self.dense.items())
-        return terms + sum(whole)
+        return terms + beside + sum(whole)
 
     @override
     def __reduce__(self) -> tuple[object, ...]:
@@ -98,7 +100,8 @@ def _from_arrays(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> WeightUp
 class WeightHistory(BaseWeights):
     """The server's weights, with the links by which replicas elsewhere can follow.
 
-    Of each weight the newest terms are kept, as many as are together smaller than it.
+    Of each weight the newest terms are kept, as many as are together smaller than it and what
+    stands beside it.
 
     Attributes:
         oldest: The version from which it knows what happened.
@@ -152,12 +155,20 @@ class WeightHistory(BaseWeights):
         after = enumerate(self._links[first - self._sizes.floor :], start=self.oldest + first + 1)
         links = ((version, _terms(link, names)) for version, link in after)
         dense = {name: t for name, t in self.base.items() if name not in names}
-        kept = tuple((v, link) for v, link in links if link.terms)
+        kept = tuple((v, link) for v, link in links if link.terms or link.dense)
         return WeightUpdate(self.version, self._mark, start, kept, dense, kinds)
 
 
 def _terms(link: Link, names: frozenset[str]) -> Link:
-    """Select the terms of a link on these weights, without parts that have none."""
-    parts = (Link({n: t for n, t in p.terms.items() if n in names}) for p in link.parts())
-    first, *rest = [part for part in parts if part.terms] or [Link()]
+    """Select the terms of a link on these weights, and what stays beside them without a term.
+
+    Parts that have nothing of these are left out.
+    """
+    parts = []
+    for part in link.parts():
+        terms = {n: t for n, t in part.terms.items() if n in names}
+        beside = {n: t for n, t in part.dense.items() if weight_of(n) in names}
+        if terms or beside:
+            parts.append(Link(terms, beside, kind=part.kind))
+    first, *rest = parts or [Link()]
     return replace(first, rest=tuple(rest))

@@ -31,13 +31,15 @@ from fedraclora.wire.records import (
     read_layout,
     read_numbers,
     read_vectors,
+    tree_record,
     vector_record,
 )
 from fedraclora.wire.unwritten import Records, held_by, unwritten, written
 
 WEIGHTS = (None, "examples", "uniform")
+COEFFICIENTS = "coefficients"  # of factors that are computed from the last link, in float64
 HEADER = ASKED | {"round", "version", "rate_scale", "reduce", "clip", "layout", "own"}
-HEADER |= {"uplink", "kind", "feedback", "coefficients"}
+HEADER |= {"uplink", "kind", "feedback", COEFFICIENTS}
 
 
 def uplink_layout(downlink: Downlink) -> Layout:
@@ -117,7 +119,7 @@ class Packed:
     Args:
         downlink: What to train.
         request: Round, version and step sizes.
-        dtype: Of the numbers: float32 or float64.
+        dtype: Of the numbers: float32 or float64; coefficients are float64.
         kind: How they travel; they have been rounded to it.
     """
 
@@ -149,13 +151,13 @@ class Packed:
             **describe(downlink),
             "layout": layout.shapes,
             "own": self.own_layout.shapes,
-            "coefficients": beside.shapes,
+            COEFFICIENTS: beside.shapes,
         }
         numbers = packed_numbers(layout.pack(shared), layout, self.kind)
-        records: Records = {"config": header_record(header), "arrays": array_record(numbers)}
-        if coefficients:
-            records["coefficients"] = array_record(beside.pack(coefficients))
-        return records
+        arrays = {"flat": numbers} | (
+            {COEFFICIENTS: beside.pack(coefficients)} if beside.size else {}
+        )
+        return {"config": header_record(header), "arrays": tree_record(arrays)}
 
     def message(self, clients: torch.Tensor, first: int) -> RecordDict:
         """Make the content of a message to clients at the places ``first, first + 1, ...``."""
@@ -231,9 +233,9 @@ class Reader:
         if len(flat) != layout.size:
             raise WireError(f"a message has {len(flat)} numbers, but its layout has {layout.size}")
         self._tensors = layout.unpack(flat)
-        beside = read_layout(header["coefficients"], "the layout of coefficients")
+        beside = read_layout(header[COEFFICIENTS], "the layout of coefficients")
         if beside.size:
-            numbers = read_array(content, "coefficients")
+            numbers = read_array(content, "arrays", COEFFICIENTS)
             if numbers.dtype != torch.float64 or tuple(numbers.shape) != (beside.size,):
                 raise WireError(
                     f"the coefficients of a message are {tuple(numbers.shape)} of {numbers.dtype}; "
@@ -297,7 +299,10 @@ def unpack_downlink(content: RecordDict) -> tuple[Downlink, TrainRequest]:
 
 
 def _sent(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
-    """Every tensor that a downlink carries, by name, and whether it is one per client."""
+    """Every tensor that a downlink carries, by name, and whether it is one per client.
+
+    Coefficients, which are float64 always, are `_coefficients`.
+    """
     factors = downlink.factors().items()
     sent = {n: (f, differs(f)) for n, f in factors if isinstance(f, torch.Tensor)}
     for name, slot in downlink.trained().items():

@@ -45,9 +45,7 @@ def vector_record(vectors: Mapping[str, torch.Tensor]) -> ConfigRecord:
 
 def array_record(flat: torch.Tensor) -> ArrayRecord:
     """Write one array."""
-    record = ArrayRecord()
-    record["flat"] = Array(to_numpy(flat))
-    return record
+    return tree_record({"flat": flat})
 
 
 def tree_record(tree: Mapping[str, torch.Tensor]) -> ArrayRecord:
@@ -122,15 +120,20 @@ def clients_of(content: RecordDict) -> list[int]:
     return ids
 
 
-def read_array(content: RecordDict, name: str) -> torch.Tensor:
-    """Read the array of the record ``name``; the tensor may lie anywhere in memory.
+def read_array(content: RecordDict, name: str, key: str = "flat") -> torch.Tensor:
+    """Read an array of the record ``name``; the tensor may lie anywhere in memory.
+
+    Args:
+        content: The message.
+        name: Of the record.
+        key: Of the array in it.
 
     Raises:
         WireError: If it is missing, or its bytes are not those of the shape that it names.
     """
     record = record_of(content, name, ArrayRecord)
     with reading(f"the array of the record {name}"):
-        array = record["flat"]
+        array = record[key]
         _check_bytes(array.data)
         return torch.from_numpy(array.numpy())
 

@@ -31,13 +31,19 @@ from fedraclora.protocol.method import Downlink, Link, Method, State
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.tree import Tree
-from fedraclora.wire.downlink import TrainRequest, pack_downlink, unpack_downlink, uplink_layout
-from fedraclora.wire.records import array_record, header_record, read_array, read_header
+from fedraclora.wire.downlink import (
+    COEFFICIENTS,
+    TrainRequest,
+    pack_downlink,
+    unpack_downlink,
+    uplink_layout,
+)
+from fedraclora.wire.records import header_record, read_header, read_tree, tree_record
 
 PREFIX = "buffer/"
 # Fields that older headers lack.
 NEWER = {"extras": {}, "pools": {}, "uplink": FULL, "kind": FULL, "feedback": False, "turn": None}
-NEWER |= {"coefficients": []}
+NEWER |= {COEFFICIENTS: []}
 OLDER = ("variates", "lifted")  # fields of headers of older releases, which were empty here
 
 
@@ -101,15 +107,17 @@ def write_batches(batches: list[Batch], lost: tuple[PendingClient, ...], dtype: 
             continue
         clients = torch.tensor([f.client for f in batch.flights])
         packed = pack_downlink(batch.sent, TrainRequest(batch.round_, 0, 1.0, clients), dtype)
-        text = json.dumps(read_header(packed)).encode()
+        text, arrays = json.dumps(read_header(packed)).encode(), read_tree(packed, "arrays")
         found |= {
             f"{PREFIX}{batch.round_}/clients": clients,
             f"{PREFIX}{batch.round_}/lands": _lands(batch.flights),
             f"{PREFIX}{batch.round_}/rows": batch.rows,
             f"{PREFIX}{batch.round_}/weights": batch.weights,
             f"{PREFIX}{batch.round_}/header": torch.tensor(list(text), dtype=torch.uint8),
-            f"{PREFIX}{batch.round_}/numbers": read_array(packed, "arrays").clone(),
+            f"{PREFIX}{batch.round_}/numbers": arrays["flat"].clone(),
         }
+        if COEFFICIENTS in arrays:
+            found[f"{PREFIX}{batch.round_}/{COEFFICIENTS}"] = arrays[COEFFICIENTS].clone()
     if lost:
         found[f"{PREFIX}lost/who"] = torch.tensor([(f.client, f.round_) for f in lost])
         found[f"{PREFIX}lost/lands"] = _lands(lost)
@@ -131,7 +139,10 @@ def read_batches(state: State) -> tuple[list[Batch], tuple[PendingClient, ...]]:
         header = NEWER | {k: v for k, v in header.items() if k not in OLDER}
         content = pack_downlink(Downlink(), TrainRequest(round_, 0, 1.0, clients), "float32")
         content["config"] = header_record(header)
-        content["arrays"] = array_record(stored[f"{round_}/numbers"])
+        arrays = {"flat": stored[f"{round_}/numbers"]}
+        if (coefficients := stored.get(f"{round_}/{COEFFICIENTS}")) is not None:
+            arrays[COEFFICIENTS] = coefficients
+        content["arrays"] = tree_record(arrays)
         sent, _ = unpack_downlink(content)
         flights = tuple(
             PendingClient(at, k, round_)

@@ -4,6 +4,8 @@
     carried:  B_bar <- Q(B_bar), as the next round sends it
     pool:     S <- S + B_bar;  B^(j) <- Q(S), or W <- W + s Q(S) A where the pool is folded
 
+A frozen factor that is computed from the last link follows from Q(B_bar), and is not rounded.
+
 So the state at the server, the files of the chain, every replica, whoever comes late and a run that
 goes on have the same bits, and a round is exact of what was sent.
 
@@ -24,6 +26,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fedraclora.protocol.derived import weight_of
 from fedraclora.protocol.downlink import differs, with_numbers
 from fedraclora.protocol.method import Downlink, Factor, Link, State, Term, apply_link
 from fedraclora.protocol.pool import parameters, part_name
@@ -99,7 +102,12 @@ class DownlinkRounding:
                 terms[name] = Term((found,), 1.0, kind=self.kind)
                 self._keep(name, change, found, moments)
             values = part.dense.keys() - parameters(part.dense).keys()
-            kept = {n: self._part(n, part.dense[n], moments, round_) for n in sorted(values)}
+            kept = {
+                n: self._part(n, part.dense[n], moments, round_)
+                if weight_of(n) is None  # of a pool
+                else self._counted(part.dense[n], round_, "link", n).to(part.dense[n].dtype)
+                for n in sorted(values)
+            }
             parts.append(Link(terms, kept, kind=self.kind))
             base = apply_link(base, parts[-1], before.plan)
         if ends:

@@ -76,7 +76,8 @@ def step_in_weights(
 
     Returns:
         ``after`` with another base and link: its effective weights are those of ``before`` and the
-        step. A dense value stands in the link for each weight that changed.
+        step. A dense value stands in the link for each weight that changed, and for what the next
+        link is computed from.
     """
     plan = before.plan
     old, new = (
@@ -94,7 +95,8 @@ def step_in_weights(
         if not torch.equal(base, before.base[name]):
             dense[name] = base
     # What the next link is computed from stands in no term of this one.
-    dense |= {past_name(name): past for name, past in pasts(after.base).items()}
+    beside = {past_name(name): past for name, past in pasts(after.base).items()}
+    dense |= {n: past for n, past in beside.items() if past is not before.base.get(n)}
     link = Link(dense=dense)
     like = before.base  # of the moment ``first/<name>`` that of the name
     moments = {n: m.to(like[n.partition("/")[2]]) for n, m in moments.items()}

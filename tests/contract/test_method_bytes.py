@@ -74,16 +74,12 @@ def serialised(content: RecordDict) -> RecordDict:
 
 def array_bytes(content: RecordDict) -> int:
     """Bytes of the numbers in a message: flat arrays, without numpy's own header."""
-    found = serialised(content)
-    total = 0
-    for name in found.keys() & {"arrays", "coefficients"}:
-        record = found[name]
-        assert isinstance(record, ArrayRecord)
-        assert list(record) == ["flat"]
-        array = record["flat"].numpy()
-        assert array.itemsize == ITEM or array.size == 0
-        total += int(array.nbytes)
-    return total
+    record = serialised(content)["arrays"]
+    assert isinstance(record, ArrayRecord)
+    assert ["flat"] <= [*record] <= ["flat", "coefficients"]
+    arrays = [array.numpy() for array in record.values()]
+    assert all(array.itemsize == ITEM or array.size == 0 for array in arrays)
+    return sum(int(array.nbytes) for array in arrays)
 
 
 def message_bytes(content: RecordDict) -> int:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from flwr.app import ConfigRecord
+from worlds import Run, assert_equal_trees, assert_updates_lead_on, make_world, run
 
+from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.devices.asynchronous import PendingClient
 from fedraclora.errors import WireError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.change_of_basis import held_beside
-from fedraclora.protocol.derived import Derived
+from fedraclora.protocol.derived import Derived, weight_of
 from fedraclora.protocol.method import (
     Adapter,
     Cohort,
@@ -25,7 +30,9 @@ from fedraclora.protocol.method import (
 )
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
+from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
+from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.materialise import materialise
 from fedraclora.tree import digest
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link
@@ -38,7 +45,9 @@ from fedraclora.wire.downlink import (
     unpack_downlink,
     uplink_layout,
 )
+from strategies.server.buffer import Batch, read_batches, write_batches
 from strategies.server.quantised import DownlinkRounding
+from strategies.steps.settings import RoundSettings
 from strategies.subspace_rac_lora import SubspaceRacLora
 
 M, N, R, ALPHA = 30, 40, 3, 7.0
@@ -203,6 +212,49 @@ def test_damaged_coefficients_are_refused(shapes: object, told: str) -> None:
     config["header"] = json.dumps(header)
     with pytest.raises(WireError, match=told):
         unpack_downlink(content)
+
+
+def test_what_waits_for_a_buffered_round_keeps_its_coefficients() -> None:
+    _, sent = played(2)[1]
+    flights = (PendingClient(1.5, 0, 2), PendingClient(2.5, 1, 2))
+    rows = torch.zeros(2, uplink_layout(sent).size)
+    stored = write_batches([Batch(2, sent, flights, rows, torch.ones(2))], (), "float32")
+    ((again,), lost) = read_batches(State({}, PLAN, moments=stored))
+    assert (again.flights, lost) == (flights, ())
+    assert torch.equal(computed(again.sent).coefficients, computed(sent).coefficients)
+
+
+@pytest.mark.parametrize("wire", ["float32", "int8"])
+def test_a_server_step_on_weights_leaves_the_basis_as_long_as_its_link(
+    wire: str, tmp_path: Path
+) -> None:
+    """No term then says what stays beside a weight; it goes with the values, rounded once."""
+    method = replace(METHOD, rank=2, resample_every=2)
+    rule = RoundSettings(server_optimiser=Momentum(lr=0.5))
+    world, local = make_world(width=3), LocalSettings(lr=0.01, steps=2, batch_size=2)
+    more: dict[str, Any] = {"cohort": 2, "downlink": wire, "treatment": rule}
+    done = run(world, method, local, rounds=6, folder=tmp_path, **more)
+    beside = [
+        {n: t for n, t in state_at(tmp_path, t).base.items() if weight_of(n)} for t in range(7)
+    ]
+    assert beside[0] == beside[1] == {}
+    for first in (2, 4):
+        assert beside[first]
+        assert_equal_trees(beside[first], beside[first + 1])
+    assert_equal_trees(state_at(tmp_path, 6).base, done.strategy.state.base)
+    assert any(isinstance(f, Derived) for f in opened(done).values())
+    assert_updates_lead_on(tmp_path)
+    half = tmp_path / "half"
+    run(world, method, local, rounds=3, folder=half, **more)
+    again = run(world, method, local, rounds=6, folder=half, resume=True, **more)
+    assert_equal_trees(again.strategy.state.base, done.strategy.state.base)
+
+
+def opened(done: Run) -> dict[str, Any]:
+    """The factors of the round after the last."""
+    strategy = done.strategy
+    cohort = Cohort(torch.arange(2), torch.ones(2))
+    return dict(strategy.method.open_round(strategy.state, 7, cohort, strategy.draw).factors())
 
 
 def test_the_scale_and_the_labels_are_the_adapters() -> None:
