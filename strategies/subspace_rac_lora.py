@@ -13,16 +13,16 @@ chain. The first link is drawn, or has its K from the gradient (`strategies.shar
 With ``pairs`` all other even links are drawn: each pair is one randomised range finder. With
 ``fresh = 1`` these are Fed-RAC-LoRA's links, of sides by turns.
 
-- Uplink: r m numbers per matrix and client in right links, r n in left ones. Downlink: a seed where
-  the frozen factor is drawn, else 2 r^2 coefficients by which clients compute it from the last link
-  (`fedraclora.protocol.derived`), or the factor where that is less, or ``basis=coordinate``; within
-  a link the trained factor, too; and what the client missed: of each link what was trained and the
-  coefficients, at most m n and what was trained last.
+- Uplink: r m numbers per matrix and client in right links, r n in left ones. Downlink: a seed, and
+  where rows are kept 2 r^2 coefficients, by which clients compute the frozen factor from what the
+  last link trained (`fedraclora.protocol.derived`), or it itself where that is less, in a link from
+  the gradient and under ``basis=coordinate``. Within a link the trained factor, too; and what the
+  client missed: per link what was trained and coefficients, at most m n and what was trained last.
 - Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
 - Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
 - Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
   gradient's energy that lies in its basis (`strategies.shared.past.energies`), under local SGD.
-- Server: one mean; per link and matrix an SVD, a QR, a least-squares fit to 2 r rows, a merge.
+- Server: one mean; per round and matrix an SVD, a QR and a least-squares fit to 2 r rows.
 - Source: Malinovsky et al., 2024, arXiv 2410.08305 (the chain); Vogels et al., *PowerSGD*, NeurIPS
   2019, arXiv 1905.13727 (the iteration); Halko, Martinsson and Tropp, SIAM Review 53(2), 2011,
   doi 10.1137/090771806 (pairs); He et al., *GoLore*, arXiv 2410.11289 (why a share stays random).

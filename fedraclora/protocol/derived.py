@@ -5,8 +5,8 @@
 C is small, r x (p + r) for a T of p rows: it is sent where F would be r d numbers. Whoever follows
 the base weights has T, since it stood in the link that led there: `Term.keep` says which factor
 stays beside the weight, and whoever fetches the weight whole is sent it, too. So a basis that the
-server takes from the chain costs clients no more than they fetch anyway, and what a singular value
-decomposition rounds differently elsewhere is decided in one place.
+server takes from the chain costs clients C, and what a singular value decomposition rounds
+differently elsewhere is decided in one place.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Derived:
     Attributes:
         coefficients: C, float64 [r, p + rank of the drawing].
         drawing: D; its side is that of the factor.
-        past: T, [p, n] of a right factor or [m, p] of a left one; None at a client until the
-            replica gives it (`beside`).
+        past: T, [p, n] of a right factor or [m, p] of a left one; None in what was read from a
+            message or a file, until base weights give it (`beside`).
     """
 
     coefficients: torch.Tensor

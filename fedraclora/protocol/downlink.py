@@ -156,6 +156,8 @@ class Downlink:
     def to(self, dtype: torch.dtype) -> Downlink:
         """Convert what is sent to how it travels: on the CPU, in one precision, row by row.
 
+        Coefficients stay as they are, in float64.
+
         A tensor that was read back from a message is contiguous, and products of one that is not
         may differ in their last bits.
         """

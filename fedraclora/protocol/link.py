@@ -75,7 +75,7 @@ class Link:
     Attributes:
         terms: Low-rank terms by weight.
         dense: New values by name. A name with a "/" is of no parameter, but of what replicas
-            keep beside them (`fedraclora.protocol.pool`).
+            keep beside them (`fedraclora.protocol.pool`, `fedraclora.protocol.derived`).
         rest: Further changes of the same round, in order: a weight may have a term in each.
         kind: In which the new values travel, as in `Term`; that of `rest` is its own.
     """
@@ -92,7 +92,7 @@ class Link:
 
 
 def matrices(term: Term) -> tuple[torch.Tensor, ...]:
-    """Draw what is sketched and give the factors of a term as float64 matrices."""
+    """Draw and compute what is no tensor, and give the factors of a term as float64 matrices."""
     return tuple(
         f.to("cpu", torch.float64) if isinstance(f, torch.Tensor) else f.draw()
         for f in term.factors
@@ -104,7 +104,7 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
 
     Server and replicas call this one function, so that they stay equal to the bit on one build.
     The product is formed in float64, on the CPU, where sketches are drawn, and rounded once, to
-    the dtype of the base.
+    the dtype of the base. The factor that a term keeps is put beside its weight.
 
     Args:
         base: Weights in their stored layout. Not modified.

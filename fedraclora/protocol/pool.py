@@ -31,7 +31,7 @@ def part_name(weight: str, label: str, place: int) -> str:
 
 
 def parameters(base: Mapping[str, torch.Tensor]) -> Tree:
-    """Leave out of base weights what is no parameter of the model: the parts of pools."""
+    """Leave out what is no parameter: the parts of pools, and what the last link trained."""
     return {name: tensor for name, tensor in base.items() if "/" not in name}
 
 

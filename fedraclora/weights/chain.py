@@ -1,8 +1,8 @@
 """The chain of links, and what a client that was away must fetch to catch up.
 
-A client that holds version v of the base needs the links v+1..t, or the dense weight, whichever
-is smaller: decided per weight. Every client is taken to hold version 0, the initial weights (a
-public checkpoint, or a seed).
+A client that holds version v of the base needs the links v+1..t, or the dense weight with what
+stands beside it, whichever is smaller: decided per weight. Every client is taken to hold version 0,
+the initial weights (a public checkpoint, or a seed).
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def _extra(
 
 
 def _describe_factor(factor: Factor) -> dict[str, object]:
-    """Describe a factor in plain JSON; its numbers travel in the flat array."""
+    """Describe a factor in plain JSON; its numbers travel beside."""
     if isinstance(factor, SketchSpec):
         return {"role": "sketched", "spec": vars(factor)}
     if isinstance(factor, Derived):

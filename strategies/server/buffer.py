@@ -187,8 +187,9 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
     if carries:
         raise ConfigError(
             "a reply to an older downlink came (system.buffer), but what this method carries from "
-            "round to round has changed since; take a method that merges in every round and "
-            "carries nothing (fed_rac_lora with method.resample_every=1), or never merges (null)"
+            "round to round, or takes from the last link, has changed since; take a method that "
+            "merges in every round and carries nothing (fed_rac_lora with method.resample_every=1), "
+            "or never merges (null)"
         )
     first, *others = links
     report = {"staleness": sum(ages) / len(ages), "staleness_max": max(ages)}

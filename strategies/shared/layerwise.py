@@ -111,7 +111,8 @@ class LayerMethod(LowRank):
         """Return what clients get for one matrix, by label; here they train both factors.
 
         Returns:
-            A `Trained` slot, or a frozen factor: a tensor that is sent, or a drawing (a seed).
+            A `Trained` slot, or a frozen factor: a tensor that is sent, a drawing (a seed), or what
+            is computed from the last link.
         """
         return {"B": layer.trained("B"), "A": layer.trained("A")}
 

@@ -137,7 +137,8 @@ def factor(
 
     Returns:
         A combination of what the last link trained and of the drawing; or the factor itself, where
-        that is no more bytes, or where rows lie outside the span: after a link that hardly trained.
+        that is no more bytes (of float32), where nothing was trained yet, or where rows lie outside
+        the span: after a link that hardly trained.
     """
     label = "A" if drawing.side == "right" else "B"
     rows = completed(kept, as_rows(drawing.draw(), label))

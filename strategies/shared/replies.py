@@ -60,7 +60,7 @@ class Replies:
         return self.all.sent.adapters[self.name]
 
     def __getitem__(self, label: str) -> Value:
-        """Return a frozen factor as it was sent: a tensor, or a drawing."""
+        """Return a frozen factor as it was sent: a tensor, a drawing, or one of the last link."""
         factor = self.adapter.factors[label]
         if isinstance(factor, Trained):
             raise KeyError(

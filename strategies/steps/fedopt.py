@@ -7,7 +7,8 @@ whatever it is made of, and what the optimiser adds to it goes into the base wei
 
 The moments are dense, and stay at the server. The step has no low rank, so what an absent client
 must catch up on is the dense weight: m n numbers per matrix and round, where a link of a
-low-rank method has r m. Uplink and what the cohort trains stay as they are.
+low-rank method has r m; and what the next link is computed from (`fedraclora.protocol.derived`).
+Uplink and what the cohort trains stay as they are.
 
 In the space of **factors** Delta is the mean of what clients sent less what they started from, and
 the method gets start + step(Delta) for the mean: links, bytes and merges are those of the method.
