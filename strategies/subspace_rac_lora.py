@@ -43,7 +43,6 @@ from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.derived import as_rows
 from fedraclora.protocol.method import Downlink, Link, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.rng import generator
 from fedraclora.tree import Tree
 from strategies.shared import past
 from strategies.shared.gradient_first import GradientFirst
@@ -79,13 +78,10 @@ class SubspaceRacLora(GradientFirst):
         count = self.kept(layer.rank, layer.link)
         if (kept := self.kept_rows(layer, label, count)) is None:
             return {trained: layer.trained(trained), label: drawing}
-        held = layer.past
-        if self.basis == "coordinate":  # unit rows, which are not in the span of what was trained
-            clocks = generator(now.draw.seed, "kept", layer.name, layer.link)
-            uniform = torch.from_numpy(clocks.random(kept.shape[1]))
-            kept, held = past.chosen(kept[0], count, uniform), None
-        length = self.length(layer.rank, kept.shape[1])
-        frozen = past.factor(kept, length, drawing, held, layer.dtype)
+        if self.basis == "coordinate":
+            kept = past.chosen(kept[0], count, now.generator("kept", layer.name, layer.link))
+        lengths = past.lengths(layer.rank, count, self.length(layer.rank, kept.shape[1]))
+        frozen = past.factor(kept, lengths, drawing, layer.past, layer.dtype)
         return {trained: layer.trained(trained), label: frozen}
 
     def kept_rows(self, layer: Layer, label: str, count: int) -> torch.Tensor | None:
@@ -93,9 +89,10 @@ class SubspaceRacLora(GradientFirst):
         found = layer.carried.get(label)
         if found is None and layer.past is not None and count:
             rank, other = len(as_rows(layer.past, label)), layer.shape["AB".index(label)]
-            before = self.kept(rank, layer.link - 1), self.length(rank, other)
-            change = past.as_change(layer.past, label, *before)
-            found = past.BASES[self.basis](change, label, count)
+            lengths = past.lengths(rank, self.kept(rank, layer.link - 1), self.length(rank, other))
+            found = past.leading(
+                past.as_change(layer.past, label, lengths), label, count, past.NOISE
+            )
         return None if found is None else as_rows(found.to(torch.float64), label)
 
     @override
@@ -103,8 +100,10 @@ class SubspaceRacLora(GradientFirst):
         trained = past.trained_side(replies.adapter)
         if not layer.ends:
             return LayerUpdate(carried=layer.carried | {trained: replies.mean(trained)})
-        keep = trained if self.kept(layer.rank, layer.link + 1) else None
-        return LayerUpdate(merged=tuple(replies.means().values()), keep=keep)  # W <- W + s B A
+        change, kept = tuple(replies.means().values()), self.kept(layer.rank, layer.link + 1)
+        if kept and self.basis == "coordinate":
+            return LayerUpdate({trained: past.squared_lengths(change, trained)}, change)
+        return LayerUpdate(merged=change, keep=trained if kept else None)  # W <- W + s B A
 
     def kept(self, rank: int, link: int) -> int:
         """Count the rows of a link that come from the one before it, k."""

@@ -158,7 +158,7 @@ class Study:
             return []
         seeds, extra = _list(section["seeds"]), section["overrides"]
         if phase == "final":
-            seeds = [*seeds, *self.final.get("more", {}).get(row, [])]
+            seeds = [*seeds, *_list((self.final.get("more") or {}).get(row, []))]
         preset = [f"experiment={self.experiment}"] if self.experiment else []
         common = [*preset, *self.overrides, *self.rows[row], *map(str, _list(extra))]
         return [
@@ -193,6 +193,12 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
         for row in group or ():
             if row not in loaded["rows"]:
                 raise unknown(f"row of {key}", row, loaded["rows"])
+    for row, seeds in (loaded["final"].get("more") or {}).items():
+        if twice := set(_list(seeds)) & set(_list(loaded["final"]["seeds"])):
+            raise ConfigError(
+                f"final.more of {path} has the seed {min(map(str, twice))} of {row}, which all rows have; "
+                "name further seeds alone"
+            )
     for key in ("reference", "budget"):
         if loaded.get(key) not in {None, *loaded["rows"]}:
             raise unknown(f"row as {key}", loaded[key], loaded["rows"])

@@ -17,6 +17,7 @@ from typing import ClassVar, Protocol, Self
 
 import torch
 
+from fedraclora.protocol.derived import pasts
 from fedraclora.protocol.downlink import Adapter, Downlink, Factor, Trained
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.uplinks import Uplinks
@@ -135,7 +136,8 @@ class State:
     """What the server holds between rounds.
 
     Attributes:
-        base: The master weights, float32 or wider.
+        base: The master weights, float32 or wider, and under names with a "/" what replicas keep
+            beside them.
         plan: The plan of the run (static; not part of a checkpoint).
         carried: The method's own tensors (factors that live on, moments).
         memo: The method's own whole numbers.
@@ -153,6 +155,11 @@ class State:
     report: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     moments: Tree = field(default_factory=dict)
+
+    @property
+    def depends_on_past(self) -> bool:
+        """Return whether what the next round asks depends on more than the weights."""
+        return bool(self.carried or pasts(self.base))
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,9 @@ class WeightUpdate:
         """Bytes of its numbers, and 8 for each seed."""
         parts = [part for _, link in self.links for part in link.parts()]
         terms = sum(term_bytes(term) for part in parts for term in part.terms.values())
-        beside = sum(value_bytes(t, part.kind) for part in parts for t in part.dense.values())
+        values = sum(value_bytes(t, part.kind) for part in parts for t in part.dense.values())
         whole = (value_bytes(t, self.kinds.get(n, FULL)) for n, t in self.dense.items())
-        return terms + beside + sum(whole)
+        return terms + values + sum(whole)
 
     @override
     def __reduce__(self) -> tuple[object, ...]:
@@ -160,15 +160,15 @@ class WeightHistory(BaseWeights):
 
 
 def _terms(link: Link, names: frozenset[str]) -> Link:
-    """Select the terms of a link on these weights, and what stays beside them without a term.
+    """Select what a link does to these weights, and what stays beside them without a term.
 
     Parts that have nothing of these are left out.
     """
     parts = []
     for part in link.parts():
         terms = {n: t for n, t in part.terms.items() if n in names}
-        beside = {n: t for n, t in part.dense.items() if weight_of(n) in names}
-        if terms or beside:
-            parts.append(Link(terms, beside, kind=part.kind))
+        values = {n: t for n, t in part.dense.items() if (weight_of(n) or n) in names}
+        if terms or values:
+            parts.append(Link(terms, values, kind=part.kind))
     first, *rest = parts or [Link()]
     return replace(first, rest=tuple(rest))

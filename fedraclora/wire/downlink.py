@@ -241,7 +241,8 @@ class Reader:
                     f"the coefficients of a message are {tuple(numbers.shape)} of {numbers.dtype}; "
                     f"{beside.size} of float64 are wanted"
                 )
-            self._tensors |= beside.unpack(numbers)
+            # Copied: products round by where a matrix lies.
+            self._tensors |= {name: c.clone() for name, c in beside.unpack(numbers).items()}
         if not header["own"]:
             self._downlink = described_downlink(header, self._tensors, set())
         self._arrays = content["arrays"]

@@ -25,7 +25,6 @@ import torch
 
 from fedraclora.devices.asynchronous import PendingClient
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.derived import pasts
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink, Link, Method, State
 from fedraclora.protocol.quantised import FULL
@@ -177,20 +176,13 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
     ages = [float(round_ - b.round_) for b in batches for _ in b.flights]
     own = [[b] for b in batches if b.sent.link != now.link]
     together = [b for b in batches if b.sent.link == now.link]
-    carries = bool(own and _carries(state))
     links: list[Link] = []
     for group in [*own, *([together] if together else [])]:
+        _check_late(own, state)
         sent = now if group is together else group[0].sent
         state = _closed(method, state, sent, group, total, round_)
         links.append(state.link or Link())
-        carries |= bool(own and _carries(state))
-    if carries:
-        raise ConfigError(
-            "a reply to an older downlink came (system.buffer), but what this method carries from "
-            "round to round, or takes from the last link, has changed since; take a method that "
-            "merges in every round and carries nothing (fed_rac_lora with method.resample_every=1), "
-            "or never merges (null)"
-        )
+    _check_late(own, state)
     first, *others = links
     report = {"staleness": sum(ages) / len(ages), "staleness_max": max(ages)}
     return replace(
@@ -198,9 +190,15 @@ def merge(method: Method, state: State, batches: list[Batch], now: Downlink, rou
     )
 
 
-def _carries(state: State) -> bool:
-    """Check whether a method has something from earlier rounds beside the weights."""
-    return bool(state.carried or pasts(state.base))
+def _check_late(late: list[list[Batch]], state: State) -> None:
+    """Reject replies to older downlinks where these depended on more than the weights."""
+    if late and state.depends_on_past:
+        raise ConfigError(
+            "a reply to an older downlink came (system.buffer), but what this method carries from "
+            "round to round, or takes from the last link, has changed since; take a method that "
+            "merges in every round and carries nothing (fed_rac_lora with method.resample_every=1) "
+            "or never merges (null)"
+        )
 
 
 def _closed(

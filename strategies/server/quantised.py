@@ -105,7 +105,7 @@ class DownlinkRounding:
             kept = {
                 n: self._part(n, part.dense[n], moments, round_)
                 if weight_of(n) is None  # of a pool
-                else self._counted(part.dense[n], round_, "link", n).to(part.dense[n].dtype)
+                else self._counted(part.dense[n].cpu(), round_, "link", n).to(part.dense[n])
                 for n in sorted(values)
             }
             parts.append(Link(terms, kept, kind=self.kind))

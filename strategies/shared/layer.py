@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.method import Draw, Factor, Trained
+from fedraclora.rng import generator
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
@@ -88,6 +90,10 @@ class Round:
 
     number: int
     draw: Draw
+
+    def generator(self, purpose: str, *keys: str | int) -> np.random.Generator:
+        """Return a generator of the run's seed tree, for draws that the server alone makes."""
+        return generator(self.draw.seed, purpose, *keys)
 
     def sketch(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
+import numpy as np
 import torch
 
 from fedraclora.limits import Limit, choice_of
@@ -16,6 +17,7 @@ from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.sketch import SketchSpec
 from strategies.shared.layer import Value
 
+Change = tuple[Value, ...]  # B and A of a link, or what stands for them
 Length = Annotated[
     float | str,
     Limit(
@@ -24,7 +26,7 @@ Length = Annotated[
     ),
 ]
 ENERGY = "energy_seen"  # a column of the ledger
-CLOSE = 1e-9  # of a combination to the rows that it stands for, relative to these
+NOISE = 1e-6  # singular values of a trained factor up to this share of the largest are rounding
 
 
 def sides(link: int) -> tuple[str, str]:
@@ -37,18 +39,25 @@ def trained_side(adapter: Adapter) -> str:
     return next(k for k, factor in adapter.factors.items() if isinstance(factor, Trained))
 
 
-def leading(change: Product, side: str, kept: int) -> torch.Tensor:
+def leading(change: Change, side: str, kept: int, least: float = 0.0) -> torch.Tensor:
     """Compute the leading left (side ``B``) or right (``A``) singular vectors of B A.
 
+    Args:
+        change: B and A.
+        side: Which.
+        kept: How many at most.
+        least: Those whose singular value is no more than this share of the largest are left out.
+
     Returns:
-        [m, kept] or [kept, n], float64, strongest first.
+        [m, k] or [k, n], float64, strongest first.
     """
     B, A = matrices(Term(change, 1.0))
-    u, _, vt = truncated_product(B, A, kept)
-    return u if side == "B" else vt
+    u, s, vt = truncated_product(B, A, kept)
+    found = s > least * s[0] if least else s >= 0
+    return u[:, found] if side == "B" else vt[found]
 
 
-def squared_lengths(change: Product, side: str, _kept: int) -> torch.Tensor:
+def squared_lengths(change: Change, side: str, _kept: int = 0) -> torch.Tensor:
     """Compute the squared lengths of the rows (side ``B``) or columns (``A``) of B A.
 
     Returns:
@@ -59,31 +68,32 @@ def squared_lengths(change: Product, side: str, _kept: int) -> torch.Tensor:
     return as_rows(squares[None], side)
 
 
-def as_change(past: torch.Tensor, label: str, kept: int, length: float) -> Product:
+def lengths(rank: int, kept: int, length: float) -> torch.Tensor:
+    """Return the lengths of frozen rows, [rank]: ``length`` of the kept ones, which come first."""
+    return torch.tensor([length] * kept + [1.0] * (rank - kept), dtype=torch.float64)
+
+
+def as_change(past: torch.Tensor, label: str, lengths: torch.Tensor) -> Product:
     """Write the change of the last link by what it trained alone, but for a rotation.
 
-    Its frozen rows were orthogonal, so that s B A has the left singular vectors (and lengths of
-    rows) of B times their lengths, up to s; where A was trained the right ones likewise.
+    Its frozen rows were orthogonal, so that s B A has the left singular vectors of B times their
+    lengths; where A was trained, the right ones likewise.
 
     Args:
         past: What was trained: B [m, r] or A [r, n]. Not modified.
         label: Which of them.
-        kept: How many of the frozen rows were kept ones.
-        length: That of those.
+        lengths: Of the frozen rows, [r].
     """
-    past = past.to("cpu", torch.float64)
-    lengths = past.new_ones(len(as_rows(past, label)))
-    lengths[:kept] = length
-    return as_product(label, past, lengths.diag())
+    return as_product(label, past.to("cpu", torch.float64), lengths.diag())
 
 
-def chosen(weights: torch.Tensor, count: int, uniform: torch.Tensor) -> torch.Tensor:
+def chosen(weights: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
     """Draw coordinates without replacement, one after another, with chances as their weights.
 
     Args:
         weights: [d], not negative. Not modified.
         count: How many.
-        uniform: Numbers of [0, 1) that decide, [d].
+        rng: Decides.
 
     Returns:
         Unit rows, [count, d].
@@ -92,11 +102,15 @@ def chosen(weights: torch.Tensor, count: int, uniform: torch.Tensor) -> torch.Te
         Efraimidis and Spirakis, Information Processing Letters 97(5), 2006, doi
         10.1016/j.ipl.2005.11.003: the first of exponential clocks with these rates.
     """
+    uniform = torch.from_numpy(rng.random(len(weights)))
     first = (-torch.log1p(-uniform) / weights).argsort(stable=True)[:count]
     return torch.eye(len(weights), dtype=torch.float64)[first]
 
 
-BASES = {"singular": leading, "coordinate": squared_lengths}
+BASES: dict[str, Callable[[Change, str, int], torch.Tensor]] = {
+    "singular": leading,
+    "coordinate": squared_lengths,
+}
 SKETCHES = {"singular": "orthonormal", "coordinate": "coordinate"}  # of the other rows
 Basis = Annotated[str, choice_of(BASES)]
 
@@ -121,33 +135,28 @@ def completed(kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
 
 def factor(
     kept: torch.Tensor,
-    length: float,
+    lengths: torch.Tensor,
     drawing: SketchSpec,
     past: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> Value:
-    """Build a frozen factor of kept rows and drawn ones.
+    """Build a frozen factor of kept rows and, where these are fewer than its rows, drawn ones.
 
     Args:
         kept: K, orthonormal rows [k, d], float64. Not modified.
-        length: c, which they have in the factor.
+        lengths: Of the rows of the factor, [r].
         drawing: Gives the other rows; its side is that of the factor.
         past: What the last link trained, which clients hold, where K is in its span; or None.
         dtype: In which the factor is sent where it is.
 
     Returns:
         A combination of what the last link trained and of the drawing; or the factor itself, where
-        that is no more bytes (of float32), where nothing was trained yet, or where rows lie outside
-        the span: after a link that hardly trained.
+        that is no more bytes (of float32), or nothing was trained yet.
     """
     label = "A" if drawing.side == "right" else "B"
-    rows = completed(kept, as_rows(drawing.draw(), label))
-    rows[: len(kept)] *= length
+    rows = lengths[:, None] * completed(kept, as_rows(drawing.draw(), label))
     if past is not None and smaller(len(as_rows(past, label)), *rows.shape):
-        found = Derived.of(rows, past, drawing)
-        far = torch.linalg.vector_norm(as_rows(found.draw(), label) - rows)
-        if far <= CLOSE * torch.linalg.vector_norm(rows):
-            return found
+        return Derived.of(rows, past, drawing)
     return as_rows(rows, label).to(dtype)
 
 

@@ -141,11 +141,11 @@ class Allocated(Around):
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         after = self.inner.close_round(narrowed(state, sent.adapters), sent, got)
-        if after.carried and self.rule.every is not None:
+        if after.depends_on_past and self.rule.every is not None:
             raise refused(
                 self.inner,
-                f"it carries factors, and allocation.every={self.rule.every} would drop those of "
-                "layers that are left out: set every=null",
+                f"allocation.every={self.rule.every} would drop what it carries, or takes from the "
+                "last link, of layers that are left out: set every=null",
             )
         adapted = {name: int(name in sent.adapters) for name in state.plan.targets}
         memo = replace(cast(Chosen, after.memo), adapted=adapted)

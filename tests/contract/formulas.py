@@ -58,10 +58,17 @@ def one_factor(method: Any, plan: Plan, round_: int) -> Count:
 
 
 def by_turns(method: Any, plan: Plan, round_: int) -> Count:
-    """r m up in right links, r n in left ones; down the frozen factor, and within a link both."""
+    """r m up in right links, r n in left ones; down 2 r^2 coefficients, or unit rows as they are.
+
+    Within a link what lives on, too.
+    """
     link, begun = divmod(round_ - 1, method.resample_every)
     both = sizes(method, plan)
-    trained, frozen = both if link % 2 == 0 else both[::-1]
+    trained = both[0] if link % 2 == 0 else both[1]
+    frozen = 0
+    for name, view in plan.targets.items():
+        r, d = method.rank_of(plan, name), view.shape[1 - link % 2]
+        frozen += r * (2 * r if method.basis == "singular" else d)
     drawn = link == 0 or method.fresh == 1 or (method.pairs and link % 2 == 0)
     return trained + dense(plan), frozen * (not drawn) + trained * (begun > 0)
 

@@ -246,6 +246,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
         (("fed_rac_lora", {"resample_every": 2}), {}, "merges in every round"),
         (("rolora", {}), {}, "merges in every round"),
         (("subspace_rac_lora", {"resample_every": 1}), {}, "merges in every round"),
+        (("subspace_rac_lora", {"rank": 1, "fresh": 0.0}), {}, "or takes from the last link"),
         (("pool_rac_lora", {}), {}, "a method with a pool of sketches"),
         (("fed_rac_lora", {}), {"aggregator": Median()}, "aggregator=median"),
         (

@@ -13,8 +13,9 @@ from flwr.app import ConfigRecord
 from worlds import Run, assert_equal_trees, assert_updates_lead_on, make_world, run
 
 from fedraclora.aggregation.server_optimisers import Momentum
+from fedraclora.allocation.rules import HeteroLora
 from fedraclora.devices.asynchronous import PendingClient
-from fedraclora.errors import WireError
+from fedraclora.errors import ConfigError, WireError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.derived import Derived, weight_of
@@ -49,6 +50,7 @@ from strategies.server.buffer import Batch, read_batches, write_batches
 from strategies.server.quantised import DownlinkRounding
 from strategies.steps.settings import RoundSettings
 from strategies.subspace_rac_lora import SubspaceRacLora
+from strategies.wrappers.allocated import allocated
 
 M, N, R, ALPHA = 30, 40, 3, 7.0
 METHOD = SubspaceRacLora(rank=R, alpha=ALPHA, resample_every=1, fresh=0.3)  # k = 2
@@ -154,16 +156,21 @@ def test_coefficients_are_all_that_is_sent_and_counted() -> None:
     assert again.whole.tolist() == counted.whole.tolist()
 
 
-def test_after_a_link_that_trained_nothing_the_factor_itself_is_sent() -> None:
+def test_what_a_link_did_not_train_is_drawn() -> None:
+    """Rows of a trained factor that is zero, or has a lower rank, are left to the drawing."""
     state = METHOD.init({"w": torch.zeros(M, N)}, PLAN, DRAW)
     sent = METHOD.open_round(state, 1, COHORT, DRAW)
     layout = uplink_layout(sent)
-    got = Uplinks(COHORT.clients, COHORT.weights, layout, torch.zeros(2, layout.size))
-    after = METHOD.close_round(state, sent, got)
-    frozen = METHOD.open_round(after, 2, COHORT, DRAW).factors()["w/B"]
-    assert isinstance(frozen, torch.Tensor)
-    assert frozen.dtype == torch.float32
-    assert torch.linalg.matrix_rank(frozen) == R
+    one = torch_normal(generator(0, "one"), M)[:, None] * torch.tensor([1.0, 2.0, 0.0])
+    for B, kept in ((torch.zeros(M, R), False), (one, True)):
+        rows = layout.pack({"w/B": B.double()}).expand(2, -1)
+        got = Uplinks(COHORT.clients, COHORT.weights, layout, rows)
+        after = METHOD.close_round(state, sent, got)
+        found = computed(METHOD.open_round(after, 2, COHORT, DRAW))
+        F, c = found.draw(), METHOD.length(R, M)
+        torch.testing.assert_close(F.mT @ F, torch.tensor([c, c, 1.0]).double().square().diag())
+        along = (one[:, 0].double() @ F[:, 0]).abs() / (one[:, 0].double().norm() * c)
+        assert float(along) == pytest.approx(1.0) if kept else float(along) < 0.9
 
 
 def test_a_factor_of_a_short_side_is_sent_since_that_is_no_more_bytes() -> None:
@@ -224,29 +231,29 @@ def test_what_waits_for_a_buffered_round_keeps_its_coefficients() -> None:
     assert torch.equal(computed(again.sent).coefficients, computed(sent).coefficients)
 
 
+@pytest.mark.parametrize("rounds", [5, 6])
 @pytest.mark.parametrize("wire", ["float32", "int8"])
 def test_a_server_step_on_weights_leaves_the_basis_as_long_as_its_link(
-    wire: str, tmp_path: Path
+    wire: str, rounds: int, tmp_path: Path
 ) -> None:
     """No term then says what stays beside a weight; it goes with the values, rounded once."""
     method = replace(METHOD, rank=2, resample_every=2)
     rule = RoundSettings(server_optimiser=Momentum(lr=0.5))
     world, local = make_world(width=3), LocalSettings(lr=0.01, steps=2, batch_size=2)
     more: dict[str, Any] = {"cohort": 2, "downlink": wire, "treatment": rule}
-    done = run(world, method, local, rounds=6, folder=tmp_path, **more)
-    beside = [
-        {n: t for n, t in state_at(tmp_path, t).base.items() if weight_of(n)} for t in range(7)
-    ]
+    done = run(world, method, local, rounds=rounds, folder=tmp_path, **more)
+    states = [state_at(tmp_path, t).base for t in range(rounds + 1)]
+    beside = [{n: t for n, t in base.items() if weight_of(n)} for base in states]
     assert beside[0] == beside[1] == {}
     for first in (2, 4):
         assert beside[first]
         assert_equal_trees(beside[first], beside[first + 1])
-    assert_equal_trees(state_at(tmp_path, 6).base, done.strategy.state.base)
+    assert_equal_trees(states[-1], done.strategy.state.base)
     assert any(isinstance(f, Derived) for f in opened(done).values())
     assert_updates_lead_on(tmp_path)
     half = tmp_path / "half"
     run(world, method, local, rounds=3, folder=half, **more)
-    again = run(world, method, local, rounds=6, folder=half, resume=True, **more)
+    again = run(world, method, local, rounds=rounds, folder=half, resume=True, **more)
     assert_equal_trees(again.strategy.state.base, done.strategy.state.base)
 
 
@@ -254,7 +261,16 @@ def opened(done: Run) -> dict[str, Any]:
     """The factors of the round after the last."""
     strategy = done.strategy
     cohort = Cohort(torch.arange(2), torch.ones(2))
-    return dict(strategy.method.open_round(strategy.state, 7, cohort, strategy.draw).factors())
+    round_ = strategy.done + 1
+    sent = strategy.method.open_round(strategy.state, round_, cohort, strategy.draw)
+    return dict(sent.factors())
+
+
+def test_an_allocation_that_leaves_layers_out_for_a_while_is_refused() -> None:
+    method = allocated(replace(METHOD, rank=2), HeteroLora(share=0.67, every=1))
+    local = LocalSettings(lr=0.01, steps=2, batch_size=2)
+    with pytest.raises(ConfigError, match="or takes from the last link, of layers"):
+        run(make_world(width=3), method, local, rounds=6, cohort=2)
 
 
 def test_the_scale_and_the_labels_are_the_adapters() -> None:

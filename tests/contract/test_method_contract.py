@@ -44,7 +44,7 @@ from worlds import (
 
 from fedraclora.aggregation.base import AggregationContext, Total
 from fedraclora.errors import ConfigError, ShapeError
-from fedraclora.protocol.derived import weight_of
+from fedraclora.protocol.derived import Derived, weight_of
 from fedraclora.protocol.link import apply_link
 from fedraclora.protocol.method import Draw, Method, Trained
 from fedraclora.protocol.rank_budgets import uploaded_numbers
@@ -98,9 +98,10 @@ def new_weights(method: Method, played: Played) -> Tree:
 
 
 def drawn(played: Played) -> list[SketchSpec]:
-    """Sketches of a downlink: frozen factors, and starts of trained ones."""
+    """Sketches of a downlink: frozen factors, what is combined with them, and starts of others."""
     factors = [f for a in played.sent.adapters.values() for f in a.factors.values()]
     frozen = [f for f in factors if isinstance(f, SketchSpec)]
+    frozen += [f.drawing for f in factors if isinstance(f, Derived)]
     starts = [s.start for s in played.sent.trained().values()]
     return frozen + [s for s in starts if isinstance(s, SketchSpec)]
 
@@ -425,6 +426,8 @@ def test_the_number_of_the_link_says_whether_what_is_trained_lives_on(
                 torch.testing.assert_close(factor.start, wanted, rtol=1e-12, atol=1e-12)
             elif isinstance(factor, torch.Tensor):
                 assert torch.equal(factor, frozen[0][name])  # type: ignore[arg-type]
+            elif isinstance(factor, Derived):
+                assert torch.equal(factor.draw(), frozen[0][name].draw())  # type: ignore[union-attr]
             else:
                 assert factor == frozen[0][name]
 
@@ -441,7 +444,9 @@ def carried_down(played: Played) -> int:
             total += slot.start[0].numel() if slot.per_client else slot.start.numel()
     for adapter in played.sent.adapters.values():
         for factor in adapter.factors.values():
-            if not isinstance(factor, Trained | SketchSpec):
+            if isinstance(factor, Derived):
+                total += factor.coefficients.numel()
+            elif not isinstance(factor, Trained | SketchSpec):
                 total += factor[0].numel() if factor.dim() == 3 else factor.numel()
     return total
 

@@ -36,6 +36,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
+from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.method import Cohort, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
@@ -69,13 +70,14 @@ def finished(name: str, **more: Any) -> Run:
 
 def array_bytes(content: RecordDict) -> int:
     records = [r for r in content.values() if isinstance(r, ArrayRecord)]
-    return sum(r["flat"].numpy().nbytes for r in records)
+    return sum(array.numpy().nbytes for r in records for array in r.values())
 
 
 def seeds(content: RecordDict) -> int:
     downlink, _ = unpack_downlink(content)
     starts = [slot.start for slot in downlink.trained().values()]
-    return sum(isinstance(f, SketchSpec) for f in [*downlink.factors().values(), *starts])
+    drawn = [*downlink.factors().values(), *starts]
+    return sum(isinstance(f, SketchSpec | Derived) for f in drawn)
 
 
 @pytest.mark.short(when=lambda name: name in SHORT)

@@ -37,6 +37,7 @@ from worlds import (
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.cohorts import draw_cohort
+from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.method import (
     Cohort,
     Downlink,
@@ -90,7 +91,7 @@ def cut_weights(played: Played, k: int, rank: int) -> Tree:
     for weight, adapter in played.sent.adapters.items():
         pair, start = [], []
         for name, factor in adapter.factors.items():
-            if isinstance(factor, SketchSpec):
+            if isinstance(factor, SketchSpec | Derived):
                 pair.append(factor.draw())
                 start.append(factor.draw())
                 continue

@@ -33,6 +33,7 @@ from fedraclora.data.task import LOSSES, Task
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import EngineParts
 from fedraclora.privacy.secagg import SecAgg, Terms
+from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.link import Plan
 from fedraclora.protocol.method import (
     Cohort,
@@ -395,7 +396,7 @@ def client_weights(played: Played, k: int) -> Tree:
     for weight, adapter in played.sent.adapters.items():
         product: torch.Tensor | None = None
         for name, factor in adapter.factors.items():
-            if isinstance(factor, SketchSpec):
+            if isinstance(factor, SketchSpec | Derived):
                 matrix = factor.draw()
             elif isinstance(factor, torch.Tensor):
                 matrix = factor[k] if factor.dim() == 3 else factor

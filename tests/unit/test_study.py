@@ -261,9 +261,11 @@ def test_a_row_with_further_seeds_is_held_against_the_seeds_that_both_have(tmp_p
     ours, _ = made.cells
     assert ours[1] == "0.7000 ± 0.2646"  # of 0.8, 0.4 and 0.9
     assert ours[4:] == ("+0.0000 ± 0.1000", *["0.250 (1 of 2 runs)"] * 2)
-    turned = text.replace("more: {ours: [2]}", "more: {our: [2]}")
-    with pytest.raises(ConfigError, match="did you mean 'ours'"):
-        study(tmp_path, turned)
+    wrong = {"{our: [2]}": "did you mean 'ours'", "{ours: 2}": "a list is wanted"}
+    wrong["{ours: [1]}"] = "has the seed 1 of ours, which all rows have"
+    for more, words in wrong.items():
+        with pytest.raises(ConfigError, match=words):
+            study(tmp_path, text.replace("{ours: [2]}", more))
 
 
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:

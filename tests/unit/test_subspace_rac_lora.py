@@ -170,9 +170,8 @@ def test_coordinates_are_drawn_by_what_the_last_link_moved() -> None:
     weights = torch.tensor([0.0, 1.0, 3.0, 0.0]).double()
     counts = torch.zeros(4)
     for i in range(2000):
-        uniform = torch.from_numpy(generator(5, "u", i).random(4))
-        counts += chosen(weights, 1, uniform)[0]
-        both = chosen(weights, 2, uniform)
+        counts += chosen(weights, 1, generator(5, "u", i))[0]
+        both = chosen(weights, 2, generator(5, "u", i))
         assert sorted(both.argmax(dim=1).tolist()) == [1, 2]
     assert counts[[0, 3]].tolist() == [0, 0]
     assert float(counts[2]) / 2000 == pytest.approx(0.75, abs=0.04)
