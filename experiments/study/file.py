@@ -196,7 +196,7 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
     for row, seeds in (loaded["final"].get("more") or {}).items():
         if twice := set(_list(seeds)) & set(_list(loaded["final"]["seeds"])):
             raise ConfigError(
-                f"final.more of {path} has the seed {min(map(str, twice))} of {row}, which all rows have; "
+                f"final.more of {path} has for {row} the seed {min(map(str, twice))} of all rows; "
                 "name further seeds alone"
             )
     for key in ("reference", "budget"):

@@ -262,7 +262,7 @@ def test_a_row_with_further_seeds_is_held_against_the_seeds_that_both_have(tmp_p
     assert ours[1] == "0.7000 ± 0.2646"  # of 0.8, 0.4 and 0.9
     assert ours[4:] == ("+0.0000 ± 0.1000", *["0.250 (1 of 2 runs)"] * 2)
     wrong = {"{our: [2]}": "did you mean 'ours'", "{ours: 2}": "a list is wanted"}
-    wrong["{ours: [1]}"] = "has the seed 1 of ours, which all rows have"
+    wrong["{ours: [1]}"] = "has for ours the seed 1 of all rows"
     for more, words in wrong.items():
         with pytest.raises(ConfigError, match=words):
             study(tmp_path, text.replace("{ours: [2]}", more))
