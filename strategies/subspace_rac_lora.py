@@ -43,9 +43,11 @@ from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.derived import as_rows
 from fedraclora.protocol.method import Downlink, Link, Plan, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 from strategies.shared import past
 from strategies.shared.gradient_first import GradientFirst
+from strategies.shared.layer import Value
 from strategies.shared.layerwise import Factors, Layer, LayerUpdate, Replies, Round
 
 
@@ -75,25 +77,22 @@ class SubspaceRacLora(GradientFirst):
     def factors(self, layer: Layer, now: Round) -> Factors:
         label, trained = past.sides(layer.link)
         drawing = now.sketch(layer, label, past.SKETCHES[self.basis], index=layer.link)
-        count = self.kept(layer.rank, layer.link)
-        if (kept := self.kept_rows(layer, label, count)) is None:
-            return {trained: layer.trained(trained), label: drawing}
-        if self.basis == "coordinate":
-            kept = past.chosen(kept[0], count, now.generator("kept", layer.name, layer.link))
-        lengths = past.lengths(layer.rank, count, self.length(layer.rank, kept.shape[1]))
-        frozen = past.factor(kept, lengths, drawing, layer.past, layer.dtype)
-        return {trained: layer.trained(trained), label: frozen}
+        return {trained: layer.trained(trained), label: self.frozen(layer, label, drawing, now)}
 
-    def kept_rows(self, layer: Layer, label: str, count: int) -> torch.Tensor | None:
-        """Take K from the gradient or the last link, [k, d], or what it is drawn by, [1, d]."""
-        found = layer.carried.get(label)
-        if found is None and layer.past is not None and count:
-            rank, other = len(as_rows(layer.past, label)), layer.shape["AB".index(label)]
-            lengths = past.lengths(rank, self.kept(rank, layer.link - 1), self.length(rank, other))
-            found = past.leading(
-                past.as_change(layer.past, label, lengths), label, count, past.NOISE
-            )
-        return None if found is None else as_rows(found.to(torch.float64), label)
+    def frozen(self, layer: Layer, label: str, drawing: SketchSpec, now: Round) -> Value:
+        """Build a frozen factor: K from the gradient, coordinates or the last link, and F."""
+        count = self.kept(layer.rank, layer.link)
+        kept = count, self.length(layer.rank, drawing.dim)
+        if (found := layer.carried.get(label)) is not None:
+            rows = as_rows(found.to(torch.float64), label)
+            if self.basis == "coordinate":
+                rows = past.chosen(rows[0], count, now.generator("kept", layer.name, layer.link))
+            return as_rows(past.framed(rows, drawing, kept), label).to(layer.dtype)
+        if layer.past is None or not count:
+            return drawing
+        rank, other = len(as_rows(layer.past, label)), layer.shape["AB".index(label)]
+        before = self.kept(rank, layer.link - 1), self.length(rank, other)
+        return past.factor(layer.past, drawing, before, kept, layer.dtype)
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:

@@ -119,7 +119,7 @@ def whole(factor: torch.Tensor, drawing: SketchSpec) -> torch.Tensor:
         factor: A [k, n], or B [m, k], whose components have the drawing's length. Not modified.
         drawing: Of rank k or more.
     """
-    label = "A" if drawing.side == "right" else "B"
+    label = past.label_of(drawing)
     rows, length = as_rows(factor, label), drawing.gram_scale**0.5
     if len(rows) == drawing.rank:
         return factor

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
 import torch
 
 from fedraclora.limits import Limit, choice_of
-from fedraclora.lowrank.algebra import Product, truncated_product
+from fedraclora.lowrank.algebra import truncated_product
 from fedraclora.protocol.change_of_basis import as_product
 from fedraclora.protocol.derived import Derived, as_rows
 from fedraclora.protocol.link import Term, matrices
@@ -18,6 +19,7 @@ from fedraclora.sketch import SketchSpec
 from strategies.shared.layer import Value
 
 Change = tuple[Value, ...]  # B and A of a link, or what stands for them
+Kept = tuple[int, float]  # how many rows of a frozen factor come from before, and their length
 Length = Annotated[
     float | str,
     Limit(
@@ -68,25 +70,6 @@ def squared_lengths(change: Change, side: str, _kept: int = 0) -> torch.Tensor:
     return as_rows(squares[None], side)
 
 
-def lengths(rank: int, kept: int, length: float) -> torch.Tensor:
-    """Return the lengths of frozen rows, [rank]: ``length`` of the kept ones, which come first."""
-    return torch.tensor([length] * kept + [1.0] * (rank - kept), dtype=torch.float64)
-
-
-def as_change(past: torch.Tensor, label: str, lengths: torch.Tensor) -> Product:
-    """Write the change of the last link by what it trained alone, but for a rotation.
-
-    Its frozen rows were orthogonal, so that s B A has the left singular vectors of B times their
-    lengths; where A was trained, the right ones likewise.
-
-    Args:
-        past: What was trained: B [m, r] or A [r, n]. Not modified.
-        label: Which of them.
-        lengths: Of the frozen rows, [r].
-    """
-    return as_product(label, past.to("cpu", torch.float64), lengths.diag())
-
-
 def chosen(weights: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
     """Draw coordinates without replacement, one after another, with chances as their weights.
 
@@ -133,29 +116,59 @@ def completed(kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     return torch.where(r.diagonal() < 0, -q, q).mT
 
 
-def factor(
-    kept: torch.Tensor,
-    lengths: torch.Tensor,
-    drawing: SketchSpec,
-    past: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> Value:
-    """Build a frozen factor of kept rows and, where these are fewer than its rows, drawn ones.
+def lengths(rank: int, kept: Kept) -> torch.Tensor:
+    """Return the lengths of frozen rows, [rank, 1]: those of the kept ones, which come first."""
+    count, length = kept
+    return torch.tensor([length] * count + [1.0] * (rank - count), dtype=torch.float64)[:, None]
+
+
+def framed(rows: torch.Tensor, drawing: SketchSpec, kept: Kept) -> torch.Tensor:
+    """Complete the kept rows of a factor by drawn ones, and give all their lengths.
 
     Args:
-        kept: K, orthonormal rows [k, d], float64. Not modified.
-        lengths: Of the rows of the factor, [r].
-        drawing: Gives the other rows; its side is that of the factor.
-        past: What the last link trained, which clients hold, where K is in its span; or None.
+        rows: Orthonormal, [k, d], float64; k is at most as many as are to be kept. Not modified.
+        drawing: Gives the others.
+        kept: How many rows are kept ones, and their length.
+
+    Returns:
+        [rank, d], float64.
+    """
+    drawn = as_rows(drawing.draw(), label_of(drawing))
+    return lengths(drawing.rank, kept) * completed(rows, drawn)
+
+
+def label_of(drawing: SketchSpec) -> str:
+    """Return the label of a factor by the side of its drawing."""
+    return "A" if drawing.side == "right" else "B"
+
+
+@lru_cache(maxsize=512)  # asked for in each round of a link, and for each evaluation
+def factor(
+    past: torch.Tensor, drawing: SketchSpec, before: Kept, kept: Kept, dtype: torch.dtype
+) -> Value:
+    """Build the frozen factor of a link from what the one before it trained.
+
+    The frozen rows of that were orthogonal, so that s B A has the left singular vectors of B times
+    their lengths; where A was trained, the right ones likewise.
+
+    Args:
+        past: What was trained, B [m, p] or A [p, n], which clients hold. Not modified.
+        drawing: Gives the fresh rows; its side is that of the factor.
+        before: Of the last link: how many of its frozen rows were kept ones, and their length.
+        kept: The same of this link.
         dtype: In which the factor is sent where it is.
 
     Returns:
         A combination of what the last link trained and of the drawing; or the factor itself, where
-        that is no more bytes (of float32), or nothing was trained yet.
+        that is no more bytes (of float32).
     """
-    label = "A" if drawing.side == "right" else "B"
-    rows = lengths[:, None] * completed(kept, as_rows(drawing.draw(), label))
-    if past is not None and smaller(len(as_rows(past, label)), *rows.shape):
+    label = label_of(drawing)
+    trained = past.to("cpu", torch.float64)
+    held = as_rows(trained, label)
+    change = as_product(label, trained, lengths(len(held), before)[:, 0].diag())
+    found = as_rows(leading(change, label, kept[0], NOISE), label)
+    rows = framed(found, drawing, kept)
+    if smaller(len(held), *rows.shape):
         return Derived.of(rows, past, drawing)
     return as_rows(rows, label).to(dtype)
 
