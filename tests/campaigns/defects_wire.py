@@ -10,17 +10,25 @@ from typing import Any
 
 import torch
 
-from fedraclora.protocol.method import Downlink, Link, State, Term
+from fedraclora.protocol.derived import weight_of
+from fedraclora.protocol.method import Downlink, Link, Plan, State, Term
 from fedraclora.protocol.pool import added
 from fedraclora.protocol.quantised import encode
+from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.extras.variates import lifts
 from fedraclora.training.galore import GaLore, Projection
 from fedraclora.tree import Tree
+from fedraclora.weights.chain import LinkSizes
+from fedraclora.weights.update import WeightHistory, WeightUpdate
 from fedraclora.wire.feedback import LIFE, left_over, to_add
 from strategies.pool_rac_lora import PoolRacLora
 from strategies.server import quantised
 from strategies.server.quantised import DownlinkRounding
+from strategies.shared import past
+from strategies.shared.layer import Layer
+from strategies.shared.layerwise import LayerMethod
 from strategies.steps import scaffold
+from strategies.subspace_rac_lora import SubspaceRacLora
 from tests.campaigns.planting import Planting, defect, defects_of
 
 BITS = ("tests/unit/test_quantised.py",)
@@ -28,6 +36,7 @@ ROUNDS = ("tests/contract/test_quantised_rounds.py",)
 FEEDBACK = ("tests/contract/test_feedback.py",)
 DRIFT = ("tests/contract/test_control_variates.py",)
 POOLS = ("tests/unit/test_pool.py",)
+DERIVED = ("tests/contract/test_derived.py",)
 GALORE = ("tests/unit/test_galore.py",)
 
 
@@ -148,6 +157,70 @@ def pool_folded_and_kept(planting: Planting) -> None:
         return replace(link, dense=kept)
 
     planting.put(PoolRacLora, "merge", merge)
+
+
+# ---- Factors that are computed from the last link ---------------------------------------
+
+
+@defect(
+    "test_a_client_computes_what_the_server_froze",
+    "the basis is taken from what the server averaged, and not from what it merged and sent",
+    DERIVED,
+)
+def basis_of_what_was_not_sent(planting: Planting) -> None:
+    sound, means = SubspaceRacLora.close_round, dict[str, torch.Tensor]()
+
+    def close_round(self: SubspaceRacLora, state: State, sent: Downlink, got: Uplinks) -> State:
+        after = sound(self, state, sent, got)
+        for name, term in (after.link or Link()).terms.items():
+            if term.kept is not None:
+                means[name] = term.kept
+        return after
+
+    def layer(self: SubspaceRacLora, state: State, plan: Plan, name: str) -> Layer:
+        found = LayerMethod.layer(self, state, plan, name)
+        return found if found.past is None else replace(found, past=means[name])
+
+    planting.put(SubspaceRacLora, "close_round", close_round)
+    planting.put(SubspaceRacLora, "layer", layer)
+
+
+@defect(
+    "test_coefficients_are_all_that_is_sent_and_counted",
+    "whoever fetches a weight whole is not charged for what stands beside it",
+    DERIVED,
+)
+def nothing_counted_beside_a_whole_weight(planting: Planting) -> None:
+    planting.put(LinkSizes, "whole", property(lambda self: self.dense))
+
+
+@defect(
+    "test_an_update_leads_from_any_version_to_the_newest and derived",
+    "what stands beside a weight is not sent with it",
+    ("tests/unit/test_replica.py",),
+)
+def whole_weights_come_alone(planting: Planting) -> None:
+    sound = WeightHistory.since
+
+    def since(self: WeightHistory, start: int | None) -> WeightUpdate:
+        update = sound(self, start)
+        return replace(update, dense={n: t for n, t in update.dense.items() if not weight_of(n)})
+
+    planting.put(WeightHistory, "since", since)
+
+
+@defect(
+    "test_a_link_keeps_the_leading_singular_vectors",
+    "the lengths of the last link's frozen rows are forgotten when its directions are ranked",
+    ("tests/unit/test_subspace_rac_lora.py", "tests/contract/test_derived.py"),
+)
+def lengths_of_the_last_link_forgotten(planting: Planting) -> None:
+    sound = past.lengths
+
+    def forgotten(rank: int, kept: past.Kept) -> torch.Tensor:
+        return sound(rank, (kept[0], 1.0))
+
+    planting.function(past.lengths, forgotten)
 
 
 # ---- Projected gradients --------------------------------------------------------------
