@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
 
 LABEL_HEIGHT = 0.14  # of the number beside a point, inches
+WILD = 20  # times the median spread: of a method of which a seed broke down
+CARETDOWN = 7  # a marker of matplotlib
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class Entrant:
 def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> None:
     """Draw the metric of each method, and the metric against its uplink, by place on the board.
 
+    A method of which a seed broke down does not stretch the axes: what lies outside stands at their
+    lower end, with its figures.
+
     Args:
         entrants: The best first.
         metric: Its name.
@@ -41,19 +47,26 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
     figure = new_figure(13, max(4.5, 0.32 * len(entrants) + 1.5))
     figure.suptitle(f"{metric} at the end: mean and standard deviation over seeds", fontsize=13)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    low, high = spanned(entrants)
+    left.set_xlim(low, high)
+    right.set_ylim(low, high)
     for place, entrant in enumerate(entrants):
         spread = entrant.spread if math.isfinite(entrant.spread) else 0.0
         # Shape and colour, so that the kinds are told apart without colours too.
         look = {"color": COLOURS[0 if entrant.exact else 1], "fmt": "o" if entrant.exact else "s"}
         kind = "exact" if entrant.exact else "not exact"
+        if entrant.mean < low:
+            text = {"va": "center", "fontsize": 9, "color": look["color"]}
+            left.annotate(f" ← {entrant.mean:.3g} ± {spread:.2g}", (low, place), **text)
+            right.plot(entrant.uplink, low, marker=CARETDOWN, color=look["color"], clip_on=False)
+            continue
         left.errorbar(entrant.mean, place, xerr=spread, capsize=3, label=kind, **look)
         right.errorbar(entrant.uplink, entrant.mean, yerr=spread, capsize=3, **look)
-    low, high = right.get_ylim()
     near = (high - low) * LABEL_HEIGHT / (figure.get_figheight() - 1.5)
     for entrant, places in clusters(entrants, near):
         right.annotate(
             places,
-            (entrant.uplink, entrant.mean),
+            (entrant.uplink, max(entrant.mean, low)),
             xytext=(5, 3),
             textcoords="offset points",
             fontsize=8,
@@ -67,6 +80,20 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
     label_axes(right, "uplink of all clients (MB)", metric)
     make_logarithmic(right, "x")
     write_png(figure, path)
+
+
+def spanned(entrants: Sequence[Entrant]) -> tuple[float, float]:
+    """Choose the range of the metric that is drawn, with a margin.
+
+    It is that of the means and spreads of all, but for those whose spread is more than `WILD` times
+    what is usual on the board.
+    """
+    spreads = [e.spread for e in entrants if math.isfinite(e.spread) and e.spread > 0]
+    most = WILD * median(spreads) if spreads else math.inf
+    found = [(e.mean, e.spread if e.spread > 0 else 0.0) for e in entrants if not e.spread > most]
+    low, high = min(m - d for m, d in found), max(m + d for m, d in found)
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
 
 
 def clusters(entrants: Sequence[Entrant], near: float) -> list[tuple[Entrant, str]]:

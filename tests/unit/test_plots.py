@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from fedraclora.errors import ShapeError
 from fedraclora.plots import comparison, partition, run
 from fedraclora.plots.comparison import compare_figure
-from fedraclora.plots.leaderboard import Entrant, clusters
+from fedraclora.plots.leaderboard import Entrant, clusters, leaderboard_figure, spanned
 from fedraclora.plots.partition import label_distribution
 from fedraclora.plots.run import curves
 from fedraclora.rng import generator
@@ -244,3 +244,18 @@ def test_points_of_a_leaderboard_that_touch_share_a_label() -> None:
         "1, 2, 4",
         "3",
     ]
+
+
+def test_a_method_that_broke_down_does_not_stretch_the_axes_of_a_leaderboard(
+    tmp_path: Path,
+) -> None:
+    sound = [Entrant(f"m{i}", 0.85 - 0.01 * i, 0.004, 10.0 * (i + 1), exact=True) for i in range(5)]
+    wild = Entrant("wild", 0.45, 0.5, 30.0, exact=False)
+    low, high = spanned([*sound, wild])
+    assert (low, high) == pytest.approx(spanned(sound))
+    assert 0.8 < low < 0.81 - 0.004
+    assert 0.854 < high < 0.86
+    leaderboard_figure([*sound, wild], "pearson", tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    alone = [replace(sound[0], spread=math.nan)]
+    assert spanned(alone) == pytest.approx((0.8, 0.9))
