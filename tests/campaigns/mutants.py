@@ -149,11 +149,13 @@ def claimed(shape: Any, dtype: str, payload: bytes) -> bytes:
     return stream.getvalue() + payload
 
 
-def array_values(record: str) -> Change:
-    """Change values, shape or kind of an array."""
+def array_values(record: str, key: str = "flat") -> Change:
+    """Change values, shape or kind of an array; where the record has no such one, of its first."""
 
     def change(random: Random, content: RecordDict) -> None:
-        old = content[record]["flat"].numpy()  # type: ignore[index, union-attr]
+        arrays = dict(content[record])  # type: ignore[arg-type]
+        name = key if key in arrays else "flat"
+        old = arrays[name].numpy()  # type: ignore[attr-defined]
         at = tuple(int(random.integers(n)) for n in old.shape) if old.size else ()
         new = old.copy()
         if old.size and old.dtype.kind == "f":
@@ -196,7 +198,7 @@ def array_values(record: str) -> Change:
                 lambda: _as(old, pick(random, kinds)),
             ]
             found = pick(random, choices)()
-        content[record] = ArrayRecord({"flat": stored(numpy_bytes(found))})
+        content[record] = ArrayRecord({**arrays, name: stored(numpy_bytes(found))})
 
     return change
 

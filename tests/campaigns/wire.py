@@ -48,7 +48,7 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.base import BaseWeights
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.changes import Changes
-from fedraclora.wire.downlink import Packed, Reader
+from fedraclora.wire.downlink import COEFFICIENTS, Packed, Reader
 from fedraclora.wire.fields import LONGEST
 from fedraclora.wire.weight_update import HEADER, NUMBERS, add_weight_update, read_weight_update
 from strategies import METHODS
@@ -206,6 +206,9 @@ SETTINGS = {
     "full weights": Setting("fedavg", dtype=torch.float64),
     "variates": Setting("fed_rac_lora", {"rank": 2}, local=PLAIN, variates=True),
     "a sum of one": Setting("fed_rac_lora", {"rank": 2}, cohort=1, reduce=True),
+    "computed from the last link": Setting(
+        "subspace_rac_lora", {"rank": 1, "resample_every": 1, "fresh": 0.0}
+    ),
     "fewer bits": Setting("fed_rac_lora", {"rank": 2, "resample_every": 3}, kinds=("int8", "int4")),
     "budgets in fewer bits": Setting(
         "hetlora", {"rank": 2}, ranks=True, kinds=("int4", "bfloat16")
@@ -474,6 +477,7 @@ def plain(content: RecordDict) -> tuple[dict[str, Any], dict[str, Any], Any]:
 # ---- Downlinks ----------------------------------------------------------------------------------
 
 DOWN: dict[str, Change] = REPLY | {
+    "a coefficient": array_values("arrays", COEFFICIENTS),
     "what clients do not share": array_values("own"),
     "a value of an update": header(HEADER),
     "the text of an update": header_text(HEADER),
@@ -517,8 +521,8 @@ def check_downlink(scene: Scene, random: Random) -> str:
         must(all(same), "numbers are read as others")
         return "taken"
     for record in ("arrays", "own"):
-        if record in again:
-            came, back = (c[record]["flat"].numpy() for c in (content, again))  # type: ignore[index, union-attr]
+        for key in again.get(record, ()):
+            came, back = (c[record][key].numpy() for c in (content, again))  # type: ignore[index, union-attr]
             same = np.array_equal(came.astype(back.dtype), back, equal_nan=True)
             must(same, f"{record} is read as another one")
     return "taken"
