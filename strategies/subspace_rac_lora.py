@@ -22,7 +22,7 @@ With ``pairs`` all other even links are drawn: each pair is one randomised range
 - Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
 - Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
   gradient's energy that lies in its basis (`strategies.shared.past.energies`), under local SGD.
-- Server: one mean; per round and matrix an SVD, a QR and a least-squares fit to 2 r rows.
+- Server: one mean; per link and matrix an SVD, a QR, a least-squares fit to 2 r rows, a merge.
 - Source: Malinovsky et al., 2024, arXiv 2410.08305 (the chain); Vogels et al., *PowerSGD*, NeurIPS
   2019, arXiv 1905.13727 (the iteration); Halko, Martinsson and Tropp, SIAM Review 53(2), 2011,
   doi 10.1137/090771806 (pairs); He et al., *GoLore*, arXiv 2410.11289 (why a share stays random).

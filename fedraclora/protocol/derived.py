@@ -38,6 +38,11 @@ def as_rows(factor: torch.Tensor, label: str) -> torch.Tensor:
     return factor.mT if label == "B" else factor
 
 
+def label_of(drawing: SketchSpec) -> str:
+    """Return the label of a factor by the side of its drawing."""
+    return "A" if drawing.side == "right" else "B"
+
+
 @dataclass(frozen=True, eq=False)
 class Derived:
     """A frozen factor whose rows (of B: columns) combine those of the last link and of a drawing.
@@ -59,10 +64,9 @@ class Derived:
 
         Where they depend on one another the least C is taken.
         """
-        blank = cls(rows.new_zeros(0), drawing, past)
-        basis = blank.basis().mT
+        basis = torch.cat(_rows(past, drawing)).mT
         found: torch.Tensor = torch.linalg.lstsq(basis, rows.mT, driver="gelsd").solution
-        return replace(blank, coefficients=found.mT.contiguous())
+        return cls(found.mT.contiguous(), drawing, past)
 
     @property
     def nbytes(self) -> int:
@@ -73,33 +77,32 @@ class Derived:
         """Fill in T, where it is not known yet."""
         return self if self.past is not None else replace(self, past=past)
 
-    def basis(self) -> torch.Tensor:
-        """Stack the rows of T and D, float64 [p + rank of D, d], on the CPU.
+    def draw(self) -> torch.Tensor:
+        """Compute the factor: float64 [r, n] (right) or [m, r] (left), on the CPU.
 
         Raises:
             WireError: If T is not there, or has another shape than the coefficients ask for.
         """
-        right, drawn = self.drawing.side == "right", self.drawing.draw()
         if self.past is None:
             raise WireError(
                 "a frozen factor is to be computed from what the last link trained, but the base "
                 "weights here came without that; they must be sent whole"
             )
-        past = self.past.to("cpu", torch.float64)
-        if not right:
-            past, drawn = past.mT, drawn.mT
-        wanted = self.coefficients.shape[-1] - len(drawn) if self.coefficients.numel() else None
-        if past.shape[1] != drawn.shape[1] or wanted not in (None, len(past)):
+        past, drawn = _rows(self.past, self.drawing)
+        wanted = self.coefficients.shape[1] - len(drawn), drawn.shape[1]
+        if tuple(past.shape) != wanted:
             raise WireError(
-                f"a frozen factor is to be computed from {wanted} rows of {drawn.shape[1]} "
+                f"a frozen factor is to be computed from {wanted[0]} rows of {wanted[1]} "
                 f"numbers that the last link trained, but it trained {tuple(past.shape)}"
             )
-        return torch.cat([past, drawn])
-
-    def draw(self) -> torch.Tensor:
-        """Compute the factor: float64 [r, n] (right) or [m, r] (left), on the CPU."""
-        rows = self.coefficients @ self.basis()
+        rows = self.coefficients @ torch.cat([past, drawn])
         return rows if self.drawing.side == "right" else rows.mT.contiguous()
+
+
+def _rows(past: torch.Tensor, drawing: SketchSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return T and D with their components as rows, float64, on the CPU."""
+    label = label_of(drawing)
+    return as_rows(past.to("cpu", torch.float64), label), as_rows(drawing.draw(), label)
 
 
 def pasts(base: Mapping[str, torch.Tensor]) -> Tree:

@@ -22,7 +22,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.limits import choice_of
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.derived import as_rows
+from fedraclora.protocol.derived import as_rows, label_of
 from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
@@ -119,7 +119,7 @@ def whole(factor: torch.Tensor, drawing: SketchSpec) -> torch.Tensor:
         factor: A [k, n], or B [m, k], whose components have the drawing's length. Not modified.
         drawing: Of rank k or more.
     """
-    label = past.label_of(drawing)
+    label = label_of(drawing)
     rows, length = as_rows(factor, label), drawing.gram_scale**0.5
     if len(rows) == drawing.rank:
         return factor

@@ -12,7 +12,7 @@ import torch
 from fedraclora.limits import Limit, choice_of
 from fedraclora.lowrank.algebra import truncated_product
 from fedraclora.protocol.change_of_basis import as_product
-from fedraclora.protocol.derived import Derived, as_rows
+from fedraclora.protocol.derived import Derived, as_rows, label_of
 from fedraclora.protocol.link import Term, matrices
 from fedraclora.protocol.method import Adapter, Downlink, Trained
 from fedraclora.sketch import SketchSpec
@@ -137,12 +137,7 @@ def framed(rows: torch.Tensor, drawing: SketchSpec, kept: Kept) -> torch.Tensor:
     return lengths(drawing.rank, kept) * completed(rows, drawn)
 
 
-def label_of(drawing: SketchSpec) -> str:
-    """Return the label of a factor by the side of its drawing."""
-    return "A" if drawing.side == "right" else "B"
-
-
-@lru_cache(maxsize=512)  # asked for in each round of a link, and for each evaluation
+@lru_cache(maxsize=256)  # asked for in each round of a link, and for each evaluation
 def factor(
     past: torch.Tensor, drawing: SketchSpec, before: Kept, kept: Kept, dtype: torch.dtype
 ) -> Value:

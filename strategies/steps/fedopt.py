@@ -33,7 +33,7 @@ from typing_extensions import override
 from fedraclora.aggregation.server_optimisers import ServerOptimiser
 from fedraclora.lowrank.algebra import product_norm
 from fedraclora.protocol.change_of_basis import as_product, held_beside, transported
-from fedraclora.protocol.derived import past_name, pasts
+from fedraclora.protocol.derived import weight_of
 from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.method import Downlink, Draw, Link, Method, State, apply_link
 from fedraclora.protocol.uplinks import Uplinks
@@ -96,8 +96,8 @@ def step_in_weights(
         if not torch.equal(base, before.base[name]):
             dense[name] = base
     # What the next link is computed from stands in no term of this one.
-    beside = {past_name(name): past for name, past in pasts(after.base).items()}
-    dense |= {n: past for n, past in beside.items() if past is not before.base.get(n)}
+    beside = {name: t for name, t in after.base.items() if weight_of(name) is not None}
+    dense |= {name: t for name, t in beside.items() if t is not before.base.get(name)}
     link = Link(dense=dense)
     like = before.base  # of the moment ``first/<name>`` that of the name
     moments = {n: m.to(like[n.partition("/")[2]]) for n, m in moments.items()}
