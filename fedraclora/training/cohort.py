@@ -183,7 +183,8 @@ class CohortTrainer:
 
     def _hooks(self, chunk: OpenChunk) -> list[Hook]:
         """List what changes the gradients of every step, in order; where two meet, the core's."""
-        downlink, masks, largest = chunk.downlink, chunk.masks, self.local.clip
+        downlink, masks = chunk.downlink, chunk.masks
+        largest, by = self.local.clip, self.local.clip_by
         recipe = RECIPES[downlink.recipe]
         found: list[tuple[When, Hook]] = []
         if downlink.extras:
@@ -195,7 +196,7 @@ class CohortTrainer:
         if masks:
             found.append((When.BUDGET, lambda gradients, _: cut_gradients(gradients, masks)))
         if largest is not None and recipe.steps:
-            found.append((When.CLIP, lambda gradients, _: clip_per_client(gradients, largest)))
+            found.append((When.CLIP, lambda gradients, _: clip_per_client(gradients, largest, by)))
         for extra in self.local.extras:
             found += extra.hooks(chunk).items()
         return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]

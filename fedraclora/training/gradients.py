@@ -39,18 +39,30 @@ def written_out_gradients(
     return loss, {n: gradients[n] for n in leaves if n in gradients}
 
 
-def clip_per_client(gradients: Tree, largest: float) -> Tree:
-    """Scale each client's gradients to a global norm of at most ``largest``, as new tensors.
+def clip_per_client(gradients: Tree, largest: float, by: str = "all") -> Tree:
+    """Scale each client's gradients to a norm of at most ``largest``, as new tensors.
 
     Args:
         gradients: [K, ...] by name.
         largest: The norm; the small constant of torch's ``clip_grad_norm_`` is kept.
+        by: ``all``: the norm is that of all of them; ``layer``: each layer has its own, over its
+            weight's factors and its bias.
     """
-    squares = sum(g.reshape(g.shape[0], -1).square().sum(dim=1) for g in gradients.values())
-    if not isinstance(squares, torch.Tensor):
-        return gradients
-    factor = (largest / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-    return {n: g * factor.reshape(-1, *[1] * (g.dim() - 1)) for n, g in gradients.items()}
+    squares: Tree = {}
+    owners = {n: layer_of(n) if by == "layer" else "" for n in gradients}
+    for name, gradient in gradients.items():
+        square = gradient.reshape(gradient.shape[0], -1).square().sum(dim=1)
+        before = squares.get(owners[name])
+        squares[owners[name]] = square if before is None else before + square
+    factors = {o: (largest / (s.sqrt() + 1e-6)).clamp(max=1.0) for o, s in squares.items()}
+    return {
+        n: g * factors[owners[n]].reshape(-1, *[1] * (g.dim() - 1)) for n, g in gradients.items()
+    }
+
+
+def layer_of(name: str) -> str:
+    """Return the module to which a trained tensor belongs: ``fc`` for ``fc.weight/B``."""
+    return name.partition("/")[0].rpartition(".")[0]
 
 
 def correcting(sent: Downlink, order: torch.Tensor) -> GradientHook:

@@ -51,7 +51,8 @@ class LocalConfig(Limited, group="local"):
         nesterov: Nesterov momentum.
         weight_decay: L2 term of ``sgd``, decoupled decay of the others.
         beta1, beta2, eps: Constants of adaptive optimisers, all but ``sgd``.
-        clip: Largest global gradient norm per client, or None.
+        clip: Largest norm of a client's gradient, or None.
+        clip_by: Of which gradient: ``all`` of it, or that of each ``layer`` by itself.
         schedule: Step size over rounds: constant, cosine, linear, step.
         warmup: Rounds of linear warm-up.
         restart_every: Rounds after which the warm-up is done again, under the schedule: the jagged
@@ -81,6 +82,7 @@ class LocalConfig(Limited, group="local"):
     beta2: Fraction = 0.999
     eps: Positive = 1e-8
     clip: Positive | None = None
+    clip_by: Annotated[str, choice_of(("all", "layer"))] = "all"
     schedule: Annotated[str, choice_of(("constant", "cosine", "linear", "step"))] = "constant"
     warmup: Whole = 0
     restart_every: Count | None = None
@@ -110,6 +112,11 @@ class LocalConfig(Limited, group="local"):
         self._check_moments()
         if self.nesterov and self.momentum == 0:
             raise ConfigError("local.nesterov=true needs local.momentum above 0")
+        if self.clip_by != "all" and self.clip is None:
+            raise ConfigError(
+                f"local.clip_by is {self.clip_by}, but local.clip is null, so nothing is clipped; "
+                "set local.clip to the largest norm, or leave local.clip_by at all"
+            )
         adaptive = self.OPTIMISERS[1:]
         # What an optimiser would pass over: a run would not be what its config says.
         users = {"momentum": ("sgd",)} | dict.fromkeys(("beta1", "beta2", "eps"), adaptive)

@@ -109,6 +109,28 @@ def test_clipping_is_torchs_on_each_client(largest: float, K: int) -> None:
             torch.testing.assert_close(clipped[name][k], parameter.grad, rtol=1e-13, atol=0)
 
 
+def test_clipping_by_layer_is_torchs_on_each_layer() -> None:
+    shapes = {
+        "a.fc.weight/B": (3, 2, 4),
+        "a.fc.weight/A": (3, 4),
+        "a.fc.bias": (3, 5),
+        "b.w": (3, 2),
+    }
+    gradients = {
+        n: torch.randn(s, generator=torch.Generator().manual_seed(1)) for n, s in shapes.items()
+    }
+    clipped = clip_per_client(gradients, 1.5, "layer")
+    for k in range(3):
+        for layer in (["a.fc.weight/B", "a.fc.weight/A", "a.fc.bias"], ["b.w"]):
+            own = [nn.Parameter(torch.zeros_like(gradients[n][k])) for n in layer]
+            for parameter, name in zip(own, layer, strict=True):
+                parameter.grad = gradients[name][k].clone()
+            nn.utils.clip_grad_norm_(own, 1.5)
+            for parameter, name in zip(own, layer, strict=True):
+                torch.testing.assert_close(clipped[name][k], parameter.grad, rtol=1e-6, atol=0)
+    assert not torch.equal(clipped["b.w"], clip_per_client(gradients, 1.5)["b.w"])
+
+
 def test_clipping_leaves_zero_and_the_given_gradients_alone() -> None:
     gradients = {"a": torch.zeros(2, 3), "b": torch.full((2, 1), 5.0)}
     kept = {n: g.clone() for n, g in gradients.items()}
@@ -172,6 +194,8 @@ NAN, INF = float("nan"), float("inf")
         ({"lr": INF}, "local.lr is inf"),
         ({"dense_lr": 0.0}, "local.dense_lr is 0.0"),
         ({"clip": -1.0}, "local.clip is -1.0"),
+        ({"clip_by": "layer"}, "local.clip_by is layer, but local.clip is null"),
+        ({"clip": 1.0, "clip_by": "row"}, "unknown local.clip_by 'row'"),
         ({"eps": 0.0}, "local.eps is 0.0"),
         ({"epochs": -1}, "local.epochs is -1; 0 or more is wanted"),
         ({"steps": -2}, "local.steps is -2"),
