@@ -30,7 +30,7 @@ class Case:
         panel: Figure and panel that show it.
         label: Its line in the panel.
         problem: A key of `experiments.theory.problems.PROBLEMS`.
-        theorem: ``gd``, ``sgd``, ``reshuffling``, ``federated`` or ``cover``.
+        theorem: ``gd``, ``gd_link``, ``sgd``, ``reshuffling``, ``federated`` or ``cover``.
         rank: r.
         rounds: T.
         side: Of the sketch.
@@ -41,6 +41,7 @@ class Case:
         fresh: Share of fresh rows where links are built on those before them; None: they are not.
         kept_scale: Length of the kept rows there.
         pairs: Whether every other link there is drawn whole.
+        link: Rounds of a link.
         kind: How numbers go up and down.
     """
 
@@ -58,6 +59,7 @@ class Case:
     fresh: float | None = None
     kept_scale: float | str = 1.0
     pairs: bool = False
+    link: int = 1
     kind: str = FULL
 
     @property
@@ -73,7 +75,7 @@ class Case:
                 rank=self.rank,
                 alpha=SCALE * self.rank,
                 cap=False,
-                resample_every=1,
+                resample_every=self.link,
                 fresh=self.fresh,
                 kept_scale=self.kept_scale,
                 pairs=self.pairs,
@@ -84,15 +86,16 @@ class Case:
             sketch=self.sketch,
             side=self.side,
             blocks="cover" if self.theorem == "cover" else "independent",
+            resample_every=self.link,
             density=0.25,
             cap=False,
         )
 
     @property
-    def blocks(self) -> int:
-        """J, rounds of a cover; 1 where sketches are independent."""
+    def period(self) -> int:
+        """J, rounds that a bound takes as one: those of a cover, or of a link."""
         if self.theorem != "cover":
-            return 1
+            return self.link
         m, n = next(problem(self.problem).task.model.parameters()).shape
         return (n if self.side == "right" else m) // self.rank
 
@@ -119,13 +122,14 @@ class Case:
 
     def spectrum(self) -> Constants:
         """Compute the constants of every link: of the first, and of those built on the last."""
-        task, method = problem(self.problem).task, self.method
+        task, method, local = problem(self.problem).task, self.method, self.local_steps > 1
         if self.pairs:
             return paired(self.rank, next(task.model.parameters()).shape[1])
         found = [of_downlink(first_downlink(task, method))]
         if isinstance(method, SubspaceRacLora):
             shape, kept = next(task.model.parameters()).shape, method.kept(self.rank, 1)
-            found += [beside_kept(self.rank, kept, d, method.length(self.rank, d)) for d in shape]
+            rows = [(self.rank, kept, d, method.length(self.rank, d)) for d in shape]
+            found += [beside_kept(*row, local=local) for row in rows]
         least, greatest = min(c.lambda_min for c in found), max(c.lambda_max for c in found)
         return Constants(least, greatest)
 
@@ -161,4 +165,4 @@ def all_cases(size: str = "full") -> list[Case]:
     if size == "full":
         return cases
     first = {case.panel: case for case in reversed(cases)}
-    return [replace(c, rounds=max(c.blocks, c.rounds // 12, 2)) for c in first.values()]
+    return [replace(c, rounds=max(c.period, c.rounds // 12, 2)) for c in first.values()]

@@ -8,7 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.theory.bounds.descent import Descent, Given
-from experiments.theory.bounds.theorems import cover, federated, gd, reshuffling, rounding, sgd
+from experiments.theory.bounds.theorems import (
+    cover,
+    federated,
+    gd,
+    gd_link,
+    noisy_link,
+    reshuffling,
+    rounding,
+    sgd,
+)
 from experiments.theory.cases import Case
 from experiments.theory.problems import MEASURES, problem
 from experiments.theory.runs import federate, start_of
@@ -144,7 +153,7 @@ def judge(case: Case, paths: list[Path]) -> Judged:
     """
     table = {key: np.stack([path[key] for path in paths]) for key in MEASURES}
     descent = theorem(case, {key: float(table[key].max()) for key in ("sigma_sq", "zeta_sq")})
-    seen = np.arange(0, case.rounds + 1, case.blocks)
+    seen = np.arange(0, case.rounds + 1, case.period)
     times = np.arange(len(seen))
     gaps, squares = table["gap"][:, seen], table["gradient_sq"][:, seen]
     running = np.cumsum(squares, axis=1)[:, :-1] / times[1:]
@@ -182,11 +191,20 @@ def theorem(case: Case, noise: dict[str, float]) -> Descent:
         lambda_max=spectrum.lambda_max,
         curvature=ground.curvature,
     )
-    if case.theorem in {"gd", "sgd"}:
-        bound = gd if case.theorem == "gd" else sgd
-        return bound(given, case.step, rounding(case.kind, case.kind))
+    if case.theorem == "cover":
+        return cover(given, case.step, case.period)
+    if case.theorem == "gd_link":
+        return gd_link(given, case.step, case.link)
+    if case.theorem == "gd":
+        return gd(given, case.step, rounding(case.kind, case.kind))
+    return noisy_link(of_round(case, given), case.link)
+
+
+def of_round(case: Case, given: Given) -> Descent:
+    """Build the theorem of one round with noise."""
+    if case.theorem == "sgd":
+        return sgd(given, case.step, rounding(case.kind, case.kind))
     if case.theorem == "reshuffling":
         return reshuffling(given, case.step, case.local_steps)
-    if case.theorem == "cover":
-        return cover(given, case.step, case.blocks)
+    ground = problem(case.problem)
     return federated(given, case.step, case.local_steps, ground.clients, case.taking_part)

@@ -12,7 +12,7 @@ from experiments.theory import command
 from experiments.theory.verdict import Judged
 
 FIGURES = {"rates", "sketches", "stochastic", "chain", "fewer_bits", "cover"}
-FIGURES |= {"counter_example", "noise_example", "slowdown"}
+FIGURES |= {"links", "counter_example", "noise_example", "slowdown"}
 
 
 def status_of(*words: str) -> int:

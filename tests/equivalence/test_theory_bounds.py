@@ -30,6 +30,8 @@ ROUNDS = {  # fewer than in the command, but every theorem, side and kind of pro
     "cover/near-isotropic: cover, r = 4": 9,
     "chain/linear, sgd: half kept, c = 1, r = 4": 10,
     "chain/linear, sgd: half kept, c = (r/d)^(1/4), r = 4": 10,
+    "chain/linear, federated: default: three kept, links of 2, r = 4": 10,
+    "links/isotropic: links of 4": 12,
 }
 ALIKE = {
     "rates/linear: r = 4",
@@ -55,9 +57,9 @@ def test_curves_lie_within_their_bounds(name: str) -> None:
         assert curve.holds, f"{curve.quantity} lies {curve.excess:.3g} above its bound"
 
 
-def test_the_bound_of_the_isotropic_quadratic_is_the_expectation() -> None:
-    name = "rates/isotropic: r = 4"
-    curve = judged(replace(CASES[name], rounds=9)).curves["gap"]
+@pytest.mark.parametrize("name", ["rates/isotropic: r = 4", "links/isotropic: links of 4"])
+def test_the_bound_of_the_isotropic_quadratic_is_the_expectation(name: str) -> None:
+    curve = judged(replace(CASES[name], rounds=12)).curves["gap"]
     assert (abs(curve.mean - curve.bound)[1:] <= 4 * curve.error[1:]).all()
 
 

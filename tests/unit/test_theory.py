@@ -17,12 +17,14 @@ import torch
 
 from experiments.theory.bounds.descent import Given
 from experiments.theory.bounds.logistic import logistic_pl
-from experiments.theory.bounds.spectrum import of_downlink, over_layers
+from experiments.theory.bounds.spectrum import beside_kept, of_downlink, over_layers
 from experiments.theory.bounds.theorems import (
     cover,
     federated,
     gd,
+    gd_link,
     local_step_limit,
+    noisy_link,
     reshuffling,
     sampling,
     sgd,
@@ -198,6 +200,74 @@ def test_the_error_of_a_federated_round_is_needed() -> None:
     assert 0.05 * error < rise < error
 
 
+@pytest.mark.parametrize("length", [1.0, 0.6, 0.3])
+def test_local_steps_beside_a_kept_direction_descend_as_the_theorem_says(length: float) -> None:
+    clients, batches, cohort = 3, 2, 2
+    for seed in range(3):
+        problem, rng = Quadratics(seed, clients, batches, apart=2.0), np.random.default_rng(seed)
+        step = local_step_limit(problem.given(problem.optimum).smoothness, batches, clients, cohort)
+        kept, *others = sketches(rng)
+        Ds = [length**2 * kept + fresh for fresh in others]
+        known = vars(beside_kept(rank=2, kept=1, dim=D, length=length, local=True))
+        for w in points(problem, rng):
+            descent = federated(problem.given(w, **known), step, batches, clients, cohort)
+            after = mean_loss_after(problem, w, step, cohort, Ds)
+            change = -descent.progress * problem.square(w) + descent.error
+            assert after - problem.loss(w) <= change + 1e-12
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.05])
+def test_a_link_of_gradient_descent_descends_as_the_theorem_says(
+    share: float, rounds: int
+) -> None:
+    for seed in range(4):
+        problem, rng = Quadratics(seed, 1, 3), np.random.default_rng(seed)
+        Hs, L = sketches(rng), float(np.linalg.eigvalsh(problem.mean_Q)[-1])
+        for w in points(problem, rng):
+            losses = []
+            for H in Hs:
+                moved = w
+                for _ in range(rounds):
+                    moved = moved - share / L * H @ problem.gradients(moved).mean(axis=(0, 1))
+                losses.append(problem.loss(moved))
+            descent = gd_link(problem.given(w, smoothness=L), share / L, rounds)
+            change = -descent.progress * problem.square(w)
+            assert np.mean(losses) - problem.loss(w) <= change + 1e-12
+
+
+def test_a_link_on_the_isotropic_quadratic_is_exact() -> None:
+    given = Given(smoothness=3.0, gap=5.0, pl=3.0, lambda_min=0.25, lambda_max=0.25)
+    # Three rounds at a half of 1 / L leave (1/2)^6 of the loss inside the sketch.
+    assert gd_link(given, 1 / 6, 3).contraction == pytest.approx(1 - 0.25 * (1 - 1 / 64))
+    assert gd_link(given, 1 / 3, 7).progress == pytest.approx(gd(given, 1 / 3).progress)
+    # Small steps: as many rounds under one sketch as under fresh ones.
+    assert gd_link(given, 1e-6, 5).progress == pytest.approx(5e-6 * 0.25, rel=1e-3)
+
+
+def test_a_link_of_sgd_descends_as_the_theorem_says() -> None:
+    for seed in range(4):
+        problem, rng = Quadratics(seed, 1, 5), np.random.default_rng(seed)
+        Hs, L = sketches(rng), float(np.linalg.eigvalsh(problem.mean_Q)[-1])
+        for w in points(problem, rng):
+            first = [(H, w - H @ g / L) for H in Hs for g in problem.gradients(w)[0]]
+            second = [v - H @ g / L for H, v in first for g in problem.gradients(v)[0]]
+            sigma_sq = max(problem.given(v).sigma_sq for v in (w, *(v for _, v in first)))
+            one = sgd(problem.given(w, smoothness=L, sigma_sq=sigma_sq), 1 / L)
+            descent = noisy_link(one, 2)
+            change = -descent.progress * problem.square(w) + descent.error
+            assert np.mean([problem.loss(v) for v in second]) - problem.loss(w) <= change + 1e-12
+
+
+def test_noise_that_depends_on_the_sketch_counts_in_full_after_the_first_round() -> None:
+    """The later rounds of a link meet noise at a point that its sketch has led to."""
+    given = Given(2.0, 1.0, sigma_sq=3.0, lambda_min=0.25, lambda_max=0.5)
+    one = sgd(given, 0.5)
+    whole = sgd(replace(given, lambda_max=1.0), 0.5)
+    assert noisy_link(one, 3).error == pytest.approx(one.error + 2 * whole.error)
+    assert noisy_link(one, 1) == replace(one, source="derived here, section 10")
+
+
 @pytest.mark.parametrize("share", [1.0, 0.3])
 def test_a_step_of_sgd_descends_as_the_theorem_says(share: float) -> None:
     for seed in range(4):
@@ -363,6 +433,9 @@ ONE = Given(smoothness=2.0, gap=1.0)
         (lambda: sgd(ONE, 0.0), "step is 0"),
         (lambda: cover(ONE, 0.6, 2), "step is 0.6"),
         (lambda: cover(ONE, 0.5, 0), "blocks is 0"),
+        (lambda: gd_link(ONE, 0.51, 2), r"step is 0.51.*\(0, 0.5\]"),
+        (lambda: gd_link(ONE, 0.5, 0), "rounds is 0"),
+        (lambda: noisy_link(sgd(ONE, 0.5), 0), "rounds is 0"),
         (lambda: federated(ONE, 0.13, 2), r"step is 0.13.*\(0, 0.125\]"),
         (lambda: federated(ONE, 0.01, 2, 3, 4), "cohort is 4"),
         (lambda: reshuffling(replace(ONE, zeta_sq=1.0), 0.01, 2), "zeta_sq is 1.0"),

@@ -18,6 +18,6 @@ each theorem is a function that gives one.
 
 What is the paper's (Malinovsky et al., arXiv 2410.08305) and what was derived here is said by each
 function; all proofs are in docs/theory.md. None covers momentum, adaptive steps, several local
-epochs, clients of unequal weight or number of steps, rank budgets, or a sketch that lives for more
-than one round.
+epochs, clients of unequal weight or number of steps, or rank budgets. Where a sketch lives for
+several rounds, (*) is about its whole link.
 """

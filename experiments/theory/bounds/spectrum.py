@@ -37,12 +37,15 @@ def over_layers(specs: Iterable[SketchSpec], *, dense: bool = False) -> Constant
     return Constants(min(c.lambda_min for c in found), max(c.lambda_max for c in found))
 
 
-def beside_kept(rank: int, kept: int, dim: int, length: float = 1.0) -> Constants:
+def beside_kept(
+    rank: int, kept: int, dim: int, length: float = 1.0, *, local: bool = False
+) -> Constants:
     """Compute the constants of a link k of whose rows are known from the past, given that past.
 
     With orthonormal kept rows K of length c, and fresh ones uniform in their complement, a step is
     ``W - gamma D g`` with ``D = c^2 K^T K + F^T F <= I``. Progress needs the least eigenvalue of
-    E[D] and noise the greatest of E[D^2] (docs/theory.md, section 9):
+    E[D]; noise needs the greatest of E[D^2], and under local steps that of E[D] (docs/theory.md,
+    section 9):
 
         E[D] = c^2 K^T K + (r - k) / (d - k) (I - K^T K),    E[D^2] likewise with c^4
 
@@ -51,6 +54,7 @@ def beside_kept(rank: int, kept: int, dim: int, length: float = 1.0) -> Constant
         kept: k, at most r.
         dim: d, at least r.
         length: c.
+        local: Whether clients take several steps of a round.
 
     Example:
         >>> beside_kept(rank=4, kept=2, dim=12)
@@ -59,7 +63,7 @@ def beside_kept(rank: int, kept: int, dim: int, length: float = 1.0) -> Constant
     share = (rank - kept) / (dim - kept) if dim > kept else 1.0
     if not kept:
         return Constants(share, share)
-    return Constants(min(length**2, share), max(length**4, share))
+    return Constants(min(length**2, share), max(length ** (2 if local else 4), share))
 
 
 def paired(rank: int, dim: int) -> Constants:

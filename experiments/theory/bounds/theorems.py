@@ -67,6 +67,52 @@ def sgd(given: Given, step: float, q: float = 0.0) -> Descent:
     return Descent(step * given.lambda_min / 2, error, given, "derived here, section 3")
 
 
+def gd_link(given: Given, step: float, rounds: int) -> Descent:
+    """Bound a link of several rounds of gradient descent under one sketch, taken as one round.
+
+    For ``f = L/2 ||W||^2`` and an isotropic sketch it is the expectation. At step 1 / L it is `gd`:
+    then no round but the first is certain to go on. Source: derived here (docs/theory.md,
+    section 10).
+
+    Args:
+        given: As for `gd`.
+        step: gamma, in weight space.
+        rounds: J, of the link.
+
+    Returns:
+        The descent of a whole link: of J rounds.
+
+    Raises:
+        ConfigError: If the step is above 1 / L, ``rounds`` is below 1, or lambda_min is 0.
+    """
+    _check(given, step, 1 / given.smoothness)
+    _check_rounds(rounds)
+    left = (1 - step * given.smoothness) ** (2 * rounds)
+    progress = (1 - left) * given.lambda_min / (2 * given.smoothness)
+    return Descent(progress, 0.0, given, "derived here, section 10")
+
+
+def noisy_link(one: Descent, rounds: int) -> Descent:
+    """Bound a link of several rounds under one sketch, taken as one round, where there is noise.
+
+    Source: derived here (docs/theory.md, section 10). Only the first round counts as progress, and
+    the noise of the others is not independent of the sketch, so that they have lambda_max 1.
+
+    Args:
+        one: Of a round: `sgd`, `reshuffling` or `federated`.
+        rounds: J, of the link.
+
+    Returns:
+        The descent of a whole link: of J rounds.
+
+    Raises:
+        ConfigError: If ``rounds`` is below 1.
+    """
+    _check_rounds(rounds)
+    error = one.error * (1 + (rounds - 1) / one.given.lambda_max)
+    return Descent(one.progress, error, one.given, "derived here, section 10")
+
+
 def local_step_limit(
     smoothness: float,
     local_steps: int,
@@ -175,6 +221,12 @@ def cover(given: Given, step: float, blocks: int) -> Descent:
     least = -given.smoothness if given.curvature is None else given.curvature
     spread = 1 + step * (given.smoothness - least) / 2 * sqrt(blocks - 1)
     return Descent(step / (2 * spread**2), 0.0, given, "derived here, section 5")
+
+
+def _check_rounds(rounds: int) -> None:
+    """Reject a link without rounds."""
+    if rounds < 1:
+        raise ConfigError(f"rounds is {rounds}; a link has 1 or more")
 
 
 def _check(given: Given, step: float, limit: float, *, isotropic: bool = True) -> None:
