@@ -2,7 +2,7 @@
 
 ``connection=NAME`` starts it at a SuperLink that Flower's configuration names, and follows it;
 ``local=N`` makes a SuperLink and N SuperNodes on this machine for it. The other words are those of
-simulate. The status is that of the run. ``--cfg job`` prints the config, and starts nothing.
+simulate, ``local=adamw`` among them: only a number counts nodes. The status is that of the run. ``--cfg job`` prints the config, and starts nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from experiments.record import Record
 from experiments.resume import told_how_to_go_on
 from experiments.simulate import choose, shown
 from experiments.status import reported
-from experiments.words import part
+from experiments.words import key_values
 from fedraclora.config.schema import section
 from fedraclora.engines.deploy.control import COMPLETED, PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
@@ -36,7 +36,6 @@ from fedraclora.imports import is_function
 from fedraclora.run.folder import alone, method_label
 from strategies.server_app import ROW, SUMMARY
 
-OWN = ("connection", "local")  # words of this command alone
 KEPT = 40  # lines of a log that are shown where a run fails
 
 
@@ -186,6 +185,23 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], local: int | No
         )
 
 
+def parted(words: Sequence[str]) -> tuple[dict[str, object], list[str]]:
+    """Part the words of this command from those of simulate, which has a group ``local``, too.
+
+    Example:
+        >>> parted(["local=3", "local=adamw", "seed=1"])
+        ({'local': 3}, ['local=adamw', 'seed=1'])
+    """
+    mine = [word for word in words if word.startswith("connection=") or is_count(word)]
+    return key_values(mine), [word for word in words if word not in mine]
+
+
+def is_count(word: str) -> bool:
+    """Check whether a word is ``local=N``; no config of that group has a number for a name."""
+    key, _, value = word.partition("=")
+    return key == "local" and value.lstrip("+-").replace(".", "", 1).isdecimal()
+
+
 def where(own: Mapping[str, object]) -> tuple[str, int | None]:
     """Return the name of the connection, or the number of nodes on this machine.
 
@@ -196,7 +212,8 @@ def where(own: Mapping[str, object]) -> tuple[str, int | None]:
     if (local is None) == (not name):
         raise ConfigError(
             "say where: connection=NAME for a SuperLink that Flower's config.toml names, or "
-            "local=3 for one on this machine with 3 SuperNodes"
+            "local=3 for one on this machine with 3 SuperNodes; only a number counts them, "
+            "local=adamw chooses how clients train"
         )
     if local is None:
         return name, None
@@ -213,7 +230,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    own, rest = part(words, OWN)
+    own, rest = parted(words)
     if shown(deployed(rest, own.get("local"))):
         return 0
     name, local = where(own)

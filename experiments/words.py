@@ -32,8 +32,8 @@ def part(words: Sequence[str], own: Collection[str]) -> tuple[dict[str, object],
     """Part the words of a command's own keys, read by `key_values`, from the others.
 
     Example:
-        >>> part(["local=3", "seed=1"], ["local", "connection"])
-        ({'local': 3}, ['seed=1'])
+        >>> part(["jobs=3", "seed=1"], ["jobs", "out"])
+        ({'jobs': 3}, ['seed=1'])
     """
     mine = [word for word in words if word.partition("=")[0] in own]
     return key_values(mine), [word for word in words if word not in mine]

@@ -15,13 +15,14 @@ With ``pairs`` all other even links are drawn: each pair is one randomised range
 
 - Uplink: r m numbers per matrix and client in right links, r n in left ones. Downlink: a seed, and
   where rows are kept 2 r^2 coefficients, by which clients compute the frozen factor from what the
-  last link trained (`fedraclora.protocol.derived`), or it itself where that is less, in a link from
-  the gradient and under ``basis=coordinate``. Within a link the trained factor, too; and what the
-  client missed: per link what was trained and coefficients, at most m n and what was trained last.
+  last link trained (`fedraclora.protocol.derived`), or it itself where that is less in float32, in
+  a link from the gradient and under ``basis=coordinate``. (Fewer bits round it, and no coefficients,
+  which may then be more.) Within a link the trained factor, too; and what the client missed: per
+  link what was trained and coefficients, at most m n and what was trained last.
 - Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
 - Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
 - Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
-  gradient's energy that lies in its basis (`strategies.shared.past.energies`), under local SGD.
+  gradient's energy in its basis (`strategies.shared.past.energies`), under local SGD; only there.
 - Server: one mean; per link and matrix an SVD, a QR, a least-squares fit to 2 r rows, a merge.
 - Source: Malinovsky et al., 2024, arXiv 2410.08305 (the chain); Vogels et al., *PowerSGD*, NeurIPS
   2019, arXiv 1905.13727 (the iteration); Halko, Martinsson and Tropp, SIAM Review 53(2), 2011,
@@ -59,7 +60,7 @@ class SubspaceRacLora(GradientFirst):
         basis: ``singular``, or ``coordinate``: rows are unit vectors, the k kept ones drawn without
             replacement with chances as the squared length of their rows (columns) of the change.
         resample_every: Rounds of a link.
-        fresh: Share of the rows that are drawn anew, in [0, 1].
+        fresh: Share of the rows that are drawn anew, in [0, 1], rounded up: all at rank 1.
         pairs: Draw every even link whole.
         kept_scale: c, the length of kept rows in (0, 1], where fresh ones have length 1; ``auto``:
             (r / d)^(1/4) for rows of d numbers. ``local.precondition`` undoes it.

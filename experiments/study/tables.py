@@ -87,7 +87,9 @@ def cost(done: Done) -> str:
     if not known:
         return ""
     rest = f"; {len(done) - len(known)} more did not count it" if len(known) < len(done) else ""
-    return f"{len(known)} runs, tuning included, took {sum(known) / 3600:.2f} core-hours{rest}."
+    spent = sum(known)
+    took = f"{spent / 3600:.2f} core-hours" if spent >= 360 else f"{spent:.0f} seconds of a core"
+    return f"{len(known)} runs, tuning included, took {took}{rest}."
 
 
 def budgets(study: Study, done: Done) -> Table | None:

@@ -53,6 +53,11 @@ RULES = (
         "methods whose links end (with method.resample_every), and no link of this one ever does",
     ),
     Rule(
+        ["method.kept_scale", "method.pairs"],
+        lambda c: getattr(c.method, "fresh", 0) < 1,
+        "rows that are kept, and with method.fresh=1 all are drawn",
+    ),
+    Rule(
         ["local.dense_lr"],
         lambda c: c.head in {"average", "local"} or c.bias == "average" or bool(c.dense),
         "layers trained in full (head=average, head=local, bias=average, dense)",

@@ -51,7 +51,10 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], "say where: connection=NAME"),
         (["local=3", "connection=x"], "say where: connection=NAME"),
         (["local=0"], "local is 0; a number of SuperNodes is wanted"),
-        (["local=three"], "local is 'three'; a number of SuperNodes is wanted"),
+        (["local=-1"], "local is '-1'; a number of SuperNodes is wanted"),
+        (["local=1.5"], "local is '1.5'; a number of SuperNodes is wanted"),
+        (["local=three"], "local=3 for one on this machine with 3 SuperNodes; only a number"),
+        (["local=3", "local=three"], "unknown local 'three'"),
         (["local=3", "engine=ray"], "engine is ray"),
         (["local=3", "engine=inlne"], "did you mean 'inline'?"),
         (["local=3", "clints=3"], "unknown key 'clints'; did you mean 'clients'?"),
@@ -93,6 +96,13 @@ def test_clients_are_as_many_as_nodes_unless_typed(
     asked = deploy.prepare([*SMALL, *words, f"output.dir={tmp_path}/run"], 3)
     assert (asked.config.clients, asked.config.cohort) == (clients, cohort)
     assert asked.config.output.dir == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("words", [["local=adamw", "local=3"], ["local=3", "local=adamw"]])
+def test_how_clients_train_is_chosen_beside_the_number_of_nodes(words: list[str]) -> None:
+    own, rest = deploy.parted([*SMALL, "cohort=2", *words])
+    assert deploy.where(own) == ("", 3)
+    assert deploy.prepare(rest, 3).config.local.optimiser == "adamw"
 
 
 def test_the_server_has_a_folder_of_its_own(tmp_path: Path) -> None:

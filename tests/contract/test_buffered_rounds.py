@@ -243,10 +243,15 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
         (("flora_stacking", {}), {}, "each client's own update"),
         (("fedsa_lora", {}), {}, "stays at each client"),
         (("fed_rac_lora", {"sketches": 2}), {}, "other things to train at each client"),
-        (("fed_rac_lora", {"resample_every": 2}), {}, "merges in every round"),
+        (("fed_rac_lora", {"resample_every": 2}), {}, "links last several rounds"),
         (("rolora", {}), {}, "merges in every round"),
         (("subspace_rac_lora", {"resample_every": 1}), {}, "merges in every round"),
-        (("subspace_rac_lora", {"rank": 1, "fresh": 0.0}), {}, "or takes from the last link"),
+        (("subspace_rac_lora", {}), {}, "links last several rounds"),
+        (
+            ("subspace_rac_lora", {"rank": 1, "fresh": 0.0, "resample_every": 1}),
+            {},
+            "or takes from the last link",
+        ),
         (("pool_rac_lora", {}), {}, "a method with a pool of sketches"),
         (("fed_rac_lora", {}), {"aggregator": Median()}, "aggregator=median"),
         (

@@ -14,7 +14,7 @@ from experiments.choices import composed
 from experiments.study.file import Study
 from experiments.study.ranking import chosen, find
 from experiments.theory.config import TheoryConfig
-from experiments.words import key_values, part
+from experiments.words import key_values
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import build
 from strategies import METHODS
@@ -45,7 +45,7 @@ def test_each_simulation_composes(line: str) -> None:
 
 @pytest.mark.parametrize("line", DEPLOYMENTS)
 def test_each_deployment_composes(line: str) -> None:
-    own, words = part(shlex.split(line)[2:], deploy.OWN)
+    own, words = deploy.parted(shlex.split(line)[2:])
     deploy.prepare(words, deploy.where(own)[1])
 
 
