@@ -12,7 +12,8 @@ from collections.abc import Collection, Sequence
 
 FLAGS = ("-sc", "--shell-completion")
 COMPOSED = ("simulate", "flower", "deploy")  # the commands whose words Hydra composes
-NODES = re.compile(r"\s(?:local|connection)=\S*")  # of deploy, where it runs: no config has them
+# Of deploy, where it runs; the config group local has no number for a name.
+NODES = re.compile(r"\s(?:connection=\S*|local=[+-]?[\d.]+(?=\s|$))")
 FOLDER_FLAGS = ("--config-dir", "-cd")
 
 

@@ -2,7 +2,8 @@
 
 ``connection=NAME`` starts it at a SuperLink that Flower's configuration names, and follows it;
 ``local=N`` makes a SuperLink and N SuperNodes on this machine for it. The other words are those of
-simulate, ``local=adamw`` among them: only a number counts nodes. The status is that of the run. ``--cfg job`` prints the config, and starts nothing.
+simulate, ``local=adamw`` among them: only a number counts nodes. The status is that of the run.
+``--cfg job`` prints the config, and starts nothing.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ from experiments.theory.bounds.theorems import (
 from experiments.theory.cases import Case
 from experiments.theory.problems import MEASURES, problem
 from experiments.theory.runs import federate, start_of
+from fedraclora.errors import ConfigError
+from fedraclora.protocol.quantised import FULL
 from fedraclora.run.ledger import column
 
 Vector = npt.NDArray[np.float64]
@@ -178,6 +180,11 @@ def curve(
 
 def theorem(case: Case, noise: dict[str, float]) -> Descent:
     """Build the theorem of a case; ``noise`` has sigma_sq of single samples, and zeta_sq."""
+    if case.link > 1 and (case.theorem == "cover" or case.kind != FULL):
+        raise ConfigError(
+            f"{case.name}: no theorem is about links of several rounds as covers or in fewer bits; "
+            "take link=1"
+        )
     ground = problem(case.problem)
     spectrum = case.spectrum()
     steps = case.theorem in {"sgd", "reshuffling", "federated"}

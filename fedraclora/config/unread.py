@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
+from math import ceil
 from typing import TYPE_CHECKING
 
 from fedraclora.allocation.rules import Uniform
@@ -54,8 +55,8 @@ RULES = (
     ),
     Rule(
         ["method.kept_scale", "method.pairs"],
-        lambda c: getattr(c.method, "fresh", 0) < 1,
-        "rows that are kept, and with method.fresh=1 all are drawn",
+        lambda c: keeps_rows(c.method),
+        "rows that are kept, and with this method.fresh and method.rank all are drawn",
     ),
     Rule(
         ["local.dense_lr"],
@@ -96,6 +97,12 @@ def links_end(method: Method, allocation: Uniform) -> bool:
     if type(allocation) is not Uniform:  # components are cut, and those that stay are other ones
         return True
     return getattr(method, "link_rounds", None) is not None
+
+
+def keeps_rows(method: Method) -> bool:
+    """Check whether some rows of a frozen factor may come from the last link."""
+    fresh, rank = getattr(method, "fresh", 0.0), getattr(method, "rank", None)
+    return bool(fresh < 1 if not isinstance(rank, int) else ceil(fresh * rank) < rank)
 
 
 def refuse_unread(config: RunConfig) -> None:

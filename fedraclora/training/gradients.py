@@ -45,8 +45,8 @@ def clip_per_client(gradients: Tree, largest: float, by: str = "all") -> Tree:
     Args:
         gradients: [K, ...] by name.
         largest: The norm; the small constant of torch's ``clip_grad_norm_`` is kept.
-        by: ``all``: the norm is that of all of them; ``layer``: each layer has its own, over its
-            weight's factors and its bias.
+        by: ``all``: the norm is that of all of them; ``layer``: each module has its own, over the
+            factors of its weights and its bias.
     """
     squares: Tree = {}
     owners = {n: layer_of(n) if by == "layer" else "" for n in gradients}

@@ -15,12 +15,13 @@ from strategies.shared.past import ENERGY
 
 
 def follows_gradient(local: LocalConfig) -> bool:
-    """Check whether a component moves by a multiple of its gradient, the same for all.
+    """Check whether a component moves by a multiple of its gradient, the same for all of a client.
 
     Adam's steps have one size whatever a row sees, and a preconditioner divides by the lengths of
-    rows, so that `strategies.shared.past.energies` would read its own step size back.
+    rows, so that `strategies.shared.past.energies` would read its own step size back; a layer that
+    is clipped by itself would count for too little beside the others.
     """
-    return local.optimiser == "sgd" and not local.extras
+    return local.optimiser == "sgd" and not local.extras and local.clip_by == "all"
 
 
 class NoEnergy(RoundStep):

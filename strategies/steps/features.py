@@ -173,7 +173,7 @@ SETTINGS = {
     "a method whose links last several rounds": Feature(
         lambda s: s.run.method.traits.merges and not s.run.method.traits.pools
         and (getattr(s.run.method, "link_rounds", None) or 1) > 1,
-        "method.resample_every=1, where the method has it, or another method"),
+        "a method whose links last one round (fed_rac_lora with method.resample_every=1)"),
     "dora=true": Feature(
         lambda s: bool(magnitudes(s.sent.adapters, s.sent.dense)), "dora=false"),
     "an allocation of ranks": Feature(

@@ -504,6 +504,8 @@ def test_the_version_is_that_of_the_package(
             "fedraclora deploy local=3 method=fedavg local.mom",
             {"local.momentum=", "local.moments="},
         ),
+        ("fedraclora deploy local=3 local=ad", {"local=adamw"}),
+        ("fedraclora deploy local=3 local=dp_sgd local.dp.c", {"local.dp.clip="}),
         ("fedraclora simulate --config-dir {own} experiment=mi", {"experiment=mine"}),
         ("fedraclora compare ", set()),
     ],

@@ -150,6 +150,8 @@ def test_an_error_names_both_and_both_ways_out(row: Conflict) -> None:
         (LOCAL, True),
         (replace(LOCAL, optimiser="adamw"), False),
         (replace(LOCAL, precondition=True), False),
+        (replace(LOCAL, clip=1.0), True),
+        (replace(LOCAL, clip=1.0, clip_by="layer"), False),
     ],
 )
 def test_the_energy_seen_is_told_where_steps_follow_the_gradient(

@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "decay": {"weight_decay": 0.05},
     "momentum-decay-clip": {"momentum": 0.9, "weight_decay": 0.05, "clip": 0.3},
     "clip": {"clip": 0.3},
+    "clip-by-layer": {"clip": 0.2, "clip_by": "layer"},
     "prox": {"prox": 0.7},
     "prox-clip-momentum": {"prox": 0.7, "clip": 0.5, "momentum": 0.5},
     "dp": {"dp": SampleNoise(0.2, 0.5)},

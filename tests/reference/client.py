@@ -238,7 +238,12 @@ def shape_gradients(
         values[name].grad = gradient[0]
     adjust_gradients(local, downlink, values, frozen)
     if local.clip is not None and RECIPES[downlink.recipe].steps:
-        nn.utils.clip_grad_norm_(list(values.values()), local.clip)
+        groups: dict[str, list[torch.Tensor]] = {}
+        for name, value in values.items():
+            module = name.split("/")[0].rsplit(".", 1)[0] if local.clip_by == "layer" else ""
+            groups.setdefault(module, []).append(value)
+        for group in groups.values():
+            nn.utils.clip_grad_norm_(group, local.clip)
 
 
 def add_extras(values: Tree, sent: Downlink, place: int) -> None:

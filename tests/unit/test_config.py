@@ -247,6 +247,7 @@ def test_keys_of_data_model_and_partition_are_checked_with_the_others(
 
 STEPS = {"local__schedule": "step"}
 FACTORS = {**choice("method", "fedavg_lora")}
+DRAWN = {**choice("method", "subspace_rac_lora"), "fresh": 1.0}
 IDLE: list[tuple[str, object, dict[str, Any]]] = [  # key, value, and what it takes to read it
     ("local.damping", 0.1, {"method": FACTORS, "local__adjust": "riemannian"}),
     ("local.final", 0.3, {"local__schedule": "cosine"}),
@@ -256,6 +257,8 @@ IDLE: list[tuple[str, object, dict[str, Any]]] = [  # key, value, and what it ta
     ("local.dense_lr", 0.3, {"bias": "average"}),
     ("local.moments_kept", 0.1, {"method": FACTORS | {"resample_every": 4}}),
     ("method.density", 0.3, {"method__sketch": "sparse_sign"}),
+    ("method.kept_scale", 0.5, {"method": DRAWN | {"fresh": 0.5}}),
+    ("method.pairs", True, {"method": DRAWN | {"fresh": 0.5}}),
     ("pretrain.lr", 0.1, {"pretrain__epochs": 2}),
     ("pretrain.batch_size", 7, {"pretrain__epochs": 2}),
     ("pretrain.labels", [1], {"pretrain__epochs": 2}),
@@ -277,7 +280,8 @@ def test_a_key_that_nothing_reads_is_refused_by_name(
     key: str, value: object, reader: dict[str, Any]
 ) -> None:
     dotted = key.replace(".", "__")
-    idle = {**BESIDE, "method": FACTORS} if key == "local.moments_kept" else BESIDE
+    methods = {"local.moments_kept": FACTORS, "method.kept_scale": DRAWN, "method.pairs": DRAWN}
+    idle = {**BESIDE, "method": methods[key]} if key in methods else BESIDE
     with pytest.raises(UnreadKeysError, match=f"^{key} is .*which nothing reads here") as caught:
         from_plain(plain(**idle, **{dotted: value}), METHOD_TABLE)
     assert caught.value.keys == (key,)

@@ -23,7 +23,8 @@ class Given:
             client's own, averaged over clients (local steps).
         zeta_sq: Bound on the mean over clients of ``||grad f_m - grad f||^2``.
         lambda_min: Least eigenvalue of E[H].
-        lambda_max: Greatest eigenvalue of E[H].
+        lambda_max: Greatest eigenvalue of E[H]; beside kept rows of a length of their own see
+            `beside_kept`.
         curvature: Least eigenvalue of the Hessian of f, where f is twice differentiable and it is
             known; `cover` alone asks for it. None: -L, which is true of any f.
 
@@ -61,8 +62,9 @@ class Descent:
     """The constants of (*), and what follows from them.
 
     Attributes:
-        progress: Decrease of E f per unit of squared gradient norm, in a round.
-        error: What noise and drift add to E f, in a round.
+        progress: Decrease of E f per unit of squared gradient norm, in a round; in a cover or a
+            link of several rounds where the theorem takes those as one.
+        error: What noise and drift add to E f, likewise.
         given: What the theorem was told.
         source: The paper, or "derived here" with its section in docs/theory.md.
     """
