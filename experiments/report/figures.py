@@ -30,6 +30,7 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
         "loss on the test samples": ("round", "loss", ("round",), ("metrics", "loss")),
         "exact match of answers": ("round", "share", ("round",), ("metrics", "exact_match")),
         "training loss": ("round", "loss", ("round",), ("train_loss",)),
+        "gradient energy in the basis": ("round", "share", ("round",), ("report", "energy_seen")),
         "sent by clients, in all": ("round", "MB", ("round",), ("uplink_total",)),
         "sent to clients, catch-up included": ("round", "MB", ("round",), ("downlink_total",)),
         "seconds of a round": ("round", "seconds", ("round",), ("seconds",)),

@@ -60,6 +60,9 @@ def figure_of(rows: Sequence[Row], title: str, *, planned: int | None = None) ->
     _stack(panels[4], "seconds per round", rounds, _seconds(rows))
     name, last = "aggregation error", {"error": column(rows, "report", "aggregation_error")}
     if not np.isfinite(last["error"]).any():
+        name = "share of the gradient's energy seen"
+        last = {"in the basis": column(rows, "report", "energy_seen")}
+    if not np.isfinite(*last.values()).any():
         name, last = "step", {key: column(rows, "effective_step", key) for key in _STEPS}
     draw_lines(panels[5], ("round", name), rounds, last, log="y")
     if devices:
