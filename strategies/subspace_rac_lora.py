@@ -16,9 +16,9 @@ With ``pairs`` all other even links are drawn: each pair is one randomised range
 - Uplink: r m numbers per matrix and client in right links, r n in left ones. Downlink: a seed, and
   where rows are kept 2 r^2 coefficients, by which clients compute the frozen factor from what the
   last link trained (`fedraclora.protocol.derived`), or it itself where that is less in float32, in
-  a link from the gradient and under ``basis=coordinate``. (Fewer bits round it, and no coefficients,
-  which may then be more.) Within a link the trained factor, too; and what the client missed: per
-  link what was trained and coefficients, at most m n and what was trained last.
+  a link from the gradient and under ``basis=coordinate``. (Fewer bits round it, but never
+  coefficients, which may then be more.) Within a link the trained factor, too; and what the client
+  missed: per link what was trained and coefficients, at most m n and what was trained last.
 - Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
 - Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
 - Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
