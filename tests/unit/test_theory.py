@@ -218,9 +218,7 @@ def test_local_steps_beside_a_kept_direction_descend_as_the_theorem_says(length:
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.05])
-def test_a_link_of_gradient_descent_descends_as_the_theorem_says(
-    share: float, rounds: int
-) -> None:
+def test_a_link_of_gradient_descent_descends_as_the_theorem_says(share: float, rounds: int) -> None:
     for seed in range(4):
         problem, rng = Quadratics(seed, 1, 3), np.random.default_rng(seed)
         Hs, L = sketches(rng), float(np.linalg.eigvalsh(problem.mean_Q)[-1])
