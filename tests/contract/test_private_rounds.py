@@ -229,7 +229,7 @@ def test_what_does_not_go_with_privacy_is_refused(world: World) -> None:
     with pytest.raises(ConfigError, match="aggregator=median"):
         run(world, method, RAGGED, rounds=1, weights="uniform", treatment=treatment)
     for step in (silent(1.0), SecureSum(SecAgg()), SampleAccount(SampleNoise())):
-        with pytest.raises(ConfigError, match="accounted for one exchange a round"):
+        with pytest.raises(ConfigError, match="one exchange a round; take"):
             step.bound(first=False)
     assert silent(1.0).bound(first=True) == 1.0
     assert Attackers(SignFlip(0.2)).bound(first=False) is None
