@@ -10,10 +10,11 @@ import os
 import re
 from collections.abc import Collection, Sequence
 
+from experiments.words import NODES
+
 FLAGS = ("-sc", "--shell-completion")
 COMPOSED = ("simulate", "flower", "deploy")  # the commands whose words Hydra composes
-# Of deploy, where it runs; the config group local has no number for a name.
-NODES = re.compile(r"\s(?:connection=\S*|local=[+-]?[\d.]+(?=\s|$))")
+WHERE = re.compile(rf"\s(?:connection=\S*|{NODES}(?=\s|$))")  # of deploy: no config has them
 FOLDER_FLAGS = ("--config-dir", "-cd")
 
 
@@ -40,7 +41,7 @@ def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
         return []
     rest = line.lstrip().removeprefix(program).lstrip().removeprefix(typed[0])
     if typed[0] == "deploy":
-        rest = NODES.sub(" ", rest)
+        rest = WHERE.sub(" ", rest)
     os.environ["COMP_LINE"] = f"{program} {rest.lstrip()}"
     named = [pair for pair in part_folders(typed)[0] if pair[1]]  # Hydra takes one
     return [*(named[0] if named else ()), FLAGS[0], *words]

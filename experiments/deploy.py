@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ from experiments.record import Record
 from experiments.resume import told_how_to_go_on
 from experiments.simulate import choose, shown
 from experiments.status import reported
-from experiments.words import key_values
+from experiments.words import NODES, key_values
 from fedraclora.config.schema import section
 from fedraclora.engines.deploy.control import COMPLETED, PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
@@ -193,14 +194,8 @@ def parted(words: Sequence[str]) -> tuple[dict[str, object], list[str]]:
         >>> parted(["local=3", "local=adamw", "seed=1"])
         ({'local': 3}, ['local=adamw', 'seed=1'])
     """
-    mine = [word for word in words if word.startswith("connection=") or is_count(word)]
+    mine = [w for w in words if w.startswith("connection=") or re.fullmatch(NODES, w)]
     return key_values(mine), [word for word in words if word not in mine]
-
-
-def is_count(word: str) -> bool:
-    """Check whether a word is ``local=N``; no config of that group has a number for a name."""
-    key, _, value = word.partition("=")
-    return key == "local" and value.lstrip("+-").replace(".", "", 1).isdecimal()
 
 
 def where(own: Mapping[str, object]) -> tuple[str, int | None]:

@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 
 from fedraclora.errors import ConfigError
 
+# Of deploy: local=N is a number of nodes; the config group local has no number for a name.
+NODES = r"local=[+-]?[\d.]+"
 TRUTH = {"true": True, "false": False}
 
 

@@ -204,7 +204,8 @@ def theorem(case: Case, noise: dict[str, float]) -> Descent:
         return gd_link(given, case.step, case.link)
     if case.theorem == "gd":
         return gd(given, case.step, rounding(case.kind, case.kind))
-    return noisy_link(of_round(case, given), case.link)
+    one = of_round(case, given)
+    return noisy_link(one, case.link) if case.link > 1 else one
 
 
 def of_round(case: Case, given: Given) -> Descent:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
-from math import ceil
 from typing import TYPE_CHECKING
 
 from fedraclora.allocation.rules import Uniform
@@ -101,8 +100,10 @@ def links_end(method: Method, allocation: Uniform) -> bool:
 
 def keeps_rows(method: Method) -> bool:
     """Check whether some rows of a frozen factor may come from the last link."""
-    fresh, rank = getattr(method, "fresh", 0.0), getattr(method, "rank", None)
-    return bool(fresh < 1 if not isinstance(rank, int) else ceil(fresh * rank) < rank)
+    kept, rank = getattr(method, "kept", None), getattr(method, "rank", None)
+    if kept is None or not isinstance(rank, int):  # a share of each layer's width
+        return bool(getattr(method, "fresh", 0.0) < 1)
+    return bool(kept(rank, 1) > 0)
 
 
 def refuse_unread(config: RunConfig) -> None:

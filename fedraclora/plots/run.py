@@ -22,6 +22,11 @@ from fedraclora.plots.axes import (
 )
 from fedraclora.run.ledger import Row, column, headline, number, round_seconds
 
+# What the last panel shows of a report, the first that it has; else the steps.
+_FIGURES = {
+    "aggregation_error": "aggregation error",
+    "energy_seen": "share of the gradient's energy seen",
+}
 _STEPS = ("lr", "gamma_min", "gamma_max")
 
 
@@ -58,11 +63,11 @@ def figure_of(rows: Sequence[Row], title: str, *, planned: int | None = None) ->
     draw_lines(panels[2], ("uplink so far (MB)", metric), sent, {metric: measured}, log="x")
     draw_lines(panels[3], ("round", "payload so far (MB)"), rounds, traffic, log="y")
     _stack(panels[4], "seconds per round", rounds, _seconds(rows))
-    name, last = "aggregation error", {"error": column(rows, "report", "aggregation_error")}
-    if not np.isfinite(last["error"]).any():
-        name = "share of the gradient's energy seen"
-        last = {"in the basis": column(rows, "report", "energy_seen")}
-    if not np.isfinite(*last.values()).any():
+    for key, name in _FIGURES.items():
+        if np.isfinite(values := column(rows, "report", key)).any():
+            last = {name: values}
+            break
+    else:
         name, last = "step", {key: column(rows, "effective_step", key) for key in _STEPS}
     draw_lines(panels[5], ("round", name), rounds, last, log="y")
     if devices:

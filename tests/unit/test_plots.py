@@ -99,7 +99,7 @@ def test_the_title_says_what_a_run_came_to(tmp_path: Path, monkeypatch: pytest.M
 def test_the_last_panel_has_what_is_known_of_the_aggregation_the_basis_or_the_step() -> None:
     def shown(found: list[Row]) -> tuple[str, int]:
         panel = run.figure_of(found, "a run").axes[5]
-        return panel.get_ylabel(), sum(len(line.get_xdata()) for line in panel.lines)  # type: ignore[arg-type]
+        return panel.get_ylabel(), sum(np.size(line.get_xdata()) for line in panel.lines)
 
     aligned = rows(4)
     for round_ in (2, 4):
