@@ -38,7 +38,9 @@ def compare_figure(groups: Mapping[str, Sequence[Sequence[Row]]], metric: str, p
     Time is that of the wall, that of a virtual clock, or both: what any of the runs has.
 
     A line is the mean over the group's ledgers (seeds) at the rounds that all of them
-    evaluated; the band runs from the least to the greatest of them.
+    evaluated; the band runs from the least to the greatest of them. The first fifth of the lines
+    does not stretch the axis of the metric: where that would halve the room of the rest, lines
+    come in from its edge.
 
     Args:
         groups: Label -> ledgers.
@@ -70,9 +72,28 @@ def compare_figure(groups: Mapping[str, Sequence[Sequence[Row]]], metric: str, p
         label_axes(panel, name, "" if place % columns else metric)
         if "MB" in name:
             make_logarithmic(panel, "x")
+    panels[0].set_ylim(*_span([seeds[:, :, -1] for seeds in measured]))  # all share it
     lines = panels[0].get_lines()
     figure.legend(lines, labels, loc="outside lower center", ncols=legend_columns, frameon=False)
     write_png(figure, path)
+
+
+def _span(curves: Sequence[Vector]) -> tuple[float | None, float | None]:
+    """Choose the ends of the axis of the metric; None: an end is left to what is drawn.
+
+    Args:
+        curves: Of each group, [ledgers, rounds].
+    """
+    whole = np.concatenate([curve.ravel() for curve in curves])
+    later = np.concatenate([curve[:, int(0.2 * curve.shape[1]) :].ravel() for curve in curves])
+    if not later.size:
+        return None, None
+    low, high = float(later.min()), float(later.max())
+    if low == high or np.ptp(whole) <= 2 * (high - low):
+        return None, None
+    margin = 0.05 * (high - low)
+    below, above = whole.min() < low, whole.max() > high
+    return (low - margin if below else None), (high + margin if above else None)
 
 
 def _on_common_rounds(ledgers: Sequence[Sequence[Row]], metric: str) -> Vector:

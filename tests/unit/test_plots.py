@@ -130,6 +130,24 @@ def test_compare_draws_runs_on_devices_beside_others(tmp_path: Path) -> None:
     assert_picture(tmp_path / "compare.png")
 
 
+@pytest.mark.parametrize(
+    ("curves", "span"),
+    [
+        ([[[0.1, 0.8, 0.82, 0.85, 0.9]], [[0.7, 0.8, 0.8, 0.8, 0.8]]], (0.795, None)),
+        ([[[9.0, 0.4, 0.3, 0.2, 0.2]]], (None, 0.41)),  # a loss: it is the upper end
+        ([[[0.72, 0.8, 0.82, 0.85, 0.9]]], (None, None)),  # no more than twice the rest
+        ([[[0.1, 0.8, 0.82, 0.9]]], (None, None)),  # too few points to leave one out
+        ([[[0.1, 0.8, 0.8, 0.8, 0.8]], [[]]], (None, None)),
+        ([[[]]], (None, None)),
+    ],
+)
+def test_the_first_rounds_do_not_squeeze_the_others(
+    curves: list[list[list[float]]], span: tuple[float | None, float | None]
+) -> None:
+    found = comparison._span([np.array(curve) for curve in curves])
+    assert found == pytest.approx(span, abs=1e-12)
+
+
 def test_many_groups_fit_into_the_legend(tmp_path: Path) -> None:
     groups = {f"fed_rac_lora rank={i} local.lr=0.1": [rows(4)] for i in range(40)}
     compare_figure(groups, "loss", tmp_path / "compare.png")
