@@ -1,4 +1,4 @@
-"""The physical limit: one low-rank adapter trained on the samples of the whole cohort."""
+"""The yardstick: one low-rank adapter trained on the samples of the whole cohort."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``fedraclora bench``: whole rounds of every engine, of the physical limit and of the peers.
+"""``fedraclora bench``: whole rounds of every engine, of central training and of the peers.
 
 Rows of ours are timed in turn in this process, so that a busy machine slows all of them; then
 each peer that is installed (`make bench-peers`) does the same work in a process of its own. Keys:

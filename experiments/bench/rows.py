@@ -42,7 +42,7 @@ def checkpointed(case: Case) -> Case:
 
 
 def central(case: Case) -> Row:
-    """The physical limit: in one piece, or in as many as the vectorised engine makes of it.
+    """Central training: in one piece, or in as many as the vectorised engine makes of it.
 
     Each is tried twice and the faster is kept: which it is depends on the caches.
     """
