@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedraclora.aggregation.base import Mean
+from fedraclora.config.unread import keeps_rows
 from fedraclora.lowrank.dora import magnitudes
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg
@@ -195,6 +196,9 @@ METHODS = {name: Feature(found, "another method") for name, found in {
         lambda s: (s.run.method.traits.merges or s.run.method.traits.pools)
         and next(iter(s.sent.adapters), ""),
     "a method with a pool of sketches": lambda s: s.run.method.traits.pools,
+    "a method whose next link begins with what the last left":
+        lambda s: keeps_rows(s.run.method) or (getattr(s.run.method, "carries", False)
+        and getattr(s.run.method, "link_rounds", None) is not None),
     # These three a step finds when it computes.
     "a method whose trained factors begin anew": lambda _: False,
     "a method whose frozen factors have changed": lambda _: False,
