@@ -85,7 +85,7 @@ docs: install ## Build the site of the documentation in site/ (a link that leads
 golden: install ## Write the golden curves anew (the commit must say why they moved)
 	$(BIN)/python -m pytest tests/golden --write-golden $(ARGS)
 
-bench: install ## Time the engines, the physical limit and the peers (ARGS="size=A check=true")
+bench: install ## Time the engines, central training and the peers (ARGS="size=A check=true")
 	$(BIN)/python -m experiments.bench $(ARGS)
 
 bench-peers: $(PEERS:%=.venv-peers/%/.installed) ## Install the peers of bench, each in .venv-peers/<name>
