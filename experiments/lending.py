@@ -17,6 +17,7 @@ from fedraclora.data.objects import is_frame, lend_data
 from fedraclora.errors import ConfigError
 from fedraclora.models.objects import lend_model, require_module
 from fedraclora.objects import NAME, lend
+from fedraclora.protocol.method import Method, Traits
 from strategies import METHODS
 
 TABLES = (".csv", ".tsv", ".parquet")
@@ -24,6 +25,7 @@ TABLES = (".csv", ".tsv", ".parquet")
 OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
 OF_FRAME = ("data=table",)
 FRAME_KEYS = ("features", "missing", "standardise", "test_share", "split_seed")
+LONGEST = 300  # characters of a name: a method with more has a hash in it
 KEPT = {"data": ("labels", "validation"), "model": ("head", "targets")}
 
 
@@ -158,6 +160,30 @@ def _lend_method(lent: Lent, method: object) -> None:
             key: plain_value(f"method.{key}", value) for key, value in fields.items()
         }
         return
-    lent.groups["method"] = {
-        "digest": lend(method, hashlib.sha256(repr(method).encode()).hexdigest()[:32])
-    }
+    lent.groups["method"] = {"digest": lend(method, named(method))}
+
+
+def named(method: object) -> str:
+    """Name a method of the program's own by its class and fields: one that goes on has the same.
+
+    Raises:
+        ConfigError: If it is no method, or keeps what is no field.
+    """
+    kind = type(method).__name__
+    traits = getattr(method, "traits", None) if Method in type(method).__mro__ else None
+    if not isinstance(traits, Traits):
+        raise ConfigError(
+            f"method is a {kind}, a class without the traits of a method: derive it from "
+            "strategies.shared.layerwise.LayerMethod and say `traits = Traits(...)` "
+            "(CONTRIBUTING.md, A new method)"
+        )
+    fields = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    if hidden := [n for n in vars(method) if n not in fields and not hasattr(type(method), n)]:
+        raise ConfigError(
+            f"method is a {kind} with the attribute {hidden[0]!r}, which is none of its fields, so "
+            f"that a run could not tell two values of it apart: make {kind} a "
+            f"@dataclass(frozen=True) with the field {hidden[0]}"
+        )
+    text = repr(method)
+    long = len(text) > LONGEST
+    return f"{kind}({hashlib.sha256(text.encode()).hexdigest()[:32]})" if long else text

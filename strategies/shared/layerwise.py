@@ -13,14 +13,15 @@ rounding, the age of links, effective weights, the count of what is sent, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from typing_extensions import override
 
+from fedraclora.errors import ConfigError
 from fedraclora.limits import Limited
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.narrow_weight import dense
@@ -55,7 +56,7 @@ from fedraclora.tree import Tree, wide, widened
 from strategies.shared.common import closed, dense_means, dense_slots
 from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, Value
 from strategies.shared.products import RoundError
-from strategies.shared.replies import Replies, RoundReplies
+from strategies.shared.replies import Replies, RoundReplies, multiplied
 
 __all__ = [
     "Factors",
@@ -66,6 +67,9 @@ __all__ = [
     "Replies",
     "Round",
 ]
+
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,10 @@ class LayerMethod(LowRank):
             layer: As it was when the round was opened.
             replies: What the cohort sent of it.
         """
-        raise NotImplementedError
+        raise ConfigError(
+            f"{type(self).__name__} has no method update(layer, replies), which says what a round "
+            "makes of one matrix (CONTRIBUTING.md, A new method)"
+        )
 
     @property
     def link_rounds(self) -> int | None:
@@ -223,8 +230,17 @@ class LayerMethod(LowRank):
 
     def adapter(self, layer: Layer, now: Round) -> Adapter:
         """Return the factors of one matrix in the order of their product."""
-        found = self.factors(layer, now)
+        found = self._checked(self.factors(layer, now), "factors", "has")
         return Adapter({k: found[k] for k in LABELS if k in found}, layer.scale)
+
+    def _checked(self, found: Mapping[str, V], of: str, does: str) -> Mapping[str, V]:
+        """Reject labels that no factor has: nothing would read what they name."""
+        if unknown := [label for label in found if label not in LABELS]:
+            raise ConfigError(
+                f"{type(self).__name__}.{of} {does} {unknown[0]!r}, the label of no factor: there "
+                f"are {', '.join(LABELS)}, of a product in this order"
+            )
+        return found
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
@@ -237,10 +253,9 @@ class LayerMethod(LowRank):
             replies = Replies(came, name)
             update = self.update(layer, replies)
             if error is not None:
-                parts = [_product(update.carried.values()), _product(update.merged or ())]
-                new = update.aggregate or sum_products(*(p for p in parts if p is not None))
+                new = update.aggregate or _left(layer, replies, update)
                 error.add(replies.product(), replies.carried, new, layer.scale)
-            for label, value in update.carried.items():
+            for label, value in self._checked(update.carried, "update", "carries").items():
                 if isinstance(value, torch.Tensor):  # a drawing is drawn anew from its seed
                     carried[f"{name}/{label}"] = value.to(layer.dtype)
             if merged := _rounded(update.merged or (), layer.dtype):
@@ -338,10 +353,12 @@ def _standing(factor: Factor, own: torch.Tensor | None) -> Value | None:
     return factor
 
 
-def _product(values: Iterable[Value]) -> Product | None:
-    """Return two matrices as a product; None where there are none."""
-    found = tuple(v for v in values if isinstance(v, torch.Tensor))
-    return (found[0], found[1]) if len(found) == 2 else None
+def _left(layer: Layer, replies: Replies, update: LayerUpdate) -> Product:
+    """Add what is carried on and what is merged; an empty product where there is neither."""
+    nothing = torch.zeros(layer.m, 0), torch.zeros(0, layer.n)
+    merged = multiplied(update.merged) if update.merged else None
+    parts = replies.product_of(update.carried), merged
+    return sum_products(*(part for part in parts if part is not None)) if any(parts) else nothing
 
 
 def _rounded(values: tuple[Value, ...], dtype: torch.dtype) -> tuple[Value, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import cast
 
 import torch
@@ -135,12 +136,10 @@ class Replies:
 
     @property
     def carried(self) -> Product | None:
-        """Return both factors before the round; None where the adapter was zero."""
-        carried, names = self.all.state.carried, [f"{self.name}/{label}" for label in "BA"]
-        if names[0] not in carried:
-            return None
-        B, A = (carried[name].to(torch.float64) for name in names)
-        return B, A
+        """Return both factors before the round, float64; None where the adapter was zero."""
+        carried, labels = self.all.state.carried, self.adapter.factors
+        held = {label: carried.get(f"{self.name}/{label}") for label in labels}
+        return self.product_of({label: t for label, t in held.items() if t is not None})
 
     @property
     def start(self) -> Product:
@@ -150,8 +149,38 @@ class Replies:
         B, A = (opening(cast(Trained, self.adapter.factors[k]), self.B) for k in "BA")
         return B, A
 
+    def product_of(self, values: Mapping[str, Value]) -> Product | None:
+        """Multiply factors by label; a frozen one that is not among them is as it was sent.
+
+        None where one that is trained is missing: the adapter is zero.
+        """
+        found = []
+        for label, factor in self.adapter.factors.items():
+            value = values.get(label)
+            if value is None and isinstance(factor, Trained):
+                return None
+            found.append(self[label] if value is None else value)
+        return multiplied(found)
+
     def product(self) -> Product:
-        """Stack the factors of ``sum_k p_k B_k A_k``, without components that nobody has."""
+        """Write ``sum_k p_k B_k A_k`` as one product.
+
+        Where both factors are trained it is stacked, without components that nobody has; where
+        one is, it is that of the mean.
+        """
+        factors = self.adapter.factors.values()
+        if sum(isinstance(factor, Trained) for factor in factors) == 1:
+            return multiplied(self.means().values())
         left, right = stack_products(self.B, self.A, self.p)
         kept = self.kept.reshape(-1)
         return left[:, kept], right[kept]
+
+
+def multiplied(factors: Iterable[Value]) -> Product:
+    """Write a product of two factors or more as one of two float64 matrices; drawings are drawn."""
+    found = list(factors)
+    device = next((f.device for f in found if isinstance(f, torch.Tensor)), torch.device("cpu"))
+    left, *others = (
+        f.to(torch.float64) if isinstance(f, torch.Tensor) else f.draw().to(device) for f in found
+    )
+    return left, reduce(torch.matmul, others)

@@ -163,9 +163,9 @@ def changed(sent: Downlink, change: Callable[[torch.Tensor], torch.Tensor]) -> D
 
 @defect(SCAFFOLD, "SCAFFOLD: g + c_k - c", DRIFT)
 def correction_of_the_wrong_sign(planting: Planting) -> None:
-    def turned(*given: Any) -> tuple[Downlink, Tree]:
-        sent, moments = restore(*given)
-        return opposed(sent), moments
+    def turned(*given: Any) -> tuple[Downlink, Tree, Tree]:
+        sent, moments, residues = restore(*given)
+        return opposed(sent), moments, residues
 
     planting.function(restore, turned)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import fedraclora
+from experiments.lending import named
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.models.built import seeded
+from fedraclora.run.folder import method_label
 from fedraclora.tree import digest
 from strategies.fed_rac_lora import FedRacLora
+from strategies.shared.layerwise import LayerMethod
 
 datasets = pytest.importorskip("datasets")
 
@@ -170,11 +174,39 @@ class Mine(FedRacLora):
     """A method of the program's own."""
 
 
+class Undecorated(FedRacLora):
+    """Keeps what is no field of it."""
+
+    def __init__(self, k: float) -> None:
+        super().__init__(rank=2)
+        object.__setattr__(self, "k", k)
+
+
+@dataclass(frozen=True)
+class Untold(LayerMethod):
+    """Says nothing of its traits."""
+
+
+@dataclass(frozen=True)
+class NoMethod:
+    """A dataclass like any other."""
+
+
 def test_methods_are_names_or_objects() -> None:
     wanted = run(data=CLIENTS, method={"name": "fed_rac_lora", "rank": 2, "alpha": 3.0})
     for method in (FedRacLora(rank=2, alpha=3.0), Mine(rank=2, alpha=3.0)):
         found = run(data=CLIENTS, method=method)
         assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
+
+
+def test_a_method_of_ones_own_goes_by_its_class_and_fields(tmp_path: Path) -> None:
+    found = run(data=CLIENTS, method=Mine(rank=2), folder=tmp_path)
+    assert method_label(found.config) == "Mine"
+    assert found.config["method"]["digest"] == repr(Mine(rank=2))
+    with pytest.raises(FedRacLoraError, match=r"Mine\(rank=2.*Mine\(rank=3"):
+        run(data=CLIENTS, method=Mine(rank=3), folder=tmp_path, resume=True)
+    rank = {f"layer.{i}": 2 for i in range(60)}
+    assert re.fullmatch(r"Mine\([0-9a-f]{32}\)", named(Mine(rank=rank)))
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -190,6 +222,13 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": CLIENTS, "test": (X[:, :2], Y)}, DataError, "test: one input has"),
     ({"data": CLIENTS, "model": 3}, ConfigError, "model is of type int"),
     ({"data": CLIENTS, "method": FedRacLora}, ConfigError, "an instance of its class"),
+    (
+        {"data": CLIENTS, "method": Untold(rank=2)},
+        ConfigError,
+        "Untold, a class without the traits",
+    ),
+    ({"data": CLIENTS, "method": NoMethod()}, ConfigError, "NoMethod, a class without the traits"),
+    ({"data": CLIENTS, "method": Undecorated(0.5)}, ConfigError, "the attribute 'k'"),
     ({"data": CLIENTS, "partition": DirichletPartitioner(2, "y", 1.0)}, ConfigError, "a list"),
     ({"data": CLIENTS, "metrics": ["speed"]}, ConfigError, "speed"),
     ({"data": [(X, Y + 1)]}, DataError, "gives 2 outputs .* up to class 2"),
