@@ -76,8 +76,8 @@ class Replies:
             label: Of the factor.
             step: The server's, from where the factor started; 1 gives the mean itself.
         """
-        factor = self.adapter.factors[label]
-        start = factor.opening() if isinstance(factor, Trained) and step != 1.0 else None
+        factor = self._trained(label)
+        start = factor.opening() if step != 1.0 else None
         return server_step(start, self.all.mean[f"{self.name}/{label}"], step)
 
     def means(self, step: float = 1.0) -> dict[str, Value]:
@@ -97,7 +97,19 @@ class Replies:
         Raises:
             ShapeError: If only the sum came.
         """
+        self._trained(label)
         return self.all.stack[f"{self.name}/{label}"].to(torch.float64)
+
+    def _trained(self, label: str) -> Trained:
+        """Return what was asked of a factor that clients trained and sent."""
+        factor = self.adapter.factors.get(label)
+        if isinstance(factor, Trained) and factor.upload:
+            return factor
+        sent = [k for k, f in self.adapter.factors.items() if isinstance(f, Trained) and f.upload]
+        raise KeyError(
+            f"the factor {label} of {self.name} did not come back: clients trained and sent "
+            f"{sent}; what was frozen is replies[{label!r}]"
+        )
 
     @property
     def B(self) -> torch.Tensor:  # noqa: N802 (the field's own letter)

@@ -132,3 +132,14 @@ def test_a_method_that_makes_nothing_of_a_round_is_told_so() -> None:
 
     with pytest.raises(ConfigError, match=r"Unfinished has no method update"):
         play_rounds(Unfinished(rank=3), make_world(), 1, DRAW)
+
+
+def test_a_frozen_factor_has_no_mean() -> None:
+    @dataclass(frozen=True)
+    class Means(Part):
+        @override
+        def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+            return LayerUpdate(merged=(replies.mean("B"), replies.mean("A")))
+
+    with pytest.raises(KeyError, match=r"trained and sent \['B'\]; what was frozen is replies"):
+        play_rounds(Means(rank=3), make_world(), 1, DRAW)
