@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ TABLES = (".csv", ".tsv", ".parquet")
 OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
 OF_FRAME = ("data=table",)
 FRAME_KEYS = ("features", "missing", "standardise", "test_share", "split_seed")
-LONGEST = 300  # characters of a name: a method with more has a hash in it
 KEPT = {"data": ("labels", "validation"), "model": ("head", "targets")}
 
 
@@ -160,30 +160,35 @@ def _lend_method(lent: Lent, method: object) -> None:
             key: plain_value(f"method.{key}", value) for key, value in fields.items()
         }
         return
-    lent.groups["method"] = {"digest": lend(method, named(method))}
+    check_own(method)
+    digest = hashlib.sha256(repr(method).encode()).hexdigest()[:32]
+    lent.groups["method"] = {"digest": lend(method, digest)}
 
 
-def named(method: object) -> str:
-    """Name a method of the program's own by its class and fields: one that goes on has the same.
+def check_own(method: object) -> None:
+    """Check a method that is a class of the program's own.
 
     Raises:
-        ConfigError: If it is no method, or keeps what is no field.
+        ConfigError: If it is no method, or keeps what its fields do not show: by these a run that
+            goes on knows that it has the same method.
     """
     kind = type(method).__name__
-    traits = getattr(method, "traits", None) if Method in type(method).__mro__ else None
-    if not isinstance(traits, Traits):
+    if Method not in type(method).__mro__:
         raise ConfigError(
-            f"method is a {kind}, a class without the traits of a method: derive it from "
-            "strategies.shared.layerwise.LayerMethod and say `traits = Traits(...)` "
-            "(CONTRIBUTING.md, A new method)"
+            f"method is a {kind}, which is derived from no method: take "
+            "strategies.shared.layerwise.LayerMethod (CONTRIBUTING.md, A new method)"
         )
-    fields = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    if hidden := [n for n in vars(method) if n not in fields and not hasattr(type(method), n)]:
+    if not isinstance(method.traits, Traits):  # type: ignore[attr-defined]
         raise ConfigError(
-            f"method is a {kind} with the attribute {hidden[0]!r}, which is none of its fields, so "
-            f"that a run could not tell two values of it apart: make {kind} a "
-            f"@dataclass(frozen=True) with the field {hidden[0]}"
+            f"method is a {kind}, which does not say what it promises: give the class "
+            "`traits = Traits(...)` (CONTRIBUTING.md, A new method)"
         )
-    text = repr(method)
-    long = len(text) > LONGEST
-    return f"{kind}({hashlib.sha256(text.encode()).hexdigest()[:32]})" if long else text
+    shown = {f.name for f in dataclasses.fields(method) if f.repr}  # type: ignore[arg-type]
+    for name in getattr(method, "__dict__", {}):
+        cached = isinstance(getattr_static(type(method), name, None), cached_property)
+        if name not in shown and not cached and not name.startswith("_"):
+            raise ConfigError(
+                f"method is a {kind} with the attribute {name!r}, which its repr does not show, so "
+                f"that a run could not tell two values of it apart: make {kind} a "
+                f"@dataclass(frozen=True) with a field {name}"
+            )

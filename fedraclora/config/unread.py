@@ -102,7 +102,7 @@ def keeps_rows(method: Method) -> bool:
     """Check whether some rows of a frozen factor may come from the last link."""
     kept, rank = getattr(method, "kept", None), getattr(method, "rank", None)
     if kept is None or not isinstance(rank, int):  # a share of each layer's width
-        return bool(getattr(method, "fresh", 1.0) < 1)
+        return bool(getattr(method, "fresh", 0.0) < 1)
     return bool(kept(rank, 1) > 0)
 
 

@@ -17,7 +17,6 @@ import yaml
 
 from fedraclora.config.schema import Plain, section
 from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
-from fedraclora.objects import NAME
 from fedraclora.run.digests import check_config, data_files, read_sealed, sealed, write_digests
 from fedraclora.run.ledger import number, read_ledger, seals
 from fedraclora.run.recorder import BESIDE
@@ -296,10 +295,8 @@ def git_revision() -> str | None:
 
 
 def method_label(plain: Plain) -> str:
-    """Name a run in one or two words; a method of a program's own by its class."""
+    """Name a run in one or two words."""
     method = section(plain, "method")
-    if method["name"] == NAME:
-        return str(method.get("digest", NAME)).partition("(")[0]
     rank = f" r={method['rank']}" if "rank" in method else ""
     return f"{method['name']}{rank}"
 

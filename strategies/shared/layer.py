@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.derived import Derived
 from fedraclora.protocol.method import Draw, Factor, Trained
@@ -19,6 +20,20 @@ from fedraclora.tree import Tree
 Value = torch.Tensor | SketchSpec | Derived
 Factors = dict[str, Factor]  # of a layer, by label
 LABELS = ("B", "R", "A")  # of factors, in the order of their product
+
+
+def known(label: str, labels: Sequence[str] = LABELS) -> str:
+    """Return the label of a factor.
+
+    Raises:
+        ConfigError: If no factor has it: nothing would read what it names.
+    """
+    if label in labels:
+        return label
+    raise ConfigError(
+        f"a method speaks of the factor {label!r}; there are {', '.join(labels)}, of a product in "
+        "this order"
+    )
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,7 @@ class Layer:
             upload: False for a factor that stays at the client.
         """
         r = self.rank if rank is None else rank
-        shape = {"B": (self.m, r), "R": (r, r), "A": (r, self.n)}[label]
+        shape = {"B": (self.m, r), "R": (r, r), "A": (r, self.n)}[known(label)]
         return Trained(shape, self.carried.get(label, start), upload=upload)
 
 
@@ -123,7 +138,7 @@ class Round:
         """
         return SketchSpec(
             kind=kind,
-            side="right" if label == "A" else "left",
+            side="right" if known(label, "BA") == "A" else "left",
             rank=layer.rank if rank is None else rank,
             dim=layer.n if label == "A" else layer.m,
             seed=self.draw.sketch_seed(layer.name) if seed is None else seed,

@@ -13,10 +13,10 @@ rounding, the age of links, effective weights, the count of what is sent, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from typing_extensions import override
@@ -54,7 +54,7 @@ from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree, wide, widened
 from strategies.shared.common import closed, dense_means, dense_slots
-from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, Value
+from strategies.shared.layer import LABELS, Factors, Layer, LayerUpdate, Round, Value, known
 from strategies.shared.products import RoundError
 from strategies.shared.replies import Replies, RoundReplies, multiplied
 
@@ -67,9 +67,6 @@ __all__ = [
     "Replies",
     "Round",
 ]
-
-
-V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -230,22 +227,14 @@ class LayerMethod(LowRank):
 
     def adapter(self, layer: Layer, now: Round) -> Adapter:
         """Return the factors of one matrix in the order of their product."""
-        found = self._checked(self.factors(layer, now), "factors", "has")
-        return Adapter({k: found[k] for k in LABELS if k in found}, layer.scale)
-
-    def _checked(self, found: Mapping[str, V], of: str, does: str) -> Mapping[str, V]:
-        """Reject labels that no factor has: nothing would read what they name."""
-        if unknown := [label for label in found if label not in LABELS]:
-            raise ConfigError(
-                f"{type(self).__name__}.{of} {does} {unknown[0]!r}, the label of no factor: there "
-                f"are {', '.join(LABELS)}, of a product in this order"
-            )
-        return found
+        found = self.factors(layer, now)
+        return Adapter({k: found[k] for k in sorted(found, key=_place)}, layer.scale)
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         came = RoundReplies(state, sent, got)
-        error = RoundError() if self.looks_at_clients and got.has_individuals else None
+        looks = self.looks_at_clients and got.has_individuals and not self.client_state
+        error = RoundError() if looks else None
         carried: Tree = {}
         terms: dict[str, Term] = {}
         for name, adapter in sent.adapters.items():
@@ -255,11 +244,12 @@ class LayerMethod(LowRank):
             if error is not None:
                 new = update.aggregate or _left(layer, replies, update)
                 error.add(replies.product(), replies.carried, new, layer.scale)
-            for label, value in self._checked(update.carried, "update", "carries").items():
+            for label, value in update.carried.items():
+                key = f"{name}/{known(label)}"
                 if isinstance(value, torch.Tensor):  # a drawing is drawn anew from its seed
-                    carried[f"{name}/{label}"] = value.to(layer.dtype)
+                    carried[key] = value.to(layer.dtype)
             if merged := _rounded(update.merged or (), layer.dtype):
-                keep = None if update.keep is None else "BA".index(update.keep)
+                keep = None if update.keep is None else "BA".index(known(update.keep, "BA"))
                 terms[name] = Term(merged, adapter.scale, keep=keep)
         ends = state.memo.age + 1 == self.link_rounds
         dense = dense_means(state, came.mean, self.traits.step)
@@ -353,8 +343,21 @@ def _standing(factor: Factor, own: torch.Tensor | None) -> Value | None:
     return factor
 
 
+def _place(label: str) -> int:
+    """Give the place of a factor in the product."""
+    return LABELS.index(known(label))
+
+
 def _left(layer: Layer, replies: Replies, update: LayerUpdate) -> Product:
     """Add what is carried on and what is merged; an empty product where there is neither."""
+    factors, carried = replies.adapter.factors, update.carried
+    crosses = any(isinstance(f, Trained) and k in carried for k, f in factors.items())
+    if layer.ends and crosses and not factors.keys() <= carried.keys():
+        raise ConfigError(
+            f"of {layer.name} a trained factor is carried beyond its link, and what it stands "
+            "under in the next one is not: say LayerUpdate(aggregate=...), the product that the "
+            "round left, by which the error of aggregation is measured"
+        )
     nothing = torch.zeros(layer.m, 0), torch.zeros(0, layer.n)
     merged = multiplied(update.merged) if update.merged else None
     parts = replies.product_of(update.carried), merged

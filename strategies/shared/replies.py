@@ -9,13 +9,14 @@ from typing import cast
 
 import torch
 
+from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product, stack_products
-from fedraclora.protocol.method import Adapter, Downlink, State, Trained
+from fedraclora.protocol.method import Adapter, Downlink, Factor, State, Trained
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 from strategies.shared.common import opening, server_step
-from strategies.shared.layer import Value
+from strategies.shared.layer import Value, known
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,27 @@ class Replies:
 
     def __getitem__(self, label: str) -> Value:
         """Return a frozen factor as it was sent: a tensor, a drawing, or one of the last link."""
-        factor = self.adapter.factors[label]
+        factor = self._factor(label)
         if isinstance(factor, Trained):
-            raise KeyError(
-                f"the factor {label} was trained by each client: use replies.mean or replies.stack"
+            raise ConfigError(
+                f"the factor {label} was trained by each client: replies.mean({label!r}) and "
+                f"replies.stack({label!r}) have what came of it, if it was sent"
             )
+        return factor
+
+    def _factor(self, label: str) -> Factor:
+        """Return what was asked of a factor."""
+        return self.adapter.factors[known(label, [*self.adapter.factors])]
+
+    def _trained(self, label: str) -> Trained:
+        """Return what was asked of a factor that clients trained and sent."""
+        factor = self._factor(label)
+        if not isinstance(factor, Trained):
+            raise ConfigError(
+                f"the factor {label} was frozen and did not come back: it is replies[{label!r}]"
+            )
+        if not factor.upload:
+            raise ConfigError(f"the factor {label} stays at each client: no reply has it")
         return factor
 
     def mean(self, label: str, step: float = 1.0) -> torch.Tensor:
@@ -99,17 +116,6 @@ class Replies:
         """
         self._trained(label)
         return self.all.stack[f"{self.name}/{label}"].to(torch.float64)
-
-    def _trained(self, label: str) -> Trained:
-        """Return what was asked of a factor that clients trained and sent."""
-        factor = self.adapter.factors.get(label)
-        if isinstance(factor, Trained) and factor.upload:
-            return factor
-        sent = [k for k, f in self.adapter.factors.items() if isinstance(f, Trained) and f.upload]
-        raise KeyError(
-            f"the factor {label} of {self.name} did not come back: clients trained and sent "
-            f"{sent}; what was frozen is replies[{label!r}]"
-        )
 
     @property
     def B(self) -> torch.Tensor:  # noqa: N802 (the field's own letter)
@@ -177,13 +183,23 @@ class Replies:
     def product(self) -> Product:
         """Write ``sum_k p_k B_k A_k`` as one product.
 
-        Where both factors are trained it is stacked, without components that nobody has; where
-        one is, it is that of the mean.
+        Where one factor is trained it is that of the mean; else it is stacked, without components
+        that nobody has.
         """
-        factors = self.adapter.factors.values()
-        if sum(isinstance(factor, Trained) for factor in factors) == 1:
+        factors, got = self.adapter.factors, self.all.got
+        trained = [label for label, factor in factors.items() if isinstance(factor, Trained)]
+        if len(trained) == 1:
             return multiplied(self.means().values())
-        left, right = stack_products(self.B, self.A, self.p)
+        each = {label: self.stack(label) for label in trained}
+        some = each[trained[0]]
+        lefts, *others = (
+            each[label] if label in each else float64(self[label], some).expand(len(some), -1, -1)
+            for label in factors
+        )
+        p = got.weights.to(some) / got.total
+        left, right = stack_products(lefts, reduce(torch.matmul, others), p)
+        if self.all.sent.ranks is None:
+            return left, right
         kept = self.kept.reshape(-1)
         return left[:, kept], right[kept]
 
@@ -191,8 +207,12 @@ class Replies:
 def multiplied(factors: Iterable[Value]) -> Product:
     """Write a product of two factors or more as one of two float64 matrices; drawings are drawn."""
     found = list(factors)
-    device = next((f.device for f in found if isinstance(f, torch.Tensor)), torch.device("cpu"))
-    left, *others = (
-        f.to(torch.float64) if isinstance(f, torch.Tensor) else f.draw().to(device) for f in found
-    )
+    like = next((f for f in found if isinstance(f, torch.Tensor)), torch.empty(0))
+    left, *others = (float64(f, like) for f in found)
     return left, reduce(torch.matmul, others)
+
+
+def float64(factor: Value, like: torch.Tensor) -> torch.Tensor:
+    """Give the matrix of a factor on the device of a tensor."""
+    matrix = factor if isinstance(factor, torch.Tensor) else factor.draw()
+    return matrix.to(like.device, torch.float64)

@@ -11,7 +11,7 @@ from fedraclora.lowrank.dora import magnitudes
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg
 from fedraclora.protocol.change_of_basis import held_beside
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import Downlink, Method
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.recipes import RECIPES, Recipe
 from fedraclora.training.extras.prox import Prox
@@ -21,6 +21,7 @@ from fedraclora.training.row_moments import row_slots
 from strategies.server.round_step import RunContext
 from strategies.steps.settings import RoundSettings
 from strategies.wrappers.allocated import Allocated
+from strategies.wrappers.around import innermost
 from strategies.wrappers.pruned import Pruned
 
 
@@ -84,6 +85,12 @@ def _no_mean_gradient(sent: Downlink) -> str:
 def _begins_anew(sent: Downlink) -> str:
     """Name a weight whose trained factor has no frozen one beside it; empty: there is none."""
     return next((n for n, a in sent.adapters.items() if held_beside(a) is None), "")
+
+
+def _goes_on(method: Method) -> bool:
+    """Check whether a link begins with what the last one left, beside the weights."""
+    carries = getattr(method, "carries", False) and getattr(method, "link_rounds", None) is not None
+    return carries or (hasattr(method, "fresh") and keeps_rows(method))
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ SETTINGS = {
         "method.resample_every=2 or more, where the method has it, or another method"),
     "a method whose links last several rounds": Feature(
         lambda s: s.run.method.traits.merges and not s.run.method.traits.pools
-        and (getattr(s.run.method, "link_rounds", None) or 1) > 1,
+        and (getattr(innermost(s.run.method), "link_rounds", None) or 1) > 1,
         "a method whose links last one round (fed_rac_lora with method.resample_every=1)"),
     "dora=true": Feature(
         lambda s: bool(magnitudes(s.sent.adapters, s.sent.dense)), "dora=false"),
@@ -197,8 +204,7 @@ METHODS = {name: Feature(found, "another method") for name, found in {
         and next(iter(s.sent.adapters), ""),
     "a method with a pool of sketches": lambda s: s.run.method.traits.pools,
     "a method whose next link begins with what the last left":
-        lambda s: keeps_rows(s.run.method) or (getattr(s.run.method, "carries", False)
-        and getattr(s.run.method, "link_rounds", None) is not None),
+        lambda s: _goes_on(innermost(s.run.method)),
     # These three a step finds when it computes.
     "a method whose trained factors begin anew": lambda _: False,
     "a method whose frozen factors have changed": lambda _: False,

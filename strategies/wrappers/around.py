@@ -54,3 +54,10 @@ class Around(Method):
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         """Numbers if all that may be adapted is: what is left out is not known beforehand."""
         return self.inner.floats(plan, round_)
+
+
+def innermost(method: Method) -> Method:
+    """Return the method that all others are put around."""
+    while isinstance(method, Around):
+        method = method.inner
+    return method

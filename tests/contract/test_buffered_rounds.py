@@ -41,6 +41,7 @@ from fedraclora.weights.chain import CatchUp, link_tensors, read_link, term_byte
 from strategies.buffered import BufferedStrategy
 from strategies.server.buffer import read_batches
 from strategies.steps.settings import RoundSettings
+from strategies.wrappers.dora import Dora
 
 Variant = tuple[str, dict[str, Any]]
 SEED, COHORT = 1, 4
@@ -267,6 +268,12 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
 def test_what_cannot_be_mixed_is_refused(variant: Variant, more: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         go(make_world(), variant, 6, **more)
+
+
+def test_a_method_inside_another_is_looked_at() -> None:
+    method = Dora(make_method("rolora"))
+    with pytest.raises(ConfigError, match="begins with what the last left"):
+        run(make_world(), method, RAGGED, rounds=1, cohort=COHORT, seed=SEED, system=UNEVEN)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import fedraclora
-from experiments.lending import named
+from experiments.lending import check_own
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.models.built import seeded
-from fedraclora.run.folder import method_label
 from fedraclora.tree import digest
 from strategies.fed_rac_lora import FedRacLora
 from strategies.shared.layerwise import LayerMethod
@@ -182,6 +181,25 @@ class Undecorated(FedRacLora):
         object.__setattr__(self, "k", k)
 
 
+class Shadowed(Undecorated):
+    """Keeps what is no field of it, behind a value of the class."""
+
+    k = 0.1
+
+
+@dataclass(frozen=True)
+class Cached(FedRacLora):
+    """Computes something once, and notes something."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "_note", 1)
+
+    @cached_property
+    def doubled(self) -> int:
+        return 4
+
+
 @dataclass(frozen=True)
 class Untold(LayerMethod):
     """Says nothing of its traits."""
@@ -199,14 +217,17 @@ def test_methods_are_names_or_objects() -> None:
         assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
 
 
-def test_a_method_of_ones_own_goes_by_its_class_and_fields(tmp_path: Path) -> None:
-    found = run(data=CLIENTS, method=Mine(rank=2), folder=tmp_path)
-    assert method_label(found.config) == "Mine"
-    assert found.config["method"]["digest"] == repr(Mine(rank=2))
-    with pytest.raises(FedRacLoraError, match=r"Mine\(rank=2.*Mine\(rank=3"):
+def test_a_run_goes_on_with_a_method_of_the_same_class_and_fields(tmp_path: Path) -> None:
+    run(data=CLIENTS, method=Mine(rank=2), folder=tmp_path)
+    assert run(data=CLIENTS, method=Mine(rank=2), folder=tmp_path, resume=True).summary
+    with pytest.raises(FedRacLoraError, match=r"method.digest"):
         run(data=CLIENTS, method=Mine(rank=3), folder=tmp_path, resume=True)
-    rank = {f"layer.{i}": 2 for i in range(60)}
-    assert re.fullmatch(r"Mine\([0-9a-f]{32}\)", named(Mine(rank=rank)))
+
+
+def test_caches_and_private_notes_of_a_method_are_no_fields_of_it() -> None:
+    check_own(cached := Cached(rank=2))
+    assert cached.doubled == 4
+    check_own(cached)
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -225,10 +246,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"data": CLIENTS, "method": Untold(rank=2)},
         ConfigError,
-        "Untold, a class without the traits",
+        "Untold, which does not say what",
     ),
-    ({"data": CLIENTS, "method": NoMethod()}, ConfigError, "NoMethod, a class without the traits"),
+    ({"data": CLIENTS, "method": NoMethod()}, ConfigError, "NoMethod, which is derived from no"),
     ({"data": CLIENTS, "method": Undecorated(0.5)}, ConfigError, "the attribute 'k'"),
+    ({"data": CLIENTS, "method": Shadowed(0.5)}, ConfigError, "the attribute 'k'"),
     ({"data": CLIENTS, "partition": DirichletPartitioner(2, "y", 1.0)}, ConfigError, "a list"),
     ({"data": CLIENTS, "metrics": ["speed"]}, ConfigError, "speed"),
     ({"data": [(X, Y + 1)]}, DataError, "gives 2 outputs .* up to class 2"),

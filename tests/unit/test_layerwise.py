@@ -11,8 +11,9 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.protocol.method import Cohort, Draw, Plan, Traits
+from fedraclora.protocol.method import Cohort, Draw, Plan, Trained, Traits
 from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
+from strategies.shared.replies import RoundReplies, float64, multiplied
 from tests.contract.worlds import distance, make_world, mean_weights, play_rounds
 
 DRAW = Draw(1)
@@ -105,7 +106,7 @@ def test_the_error_of_one_trained_factor_is_measured_under_the_drawing(
 class Mislabelled(Part):
     """Has a factor V, or carries a sum S."""
 
-    label: str = "V"
+    label: str = "A"
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
@@ -118,12 +119,16 @@ class Mislabelled(Part):
 
 
 @pytest.mark.parametrize(
-    ("label", "told"),
-    [("A", "Mislabelled.factors has 'V'"), ("S", "Mislabelled.update carries 'S'")],
+    ("label", "told"), [("A", "V"), ("S", "S")], ids=["of a frozen factor", "of what is carried"]
 )
 def test_a_label_of_no_factor_is_refused(label: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{told}, the label of no factor: there are B, R, A"):
+    with pytest.raises(ConfigError, match=rf"the factor '{told}'; there are B, R, A"):
         play_rounds(Mislabelled(rank=3, label=label), make_world(), 1, DRAW)
+    layer = Layer("w", (5, 9), 2, 1.0, {}, link=0, ends=True, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="the factor 'V'; there are B, R, A"):
+        layer.trained("V")
+    with pytest.raises(ConfigError, match="the factor 'R'; there are B, A"):
+        Round(1, DRAW).sketch(layer, "R", "gaussian")
 
 
 def test_a_method_that_makes_nothing_of_a_round_is_told_so() -> None:
@@ -141,5 +146,69 @@ def test_a_frozen_factor_has_no_mean() -> None:
         def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
             return LayerUpdate(merged=(replies.mean("B"), replies.mean("A")))
 
-    with pytest.raises(KeyError, match=r"trained and sent \['B'\]; what was frozen is replies"):
+    with pytest.raises(
+        ConfigError, match=r"A was frozen and did not come back: it is replies\['A'\]"
+    ):
         play_rounds(Means(rank=3), make_world(), 1, DRAW)
+
+
+@dataclass(frozen=True)
+class Cored(LayerMethod):
+    """Factors B R A of which some are frozen, with half of the means' product merged."""
+
+    frozen: str = "R"
+
+    traits = Traits(exact=False, linear=False, merges=True)
+
+    @override
+    def factors(self, layer: Layer, now: Round) -> Factors:
+        r, eye = layer.rank, torch.eye(layer.rank)
+        starts = {k: now.sketch(layer, k, "gaussian", index=layer.link) for k in "BA"}
+        found: Factors = {k: layer.trained(k, s) for k, s in starts.items()} | {
+            "R": layer.trained("R", eye + 0.1 * torch.ones(r, r))
+        }
+        still = starts[self.frozen] if self.frozen in starts else 2 * eye
+        return found | {self.frozen: still}
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        left, right = multiplied(replies.means().values())
+        return LayerUpdate(merged=(0.5 * left, right))
+
+
+@pytest.mark.parametrize("frozen", ["R", "A", "B"])
+def test_a_mean_of_products_has_the_factors_that_are_frozen(frozen: str) -> None:
+    world, method = make_world(), Cored(rank=3, alpha=5.0, frozen=frozen)
+    for played in play_rounds(method, world, 2, DRAW):
+        came = RoundReplies(played.before, played.sent, played.got)
+        p = played.got.weights / played.got.weights.sum()
+        for name, adapter in played.sent.adapters.items():
+            replies = Replies(came, name)
+            wanted = sum(
+                p[k] * torch.linalg.multi_dot([own_factor(replies, label, k) for label in "BRA"])
+                for k in range(len(p))
+            )
+            left, right = replies.product()
+            torch.testing.assert_close(left @ right, wanted, rtol=1e-12, atol=1e-12)
+            assert [*adapter.factors] == ["B", "R", "A"]
+
+
+def own_factor(replies: Replies, label: str, client: int) -> torch.Tensor:
+    """A factor of one client, whether it was trained or not."""
+    factor = replies.adapter.factors[label]
+    if isinstance(factor, Trained):
+        return replies.stack(label)[client]
+    return float64(replies[label], torch.empty(0))
+
+
+def test_what_a_factor_that_crosses_links_leaves_must_be_said() -> None:
+    @dataclass(frozen=True)
+    class Crosses(Part):
+        carries = True
+
+        @override
+        def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+            return LayerUpdate(carried={"B": self.part * replies.mean("B")})
+
+    with pytest.raises(ConfigError, match=r"beyond its link.*LayerUpdate\(aggregate="):
+        play_rounds(Crosses(rank=3), make_world(), 1, DRAW)

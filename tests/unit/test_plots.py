@@ -120,6 +120,18 @@ def test_compare_draws_groups_of_seeds(tmp_path: Path) -> None:
     assert_picture(tmp_path / "compare.png")
 
 
+def test_compare_leaves_the_first_rounds_out_of_its_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(comparison, "write_png", lambda figure, _: figures.append(figure))
+    late = rows(20)
+    for row, value in zip(late[1:], np.r_[[0.05] * 3, np.linspace(0.8, 0.9, 17)], strict=True):
+        row["metrics"] = {"accuracy": float(value)}
+    compare_figure({"late": [late]}, "accuracy", tmp_path / "compare.png")
+    assert all(panel.get_ylim()[0] > 0.7 for panel in figures[0].axes)
+
+
 def test_compare_draws_runs_on_devices_beside_others(tmp_path: Path) -> None:
     groups = {
         "phones": [on_devices(rows(20)), on_devices(rows(20), 55.0)],
