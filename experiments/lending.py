@@ -165,7 +165,7 @@ def _lend_method(lent: Lent, method: object) -> None:
     lent.groups["method"] = {"digest": lend(method, digest)}
 
 
-def check_own(method: object) -> None:
+def check_own(method: Any) -> None:
     """Check a method that is a class of the program's own.
 
     Raises:
@@ -178,12 +178,12 @@ def check_own(method: object) -> None:
             f"method is a {kind}, which is derived from no method: take "
             "strategies.shared.layerwise.LayerMethod (CONTRIBUTING.md, A new method)"
         )
-    if not isinstance(method.traits, Traits):  # type: ignore[attr-defined]
+    if not isinstance(method.traits, Traits):
         raise ConfigError(
             f"method is a {kind}, which does not say what it promises: give the class "
             "`traits = Traits(...)` (CONTRIBUTING.md, A new method)"
         )
-    shown = {f.name for f in dataclasses.fields(method) if f.repr}  # type: ignore[arg-type]
+    shown = {f.name for f in dataclasses.fields(method) if f.repr}
     for name in getattr(method, "__dict__", {}):
         cached = isinstance(getattr_static(type(method), name, None), cached_property)
         if name not in shown and not cached and not name.startswith("_"):
