@@ -140,8 +140,8 @@ class Replies:
     @property
     def p(self) -> torch.Tensor:
         """Aggregation weights with sum 1, [K]."""
-        got = self.all.got
-        return got.weights.to(self.B) / got.total
+        got, came = self.all.got, next(iter(self.all.stack.values()))
+        return got.weights.to(came.device, torch.float64) / got.total
 
     @property
     def kept(self) -> torch.Tensor:
@@ -186,7 +186,7 @@ class Replies:
         Where one factor is trained it is that of the mean; else it is stacked, without components
         that nobody has.
         """
-        factors, got = self.adapter.factors, self.all.got
+        factors = self.adapter.factors
         trained = [label for label, factor in factors.items() if isinstance(factor, Trained)]
         if len(trained) == 1:
             return multiplied(self.means().values())
@@ -196,8 +196,7 @@ class Replies:
             each[label] if label in each else float64(self[label], some).expand(len(some), -1, -1)
             for label in factors
         )
-        p = got.weights.to(some) / got.total
-        left, right = stack_products(lefts, reduce(torch.matmul, others), p)
+        left, right = stack_products(lefts, reduce(torch.matmul, others), self.p)
         if self.all.sent.ranks is None:
             return left, right
         kept = self.kept.reshape(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import pytest
@@ -110,8 +109,8 @@ class Mislabelled(Part):
 
     @override
     def factors(self, layer: Layer, now: Round) -> Factors:
-        found: Mapping[str, object] = super().factors(layer, now)
-        return {("V" if k == self.label == "A" else k): f for k, f in found.items()}  # type: ignore[misc]
+        found = super().factors(layer, now)
+        return {("V" if k == self.label == "A" else k): f for k, f in found.items()}
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
