@@ -17,7 +17,7 @@ from typing_extensions import override
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.engines.deploy import taken_traffic
 from fedraclora.engines.local import taken_incidents
-from fedraclora.errors import ClientError, RoundLostError, WireError
+from fedraclora.errors import DivergenceError, RoundLostError, WireError
 from fedraclora.evaluation.generate import Answering
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.cohorts import client_weights
@@ -245,14 +245,15 @@ class FedStrategy(OwnLoop):
             got: The same, treated.
 
         Raises:
-            ClientError: Naming the client with the largest update, if it may not be left out.
+            ClientError: Naming the client with the largest update, if it may not be left out; a
+                DivergenceError where no client can be named.
         """
         after = self._next(exchange, got)
         while names := overflowing(after, self.state):
             what = f"the merged weights are too large ({', '.join(names[:3])})"
             found = largest(raw, self._setting()) if raw.has_individuals else exchange.longest
             if found is None or not (self.divisible and self.steps.repeatable):
-                raise ClientError(
+                raise DivergenceError(
                     f"round {exchange.round_}: {what}, after updates of clients "
                     f"{raw.clients.tolist()}; lower local.lr or set local.clip"
                 )

@@ -18,7 +18,7 @@ from experiments import RESULTS
 from experiments.interrupt import in_order
 from experiments.status import reported
 from experiments.study.file import Study
-from experiments.study.run import run_study
+from experiments.study.run import refuse_failed, run_study
 from experiments.study.tuning import tuned_by
 
 
@@ -45,5 +45,7 @@ def main() -> int:
     study = Study.read(arguments.study, arguments.overrides, arguments.metric, arguments.tuning)
     if arguments.tuned_by:
         study = tuned_by(study, arguments.tuned_by)
-    run_study(study, out, arguments.jobs, rows=arguments.row, table_only=arguments.table)
+    only = arguments.table
+    _, failed = run_study(study, out, arguments.jobs, rows=arguments.row, table_only=only)
+    refuse_failed(failed)
     return 0

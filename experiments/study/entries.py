@@ -177,3 +177,19 @@ def entries(study: Study, done: Done) -> list[Entry]:
     """List the rows whose final runs are all there and did not diverge, the best first."""
     stable = [entry for entry in finals(study, done) if math.isfinite(entry.mean)]
     return sorted(stable, key=lambda entry: (entry.personal, -entry.mean))
+
+
+def left_out(study: Study, shown: Sequence[Entry], failed: Mapping[str, str]) -> list[str]:
+    """Say which rows of a study a table does not have.
+
+    Args:
+        study: The study.
+        shown: The rows of the table.
+        failed: Why rows failed just now, by row.
+    """
+    there = {entry.row for entry in shown}
+    missing = [row for row in study.rows if row not in there and row not in failed]
+    notes = [f"Failed: {why}." for why in failed.values()]
+    if missing:
+        notes.append(f"Not run to the end, or diverged at every value: {', '.join(missing)}.")
+    return notes

@@ -17,6 +17,7 @@ from experiments.study.entries import (
     entries,
     first_reaching,
     is_unverified,
+    left_out,
     shown_error,
     traffic,
     uplink,
@@ -37,7 +38,7 @@ NOTES = {
 }
 
 
-def leaderboard(study: Study, done: Done) -> Table | None:
+def leaderboard(study: Study, done: Done, failed: Mapping[str, str] | None = None) -> Table | None:
     """Make the table; None as long as no row has run to its end.
 
     Its columns are the metric with its spread over the seeds, rounds and bytes until the study's
@@ -48,6 +49,7 @@ def leaderboard(study: Study, done: Done) -> Table | None:
     Args:
         study: The study.
         done: Lines of its runs, by key.
+        failed: Why rows failed just now, by row.
     """
     ranked = entries(study, done)
     if not ranked:
@@ -55,8 +57,7 @@ def leaderboard(study: Study, done: Done) -> Table | None:
     records = tuple(map(_record, ranked))
     marked = "".join(map(_marked, records))
     notes = [f"{sign} {text}" for sign, text in NOTES.items() if sign in marked]
-    if missing := [row for row in study.rows if row not in {entry.row for entry in ranked}]:
-        notes.append(f"Not run to the end, or diverged at every value: {', '.join(missing)}.")
+    notes += left_out(study, ranked, failed or {})
     if spent := cost(done):
         notes.append(spent)
     key = str(study.grid["key"])
@@ -67,9 +68,11 @@ def leaderboard(study: Study, done: Done) -> Table | None:
     return replace(Table.of(shown, notes), records=records)
 
 
-def write_leaderboard(study: Study, done: Done, out: Path) -> Table | None:
+def write_leaderboard(
+    study: Study, done: Done, out: Path, failed: Mapping[str, str]
+) -> Table | None:
     """Write leaderboard.md, leaderboard.csv and leaderboard.png; give the table."""
-    made = leaderboard(study, done)
+    made = leaderboard(study, done, failed)
     if made is None:
         return None
     made.write(out, "leaderboard")

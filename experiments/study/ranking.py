@@ -27,7 +27,7 @@ from pathlib import Path
 from experiments.choices import groups
 from experiments.study.file import Study
 from experiments.study.leaderboard import write_leaderboard
-from experiments.study.run import run_study
+from experiments.study.run import refuse_failed, run_study
 from experiments.study.tuning import tuned_by
 from experiments.words import key_values, part
 from fedraclora.errors import ConfigError, unknown
@@ -58,14 +58,16 @@ def compare_study(words: Sequence[str]) -> None:
     jobs = options.get("jobs", 1)
     if not isinstance(jobs, int) or jobs < 1:
         raise ConfigError(f"jobs is {jobs!r}; runs at a time, 1 or more, are wanted")
-    done = run_study(study, out, jobs, table_only=options.get("table") is True)
-    made = write_leaderboard(study, done, out)
+    done, failed = run_study(study, out, jobs, table_only=options.get("table") is True)
+    made = write_leaderboard(study, done, out, failed)
     if made is None:
+        refuse_failed(failed)
         raise ConfigError(f"{out} has no method whose final runs are all there and did not diverge")
     made.print()
     names = ("leaderboard.md", "leaderboard.csv", "leaderboard.png", "budgets.md", "compare.png")
     there = [name for name in names if (out / name).is_file()]  # one row alone has no budgets
     print(f"written: {out}/{', '.join(there)} and more")
+    refuse_failed(failed)
 
 
 def find(name: str) -> Path:

@@ -9,8 +9,10 @@ import json
 import math
 import multiprocessing
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,14 @@ import torch
 
 from experiments.assemble import Assembled
 from experiments.choices import composed
+from experiments.status import explained
+from experiments.study.checks import check_data, check_rows
 from experiments.study.file import Job, Study
 from experiments.study.same import check_same
 from experiments.study.tables import write_results
 from experiments.study.tuning import Line, read_lines, score, tried_values, tuned_value
 from fedraclora.config.schema import section
-from fedraclora.errors import ConfigError, DataError, FedRacLoraError, unknown
+from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.run.digests import data_files
 from fedraclora.run.ledger import Row, column, known_mean, round_seconds
 
@@ -35,8 +39,10 @@ def run_study(
     *,
     rows: Sequence[str] = (),
     table_only: bool = False,
-) -> dict[str, Line]:
+) -> tuple[dict[str, Line], dict[str, str]]:
     """Run what has not run, and write study.yaml, table, budgets and figure.
+
+    A row of which a run fails is left out from there on, and the others go on.
 
     Args:
         study: What to run.
@@ -46,24 +52,26 @@ def run_study(
         table_only: Write table, budgets and figure of what has run, and run nothing.
 
     Returns:
-        The lines of all runs, by key.
+        The lines of all runs, by key; and why rows failed, by row (`refuse_failed`).
 
     Raises:
-        ConfigError: Rows would not be compared alike, or the folder has runs of another study; or
-            there is no row of a name.
+        ConfigError: Rows would not be compared alike, a row cannot begin, or the folder has runs of
+            another study; or there is no row of a name.
     """
     for row in rows:
         if row not in study.rows:
             raise unknown("row", row, study.rows)
     path = out / "runs.jsonl"
-    done = read_lines(path)
+    done, failed = read_lines(path), dict[str, str]()
     if not table_only:
         check_same(study)
         check_data(study, done, path)
+        check_rows(study, [*(rows or study.rows)], done)
 
     def run(phase: str, values: Callable[[str], list[float]]) -> bool:
-        jobs = [job for row in rows or study.rows for job in study.jobs(phase, row, values(row))]
-        return run_jobs(jobs, done, path, workers, study.metric)
+        left = [row for row in rows or study.rows if row not in failed]
+        jobs = [job for row in left for job in study.jobs(phase, row, values(row))]
+        return run_jobs(jobs, done, path, workers, study.metric, failed)
 
     if not table_only:
         out.mkdir(parents=True, exist_ok=True)
@@ -72,8 +80,22 @@ def run_study(
         run("tune", lambda row: tried_values(study, row, done))
         while run("final", lambda row: [tuned_value(study, row, done)]):
             pass  # once more for each value that turned out to be unstable
-    write_results(study, done, out)
-    return done
+    write_results(study, done, out, failed)
+    return done, failed
+
+
+def refuse_failed(failed: Mapping[str, str]) -> None:
+    """End a study of which rows failed, once everything else is written.
+
+    Raises:
+        FedRacLoraError: If there are any.
+    """
+    if failed:
+        lines = "".join(f"\n  row {row!r}: {why}" for row, why in failed.items())
+        raise FedRacLoraError(
+            f"{len(failed)} rows failed and stand in no table; the same command tries them "
+            f"again{lines}"
+        )
 
 
 def run_job(job: Job) -> Line:
@@ -94,7 +116,7 @@ def run_job(job: Job) -> Line:
         line |= {"config": config.digested, **provenance(), "client_bytes": client_bytes(run)}
     try:
         run.start()
-    except FedRacLoraError as error:  # a learning rate that diverges is a result, not a failure
+    except DivergenceError as error:  # a learning rate that diverges is a result, not a failure
         return line | {"diverged": str(error), "metrics": {}, "cpu_seconds": since(used)}
     finally:
         run.close()
@@ -155,37 +177,17 @@ def curve(rows: list[Row]) -> list[Line]:
     return points
 
 
-def check_data(study: Study, done: Mapping[str, Line], path: Path) -> None:
-    """Check that what has run was run on the files that the study would read now.
-
-    Raises:
-        DataError: If a file has changed, or is another one.
-    """
-    now: dict[str, Mapping[str, Mapping[str, str]]] = {}  # by row: a study may be about its data
-    for line in done.values():
-        row = line["row"]
-        if "data_files" not in line or row not in study.rows:
-            continue
-        if row not in now:
-            job = study.jobs("final", row, study.values(row)[:1])[0]
-            now[row] = data_files(section(composed(job.overrides), "data"))
-        if line["data_files"] != (found := now[row]):
-            raise DataError(
-                f"{path}: {line['key']} ran on other data: {', '.join(_changed(line, found))} "
-                "changed since. Restore the files, or take another folder (out)"
-            )
-
-
-def _changed(line: Line, found: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Name the files whose digests are not those of a line."""
-    then = {(key, n): d for key, files in line["data_files"].items() for n, d in files.items()}
-    now = {(key, name): d for key, files in found.items() for name, d in files.items()}
-    pairs = [pair for pair in dict.fromkeys([*then, *now]) if then.get(pair) != now.get(pair)]
-    return [f"data.{key} ({name})" for key, name in pairs]
-
-
-def run_jobs(jobs: list[Job], done: dict[str, Line], path: Path, workers: int, metric: str) -> bool:
+def run_jobs(
+    jobs: list[Job],
+    done: dict[str, Line],
+    path: Path,
+    workers: int,
+    metric: str,
+    failed: dict[str, str],
+) -> bool:
     """Run the jobs that have not run, ``workers`` at a time; append each line, say how it ended.
+
+    A job that fails has no line, and its row no further runs: ``failed`` gets it, and why.
 
     Returns:
         Whether there was anything to run.
@@ -201,7 +203,18 @@ def run_jobs(jobs: list[Job], done: dict[str, Line], path: Path, workers: int, m
                 f"{' '.join(_decisive(job.overrides))}: take another folder, or remove those lines"
             )
     left = [job for job in jobs if job.key not in done]
-    for line in lines_of(left, workers):
+    for job, line_of in endings(left, workers):
+        if job.row in failed:
+            continue
+        try:
+            line = line_of()
+        except Exception as error:  # of this row: what other rows have run and will run stands
+            if (reason := explained(error)) is None:
+                traceback.print_exception(error)
+                reason = f"{type(error).__name__}: {error}"
+            failed[job.row] = f"{job.key}: {reason}"
+            print(f"{job.key} failed: {reason}", flush=True)
+            continue
         with path.open("a") as file:
             file.write(json.dumps(line, default=str) + "\n")
         done[line["key"]] = line
@@ -211,16 +224,21 @@ def run_jobs(jobs: list[Job], done: dict[str, Line], path: Path, workers: int, m
     return bool(left)
 
 
-def lines_of(jobs: list[Job], workers: int) -> Iterator[Line]:
-    """Run jobs and give their lines: one after another here, or side by side in processes."""
+def endings(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Callable[[], Line]]]:
+    """Run jobs, one after another here or side by side in processes.
+
+    Yields:
+        A job, and what gives its line or raises what ended it; here it runs only then.
+    """
     if workers == 1:
-        yield from map(run_job, jobs)
+        yield from ((job, partial(run_job, job)) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
-            for future in as_completed([pool.submit(run_job, job) for job in jobs]):
-                yield future.result()
+            running = {pool.submit(run_job, job): job for job in jobs}
+            for future in as_completed(running):
+                yield running[future], future.result
         finally:  # whoever stops reading waits for no run that has not begun
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -1,5 +1,7 @@
 """What all rows of a comparison share: the task, the head policy, cohorts, batches, the budget.
 
+And what none may do: be tuned on the samples on which it is measured at the end.
+
 Cohorts, partitions and batches are drawn from the seed alone (`fedraclora.rng`), so rows with the
 same settings have the same ones. The tuning budget is the grid's, of as many values for each row.
 """
@@ -12,7 +14,7 @@ import yaml
 
 from experiments.choices import composed
 from experiments.study.file import Study
-from fedraclora.config.run_config import from_plain
+from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
 from fedraclora.weights.files import flatten
 from strategies import METHODS
@@ -33,8 +35,12 @@ def check_same(study: Study) -> None:
     free = tuple(f"{key}." for key in study.varied)
     first: tuple[str, dict[str, object]] | None = None
     for row in study.rows:
-        job = study.jobs("final", row, study.values(row)[:1])[0]
-        config = from_plain(composed(job.overrides), METHODS)
+        try:
+            config = config_of(study, row, "final")
+        except ConfigError as error:
+            raise ConfigError(f"row {row!r}: {error}") from error
+        if config is None:
+            continue
         found = {
             key: value
             for key, value in flatten(config.digested).items()
@@ -48,3 +54,30 @@ def check_same(study: Study) -> None:
                     f"row {row!r} has {key}={mine}, row {first[0]!r} has {key}={other}; all rows "
                     f"of a comparison share it: move it to overrides, or name it under varied"
                 )
+
+
+def check_split(study: Study, row: str, phase: str) -> None:
+    """Check that a row is tuned on the validation split, and not measured on it at the end.
+
+    Raises:
+        ConfigError: If it is not, or does not compose.
+    """
+    if study.tune is None or (config := config_of(study, row, phase)) is None:
+        return
+    if phase == "tune" and config.evaluate.split != "validation":
+        raise ConfigError(
+            f"its tuning runs are measured on evaluate.split={config.evaluate.split}, so that its "
+            "final runs would be measured on what they were tuned on: add "
+            "evaluate.split=validation and data.validation=0.2, say, to tune.overrides"
+        )
+    if phase == "final" and config.evaluate.split == "validation":
+        raise ConfigError(
+            "its final runs are measured on evaluate.split=validation, on which it is tuned: take "
+            "that out of overrides and final.overrides"
+        )
+
+
+def config_of(study: Study, row: str, phase: str) -> RunConfig | None:
+    """Compose the first run of a row in a phase; None where it has none."""
+    jobs = study.jobs(phase, row, study.values(row)[:1])
+    return from_plain(composed(jobs[0].overrides), METHODS) if jobs else None

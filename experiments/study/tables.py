@@ -12,6 +12,7 @@ from experiments.study.entries import (
     Entry,
     finals,
     first_reaching,
+    left_out,
     mean_and_deviation,
     traffic,
     uplink,
@@ -25,10 +26,11 @@ from fedraclora.run.ledger import Row, number
 DRAWN = 12  # curves that can be told apart
 
 
-def write_results(study: Study, done: Done, out: Path) -> None:
+def write_results(study: Study, done: Done, out: Path, failed: Mapping[str, str]) -> None:
     """Write table, budgets and figure of the rows whose final runs are all there."""
     if records := results(study, done):
-        table = Table.of(records, [cost(done)] if cost(done) else [])
+        notes = left_out(study, finals(study, done), failed)
+        table = Table.of(records, [*notes, cost(done)] if cost(done) else notes)
         table.write(out, "table")
         table.print()
     if equal := budgets(study, done):

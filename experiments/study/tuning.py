@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.study.file import Study
+from experiments.study.same import check_split
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
 
@@ -92,12 +93,14 @@ def tuned_by(study: Study, folder: Path) -> Study:
         folder: The results of the study that was tuned.
 
     Raises:
-        ConfigError: If it has not tuned a row.
+        ConfigError: If it has not tuned a row, or not on a validation split.
     """
     other, done = Study.read(folder / "study.yaml"), read_lines(folder / "runs.jsonl")
     missing = [r for r in study.rows if r not in other.rows or not is_tuned(other, r, done)]
     if missing:
         raise ConfigError(f"the study in {folder} has not tuned {', '.join(missing)}")
+    for row in study.rows:
+        check_split(other, row, "tune")
     fixed = {row: tuned_value(other, row, done) for row in study.rows}
     text = f"{study.text}# tuned by {folder}\n"
     return replace(study, tune=None, fixed=fixed, text=text)

@@ -257,7 +257,7 @@ def test_a_run_of_other_settings_stops_before_anything_runs(tmp_path: Path) -> N
     job = study.jobs("final", "fedkrso", [0.1])[0]
     done = {job.key: {"overrides": [*job.overrides, "rounds=9"]}}
     with pytest.raises(ConfigError, match="rounds=9"):
-        run_jobs([job], json.loads(json.dumps(done)), tmp_path / "runs.jsonl", 1, "accuracy")
+        run_jobs([job], json.loads(json.dumps(done)), tmp_path / "runs.jsonl", 1, "accuracy", {})
     assert not (tmp_path / "runs.jsonl").exists()
 
 

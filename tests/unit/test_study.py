@@ -10,10 +10,10 @@ import pytest
 
 from experiments.study.command import main
 from experiments.study.file import Study
-from experiments.study.run import run_job, run_jobs, run_study
+from experiments.study.run import refuse_failed, run_job, run_jobs, run_study
 from experiments.study.tables import budgets, cost, results, write_results
 from experiments.study.tuning import Line, is_tuned, read_lines, score, tuned_by, tuned_value
-from fedraclora.errors import ConfigError, DataError
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 
 TEXT = """
 experiment: null
@@ -138,7 +138,7 @@ def test_a_value_that_diverged_in_a_final_run_is_passed_over(tmp_path: Path) -> 
     assert row["accuracy"] == 0.65
     for found in done.values():
         found["cpu_seconds"] = 900.0
-    write_results(plan, done, tmp_path)
+    write_results(plan, done, tmp_path, {})
     text = (tmp_path / "table.md").read_text()
     assert "| ours |" in text
     assert text.endswith("\n9 runs, tuning included, took 2.25 core-hours.\n")
@@ -291,7 +291,7 @@ def test_a_run_that_diverges_is_a_result(
     plan = study(tmp_path, TEXT + SMALL)
     (job,) = plan.jobs("final", "small", [1e30])[:1]
     done: dict[str, Line] = {}
-    assert run_jobs([job], done, tmp_path / "runs.jsonl", 1, "accuracy")
+    assert run_jobs([job], done, tmp_path / "runs.jsonl", 1, "accuracy", {})
     found = done[job.key]
     assert capsys.readouterr().out == f"{job.key} diverged: {found['diverged']}\n"
     assert "training loss" in str(found["diverged"])
@@ -361,7 +361,9 @@ def test_some_rows_are_run_and_the_tables_show_all_that_have(
     )
     run_study(plan, out, rows=["theirs"])
     assert [job["row"] for job in read_lines(out / "runs.jsonl").values()] == ["theirs"] * 2
-    assert "ours" not in (out / "table.md").read_text()
+    written = (out / "table.md").read_text()
+    assert "| ours |" not in written
+    assert "Not run to the end, or diverged at every value: ours." in written
     run_study(plan, out, rows=["ours"])
     shown = (out / "table.md").read_text()
     assert "| ours |" in shown
@@ -388,7 +390,7 @@ def test_the_figure_keeps_the_reference_and_the_table_the_rounding(
     monkeypatch.setattr(
         "fedraclora.plots.comparison.compare_figure", lambda groups, *_: drawn.append([*groups])
     )
-    write_results(plan, done, tmp_path)
+    write_results(plan, done, tmp_path, {})
     assert drawn == [["worst", "best"]]
     assert "the 1 best of 4 rows and the reference" in capsys.readouterr().out
     shown = [row.get("rounding error, up") for row in results(plan, done)]
@@ -426,7 +428,7 @@ def test_a_study_does_not_go_on_with_other_data(
     assert len(read_lines(tmp_path / "out" / "runs.jsonl")) == 2
 
 
-def test_a_metric_that_is_not_measured_is_said_after_the_first_run(
+def test_a_metric_that_is_not_measured_is_said_before_the_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -434,4 +436,72 @@ def test_a_metric_that_is_not_measured_is_said_after_the_first_run(
     plan = study(tmp_path, TABLE.replace("metric: accuracy", "metric: pearson"))
     with pytest.raises(ConfigError, match="its metrics are accuracy, loss: name one of them"):
         run_study(plan, tmp_path / "out")
-    assert len(read_lines(tmp_path / "out" / "runs.jsonl")) == 1
+    assert not (tmp_path / "out" / "runs.jsonl").exists()
+
+
+ROWS = """
+experiment: null
+overrides: [data=table, data.file=mine.csv, data.label=y, data.client=who, rounds=1,
+  "model.hidden=[3]", output=study]
+metric: accuracy
+grid: {key: local.lr, values: [0.1, 0.2]}
+tune: {seeds: [7], overrides: [data.validation=0.25, evaluate.split=validation]}
+final: {seeds: [0, 1], overrides: []}
+rows:
+  small: [method=fedavg_lora, method.rank=1]
+  narrow: [method=fedavg_lora, method.rank=2]
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("evaluate.split=validation", "evaluate.every=1"), "tuned on: add evaluate.split=valid"),
+        (("rounds=1", "evaluate.split=validation, rounds=1"), "final runs are measured on eval"),
+        (("seeds: [7]", "seeds: [7], by: exact_match"), "exact_match is not measured"),
+        (("narrow: [method=fedavg_lora", "narrow: [method=pool_rac_lora"), "fc1.weight has only 2"),
+        (
+            ("narrow: [method=fedavg_lora, method.rank=2", "narrow: [method=fed"),
+            "row 'narrow': unk",
+        ),
+    ],
+)
+def test_every_row_is_checked_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[str, str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "mine.csv")
+    with pytest.raises(ConfigError, match=words):
+        run_study(study(tmp_path, ROWS.replace(*change)), tmp_path / "out")
+    assert not (tmp_path / "out" / "runs.jsonl").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_row_that_fails_is_told_and_the_others_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "mine.csv")
+    monkeypatch.setattr("experiments.study.run.check_rows", lambda *_: None)
+    plan = study(
+        tmp_path, ROWS.replace("narrow: [method=fedavg_lora", "wide: [method=pool_rac_lora")
+    )
+    done, failed = run_study(plan, tmp_path / "out", workers)
+    assert {found["row"] for found in done.values()} == {"small"}
+    assert len(done) == 2 + 2
+    assert "fc1.weight has only 2" in failed["wide"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| small |" in text
+    assert "Failed: tune|wide|0.1|7: " in text
+    with pytest.raises(FedRacLoraError, match="1 rows failed and stand in no table"):
+        refuse_failed(failed)
+    refuse_failed({})
+
+
+def test_the_values_of_a_study_tuned_on_its_test_set_are_not_taken(tmp_path: Path) -> None:
+    other = study(tmp_path, TEXT.replace(", evaluate.split=validation", "").replace("[0.5]", "[]"))
+    (tmp_path / "study.yaml").write_text(other.text)
+    lines = [{"key": key, **line} for key, line in tuned(other, {0.1: 0.5, 0.4: 0.7}).items()]
+    (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ConfigError, match=r"measured on evaluate\.split=test"):
+        tuned_by(study(tmp_path), tmp_path)

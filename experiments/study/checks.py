@@ -1,0 +1,93 @@
+"""What is checked before the first run of a study: no row stops it hours later, or misleads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from experiments.assemble import assemble
+from experiments.choices import composed
+from experiments.study.file import Study
+from experiments.study.same import check_split, config_of
+from experiments.study.tuning import Done, Line
+from fedraclora.config.schema import section
+from fedraclora.config.settings import PretrainConfig
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.run.digests import data_files
+
+PHASES = ("tune", "final")
+
+
+def check_rows(study: Study, rows: Sequence[str], done: Done) -> None:
+    """Put together the first run of each row, in either phase, as far as its first round.
+
+    Args:
+        study: The study.
+        rows: Those that are to be run.
+        done: Lines of what has run: a row that has begun can.
+
+    Raises:
+        ConfigError: If a row cannot begin, or is measured on the wrong split; all are named.
+    """
+    begun = {(line.get("row"), line.get("phase")) for line in done.values()}
+    wrong: dict[str, str] = {}
+    for row in rows:
+        try:
+            for phase in PHASES:
+                check_split(study, row, phase)
+                if (row, phase) not in begun:
+                    _check_start(study, row, phase)
+        except FedRacLoraError as error:
+            wrong[row] = str(error)
+    if wrong:
+        lines = "".join(f"\n  row {row!r}: {why}" for row, why in wrong.items())
+        raise ConfigError(
+            f"{len(wrong)} of {len(rows)} rows of the study cannot be run, and nothing was run: "
+            f"mend them, or leave them out{lines}"
+        )
+
+
+def _check_start(study: Study, row: str, phase: str) -> None:
+    config = config_of(study, row, phase)
+    if config is None:
+        return
+    run = assemble(replace(config, pretrain=PretrainConfig()), None)
+    run.close()
+    known = {*run.built.task.metrics, "gap"} | (
+        {"exact_match"} if run.strategy.answering else set()
+    )
+    wanted = study.chosen_by if phase == "tune" else study.metric
+    if wanted not in known:
+        raise ConfigError(
+            f"{wanted} is not measured; its metrics are {', '.join(run.built.task.metrics)}: name "
+            "one of them as the study's metric, or as tune.by"
+        )
+
+
+def check_data(study: Study, done: Mapping[str, Line], path: object) -> None:
+    """Check that what has run was run on the files that the study would read now.
+
+    Raises:
+        DataError: If a file has changed, or is another one.
+    """
+    now: dict[str, Mapping[str, Mapping[str, str]]] = {}  # by row: a study may be about its data
+    for line in done.values():
+        row = line["row"]
+        if "data_files" not in line or row not in study.rows:
+            continue
+        if row not in now:
+            job = study.jobs("final", row, study.values(row)[:1])[0]
+            now[row] = data_files(section(composed(job.overrides), "data"))
+        if line["data_files"] != (found := now[row]):
+            raise DataError(
+                f"{path}: {line['key']} ran on other data: {', '.join(_changed(line, found))} "
+                "changed since. Restore the files, or take another folder (out)"
+            )
+
+
+def _changed(line: Line, found: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Name the files whose digests are not those of a line."""
+    then = {(key, n): d for key, files in line["data_files"].items() for n, d in files.items()}
+    now = {(key, name): d for key, files in found.items() for name, d in files.items()}
+    pairs = [pair for pair in dict.fromkeys([*then, *now]) if then.get(pair) != now.get(pair)]
+    return [f"data.{key} ({name})" for key, name in pairs]
