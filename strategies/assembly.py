@@ -22,6 +22,7 @@ from fedraclora.config.build import (
 )
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section
+from fedraclora.data.samples import count_examples
 from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
@@ -161,6 +162,9 @@ def assemble(
             system=config.system,
             stop=stopping(config, built.task, measure),
             sizes=lambda clients: built.task.train.sizes(clients.to(built.device)).cpu(),
+            examples=lambda clients: count_examples(
+                built.task.train, clients.to(built.device)
+            ).cpu(),
             on_round=on_round,
             answering=answering_of(config, built),
             alone=folder is not None,  # else exports of the run ask for its first weights

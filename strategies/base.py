@@ -77,7 +77,8 @@ class FedStrategy(OwnLoop):
         model: nn.Module | None = None,
     ) -> None:
         self.method, self.state, self.local, self.loop = run.method, state, run.local, run.loop
-        self.devices, self.sizes, self.draw = run.devices, run.sizes, run.draw
+        self.devices, self.sizes, self.examples = run.devices, run.sizes, run.examples
+        self.draw = run.draw
         self.replica, self.evaluate, self.recorder = replica, evaluate, recorder
         self.on_round, self.stop, self.answering = on_round, stop or Stopping(), answering
         self.devices.check(self.method)
@@ -293,7 +294,7 @@ class FedStrategy(OwnLoop):
         """Draw the cohort, open the round, and write one message per chunk."""
         loop = self.loop
         clients = self.steps.cohort(server_round)
-        weights = client_weights(loop.weights, self.sizes(clients))
+        weights = client_weights(loop.weights, self.examples(clients))
         cohort = Cohort(clients, weights, self.devices.ranks(clients, self.method))
         downlink = self.method.open_round(self.state, server_round, cohort, self.draw)
         sent = self.steps.send(downlink, self.state)

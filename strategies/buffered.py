@@ -46,7 +46,7 @@ class BufferedStrategy(FedStrategy):
         self._leg = leg = self._passed(server_round, sent)
         started = sorted(leg.started, key=lambda flight: flight.client)
         clients = torch.tensor([f.client for f in started], dtype=torch.int64)
-        asked = Cohort(clients, client_weights(loop.weights, self.sizes(clients)))
+        asked = Cohort(clients, client_weights(loop.weights, self.examples(clients)))
         answers = torch.tensor([not f.lost for f in started], dtype=torch.bool)
         took = torch.tensor([f.lands for f in started], dtype=torch.float64) - self.devices.now
         kept = torch.nonzero(answers).flatten()

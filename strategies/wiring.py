@@ -24,7 +24,7 @@ from strategies.base import FedStrategy
 from strategies.buffered import BufferedStrategy
 from strategies.server.device_simulator import DeviceSimulator
 from strategies.server.loop import LoopConfig
-from strategies.server.round_step import RoundStep, RunContext
+from strategies.server.round_step import RoundStep, RunContext, Sizes
 from strategies.server.rows import Row
 from strategies.server.stopping import Stopping
 from strategies.steps.order import round_steps
@@ -78,7 +78,8 @@ def wire(
     steps: Sequence[RoundStep] | None = None,
     system: SystemConfig | None = None,
     stop: Stopping | None = None,
-    sizes: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like,
+    sizes: Sizes = torch.ones_like,
+    examples: Sizes = torch.ones_like,
     on_round: Sequence[Callable[[Row], None]] = (),
     kind: type[FedStrategy] | None = None,
     answering: Answering | None = None,
@@ -99,6 +100,7 @@ def wire(
         system: The clients' devices; None: ideal ones.
         stop: Says when to end before the last round.
         sizes: Samples of clients [K], where the server knows them before they train.
+        examples: The same, unpacked: what clients are weighted by.
         on_round: Functions, each of which is called with every new ledger row.
         kind: The strategy; None: the one that these devices need.
         answering: Has a language model answer prompts; None: it does not.
@@ -120,7 +122,7 @@ def wire(
         failed.callback(engine.close)
         devices = DeviceSimulator(system, loop.seed, trainer.local)
         strategy = kind(
-            RunContext(method, trainer.local, loop, devices, sizes),
+            RunContext(method, trainer.local, loop, devices, sizes, examples),
             state,
             replica=engine.replica,
             evaluate=evaluate,

@@ -84,7 +84,7 @@ def load_arrays(
     form = Form(None, LOSSES[task])
     raw = _samples(arrays["x"], arrays["target"], names, task, source)
     train = form.fit(raw, source)
-    owners = _owners(arrays, len(train), source)
+    everyone = owners = _owners(arrays, len(train), source)
     if "test_x" in arrays:
         where = source if test is None else f"data.test={test}"
         form = replace(form, shape=found_shape(train))
@@ -104,6 +104,7 @@ def load_arrays(
         task,
         metrics=metrics,
         owners=owners,
+        clients=everyone,
         info=info,
         reading=scale_of_bytes(raw),
     )

@@ -207,13 +207,14 @@ def packed(
     ids = np.full((len(rows), longest), pad, dtype=np.int64)
     labels, positions = np.full_like(ids, IGNORED_TOKEN), np.zeros_like(ids)
     for row, together in enumerate(rows):
-        end = 0
+        start = end = 0
         for one in together:
             start, end = end, end + len(one.ids)
             ids[row, start:end], labels[row, start:end] = one.ids, one.labels
             labels[row, start] = IGNORED_TOKEN  # what stands before it is another conversation
             positions[row, start:end] = np.arange(end - start)
-        positions[row, end:] = np.arange(longest - end)
+        # Padding goes on: at another position 0 one more conversation would seem to begin.
+        positions[row, end:] = np.arange(longest - end) + end - start
     inputs = {"input_ids": ids, "position_ids": positions}
     table = Samples({n: torch.from_numpy(v) for n, v in inputs.items()}, torch.from_numpy(labels))
     return table, of

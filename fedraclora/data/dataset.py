@@ -17,6 +17,7 @@ from fedraclora.rng import generator
 
 Rows = npt.NDArray[np.int64]
 Column = npt.NDArray[Any]
+SHOWN = 50  # columns or clients that the summary names
 SHARE = 0.2  # of the samples, held out where there are no test samples
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Dtype = Annotated[str, choice_of(DTYPES)]
@@ -51,6 +52,8 @@ class DataSet:
         reading: How raw samples become those of the model, and its outputs answers, in plain JSON:
             ``features`` in their order; what to ``subtract`` from inputs and to ``divide_by``;
             ``classes`` in their order; the scale of a ``target`` that is a number.
+        clients: Every natural client that the source names, also those of whom no row is left;
+            None where none is named.
     """
 
     train: Samples
@@ -68,6 +71,7 @@ class DataSet:
     tokenizer: Any = None
     info: dict[str, object] = field(default_factory=dict)
     reading: dict[str, object] = field(default_factory=dict)
+    clients: Column | None = None
 
     @property
     def on_demand(self) -> bool:

@@ -108,6 +108,7 @@ def load_instructions(
         return read_conversations(path, form, header=header)
 
     whole = read(str(file or ""), "data.file", sha256, form)
+    everyone = np.array([str(one.client) for one in whole])
     if test_file is not None:
         held = read(test_file, "data.test_file", test_sha256, replace(form, client=None))
     else:
@@ -118,7 +119,8 @@ def load_instructions(
     data = instruction_set(whole, held, settings, {"source": str(file)})
     if client is None:
         return data
-    return replace(data, columns={str(client): data.columns["client"], **data.columns})
+    columns = {str(client): data.columns["client"], **data.columns}
+    return replace(data, columns=columns, clients=everyone)
 
 
 def instruction_set(

@@ -128,6 +128,7 @@ def supervised(
     *,
     metrics: Sequence[str] | None,
     owners: Column | None,
+    clients: Column | None = None,
     client: str = "client",
     info: dict[str, object],
     reading: dict[str, object] | None = None,
@@ -141,6 +142,7 @@ def supervised(
         task: A key of `METRICS`.
         metrics: Names of metrics, the headline first; None for those usual for the task.
         owners: The client of each training row, or None.
+        clients: See `DataSet`.
         client: The name of that column in the table.
         info: Facts for the summary.
         reading: See `DataSet`; the classes are added.
@@ -158,4 +160,5 @@ def supervised(
         sample_shape=found_shape(train),
         info=info | named,
         reading=(reading or {}) | named,
+        clients=clients,
     )

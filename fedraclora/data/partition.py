@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -10,11 +11,13 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.data.bootstrap import bootstrap
-from fedraclora.data.dataset import Clients, DataSet, Division
+from fedraclora.data.dataset import SHOWN, Clients, DataSet, Division
 from fedraclora.data.owners import given, natural
 from fedraclora.data.partitioners import dirichlet, fedslop, iid, pathological, shards
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import choice_of, limited
+
+log = logging.getLogger(__name__)
 
 
 def fitting(data: DataSet) -> str:
@@ -81,7 +84,8 @@ def make_partition(
     Returns:
         Rows of each client (ascending, int64) or clients made on demand, and facts for the
         summary: clients asked for, kept and dropped, least, median and largest number of samples
-        (of a thousand clients, where they are made on demand), rows left out.
+        (of a thousand clients, where they are made on demand), rows left out; and the clients
+        of whom no row is left.
 
     Raises:
         ConfigError: If the name or an argument is wrong or the division is impossible, naming
@@ -121,7 +125,27 @@ def make_partition(
     sizes = np.array([len(part) for part in nonempty])
     asked = clients if clients is not None else len(parts)
     facts = _facts(name, asked, len(empties), sizes)
-    return nonempty, facts | {"rows_left_out": len(data.train) - int(sizes.sum())}
+    facts |= {"rows_left_out": len(data.train) - int(sizes.sum())}
+    return nonempty, facts | (_without_rows(data, **args) if name == "natural" else {})
+
+
+def _without_rows(data: DataSet, column: str = "client", **_: object) -> dict[str, object]:
+    """Name those who are in the source and of whom no training row is left, aloud too."""
+    if data.clients is None or not np.array_equal(
+        data.columns[str(column)], data.columns["client"]
+    ):
+        return {}
+    gone: list[str] = np.setdiff1d(data.clients, data.columns["client"]).tolist()
+    if not gone:
+        return {}
+    log.warning(
+        "%d of the clients that the data name have no training row left (all were cut away, left "
+        "out or held out) and take no part: %s%s",
+        len(gone),
+        ", ".join(map(str, gone[:SHOWN])),
+        ", ..." if len(gone) > SHOWN else "",
+    )
+    return {"clients_without_rows": len(gone), "without_rows": gone[:SHOWN]}
 
 
 def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) -> dict[str, object]:

@@ -57,6 +57,15 @@ class Samples:
         place = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         return (place * (mask != 0)).amax(dim=1)
 
+    @cached_property
+    def packed(self) -> torch.Tensor | None:
+        """Conversations in each sample, int64 [N], each of which begins at position 0.
+
+        Read off ``position_ids`` [N, T]; None where there are none: then a sample is one.
+        """
+        places = self.inputs.get("position_ids")
+        return None if places is None else (places == 0).flatten(1).sum(dim=1).clamp(min=1)
+
     @property
     def padded(self) -> int:
         """Tokens of every sample with its padding; 0 where there is no ``attention_mask``."""
@@ -195,6 +204,23 @@ class Partitioned(TableRows):
         return Partitioned(
             self.samples.to(device, dtype), self.rows.to(device), self.offsets.to(device)
         )
+
+
+def count_examples(data: ClientData, clients: torch.Tensor) -> torch.Tensor:
+    """Count what clients are weighted by, int64 [K] for ids [K]: samples, unpacked.
+
+    Example:
+        >>> places = torch.tensor([[0, 1, 0], [0, 1, 2], [0, 0, 0]])
+        >>> table = Samples({"position_ids": places}, places)
+        >>> data = Partitioned.of(table, [np.array([0]), np.array([1, 2])])
+        >>> data.sizes(torch.arange(2)), count_examples(data, torch.arange(2))
+        (tensor([1, 2]), tensor([2, 4]))
+    """
+    sizes = data.sizes(clients)
+    if not isinstance(data, TableRows) or (packed := data.samples.packed) is None:
+        return sizes
+    place = torch.arange(int(sizes.max()), device=sizes.device).expand(len(sizes), -1)
+    return (packed[data.rows_at(clients, place)] * (place < sizes[:, None])).sum(dim=1)
 
 
 def count_labels(data: ClientData, clients: torch.Tensor, classes: int) -> npt.NDArray[np.int64]:

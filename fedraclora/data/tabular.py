@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import SHARE, DataSet, refuse_both, train_test
+from fedraclora.data.dataset import SHARE, SHOWN, DataSet, refuse_both, train_test
 from fedraclora.data.fit import as_scaled, scale_of
 from fedraclora.data.labels import Kind, classes_of, supervised, target_of
 from fedraclora.data.locate import resolve
@@ -20,7 +20,6 @@ from fedraclora.limits import Fraction, choice_of, limited
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-TOLD = 50  # columns that the summary names
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -134,6 +133,7 @@ def of_frames(
     classes = classes_of(labels, named, task, path)
     train = Samples({"x": x}, target_of(labels, classes, task))
     owners = None if clients is None else np.array(clients)
+    everyone = None if owner is None else np.array(_written(frame[owner].dropna()))
     if test is None:
         share = SHARE if test_share is None else test_share
         strata = np.array(labels) if task == "classification" else None
@@ -153,10 +153,10 @@ def of_frames(
         info |= _told(scale)
         reading |= scale
     train, held_out = (part.clone().to("cpu", torch.float32) for part in (train, held_out))
-    info["features"] = used if len(used) <= TOLD else len(used)
+    info["features"] = used if len(used) <= SHOWN else len(used)
     info |= {"columns_left_out": left_out} if left_out else {}
     if owners is not None:
-        info["clients"] = np.unique(owners).tolist()[:TOLD]  # by number: client 0 is the first
+        info["clients"] = np.unique(owners).tolist()[:SHOWN]  # by number: client 0 is the first
     return supervised(
         train,
         held_out,
@@ -164,6 +164,7 @@ def of_frames(
         task,
         metrics=metrics,
         owners=owners,
+        clients=everyone,
         client=str(client),
         info=info,
         reading=reading,
@@ -366,7 +367,7 @@ def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict
 def _told(scale: Mapping[str, Any]) -> dict[str, object]:
     """Say in the summary what the scale is."""
     info: dict[str, object] = {}
-    if len(scale["subtract"]) <= TOLD:
+    if len(scale["subtract"]) <= SHOWN:
         info |= {"feature_means": scale["subtract"], "feature_deviations": scale["divide_by"]}
     if label := scale.get("target"):
         info |= {"label_mean": label["subtract"], "label_deviation": label["divide_by"]}

@@ -88,17 +88,19 @@ def load_text(
 
     count = len(columns)
 
-    def read(spelling: str, key: str, pin: str | None, more: list[Named]) -> tuple[Table, int]:
+    def read(
+        spelling: str, key: str, pin: str | None, more: list[Named]
+    ) -> tuple[Table, int, list[str]]:
         path = check_file(resolve(spelling, key=key, root=root), pin)
         columns = read_columns(path, named + more, header=header)
-        rows = _clean(columns, count, values)
-        _refuse_gaps(rows[0], count, [label, client], path)
-        return rows
+        rows, dropped = _clean(columns, count, values)
+        _refuse_gaps(rows, count, [label, client], path)
+        return rows, dropped, columns[-1]
 
     owner: list[Named] = [] if client is None else [("data.client", client)]
-    table, dropped = read(file, "data.file", sha256, owner)
+    table, dropped, everyone = read(file, "data.file", sha256, owner)
     if test_file:
-        held_out, dropped_test = read(test_file, "data.test_file", test_sha256, [])
+        held_out, dropped_test, _ = read(test_file, "data.test_file", test_sha256, [])
         dropped += dropped_test
     else:
         rng = generator(split_seed, "split", "test")
@@ -127,6 +129,7 @@ def load_text(
         task,
         metrics=metrics,
         owners=None if client is None else np.array(table[:, -1].tolist()),
+        clients=None if client is None else np.array(everyone),
         client=str(client),
         info={"source": file, "rows_dropped": dropped},
         reading={"tokenizer": tokenizer, "max_length": max_length},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import with_weights
 from fedraclora.tree import Tree
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,15 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A prompt, the answer in the data, and how many of its tokens are compared; None: all."""
+
+    prompt: torch.Tensor
+    wanted: torch.Tensor
+    compared: int | None
+
+
+@dataclass(frozen=True)
 class Answering:
     """Has a language model answer prompts, always the same, by the likeliest token each time.
 
@@ -37,7 +50,9 @@ class Answering:
         model: The network, with ``generate`` of transformers.
         tokenizer: Of transformers.
         samples: Held-out samples: tokens with labels on the answers. Of several answers in a sample
-            the last is generated.
+            the last is generated; where there is none, what comes after the sample. An answer that
+            ``data.max_length`` has cut, or that is longer than ``new_tokens``, is compared as far
+            as it goes.
         every: Rounds between answers; the first weights and the last are asked, too.
         count: How many prompts, spread evenly over the samples.
         new_tokens: Of an answer at most.
@@ -65,6 +80,30 @@ class Answering:
                 "no text to generate: it is for model=causal_lm with data=instructions; set it to "
                 "null"
             )
+        asked = [one for one in self.asked if len(one.wanted)]
+        if part := sum(one.compared is not None for one in asked):
+            log.warning(
+                "exact_match: %d of %d answers were cut by data.max_length, or are longer than "
+                "evaluate.new_tokens=%d: they are compared as far as they go",
+                *(part, len(asked), self.new_tokens),
+            )
+
+    @cached_property
+    def asked(self) -> list[Asked]:
+        """The prompts, spread evenly over the samples."""
+        chosen = min(self.count, len(self.samples))
+        rows = torch.arange(chosen) * len(self.samples) // chosen
+        tokens = self.samples.inputs["input_ids"], self.samples.target
+        ids, labels = (t[rows.to(t.device)].cpu() for t in tokens)
+        lengths = self.samples.lengths
+        ends = [ids.shape[1]] * chosen if lengths is None else lengths.cpu()[rows].tolist()
+        found = []
+        for row, own, end in zip(ids, labels, ends, strict=True):
+            prompt, wanted = cut(row[:end], own[:end])
+            spoken = len(wanted) - int(wanted[-1:].tolist() == [self.tokenizer.eos_token_id])
+            whole = spoken < len(wanted) and spoken <= self.new_tokens
+            found.append(Asked(prompt, wanted, None if whole else min(spoken, self.new_tokens)))
+        return found
 
     def due(self, round_: int, last: int) -> bool:
         """Tell whether the weights of a round answer."""
@@ -78,29 +117,31 @@ class Answering:
 
     def answers(self, weights: Tree) -> list[Answer]:
         """Generate at the given weights, greedily."""
-        chosen = min(self.count, len(self.samples))
-        rows = torch.arange(chosen) * len(self.samples) // chosen
-        tokens = self.samples.inputs["input_ids"], self.samples.target
-        ids, labels = (t[rows.to(t.device)].cpu() for t in tokens)
-        pairs = [cut(*pair) for pair in zip(ids, labels, strict=True)]
-        order = sorted(range(chosen), key=lambda place: len(pairs[place][0]))
-        texts: dict[int, str] = {}
+        asked = self.asked
+        order = sorted(range(len(asked)), key=lambda place: len(asked[place].prompt))
+        given: dict[int, torch.Tensor] = {}
         device = next(iter(weights.values())).device
-        for start in range(0, chosen, self.batch_size):
+        for start in range(0, len(asked), self.batch_size):
             places = order[start : start + self.batch_size]
-            prompts = [pairs[place][0] for place in places]
+            prompts = [asked[place].prompt for place in places]
             written = with_weights(self.model, weights, self._written, prompts, device)
-            texts.update(zip(places, written, strict=True))
+            given.update(zip(places, written.cpu(), strict=True))
         decode = self.tokenizer.decode
         return [
-            Answer(decode(prompt), decode(wanted, skip_special_tokens=True), texts[place])
-            for place, (prompt, wanted) in enumerate(pairs)
+            Answer(
+                decode(one.prompt),
+                *(
+                    decode(tokens[: one.compared], skip_special_tokens=True)
+                    for tokens in (one.wanted, given[place])
+                ),
+            )
+            for place, one in enumerate(asked)
         ]
 
     def _written(
         self, model: nn.Module, prompts: list[torch.Tensor], device: torch.device
-    ) -> list[str]:
-        """Let the model go on from some prompts, without sampling; give what it writes."""
+    ) -> torch.Tensor:
+        """Let the model go on from some prompts, without sampling; give the tokens it writes."""
         end = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id
         pad = (0 if end is None else end) if pad is None else pad
@@ -111,7 +152,7 @@ class Answering:
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
         generate: Any = model.generate
-        written = generate(
+        written: torch.Tensor = generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=self.new_tokens,
@@ -124,14 +165,13 @@ class Answering:
             eos_token_id=end,
             pad_token_id=pad,
         )
-        texts: list[str] = self.tokenizer.batch_decode(
-            written[:, longest:], skip_special_tokens=True
-        )
-        return texts
+        return written[:, longest:]
 
 
 def cut(ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the tokens before the last answer of a sample, and those of the answer.
+
+    A sample without an answer is a prompt.
 
     Example:
         >>> ids, no = torch.tensor([5, 6, 7, 8, 0]), -100
@@ -139,6 +179,8 @@ def cut(ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         (tensor([5, 6]), tensor([7, 8]))
     """
     labelled = labels != IGNORED_TOKEN
+    if not labelled.any():
+        return ids, ids[:0]
     end = int(labelled.nonzero().max()) + 1
     before = (~labelled[:end]).nonzero()
     start = int(before.max()) + 1 if len(before) else 1

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from fedraclora.data.samples import ClientData
+from fedraclora.data.samples import ClientData, count_examples
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.data.token_losses import output_layer, token_losses
 from fedraclora.protocol.link import Link, apply_link, matrices
@@ -132,7 +132,7 @@ class CohortTrainer:
             trained={name: chunk.as_asked(value) for name, value in values.items()},
             losses=chunk.as_asked(losses / schedule.steps.clamp(min=1)).cpu(),
             steps=chunk.as_asked(schedule.steps).cpu(),
-            samples=chunk.as_asked(chunk.sizes).cpu(),
+            samples=chunk.as_asked(count_examples(self.data, chunk.clients)).cpu(),
             moments={n: chunk.as_asked(t) for n, t in moments.items()},
         )
 

@@ -18,7 +18,7 @@ class LocalResult:
         trained: Every trained tensor by name, [K, ...].
         losses: Mean loss over the local steps of each client, float64 [K].
         steps: Local steps taken, int64 [K].
-        samples: Training samples of each client, int64 [K].
+        samples: Training samples of each client, unpacked, int64 [K].
         moments: Of their optimisers where these live on (`moments`), [K, ...] by name.
     """
 

@@ -41,6 +41,7 @@ class RunContext:
         loop: Settings of the round loop.
         devices: What the clients run on.
         sizes: Gives the samples of clients, int64 [K].
+        examples: Gives what clients are weighted by, int64 [K]: samples, unpacked.
     """
 
     method: Method
@@ -48,6 +49,7 @@ class RunContext:
     loop: LoopConfig
     devices: DeviceSimulator
     sizes: Sizes = torch.ones_like
+    examples: Sizes = torch.ones_like
 
     @property
     def draw(self) -> Draw:

@@ -13,6 +13,7 @@ from chats import WORDS, write_rows
 import fedraclora
 from experiments.choices import choice
 from fedraclora.data import token_losses
+from fedraclora.data.instructions import load_instructions
 from fedraclora.data.locate import package_path
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.evaluation.generate import Answering
@@ -131,6 +132,49 @@ def test_packed_and_plain_samples_come_to_much_the_same(questions: Path, tokeniz
         assert ours["metrics"]["loss"] == pytest.approx(theirs["metrics"]["loss"], rel=1e-3)
 
 
+def test_packing_changes_no_clients_weight(tmp_path: Path, tokenizer: str) -> None:
+    """Each client has one packed row, but 4 and 36 conversations: it counts by these."""
+    said = [("a", "ball", "red"), *[("b", "box", "blue")] * 9]
+    rows = [
+        {"who": who, "prompt": f"the {thing} is", "response": found} for who, thing, found in said
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows * 5)
+    keys = {"rounds": 1, "local": {"batch_size": 64, "steps": 2}}
+    plain = run(file, tokenizer, **keys).weights()
+    packed = run(file, tokenizer, "data.packing=true", **keys).weights()
+    began = run(file, tokenizer, **keys | {"rounds": 0}).weights()
+    moved, apart = (
+        sum(float((plain[n] - other[n]).square().sum()) for n in plain) for other in (began, packed)
+    )
+    assert apart < 1e-6 * moved
+
+
+def test_an_answer_that_was_cut_is_compared_as_far_as_it_goes(
+    tmp_path: Path, tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a model that goes on from each prompt as the data do, and no further than it may."""
+    row = {"prompt": "the ball is", "response": "red green blue round"}
+    file = write_rows(tmp_path / "rows.jsonl", [row] * 4)
+
+    class Parrot(torch.nn.Module):
+        def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
+            whole = data.tokenizer("red green blue round </s>", return_tensors="pt")["input_ids"]
+            more = whole[:, :max_new_tokens].expand(len(input_ids), -1)
+            return torch.cat([input_ids, more], dim=1)
+
+    weights = {"w": torch.zeros(1)}
+    for length, new_tokens, wanted in ((64, 9, row["response"]), (8, 9, "red green blue"),
+                                       (64, 2, "red green"), (64, 4, row["response"])):  # fmt: skip
+        data = load_instructions(file=str(file), tokenizer=tokenizer, test=0.5, max_length=length)
+        caplog.clear()
+        parrot = Parrot()
+        parrot.register_parameter("w", torch.nn.Parameter(torch.zeros(1)))
+        asked = Answering(parrot, data.tokenizer, data.test, 1, 2, new_tokens, 2, 8)
+        assert {one.wanted for one in asked.answers(weights)} == {wanted}
+        assert asked.columns(weights)[0] == {"exact_match": 1.0}
+        assert ("2 of 2 answers were cut" in caplog.text) == (wanted != row["response"])
+
+
 def test_blocks_computed_again_need_less_memory(questions: Path, tokenizer: str) -> None:
     keys = {"rounds": 1}
     words = ("method=fedavg_lora", "model.config.num_hidden_layers=6", "evaluate.generate=null")
@@ -212,8 +256,6 @@ def test_answers_to_prompts_of_unequal_length_are_those_of_each_alone(
     tmp_path: Path, tokenizer: str
 ) -> None:
     """Prompts are padded on the left, together; a prompt alone has no padding."""
-    from fedraclora.data.instructions import load_instructions
-
     prompts = ["red", "what colour is the ball", "the box is", "green blue round square"]
     rows = [{"prompt": text, "response": "red blue"} for text in prompts] * 2
     data = load_instructions(

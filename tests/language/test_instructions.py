@@ -113,6 +113,21 @@ def test_what_is_too_long_is_cut_and_said(
     assert len(data.train) + len(data.test) == 4 == data.info["cut_away"]
 
 
+def test_a_client_of_whom_all_is_cut_away_is_named(
+    questions: Path, tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**json.loads(line), "who": "known"} for line in questions.read_text().splitlines()]
+    rows += [{**PAIR, "prompt": "the " * 30, "who": f"lost {k % 2}"} for k in range(6)]
+    file = write_rows(questions, rows)
+    data = load(file, tokenizer, client="who", max_length=12, cut_away="drop")
+    _, facts = make_partition(data, name="auto", clients=None, seed=0)
+    assert (facts["clients"], facts["clients_without_rows"]) == (1, 2)
+    assert facts["without_rows"] == ["lost 0", "lost 1"]
+    assert "lost 0, lost 1" in caplog.text
+    _, divided = make_partition(data, name="iid", clients=3, seed=0)
+    assert "clients_without_rows" not in divided  # nobody is a client by the column
+
+
 def test_packed_conversations_do_not_see_each_other(questions: Path, tokenizer: str) -> None:
     """The logits of packed tokens are those of the conversations alone."""
     from fedraclora.models.causal import build_causal_lm

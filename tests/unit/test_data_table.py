@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedraclora.data import DATASETS, DataSet, make_partition
-from fedraclora.data.dataset import select_labels
+from fedraclora.data.dataset import hold_out, select_labels
 from fedraclora.data.idx import parse_idx
 from fedraclora.data.tabular import new_rows
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
@@ -43,6 +43,30 @@ def written(folder: Path, kind: str, frame: pd.DataFrame = FRAME) -> Path:
     else:
         frame.to_csv(path, index=False, sep="\t" if ".tsv" in kind else ",")
     return path
+
+
+@pytest.mark.parametrize("how", ["missing", "validation", "labels"])
+def test_a_client_of_whom_no_row_is_left_is_named(tmp_path: Path, how: str) -> None:
+    frame = FRAME[FRAME.outcome != "gone"].reset_index(drop=True)
+    if how == "missing":
+        frame.loc[frame.site == "site 2", "dose"] = np.nan
+        data = load(written(tmp_path, ".csv", frame), client="site", missing="drop")
+    elif how == "labels":
+        frame.loc[frame.site == "site 2", "outcome"] = "gone"
+        data = load(written(tmp_path, ".csv", frame), client="site")
+        data = select_labels(data, [1, 2])
+    else:
+        one = frame[frame.site == "site 2"][:1]
+        frame = pd.concat([frame[frame.site != "site 2"], one])
+        data = load(written(tmp_path, ".csv", frame), client="site", test_share=0.1)
+        for seed in range(20):  # until it is held out
+            found, _ = hold_out(data, 0.4, seed)
+            if "site 2" not in found.columns["site"]:
+                data = found
+                break
+    for name, words in {"auto": {}, "natural": {"column": "site"}}.items():
+        _, facts = make_partition(data, name=name, clients=None, seed=0, **words)
+        assert (facts["clients"], facts["without_rows"]) == (3, ["site 2"])
 
 
 @pytest.mark.parametrize("kind", [".csv", ".tsv", ".csv.gz", ".parquet"])
