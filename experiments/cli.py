@@ -12,7 +12,7 @@ from string import Template
 from experiments import completion
 from experiments.choices import groups, keys_of, section_keys, sections
 from experiments.interrupt import at_once, in_order
-from experiments.status import reported
+from experiments.status import printing, reported
 from fedraclora.errors import unknown
 
 # What each is for stands in usage.tmpl.
@@ -32,6 +32,7 @@ def usage() -> str:
     return text.substitute(groups="\n".join(chosen), sections=kept).rstrip("\n")
 
 
+@printing()
 def main(words: Sequence[str] | None = None) -> None:
     """Run a subcommand, and end with its status; `experiments.status` says what went wrong."""
     words = sys.argv[1:] if words is None else list(words)

@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from experiments.progress import console_for_tables
 from experiments.status import reported
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.compact import compact
@@ -37,9 +37,8 @@ def main() -> int:
     table = Table("chain", "bytes", "files", box=None)
     for when, (size, files) in (("before", done.before), ("after", done.after)):
         table.add_row(when, f"{size:,}", f"{files:,}")
-    console = Console()
-    console.print(table)
-    console.print(f"rounds that can be exported: {done.rounds}")
+    console_for_tables().print(table)
+    print(f"rounds that can be exported: {done.rounds}")
     return 0
 
 

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from experiments.progress import console_for_tables
 from experiments.status import reported
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError
@@ -45,12 +45,11 @@ def main() -> int:
     for name, layer in layers.items() if isinstance(layers, dict) else ():
         error = f"{layer['relative_error']:.2e}"
         table.add_row(name, str(layer["rank"]), str(layer["rank_of_change"]), error)
-    console = Console()
     if table.row_count:
-        console.print(table)
+        console_for_tables().print(table)
     for sentence in record.get("warnings", ()):  # type: ignore[attr-defined]
-        console.print(f"note: {sentence}")
-    console.print(f"written to {out}")
+        print(f"note: {sentence}")
+    print(f"written to {out}")
     return 0
 
 

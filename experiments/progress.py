@@ -8,7 +8,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
+from rich.console import Console  # noqa: TID251  here it is made plain
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fedraclora.run.ledger import headline, number, round_seconds
@@ -28,7 +28,7 @@ class RunProgress:
 
     def __init__(self, rounds: int, *, shown: bool, label: str) -> None:
         self.rounds, self.shown, self.label = rounds, shown, label
-        self.console = Console(stderr=True)
+        self.console = plain_console(stderr=True)
         self.drawn = shown and self.console.is_interactive
         self._recent: deque[float] = deque(maxlen=AVERAGED)
         self._metric = ""
@@ -53,7 +53,7 @@ class RunProgress:
     def say(self, text: str) -> None:
         """Write a line, above the bar if there is one."""
         if self.shown:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
 
     def show(self, row: Mapping[str, object]) -> None:
         """Show a new ledger row."""
@@ -120,12 +120,15 @@ def size(count: float) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
+def plain_console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """Make a console that shows a text as it is, names of a user's with brackets or colons too."""
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
 def console_for_tables() -> Console:
     """Make a console; where it leads into a pipe, which has no width, it is wide."""
-    console = Console(markup=False, highlight=False)
-    if console.is_terminal or "COLUMNS" in os.environ:
-        return console
-    return Console(markup=False, highlight=False, width=240)
+    console = plain_console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else plain_console(width=240)
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,6 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from clients.engines import engine_of
@@ -176,7 +175,7 @@ def run_one(plain: Plain, typed: list[str], sweep_job: str | None) -> Plain:
     """Run, go on with, or skip one run; print and give its summary."""
     plain, folder, resume = choose(plain, typed, sweep_job)
     if resume and is_done(folder, plain):
-        Console().print(f"{folder} is finished already")
+        print(f"{folder} is finished already")
         return read_summary(folder)
     with told_how_to_go_on(folder, "simulate"):
         summary = simulate(plain, folder, resume=resume)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 
 P = ParamSpec("P")
 FULL = {errno.ENOSPC, errno.EDQUOT}
+UNREAD = 141  # of a command whose output is read by `head`, by the custom of shells
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -24,10 +28,40 @@ def reported(command: Callable[P, int]) -> Callable[P, int]:
     def main(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return command(*args, **kwargs)
+        except BrokenPipeError as error:
+            if is_unread():
+                raise
+            return tell(error)
         except Exception as error:  # this is where all of them end
             return tell(error)
 
     return main
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """End in silence where nobody reads the output to its end; show names that are no UTF-8.
+
+    Raises:
+        SystemExit: With `UNREAD`, if the reader went away.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        sys.exit(UNREAD)
+
+
+def is_unread() -> bool:
+    """Tell whether the reader of the output has gone away."""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watched.poll(0))
 
 
 def tell(error: Exception) -> int:

@@ -10,8 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from experiments.interrupt import in_order
 from experiments.report.page import page_of, read_shown
 from experiments.status import reported
@@ -36,5 +34,5 @@ def main() -> int:
     out = (arguments.out or folders[0] / NAME).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page_of(shown, arguments.title), encoding="utf-8")
-    Console().print(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    print(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0

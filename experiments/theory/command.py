@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rich.console import Console
 from rich.progress import track
 
+from experiments.progress import plain_console
 from experiments.status import reported
 from experiments.theory import counter_example as example
 from experiments.theory import noise_example as noise
@@ -111,7 +111,7 @@ def workers(jobs: int) -> ProcessPoolExecutor:
 
 
 def _shown(results: Iterator[T], total: int, what: str) -> Iterator[T]:
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     return iter(track(results, what, total, console=console, disable=not console.is_terminal))
 
 

@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from typing_extensions import override
 
 Vector = npt.NDArray[np.float64]
 
@@ -26,7 +29,16 @@ DASHES = ("-", "--", ":", "-.")
 
 
 class Shown(Figure):
-    """A figure that a notebook shows as it is: its own hook is set by pyplot, which is not used."""
+    """A figure that a notebook shows as it is: its own hook is set by pyplot, which is not used.
+
+    A dollar in a name begins no formula.
+    """
+
+    @override
+    def draw(self, renderer: RendererBase) -> None:
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         held = io.BytesIO()

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from experiments.progress import console_for_tables
 from fedraclora.errors import FedRacLoraError
 from fedraclora.rng import generator
 from fedraclora.run.folder import read_summary
@@ -202,7 +202,7 @@ def show(found: Sequence[Trial]) -> None:
         )
     same = sum(trial.verdict == "same" for trial in found)
     kills = sum(len(trial.kills) for trial in found)
-    Console().print(table)
+    console_for_tables().print(table)
     print(f"{same} of {len(found)} runs, killed {kills} times in all, ended as if never killed")
 
 

@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from experiments.bench.usage import descendants
+from experiments.progress import plain_console
 from fedraclora.errors import FedRacLoraError
 from fedraclora.rng import generator
 from fedraclora.run.ledger import read_ledger
@@ -104,7 +103,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     asked = parser.parse_args(words)
-    console, good = Console(), 0
+    console, good = plain_console(), 0
     on_ray = [*JOB, "engine=ray", "engine.chunk=5", f"engine.workers={asked.workers}"]
     with tempfile.TemporaryDirectory(prefix="kill-workers-") as root:
         whole = Path(root) / "vectorised"

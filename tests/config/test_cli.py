@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.table import Table as RichTable
 
 from experiments.choices import choice
 from experiments.cli import COMMANDS, main
-from experiments.progress import RunProgress
+from experiments.progress import RunProgress, console_for_tables, plain_console
 from experiments.resume import told_how_to_go_on
+from experiments.status import UNREAD
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.run.folder import resume_word
 from fedraclora.weights.files import flatten
@@ -583,6 +586,48 @@ def test_the_installed_script_refuses_in_one_line(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: unknown method 'fed_rac_lorra'")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["simulate", "method=fed_rac_lora", "--help"]])
+def test_a_reader_that_stops_reading_ends_a_command_in_silence(words: list[str]) -> None:
+    """What `fedraclora --help | head` does, with a head that reads nothing."""
+    read, written = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "experiments.cli", *words]
+    done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (UNREAD, "")
+
+
+MARKED = "b[/red]x [bold] :smile: $\\foo$"  # what rich and matplotlib take for markup
+
+
+def test_no_name_of_a_users_is_markup(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEDRACLORA_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ["simulate", *SMALL, f"output.dir='{MARKED}'", "output.plots=true", "output.chain=true"],
+        ["simulate", f"resume='{MARKED}'"],
+        ["export", MARKED, "--out", f"{MARKED} export"],
+        ["export", MARKED, "--out", f"{MARKED} export"],
+        ["compare", MARKED, "--out", f"{MARKED} table"],
+        ["report", MARKED, "--out", f"{MARKED}.html", "--title", MARKED],
+        ["compact", MARKED],
+    ):
+        status, said = command(*words)
+        assert "Traceback" not in said
+        assert status == ("something already" in said), said
+    assert Path(f"{MARKED} export", "README.md").is_file()
+    assert Path(f"{MARKED}.html").is_file()
+
+
+def test_names_are_printed_as_they_are(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    console_for_tables().print(RichTable(MARKED, title=MARKED))
+    plain_console().print(f"written to {MARKED}")
+    assert capsys.readouterr().out.count(MARKED) == 3
+    assert command(MARKED)[0] == 1
 
 
 @pytest.mark.slow  # in this process, see above

@@ -259,6 +259,15 @@ def test_counts_must_be_a_matrix(tmp_path: Path, shape: tuple[int, ...]) -> None
         label_distribution(np.zeros(shape, dtype=np.int64), tmp_path / "partition.png")
 
 
+def test_a_dollar_in_a_name_begins_no_formula(tmp_path: Path) -> None:
+    curves(
+        [{"round": 1, "metrics": {"$\\foo$": 0.5}, "train_loss": 2.0}],
+        tmp_path / "c.png",
+        "$\\bar$",
+    )
+    assert (tmp_path / "c.png").is_file()
+
+
 def test_no_figure_goes_through_pyplot(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"

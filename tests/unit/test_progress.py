@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from rich.console import Console  # noqa: TID251  a terminal of the test
 
 from experiments import progress
 from experiments.progress import RunProgress, fitted
