@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import nn
@@ -11,6 +12,7 @@ from experiments import Plain
 from experiments.lending import lend_all
 from experiments.resume import is_done
 from experiments.simulate import carry_out, choose
+from experiments.status import explained
 from experiments.values import config_of, is_whole
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
@@ -81,8 +83,8 @@ def simulate(
             it runs in memory and leaves nothing behind.
         resume: Go on with the run in the folder; where there is none, begin it. A run that has
             come to its end is read, and not run again.
-        on_round: Called with each new row of the history: a dict, see `Run.rows`; or several such
-            functions. What one raises stops the run, which can be resumed.
+        on_round: Called with a copy of each new row of the history: a dict, see `Run.rows`; or
+            several such functions. What one raises stops the run, which can be resumed.
         keys: Further choices: a value (``rounds=5``), the name of a choice (``local="momentum"``),
             or a mapping of a group's keys (``local={"lr": 0.1}``).
 
@@ -135,16 +137,32 @@ def simulate(
             )
         return carry_out(settled_start(settled(plain)), None, on_round=seen)
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
-    if not resume and has_begun(place):
-        raise CheckpointError(
-            f"{place} holds a run already; say resume=True to go on with it, under its own config "
-            "(run.config, or config.yaml in the folder, with rounds=... on top), or name another "
-            "folder"
-        )
-    found, place, goes_on = choose(asked, typed, None)
-    if goes_on and is_done(place, found):
-        return finished(from_plain(found, METHODS, began=True), place)
-    return carry_out(found, place, resume=goes_on, on_round=seen)
+    with usable(place):
+        if not resume and has_begun(place):
+            raise CheckpointError(
+                f"{place} holds a run already; say resume=True to go on with it, under its own "
+                "config (run.config, or config.yaml in the folder, with rounds=... on top), or "
+                "name another folder"
+            )
+        found, place, goes_on = choose(asked, typed, None)
+        if goes_on and is_done(place, found):
+            return finished(from_plain(found, METHODS, began=True), place)
+        return carry_out(found, place, resume=goes_on, on_round=seen)
+
+
+@contextmanager
+def usable(place: Path) -> Iterator[None]:
+    """Turn what the system says of a file in the run folder into an error of this project.
+
+    Raises:
+        ConfigError: Naming the file. Other errors, such as those of ``on_round``, are let through.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or not Path(str(error.filename)).is_relative_to(place):
+            raise
+        raise ConfigError(f"folder: {explained(error)}") from error
 
 
 def as_list(
@@ -157,11 +175,26 @@ def as_list(
     """
     if callable(on_round):
         return [on_round]
-    if isinstance(on_round, str) or not all(map(callable, on_round or ())):
+    if on_round is None:
+        return []
+    listed = isinstance(on_round, Sequence | set) and not isinstance(on_round, str | bytes)
+    if not listed or not all(map(callable, on_round)):
         raise ConfigError(
-            f"on_round is {on_round!r}; a function, or a list of functions, is wanted"
+            f"on_round is {on_round!r:.200}; a function, or a list of functions, is wanted"
         )
-    return list(on_round or ())
+    return list(on_round)
+
+
+def as_path(key: str, folder: str | Path) -> Path:
+    """Read the path of a folder.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if isinstance(folder, str | Path) and str(folder).strip() and "\0" not in str(folder):
+        with suppress(RuntimeError):  # of a user whom nobody knows
+            return Path(folder).expanduser()
+    raise ConfigError(f"{key} is {folder!r:.200}; the path of a folder is wanted")
 
 
 def place_of(plain: Plain, output: Plain, folder: str | Path | None) -> Path | None:
@@ -174,10 +207,10 @@ def place_of(plain: Plain, output: Plain, folder: str | Path | None) -> Path | N
         raise ConfigError(
             f"resume is {plain['resume']!r} in the config; in Python say folder=..., resume=True"
         )
-    named = output.get("dir")
+    named = None if output.get("dir") is None else as_path("output.dir", str(output["dir"]))
     if folder is None:
-        return None if named is None else Path(str(named)).expanduser()
-    place = Path(folder).expanduser()
-    if named is not None and Path(str(named)).expanduser() != place:
+        return named
+    place = as_path("folder", folder)
+    if named not in {None, place}:
         raise ConfigError(f"folder is {place}, but output.dir is {named}: name one of them")
     return place

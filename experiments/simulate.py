@@ -29,7 +29,7 @@ from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.plan import frozen_layers
+from fedraclora.protocol.plan import frozen_layers, thawed
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, number
 from strategies import METHODS
@@ -90,17 +90,27 @@ def introduce(progress: RunProgress, run: Assembled) -> None:
             "begin (pretrain=none leaves it out)"
         )
     progress.say(f"chunk: {run.chunk}")
-    for note in notes_of(run):
+    own = section(run.config.plain, "model").get("name") in {"object", "function"}
+    notes, model = notes_of(run), run.built.task.model
+    if own and (names := thawed(model, run.plan)):
+        notes.append(
+            f"requires_grad=False of {some_of(names)} is not read: these are trained or adapted, "
+            "as targets, head and dense say (targets=[NAME] adapts that layer alone, head=frozen)"
+        )
+    for note in notes:
         progress.say(f"note: {note}")
         if not progress.shown:
             log.warning("%s", note)
-    own = section(run.config.plain, "model").get("name") in {"object", "function"}
-    if own and (frozen := frozen_layers(run.built.task.model, run.plan)):
-        shown = ", ".join(frozen[:SHOWN]) + (", ..." if len(frozen) > SHOWN else "")
+    if own and (frozen := frozen_layers(model, run.plan)):
         progress.say(
-            f"not trained: {shown} (targets=all adds convolutions and embeddings, dense=[NAME] "
-            "trains a layer in full)"
+            f"not trained: {some_of(frozen)} (targets=all adds convolutions and embeddings, "
+            "dense=[NAME] trains a layer in full)"
         )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """List names, the first few of many."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:

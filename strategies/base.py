@@ -5,6 +5,7 @@ Flower's loop has no checkpoints and goes on when clients fail, so `start` is ov
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -284,8 +285,8 @@ class FedStrategy(OwnLoop):
 
     def _publish_row(self, row: Row) -> None:
         self.recorder.append(row)
-        for call in self.on_round:
-            call(self.recorder.ledger.rows[-1])
+        for call in self.on_round:  # what one does to its copy reaches neither ledger nor others
+            call(copy.deepcopy(self.recorder.ledger.rows[-1]))
 
     @override
     def configure_train(

@@ -18,7 +18,7 @@ from fedraclora.config.build import BuiltTask, measured_samples
 from fedraclora.config.schema import section
 from fedraclora.data.fit import Form, found_shape
 from fedraclora.data.objects import found_target, is_frame, table_of
-from fedraclora.data.tabular import new_rows
+from fedraclora.data.tabular import named_table, new_rows
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.models.narrow import dequantise
@@ -122,8 +122,8 @@ class Run:
             like = task.test
             form = Form(found_shape(like), task.loss, built.classes or None)
             if is_frame(data):
-                frame = (data.rename(columns=str), Path("data"))  # type: ignore[attr-defined]
-                table = new_rows(frame, target or found_target(data), task.reading)
+                frame = named_table(data, "data")
+                table = new_rows(frame, target or found_target(frame[0]), task.reading)
             else:
                 table = table_of(data, "data", target)
             samples = form.fit(table, "data").to(

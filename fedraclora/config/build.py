@@ -27,9 +27,8 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
-from fedraclora.models.dropout import refuse_functions
 from fedraclora.models.gguf import precision_of
-from fedraclora.models.outputs import refuse_interaction, refuse_outputs
+from fedraclora.models.outputs import probe
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
@@ -194,13 +193,12 @@ def build_task(config: TaskConfig) -> BuiltTask:
     tables = [table for table in (*brought, data.test) if len(table)]
     for table in tables:
         check_fit(built.model, table.inputs)
-    if config.model.get("name") in {"function", "object"} and tables:
-        refuse_functions(built.model, tables[0].inputs)
-        refuse_outputs(built.model, tables[0], data.classes, data.loss)
-        refuse_interaction(built.model, tables[0].inputs)
     floats = (t.dtype for t in data.train.inputs.values() if t.is_floating_point())
     dtype = next(floats, torch.float32)  # token ids have none
     model = built.model if built.narrow else built.model.to(dtype)
+    if tables:
+        theirs = config.model.get("name") in {"function", "object"}
+        probe(model, tables[0], data.classes, data.loss, own_model=theirs)
     facts: dict[str, object] = {**data.info, "partition": info}
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}

@@ -19,7 +19,9 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import DataError
 
-WIDER = {"uint16": "int32", "uint32": "int64", "float16": "float32"}  # what torch has little of
+# What torch has little of.
+WIDER = {"uint16": "int32", "uint32": "int64", "uint64": "int64", "float16": "float32"}
+LARGEST = 2**63 - 1
 METRICS = {
     "cross_entropy": ("accuracy", "loss"),
     "squared_error": ("loss",),
@@ -148,8 +150,8 @@ def gathered(found: object, where: str) -> Samples:
         DataError: If it is something else, or inputs and targets are not equally many.
     """
     if isinstance(found, Samples):
-        samples = found
-    elif isinstance(found, tuple | list) and len(found) == 2:
+        return gathered((found.inputs, found.target), where)
+    if isinstance(found, tuple | list) and len(found) == 2:
         inputs = found[0] if isinstance(found[0], dict) else {"x": found[0]}
         tensors = {str(n): as_tensor(a, f"{where}: {n}") for n, a in inputs.items()}
         samples = Samples(tensors, as_tensor(found[1], f"{where}: the target"))
@@ -171,25 +173,43 @@ def as_tensor(value: Any, where: str) -> torch.Tensor:
     """Make a tensor of an array, a list or a column of a table.
 
     Raises:
-        DataError: If it does not hold real numbers.
+        DataError: If it does not hold real numbers, or not all of them.
     """
     if isinstance(value, torch.Tensor):
-        tensor = value.detach()
-    else:
-        try:
-            array = np.array(value)
-        except ValueError as error:
-            raise DataError(f"{where} is no array: {error}") from error
-        if array.dtype.kind not in "biuf":
-            raise DataError(
-                f"{where} holds {_kind(array)}; numbers are wanted. Number the words first, or "
-                "use data=table, which does it"
-            )
-        native = array.astype(WIDER.get(array.dtype.name, array.dtype.newbyteorder("=")))
-        tensor = torch.from_numpy(native)
+        return _plain(value.detach(), where)
+    parts = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(part, np.ma.MaskedArray) and np.ma.is_masked(part) for part in parts):
+        raise DataError(
+            f"{where} is a masked array, some of whose numbers are missing: fill them "
+            "(.filled(number)), or leave the rows out"
+        )
+    try:
+        array = np.array(value)
+    except Exception as error:  # of whatever somebody else's type raises
+        raise DataError(f"{where} is no array: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise DataError(
+            f"{where} holds {_kind(array)}; numbers are wanted. Number the words first, or "
+            "use data=table, which does it"
+        )
+    if array.dtype.itemsize > 8:
+        raise DataError(f"{where} holds {array.dtype} numbers; float64 is the widest that is read")
+    if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST:
+        raise DataError(f"{where} holds {int(array.max())}, which no int64 holds: use smaller ids")
+    native = array.astype(WIDER.get(array.dtype.name, array.dtype.newbyteorder("=")))
+    return torch.from_numpy(native)
+
+
+def _plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """Bring a tensor into memory as plain numbers, of a type that torch computes with."""
+    kind = tensor.layout if tensor.layout != torch.strided else tensor.device.type
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        mend = "load its numbers first" if tensor.is_meta else "make it a dense one first"
+        raise DataError(f"{where} is a tensor of kind {kind}: {mend}")
     if tensor.is_complex():
         raise DataError(f"{where} holds complex numbers; real ones are wanted")
-    return tensor
+    wider = WIDER.get(str(tensor.dtype).removeprefix("torch."))
+    return as_tensor(tensor.numpy(), where) if wider and tensor.device.type == "cpu" else tensor
 
 
 def _kind(array: np.ndarray[Any, Any]) -> str:

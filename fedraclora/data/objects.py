@@ -7,10 +7,10 @@ of tables, or one table with a column that says whose each row is, or one that i
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -19,8 +19,9 @@ import torch
 from fedraclora.data.dataset import DataSet, Rows, keep_rows, split_rows, take
 from fedraclora.data.fit import METRICS, Form, found_shape, gathered, scale_of_bytes
 from fedraclora.data.samples import Samples
-from fedraclora.data.tabular import of_frames
-from fedraclora.errors import ConfigError, DataError
+from fedraclora.data.tabular import named_table, of_frames
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.imports import failure_of
 from fedraclora.objects import lend, lent
 from fedraclora.rng import generator
 from fedraclora.tree import digest
@@ -141,13 +142,11 @@ def table_of(found: object, where: str, target: str | None = None) -> Samples:
     Raises:
         DataError: If it is none, or holds something else than numbers.
     """
-    if isinstance(found, Samples):
-        return found
     if is_columns(found):
         return of_columns(found, where, target)
     if isinstance(found, torch.utils.data.Dataset):
         return of_dataset(found, where, target)
-    if not isinstance(found, tuple | list):
+    if not isinstance(found, tuple | list | Samples):
         raise DataError(
             f"{where} is of type {type(found).__name__}; (inputs, target), a dataset of torch or "
             "of Hugging Face, or a list with one of them for each client is wanted"
@@ -162,7 +161,7 @@ def is_clients(data: object) -> TypeGuard[Mapping[Any, Any] | list[Any]]:
 
 def is_frame(found: object) -> bool:
     """Tell whether this is a frame of pandas."""
-    return type(found).__module__.partition(".")[0] == "pandas" and hasattr(found, "iloc")
+    return type(found).__module__.partition(".")[0] == "pandas" and hasattr(found, "columns")
 
 
 def found_target(frame: Any) -> str | None:
@@ -190,13 +189,13 @@ def of_frame(
         raise ConfigError(
             f"loss is {loss}; of a frame classes or numbers are predicted: leave it out"
         )
-    name = target or found_target(data)
-    numbers = name in data.columns and data[name].dtype.kind == "f"
+    rows = named_table(data, "data")
+    held_out = None if test is None else named_table(test, "test")
+    name = target or found_target(rows[0])
+    numbers = name in rows[0].columns and rows[0][name].dtype.kind == "f"
     task = (
         "regression" if loss == "squared_error" or (loss is None and numbers) else "classification"
     )
-    held_out = None if test is None else (test.rename(columns=str), Path("test"))
-    rows = (data.rename(columns=str), Path("data"))
     return of_frames(
         rows, held_out, label=name, client=client, task=task, metrics=metrics, **options
     )
@@ -240,16 +239,26 @@ def column(found: Any, name: str, where: str) -> Any:
 
 def of_dataset(found: Any, where: str, target: str | None) -> Samples:
     """Read a map-style dataset of torch: pairs, or dicts with a target among them."""
-    if not hasattr(found, "__len__"):
-        raise DataError(
-            f"{where}: {type(found).__name__} has no length; a map-style dataset is wanted "
-            "(list(...) of an iterable one makes one)"
-        )
-    if not len(found):
-        raise DataError(f"{where} holds no sample")
     try:
-        samples = torch.utils.data.default_collate([found[row] for row in range(len(found))])
-    except (RuntimeError, TypeError) as error:
+        count = len(found)
+    except Exception as error:
+        raise DataError(
+            f"{where}: {type(found).__name__} has no length ({error}); a map-style dataset is "
+            "wanted (list(...) of an iterable one makes one)"
+        ) from error
+    if not count:
+        raise DataError(f"{where} holds no sample")
+    rows = []
+    for row in range(count):
+        try:
+            rows.append(found[row])
+        except FedRacLoraError:
+            raise
+        except Exception as error:
+            raise DataError(f"{where}: {failure_of(error, f'reading sample {row}')}") from error
+    try:
+        samples = torch.utils.data.default_collate(rows)
+    except Exception as error:  # of whatever somebody else's type raises
         raise DataError(
             f"{where}: its samples cannot be put into one array ({error}); give inputs of one "
             "shape: pad texts, resize images"
@@ -272,12 +281,16 @@ def divided(data: Any, partitioner: Any) -> list[Rows]:
             f"partition is a {type(partitioner).__name__}, which divides a Hugging Face Dataset, "
             f"but data is a {type(data).__name__}"
         )
-    numbered = data.add_column("__row__", list(range(len(data))))
-    partitioner.dataset = numbered
-    return [
-        np.asarray(partitioner.load_partition(k)["__row__"][:], dtype=np.int64)
-        for k in range(partitioner.num_partitions)
-    ]
+    try:
+        divider = copy.deepcopy(partitioner)  # it takes a data set once, and may be the caller's
+        divider.dataset = data.add_column("__row__", list(range(len(data))))
+        return [
+            np.asarray(divider.load_partition(k)["__row__"][:], dtype=np.int64)
+            for k in range(divider.num_partitions)
+        ]
+    except Exception as error:
+        kind = type(partitioner).__name__
+        raise DataError(f"partition: {failure_of(error, f'dividing data by a {kind}')}") from error
 
 
 def named_classes(data: Any, target: str | None) -> dict[str, object]:

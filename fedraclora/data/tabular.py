@@ -201,6 +201,27 @@ def new_rows(table: Table, label: str | None, reading: Mapping[str, Any]) -> Sam
     return Samples({"x": x.float()}, target)
 
 
+def named_table(found: object, where: str) -> Table:
+    """Take a frame of a program as a table, its columns by text.
+
+    Raises:
+        DataError: If it is no frame, has no rows, or two columns have one name.
+    """
+    import pandas as pd
+
+    if not isinstance(found, pd.DataFrame):
+        raise DataError(
+            f"{where} is a {type(found).__name__}; a frame of pandas with the columns of data is "
+            "wanted"
+        )
+    frame = found.rename(columns=str)
+    if twice := sorted({*frame.columns[frame.columns.duplicated()]}):
+        raise DataError(f"{where} has several columns {twice[0]!r}: give each a name of its own")
+    if not len(frame):
+        raise DataError(f"{where} holds no rows")
+    return frame, Path(where)
+
+
 def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataFrame:
     """Read a whole table.
 

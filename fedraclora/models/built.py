@@ -10,6 +10,7 @@ from typing import Annotated
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.limits import choice_of
@@ -135,10 +136,12 @@ def take_module(model: object, where: str) -> nn.Module:
 
     Raises:
         ConfigError: If it is no module.
-        ModelError: If a frozen layer of BatchNorm has never seen a batch.
+        ModelError: If a frozen layer of BatchNorm has never seen a batch, or a weight holds no
+            plain finite numbers.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{where} gives a {type(model).__name__}; a torch.nn.Module is wanted")
+    require_numbers(model, where)
     frozen = {n: m for n, m in model.named_modules() if is_batch_norm(m) and not m.training}
     model.train()
     for name, layer in frozen.items():
@@ -149,6 +152,33 @@ def take_module(model: object, where: str) -> nn.Module:
                 "pretrained weights, or use GroupNorm or LayerNorm"
             )
     return model
+
+
+def require_numbers(model: nn.Module, where: str) -> None:
+    """Reject a module whose weights are not there yet, or are no plain finite numbers.
+
+    Args:
+        model: Of somebody else's.
+        where: Who gave it, for messages.
+
+    Raises:
+        ModelError: Naming the weight.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        weight = isinstance(tensor, nn.Parameter)
+        if is_lazy(tensor):
+            wrong = "has no shape yet (a lazy layer): call the model once with a batch"
+        elif tensor.is_meta:
+            wrong = "is on the device meta, without numbers: load or draw its weights"
+        elif tensor.layout != torch.strided:
+            wrong = f"is sparse ({tensor.layout}): make it dense"
+        elif weight and not tensor.is_floating_point():
+            wrong = f"holds {tensor.dtype} numbers; floating ones are wanted, or a buffer"
+        elif weight and not bool(torch.isfinite(tensor).all()):
+            wrong = "holds NaN or an infinity: nothing can be learnt from there"
+        else:
+            continue
+        raise ModelError(f"{where}: {name} {wrong}")
 
 
 def is_blank(layer: nn.Module) -> bool:

@@ -69,7 +69,7 @@ def refuse_functions(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> No
     with watch, torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             forward(copied, sample)
-        except Exception:  # whatever is wrong with it, training says
+        except Exception:  # whatever is wrong with it, `fedraclora.models.outputs` says
             return
     if watch.found:
         raise ConfigError(

@@ -9,18 +9,56 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fedraclora.errors import ConfigError, unknown
+from fedraclora.errors import ConfigError, ModelError, unknown
+from fedraclora.imports import failure_of
 from fedraclora.lowrank.layers import is_head
-from fedraclora.models.built import Built, found_head, take_module
+from fedraclora.models.built import Built, found_head, require_numbers, take_module
 from fedraclora.objects import lend, lent
 from fedraclora.tree import digest
 
 
 def lend_model(model: nn.Module) -> str:
-    """Lend a module; give the digest of its weights and its structure."""
-    tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
-    text = f"{type(model).__module__}.{type(model).__qualname__}\n{model!r}\n{digest(tensors)}"
-    return lend(model, hashlib.sha256(text.encode()).hexdigest()[:32])
+    """Lend a module; give the digest of its weights and its structure.
+
+    Raises:
+        ModelError: If it has weights that are no numbers, or does not tell what it is.
+    """
+    require_numbers(model, "model")
+    return lend(model, digest_of(model))
+
+
+def digest_of(model: nn.Module) -> str:
+    """Hash the weights and the structure of a module.
+
+    Raises:
+        ModelError: If it does not tell them.
+    """
+    try:
+        tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+        text = f"{type(model).__module__}.{type(model).__qualname__}\n{model!r}\n{digest(tensors)}"
+    except Exception as error:
+        raise ModelError(f"model: {failure_of(error, 'reading its weights')}") from error
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def copy_of(model: nn.Module, wanted: str | None) -> nn.Module:
+    """Copy a module that is lent, as it was when it was lent.
+
+    Raises:
+        ConfigError: If it has been changed since.
+        ModelError: If it cannot be copied.
+    """
+    if digest_of(model) != wanted:
+        raise ConfigError(
+            "the model is no longer what it was when this run was given it (its digest was "
+            f"{wanted}): its weights or layers were changed in place; give the run a copy, "
+            "copy.deepcopy(model), or the module as it was"
+        )
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raised = failure_of(error, "copying it (copy.deepcopy)")
+        raise ModelError(f"model: {raised}; a run trains a copy") from error
 
 
 def build_object(
@@ -44,11 +82,11 @@ def build_object(
         targets: The default pattern of adapted layers.
 
     Raises:
-        ConfigError: If it is not here, or has no layer that ``head`` names.
-        ModelError: If a frozen layer of BatchNorm has never seen a batch.
+        ConfigError: If it is not here, was changed, or has no layer that ``head`` names.
+        ModelError: If a frozen layer of BatchNorm has never seen a batch, or it cannot be copied.
     """
     del shape, classes, seed
-    model = take_module(copy.deepcopy(lent("model", digest)), "model")
+    model = take_module(copy_of(lent("model", digest), digest), "model")
     every = model.named_parameters(remove_duplicate=False)  # a tied head is a head
     layers = {name.rpartition(".")[0] for name, _ in every} - {""}
     if head is None:

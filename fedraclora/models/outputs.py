@@ -1,18 +1,73 @@
-"""What somebody else's model gives for a sample: whether that fits the targets, and is its own."""
+"""What somebody else's model and loss give for a sample: whether it fits, and is its own.
+
+Local training holds samples of many clients in one batch, and runs a model in evaluation mode, with
+masks of its own for `torch.nn.Dropout`. So a sample may not depend on the others of its batch, and
+the model may not be another in training mode. Both are looked at before the first round, on a few
+samples and at weights that are moved a little, since a layer that is zero hides all before it.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import random  # noqa: TID251  (it is looked at, and put back)
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import forward
-from fedraclora.errors import DataError, ModelError
+from fedraclora.data.task import forward, loss_function
+from fedraclora.errors import ConfigError, DataError, ModelError
+from fedraclora.imports import failure_of
+from fedraclora.lowrank.layers import is_batch_norm
+from fedraclora.models.dropout import refuse_functions
+from fedraclora.tree import Tree
 
 CLOSE = 1e-3  # relative: rounding differs by batch, statistics of a batch differ by far more
+MOVED = 0.01  # of the weights
+DRAWS = 16  # passes of a model that draws numbers in training mode
+Traced = dict[str, torch.Tensor | None]
+
+
+def probe(
+    model: nn.Module, samples: Samples, classes: int, loss: str, *, own_model: bool = True
+) -> None:
+    """Reject a model or a loss of somebody else's that cannot be trained as it is meant.
+
+    Args:
+        model: In training mode but for what is frozen. Not modified.
+        samples: One or more.
+        classes: Number of classes of the targets, where the loss is ``cross_entropy``.
+        loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``.
+        own_model: False for a model of this project, which is known.
+
+    Raises:
+        FedRacLoraError: Saying what is wrong with it, and what to do.
+    """
+    if own_model:
+        refuse_functions(model, samples.inputs)
+        refuse_outputs(model, samples, classes, loss)
+        refuse_interaction(model, samples.inputs)
+        refuse_modes(model, samples.inputs)
+    refuse_mixing_loss(model, samples, loss)
+
+
+def output_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Call a model; what it raises is told with the shapes of its inputs.
+
+    Raises:
+        ModelError: If it raises, or gives no tensor.
+    """
+    try:
+        return forward(model, dict(inputs))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+        raised = failure_of(error, f"calling it with inputs of the shapes {shapes}")
+        raise ModelError(f"the model cannot be used with these data: {raised}") from error
 
 
 def refuse_interaction(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
@@ -25,24 +80,199 @@ def refuse_interaction(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> 
     Raises:
         ModelError: Saying what to use instead.
     """
-    both = {name: values[:2] for name, values in inputs.items()}
-    if not both or any(len(values) < 2 for values in both.values()):
+    some = few(inputs)
+    if not some:
         return
-    copied = copy.deepcopy(model).eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            beside, alone = (
-                forward(copied, {name: values[:size] for name, values in both.items()})[0]
-                for size in (2, 1)
-            )
-        except Exception:  # whatever is wrong with it, training says
-            return
-    if not torch.allclose(beside, alone, rtol=CLOSE, atol=CLOSE * float(beside.abs().max())):
+    with nothing_drawn(), torch.no_grad():
+        copied = moved(model).eval()
+        beside = output_of(copied, some)
+        alone = output_of(copied, {name: values[:1] for name, values in some.items()})
+    if beside.shape[:1] != next(iter(some.values())).shape[:1] or not close(beside[:1], alone):
         raise ModelError(
-            "model.function: the output of a sample depends on the other samples of its batch "
+            "the output of the model for a sample depends on the other samples of its batch "
             "(statistics over the batch, for example), so that clients cannot be trained as one "
             "batch; normalise over features (LayerNorm, GroupNorm) instead"
         )
+
+
+def refuse_modes(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Reject a model that gives other outputs or gradients in training mode, but by its dropout.
+
+    Args:
+        model: In training mode but for what is frozen. Not modified.
+        inputs: Of samples; nothing is checked with fewer than two.
+
+    Raises:
+        ModelError: Naming the first module that differs, or whose numbers no seed fixes.
+    """
+    some = few(inputs)
+    if not some:
+        return
+    with nothing_drawn():
+        copied = moved(model)
+        for module in copied.modules():  # what drops values by itself is refused elsewhere
+            if isinstance(module, nn.modules.dropout._DropoutNd):  # noqa: SLF001
+                module.p = 0.0
+            elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+                module.dropout = 0.0
+            elif is_batch_norm(module):
+                module.eval()
+        flags = {module: module.training for module in copied.modules()}
+        wanted, _ = traced(copied.eval(), some)
+        again, _ = traced(copied, some)
+        if odd := differing(again, wanted):
+            raise ModelError(
+                f"{odd} is another each time that the model is called with the same inputs: it "
+                "draws numbers that no seed of the run fixes. Draw none, but by torch.nn.Dropout"
+            )
+        for module, flag in flags.items():
+            module.training = flag
+        for draw in range(DRAWS):
+            torch.default_generator.manual_seed(draw)
+            found, drew = traced(copied, some)
+            if (odd := differing(found, wanted)) or not drew:
+                break
+    if odd:
+        raise ModelError(
+            f"{odd} is another in training mode than in evaluation mode (a branch on "
+            "self.training, for example). Local training runs the model in evaluation mode, with "
+            "torch.nn.Dropout alone switched on, so that this part would never run: drop values by "
+            "torch.nn.Dropout, and compute the rest alike in both modes"
+        )
+
+
+def refuse_mixing_loss(model: nn.Module, samples: Samples, loss: str) -> None:
+    """Reject a loss of somebody else's whose value for a sample depends on the other samples.
+
+    Args:
+        model: Not modified.
+        samples: Nothing is checked with fewer than two.
+        loss: A key of `fedraclora.data.task.LOSSES`, which pass, or ``package.module:function``.
+
+    Raises:
+        ConfigError: Naming the loss.
+    """
+    if ":" not in loss or len(samples) < 2:
+        return
+    rows = torch.tensor([0, len(samples) // 2, len(samples) - 1, 0])  # one of them twice
+    chosen, function = samples.take(rows), loss_function(loss)
+    with nothing_drawn(), torch.no_grad():
+        try:
+            output = output_of(moved(model).eval(), chosen.inputs)
+            together = function(output, chosen.target)
+            each = [function(output[i : i + 1], chosen.target[i : i + 1]) for i in range(4)]
+            pairs = zip(together, map(torch.cat, zip(*each, strict=True)), strict=True)
+            apart = [not close(both, alone) for both, alone in pairs]
+        except Exception:  # what is wrong with its form, training says
+            return
+    if any(apart):
+        raise ConfigError(
+            f"loss {loss}: the loss of a sample depends on the other samples of its batch (a mean "
+            "or weights over the batch, for example), so that it would depend on the engine and on "
+            "who else trains; one loss for each sample, from its output and target alone, is wanted"
+        )
+
+
+def few(inputs: Mapping[str, torch.Tensor]) -> Tree:
+    """Take the first, a middle and the last sample; nothing where there are fewer than two."""
+    count = min(map(len, inputs.values()), default=0)
+    rows = torch.tensor([0, count // 2, count - 1])
+    return {name: values[rows] for name, values in inputs.items()} if count > 1 else {}
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """Copy a model, with weights that can be trained; those of equal numbers are moved a little."""
+    copied = copy.deepcopy(model)
+    torch.default_generator.manual_seed(0)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if type(parameter) is nn.Parameter and parameter.is_floating_point():
+                parameter.requires_grad_()
+                if bool((parameter == parameter.flatten()[:1]).all()):
+                    parameter.add_(MOVED * torch.randn_like(parameter))
+    return copied
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Check whether two tensors are equal but for rounding."""
+    if found.shape != wanted.shape:
+        return False
+    finite = wanted[torch.isfinite(wanted)].abs()
+    size = float(finite.max()) if len(finite) else 0.0
+    wide = torch.promote_types(found.dtype, torch.float32)
+    return torch.allclose(found.to(wide), wanted.to(wide), CLOSE, CLOSE * size, equal_nan=True)
+
+
+def differing(found: Traced, wanted: Traced) -> str:
+    """Name the first part in which two passes differ; empty where there is none."""
+    for name, value in found.items():
+        other = wanted.get(name)
+        if value is None or other is None:
+            if value is not other:
+                return name
+        elif not close(value, other):
+            return name
+    return ""
+
+
+def traced(model: nn.Module, inputs: Tree) -> tuple[Traced, bool]:
+    """Pass samples through a model, forward and back.
+
+    Returns:
+        By name what its modules gave, in order, then its output and the gradients of the weights,
+        where it has some; a module that is called often gives its last. And whether numbers were
+        drawn.
+    """
+    before = generators()
+    found: Traced = {}
+
+    def noting(name: str) -> Callable[..., None]:
+        def note(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, torch.Tensor):
+                found[name] = output.detach().clone()
+
+        return note
+
+    hooks = [
+        module.register_forward_hook(noting(f"layer {name!r} ({type(module).__name__})"))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        with torch.enable_grad():
+            output = output_of(model, inputs)
+            found["the output of the model"] = output.detach()
+            weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            gradients: Sequence[torch.Tensor | None] = [None] * len(weights)
+            if output.requires_grad:
+                slopes = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+                loss = (output * slopes.to(output)).sum()
+                gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
+            named = zip(weights, gradients, strict=True)
+            found |= {f"the gradient of {name}": gradient for name, gradient in named}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found, generators() != before
+
+
+def generators() -> tuple[object, ...]:
+    """Read the states of the global generators of torch, Python and numpy."""
+    kind, numbers, *place = np.random.get_state()  # noqa: NPY002
+    torch_state = torch.get_rng_state().numpy().tobytes()
+    return torch_state, random.getstate(), kind, np.asarray(numbers).tobytes(), *place
+
+
+@contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Put the generators of torch, numpy and Python back at the end."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
 
 
 def refuse_outputs(model: nn.Module, samples: Samples, classes: int, loss: str) -> None:
@@ -56,13 +286,11 @@ def refuse_outputs(model: nn.Module, samples: Samples, classes: int, loss: str) 
 
     Raises:
         DataError: Saying what the model gives, what the targets are and what to do.
+        ModelError: If it cannot be called.
     """
     first = samples.take(torch.tensor([0]))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            output = forward(copy.deepcopy(model).eval(), first.inputs)
-        except Exception:  # whatever is wrong with it, training says
-            return
+    with nothing_drawn(), torch.no_grad():
+        output = output_of(copy.deepcopy(model).eval(), first.inputs)
     if loss == "cross_entropy" and output.dim() == 2 and output.shape[1] < classes:
         raise DataError(
             f"the model gives {output.shape[1]} outputs for a sample, but the targets go up to "

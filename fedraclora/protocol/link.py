@@ -46,13 +46,24 @@ class Term:
         scale: Of their product.
         kind: In which its numbers travel (`fedraclora.protocol.quantised`): they are such numbers.
         keep: Place of the factor that stays beside the weight until the next such term, which may
-            be computed from it (`fedraclora.protocol.derived`); None: none does.
+            be computed from it (`fedraclora.protocol.derived`): a matrix; None: none does.
+
+    Raises:
+        ConfigError: If the factor that stays is none of its matrices.
     """
 
     factors: tuple[torch.Tensor | SketchSpec | Sketches | Derived, ...]
     scale: float
     kind: str = FULL
     keep: int | None = None
+
+    def __post_init__(self) -> None:
+        """Reject a factor to keep that replicas would not have."""
+        if self.keep is not None and self.kept is None:
+            raise ConfigError(
+                f"factor {self.keep} of a product of {len(self.factors)} is to stay beside its "
+                "weight, but it is no matrix: whoever needs a drawing draws it from its seed"
+            )
 
     def beside(self, past: torch.Tensor | None) -> Term:
         """Fill in what the last link trained, where a factor is computed from it."""
@@ -62,8 +73,8 @@ class Term:
     @property
     def kept(self) -> torch.Tensor | None:
         """The factor that stays beside the weight."""
-        factor = None if self.keep is None else self.factors[self.keep]
-        return factor if isinstance(factor, torch.Tensor) else None
+        matrices = (f if isinstance(f, torch.Tensor) else None for f in self.factors)
+        return None if self.keep is None else dict(enumerate(matrices)).get(self.keep)
 
 
 @dataclass(frozen=True)

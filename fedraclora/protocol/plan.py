@@ -266,3 +266,15 @@ def frozen_layers(model: nn.Module, plan: Plan) -> list[str]:
         if own and not trained & {*own}:
             found.append(name or "the module itself")
     return found
+
+
+def thawed(model: nn.Module, plan: Plan) -> list[str]:
+    """Name the parameters that a run trains or adapts though ``requires_grad`` is False for them.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).requires_grad_(False)
+        >>> thawed(model, make_plan(model, ("1",), head_policy="frozen"))
+        ['0.weight']
+    """
+    trained = {*plan.targets, *plan.dense, *plan.local}
+    return [n for n, p in model.named_parameters() if n in trained and not p.requires_grad]

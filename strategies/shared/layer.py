@@ -158,8 +158,8 @@ class LayerUpdate:
         merged: Factors whose product is folded into W, times s; None: nothing is.
         aggregate: What stands for the mean of the clients' products in the error of the round;
             None: what is carried and what is merged, together.
-        keep: Label of the merged factor from which the next link takes its frozen one
-            (`fedraclora.protocol.derived`); None: it does not.
+        keep: Label, ``B`` or ``A``, of the merged factor from which the next link takes its frozen
+            one (`fedraclora.protocol.derived`): a matrix, no drawing; None: it does not.
     """
 
     carried: Mapping[str, Value] = field(default_factory=dict)

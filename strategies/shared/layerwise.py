@@ -248,8 +248,8 @@ class LayerMethod(LowRank):
                 key = f"{name}/{known(label)}"
                 if isinstance(value, torch.Tensor):  # a drawing is drawn anew from its seed
                     carried[key] = value.to(layer.dtype)
+            keep = _kept(update, layer)
             if merged := _rounded(update.merged or (), layer.dtype):
-                keep = None if update.keep is None else "BA".index(known(update.keep, "BA"))
                 terms[name] = Term(merged, adapter.scale, keep=keep)
         ends = state.memo.age + 1 == self.link_rounds
         dense = dense_means(state, came.mean, self.traits.step)
@@ -346,6 +346,22 @@ def _standing(factor: Factor, own: torch.Tensor | None) -> Value | None:
 def _place(label: str) -> int:
     """Give the place of a factor in the product."""
     return LABELS.index(known(label))
+
+
+def _kept(update: LayerUpdate, layer: Layer) -> int | None:
+    """Give the place, in the product that is merged, of the factor that stays beside the weight."""
+    if update.keep is None:
+        return None
+    merged = update.merged or ()
+    place = {"B": 0, "A": len(merged) - 1}[known(update.keep, "BA")]
+    if len(merged) > 1 and isinstance(merged[place], torch.Tensor):
+        return place
+    what = f"a {type(merged[place]).__name__}" if len(merged) > 1 else "not a factor of a product"
+    raise ConfigError(
+        f"LayerUpdate(keep={update.keep!r}) of {layer.name}: what is merged as {update.keep} is "
+        f"{what}, but what stays beside the weight, as layer.past, is a matrix that clients "
+        "trained: keep that one; a drawing is drawn anew by now.sketch with the same index"
+    )
 
 
 def _left(layer: Layer, replies: Replies, update: LayerUpdate) -> Product:

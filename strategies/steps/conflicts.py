@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from fedraclora.errors import ConfigError
-from strategies.steps.features import FEATURES, IN_ROUNDS, Setup
+from fedraclora.errors import ConfigError, unknown
+from strategies.steps.features import FEATURES, IN_ROUNDS, Feature, Setup
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,16 @@ class Conflict:
     @property
     def instead(self) -> str:
         """What to take: something else than the one, or than the other."""
-        return f"{FEATURES[self.beside].other}, or {FEATURES[self.what].other}"
+        return f"{feature(self.beside).other}, or {feature(self.what).other}"
 
     def check(self, setup: Setup) -> None:
         """Reject a run that has both.
 
         Raises:
-            ConfigError: Saying why, and what to take.
+            ConfigError: Saying why, and what to take; or that the table has a name that is none.
         """
-        if (what := FEATURES[self.what].found(setup)) and (
-            beside := FEATURES[self.beside].found(setup)
-        ):
+        pair = feature(self.what), feature(self.beside)
+        if (what := pair[0].found(setup)) and (beside := pair[1].found(setup)):
             raise self.error(what, beside)
 
     def error(self, *found: bool | str) -> ConfigError:
@@ -57,6 +56,17 @@ class Conflict:
             f"{self.what} does not go with {self.beside}{met and f' ({met})'}: {self.why}; "
             f"take {self.instead}"
         )
+
+
+def feature(name: str) -> Feature:
+    """Look up a name of the table.
+
+    Raises:
+        ConfigError: If there is no such feature.
+    """
+    if name not in FEATURES:
+        raise unknown("feature in strategies/steps/conflicts.yaml", name, FEATURES)
+    return FEATURES[name]
 
 
 # Names that steps use which come upon one of them.
@@ -73,4 +83,6 @@ CONFLICTS = tuple(
 
 def refused(what: str, beside: str, found: bool | str = True) -> ConfigError:
     """Build the error of a pair that a step has come upon; ``found`` names the value."""
-    return Conflict(what, beside, WHY[what][beside]).error(found)
+    if beside not in (rows := WHY.get(what, {})):
+        raise unknown(f"row of strategies/steps/conflicts.yaml beside {what!r}", beside, rows)
+    return Conflict(what, beside, rows[beside]).error(found)

@@ -21,7 +21,7 @@ from experiments.choices import composed
 from experiments.simulate import simulate
 from experiments.values import literal, words_of
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.run.ledger import round_seconds
+from fedraclora.run.ledger import read_ledger, round_seconds
 from fedraclora.tree import digest
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false")
@@ -44,6 +44,19 @@ def test_a_run_in_memory_is_that_of_the_command_line(method: str, tmp_path: Path
     assert found.summary["weights_digest"] == wanted["weights_digest"]
     assert digest(found.weights()) == wanted["weights_digest"]
     assert found.summary["ledger_digest"] == wanted["ledger_digest"]
+
+
+def test_a_function_that_writes_into_a_row_changes_no_ledger(tmp_path: Path) -> None:
+    def change(row: Any) -> None:
+        row["metrics"]["accuracy"], row["uplink_total"] = 1.0, 0
+        row["notes"].append("mine")
+
+    seen: list[object] = []
+    wanted = run()
+    found = run(STUDY, folder=tmp_path / "run", on_round=[change, seen.append], resume=True)
+    assert found.summary["ledger_digest"] == wanted.summary["ledger_digest"]
+    assert found.summary["metrics"] == wanted.summary["metrics"]
+    assert seen == found.rows == read_ledger(tmp_path / "run" / "ledger.jsonl")
 
 
 def test_weights_are_copies() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import fedraclora
 from experiments.lending import check_own
-from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError, ModelError
 from fedraclora.models.built import seeded
 from fedraclora.tree import digest
 from strategies.fed_rac_lora import FedRacLora
@@ -230,6 +231,26 @@ def test_caches_and_private_notes_of_a_method_are_no_fields_of_it() -> None:
     check_own(cached)
 
 
+class Raising(Pairs):
+    def __getitem__(self, row: int) -> Any:
+        if row == 3:
+            raise KeyError("the image is not there")
+        return super().__getitem__(row)
+
+
+class Uncopied(nn.Sequential):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("it holds a lock")
+
+
+def odd(change: Callable[[nn.Module], object]) -> nn.Module:
+    model = net()
+    change(model)
+    return model
+
+
+FRAME = pd.DataFrame({"a": X[:, 0], "b": X[:, 1], "label": Y})
+MASKED = np.ma.masked_array(X, mask=X > 1)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": 3}, DataError, "data is of type int"),
     ({"data": []}, DataError, "empty list"),
@@ -257,6 +278,33 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": [(X, Y.astype("float32"))]}, DataError, "give them as whole numbers"),
     ({"data": CLIENTS, "on_round": "print"}, ConfigError, "on_round is 'print'"),
     ({}, ConfigError, "no data are named"),
+    ({"data": CLIENTS, "on_round": 5}, ConfigError, "on_round is 5"),
+    ({"data": [(X, Y), (MASKED, Y)]}, DataError, "client 1: x is a masked array"),
+    ({"data": [(X, Y), ([*MASKED], Y)]}, DataError, "client 1: x is a masked array"),
+    ({"data": [(X, Y), Raising(X, Y)]}, DataError, "client 1: reading sample 3 raises KeyError"),
+    ({"data": [(torch.tensor(X).to_sparse(), Y)]}, DataError, "client 0: x is a tensor of kind"),
+    ({"data": [(torch.empty(90, 5, device="meta"), Y)]}, DataError, "kind meta: load its numbers"),
+    ({"data": [(X, Y.astype("uint64") + 2**63)]}, DataError, "which no int64 holds"),
+    ({"data": [(X.astype("longdouble"), Y)]}, DataError, "float64 is the widest"),
+    ({"data": pd.Series(X[:, 0]), "clients": 3}, DataError, "data is of type Series"),
+    ({"data": pd.concat([FRAME, FRAME[["a"]]], axis=1), "clients": 3}, DataError, "columns 'a'"),
+    ({"data": FRAME, "test": (X, Y), "clients": 3}, DataError, "test is a tuple; a frame"),
+    ({"data": FRAME[:0], "clients": 3}, DataError, "data holds no rows"),
+    ({"data": CLIENTS, "model": nn.LazyLinear(2)}, ModelError, "weight has no shape yet"),
+    ({"data": CLIENTS, "model": net().to("meta")}, ModelError, "on the device meta"),
+    (
+        {"data": CLIENTS, "model": nn.Linear(5, 2, dtype=torch.complex64)},
+        ModelError,
+        "complex64 numbers",
+    ),
+    ({"data": CLIENTS, "model": odd(lambda m: m[2].bias.data.fill_(np.nan))}, ModelError, "2.bias"),
+    ({"data": CLIENTS, "model": Uncopied(*net())}, ModelError, "it holds a lock"),
+    ({"data": CLIENTS, "model": nn.Linear(4, 2)}, ModelError, "cannot be used with these data"),
+    ({"data": CLIENTS, "folder": 5}, ConfigError, "folder is 5"),
+    ({"data": CLIENTS, "folder": "a\0b"}, ConfigError, "folder is"),
+    ({"data": CLIENTS, "folder": "~nobody-here/x"}, ConfigError, "folder is"),
+    ({"data": CLIENTS, "folder": "/dev/null/run"}, ConfigError, "/dev/null/run"),
+    ({"data": CLIENTS, "folder": "x" * 300}, ConfigError, "choose a shorter name"),
     ({"data": datasets.DatasetDict({"a": FORMS["Hugging Face"][0]})}, ConfigError, "splits"),
 ]
 
@@ -395,3 +443,39 @@ def test_images_of_bytes_and_named_classes_are_told_for_exports() -> None:
     for data in (table, {"one": table.select(range(40)), "two": table.select(range(40, 90))}):
         found = run(data=data, clients=2 if data is table else None, rounds=0)
         assert found.built().task.reading == {"shape": [5], "classes": ["no", "yes"]}
+
+
+def test_whole_numbers_without_a_sign_and_arrays_of_which_nothing_is_masked_are_read() -> None:
+    wanted = run(data=CLIENTS)
+    for x, y in ((np.ma.masked_array(X), Y), (X, Y.astype("uint64")), (X, torch.tensor(Y))):
+        found = run(data=[(x[a:b], y[a:b]) for a, b in CUTS])
+        assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
+
+
+def test_a_partitioner_may_divide_twice() -> None:
+    table = datasets.Dataset.from_dict({"x": X, "label": Y})
+    partitioner = DirichletPartitioner(4, "label", 0.5, 3)
+    first, again = (run(data=table, partition=partitioner, rounds=1) for _ in range(2))
+    assert first.summary["weights_digest"] == again.summary["weights_digest"]
+
+
+def test_frozen_parameters_that_are_trained_all_the_same_are_named(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = net().requires_grad_(False)
+    said = "requires_grad=False of 0.weight, 0.bias, 2.weight, 2.bias is not read"
+    fedraclora.simulate(model=model, data=CLIENTS, rounds=1)
+    assert said in capsys.readouterr().err
+    run(data=CLIENTS, model=model)  # without progress
+    assert any(said in record.message for record in caplog.records)
+    fedraclora.simulate(model=net(), data=CLIENTS, rounds=0)
+    assert "requires_grad" not in capsys.readouterr().err
+
+
+def test_a_module_that_was_changed_since_is_not_taken_for_what_it_was() -> None:
+    model = net()
+    first = run(data=CLIENTS, model=model)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(ConfigError, match="no longer what it was"):
+        fedraclora.simulate(first.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.link import Term
 from fedraclora.protocol.method import Cohort, Draw, Plan, Trained, Traits
 from strategies.shared.layerwise import Factors, Layer, LayerMethod, LayerUpdate, Replies, Round
 from strategies.shared.replies import RoundReplies, float64, multiplied
@@ -211,3 +213,46 @@ def test_what_a_factor_that_crosses_links_leaves_must_be_said() -> None:
 
     with pytest.raises(ConfigError, match=r"beyond its link.*LayerUpdate\(aggregate="):
         play_rounds(Crosses(rank=3), make_world(), 1, DRAW)
+
+
+@dataclass(frozen=True)
+class Keeping(Part):
+    """Keeps a factor of what it merges for the next link."""
+
+    keep: str = "B"
+    wide: bool = False
+    part: float = 1.0
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        B, A = replies.mean("B"), replies["A"]
+        if self.wide:
+            return LayerUpdate(merged=(B, torch.eye(layer.rank), A.draw()), keep=self.keep)  # type: ignore[union-attr]
+        merged = (B, A) if layer.ends else None
+        return LayerUpdate({} if merged else {"B": B}, merged, keep=self.keep)
+
+
+def test_the_factor_that_is_kept_is_what_the_next_link_sees() -> None:
+    world = make_world()
+    for keep, wide in (("B", False), ("B", True), ("A", True)):
+        method = Keeping(rank=3, alpha=5.0, keep=keep, wide=wide)
+        first, second = play_rounds(method, world, 2, DRAW)
+        assert first.after.link is not None
+        for layer in method.layers_of(second.before):
+            B, *_, A = first.after.link.terms[layer.name].factors
+            assert layer.past is not None
+            assert torch.equal(layer.past, B if keep == "B" else A)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("changes", "what"), [({}, "a SketchSpec"), ({"rounds": 2}, "not a fac")])
+def test_to_keep_what_replicas_would_not_have_is_refused(changes: Any, what: str) -> None:
+    """Else `Layer.past` is None for ever, and another method runs."""
+    with pytest.raises(ConfigError, match=rf"keep='A'\) of fc1.weight: .* is {what}"):
+        play_rounds(Keeping(rank=3, alpha=5.0, keep="A", **changes), make_world(), 1, DRAW)
+    spec = Round(1, DRAW).sketch(layer_of(), "A", "gaussian")
+    with pytest.raises(ConfigError, match="is no matrix"):
+        Term((torch.zeros(5, 3), spec), 1.0, keep=1)
+
+
+def layer_of() -> Layer:
+    return Layer("w", (5, 9), 3, 1.0, {}, link=0, ends=True, dtype=torch.float32)

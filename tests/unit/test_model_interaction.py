@@ -1,14 +1,19 @@
-"""Models of one's own: samples that interact are refused, torch's own transformer blocks train."""
+"""Models and losses of one's own: what a batch or a mode would change is refused by name."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fedraclora.config.build import fix_bits
-from fedraclora.errors import ModelError
-from fedraclora.models.outputs import refuse_interaction
+from fedraclora.data.samples import Samples
+from fedraclora.errors import ConfigError, ModelError
+from fedraclora.models.outputs import probe, refuse_interaction, refuse_modes
+
+X = torch.arange(20.0).reshape(4, 5).sin()
 
 
 class Centred(nn.Module):
@@ -24,12 +29,114 @@ class Centred(nn.Module):
 
 
 def test_statistics_of_a_batch_are_refused() -> None:
-    x = torch.arange(20.0).reshape(4, 5).sin()
+    x = X
     with pytest.raises(ModelError, match="depends on the other samples of its batch"):
         refuse_interaction(Centred(0), {"x": x})
     refuse_interaction(Centred(1), {"x": x})
     refuse_interaction(Centred(0), {"x": x[:1]})  # with one sample nothing is seen
     refuse_interaction(nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)).train(), {"x": x})
+
+
+def test_what_a_layer_of_zeros_hides_is_seen() -> None:
+    """A head of zeros gives the same for every batch, until it is trained."""
+    head = nn.Linear(3, 2)
+    nn.init.zeros_(head.weight)
+    with pytest.raises(ModelError, match="depends on the other samples"):
+        refuse_interaction(nn.Sequential(Centred(0), head), {"x": X})
+
+
+class Moded(nn.Module):
+    """A layer that does something else in training mode, or draws numbers of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(5, 3), kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x)
+        if self.kind == "noise always":
+            return out + torch.randn_like(out)
+        if not self.training or self.kind == "nothing":
+            return out
+        if self.kind == "doubled":
+            return 2 * out
+        if self.kind == "rarely":
+            return out * 0 if torch.rand(()) < 0.3 else out
+        if self.kind == "numpy":
+            return out + float(np.random.rand())  # noqa: NPY002
+        return out.detach()  # the same numbers, and no gradient
+
+
+MODES = {
+    "doubled": "in training mode than in evaluation mode",
+    "rarely": "in training mode than in evaluation mode",
+    "numpy": "in training mode than in evaluation mode",
+    "no gradient": "the gradient of layer.0.weight is another in training mode",
+    "noise always": "draws numbers that no seed of the run fixes",
+}
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_a_branch_on_training_that_would_never_run_is_refused(kind: str) -> None:
+    model = nn.Sequential()
+    model.layer = nn.Sequential(nn.Linear(5, 5), Moded(kind))
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
+    with pytest.raises(ModelError, match=MODES[kind]):
+        refuse_modes(model.train(), {"x": X})
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
+
+
+def test_dropout_of_torch_and_frozen_statistics_are_alike_in_both_modes() -> None:
+    norm = nn.BatchNorm1d(4)
+    block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
+    layers = (nn.Linear(5, 4), norm.eval(), nn.Dropout(0.5), Shaped(block), nn.Linear(4, 2))
+    model = nn.Sequential(*layers).train()
+    norm.eval()
+    refuse_modes(model, {"x": X})
+    refuse_modes(Moded("nothing").train(), {"x": X})
+
+
+class Shaped(nn.Module):
+    """Hands vectors to a block of sequences."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.block(x[:, None])
+        return out[:, 0]
+
+
+def balanced(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights by how often a class occurs in the batch."""
+    losses, ones = alone(output, target)
+    return losses / (target == target[:, None]).sum(dim=1), ones
+
+
+def centred(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    losses, ones = alone(output, target)
+    return losses - losses.mean(), ones
+
+
+def alone(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return F.cross_entropy(output, target, reduction="none"), torch.ones_like(target)
+
+
+@pytest.mark.parametrize("name", ["balanced", "centred"])
+def test_a_loss_whose_samples_interact_is_refused_as_a_model_is(name: str) -> None:
+    samples = Samples({"x": X}, torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(ConfigError, match=f"{name}: the loss of a sample depends on the other"):
+        probe(nn.Linear(5, 3), samples, 3, f"{__name__}:{name}")
+    probe(nn.Linear(5, 3), samples, 3, f"{__name__}:alone")
+    probe(nn.Linear(5, 3), samples, 3, "cross_entropy")
+
+
+def test_what_a_model_raises_is_told_with_the_shapes_of_its_inputs() -> None:
+    samples = Samples({"x": X}, torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(ModelError, match=r"'x': \(1, 5\).* raises RuntimeError"):
+        probe(nn.Linear(4, 3), samples, 3, "cross_entropy")
 
 
 def test_a_transformer_block_of_torch_has_derivatives_in_evaluation_mode() -> None:
