@@ -11,6 +11,7 @@
   first round sends.
 - Aggregation: **not exact**: factors are averaged apart, as in FedAvg-LoRA; what is missed is
   reported each round as ``aggregation_error``.
+- Refused: ``wire.downlink`` in fewer bits, which would round the part of W that B_0 and A_0 hold.
 - Server: two means and a merge of 4 m n r operations; an SVD of each matrix before the first round.
 - Source: Yan et al., *Federated residual low-rank adaptation of large language models*, ICLR 2025,
   OpenReview e0rQRMUhs7 (no arXiv number was found).

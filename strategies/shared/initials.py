@@ -27,7 +27,8 @@ finds its range, and trains nothing. With q = min(4 r, m, n) and a drawn Omega (
   a seed. ``lora_ga`` has a round more: q (m + n) numbers up, q m and a seed down, and r (m + n) to
   catch up. Nobody is charged for W - s B_0 A_0 of ``pissa``, which a client forms by itself.
 - Fits methods whose clients train both factors and carry them on; a link that ends would need a
-  start anew. Rank budgets are refused: a client would lack a part of W.
+  start anew. Rank budgets are refused: a client would lack a part of W. So is ``wire.downlink`` in
+  fewer bits: factors go down whole, and the part of W that they hold would be rounded with them.
 - Server: an SVD of each m x n weight (``pissa``), or O((m + n) q^2) (``lora_ga``).
 - Sources: Meng, Wang and Zhang, *PiSSA*, NeurIPS 2024, arXiv 2404.02948. ``orthogonal``: the choice
   of that name of the PEFT library. Wang, Yu and Li, *LoRA-GA*, NeurIPS 2024, arXiv 2407.05000;

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from fedraclora.aggregation.base import Mean
 from fedraclora.config.unread import keeps_rows
 from fedraclora.lowrank.dora import magnitudes
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg
 from fedraclora.protocol.change_of_basis import held_beside
-from fedraclora.protocol.method import Downlink, Method
+from fedraclora.protocol.method import Downlink, Method, Trained
 from fedraclora.protocol.quantised import FULL
 from fedraclora.protocol.recipes import RECIPES, Recipe
 from fedraclora.training.extras.prox import Prox
@@ -19,6 +21,7 @@ from fedraclora.training.extras.sample_level import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.row_moments import row_slots
 from strategies.server.round_step import RunContext
+from strategies.shared.initials import STARTS
 from strategies.steps.settings import RoundSettings
 from strategies.wrappers.allocated import Allocated
 from strategies.wrappers.around import innermost
@@ -91,6 +94,27 @@ def _goes_on(method: Method) -> bool:
     """Check whether a link begins with what the last one left, beside the weights."""
     carries = getattr(method, "carries", False) and getattr(method, "link_rounds", None) is not None
     return carries or (hasattr(method, "fresh") and keeps_rows(method))
+
+
+def _part_of_weights(setup: Setup) -> str:
+    """Name what is sent whole in each round and is a part of W, not of what was learnt; or empty.
+
+    That is a product, or a tensor trained in full with a start of its own, which is not zero before
+    anything was trained.
+    """
+    initial = getattr(innermost(setup.run.method), "initial", None)
+    if initial in STARTS:  # of which one begins with a probe
+        return f"method.initial is {initial}"
+    for name, adapter in setup.sent.adapters.items():
+        starts = [f.start if isinstance(f, Trained) else f for f in adapter.factors.values()]
+        if any(isinstance(s, torch.Tensor) for s in starts) and all(map(_begun, starts)):
+            return f"the factors of {name}"
+    return next((name for name, slot in setup.sent.dense.items() if _begun(slot.start)), "")
+
+
+def _begun(start: object) -> bool:
+    """Check whether a factor is there and not zero."""
+    return bool(start.any()) if isinstance(start, torch.Tensor) else start is not None
 
 
 @dataclass(frozen=True)
@@ -184,6 +208,9 @@ SETTINGS = {
         "a method whose links last one round (fed_rac_lora with method.resample_every=1)"),
     "dora=true": Feature(
         lambda s: bool(magnitudes(s.sent.adapters, s.sent.dense)), "dora=false"),
+    "factors or lengths that hold a part of the weights": Feature(
+        _part_of_weights,
+        "method.initial=kaiming_uniform (a drawing), another method, dora=false"),
     "an allocation of ranks": Feature(
         lambda s: isinstance(s.run.method, Allocated | Pruned), "allocation=none"),
 }

@@ -11,7 +11,8 @@
 - Fits methods that never fold an update into W: there is no low-rank term by which a client could
   bring its W from one W' to the next. Clients that keep a factor for themselves share M.
 - Refused: embeddings, where a row of the table is no output of the layer; rows of zeros, which have
-  no direction; starts from gradients (``lora_ga``); an `allocation`.
+  no direction; starts from gradients (``lora_ga``); an `allocation`; and ``wire.downlink`` in fewer
+  bits, which would round M.
 - Source: Liu et al., *DoRA: weight-decomposed low-rank adaptation*, ICML 2024, arXiv 2402.09353.
 - Departures: the federated form is ours. The rest is in `fedraclora.lowrank.dora`.
 """

@@ -81,7 +81,7 @@ def seeds(content: RecordDict) -> int:
 
 
 @pytest.mark.short(when=lambda name: name in SHORT)
-@pytest.mark.parametrize("name", sorted(distinct()))
+@pytest.mark.parametrize("name", sorted({*distinct()} - {"frlora"}))  # its downlink is in full
 def test_bytes_are_those_of_messages_and_everyone_has_the_servers_bits(
     name: str, tmp_path: Path
 ) -> None:
