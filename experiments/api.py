@@ -76,8 +76,9 @@ def simulate(
             None: a fifth of each client's samples is held out.
         client: The column of a table that says whose each row is.
         target: The column of a table to predict; None: ``label``, ``labels`` or ``target``.
-        loss: Beside data of the program: ``cross_entropy``, ``squared_error``, ``logistic`` or
-            ``next_token``; None: what fits the targets.
+        loss: Beside data of the program: ``cross_entropy``, ``squared_error``, ``logistic``,
+            ``multi_label``, ``token_classes``, ``pixel_classes`` or ``next_token``; None: what the
+            model or the targets tell, and an error where these could mean several things.
         metrics: Beside data of the program: names of metrics; None: those usual for the loss.
         folder: Where the run leaves its files, as ``output.dir``; None with ``output.dir=null``:
             it runs in memory and leaves nothing behind.

@@ -26,6 +26,7 @@ TABLES = (".csv", ".tsv", ".parquet")
 OF_DATA, OF_MODEL = ("data=own", "partition=auto"), ("model=function",)
 OF_FRAME = ("data=table",)
 FRAME_KEYS = ("features", "missing", "standardise", "test_share", "split_seed")
+OBJECT_KEYS = ("loss", "metrics", "classes")
 KEPT = {"data": ("labels", "validation"), "model": ("head", "targets")}
 
 
@@ -39,12 +40,16 @@ class Lent:
         groups: What groups of the config become: keys laid over what was composed for them.
         data: Lends the samples, once the config has said how rows of a frame are read; None: data
             are a choice.
+        options: What the caller said beside the samples.
+        model: The module of the program, which may tell the loss; None: it is a choice.
     """
 
     words: list[str] = field(default_factory=list)
     keys: dict[str, object] = field(default_factory=dict)
     groups: dict[str, Plain] = field(default_factory=dict)
-    data: Callable[..., str] | None = None
+    data: Callable[..., dict[str, object]] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    model: object = None
 
     def put_into(self, plain: Plain, typed: Sequence[str]) -> Plain:
         """Put the objects into their groups of the composed config.
@@ -55,9 +60,7 @@ class Lent:
         """
         found, groups = dict(plain), dict(self.groups)
         if self.data is not None:
-            asked = section(plain, "data")
-            frame = {key: asked[key] for key in FRAME_KEYS if key in asked}
-            groups["data"] = {"digest": self.data(**({"frame": frame} if frame else {}))}
+            groups["data"] = self.data(**self._read(plain, typed) | self.options)
         for name, group in groups.items():
             composed = plain.get(name)
             old = composed if isinstance(composed, Mapping) else {}
@@ -66,6 +69,27 @@ class Lent:
         if "model" in groups and "model.head" not in typed:
             found["model"] = {**section(found, "model"), "head": None}  # it is looked for
         return found
+
+    def _read(self, plain: Plain, typed: Sequence[str]) -> dict[str, Any]:
+        """Read from the config what the caller has said of the samples there.
+
+        Raises:
+            ConfigError: If nothing reads a key beside samples of the program.
+        """
+        asked, frames = section(plain, "data"), set(OF_FRAME) <= {*self.words}
+        found: dict[str, Any] = {"frame": {key: asked[key] for key in FRAME_KEYS if key in asked}}
+        said = {key.partition(".")[2] for key in typed if key.startswith("data.")}
+        if asked.get("name") == NAME:  # a whole config, of a run with such samples
+            said = {*OBJECT_KEYS} & {*asked}
+        known = {*KEPT["data"], *(FRAME_KEYS if frames else OBJECT_KEYS)}
+        if idle := sorted(said - known):
+            raise ConfigError(
+                f"data.{idle[0]} is not read beside samples of the program: leave it out, or say "
+                "it in the arguments of simulate (loss, metrics, test, client, target)"
+            )
+        model = self.model if self.model is not None else section(plain, "model").get("name")
+        found |= {key: asked[key] for key in OBJECT_KEYS if key in said}
+        return found | {"model": model}
 
 
 def lend_all(
@@ -98,6 +122,7 @@ def lend_all(
         lent.keys["partition"] = partition
     if model is not None and not isinstance(model, str | Mapping):
         lent.words += OF_MODEL
+        lent.model = model
         lent.groups["model"] = {"digest": lend_model(require_module(model))}
     elif model is not None:
         lent.keys["model"] = model
@@ -133,7 +158,8 @@ def lend_all(
         lent.keys |= {} if data is None else {"data": data}
     else:
         lent.words += OF_FRAME if is_frame(data) else OF_DATA
-        lent.data = partial(lend_data, data, partitioner=partitioner, **options)
+        lent.data = partial(lend_data, data, partitioner=partitioner)
+        lent.options = options
     return lent
 
 

@@ -130,6 +130,8 @@ def execute(
 def notes_of(run: Assembled) -> list[str]:
     """Say what is not as it was asked for, such as a rank that was cut, where a run begins."""
     notes = [] if run.strategy.recorder.ledger.rows else list(run.strategy.state.notes)
+    if warning := run.built.task.info.get("loss_warning"):
+        notes.insert(0, str(warning))
     more = len(notes) - NAMED
     return notes[:NAMED] + ([f"{more} more such notes are in the ledger"] if more > 0 else [])
 

@@ -22,6 +22,7 @@ from fedraclora.data.tabular import named_table, new_rows
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.models.narrow import dequantise
+from fedraclora.models.outputs import refuse_outputs
 from fedraclora.run.folder import run_title
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
@@ -129,6 +130,7 @@ class Run:
             samples = form.fit(table, "data").to(
                 built.device, next(iter(like.inputs.values())).dtype if "x" in like.inputs else None
             )
+            refuse_outputs(task.model, samples, 1 + int(samples.target.max()), task.loss)
         weights = {n: t.to(built.device) for n, t in self.weights().items()}
         return evaluate(task.model, weights, samples, task.loss, task.metrics)
 
@@ -186,6 +188,7 @@ class Run:
         row: Mapping[str, object] = next((r for r in self.rows if r["round"] == last), {})
         return {
             **{key: section(self.config, key) for key in ("method", "data", "model")},
+            **{key: self.built().task.info[key] for key in ("loss", "loss_from")},
             "wire": self.config.get("wire", {}),
             "rounds": last,
             "clients": self.built().clients,

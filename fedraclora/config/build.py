@@ -19,6 +19,7 @@ from fedraclora.config.schema import Plain, bind, coerce, section, without
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.leak import refuse_shared
 from fedraclora.data.locate import GGUF, resolve
+from fedraclora.data.objective import refuse_contradiction
 from fedraclora.data.own import Brought, settled_own
 from fedraclora.data.partition import make_partition
 from fedraclora.data.samples import Partitioned, Samples, count_labels
@@ -202,7 +203,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts: dict[str, object] = {**data.info, "partition": info}
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
-    facts |= _said_of_weights(config)
+    facts |= _said_of_weights(config) | _said_of_loss(config, data, built.model)
     if config.pretrain.epochs:
         if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
             raise ConfigError(
@@ -231,6 +232,16 @@ def build_task(config: TaskConfig) -> BuiltTask:
     )
     labelled = "label" in data.columns and data.classes > 1
     return BuiltTask(task, clients, size, data.classes if labelled else 0, device)
+
+
+def _said_of_loss(config: TaskConfig, data: DataSet, model: torch.nn.Module) -> dict[str, object]:
+    """Say what is learnt, and which key of the config says so; data sets of the project know it."""
+    told = [f"data.{key}={config.data[key]}" for key in ("loss", "task") if key in config.data]
+    source = data.info.get("loss_from") or [*told, f"of data={config.data['name']}"][0]
+    own = config.model.get("name") in {"function", "object"}
+    warning = refuse_contradiction(model, data.loss) if own else None
+    found = {"loss": data.loss, "loss_from": source, "metrics": [*data.metrics]}
+    return found | ({"loss_warning": warning} if warning else {})
 
 
 def _said_of_weights(config: TaskConfig) -> dict[str, object]:

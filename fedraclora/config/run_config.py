@@ -68,7 +68,9 @@ def digested(plain: Plain) -> dict[str, object]:
     """The part of a config that decides the result: neither where data lie nor what is written."""
     kept = {k: v for k, v in plain.items() if k not in NOT_IN_DIGEST}
     if isinstance(data := kept.get("data"), Mapping):
-        kept["data"] = without(data, "root")
+        # The digest of samples of a program is of loss and metrics, too.
+        beside = ("loss", "metrics") if data.get("name") == NAME else ()
+        kept["data"] = without(data, "root", *beside)
     if isinstance(engine := kept.get("engine"), Mapping):
         kept["engine"] = {k: v for k, v in engine.items() if k in ENGINE_IN_DIGEST}
     evaluate = kept.get("evaluate")  # runs from before there were answers are the same

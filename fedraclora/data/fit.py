@@ -26,7 +26,16 @@ METRICS = {
     "cross_entropy": ("accuracy", "loss"),
     "squared_error": ("loss",),
     "logistic": ("accuracy", "loss"),
+    "multi_label": ("f1_micro", "f1_macro", "auc", "loss"),
     "next_token": ("accuracy", "perplexity", "loss"),
+    "token_classes": ("accuracy", "f1", "loss"),
+    "pixel_classes": ("mean_iou", "accuracy", "loss"),
+}
+# Losses of which a sample has many targets, whole numbers each: the axes of a target in words.
+LABELLED = {
+    "next_token": "one token id for each token, [N, length]",
+    "token_classes": "one class for each token, [N, length]",
+    "pixel_classes": "one class for each pixel, [N, height, width]",
 }
 
 
@@ -58,7 +67,7 @@ class Form:
             DataError: Saying where, what came, what was wanted and what to do.
         """
         inputs = {n: self._input(n, t, samples, where) for n, t in samples.inputs.items()}
-        fitted = Samples(inputs, self._target(samples.target, where)).clone()
+        fitted = Samples(inputs, self._target(samples, where)).clone()
         self._require_shape(fitted, where)
         return fitted
 
@@ -84,28 +93,65 @@ class Form:
                 f"{where}: one input has {came}; x of shape {self.shape} is wanted (data.shape)"
             )
 
-    def _target(self, target: torch.Tensor, where: str) -> torch.Tensor:
+    def _target(self, samples: Samples, where: str) -> torch.Tensor:
+        target = samples.target
         if self.loss in {"cross_entropy", "logistic"}:
             return self._labels(target, where)
-        if self.loss == "squared_error":
-            numbers = target.float()
-            if not bool(torch.isfinite(numbers).all()):
-                raise DataError(f"{where}: the target holds NaN or an infinity")
-            found = prod(numbers.shape[1:])
-            if self.classes is not None and found != self.classes:
+        if self.loss in LABELLED:
+            return self._labelled(samples, where)
+        if self.loss not in {"squared_error", "multi_label"}:
+            # What a loss of another package makes of it is its own business.
+            return target.float() if target.is_floating_point() else target.long()
+        numbers = target.float()
+        if not bool(torch.isfinite(numbers).all()):
+            raise DataError(f"{where}: the target holds NaN or an infinity")
+        if self.loss == "multi_label":
+            numbers = numbers.flatten(1) if numbers.dim() > 1 else numbers[:, None]
+            if not is_binary(numbers):
+                other = float(numbers[(numbers != 0) & (numbers != 1)][0])
                 raise DataError(
-                    f"{where}: the target has {found} numbers a sample, but data.classes, the "
-                    f"number of outputs, is {self.classes}: set data.classes={found}"
+                    f"{where}: the target holds {other:g}; with the loss multi_label 0 or 1 is "
+                    "wanted for every output, [N, outputs]"
                 )
-            return numbers
-        if target.is_floating_point() and self.loss != "next_token":
-            return target.float()  # what a loss of another package makes of it is its own business
-        if target.is_floating_point():
-            raise DataError(f"{where}: the target holds fractions; token ids are wanted")
-        tokens = target.long()
-        if self.loss == "next_token" and self.classes is not None:
-            self._require_range(tokens[tokens != IGNORED_TOKEN], where)
-        return tokens
+        found = prod(numbers.shape[1:])
+        if self.classes is not None and found != self.classes:
+            raise DataError(
+                f"{where}: the target has {found} numbers a sample, but data.classes, the "
+                f"number of outputs, is {self.classes}: set data.classes={found}"
+            )
+        return numbers
+
+    def _labelled(self, samples: Samples, where: str) -> torch.Tensor:
+        """Check targets of which a sample has many; what is not counted holds `IGNORED_TOKEN`."""
+        target, wanted = samples.target, LABELLED[self.loss]
+        axes = 3 if self.loss == "pixel_classes" else 2
+        if axes == 3 and target.dim() == 4 and target.shape[1] == 1:
+            target = target[:, 0]
+        if target.is_floating_point() or target.dim() != axes:
+            raise DataError(
+                f"{where}: the target holds {target.dtype} numbers of shape "
+                f"{tuple(target.shape)}; with the loss {self.loss} whole numbers are wanted, "
+                f"{wanted}"
+            )
+        labels = target.long()
+        counted = labels != IGNORED_TOKEN
+        if self.loss == "next_token":
+            counted[:, 0] = False  # nothing stands before it that could tell it
+        if not bool(counted.any()):
+            raise DataError(
+                f"{where}: every target is {IGNORED_TOKEN}, which has no loss, so that nothing can "
+                "be learnt from these samples: leave them out"
+            )
+        self._require_range(labels[labels != IGNORED_TOKEN], where)
+        mask = samples.inputs.get("attention_mask")
+        if mask is not None and mask.shape == labels.shape:
+            idle = int((counted & (mask == 0)).sum())
+            if idle:
+                raise DataError(
+                    f"{where}: {idle} tokens of padding (attention_mask is 0) have a label: write "
+                    f"{IGNORED_TOKEN} there, which has no loss"
+                )
+        return labels
 
     def _labels(self, target: torch.Tensor, where: str) -> torch.Tensor:
         if target.dim() == 2 and target.shape[1] == 1:
@@ -114,8 +160,11 @@ class Form:
             raise DataError(
                 f"{where}: the target has shape {tuple(target.shape)}; one class a sample, [N], is "
                 "wanted. Of one-hot rows target.argmax(1) is that; for several numbers to predict "
-                "set data.loss=squared_error"
+                "set data.loss=squared_error, for several answers of 0 and 1 multi_label, for a "
+                "class for each token token_classes, for each pixel pixel_classes"
             )
+        if self.loss == "logistic" and is_binary(target):
+            return target.long()
         if target.is_floating_point():
             raise DataError(
                 f"{where}: the target holds {target.dtype} numbers, such as {float(target[0]):g}; "
@@ -132,6 +181,8 @@ class Form:
         least, most = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
         if least < 0 or (classes is not None and most >= classes):
             bounds = "from 0 on" if classes is None else f"0 to {classes - 1}"
+            if self.loss in LABELLED:
+                bounds += f" ({IGNORED_TOKEN}: no loss)"
             mend = "" if least < 0 or self.loss == "logistic" else f", or data.classes={most + 1}"
             raise DataError(
                 f"{where}: the labels go from {least} to {most}; {bounds} is wanted: number the "
@@ -215,6 +266,11 @@ def _plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
 def _kind(array: np.ndarray[Any, Any]) -> str:
     kinds = {"U": "words", "S": "words", "O": "Python objects", "c": "complex numbers"}
     return kinds.get(array.dtype.kind, f"values of type {array.dtype}")
+
+
+def is_binary(target: torch.Tensor) -> bool:
+    """Check whether a target holds nothing but 0 and 1."""
+    return bool(((target == 0) | (target == 1)).all())
 
 
 def scale_of_bytes(samples: Samples) -> dict[str, object]:

@@ -18,6 +18,7 @@ import torch
 
 from fedraclora.data.dataset import DataSet, Rows, keep_rows, split_rows, take
 from fedraclora.data.fit import METRICS, Form, found_shape, gathered, scale_of_bytes
+from fedraclora.data.objective import TOKENS, check_names, objective_of
 from fedraclora.data.samples import Samples
 from fedraclora.data.tabular import named_table, of_frames
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
@@ -28,12 +29,12 @@ from fedraclora.tree import digest
 
 SHARE = 0.2  # of each client's samples, held out where there are no test samples
 TARGETS = ("label", "labels", "target")  # where the caller names no column
-TOKENS = "input_ids"
 
 
 def lend_data(
     data: object,
     *,
+    model: object = None,
     test: object = None,
     partitioner: Any = None,
     client: str | None = None,
@@ -42,33 +43,37 @@ def lend_data(
     metrics: Sequence[str] | None = None,
     classes: int | None = None,
     frame: Mapping[str, Any] | None = None,
-) -> str:
-    """Make a data set of what a program has, and lend it; give the digest of its numbers.
+) -> dict[str, object]:
+    """Make a data set of what a program has, and lend it; give the group of the config for it.
 
     Args:
         data: A list (or a dict, in its order) of tables, one for each client; or one table, which
             may be a frame of pandas.
+        model: The module, or the name of its choice, which may tell the loss.
         test: A table to measure on; None: a fifth of each client's samples is held out.
         partitioner: Of flwr-datasets, which divides a Hugging Face ``Dataset``.
         client: Of a Hugging Face ``Dataset``, the column that says whose a row is.
         target: The column to predict; None: ``label``, ``labels`` or ``target``.
-        loss: A key of `fedraclora.data.task.LOSSES`; None: ``cross_entropy`` for whole numbers,
-            ``next_token`` where each token has one, ``squared_error`` for fractions.
+        loss: A key of `fedraclora.data.task.LOSSES`; None: what the model or the targets tell
+            (`fedraclora.data.objective`).
         metrics: Names of metrics, the headline first; None: those usual for the loss.
         classes: Number of outputs; None: as the targets have.
         frame: How rows of a frame are read: keyword arguments of `of_frames`.
+
+    Returns:
+        The ``digest`` of the numbers, the ``loss`` and the ``metrics``.
 
     Raises:
         ConfigError: If two things are said that cannot both be.
         DataError: If samples are not what they should be, naming the client.
     """
+    metrics = check_names(loss, metrics)
     if is_frame(data):
         columns = {"client": client, "target": target, "loss": loss, "metrics": metrics}
-        found = of_frame(data, test, **columns, **(frame or {}))  # type: ignore[arg-type]
-        return lend(found, digest_of(found))
+        return lend_set(of_frame(data, test, **columns, **(frame or {})))  # type: ignore[arg-type]
     tables, parts, owners = tables_of(data, partitioner, client, target)
     held_out = None if test is None else table_of(test, "test", target)
-    loss = loss or usual_loss(tables[0])
+    loss, source = objective_of(loss, tables, model)
     seen = [*tables, *([] if held_out is None else [held_out])]
     form = Form(found_shape(tables[0]), loss, classes or classes_of(seen, loss))
     names = [f"data, client {k}" for k in range(len(tables))] if len(tables) > 1 else ["data"]
@@ -81,29 +86,53 @@ def lend_data(
         test=whole if held_out is None else form.fit(held_out, "test"),
         classes=int(form.classes or 1),
         loss=loss,
-        metrics=tuple(metrics or METRICS.get(loss, METRICS["cross_entropy"])),
+        metrics=metrics or METRICS.get(loss, METRICS["cross_entropy"]),
         columns={} if owners is None else {"client": owners},
         sample_shape=found_shape(whole),
         parts=parts,
-        info={"source": "a Python program"},
+        info={"source": "a Python program", "loss_from": source},
         reading=scale_of_bytes(tables[0]) | named_classes(data, target),
     )
     if loss == "cross_entropy":
         found = replace(found, columns=found.columns | {"label": whole.target.numpy()})
     if held_out is None:
         found = without_test(found)
-    return lend(found, digest_of(found))
+    return lend_set(found)
 
 
-def lent_data(*, digest: str | None, clients: int | None = None) -> DataSet:
+def lend_set(found: DataSet) -> dict[str, object]:
+    """Lend a data set; give the group of the config for it."""
+    digest = lend(found, digest_of(found))
+    return {"digest": digest, "loss": found.loss, "metrics": [*found.metrics]}
+
+
+def lent_data(
+    *,
+    digest: str | None,
+    loss: str | None = None,
+    metrics: Sequence[str] | None = None,
+    clients: int | None = None,
+) -> DataSet:
     """Take the data set that a program has lent.
 
     Args:
         digest: Which, by `lend_data`.
+        loss: What it was lent with, for whoever reads the config; other words are refused.
+        metrics: As the loss.
         clients: Not used: what divides it knows.
+
+    Raises:
+        ConfigError: If it is not here, or was lent with another loss or other metrics.
     """
     del clients
     found: DataSet = lent("data", digest)
+    known = {"loss": found.loss, "metrics": [*found.metrics]}
+    for key, asked in (("loss", loss), ("metrics", metrics)):
+        if asked is not None and asked != known[key]:
+            raise ConfigError(
+                f"data.{key} is {asked}, but the data were handed in with {known[key]}: hand them "
+                f"in again, as data=..., {key}=..."
+            )
     return found
 
 
@@ -193,12 +222,21 @@ def of_frame(
     held_out = None if test is None else named_table(test, "test")
     name = target or found_target(rows[0])
     numbers = name in rows[0].columns and rows[0][name].dtype.kind == "f"
+    if numbers and loss is None and bool((rows[0][name].dropna() % 1 == 0).all()):
+        raise DataError(
+            f"the column {name!r} holds whole numbers as {rows[0][name].dtype}, which does not "
+            "tell whether they are classes: say loss='squared_error' if they are numbers to "
+            "predict, else convert them to int64"
+        )
     task = (
         "regression" if loss == "squared_error" or (loss is None and numbers) else "classification"
     )
-    return of_frames(
+    found = of_frames(
         rows, held_out, label=name, client=client, task=task, metrics=metrics, **options
     )
+    kind = "numbers" if numbers else "classes"
+    source = "said" if loss else f"guessed from the column {name!r}: {kind}"
+    return replace(found, info=found.info | {"loss_from": source})
 
 
 def is_columns(found: object) -> bool:
@@ -306,21 +344,12 @@ def named_classes(data: Any, target: str | None) -> dict[str, object]:
     return {"classes": [str(known) for known in names]} if names else {}
 
 
-def usual_loss(table: Samples) -> str:
-    """Name the loss that fits a target."""
-    if table.target.is_floating_point():
-        return "squared_error"
-    return "next_token" if table.target.dim() == 2 and TOKENS in table.inputs else "cross_entropy"
-
-
 def classes_of(tables: Sequence[Samples], loss: str) -> int | None:
     """Count the outputs that the targets need; None where they do not tell."""
-    if loss in {"squared_error", "logistic"}:
+    if loss in {"squared_error", "logistic", "multi_label"}:
         return max(1, tables[0].target[0].numel())
-    if any(t.target.is_floating_point() for t in tables):
-        return None  # the form says what is wrong
-    if loss == "next_token":
-        return None
+    if loss == "next_token" or any(t.target.is_floating_point() for t in tables):
+        return None  # of the latter the form says what is wrong
     return max(2, 1 + max(int(t.target.max()) for t in tables))
 
 
@@ -328,13 +357,14 @@ def joined(tables: Sequence[Samples], names: Sequence[str]) -> Samples:
     """Put tables under one another.
 
     Raises:
-        DataError: If they have other inputs, or inputs of other shapes.
+        DataError: If they have other inputs, or inputs or targets of other shapes.
     """
-    forms = [{n: tuple(t.shape[1:]) for n, t in table.inputs.items()} for table in tables]
+    whole = [table.inputs | {"target": table.target} for table in tables]
+    forms = [{n: tuple(t.shape[1:]) for n, t in table.items()} for table in whole]
     for form, name in zip(forms, names, strict=True):
         if form != forms[0]:
             raise DataError(
-                f"{name}: the inputs are {form}; {forms[0]}, as of client 0, are wanted"
+                f"{name}: inputs and target are {form}; {forms[0]}, as of client 0, are wanted"
             )
     return Samples.join(tables)
 

@@ -18,6 +18,7 @@ from fedraclora.data.fit import METRICS, Form, found_shape, scale_of_bytes
 from fedraclora.data.partition import LOOKED_AT, spread_clients
 from fedraclora.data.samples import Samples
 from fedraclora.data.sources import counted, read_own, read_table, source_label
+from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.rng import generator
@@ -266,10 +267,11 @@ def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
 def _completed(form: Form, tables: Sequence[Samples]) -> Form:
     """Read from samples what is not said of them."""
     first, classes = tables[0], form.classes
-    if classes is None and form.loss in {"squared_error", "logistic"}:
+    if classes is None and form.loss in {"squared_error", "logistic", "multi_label"}:
         classes = first.target[0].numel()
     elif classes is None and not first.target.is_floating_point():
-        seen = torch.cat([table.target for table in tables]).unique()
+        seen = torch.cat([table.target.unique() for table in tables]).unique()
+        seen = seen[seen != IGNORED_TOKEN]
         classes = max(2, 1 + int(seen.max()))
         if 2 * len(seen) < classes:
             raise DataError(

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedraclora.data.samples import ClientData, Samples
-from fedraclora.errors import unknown
+from fedraclora.errors import ConfigError, unknown
 from fedraclora.imports import import_function
 
 # (output, target) -> (loss summed over the parts of each sample [N], number of parts [N])
 LossFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-IGNORED_TOKEN = -100  # target of a token that has no loss, as in torch's cross_entropy
+IGNORED_TOKEN = -100  # target of a token or pixel that has no loss, as in torch's cross_entropy
 
 
 def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,20 +43,42 @@ def logistic(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, 
     return loss, torch.ones(target.shape[0], dtype=torch.int64, device=target.device)
 
 
+def multi_label(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logistic loss of every output: scores [N, C] (or [N]) against 0 and 1 [N, C].
+
+    The parts of a sample are its outputs, so that a mean is that of torch's
+    ``binary_cross_entropy_with_logits``.
+    """
+    scores = output.reshape(target.shape)
+    loss = F.binary_cross_entropy_with_logits(scores, target.to(scores.dtype), reduction="none")
+    parts = torch.full_like(target[:, 0], target.shape[1], dtype=torch.int64)
+    return loss.sum(dim=1), parts
+
+
 def next_token(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of the next token: logits [N, T, V], tokens [N, T] (-100 has no loss)."""
-    logits, next_tokens = output[:, :-1], target[:, 1:]
-    loss = F.cross_entropy(
-        logits.transpose(1, 2), next_tokens, reduction="none", ignore_index=IGNORED_TOKEN
-    )
-    return loss.sum(dim=1), (next_tokens != IGNORED_TOKEN).sum(dim=1)
+    return token_classes(output[:, :-1], target[:, 1:])
+
+
+def token_classes(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of each token's own class: logits [N, L, C], classes [N, L] (-100: no loss)."""
+    return pixel_classes(output.transpose(1, 2), target)
+
+
+def pixel_classes(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of every pixel: logits [N, C, H, W], classes [N, H, W] (-100 has no loss)."""
+    loss = F.cross_entropy(output, target, reduction="none", ignore_index=IGNORED_TOKEN)
+    return loss.flatten(1).sum(dim=1), (target != IGNORED_TOKEN).flatten(1).sum(dim=1)
 
 
 LOSSES: dict[str, LossFunction] = {
     "cross_entropy": cross_entropy,
     "squared_error": squared_error,
     "logistic": logistic,
+    "multi_label": multi_label,
     "next_token": next_token,
+    "token_classes": token_classes,
+    "pixel_classes": pixel_classes,
 }
 
 
@@ -67,11 +89,29 @@ def loss_function(name: str) -> LossFunction:
         ConfigError: If there is none.
     """
     if ":" in name:
-        found: LossFunction = import_function("data.loss", name)
-        return found
+        return _checked(name, import_function("data.loss", name))
     if name not in LOSSES:
         raise unknown("loss", name, LOSSES)
     return LOSSES[name]
+
+
+def _checked(name: str, function: Callable[..., object]) -> LossFunction:
+    """Check what a loss of another package gives, each time: its error would blame the model."""
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found: Any = function(output, target)
+        pair = found if isinstance(found, tuple | list) else (found,)
+        shapes = [tuple(each.shape) for each in pair if isinstance(each, torch.Tensor)]
+        if len(pair) != 2 or shapes != [(len(target),)] * 2:
+            came = f"tensors of shape {', '.join(map(str, shapes))}" if shapes else "no tensor"
+            raise ConfigError(
+                f"data.loss={name} gives {came} for {len(target)} samples; two tensors of shape "
+                f"({len(target)},) are wanted: the loss of each sample, summed over its parts, and "
+                "how many parts it has (ones, where a sample is one)"
+            )
+        return pair[0], pair[1]
+
+    return loss
 
 
 # The same with the slope of each loss at the output, for those who do without autograd.

@@ -39,9 +39,12 @@ def evaluate(
     """Measure a model at the given weights, in evaluation mode and without gradients.
 
     Accuracy, Matthews' coefficient and F1 read classes: the greatest of the logits [N, C], a
-    logistic score above 0, or the next token (positions with target -100 do not count). F1 is
-    that of class 1 for two classes, else the unweighted mean over classes. Pearson's and
+    logistic score above 0, or that of each token or pixel (those with target -100 do not count).
+    F1 is that of class 1 for two classes, else the unweighted mean over classes. Pearson's and
     Spearman's coefficients read numbers [N] or [N, 1]; where a side is constant they are NaN.
+    For ``multi_label`` an output says yes above 0: ``f1_micro`` is over all of them together,
+    ``f1_macro`` and ``auc`` are means over outputs (``auc``: over those that have both answers).
+    ``mean_iou`` is the mean over the classes that occur or were predicted.
 
     Args:
         model: The network. Its buffers, and parameters that ``weights`` does not name, are used
@@ -53,8 +56,9 @@ def evaluate(
         batch_size: Samples per forward pass.
 
     Returns:
-        The metrics, in the order that was asked for. ``loss`` is the mean over samples, or over
-        tokens for ``next_token``; ``perplexity`` is its exponential.
+        The metrics, in the order that was asked for. ``loss`` is the mean over samples, over
+        tokens or pixels with a label, or over outputs for ``multi_label``; ``perplexity`` is its
+        exponential.
 
     Raises:
         ConfigError: If a metric or the loss does not exist, or do not go together.
@@ -187,21 +191,26 @@ def _count(
     # Sum of losses, number of parts, right classes, counted classes.
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"classes": [], "numbers": []}
+    confusion = torch.zeros(0, 0, dtype=torch.int64, device=device)
     classes = 0
     for stored in batches(samples, batch_size):
         for kind, output, target in _outputs(model, loss, stored.to(device)):
             if "loss" in needs:
                 losses, parts = loss_function(kind)(output, target)
                 sums[:2] += torch.stack([losses.double().sum(), parts.double().sum()])
-            if needs & {"correct", "classes"}:
+            if needs & {"correct", "classes", "confusion"}:
                 predicted, wanted, classes = _predict(kind, output, target)
                 counts = wanted != IGNORED_TOKEN
+                if "confusion" in needs:
+                    pairs = (wanted * classes + predicted)[counts]
+                    table = pairs.bincount(minlength=classes**2).reshape(classes, classes)
+                    confusion = table + confusion if len(confusion) else table
                 right = (predicted == wanted) & counts
                 sums[2:] += torch.stack([right.sum(), counts.sum()])
                 if "classes" in needs:
                     kept["classes"].append((predicted[counts], wanted[counts]))
             if "numbers" in needs:
-                kept["numbers"].append(_numbers(output, target))
+                kept["numbers"].append(_numbers(kind, output, target))
     total, parts_total, correct, counted = sums.tolist()
     return Tally(
         loss=total,
@@ -211,6 +220,7 @@ def _count(
         classes=classes,
         labels=_join(kept["classes"]),
         numbers=_join(kept["numbers"]),
+        confusion=confusion.cpu().numpy(),
     )
 
 
@@ -227,7 +237,7 @@ def _outputs(
 
 
 def _join(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> npt.NDArray[np.generic]:
-    """Concatenate pairs of vectors to an array [2, P]; [2, 0] where none were kept."""
+    """Concatenate pairs of tensors to an array [2, P, ...]; [2, 0] where none were kept."""
     joined: npt.NDArray[np.generic] = np.empty((2, 0))
     if pairs:
         joined = torch.cat([torch.stack(pair) for pair in pairs], dim=1).cpu().numpy()
@@ -240,17 +250,22 @@ def _predict(
     """Predicted classes [P], true classes [P] (`IGNORED_TOKEN`: none), number of classes."""
     if loss == "logistic":
         return (output.reshape(-1) > 0).long(), target.reshape(-1).long(), 2
-    predicted = output.argmax(dim=-1)
+    over = 1 if loss == "pixel_classes" else -1
+    predicted = output.argmax(dim=over)
     if loss == "next_token":
-        predicted, target = predicted[:, :-1].flatten(), target[:, 1:].flatten()
-    return predicted, target, output.shape[-1]
+        predicted, target = predicted[:, :-1], target[:, 1:]
+    return predicted.flatten(), target.flatten(), output.shape[over]
 
 
-def _numbers(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted numbers [N] and true numbers [N], float64."""
+def _numbers(
+    loss: str, output: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted numbers and true numbers, [N], of ``multi_label`` [N, C]; float64."""
+    if loss == "multi_label":
+        return output.reshape(target.shape).double(), target.double()
     if not output.numel() == target.numel() == target.shape[0]:
         raise ConfigError(
-            f"a correlation needs one number per sample; the output is {tuple(output.shape)} "
+            f"the metric needs one number per sample; the output is {tuple(output.shape)} "
             f"and the target {tuple(target.shape)}"
         )
     return output.reshape(-1).double(), target.reshape(-1).double()

@@ -79,6 +79,7 @@ def build_hf(
     try:
         with quiet():
             config = from_pretrained(AutoConfig, source, local, key, num_labels=classes)
+        config.problem_type = None  # of what it learnt before
         set_dropout(config, dropout)
         cut_layers(config, layers)
         if config.pad_token_id is None:

@@ -25,6 +25,8 @@ from fedraclora.lowrank.layers import is_batch_norm
 from fedraclora.models.dropout import refuse_functions
 from fedraclora.tree import Tree
 
+# The axis of the classes in the outputs of a sample; the others are those of its target.
+CLASS_AXIS = {"cross_entropy": 0, "next_token": -1, "token_classes": -1, "pixel_classes": 0}
 CLOSE = 1e-3  # relative: rounding differs by batch, statistics of a batch differ by far more
 MOVED = 0.01  # of the weights
 DRAWS = 16  # passes of a model that draws numbers in training mode
@@ -276,19 +278,19 @@ def nothing_drawn() -> Iterator[None]:
 
 
 def refuse_outputs(model: nn.Module, samples: Samples, classes: int, loss: str) -> None:
-    """Reject a model whose outputs are too few for the targets, before an index or a shape fails.
+    """Reject a model whose outputs do not fit the targets, before an index or a shape fails.
 
     Args:
         model: Not modified.
         samples: One or more.
-        classes: Number of classes of the targets, where the loss is ``cross_entropy``.
-        loss: A key of `fedraclora.data.task.LOSSES`; others than the two that are known here pass.
+        classes: Number of classes of the targets, where the loss is one of classes.
+        loss: A key of `fedraclora.data.task.LOSSES`; others pass.
 
     Raises:
         DataError: Saying what the model gives, what the targets are and what to do.
         ModelError: If it cannot be called.
     """
-    first = samples.take(torch.tensor([0]))
+    first = samples.take(torch.zeros(1, dtype=torch.int64, device=samples.target.device))
     with nothing_drawn(), torch.no_grad():
         output = output_of(copy.deepcopy(model).eval(), first.inputs)
     if loss == "cross_entropy" and output.dim() == 2 and output.shape[1] < classes:
@@ -296,11 +298,23 @@ def refuse_outputs(model: nn.Module, samples: Samples, classes: int, loss: str) 
             f"the model gives {output.shape[1]} outputs for a sample, but the targets go up to "
             f"class {classes - 1}, which takes {classes} outputs: number the classes from 0, or "
             "give the model an output for each; if the targets are numbers to predict, set the "
-            "loss to squared_error"
+            "loss to squared_error; of one score for classes 0 and 1, to logistic"
         )
-    if loss == "squared_error" and output.numel() != first.target.numel():
+    numbers = loss in {"squared_error", "multi_label", "logistic"}
+    if numbers and output.numel() != first.target.numel():
         raise DataError(
-            f"the model gives {output.numel()} numbers for a sample, but its target has "
-            f"{first.target.numel()}. The targets are fractions, so that the loss is "
-            "squared_error: if they are classes, give them as whole numbers"
+            f"the model gives {output.numel()} numbers for a sample, but with the loss {loss} its "
+            f"target has {first.target.numel()}: give the model as many outputs; if the targets "
+            "are classes, give them as whole numbers, with the loss cross_entropy"
         )
+    if loss in CLASS_AXIS:
+        given, of = [*output.shape[1:]], [*first.target.shape[1:]]
+        place = 0 if CLASS_AXIS[loss] == 0 else len(of)
+        wanted = [*of[:place], classes, *of[place:]]
+        fits = len(given) == len(wanted) and given[place] >= classes
+        if not fits or [*given[:place], *given[place + 1 :]] != of:
+            raise DataError(
+                f"the model gives an output of shape {tuple(given)} for a sample; with the loss "
+                f"{loss} and a target of shape {tuple(of)} it is {tuple(wanted)}, of which the "
+                f"{classes} are classes and may be more: take the loss or the model that fits"
+            )

@@ -170,7 +170,7 @@ def _explained(clients: str, advice: str) -> Iterator[None]:
             raise ConfigError(f"memory runs out with {clients} ({error}); {advice}") from error
         raise ModelError(
             f"{failure_of(error, 'the first training step of a client')}. Check that the model "
-            "takes inputs of the data's shape, and gives as many outputs as there are classes"
+            "takes inputs of the data's shape, and gives what its loss takes (docs/data.md)"
         ) from error
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from fedraclora.data.leak import refuse_shared
 from fedraclora.data.own import own_samples
 from fedraclora.data.samples import Samples
 from fedraclora.data.sources import read_own
+from fedraclora.data.task import loss_function
 from fedraclora.errors import ConfigError, DataError
 from strategies import METHODS
 
@@ -271,3 +274,38 @@ def test_labels_with_a_gap_ask_how_many_classes_there_are(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"the labels are \[0, 1, 7\], and most between 0 and 7"):
         own_samples(clients=3, samples=str(tmp_path))
     assert own_samples(clients=3, samples=str(tmp_path), classes=8).classes == 8
+
+
+def test_files_may_hold_a_class_for_each_token_or_yes_and_no_for_every_output(
+    tmp_path: Path,
+) -> None:
+    for client in range(2):
+        tags = DRAW.integers(0, 4, (9, 5))
+        tags[:, 3:], tags[0, 0] = -100, 3
+        ids = DRAW.integers(0, 20, (9, 5))
+        np.savez(tmp_path / f"{client}.npz", input_ids=ids, target=tags)
+    data = own_samples(clients=2, samples=str(tmp_path), loss="token_classes")
+    assert (data.classes, data.metrics) == (4, ("accuracy", "f1", "loss"))
+    for client in range(2):
+        np.savez(
+            tmp_path / f"{client}.npz", x=DRAW.normal(size=(9, 4)), target=DRAW.random((9, 3)) > 0.5
+        )
+    data = own_samples(clients=2, samples=str(tmp_path), loss="multi_label")
+    assert (data.classes, data.test.target.dtype) == (3, torch.float32)
+    with pytest.raises(DataError, match=r"multi_label"):  # the loss of the config is for classes
+        own_samples(clients=2, samples=str(tmp_path))
+
+
+def test_a_loss_of_another_package_is_told_what_it_is_to_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = ModuleType("losses_of_mine")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    output, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    each = torch.nn.functional.cross_entropy(output, target, reduction="none")
+    for given, came in ((each.mean(), r"\(\)"), (each, r"\(5,\)"), (3, "no tensor")):
+        monkeypatch.setattr(module, "mine", lambda *_, given=given: given, raising=False)
+        with pytest.raises(ConfigError, match=rf"losses_of_mine:mine gives .*{came}.*two tensors"):
+            loss_function("losses_of_mine:mine")(output, target)
+    monkeypatch.setattr(module, "mine", lambda *_: (each, torch.ones(5)))
+    assert loss_function("losses_of_mine:mine")(output, target)[0] is each

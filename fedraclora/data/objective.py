@@ -1,0 +1,159 @@
+"""Which loss is meant: what is said, else what the model says, else what the targets leave open.
+
+What could mean several things is refused with the choices named: a wrong loss trains without a
+word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from fedraclora.data.fit import is_binary
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import LOSSES
+from fedraclora.errors import ConfigError, DataError
+
+TOKENS = "input_ids"
+OF_SAMPLES = ("cross_entropy", "squared_error", "multi_label", "logistic")
+# How classes of transformers are called, and the losses that their own `forward` takes labels for.
+CLASSES = {
+    r"For\w*CausalLM|LMHead\w*Model": ("next_token",),
+    r"For(Token|AudioFrame)Classification|ForMaskedLM": ("token_classes",),
+    r"ForSemanticSegmentation": ("pixel_classes",),
+    r"For(Sequence|Image|Video|Audio)Classification": OF_SAMPLES,
+    r"ForMultipleChoice|ForNextSentencePrediction": ("cross_entropy",),
+}
+PROBLEMS = {  # `problem_type` of their configurations
+    "single_label_classification": ("cross_entropy",),
+    "multi_label_classification": ("multi_label", "logistic"),
+    "regression": ("squared_error",),
+}
+NAMED = {"causal_lm": ("next_token",), "gpt": ("next_token",)}  # choices of model=
+MEANINGS = {
+    "cross_entropy": "one class a sample",
+    "squared_error": "numbers to predict",
+    "logistic": "one score a sample, for yes or no",
+    "multi_label": "yes or no for every output",
+    "next_token": "each token is to be told from those before it",
+    "token_classes": "each token has a class of its own",
+    "pixel_classes": "each pixel has a class of its own",
+}
+
+
+def check_names(loss: object, metrics: object) -> tuple[str, ...] | None:
+    """Check what a program names as its loss and its metrics; give the metrics as a tuple.
+
+    Raises:
+        ConfigError: If they are no names, with the losses that there are.
+    """
+    if loss is not None and not isinstance(loss, str):
+        what = getattr(loss, "__name__", None) or type(loss).__name__
+        raise ConfigError(
+            f"loss is {what!r}, of type {type(loss).__name__}; the name of a loss is wanted: "
+            f"{choices(LOSSES)}"
+        )
+    if isinstance(metrics, str):
+        return (metrics,)
+    listed = isinstance(metrics, Sequence) and all(isinstance(name, str) for name in metrics)
+    if metrics is not None and not (listed and metrics):
+        raise ConfigError(
+            f"metrics is {metrics!r}; a list of names of metrics is wanted, the headline first, as "
+            "in ['accuracy', 'loss']"
+        )
+    return None if metrics is None else tuple(metrics)  # type: ignore[arg-type]
+
+
+def choices(losses: Iterable[str]) -> str:
+    """Name losses with what each of them takes targets for."""
+    return ", ".join(f"{name} ({MEANINGS[name]})" for name in losses)
+
+
+def told_by(model: object) -> tuple[tuple[str, ...], str]:
+    """Read off a model which losses it is made for, and what says so; nothing of most models.
+
+    Args:
+        model: A module, or the name of a choice of ``model=``.
+    """
+    if not isinstance(model, nn.Module):
+        return NAMED.get(str(model), ()), f"model={model}"
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    for kind in type(model).__mro__:
+        for pattern, losses in CLASSES.items():
+            if config is not None and re.search(pattern, kind.__name__):
+                if losses is OF_SAMPLES and problem in PROBLEMS:
+                    return PROBLEMS[problem], f"problem_type={problem} of the model's config"
+                return losses, f"the model's class, {kind.__name__}"
+    return (), ""
+
+
+def objective_of(said: str | None, tables: Sequence[Samples], model: object) -> tuple[str, str]:
+    """Find the loss of samples, and say where it comes from.
+
+    Args:
+        said: The name that the caller gave, or None.
+        tables: Samples as they came, of one kind.
+        model: As for `told_by`.
+
+    Returns:
+        A loss, and its source in words.
+
+    Raises:
+        DataError: If the targets could mean several things, with the choices.
+    """
+    if said is not None:
+        return said, "said"
+    told, source = told_by(model)
+    if told and told is not OF_SAMPLES:
+        return told[0], f"guessed from {source}"
+    targets = [table.target for table in tables]
+    first = targets[0]
+    flat, binary = first[0].numel() == 1, all(map(is_binary, targets))
+    came = f"{first.dtype} of shape {tuple(first.shape)}".removeprefix("torch.")
+    if not any(target.is_floating_point() for target in targets):
+        if flat:
+            return "cross_entropy", "guessed from the targets: a whole number for each sample"
+        axes, tokens = first.dim(), TOKENS in tables[0].inputs
+        meant = ["token_classes"] * (axes == 2) + ["pixel_classes"] * (axes == 3)
+        meant += ["next_token"] * (axes == 2 and tokens) + ["multi_label"] * binary
+    elif binary:
+        came = f"{came}, all 0 or 1"
+        meant = ["logistic"] * flat + ["multi_label"]
+    elif all(bool((target == target.round()).all()) for target in targets):
+        came, meant = f"{came}, all whole numbers", []
+    else:
+        return "squared_error", "guessed from the targets: fractions"
+    classes = "of one-hot rows target.argmax(1) is one class a sample"
+    if flat:
+        classes = "if they are classes, give them as whole numbers (int64)"
+    raise DataError(
+        f"the targets are {came}, which does not tell what is to be learnt: say loss=..., one of "
+        f"{choices([*meant, 'squared_error'])}; {classes}"
+    )
+
+
+def refuse_contradiction(model: nn.Module, loss: str) -> str | None:
+    """Hold a loss against what the model says of itself.
+
+    The problem type travels with an export, and other libraries read it, so that it is to be right;
+    what a class is made for is only said, since labels may have been shifted already, say.
+
+    Returns:
+        A sentence, or None where nothing contradicts.
+
+    Raises:
+        ConfigError: If the configuration of the model names another problem type.
+    """
+    told, source = told_by(model)
+    if not told or ":" in loss or loss in told:
+        return None
+    if source.startswith("problem_type"):
+        right = next((name for name, losses in PROBLEMS.items() if loss in losses), None)
+        raise ConfigError(
+            f"the loss is {loss}, but {source} stands for {' or '.join(told)}: leave the loss out, "
+            f"or set model.config.problem_type to {right!r} first"
+        )
+    return f"the loss is {loss}, but {source}, is made for {' or '.join(told)}"
