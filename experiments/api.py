@@ -18,6 +18,7 @@ from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.imports import refuse_run
 from fedraclora.run.folder import has_begun
 from strategies import METHODS
 from strategies.outcome import finished
@@ -117,6 +118,7 @@ def simulate(
         >>> tuple(run.model()(x).shape)
         (60, 2)
     """
+    refuse_run()
     if not isinstance(resume, bool):
         raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
     beside = {"test": test, "client": client, "target": target, "loss": loss, "metrics": metrics}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +17,7 @@ from fedraclora.run.ledger import headline, number, round_seconds
 
 AVERAGED = 20  # rounds, for the time that is left
 LEAST_BAR = 4  # characters
+QUIET = 30.0  # seconds without news, after which a line says so; then after twice as many each time
 
 
 class RunProgress:
@@ -40,26 +43,49 @@ class RunProgress:
             expand=True,
         )
         self.task = self.bar.add_task("", total=rounds, text=label)
+        self._news, self._doing = time.monotonic(), "starting"
+        self._ended = threading.Event()
 
     def __enter__(self) -> RunProgress:
         """Start drawing."""
         self.bar.start()
+        if self.shown:
+            threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop drawing, whatever happened."""
+        self._ended.set()
         self.bar.stop()
 
     def say(self, text: str) -> None:
         """Write a line, above the bar if there is one."""
+        self._news = time.monotonic()
+        self._write(text)
+
+    def _write(self, text: str) -> None:
         if self.shown:
             self.console.print(text, soft_wrap=True)
+
+    def _break_silence(self) -> None:
+        """Say what is done and for how long, as long as there is no other news."""
+        due = QUIET
+        while not self._ended.wait(QUIET / 10):
+            quiet = time.monotonic() - self._news
+            if quiet < QUIET:
+                due = QUIET
+            elif quiet >= due:
+                self._write(f"still {self._doing}, {duration(quiet)} without news")
+                due *= 2
 
     def show(self, row: Mapping[str, object]) -> None:
         """Show a new ledger row."""
         if seconds := round_seconds(row):
             self._recent.append(seconds)
         round_, left = number(row, "round"), self._left(row)
+        self._news = time.monotonic()
+        last = round_ == self.rounds
+        self._doing = "closing" if last else f"in round {round_ + 1:.0f} of {self.rounds}"
         measured = metric_of(row)
         self._metric = measured or self._metric
         up, down = number(row, "uplink_total"), number(row, "downlink_total")

@@ -9,11 +9,46 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+
+_BRINGS_IN: ContextVar[str | None] = ContextVar("_BRINGS_IN", default=None)
+GUARD = 'if __name__ == "__main__":'
+
+
+@contextmanager
+def importing(what: str) -> Iterator[None]:
+    """Let no run start inside (`refuse_run`), where modules of other people's are imported.
+
+    A script that starts a run and is named in its config is imported by the run, and by each of
+    its workers: it would start another run there, and so on, and wait for workers without end.
+
+    Args:
+        what: What imports them, for the message.
+    """
+    token = _BRINGS_IN.set(what)
+    try:
+        yield
+    finally:
+        _BRINGS_IN.reset(token)
+
+
+def refuse_run() -> None:
+    """Reject a run that a module starts while another run imports it.
+
+    Raises:
+        ConfigError: If this is so.
+    """
+    if (what := _BRINGS_IN.get()) is not None:
+        raise ConfigError(
+            f"{what} imports the module that starts this run, and another run would start in it: "
+            f"put the call of fedraclora.simulate below `{GUARD}`"
+        )
 
 
 def is_function(name: str) -> bool:
@@ -42,7 +77,10 @@ def import_function(key: str, name: str) -> Any:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # last: a file here hides no package
     try:
-        imported = importlib.import_module(module)
+        with importing(f"{key}={name}"):
+            imported = importlib.import_module(module)
+    except FedRacLoraError:
+        raise
     except ImportError as error:
         raise ConfigError(
             f"{key} is {name!r}, which cannot be imported here ({error}): the module must lie in "
@@ -53,9 +91,10 @@ def import_function(key: str, name: str) -> Any:
     found = getattr(imported, attribute, None)
     if found is None:
         origin = getattr(imported, "__file__", None) or "built into Python"
+        advice = ": __main__ is another program in each process; name the file instead"
         raise ConfigError(
             f"{key} is {name!r}, which cannot be imported here: the module {module} ({origin}) "
-            f"has no {attribute}"
+            f"has no {attribute}{advice * (module == '__main__')}"
         )
     if not callable(found):
         raise ConfigError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedraclora.errors import ConfigError
+from fedraclora.imports import importing
 
 NAME = "object"  # what a group is called that stands for one
 _LENT: dict[str, Any] = {}
@@ -66,4 +67,5 @@ def read(folder: Path) -> None:
     if path.is_file():
         import cloudpickle
 
-        _LENT.update(cloudpickle.loads(path.read_bytes()))
+        with importing("a client process"):
+            _LENT.update(cloudpickle.loads(path.read_bytes()))

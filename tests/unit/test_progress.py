@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,25 @@ def test_a_run_that_is_resumed_is_timed_by_its_own_rounds(
     with RunProgress(100, shown=True, label="fedavg") as bar:
         bar.show(row(91, seconds=5.0))
     assert capsys.readouterr().err.endswith(", 45 s left\n")
+
+
+def test_a_run_that_has_no_news_says_what_it_is_at(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "QUIET", 0.01)
+
+    def said(what: str) -> bool:
+        return what in capsys.readouterr().err or bool(time.sleep(0.01))
+
+    with RunProgress(3, shown=True, label="fedavg") as bar:
+        while not said("still starting, "):
+            pass
+        bar.show(row(1))
+        while not said("still in round 2 of 3, "):
+            pass
+        bar.show(row(3))
+        while not said("still closing, "):
+            pass
 
 
 def test_nothing_is_shown_that_is_not_to_be(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -190,6 +193,27 @@ def test_what_is_no_address_is_refused(address: str) -> None:
 def test_an_address_where_nobody_listens_is_named() -> None:
     with pytest.raises(EngineError, match=r"there is no Ray cluster at 127.0.0.1:1 "):
         check_address("127.0.0.1:1")
+
+
+@pytest.mark.parametrize("word", [b"", b"HTTP/1.1 400 Bad Request"])
+def test_what_listens_and_is_no_cluster_is_named(
+    word: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer() -> None:
+        link, _ = listener.accept()
+        with link, suppress(ConnectionError):
+            link.sendall(word)
+            while link.recv(100):  # and never another word
+                pass
+
+    monkeypatch.setattr("fedraclora.engines.ray.cluster.PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = Thread(target=answer)
+        thread.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(EngineError, match=f"there is no Ray cluster at {address}"):
+            check_address(address)
+        thread.join()
 
 
 def test_workers_import_the_code_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

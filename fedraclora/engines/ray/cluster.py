@@ -19,6 +19,11 @@ from fedraclora.errors import ConfigError, EngineError
 
 # The top of this checkout: workers import the code that the driver runs.
 CODE = str(Path(__file__).resolve().parents[3])
+# What opens a connection of HTTP/2, and the type of the frame by which a server answers it. Ray
+# waits for ever where something listens that does not.
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+SETTINGS = b"\x04"
+PATIENCE = 10.0  # seconds in which an address must answer
 
 
 class Cluster:
@@ -102,7 +107,7 @@ class Cluster:
 
 
 def check_address(address: str) -> None:
-    """Reject an address where nobody listens: Ray would end this process without an error.
+    """Reject an address where no cluster is: Ray would end this process, or wait without end.
 
     Raises:
         ConfigError: If it is no address of a cluster's head.
@@ -117,7 +122,11 @@ def check_address(address: str) -> None:
             "cluster's head, is wanted"
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        with socket.create_connection((host.strip("[]"), int(port)), PATIENCE) as link:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in {"0", "false"}:
+                link.sendall(HTTP2)
+                if link.recv(9)[3:4] != SETTINGS:  # nothing, or another protocol
+                    raise ConnectionError("what listens there is none")
     except OSError as error:
         raise EngineError(
             f"there is no Ray cluster at {address} ({error}); start one (ray start --head), or "

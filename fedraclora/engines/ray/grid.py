@@ -17,6 +17,7 @@ from fedraclora.engines.local import LocalGrid, error_of, failed
 from fedraclora.engines.ray.cluster import Cluster, worker_environment
 from fedraclora.engines.ray.pool import Pool, Seat
 from fedraclora.errors import ConfigError
+from fedraclora.imports import importing
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
 from fedraclora.weights.replica import Replica
@@ -66,7 +67,8 @@ class Resident:
     """The process of a worker: model, data and base weights stay from round to round."""
 
     def __init__(self, build: Callable[[Any], Site], parts: list[Any]) -> None:
-        self.site = build(ray.get(parts[0]))
+        with importing("a Ray worker"):
+            self.site = build(ray.get(parts[0]))
         self._shared: tuple[str, dict[str, Any]] = ("", {})
 
     def facts(self) -> dict[str, str]:
