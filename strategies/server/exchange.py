@@ -47,7 +47,8 @@ class Exchange:
         received: Bytes of the numbers that clients sent, those of refused clients included.
         chunks: The messages that were sent, each with its clients.
         before: The exchange before this one in the same round.
-        mean_loss: Mean training loss over the clients whose replies are used.
+        mean_loss: Mean training loss over the clients whose replies are used, with their
+            aggregation weights.
         steps: Local steps of these clients.
         timeline: The exchange on the virtual clock, or None.
         clip: The greatest norm of an update that clients are to send; None: any.
@@ -174,7 +175,7 @@ class Exchange:
             keep = ~torch.isin(clients, torch.tensor([r.client for r in refused]))
             clients, numbers, places = clients[keep], numbers[keep], places[keep]
             weights = weights[keep]
-        self._measure(clients)
+        self._measure(clients, weights)
         return Uplinks(
             clients,
             weights,
@@ -206,8 +207,8 @@ class Exchange:
         came = torch.searchsorted(self.cohort.clients, who)
         self.received = int(uploaded_bytes(self.downlink, len(self.cohort), up)[came].sum())
 
-    def _measure(self, clients: torch.Tensor) -> None:
-        """Compute the figures of the clients whose replies are used."""
+    def _measure(self, clients: torch.Tensor, weights: torch.Tensor) -> None:
+        """Compute the figures of the clients whose replies are used; weights: theirs."""
         came = self._joined("clients")
         used = None if len(clients) == len(came) else torch.isin(came, clients)
 
@@ -215,7 +216,8 @@ class Exchange:
             joined = self._joined(name)
             return joined if used is None else joined[used]
 
-        self.mean_loss, self.steps = float(of("losses").mean()), int(of("steps").sum())
+        self.mean_loss = float(of("losses").to(weights.dtype) @ weights / weights.sum())
+        self.steps = int(of("steps").sum())
         if self.loop.uplink != FULL:
             self.rounding = float(of("rounding").mean())
 
@@ -316,7 +318,7 @@ class Exchange:
         if failed > self.loop.allowed(len(self.first.cohort)) or len(got.clients) == 1:
             raise too_many(self.all_failures, self.round_, self.loop.rule)
         kept = got.clients != client
-        self._measure(got.clients[kept])
+        self._measure(got.clients[kept], got.weights[kept])
         return replace(
             got,
             clients=got.clients[kept],
