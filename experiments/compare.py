@@ -34,6 +34,7 @@ from fedraclora.plots.comparison import compare_figure
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import Row, column, known_mean, number, round_seconds
 from fedraclora.run.stopped import stop_reason
+from fedraclora.wire.fields import printable
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
 _TASK = ("data.", "model.", "pretrain.")
@@ -75,7 +76,7 @@ def compare(
     table = replace(Table.of(shown, notes), records=records, texts=2)
     out.mkdir(parents=True, exist_ok=True)
     table.write(out, "table")
-    ledgers = {group.title: [run.rows for run in group.runs] for group, _ in ranked}
+    ledgers = {printable(group.title): [run.rows for run in group.runs] for group, _ in ranked}
     compare_figure(ledgers, metric, out / "compare.png")
     return table
 
@@ -99,7 +100,8 @@ def _read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     runs, notes = [], []
     folders, without = find_runs(paths)
     if without:  # no note: a table says the same, whether its own folder was named or not
-        print(f"passed over, as there is no run in it: {', '.join(map(str, without))}")
+        named = printable(", ".join(map(str, without)))
+        print(f"passed over, as there is no run in it: {named}")
     for folder in folders:
         try:
             runs.append(read_run(folder))
@@ -174,6 +176,7 @@ def _record(group: Group, wanted: Wanted) -> dict[str, object]:
     whole = all(math.isfinite(value) for value in finals)
     found = [_figures(run, wanted) for run in group.runs]
     means = {key: _mean([figures[key] for figures in found]) for key in found[0]}
+    means["within_traffic"] = sum(figures["within_traffic"] for figures in found)
     record: dict[str, object] = {
         "rank": math.nan,
         "label": group.label,
@@ -213,7 +216,9 @@ def _moved(row: Row) -> float:
 def _figures(run: Run, wanted: Wanted) -> dict[str, float]:
     """The numbers of one run; NaN where it has none."""
     metric, target = wanted.metric, wanted.target
-    within = [row for row in run.evaluated if _moved(row) <= wanted.budget]
+    # Of the weights before round 1 nobody has learnt anything yet.
+    trained = [row for row in run.evaluated if number(row, "round") > 0]
+    within = [row for row in trained if _moved(row) <= wanted.budget]
     last, clients = run.rows[-1], np.nansum(column(run.rows, "cohort"))
     sent, fetched = (number(last, f"{way}_total") / MEGABYTE for way in ("uplink", "downlink"))
     errors = column(run.rows, "report", "aggregation_error")
@@ -228,6 +233,7 @@ def _figures(run: Run, wanted: Wanted) -> dict[str, float]:
         "downlink_mb": fetched,
         "traffic_mb": sent + fetched,
         "metric_at_traffic": number(within[-1] if within else {}, "metrics", metric),
+        "within_traffic": float(bool(within)),
         "uplink_floats": number(run.summary, "uplink_floats"),
     }
     if target is not None:
@@ -245,8 +251,13 @@ def _figures(run: Run, wanted: Wanted) -> dict[str, float]:
         **{key: known_mean(run.rows, key) for key in ROUNDING.values()},
         "virtual_seconds": number(last, "virtual_seconds"),
         "dropped_per_round": _mean(dropped),
-        "seconds": math.fsum(round_seconds(row) for row in run.rows),
+        "round_seconds": math.fsum(round_seconds(row) for row in run.rows),
     }
+
+
+def _of(there: object, runs: int) -> str:
+    """Say how many runs have a figure, where not all have."""
+    return "" if there == runs else f" ({there} of {runs} runs)"
 
 
 def _shown(
@@ -287,7 +298,7 @@ def _shown(
     }
     if (target := wanted.target) is not None:
         there = record["target_reached"]
-        missed = "" if there == runs else f" ({there} of {runs} runs)"
+        missed = _of(there, runs)
         keys = {
             "rounds": "rounds",
             "MB up": "uplink_mb",
@@ -299,7 +310,11 @@ def _shown(
                 reached = text(f"target_{key}") + missed if there else "not reached"
                 shown[f"{title} to {target:g}"] = reached
     shown["MB down per client and round"] = text("downlink_mb_per_client_round")
-    shown[f"{wanted.metric} at {wanted.budget:.4g} MB both ways"] = text("metric_at_traffic")
+    within = int(number(record, "within_traffic"))
+    at_budget = (
+        text("metric_at_traffic") + _of(within, runs) if within else "before its first evaluation"
+    )
+    shown[f"{wanted.metric} at {wanted.budget:.4g} MB both ways"] = at_budget
     for over in ("last", "mean"):
         if (key := f"aggregation_error_{over}") in measured:
             error = shown_error(bool(record["exact"]), number(record, key))
@@ -310,7 +325,7 @@ def _shown(
         "dropped per round": "dropped_per_round",
     }
     shown |= {title: text(key) for title, key in optional.items() if key in measured}
-    return shown | {"seconds": text("seconds")}
+    return shown | {"seconds of rounds": text("round_seconds")}
 
 
 @reported

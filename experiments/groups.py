@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.reports import Run
 from fedraclora.errors import ConfigError, unknown
 
 _NAME = "method.name"
 _ABSENT = "absent"
+_LONGEST = 40  # characters of settings that make a label
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ def group_runs(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list
         runs: Runs; those that are unfinished have groups of their own.
         by: Config keys (in full, or their last part) that part the groups besides the method's
             name; none: all keys that differ, but seed and output.
-        notes: Takes a line for each group that pools different configs.
+        notes: Takes a line for each group that pools different configs, or has a folder's name.
 
     Returns:
-        The groups; their labels are the method's name and the keys that differ.
+        The groups; their labels are the method's name and the keys that differ, or, where that is
+        long, the name of the run's folder.
 
     Raises:
         ConfigError: If a key of ``by`` does not exist, or may mean several.
@@ -81,7 +83,24 @@ def group_runs(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list
         pooled = [key for key in whole if len(values(group.runs, key)) > 1]
         if pooled:
             notes.append(f"{group.label}: pools runs that differ in {', '.join(pooled)}")
-    return groups
+    return _named_by_folders(groups, notes)
+
+
+def _named_by_folders(groups: Sequence[Group], notes: list[str]) -> list[Group]:
+    """Give groups whose settings are too long for a label the name of their first run's folder."""
+    taken = {group.name for group in groups}
+    found = []
+    for group in groups:
+        if len(group.name) > _LONGEST:
+            parts = group.runs[0].folder.resolve().parts
+            more = f" and {len(group.runs) - 1} more" if len(group.runs) > 1 else ""
+            names = ["/".join(parts[-depth:]) + more for depth in range(1, len(parts) + 1)]
+            name = next((name for name in names if name not in taken), group.name)
+            taken.add(name)
+            notes.append(f"{name}: {group.name}")
+            group = replace(group, name=name)  # noqa: PLW2901
+        found.append(group)
+    return found
 
 
 def _resolve(key: str, runs: Sequence[Run]) -> str:

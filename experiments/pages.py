@@ -22,6 +22,7 @@ from pathlib import Path
 from experiments import RESULTS
 from experiments.bench.table import side_by_side, tables
 from experiments.methods_page import board, methods
+from experiments.study.entries import DEVIATION
 from experiments.tables import Cells, Table, read_table
 from fedraclora.errors import ConfigError
 from strategies.steps.conflicts import CONFLICTS
@@ -80,9 +81,7 @@ def _beside(file: str, column: str, names: list[str], results: Path) -> Cells:
     for name in names:
         title, _, folder = name.partition("=")
         rows = read_table(results / (folder or title) / file)
-        studies[title] = {
-            row["method"]: _chosen(row, [column])[_title(row, column)] for row in rows
-        }
+        studies[title] = {row["method"]: [*_chosen(row, [column]).values()][-1] for row in rows}
     methods = dict.fromkeys(method for values in studies.values() for method in values)
     return [
         {"method": method} | {title: values.get(method, "") for title, values in studies.items()}
@@ -97,8 +96,8 @@ def _chosen(row: Mapping[str, str], columns: list[str]) -> dict[str, str]:
     for column in columns:
         title = _title(row, column)
         after = titles[titles.index(title) + 1 :][:1]
-        spread = f" ± {row['std']}" if after == ["std"] and row["std"] != "nan" else ""
-        shown[title] = row[title] + spread
+        spread = f" ± {row['std']}" if after == ["std"] and row["std"] not in {"nan", "-"} else ""
+        shown[f"{title}, {DEVIATION}" if after == ["std"] else title] = row[title] + spread
     return shown
 
 

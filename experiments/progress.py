@@ -151,10 +151,10 @@ def plain_console(*, stderr: bool = False, width: int | None = None) -> Console:
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
-def console_for_tables() -> Console:
-    """Make a console; where it leads into a pipe, which has no width, it is wide."""
+def console_for_tables(piped: int = 240) -> Console:
+    """Make a console; where it leads into a pipe, which has no width, it has that of ``piped``."""
     console = plain_console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else plain_console(width=240)
+    return console if console.is_terminal or "COLUMNS" in os.environ else plain_console(width=piped)
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,8 @@ from fedraclora.protocol.method import Method
 from fedraclora.run.ledger import Row, number
 from strategies import METHODS
 
+DEVIATION = "± deviation"  # behind the title of a column: standard deviation over seeds
+
 
 def docstring(kind: type[Method]) -> str:
     """Return the docstring of a method's module, where its formulas and its sources stand."""
@@ -41,6 +43,12 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
     """Write the mean, and the standard deviation of more values than one."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def of_runs(values: Sequence[float], runs: int, digits: int) -> str:
+    """Write mean and deviation of the runs that have a value, and how many of all these are."""
+    missed = "" if len(values) == runs else f" ({len(values)} of {runs} runs)"
+    return mean_and_deviation(values, digits) + missed
 
 
 def first_reaching(points: Sequence[Row], metric: str, target: float) -> Row | None:

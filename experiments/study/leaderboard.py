@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.study.entries import (
+    DEVIATION,
     Entry,
     entries,
     first_reaching,
@@ -29,6 +30,7 @@ from experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.leaderboard import Entrant, leaderboard_figure
 from fedraclora.run.ledger import Row, number
+from fedraclora.wire.fields import printable
 
 UNVERIFIED, PERSONAL = "†", "‡"
 NOTES = {
@@ -78,7 +80,7 @@ def write_leaderboard(
     made.write(out, "leaderboard")
     entrants = [
         Entrant(
-            _marked(record),
+            printable(_marked(record)),
             number(record, study.metric),
             number(record, "std"),
             number(record, "uplink") / MEGABYTE,
@@ -136,7 +138,7 @@ def _shown(study: Study, record: Row) -> dict[str, str]:
 
     found = {
         "method": _marked(record),
-        study.metric: f"{number(record, study.metric):.4f}"
+        f"{study.metric}, {DEVIATION}": f"{number(record, study.metric):.4f}"
         + (f" ± {spread:.4f}" if math.isfinite(spread) else ""),
         "seeds": str(seeds),
     }

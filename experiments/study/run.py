@@ -30,6 +30,7 @@ from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.run.digests import data_files
 from fedraclora.run.ledger import Row, column, known_mean, round_seconds
+from fedraclora.wire.fields import printable
 
 
 def run_study(
@@ -213,13 +214,13 @@ def run_jobs(
                 traceback.print_exception(error)
                 reason = f"{type(error).__name__}: {error}"
             failed[job.row] = f"{job.key}: {reason}"
-            print(f"{job.key} failed: {reason}", flush=True)
+            print(f"{printable(job.key)} failed: {reason}", flush=True)
             continue
         with path.open("a") as file:
             file.write(json.dumps(line, default=str) + "\n")
         done[line["key"]] = line
         ended = f"diverged: {line['diverged']}" if "diverged" in line else line["metrics"]
-        print(line["key"], ended, flush=True)
+        print(f"{printable(line['key'])} {ended}", flush=True)
         score(line, metric)  # that it was not measured is said after the first run, not the last
     return bool(left)
 

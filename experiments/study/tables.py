@@ -9,11 +9,13 @@ from pathlib import Path
 
 from experiments.reports import ROUNDING
 from experiments.study.entries import (
+    DEVIATION,
     Entry,
     finals,
     first_reaching,
     left_out,
     mean_and_deviation,
+    of_runs,
     traffic,
     uplink,
 )
@@ -22,6 +24,7 @@ from experiments.study.tuning import Done, diverged, score, shown_value, tried_v
 from experiments.tables import Table
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.run.ledger import Row, number
+from fedraclora.wire.fields import printable
 
 DRAWN = 12  # curves that can be told apart
 
@@ -60,7 +63,9 @@ def _record(entry: Entry, done: Done) -> dict[str, object]:
     }
     if study.reported:  # by a paper
         reported = study.reported.get(entry.row, math.nan)
-        record |= {"reported": reported, "difference": f"{entry.mean - reported:+.4f}"}
+        difference = entry.mean - reported
+        shown = f"{difference:+.4f}" if math.isfinite(difference) else "-"
+        record |= {"reported": reported, "difference": shown}
     best = [line["best"] for line in lines if line.get("best")]
     if len(best) == len(lines):  # the rounds that early stopping calls the best
         scores = [score(point, study.metric) for point in best]
@@ -99,7 +104,8 @@ def budgets(study: Study, done: Done) -> Table | None:
 
     The budgets are what the run that used least used in all its rounds, of all runs or of the row
     that the study names as ``budget``. A run counts with its last measured round that is within the
-    budget: nothing is interpolated, and a run that used less counts with its end.
+    budget: nothing is interpolated, a run that used less counts with its end, and the untrained
+    model does not count.
 
     With a ``reference`` in the study, three more columns hold the rows against it, seed by seed, of
     the seeds that both have: the mean difference of final runs, with its standard error; and, for
@@ -126,22 +132,27 @@ def budgets(study: Study, done: Done) -> Table | None:
     for entry in found.values():
         record = {
             "method": entry.title,
-            "at equal local steps": mean_and_deviation(entry.scores, 4),
+            f"at equal local steps, {DEVIATION}": mean_and_deviation(entry.scores, 4),
         }
         for name, way in ways.items():
-            # The last points whose bytes do not exceed the budget; the first has none.
-            points = [[p for p in curve if way(p) <= least[name]][-1] for curve in entry.curves]
-            record[f"at {least[name] / MEGABYTE:.4g} MB of {name}"] = mean_and_deviation(
-                [score(p, study.metric) for p in points], 4
-            )
+            title = f"at {least[name] / MEGABYTE:.4g} MB of {name}, {DEVIATION}"
+            record[title] = _within(entry, least[name], way)
         if reference is not None:
             row = reference.row
             record[f"less {row}, ± standard error"] = _difference(entry, reference)
             for name, way in ways.items():
-                title = f"{name} to the final {study.metric} of {row} / its {name}"
+                title = f"{name} to the final {study.metric} of {row} / its {name}, {DEVIATION}"
                 record[title] = _share(entry, reference, way)
         records.append(record)
     return Table.of(records)
+
+
+def _within(entry: Entry, budget: float, way: Callable[[Row], float]) -> str:
+    """The metric where runs were last measured within a budget, but before they began."""
+    trained = [[p for p in curve if p["round"]] for curve in entry.curves]
+    points = [[p for p in curve if way(p) <= budget] for curve in trained]
+    found = [score(curve[-1], entry.study.metric) for curve in points if curve]
+    return of_runs(found, len(points), 4) if found else "before its first evaluation"
 
 
 def _difference(entry: Entry, other: Entry) -> str:
@@ -165,10 +176,7 @@ def _share(entry: Entry, other: Entry, way: Callable[[Row], float]) -> str:
         for mine, theirs, target in pairs
         if (point := first_reaching(mine, entry.study.metric, target)) is not None
     ]
-    if not shares:
-        return "not reached"
-    missed = "" if len(shares) == len(pairs) else f" ({len(shares)} of {len(pairs)} runs)"
-    return mean_and_deviation(shares, 3) + missed
+    return of_runs(shares, len(pairs), 3) if shares else "not reached"
 
 
 def draw(study: Study, done: Done, out: Path) -> None:
@@ -181,7 +189,9 @@ def draw(study: Study, done: Done, out: Path) -> None:
     found = finals(study, done)
     best = sorted(found, key=lambda entry: (entry.row != study.reference, -entry.mean))[:DRAWN]
     groups = {
-        entry.row: [[_point(study, p) for p in curve if p["round"]] for curve in entry.curves]
+        printable(entry.row): [
+            [_point(study, p) for p in curve if p["round"]] for curve in entry.curves
+        ]
         for entry in found
         if entry in best
     }

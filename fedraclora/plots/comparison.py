@@ -27,7 +27,7 @@ _POSITIONS = (
     "round",
     "uplink of all clients so far (MB)",
     "uplink + downlink with catch-up so far (MB)",
-    "seconds so far",
+    "seconds of rounds so far",
     "virtual seconds so far",
 )
 

@@ -13,7 +13,7 @@ import yaml
 from experiments import compare as comparing
 from experiments.compare import compare, main
 from experiments.reports import find_runs, read_run
-from experiments.tables import Table
+from experiments.tables import Table, read_table
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.ledger import Ledger, Row
 
@@ -138,7 +138,12 @@ def test_groups_are_held_at_the_traffic_of_the_run_that_took_least(
     assert record["metric_at_traffic"] == pytest.approx(0.7)
     # A third of its rounds, 6.7, are within it; evaluated was round 6.
     assert other["metric_at_traffic"] == pytest.approx(0.8 * 6 / ROUNDS)
-    assert f"accuracy at {ROUNDS * (1000 * COHORT + 30) / 1e6:.4g} MB both ways" in table.header
+    title = f"accuracy at {ROUNDS * (1000 * COHORT + 30) / 1e6:.4g} MB both ways"
+    assert dict(zip(table.header, table.cells[0], strict=True))[title] == "0.24"
+    make("large", {"name": "full"}, final=0.9, up=30_000)
+    first, *_ = compare([tmp_path / "sweep"], tmp_path / "out").cells
+    # Not 0, which is the untrained model's.
+    assert dict(zip(table.header, first, strict=True))[title] == "before its first evaluation"
     lost = make("lost", rac(2), up=1)  # a run that diverged sets no budget
     (lost / "summary.json").unlink()
     (lost / "stopped.json").write_text('{"kind": "diverged", "round": 0, "reason": "NaN"}')
@@ -165,7 +170,7 @@ def test_seeds_are_joined_and_the_numbers_are_right(make: Make, tmp_path: Path) 
     assert record["downlink_mb"] == pytest.approx(30 * ROUNDS / 1e6)
     assert record["traffic_mb"] == pytest.approx((1000 * COHORT + 30) * ROUNDS / 1e6)
     assert record["uplink_floats"] == 250
-    assert record["seconds"] == pytest.approx(0.5 * ROUNDS)
+    assert record["round_seconds"] == pytest.approx(0.5 * ROUNDS)
     # 0.8 * 18 / 20 = 0.72 and 0.95 * 16 / 20 = 0.76; 0.7 never reaches it.
     assert record["target_rounds"] == 17
     assert record["target_uplink_mb"] == pytest.approx(1000 * COHORT * 17 / 1e6)
@@ -396,6 +401,58 @@ def test_a_table_fits_the_terminal(
     assert ("seconds" in shown) == (width == 240)
 
 
+def test_a_long_label_breaks_and_no_number_does(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    start = "/a/folder/with/a/path/that/is/longer/than/the/terminal/is/wide/so/that/no/column/fits"
+    for seed in range(2):
+        make(f"warm{seed}", rac(), seed, final=0.7 + 0.1 * seed, start=start)
+    make("cold", rac(), 0, final=0.5, start=None)
+    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    assert [record["label"] for record in table.records] == [
+        "warm0 and 1 more",
+        "fed_rac_lora start=null",
+    ]
+    assert f"warm0 and 1 more: fed_rac_lora start={start}" in table.notes
+    Table(("group", "accuracy"), ((start, "0.8765 ± 0.012"),), ()).print()
+    drawn = capsys.readouterr().out.splitlines()
+    assert {len(line) for line in drawn} == {len(drawn[0])}
+    assert len(drawn[0]) <= 80
+    assert "0.8765 ± 0.012" in "".join(drawn)
+    assert "…" not in "".join(drawn)
+
+
+def test_what_is_shown_of_a_table_controls_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = "a\x1b[31m\n| b <script>c</script> | \x9b2J\u202e"
+    table = Table.of([{"method": bad, bad: 1.0, "std": math.nan, "none": None}], [bad])
+    table.write(tmp_path, "table")
+    table.print()
+    text = (tmp_path / "table.md").read_text()
+    for shown in (text, capsys.readouterr().out):
+        assert not {"\x1b", "\x9b", "\u202e"} & set(shown)
+    assert "<script>" not in text
+    assert len(text.splitlines()) == 5  # header, line, one row, a blank, one note
+    (row,) = read_table(tmp_path / "table.md")
+    assert row["method"] == table.cells[0][0]
+    assert "<script>" in row["method"]
+    assert row["std"] == row["none"] == "-"
+
+
+def test_a_table_in_a_pipe_has_the_columns_that_fit_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    record = {"method": "ours", "empty": ""} | {f"column {i} of them": "0.5000" for i in range(30)}
+    Table.of([record]).print()
+    *drawn, left = capsys.readouterr().out.splitlines()
+    assert max(map(len, drawn)) <= 100
+    assert left.startswith("no room here for: column ")
+    assert "empty" not in "".join([*drawn, left])
+
+
 def test_a_seed_that_comes_twice_is_told(make: Make, tmp_path: Path) -> None:
     make("a", rac(), 3)
     make("b", rac(), 3)
@@ -449,7 +506,7 @@ def test_bad_runs_are_named_and_left_out(make: Make, tmp_path: Path, case: str) 
     assert [r["seeds"] for r in table.records] == [1]
     (note,) = table.notes
     assert str(bad) in note
-    assert note in (tmp_path / "out" / "table.md").read_text()
+    assert note.replace("<", "&lt;") in (tmp_path / "out" / "table.md").read_text()
     with pytest.raises(CheckpointError, match=r"no run to compare\n.*sweep/bad"):
         compare([bad], tmp_path / "out")
 
@@ -522,7 +579,7 @@ def test_the_command_prints_the_table_or_the_error(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)  # a runner of tests may set it
+    monkeypatch.setenv("COLUMNS", "240")
     for rank in (4, 8):
         make(f"rank{rank}", rac(rank))
     out = str(tmp_path / "out")

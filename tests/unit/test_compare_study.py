@@ -216,7 +216,7 @@ def test_the_board_ranks_and_counts_what_reached_the_target(tmp_path: Path) -> N
     made = leaderboard(study, done)
     assert made is not None
     first, second = (dict(zip(made.header, cells, strict=True)) for cells in made.cells)
-    assert first["accuracy"] == "0.7000 ± 0.2828"
+    assert first["accuracy, ± deviation"] == "0.7000 ± 0.2828"
     assert first["rounds to 0.4"] == "15"  # 20 of one seed, 10 of the other
     assert first["MB up to it"] == "15"
     assert first["MB both ways to it"] == "45"

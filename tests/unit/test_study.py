@@ -205,12 +205,12 @@ def test_budgets_are_those_of_the_row_that_used_least(tmp_path: Path) -> None:
     assert made is not None
     assert made.header == (
         "method",
-        "at equal local steps",
-        "at 2 MB of uplink",
-        "at 8 MB of traffic",
+        "at equal local steps, ± deviation",
+        "at 2 MB of uplink, ± deviation",
+        "at 8 MB of traffic, ± deviation",
         "less theirs, ± standard error",
-        "uplink to the final accuracy of theirs / its uplink",
-        "traffic to the final accuracy of theirs / its traffic",
+        "uplink to the final accuracy of theirs / its uplink, ± deviation",
+        "traffic to the final accuracy of theirs / its traffic, ± deviation",
     )
     ours, theirs = made.cells
     same = "0.6000 ± 0.2828"
@@ -218,7 +218,12 @@ def test_budgets_are_those_of_the_row_that_used_least(tmp_path: Path) -> None:
     assert ours == ("ours", same, same, same, "+0.0000 ± 0.1000", *["0.250 (1 of 2 runs)"] * 2)
     # The other run of the reference is as good at 4 of its 8 MB as at its end.
     own = "0.750 ± 0.354"
-    assert theirs == ("theirs", "0.6000 ± 0.1414", *["0.1000 ± 0.0000"] * 2, "", own, own)
+    none = "before its first evaluation"  # not 0.1, which is the untrained model's
+    assert theirs == ("theirs", "0.6000 ± 0.1414", none, none, "", own, own)
+    done |= final(plan, "theirs", 1, 2_000_000, [0.1, 0.6, 0.5])
+    again = budgets(plan, done)
+    assert again is not None
+    assert again.cells[1][2] == "0.6000 (1 of 2 runs)"
 
 
 def test_a_study_may_name_the_row_whose_bytes_are_the_budget(tmp_path: Path) -> None:
@@ -234,7 +239,10 @@ def test_a_study_may_name_the_row_whose_bytes_are_the_budget(tmp_path: Path) -> 
     done |= final(plan, "tiny", 0, 1_000, [0.1, 0.2, 0.3])
     made = budgets(plan, done)
     assert made is not None
-    assert made.header[2:] == ("at 2 MB of uplink", "at 8 MB of traffic")
+    assert [title.partition(",")[0] for title in made.header[2:]] == [
+        "at 2 MB of uplink",
+        "at 8 MB of traffic",
+    ]
     assert [cells[2].split()[0] for cells in made.cells] == ["0.8000", "0.6000", "0.3000"]
     with pytest.raises(ConfigError, match="did you mean 'ours'"):
         study(tmp_path, TEXT + "budget: our\n")
