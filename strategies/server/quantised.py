@@ -88,10 +88,12 @@ class DownlinkRounding:
             return after
         self.squares = (0.0, 0.0)
         base, parts, moments = before.base, list[Link](), dict(after.moments)
-        ends = after.memo.sketch != before.memo.sketch
+        ends, place = after.memo.sketch != before.memo.sketch, sent.frame[0]
         for i, part in enumerate((after.link or Link()).parts()):
             terms = {
-                name: self._term(summed(name, term, moments) if ends else term, round_, i, name)
+                name: self._term(
+                    summed(name, term, moments, place) if ends else term, round_, i, name
+                )
                 for name, term in part.terms.items()
             }
             for name in parameters(part.dense):
@@ -177,8 +179,15 @@ class DownlinkRounding:
         return rounded(tensor, self.kind, rng, len(tensor) if apart else 1)
 
 
-def summed(name: str, term: Term, moments: Tree) -> Term:
-    """Add to what is folded into a weight what rounding has left of it: a factor, or a pool's."""
+def summed(name: str, term: Term, moments: Tree, place: int) -> Term:
+    """Add to what is folded into a weight what rounding has left of it: a factor, or a pool's.
+
+    Args:
+        name: Of the weight.
+        term: What is folded.
+        moments: Hold the residues.
+        place: Of the sketch of a pool whose link ends, of whose factor there is one, too.
+    """
     pool = next((f for f in term.factors if isinstance(f, Sketches)), None)
     if pool is None:
         found = list(term.factors)
@@ -190,9 +199,12 @@ def summed(name: str, term: Term, moments: Tree) -> Term:
     label, dim = ("B", 1) if pool.first.side == "right" else ("A", 0)
 
     def exact(factor: torch.Tensor) -> torch.Tensor:
-        parts = factor.double().chunk(pool.count, dim)
-        left = (moments.get(RESIDUE + part_name(name, label, j)) for j in range(pool.count))
-        return torch.cat([p if e is None else p + e for p, e in zip(parts, left, strict=True)], dim)
+        parts = list(factor.double().chunk(pool.count, dim))
+        names = [(j, RESIDUE + part_name(name, label, j)) for j in range(pool.count)]
+        for j, key in [*names, (place, f"{RESIDUE}{name}/{label}")]:
+            if (left := moments.get(key)) is not None:
+                parts[j] = parts[j] + left
+        return torch.cat(parts, dim)
 
     factors = (exact(f) if isinstance(f, torch.Tensor) else f for f in term.factors)
     return replace(term, factors=tuple(factors))

@@ -231,6 +231,28 @@ def test_the_sum_of_a_pool_has_what_rounding_left_within_its_links() -> None:
         close(base + left(done)[part], rounds.closed[1].base[part].double() + e)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_pool_is_folded_with_what_rounding_left_of_every_link(side: str) -> None:
+    """Also of the last one: the sum of all that means have moved is rounded, and once."""
+    rounds = Rounds()
+    method: dict[str, object] = {"pool": 2, "resample_every": 2, "refresh": 4, "side": side}
+    more: dict[str, Any] = {"downlink": "int4", "uplink": "float32"}
+    done = finished("pool_rac_lora", method, rounds=4, steps=[rounds], **more)
+    began = [finished("pool_rac_lora", method, rounds=n, **more).strategy.state for n in (1, 3)]
+    folds = [state.link.terms for state in (rounds.closed[3], done.strategy.state) if state.link]
+    label, at, axis = ("B", 0, 1) if side == "right" else ("A", 1, 0)
+    for weight, as_closed in folds[0].items():
+        term, name = folds[1][weight], f"{weight}/{label}"
+        ends = rounds.closed[1].base[f"{name}.0"], as_closed.factors[at].chunk(2, axis)[1]
+        sums = [
+            rounds.closed[first].carried[name].double() + end - state.carried[name].double()
+            for first, end, state in zip((0, 2), ends, began, strict=True)
+        ]
+        rng = generator(1, "downlink", 4, "link", 0, weight, at)
+        wanted = rounded(torch.cat(sums, axis), "int4", rng)
+        assert torch.equal(term.factors[at].double(), wanted)
+
+
 def test_only_the_end_that_rounds_keeps_what_it_left() -> None:
     down = finished("ffa_lora", uplink="float32")
     assert left(down)
