@@ -208,6 +208,9 @@ SETTINGS = {
         "a method whose links last one round (fed_rac_lora with method.resample_every=1)"),
     "dora=true": Feature(
         lambda s: bool(magnitudes(s.sent.adapters, s.sent.dense)), "dora=false"),
+    "method.blocks=cover": Feature(
+        lambda s: getattr(innermost(s.run.method), "blocks", "") == "cover"
+        and s.run.method.traits.merges, "method.blocks=independent"),
     "factors or lengths that hold a part of the weights": Feature(
         _part_of_weights,
         "method.initial=kaiming_uniform (a drawing), another method, dora=false"),

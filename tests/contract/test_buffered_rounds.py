@@ -35,6 +35,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Downlink, Draw, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
+from fedraclora.sketch import SketchSpec
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link, term_bytes
@@ -256,6 +257,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
             "begins with what the last left",
         ),
         (("pool_rac_lora", {}), {}, "a method with a pool of sketches"),
+        (("fed_rac_lora", {"blocks": "cover"}), {}, "method.blocks=cover"),
         (("fed_rac_lora", {}), {"aggregator": Median()}, "aggregator=median"),
         (
             ("fed_rac_lora", {}),
@@ -268,6 +270,18 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
 def test_what_cannot_be_mixed_is_refused(variant: Variant, more: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         go(make_world(), variant, 6, **more)
+
+
+def test_one_block_of_a_cover_that_serves_for_ever_leaves_none_out() -> None:
+    strategy = go(make_world(), ("ffa_lora", {"blocks": "cover"}), 4).strategy
+    assert isinstance(strategy, Watched)
+    indices = {
+        factor.index
+        for _, sent, _ in strategy.seen
+        for factor in sent.factors().values()
+        if isinstance(factor, SketchSpec)
+    }
+    assert indices == {0}
 
 
 def test_a_method_inside_another_is_looked_at() -> None:
