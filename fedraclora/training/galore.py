@@ -22,7 +22,8 @@ References:
     Zhao et al., *GaLore: memory-efficient LLM training by gradient low-rank projection*, ICML 2024,
     arXiv 2403.03507, and its code (``galore_torch``: projector ``std``, AdamW). There Adam's eps is
     added before the correction of the second moment, and decay comes after the step; here both are
-    as in ``torch.optim``. It has no SGD.
+    as in ``torch.optim``. A square matrix is projected from the right there; here from the left, as
+    in the paper's algorithm, whose P stands there for m <= n. It has no SGD.
 """
 
 from __future__ import annotations

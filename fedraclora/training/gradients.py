@@ -44,7 +44,8 @@ def clip_per_client(gradients: Tree, largest: float, by: str = "all") -> Tree:
 
     Args:
         gradients: [K, ...] by name.
-        largest: The norm; the small constant of torch's ``clip_grad_norm_`` is kept.
+        largest: The norm c. A departure from min(1, c / norm), by which papers write it: as in
+            torch's ``clip_grad_norm_`` the factor is c / (norm + 1e-6).
         by: ``all``: the norm is that of all of them; ``layer``: each module has its own, over the
             factors of its weights and its bias.
     """

@@ -51,7 +51,8 @@ class LocalConfig(Limited, group="local"):
         nesterov: Nesterov momentum.
         weight_decay: L2 term of ``sgd``, decoupled decay of the others.
         beta1, beta2, eps: Constants of adaptive optimisers, all but ``sgd``.
-        clip: Largest norm of a client's gradient, or None.
+        clip: Largest norm c of a client's gradient, or None. A longer one, and one up to 1e-6
+            shorter, is multiplied by c / (norm + 1e-6), as in torch.
         clip_by: Of which gradient: ``all`` of it, or that of each ``layer`` by itself.
         schedule: Step size over rounds: constant, cosine, linear, step.
         warmup: Rounds of linear warm-up.

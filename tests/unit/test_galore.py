@@ -17,7 +17,8 @@ from fedraclora.tree import Tree
 from tests.reference.galore import LocalGalore
 
 SHAPES = {"wide": (4, 7), "tall": (6, 5), "turned": (7, 4), "kernel": (3, 4, 2, 2), "bias": (4,)}
-RANKS = {"rank/wide": 2, "rank/tall": 3, "rank/turned": 2, "rank/kernel": 3}
+SHAPES |= {"square": (5, 5)}  # projected from the left
+RANKS = {"rank/wide": 2, "rank/tall": 3, "rank/turned": 2, "rank/square": 3, "rank/kernel": 3}
 SENT = Downlink(
     dense={n: Trained(shape, main=n != "bias") for n, shape in SHAPES.items()},
     recipe="galore",
@@ -75,9 +76,11 @@ def test_steps_are_those_of_the_formula_over_rounds(setting: str) -> None:
 def test_moments_have_the_rank_in_the_place_of_the_smaller_side() -> None:
     shapes = moment_shapes(LocalSettings(**ADAMW), SENT)
     coordinates = {"wide": (2, 7), "tall": (6, 3), "turned": (2, 7), "kernel": (3, 16)}
+    coordinates |= {"square": (3, 5)}
     for name, shape in (coordinates | {"bias": (4,)}).items():
         assert shapes[f"first/{name}"] == shapes[f"second/{name}"] == shape
     bases = {"wide": (4, 2), "tall": (5, 3), "turned": (4, 2), "kernel": (3, 3)}
+    bases |= {"square": (5, 3)}
     assert {n: s for n, s in shapes.items() if "basis" in n} == {
         f"basis/{n}": shape for n, shape in bases.items()
     }
@@ -91,7 +94,7 @@ def test_moments_have_the_rank_in_the_place_of_the_smaller_side() -> None:
 
 def test_nothing_else_is_projected() -> None:
     assert projections(replace(SENT, recipe="plain")) == {}
-    assert projections(SENT).keys() == {"wide", "tall", "turned", "kernel"}
+    assert projections(SENT).keys() == SHAPES.keys() - {"bias"}
 
 
 def test_directions_that_a_gradient_lacks_are_left_out_until_the_next_basis() -> None:

@@ -20,16 +20,18 @@ Nothing more travels. A client holds moments of r (m + n) + 2 r^2 numbers for ea
 bases, r (m + n) where both factors are trained.
 
 References:
-    Yen et al., *LoRA done RITE*, ICLR 2025, arXiv 2410.20625; g, P, V, e, M and the step are those
-    of its algorithm.
+    Yen et al., *LoRA done RITE*, ICLR 2025, arXiv 2410.20625; g, P, M and the step are those of its
+    algorithm.
 
 Departures: V is a decaying mean with Adam's correction of both decays (b (1 - b^(t-1)) /
-(1 - b^t)), and a mean over rows, as in the authors' code; the algorithm sums. The escaped mass is
-always counted, where the code leaves it off unless asked. Bases are polar factors from Gram
+(1 - b^t)), and a mean over rows, and e decays with it, as in the authors' code; the algorithm sums
+both. The escaped mass is always counted, where the code leaves it off unless asked, and then takes
+the smaller of this fall of an eigenvalue and the fall of the trace: the former, but for rounding,
+since P lengthens nothing. Bases are polar factors from Gram
 matrices, where the code takes QR. Eigenvalues that rounding cannot tell from zero count as zero,
 so that noise is not equilibrated. Clipping and skipping of unmagnified gradients, and the balance
-of the factors' norms, are left out; ``local.clip`` clips the factors' own gradients, and a step
-that is clipped does depend on the split.
+of the factors' norms, are left out; ``local.clip`` clips the factors' own gradients, as torch does,
+by clip / (norm + 1e-6), and a step that is clipped does depend on the split.
 """
 
 from __future__ import annotations
