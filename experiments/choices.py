@@ -111,17 +111,24 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
     Raises:
         ConfigError: If there is no such choice.
     """
+    from omegaconf import OmegaConf
+
     from fedraclora.weights.files import flatten
 
     files = lineage(f"{group}/{name}", [CONF, *folders])
     comments: dict[str, str] = {}
-    for file in files:  # what is said last holds
-        comments |= _comments(file)
-    before = "" if GLOBAL in files[-1].read_text(encoding="utf-8") else f"{group}."
-    keys = flatten(choice(group, name, folders=folders))
-    texts = {before + k: comments.get(k, comments.get(k.removesuffix(".name"), "")) for k in keys}
-    shown = {before + key: value for key, value in keys.items()}
-    return "\n".join([f"{group}={name}", *_explained(_comment(files[-1]), shown, texts)])
+    parts = []
+    for file in files:  # what is said last holds; each has its own place in the config
+        whole = GLOBAL in file.read_text(encoding="utf-8")
+        own = OmegaConf.load(file)
+        parts.append(own if whole else OmegaConf.create({group: own}))
+        before = "" if whole else f"{group}."
+        comments |= {before + key: text for key, text in _comments(file).items()}
+    merged = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=False)
+    found = flatten(merged)  # type: ignore[arg-type]
+    keys = {k: v for k, v in found.items() if k not in {"defaults", f"{group}.defaults"}}
+    texts = {k: comments.get(k, comments.get(k.removesuffix(".name"), "")) for k in keys}
+    return "\n".join([f"{group}={name}", *_explained(_comment(files[-1]), keys, texts)])
 
 
 def _explained(

@@ -146,8 +146,14 @@ def check_call(key: str, function: Callable[..., object], **arguments: object) -
         ) from error
 
 
-def call_function(key: str, name: str, *arguments: object) -> object:
+def call_function(key: str, name: str, *arguments: object, **named: object) -> object:
     """Call what a config names; what it raises is told with its place.
+
+    Args:
+        key: Of the config that names it, for messages.
+        name: ``package.module:function``.
+        *arguments: Those that it is called with.
+        **named: Those of the config, by name.
 
     Raises:
         ConfigError: As `import_function`.
@@ -155,11 +161,11 @@ def call_function(key: str, name: str, *arguments: object) -> object:
     """
     function = import_function(key, name)
     try:
-        found: object = function(*arguments)
+        found: object = function(*arguments, **named)
     except FedRacLoraError:
         raise
     except Exception as error:
-        names = ", ".join(map(repr, arguments))
+        names = ", ".join([*map(repr, arguments), *(f"{k}={v!r}" for k, v in named.items())])
         raised = failure_of(error, f"calling it with ({names})")
         raise DataError(f"{key}={name}: {raised}") from error
     return found

@@ -20,6 +20,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.sources import counted, read_own, read_table, source_label
 from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError, DataError
+from fedraclora.imports import is_function
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.rng import generator
 
@@ -39,6 +40,7 @@ class Brought:
         alone: Whether the client that is here is its node's only one.
         share: Fraction of each client's samples that is held out, to measure on.
         split_seed: Of that choice.
+        arguments: Further ones of the function, by name.
         device, dtype: Where to, and what floating samples become; None: as they come.
         reading: What was done to the numbers of those that were looked at (`DataSet.reading`).
     """
@@ -50,6 +52,7 @@ class Brought:
     alone: bool = False
     share: float = 0.0
     split_seed: int = 0
+    arguments: Mapping[str, object] = field(default_factory=dict)
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
     reading: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
@@ -97,7 +100,8 @@ class Brought:
             )
         if client not in self._read:
             alone = self.alone or self.num_clients == 1
-            self._read[client] = read_own(self.source, client, alone=alone)
+            said = self.arguments
+            self._read[client] = read_own(self.source, client, alone=alone, arguments=said)
         self.reading.update(scale_of_bytes(self._read[client]))
         return self.form.fit(self._read[client], source_label(self.source, client))
 
@@ -141,6 +145,7 @@ def own_samples(
     classes: Count | None = None,
     shape: Sequence[int] | None = None,
     samples: str | None = None,
+    arguments: Mapping[str, object] | None = None,
     test: str | None = None,
     test_share: Fraction | None = None,
     split_seed: int = 0,
@@ -157,6 +162,7 @@ def own_samples(
         shape: Shape of one input ``"x"``; empty for token ids; None: as the samples have.
         samples: Those of the clients: a folder or ``package.module:function``. A node sets it from
             its own configuration; in a simulation it has the samples of every client.
+        arguments: Of the functions that ``samples`` and ``test`` name, by name.
         test: Those that the server measures on: a ``.npz`` file or ``package.module:function``.
         test_share: Without them, the fraction of each client's samples that is held out for it;
             None: 0.2.
@@ -175,9 +181,17 @@ def own_samples(
         DataError: If samples are missing, or not what they should be.
     """
     form = Form(None if shape is None else tuple(shape), loss, classes)
-    share = _share(test, test_share, samples)
+    share, said = _share(test, test_share, samples), arguments or {}
+    if not isinstance(said, Mapping):  # settled before the config is checked
+        raise ConfigError(f"data.arguments is {said!r}; a mapping of names to values is wanted")
+    functions = [name for name in (samples, test) if name is not None and is_function(name)]
+    if said and samples is not None and not functions:
+        raise ConfigError(
+            f"data.arguments is {dict(said)}, and no function is named that would get them: name "
+            "one as data.samples or data.test, or leave them out"
+        )
     bring = partial(Brought, only=client, alone=alone, share=share, split_seed=split_seed)
-    brought = bring(samples, counted(samples, clients), form)
+    brought = bring(samples, counted(samples, clients), form, arguments=said)
     if client is not None:
         if classes is None:
             raise ConfigError("data.classes is not set, and a node cannot know it")
@@ -244,7 +258,7 @@ def _share(test: str | None, share: float | None, samples: str | None) -> float:
 
 def _measured(brought: Brought, test: str | None) -> tuple[Brought, Samples]:
     """Find what is measured on, and with it what samples look like."""
-    named = None if test is None else read_table(test)
+    named = None if test is None else read_table(test, brought.arguments)
     if named is not None:
         brought.reading.update(scale_of_bytes(named))
     if brought.form.classes is None or brought.form.shape is None:

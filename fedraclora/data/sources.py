@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -71,7 +72,9 @@ def source_label(source: str | None, client: int | None = None) -> str:
     return f"client {client} (data.samples={source})"
 
 
-def read_own(source: str, client: int, *, alone: bool = False) -> Samples:
+def read_own(
+    source: str, client: int, *, alone: bool = False, arguments: Mapping[str, object] | None = None
+) -> Samples:
     """Read the samples of one client.
 
     Args:
@@ -79,13 +82,14 @@ def read_own(source: str, client: int, *, alone: bool = False) -> Samples:
             ``<id>.npz``, or ``train.npz`` where it has one client's alone.
         client: The id.
         alone: Whether no other client can mean the same folder.
+        arguments: Further ones of the function, by name.
 
     Raises:
         DataError: If they are missing.
     """
     where = source_label(source, client)
     if is_function(source):
-        return gathered(call_function("data.samples", source, client), where)
+        return gathered(call_function("data.samples", source, client, **(arguments or {})), where)
     folder = _folder(source)
     named, only = folder / f"{client}.npz", folder / ALONE
     if named.is_file():
@@ -100,10 +104,11 @@ def read_own(source: str, client: int, *, alone: bool = False) -> Samples:
     return read_npz(only, where)
 
 
-def read_table(source: str) -> Samples:
-    """Read samples from a ``.npz`` file, or from a function without arguments."""
+def read_table(source: str, arguments: Mapping[str, object] | None = None) -> Samples:
+    """Read samples from a ``.npz`` file, or from a function of these arguments."""
     if is_function(source):
-        return gathered(call_function("data.test", source), source_label(source))
+        found = call_function("data.test", source, **(arguments or {}))
+        return gathered(found, source_label(source))
     path = Path(source).expanduser()
     if not path.is_file():
         raise DataError(f"data.test: there is no file {path}")

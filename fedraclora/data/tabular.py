@@ -29,7 +29,7 @@ def load_table(
     file: str | None,
     label: str | int | None,
     client: str | int | None = None,
-    features: Sequence[str | int] | None = None,
+    features: str | int | Sequence[str | int] | None = None,
     root: str | None = None,
     test: str | None = None,
     test_share: Fraction | None = None,
@@ -98,7 +98,7 @@ def of_frames(
     *,
     label: str | int | None,
     client: str | int | None = None,
-    features: Sequence[str | int] | None = None,
+    features: str | int | Sequence[str | int] | None = None,
     test_share: float | None = None,
     split_seed: int = 0,
     task: str = "classification",
@@ -287,7 +287,7 @@ def _column(frame: DataFrame, key: str, column: str | int, path: Path) -> str:
 
 def _features(
     frame: DataFrame,
-    asked: Sequence[str | int] | None,
+    asked: str | int | Sequence[str | int] | None,
     label: str,
     client: str | None,
     path: Path,
@@ -303,7 +303,8 @@ def _features(
             if name not in numeric:
                 _refuse_spoilt(frame, name, path)
     else:
-        used = [_column(frame, "data.features", name, path) for name in asked]
+        named = [asked] if isinstance(asked, str | int) else asked
+        used = [_column(frame, "data.features", name, path) for name in named]
     words = [name for name in used if name not in numeric]
     if label in used or words or not used or len(set(used)) < len(used):
         raise ConfigError(

@@ -28,7 +28,7 @@ Table = npt.NDArray[Any]
 def load_text(
     *,
     file: str,
-    text: Sequence[str | int],
+    text: str | int | Sequence[str | int],
     label: str | int,
     tokenizer: str | None,
     root: str | None = None,

@@ -486,6 +486,13 @@ def test_help_with_a_choice_explains_its_keys_wherever_they_stand(
     assert "  Mine.\n" in printed
     assert re.search(r"local\.lr=0\.1 +slow\n", printed)
     assert "local.momentum=0.9\n" in printed
+    # A file of one group that builds on one of the whole config: each has its own place.
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine.yaml").write_text("# Mine.\ndefaults: [own]\nsamples: mine:samples\n")
+    main(["simulate", "--config-dir", str(tmp_path), "data=mine", "--help"])
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "=" in line]
+    assert {"clients=null", "data.name=own", "data.samples=mine:samples"} <= {*lines}
+    assert not any(line.startswith("data.data.") for line in lines)
     assert_refused(command("simulate", "local=momentun", "--help"), "did you mean 'momentum'?")
 
 

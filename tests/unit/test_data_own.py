@@ -309,3 +309,31 @@ def test_a_loss_of_another_package_is_told_what_it_is_to_give(
             loss_function("losses_of_mine:mine")(output, target)
     monkeypatch.setattr(module, "mine", lambda *_: (each, torch.ones(5)))
     assert loss_function("losses_of_mine:mine")(output, target)[0] is each
+
+
+def test_functions_get_the_parameters_of_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "with_parameters.py").write_text(
+        "import numpy as np\n"
+        "def samples(client, *, rows):\n"
+        "    return np.full((rows + client, 2), client), np.arange(rows + client) % 2\n"
+        "def held_out(*, rows):\n    return np.full((rows, 2), 9), np.arange(rows) % 2\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    named = ["data.samples=with_parameters:samples", "data.test=with_parameters:held_out"]
+    words = ["data=own", "clients=2", *named, *TINY]
+
+    def built(*more: str) -> Any:
+        return build_task(from_plain(settled(composed([*words, *more])), METHODS)).task
+
+    task = built("data.arguments={rows: 7}")
+    assert task.train.sizes(torch.arange(2)).tolist() == [7, 8]
+    assert len(task.test) == 7
+    for more, said in (("3", "a mapping"), ("{row: 7}", r"with \(row=7\) raises TypeError")):
+        with pytest.raises((ConfigError, DataError), match=said):
+            built(f"data.arguments={more}")
+    x, y = arrays()
+    np.savez(tmp_path / "0.npz", x=x, target=y)
+    with pytest.raises(ConfigError, match="no function is named that would get them"):
+        own_samples(clients=1, samples=str(tmp_path), arguments={"rows": 7})

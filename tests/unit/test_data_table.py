@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from fedraclora.config.schema import bind
 from fedraclora.data import DATASETS, DataSet, make_partition
 from fedraclora.data.dataset import hold_out, select_labels
 from fedraclora.data.idx import parse_idx
@@ -90,6 +91,13 @@ def test_features_are_standardised_by_the_training_rows(tmp_path: Path) -> None:
     mean, deviation = plain.mean(0), plain.std(0, correction=0).clamp(min=1e-9)
     scaled = (raw.test.inputs["x"] - mean) / deviation
     torch.testing.assert_close(data.test.inputs["x"], scaled, atol=1e-4, rtol=1e-4)
+
+
+def test_one_feature_needs_no_brackets(tmp_path: Path) -> None:
+    group = {"name": "table", "file": str(written(tmp_path, ".csv")), "label": "outcome"}
+    name = str(load(Path(group["file"])).reading["features"][0])
+    data = bind("data", DATASETS, group | {"features": name}, clients=None, seed=0)()
+    assert data.reading["features"] == [name]
 
 
 def test_a_wide_table_says_its_scale_too_though_the_summary_does_not(tmp_path: Path) -> None:

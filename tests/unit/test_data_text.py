@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedraclora.config.schema import bind
 from fedraclora.data import DATASETS, make_partition
 from fedraclora.data.locate import package_path
 from fedraclora.data.table import read_columns
@@ -98,6 +99,15 @@ def test_sentences_become_padded_token_ids(file, tokenizer):
     assert data.info["rows_dropped"] == 2  # one in each file
     assert data.reading == {"tokenizer": tokenizer, "max_length": 6, "classes": ["0", "1"]}
     assert data.columns["film"].tolist() == ["x", "y", "x", "z", "z"]
+
+
+def test_one_column_needs_no_brackets(file, tokenizer):
+    group = {"name": "text", "file": str(file), "test_file": str(file), "tokenizer": tokenizer}
+    group |= {"label": "label", "max_length": 6}
+    named, listed = (
+        bind("data", DATASETS, group | {"text": text})() for text in ("sentence", ["sentence"])
+    )
+    assert torch.equal(named.train.inputs["input_ids"], listed.train.inputs["input_ids"])
 
 
 def test_long_texts_are_cut(file, tokenizer):
