@@ -14,7 +14,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.groups import Group, group_runs, values
 from experiments.interrupt import in_order
-from experiments.reports import ROUNDING, Run, find_runs, read_run
+from experiments.reports import BEGINS, ROUNDING, Run, find_runs, read_run
 from experiments.status import reported
 from experiments.study.entries import is_exact, shown_error
 from experiments.study.ranking import compare_study, is_study
@@ -37,6 +37,7 @@ from fedraclora.run.stopped import stop_reason
 from fedraclora.wire.fields import printable
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
+SHOWN = 8  # ways to begin that are told apart
 _TASK = ("data.", "model.", "pretrain.")
 
 
@@ -67,6 +68,7 @@ def compare(
     metric = _metric(runs, metric, notes)
     groups = group_runs(runs, by, notes)
     _warn(runs, groups, notes)
+    notes += _begun(groups)
     whole = [run for run in runs if run.summary and run.diverged_at is None] or runs
     wanted = Wanted(metric, target, min(_moved(run.rows[-1]) for run in whole))
     ranked = _ranked(groups, wanted)
@@ -166,6 +168,19 @@ def _warn(runs: Sequence[Run], groups: Sequence[Group], notes: list[str]) -> Non
         for group in groups
         if len(group.seeds) < len(group.runs)
     ]
+
+
+def _begun(groups: Sequence[Group]) -> Iterator[str]:
+    """Say what the runs learn, and how: once, where that is the same of all of them."""
+    for title in BEGINS:
+        found: dict[str, str] = {}
+        for group in groups:
+            for run in group.runs:
+                if title in run.begins:
+                    found.setdefault(run.begins[title], group.label)
+        texts = [text if len(found) == 1 else f"{label}: {text}" for text, label in found.items()]
+        if texts:
+            yield f"{title}: {'; '.join(texts[:SHOWN])}" + ("; ..." if texts[SHOWN:] else "")
 
 
 def _record(group: Group, wanted: Wanted) -> dict[str, object]:

@@ -36,7 +36,7 @@ from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.imports import is_function
 from fedraclora.run.folder import alone, method_label
-from strategies.server_app import ROW, SUMMARY
+from strategies.server_app import OPENING, ROW, SUMMARY
 
 KEPT = 40  # lines of a log that are shown where a run fails
 
@@ -91,6 +91,7 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
     """
     summary: dict[str, object] = {}
     tail: deque[str] = deque(maxlen=KEPT)
+    opened: list[str] = []
     try:
         number = submit(request, connection)
     except Exception:
@@ -109,6 +110,10 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
                         record.take(row)
                 elif line.startswith(SUMMARY):
                     summary = json.loads(line.removeprefix(SUMMARY))
+                elif line.startswith(OPENING):
+                    if not opened:  # a stream that broke begins anew
+                        opened = json.loads(line.removeprefix(OPENING))["lines"]
+                        progress.say("\n".join(opened))
                 else:
                     tail.append(line)
         except KeyboardInterrupt:

@@ -29,12 +29,12 @@ from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.plan import frozen_layers, thawed
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, number
 from strategies import METHODS
 from strategies.assembly import Assembled
-from strategies.outcome import execute, notes_of
+from strategies.introduction import notes_of, opening_lines
+from strategies.outcome import execute
 from strategies.run import Run
 from strategies.server.rows import Row
 from strategies.start import settled_start
@@ -42,7 +42,6 @@ from strategies.start import settled_start
 log = logging.getLogger(__name__)
 
 FAILED: list[str] = []
-SHOWN = 8  # layers that are named
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
 
 
@@ -78,39 +77,15 @@ def carry_out(
 
 
 def introduce(progress: RunProgress, run: Assembled) -> None:
-    """Print the chunk of a run, its notes, and which layers of one's own model it does not train.
+    """Say what a run begins with, and what is not as it was asked for.
 
-    The notes go to the log where no progress is shown: they are not to be missed.
+    The latter goes to the log where no progress is shown: it is not to be missed.
     """
-    if epochs := run.config.pretrain.epochs:
-        of = run.config.pretrain.labels
-        classes = "" if of is None else f" on the classes {', '.join(map(str, of))}"
-        progress.say(
-            f"pretrained: all weights, {epochs} epochs in one place{classes}, before the clients "
-            "begin (pretrain=none leaves it out)"
-        )
-    progress.say(f"chunk: {run.chunk}")
-    own = section(run.config.plain, "model").get("name") in {"object", "function"}
-    notes, model = notes_of(run), run.built.task.model
-    if own and (names := thawed(model, run.plan)):
-        notes.append(
-            f"requires_grad=False of {some_of(names)} is not read: these are trained or adapted, "
-            "as targets, head and dense say (targets=[NAME] adapts that layer alone, head=frozen)"
-        )
-    for note in notes:
-        progress.say(f"note: {note}")
-        if not progress.shown:
-            log.warning("%s", note)
-    if own and (frozen := frozen_layers(model, run.plan)):
-        progress.say(
-            f"not trained: {some_of(frozen)} (targets=all adds convolutions and embeddings, "
-            "dense=[NAME] trains a layer in full)"
-        )
-
-
-def some_of(names: Sequence[str]) -> str:
-    """List names, the first few of many."""
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    notes = notes_of(run)
+    for line in (*opening_lines(run), *(f"note: {note}" for note in notes)):
+        progress.say(line)
+    for note in notes if not progress.shown else ():
+        log.warning("%s", note)
 
 
 def simulate(plain: Plain, folder: Path, *, resume: bool = False) -> Plain:

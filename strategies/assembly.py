@@ -30,6 +30,7 @@ from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.personal import personal_accuracy
 from fedraclora.protocol.method import Cohort, Draw, Plan
+from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.continued import free_keys
@@ -62,6 +63,7 @@ class Assembled(Wired):
         plan: Which weights are trained how.
         trainer: Trains chunks of clients in this process.
         chunk: Clients that train as one batch, and why so many.
+        trained: What clients train of the model, in words.
     """
 
     config: RunConfig
@@ -69,6 +71,7 @@ class Assembled(Wired):
     plan: Plan
     trainer: CohortTrainer
     chunk: ChunkPlan
+    trained: str
 
 
 def assemble(
@@ -171,7 +174,13 @@ def assemble(
         )
         failed.pop_all()
     return Assembled(
-        **vars(wired), config=config, built=built, plan=plan, trainer=trainer, chunk=chunk
+        **vars(wired),
+        config=config,
+        built=built,
+        plan=plan,
+        trainer=trainer,
+        chunk=chunk,
+        trained=trained_of(downlink, plan.shapes),
     )
 
 

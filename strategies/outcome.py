@@ -36,13 +36,13 @@ from fedraclora.run.ledger import known_mean, read_ledger, round_seconds
 from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.tree import digest
 from strategies.assembly import Assembled, assemble
+from strategies.introduction import introduction
 from strategies.run import Run
 from strategies.server.rows import Row
 from strategies.weights import load_weights
 
 log = logging.getLogger(__name__)
 
-NAMED = 8  # notes of a run that begins
 SHOWN = 1000  # clients in partition.png, spread over the population
 
 
@@ -127,15 +127,6 @@ def execute(
     return Run(summary, rows, folder, dict(config.plain), run.weights, lambda: run.built)
 
 
-def notes_of(run: Assembled) -> list[str]:
-    """Say what is not as it was asked for, such as a rank that was cut, where a run begins."""
-    notes = [] if run.strategy.recorder.ledger.rows else list(run.strategy.state.notes)
-    if warning := run.built.task.info.get("loss_warning"):
-        notes.insert(0, str(warning))
-    more = len(notes) - NAMED
-    return notes[:NAMED] + ([f"{more} more such notes are in the ledger"] if more > 0 else [])
-
-
 def end_failed(loggers: Logging, kind: type[BaseException] | None, *_: object) -> None:
     """Tell the loggers of a run that it stopped before its end, if it did."""
     if kind is not None:
@@ -201,6 +192,7 @@ def summarise(run: Assembled, seconds: float) -> dict[str, object]:
         "chunk": run.chunk.chunk,
         "chunk_plan": run.chunk.record(),
         "device": run.built.device.type,
+        "begins": introduction(run),
         "task": run.built.task.info,
         "seconds": round(seconds, 3),
     }

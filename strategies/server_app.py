@@ -32,13 +32,14 @@ from fedraclora.weights.job import JobFolder
 from fedraclora.weights.update import WeightHistory
 from strategies import METHODS
 from strategies.assembly import Assembled
-from strategies.outcome import execute, notes_of
+from strategies.introduction import notes_of, opening_lines
+from strategies.outcome import execute
 from strategies.server.rows import Row
 
 log = logging.getLogger("flwr")  # the log that Flower streams to its user
 
 # How lines of the log begin that a program reads.
-ROW, SUMMARY = "fedraclora-row ", "fedraclora-summary "
+ROW, SUMMARY, OPENING = "fedraclora-row ", "fedraclora-summary ", "fedraclora-opening "
 
 app = ServerApp()
 
@@ -64,7 +65,7 @@ def main(grid: Grid, context: Context) -> None:
         return InServerApp(grid, settings, config, ended=ended)
 
     on_round = [tell_row if deployed else tell]
-    run = execute(config, folder, engine_of, resume=resume, on_round=on_round, on_start=warn)
+    run = execute(config, folder, engine_of, resume=resume, on_round=on_round, on_start=introduce)
     if deployed:
         write_line(SUMMARY, run.summary)
 
@@ -188,9 +189,15 @@ def settings_of(config: RunConfig) -> FlowerConfig | DeployConfig:
     return config.engine
 
 
-def warn(run: Assembled) -> None:
-    """Log what is not as it was asked for, where a run begins."""
-    for note in notes_of(run):
+def introduce(run: Assembled) -> None:
+    """Say what a run begins with, and what is not as it was asked for."""
+    lines, notes = opening_lines(run), notes_of(run)
+    if run.config.engine.name == DeployConfig.name:
+        write_line(OPENING, {"lines": [*lines, *(f"note: {note}" for note in notes)]})
+        return
+    for line in lines:
+        log.info("%s", line)
+    for note in notes:
         log.warning("%s", note)
 
 

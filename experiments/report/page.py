@@ -92,7 +92,7 @@ class Shown(Run):
             "seconds": str(found.get("seconds", "")),
             "model": self._choice("model"),
             "data": str(task.get("source", self._choice("data"))),
-            "loss": f"{task['loss']} ({task['loss_from']})" if "loss_from" in task else "",
+            **self.begins,
             "clients": f"{found.get('clients', self.config.get('clients'))}, of which "
             f"{found.get('cohort', self.config.get('cohort'))} take part in a round",
             "samples of a client": "{samples_min} to {samples_max}, median {samples_median}".format(

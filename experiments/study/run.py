@@ -203,7 +203,7 @@ def run_jobs(
                 f"{path} has {job.key} run with {' '.join(was)}; this study would run it with "
                 f"{' '.join(_decisive(job.overrides))}: take another folder, or remove those lines"
             )
-    left = [job for job in jobs if job.key not in done]
+    left, told = [job for job in jobs if job.key not in done], set[str]()
     for job, line_of in endings(left, workers):
         if job.row in failed:
             continue
@@ -219,6 +219,9 @@ def run_jobs(
         with path.open("a") as file:
             file.write(json.dumps(line, default=str) + "\n")
         done[line["key"]] = line
+        if (begins := line.get("begins")) and job.row not in told:
+            told.add(job.row)
+            print(f"{job.row}: {'; '.join(f'{key} {text}' for key, text in begins.items())}")
         ended = f"diverged: {line['diverged']}" if "diverged" in line else line["metrics"]
         print(f"{printable(line['key'])} {ended}", flush=True)
         score(line, metric)  # that it was not measured is said after the first run, not the last

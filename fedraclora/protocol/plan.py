@@ -7,8 +7,10 @@ treat them differently, so they are set once for every method of a comparison.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -23,10 +25,12 @@ from fedraclora.lowrank.layers import (
     split_patterns,
     weight_name,
 )
+from fedraclora.protocol.downlink import Downlink, Trained
 from fedraclora.protocol.method import Plan
 
 HEAD_POLICIES = ("adapt", "average", "frozen", "local")
 BIAS_POLICIES = ("average", "frozen")
+SHOWN, FORMS = 8, 3  # layers that are named; of many, forms of their names
 Ranks = int | float | Mapping[str, int | float]
 
 
@@ -278,3 +282,49 @@ def thawed(model: nn.Module, plan: Plan) -> list[str]:
     """
     trained = {*plan.targets, *plan.dense, *plan.local}
     return [n for n, p in model.named_parameters() if n in trained and not p.requires_grad]
+
+
+def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Name what clients train in the first round: ranks, layers, and how many numbers.
+
+    Args:
+        sent: Of the round.
+        shapes: Of the model's parameters, by name.
+
+    Example:
+        >>> from fedraclora.protocol.downlink import Adapter
+        >>> adapter = Adapter({"B": Trained((6, 2)), "A": Trained((2, 4))}, 1.0)
+        >>> sent = Downlink({"fc.weight": adapter}, {"fc.bias": Trained((6,))})
+        >>> trained_of(sent, {"fc.weight": (6, 4), "fc.bias": (6,)})
+        'rank 2 of fc; in full fc.bias: 26 numbers a client, the model has 30'
+    """
+    ranks, layers = set(), []
+    for weight, adapter in sent.adapters.items():
+        factors = [f for f in adapter.factors.values() if isinstance(f, Trained)]
+        if factors:
+            layers.append(weight.removesuffix(".weight"))
+            ranks |= {min(factor.shape) for factor in factors}
+    parts = []
+    if layers:
+        least, most = min(ranks), max(ranks)
+        rank = f"{most}" if least == most else f"{least} to {most}"
+        parts.append(f"rank {rank} of {some_of(layers)}")
+    if sent.dense:
+        every = len(sent.dense) == len(shapes)
+        parts.append(f"in full {'all of it' if every else some_of([*sent.dense])}")
+    count = sum(prod(slot.shape) for slot in sent.trained().values())
+    whole = sum(map(prod, shapes.values()))
+    return f"{'; '.join(parts)}: {count:,} numbers a client, the model has {whole:,}"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """List names; of many those that differ in numbers alone as one, and of these the first few.
+
+    Example:
+        >>> some_of([f"layer.{k}.{name}" for k in range(12) for name in ("query", "value")])
+        '24 in layer.*.query, layer.*.value'
+    """
+    if len(names) <= SHOWN:
+        return ", ".join(names)
+    forms = [*dict.fromkeys(re.sub(r"\d+", "*", name) for name in names)]
+    return f"{len(names)} in " + ", ".join(forms[:FORMS]) + (", ..." if forms[FORMS:] else "")

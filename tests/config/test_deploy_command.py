@@ -23,7 +23,7 @@ from fedraclora.errors import CheckpointError, ConfigError, EngineError
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import read_ledger
 from strategies import METHODS
-from strategies.server_app import ROW, SUMMARY
+from strategies.server_app import OPENING, ROW, SUMMARY
 
 SMALL = ["data=digits", "data.labels=null", "pretrain=none", "model.hidden=[6]", "output=study"]
 SMALL += ["method.rank=2", "rounds=2"]
@@ -160,6 +160,19 @@ def test_a_run_elsewhere_leaves_its_record_here(asked: deploy.RunRequest) -> Non
     assert json.loads((asked.folder / "summary.json").read_text())["rounds"] == 2
     assert (asked.folder / "curves.png").is_file()
     assert yaml.safe_load((asked.folder / "config.yaml").read_text()) == asked.plain
+
+
+def test_what_the_server_begins_with_is_said_once(
+    asked: deploy.RunRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = replace(asked.config, output=replace(asked.config.output, progress=True))
+    opening = line(OPENING, {"lines": ["loss: token_classes", "note: [/odd] names"]})
+    streams = [[opening, LINES[0]], [opening, *LINES, line(SUMMARY, OUTCOME)]]
+    with Record(asked.folder, asked.plain, resume=False) as record:
+        deploy.run(replace(asked, config=shown), Elsewhere(streams), record)
+    said = capsys.readouterr().err
+    assert said.count("loss: token_classes\nnote: [/odd] names\nround") == 1
+    assert said.count("token_classes") == 1
 
 
 def test_a_server_that_went_back_overwrites_rounds(asked: deploy.RunRequest) -> None:

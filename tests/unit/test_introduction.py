@@ -1,0 +1,76 @@
+"""What a run says first, and who shows it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+import fedraclora
+from experiments.compare import compare
+from experiments.report.page import page_of, read_shown
+from fedraclora.models.built import seeded
+from fedraclora.protocol.downlink import Adapter, Downlink, Trained
+from fedraclora.protocol.plan import trained_of
+
+X = np.random.default_rng(4).normal(size=(40, 5)).astype("float32")
+CLIENTS = [(part, (part[:, 0] > 0).astype("int64")) for part in np.split(X, 4)]
+
+
+def run(**keys: Any) -> fedraclora.Run:
+    with seeded(0, "test"):
+        model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+    chosen = {"model": model, "data": CLIENTS, "method": "ffa_lora", "rounds": 1} | keys
+    return fedraclora.simulate("method.rank=2", **chosen)
+
+
+def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(local={"lr": 0.25, "momentum": 0.5, "steps": 3, "batch_size": 4})
+    lines = capsys.readouterr().err.splitlines()
+    titles = ["loss", "metrics", "optimiser", "trained", "chunk"]
+    assert [line.partition(":")[0] for line in lines[:5]] == titles
+    assert len({len(line) - len(line.partition(":")[2].lstrip()) for line in lines[:5]}) == 1
+    assert lines[0].split()[1:3] == ["cross_entropy", "(guessed"]
+    assert lines[1].endswith("accuracy, loss")
+    for part in ("sgd", "0.25", "momentum 0.5", "3 steps", "batches of 4"):
+        assert part in lines[2]
+    count = found.summary["uplink_floats"]
+    assert "rank 2 of 0, 2" in lines[3]
+    assert f": {count:,} numbers a client, the model has 50" in lines[3]
+    begins: Any = found.summary["begins"]
+    assert begins["trained"] in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("loss", "source"), [(None, "guessed from the targets"), ("cross_entropy", "(said)")]
+)
+def test_it_is_said_whether_a_loss_was_said_or_guessed(
+    loss: str | None, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(loss=loss, rounds=0)
+    assert source in capsys.readouterr().err.splitlines()[0]
+
+
+def test_reports_and_comparisons_show_what_runs_learn(tmp_path: Path) -> None:
+    for name, lr in (("a", 0.1), ("b", 0.3)):
+        run(folder=tmp_path / "runs" / name, local={"lr": lr})
+    page = page_of([read_shown(tmp_path / "runs" / name) for name in "ab"])
+    assert "cross_entropy (guessed" in page
+    notes = "\n".join(compare([tmp_path / "runs"], tmp_path / "out").notes)
+    assert notes.count("cross_entropy (guessed") == 1  # of all runs
+    assert "learning rate 0.1" in notes
+    assert "learning rate 0.3" in notes
+
+
+def test_many_layers_that_differ_in_numbers_are_told_as_one() -> None:
+    names = [f"block.{k}.query.weight" for k in range(12)]
+    shapes = dict.fromkeys(names, (6, 4)) | {"out.bias": (3,)}
+    factors = [{"B": Trained((6, 1 + k % 3)), "A": Trained((1 + k % 3, 4))} for k in range(12)]
+    adapters = {name: Adapter(dict(each), 1.0) for name, each in zip(names, factors, strict=True)}
+    said = trained_of(Downlink(adapters, {"out.bias": Trained((3,))}), shapes)
+    assert said.startswith("rank 1 to 3 of 12 in block.*.query; in full out.bias: 243 numbers")
+    full = {name: Trained(shape) for name, shape in shapes.items()}
+    assert trained_of(Downlink({}, full), shapes).startswith("in full all of it: 291 numbers")
