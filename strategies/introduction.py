@@ -17,6 +17,8 @@ TITLE = 13  # characters, so that what follows stands in one column
 def opening_lines(run: Assembled) -> list[str]:
     """Say what a run begins with, beside `notes_of`."""
     config, model, lines = run.config, run.built.task.model, dict(introduction(run))
+    told = run.built.task.info
+    lines |= {n.replace("_", " "): str(told[n]) for n in ("weights", "new_head") if n in told}
     own = section(config.plain, "model").get("name") in {"object", "function"}
     if own and (frozen := frozen_layers(model, run.plan)):
         lines["not trained"] = (

@@ -17,6 +17,7 @@ from fedraclora.attacks.training import AttackedTrainer
 from fedraclora.config.run_config import BESIDE, TaskConfig
 from fedraclora.config.schema import Plain, bind, coerce, section, without
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
+from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.data.leak import refuse_shared
 from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import refuse_contradiction
@@ -28,8 +29,8 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
-from fedraclora.models.gguf import precision_of
 from fedraclora.models.outputs import probe
+from fedraclora.models.pretrained import assumed
 from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import LEAST, SecAgg, Terms
@@ -204,6 +205,8 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts |= {"train": len(data.train)} if len(data.train) else {}
     facts |= {"test": len(data.test), "validation": len(validation or ())}
     facts |= _said_of_weights(config) | _said_of_loss(config, data, built.model)
+    if built.drawn:
+        facts["new_head"] = f"{', '.join(built.drawn)}: drawn, model.path has none of these outputs"
     if config.pretrain.epochs:
         if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
             raise ConfigError(
@@ -245,12 +248,13 @@ def _said_of_loss(config: TaskConfig, data: DataSet, model: torch.nn.Module) -> 
 
 
 def _said_of_weights(config: TaskConfig) -> dict[str, object]:
-    """Say of weights from a GGUF file that they were rounded, and are float32 now."""
+    """Say of a GGUF file that its weights were rounded, and what of its header is not read."""
     path = config.model.get("path")
     if not isinstance(path, str) or not path.endswith(GGUF):
         return {}
-    kinds = precision_of(resolve(path, key="model.path"))
-    return {"weights": f"{kinds} in {Path(path).name}, de-quantised to float32"}
+    header = read_gguf_header(resolve(path, key="model.path"), "model.path")
+    found = [f"{header.kinds} in {Path(path).name}, de-quantised to float32", *assumed(header)]
+    return {"weights": "; ".join(found)}
 
 
 def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> dict[str, float]:

@@ -15,6 +15,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.errors import ConfigError, DataError
 
 PACKAGE = "package:"
@@ -170,15 +171,23 @@ def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: obje
         **given: Further arguments.
 
     Raises:
-        DataError: If nothing can be loaded; for a GGUF file the package gguf is needed.
+        DataError: If nothing can be loaded, or a GGUF file is damaged; for one of those the package
+            gguf is needed.
     """
+    place = source
     if source.endswith(GGUF) and local:
         path = Path(source)
-        source, given = str(path.parent), {**given, "gguf_file": path.name}
+        read_gguf_header(path, key)
+        place, given = str(path.parent), {**given, "gguf_file": path.name}
     try:
-        return kind.from_pretrained(source, local_files_only=local, **given)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{key}: {kind.__name__} finds nothing in {source}: {error}") from error
+        return kind.from_pretrained(place, local_files_only=local, **given)
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file each architecture, and each library, has its own
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{key}: {kind.__name__} finds nothing in {source} that it can load ({what})"
+        ) from error
 
 
 def file_digest(path: Path) -> str:

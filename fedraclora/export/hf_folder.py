@@ -11,7 +11,7 @@ from torch import nn
 from fedraclora.data.locate import from_pretrained
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.export.trained import Record, TrainedModel, is_hugging_face
-from fedraclora.models.hf import quiet
+from fedraclora.models.pretrained import quiet
 
 
 def write_hf(trained: TrainedModel, folder: Path, rank: int | None) -> Record:

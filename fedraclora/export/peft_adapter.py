@@ -26,7 +26,7 @@ from fedraclora.export.trained import Record, TrainedModel, is_hugging_face
 from fedraclora.imports import import_extra
 from fedraclora.lowrank.algebra import padded_to
 from fedraclora.lowrank.layers import LayerView, layer_kind, layer_view
-from fedraclora.models.hf import quiet
+from fedraclora.models.pretrained import quiet
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
 

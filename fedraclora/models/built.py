@@ -29,12 +29,14 @@ class Built:
         head: Name prefixes of the final layer; empty where there is nothing but one layer.
         targets: The default pattern of adapted layers (`fedraclora.lowrank.layers.find_targets`).
         narrow: Whether weights are narrower than float32, and are to stay so.
+        drawn: Parameters that were drawn since the stored model has none of them: a new head.
     """
 
     model: nn.Module
     head: tuple[str, ...]
     targets: str
     narrow: bool = False
+    drawn: tuple[str, ...] = ()
 
 
 @contextmanager

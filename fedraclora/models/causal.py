@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedraclora.data.locate import GGUF, checked_source, from_pretrained
+from fedraclora.data.locate import checked_source, from_pretrained
 from fedraclora.errors import ConfigError, ModelError, unknown
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import Attention, Built, require_input, seeded
 from fedraclora.models.dropout import refuse_idle_rate
-from fedraclora.models.gguf import made_plain
-from fedraclora.models.hf import cut_layers, quiet, set_dropout
+from fedraclora.models.hf import cut_layers, set_dropout
 from fedraclora.models.narrow import Base, narrowed
+from fedraclora.models.pretrained import Source, layers_of, load_pretrained
 
 
 @limited("model")
@@ -58,7 +58,7 @@ def build_causal_lm(
 
     Raises:
         ConfigError: If a key is wrong, naming it, or the model takes no dropout.
-        DataError: If the model is missing or its weights are another file.
+        DataError: If the model is missing, damaged or not whole, or its weights are another file.
         ModelError: If the model has no output layer over tokens.
     """
     require_input("causal_lm", shape, classes, text=True)
@@ -93,24 +93,16 @@ def _loaded(
 
     source, local = checked_source(path, sha256)
     given = from_pretrained(AutoConfig, source, local, "model.path")
+    stored = layers_of(given)
     _prepare(given, layers, dropout)
-    with quiet():
-        model = from_pretrained(
-            AutoModelForCausalLM,
-            source,
-            local,
-            "model.path",
-            config=given,
-            dtype=torch.float32,
-            attn_implementation=attention,
-        )
-    if source.endswith(GGUF):
-        made_plain(model)
-    elif getattr(model, "hf_quantizer", None) is not None:
-        raise ConfigError(
-            f"model.path={path}: its weights are quantised, and of such only GGUF files are read: "
-            "dequantise them first (model.dequantize() of transformers, then save_pretrained)"
-        )
+    model, _ = load_pretrained(
+        AutoModelForCausalLM,
+        Source(path, source, local),
+        given,
+        attention=attention,
+        layers=stored,
+        new_head=False,
+    )
     return model
 
 

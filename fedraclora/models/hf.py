@@ -8,15 +8,13 @@ module, where no mask can be keyed by client and step; hidden states are dropped
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from fedraclora.data.locate import checked_source, from_pretrained
-from fedraclora.errors import ConfigError, DataError, ModelError
+from fedraclora.errors import ConfigError, ModelError
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.models.built import (
     Attention,
@@ -27,8 +25,8 @@ from fedraclora.models.built import (
     seeded,
 )
 from fedraclora.models.dropout import refuse_idle_rate
-from fedraclora.models.gguf import made_plain
 from fedraclora.models.narrow import Base, narrowed
+from fedraclora.models.pretrained import Source, layers_of, load_pretrained, quiet
 
 # How architectures call rates of dropout in their configurations: hidden_dropout_prob, resid_pdrop,
 # dropout_rate, ...
@@ -64,42 +62,38 @@ def build_hf(
         sha256: SHA-256 of ``model.safetensors`` in the folder, or None.
 
     Returns:
-        The model. The head is what lies beside the encoder; the targets are query and value,
-        or all linear layers where none has that name.
+        The model. The head is what lies beside the encoder; where it is new, it is named as drawn.
+        The targets are query and value, or all linear layers where none has that name.
 
     Raises:
         ConfigError: If a key is wrong, naming it, or the model takes no dropout.
-        DataError: If the model is missing or its weights are another file.
+        DataError: If the model is missing, damaged or not whole, or its weights are another file.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     require_input("hf", shape, classes, text=True)
     source, local = checked_source(path, sha256)
-    key = f"model.path={path}"
-    try:
-        with quiet():
-            config = from_pretrained(AutoConfig, source, local, key, num_labels=classes)
-        config.problem_type = None  # of what it learnt before
-        set_dropout(config, dropout)
-        cut_layers(config, layers)
-        if config.pad_token_id is None:
-            ends = config.eos_token_id  # Llama 3 has several
-            config.pad_token_id = ends[0] if isinstance(ends, list) else ends
-        with seeded(seed, "model"), quiet():
-            model = from_pretrained(
-                AutoModelForSequenceClassification,
-                source,
-                local,
-                key,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation=attention,
-                ignore_mismatched_sizes=True,
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{key} cannot be loaded: {error}") from error
+    with quiet():
+        key = f"model.path={path}"
+        config = from_pretrained(AutoConfig, source, local, key, num_labels=classes)
+    stored = layers_of(config)
+    config.problem_type = None  # of what it learnt before
+    set_dropout(config, dropout)
+    cut_layers(config, layers)
+    if config.pad_token_id is None:
+        ends = config.eos_token_id  # Llama 3 has several
+        config.pad_token_id = next(iter(ends), None) if isinstance(ends, list) else ends
+    with seeded(seed, "model"):
+        model, drawn = load_pretrained(
+            AutoModelForSequenceClassification,
+            Source(path, source, local),
+            config,
+            attention=attention,
+            layers=stored,
+            new_head=True,
+        )
     refuse_idle_rate(model, dropout)
-    return narrowed(_built(made_plain(model)), base)
+    return narrowed(replace(_built(model), drawn=drawn), base)
 
 
 @limited("model")
@@ -190,19 +184,3 @@ def cut_layers(config: Any, layers: int | None) -> None:
     if layers > config.num_hidden_layers:
         raise ConfigError(f"model.layers={layers}: the model has {config.num_hidden_layers} layers")
     config.num_hidden_layers = layers
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the reports of a new head and the progress bar; both are expected."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

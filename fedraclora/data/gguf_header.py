@@ -1,0 +1,176 @@
+"""The header of a GGUF file, held against the file before anything is built from it.
+
+Readers of GGUF trust the header: a wrong number in it reads one tensor's bytes as another's, fills
+what is not there at random, or builds for minutes.
+
+References:
+    ggml, ``docs/gguf.md``: magic, version, counts; keys with their values; tensors with name,
+    shape, type and offset; then the tensors, each at the next multiple of the alignment.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from fedraclora.errors import DataError
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # a type's letter of struct
+TEXT, LIST = 8, 9
+MOST_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the header has it.
+
+    Attributes:
+        shape: The fastest dimension last, as torch has it.
+        kind: Of its numbers, for example ``Q4_1``.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says of itself.
+
+    Attributes:
+        fields: Values by key; of a list its length.
+        tensors: By name, in the order of the file.
+    """
+
+    fields: Mapping[str, object]
+    tensors: Mapping[str, Stored]
+
+    @property
+    def kinds(self) -> str:
+        """The types of numbers, the most used first, for example ``Q4_1, F32``."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.kind] = sizes.get(tensor.kind, 0) + tensor.count
+        return ", ".join(sorted(sizes, key=lambda kind: -sizes[kind]))
+
+
+def read_gguf_header(path: Path, key: str) -> Header:
+    """Read the header of a GGUF file, and check that the file is what it says.
+
+    Args:
+        path: The file.
+        key: The configuration key, for messages.
+
+    Raises:
+        DataError: If it cannot be read, the package gguf is not installed, or the file does not
+            hold its tensors, one behind the other, and nothing else.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(data).header()
+    except struct.error as error:
+        raise DataError(f"{key}: {path} is damaged: it ends within its header") from error
+    except (ImportError, OSError, ValueError) as error:
+        raise DataError(f"{key}: {path} cannot be read as GGUF: {error}") from error
+
+
+class _Reader:
+    """Goes through a header; whatever is beyond the end of the file is a `struct.error`."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def header(self) -> Header:
+        if self.data[:4] != MAGIC:
+            raise ValueError("it does not begin with GGUF")
+        self.at = 4
+        if (version := self._number("I")) not in VERSIONS:
+            raise ValueError(f"its version is {version}; 2 or 3, little-endian, is wanted")
+        tensors, keys = self._number("Q"), self._number("Q")
+        fields: dict[str, object] = {}
+        for _ in range(keys):
+            name = self._name("key", fields)
+            fields[name] = self._value(self._number("I"))
+        return Header(fields, self._tensors(tensors, fields.get("general.alignment", 32)))
+
+    def _tensors(self, count: int, alignment: object) -> dict[str, Stored]:
+        """Read the table of tensors, which must fill the rest of the file."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"its general.alignment is {alignment!r}; a power of 2 is wanted")
+        found: dict[str, Stored] = {}
+        last = end = 0  # of the tensors so far, from where the first begins; with padding
+        for _ in range(count):
+            name = self._name("tensor", found)
+            dimensions = self._number("I")
+            if not 1 <= dimensions <= MOST_DIMENSIONS:
+                raise ValueError(f"{name} has {dimensions} dimensions; 1 to 4 are wanted")
+            shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
+            kind = GGMLQuantizationType(self._number("I"))
+            block, size = GGML_QUANT_SIZES[kind]
+            if 0 in shape or shape[-1] % block:
+                raise ValueError(f"{name} is {shape}, in blocks of {block} {kind.name} numbers")
+            if (offset := self._number("Q")) != end:
+                raise ValueError(f"{name} begins at byte {offset} of the tensors, not at {end}")
+            found[name] = Stored(shape, kind.name)
+            last = end + found[name].count // block * size
+            end = -(-last // alignment) * alignment
+        if not found:
+            raise ValueError("it holds no tensor")
+        begin = -(-self.at // alignment) * alignment
+        if not begin + last <= len(self.data) <= begin + end:
+            raise ValueError(
+                f"its tensors take {last} bytes by its header, and {len(self.data) - begin} are "
+                "there: get it again"
+            )
+        return found
+
+    def _number(self, letter: str) -> Any:
+        (value,) = struct.unpack_from(f"<{letter}", self.data, self.at)
+        self.at += struct.calcsize(f"<{letter}")
+        return value
+
+    def _text(self) -> bytes:
+        size = self._number("Q")
+        if size > len(self.data) - self.at:
+            raise struct.error
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def _name(self, what: str, known: Mapping[str, object]) -> str:
+        name = self._text().decode()
+        if not name.isprintable() or not name or name in known:
+            raise ValueError(f"it has a {what} {name!r} " + ("twice" if name in known else ""))
+        return name
+
+    def _value(self, kind: int) -> object:
+        """Read a value; of a list the length, without a step for each of its numbers."""
+        if kind == TEXT:
+            return self._text().decode(errors="replace")
+        if kind in SCALARS:
+            return self._number(SCALARS[kind])
+        if kind != LIST:
+            raise ValueError(f"it has a value of type {kind}, which GGUF does not know")
+        inner, count = self._number("I"), self._number("Q")
+        if inner in SCALARS:
+            self.at += struct.calcsize(f"<{SCALARS[inner]}") * count
+            if self.at > len(self.data):
+                raise struct.error
+        elif inner == TEXT:
+            for _ in range(count):
+                self._text()
+        else:
+            raise ValueError(f"it has a list of type {inner}, which readers do not know")
+        return count
