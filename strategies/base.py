@@ -16,7 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext
-from fedraclora.engines.deploy import taken_traffic
+from fedraclora.engines.deploy import taken_traffic, traffic_of
 from fedraclora.engines.local import taken_incidents
 from fedraclora.errors import DivergenceError, RoundLostError, WireError
 from fedraclora.evaluation.generate import Answering
@@ -33,8 +33,8 @@ from fedraclora.weights.chain import CatchUp
 from strategies.server.exchange import Exchange
 from strategies.server.guard import persistently
 from strategies.server.quantised import DownlinkRounding
-from strategies.server.round_step import RoundStep, RoundSteps, RunContext
-from strategies.server.rows import Moved, Row, fleet_columns, ledger_row
+from strategies.server.round_step import Ask, RoundStep, RoundSteps, RunContext
+from strategies.server.rows import Cost, Row, fleet_columns, ledger_row
 from strategies.server.serverside import OwnLoop
 from strategies.server.sound import largest, overflowing
 from strategies.server.stopping import Stopping
@@ -149,7 +149,7 @@ class FedStrategy(OwnLoop):
             if self.stop.due(self.recorder.ledger.rows):
                 break
             try:
-                run = partial(self._round, grid, round_, timeout or self.loop.timeout)
+                run = partial(self._round, grid, round_, timeout or self.loop.timeout, Cost())
                 incidents = getattr(grid, "incidents", [])
                 metrics[round_] = persistently(run, self.loop.retries, incidents)
             except Exception:
@@ -160,24 +160,20 @@ class FedStrategy(OwnLoop):
         self.recorder.save(self.state, self.done, self.catch_up)
         return metrics
 
-    def _round(self, grid: Grid, round_: int, timeout: float | None) -> MetricRecord:
+    def _round(self, grid: Grid, round_: int, timeout: float | None, cost: Cost) -> MetricRecord:
         """Run one round: exchanges until the method closes it, then evaluate and write."""
-        watch = Stopwatch()
+        watch = cost.watch
         messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
         exchange = self._current()
-        moved = Moved()
         watch.lap("open")
         while True:
             ask = partial(grid.send_and_receive, timeout=timeout)
             try:
-                raw = self.steps.receive(ask, exchange, messages, self.state.base)
+                raw, got = self._exchanged(ask, exchange, messages, cost, grid)
             except RoundLostError as lost:
                 if not self.loop.guarded:
                     raise
-                return self._give_up(exchange, grid, str(lost), watch)
-            got = self._treated(raw)
-            watch.lap("train")
-            moved.count(exchange)
+                return self._give_up(exchange, grid, str(lost), cost)
             again = self.method.next_exchange(self.state, exchange.downlink, got)
             if again is None:
                 break
@@ -185,14 +181,14 @@ class FedStrategy(OwnLoop):
             exchange = self._current()
         after = self._sound(exchange, raw, got)
         # Only now: a round that fails must not count its clients as caught up.
-        moved.fetch(self.catch_up, exchange, taken_traffic(grid))
+        cost.fetch(self.catch_up, exchange, taken_traffic(grid))
         self._close(round_, after)
         watch.lap("close")
         due = round_ % self.loop.evaluate_every == 0 or round_ == self.loop.rounds
         measured = self._measured() if due else {"metrics": {}}
         watch.lap("evaluate")
         step = effective_step(exchange.downlink, self.local, exchange.rate_scale)
-        row = ledger_row(exchange, self.state, measured, moved, self.recorder.totals())
+        row = ledger_row(exchange, self.state, measured, cost, self.recorder.totals())
         row |= self.rounding.columns
         if self.devices.system.enabled:
             row |= fleet_columns(exchange, self.devices.clock)
@@ -203,15 +199,25 @@ class FedStrategy(OwnLoop):
         self._write(row | self.steps.columns(exchange, got), step, watch, grid)
         return MetricRecord({"train-loss": exchange.mean_loss})
 
-    def _give_up(self, exchange: Exchange, grid: Grid, why: str, watch: Stopwatch) -> MetricRecord:
+    def _exchanged(
+        self, ask: Ask, exchange: Exchange, messages: Iterable[Message], cost: Cost, grid: Grid
+    ) -> tuple[Uplinks, Uplinks]:
+        """Send messages; give what came, and the same treated; count it, whatever becomes of it."""
+        try:
+            raw = self.steps.receive(ask, exchange, messages, self.state.base)
+            return raw, self._treated(raw)
+        finally:
+            cost.watch.lap("train")
+            cost.count(exchange, traffic_of(grid))
+
+    def _give_up(self, exchange: Exchange, grid: Grid, why: str, cost: Cost) -> MetricRecord:
         """Go on after a round that real clients will not answer again: nothing changes in it."""
-        round_, moved = exchange.round_, Moved()
-        moved.count(exchange)
-        moved.fetch(self.catch_up, exchange, taken_traffic(grid))
+        round_ = exchange.round_
+        cost.fetch(self.catch_up, exchange, taken_traffic(grid))
         self.done = round_
-        row = ledger_row(exchange, self.state, {"metrics": {}}, moved, self.recorder.totals())
+        row = ledger_row(exchange, self.state, {"metrics": {}}, cost, self.recorder.totals())
         row["notes"] = [why]
-        self._write(row | self.steps.columns(exchange, None), 0.0, watch, grid)
+        self._write(row | self.steps.columns(exchange, None), 0.0, cost.watch, grid)
         return MetricRecord({"train-loss": float("nan")})
 
     def _write(self, row: Row, step: object, watch: Stopwatch, grid: Grid) -> None:

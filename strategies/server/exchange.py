@@ -44,7 +44,8 @@ class Exchange:
         reduce: Whether sums of clients are enough for what follows.
         replies: In ascending order of client, once collected.
         failures: Clients whose reply is not used.
-        received: Bytes of the numbers that clients sent, those of refused clients included.
+        received: Bytes of the numbers that clients sent, those of refused clients included, as far
+            as their replies could be read.
         chunks: The messages that were sent, each with its clients.
         before: The exchange before this one in the same round.
         mean_loss: Mean training loss over the clients whose replies are used, with their
@@ -166,7 +167,6 @@ class Exchange:
         if not summed:
             numbers = widen(numbers, self.downlink, places)
         refused = [] if summed else check_rows(clients, weights, losses, [numbers])
-        self._receive(clients)
         self.failures += refused
         self.failures.sort(key=lambda f: f.client)
         if len(self.all_failures) > allowed or len(refused) == len(clients):
@@ -195,17 +195,20 @@ class Exchange:
         parts = [getattr(reply, name) for reply in self.replies]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _receive(self, clients: torch.Tensor) -> None:
-        """Count the bytes of the numbers of these clients, and of those that a sum leaves out."""
-        out = [f.client for reply in self.replies for f in reply.refused]
-        up, _ = self.loop.kinds
+    def _bytes_of(self, reply: Reply) -> int:
+        """Count the bytes of the numbers in a reply, those included that a sum leaves out."""
         if self.downlink.ranks is None:  # each sends as many
-            each = int(uploaded_bytes(self.downlink, 1, up))
-            self.received = (len(clients) + len(out)) * each
-            return
-        who = torch.cat([clients, torch.tensor(out, dtype=torch.int64)])
-        came = torch.searchsorted(self.cohort.clients, who)
-        self.received = int(uploaded_bytes(self.downlink, len(self.cohort), up)[came].sum())
+            return (len(reply.clients) + len(reply.refused)) * int(self._each[0])
+        out = torch.tensor([f.client for f in reply.refused], dtype=torch.int64)
+        came = torch.searchsorted(self.cohort.clients, torch.cat([reply.clients, out]))
+        return int(self._each[came].sum())
+
+    @cached_property
+    def _each(self) -> torch.Tensor:
+        """The bytes that each client of the cohort sends; where all send as many, those of one."""
+        up, _ = self.loop.kinds
+        cohort = 1 if self.downlink.ranks is None else len(self.cohort)
+        return uploaded_bytes(self.downlink, cohort, up)
 
     def _measure(self, clients: torch.Tensor, weights: torch.Tensor) -> None:
         """Compute the figures of the clients whose replies are used; weights: theirs."""
@@ -290,6 +293,7 @@ class Exchange:
 
     def _take(self, reply: Reply | None) -> None:
         if reply is not None:
+            self.received += self._bytes_of(reply)
             self.replies.append(reply)
             self.failures += [*(Refusal(c, r) for c, r in reply.failures.items()), *reply.refused]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from fedraclora.engines.deploy import Traffic
 from fedraclora.protocol.method import State
+from fedraclora.run.recorder import Stopwatch
 from fedraclora.weights.chain import CatchUp
 from fedraclora.wire.downlink import payload_bytes
 from strategies.server.exchange import Exchange
@@ -16,26 +17,39 @@ Row = dict[str, object]
 
 
 @dataclass
-class Moved:
-    """Payload bytes of a round, summed over the cohort.
+class Cost:
+    """What a round costs, all its attempts together: payload bytes of the cohort, and seconds.
 
     Attributes:
         up, down: What clients sent, and what they were sent.
         fetched: What they caught up on.
         transport: Where messages leave the machine: what these are longer by.
+        watch: Measures the seconds.
     """
 
     up: int = 0
     down: int = 0
     fetched: int = 0
     transport: int | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
-    def count(self, exchange: Exchange) -> None:
-        """Add an exchange: what each asked client was sent, and every row that came."""
+    def count(self, exchange: Exchange, traffic: Traffic | None) -> None:
+        """Add an exchange, also one that failed: what was sent to clients, and every row that came.
+
+        Args:
+            exchange: Which has just ended.
+            traffic: What went over the wire since; None in a simulation, where each client that
+                is asked is sent its message once.
+        """
         _, kind = exchange.loop.kinds
         each = payload_bytes(exchange.downlink, len(exchange.cohort), kind)
+        times = len(exchange.asked)
+        if traffic is not None:
+            own = {id(message) for message, _ in exchange.chunks}
+            times = sum(sent in own for sent in traffic.sent)
+            traffic.sent.clear()  # an `id` is used again once its message is gone
         self.up += exchange.received
-        self.down += each * len(exchange.asked)
+        self.down += each * times
 
     def fetch(self, catch_up: CatchUp, exchange: Exchange, sent: Traffic | None) -> None:
         """Update the clients of a round to the newest version, and count what they fetched.
@@ -59,7 +73,7 @@ def ledger_row(
     exchange: Exchange,
     state: State,
     measured: Row,
-    moved: Moved,
+    cost: Cost,
     totals: tuple[int, int],
 ) -> Row:
     """Build the ledger row of a round.
@@ -69,7 +83,7 @@ def ledger_row(
         state: The state that closed it.
         measured: ``metrics`` of the new weights, empty where they were not measured; and
             ``validation`` where that decides when to stop.
-        moved: Payload bytes of the round.
+        cost: Of the round.
         totals: Bytes up and down (with catch-up) before it.
 
     Returns:
@@ -82,12 +96,12 @@ def ledger_row(
         "cohort": len(exchange.first.cohort),
         "local_steps": exchange.local_steps,
         "failures": [vars(f) for f in exchange.all_failures],
-        "uplink_bytes": moved.up,
-        "downlink_bytes": moved.down,
-        "catchup_bytes": moved.fetched,
-        **({} if moved.transport is None else {"transport_bytes": moved.transport}),
-        "uplink_total": totals[0] + moved.up,
-        "downlink_total": totals[1] + moved.down + moved.fetched,
+        "uplink_bytes": cost.up,
+        "downlink_bytes": cost.down,
+        "catchup_bytes": cost.fetched,
+        **({} if cost.transport is None else {"transport_bytes": cost.transport}),
+        "uplink_total": totals[0] + cost.up,
+        "downlink_total": totals[1] + cost.down + cost.fetched,
         **({} if exchange.rounding is None else {"rounding_up": exchange.rounding}),
         "report": state.report,
         "notes": [*state.notes, *exchange.notes],

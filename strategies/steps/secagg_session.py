@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -27,18 +28,27 @@ Factors = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why ot
 LONGEST_REASON = 500  # characters of what a client says of its failure
 
 
+@dataclass
+class Texts:
+    """Bytes of keys, shares and complaints in a round, all its attempts together."""
+
+    round_: int = 0
+    up: int = 0
+    down: int = 0
+
+
 class SecAggSession:
     """The exchanges of one round: who is still there, who left when, and what it took.
 
     Args:
         exchange: The train exchange, which notes the failures.
         ask: Sends messages and gives the replies that come.
+        texts: Counts what is said besides.
     """
 
-    def __init__(self, exchange: Exchange, ask: Ask) -> None:
-        self.exchange, self.send = exchange, ask
+    def __init__(self, exchange: Exchange, ask: Ask, texts: Texts) -> None:
+        self.exchange, self.send, self.texts = exchange, ask, texts
         self.nodes = [m.metadata.dst_node_id for m, _ in exchange.chunks]
-        self.up = self.down = 0
 
     def ask(self, stage: str, data: dict[int, Any], check: Check) -> dict[int, Any]:
         """Ask clients for a stage in which nobody trains; give what each said.
@@ -98,6 +108,7 @@ class SecAggSession:
                 raise WireError(
                     f"masked vectors of shape {rows.shape} came; {(len(clients), size)} is wanted"
                 )
+            self.exchange.received += rows.nbytes
             stage = read_stage(content)
             found: dict[int, Any] = {}
             for client, answer in (stage.data if stage is not None else {}).items():
@@ -124,7 +135,7 @@ class SecAggSession:
         Raises:
             ClientError: If a client met what is no client's fault.
         """
-        self.down += sum(text_bytes(message.content) for message in messages)
+        self.texts.down += sum(text_bytes(message.content) for message in messages)
         replies = self.send(messages)  # only now a message has its id
         sent = {m.metadata.message_id: clients_of(m.content) for m in messages}
         answers: dict[int, Any] = {}
@@ -140,7 +151,7 @@ class SecAggSession:
             try:
                 found, why = read(reply.content)
                 why |= {int(c): str(w) for c, w in read_header(reply.content)["failures"].items()}
-                self.up += text_bytes(reply.content)
+                self.texts.up += text_bytes(reply.content)
             except Exception as error:  # whatever another machine may send
                 why, found = dict.fromkeys(asked, f"its reply is refused: {error!r}"), {}
             answers |= {c: part for c, part in found.items() if c in asked}

@@ -23,11 +23,10 @@ from strategies.server.exchange import Exchange
 from strategies.server.round_step import Ask, CohortOf, RoundStep
 from strategies.server.rows import Row
 from strategies.steps.conflicts import SECURE, TWICE, refused
-from strategies.steps.secagg_session import SecAggSession
+from strategies.steps.secagg_session import SecAggSession, Texts
 from strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed
 
 FILE = "masked.round"  # the last round that asked real clients for vectors
-WORD = 4  # bytes of a number
 SLACK = 1 + 1e-4  # of norms: updates are rounded to the wire's precision
 
 
@@ -39,6 +38,7 @@ class SecureSum(RoundStep):
         config: Clip, neighbours, threshold, greatest weight.
         row: What the ledger says of the last sum.
         session: A round that failed after clients were asked for masked vectors; None: none did.
+        texts: What is said in a round besides numbers.
         banned: Clients that are asked no more, and why.
         answered: The last round of which clients of an earlier process may have been asked for
             masked vectors.
@@ -48,6 +48,7 @@ class SecureSum(RoundStep):
     config: SecAgg
     row: Row = field(default_factory=dict)
     session: Session | None = None
+    texts: Texts = field(default_factory=Texts)
     banned: dict[int, str] = field(default_factory=dict)
     answered: int = 0
     file: Path | None = None
@@ -93,7 +94,9 @@ class SecureSum(RoundStep):
         if not len(exchange.cohort):
             return None
         clip = self.config.clip if exchange.clip is None else exchange.clip
-        talk, session = SecAggSession(exchange, ask), self.session
+        if self.texts.round_ != exchange.round_:
+            self.texts = Texts(exchange.round_)
+        talk, session = SecAggSession(exchange, ask, self.texts), self.session
         if session is None or session.round_ != exchange.round_:
             session = self._agree(exchange, talk, clip)
         else:
@@ -122,7 +125,8 @@ class SecureSum(RoundStep):
 
     @override
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
-        return {"train_loss": None, "secure": self.row}
+        lost = {"up": self.texts.up, "down": self.texts.down} if "lost" in self.row else {}
+        return {"train_loss": None, "secure": self.row | lost}
 
     def _agree(self, exchange: Exchange, talk: SecAggSession, clip: float) -> Session:
         """Exchange keys and shares among clients."""
@@ -195,13 +199,12 @@ class SecureSum(RoundStep):
                 f"norm {norm:.4g}; {K} to {K * self.config.max_weight} and at most "
                 f"{weight * clip:.4g} are possible: some client sent what it may not"
             )
-        exchange.received = K * len(whole) * WORD
         self.row = {
             "clients": K,
             "step": step,
             "error_bound": K * step / 2 / weight,
-            "up": talk.up,
-            "down": talk.down,
+            "up": self.texts.up,
+            "down": self.texts.down,
             **({"notes": session.notes} if session.notes else {}),
         }
         ids = torch.tensor(clients, dtype=torch.int64)

@@ -55,7 +55,7 @@ from strategies import METHODS
 from strategies.server.exchange import Exchange
 from strategies.server.loop import LoopConfig
 from strategies.server.quantised import DownlinkRounding
-from strategies.server.rows import Moved, ledger_row
+from strategies.server.rows import Cost, ledger_row
 from strategies.steps.scaffold import open_corrected
 from tests.campaigns.mutants import (
     Change,
@@ -414,7 +414,7 @@ def judged(scene: Scene, case: Case, ledger: Ledger) -> str:
     for text in [*failures.values(), *outcome.exchange.notes, outcome.error]:
         must(text.isprintable() and len(text) < 12 * LONGEST, f"a text is {text[:99]!r}")
     if outcome.got is not None:
-        row = ledger_row(outcome.exchange, scene.state, {"metrics": {}}, Moved(1, 2, 3), (0, 0))
+        row = ledger_row(outcome.exchange, scene.state, {"metrics": {}}, Cost(1, 2, 3), (0, 0))
         ledger.append(row | {"round": len(ledger.rows)}, sync=False)
     if suspects - scene.fails <= failures.keys() or "no client replied in time" in outcome.error:
         must(outcome.same(scene.without(case.place)), "the others' result is another one")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from flwr.app import Message
 from typing_extensions import override
 
+from fedraclora.engines.deploy.traffic import message_bytes
 from fedraclora.errors import ClientError
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
@@ -168,6 +169,34 @@ def test_a_round_with_too_few_is_run_again(tmp_path: Path) -> None:
     deploy([], tmp_path / "plain", Network(tmp_path / "cache", nodes_for(3)))
     wanted, found = summary(tmp_path / "plain"), summary(tmp_path / "run")
     assert found["weights_digest"] == wanted["weights_digest"]
+
+
+def moved(row: Mapping[str, object], *names: str) -> list[int]:
+    return [int(str(row[f"{name}_bytes"])) for name in names]
+
+
+def test_a_round_that_is_run_again_counts_what_both_attempts_sent(tmp_path: Path) -> None:
+    """Three are asked twice; two answer the first time, and have caught up; all the second."""
+    network = Network(tmp_path / "cache", nodes_for(3), raises(Once(at_fault)))
+    deploy([], tmp_path / "run", network)
+    deploy([], tmp_path / "plain", Network(tmp_path / "cache", nodes_for(3)))
+    columns = ("uplink", "downlink", "catchup")
+    found, once = (moved(rows(tmp_path / name)[2], *columns) for name in ("run", "plain"))
+    assert 0 not in once
+    assert [3 * n for n in found] == [5 * once[0], 6 * once[1], 4 * once[2]]
+    payload = sum(sum(moved(row, *columns, "transport")) for row in rows(tmp_path / "run")[1:])
+    assert payload == sum(message_bytes(m) for m in network.posted)
+
+
+def test_a_message_counts_as_often_as_it_is_sent(tmp_path: Path) -> None:
+    """Once more to a client that asks for every weight, and not at all to one that is not there."""
+    make, _ = BEHAVIOURS["cannot settle on weights"]
+    network = Network(tmp_path / "cache", nodes_for(3), make(at_fault))
+    deploy([*WORDS, "engine.timeout=3"], tmp_path / "again", network)
+    one, two, _ = (moved(row, "downlink")[0] for row in rows(tmp_path / "again")[1:])
+    assert (one % 3, two) == (0, one // 3 * 4)
+    deploy([*WORDS, "engine.wait=0.5"], tmp_path / "away", Network(tmp_path / "two", nodes_for(2)))
+    assert [moved(row, "downlink")[0] for row in rows(tmp_path / "away")[1:]] == [one // 3 * 2] * 3
 
 
 @pytest.mark.parametrize("retries", [0, 2])

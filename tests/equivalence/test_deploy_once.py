@@ -145,6 +145,11 @@ def test_a_secure_round_with_too_few_goes_on_where_it_failed(tmp_path: Path) -> 
     ]
     first = ["keys", "shares", "masked"]
     assert stages == [[*first, "unmask"], [*first, "masked", "unmask"]]
+    once = rows(tmp_path / "plain")[1]
+    ratio = [int(str(r["downlink_bytes"])) / 5 for r in (row, once)]
+    assert ratio[0] == 6 * ratio[1] / 5  # to one of five twice
+    assert row["uplink_bytes"] == once["uplink_bytes"]  # that one alone had not answered
+    assert row["secure"]["down"] > once["secure"]["down"]  # type: ignore[index]
 
 
 def test_a_secure_round_that_was_cut_short_is_given_up(tmp_path: Path) -> None:

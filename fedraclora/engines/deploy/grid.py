@@ -164,6 +164,7 @@ class DeployGrid(ForwardingGrid):
         sent.content = folded(message.content)
         (name,) = self.grid.push_messages([sent])
         self.traffic.count(sent)
+        self.traffic.sent.append(id(message))
         self.traffic.fetched += update.payload_bytes
         return name
 
