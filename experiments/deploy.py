@@ -12,7 +12,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.imports import is_function
 from fedraclora.run.folder import alone, method_label
+from fedraclora.temporary import PrivateFolder
 from strategies.server_app import OPENING, ROW, SUMMARY
 
 KEPT = 40  # lines of a log that are shown where a run fails
@@ -131,7 +131,7 @@ def run(request: RunRequest, connection: Connection, record: Record | None) -> N
 
 def submit(request: RunRequest, connection: Connection) -> int:
     """Start a run; give Flower's number of it."""
-    with tempfile.TemporaryDirectory(prefix="fedraclora-") as made:
+    with PrivateFolder() as made:
         return connection.submit(*request.write(Path(made)))
 
 

@@ -13,10 +13,11 @@ import logging
 import os
 import secrets
 import signal
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from fedraclora.temporary import PrivateFolder
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +48,8 @@ class RayFolder:
     """
 
     def __init__(self) -> None:
-        home = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-        if len(home) > LONGEST - len("/fedraclora-12345678") and Path("/tmp").is_dir():  # noqa: S108
-            home = "/tmp"  # noqa: S108
-        self._made = tempfile.TemporaryDirectory(
-            prefix="fedraclora-", dir=home, ignore_cleanup_errors=True
-        )
-        self.path = Path(self._made.name)
+        self._made = PrivateFolder(os.environ.get("RAY_TMPDIR"), LONGEST)
+        self.path = self._made.path
         self.environ = {
             **{k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()},
             **NO_CLUSTER,

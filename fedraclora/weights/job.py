@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from typing_extensions import override
 
 from fedraclora import objects
 from fedraclora.protocol.link import Link
+from fedraclora.temporary import PrivateFolder
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
 from fedraclora.weights.update import WeightHistory, update_tensors
@@ -30,9 +30,9 @@ class JobFolder(WeightHistory):
 
     def __init__(self, plain: Mapping[str, object]) -> None:
         super().__init__()
-        self._made = TemporaryDirectory(prefix="fedraclora-")
+        self._made = PrivateFolder()
         self._size = 0  # bytes of the updates after the one that is whole
-        self.folder = Path(self._made.name)
+        self.folder = self._made.path
         (self.folder / _SETTINGS).write_text(json.dumps(plain))
         objects.write(self.folder, plain)
 
