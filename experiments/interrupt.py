@@ -1,19 +1,25 @@
-"""SIGTERM and Ctrl-C end a command in order: with what it has started, and without its folders."""
+"""SIGTERM, SIGHUP and Ctrl-C end a command in order: with all it has started, without its folders.
+
+SIGHUP comes when a terminal closes. Where it is ignored, as ``nohup`` has it, it stays so.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
+Handler = Callable[[int, FrameType | None], object] | int | None
+ENDS = (signal.SIGTERM, signal.SIGHUP)
 STATUS = 130  # of a command that was interrupted, by the custom of shells
 
 
 @contextmanager
 def in_order() -> Iterator[None]:
-    """Let SIGTERM interrupt what is done inside as Ctrl-C does; either ends in a word and a status.
+    """Let `ENDS` interrupt what is done inside as Ctrl-C does; each ends in a word and a status.
 
     Raises:
         SystemExit: With `STATUS`, if it was interrupted.
@@ -24,19 +30,27 @@ def in_order() -> Iterator[None]:
         signal.alarm(0)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = handled(ENDS, interrupt)
     try:
         yield
     except KeyboardInterrupt as error:  # its notes say what is left, and how to go on
         print(" ".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(STATUS)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def handled(numbers: Sequence[int], handler: Handler) -> dict[int, Handler]:
+    """Handle signals, but a SIGHUP that is ignored; give what handled them before."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    taken = [n for n in numbers if n != signal.SIGHUP or not ignored]
+    return {number: signal.signal(number, handler) for number in taken}
 
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """End the process at the first SIGTERM or Ctrl-C, while libraries are being loaded.
+    """End the process at the first of these signals, while libraries are being loaded.
 
     Nothing has been started yet. An exception would not do: modules that are half loaded turn it
     into errors of their own.
@@ -46,10 +60,9 @@ def at_once() -> Iterator[None]:
         os.write(2, b"interrupted\n")
         os._exit(STATUS)
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, leave) for number in signals]
+    before = handled((*ENDS, signal.SIGINT), leave)
     try:
         yield
     finally:
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)

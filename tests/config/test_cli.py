@@ -394,7 +394,7 @@ def test_an_unknown_command_is_refused(command: Run) -> None:
     )
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
     ("every", "said"),
     [(2, "with a checkpoint after round 2: 1 will be run again"), (9, "before its first check")],

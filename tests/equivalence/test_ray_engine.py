@@ -255,6 +255,7 @@ ENDS = {
     "Ctrl-C": (signal.SIGINT, True, await_rounds),
     "terminate": (signal.SIGTERM, False, await_rounds),
     "terminate all": (signal.SIGTERM, True, await_rounds),
+    "the terminal closes": (signal.SIGHUP, True, await_rounds),
     "terminate at the start": (signal.SIGTERM, False, await_start),
     "terminate before the workers": (signal.SIGTERM, False, await_workers),
 }

@@ -93,7 +93,7 @@ def test_a_ray_that_listens_elsewhere_is_ended(monkeypatch: pytest.MonkeyPatch) 
     assert ended
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_ray_starts_waits_and_is_an_interrupt(
     sign: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.interrupt import at_once, in_order
 from experiments.status import composing, explained, reported, tell
 from fedraclora.errors import CheckpointError, ConfigError
 
@@ -103,14 +105,25 @@ cli.main(["simulate"])
 """
 
 
-@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
-def test_an_interrupt_while_libraries_are_loaded_is_one_word(signal: str) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupt_while_libraries_are_loaded_is_one_word(name: str) -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED % signal],
+        [sys.executable, "-c", INTERRUPTED % name],
         cwd=root,
         capture_output=True,
         text=True,
         check=False,
     )
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_terminal_that_closes_does_not_end_what_ignores_it() -> None:
+    """As ``nohup`` has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for guard in (in_order(), at_once()):
+            with guard:
+                assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -82,7 +82,7 @@ def refuse_open_ray() -> None:
 
 @contextmanager
 def own_sigterm() -> Iterator[None]:
-    """Keep SIGTERM from Ray while it starts or ends inside; an interrupt waits until it has.
+    """Keep SIGTERM from Ray while it starts or ends inside; interrupts wait until it has.
 
     Ray puts a handler of its own into Python when it starts, which exits with status 15, and one
     below Python, which aborts the process three seconds later. When it ends, it leaves the signal
@@ -90,7 +90,7 @@ def own_sigterm() -> Iterator[None]:
     its end crashes; in the midst of an import Python even drops the exception.
 
     Raises:
-        KeyboardInterrupt: If SIGTERM or Ctrl-C came; at once if one comes again.
+        KeyboardInterrupt: If SIGTERM, SIGHUP or Ctrl-C came; at once if one comes again.
     """
     if threading.current_thread() is not threading.main_thread():  # no place for handlers
         yield
@@ -104,29 +104,32 @@ def own_sigterm() -> Iterator[None]:
             raise KeyboardInterrupt
 
     asked, before = utils.set_sigterm_handler, signal.signal(signal.SIGTERM, wait)
-    interrupt = signal.getsignal(signal.SIGINT)
-    if callable(interrupt):  # else nobody listens to it
-        signal.signal(signal.SIGINT, wait)
+    others = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    others = {n: handler for n, handler in others.items() if callable(handler)}  # that are heard
+    for number in others:
+        signal.signal(number, wait)
     utils.set_sigterm_handler = lambda _: None
     try:
         yield
     finally:
         utils.set_sigterm_handler = asked
         set_sigterm(before)
-        signal.signal(signal.SIGINT, interrupt)
+        for number, handler in others.items():
+            signal.signal(number, handler)
         if came:
             raise KeyboardInterrupt
 
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Let processes that this thread starts inside not hear SIGTERM, nor those that they start.
+    """Let processes that this thread starts inside not hear SIGTERM and SIGHUP, nor their own.
 
-    Where it goes to the whole group (a batch system, systemd), Ray's server would be gone before
-    this process has ended what uses it: calls hang, and after ten seconds Ray aborts this process.
+    Where one goes to the whole group (a batch system, systemd, a terminal that closes), Ray's
+    server would be gone before this process has ended what uses it: calls hang, and after ten
+    seconds Ray aborts this process.
     The price is that Ray waits a second for each of its four programs before it kills it.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
