@@ -1,6 +1,7 @@
 """``fedraclora node``: a SuperNode that answers sooner than Flower's, with the words of that.
 
-See `fedraclora.engines.deploy.supernode`.
+Its own API is a socket in a private folder: words that say where it listens and who may call it
+are refused. See `fedraclora.engines.deploy.supernode`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,24 @@ import sys
 from typing import NoReturn
 
 from fedraclora.engines.deploy.local import SUPERNODE
+from fedraclora.errors import ConfigError
+
+# Flower takes an option by its first letters, too.
+OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
+OF_THE_API += ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"]
 
 
 def main() -> NoReturn:
-    """Become the SuperNode of the command line."""
+    """Become the SuperNode of the command line.
+
+    Raises:
+        ConfigError: If it says where the node's own API listens.
+    """
+    for word in sys.argv[1:]:
+        name = word.partition("=")[0]
+        if name.startswith("--") and any(option.startswith(name) for option in OF_THE_API):
+            raise ConfigError(
+                f"{name}: the API of this node is a socket that only its own processes reach; "
+                "leave this out, or run flower-supernode, where docs/security.md says what to set"
+            )
     os.execv(sys.executable, [sys.executable, "-P", str(SUPERNODE), *sys.argv[1:]])  # noqa: S606

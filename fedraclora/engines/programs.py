@@ -6,36 +6,43 @@ the end of the last of them is seen.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import select
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from fedraclora.engines.sockets import VARIABLE
 from fedraclora.errors import EngineError
 
 log = logging.getLogger(__name__)
 
 TETHERED = Path(__file__).with_name("tethered.py")
+AT_SOCKETS = Path(__file__).with_name("sockets.py")
+HOST, LINK, NODE = "127.0.0.1", 1, 2  # ports of a SuperLink and of a node that are sockets
+LONGEST = 80  # characters of a home's path: that of a socket in it may have 107
 START = 120.0  # seconds until a program must listen
 END = 20.0  # seconds for all that it has started to end
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Build the environment for Flower's programs: this Python, a home of their own, no network."""
+    """Build the environment for Flower's programs: this Python, a home of their own, no network.
+
+    Args:
+        home: A private folder, with the socket of the SuperLink.
+    """
     return {
         **command_line(os.environ),
         "FLWR_HOME": str(home),
+        VARIABLE: addresses({LINK: home / "link"}),
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         # Else an environment without torch is built from the network, for every run.
@@ -46,10 +53,20 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
+def addresses(sockets: Mapping[int, Path]) -> str:
+    """Write down which ports of this machine stand for sockets, as `sockets` reads it."""
+    return json.dumps({f"{HOST}:{port}": str(path) for port, path in sockets.items()})
+
+
 def command_line(environ: Mapping[str, str]) -> dict[str, str]:
     """Build an environment in which the Flower of this Python is found."""
     path = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
     return {**environ, "PATH": path}
+
+
+def flwr_of(environ: Mapping[str, str]) -> list[str]:
+    """Return how Flower's command line is called: in its own way where no address is a socket."""
+    return [sys.executable, "-P", str(AT_SOCKETS), "flwr"] if VARIABLE in environ else ["flwr"]
 
 
 def flwr(
@@ -61,7 +78,7 @@ def flwr(
 ) -> subprocess.CompletedProcess[str]:
     """Call Flower's command line."""
     return subprocess.run(  # noqa: S603
-        ["flwr", *words],  # noqa: S607
+        [*flwr_of(environ), *words],
         env=environ,
         stdin=subprocess.DEVNULL,
         stdout=stdout,
@@ -94,12 +111,13 @@ class Program:
         script: Path | None = None,
     ) -> None:
         self.name, self.file = name, file
-        program = script or shutil.which(name, path=environ["PATH"])
-        if program is None:
+        found = shutil.which(name, path=environ["PATH"])
+        if found is None:
             raise EngineError(f"there is no {name} beside this Python: install flwr")
+        program = [str(AT_SOCKETS), found] if script is None else [str(script)]
         with file.open("wb") as log:
             self.process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", str(TETHERED), str(program), *words],
+                [sys.executable, "-P", str(TETHERED), *program, *words],
                 env=environ,
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -118,14 +136,14 @@ class Program:
         lines = self.file.read_text(errors="replace").strip().splitlines()
         return " / ".join(lines[-5:]) or "nothing"
 
-    def await_listening(self, port: int, authority: Path | None = None) -> None:
-        """Wait until it answers at a port of this machine.
+    def await_listening(self, address: Path) -> None:
+        """Wait until it listens at a socket.
 
         Raises:
             EngineError: If it ends, or does not in time.
         """
         end = time.monotonic() + START
-        while not listens(port, authority):
+        while not listens(address):
             if self.ended or time.monotonic() > end:
                 kind = self.name.removeprefix("flower-").replace("super", "Super")
                 kind = kind.replace("link", "Link").replace("node", "Node")
@@ -170,29 +188,10 @@ def end_all(programs: Sequence[Program]) -> None:
         program.process.communicate()
 
 
-def free_port() -> int:
-    """Find a port of this machine that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
-
-
-def listens(port: int, authority: Path | None = None) -> bool:
-    """Check whether Flower answers at a port of this machine: by TLS, where there is an authority.
-
-    Args:
-        port: The port.
-        authority: File with the certificate that the server's is signed by.
-    """
-    scheme = "http" if authority is None else "https"
-    context = None if authority is None else ssl.create_default_context(cafile=str(authority))
-    try:
-        url = f"{scheme}://127.0.0.1:{port}/health"
-        with urllib.request.urlopen(url, timeout=5, context=context):  # noqa: S310
-            return True
-    except OSError:
-        return False
+def listens(address: Path) -> bool:
+    """Check whether somebody listens at a socket."""
+    with socket.socket(socket.AF_UNIX) as link:
+        return link.connect_ex(str(address)) == 0
 
 
 def without_readers(pipe: int, seconds: float) -> bool:
@@ -200,8 +199,3 @@ def without_readers(pipe: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(pipe, 0)  # an error is what is waited for: nobody can read any more
     return bool(poll.poll(seconds * 1000))
-
-
-def private_folder() -> tempfile.TemporaryDirectory[str]:
-    """Make a folder that only this user can enter, for a SuperLink's home."""
-    return tempfile.TemporaryDirectory(prefix="fedraclora-", ignore_cleanup_errors=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from experiments import deploy
+from experiments.bench.usage import descendants
 from experiments.choices import composed
 from experiments.record import Record
 from experiments.simulate import simulate
@@ -22,10 +23,12 @@ from fedraclora.engines.deploy import local
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.keys import make_identity, make_node_key
 from fedraclora.engines.deploy.local import LocalDeployment
-from fedraclora.engines.programs import Program
+from fedraclora.engines.programs import Program, listens
 from fedraclora.errors import EngineError
 from tests.campaigns.faults.real import Drill, client_processes, wait_for
 from tests.campaigns.faults.trials import absent, final_weights
+from tests.equivalence.listeners import listeners, needs_proc
+from tests.strangers import as_stranger, needs_root
 
 WORDS = [
     # Drawn, so that no process imports a library for data or partitions.
@@ -55,15 +58,27 @@ def summary(folder: Path) -> dict[str, object]:
 
 
 def test_final_weights_and_ledger_are_those_of_inline(
-    deployment: LocalDeployment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    deployment: LocalDeployment,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Followed from here as one on another machine would be: the server has its own folder."""
     here, there, inline = (tmp_path / name for name in ("here", "there", "inline"))
     request = deploy.prepare(
         [*WORDS, "clients=2", "cohort=2", f"output.dir={here}", f"engine.folder={there}"], None
     )
+    words, take = set[str](), Record.take
+
+    def look(record: Record, row: dict[str, object]) -> None:
+        words.update(*map(command_of, descendants()))
+        take(record, row)
+
+    monkeypatch.setattr(Record, "take", look)
     with Record(here, request.plain, resume=False) as record:
         deploy.run(request, deployment.connection, record)
+    assert "--token-file" in words  # of the server; nobody can read the tokens of tasks
+    assert "--token" not in words
     assert "final accuracy" in capsys.readouterr().out
     sizes = ["clients=2", "cohort=2", "engine=inline", f"output.dir={inline}"]
     simulate(composed([*WORDS, *sizes]), inline)
@@ -73,6 +88,28 @@ def test_final_weights_and_ledger_are_those_of_inline(
     assert (here / "ledger.jsonl").read_text() == (there / "ledger.jsonl").read_text()
     assert (there / "checkpoint").is_dir()
     assert not (here / "checkpoint").exists()
+
+
+def command_of(pid: int) -> list[str]:
+    """The words of a process's command line, as everybody can read it."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:  # it has just ended
+        return []
+
+
+@needs_proc
+@needs_root
+def test_no_other_user_starts_a_run_or_takes_a_task(deployment: LocalDeployment) -> None:
+    (first, second) = deployment.nodes
+    assert first is not None
+    assert second is not None
+    assert deployment.link is not None
+    for program in (deployment.link, first, second):
+        assert listeners(program.process.pid) == {}
+    apis = [deployment.home / name for name in ("link", "node0.api", "node1.api")]
+    assert all(map(listens, apis))
+    assert as_stranger(lambda: [*map(listens, apis)]) == "[False, False, False]"
 
 
 def test_its_folder_and_its_keys_are_private(deployment: LocalDeployment) -> None:
@@ -125,7 +162,7 @@ def test_a_run_that_fails_has_its_words_and_its_status(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_command_that_is_interrupted_leaves_no_process(sign: int, tmp_path: Path) -> None:
     """And it can be gone on with."""
     folder = tmp_path / "run"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedraclora.engines.programs import flwr
+from fedraclora.engines.programs import flwr, flwr_of
 from fedraclora.errors import EngineError
 
 COMPLETED = "finished:completed"
@@ -91,7 +91,7 @@ class Connection:
     def follow(self, run: int) -> Iterator[str]:
         """Yield the lines of a run's log, as they come, until the stream ends."""
         log = subprocess.Popen(  # noqa: S603
-            ["flwr", "log", str(run), self.name, "--stream"],  # noqa: S607
+            [*flwr_of(self.environ), "log", str(run), self.name, "--stream"],
             env=self.environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

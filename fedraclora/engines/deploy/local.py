@@ -14,14 +14,19 @@ from pathlib import Path
 from fedraclora.engines.deploy.control import Connection
 from fedraclora.engines.deploy.keys import make_identity, make_node_key
 from fedraclora.engines.programs import (
+    HOST,
+    LINK,
+    LONGEST,
+    NODE,
     Program,
+    addresses,
     end_all,
     environment,
     flwr,
-    free_port,
-    private_folder,
 )
+from fedraclora.engines.sockets import VARIABLE
 from fedraclora.errors import EngineError
+from fedraclora.temporary import PrivateFolder
 
 SUPERNODE = Path(__file__).with_name("supernode.py")
 NAME = "local"  # of the connection
@@ -38,7 +43,6 @@ class LocalDeployment:
 
     Attributes:
         home: The folder; gone after the end.
-        port: Where the SuperLink listens.
         connection: To it.
         identity: The certificate and the key of the SuperLink.
         link: The SuperLink, and ``nodes`` the SuperNodes; None where one does not run.
@@ -48,12 +52,11 @@ class LocalDeployment:
         self, served: Sequence[Sequence[int]], data: str | None = None, *, lasting: bool = False
     ) -> None:
         self.served, self.data, self.lasting = served, data, lasting
-        self._made = private_folder()
-        self.home = Path(self._made.name)
+        self._made = PrivateFolder(longest=LONGEST)
+        self.home = self._made.path
         # Each look of the SuperLink's SuperExec for a task is a request, and a run is one task.
         self.environ = {**environment(self.home), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
         self.connection = Connection(NAME, self.environ)
-        self.port = free_port()
         self.nodes: list[Program | None] = [None] * len(served)
         self.link: Program | None = None
         self.identity = make_identity(self.home / "keys")
@@ -62,7 +65,7 @@ class LocalDeployment:
         """Start everything, and wait until the SuperLink listens."""
         try:
             (self.home / "config.toml").write_text(
-                f'[superlink.{NAME}]\naddress = "127.0.0.1:{self.port}"\n'
+                f'[superlink.{NAME}]\naddress = "{HOST}:{LINK}"\n'
                 f'root-certificates = "{self.identity.certificate}"\n'
             )
             self.start_link()
@@ -88,12 +91,12 @@ class LocalDeployment:
         words = ["--ssl-ca-certfile", str(server.certificate)]
         words += ["--ssl-certfile", str(server.certificate)]
         words += ["--ssl-keyfile", str(server.key), "--enable-supernode-auth"]
-        words += ["--host", "127.0.0.1", "--port", str(self.port)]
+        words += ["--host", HOST, "--port", str(LINK)]
         if self.lasting:
             words += ["--database", str(self.home / "superlink.db")]
         log = self.home / "superlink.log"
         self.link = Program("flower-superlink", words, self.environ, log)
-        self.link.await_listening(self.port, server.certificate)
+        self.link.await_listening(self.home / "link")
 
     def register(self, public: Path) -> None:
         """Register a node's key at the SuperLink.
@@ -121,9 +124,11 @@ class LocalDeployment:
 
     def node(self, secure: Sequence[str], log: str, config: str) -> Program:
         """Start a SuperNode with some credentials: those of node ``k``, or others."""
-        words = [*secure, "--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1"]
-        words += ["--port", str(free_port()), "--node-config", config]
-        return Program("flower-supernode", words, self.environ, self.home / log, SUPERNODE)
+        words = [*secure, "--superlink", f"{HOST}:{LINK}", "--host", HOST, "--port", str(NODE)]
+        words += ["--node-config", config]
+        own = {LINK: self.home / "link", NODE: (self.home / log).with_suffix(".api")}
+        environ = {**self.environ, VARIABLE: addresses(own)}
+        return Program("flower-supernode", words, environ, self.home / log, SUPERNODE)
 
     def close(self) -> None:
         """End everything, the nodes first, and remove the folder."""

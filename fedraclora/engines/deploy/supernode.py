@@ -16,6 +16,7 @@ import hashlib
 import json
 import mmap
 import os
+import runpy
 import select
 import signal
 import socket
@@ -30,6 +31,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+HERE = Path(__file__)
+AT_SOCKETS = runpy.run_path(str(HERE.parents[1] / "sockets.py"))  # of no package here
+put, use_sockets = AT_SOCKETS["put"], AT_SOCKETS["use_sockets"]
+ADDRESS = ("127.0.0.1", "2")  # stands for the socket of this node
+LONGEST = 80  # characters of a folder's path: that of a socket in it may have 107
 SUPEREXEC, CLIENT_APP = "flower-superexec", "flwr-clientapp"  # Flower's commands
 LONGEST = 1 << 13  # bytes of a digest and a path
 PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
@@ -60,6 +66,7 @@ def run_supernode() -> None:
     from flwr.supernode import start_client_internal as loop
     from flwr.supernode.cli import flower_supernode
 
+    use_sockets("flower-supernode")
     pauses, push = Pauses(), loop._push_messages  # noqa: SLF001
     asleep, wake = os.pipe()
 
@@ -100,6 +107,8 @@ def run_superexec(asleep: int) -> None:
     from flwr.supercore.superexec import run_superexec as loop
     from flwr.supercore.superexec.executor import subprocess_executor
 
+    use_sockets(SUPEREXEC)
+
     def sleep(seconds: float) -> None:
         woken, _, _ = select.select([asleep], [], [], seconds)
         if woken and not os.read(asleep, 1 << 10):  # the SuperNode has gone
@@ -109,7 +118,7 @@ def run_superexec(asleep: int) -> None:
         if words[0] == CLIENT_APP:
             ours.send(json.dumps(words).encode())
         else:
-            subprocess.Popen(words, **named)  # noqa: S603
+            AT_SOCKETS["popen"](words, **named)
 
     put(loop, time=SimpleNamespace(sleep=sleep))
     put(subprocess_executor, subprocess=SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
@@ -126,6 +135,7 @@ def run_clientapps(asked: socket.socket) -> None:
     from flwr.supernode.cli import flwr_clientapp
     from flwr.supernode.runtime import run_clientapp
 
+    use_sockets(CLIENT_APP)
     import_module("httpcore")  # which httpx imports with its first client
     put(run_clientapp, install_from_fab=once(install_from_fab))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the whole group
@@ -184,24 +194,21 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def put(module: object, **names: object) -> None:
-    """Replace names of a module of Flower, which must be there.
-
-    Raises:
-        AttributeError: If this Flower has none of that name.
-    """
-    for name, value in names.items():
-        getattr(module, name)
-        setattr(module, name, value)
-
-
 def main() -> None:
     """Run what the command line names."""
     if sys.argv[1:2] == [SUPEREXEC]:
         _, sys.argv[0], asleep, *sys.argv[1:] = sys.argv
         run_superexec(int(asleep))
-    else:
+    elif AT_SOCKETS["sockets"]():
         run_supernode()
+    else:
+        with runpy.run_path(str(HERE.parents[2] / "temporary.py"))["PrivateFolder"](
+            longest=LONGEST
+        ) as made:
+            host, port = ADDRESS
+            os.environ[AT_SOCKETS["VARIABLE"]] = json.dumps({f"{host}:{port}": f"{made}/api"})
+            sys.argv += ["--host", host, "--port", port]
+            run_supernode()
 
 
 if __name__ == "__main__":

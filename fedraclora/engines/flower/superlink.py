@@ -1,8 +1,8 @@
 """A SuperLink on this machine, for runs by ``flwr run`` in Flower's simulation runtime.
 
 ``flwr run`` itself would start one that stays alive, with the environment and the working folder
-of its first run. This one belongs to whoever starts it: it listens on a free port, keeps its files
-in a folder of its own, and ends together with all that it has started.
+of its first run. This one belongs to whoever starts it: it listens at a socket in a folder of its
+own, where others cannot come, and ends together with all that it has started.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from fedraclora.engines import programs
 from fedraclora.engines.private_ray import RayFolder
 from fedraclora.errors import EngineError
+from fedraclora.temporary import PrivateFolder
 
 NAME = "local"  # of the connection, in Flower's own configuration
 COMPLETED = "finished:completed"
@@ -59,8 +60,8 @@ class SuperLink:
 
     def __init__(self, *, show: bool = True) -> None:
         self.show = show
-        self._made = programs.private_folder()
-        self.home = Path(self._made.name)
+        self._made = PrivateFolder(longest=programs.LONGEST)
+        self.home = self._made.path
         self._ray = RayFolder()
         self._program: programs.Program | None = None
 
@@ -111,14 +112,15 @@ class SuperLink:
         return Ended(str(found["status"]), str(found["status-details"]), run.stdout or "")
 
     def _start(self) -> None:
-        port = programs.free_port()
-        connection = f'[superlink.{NAME}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        address = f"{programs.HOST}:{programs.LINK}"
+        connection = f'[superlink.{NAME}]\naddress = "{address}"\ninsecure = true\n'
         (self.home / "config.toml").write_text(connection)
-        words = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+        words = ["--insecure", "--simulation", "--host", programs.HOST]
+        words += ["--port", str(programs.LINK)]
         log = self.home / "superlink.log"
         environ = environment(self.home, self._ray)
         self._program = programs.Program("flower-superlink", words, environ, log)
-        self._program.await_listening(port)
+        self._program.await_listening(self.home / "link")
 
     def _end(self) -> None:
         """End it with all that it has started, and remove its folders."""

@@ -1,0 +1,143 @@
+"""Flower's programs listen at sockets where no other user of the machine can come."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from importlib import import_module
+from inspect import getsource
+from pathlib import Path
+
+import pytest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
+from flwr.supercore.interceptors.http import RuntimeVersionHttpInterceptor
+from flwr.supercore.protobuf import client
+from flwr.supercore.runtime.runtime_http_client import RuntimeHttpClient
+
+from experiments import cli
+from fedraclora.engines import sockets
+from fedraclora.engines.programs import environment, listens
+from tests.equivalence.listeners import listeners, needs_proc
+from tests.strangers import as_stranger, needs_root
+
+USED = {  # of what is replaced in Flower's modules
+    ("flwr.superlink.cli.flower_superlink", "uvicorn"): {"run"},
+    ("flwr.superlink.cli.flower_superlink", "subprocess"): {"Popen", "TimeoutExpired"},
+    ("flwr.supernode.cli.flower_supernode", "uvicorn"): {"Server", "Config"},
+}
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
+    """A node as an owner of data starts it, whose SuperLink is not there: its socket and number."""
+    home = tmp_path_factory.mktemp("n")
+    words = [sys.executable, "-m", "experiments.cli", "node", "--insecure"]
+    environ = {**environment(home), "TMPDIR": str(home)}
+    del environ[sockets.VARIABLE]
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*words, "--superlink", "127.0.0.1:9"], env=environ, stdout=log, stderr=log
+        )
+    try:
+        end = time.monotonic() + 120
+        while not (found := [p for p in home.glob("fedraclora-*/api") if listens(p)]):
+            assert process.poll() is None, (home / "log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        yield found[0], process.pid
+        process.terminate()
+        assert process.wait(60) == 0
+        assert not [*home.glob("fedraclora-*")]  # its folder goes with it
+    finally:
+        process.kill()
+        process.wait()
+
+
+def take_task(path: Path) -> object:
+    """Ask a node for a task, as its own program for that does."""
+    os.environ[sockets.VARIABLE] = json.dumps({"127.0.0.1:2": str(path)})
+    sockets.use_sockets("flwr-clientapp")
+    version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
+    flower = RuntimeHttpClient.from_server_address("127.0.0.1:2", True, None, [version])
+    with closing(flower):
+        return flower.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"]))
+
+
+def taken(path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setattr(client, "httpx", client.httpx)  # type: ignore[attr-defined]
+    monkeypatch.setenv(sockets.VARIABLE, "{}")
+    return take_task(path)
+
+
+def test_a_node_answers_its_own_user(
+    node: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = node
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert taken(path, monkeypatch) == AcquireTaskResponse()  # there is none
+
+
+@needs_root
+def test_another_user_takes_no_task_of_a_node(
+    node: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = node
+    said = as_stranger(lambda: taken(path, monkeypatch))
+    assert said.startswith("ConnectError: [Errno 13] Permission denied"), said
+    assert as_stranger(lambda: [*path.parent.iterdir()]).startswith("PermissionError")
+
+
+@needs_proc
+def test_a_node_listens_at_no_port(node: tuple[Path, int]) -> None:
+    _, pid = node
+    assert listeners(pid) == {}
+
+
+def test_a_token_is_in_no_list_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    started = list[list[str]]()
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **_: started.append(words))
+    sockets.popen(["flwr-serverapp", "--token", "secret", "--insecure"])
+    ((python, _, script, *words),) = started
+    assert (python, script) == (sys.executable, sockets.__file__)
+    name, option, file, *rest = words
+    assert (name, option, rest) == ("flwr-serverapp", "--token-file", ["--insecure"])
+    assert Path(file).read_text() == "secret"
+    assert stat.S_IMODE(Path(file).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("module", "name"), USED)
+def test_no_more_is_used_of_what_is_replaced(module: str, name: str) -> None:
+    assert {*re.findall(rf"\b{name}\.([A-Za-z]+)", getsource(import_module(module)))} == USED[
+        module, name
+    ]
+
+
+def test_flower_has_one_way_to_call() -> None:
+    """And every client of it goes that way."""
+    assert len(re.findall(r"httpx\.Client\(", getsource(client))) == 1
+    flower = Path(client.__file__).parents[2]
+    others = [
+        path.name
+        for path in flower.rglob("*.py")
+        if re.search(r"httpx\.(Async)?Client\(", path.read_text()) and "connector" not in path.parts
+    ]
+    assert others == ["client.py"]  # a connector calls services elsewhere
+
+
+@pytest.mark.parametrize(
+    "word", ["--port", "--host=0.0.0.0", "--isol", "--superexec-auth-secret-file", "--ssl-keyfile"]
+)
+def test_a_node_refuses_to_listen_elsewhere(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run("node", ["--insecure", word, "8000"]) == 1
+    assert "its own processes" in capsys.readouterr().err
