@@ -8,13 +8,18 @@ message imports this, so that it must cost nothing.
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Context
 
-from fedraclora.errors import ConfigError, WireError
+from fedraclora.errors import ClientError, ConfigError, WireError
 
 RUNS = 4  # of whose weights a cache keeps
 CACHE = "fedraclora-cache"  # inside the folder that the node's configuration names
@@ -39,9 +44,18 @@ def served(context: Context) -> list[int]:
 
 
 def cache_of(context: Context) -> Path:
-    """Return the folder in which a node keeps files."""
+    """Return the folder in which a node keeps files.
+
+    Raises:
+        ConfigError: If the node's configuration names none that could be there.
+    """
     cache = context.node_config.get("cache", os.environ.get("FLWR_HOME", "~/.flwr"))
-    return Path(str(cache)).expanduser() / CACHE
+    if not isinstance(cache, str) or not cache or "\0" in cache:
+        raise ConfigError(f"node-config has cache={cache!r}; the path of a folder is wanted")
+    try:
+        return Path(cache).expanduser().absolute() / CACHE
+    except RuntimeError as error:  # ~NAME of nobody
+        raise ConfigError(f"node-config has cache={cache!r}: {error}") from error
 
 
 def folder_of(context: Context, run: str, client: int) -> Path:
@@ -58,6 +72,7 @@ def make_room(folder: Path) -> None:
     """Make the folder of a run, and remove those of the oldest where there are too many.
 
     Raises:
+        ClientError: If it cannot be made.
         ConfigError: If it, or the cache that it lies in, is a folder of somebody else.
     """
     claim(folder.parent)
@@ -72,16 +87,80 @@ def claim(folder: Path) -> None:
     """Make a folder with the marker; one that is there must have it, or be empty.
 
     Raises:
-        ConfigError: If it has something else in it.
+        ClientError: If it cannot be made.
+        ConfigError: If it has something else in it, or others may change it or its path.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Looked at twice: another process of this node may be claiming it now.
-    if not is_own(folder) and any(folder.iterdir()) and not is_own(folder):
+    with on_disk(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_path(folder)
+        # Looked at twice: another process of this node may be claiming it now.
+        if not is_own(folder) and any(folder.iterdir()) and not is_own(folder):
+            raise ConfigError(
+                f"{folder} was not made by fedraclora (it has no file {MARKER}), and is left as it "
+                "is; move it away, or name another folder as cache in node-config"
+            )
+        (folder / MARKER).touch()
+
+
+@contextmanager
+def on_disk(folder: Path) -> Iterator[None]:
+    """Say where it was, and what to do, if the system refuses what is done with files inside.
+
+    Args:
+        folder: What the files are in.
+
+    Raises:
+        ClientError: For an error of the system.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ClientError(
+            f"{folder}: {error.strerror or error}; a node keeps its files there: remove what is in "
+            "the way, make room, or name another folder as cache in node-config, which user "
+            f"{os.geteuid()} may write to"
+        ) from error
+
+
+def check_path(folder: Path) -> None:
+    """Check that nobody but this user and root may put something else in a folder's place.
+
+    What is read from there is trusted, and what goes through a socket there is unpickled.
+
+    Raises:
+        ConfigError: If others own a part of its path, or may write to one.
+        OSError: If a part cannot be looked at.
+    """
+    for part in {*_parts(folder), *_parts(folder.resolve())}:
+        found = part.lstat()
+        mode = stat.S_IMODE(found.st_mode)
+        if found.st_uid not in {0, os.geteuid()}:
+            why = f"belongs to user {found.st_uid}"
+        elif stat.S_ISLNK(found.st_mode) or (mode & stat.S_ISVTX and part != folder):
+            continue  # a link has no mode; in a sticky folder nobody moves what is another's
+        elif mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _alone_in(found.st_gid)):
+            why = f"has mode {mode:o}"
+        else:
+            continue
         raise ConfigError(
-            f"{folder} was not made by fedraclora (it has no file {MARKER}), and is left as it is; "
-            "move it away, or name another folder as cache in node-config"
+            f"{part}, where this node keeps its files, {why}: others could put theirs in their "
+            f"place. User {os.geteuid()} or root must own it, and nobody else may write to it "
+            "(chmod go-w); or name another folder as cache in node-config"
         )
-    (folder / MARKER).touch()
+
+
+def _parts(folder: Path) -> list[Path]:
+    """A folder, and all that its path leads through."""
+    return [folder, *folder.parents]
+
+
+def _alone_in(group: int) -> bool:
+    """Check whether a group is that of this user alone, as many systems make one for each."""
+    try:
+        name, found = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return found.gr_name == name and {*found.gr_mem} <= {name}
 
 
 def is_own(folder: Path) -> bool:

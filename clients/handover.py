@@ -3,20 +3,22 @@
 Flower starts a process for every message; what takes time to load is kept by one that stays, the
 resident (`clients.resident`). It listens at a Unix socket in a folder of the node's cache that only
 its user can enter, and each end checks that the other is of that user. A resident serves one run.
-One that has gone, or serves another run, is replaced; one that goes while it has a message fails
-that message, and the server decides whether to send it again. All that must outlast it is on the
-node's disk.
+One that has gone, is silent, or serves another run, is replaced. While it has a message it says
+again and again that it is there; one that goes or falls silent meanwhile fails that message, and
+the server decides whether to send it again. All that must outlast it is on the node's disk.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import stat
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -24,56 +26,99 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 
-from clients.cache import cache_of, claim, served
+from clients.cache import cache_of, claim, on_disk, served
 from fedraclora.errors import ClientError
 
 FOLDERS = "residents"  # in the cache, with a folder for each node
+NUMBER = "pid"  # file in that folder, with the number of its process
 PROGRAM = ("-m", "clients.resident")
 READY = b"ready"
 GONE = (EOFError, ConnectionError)  # what a process meets whose peer has gone
+START = 300.0  # seconds for all that a resident imports
+SILENCE = 60.0  # seconds after which one that is silent counts as stuck
+LOOK = 0.1  # seconds between looks whether another process of the node is done
 
 
 def hand_over(message: Message, context: Context) -> Message:
     """Let the resident of this node answer a message.
 
     Raises:
-        ClientError: If it does not start, goes before it has answered, or its folder is not this
-            user's alone.
+        ClientError: If it does not start, goes or falls silent before it has answered, or its
+            folder is not this user's alone.
     """
     asked = message.metadata.group_id  # the round; empty for a question
     where = f"{f'round {asked}, ' if asked else ''}clients {served(context)} of this node"
-    with open_alone(cache_of(context), context.node_id) as address:
-        key = f"{context.run_id} {Path(__file__).parent}".encode()  # other code is another app
-        resident = reach(address, key) or started(address, key)
-        if resident is None:
-            raise ClientError(
-                f"{where}: the process that trains here did not start; the output of the SuperNode "
-                "says why"
-            )
-        with resident:
-            try:
-                resident.send((message, context))
-                reply: Message = resident.recv()
-            except GONE as error:
+    until = time.monotonic() + message.metadata.ttl  # after that nobody waits for the answer
+    try:
+        with open_alone(cache_of(context), context.node_id, until) as address:
+            key = f"{context.run_id} {Path(__file__).parent}".encode()  # other code is another app
+            resident = reach(address, key) or started(address, key)
+            if resident is None:
                 raise ClientError(
-                    f"{where}: the process that trains here ended before it answered: it was "
-                    "killed, or memory ran out (see the output of the SuperNode); another is "
-                    "started with the next message"
-                ) from error
-    return reply
+                    "the process that trains here did not start; the output of the SuperNode says "
+                    "why"
+                )
+            with resident:
+                try:
+                    return answered(resident, message, context, until)
+                except ClientError:
+                    end(address)
+                    raise
+    except ClientError as error:
+        raise ClientError(f"{where}: {error}") from error
+
+
+def answered(resident: Connection, message: Message, context: Context, until: float) -> Message:
+    """Give a message to a resident, and wait for its answer.
+
+    Args:
+        resident: Where it is.
+        message: The message.
+        context: Of the node.
+        until: The time after which nobody waits for the answer.
+
+    Raises:
+        ClientError: If there is none.
+    """
+    why = "answered with what is no message"
+    try:
+        resident.send((message, context))
+        while (reply := resident.recv()) is None:
+            if time.monotonic() > until:
+                why = "was still at work when nobody waited for it any more (engine.timeout)"
+                break
+        if isinstance(reply, Message):
+            return reply
+    except GONE:
+        why = "ended before it answered: it was killed, or memory ran out"
+    except BlockingIOError:
+        why = f"was silent for {SILENCE:g} s before it answered, and is ended: it was stopped"
+    except Exception as error:  # bytes of any kind
+        why = f"{why} ({type(error).__name__}: {error})"
+    raise ClientError(
+        f"the process that trains here {why} (see the output of the SuperNode); another is started "
+        "with the next message"
+    )
 
 
 @contextmanager
-def open_alone(cache: Path, node: int) -> Iterator[str]:
+def open_alone(cache: Path, node: int, until: float) -> Iterator[str]:
     """Yield the address of a node's resident, while no other process of the node has it.
 
+    Args:
+        cache: The folder of the node's files.
+        node: The node.
+        until: The time until which to wait for another process that has it.
+
     Raises:
-        ClientError: If others than this user may enter its folder.
+        ClientError: If others than this user may enter its folder, it cannot be made, or another
+            process has it for so long.
     """
     claim(cache)
     folder = cache / FOLDERS / str(node)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    entry = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with on_disk(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        entry = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         found = os.fstat(entry)
         if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
@@ -82,36 +127,73 @@ def open_alone(cache: Path, node: int) -> Iterator[str]:
                 f"{stat.S_IMODE(found.st_mode):o}; only the user of this process "
                 f"({os.geteuid()}) may enter it: remove it, and it is made anew"
             )
-        fcntl.flock(entry, fcntl.LOCK_EX)
+        while not is_locked(entry):
+            if time.monotonic() > until:
+                raise ClientError("a message before this one is not answered yet")
+            time.sleep(LOOK)
         # By its number: the path of a socket has room for 107 bytes, and a cache may be anywhere.
-        yield f"/proc/self/fd/{entry}/socket"
+        with on_disk(folder):
+            yield f"/proc/self/fd/{entry}/socket"
     finally:
         os.close(entry)
 
 
-def reach(address: str, key: bytes) -> Connection | None:
-    """Connect to the resident of an address; None if there is none that serves this run."""
-    link = socket.socket(socket.AF_UNIX)
+def is_locked(entry: int) -> bool:
+    """Lock a file for this process alone, if no other has it."""
     try:
-        link.connect(address)
+        fcntl.flock(entry, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def reach(address: str, key: bytes, seconds: float | None = None) -> Connection | None:
+    """Connect to the resident of an address; None if there is none that serves this run.
+
+    Args:
+        address: Of its socket.
+        key: Of the run.
+        seconds: After which one that is silent counts as stuck, and is ended; None: `SILENCE`.
+    """
+    with socket.socket(socket.AF_UNIX) as link:
+        limit(link, seconds or SILENCE)
+        try:
+            link.connect(address)
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+            return None  # the last of them: too many wait for it already
         check_peer(link)
-    except (FileNotFoundError, ConnectionRefusedError):
-        link.close()
-        return None
-    except BaseException:
-        link.close()
-        raise
-    resident = Connection(link.detach())
-    with suppress(*GONE):
-        resident.send_bytes(key)
-        if resident.recv_bytes() == READY:
-            return resident
+        resident = Connection(os.dup(link.fileno()))
+        try:
+            resident.send_bytes(key)
+            if resident.recv_bytes(len(READY)) == READY:
+                limit(link, SILENCE)
+                return resident
+            end(address)
+        except GONE:
+            pass
+        except OSError:  # it is silent, or what it says is no word of ours
+            end(address)
     resident.close()
     return None
 
 
+def limit(link: socket.socket, seconds: float) -> None:
+    """Let reading from a socket and writing to it fail where nothing moves for some seconds."""
+    value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))  # struct timeval
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        link.setsockopt(socket.SOL_SOCKET, option, value)
+
+
+def end(address: str) -> None:
+    """End the resident of an address, which is stuck."""
+    with suppress(OSError, ValueError):
+        pid = int(Path(address).with_name(NUMBER).read_text())
+        if PROGRAM[-1].encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            os.kill(pid, signal.SIGKILL)
+
+
 def started(address: str, key: bytes) -> Connection | None:
-    """Start a resident at an address, and connect to it; None if it ends at once.
+    """Start a resident at an address, and connect to it; None if it ends, or takes too long.
 
     It gets a socket that listens already, so that nobody waits for a file to appear, and a handle
     of the process that started this one: with that it ends.
@@ -126,14 +208,18 @@ def started(address: str, key: bytes) -> Connection | None:
             handles = [listener.fileno(), node]
             # What is imported here is found there: the app's own copy of this code comes first.
             path = os.pathsep.join(part or str(Path.cwd()) for part in sys.path)
-            subprocess.Popen(  # noqa: S603
+            process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", *PROGRAM, *map(str, handles), key.decode()],
                 env={**os.environ, "PYTHONPATH": path},
                 pass_fds=handles,
             )
     finally:
         os.close(node)
-    return reach(address, key)
+    Path(address).with_name(NUMBER).write_text(str(process.pid))
+    resident = reach(address, key, START)
+    if resident is None:
+        process.kill()
+    return resident
 
 
 def check_peer(link: socket.socket) -> None:

@@ -3,7 +3,8 @@
 ``python -m clients.resident LISTENER NODE KEY``: started by `clients.handover` with a socket that
 listens and a handle of the process that it must not outlive, both by number. It ends with that
 process, when a message of another run comes, and when none has come for `IDLE` seconds; and while
-it has a message, with the process that brought it. It may be killed at any time.
+it has a message, with the process that brought it, to which it says every `BEAT` seconds that it
+is at work. It may be killed at any time.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from flwr.app import Context, Message
 
-from clients.handover import GONE, READY, check_peer
+from clients.handover import GONE, READY, SILENCE, check_peer, limit
 from fedraclora.errors import ClientError
 
 log = logging.getLogger(__name__)
 
+BEAT = 5.0
+GREETING = 10.0  # seconds in which who connects must say which run it is of
+LONGEST = 1 << 13  # bytes of that: a number and a path
 IDLE = 600.0  # seconds without a message, after which memory is more use to others
 
 Respond = Callable[[Message, Context], Message]
@@ -50,36 +55,48 @@ def serve(listener: socket.socket, node: int, key: bytes, respond: Respond) -> N
             except ClientError as error:
                 log.warning("%s", error)
                 continue
-            peer = Connection(link.detach())
-        with peer:
-            try:
-                if peer.recv_bytes() != key:
-                    return
-                peer.send_bytes(READY)
-                answer(peer, node, respond)
-            except GONE:
-                log.warning("a process of this node went away before it had its answer")
+            limit(link, GREETING)
+            peer = Connection(os.dup(link.fileno()))
+            with peer:
+                try:
+                    if peer.recv_bytes(LONGEST) != key:
+                        return
+                    limit(link, SILENCE)
+                    peer.send_bytes(READY)
+                    answer(peer, node, respond)
+                except GONE:
+                    log.warning("a process of this node went away before it had its answer")
+                except BlockingIOError:
+                    log.warning("a process of this node connected and was silent")
+                except Exception as error:  # bytes of any kind
+                    kind = type(error).__name__
+                    log.warning("a message cannot be read or answered (%s: %s)", kind, error)
 
 
 def answer(peer: Connection, node: int, respond: Respond) -> None:
     """Answer a message; if its process or the node's ends meanwhile, this one does, too."""
     message, context = peer.recv()
-    answered = threading.Event()
+    answered, speaking = threading.Event(), threading.Lock()
 
     def end_with_them() -> None:
         poll = select.poll()
         poll.register(node, select.POLLIN)
         poll.register(peer.fileno(), select.POLLRDHUP)
-        poll.poll()
+        with suppress(OSError):  # nobody reads any more
+            while not poll.poll(BEAT * 1000):
+                with speaking:
+                    if not answered.is_set():
+                        peer.send(None)
         if not answered.is_set():
             os._exit(1)
 
     watch = threading.Thread(target=end_with_them, daemon=True)
     watch.start()
     reply = respond(message, context)
-    answered.set()
+    with speaking:
+        answered.set()
     peer.send(reply)
-    watch.join()  # until it has been read: then the other end is closed
+    watch.join(SILENCE)  # until it has been read: then the other end is closed
 
 
 def main() -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
+import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from clients import cache as cache_module
 from clients import handover
 from clients.cache import cache_of
 from clients.handover import check_peer, hand_over, open_alone, started
@@ -34,11 +40,14 @@ def respond(message, context):
     if asked == "work":
         open(context.node_config["cache"] + "/working", "w").write(str(os.getpid()))
         time.sleep(60)
+    if asked == "nonsense":
+        return "nonsense"
     said = {"process": os.getpid(), "was": asked, "path": sys.path[0]}
     return Message(RecordDict({"said": ConfigRecord(said)}), reply_to=message)
 
 listener, node, key = sys.argv[1:]
 resident.IDLE = float(os.environ.get("IDLE", "60"))
+resident.BEAT, resident.GREETING, resident.SILENCE = 0.05, 1.0, 2.0
 resident.serve(socket.socket(fileno=int(listener)), int(node), key.encode(), respond)
 """
 
@@ -153,7 +162,7 @@ def test_only_its_user_may_enter(
 
 @pytest.mark.parametrize("whose", ["node", "message"])
 def test_it_does_not_work_for_who_is_gone(whose: str, parent: Parent, cache: Path) -> None:
-    with open_alone(cache_of(context(cache)), 5) as address:
+    with open_alone(cache_of(context(cache)), 5, time.monotonic() + 60) as address:
         resident = started(address, b"key")
         assert resident is not None
         resident.send((message("work"), context(cache)))
@@ -163,6 +172,116 @@ def test_it_does_not_work_for_who_is_gone(whose: str, parent: Parent, cache: Pat
         else:
             resident.close()
         assert has_ended(pid)
+
+
+def test_one_that_is_stopped_is_replaced(
+    parent: Parent, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = asked(cache)
+    os.kill(first, signal.SIGSTOP)
+    monkeypatch.setattr(handover, "SILENCE", 1.0)
+    assert asked(cache) != first
+    assert has_ended(first)
+
+
+def test_one_that_is_stopped_at_work_fails_its_message_and_is_replaced(
+    parent: Parent, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that works for long does not: it says that it is there."""
+    monkeypatch.setattr(handover, "SILENCE", 1.0)
+    stopped = list[int]()
+
+    def stop() -> None:
+        stopped.append(working(cache))
+        time.sleep(2)  # longer than it may be silent
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(stop)
+        with pytest.raises(ClientError, match=r"round 4, clients \[3\] .* was silent for 1 s"):
+            asked(cache, "work")
+        assert done.exception() is None
+    assert has_ended(stopped[0])
+    assert asked(cache) != stopped[0]
+
+
+def test_nobody_waits_longer_than_the_server(parent: Parent, cache: Path) -> None:
+    late = message("work")
+    late.metadata.ttl = 0.5
+    with pytest.raises(ClientError, match=r"nobody waited .* \(engine.timeout\)"):
+        hand_over(late, context(cache))
+    assert has_ended(working(cache))
+    with (
+        open_alone(cache_of(context(cache)), 5, time.monotonic() + 60),
+        pytest.raises(ClientError, match=r"clients \[3\] .* before this one"),
+    ):
+        hand_over(late, context(cache))
+
+
+def frame(content: bytes, size: int | None = None) -> bytes:
+    """Bytes as `multiprocessing.connection` sends them."""
+    return struct.pack("!i", len(content) if size is None else size) + content
+
+
+MALFORMED = {
+    "silence": b"",
+    "a part of a size": b"\0",
+    "a size beyond all": frame(b"", 1 << 30),
+    "a size of 64 bits": frame(b"\xff" * 8, -1),
+    "no pickle": frame(b"KEY") + frame(b"no pickle"),
+    "too much": frame(b"KEY") + frame(b"\xff" * 8, -1),
+    "half a message": frame(b"KEY") + frame(b"half", 1 << 20),
+    "no message": frame(b"KEY") + frame(pickle.dumps(5)),
+}
+
+
+def test_bytes_that_are_no_message_do_not_end_it(
+    parent: Parent, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = asked(cache)
+    key = f"7 {Path(handover.__file__).parent}".encode()
+    entry = os.open(cache_of(context(cache)) / handover.FOLDERS / "5", os.O_RDONLY)
+    for kind, said in MALFORMED.items():
+        link = socket.socket(socket.AF_UNIX)
+        link.connect(f"/proc/self/fd/{entry}/socket")
+        link.sendall(said.replace(frame(b"KEY"), frame(key)))
+        if kind not in {"silence", "half a message"}:  # these stay
+            link.close()
+        assert asked(cache) == first, kind
+        link.close()
+    os.close(entry)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_answer_that_is_no_message_is_the_error_of_the_message(
+    parent: Parent, cache: Path
+) -> None:
+    with pytest.raises(ClientError, match=r"clients \[3\] .* with what is no message"):
+        asked(cache, "nonsense")
+    asked(cache)
+
+
+def test_what_is_in_the_way_of_its_socket_is_named(
+    parent: Parent, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cache_of(context(cache)) / handover.FOLDERS
+    (folder / "5" / "socket").mkdir(parents=True)
+    (folder / "5").chmod(0o700)
+    (folder.parent / cache_module.MARKER).touch()
+    with pytest.raises(ClientError, match=rf"clients \[3\] .*{folder}/5: .*in the way"):
+        asked(cache)
+    shutil.rmtree(folder / "5")
+    (folder / "5").touch()
+    with pytest.raises(ClientError, match=rf"clients \[3\] .*{folder}/5: File exists"):
+        asked(cache)
+    (folder / "5").unlink()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(socket.socket, "bind", full)
+    with pytest.raises(ClientError, match=rf"{folder}/5: No space left .* make room"):
+        asked(cache)
 
 
 def test_it_ends_where_nothing_comes(

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 from flwr.app import Context, RecordDict
 
+from clients import cache
 from clients.cache import CACHE, MARKER, RUNS, folder_of, make_room
 from clients.node import introduce
-from fedraclora.errors import ConfigError, WireError
+from fedraclora.errors import ClientError, ConfigError, WireError
+from tests.strangers import NOBODY, needs_root
 
 
-def node(cache: Path) -> Context:
-    return Context(1, 2, {"partition-id": 3, "cache": str(cache)}, RecordDict(), {})
+def node(folder: Path) -> Context:
+    return Context(1, 2, {"partition-id": 3, "cache": str(folder)}, RecordDict(), {})
 
 
-def run_once(cache: Path, run: str) -> Path:
+def run_once(home: Path, run: str) -> Path:
     """What a node does when it is asked by a run: makes room and writes weights."""
-    folder = folder_of(node(cache), run, 3)
+    folder = folder_of(node(home), run, 3)
     make_room(folder.parent)
     folder.mkdir(exist_ok=True)
     (folder / "weights.safetensors").write_bytes(b"weights")
@@ -88,6 +91,64 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     assert (run_once(tmp_path, "first").parent / MARKER).is_file()
     (tmp_path / CACHE / "second").mkdir()
     assert (run_once(tmp_path, "second") / MARKER).is_file()
+
+
+def test_nobody_else_may_change_what_leads_to_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may write to a folder of its path may put another cache there."""
+    home = tmp_path / "home"
+    run_once(home / "cache", "first")
+    monkeypatch.setattr(cache, "_alone_in", lambda _: False)
+    for part in (home, home / "cache", home / "cache" / CACHE, home / "cache" / CACHE / "first"):
+        mode = part.stat().st_mode
+        for bad in (0o777, 0o775):
+            part.chmod(bad)
+            with pytest.raises(ConfigError, match=rf"^{part}, .* has mode {bad:o}"):
+                run_once(home / "cache", "first")
+        part.chmod(mode)
+    home.chmod(0o1777)  # as the folder for temporary files: nobody moves what is another's
+    run_once(home / "cache", "first")
+    home.chmod(0o775)
+    monkeypatch.setattr(cache, "_alone_in", lambda _: True)  # the group of this user alone
+    run_once(home / "cache", "first")
+    home.chmod(0o777)
+    (tmp_path / "link").symlink_to(home / "cache")
+    with pytest.raises(ConfigError, match=rf"^{home}, "):
+        run_once(tmp_path / "link", "first")
+    home.chmod(0o755)
+    run_once(tmp_path / "link", "first")
+
+
+@needs_root
+def test_nobody_else_owns_what_leads_to_a_cache(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    run_once(home / "cache", "first")
+    os.chown(home, NOBODY, NOBODY)
+    with pytest.raises(ConfigError, match=rf"^{home}, .* belongs to user {NOBODY}"):
+        run_once(home / "cache", "first")
+
+
+@pytest.mark.parametrize("value", [5, "", "a\0b", "~nobody-of-this-name/x"])
+def test_a_cache_that_is_no_path_is_refused(value: str | int) -> None:
+    config: dict[str, str | int] = {"partition-id": 3, "cache": value}
+    with pytest.raises(ConfigError, match="node-config has cache="):
+        folder_of(Context(1, 2, config, RecordDict(), {}), "run", 3)
+
+
+def test_a_cache_that_cannot_be_made_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ClientError, match=rf"{tmp_path}/file.*Not a directory.* as cache in"):
+        run_once(tmp_path / "file" / "cache", "first")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(ClientError, match=r"No space left on device.* make room"):
+        run_once(tmp_path, "first")
 
 
 @pytest.mark.parametrize("run", ["", "..", "a/b", "/etc", "run 1", "x\n", "\u0662"])

@@ -85,7 +85,10 @@ class Drill:
         return at
 
     def catch(self, k: int) -> None:
-        """Stop the client at node ``k`` while it has nothing to do, and wait for a message."""
+        """Stop the client at node ``k`` while it has nothing to do, and wait for a message.
+
+        Who brings that is stopped, too: it would end a client that is silent for long.
+        """
         wait_for(lambda: bool(client_processes(self.deployment, k)), f"a client at node {k}")
 
         def is_stopped_idle() -> bool:
@@ -97,6 +100,15 @@ class Drill:
 
         wait_for(is_stopped_idle, f"a pause of node {k}")
         wait_for(lambda: unanswered(self.deployment, k), f"work at node {k}")
+        wait_for(lambda: bool(bringers(self.deployment, k)), f"a message at node {k}")
+        for pid in bringers(self.deployment, k):
+            os.kill(pid, signal.SIGSTOP)
+
+    def release(self, k: int) -> None:
+        """Let what was caught at node ``k`` go on."""
+        signal_clients(self.deployment, k, signal.SIGCONT)
+        for pid in bringers(self.deployment, k):
+            os.kill(pid, signal.SIGCONT)
 
     def end(self) -> Status:
         """Wait for the end of the run; give what Flower says of it."""
@@ -118,6 +130,13 @@ def client_processes(deployment: LocalDeployment, k: int) -> list[int]:
     """The process of node ``k`` in which its client trains, if there is one."""
     node = deployment.nodes[k]
     return [] if node is None else pgrep("-g", str(node.process.pid), "-f", "clients.resident")
+
+
+def bringers(deployment: LocalDeployment, k: int) -> list[int]:
+    """Flower's processes of node ``k`` that wait for an answer of its client."""
+    node = deployment.nodes[k]
+    words = [] if node is None else ["-g", str(node.process.pid), "-f", "flower-superexec"]
+    return pgrep(*words)[2:] if words else []  # after the SuperExec, and what forks the others
 
 
 def unanswered(deployment: LocalDeployment, k: int) -> bool:
@@ -224,12 +243,12 @@ def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
         at = job.rounds_until(at)
         job.catch(0)  # a key is refused for longer than rounds take: the run waits meanwhile
         restart_node(running, 1)
-        signal_clients(running, 0, signal.SIGCONT)
+        job.release(0)
         came.append(Injected("a node that was killed is started again", at, 1, joins=True))
         job.rounds_until(at)
         job.catch(0)
         at = len(job.rows())
-        signal_clients(running, 0, signal.SIGCONT)  # SIGTERM means nothing to who is stopped
+        job.release(0)  # SIGTERM means nothing to who is stopped
         end_node(running, 0)
         came.append(Injected("a node is stopped by SIGTERM", at, 0, joins=False))
         at = job.rounds_until(at)
