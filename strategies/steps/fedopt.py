@@ -77,8 +77,8 @@ def step_in_weights(
 
     Returns:
         ``after`` with another base and link: its effective weights are those of ``before`` and the
-        step. A dense value stands in the link for each weight that changed, and for what the next
-        link is computed from.
+        step. A dense value stands in the link for each weight into which the method has merged, or
+        whose step is not the mean change; and for what the next link is computed from.
     """
     plan = before.plan
     old, new = (
@@ -90,10 +90,12 @@ def step_in_weights(
     given = {} if after.link is None else after.link.dense
     dense = {n: t for n, t in given.items() if n not in change}
     for name in names:
-        # What the method carries beside the base stays as it is.
-        wide = after.base[name].double() + (old[name] + steps[name] - new[name])
-        base = wide.to(after.base[name].dtype)
-        if not torch.equal(base, before.base[name]):
+        # What the method carries beside the base stays as it is. Where the step is the mean change
+        # there is nothing to add: a last bit would, and make a whole weight of nothing.
+        base, own = after.base[name], not torch.equal(steps[name], change[name])
+        if own:
+            base = (base.double() + (old[name] + steps[name] - new[name])).to(base.dtype)
+        if own or base is not before.base[name]:
             dense[name] = base
     # What the next link is computed from stands in no term of this one.
     beside = {name: t for name, t in after.base.items() if weight_of(name) is not None}
