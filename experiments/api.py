@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from experiments import Plain
+from experiments.evaluate import measuring_run
 from experiments.lending import lend_all
 from experiments.resume import is_done
 from experiments.simulate import carry_out, choose
@@ -26,7 +27,7 @@ from strategies.run import Run
 from strategies.server.rows import Row
 from strategies.start import settled_start
 
-__all__ = ["Run", "simulate"]
+__all__ = ["Run", "read_run", "simulate"]
 
 OF_MEMORY = ("output.dir", "output.progress")  # keys of `output` that a run in memory reads
 
@@ -151,6 +152,22 @@ def simulate(
         if goes_on and is_done(place, found):
             return finished(from_plain(found, METHODS, began=True), place)
         return carry_out(found, place, resume=goes_on, on_round=seen)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run from its folder: its history, its model, and what it measures and predicts.
+
+    Args:
+        folder: The run folder. Data or model that a program brought are not in it: for such a run
+            call `simulate` with the same objects, ``folder=..., resume=True``.
+
+    Returns:
+        The run; ``summary`` is empty where it has not come to its end.
+
+    Raises:
+        CheckpointError: If it is no run folder, or a file is missing or damaged.
+    """
+    return measuring_run(as_path("folder", folder), 0)
 
 
 @contextmanager

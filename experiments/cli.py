@@ -16,7 +16,8 @@ from experiments.status import printing, reported
 from fedraclora.errors import unknown
 
 # What each is for stands in usage.tmpl.
-COMMANDS: tuple[str, ...] = ("simulate", "flower", "deploy", "node", "compare", "export")
+COMMANDS: tuple[str, ...] = ("simulate", "flower", "deploy", "node", "compare", "evaluate")
+COMMANDS += ("predict", "export")
 COMMANDS += ("compact", "report", "theory", "init", "bench")
 # Commands that are a folder, and the module in it that runs them.
 FOLDERS = dict.fromkeys(("bench", "report", "theory"), ".command")

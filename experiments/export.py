@@ -8,14 +8,10 @@ from pathlib import Path
 
 from rich.table import Table
 
+from experiments.evaluate import ROUND, stored_run
 from experiments.progress import console_for_tables
 from experiments.status import reported
-from fedraclora.config.run_config import from_plain
-from fedraclora.errors import CheckpointError
 from fedraclora.export import FORMATS
-from fedraclora.run.folder import is_finished, read_config, resume_word
-from strategies import METHODS
-from strategies.outcome import finished
 
 
 @reported
@@ -25,20 +21,11 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--format", choices=FORMATS, default="peft")
     parser.add_argument("--rank", type=int, help="peft: the largest rank of a layer")
-    parser.add_argument("--round", type=int, help="of the weights, 0 to the last; else the last")
+    parser.add_argument("--round", type=int, help=ROUND)
     parser.add_argument("--out", type=Path, help="a new folder; else RUN/export/FORMAT")
     asked = parser.parse_args()
-    folder = asked.run.expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no run folder {folder}")
-    plain = read_config(folder)
-    if not is_finished(folder) and asked.round is None:
-        raise CheckpointError(
-            f"{folder}: this run has not come to its end; go on with {resume_word(folder)} first, "
-            "or say with --round which of its rounds"
-        )
-    run = finished(from_plain(plain, METHODS, began=True), folder)
-    out = asked.out or folder / "export" / asked.format
+    run = stored_run(asked.run, asked.round)
+    out = asked.out or asked.run.expanduser() / "export" / asked.format
     record = run.export(out, asked.format, rank=asked.rank, round=asked.round)
     table = Table("layer", "rank", "rank of the change", "relative error", box=None)
     layers = record.get("layers")

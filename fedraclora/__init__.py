@@ -1,7 +1,7 @@
 """Fed-RAC-LoRA: federated fine-tuning by a chain of randomised low-rank links.
 
-``fedraclora.simulate(...)`` runs a method on a task in this process and gives a `Run`; see
-`experiments.api`.
+``fedraclora.simulate(...)`` runs a method on a task in this process and gives a `Run`;
+``fedraclora.read_run(folder)`` reads one. See `experiments.api`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from experiments.api import Run, simulate
+    from experiments.api import Run, read_run, simulate
 
-__all__ = ["Run", "simulate"]
+__all__ = ["Run", "read_run", "simulate"]
 
 # Nothing leaves the machine unless its user says so. Flower and Ray read these when imported.
 for _name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):

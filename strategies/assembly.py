@@ -12,6 +12,7 @@ import torch
 
 from fedraclora.config.build import (
     BuiltTask,
+    answering_of,
     build_task,
     fix_bits,
     measured_samples,
@@ -26,8 +27,7 @@ from fedraclora.data.samples import count_examples
 from fedraclora.data.task import Task
 from fedraclora.engines.base import EngineParts, MakeEngine
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.evaluation.evaluate import evaluate
-from fedraclora.evaluation.generate import Answering
+from fedraclora.evaluation.evaluate import evaluate_task
 from fedraclora.evaluation.personal import personal_accuracy
 from fedraclora.protocol.method import Cohort, Draw, Plan
 from fedraclora.protocol.plan import trained_of
@@ -152,6 +152,7 @@ def assemble(
             return method.weights(wired.strategy.state, draw, own) | dense
 
         measure = partial(measurement, config, built, plan, store, personal)
+        asked = measured_samples(built.task, config.evaluate.split)
         wired = wire(
             method,
             EngineParts(built, trainer, store, terms_of(config, built)),
@@ -169,7 +170,7 @@ def assemble(
                 built.task.train, clients.to(built.device)
             ).cpu(),
             on_round=on_round,
-            answering=answering_of(config, built),
+            answering=answering_of(config.evaluate, built.task, asked),
             alone=folder is not None,  # else exports of the run ask for its first weights
         )
         failed.pop_all()
@@ -218,23 +219,6 @@ def stopping(config: RunConfig, task: Task, measure: Callable[[str], Measure]) -
     return Stopping(config.stop, measure("validation"))
 
 
-def answering_of(config: RunConfig, built: BuiltTask) -> Answering | None:
-    """Make what has a language model answer held-out prompts; None where nobody asks for it."""
-    asked, task = config.evaluate, built.task
-    if asked.generate is None:
-        return None
-    return Answering(
-        task.model,
-        task.tokenizer,
-        measured_samples(task, asked.split),
-        every=asked.generate,
-        count=asked.answers,
-        new_tokens=asked.new_tokens,
-        shown=asked.shown,
-        batch_size=asked.batch_size,
-    )
-
-
 def measurement(
     config: RunConfig,
     built: BuiltTask,
@@ -258,10 +242,7 @@ def measurement(
         return personal_accuracy(task.model, weights, owned, samples, counts, batch)
 
     def shared(weights: Tree) -> dict[str, float]:
-        found = evaluate(task.model, weights, samples, task.loss, task.metrics, batch)
-        if task.optimum is not None and "loss" in found:
-            found["gap"] = found["loss"] - task.optimum
-        return found
+        return evaluate_task(task, weights, samples, batch)
 
     def each(weights: Tree) -> dict[str, float]:
         owned = store.latest(config.evaluate.clients).values()

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from fedraclora.config.build import build_task
+from fedraclora.config.build import BuiltTask, build_task
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.schema import section
 from fedraclora.config.settings import PretrainConfig
@@ -59,7 +59,12 @@ def finished(config: RunConfig, folder: Path) -> Run:
     rows = read_ledger(folder / "ledger.jsonl")
     effective = partial(load_weights, folder)
     bare = replace(config, pretrain=PretrainConfig())  # the weights are in the folder
-    built = cache(partial(build_task, bare))
+
+    def build() -> BuiltTask:
+        check_data(folder, bare.data)  # of other data other scales and classes could come
+        return build_task(bare)
+
+    built = cache(build)
     summary = read_summary(folder) if is_finished(folder) else {}
     return Run(summary, rows, folder, dict(config.plain), effective, built)
 

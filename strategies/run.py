@@ -5,28 +5,31 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import yaml
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.config.build import BuiltTask, measured_samples
+from fedraclora.config.build import BuiltTask, answering_of, measured_samples
+from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.schema import section
-from fedraclora.data.fit import Form, found_shape
-from fedraclora.data.objects import found_target, is_frame, table_of
-from fedraclora.data.tabular import named_table, new_rows
-from fedraclora.errors import ConfigError
-from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.data.dataset import Read
+from fedraclora.errors import ConfigError, DataError
+from fedraclora.evaluation.evaluate import evaluate_task
+from fedraclora.evaluation.predict import Record, predict
 from fedraclora.models.narrow import dequantise
 from fedraclora.models.outputs import refuse_outputs
 from fedraclora.run.folder import run_title
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
+from strategies import METHODS
 from strategies.server.rows import Row
+from strategies.weights import load_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,20 +78,30 @@ class Run:
         short = {name: name.removeprefix("metrics.") for name in frame.columns}
         return frame.rename(columns=short).set_index("round")
 
-    def weights(self) -> Tree:
+    def weights(self, round: int | None = None) -> Tree:  # noqa: A002
         """Return the effective weights after the last round, all adapters merged.
 
         Where clients keep a part of the model to themselves, these are the server's weights.
+
+        Args:
+            round: Those after another round, from the chain of a run with a folder.
 
         Returns:
             Name of a parameter of the model -> tensor of the parameter's shape, copied to the CPU:
             ``model.load_state_dict(run.weights(), strict=False)`` takes it.
 
         Raises:
+            ConfigError: If a run in memory is asked for another round.
             CheckpointError: If they are read from the files of a run that was finished before, and
                 one is missing or damaged.
         """
-        return {n: t.detach().cpu().clone() for n, t in self.effective().items()}
+        if round is not None and self.folder is None:
+            raise ConfigError(
+                f"round is {round}, but a run in memory has its last weights alone: run it with "
+                "folder=..."
+            )
+        found = self.effective() if round is None else load_weights(Path(str(self.folder)), round)
+        return {n: t.detach().cpu().clone() for n, t in found.items()}
 
     def model(self) -> nn.Module:
         """Build the trained model: a copy on the CPU, in evaluation mode, with `weights`."""
@@ -97,42 +110,134 @@ class Run:
         model.load_state_dict({n: t for n, t in self.weights().items() if n in parameters}, False)
         return model.eval()
 
-    def evaluate(self, data: object = "test", *, target: str | None = None) -> dict[str, float]:
+    def evaluate(
+        self,
+        data: object = "test",
+        *,
+        target: str | None = None,
+        round: int | None = None,  # noqa: A002
+    ) -> dict[str, float]:
         """Measure the trained model.
 
         Args:
-            data: ``"test"`` or ``"validation"``, the run's own; or samples in memory: ``(inputs,
-                target)``, a dataset of torch or of Hugging Face; for a run on a table a frame of
-                pandas, which is brought to the scale of the training rows.
-            target: Of a frame or a Hugging Face dataset, the column to predict.
+            data: As for `read`.
+            target: As for `read`.
+            round: Of the weights, from the chain of a run with a folder; None: those of the end.
 
         Returns:
-            The metrics of the run, by name.
+            The metrics of the run, by name; of its own samples, those of the row of that round.
 
         Raises:
-            ConfigError: If the run has no such samples.
+            ConfigError: If the run has no such samples, or no whole model: clients keep a part.
+            DataError: If the samples are not such as the run's.
+            CheckpointError: If a file of the run is missing or damaged.
+        """
+        weights, asked, task = self._whole(round), self.settings.evaluate, self.built().task
+        read = self.read(data, target=target)
+        found = evaluate_task(task, weights, read.samples, asked.batch_size)
+        if (answering := answering_of(asked, task, read.samples)) is not None:
+            found |= answering.columns(weights)[0]
+        return found
+
+    def predict(self, data: object, *, round: int | None = None) -> DataFrame:  # noqa: A002
+        """Let the trained model answer.
+
+        Args:
+            data: As for `read`; a target is not needed, nor looked at.
+            round: As for `evaluate`.
+
+        Returns:
+            One row for each row of the data, in their order, with the index of a frame. Of classes
+            the column ``prediction`` has the name, and ``probability.NAME`` that of each; of a
+            number ``prediction`` is on its raw scale; of conversations it is the answer. A row that
+            the run's own data would leave out (``data.missing=drop``, an empty text) has none.
+
+        Raises:
+            ConfigError: As `evaluate`.
+            DataError: If the samples are not such as the run's.
+            CheckpointError: If a file of the run is missing or damaged.
+        """
+        import pandas as pd
+
+        weights, asked, task = self._whole(round), self.settings.evaluate, self.built().task
+        read = self.read(data, measured=False)
+        if task.loss == "next_token" and task.tokenizer is not None:
+            every = replace(asked, generate=1, answers=len(read.samples))
+            answering = answering_of(every, task, read.samples)
+            answers = [] if answering is None else answering.answers(weights)
+            words: list[Record] = [{"prediction": answer.answer} for answer in answers]
+        else:
+            given = read.samples, task.loss, task.reading, asked.batch_size
+            words = predict(task.model, weights, *given)
+        rows: list[Record] = [{} for _ in range(read.total)]
+        for row, found in zip(read.rows.tolist(), words, strict=True):
+            rows[row] = found
+        frame = pd.json_normalize(rows, sep=".")
+        index = getattr(data, "index", None)
+        return frame.set_axis(index) if isinstance(index, pd.Index) else frame
+
+    def read(self, data: object, *, target: str | None = None, measured: bool = True) -> Read:
+        """Read samples as the run has read its own: columns, classes, scale, tokens, template.
+
+        Args:
+            data: ``"test"`` or ``"validation"``, the run's own; the path of a file of the kind that
+                the run was trained on (of arrays a ``.npz`` file); or samples in memory: for a run
+                on a table or on texts a frame of pandas; ``(inputs, target)``, or inputs alone
+                where nothing is measured, raw as the run's were; a data set of torch or of Hugging
+                Face; a list of texts, of prompts, or of dicts that are conversations.
+            target: Of a frame or a Hugging Face data set, the column to predict; None: as in the
+                run.
+            measured: Whether there must be a target.
+
+        Returns:
+            The samples on the run's device, and which rows of ``data`` they are.
+
+        Raises:
+            ConfigError: If the run has no such samples, or a column is missing.
             DataError: If the samples are not such as the run's.
         """
+        if isinstance(data, Read):
+            return data
         built = self.built()
-        task = built.task
-        if isinstance(data, str):
-            if data not in SPLITS:
-                raise ConfigError(f"data is {data!r}; {' or '.join(SPLITS)}, or samples are wanted")
-            samples = measured_samples(task, data)
-        else:
-            like = task.test
-            form = Form(found_shape(like), task.loss, built.classes or None)
-            if is_frame(data):
-                frame = named_table(data, "data")
-                table = new_rows(frame, target or found_target(frame[0]), task.reading)
-            else:
-                table = table_of(data, "data", target)
-            samples = form.fit(table, "data").to(
-                built.device, next(iter(like.inputs.values())).dtype if "x" in like.inputs else None
+        if isinstance(data, str) and data in SPLITS:
+            samples = measured_samples(built.task, data)
+            return Read(samples, np.arange(len(samples)), len(samples))
+        if isinstance(data, str | Path):
+            data = Path(data).expanduser()
+            if not data.is_file():
+                raise DataError(
+                    f"there is no file {data}; a file, or {' or '.join(SPLITS)}, is wanted"
+                )
+        reader = built.task.reader
+        named = {"label": target, "column": target} if target is not None else {}
+        if named := {key: name for key, name in named.items() if hasattr(reader, key)}:
+            reader = replace(reader, **named)
+        read: Read = reader(data, built.task.reading, target=measured)
+        own = next(iter(built.task.test.inputs.values())).dtype
+        dtype = own if own.is_floating_point else None
+        samples = read.samples.clone().to(built.device, dtype)
+        if measured:
+            most = 1 + int(samples.target.max())
+            refuse_outputs(built.task.model, samples, most, built.task.loss)
+        return replace(read, samples=samples)
+
+    @cached_property
+    def settings(self) -> RunConfig:
+        """The config, checked."""
+        return from_plain(self.config, METHODS, began=True)
+
+    def _whole(self, round_: int | None) -> Tree:
+        """Give the weights on the run's device; refuse those of which clients have a part."""
+        config = self.settings
+        if config.method.client_state or config.head == "local":
+            kept = "its head (head=local)"
+            if config.method.client_state:
+                kept = f"a factor of every adapter ({type(config.method).__name__})"
+            raise ConfigError(
+                f"each client keeps {kept} to itself, so that the server has no whole model to "
+                "measure or to answer with: the run's own rows have the clients' (personal_...)"
             )
-            refuse_outputs(task.model, samples, 1 + int(samples.target.max()), task.loss)
-        weights = {n: t.to(built.device) for n, t in self.weights().items()}
-        return evaluate(task.model, weights, samples, task.loss, task.metrics)
+        return {n: t.to(self.built().device) for n, t in self.weights(round_).items()}
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw the curves of the run; a notebook shows what it gives.

@@ -16,17 +16,21 @@ from fedraclora.attacks.attack import LabelFlip
 from fedraclora.attacks.training import AttackedTrainer
 from fedraclora.config.run_config import BESIDE, TaskConfig
 from fedraclora.config.schema import Plain, bind, coerce, section, without
+from fedraclora.config.settings import EvaluateConfig
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
+from fedraclora.data.fit import Form
 from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.data.leak import refuse_shared
 from fedraclora.data.locate import GGUF, resolve
 from fedraclora.data.objective import refuse_contradiction
 from fedraclora.data.own import Brought, settled_own
 from fedraclora.data.partition import make_partition
+from fedraclora.data.reader import ArrayReader
 from fedraclora.data.samples import Partitioned, Samples, count_labels
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.evaluation.generate import Answering
 from fedraclora.models import MODELS, check_fit
 from fedraclora.models.built import seeded
 from fedraclora.models.outputs import probe
@@ -232,6 +236,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         tokenizer=data.tokenizer,
         info=facts,
         reading=({"shape": [*data.sample_shape]} if data.sample_shape else {}) | data.reading,
+        reader=data.reader or _array_reader(config, data),
     )
     labelled = "label" in data.columns and data.classes > 1
     return BuiltTask(task, clients, size, data.classes if labelled else 0, device)
@@ -245,6 +250,13 @@ def _said_of_loss(config: TaskConfig, data: DataSet, model: torch.nn.Module) -> 
     warning = refuse_contradiction(model, data.loss) if own else None
     found = {"loss": data.loss, "loss_from": source, "metrics": [*data.metrics]}
     return found | ({"loss_warning": warning} if warning else {})
+
+
+def _array_reader(config: TaskConfig, data: DataSet) -> ArrayReader:
+    """Make what reads new samples of data that are arrays."""
+    classes = data.classes if "label" in data.columns else None  # else the model says what fits
+    form = Form(tuple(data.sample_shape), data.loss, classes)
+    return ArrayReader(form, numbered=config.data.get("name") == "object")
 
 
 def _said_of_weights(config: TaskConfig) -> dict[str, object]:
@@ -301,6 +313,22 @@ def _pretrained(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> d
     state, metrics = _PRETRAINED[key]
     model.load_state_dict(state)
     return dict(metrics)
+
+
+def answering_of(asked: EvaluateConfig, task: Task, samples: Samples) -> Answering | None:
+    """Make what has a language model answer prompts; None where nobody asks for it."""
+    if asked.generate is None:
+        return None
+    return Answering(
+        task.model,
+        task.tokenizer,
+        samples,
+        every=asked.generate,
+        count=asked.answers,
+        new_tokens=asked.new_tokens,
+        shown=asked.shown,
+        batch_size=asked.batch_size,
+    )
 
 
 def measured_samples(task: Task, split: str) -> Samples:

@@ -182,11 +182,11 @@ def _samples(x: Array, target: Array, names: list[str], task: str, source: str) 
         target = target[:, 0]
     if names and target.ndim == 1:
         texts = [str(label) for label in target.tolist()]
-        return gathered((_channels_first(x), target_of(texts, names, task)), source)
-    return gathered((_channels_first(x), target), source)
+        return gathered((channels_first(x), target_of(texts, names, task)), source)
+    return gathered((channels_first(x), target), source)
 
 
-def _channels_first(x: Array) -> Array:
+def channels_first(x: Array) -> Array:
     """Images [N, H, W] become [N, 1, H, W], and [N, H, W, C] becomes [N, C, H, W]."""
     if x.ndim == 3 and x.dtype == np.uint8:
         return x[:, None]

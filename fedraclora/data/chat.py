@@ -86,6 +86,9 @@ class Chat:
                 )
             found += [(asked[len(done) :], False), (answered[len(asked) :], True)]
             done = answered
+        if not conversation.answered:
+            asked = self._text(conversation, len(conversation.messages), prompt=True)
+            return [(asked, False)]
         return found
 
     def _text(self, conversation: Conversation, messages: int, *, prompt: bool) -> str:
@@ -128,7 +131,12 @@ def _template(template: str) -> str:
 
 
 def fitted(
-    encoded: Sequence[Encoded], wheres: Sequence[str], max_length: int, *, drop: bool
+    encoded: Sequence[Encoded],
+    wheres: Sequence[str],
+    max_length: int,
+    *,
+    drop: bool,
+    answered: bool = True,
 ) -> tuple[list[Encoded], list[int], int]:
     """Cut conversations to a length.
 
@@ -137,6 +145,7 @@ def fitted(
         wheres: Where each comes from, for messages.
         max_length: Tokens that are kept.
         drop: Leave out conversations whose answer is cut away whole; else they are refused.
+        answered: Whether they have an answer; else there must be room for one.
 
     Returns:
         What is left, the places of that among ``encoded``, and how many were cut.
@@ -147,7 +156,8 @@ def fitted(
     kept, places, cut = [], [], 0
     for place, whole in enumerate(encoded):
         part = Encoded(whole.ids[:max_length], whole.labels[:max_length])
-        if all(label == IGNORED_TOKEN for label in part.labels[1:]):
+        none_left = all(label == IGNORED_TOKEN for label in part.labels[1:])
+        if none_left if answered else len(whole.ids) >= max_length:
             if not drop:
                 raise DataError(
                     f"{wheres[place]}: the prompt fills data.max_length={max_length} tokens (the "

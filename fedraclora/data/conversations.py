@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,19 @@ _PLACE = re.compile(r"\{([^{}]+)\}")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that end with an answer of the assistant.
+    """Messages that end with an answer of the assistant, or before one.
 
     Attributes:
         messages: Each with a ``role`` of `ROLES` and a ``content``.
         where: File and row, for messages of errors.
         client: Whose it is, or None.
+        answered: Whether the last answer is there; else it is to be generated.
     """
 
     messages: tuple[Message, ...]
     where: str
     client: str | None = None
+    answered: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a conversation that there is nothing to learn from."""
@@ -47,7 +49,7 @@ class Conversation:
             )
         if not self.messages or self.messages[0]["role"] == "assistant":
             raise DataError(f"{self.where}: the conversation does not begin with a prompt")
-        if self.messages[-1]["role"] != "assistant":
+        if self.answered and self.messages[-1]["role"] != "assistant":
             raise DataError(f"{self.where}: the conversation does not end with a response")
 
 
@@ -61,12 +63,14 @@ class Form:
         response: The same for the answer.
         answers: What the values of ``response`` are written as (``{"0": "negative"}``), or None.
         client: The column that says whose a row is, or None.
+        answered: Whether the last answer is read; else it need not be there.
     """
 
     prompt: str | None = None
     response: str | None = None
     answers: Mapping[str, str] | None = None
     client: str | None = None
+    answered: bool = True
 
     def __post_init__(self) -> None:
         """Refuse half a form."""
@@ -89,24 +93,25 @@ class Form:
                 f"{where}: the column {self.client} (data.client) is empty, so that the row is no "
                 "client's: fill it or leave the row out"
             )
-        return Conversation(tuple(self._messages(row, where)), where, client)
+        return Conversation(tuple(self._messages(row, where)), where, client, self.answered)
 
     def _messages(self, row: Mapping[str, Any], where: str) -> list[Message]:
         if self.prompt is not None and self.response is not None:
             prompt = filled(self.prompt, row, "data.prompt", where)
-            return _pair(prompt, self._answer(row, where))
+            return _pair(prompt, self._answer(row, where) if self.answered else None)
         if "messages" in row:
-            return read_messages(row["messages"], where)
-        if {"instruction", "output"} <= set(row):
-            parts = [text_of(row, key, "data", where) for key in ("instruction", "input", "output")
-                     if key in row]  # fmt: skip
-            return _pair("\n\n".join(filter(None, parts[:-1])), parts[-1])
-        if {"prompt", "response"} <= set(row):
-            return _pair(*(text_of(row, key, "data", where) for key in ("prompt", "response")))
+            return read_messages(row["messages"], where, answered=self.answered)
+        for first, last in (("instruction", "output"), ("prompt", "response")):
+            if first in row and (last in row or not self.answered):
+                more = ("input",) if first == "instruction" and "input" in row else ()
+                parts = [text_of(row, key, "data", where) for key in (first, *more)]
+                answer = text_of(row, last, "data", where) if self.answered else None
+                return _pair("\n\n".join(filter(None, parts)), answer)
+        wanted = "prompt and response, or instruction and output are"
         raise ConfigError(
-            f"{where} has the columns {', '.join(map(str, row))}; messages, or prompt and "
-            "response, or instruction and output are wanted: name yours with data.prompt and "
-            "data.response"
+            f"{where} has the columns {', '.join(map(str, row))}; messages, or "
+            f"{wanted if self.answered else 'prompt, or instruction is'} wanted: name yours with "
+            "data.prompt and data.response"
         )
 
     def _answer(self, row: Mapping[str, Any], where: str) -> str:
@@ -119,8 +124,9 @@ class Form:
         return self.answers[found]
 
 
-def _pair(prompt: str, response: str) -> list[Message]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+def _pair(prompt: str, response: str | None) -> list[Message]:
+    answer = [] if response is None else [{"role": "assistant", "content": response}]
+    return [{"role": "user", "content": prompt}, *answer]
 
 
 def filled(text: str, row: Mapping[str, Any], key: str, where: str) -> str:
@@ -150,8 +156,10 @@ def text_of(row: Mapping[str, Any], column: str, key: str, where: str) -> str:
     return "" if missing else str(value).strip()
 
 
-def read_messages(value: Any, where: str) -> list[Message]:
+def read_messages(value: Any, where: str, *, answered: bool = True) -> list[Message]:
     """Check a list of messages, which a CSV file holds as JSON; what follows the last answer goes.
+
+    Where it is to be generated (``answered`` is False), an answer at the end goes.
 
     Raises:
         DataError: Naming file and row, and what is wrong.
@@ -170,6 +178,8 @@ def read_messages(value: Any, where: str) -> list[Message]:
         if role not in ROLES or not isinstance(content, str):
             raise DataError(f"{where}: a message is {dict(message)}; {wanted}")
         found.append({"role": role, "content": content})
+    if not answered:
+        return found[:-1] if found and found[-1]["role"] == "assistant" else found
     answers = [place for place, message in enumerate(found) if message["role"] == "assistant"]
     return found[: answers[-1] + 1] if answers else found
 
@@ -188,12 +198,41 @@ def read_conversations(path: Path, form: Form, *, header: bool = True) -> list[C
         DataError: If the file cannot be read, or a row cannot be used, which is named.
     """
     try:
-        found = [form.read(row, f"{path}, row {n}") for n, row in enumerate(rows(path, header), 1)]
+        found = conversations_of(rows(path, header), form, str(path))
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    if not found:
-        raise DataError(f"{path} holds no rows")
     return found
+
+
+def conversations_of(
+    rows: Iterable[Mapping[str, Any]], form: Form, where: str
+) -> list[Conversation]:
+    """Read rows by column, which ``where`` they are from; errors as of `read_conversations`."""
+    found = [form.read(row, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
+    if not found:
+        raise DataError(f"{where} holds no rows")
+    return found
+
+
+def rows_of(found: Any, form: Form) -> list[Mapping[str, Any]]:
+    """Take rows that a program has: a frame, a list of dicts, or prompts that are to be answered.
+
+    Raises:
+        DataError: If they are something else.
+    """
+    if hasattr(found, "iloc"):
+        kept: list[Mapping[str, Any]] = found.rename(columns=str).to_dict("records")
+        return kept
+    texts = isinstance(found, list) and all(isinstance(row, str) for row in found)
+    columns = ["prompt"] if form.prompt is None else _PLACE.findall(form.prompt) or [form.prompt]
+    if texts and not form.answered and len(set(columns)) == 1:
+        return [{columns[0]: text} for text in found]
+    if isinstance(found, list) and all(isinstance(row, Mapping) for row in found):
+        return found
+    raise DataError(
+        f"data is a {type(found).__name__}; a file, a frame or a list of dicts with the columns of "
+        "the run's data is wanted" + ("" if form.answered else ", or a list of prompts")
+    )
 
 
 def rows(path: Path, header: bool) -> Iterator[Mapping[str, Any]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,39 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Dtype = Annotated[str, choice_of(DTYPES)]
 Clients = Annotated[int, Limit("1 or more", lambda value: value >= 1, key="clients")]
 Division = list[Rows] | ClientData  # rows of each client, or clients made on demand
+
+
+@dataclass(frozen=True)
+class Read:
+    """Raw samples that were brought to the form of a data set's own.
+
+    Attributes:
+        samples: As the model wants them. Where nothing is to be measured the target is of no use.
+        rows: Which of the source they are, ascending; the others were left out, as the data set
+            leaves such rows out.
+        total: Rows of the source.
+    """
+
+    samples: Samples
+    rows: Rows
+    total: int
+
+
+class Reader(Protocol):
+    """Reads raw samples as a data set reads its own: a test file, and whatever comes later."""
+
+    def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
+        """Read samples.
+
+        Args:
+            found: The path of a file, or rows in memory.
+            reading: `DataSet.reading`.
+            target: Whether there is something to measure by; else it is not looked at.
+
+        Raises:
+            ConfigError: If a column or a kind of file is not what is wanted.
+            DataError: If a row cannot be used, which is named.
+        """
 
 
 @dataclass(frozen=True)
@@ -52,6 +85,7 @@ class DataSet:
         reading: How raw samples become those of the model, and its outputs answers, in plain JSON:
             ``features`` in their order; what to ``subtract`` from inputs and to ``divide_by``;
             ``classes`` in their order; the scale of a ``target`` that is a number.
+        reader: Reads samples that come later; None: arrays, as `fedraclora.data.reader` reads them.
         clients: Every natural client that the source names, also those of whom no row is left;
             None where none is named.
     """
@@ -71,6 +105,7 @@ class DataSet:
     tokenizer: Any = None
     info: dict[str, object] = field(default_factory=dict)
     reading: dict[str, object] = field(default_factory=dict)
+    reader: Reader | None = None
     clients: Column | None = None
 
     @property

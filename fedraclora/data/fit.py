@@ -296,6 +296,12 @@ def as_scaled(values: torch.Tensor, scale: Mapping[str, Any]) -> torch.Tensor:
     return (values.double() - mean) / spread
 
 
+def as_unscaled(values: torch.Tensor, scale: Mapping[str, Any]) -> torch.Tensor:
+    """Take back what `as_scaled` has done; float64."""
+    mean, spread = (torch.tensor(scale[k], dtype=torch.float64) for k in ("subtract", "divide_by"))
+    return values.double() * spread + mean
+
+
 def found_shape(samples: Samples) -> tuple[int, ...]:
     """Shape of one input ``"x"``; empty where inputs have names of their own (token ids)."""
     return tuple(samples.inputs["x"].shape[1:]) if set(samples.inputs) == {"x"} else ()

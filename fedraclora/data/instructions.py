@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 
-from fedraclora.data.chat import Chat, fitted, packed, padded
-from fedraclora.data.conversations import Conversation, Form, read_conversations
-from fedraclora.data.dataset import DataSet, divide
+from fedraclora.data.chat import Chat, Encoded, fitted, packed, padded
+from fedraclora.data.conversations import (
+    Conversation,
+    Form,
+    conversations_of,
+    read_conversations,
+    rows_of,
+)
+from fedraclora.data.dataset import DataSet, Read, divide
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.tokens import require_tokenizer
@@ -116,7 +123,8 @@ def load_instructions(
     if subsample is not None:
         drawn = generator(split_seed, "split", "subsample").permutation(len(whole))[:subsample]
         whole = [whole[row] for row in np.sort(drawn)]
-    data = instruction_set(whole, held, settings, {"source": str(file)})
+    info: dict[str, object] = {"source": str(file)}
+    data = instruction_set(whole, held, settings, info, form, header=header)
     if client is None:
         return data
     columns = {str(client): data.columns["client"], **data.columns}
@@ -128,6 +136,9 @@ def instruction_set(
     test: Sequence[Conversation],
     settings: Settings,
     info: dict[str, object],
+    form: Form = Form(),  # noqa: B008  it is frozen
+    *,
+    header: bool = True,
 ) -> DataSet:
     """Tokenise conversations into a data set; see `load_instructions`.
 
@@ -136,17 +147,13 @@ def instruction_set(
         test: Conversations to measure on; they are never packed.
         settings: How.
         info: Facts for the summary, to which what was cut and left out is added.
+        form: How rows that come later are read.
+        header: Whether their files name the columns.
     """
     chat = Chat(settings.tokenizer, root=settings.root, template=settings.template)
-    pad = chat.tokenizer.pad_token_id
-    pad = (chat.tokenizer.eos_token_id or 0) if pad is None else pad
-    drop = settings.cut_away == "drop"
-
-    def fit(conversations: Sequence[Conversation]) -> tuple[list, list[int], int]:  # type: ignore[type-arg]
-        wheres = [conversation.where for conversation in conversations]
-        return fitted(chat.encode(conversations), wheres, settings.max_length, drop=drop)
-
-    (rows, places, cut), (held, held_places, held_cut) = fit(train), fit(test)
+    reader = InstructionReader(form, header, chat, settings.max_length, settings.cut_away == "drop")
+    pad = reader.pad
+    (rows, places, cut), (held, held_places, held_cut) = reader.fit(train), reader.fit(test)
     owners: list[str | None] = [train[place].client for place in places]
     lost = len(train) + len(test) - len(places) - len(held_places)
     if settings.packing:
@@ -157,15 +164,7 @@ def instruction_set(
     labels = int((table.target >= 0).sum())
     info = {**info, "conversations": len(rows), "response_tokens": labels}
     info |= {"truncated": cut + held_cut, "cut_away": lost}
-    if cut + held_cut or lost:
-        log.warning(
-            "data.max_length=%d: %d of %d conversations were cut, and %d more left out, of whose "
-            "response nothing would have been left",
-            settings.max_length,
-            cut + held_cut,
-            len(train) + len(test),
-            lost,
-        )
+    _say_cut(settings.max_length, cut + held_cut, len(train) + len(test), lost)
     if settings.packing:
         info["packed"] = f"{len(rows)} conversations in {len(table)} samples"
     return DataSet(
@@ -178,7 +177,62 @@ def instruction_set(
         sample_shape=(),
         tokenizer=chat.tokenizer,
         info=info,
+        reader=reader,
     )
+
+
+@dataclass(frozen=True)
+class InstructionReader:
+    """Reads conversations as a run reads its own; see `fedraclora.data.dataset.Reader`.
+
+    Attributes:
+        form: How a row is read.
+        header: Whether a .csv or .tsv names its columns.
+        chat: Turns messages into tokens.
+        max_length: Tokens that are kept.
+        drop: Whether conversations are left out of which no answer is left; else they are refused.
+    """
+
+    form: Form
+    header: bool
+    chat: Chat
+    max_length: int
+    drop: bool
+
+    def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
+        """Read a file, a frame, a list of dicts, or a list of prompts."""
+        del reading  # tokenizer and template are those of the run
+        form = replace(self.form, client=None, answered=target)
+        if isinstance(found, Path):
+            conversations = read_conversations(found, form, header=self.header)
+        else:
+            conversations = conversations_of(rows_of(found, form), form, "data")
+        rows, places, cut = self.fit(conversations)
+        _say_cut(self.max_length, cut, len(conversations), len(conversations) - len(rows))
+        return Read(padded(rows, self.pad), np.array(places), len(conversations))
+
+    @property
+    def pad(self) -> int:
+        """The token that fills rows up."""
+        pad, end = (getattr(self.chat.tokenizer, f"{kind}_token_id") for kind in ("pad", "eos"))
+        return int((end or 0) if pad is None else pad)
+
+    def fit(self, conversations: Sequence[Conversation]) -> tuple[list[Encoded], list[int], int]:
+        """Tokenise and cut conversations, as `fedraclora.data.chat.fitted` does."""
+        wheres = [conversation.where for conversation in conversations]
+        encoded = self.chat.encode(conversations)
+        answered = conversations[0].answered
+        return fitted(encoded, wheres, self.max_length, drop=self.drop, answered=answered)
+
+
+def _say_cut(max_length: int, cut: int, total: int, lost: int) -> None:
+    """Say aloud how many conversations were cut or left out, if any."""
+    if cut or lost:
+        log.warning(
+            "data.max_length=%d: %d of %d conversations were cut, and %d more left out, of whose "
+            "response nothing would have been left",
+            *(max_length, cut, total, lost),
+        )
 
 
 def _split(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import Column, DataSet
+from fedraclora.data.dataset import Column, DataSet, Reader
 from fedraclora.data.fit import found_shape
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError
@@ -132,6 +132,7 @@ def supervised(
     client: str = "client",
     info: dict[str, object],
     reading: dict[str, object] | None = None,
+    reader: Reader | None = None,
 ) -> DataSet:
     """Build a data set of samples with classes or with numbers to predict.
 
@@ -146,6 +147,7 @@ def supervised(
         client: The name of that column in the table.
         info: Facts for the summary.
         reading: See `DataSet`; the classes are added.
+        reader: See `DataSet`.
     """
     usual = METRICS[task] if train.target.dim() == 1 else ("loss",)
     named: dict[str, object] = {"classes": [*names]} if names else {}
@@ -160,5 +162,6 @@ def supervised(
         sample_shape=found_shape(train),
         info=info | named,
         reading=(reading or {}) | named,
+        reader=reader,
         clients=clients,
     )

@@ -16,18 +16,18 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import DataSet, Rows, keep_rows, split_rows, take
+from fedraclora.data.dataset import SHARE, DataSet, Rows, keep_rows, split_rows, take
 from fedraclora.data.fit import METRICS, Form, found_shape, gathered, scale_of_bytes
+from fedraclora.data.frames import named_table
 from fedraclora.data.objective import TOKENS, check_names, objective_of
 from fedraclora.data.samples import Samples
-from fedraclora.data.tabular import named_table, of_frames
+from fedraclora.data.tabular import of_frames
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.imports import failure_of
 from fedraclora.objects import lend, lent
 from fedraclora.rng import generator
 from fedraclora.tree import digest
 
-SHARE = 0.2  # of each client's samples, held out where there are no test samples
 TARGETS = ("label", "labels", "target")  # where the caller names no column
 
 

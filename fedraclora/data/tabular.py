@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import SHARE, SHOWN, DataSet, refuse_both, train_test
+from fedraclora.data.dataset import SHARE, SHOWN, DataSet, Read, Rows, refuse_both, train_test
 from fedraclora.data.fit import as_scaled, scale_of
+from fedraclora.data.frames import Table, named_table, read_frame
 from fedraclora.data.labels import Kind, classes_of, supervised, target_of
 from fedraclora.data.locate import resolve
 from fedraclora.data.samples import Samples
@@ -19,8 +21,6 @@ from fedraclora.limits import Fraction, choice_of, limited
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 @limited("data")
@@ -85,11 +85,9 @@ def load_table(
         metrics=metrics,
         standardise=standardise,
         missing=missing,
+        separator=separator,
         source=str(file),
     )
-
-
-Table = tuple["DataFrame", Path]  # rows, and where they are from, for messages
 
 
 def of_frames(
@@ -105,6 +103,7 @@ def of_frames(
     metrics: Sequence[str] | None = None,
     standardise: bool = True,
     missing: str = "error",
+    separator: str | None = None,
     source: str = "a frame",
 ) -> DataSet:
     """Make a data set of rows; arguments and errors as of `load_table`.
@@ -121,6 +120,7 @@ def of_frames(
         metrics: Names of metrics, or None.
         standardise: Whether features have mean 0 and deviation 1.
         missing: What becomes of rows in which something is missing.
+        separator: What parts the columns of files that come later, or None.
         source: What the summary calls the table.
     """
     frame, path = table
@@ -129,7 +129,8 @@ def of_frames(
     if owner == named:
         raise ConfigError(f"data.client={client} is data.label, too: name another column, or none")
     used, left_out = _features(frame, features, named, owner, path)
-    x, labels, clients, dropped = _rows(frame, used, named, owner, missing, path)
+    x, labels, clients, kept = _rows(frame, used, named, owner, missing, path)
+    dropped = len(frame) - len(kept)
     classes = classes_of(labels, named, task, path)
     train = Samples({"x": x}, target_of(labels, classes, task))
     owners = None if clients is None else np.array(clients)
@@ -139,20 +140,17 @@ def of_frames(
         strata = np.array(labels) if task == "classification" else None
         train, held_out, rows = train_test(train, "data.test_share", share, split_seed, strata)
         owners = owners if owners is None else owners[rows]
-    else:
-        found, other = test
-        for column in used:
-            _column(found, "data.test", column, other)
-        x, labels, _, more = _rows(found, used, _label(found, label, other), None, missing, other)
-        held_out = Samples({"x": x}, target_of(labels, classes, task))
-        dropped += more
-    info: dict[str, object] = {"source": source, "rows_dropped": dropped}
-    reading: dict[str, object] = {"features": used}
+    reading: dict[str, Any] = {"features": used} | ({"classes": classes} if classes else {})
     if standardise:
-        train, held_out, scale = _standardised(train, held_out)
-        info |= _told(scale)
-        reading |= scale
-    train, held_out = (part.clone().to("cpu", torch.float32) for part in (train, held_out))
+        reading |= _scales(train)
+    reader = TableReader(named, task, missing, separator)
+    if test is None:
+        held_out = _scaled(held_out, reading)
+    else:
+        read = reader(test, reading)
+        held_out, dropped = read.samples, dropped + read.total - len(read.rows)
+    train = _scaled(train, reading)
+    info: dict[str, object] = {"source": source, "rows_dropped": dropped} | _told(reading)
     info["features"] = used if len(used) <= SHOWN else len(used)
     info |= {"columns_left_out": left_out} if left_out else {}
     if owners is not None:
@@ -168,103 +166,43 @@ def of_frames(
         client=str(client),
         info=info,
         reading=reading,
+        reader=reader,
     )
 
 
-def new_rows(table: Table, label: str | None, reading: Mapping[str, Any]) -> Samples:
-    """Bring rows that a run has not seen to the form of those that it was trained on.
+@dataclass(frozen=True)
+class TableReader:
+    """Reads rows as those of a run's own table; see `fedraclora.data.dataset.Reader`.
 
-    Args:
-        table: The rows.
+    Attributes:
         label: The column to predict.
-        reading: `DataSet.reading`: columns, classes and scale of the training rows.
-
-    Raises:
-        ConfigError: If a column is missing, or the run was not trained on a table.
-        DataError: If values are missing, or a label is none of the classes.
+        task: ``classification`` or ``regression``.
+        missing: What becomes of rows in which something is missing: ``error`` or ``drop``.
+        separator: What parts the columns of a file, or None.
     """
-    frame, path = table
-    if "features" not in reading:
-        raise ConfigError(
-            "the run was not trained on a table with named columns: give (inputs, target) as "
-            "arrays, on the scale of the training samples"
-        )
-    features, names = reading["features"], reading.get("classes", [])
-    for name in features:
-        _column(frame, "data", name, path)
-    x, labels, _, _ = _rows(frame, features, _label(frame, label, path), None, "error", path)
-    target = target_of(labels, names, "classification" if names else "regression")
-    if "subtract" in reading:
-        x = as_scaled(x, reading)
-    if "target" in reading:
-        target = as_scaled(target, reading["target"]).float()
-    return Samples({"x": x.float()}, target)
 
+    label: str
+    task: str
+    missing: str = "error"
+    separator: str | None = None
 
-def named_table(found: object, where: str) -> Table:
-    """Take a frame of a program as a table, its columns by text.
+    def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
+        """Read a file, a frame, or a frame with its file for messages."""
+        frame, path = self._table(found)
+        label = _column(frame, "data.label", self.label, path) if target else None
+        features = [_column(frame, "data", name, path) for name in reading["features"]]
+        x, labels, _, kept = _rows(frame, features, label, None, self.missing, path)
+        wanted = torch.zeros(len(x))
+        if target:
+            wanted = target_of(labels, reading.get("classes", []), self.task)
+        return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(frame))
 
-    Raises:
-        DataError: If it is no frame, has no rows, or two columns have one name.
-    """
-    import pandas as pd
-
-    if not isinstance(found, pd.DataFrame):
-        raise DataError(
-            f"{where} is a {type(found).__name__}; a frame of pandas with the columns of data is "
-            "wanted"
-        )
-    frame = found.rename(columns=str)
-    if twice := sorted({*frame.columns[frame.columns.duplicated()]}):
-        raise DataError(f"{where} has several columns {twice[0]!r}: give each a name of its own")
-    if not len(frame):
-        raise DataError(f"{where} holds no rows")
-    return frame, Path(where)
-
-
-def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataFrame:
-    """Read a whole table.
-
-    Args:
-        path: The file.
-        words: Columns whose values are kept as they are written.
-        separator: What parts the columns, or None.
-
-    Raises:
-        ConfigError: If the kind of file is not known.
-        DataError: If it cannot be read, or has no rows.
-    """
-    import pandas as pd
-
-    kind = next((s for s in reversed(path.suffixes) if s in {*SEPARATORS, ".parquet"}), None)
-    try:
-        if kind is None:
-            raise ConfigError(
-                f"{path}: a name that ends in .csv, .tsv (packed or not) or .parquet is wanted; "
-                "for .npz and IDX files there is data=arrays"
-            )
-        if kind == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            frame = pd.read_csv(
-                path,
-                sep=separator or SEPARATORS[kind],
-                dtype=dict.fromkeys(words, str),
-                encoding="utf-8-sig",
-                skipinitialspace=True,
-                low_memory=False,
-            )
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
-    except (OSError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path} cannot be read as a table: {reason}") from error
-    frame.columns = [str(name).strip() for name in frame.columns]
-    if not len(frame):
-        raise DataError(f"{path} holds no rows")
-    if len(frame.columns) == 1 and ";" in frame.columns[0]:
-        raise DataError(f"{path}: the columns are parted by semicolons; set \"data.separator=';'\"")
-    return frame
+    def _table(self, found: Any) -> Table:
+        if isinstance(found, tuple) and isinstance(found[-1], Path):
+            return found  # a frame that was read
+        if isinstance(found, Path):
+            return read_frame(found, [self.label], self.separator), found
+        return named_table(found, "data")
 
 
 def _names(*columns: str | int | None) -> list[str]:
@@ -338,12 +276,17 @@ def _refuse_spoilt(frame: DataFrame, name: str, path: Path) -> None:
 
 
 def _rows(
-    frame: DataFrame, features: list[str], label: str, client: str | None, missing: str, path: Path
-) -> tuple[torch.Tensor, list[str], list[str] | None, int]:
+    frame: DataFrame,
+    features: list[str],
+    label: str | None,
+    client: str | None,
+    missing: str,
+    path: Path,
+) -> tuple[torch.Tensor, list[str], list[str] | None, Rows]:
     """Take the columns that are used, and refuse or drop rows that miss something.
 
     Returns:
-        Features float64 [N, d], labels and clients as they are written, rows that were dropped.
+        Features float64 [N, d], labels and clients as they are written, and which rows they are.
     """
     try:
         x = frame[features].to_numpy(dtype=np.float64, na_value=np.nan)
@@ -365,7 +308,8 @@ def _rows(
         raise DataError(f"{path}: no row is whole: check data.features, data.label, data.client")
     whole = frame[~gone]
     clients = None if client is None else _written(whole[client])
-    return torch.from_numpy(x[~gone]), _written(whole[label]), clients, int(gone.sum())
+    labels = [] if label is None else _written(whole[label])
+    return torch.from_numpy(x[~gone]), labels, clients, np.flatnonzero(~gone)
 
 
 def _written(column: object) -> list[str]:
@@ -375,21 +319,25 @@ def _written(column: object) -> list[str]:
     return [str(value).strip() for value in whole]
 
 
-def _standardised(train: Samples, test: Samples) -> tuple[Samples, Samples, dict[str, Any]]:
-    """Standardise features, and a number to predict, by the training rows; say its scale."""
-    scale = scale_of(train.inputs["x"])
-    x, test_x = (as_scaled(part.inputs["x"], scale) for part in (train, test))
-    y, test_y = train.target, test.target
-    if y.is_floating_point():
-        scale["target"] = scale_of(y)
-        y, test_y = (as_scaled(target, scale["target"]) for target in (y, test_y))
-    return Samples({"x": x}, y), Samples({"x": test_x}, test_y), scale
+def _scales(train: Samples) -> dict[str, Any]:
+    """Find the scale of features, and of a number to predict, by the training rows."""
+    y = train.target
+    numbers = {"target": scale_of(y)} if y.is_floating_point() else {}
+    return scale_of(train.inputs["x"]) | numbers
+
+
+def _scaled(samples: Samples, reading: Mapping[str, Any]) -> Samples:
+    """Bring features, and a number to predict, to their scale where they have one; float32."""
+    x, y = samples.inputs["x"], samples.target
+    x = as_scaled(x, reading) if "subtract" in reading else x
+    y = as_scaled(y, reading["target"]) if "target" in reading else y
+    return Samples({"x": x}, y).clone().to("cpu", torch.float32)
 
 
 def _told(scale: Mapping[str, Any]) -> dict[str, object]:
     """Say in the summary what the scale is."""
     info: dict[str, object] = {}
-    if len(scale["subtract"]) <= SHOWN:
+    if len(scale.get("subtract", range(SHOWN + 1))) <= SHOWN:
         info |= {"feature_means": scale["subtract"], "feature_deviations": scale["divide_by"]}
     if label := scale.get("target"):
         info |= {"label_mean": label["subtract"], "label_deviation": label["divide_by"]}

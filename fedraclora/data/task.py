@@ -171,6 +171,7 @@ class Task:
         info: Facts for the summary (split, partition, sizes).
         reading: What raw samples become for the model, for exports: see `DataSet`; with ``shape``,
             that of one input ``"x"``.
+        reader: Reads samples that come later; None: nobody does.
     """
 
     model: nn.Module
@@ -185,6 +186,7 @@ class Task:
     tokenizer: Any = None
     info: dict[str, object] = field(default_factory=dict)
     reading: dict[str, object] = field(default_factory=dict)
+    reader: Any = None  # of `fedraclora.data.dataset`, which is above
 
 
 def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

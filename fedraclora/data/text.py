@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from fedraclora.data.dataset import SHARE, DataSet, divide
+from fedraclora.data.dataset import SHARE, DataSet, Read, Rows, divide
 from fedraclora.data.labels import Kind, classes_of, supervised, target_of
 from fedraclora.data.locate import check_file, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.data.table import Named, read_columns
-from fedraclora.data.tokens import make_encoder, require_tokenizer
-from fedraclora.errors import ConfigError, DataError
+from fedraclora.data.tokens import Encoder, make_encoder, require_tokenizer
+from fedraclora.errors import ConfigError, DataError, unknown
 from fedraclora.limits import Count, Fraction, limited
 from fedraclora.rng import generator
 
 # Rows of a table: one column or two of text, the label and, where it is asked for, the client.
 Table = npt.NDArray[Any]
+
+
+class Cleaned(NamedTuple):
+    """Rows with a text and a label that is asked for.
+
+    Attributes:
+        table: Their cells.
+        rows: Which of the source they are.
+        dropped: How many had an empty text.
+        total: Rows of the source.
+        last: The last column of all of these.
+    """
+
+    table: Table
+    rows: Rows
+    dropped: int
+    total: int
+    last: list[str]
 
 
 @limited("data")
@@ -84,23 +104,16 @@ def load_text(
         raise ConfigError(f"data.text={columns}: one column, or two for pairs of texts, is wanted")
     if test_by_client and (test_file or client is None):
         raise ConfigError("data.test_by_client=true needs data.client, and data.test_file=null")
-    named: list[Named] = [("data.text", column) for column in columns] + [("data.label", label)]
-
     count = len(columns)
+    reader = TextReader(tuple(columns), label, header, task, values, tokenizer, root, max_length)
 
-    def read(
-        spelling: str, key: str, pin: str | None, more: list[Named]
-    ) -> tuple[Table, int, list[str]]:
+    def read(spelling: str, key: str, pin: str | None, owner: str | int | None) -> Cleaned:
         path = check_file(resolve(spelling, key=key, root=root), pin)
-        columns = read_columns(path, named + more, header=header)
-        rows, dropped = _clean(columns, count, values)
-        _refuse_gaps(rows, count, [label, client], path)
-        return rows, dropped, columns[-1]
+        return reader.rows(path, owner=owner)
 
-    owner: list[Named] = [] if client is None else [("data.client", client)]
-    table, dropped, everyone = read(file, "data.file", sha256, owner)
+    table, _, dropped, _, everyone = read(file, "data.file", sha256, client)
     if test_file:
-        held_out, dropped_test, _ = read(test_file, "data.test_file", test_sha256, [])
+        held_out, _, dropped_test, *_ = read(test_file, "data.test_file", test_sha256, None)
         dropped += dropped_test
     else:
         rng = generator(split_seed, "split", "test")
@@ -117,11 +130,7 @@ def load_text(
         drawn = generator(split_seed, "split", "subsample").permutation(len(table))[:subsample]
         table = table[np.sort(drawn)]
     names = classes_of(table[:, count].tolist(), str(label), task, file, values)
-    encode = make_encoder(require_tokenizer(tokenizer), root=root, max_length=max_length)
-    train, tested = (
-        Samples(encode(part[:, :count].T.tolist()), target_of(part[:, count].tolist(), names, task))
-        for part in (table, held_out)
-    )
+    train, tested = (reader.samples(part, names) for part in (table, held_out))
     data = supervised(
         train,
         tested,
@@ -133,13 +142,88 @@ def load_text(
         client=str(client),
         info={"source": file, "rows_dropped": dropped},
         reading={"tokenizer": tokenizer, "max_length": max_length},
+        reader=reader,
     )
     return replace(data, held_out_by="client" if test_by_client else None)
 
 
-def _refuse_gaps(table: Table, texts: int, names: Sequence[str | int | None], path: Path) -> None:
+@dataclass(frozen=True)
+class TextReader:
+    """Reads texts as those of a run's own file; see `fedraclora.data.dataset.Reader`.
+
+    Attributes:
+        text, label, header, task, values, tokenizer, root, max_length: As of `load_text`.
+    """
+
+    text: tuple[str | int, ...]
+    label: str | int
+    header: bool
+    task: str
+    values: Sequence[str] | None
+    tokenizer: str | None
+    root: str | None
+    max_length: int
+
+    def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
+        """Read a file, a frame with its columns, or a list of texts (or of pairs of them)."""
+        cleaned = self.rows(found, target=target)
+        names = reading.get("classes", []) if target else None
+        return Read(self.samples(cleaned.table, names), cleaned.rows, cleaned.total)
+
+    def rows(self, found: Any, *, owner: str | int | None = None, target: bool = True) -> Cleaned:
+        """Take texts, then labels where they are wanted, then owners where they have a column."""
+        count = len(self.text)
+        named: list[Named] = [("data.text", column) for column in self.text]
+        named += [("data.label", self.label)] if target else []
+        named += [] if owner is None else [("data.client", owner)]
+        if isinstance(found, Path):
+            columns = read_columns(found, named, header=self.header)
+        else:
+            columns = _columns_of(found, named, count)
+        cleaned = _clean(columns, count, self.values if target else None)
+        gaps = [name for key, name in named if key != "data.text"]
+        _refuse_gaps(cleaned.table, count, gaps, found if isinstance(found, Path) else "data")
+        return cleaned
+
+    def samples(self, table: Table, names: Sequence[str] | None) -> Samples:
+        """Tokenise rows; ``names`` are those of the classes, and None where nothing is wanted."""
+        count = len(self.text)
+        wanted = torch.zeros(len(table))
+        if names is not None:
+            wanted = target_of(table[:, count].tolist(), names, self.task)
+        return Samples(self._encode(table[:, :count].T.tolist()), wanted)
+
+    @cached_property
+    def _encode(self) -> Encoder:
+        name = require_tokenizer(self.tokenizer)
+        return make_encoder(name, root=self.root, max_length=self.max_length)
+
+
+def _columns_of(found: Any, named: Sequence[Named], texts: int) -> list[list[str]]:
+    """Take columns of a frame, or texts of a list, which has no others."""
+    if hasattr(found, "iloc"):
+        frame = found.rename(columns=str)
+        for key, name in named:
+            if str(name) not in frame.columns:
+                raise ConfigError(f"{key}: {unknown('column', name, [*frame.columns])}")
+        return [frame[str(name)].fillna("").astype(str).tolist() for _, name in named]
+    rows = [[row] if isinstance(row, str) else [*row] for row in found] if _is_rows(found) else []
+    if not rows or len(named) > texts or any(len(row) != texts for row in rows):
+        raise DataError(
+            f"data is a {type(found).__name__}; a file or a frame with the columns "
+            f"{[name for _, name in named]} is wanted"
+            + ("" if len(named) > texts else f", or a list with {texts} text(s) a row")
+        )
+    return [[str(row[place]) for row in rows] for place in range(texts)]
+
+
+def _is_rows(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(row, str | tuple | list) for row in found)
+
+
+def _refuse_gaps(table: Table, texts: int, names: Sequence[str | int], path: object) -> None:
     """Refuse labels and owners that are empty: each would be a class, or a client, of its own."""
-    for column, name in zip(table[:, texts:].T, names, strict=False):  # test rows have no owner
+    for column, name in zip(table[:, texts:].T, names, strict=True):
         if empty := sum(not value.strip() for value in column):
             raise DataError(
                 f"{path}: the column {name} is empty in {empty} rows: fill them in, or leave the "
@@ -147,13 +231,16 @@ def _refuse_gaps(table: Table, texts: int, names: Sequence[str | int | None], pa
             )
 
 
-def _clean(columns: list[list[str]], texts: int, values: Sequence[str] | None) -> tuple[Table, int]:
+def _clean(columns: list[list[str]], texts: int, values: Sequence[str] | None) -> Cleaned:
     """Leave out rows with an empty text (counted) or with a label that is not asked for."""
     allowed = None if values is None else {str(value) for value in values}
-    asked = [row for row in zip(*columns, strict=True) if allowed is None or row[texts] in allowed]
-    filled = [row for row in asked if all(text.strip() for text in row[:texts])]
+    whole = enumerate(zip(*columns, strict=True))
+    asked = [(n, row) for n, row in whole if allowed is None or row[texts] in allowed]
+    filled = [(n, row) for n, row in asked if all(text.strip() for text in row[:texts])]
     if not filled:
         raise DataError(
             f"no usable row among {len(columns[0])}: check data.text, data.label and data.values"
         )
-    return np.array(filled, dtype=object), len(asked) - len(filled)
+    table = np.array([row for _, row in filled], dtype=object)
+    rows, total = np.array([n for n, _ in filled]), len(columns[0])
+    return Cleaned(table, rows, len(asked) - len(filled), total, columns[-1])

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from fedraclora.data.samples import Samples
-from fedraclora.data.task import IGNORED_TOKEN, forward, loss_function
+from fedraclora.data.task import IGNORED_TOKEN, Task, forward, loss_function
 from fedraclora.data.token_losses import Labelled, output_layer
 from fedraclora.errors import ConfigError, DataError, ShapeError, unknown
 from fedraclora.evaluation.metrics import METRICS, Metric, Tally
@@ -69,6 +69,21 @@ def evaluate(
     needs = {metric.needs for metric in chosen.values()}
     counted = tally(model, weights, samples, loss, needs, batch_size)
     return {name: metric.compute(counted) for name, metric in chosen.items()}
+
+
+def evaluate_task(task: Task, weights: Tree, samples: Samples, batch_size: int) -> dict[str, float]:
+    """Measure the model of a task as its run does: by `evaluate`, and by ``gap`` where it is known.
+
+    The gap is what the loss on the task's own samples is above the least that there is.
+    """
+    found = evaluate(task.model, weights, samples, task.loss, task.metrics, batch_size)
+    if (
+        task.optimum is not None
+        and "loss" in found
+        and any(samples is own for own in (task.test, task.validation))
+    ):
+        found["gap"] = found["loss"] - task.optimum
+    return found
 
 
 def tally(
@@ -143,18 +158,25 @@ def batches(samples: Samples, size: int) -> Iterator[Samples]:
 
     Sorted by length, a batch needs little padding; what is left is trimmed.
     """
+    return (batch for _, batch in numbered_batches(samples, size))
+
+
+def numbered_batches(samples: Samples, size: int) -> Iterator[tuple[torch.Tensor, Samples]]:
+    """Cut samples as `batches` does, and say which rows each batch has."""
     lengths = samples.lengths
     if lengths is None:
         for start in range(0, len(samples), size):
             rows = slice(start, start + size)
             inputs = {name: value[rows] for name, value in samples.inputs.items()}
-            yield Samples(inputs, samples.target[rows])
+            batch = Samples(inputs, samples.target[rows])
+            yield torch.arange(start, start + len(batch)), batch
         return
     order = torch.argsort(lengths, stable=True)
     ascending: list[int] = lengths[order].tolist()
     for start in range(0, len(samples), size):
         end = min(start + size, len(samples))
-        yield samples.take(order[start:end]).trim(ascending[end - 1])
+        rows_here = order[start:end]
+        yield rows_here, samples.take(rows_here).trim(ascending[end - 1])
 
 
 T = TypeVar("T")

@@ -101,7 +101,7 @@ class Answering:
         for row, own, end in zip(ids, labels, ends, strict=True):
             prompt, wanted = cut(row[:end], own[:end])
             spoken = len(wanted) - int(wanted[-1:].tolist() == [self.tokenizer.eos_token_id])
-            whole = spoken < len(wanted) and spoken <= self.new_tokens
+            whole = not len(wanted) or (spoken < len(wanted) and spoken <= self.new_tokens)
             found.append(Asked(prompt, wanted, None if whole else min(spoken, self.new_tokens)))
         return found
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from chats import WORDS, write_rows
@@ -130,6 +131,42 @@ def test_packed_and_plain_samples_come_to_much_the_same(questions: Path, tokeniz
     assert packed.summary["task"]["packed"] == "48 conversations in 3 samples"
     for ours, theirs in zip(plain.rows, packed.rows, strict=True):
         assert ours["metrics"]["loss"] == pytest.approx(theirs["metrics"]["loss"], rel=1e-3)
+
+
+def test_new_conversations_are_measured_and_answered_as_the_runs_own(
+    questions: Path, tokenizer: str, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    test = write_rows(tmp_path / "test.jsonl", rows[:9])
+    run(
+        *(questions, tokenizer, f"data.test_file={test}", "output=study", "evaluate.new_tokens=3"),
+        rounds=2,
+        folder=tmp_path / "run",
+    )
+    found = fedraclora.read_run(tmp_path / "run")
+    last, prompts = found.rows[-1], [row["prompt"] for row in rows[:9]]
+    assert "exact_match" in last["metrics"]
+    assert found.evaluate() == found.evaluate(test) == found.evaluate(rows[:9]) == last["metrics"]
+    answers = found.predict(test)["prediction"].tolist()
+    assert answers[:4] == [one["answer"] for one in last["generations"]]
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    for given in (
+        prompts,
+        [{"prompt": prompt} for prompt in prompts],
+        [{"messages": one} for one in asked],
+        pd.DataFrame({"instruction": prompts}),
+        write_rows(tmp_path / "new.jsonl", [{"prompt": prompt} for prompt in prompts]),
+    ):
+        assert found.predict(given)["prediction"].tolist() == answers
+    for given, said in [
+        ([{"prompt": "the"}], "data, row 1 has the columns prompt; .*response"),
+        (prompts, "a list of dicts"),
+        ([{"prompt": "the " * 600, "response": "red"}], "data, row 1: the prompt fills"),
+    ]:
+        with pytest.raises((ConfigError, DataError), match=said):
+            found.evaluate(given)
+    with pytest.raises(DataError, match="data, row 2: the prompt fills"):
+        found.predict([*prompts[:1], "the " * 600])
 
 
 def test_packing_changes_no_clients_weight(tmp_path: Path, tokenizer: str) -> None:

@@ -15,7 +15,6 @@ from fedraclora.config.schema import bind
 from fedraclora.data import DATASETS, DataSet, make_partition
 from fedraclora.data.dataset import hold_out, select_labels
 from fedraclora.data.idx import parse_idx
-from fedraclora.data.tabular import new_rows
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 
 DRAW = np.random.default_rng(5)
@@ -108,7 +107,7 @@ def test_a_wide_table_says_its_scale_too_though_the_summary_does_not(tmp_path: P
     assert data.reading["features"] == [*wide.columns]
     assert len(data.reading["subtract"]) == len(data.reading["divide_by"]) == 60
     frame = wide.assign(outcome=FRAME.outcome)
-    rows = new_rows((frame, tmp_path), "outcome", data.reading)
+    rows = data.reader(frame, data.reading).samples
     found = (rows.inputs["x"][:, None, :] == data.test.inputs["x"]).all(dim=2)
     assert found.sum(dim=0).tolist() == [1] * len(data.test)
 
@@ -117,7 +116,7 @@ def test_labels_that_are_chosen_are_the_classes_that_the_data_name(tmp_path: Pat
     data = select_labels(load(written(tmp_path, ".csv")), [2, 0])
     assert data.info["classes"] == data.reading["classes"] == ["well", "gone"]
     rows = FRAME[FRAME.outcome != "ill"]
-    found = new_rows((rows, tmp_path), "outcome", data.reading)
+    found = data.reader(rows, data.reading).samples
     assert found.target.tolist() == [int(name == "gone") for name in rows.outcome]
     digits = select_labels(DATASETS["digits"](), [7, 3])
     assert digits.reading["classes"] == ["7", "3"]

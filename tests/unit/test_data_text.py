@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -83,6 +84,32 @@ def load(table: Path, tokenizer_folder: str, **change: object):
         "max_length": 6,
     }
     return DATASETS["text"](**base | change)
+
+
+def test_a_test_file_is_read_as_whatever_comes_later(file, tokenizer):
+    data = load(file, tokenizer, client="film")
+    read = data.reader(file, data.reading)
+    assert (read.rows.tolist(), read.total) == ([0, 1, 2, 3, 5], 6)  # the fourth has no text
+    assert torch.equal(read.samples.target, data.test.target)
+    texts = ["good film", 'bad "film', "the good film", "NA", "", "a good"]
+    frame = pd.DataFrame({"sentence": texts})
+    for found in (
+        read,
+        *(data.reader(x, data.reading, target=False) for x in (file, texts, frame)),
+    ):
+        assert found.rows.tolist() == [0, 1, 2, 3, 5]
+        for name, ids in data.test.inputs.items():
+            assert torch.equal(found.samples.inputs[name], ids)
+    for wrong, said in [
+        (frame, "unknown column 'label'"),
+        (texts, "a file or a frame with the columns"),
+        (frame.assign(label=7), "'7'"),
+        (frame.assign(label=""), "label is empty in 5 rows"),
+    ]:
+        with pytest.raises(FedRacLoraError, match=said):
+            data.reader(wrong, data.reading)
+    with pytest.raises(DataError, match="1 text"):
+        data.reader([("a", "b")], data.reading, target=False)
 
 
 def test_sentences_become_padded_token_ids(file, tokenizer):

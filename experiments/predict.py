@@ -1,0 +1,77 @@
+"""``fedraclora predict RUN --data FILE``: what a finished run answers, a row for each row."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.evaluate import ROUND, measuring_run
+from experiments.status import reported
+from fedraclora.errors import ConfigError
+from fedraclora.weights.files import write_text
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+KINDS = (".csv", ".jsonl")
+
+
+@reported
+def main() -> int:
+    """Answer what the command line asks."""
+    parser = argparse.ArgumentParser("fedraclora predict", description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--data", required=True, help="a file, or test or validation of the run")
+    parser.add_argument("--out", type=Path, help="a new .csv or .jsonl; else they are printed")
+    parser.add_argument("--json", action="store_true", help="print JSON lines, not CSV")
+    parser.add_argument("--round", type=int, help=ROUND)
+    asked = parser.parse_args()
+    out: Path | None = None if asked.out is None else asked.out.expanduser()
+    if out is not None:
+        _check_place(out)
+    frame = measuring_run(asked.run, asked.round).predict(asked.data, round=asked.round)
+    lines = asked.json if out is None else out.suffix == KINDS[1]
+    text = _lines(frame) if lines else frame.map(_cell).to_csv(index=False)
+    if out is None:
+        print(text, end="")
+    else:
+        write_text(out, text)
+    if unanswered := int(frame.isna().all(axis=1).sum()):
+        print(
+            f"note: {unanswered} of {len(frame)} rows have no answer: the run's own data leave "
+            "such rows out",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a place before the work that could not be written to after it."""
+    if out.suffix not in KINDS:
+        raise ConfigError(f"--out {out}: a name that ends in {' or '.join(KINDS)} is wanted")
+    if out.exists():
+        raise ConfigError(f"--out {out} is there already; name a new file")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
+
+
+def _lines(frame: DataFrame) -> str:
+    """Write a row a line, as JSON; null where there is no answer."""
+    rows = [
+        {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        for row in frame.to_dict("records")
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _cell(value: object) -> object:
+    """Give a list as JSON, for CSV."""
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

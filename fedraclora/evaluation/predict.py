@@ -1,0 +1,124 @@
+"""What a model answers to samples, in the words of its data: names of classes, numbers, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedraclora.data.fit import as_unscaled
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import forward
+from fedraclora.evaluation.evaluate import numbered_batches, with_weights
+from fedraclora.tree import Tree
+
+Record = dict[str, object]
+
+
+def predict(
+    model: nn.Module,
+    weights: Tree,
+    samples: Samples,
+    loss: str,
+    reading: Mapping[str, Any],
+    batch_size: int,
+) -> list[Record]:
+    """Answer every sample, in evaluation mode and without gradients.
+
+    Args:
+        model: The network.
+        weights: Parameters by name. Batches are moved to their device.
+        samples: Whose targets are not looked at.
+        loss: For which the model was trained: it says what its outputs are.
+        reading: `fedraclora.data.dataset.DataSet.reading`.
+        batch_size: Samples per forward pass.
+
+    Returns:
+        One record a sample, in their order. ``prediction`` is the name of a class (of each label
+        that applies, of each token or each pixel, as a list), a number on the scale of the raw
+        samples, or the next token. ``probability`` beside it is by class, or that of the token. Of
+        a loss of another package, whose outputs could be anything, there are ``output`` alone.
+    """
+    call = partial(_answered, loss=loss, reading=reading, batch_size=batch_size)
+    return with_weights(model, weights, call, samples)
+
+
+def _answered(
+    model: nn.Module, samples: Samples, *, loss: str, reading: Mapping[str, Any], batch_size: int
+) -> list[Record]:
+    device = next(model.parameters(), samples.target).device
+    found: dict[int, Record] = {}
+    for rows, stored in numbered_batches(samples, batch_size):
+        batch = stored.to(device)
+        outputs = forward(model, batch.inputs).double()
+        words: Iterator[Record] = ({"output": row.tolist()} for row in outputs)
+        if loss in WORDS:
+            words = WORDS[loss](_Words(reading), outputs.cpu(), batch.to("cpu"))
+        found.update(zip(rows.tolist(), words, strict=True))
+    return [found[row] for row in range(len(samples))]
+
+
+class _Words:
+    """Names of classes in their order, and of tokens; where there is none, the number."""
+
+    def __init__(self, reading: Mapping[str, Any]) -> None:
+        self.classes, self.symbols = reading.get("classes", []), reading.get("symbols", "")
+        self.scale: Mapping[str, Any] | None = reading.get("target")
+
+    def name(self, k: int) -> str:
+        return str(self.classes[k]) if k < len(self.classes) else str(k)
+
+    def each(self, row: torch.Tensor) -> dict[str, float]:
+        return {self.name(k): value for k, value in enumerate(row.tolist())}
+
+    def nested(self, found: Any) -> Any:
+        return [*map(self.nested, found)] if isinstance(found, list) else self.name(found)
+
+    def cross_entropy(self, outputs: torch.Tensor, _: Samples) -> Iterator[Record]:
+        for row in outputs.softmax(dim=-1):
+            yield {"prediction": self.name(int(row.argmax())), "probability": self.each(row)}
+
+    def logistic(self, outputs: torch.Tensor, _: Samples) -> Iterator[Record]:
+        for score in outputs.flatten():
+            both = torch.stack([-score, score]).sigmoid()
+            yield {"prediction": self.name(int(score > 0)), "probability": self.each(both)}
+
+    def multi_label(self, outputs: torch.Tensor, _: Samples) -> Iterator[Record]:
+        for row in outputs.reshape(len(outputs), -1):
+            said = [self.name(k) for k in (row > 0).nonzero().flatten().tolist()]
+            yield {"prediction": said, "probability": self.each(row.sigmoid())}
+
+    def squared_error(self, outputs: torch.Tensor, _: Samples) -> Iterator[Record]:
+        for row in outputs if self.scale is None else as_unscaled(outputs, self.scale):
+            yield {"prediction": float(row) if row.numel() == 1 else row.tolist()}
+
+    def next_token(self, outputs: torch.Tensor, batch: Samples) -> Iterator[Record]:
+        lengths = batch.lengths
+        last = torch.full((len(outputs),), outputs.shape[1]) if lengths is None else lengths
+        for row in outputs[torch.arange(len(outputs)), last - 1].softmax(dim=-1):
+            k = int(row.argmax())
+            token = self.symbols[k] if k < len(self.symbols) else k
+            yield {"prediction": token, "probability": float(row.max())}
+
+    def token_classes(self, outputs: torch.Tensor, batch: Samples) -> Iterator[Record]:
+        mask = batch.inputs.get("attention_mask", torch.ones(outputs.shape[:2])) != 0
+        for row, real in zip(outputs.argmax(dim=-1), mask, strict=True):
+            yield {"prediction": self.nested(row[real].tolist())}
+
+    def pixel_classes(self, outputs: torch.Tensor, _: Samples) -> Iterator[Record]:
+        yield from ({"prediction": self.nested(row)} for row in outputs.argmax(dim=1).tolist())
+
+
+# By loss: what its outputs, float64, are in words.
+WORDS: dict[str, Callable[[_Words, torch.Tensor, Samples], Iterator[Record]]] = {
+    "cross_entropy": _Words.cross_entropy,
+    "logistic": _Words.logistic,
+    "multi_label": _Words.multi_label,
+    "squared_error": _Words.squared_error,
+    "next_token": _Words.next_token,
+    "token_classes": _Words.token_classes,
+    "pixel_classes": _Words.pixel_classes,
+}

@@ -1,0 +1,307 @@
+"""New samples are read as a run's own were, and answered in the words of its data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import fedraclora
+from experiments.cli import main
+from fedraclora.data import DATASETS, select_labels
+from fedraclora.data.fit import Form, as_scaled
+from fedraclora.data.reader import ArrayReader
+from fedraclora.data.samples import Samples
+from fedraclora.data.task import LOSSES
+from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.evaluation.predict import WORDS, predict
+
+QUIET = "output.progress=false"
+DRAW = np.random.default_rng(3)
+FRAME = pd.DataFrame({"age": DRAW.integers(20, 80, 90), "dose": DRAW.normal(3, 2, 90)})
+FRAME["kind"] = np.where(FRAME.age + 5 * FRAME.dose > 65, "ill", "well")
+FRAME["score"] = 40 + 0.5 * FRAME.age
+FRAME["note"] = "x"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a table, in ``run``, beside its files and rows without a target."""
+    place = tmp_path_factory.mktemp("table")
+    FRAME[:60].to_csv(place / "train.csv", index=False)
+    FRAME[60:].to_csv(place / "test.csv", index=False)
+    FRAME[60:][["dose", "age"]].to_csv(place / "new.csv", index=False)
+    fedraclora.simulate(
+        *(QUIET, "data=table", f"data.file={place}/train.csv", f"data.test={place}/test.csv"),
+        *("data.label=kind", "data.features=[age,dose]", "model.hidden=[8]", "local.lr=0.1"),
+        *("output.plots=false", "evaluate.batch_size=7"),
+        clients=3,
+        rounds=2,
+        folder=place / "run",
+    )
+    return place
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[object, str, str]]:
+    """Run ``fedraclora`` on words; give its status and what it printed."""
+
+    def call(*words: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedraclora"])
+        with pytest.raises(SystemExit) as end:
+            main([*map(str, words)])
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_a_run_measures_its_own_samples_bit_for_bit_as_its_ledger(folder: Path) -> None:
+    run = fedraclora.read_run(folder / "run")
+    last = run.rows[-1]["metrics"]
+    assert run.evaluate() == run.evaluate(folder / "test.csv") == last
+    assert run.evaluate(FRAME[60:]) == last
+    assert run.evaluate(str(folder / "test.csv"), round=1) == run.rows[1]["metrics"] != last
+
+
+def test_a_row_is_answered_for_each_row_in_its_order(folder: Path) -> None:
+    run = fedraclora.read_run(folder / "run")
+    found = run.predict(folder / "new.csv")
+    assert [*found.columns] == ["prediction", "probability.ill", "probability.well"]
+    right = (found.prediction.to_numpy() == FRAME.kind[60:].to_numpy()).mean()
+    assert right == pytest.approx(run.rows[-1]["metrics"]["accuracy"])
+    mixed = FRAME[60:].sample(frac=1, random_state=0)
+    pd.testing.assert_frame_equal(
+        run.predict(mixed), found.set_axis(FRAME.index[60:]).loc[mixed.index]
+    )
+    np.testing.assert_allclose(found.filter(like="probability").sum(axis=1), 1)
+    with torch.no_grad():
+        x = run.built().task.test.inputs["x"]
+        by_hand = run.model()(x).softmax(dim=1).numpy()
+    np.testing.assert_allclose(found.filter(like="probability"), by_hand, rtol=1e-5)
+
+
+def test_rows_that_cannot_be_read_end_in_a_sentence(folder: Path, tmp_path: Path) -> None:
+    run = fedraclora.read_run(folder / "run")
+    for data, said in [
+        (folder / "new.csv", "unknown column 'kind'"),
+        (FRAME.drop(columns="dose"), "unknown column 'dose'"),
+        (FRAME.assign(kind="odd"), "'odd'"),
+        (FRAME.assign(age="old"), "do not all hold numbers"),
+        (FRAME.assign(age=np.nan), "values are missing"),
+        ((FRAME[["age", "dose"]].to_numpy(), FRAME.kind), "data is a tuple"),
+        (tmp_path / "none.csv", "there is no file"),
+        ("valid", "test or validation"),
+        ("validation", "data.validation is 0"),
+    ]:
+        with pytest.raises(FedRacLoraError, match=said):
+            run.evaluate(data)
+    with pytest.raises(DataError, match="values are missing"):
+        run.predict(FRAME.assign(dose=[np.nan, *FRAME.dose[1:]]))
+
+
+def test_the_command_line_measures_and_answers(
+    folder: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    run = fedraclora.read_run(folder / "run")
+    new, out = folder / "new.csv", tmp_path / "out.jsonl"
+    status, said, _ = command("evaluate", folder / "run", "--data", folder / "test.csv", "--json")
+    assert (status, json.loads(said)) == (
+        0,
+        {"metrics": run.rows[-1]["metrics"], "samples": 30, "left_out": 0},
+    )
+    assert "samples   30" in command("evaluate", folder / "run", "--round", 1)[1]
+    found = run.predict(new)
+    assert command("predict", folder / "run", "--data", new)[1] == found.to_csv(index=False)
+    assert command("predict", folder / "run", "--data", new, "--out", out)[:2] == (0, "")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == found.to_dict("records")
+    for words, reason in [
+        (["--out", out], "is there already"),
+        (["--out", tmp_path / "a.txt"], "ends in .csv or .jsonl"),
+        (["--out", tmp_path / "no" / "a.csv"], "there is no folder"),
+        (["--round", 9], "not round 9"),
+    ]:
+        status, said, error = command("predict", folder / "run", "--data", new, *words)
+        assert (status, said) == (1, "")
+        assert reason in error
+        assert "Traceback" not in error
+    assert "there is no run folder" in command("evaluate", tmp_path / "no")[2]
+    run.export(tmp_path / "export", "state_dict")
+    assert "is an export" in command("predict", tmp_path / "export", "--data", new)[2]
+
+
+def test_data_that_have_changed_are_not_taken_for_those_of_the_run(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Means, deviations and classes would be others."""
+    file = tmp_path / "train.csv"
+    FRAME.to_csv(file, index=False)
+    words = (QUIET, "data=table", f"data.file={file}", "data.label=kind", "output.plots=false")
+    fedraclora.simulate(*words, clients=2, rounds=0, folder=tmp_path / "run")
+    FRAME[5:].to_csv(file, index=False)
+    with pytest.raises(DataError, match=r"train.csv has changed"):
+        fedraclora.read_run(tmp_path / "run").predict(folder / "new.csv")
+
+
+def test_a_number_is_answered_on_its_own_scale_and_dropped_rows_have_none() -> None:
+    rows = FRAME.assign(dose=[np.nan, *FRAME.dose[1:]])
+    run = fedraclora.simulate(
+        *(QUIET, "data.missing=drop", "local.lr=0.3", "local.epochs=5", "data.features=[age,dose]"),
+        data=rows,
+        target="score",
+        clients=2,
+        rounds=10,
+        method="fedavg",
+        model="linear",
+    )
+    found = run.predict(rows.drop(columns="score"))
+    assert [*found.columns] == ["prediction"]
+    assert np.isnan(found.prediction[0])
+    assert found.prediction[1:].notna().all()
+    assert np.abs(found.prediction[1:] - FRAME.score[1:]).max() < 1
+    assert len(run.read(rows).rows) == 89
+
+
+@pytest.mark.parametrize("label", ["kind", "score"])
+def test_a_table_reads_its_test_file_as_whatever_comes_later(label: str, tmp_path: Path) -> None:
+    for name, rows in {"train": FRAME[:60], "test": FRAME[60:]}.items():
+        rows.to_csv(tmp_path / f"{name}.csv", index=False)
+    data = DATASETS["table"](
+        file=str(tmp_path / "train.csv"),
+        test=str(tmp_path / "test.csv"),
+        label=label,
+        task="regression" if label == "score" else "classification",
+    )
+    read = data.reader(tmp_path / "test.csv", data.reading)
+    assert torch.equal(read.samples.inputs["x"], data.test.inputs["x"])
+    assert torch.equal(read.samples.target, data.test.target)
+
+
+def test_images_are_read_as_those_of_the_run(tmp_path: Path) -> None:
+    images = DRAW.integers(0, 256, (40, 6, 5, 3), dtype=np.uint8)
+    names = np.array(["dog", "cat"])[np.arange(40) % 2]
+    parts = {"x": images[:30], "target": names[:30]}
+    np.savez(tmp_path / "own.npz", **parts, x_test=images[30:], target_test=names[30:])
+    np.savez(tmp_path / "new.npz", images=images[30:], labels=names[30:])
+    np.savez(tmp_path / "bare.npz", x=images[30:])
+    words = (QUIET, "data=arrays", f"data.file={tmp_path}/own.npz", "output.plots=false")
+    run = fedraclora.simulate(*words, model="linear", clients=2, rounds=1, folder=tmp_path / "run")
+    run = fedraclora.read_run(tmp_path / "run")
+    last = run.rows[-1]["metrics"]
+    assert run.evaluate(tmp_path / "new.npz") == run.evaluate((images[30:], names[30:])) == last
+    found = run.predict(tmp_path / "bare.npz").prediction
+    assert (found == names[30:]).mean() == last["accuracy"]
+    assert (run.predict(images[30:]).prediction == found).all()
+    for data, said in [
+        (tmp_path / "bare.npz", "no target to measure by"),
+        (tmp_path / "own.npz", "beside other samples"),
+        ((images[30:] / 255.0, names[30:]), "seems scaled already"),
+        ((images[30:], np.full(10, "cow")), "'cow'"),
+        ((images[30:, :5], names[30:]), "is wanted"),
+    ]:
+        with pytest.raises(DataError, match=said):
+            run.evaluate(data)
+
+
+def test_bytes_are_none_of_a_run_on_other_numbers() -> None:
+    reader = ArrayReader(Form((3,), "cross_entropy", 2), numbered=True)
+    x = DRAW.normal(size=(4, 3))
+    assert torch.equal(reader(x, {}, target=False).samples.inputs["x"], torch.tensor(x).float())
+    with pytest.raises(DataError, match="holds bytes"):
+        reader((x.astype(np.uint8), [0, 1, 0, 1]), {})
+
+
+def test_bytes_are_scaled_to_the_very_bits_of_training() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    fitted = Form((1,), "cross_entropy", 2).fit(Samples({"x": every}, every % 2), "here")
+    scaled = as_scaled(every, {"subtract": 0.0, "divide_by": 255.0}).float()
+    assert torch.equal(fitted.inputs["x"][:, 0], scaled)
+
+
+def test_classes_are_told_by_name_where_some_were_chosen() -> None:
+    run = fedraclora.simulate(
+        *(QUIET, "data=digits", "data.labels=[7,3]", "pretrain=none", "cohort=2"),
+        clients=2,
+        rounds=0,
+    )
+    data = select_labels(DATASETS["digits"](), [7, 3])
+    raw = data.test.inputs["x"] * 16
+    names = np.array([7, 3])[data.test.target]
+    assert run.evaluate((raw, names)) == run.evaluate() == run.rows[-1]["metrics"]
+    assert {*run.predict(raw).prediction} <= {"7", "3"}
+    with pytest.raises(DataError, match="'5'"):
+        run.evaluate((raw, np.full(len(raw), 5)))
+
+
+@pytest.mark.parametrize("words", [["method=fedsa_lora"], ["head=local"]])
+def test_a_model_of_which_clients_keep_a_part_is_refused(words: list[str]) -> None:
+    run = fedraclora.simulate(
+        QUIET, "data=digits", "pretrain=none", *words, clients=2, cohort=2, rounds=1
+    )
+    for call in (run.evaluate, lambda: run.predict("test")):
+        with pytest.raises(ConfigError, match="each client keeps"):
+            call()
+
+
+class Said(nn.Module):
+    """Gives its input as output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.one
+
+
+def answered(outputs: Any, loss: str, **reading: Any) -> list[dict[str, object]]:
+    x = torch.tensor(outputs, dtype=torch.float64)
+    samples = Samples({"x": x}, torch.zeros(len(x)))
+    return predict(Said(), {"one": torch.ones(())}, samples, loss, reading, batch_size=2)
+
+
+def test_outputs_are_put_into_words_by_their_loss() -> None:
+    assert {*LOSSES} <= {*WORDS}
+    names = {"classes": ["no", "yes"]}
+    odds = float(np.log(3))
+    for loss, outputs in {"cross_entropy": [[0, odds]] * 3, "logistic": [[odds]] * 3}.items():
+        rows = answered(outputs, loss, **names)
+        assert len(rows) == 3
+        assert rows[2]["prediction"] == "yes"
+        assert rows[2]["probability"] == pytest.approx({"no": 0.25, "yes": 0.75})
+    assert answered([[1, -1], [2, 3]], "multi_label")[1]["prediction"] == ["0", "1"]
+    scale = {"target": {"subtract": 40.0, "divide_by": 2.0}}
+    assert answered([[1.5]], "squared_error", **scale) == [{"prediction": 43.0}]
+    assert answered([[1, 2]], "squared_error") == [{"prediction": [1.0, 2.0]}]
+    tokens = answered([[[0, 1], [0, odds]]], "next_token", symbols="ab")
+    assert tokens == [{"prediction": "b", "probability": pytest.approx(0.75)}]
+    assert answered([[[0, 1], [2, 0]]], "token_classes", **names) == [{"prediction": ["yes", "no"]}]
+    pixels = [[[[0, 3, 0]], [[1, 1, 1]]]]  # two classes of one row of three pixels
+    assert answered(pixels, "pixel_classes") == [{"prediction": [["1", "0", "1"]]}]
+    assert answered([[1, 2]], "mine:loss") == [{"output": [1.0, 2.0]}]
+
+
+def test_padding_has_no_class_and_ends_no_text() -> None:
+    class Counted(Said):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return nn.functional.one_hot(input_ids, 5).double() * self.one
+
+    ids = torch.tensor([[3, 1, 4, 4], [2, 0, 0, 0], [1, 2, 3, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]])
+    samples = Samples({"input_ids": ids, "attention_mask": mask}, torch.zeros(3))
+    for loss, wanted in {
+        "token_classes": [["3", "1", "4", "4"], ["2"], ["1", "2", "3"]],
+        "next_token": [4, 2, 3],
+    }.items():
+        rows = predict(Counted(), {"one": torch.ones(())}, samples, loss, {}, batch_size=2)
+        assert [row["prediction"] for row in rows] == wanted
