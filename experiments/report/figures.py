@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
@@ -65,7 +66,14 @@ def drawn(lines: Lines, x_name: str, y_name: str) -> str:
     figure = go.Figure()
     for place, (label, (x, y)) in enumerate(lines.items()):
         colour = COLOURS[place % (len(COLOURS) - 1)]  # the last is black: lost on a dark page
-        figure.add_scatter(x=x, y=y, name=label, mode="lines", line={"color": colour, "width": 2})
+        # Plotly takes tags in a name for markup.
+        figure.add_scatter(
+            x=x,
+            y=y,
+            name=escape(label, quote=False),
+            mode="lines",
+            line={"color": colour, "width": 2},
+        )
     figure.update_layout(
         margin={"l": 56, "r": 12, "t": 8, "b": 44},
         height=300,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ from experiments.report.figures import curves
 from experiments.reports import ROUNDING, Run, read_run
 from fedraclora.config.schema import section
 from fedraclora.errors import CheckpointError
+from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.objects import NAME
 from fedraclora.run.folder import method_label, run_title
-from fedraclora.run.ledger import known_mean, number
+from fedraclora.run.ledger import headline, known_mean, number
 from fedraclora.run.stopped import stop_reason
 from fedraclora.weights.files import flatten
 
 ALONE = ("seed", "output.dir", "resume")  # keys in which runs of one table may differ unnoticed
 SHOWN_FAILURES = 50
+DIGITS = 12  # of a digest in a table; the whole of it stands where it is checked
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,30 @@ class Shown(Run):
     def measured(self) -> dict[str, object]:
         """The metrics where they were last measured."""
         return dict(self.evaluated[-1]["metrics"]) if self.evaluated else {}
+
+    @property
+    def headline(self) -> tuple[str, float] | None:
+        """The first metric, and its value where it was last measured; None where it has none."""
+        name = headline(self.rows)
+        return None if name is None else (name, self.final(name))
+
+    @property
+    def before(self) -> float:
+        """The headline metric before round 1; NaN where it was not measured there."""
+        first = self.rows[0]
+        known = self.headline is not None and not first["round"]
+        return number(first, "metrics", self.headline[0]) if known and self.headline else math.nan
+
+    @property
+    def deployed(self) -> bool:
+        """Whether clients were on nodes, so that the config alone runs nowhere."""
+        return self._choice("engine") == "deploy"
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the samples are with the nodes, and nowhere else."""
+        data = section(self.config, "data")
+        return self.deployed and data.get("name") == "own" and data.get("samples") is None
 
     @property
     def failures(self) -> list[tuple[object, object, object, str]]:
@@ -76,6 +103,17 @@ class Shown(Run):
         return [key for key in ("model", "data", "method") if self._choice(key) == NAME]
 
     @property
+    def cards(self) -> dict[str, str]:
+        """What came of it, and what it cost."""
+        return {
+            **{f"final {key}": figure(value) for key, value in self.measured.items()},
+            "rounds": str(self.last),
+            "sent by clients": size(number(self.rows[-1], "uplink_total")),
+            "sent to clients": size(number(self.rows[-1], "downlink_total")),
+            "seconds, set-up included": str(self.summary.get("seconds", "")),
+        }
+
+    @property
     def facts(self) -> dict[str, str]:
         """What ran, in words."""
         part = self.summary.get("task")
@@ -84,12 +122,7 @@ class Shown(Run):
         sizes = division if isinstance(division, dict) else {}
         return {
             "method": method_label(self.config),
-            **{name: figure(value) for name, value in self.measured.items()},
-            "rounds": str(self.last),
-            "sent by clients": size(number(self.rows[-1], "uplink_total")),
-            "sent to clients": size(number(self.rows[-1], "downlink_total")),
             **{title: _share(known_mean(self.rows, key)) for title, key in ROUNDING.items()},
-            "seconds": str(found.get("seconds", "")),
             "model": self._choice("model"),
             "data": str(task.get("source", self._choice("data"))),
             **self.begins,
@@ -103,10 +136,12 @@ class Shown(Run):
             "samples to train on, to test on": f"{task['train']}, {task['test']}"
             if {"train", "test"} <= task.keys()
             else "",
-            "engine, device": f"{self._choice('engine')}, {found.get('device', '')}",
-            "digest of the weights": str(found.get("weights_digest", "")),
+            "engine, device": ", ".join(
+                filter(None, (self._choice("engine"), str(found.get("device", ""))))
+            ),
+            "digest of the weights": str(found.get("weights_digest", ""))[:DIGITS],
             "versions": ", ".join(f"{n} {v}" for n, v in dict(found.get("versions", {})).items()),  # type: ignore[call-overload]
-            "begun from commit": str(found.get("git") or ""),
+            "begun from commit": str(found.get("git") or "")[:DIGITS],
         }
 
     def _choice(self, group: str) -> str:
@@ -114,8 +149,13 @@ class Shown(Run):
 
     @property
     def yaml(self) -> str:
-        """The config as it is written."""
-        return str(yaml.safe_dump(self.config, sort_keys=False))
+        """The config as it is written; that of a deployed run for one machine, with its bits."""
+        config = dict(self.config)
+        if self.deployed:
+            engine = section(config, "engine")
+            kept = {key: engine[key] for key in ("chunk", "threads") if key in engine}
+            config["engine"] = {"name": "inline"} | kept
+        return str(yaml.safe_dump(config, sort_keys=False))
 
 
 def read_shown(folder: Path) -> Shown:
@@ -146,12 +186,13 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": figure, "size": size}
+    environment.filters |= {"figure": figure}
     return environment.get_template("report.html.j2").render(
         title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
         runs=list(zip(labels, runs, strict=True)),
         curves=curves({label: run.rows for label, run in zip(labels, runs, strict=True)}),
         facts=side_by_side(runs),
+        results=results(labels, runs),
         differences=differences(runs) if len(runs) > 1 else {},
         failures=SHOWN_FAILURES,
         plotly=get_plotlyjs(),
@@ -159,9 +200,10 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
 
 
 def side_by_side(runs: Sequence[Shown]) -> dict[str, list[str]]:
-    """Give the facts of all runs, those that no run has left out."""
-    each = [run.facts for run in runs]
-    rows = {key: [facts[key] for facts in each] for key in each[0]}
+    """Give the facts of all runs, those that some run has; one alone has its cards beside them."""
+    each = [(run.cards if len(runs) > 1 else {}) | run.facts for run in runs]
+    keys = dict.fromkeys(key for facts in each for key in facts)
+    rows = {key: [facts.get(key, "") for facts in each] for key in keys}
     return {key: values for key, values in rows.items() if any(values)}
 
 
@@ -172,16 +214,36 @@ def labels_of(runs: Sequence[Shown]) -> list[str]:
     return next((x for x in (methods, titles) if len({*x}) == len(runs)), folders)
 
 
-def differences(runs: Sequence[Shown]) -> dict[str, list[object]]:
+def results(labels: Sequence[str], runs: Sequence[Shown]) -> list[tuple[str, Shown, str, bool]]:
+    """Give label, run, headline metric and whether it is the best; one run alone is no best."""
+    names = [run.headline[0] for run in runs if run.headline is not None]
+    values = [run.headline[1] if run.headline is not None else math.nan for run in runs]
+    ended = [(run, value) for run, value in zip(runs, values, strict=True) if run.summary]
+    known = [value for _, value in ended if math.isfinite(value)]
+    alike = len(runs) > 1 and len({*names}) == 1 and known
+    best = (max if higher_is_better(names[0]) else min)(known) if alike else None
+    each = zip(labels, runs, values, strict=True)
+    return [
+        (label, run, figure(value), value == best and bool(run.summary))
+        for label, run, value in each
+    ]
+
+
+def differences(runs: Sequence[Shown]) -> dict[str, list[str]]:
     """Give the settings in which runs differ: key -> the value of each run."""
     flats = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for found in flats for key in found)
-    values = {key: [found.get(key, "-") for found in flats] for key in keys}
+    values = {key: [_word(found[key]) if key in found else "" for found in flats] for key in keys}
     return {
         key: row
         for key, row in values.items()
         if any(value != row[0] for value in row) and key not in ALONE[1:]
     }
+
+
+def _word(value: object) -> str:
+    """Write a value of a config as it is typed there."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _share(error: float) -> str:
@@ -196,6 +258,6 @@ def figure(value: object) -> str:
         >>> figure(0.123456), figure(12), figure(None)
         ('0.1235', '12', 'not finite')
     """
-    if value is None:
+    if value is None or value != value:  # noqa: PLR0124
         return "not finite"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

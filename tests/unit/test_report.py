@@ -6,14 +6,16 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import fedraclora
 from experiments.report.command import main
-from experiments.report.page import page_of, read_shown
+from experiments.report.page import differences, page_of, read_shown, results
 from fedraclora.errors import CheckpointError
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false", "model.hidden=[7]")
@@ -68,6 +70,56 @@ def test_runs_stand_side_by_side(runs: dict[str, fedraclora.Run], tmp_path: Path
         assert name in text
     assert "rounding error, up" in text  # of one of them
     assert "rounding error, down" not in text
+
+
+def test_the_best_of_several_runs_is_one_that_came_to_its_end(
+    runs: dict[str, fedraclora.Run],
+) -> None:
+    shown = [read_shown(run.folder) for run in runs.values() if run.folder is not None]
+    for row, value in zip(shown, (0.25, 0.75), strict=True):
+        row.rows[-1]["metrics"]["accuracy"] = value
+    assert [(value, best) for *_, value, best in results(["a", "b"], shown)] == [
+        ("0.2500", False),
+        ("0.7500", True),
+    ]
+    shown[1] = replace(shown[1], summary={})
+    assert [best for *_, best in results(["a", "b"], shown)] == [True, False]
+    assert [best for *_, best in results(["a"], shown[:1])] == [False]
+    assert "not at its end" in page_of(shown)
+    never = replace(shown[0], rows=[row | {"metrics": {}} for row in shown[0].rows])
+    assert 'class="alone"' not in page_of([never])
+
+
+def test_settings_that_differ_are_written_as_they_are_typed(
+    runs: dict[str, fedraclora.Run],
+) -> None:
+    one, two = (read_shown(run.folder) for run in runs.values() if run.folder is not None)
+    other = {key: value for key, value in two.config.items() if key != "stop"}
+    first = replace(one, config={**one.config, "start": None})
+    found = differences([first, replace(two, config=other | {"start": "a"})])
+    assert found["start"] == ["null", "a"]
+    assert found["stop.metric"] == ["loss", ""]
+
+
+def test_a_deployed_run_is_run_again_in_one_process(
+    runs: dict[str, fedraclora.Run], tmp_path: Path
+) -> None:
+    run = runs["fed_rac_lora"]
+    assert run.folder is not None
+    shown = read_shown(run.folder)
+    engine = {"name": "deploy", "chunk": 1, "threads": 1, "wait": 9.0, "folder": "~/there"}
+    deployed = replace(shown, config={**shown.config, "engine": engine})
+    again = fedraclora.simulate(yaml.safe_load(deployed.yaml))
+    inline = fedraclora.simulate(
+        *WORDS, "engine=inline", folder=tmp_path / "run", method="fed_rac_lora", local={"lr": 0.2}
+    )  # whose bits a deployed run has
+    assert again.summary["weights_digest"] == inline.summary["weights_digest"]
+    assert "The run was deployed" in page_of([deployed])
+    data = {"name": "own", "samples": None}
+    text = page_of([replace(deployed, config={**deployed.config, "data": data})])
+    assert "The samples are with the nodes" in text
+    assert "assert run.summary" not in text
+    assert "assert run.summary" not in page_of([replace(shown, summary={})])
 
 
 def test_failures_and_generations_are_shown(
@@ -148,6 +200,10 @@ def test_a_browser_shows_text_and_curves(
     page.goto(page_file.as_uri())
     page.wait_for_function("document.querySelectorAll('.main-svg').length > 6")
     assert page.inner_text("h1") == "2 runs"
+    value = page.locator(".results .best b")
+    best = max(run.history["accuracy"].iloc[-1] for run in runs.values())
+    assert value.inner_text() == f"{best:.4f}"
+    assert value.evaluate("e => parseFloat(getComputedStyle(e).fontSize)") > 2 * 16
     lines = page.evaluate(
         "document.querySelector('.plotly-graph-div').data.map(d => [d.name, Array.from(d.y)])"
     )
