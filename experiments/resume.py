@@ -11,7 +11,7 @@ from experiments import Plain
 from fedraclora.config.build import pick_device
 from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
 from fedraclora.config.schema import section
-from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError
+from fedraclora.errors import CheckpointError, ConfigError, EngineError, FedRacLoraError
 from fedraclora.run.continued import free_keys, plans_rounds
 from fedraclora.run.digests import known_data
 from fedraclora.run.folder import has_begun, is_finished, read_config, read_summary, resume_word
@@ -84,6 +84,8 @@ def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
 def told_how_to_go_on(folder: Path, command: str, *, there: bool = False) -> Iterator[None]:
     """Where what is done inside is interrupted, note where the run stands, and how to go on.
 
+    So it is where the engine or the disk ends the run, if there is a run to go on with.
+
     Args:
         folder: That of the run.
         command: What runs it: simulate, or another with the words that it needs beside.
@@ -91,7 +93,7 @@ def told_how_to_go_on(folder: Path, command: str, *, there: bool = False) -> Ite
     """
     try:
         yield
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, EngineError, OSError) as error:
         with suppress(FedRacLoraError):  # what cannot be read must not hide how it ended
             if has_begun(folder):
                 again = f"go on with: fedraclora {command} {resume_word(folder)}"

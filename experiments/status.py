@@ -81,7 +81,13 @@ def tell(error: Exception) -> int:
 
 
 def explained(error: Exception) -> str | None:
-    """Explain an error in the user's terms; None for what nobody foresaw."""
+    """Explain an error in the user's terms, with its notes; None for what nobody foresaw."""
+    if (message := _explained(error)) is None:
+        return None
+    return ". The run stopped ".join([message, *getattr(error, "__notes__", ())])
+
+
+def _explained(error: Exception) -> str | None:
     if isinstance(error, FedRacLoraError):
         return str(error)
     # Before OSError, which Hydra's are in part.
@@ -122,7 +128,7 @@ def _of_system(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename is not None else ""
     what = f"{where}{error.strerror or error}"
     if error.errno in FULL:
-        return f"{what}; make room there, then go on with resume=FOLDER (the folder of the run)"
+        return f"{what}; make room there before you run this again"
     if error.errno in CLOSED:
         return f"{what}; choose another output.dir, or have its owner let you write there"
     if error.errno == errno.ENAMETOOLONG:

@@ -9,10 +9,12 @@ What must be set where this process starts Ray itself is in `fedraclora.engines.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
 import signal
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +38,35 @@ NO_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 NO_IDLE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}
 # Characters of the folder's path: that of a socket below it has 68 more, and may have 103.
 LONGEST = 34
+KILLED = (
+    "error: the process of this run was killed, or Ray ended it, because a server of Ray (raylet, "
+    "gcs_server) had been killed (by the system, where memory ran out?): run the same command "
+    "again; where a run is there already, it says how to go on with it"
+)
 PATIENCE = 3.0  # seconds in which processes must end that were told to
+
+
+class LastWord:
+    """Says why this process ended where Ray ends it, which it does at once and without a word.
+
+    A shell waits at a pipe. It speaks where the pipe ends and nobody has said that all is in order.
+    """
+
+    def __init__(self) -> None:
+        self._shell = subprocess.Popen(  # noqa: S603
+            ["/bin/sh", "-c", f"read -r _ || echo '{KILLED}' >&2"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={},
+            start_new_session=True,  # signals for this process are not for it
+        )
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Say that all is in order; a second call does nothing."""
+        atexit.unregister(self.close)
+        if self._shell.returncode is None:
+            self._shell.communicate(b"\n")
 
 
 class RayFolder:

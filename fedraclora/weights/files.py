@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -124,7 +125,8 @@ def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync:
     """Write tensors and JSON values to one file, in one move.
 
     Raises:
-        CheckpointError: If ``meta`` is not JSON, or the file cannot be written.
+        CheckpointError: If ``meta`` is not JSON.
+        OSError: If the file cannot be written.
     """
     try:
         text = json.dumps(meta)
@@ -136,10 +138,10 @@ def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync:
         try:
             save_file(own, partial, metadata=header)
         except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} cannot be written ({error}); make room there, or have its owner let you "
-                "write, and go on with resume and the folder of the run"
-            ) from error
+            if (found := re.search(r"os error (\d+)", str(error))) is None:
+                raise CheckpointError(f"{path} cannot be written: {error}") from error
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:

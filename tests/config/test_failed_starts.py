@@ -19,6 +19,7 @@ from experiments.cli import main
 from experiments.compare import compare
 from experiments.folders import sweep_name
 from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.errors import EngineError
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.run.folder import has_begun
 from strategies import METHODS
@@ -200,6 +201,36 @@ def test_a_full_disk_names_the_file_and_costs_nothing(
     found = execute(config, folder, engine_of, resume=resume).summary
     assert found["weights_digest"] == wanted["weights_digest"]
     assert found["ledger_digest"] == wanted["ledger_digest"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_full_disk_says_how_to_go_on_where_there_is_a_run(
+    begun: bool, command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+    place = ("strategies.base.FedStrategy._close", "strategies.outcome.begin")[not begun]
+    monkeypatch.setattr(place, full)
+    folder = tmp_path / "run"
+    status, error = command(*SMALL, "method.rank=4", f"output.dir={folder}")
+    assert (status, folder.exists(), error.count("\n")) == (1, begun, 1)
+    assert "make room" in error
+    hint = "after round 0 of 1, with a checkpoint after round 0: 0 will be run again; go on with: "
+    assert (f"{hint}fedraclora simulate resume={folder}" in error) == begun
+    assert ("resume" in error) == begun
+
+
+def test_an_engine_that_ends_says_how_to_go_on(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: object) -> None:
+        raise EngineError("it is gone")
+
+    monkeypatch.setattr("strategies.base.FedStrategy._close", ended)
+    _, error = command(*SMALL, "method.rank=4", f"output.dir={tmp_path / 'run'}")
+    assert error.startswith("error: it is gone. The run stopped after round 0 of 1, with a ")
+    assert f"; go on with: fedraclora simulate resume={tmp_path / 'run'}\n" in error
 
 
 def test_a_place_where_no_folder_can_be_made_is_one_line(command: Run, tmp_path: Path) -> None:

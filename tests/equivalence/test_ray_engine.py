@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -293,6 +293,34 @@ def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
         assert ("interrupted" in said) == (sign is not None)
         assert left_running(folder) == []
         assert [*folder.glob("fedraclora-*")] == []
+
+
+@SLOW
+@pytest.mark.parametrize("server", ["raylet", "gcs_server"])
+def test_a_run_whose_ray_is_killed_ends_in_words(server: str, tmp_path: Path) -> None:
+    words = [*WORDS, "method.rank=2", "rounds=100000", "engine=ray"]
+    words += ["engine.workers=1", f"output.dir={tmp_path / 'run'}"]
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as made:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.simulate", *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "RAY_TMPDIR": made, "OMP_NUM_THREADS": "1"},
+        )
+        while not await_rounds(tmp_path):
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (pid,) = (int(p) for p in children if Path(f"/proc/{p}/comm").read_text() == f"{server}\n")
+        os.kill(pid, signal.SIGKILL)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert said.splitlines()[-1].startswith("error: the process of this run was killed, or Ray")
+        for child in map(Path("/proc").joinpath, children):  # what Ray leaves running
+            with suppress(OSError):
+                if made.encode() in (child / "environ").read_bytes():
+                    os.kill(int(child.name), signal.SIGKILL)
 
 
 @SLOW  # that a pool replaces them, see test_ray_pool

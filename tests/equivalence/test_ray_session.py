@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -115,6 +116,14 @@ def test_a_signal_while_ray_starts_waits_and_is_an_interrupt(
         signal.signal(sign, before)
     assert started
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+@pytest.mark.parametrize("end", ["os._exit(1)", "os.kill(os.getpid(), 9)", "", "word.close()"])
+def test_a_process_that_ray_ends_has_a_last_word(end: str) -> None:
+    code = "import os; from fedraclora.engines.private_ray import LastWord; word = LastWord(); "
+    command = [sys.executable, "-c", code + end]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr.startswith("error: the process of this run was killed") == ("os." in end)
 
 
 def test_the_folder_is_short_wherever_temporary_files_are(

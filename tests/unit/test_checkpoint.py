@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from fedraclora.errors import CheckpointError
 from fedraclora.tree import Tree
@@ -19,6 +20,7 @@ from fedraclora.weights.files import (
     load_checkpoint,
     replacing,
     save_checkpoint,
+    save_tensors,
 )
 from fedraclora.weights.links import append_link, cut_links, read_links
 
@@ -244,3 +246,17 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
 
     monkeypatch.setattr(files, "_read", between)
     assert torch.equal(files.load_tensors(path, "")[0]["a"], new["a"])
+
+
+def test_a_tensor_file_that_cannot_be_written_is_an_error_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the library says it: in words, with the number of the system."""
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_tensors(tmp_path / "a.safetensors", {"W": torch.ones(2, 3)}, {}, sync=False)
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "a.safetensors"))

@@ -28,7 +28,7 @@ FORESEEN: dict[str, tuple[Exception, list[str]]] = {
     "on purpose": (ConfigError("method.rank is 0"), ["method.rank is 0"]),
     "disk full": (
         OSError(errno.ENOSPC, "No space left on device", "run/ledger.jsonl"),
-        ["run/ledger.jsonl", "No space left", "make room", "resume=FOLDER"],
+        ["run/ledger.jsonl", "No space left", "make room"],
     ),
     "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), ["quota", "make room"]),
     "read-only": (

@@ -21,6 +21,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedraclora.engines.private_ray import LastWord
 from fedraclora.errors import EngineError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Runtime:
         self._thread: Thread | None = None
         self._broken: Exception | None = None
         self._session: RaySession | None = None
+        self._last_word: LastWord | None = None
 
     def grid(self) -> Grid:
         """Start the runtime and give its grid.
@@ -61,7 +63,7 @@ class Runtime:
         """
         from fedraclora.engines.ray.session import RaySession
 
-        self._session = RaySession()
+        self._session, self._last_word = RaySession(), LastWord()
         self._thread = Thread(target=self._run, name="flower", daemon=True)
         self._thread.start()
         grid = self._handed.get()
@@ -89,7 +91,9 @@ class Runtime:
                     self._thread.join()
                 self._session.close()
         finally:
-            self._thread = self._session = None
+            if self._last_word is not None:
+                self._last_word.close()
+            self._thread = self._session = self._last_word = None
 
     def check(self) -> None:
         """Reject a Ray that other machines can reach, once processes have answered.

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from fedraclora.config.settings import RayConfig
-from fedraclora.engines.private_ray import ENVIRONMENT
+from fedraclora.engines.private_ray import ENVIRONMENT, LastWord
 from fedraclora.engines.ray.session import RaySession, own_sigterm, refuse_open_ray
 from fedraclora.errors import ConfigError, EngineError
 
@@ -46,6 +46,7 @@ class Cluster:
         self.gpus = float(device == "cuda") if settings.gpus is None else settings.gpus
         self.joined = ray.is_initialized()
         self._session: RaySession | None = None  # of a Ray that is started here
+        self._last_word = LastWord()
         try:
             if not self.joined:
                 with own_sigterm():
@@ -98,6 +99,7 @@ class Cluster:
 
     def close(self) -> None:
         """End what was started, leave what was joined."""
+        self._last_word.close()
         if self._session is not None:
             self._session.close()
             self._session = None
