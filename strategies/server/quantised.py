@@ -88,11 +88,11 @@ class DownlinkRounding:
             return after
         self.squares = (0.0, 0.0)
         base, parts, moments = before.base, list[Link](), dict(after.moments)
-        ends, place = after.memo.sketch != before.memo.sketch, sent.frame[0]
+        ends = after.memo.sketch != before.memo.sketch
         for i, part in enumerate((after.link or Link()).parts()):
             terms = {
                 name: self._term(
-                    summed(name, term, moments, place) if ends else term, round_, i, name
+                    summed(name, term, moments, sent) if ends else term, round_, i, name
                 )
                 for name, term in part.terms.items()
             }
@@ -179,30 +179,31 @@ class DownlinkRounding:
         return rounded(tensor, self.kind, rng, len(tensor) if apart else 1)
 
 
-def summed(name: str, term: Term, moments: Tree, place: int) -> Term:
+def summed(name: str, term: Term, moments: Tree, sent: Downlink) -> Term:
     """Add to what is folded into a weight what rounding has left of it: a factor, or a pool's.
 
     Args:
         name: Of the weight.
         term: What is folded.
         moments: Hold the residues.
-        place: Of the sketch of a pool whose link ends, of whose factor there is one, too.
+        sent: What the cohort was asked last. A frozen factor is folded as it was sent.
     """
     pool = next((f for f in term.factors if isinstance(f, Sketches)), None)
     if pool is None:
         found = list(term.factors)
         for i, (factor, label) in enumerate(zip(found, "BA", strict=False)):
             left = moments.get(f"{RESIDUE}{name}/{label}")
-            if left is not None and isinstance(factor, torch.Tensor):
+            trained = f"{name}/{label}" in sent.trained()
+            if left is not None and trained and isinstance(factor, torch.Tensor):
                 found[i] = factor.double() + left
         return replace(term, factors=tuple(found))
     label, dim = ("B", 1) if pool.first.side == "right" else ("A", 0)
 
     def exact(factor: torch.Tensor) -> torch.Tensor:
         parts = list(factor.double().chunk(pool.count, dim))
-        names = [(j, RESIDUE + part_name(name, label, j)) for j in range(pool.count)]
-        for j, key in [*names, (place, f"{RESIDUE}{name}/{label}")]:
-            if (left := moments.get(key)) is not None:
+        names = [(j, part_name(name, label, j)) for j in range(pool.count)]
+        for j, part in [*names, (sent.frame[0], f"{name}/{label}")]:  # of the link that ends, too
+            if (left := moments.get(RESIDUE + part)) is not None:
                 parts[j] = parts[j] + left
         return torch.cat(parts, dim)
 

@@ -179,6 +179,11 @@ SETTINGS = {
         "server_optimiser=none or space=factors"),
     "server_optimiser.space=factors": Feature(
         lambda s: s.chosen.server_optimiser.space == "factors", ONE_SPACE),
+    "server_optimiser.space=weights beside links that end": Feature(
+        lambda s: s.chosen.server_optimiser.name != "none"
+        and s.chosen.server_optimiser.space == "weights" and s.run.method.traits.merges
+        and getattr(innermost(s.run.method), "link_rounds", None) is not None,
+        "server_optimiser=none or space=factors"),
     "an adaptive server_optimiser with space=factors": Feature(
         lambda s: s.chosen.server_optimiser.adapts
         and s.chosen.server_optimiser.space == "factors",

@@ -15,6 +15,7 @@ from typing_extensions import override
 from worlds import RAGGED, Run, assert_equal_trees, make_method, make_world, run
 
 from fedraclora import wire
+from fedraclora.aggregation.server_optimisers import Momentum
 from fedraclora.config.settings import WireConfig
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.client_level import ClientLevel
@@ -26,6 +27,7 @@ from fedraclora.rng import generator
 from fedraclora.tree import Tree, below
 from fedraclora.wire.changes import Changes, Coded
 from fedraclora.wire.described import describe, described_downlink
+from fedraclora.wire.downlink import unpack_downlink
 from fedraclora.wire.feedback import PREFIX
 from strategies.server.exchange import Exchange
 from strategies.server.quantised import RESIDUE
@@ -231,6 +233,16 @@ def test_the_sum_of_a_pool_has_what_rounding_left_within_its_links() -> None:
         close(base + left(done)[part], rounds.closed[1].base[part].double() + e)
 
 
+def test_a_frozen_factor_is_merged_as_it_was_sent() -> None:
+    """One that comes of gradients was rounded, too, and clients trained under what was left."""
+    method: dict[str, object] = {"first": "gradient", "resample_every": 2}
+    done = finished("fed_rac_lora", method, rounds=3, downlink="int4", chunk=3)
+    sent, _ = unpack_downlink(done.worker.asked[-1])
+    (link,) = done.strategy.state.link.parts() if done.strategy.state.link else ()
+    for weight, adapter in sent.adapters.items():
+        assert torch.equal(link.terms[weight].factors[1].double(), adapter.factors["A"].double())
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_pool_is_folded_with_what_rounding_left_of_every_link(side: str) -> None:
     """Also of the last one: the sum of all that means have moved is rounded, and once."""
@@ -302,6 +314,14 @@ def test_control_variates_refuse_it() -> None:
     chosen = RoundSettings(control_variates=True)
     with pytest.raises(ConfigError, match=r"wire.feedback=true does not go with control_var"):
         finished("ffa_lora", treatment=chosen, local=replace(RAGGED, steps=2, momentum=0.0))
+
+
+def test_a_step_in_whole_weights_refuses_it_where_links_end() -> None:
+    chosen: dict[str, Any] = {"treatment": RoundSettings(server_optimiser=Momentum()), "rounds": 2}
+    with pytest.raises(ConfigError, match=r"wire.feedback=true does not go with .* links that end"):
+        finished("fed_rac_lora", {"resample_every": 2}, **chosen)
+    for name in ("ffa_lora", "fedex_lora", "pool_rac_lora"):
+        finished(name, **chosen)
 
 
 def test_feedback_of_numbers_that_are_not_rounded_is_refused() -> None:
