@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -18,6 +20,7 @@ from experiments.values import config_of, is_whole
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
+from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.imports import refuse_run
 from fedraclora.run.folder import has_begun
@@ -167,7 +170,7 @@ def read_run(folder: str | Path) -> Run:
     Raises:
         CheckpointError: If it is no run folder, or a file is missing or damaged.
     """
-    return measuring_run(as_path("folder", folder), 0)
+    return measuring_run(user_path("folder", folder), 0)
 
 
 @contextmanager
@@ -193,28 +196,24 @@ def as_list(
     Raises:
         ConfigError: If something cannot be called.
     """
-    if callable(on_round):
-        return [on_round]
     if on_round is None:
         return []
-    listed = isinstance(on_round, Sequence | set) and not isinstance(on_round, str | bytes)
-    if not listed or not all(map(callable, on_round)):
-        raise ConfigError(
-            f"on_round is {on_round!r:.200}; a function, or a list of functions, is wanted"
-        )
-    return list(on_round)
-
-
-def as_path(key: str, folder: str | Path) -> Path:
-    """Read the path of a folder.
-
-    Raises:
-        ConfigError: If it is none.
-    """
-    if isinstance(folder, str | Path) and str(folder).strip() and "\0" not in str(folder):
-        with suppress(RuntimeError):  # of a user whom nobody knows
-            return Path(folder).expanduser()
-    raise ConfigError(f"{key} is {folder!r:.200}; the path of a folder is wanted")
+    found: list[Any] = [on_round]
+    if isinstance(on_round, Sequence | set) and not isinstance(on_round, str | bytes):
+        found = [*on_round]
+    for call in found:
+        if not callable(call):
+            raise ConfigError(
+                f"on_round is {call!r:.200}; a function, or a list of functions, is wanted"
+            )
+        try:
+            signature(call).bind({})
+        except ValueError:  # of some functions of C nobody knows
+            continue
+        except TypeError as error:
+            name = getattr(call, "__qualname__", type(call).__name__)
+            raise ConfigError(f"on_round: {name} is called with one row each: {error}") from error
+    return found
 
 
 def place_of(plain: Plain, output: Plain, folder: str | Path | None) -> Path | None:
@@ -227,10 +226,10 @@ def place_of(plain: Plain, output: Plain, folder: str | Path | None) -> Path | N
         raise ConfigError(
             f"resume is {plain['resume']!r} in the config; in Python say folder=..., resume=True"
         )
-    named = None if output.get("dir") is None else as_path("output.dir", str(output["dir"]))
+    named = None if output.get("dir") is None else user_path("output.dir", output["dir"])
     if folder is None:
         return named
-    place = as_path("folder", folder)
+    place = user_path("folder", folder)
     if named not in {None, place}:
         raise ConfigError(f"folder is {place}, but output.dir is {named}: name one of them")
     return place

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from fedraclora.data.locate import user_path
+
 STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
 LONGEST = 255  # bytes of a name that file systems take
 
@@ -25,7 +27,7 @@ def run_folder(output: Mapping[str, object], sweep_job: str | None) -> Path:
     named = output.get("dir")
     kind = "runs" if sweep_job is None else "multirun"
     stamp = Path(kind) / f"{STARTED:%Y-%m-%d}" / f"{STARTED:%H-%M-%S}"
-    folder = stamp if named is None else Path(str(named)).expanduser()
+    folder = stamp if named is None else user_path("output.dir", named)
     return folder if sweep_job is None else folder / sweep_job
 
 

@@ -28,6 +28,7 @@ from experiments.status import composing, reported, tell
 from fedraclora.config.build import settled
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.schema import section
+from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError
 from fedraclora.run.folder import method_label, read_config, read_summary, refuse_existing
 from fedraclora.run.ledger import headline, number
@@ -146,7 +147,7 @@ def choose(plain: Plain, typed: list[str], sweep_job: str | None) -> tuple[Plain
     if not isinstance(resume, str | None):
         raise ConfigError(f"resume is {resume!r}; the folder of a run, auto or null is wanted")
     if resume not in {None, "auto"}:
-        folder = Path(str(resume)).expanduser()
+        folder = user_path("resume", resume)
         return go_on(folder, read_config(folder), plain, typed), folder, True
     plain = settled_start(settled(plain))
     folder = folders.run_folder(section(plain, "output"), sweep_job)

@@ -91,7 +91,7 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, FedRacLoraError):
         return str(error)
     # Before OSError, which Hydra's are in part.
-    if (message := _of_config(error) or _of_path(error)) is not None:
+    if (message := _of_config(error)) is not None:
         return message
     if isinstance(error, OSError):
         return _of_system(error)
@@ -134,15 +134,6 @@ def _of_system(error: OSError) -> str:
     if error.errno == errno.ENAMETOOLONG:
         return f"{what}; choose a shorter name"
     return what
-
-
-def _of_path(error: Exception) -> str | None:
-    """What Python says of a path that cannot be one; None for other errors."""
-    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of `expanduser`
-        return "a path begins with ~ and a name that no user here has: write it from / on"
-    if isinstance(error, ValueError) and "embedded null" in str(error):
-        return f"a path holds the sign NUL, which no file system takes ({error})"
-    return None
 
 
 def _of_config(error: Exception) -> str | None:

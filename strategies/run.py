@@ -19,6 +19,7 @@ from fedraclora.config.build import BuiltTask, answering_of, measured_samples
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.schema import section
 from fedraclora.data.dataset import Read
+from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.evaluation.evaluate import evaluate_task
 from fedraclora.evaluation.predict import Record, predict
@@ -203,7 +204,7 @@ class Run:
             samples = measured_samples(built.task, data)
             return Read(samples, np.arange(len(samples)), len(samples))
         if isinstance(data, str | Path):
-            data = Path(data).expanduser()
+            data = user_path("data", data)
             if not data.is_file():
                 raise DataError(
                     f"there is no file {data}; a file, or {' or '.join(SPLITS)}, is wanted"
@@ -250,7 +251,7 @@ class Run:
 
         figure = figure_of(self.rows, run_title(self.config))
         if path is not None:
-            write_png(figure, Path(path).expanduser())
+            write_png(figure, user_path("path", path))
         return figure
 
     def export(
@@ -283,7 +284,7 @@ class Run:
 
         task, facts = self.built().task, self._facts(round)
         trained = trained_model(self.config, self.folder, task, self.effective, facts, round)
-        place = Path(folder).expanduser()
+        place = user_path("folder", folder)
         record = export(trained, place, format, rank)
         return {**record, "warnings": list(trained.warnings), "folder": str(place)}
 
@@ -319,7 +320,7 @@ class Run:
         Raises:
             ConfigError: If the folder holds something already.
         """
-        place = Path(folder).expanduser()
+        place = user_path("folder", folder)
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise ConfigError(f"{place} is not empty; name a new folder")
         place.mkdir(parents=True, exist_ok=True)

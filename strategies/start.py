@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.models.adapter import adapter_digest, is_adapter, merge_adapter
 from fedraclora.narrow_weight import QuantisedWeight
@@ -31,7 +32,7 @@ def settled_start(plain: Mapping[str, object]) -> Plain:
     start = plain.get("start")
     if not isinstance(start, str):
         return dict(plain)
-    folder = Path(start).expanduser().resolve()
+    folder = user_path("start", start).resolve()
     return {**plain, "start": {"path": str(folder), "sha256": start_digest(folder)}}
 
 

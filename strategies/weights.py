@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedraclora.config.build import build_task, plan_of
 from fedraclora.config.run_config import from_plain
+from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw
@@ -34,7 +35,7 @@ def load_weights(folder: Path | str, round_: int | None = None) -> Tree:
     Raises:
         CheckpointError: If a file is damaged, missing or of another run, or does not reach so far.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path("folder", folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder {folder}")
     config = from_plain(read_config(folder), METHODS)

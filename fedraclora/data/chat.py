@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from fedraclora.data.conversations import Conversation
-from fedraclora.data.locate import from_pretrained, model_source
+from fedraclora.data.locate import from_pretrained, model_source, user_path
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import IGNORED_TOKEN
 from fedraclora.errors import ConfigError, DataError
@@ -122,7 +121,7 @@ def _template(template: str) -> str:
     """Give the template itself, which a file may hold."""
     if "{" in template:
         return template
-    path = Path(template).expanduser()
+    path = user_path("data.template", template)
     if not path.is_file():
         raise ConfigError(
             f"data.template={template}: neither a Jinja template (it has no brace) nor a file"

@@ -17,11 +17,13 @@ import torch
 
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import IGNORED_TOKEN
-from fedraclora.errors import DataError
+from fedraclora.errors import DataError, FedRacLoraError
+from fedraclora.imports import failure_of
 
 # What torch has little of.
 WIDER = {"uint16": "int32", "uint32": "int64", "uint64": "int64", "float16": "float32"}
 LARGEST = 2**63 - 1
+TARGETS = ("label", "labels", "target")  # where the caller names no column
 METRICS = {
     "cross_entropy": ("accuracy", "loss"),
     "squared_error": ("loss",),
@@ -220,6 +222,45 @@ def gathered(found: object, where: str) -> Samples:
     return samples
 
 
+def of_dataset(found: Any, where: str, target: str | None) -> Samples:
+    """Read a map-style dataset of torch: pairs, or dicts with a target among them."""
+    try:
+        count = len(found)
+    except Exception as error:
+        raise DataError(
+            f"{where}: {type(found).__name__} has no length ({error}); a map-style dataset is "
+            "wanted (list(...) of an iterable one makes one)"
+        ) from error
+    if not count:
+        raise DataError(f"{where} holds no sample")
+    rows = []
+    for row in range(count):
+        try:
+            rows.append(found[row])
+        except FedRacLoraError:
+            raise
+        except Exception as error:
+            raise DataError(f"{where}: {failure_of(error, f'reading sample {row}')}") from error
+        if is_masked(rows[-1]):
+            raise DataError(f"{where}: sample {row} is masked in part: fill it, or leave it out")
+    try:
+        samples = torch.utils.data.default_collate(rows)
+    except Exception as error:  # of whatever somebody else's type raises
+        raise DataError(
+            f"{where}: its samples cannot be put into one array ({error}); give inputs of one "
+            "shape: pad texts, resize images"
+        ) from error
+    if isinstance(samples, dict):
+        name = target or next((name for name in TARGETS if name in samples), None)
+        if name not in samples:
+            raise DataError(
+                f"{where}: its samples have {[*samples]}; name the target with target=..."
+            )
+        rest = {n: t for n, t in samples.items() if n != name}
+        samples = (rest if len(rest) > 1 else next(iter(rest.values())), samples[name])
+    return gathered(samples, where)
+
+
 def as_tensor(value: Any, where: str) -> torch.Tensor:
     """Make a tensor of an array, a list or a column of a table.
 
@@ -228,8 +269,7 @@ def as_tensor(value: Any, where: str) -> torch.Tensor:
     """
     if isinstance(value, torch.Tensor):
         return _plain(value.detach(), where)
-    parts = value if isinstance(value, list | tuple) else [value]
-    if any(isinstance(part, np.ma.MaskedArray) and np.ma.is_masked(part) for part in parts):
+    if is_masked(value):
         raise DataError(
             f"{where} is a masked array, some of whose numbers are missing: fill them "
             "(.filled(number)), or leave the rows out"
@@ -249,6 +289,15 @@ def as_tensor(value: Any, where: str) -> torch.Tensor:
         raise DataError(f"{where} holds {int(array.max())}, which no int64 holds: use smaller ids")
     native = array.astype(WIDER.get(array.dtype.name, array.dtype.newbyteorder("=")))
     return torch.from_numpy(native)
+
+
+def is_masked(value: object) -> bool:
+    """Check whether an array, or one in a list or a dict of them, has numbers that are masked."""
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        return any(map(is_masked, value))
+    return isinstance(value, np.ma.MaskedArray) and bool(np.ma.is_masked(value))
 
 
 def _plain(tensor: torch.Tensor, where: str) -> torch.Tensor:

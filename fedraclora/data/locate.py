@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,22 @@ def package_path(package: str, path: str) -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(next(iter(spec.submodule_search_locations))) / path
+
+
+def user_path(key: str, text: object) -> Path:
+    """Read a path that a user has written; ``~`` is a home folder.
+
+    Args:
+        key: What says it, for the message.
+        text: The path.
+
+    Raises:
+        ConfigError: If it can be none.
+    """
+    if isinstance(text, str | Path) and str(text).strip() and "\0" not in str(text):
+        with suppress(RuntimeError):  # of a user whom this machine does not have
+            return Path(text).expanduser()
+    raise ConfigError(f"{key} is {text!r:.200}; a path is wanted (~NAME is a user's home folder)")
 
 
 def install_command(package: str) -> str:

@@ -17,18 +17,24 @@ import numpy as np
 import torch
 
 from fedraclora.data.dataset import SHARE, DataSet, Rows, keep_rows, split_rows, take
-from fedraclora.data.fit import METRICS, Form, found_shape, gathered, scale_of_bytes
+from fedraclora.data.fit import (
+    METRICS,
+    TARGETS,
+    Form,
+    found_shape,
+    gathered,
+    of_dataset,
+    scale_of_bytes,
+)
 from fedraclora.data.frames import named_table
 from fedraclora.data.objective import TOKENS, check_names, objective_of
 from fedraclora.data.samples import Samples
 from fedraclora.data.tabular import of_frames
-from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import failure_of
 from fedraclora.objects import lend, lent
 from fedraclora.rng import generator
 from fedraclora.tree import digest
-
-TARGETS = ("label", "labels", "target")  # where the caller names no column
 
 
 def lend_data(
@@ -273,43 +279,6 @@ def column(found: Any, name: str, where: str) -> Any:
     if name not in found.column_names:
         raise DataError(f"{where}: there is no column {name!r} among {list(found.column_names)}")
     return found.with_format("numpy")[name][:]
-
-
-def of_dataset(found: Any, where: str, target: str | None) -> Samples:
-    """Read a map-style dataset of torch: pairs, or dicts with a target among them."""
-    try:
-        count = len(found)
-    except Exception as error:
-        raise DataError(
-            f"{where}: {type(found).__name__} has no length ({error}); a map-style dataset is "
-            "wanted (list(...) of an iterable one makes one)"
-        ) from error
-    if not count:
-        raise DataError(f"{where} holds no sample")
-    rows = []
-    for row in range(count):
-        try:
-            rows.append(found[row])
-        except FedRacLoraError:
-            raise
-        except Exception as error:
-            raise DataError(f"{where}: {failure_of(error, f'reading sample {row}')}") from error
-    try:
-        samples = torch.utils.data.default_collate(rows)
-    except Exception as error:  # of whatever somebody else's type raises
-        raise DataError(
-            f"{where}: its samples cannot be put into one array ({error}); give inputs of one "
-            "shape: pad texts, resize images"
-        ) from error
-    if isinstance(samples, dict):
-        name = target or next((name for name in TARGETS if name in samples), None)
-        if name not in samples:
-            raise DataError(
-                f"{where}: its samples have {[*samples]}; name the target with target=..."
-            )
-        rest = {n: t for n, t in samples.items() if n != name}
-        samples = (rest if len(rest) > 1 else next(iter(rest.values())), samples[name])
-    return gathered(samples, where)
 
 
 def divided(data: Any, partitioner: Any) -> list[Rows]:

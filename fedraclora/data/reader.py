@@ -12,9 +12,9 @@ import torch
 
 from fedraclora.data.arrays import SPELLINGS, channels_first
 from fedraclora.data.dataset import Read
-from fedraclora.data.fit import Form, as_scaled, as_tensor
+from fedraclora.data.fit import TARGETS, Form, as_scaled, as_tensor
 from fedraclora.data.labels import target_of
-from fedraclora.data.objects import TARGETS, is_columns, table_of
+from fedraclora.data.objects import is_columns, table_of
 from fedraclora.data.samples import Samples
 from fedraclora.data.sources import read_arrays
 from fedraclora.errors import DataError

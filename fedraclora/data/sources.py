@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedraclora.data.fit import gathered
+from fedraclora.data.locate import user_path
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import call_function, is_function
@@ -51,7 +52,7 @@ def counted(samples: str | None, clients: int | None) -> int:
 
 
 def _folder(samples: str) -> Path:
-    folder = Path(samples).expanduser()
+    folder = user_path("data.samples", samples)
     if folder.is_file():
         raise DataError(
             f"data.samples={samples} is a file; a folder with 0.npz, 1.npz, ... or module:function "
@@ -109,7 +110,7 @@ def read_table(source: str, arguments: Mapping[str, object] | None = None) -> Sa
     if is_function(source):
         found = call_function("data.test", source, **(arguments or {}))
         return gathered(found, source_label(source))
-    path = Path(source).expanduser()
+    path = user_path("data.test", source)
     if not path.is_file():
         raise DataError(f"data.test: there is no file {path}")
     return read_npz(path, source_label(source))

@@ -58,7 +58,7 @@ def refuse_functions(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> No
     Raises:
         ConfigError: Naming the function and its rate.
     """
-    sample = {name: values[:1] for name, values in inputs.items()}
+    sample = {name: values[:1].clone() for name, values in inputs.items()}
     if not sample or any(not len(values) for values in sample.values()):
         return
     copied = copy.deepcopy(model)

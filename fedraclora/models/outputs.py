@@ -51,6 +51,7 @@ def probe(
     if own_model:
         refuse_functions(model, samples.inputs)
         refuse_outputs(model, samples, classes, loss)
+        refuse_own_ways(model, samples.inputs)
         refuse_interaction(model, samples.inputs)
         refuse_modes(model, samples.inputs)
     refuse_mixing_loss(model, samples, loss)
@@ -70,6 +71,36 @@ def output_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
         shapes = {name: tuple(value.shape) for name, value in inputs.items()}
         raised = failure_of(error, f"calling it with inputs of the shapes {shapes}")
         raise ModelError(f"the model cannot be used with these data: {raised}") from error
+
+
+def refuse_own_ways(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Reject a model that writes into its inputs, or gives something else when it is called again.
+
+    Args:
+        model: Not modified.
+        inputs: Of samples; nothing is checked with fewer than two.
+
+    Raises:
+        ModelError: Saying which of them it does.
+    """
+    if not (some := few(inputs)):
+        return
+    given = {name: values.clone() for name, values in some.items()}
+    with nothing_drawn(), torch.no_grad():
+        copied = moved(model).eval()
+        first = output_of(copied, given)
+        again = output_of(copied, {name: values.clone() for name, values in some.items()})
+    if odd := [name for name, values in given.items() if not torch.equal(values, some[name])]:
+        raise ModelError(
+            f"the model writes into its input {odd[0]}, and so into the samples: compute it anew "
+            "(x * 2 in the place of x.mul_(2))"
+        )
+    if not close(first, again):
+        raise ModelError(
+            "the model gives something else each time that it is called with the same inputs in "
+            "evaluation mode: it draws numbers, which no seed of the run fixes, or keeps something "
+            "from call to call. Draw none but by torch.nn.Dropout, and keep nothing"
+        )
 
 
 def refuse_interaction(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
@@ -105,7 +136,7 @@ def refuse_modes(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
         inputs: Of samples; nothing is checked with fewer than two.
 
     Raises:
-        ModelError: Naming the first module that differs, or whose numbers no seed fixes.
+        ModelError: Naming the first module that differs.
     """
     some = few(inputs)
     if not some:
@@ -121,14 +152,9 @@ def refuse_modes(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
                 module.eval()
         flags = {module: module.training for module in copied.modules()}
         wanted, _ = traced(copied.eval(), some)
-        again, _ = traced(copied, some)
-        if odd := differing(again, wanted):
-            raise ModelError(
-                f"{odd} is another each time that the model is called with the same inputs: it "
-                "draws numbers that no seed of the run fixes. Draw none, but by torch.nn.Dropout"
-            )
         for module, flag in flags.items():
             module.training = flag
+        odd = ""
         for draw in range(DRAWS):
             torch.default_generator.manual_seed(draw)
             found, drew = traced(copied, some)
@@ -238,7 +264,7 @@ def traced(model: nn.Module, inputs: Tree) -> tuple[Traced, bool]:
     hooks = [
         module.register_forward_hook(noting(f"layer {name!r} ({type(module).__name__})"))
         for name, module in model.named_modules()
-        if name
+        if name and not isinstance(module, torch.jit.ScriptModule)  # which take none
     ]
     try:
         with torch.enable_grad():

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedraclora.data.locate import file_digest, resolve
+from fedraclora.data.locate import file_digest, resolve, user_path
 from fedraclora.errors import CheckpointError, ConfigError, DataError
 from fedraclora.weights.files import ADVICE, write_text
 
@@ -138,7 +138,7 @@ def _paths(key: str, value: object, root: object) -> Iterator[Path]:
     if key not in PATHS or not isinstance(value, str) or ":" in value:
         return
     try:
-        path = resolve(str(Path(value).expanduser()), key=key, root=str(root) if root else None)
+        path = resolve(str(user_path(key, value)), key=key, root=str(root) if root else None)
     except (ConfigError, DataError):
         return  # who reads it says so
     if path.is_file():

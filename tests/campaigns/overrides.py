@@ -76,6 +76,26 @@ ABSURD: tuple[object, ...] = (
     *("", "x", "auto", "null", "all", "*", "~", "é", "日本語", "\u202ex", "a b", "x" * 3000),
     *("../x", "2024-01-01", "1e3", "0x10", "1_000", "math:sqrt", "os:getcwd", "/dev/null"),
 )
+# Signs that terminals, rich and file systems read: in values, and in the names of folders.
+HOSTILE = (
+    *("[/y]z", "b[/red]x", "[red]", "[link=x]y", "[/]", "[[x]]", "a\\[b", ":smile:", "[bold"),
+    *("\x1b[2Jx", "\x1b]0;x\x07", "\x9b31m", "a\nerror: b", "a\r\nb", "a\tb", "\u2028x"),
+    *("<b>x</b>", "a|b", "`x`", "$(id)", "%s%n", "{x}", "{0.__class__}", "a;b", "a&b", "\udcff"),
+    *(
+        " x ",
+        ".",
+        "..",
+        "-x",
+        "~",
+        "~nobody-has-this",
+        "a/../b",
+        "a//b",
+        "con",
+        "x" * 300,
+        "\u0301",
+    ),
+)
+PLACES = ("output.dir", "output.dir", "output.dir", "resume", "start", "data.root")
 RAW = (
     *("${foo}", "${seed}", "${oc.env:HOME}", "${oc.env:NIX}", "???"),
     *("${", "[1,", "'", "{a:", "1,2", "choice(1,2)"),
@@ -146,6 +166,9 @@ def drawn(seed: int, number: int) -> tuple[list[str], bool]:
         keys = KEYS[group, chosen[group]] if group else TOP
         if keys:
             words.append(word(f"{group}." if group else "", keys, rng))
+    if rng.random() < 0.2:
+        key = pick(rng, PLACES)
+        words.append(f"{'+' * (key == 'data.root')}{key}={written(f'made/{pick(rng, HOSTILE)}')}")
     return words, bool(rng.random() < RUNS)
 
 
@@ -156,9 +179,10 @@ def word(prefix: str, keys: Mapping[str, Any], rng: np.random.Generator) -> str:
         lambda: written(near(keys[name], rng)),
         lambda: written(pick(rng, BOUNDARY)),
         lambda: written(pick(rng, ABSURD)),
+        lambda: written(pick(rng, HOSTILE)),
         lambda: pick(rng, RAW),
     )
-    value = values[int(rng.choice(4, p=(0.3, 0.2, 0.43, 0.07)))]()
+    value = values[int(rng.choice(5, p=(0.28, 0.18, 0.37, 0.1, 0.07)))]()
     if rng.random() < 0.12:
         place = int(rng.integers(len(name) + 1))
         name = name[:place] + pick(rng, "xq_.") + name[place:]
@@ -183,12 +207,18 @@ def written(value: object) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, str):
-        return value if re.fullmatch(r"[\w./:-]+", value) else json.dumps(value, ensure_ascii=False)
+        return value if re.fullmatch(r"[\w./:-]+", value) else quoted(value)
     if isinstance(value, list):
         return "[" + ",".join(map(written, value)) + "]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{k}:{written(v)}" for k, v in value.items()) + "}"
     return str(value)
+
+
+def quoted(text: str) -> str:
+    """Quote a text as Hydra reads it; every other sign stands for itself."""
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + (m[2] and r"\'"), text)
+    return f"'{escaped}'"
 
 
 # ---- Trying -------------------------------------------------------------------------------------
@@ -244,7 +274,8 @@ def _in_child(words: Sequence[str], *, runs: bool, home: Path) -> None:
     run = FedStrategy.run
 
     def begin(self: FedStrategy, *rest: Any, **more: Any) -> Any:
-        shutil.copyfile(home / "run" / "config.yaml", home / "accepted.yaml")
+        assert self.recorder.folder is not None
+        shutil.copyfile(self.recorder.folder / "config.yaml", home / "accepted.yaml")
         if not runs:
             raise Started
         return run(self, *rest, **more)

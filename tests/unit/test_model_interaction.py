@@ -46,7 +46,7 @@ def test_what_a_layer_of_zeros_hides_is_seen() -> None:
 
 
 class Moded(nn.Module):
-    """A layer that does something else in training mode, or draws numbers of its own."""
+    """A layer that differs in training mode, draws numbers, or writes into its input."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -54,7 +54,9 @@ class Moded(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.layer(x)
-        if self.kind == "noise always":
+        if self.kind == "writes":
+            x.mul_(2)
+        if self.kind == "noise":
             return out + torch.randn_like(out)
         if not self.training or self.kind == "nothing":
             return out
@@ -72,7 +74,6 @@ MODES = {
     "rarely": "in training mode than in evaluation mode",
     "numpy": "in training mode than in evaluation mode",
     "no gradient": "the gradient of layer.0.weight is another in training mode",
-    "noise always": "draws numbers that no seed of the run fixes",
 }
 
 
@@ -85,6 +86,16 @@ def test_a_branch_on_training_that_would_never_run_is_refused(kind: str) -> None
         refuse_modes(model.train(), {"x": X})
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("noise", "something else each time"), ("writes", "into its input x")]
+)
+def test_a_model_that_draws_numbers_or_changes_its_samples_is_refused(kind: str, said: str) -> None:
+    samples, x = Samples({"x": X.clone()}, torch.tensor([0, 1, 2, 0])), X.clone()
+    with pytest.raises(ModelError, match=said):
+        probe(Moded(kind).train(), samples, 3, "cross_entropy")
+    assert torch.equal(samples.inputs["x"], x)
 
 
 def test_dropout_of_torch_and_frozen_statistics_are_alike_in_both_modes() -> None:
