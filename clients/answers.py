@@ -17,6 +17,7 @@ from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from clients.cache import on_disk
 from fedraclora.errors import ClientError
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.wire.records import clients_of, round_of
@@ -101,17 +102,22 @@ class Answers:
         return None
 
     def keep(self, content: RecordDict, version: str, reply: RecordDict) -> None:
-        """Keep the answer to a message; arguments as for `given`."""
+        """Keep the answer to a message; arguments as for `given`.
+
+        Raises:
+            ClientError: If it cannot be written.
+        """
         kind = kind_of(content)
         if kind not in ONCE or not is_given(reply):
             return
         raw = recorddict_to_proto(reply).SerializeToString()
         meta = {"round": round_of(content), "question": question(content, version)}
         path = self._path(kind)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         numbers = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
-        save_tensors(path, {"reply": numbers}, meta, sync=True)
-        path.chmod(0o600)
+        with on_disk(self.folder):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            save_tensors(path, {"reply": numbers}, meta, sync=True)
+            path.chmod(0o600)
 
     def _path(self, kind: str) -> Path:
         return self.folder / f"{kind}.safetensors"

@@ -27,7 +27,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 
 from clients.cache import cache_of, claim, on_disk, served
-from fedraclora.errors import ClientError
+from fedraclora.errors import ClientError, ConfigError
 
 FOLDERS = "residents"  # in the cache, with a folder for each node
 NUMBER = "pid"  # file in that folder, with the number of its process
@@ -44,7 +44,7 @@ def hand_over(message: Message, context: Context) -> Message:
 
     Raises:
         ClientError: If it does not start, goes or falls silent before it has answered, or its
-            folder is not this user's alone.
+            folder cannot be used.
     """
     asked = message.metadata.group_id  # the round; empty for a question
     where = f"{f'round {asked}, ' if asked else ''}clients {served(context)} of this node"
@@ -64,7 +64,7 @@ def hand_over(message: Message, context: Context) -> Message:
                 except ClientError:
                     end(address)
                     raise
-    except ClientError as error:
+    except (ClientError, ConfigError) as error:  # what its node-config says is no fault of the run
         raise ClientError(f"{where}: {error}") from error
 
 

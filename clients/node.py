@@ -15,7 +15,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from clients.answers import Answers
-from clients.cache import folder_of, is_own, make_room, served
+from clients.cache import folder_of, is_own, make_room, on_disk, served
 from clients.worker import Worker
 from fedraclora.config.build import build_task, fix_bits, pick_device, plan_of, terms_of, trainer_of
 from fedraclora.config.run_config import task_from_plain
@@ -46,7 +46,12 @@ def introduce(context: Context, run: str) -> RecordDict:
 
 
 def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
-    """Train the client of a message, on weights that its update brings to the newest version."""
+    """Train the client of a message, on weights that its update brings to the newest version.
+
+    Raises:
+        ClientError: If its folder cannot be written to.
+        WireError: If the message is for a client that is not served here.
+    """
     (client,) = clients_of(content)
     if client not in served(context):
         raise WireError(
@@ -62,7 +67,9 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         found = trainer_for(settings, str(own), client, alone=len(served(context)) == 1)
     trainer, terms = found
     holding = replica_of(folder, trainer)
-    if not holding.follow(read_weight_update(content)):
+    with on_disk(folder):
+        followed = holding.follow(read_weight_update(content))
+    if not followed:
         return RecordDict({STALE: ConfigRecord({"held": holding.version})})
 
     def compute() -> RecordDict:
@@ -71,8 +78,9 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         store = read_store(folder, generations(settings))
         reply = Worker(trainer, holding, store, terms).train(content)
         if stored := store.since(0):
-            save_tensors(store_file(folder), stored, {}, sync=True)
-            store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
+            with on_disk(folder):
+                save_tensors(store_file(folder), stored, {}, sync=True)
+                store_file(folder).chmod(0o600)  # keys of secure aggregation may be among it
         return reply
 
     if not trainer.local.answers_once and terms is None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from fedraclora.errors import ClientError
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
+from fedraclora.weights import replica
 from fedraclora.wire.downlink import unpack_downlink, uplink_layout
 from fedraclora.wire.reply import unpack_result
 from strategies.server.exchange import Exchange
@@ -95,6 +99,26 @@ def test_a_client_that_does_not_answer_well_is_left_out(name: str, tmp_path: Pat
     asked = [m for m in network.train_messages() if m.metadata.dst_node_id == 993]
     # Every weight is sent once more, and no more than once.
     assert len(asked) == (4 if name == "cannot settle on weights" else 3)
+
+
+def test_a_node_whose_disk_is_full_says_so_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it keeps its weights; it is the failure of its client alone."""
+    save = replica.save_tensors
+
+    def full(path: Path, *words: Any, **named: Any) -> None:
+        if path.parent.name == str(ONE):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, *words, **named)
+
+    monkeypatch.setattr(replica, "save_tensors", full)
+    deploy(WORDS, tmp_path / "run", Network(tmp_path / "cache", nodes_for(3)))
+    failures = [f for row in rows(tmp_path / "run")[1:] for f in row["failures"]]  # type: ignore[attr-defined]
+    assert {failure["client"] for failure in failures} == {ONE}
+    for failure in failures:
+        assert f"/{ONE}: No space left on device" in failure["reason"]
+        assert "make room" in failure["reason"]
 
 
 def test_a_reply_that_comes_twice_counts_once(tmp_path: Path) -> None:

@@ -216,6 +216,7 @@ def test_one_process_of_a_node_trains_until_it_is_killed(
         (program, _, _) = running.nodes
         assert program is not None
         program.process.kill()  # it alone: what it has started ends by itself
+        program.process.wait()  # as who supervises it does: else its number is still taken
         wait_for(lambda: not is_alive(second), "the end of the process that trains")
     missing = {row["round"]: row["failures"] for row in job.rows()[1:] if row["failures"]}
     for round_, failures in missing.items():
