@@ -23,6 +23,7 @@ from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.evaluation.evaluate import evaluate_task
 from fedraclora.evaluation.predict import Record, predict
+from fedraclora.models.built import check_fit
 from fedraclora.models.narrow import dequantise
 from fedraclora.models.outputs import refuse_outputs
 from fedraclora.run.folder import run_title
@@ -207,7 +208,7 @@ class Run:
             data = user_path("data", data)
             if not data.is_file():
                 raise DataError(
-                    f"there is no file {data}; a file, or {' or '.join(SPLITS)}, is wanted"
+                    f"there is no file {str(data)!r:.300}; a file, {' or '.join(SPLITS)}, is wanted"
                 )
         reader = built.task.reader
         named = {"label": target, "column": target} if target is not None else {}
@@ -217,6 +218,12 @@ class Run:
         own = next(iter(built.task.test.inputs.values())).dtype
         dtype = own if own.is_floating_point else None
         samples = read.samples.clone().to(built.device, dtype)
+        if samples.inputs.keys() != (wanted := built.task.test.inputs).keys():
+            raise DataError(
+                f"data: the inputs are {[*samples.inputs]}; {[*wanted]}, as of the run's own "
+                "samples, are wanted"
+            )
+        check_fit(built.task.model, samples.inputs)
         if measured:
             most = 1 + int(samples.target.max())
             refuse_outputs(built.task.model, samples, most, built.task.loss)

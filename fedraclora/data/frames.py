@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,11 +30,16 @@ def named_table(found: object, where: str) -> Table:
             "the path of such a table, is wanted"
         )
     frame = found.rename(columns=str)
-    if twice := sorted({*frame.columns[frame.columns.duplicated()]}):
-        raise DataError(f"{where} has several columns {twice[0]!r}: give each a name of its own")
+    _refuse_twins(frame.columns, where)
     if not len(frame):
         raise DataError(f"{where} holds no rows")
     return frame, Path(where)
+
+
+def _refuse_twins(names: Iterable[object], where: object) -> None:
+    seen = [str(name).strip() for name in names if name == name]  # noqa: PLR0124  not NaN
+    if twice := sorted({name for name in seen if seen.count(name) > 1}):
+        raise DataError(f"{where} has several columns {twice[0]!r}: give each a name of its own")
 
 
 def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataFrame:
@@ -60,14 +66,16 @@ def read_frame(path: Path, words: Sequence[str], separator: str | None) -> DataF
         if kind == ".parquet":
             frame = pd.read_parquet(path)
         else:
-            frame = pd.read_csv(
+            read = partial(
+                pd.read_csv,
                 path,
                 sep=separator or SEPARATORS[kind],
-                dtype=dict.fromkeys(words, str),
                 encoding="utf-8-sig",
                 skipinitialspace=True,
                 low_memory=False,
             )
+            _refuse_twins(read(header=None, nrows=1, dtype=str).iloc[0], path)  # it renames them
+            frame = read(dtype=dict.fromkeys(words, str))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
     except (OSError, ValueError, EOFError) as error:

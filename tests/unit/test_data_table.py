@@ -194,6 +194,7 @@ def test_a_wrong_key_is_named(tmp_path: Path, words: dict[str, Any], said: str) 
     [
         ("t.csv", "a;outcome\n1;2\n", r"data\.separator=';'"),
         ("t.csv", "a,outcome\n", "holds no rows"),
+        ("t.csv", "a, a ,outcome\n1,2,ill\n3,4,well\n", "several columns 'a'"),
         ("t.csv", "", "cannot be read as a table"),
         ("t.parquet", "a", "cannot be read as a table"),
         ("t.xlsx", "a", r"ends in \.csv, \.tsv .* or \.parquet"),

@@ -291,6 +291,36 @@ def test_outputs_are_put_into_words_by_their_loss() -> None:
     assert answered([[1, 2]], "mine:loss") == [{"output": [1.0, 2.0]}]
 
 
+def test_inputs_are_those_of_the_run() -> None:
+    """Tokens without their mask would be answered, as if padding were text."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, intermediate_size=8, num_labels=3)
+    ids = DRAW.integers(1, 20, (20, 6))
+    mask = np.where(np.arange(6) < 4 + 2 * (np.arange(20)[:, None] % 2), 1, 0)
+    target = np.where(mask, ids % 3, -100)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    run = fedraclora.simulate(
+        QUIET,
+        model=transformers.BertForTokenClassification(config),
+        data=[(inputs, target)] * 2,
+        test=(
+            {"input_ids": ids[::-1].copy(), "attention_mask": mask[::-1].copy()},
+            target[::-1].copy(),
+        ),
+        rounds=0,
+    )
+    assert run.evaluate((inputs, target)) == pytest.approx(run.rows[-1]["metrics"])
+    assert [len(row) for row in run.predict(inputs).prediction] == mask.sum(axis=1).tolist()
+    for data, said in [
+        ({"input_ids": ids}, "attention_mask.*are wanted"),
+        (ids, "attention_mask.*are wanted"),
+        (inputs | {"input_ids": ids + 30}, "knows 20 tokens"),
+    ]:
+        with pytest.raises(FedRacLoraError, match=said):
+            run.predict(data)
+
+
 def test_padding_has_no_class_and_ends_no_text() -> None:
     class Counted(Said):
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
