@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import math
+import re
+import types
+import typing
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,7 @@ from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.imports import import_extra
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FOREIGN = ("layer_replication", "megatron_config")  # of models that are built anew, or elsewhere
 GIVEN = "Give the adapter of this model, or leave start out"
 
 
@@ -44,6 +51,8 @@ def adapter_digest(folder: Path) -> str:
 def merge_adapter(model: nn.Module, folder: Path) -> None:
     """Merge an adapter into the weights of a model: ``W + s B A``, and what it holds in full.
 
+    PEFT passes over much of what is odd in a configuration; here it is refused before PEFT sees it.
+
     Args:
         model: Its parameters are changed in place; their names and shapes stay.
         folder: As PEFT writes it.
@@ -55,26 +64,29 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
     """
     peft = import_extra("peft", f"start={folder}, an adapter of PEFT,")
     weights = _read(folder)
+    config = _configured(
+        peft, folder, max((max((*t.shape, 1)) for t in weights.values()), default=1)
+    )
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of layouts, which PEFT mends
         try:
-            config = peft.PeftConfig.from_pretrained(folder)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise DataError(f"start={folder}: {CONFIG} is damaged: {error}") from error
-        try:
             adapted: Any = peft.get_peft_model(copy.deepcopy(model), config)
-        except (ValueError, AttributeError) as error:
+            adapters = peft.get_peft_model_state_dict
+            wanted = {*adapters(adapted, save_embedding_layers=False)}
+            beside = {*adapters(adapted, save_embedding_layers=True)}
+        except Exception as error:  # of an odd configuration each kind of adapter has its own
             raise ModelError(
                 f"start={folder}: the adapter fits no layer of this {type(model).__name__}: "
-                f"{error}. {GIVEN}"
+                f"{_line(error)}. {GIVEN}"
             ) from error
-        wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
         _refuse(folder, "lacks", wanted - weights.keys())
+        _refuse(folder, "has, and the model has not,", weights.keys() - beside)
+        _refuse(folder, "has a rank or an alpha for", _idle_patterns(adapted, config))
         try:
             found = peft.set_peft_model_state_dict(adapted, weights)
-        except (RuntimeError, KeyError) as error:  # of shapes, with the names of the layers
+        except Exception as error:  # of shapes, with the names of the layers
             raise ModelError(
-                f"start={folder}: the adapter does not fit: {error}. {GIVEN}"
+                f"start={folder}: the adapter does not fit: {_line(error)}. {GIVEN}"
             ) from error
         _refuse(folder, "has, and the model has not,", set(found.unexpected_keys))
         if not hasattr(adapted, "merge_and_unload"):
@@ -82,9 +94,17 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
                 f"start={folder}: a {config.peft_type} adapter cannot be merged into weights; one "
                 "of LoRA can"
             )
-        merged = dict(adapted.merge_and_unload().named_parameters(remove_duplicate=False))
+        try:
+            merged = dict(adapted.merge_and_unload().named_parameters(remove_duplicate=False))
+        except Exception as error:
+            raise ModelError(f"start={folder}: PEFT cannot merge it: {_line(error)}") from error
     every = dict(model.named_parameters(remove_duplicate=False))
     _refuse(folder, "changes the names of", every.keys() ^ merged.keys())
+    _refuse(
+        folder,
+        "makes other shapes, or numbers that are not finite, of",
+        {n for n, p in every.items() if p.shape != merged[n].shape or not _is_finite(merged[n])},
+    )
     with torch.no_grad():
         for name, parameter in every.items():
             parameter.copy_(merged[name])
@@ -93,16 +113,97 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of an adapter, which must be finite."""
+    """Read the weights of an adapter, which must be finite numbers with a fraction."""
     path = folder / WEIGHTS
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"start={folder}: {path} is damaged: {error}") from error
     for name, value in weights.items():
-        if not bool(torch.isfinite(value).all()):
+        if not value.is_floating_point():
+            raise DataError(
+                f"start={folder}: {name} in {path} holds {value.dtype}; numbers with a fraction "
+                "are wanted"
+            )
+        if not _is_finite(value):
             raise DataError(f"start={folder}: {name} in {path} has values that are not finite")
     return weights
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    return bool(torch.isfinite(value.float()).all())  # it is not known of 8 bits
+
+
+def _configured(peft: Any, folder: Path, largest: int) -> Any:
+    """Read the configuration of an adapter: keys that PEFT knows, each with a value of its type.
+
+    Args:
+        peft: The package.
+        folder: Of the adapter.
+        largest: Dimension of a stored tensor: a rank beyond it would be memory for nothing.
+
+    Raises:
+        DataError: Naming the key.
+    """
+    path = folder / CONFIG
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        kind: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[said["peft_type"]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"start={folder}: {CONFIG} is damaged: {_line(error)}") from error
+    hints = typing.get_type_hints(kind)
+    for key, value in said.items():
+        if key == "runtime_config":
+            continue  # PEFT leaves it out
+        if key not in hints:
+            raise DataError(
+                f"start={folder}: {CONFIG} has {key}, which this PEFT ({peft.__version__}) does "
+                "not know: install a newer one, or leave it out if it is a slip"
+            )
+        ranks = [value] if key == "r" else []
+        fits = _fits(value, float if key == "lora_alpha" else hints[key])
+        if key in {"rank_pattern", "alpha_pattern"} and isinstance(value, dict):
+            fits = all(_fits(one, float) for one in value.values())
+            ranks = [*value.values()] if key == "rank_pattern" else []
+        if any(type(rank) is not int or not 1 <= rank <= largest for rank in ranks):
+            fits = False
+        if not fits or (key in FOREIGN and value):
+            raise DataError(f"start={folder}: {CONFIG} says {key}={value!r}, which cannot be")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return peft.PeftConfig.from_pretrained(folder)
+    except Exception as error:  # each kind of adapter has checks, and errors, of its own
+        raise DataError(f"start={folder}: {CONFIG} is damaged: {_line(error)}") from error
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Check a value of JSON against a type hint of PEFT's; classes stand for mappings."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in {typing.Union, types.UnionType}:
+        return any(_fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return any(type(value) is type(p) and value == p for p in parts) or (
+            isinstance(value, str) and re.fullmatch(r"pissa_niter_\d{1,3}", value) is not None
+        )
+    if hint is float:
+        return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    if origin in {list, tuple}:
+        return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return value in [one.value for one in hint]
+    return type(value) is hint if hint in {int, str, bool, type(None)} else isinstance(value, dict)
+
+
+def _idle_patterns(adapted: Any, config: Any) -> set[str]:
+    """Name what no adapted layer is called like, among the ranks and scales of single layers."""
+    names = adapted.base_model.targeted_module_names
+    patterns = {*(config.rank_pattern or ()), *(config.alpha_pattern or ())}
+    return {p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _refuse(folder: Path, what: str, names: set[str]) -> None:

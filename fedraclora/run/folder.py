@@ -247,6 +247,8 @@ def read_summary(folder: Path) -> dict[str, object]:
     """
     path = folder / "summary.json"
     found = read_sealed(path)
+    if "weights_digest" not in found:
+        raise CheckpointError(f"{path} is no summary of a run; restore it from a copy")
     if LEDGER in found and found[LEDGER] != ["", *seals(read_ledger(folder / "ledger.jsonl"))][-1]:
         raise CheckpointError(
             f"{path} and ledger.jsonl beside it are not of one run, or one of them was changed; "

@@ -12,7 +12,7 @@ from fedraclora.errors import CheckpointError
 from fedraclora.protocol.method import Draw, Memo, Method, Plan, State, apply_link
 from fedraclora.run.initial import checkpoint_base, initial_weights
 from fedraclora.run.ledger import read_ledger
-from fedraclora.run.recorder import CARRIED, checkpoint_meta, hold_chain
+from fedraclora.run.recorder import CARRIED, checkpoint_meta, hold_chain, hold_checkpoint
 from fedraclora.tree import Tree, below
 from fedraclora.weights.chain import read_link, read_plan
 from fedraclora.weights.files import load_checkpoint
@@ -48,6 +48,7 @@ def state_at(
         tensors, meta = load_checkpoint(folder / "checkpoint")
         plan = plan or _stored_plan(meta, folder / "checkpoint")
         carried = below(tensors, "carried/")
+        hold_checkpoint(folder, tensors, meta)
         base = checkpoint_base(below(tensors, "base/"), meta, folder / "chain", plan)
         return State(base, plan, carried, kind.read(meta["memo"]))
     chain, last, state = folder / "chain", -1, State({}, Plan({}))

@@ -17,7 +17,7 @@ from fedraclora.privacy.secret import FILE as KEY
 from fedraclora.protocol.method import Link, State
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.initial import ModelSource, checkpoint_base, is_small
-from fedraclora.run.ledger import Ledger
+from fedraclora.run.ledger import Ledger, read_ledger, seals
 from fedraclora.tree import Tree, below, digest
 from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
 from fedraclora.weights.files import (
@@ -26,6 +26,9 @@ from fedraclora.weights.files import (
     has_checkpoint,
     load_checkpoint,
     save_checkpoint,
+)
+from fedraclora.weights.files import (
+    FILE as CHECKPOINT,
 )
 from fedraclora.weights.links import (
     append_link,
@@ -294,6 +297,20 @@ def hold_chain(folder: Path, meta: Mapping[str, Any]) -> None:
             f"{chain / f'{round_:06d}.safetensors'} is missing, or it is of another run than "
             f"{folder / 'checkpoint'}: restore both folders from a copy"
         )
+
+
+def hold_checkpoint(folder: Path, tensors: Tree, meta: Mapping[str, Any]) -> None:
+    """Check that what was read as the checkpoint of a run folder is one, and of this run.
+
+    Raises:
+        CheckpointError: If it is another file, or of another run.
+    """
+    path, ledger = folder / "checkpoint" / CHECKPOINT, folder / "ledger.jsonl"
+    if "base_order" not in meta and not below(tensors, "base/"):
+        raise CheckpointError(f"{path} is another file of a run, no checkpoint; {ADVICE}")
+    known = meta.get("ledger")
+    if isinstance(known, str) and ledger.is_file() and known not in seals(read_ledger(ledger)):
+        raise CheckpointError(f"{path} is of another run than {ledger}; {ADVICE}")
 
 
 def carried_change(old: Tree, new: Tree) -> tuple[Tree, dict[str, object]]:

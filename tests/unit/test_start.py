@@ -167,6 +167,42 @@ def test_an_adapter_of_another_model_rank_or_kind_is_refused_by_name(adapter, tm
         run(adapter)
 
 
+ODD = {"use_rslora": "text", "r": 10**9, "lora_alpha": None, "alpha_pattern": {"7": 2}, "slip": 1}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_a_configuration_of_another_type_is_refused_by_its_key(key, adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {key: ODD[key]}))
+    with pytest.raises((DataError, ModelError), match="7" if key == "alpha_pattern" else key):
+        run(adapter)
+
+
+def test_factors_of_whole_numbers_are_refused(adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(n for n in tensors if "lora_A" in n)
+    save_file({**tensors, name: tensors[name].round().int()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(DataError, match=r"lora_A.* holds torch\.int32"):
+        run(adapter)
+
+
+def test_files_of_a_run_that_changed_places_are_named(tmp_path):
+    """A link is a whole file with a right digest; so is the checkpoint of another run."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    trained("mlp", "fed_rac_lora", first)
+    trained("mlp", "fed_rac_lora", other, seed=3)
+    link, checkpoint = "chain/000002.safetensors", "checkpoint/checkpoint.safetensors"
+    for name, path, source in (
+        ("link", checkpoint, first / link),
+        ("run", checkpoint, other / checkpoint),
+        ("summary", "summary.json", first / "digests.json"),
+    ):
+        shutil.copytree(first, tmp_path / name)
+        shutil.copyfile(source, tmp_path / name / path)
+        with pytest.raises(CheckpointError, match=Path(path).name):
+            run(tmp_path / name)
+
+
 REFUSED = {
     "nothing": (lambda f: None, {}, ConfigError, "holds neither a run"),
     "unfinished": (lambda f: (f / "summary.json").unlink(), {}, CheckpointError, "not come to its"),
