@@ -76,8 +76,22 @@ def tell(error: Exception) -> int:
             f"this is a bug of fedraclora, not of what you asked for ({type(error).__name__}): "
             "please report it with the traceback above and the command"
         )
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {in_one_piece(message)}", file=sys.stderr)
     return 1
+
+
+def in_one_piece(message: str) -> str:
+    r"""Indent all lines but the first, and write signs that a terminal would obey as they are.
+
+    Example:
+        >>> print(in_one_piece("no folder a\nerror: b\x1b[2J"))
+        no folder a
+          error: b\x1b[2J
+    """
+    from fedraclora.wire.fields import printable
+
+    first, *others = (printable(line, len(line)) for line in message.split("\n"))
+    return "\n".join([first, *(x if x.startswith(" ") else f"  {x}" for x in others)])
 
 
 def explained(error: Exception) -> str | None:

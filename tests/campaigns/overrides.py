@@ -8,6 +8,7 @@ can be wrong is
 
     traceback   an error that nobody foresaw
     words       a refusal that is not one message
+    signs       a sign in what is printed that a terminal obeys
     folder      a refusal that leaves a run folder
     dropped     a key that was accepted and is not in the config of the run
     unknown     a group or key of the top that no schema knows, accepted
@@ -318,6 +319,8 @@ def judged(words: Sequence[str], ended: Ended) -> str | None:
         errors = re.findall(r"^(\w[\w.]*: .{0,70})", ended.said, flags=re.MULTILINE)
         named = [line for line in errors if not line.startswith("error: ")]
         return f"traceback: {named[-1] if named else ended.said[-80:]}"
+    if found := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", ended.said):
+        return f"signs: {found[0]!r}"
     if ended.status in {1, 2}:
         return refused(ended)
     if ended.status or ended.config is None:

@@ -45,6 +45,7 @@ def test_sets_are_a_function_of_seed_and_number() -> None:
         ),
         ([], Ended(1, "error: a\nerror: b\n", None, False), "words"),
         ([], Ended(1, "no word of it\n", None, False), "words"),
+        ([], Ended(1, "error: a is '\x1b[2J'; 4 is wanted\n", None, False), "signs"),
         ([], Ended(1, "error: a is 3; 4 is wanted\n", None, True), "folder"),
         ([], Ended("SIGXCPU", "", None, False), "hung"),
         ([], Ended("SIGSEGV", "", None, False), "died"),

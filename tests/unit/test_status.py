@@ -62,6 +62,14 @@ def test_what_a_user_can_mend_is_one_line(case: str, capsys: pytest.CaptureFixtu
     assert [part for part in said if part not in printed] == []
 
 
+def test_a_text_in_a_message_moves_no_cursor_and_is_no_message_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tell(ConfigError("no folder a\nerror: done\x1b[2J\r\x9b31m[/red]"))
+    printed = capsys.readouterr().err
+    assert printed == "error: no folder a\n  error: done\\x1b[2J\\r\\x9b31m[/red]\n"
+
+
 def test_a_bug_keeps_its_traceback_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     @reported
     def command() -> int:
