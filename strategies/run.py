@@ -166,8 +166,8 @@ class Run:
         if task.loss == "next_token" and task.tokenizer is not None:
             every = replace(asked, generate=1, answers=len(read.samples))
             answering = answering_of(every, task, read.samples)
-            answers = [] if answering is None else answering.answers(weights)
-            words: list[Record] = [{"prediction": answer.answer} for answer in answers]
+            texts = [] if answering is None else answering.texts(weights)
+            words: list[Record] = [{"prediction": text} for text in texts]
         else:
             given = read.samples, task.loss, task.reading, asked.batch_size
             words = predict(task.model, weights, *given)

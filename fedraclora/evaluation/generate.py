@@ -116,7 +116,25 @@ class Answering:
         return {"exact_match": match}, [vars(answer) for answer in found[: self.shown]]
 
     def answers(self, weights: Tree) -> list[Answer]:
-        """Generate at the given weights, greedily."""
+        """Generate at the given weights, and put each answer beside that of the data."""
+        decode, given = self.tokenizer.decode, self.written(weights)
+        return [
+            Answer(
+                decode(one.prompt),
+                *(
+                    decode(tokens[: one.compared], skip_special_tokens=True)
+                    for tokens in (one.wanted, own)
+                ),
+            )
+            for one, own in zip(self.asked, given, strict=True)
+        ]
+
+    def texts(self, weights: Tree) -> list[str]:
+        """Generate at the given weights; give whole answers alone."""
+        return [self.tokenizer.decode(t, skip_special_tokens=True) for t in self.written(weights)]
+
+    def written(self, weights: Tree) -> list[torch.Tensor]:
+        """Generate at the given weights, greedily: the tokens of each answer."""
         asked = self.asked
         order = sorted(range(len(asked)), key=lambda place: len(asked[place].prompt))
         given: dict[int, torch.Tensor] = {}
@@ -124,21 +142,11 @@ class Answering:
         for start in range(0, len(asked), self.batch_size):
             places = order[start : start + self.batch_size]
             prompts = [asked[place].prompt for place in places]
-            written = with_weights(self.model, weights, self._written, prompts, device)
-            given.update(zip(places, written.cpu(), strict=True))
-        decode = self.tokenizer.decode
-        return [
-            Answer(
-                decode(one.prompt),
-                *(
-                    decode(tokens[: one.compared], skip_special_tokens=True)
-                    for tokens in (one.wanted, given[place])
-                ),
-            )
-            for place, one in enumerate(asked)
-        ]
+            more = with_weights(self.model, weights, self._continued, prompts, device)
+            given.update(zip(places, more.cpu(), strict=True))
+        return [given[place] for place in range(len(asked))]
 
-    def _written(
+    def _continued(
         self, model: nn.Module, prompts: list[torch.Tensor], device: torch.device
     ) -> torch.Tensor:
         """Let the model go on from some prompts, without sampling; give the tokens it writes."""

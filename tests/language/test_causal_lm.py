@@ -208,6 +208,8 @@ def test_an_answer_that_was_cut_is_compared_as_far_as_it_goes(
         parrot.register_parameter("w", torch.nn.Parameter(torch.zeros(1)))
         asked = Answering(parrot, data.tokenizer, data.test, 1, 2, new_tokens, 2, 8)
         assert {one.wanted for one in asked.answers(weights)} == {wanted}
+        spoken = " ".join(row["response"].split()[:new_tokens])
+        assert asked.texts(weights) == [spoken] * 2
         assert asked.columns(weights)[0] == {"exact_match": 1.0}
         assert ("2 of 2 answers were cut" in caplog.text) == (wanted != row["response"])
 
