@@ -225,8 +225,8 @@ class Run:
             )
         check_fit(built.task.model, samples.inputs)
         if measured:
-            most = 1 + int(samples.target.max())
-            refuse_outputs(built.task.model, samples, most, built.task.loss)
+            top = 0 if samples.target.is_floating_point() else int(samples.target.max())
+            refuse_outputs(built.task.model, samples, top + 1, built.task.loss)
         return replace(read, samples=samples)
 
     @cached_property

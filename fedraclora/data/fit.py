@@ -213,6 +213,10 @@ def gathered(found: object, where: str) -> Samples:
     scalars = [n for n, t in [*samples.inputs.items(), ("target", samples.target)] if not t.dim()]
     if scalars:
         raise DataError(f"{where}: {scalars[0]} is one number; an array of samples is wanted")
+    named = {**samples.inputs, "the target": samples.target}
+    if void := next((n for n, t in named.items() if len(t) and not t.numel()), None):
+        shape = tuple(named[void].shape)
+        raise DataError(f"{where}: {void} of shape {shape} holds no number for a sample")
     sizes = {name: len(tensor) for name, tensor in samples.inputs.items()}
     if not len(samples) or {*sizes.values()} != {len(samples)}:
         raise DataError(

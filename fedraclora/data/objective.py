@@ -153,7 +153,7 @@ def refuse_contradiction(model: nn.Module, loss: str) -> str | None:
     if source.startswith("problem_type"):
         right = next((name for name, losses in PROBLEMS.items() if loss in losses), None)
         raise ConfigError(
-            f"the loss is {loss}, but {source} stands for {' or '.join(told)}: leave the loss out, "
-            f"or set model.config.problem_type to {right!r} first"
+            f"the loss is {loss}, but {source} stands for {' or '.join(told)}: take that loss, or "
+            f"set model.config.problem_type to {right!r} first"
         )
     return f"the loss is {loss}, but {source}, is made for {' or '.join(told)}"

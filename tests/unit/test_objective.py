@@ -347,6 +347,7 @@ def test_targets_that_no_loss_reads_are_refused_by_client() -> None:
     said(DataError, r"one class for each token", model=tagger, data=[(IDS, TAGS[:, 0])])
     said(DataError, "output of shape", model=tagger, data=[(IDS, TAGS[:, :4])])
     said(DataError, "output of shape", model=tagger, data=[(IDS, np.where(TAGS == 2, 7, TAGS))])
+    said(DataError, "holds no number", data=[(X, TAGS[:, :0])])
     said(DataError, "0.5", data=[(X, YES / 2)], loss="multi_label")
     said(DataError, "as many outputs", data=[(X, YES[:, :2])], loss="multi_label")
     said(DataError, "for each pixel", data=[(X, YES)], loss="pixel_classes")
