@@ -222,7 +222,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
     clients = train.num_clients
     cohort = config.cohort
     size = max(1, int(cohort * clients)) if isinstance(cohort, float) else cohort
-    check_cohort(size, clients)
+    _check_sizes(size, clients, config.system.buffer)
     task = Task(
         model=model.to(device),
         head=built.head,
@@ -257,6 +257,16 @@ def _array_reader(config: TaskConfig, data: DataSet) -> ArrayReader:
     classes = data.classes if "label" in data.columns else None  # else the model says what fits
     form = Form(tuple(data.sample_shape), data.loss, classes)
     return ArrayReader(form, numbered=config.data.get("name") == "object")
+
+
+def _check_sizes(cohort: int, clients: int, buffer: int | None) -> None:
+    """Reject a cohort, or a buffer of replies, that so many clients cannot fill."""
+    check_cohort(cohort, clients)
+    if buffer is not None and buffer > clients:
+        raise ConfigError(
+            f"system.buffer is {buffer}, but a step takes one reply of a client at most, and there "
+            f"are {clients} clients: lower it (cohort is how many of them train at a time)"
+        )
 
 
 def _said_of_weights(config: TaskConfig) -> dict[str, object]:

@@ -6,17 +6,26 @@ with another value was set by somebody who expects something of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from fedraclora.allocation.rules import Uniform
 from fedraclora.attacks.attack import Attack
+from fedraclora.data import DATASETS
+from fedraclora.data.partition import PARTITIONS
 from fedraclora.errors import UnreadKeysError
 from fedraclora.protocol.method import Method
 
 if TYPE_CHECKING:
     from fedraclora.config.run_config import RunConfig
+
+
+TABLES: Mapping[str, Mapping[str, Callable[..., object]]] = {
+    "data": DATASETS,
+    "partition": PARTITIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Rule:
     reader: str
 
 
+UNEQUAL = "sizes that are not constant (lognormal, pareto)"
 RULES = (
     Rule(["local.epochs"], lambda c: c.local.steps is None, "local.steps=null"),
     Rule(["local.damping"], lambda c: c.local.adjust != "none", "local.adjust"),
@@ -87,8 +97,15 @@ RULES = (
         lambda c: c.evaluate.generate is not None,
         "evaluate.generate",
     ),
+    Rule(["partition.spread"], lambda c: unequal(c.partition), UNEQUAL),
+    Rule(["data.spread"], lambda c: unequal(c.data), UNEQUAL),
     Rule(["stop.metric"], lambda c: c.stop.patience is not None, "stop.patience"),
 )
+
+
+def unequal(group: Mapping[str, object]) -> bool:
+    """Check whether clients that are made on demand differ in their numbers of samples."""
+    return group.get("sizes") != "constant"
 
 
 def links_end(method: Method, allocation: Uniform) -> bool:
@@ -106,6 +123,15 @@ def keeps_rows(method: Method) -> bool:
     return bool(kept(rank, 1) > 0)
 
 
+def said(config: RunConfig, group: str) -> tuple[Mapping[str, object], dict[str, object]]:
+    """Return the settings of a group, and the defaults: of a config class, or of what is called."""
+    settings = getattr(config, group)
+    if isinstance(settings, Mapping):
+        parameters = inspect.signature(TABLES[group][str(settings["name"])]).parameters
+        return settings, {name: p.default for name, p in parameters.items()}
+    return vars(settings), {field.name: field.default for field in fields(settings)}
+
+
 def refuse_unread(config: RunConfig) -> None:
     """Reject settings that nothing reads.
 
@@ -116,9 +142,8 @@ def refuse_unread(config: RunConfig) -> None:
     for rule in RULES:
         for path in rule.keys if not rule.read(config) else ():
             group, _, key = path.partition(".")
-            settings = getattr(config, group)
-            defaults = {field.name: field.default for field in fields(settings)}
-            if key in defaults and (value := getattr(settings, key)) != defaults[key]:
+            settings, defaults = said(config, group)
+            if key in defaults and (value := settings.get(key, defaults[key])) != defaults[key]:
                 default = "null" if defaults[key] is None else defaults[key]
                 found[path] = (
                     f"{path} is {value}, which nothing reads here: it is for {rule.reader}; "

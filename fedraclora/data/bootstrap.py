@@ -64,7 +64,7 @@ def bootstrap(
     samples: Count,
     alpha: Positive | None = None,
     sizes: Sizes = "constant",
-    spread: NotNegative = 0.0,
+    spread: NotNegative = 0.5,
 ) -> Resampled:
     """Draw each client's rows with replacement, so that there can be any number of clients.
 

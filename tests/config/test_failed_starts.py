@@ -82,6 +82,7 @@ REFUSED: dict[str, list[str]] = {
     "method.rank=${foo}": ["method.rank takes its value", "'foo'"],
     "seed=???": ["seed: ??? stands for", "set seed=VALUE"],
     "=3": ["a group is chosen by the name of one of its files"],
+    "system=buffered system.buffer=9": ["system.buffer is 9", "8 clients", "cohort"],
     "method=": ["unknown method ''", "There are: "],
 }
 

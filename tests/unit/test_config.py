@@ -248,6 +248,8 @@ def test_keys_of_data_model_and_partition_are_checked_with_the_others(
 STEPS = {"local__schedule": "step"}
 FACTORS = {**choice("method", "fedavg_lora")}
 DRAWN = {**choice("method", "subspace_rac_lora"), "fresh": 1.0}
+BOOTSTRAP = {**choice("partition", "bootstrap"), "sizes": "constant"}
+VIRTUAL = {"name": "virtual", "sizes": "constant"}
 IDLE: list[tuple[str, object, dict[str, Any]]] = [  # key, value, and what it takes to read it
     ("local.damping", 0.1, {"method": FACTORS, "local__adjust": "riemannian"}),
     ("local.final", 0.3, {"local__schedule": "cosine"}),
@@ -265,6 +267,8 @@ IDLE: list[tuple[str, object, dict[str, Any]]] = [  # key, value, and what it ta
     ("attack.share", 0.3, {"attack": {"name": "label_flip"}}),
     ("evaluate.clients", 7, {"head": "local"}),
     ("stop.metric", "accuracy", {"stop__patience": 3}),
+    ("partition.spread", 1.5, {"partition": BOOTSTRAP | {"sizes": "pareto"}}),
+    ("data.spread", 1.5, {"data": VIRTUAL | {"sizes": "lognormal"}}),
 ]
 BESIDE: dict[str, Any] = {  # what puts all of these out of action
     "local__steps": 2,
@@ -280,8 +284,14 @@ def test_a_key_that_nothing_reads_is_refused_by_name(
     key: str, value: object, reader: dict[str, Any]
 ) -> None:
     dotted = key.replace(".", "__")
-    methods = {"local.moments_kept": FACTORS, "method.kept_scale": DRAWN, "method.pairs": DRAWN}
-    idle = {**BESIDE, "method": methods[key]} if key in methods else BESIDE
+    needs: dict[str, dict[str, Any]] = {
+        "local.moments_kept": {"method": FACTORS},
+        "method.kept_scale": {"method": DRAWN},
+        "method.pairs": {"method": DRAWN},
+        "partition.spread": {"partition": BOOTSTRAP},
+        "data.spread": {"data": VIRTUAL},
+    }
+    idle = {**BESIDE, **needs.get(key, {})}
     with pytest.raises(UnreadKeysError, match=f"^{key} is .*which nothing reads here") as caught:
         from_plain(plain(**idle, **{dotted: value}), METHOD_TABLE)
     assert caught.value.keys == (key,)
