@@ -57,9 +57,16 @@ def use_sockets(program: str) -> None:
 
 
 def sockets() -> dict[str, str]:
-    """Read which addresses are sockets, and where these are."""
-    found: dict[str, str] = json.loads(os.environ.get(VARIABLE, "{}"))
-    return found
+    """Read which addresses are sockets, and where these are.
+
+    Raises:
+        SystemExit: If that cannot be read: then nothing may listen or call anywhere.
+    """
+    text = os.environ.get(VARIABLE, "{}")
+    try:
+        return {str(address): str(path) for address, path in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        sys.exit(f'{VARIABLE}={text}: JSON like {{"127.0.0.1:8000": "/run/link/api"}} is wanted')
 
 
 def listening(make: Callable[..., Any]) -> Callable[..., Any]:

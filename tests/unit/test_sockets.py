@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]
             assert time.monotonic() < end
             time.sleep(0.1)
         yield found[0], process.pid
-        process.terminate()
+        process.send_signal(signal.SIGHUP)  # as SIGTERM, which Flower itself hears
         assert process.wait(60) == 0
         assert not [*home.glob("fedraclora-*")]  # its folder goes with it
     finally:
@@ -114,6 +115,14 @@ def test_a_token_is_in_no_list_of_processes(
     assert (name, option, rest) == ("flwr-serverapp", "--token-file", ["--insecure"])
     assert Path(file).read_text() == "secret"
     assert stat.S_IMODE(Path(file).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:8000=/run/link/api", '["/run/link/api"]'])
+def test_where_sockets_are_must_be_readable(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all would listen at ports, without a word."""
+    monkeypatch.setenv(sockets.VARIABLE, text)
+    with pytest.raises(SystemExit, match="JSON like"):
+        sockets.use_sockets("flower-superlink")
 
 
 @pytest.mark.parametrize(("module", "name"), USED)

@@ -67,6 +67,8 @@ def run_supernode() -> None:
     from flwr.supernode.cli import flower_supernode
 
     use_sockets("flower-supernode")
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     pauses, push = Pauses(), loop._push_messages  # noqa: SLF001
     asleep, wake = os.pipe()
 
