@@ -127,7 +127,7 @@ def report(summary: Plain, folder: Path) -> None:
             )
     if "virtual_seconds" in summary:
         table.add_row("virtual seconds", f"{number(summary, 'virtual_seconds'):.1f}")
-    table.add_row("seconds, set-up included", f"{summary['seconds']}")
+    table.add_row("seconds in all", f"{summary['seconds']}")
     names = ("curves.png", "partition.png", "ledger.jsonl")
     there = ", ".join(name for name in names if (folder / name).is_file())
     table.add_row("written to", f"{folder} ({there})")

@@ -47,17 +47,16 @@ def compare_figure(groups: Mapping[str, Sequence[Sequence[Row]]], metric: str, p
         metric: Key of the rows' ``metrics``.
         path: The PNG to write.
     """
-    labels = [fill(label, 120) for label in groups]
-    legend_columns = max(1, min(len(groups), 150 // (max(map(len, labels), default=0) + 8)))
+    labels = [fill(label, 75) for label in groups]
+    legend_columns = max(1, min(len(groups), 85 // (max(map(len, labels), default=0) + 8)))
     legend_rows = math.ceil(len("\n".join(labels).splitlines()) / legend_columns)
     measured = [_on_common_rounds(ledgers, metric) for ledgers in groups.values()]
     known = np.any([np.isfinite(seeds[:, :, :-1]).any(axis=(0, 1)) for seeds in measured], axis=0)
     positions = [name for name, is_known in zip(_POSITIONS, known, strict=True) if is_known]
-    lines_of_panels = 1 if len(positions) <= 3 else 2
-    columns = math.ceil(len(positions) / lines_of_panels)
-    size = (12 if columns == 2 else 17), 4.2 * lines_of_panels + 0.24 * legend_rows + 0.1
-    figure = new_figure(*size)
-    figure.suptitle(f"{metric}: mean over seeds, band from least to greatest", fontsize=13)
+    columns = 2  # of a page that may be narrow: the texts of more would be too small there
+    lines_of_panels = math.ceil(len(positions) / columns)
+    figure = new_figure(7.5, 3.0 * lines_of_panels + 0.24 * legend_rows + 0.1)
+    figure.suptitle(f"{metric}: mean over seeds, band from least to greatest", fontsize=12)
     panels = new_panels(figure, lines_of_panels, columns, len(positions), sharey=True)
     for index, seeds in enumerate(measured):
         y, colour = seeds[:, :, -1], COLOURS[index % len(COLOURS)]

@@ -10,6 +10,7 @@ from statistics import median
 
 from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
 
+BELOW = 4.5  # height of the metric against uplink, inches
 LABEL_HEIGHT = 0.14  # of the number beside a point, inches
 WILD = 20  # times the median spread: of a method of which a seed broke down
 CARETDOWN = 7  # a marker of matplotlib
@@ -44,12 +45,14 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
         metric: Its name.
         path: The PNG to write.
     """
-    figure = new_figure(13, max(4.5, 0.32 * len(entrants) + 1.5))
-    figure.suptitle(f"{metric} at the end: mean and standard deviation over seeds", fontsize=13)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    # One above the other, since a page may be narrow.
+    heights = max(2.0, 0.24 * len(entrants) + 0.6), BELOW
+    figure = new_figure(7.5, sum(heights) + 0.8)
+    figure.suptitle(f"{metric} at the end: mean and standard deviation over seeds", fontsize=12)
+    upper, lower = figure.subplots(2, 1, height_ratios=heights)
     low, high = spanned(entrants)
-    left.set_xlim(low, high)
-    right.set_ylim(low, high)
+    upper.set_xlim(low, high)
+    lower.set_ylim(low, high)
     for place, entrant in enumerate(entrants):
         spread = entrant.spread if math.isfinite(entrant.spread) else 0.0
         # Shape and colour, so that the kinds are told apart without colours too.
@@ -57,14 +60,14 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
         kind = "exact" if entrant.exact else "not exact"
         if entrant.mean < low:
             text = {"va": "center", "fontsize": 9, "color": look["color"]}
-            left.annotate(f" ← {entrant.mean:.3g} ± {spread:.2g}", (low, place), **text)
-            right.plot(entrant.uplink, low, marker=CARETDOWN, color=look["color"], clip_on=False)
+            upper.annotate(f" ← {entrant.mean:.3g} ± {spread:.2g}", (low, place), **text)
+            lower.plot(entrant.uplink, low, marker=CARETDOWN, color=look["color"], clip_on=False)
             continue
-        left.errorbar(entrant.mean, place, xerr=spread, capsize=3, label=kind, **look)
-        right.errorbar(entrant.uplink, entrant.mean, yerr=spread, capsize=3, **look)
-    near = (high - low) * LABEL_HEIGHT / (figure.get_figheight() - 1.5)
+        upper.errorbar(entrant.mean, place, xerr=spread, capsize=3, label=kind, **look)
+        lower.errorbar(entrant.uplink, entrant.mean, yerr=spread, capsize=3, **look)
+    near = (high - low) * LABEL_HEIGHT / (BELOW - 0.8)
     for entrant, places in clusters(entrants, near):
-        right.annotate(
+        lower.annotate(
             places,
             (entrant.uplink, max(entrant.mean, low)),
             xytext=(5, 3),
@@ -72,13 +75,13 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
             fontsize=8,
         )
     names = [f"{entrant.label}  {place + 1}" for place, entrant in enumerate(entrants)]
-    left.set_yticks(range(len(entrants)), names, fontsize=9)
-    left.invert_yaxis()
-    label_axes(left, metric, "")
-    kinds = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    upper.set_yticks(range(len(entrants)), names, fontsize=9)
+    upper.invert_yaxis()
+    label_axes(upper, metric, "")
+    kinds = dict(zip(*reversed(upper.get_legend_handles_labels()), strict=True))
     figure.legend(kinds.values(), kinds.keys(), loc="outside lower center", ncols=2, frameon=False)
-    label_axes(right, "uplink of all clients (MB)", metric)
-    make_logarithmic(right, "x")
+    label_axes(lower, "uplink of all clients (MB)", metric)
+    make_logarithmic(lower, "x")
     write_png(figure, path)
 
 

@@ -6,6 +6,7 @@ import doctest
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,22 @@ def test_what_the_hooks_say_of_themselves() -> None:
     outcome = doctest.testmod(hooks, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert outcome.attempted > 2
     assert outcome.failed == 0
+
+
+def test_on_a_phone_no_code_of_the_first_page_scrolls_and_figures_can_be_read(site: Path) -> None:
+    api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("there is no Chromium here: apt-get install chromium")
+    with api.sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = opened.new_page(viewport={"width": 390, "height": 900})
+        page.goto((site / "index.html").as_uri())
+        assert page.locator("pre > code").count() > 3
+        wide = "e => [...document.querySelectorAll(e)].filter(e => e.scrollWidth > e.clientWidth)"
+        assert page.evaluate(f"({wide})('.language-bash code, .language-python code').length") == 0
+        page.goto((site / "study.html").as_uri())
+        figure = page.locator("p > img[src$='.png']").first
+        assert figure.evaluate("e => e.getBoundingClientRect().width") >= 500
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        opened.close()
