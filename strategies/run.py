@@ -325,12 +325,15 @@ class Run:
             and ``config.yaml``.
 
         Raises:
-            ConfigError: If the folder holds something already.
+            ConfigError: If the folder holds something already, or cannot be made.
         """
         place = user_path("folder", folder)
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise ConfigError(f"{place} is not empty; name a new folder")
-        place.mkdir(parents=True, exist_ok=True)
+        try:
+            if place.exists() and (not place.is_dir() or any(place.iterdir())):
+                raise ConfigError(f"{place} is not empty; name a new folder")
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{place} cannot be made ({error}); name another folder") from error
         save_tensors(place / "model.safetensors", self.weights(), {}, sync=False)
         self.history.to_csv(place / "history.csv")
         (place / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")

@@ -154,8 +154,9 @@ def test_what_a_run_gives(tmp_path: Path) -> None:
         "model.safetensors",
         "summary.json",
     ]
-    with pytest.raises(ConfigError, match="is not empty"):
-        found.save(place)
+    for folder, said in ((place, "is not empty"), ("/dev/null/x", "made"), ("x" * 300, "made")):
+        with pytest.raises(ConfigError, match=said):
+            found.save(folder)
 
 
 def test_a_run_in_a_folder_goes_on_with_the_same_objects(tmp_path: Path) -> None:
