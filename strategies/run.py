@@ -267,6 +267,8 @@ class Run:
         format: str = "peft",  # noqa: A002
         rank: int | None = None,
         round: int | None = None,  # noqa: A002
+        *,
+        check: bool = True,
     ) -> dict[str, object]:
         """Write the trained model in a form that other libraries read, with a model card.
 
@@ -276,6 +278,7 @@ class Run:
                 ``state_dict`` (one safetensors file) or ``gguf`` (models of Llama form).
             rank: With ``peft``, the largest rank of a layer; None: the rank that its change has.
             round: Of the weights, from the chain of a run with a folder; None: those of the end.
+            check: Read back what was written, by the library that it is for.
 
         Returns:
             What ``export.json`` holds of it beside the run's own facts: with ``peft`` for each
@@ -292,7 +295,7 @@ class Run:
         task, facts = self.built().task, self._facts(round)
         trained = trained_model(self.config, self.folder, task, self.effective, facts, round)
         place = user_path("folder", folder)
-        record = export(trained, place, format, rank)
+        record = export(trained, place, format, rank, check=check)
         return {**record, "warnings": list(trained.warnings), "folder": str(place)}
 
     def _facts(self, round_: int | None) -> dict[str, object]:

@@ -17,7 +17,7 @@ import torch
 
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.export.hf_folder import no_rank
-from fedraclora.export.trained import Record, TrainedModel
+from fedraclora.export.trained import Order, Record, TrainedModel
 from fedraclora.imports import import_extra
 
 FILE = "model.gguf"
@@ -27,23 +27,22 @@ INSTEAD = (
 )
 
 
-def write_gguf(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
+def write_gguf(trained: TrainedModel, order: Order) -> Record:
     """Write ``model.gguf``.
 
     Args:
         trained: What the run trained.
-        folder: Empty.
-        rank: Must be None: the weights are whole.
+        order: Where to; without a rank: the weights are whole.
 
     Raises:
         ConfigError: If the model is of another form, its tokenizer cannot be written, the package
             gguf is not installed, or a rank is given.
         ModelError: If transformers does not read back what was written.
     """
-    no_rank(rank, "gguf")
+    no_rank(order.rank, "gguf")
     gguf = import_extra("gguf", "--format gguf")
     config = _config(trained)
-    writer: Any = gguf.GGUFWriter(folder / FILE, "llama")
+    writer: Any = gguf.GGUFWriter(order.folder / FILE, "llama")
     _describe(writer, config)
     _add_tokenizer(writer, gguf, trained.tokenizer)
     names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -56,7 +55,8 @@ def write_gguf(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    _hold(trained, folder)
+    if order.check:
+        _hold(trained, order.folder)
     return {"file": FILE, "dtype": "float32"}
 
 
@@ -80,7 +80,9 @@ def _describe(writer: Any, config: Any) -> None:
     """Write what a reader must know of the architecture."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_name(str(getattr(config, "name_or_path", "")) or "fedraclora")
+    # The last part of a path of this machine, or of a name of the hub.
+    name = Path(str(getattr(config, "name_or_path", ""))).name
+    writer.add_name(name.removesuffix(".gguf") or "fedraclora")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

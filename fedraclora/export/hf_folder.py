@@ -10,31 +10,32 @@ from torch import nn
 
 from fedraclora.data.locate import from_pretrained
 from fedraclora.errors import ConfigError, DataError, ModelError
-from fedraclora.export.trained import Record, TrainedModel, is_hugging_face
+from fedraclora.export.trained import Order, Record, TrainedModel, is_hugging_face
 from fedraclora.models.pretrained import quiet
 
 
-def write_hf(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
+def write_hf(trained: TrainedModel, order: Order) -> Record:
     """Write the merged model with ``save_pretrained``, and its tokenizer where it has one.
 
     Args:
         trained: What the run trained.
-        folder: Empty.
-        rank: Must be None: the weights are whole.
+        order: Where to; without a rank: the weights are whole.
 
     Raises:
         ConfigError: If the model is none of transformers', or a rank is given.
         ModelError: If transformers does not read back what was written.
     """
-    no_rank(rank, "hf")
+    no_rank(order.rank, "hf")
     model: Any = trained.model
     if not is_hugging_face(model):
         raise ConfigError(
             f"a {type(model).__name__} is no model of transformers, and has no Hugging Face "
             "folder: take --format state_dict, or peft"
         )
-    save_model(model, folder, trained)
-    again: Any = type(model).from_pretrained(folder, dtype=None, local_files_only=True)
+    save_model(model, order.folder, trained)
+    if not order.check:
+        return {}
+    again: Any = type(model).from_pretrained(order.folder, dtype=None, local_files_only=True)
     found = again.state_dict()
     for name, value in model.state_dict().items():
         if name not in found or not torch.equal(found[name], value):

@@ -10,6 +10,7 @@ PEFT itself writes the files, and reads them back before the export counts as do
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch import nn
 
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.export.change import Factors, factors_of_difference, factors_of_product
-from fedraclora.export.trained import Record, TrainedModel, is_hugging_face
+from fedraclora.export.trained import Order, Record, TrainedModel, is_hugging_face
 from fedraclora.imports import import_extra
 from fedraclora.lowrank.algebra import padded_to
 from fedraclora.lowrank.layers import LayerView, layer_kind, layer_view
@@ -50,7 +51,7 @@ class Parts:
     biases: bool
 
 
-def write_peft(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
+def write_peft(trained: TrainedModel, order: Order) -> Record:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Where the run did not begin from a model that others can load by name, that beginning is written
@@ -58,30 +59,44 @@ def write_peft(trained: TrainedModel, folder: Path, rank: int | None) -> Record:
 
     Args:
         trained: What the run trained.
-        folder: Empty.
-        rank: Of every layer at most; None: the rank that its change has.
+        order: Where to; its rank is that of every layer at most, None: the rank that its change
+            has.
 
     Returns:
         The base, and by layer: the rank; the rank of the whole change; the relative error, which is
         the Frobenius norm of what is left out over that of the change (with DoRA, of the change
-        before rows are rescaled); the largest difference of a merged weight from W_T.
+        before rows are rescaled); where it was read back, the largest difference of a merged weight
+        from W_T.
 
     Raises:
         ConfigError: If nothing was trained, or PEFT is not installed.
         ModelError: If PEFT has no form for a layer, naming it.
     """
     import_extra("peft", "--format peft")
+    folder = order.folder
     base, start = _base(trained, folder)
-    parts = _parted(trained, start, rank)
+    parts = _parted(trained, start, order.rank)
     with _quiet():
         adapted = _adapted(trained, start, parts)
-        found = str((folder / BASE).resolve()) if base == BASE else base  # none is relative in PEFT
+        found = str(order.place / BASE) if base == BASE else base  # none is relative in PEFT
         adapted.peft_config["default"].base_model_name_or_path = found
         adapted.save_pretrained(folder, save_embedding_layers=False)
-    merged = _merged(trained, start, folder)
-    _hold(trained, start, parts, merged)
+    _order(folder / "adapter_config.json")
+    merged = None
+    if order.check:
+        merged = _merged(trained, start, folder)
+        _hold(trained, start, parts, merged)
     layers = {name: _record(trained, name, f, merged) for name, f in parts.factors.items()}
     return {"base": base, "saved_in_full": parts.modules, "layers": layers}
+
+
+def _order(path: Path) -> None:
+    """Sort the names in a configuration: PEFT writes sets, in another order each time."""
+    said = json.loads(path.read_text())
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(said[key], list):
+            said[key].sort()
+    path.write_text(json.dumps(said, indent=2, sort_keys=True))
 
 
 def _base(trained: TrainedModel, folder: Path) -> tuple[str | None, Tree]:
@@ -126,8 +141,10 @@ def _loaded(trained: TrainedModel, source: str) -> Tree | None:
 
 
 def _near(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-6) -> bool:
-    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
-    return torch.allclose(found.double(), wanted.double(), rtol=0, atol=tolerance * max(scale, 1.0))
+    if found.dtype == wanted.dtype and torch.equal(found, wanted):  # so are most, and it is fast
+        return True
+    apart, scale = (found.double() - wanted).abs().max(), float(wanted.abs().max())
+    return bool(apart <= tolerance * max(scale, 1.0))
 
 
 def _parted(trained: TrainedModel, start: Tree, rank: int | None) -> Parts:
@@ -306,16 +323,18 @@ def _hold(trained: TrainedModel, start: Tree, parts: Parts, merged: Tree) -> Non
             )
 
 
-def _record(trained: TrainedModel, name: str, factors: Factors, merged: Tree) -> Record:
+def _record(trained: TrainedModel, name: str, factors: Factors, merged: Tree | None) -> Record:
     """Say how near an adapter comes to W_T: by what was left out, and by what PEFT merges."""
     weight = f"{name}.weight"
-    apart = (trained.weights[weight].double() - merged[weight].double()).abs().max()
-    return {
+    found: Record = {
         "rank": factors.kept,
         "rank_of_change": factors.rank,
         "relative_error": factors.error,
-        "largest_difference": float(apart),
     }
+    if merged is not None:
+        apart = (trained.weights[weight].double() - merged[weight].double()).abs().max()
+        found["largest_difference"] = float(apart)
+    return found
 
 
 @contextmanager

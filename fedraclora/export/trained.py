@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,23 @@ class TrainedModel:
         model = copy.deepcopy(self.model)
         put(model, weights)
         return model
+
+
+@dataclass(frozen=True)
+class Order:
+    """How an export is to be written.
+
+    Attributes:
+        folder: Empty, to write to; it is renamed once it is whole.
+        place: Where the files will be then.
+        rank: With a PEFT adapter, the largest rank of a layer.
+        check: Whether what was written is read back, by the library that it is for.
+    """
+
+    folder: Path
+    place: Path
+    rank: int | None
+    check: bool
 
 
 def put(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

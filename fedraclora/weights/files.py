@@ -137,11 +137,23 @@ def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync:
     with replacing(path, sync=sync) as partial:
         try:
             save_file(own, partial, metadata=header)
+            _order_header(partial)
         except SafetensorError as error:
             if (found := re.search(r"os error (\d+)", str(error))) is None:
                 raise CheckpointError(f"{path} cannot be written: {error}") from error
             number = int(found[1])
             raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _order_header(path: Path) -> None:
+    """Sort the header of a file, in its own length: safetensors writes it in any order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        if len(found := text.encode().ljust(size)) == size:
+            file.seek(8)
+            file.write(found)
 
 
 def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:

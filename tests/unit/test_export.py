@@ -21,9 +21,11 @@ from torch import nn
 import fedraclora
 from experiments import export as command
 from fedraclora.config.run_config import from_plain
+from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.data.task import forward
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.evaluation.evaluate import evaluate
+from fedraclora.export import FORMATS, gguf_file, peft_adapter
 from fedraclora.models.built import seeded
 from fedraclora.models.gpt import build_gpt
 from fedraclora.run.folder import read_config
@@ -437,6 +439,72 @@ def test_a_gguf_file_is_where_a_run_begins(llama_run, tmp_path):
     assert len(shared) > 10
     assert all(torch.equal(found[n], wanted[n]) for n in shared)
     run.export(tmp_path / "hf", "hf")
+
+
+def contents(place: Path) -> dict[str, tuple[int, bytes]]:
+    """Give mode and bytes of every file of an export, without the folder that is in them."""
+    return {
+        str(path.relative_to(place)): (
+            path.stat().st_mode & 0o777,
+            path.read_bytes().replace(str(place).encode(), b""),
+        )
+        for path in sorted(place.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("form", ["peft", "hf", "state_dict", "gguf"])
+def test_the_same_export_has_the_same_bytes_and_modes_and_no_path(form, llama_run, tmp_path):
+    llama_run.export(tmp_path / "one", form)
+    llama_run.export(tmp_path / "two", form)
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert one == two
+    assert len({mode for mode, _ in one.values()}) == 1
+    assert [n for n, (_, data) in one.items() if b".partial" in data] == []
+    if form == "gguf":
+        header = read_gguf_header(tmp_path / "one" / "model.gguf", "file")
+        assert "/" not in str(header.fields["general.name"])
+    if form == "peft":
+        named = json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"]
+        assert named == sorted(named)
+
+
+@pytest.mark.parametrize("form", ["peft", "hf", "gguf"])
+def test_an_export_that_is_not_read_back_is_the_same(form, llama_run, tmp_path, monkeypatch):
+    llama_run.export(tmp_path / "read", form)
+    for module in (gguf_file, peft_adapter):
+        monkeypatch.setattr(module, "_hold", None)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", None)
+    record = llama_run.export(tmp_path / "unread", form, check=False)
+    assert record["read_back"] is False
+    assert "largest_difference" not in str(record)
+    apart = {"README.md", "export.json"}
+    read, unread = (contents(tmp_path / name) for name in ("read", "unread"))
+    assert {n: f for n, f in read.items() if n not in apart} == {
+        n: f for n, f in unread.items() if n not in apart
+    }
+
+
+def test_a_kill_leaves_no_folder_that_the_same_export_then_refuses(tmp_path, monkeypatch):
+    run = trained("mlp", "fed_rac_lora")
+    seen = []
+
+    def killed(model, order):
+        seen.append((tmp_path / "out").exists())
+        (order.folder / "half").write_text("")
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nobody tidies up
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setitem(FORMATS, "state_dict", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.export(tmp_path / "out", "state_dict")
+    monkeypatch.undo()
+    assert seen == [False]
+    assert not (tmp_path / "out").exists()
+    run.export(tmp_path / "out", "state_dict")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "half").exists()
 
 
 def test_tied_weights_come_back_tied(llama_run, tmp_path):
