@@ -24,6 +24,7 @@ from flwr.supercore.runtime.runtime_http_client import RuntimeHttpClient
 
 from experiments import cli
 from fedraclora.engines import sockets
+from fedraclora.engines.deploy import supernode
 from fedraclora.engines.programs import environment, listens
 from tests.equivalence.listeners import listeners, needs_proc
 from tests.strangers import as_stranger, needs_root
@@ -142,6 +143,21 @@ def test_flower_has_one_way_to_call() -> None:
         if re.search(r"httpx\.(Async)?Client\(", path.read_text()) and "connector" not in path.parts
     ]
     assert others == ["client.py"]  # a connector calls services elsewhere
+
+
+def test_the_socket_of_a_node_has_a_path_that_a_socket_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = tmp_path / ("far" * 30)
+    far.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(far))
+    monkeypatch.setattr(sys, "argv", ["supernode.py"])
+    monkeypatch.setenv(sockets.VARIABLE, "{}")
+    given = list[dict[str, str]]()
+    monkeypatch.setattr(supernode, "run_supernode", lambda: given.append(sockets.sockets()))
+    supernode.main()
+    ((path,),) = (found.values() for found in given)
+    assert len(path) <= 107
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ HERE = Path(__file__)
 AT_SOCKETS = runpy.run_path(str(HERE.parents[1] / "sockets.py"))  # of no package here
 put, use_sockets = AT_SOCKETS["put"], AT_SOCKETS["use_sockets"]
 ADDRESS = ("127.0.0.1", "2")  # stands for the socket of this node
-LONGEST = 80  # characters of a folder's path: that of a socket in it may have 107
 SUPEREXEC, CLIENT_APP = "flower-superexec", "flwr-clientapp"  # Flower's commands
-LONGEST = 1 << 13  # bytes of a digest and a path
+LONGEST_PATH = 80  # characters of a folder's: that of a socket in it may have 107
+INSTALLED = 1 << 13  # bytes of a digest and a path
 PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
 LEAST = 0.1  # seconds of a pause between looks at a SuperLink: each is a request
 WITHIN = 0.005  # the same in the memory of this process
@@ -176,13 +176,13 @@ def once(install: Callable[..., Path]) -> Callable[..., None]:
     Args:
         install: Flower's; it takes the bytes of an app, and gives its folder.
     """
-    last = mmap.mmap(-1, LONGEST)
+    last = mmap.mmap(-1, INSTALLED)
 
     def installed(app: bytes, **named: Any) -> None:
         digest = hashlib.sha256(app).hexdigest()
         found, _, folder = os.fsdecode(last[:].rstrip(b"\0")).partition(" ")
         if found != digest or not Path(folder).is_dir():
-            last[:] = os.fsencode(f"{digest} {install(app, **named)}").ljust(LONGEST, b"\0")
+            last[:] = os.fsencode(f"{digest} {install(app, **named)}").ljust(INSTALLED, b"\0")
 
     return installed
 
@@ -204,12 +204,10 @@ def main() -> None:
     elif AT_SOCKETS["sockets"]():
         run_supernode()
     else:
-        with runpy.run_path(str(HERE.parents[2] / "temporary.py"))["PrivateFolder"](
-            longest=LONGEST
-        ) as made:
-            host, port = ADDRESS
-            os.environ[AT_SOCKETS["VARIABLE"]] = json.dumps({f"{host}:{port}": f"{made}/api"})
-            sys.argv += ["--host", host, "--port", port]
+        private = runpy.run_path(str(HERE.parents[2] / "temporary.py"))["PrivateFolder"]
+        with private(longest=LONGEST_PATH) as made:
+            os.environ[AT_SOCKETS["VARIABLE"]] = json.dumps({":".join(ADDRESS): f"{made}/api"})
+            sys.argv += ["--host", ADDRESS[0], "--port", ADDRESS[1]]
             run_supernode()
 
 
