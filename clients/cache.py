@@ -131,7 +131,8 @@ def check_path(folder: Path) -> None:
         ConfigError: If others own a part of its path, or may write to one.
         OSError: If a part cannot be looked at.
     """
-    for part in {*_parts(folder), *_parts(folder.resolve())}:
+    real = folder.resolve()
+    for part in {folder, *folder.parents, real, *real.parents}:
         found = part.lstat()
         mode = stat.S_IMODE(found.st_mode)
         if found.st_uid not in {0, os.geteuid()}:
@@ -147,11 +148,6 @@ def check_path(folder: Path) -> None:
             f"place. User {os.geteuid()} or root must own it, and nobody else may write to it "
             "(chmod go-w); or name another folder as cache in node-config"
         )
-
-
-def _parts(folder: Path) -> list[Path]:
-    """A folder, and all that its path leads through."""
-    return [folder, *folder.parents]
 
 
 def _alone_in(group: int) -> bool:

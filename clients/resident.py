@@ -49,28 +49,24 @@ def serve(listener: socket.socket, node: int, key: bytes, respond: Respond) -> N
         if ready != [listener.fileno()]:
             return
         link, _ = listener.accept()
-        with link:
+        with link, Connection(os.dup(link.fileno())) as peer:
             try:
                 check_peer(link)
+                limit(link, GREETING)
+                if peer.recv_bytes(LONGEST) != key:
+                    return
+                limit(link, SILENCE)
+                peer.send_bytes(READY)
+                answer(peer, node, respond)
             except ClientError as error:
                 log.warning("%s", error)
-                continue
-            limit(link, GREETING)
-            peer = Connection(os.dup(link.fileno()))
-            with peer:
-                try:
-                    if peer.recv_bytes(LONGEST) != key:
-                        return
-                    limit(link, SILENCE)
-                    peer.send_bytes(READY)
-                    answer(peer, node, respond)
-                except GONE:
-                    log.warning("a process of this node went away before it had its answer")
-                except BlockingIOError:
-                    log.warning("a process of this node connected and was silent")
-                except Exception as error:  # bytes of any kind
-                    kind = type(error).__name__
-                    log.warning("a message cannot be read or answered (%s: %s)", kind, error)
+            except GONE:
+                log.warning("a process of this node went away before it had its answer")
+            except BlockingIOError:
+                log.warning("a process of this node connected and was silent")
+            except Exception as error:  # bytes of any kind
+                kind = type(error).__name__
+                log.warning("a message cannot be read or answered (%s: %s)", kind, error)
 
 
 def answer(peer: Connection, node: int, respond: Respond) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-Handler = Callable[[int, FrameType | None], object] | int | None
+Handler = Callable[[int, FrameType | None], object]
 ENDS = (signal.SIGTERM, signal.SIGHUP)
 STATUS = 130  # of a command that was interrupted, by the custom of shells
 
@@ -30,22 +30,25 @@ def in_order() -> Iterator[None]:
         signal.alarm(0)
         raise KeyboardInterrupt
 
-    before = handled(ENDS, interrupt)
     try:
-        yield
+        with handled(ENDS, interrupt):
+            yield
     except KeyboardInterrupt as error:  # its notes say what is left, and how to go on
         print(" ".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(STATUS)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
-def handled(numbers: Sequence[int], handler: Handler) -> dict[int, Handler]:
-    """Handle signals, but a SIGHUP that is ignored; give what handled them before."""
+@contextmanager
+def handled(numbers: Sequence[int], handler: Handler) -> Iterator[None]:
+    """Handle signals inside, but a SIGHUP that is ignored."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     taken = [n for n in numbers if n != signal.SIGHUP or not ignored]
-    return {number: signal.signal(number, handler) for number in taken}
+    before = {number: signal.signal(number, handler) for number in taken}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 @contextmanager
@@ -60,9 +63,5 @@ def at_once() -> Iterator[None]:
         os.write(2, b"interrupted\n")
         os._exit(STATUS)
 
-    before = handled((*ENDS, signal.SIGINT), leave)
-    try:
+    with handled((*ENDS, signal.SIGINT), leave):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
